@@ -1,0 +1,1 @@
+"""Language models around their training objective, in JAX and Flax."""

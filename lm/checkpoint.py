@@ -1,0 +1,293 @@
+"""Checkpoints on Orbax: asynchronous, atomic, restored onto any mesh; what is damaged or does not fit is named.
+
+A step is a folder `<folder>/<step>`: the arrays of the state, and JSON facts about them (position in the data,
+fingerprints, a description of the model). Nothing is ever deleted but the steps that the last `keep` have outlived.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+Tree = Any
+
+
+class Restored(NamedTuple):
+  state: Tree
+  facts: dict
+  step: int
+
+
+class Mismatch(ValueError):
+  """The checkpoint is whole, but of another model, optimizer or data set."""
+
+
+class Checkpoints:
+  """The checkpoints of one run; as a context manager, it waits for the save under way.
+
+  Keeps the last `keep` steps and, with `keep_best`, the one of the lowest metric. `create=False` is for readers: the
+  folder has to exist. Raises OSError at once where the folder cannot be made, written to, or found.
+  """
+
+  def __init__(self, folder: str | os.PathLike, keep: int = 3, keep_best: bool = True, create: bool = True):
+    import orbax.checkpoint as ocp  # here, not at the top: it takes half a second
+    from etils import epath
+    if keep < 1:
+      raise ValueError(f'keep={keep}: keep the last checkpoint at least')
+    self.folder = epath.Path(folder).expanduser().resolve()
+    if create:
+      _check_writable(self.folder)
+    elif not self.folder.is_dir():
+      raise FileNotFoundError(f'no checkpoints: there is no folder {self.folder}')
+    logging.get_absl_logger().addFilter(_is_news)
+    self._ocp, self._keep, self._keep_best = ocp, keep, keep_best
+    self._damaged: dict[int, str] = {}  # step: why
+    self._manager = ocp.CheckpointManager(
+        self.folder, options=ocp.CheckpointManagerOptions(create=False, preservation_policy=self),
+        item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()})
+    self._metrics: dict[int, float | None] = {}
+    for step in self.steps():
+      try:
+        self._metrics[step] = self._read_facts(step)['metric']
+      except Exception:  # damage is told when the step is read, not here
+        self._metrics[step] = None
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def save(self, step: int, state: Tree, facts: Mapping, metric: float | None = None) -> None:
+    """Starts to save a tree of arrays; they are copied on return, so `state` may be donated.
+
+    The `metric` is what the best step is the lowest of (validation loss); None or not finite is never the best.
+    Raises OSError if this save, or the one before it, cannot be written: earlier checkpoints are intact.
+    """
+    metric = None if metric is None else float(metric)
+    document = json.loads(json.dumps({'facts': facts, 'metric': metric}))  # a copy, which the caller cannot change
+    self.wait()
+    self._set_damaged_aside()
+    if (last := max(self.steps(), default=-1)) >= step:
+      raise ValueError(f'step {step} cannot be saved after step {last} of {self.folder}: to go back, use a new folder')
+    self._metrics[step] = metric
+    args = self._ocp.args
+    args = args.Composite(state=args.PyTreeSave(state), facts=args.JsonSave(document))
+    self._write(lambda: self._manager.save(step, args=args, force=True))
+
+  def check_for_errors(self) -> None:
+    """Raises OSError if an earlier save failed; does not wait for one under way. To be called every step."""
+    if not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the save under way is on disk. Raises OSError if it failed."""
+    self._write(self._manager.wait_until_finished)
+
+  def close(self) -> None:
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step of the lowest metric, the last among equals; None if none has a metric."""
+    scored = {n: metric for n in reversed(self.steps())
+              if (metric := self._metrics.get(n)) is not None and math.isfinite(metric)}
+    return min(scored, key=scored.get, default=None)
+
+  def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+    """Orbax's PreservationPolicy. With its own `BestN`, one damaged metrics file keeps the folder from opening."""
+    del context
+    steps = self.steps()
+    kept = {*steps[-self._keep:], self.best_step() if self._keep_best else None}
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+  def facts(self, step: int | None = None) -> dict | None:
+    """The facts of `step`, or of the newest that can be read; None if there are no checkpoints."""
+    found = self._newest_readable(step, self._read_facts)
+    return found and found['facts']
+
+  def restore(self, abstract_state: Tree, step: int | None = None) -> Restored | None:
+    """Reads into the structure and shardings, on any mesh, of `abstract_state`, a tree of `jax.ShapeDtypeStruct`.
+
+    Without `step`: the newest that can be read, with a warning naming those that cannot; None if there are none.
+    Raises Mismatch if a leaf is missing or differs in shape or dtype (Orbax casts without a word), OSError if `step`
+    is not there, or nothing can be read.
+    """
+    return self._newest_readable(step, functools.partial(self._read, abstract_state, ''))
+
+  def restore_params(self, abstract_params: Tree, step: int | None = None) -> Restored | None:
+    """Like `restore`, of the state's field `params` alone: the optimizer's state is not read."""
+    found = self._newest_readable(step, functools.partial(self._read, {'params': abstract_params}, 'params.'))
+    return found and found._replace(state=found.state['params'])
+
+  def _read(self, abstract: Tree, prefix: str, step: int) -> Restored:
+    ocp, path, document = self._ocp, self.folder / str(step), self._read_facts(step)
+    _check_files(path / 'state', prefix)
+    stored = _types(self._manager.item_metadata(step).state.tree)
+    stored = {name: kind for name, kind in stored.items() if name.startswith(prefix)}
+    if lines := differences(stored, _types(abstract)):
+      raise Mismatch(f'checkpoint {path} does not fit:\n  ' + '\n  '.join(lines))
+    args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
+    return Restored(self._manager.restore(step, args=ocp.args.Composite(state=args)).state, document['facts'], step)
+
+  def _read_facts(self, step: int) -> dict:
+    document = self._manager.restore(step, args=self._ocp.args.Composite(facts=self._ocp.args.JsonRestore())).facts
+    if not isinstance(document, dict) or document.keys() != {'facts', 'metric'}:
+      raise ValueError('its facts are incomplete')
+    return document
+
+  def _newest_readable(self, step: int | None, read: Callable[[int], Any]) -> Any:
+    self.wait()
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise FileNotFoundError(f'no step {step} in {self.folder}, which has {steps}')
+    tried = steps[::-1] if step is None else [step]
+    for candidate in [n for n in tried if n not in self._damaged]:
+      try:
+        return read(candidate)
+      except (Mismatch, MemoryError, jax.errors.JaxRuntimeError):  # the files are well
+        raise
+      except Exception as error:  # missing, truncated and garbled files show as errors of every type
+        self._damaged[candidate] = _reason(error)
+        logging.warning('checkpoint %s is damaged: %s', self.folder / str(candidate), self._damaged[candidate])
+    if tried:
+      raise OSError(f'no checkpoint to read in {self.folder}: ' + '; '.join(
+          f'step {n} is damaged: {self._damaged[n]}' for n in tried) + ' (nothing was deleted)')
+    return None
+
+  def _set_damaged_aside(self) -> None:
+    """Renames damaged steps: the run comes to these steps again, and must resume from what it saves then."""
+    if self._damaged:
+      for step in self._damaged if jax.process_index() == 0 else ():
+        aside = self.folder / f'{step}.damaged-{time.strftime("%Y%m%d-%H%M%S")}'
+        self._write(functools.partial((self.folder / str(step)).rename, aside))
+      self._ocp.multihost.sync_global_processes('lm.checkpoint: damaged steps set aside')
+      self._damaged.clear()
+      self._manager.reload()
+
+  def _write(self, write: Callable[[], Any]) -> None:
+    try:
+      write()
+    except Exception as error:  # a full disk is a ValueError of TensorStore
+      self._manager.reload()  # its list has the failed step, and lacks those about to be deleted
+      raise OSError(f'a checkpoint could not be written to {self.folder}: {_reason(error)} (the earlier ones are '
+                    'intact)') from error
+
+
+def check(stored: Any, now: Any) -> None:
+  """Raises Mismatch, with a line for each difference between two JSON trees."""
+  if lines := differences(stored, now):
+    raise Mismatch('the checkpoint is of another run: go back to its settings, or use a new folder\n  '
+                   + '\n  '.join(lines))
+
+
+def differences(stored: Any, now: Any) -> list[str]:
+  """A line for each leaf that differs: 'model.block.heads: 6 in the checkpoint, 8 now'."""
+  old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
+  return [f'{name}: {old.get(name, "absent")} in the checkpoint, {new.get(name, "absent")} now'
+          for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def describe(value: Any) -> Any:
+  """JSON, the same in every process: classes with their fields, functions by name, arrays by hash.
+
+  Of a function that another made (a schedule) it tells the name, not the numbers inside: describe those too.
+  """
+  match value:
+    case None | bool() | int() | float() | str():
+      return value
+    case np.generic():
+      return value.item()
+    case np.dtype():
+      return value.name
+    case type():  # np.float32 and jnp.float32 are types
+      dtype = np.dtype(value) if issubclass(value, np.generic) else getattr(value, 'dtype', None)
+      return dtype.name if isinstance(dtype, np.dtype) else value.__qualname__
+    case np.ndarray() | jax.Array():
+      return f'{value.dtype}{list(value.shape)} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]}'
+    case Mapping():
+      return {str(key): describe(item) for key, item in value.items()}
+    case functools.partial():
+      return {'partial': describe(value.func), 'args': describe(value.args), **describe(value.keywords)}
+    case list() | tuple() if not hasattr(value, '_fields'):
+      return [describe(item) for item in value]
+  if isinstance(value, tuple):
+    names = value._fields
+  elif dataclasses.is_dataclass(value):
+    of_flax = any(c.__module__.startswith('flax.') for c in type(value).__mro__)
+    names = [f.name for f in dataclasses.fields(value) if not (of_flax and f.name in ('parent', 'name'))]
+  else:
+    text = getattr(value, '__qualname__', None) or repr(value)
+    return type(value).__qualname__ if ' at 0x' in text else text
+  return {'class': type(value).__qualname__, **{name: describe(getattr(value, name)) for name in names}}
+
+
+def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """(dotted path, leaf); empty containers are leaves, and tuples are lists, as they are in JSON."""
+  if isinstance(tree, Mapping) and tree:
+    for key, child in tree.items():
+      yield from _leaves(child, f'{path}.{key}'.lstrip('.'))
+  elif isinstance(tree, list | tuple):
+    yield from _leaves({str(i): child for i, child in enumerate(tree)} or '[]', path)
+  else:
+    yield path, tree
+
+
+def _types(tree: Tree) -> dict[str, str]:
+  """{'params.w': 'float32[4, 8]', ...} of a tree of arrays, or of Orbax's metadata of one."""
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{list(leaf.shape)}'
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_files(folder: Any, prefix: str) -> None:
+  """Raises if metadata, the index of the arrays or the end of a chunk is bad: of each chunk it reads one byte.
+
+  Orbax finds the same, but in parallel reads, which it abandons at the first error and which print a trace each.
+  """
+  import tensorstore
+  for path in [folder / '_METADATA', *folder.glob('array_metadatas/*')]:
+    json.loads(path.read_text())
+  base = str(folder) if '://' in str(folder) else f'file://{folder}'
+  store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base}/'}).result()
+  keys = [key for key in store.list().result() if key.startswith(prefix.encode())]
+  if not keys:
+    raise FileNotFoundError('the index of the arrays is missing')
+  for key, read in [(key, store.read(key, byte_range=slice(-1, None))) for key in keys]:
+    if not read.result().value:
+      raise FileNotFoundError(f'a file that holds {key.decode()} is missing')
+
+
+def _check_writable(folder: Any) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.write-probe-{os.getpid()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise OSError(f'checkpoints cannot be written to {folder}: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+  """One line of an error: TensorStore appends its whole specification, and puts the cause last."""
+  text = re.split(r' \[(?:tensorstore_spec|source locations)=', str(error))[0]
+  text = ' '.join(text.split()) or type(error).__name__
+  return text if len(text) < 300 else f'{text[:80]} ... {text[-200:]}'
+
+
+def _is_news(record: Any) -> bool:
+  """Leaves out what Orbax logs of every save, and its traces of errors, which are raised as well."""
+  return '/orbax/' not in record.pathname or record.levelname == 'WARNING'

@@ -1,0 +1,295 @@
+"""One function per corpus; each returns a `Source`: named splits of documents with random access (see `source`)."""
+import ast
+import collections
+import fractions
+import functools
+import gzip
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import sysconfig
+import tempfile
+import weakref
+from collections.abc import Sequence
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from lm.data import source
+from lm.data.source import Source
+
+
+def python_library(validation: float = 0.05) -> Source:
+  """Python's own standard library: some 10 MB of code and prose, wherever this runs.
+
+  A document is a source file, a C header, a text file, or a topic of the language reference (pydoc's). Left out: tests,
+  installed packages, code that another program wrote, tables (character sets, HTML entities) and duplicates.
+  """
+  skip_folders = re.compile(r'tests?|idle_test|(site|dist)-packages|__pycache__|encodings|config-.*')
+  skip_files = re.compile(r'_sysconfigdata.*|sitecustomize\.py|entities\.py|pyconfig.*\.h')  # tables, machine's own
+  generated = re.compile(r'auto-?generated|automatically generated|generated from|file is generated', re.IGNORECASE)
+  files = {}
+  for part in ('stdlib', 'include'):  # of the base installation, also in a virtual environment
+    root = sysconfig.get_paths()[part]
+    for folder, folders, names in os.walk(root):
+      folders[:] = [f for f in folders if not skip_folders.fullmatch(f)]
+      for name in names:
+        if name.endswith(('.py', '.h', '.txt', '.rst')) and not skip_files.fullmatch(name):
+          path = pathlib.Path(folder, name)
+          files[f'{part}/{path.relative_to(root).as_posix()}'] = path
+  if not any(name.startswith('stdlib/') for name in files):
+    raise FileNotFoundError(f"{sysconfig.get_paths()['stdlib']}: this Python keeps no standard library as files; "
+                            'give a corpus of your own')
+  files = dict(sorted(files.items()))
+  names = list(files)
+
+  def load(i, counts):
+    document = files[names[i]].read_bytes()
+    try:
+      document = document.decode()
+    except UnicodeDecodeError:  # a few files of old say that they are Latin-1
+      counts['invalid UTF-8 repaired'] += 1
+      document = document.decode(errors='replace')
+    if names[i] == 'stdlib/pydoc_data/topics.py':  # one dictionary {topic: text}, written by Sphinx
+      topics = next(node.value for node in ast.parse(document).body if isinstance(node, ast.Assign))
+      return [text for _, text in sorted(ast.literal_eval(topics).items())]
+    if generated.search(document, 0, 600):
+      counts['generated dropped'] += 1
+      return []
+    return [document] if document.strip() else []
+
+  counts = collections.Counter()
+  documents, read = source.shards(load, len(names), counts)
+  return Source('python_library', source.split(documents, read, validation, 'python_library', counts, unique=True),
+                source.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
+
+
+def text(pattern: str, validation: float = 0.05, separator: str | None = None,
+         encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict') -> Source:
+  r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
+
+  A file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD ('replace') or left out
+  ('drop'); `counts` of the source says how many.
+  """
+  if encoding_errors not in ('strict', 'replace', 'drop'):
+    raise ValueError(f"encoding_errors={encoding_errors!r} is none of 'strict', 'replace', 'drop'")
+  files = source.matching(pattern)
+
+  def load(i, counts):
+    data = files[i].read_bytes()
+    try:
+      document = data.decode()
+    except UnicodeDecodeError as error:
+      if encoding_errors == 'strict':
+        raise ValueError(f"{files[i]}: byte {error.start} is not UTF-8; convert the file, or give "
+                         "encoding_errors='replace' or 'drop'") from None
+      counts['invalid UTF-8 repaired' if encoding_errors == 'replace' else 'invalid UTF-8 dropped'] += 1
+      if encoding_errors == 'drop':
+        return []
+      document = data.decode(errors='replace')
+    if not separator:
+      return [document]
+    return [part for part in document.replace('\r\n', '\n').split(separator) if part.strip()]
+
+  counts, name = collections.Counter(), source.title(pattern)
+  documents, read = source.shards(load, len(files), counts)
+  return Source(name, source.split(documents, read, validation, name, counts),
+                source.fingerprint(source.relative(files), 'text', validation, separator, encoding_errors),
+                counts=counts)
+
+
+def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
+  """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
+
+  Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives.
+
+  Raises:
+    ValueError: at first use, naming file and line, where a line is not JSON or has no string under `key`.
+  """
+  files = source.matching(pattern)
+
+  @functools.cache
+  def plain(i):
+    if files[i].suffix not in ('.gz', '.zst'):
+      return files[i]
+    folder = tempfile.mkdtemp(prefix='lm-jsonl-')
+    weakref.finalize(read, shutil.rmtree, folder, ignore_errors=True)
+    path = pathlib.Path(folder, files[i].stem)
+    try:
+      with files[i].open('rb') as packed, path.open('wb') as unpacked:
+        if files[i].suffix == '.gz':
+          shutil.copyfileobj(gzip.GzipFile(fileobj=packed), unpacked, 1 << 20)
+        else:
+          _unzst(packed, unpacked)
+    except ImportError:
+      raise
+    except Exception as error:  # gzip and zstandard have their own kinds, none of which names the file
+      raise OSError(f'{files[i]}: cannot be unpacked: {error}') from error
+    return path
+
+  def documents():
+    for i in range(len(files)):
+      offset = 0
+      with plain(i).open('rb') as lines:
+        for number, line in enumerate(lines, 1):
+          if line.strip():
+            yield i, offset, parse(line, f'{files[i]}:{number}')
+          offset += len(line)
+
+  def parse(line, where):
+    try:
+      row = json.loads(line.decode())
+    except ValueError as error:
+      raise ValueError(f'{where}: not JSON in UTF-8: {error}') from None
+    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+      has = f'keys {", ".join(row)}' if isinstance(row, dict) else type(row).__name__
+      raise ValueError(f'{where}: no string under key={key!r}; the line has {has}')
+    return row[key]
+
+  def read(i, offset):
+    with plain(i).open('rb') as lines:
+      lines.seek(offset)
+      return parse(lines.readline(), f'{files[i]} at byte {offset}')
+
+  counts, name = collections.Counter(), source.title(pattern)
+  return Source(name, source.split(documents, read, validation, name, counts),
+                source.fingerprint(source.relative(files), 'jsonl', validation, key), counts=counts)
+
+
+def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Source:
+  """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted."""
+  pq = source.require('pyarrow.parquet', 'parquet')
+  files = source.matching(pattern)
+  groups = []
+  for path in files:
+    with pq.ParquetFile(path) as file:
+      if column not in file.schema_arrow.names:
+        raise ValueError(f'{path}: no column={column!r}; it has {", ".join(file.schema_arrow.names)}')
+      groups += [(path, group) for group in range(file.num_row_groups)]
+
+  def load(i, counts):
+    path, group = groups[i]
+    with pq.ParquetFile(path) as file:
+      rows = file.read_row_group(group, [column]).column(column).to_pylist()
+    strings = [row for row in rows if row is not None]
+    if wrong := [row for row in strings if not isinstance(row, str)]:
+      raise ValueError(f'{path}: column={column!r} holds {type(wrong[0]).__name__}, not strings')
+    counts['null dropped'] += len(rows) - len(strings)
+    return strings
+
+  counts, name = collections.Counter(), source.title(pattern)
+  documents, read = source.shards(load, len(groups), counts)
+  return Source(name, source.split(documents, read, validation, name, counts),
+                source.fingerprint(source.relative(files), 'parquet', validation, column), counts=counts)
+
+
+def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None) -> Source:
+  """A TensorFlow Datasets corpus such as 'lm1b', read without TensorFlow; downloaded and prepared if not yet there.
+
+  Its own validation (else test) split is used; `validation` cuts a set that has a train split alone, by hash.
+  `experiments/tfds_builder.py` shows how a corpus is added to TFDS.
+  """
+  library = source.require('tensorflow_datasets', 'tfds')
+  try:
+    builder = library.builder(name, data_dir=data_dir)
+    if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow
+      builder = library.builder(name, data_dir=data_dir, file_format='array_record')
+      builder.download_and_prepare()
+  except library.core.DatasetNotFoundError:
+    raise ValueError(f'tfds: no data set {name!r} in data_dir={data_dir or "~/tensorflow_datasets"} nor in the '
+                     'catalogue (tensorflow.org/datasets/catalog); prepare it first') from None
+  info = builder.info
+  if key not in info.features:
+    raise ValueError(f'tfds: {name} has no feature key={key!r}; it has {", ".join(info.features)}')
+  if 'train' not in info.splits:
+    raise ValueError(f'tfds: {name} has no train split; it has {", ".join(info.splits)}')
+
+  def decode(example):
+    if not isinstance(example[key], bytes | str):
+      raise ValueError(f'tfds: feature key={key!r} of {name} is {type(example[key]).__name__}, not text')
+    return example[key].decode() if isinstance(example[key], bytes) else example[key]
+
+  own = {split: source.Documents(functools.partial(builder.as_data_source, split), decode) for split in info.splits}
+  counts = collections.Counter()
+  held_out = next((split for split in ('validation', 'valid', 'dev', 'test') if split in own), None)
+  if held_out:
+    splits = {'train': own['train'], 'validation': own[held_out]}
+  else:
+    rows = lambda: ((0, i, document) for i, document in enumerate(own['train']))
+    splits = source.split(rows, lambda _, i: own['train'][i], validation, name, counts)
+  files = {path.name: path for path in sorted(builder.data_path.iterdir()) if path.is_file()}
+  return Source(name, splits, source.fingerprint(files, 'tfds', validation, key),
+                info.as_proto.redistribution_info.license or 'unknown', counts)
+
+
+def mixture(parts: Sequence[tuple[Source, float]]) -> Source:
+  """Sources interleaved in exact proportion to their weights: of the first n documents of a split, each source has
+  given its share to within less than one document, for every n (Tijdeman, "The chairman assignment problem", 1980).
+
+  A split ends where a source would have to give a document that it does not have, as Grain's `MapDataset.mix` does;
+  none is repeated. It has the splits that all sources have.
+  """
+  if not parts or any(not weight > 0 or math.isinf(weight) for _, weight in parts):
+    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} must be positive, one source at least')
+  exact = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]  # 0.7 is 7/10, 1/3 is 1/3
+  scale = math.lcm(*(weight.denominator for weight in exact))
+  weights = [int(weight * scale) for weight in exact]
+  weights = [weight // math.gcd(*weights) for weight in weights]
+  if not all(weights):
+    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} differ by more than a factor of a billion')
+  counts = collections.Counter()
+
+  def interleave(sequences):  # -> a sequence of (source, document)
+    sizes, period = [len(s) for s in sequences], sum(weights)
+    counts.clear()
+    for part, _ in parts:
+      counts.update(part.counts)
+    # One period repeats for ever; of a longer one only as much is made as the sources last.
+    limit = min(period, *(-(-(size + 1) * period // weight) for size, weight in zip(sizes, weights)))
+    order, ranks = _schedule(weights, limit)
+    cycles = min(size // weight for size, weight in zip(sizes, weights))
+    left = np.array([size - cycles * weight for size, weight in zip(sizes, weights)])
+    over = np.flatnonzero(ranks >= left[order])
+    length = cycles * period + (int(over[0]) if len(over) else limit)
+
+    def address(n):
+      cycle, n = divmod(n, period)
+      return order[n], cycle * weights[order[n]] + ranks[n]
+    return source.Documents(lambda: range(length), address)
+
+  splits = {}
+  for split in [s for s in parts[0][0].splits if all(s in part.splits for part, _ in parts)]:
+    sequences = [part.splits[split] for part, _ in parts]
+    splits[split] = source.Documents(functools.partial(interleave, sequences), lambda at, s=sequences: s[at[0]][at[1]])
+  identity = repr([('mixture', part.fingerprint, weight) for (part, _), weight in zip(parts, weights)])
+  return Source('+'.join(part.name for part, _ in parts), splits, source.digest(identity).hex(),
+                ', '.join(dict.fromkeys(part.license for part, _ in parts)), counts)
+
+
+def _schedule(weights: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+  """(which source, which of its documents) at each position. Document j of a source with share w is due in the window
+  [floor(j/w), ceil((j+1)/w)): the earliest due goes first, which keeps every window, as the shares sum to one."""
+  period, taken = sum(weights), [0] * len(weights)
+  order, ranks = np.empty(length, np.int32), np.empty(length, np.int64)
+  for n in range(length):
+    _, i = min((-(-(taken[i] + 1) * period // weight), i)
+               for i, weight in enumerate(weights) if taken[i] * period < (n + 1) * weight)
+    order[n], ranks[n] = i, taken[i]
+    taken[i] += 1
+  return order, ranks
+
+
+def _unzst(packed: BinaryIO, unpacked: BinaryIO) -> None:
+  """zstandard's own stream reader takes a file that was cut short for a whole one; this raises EOFError."""
+  zstandard = source.require('zstandard', 'zstd')
+  frame = None
+  while chunk := packed.read(1 << 20):
+    while chunk:
+      frame = frame or zstandard.ZstdDecompressor().decompressobj()
+      unpacked.write(frame.decompress(chunk))
+      chunk, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
+  if frame:
+    raise EOFError('it ends early')

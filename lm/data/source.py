@@ -1,0 +1,139 @@
+"""What a corpus is to the other rooms, a `Source`, and the parts that the functions of `corpora` make one of.
+
+A document belongs to train or to validation by a hash of its text, so no text is in both, and files added later move
+none. Making a source lists and fingerprints its files; the first use of a split reads them once, for all splits.
+"""
+import array
+import collections
+import dataclasses
+import functools
+import glob
+import hashlib
+import importlib
+import operator
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_WHOLE = 64 << 20  # bytes: a corpus up to this size is fingerprinted whole, a larger one by the ends of its files
+_END = 64 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Documents in splits. `counts` tells what reading met, as 'invalid UTF-8 dropped': 2, once a split has been used."""
+  name: str
+  splits: Mapping[str, Sequence[str]]
+  fingerprint: str
+  license: str = 'unknown'
+  counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, compare=False)
+
+
+class Documents(Sequence[str]):
+  """The documents `read(item)` of the items that `items()` returns at first use."""
+
+  def __init__(self, items: Callable[[], Sequence], read: Callable[[Any], str]):
+    self._items, self._read = functools.cache(items), read
+
+  def __len__(self):
+    return len(self._items())
+
+  def __getitem__(self, i):
+    if isinstance(i, slice):
+      return [self[j] for j in range(*i.indices(len(self)))]
+    i = operator.index(i)
+    if not -len(self) <= i < len(self):
+      raise IndexError(f'document {i} of {len(self)}')
+    return self._read(self._items()[i % len(self)])
+
+
+def shards(load: Callable[[int, collections.Counter], list[str]], count: int,
+           counts: collections.Counter) -> tuple[Callable, Callable]:
+  """(documents, read) for `split`, of a corpus of pieces, such as files, loaded whole; the last few are kept."""
+  documents = lambda: ((a, b, document) for a in range(count) for b, document in enumerate(load(a, counts)))
+  cached = functools.lru_cache(maxsize=2)(lambda a: load(a, collections.Counter()))
+  return documents, lambda a, b: cached(a)[b]
+
+
+def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callable[[int, int], str], validation: float,
+          name: str, counts: collections.Counter, unique: bool = False) -> dict[str, Sequence[str]]:
+  """Splits `documents() -> (a, b, text)` by a hash of the text, in one pass at first use; `read(a, b)` is the text.
+
+  `unique` leaves out the second of two equal texts. Raises ValueError, at first use, where a split comes out empty.
+  """
+  if not 0 <= validation < 1:
+    raise ValueError(f'validation={validation} is not a fraction in [0, 1)')
+  names = ('train', 'validation') if validation else ('train',)
+
+  @functools.cache
+  def rows():
+    counts.clear()
+    found, seen = {split: array.array('q') for split in names}, set()
+    for a, b, document in documents():
+      key = digest(document)
+      if unique and key in seen:
+        counts['duplicate dropped'] += 1
+        continue
+      if unique:
+        seen.add(key)
+      held_out = int.from_bytes(key[:8]) < validation * 2**64
+      found['validation' if held_out else 'train'].extend((a, b))
+    for split, addresses in found.items():
+      if not addresses:
+        raise ValueError(f'{name}: none of {sum(map(len, found.values())) // 2} documents fell into the {split} split '
+                         f'with validation={validation}; choose another fraction, or cut files by text(separator=...)')
+    return {split: np.frombuffer(addresses, np.int64).reshape(-1, 2) for split, addresses in found.items()}
+
+  return {split: Documents(lambda split=split: rows()[split], lambda row: read(*row.tolist())) for split in names}
+
+
+def digest(document: str) -> bytes:
+  return hashlib.blake2b(document.encode('utf-8', 'surrogatepass'), digest_size=16).digest()
+
+
+def matching(pattern: str) -> list[pathlib.Path]:
+  """The files that match a glob pattern, sorted; FileNotFoundError where none does."""
+  files = [pathlib.Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+  if not files:
+    raise FileNotFoundError(f'no file matches {pattern!r}; ** stands for folders of any depth')
+  return sorted(files)
+
+
+def title(pattern: str) -> str:
+  """The last part of a pattern without wildcards: 'data/books/**/*.txt' -> 'books'."""
+  return next((pathlib.Path(p).stem for p in reversed(pathlib.Path(pattern).parts) if not glob.has_magic(p)), 'files')
+
+
+def relative(files: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+  """The files by their path below the folder that holds all of them."""
+  root = os.path.commonpath([path.absolute().parent for path in files])
+  return {path.absolute().relative_to(root).as_posix(): path for path in files}
+
+
+def fingerprint(files: Mapping[str, Any], *options: Any) -> str:
+  """Of names, sizes, contents and options, wherever the files lie. `files`: name -> pathlib or etils path."""
+  state = hashlib.blake2b(repr(options).encode(), digest_size=16)
+  sizes = {}
+  for name, path in files.items():
+    with path.open('rb') as f:
+      sizes[name] = f.seek(0, os.SEEK_END)
+  total = sum(sizes.values())
+  for name, path in files.items():
+    state.update(f'\0{name}\0{sizes[name]}\0'.encode('utf-8', 'surrogateescape'))
+    with path.open('rb') as f:
+      state.update(f.read(_END if total > _WHOLE else -1))
+      if total > _WHOLE:
+        f.seek(max(0, sizes[name] - _END))
+        state.update(f.read(_END))
+  return state.hexdigest()
+
+
+def require(module: str, extra: str) -> Any:
+  """The module, or an ImportError that names the extra of `lm` to install."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise ImportError(f"{module} is needed: pip install 'lm[{extra}]' ({error})") from None

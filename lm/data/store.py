@@ -1,0 +1,279 @@
+"""A corpus cleaned and tokenised once, on disk: memory-mapped tokens, where each document starts, and a manifest.
+
+  folder/manifest.json         settings, and per split the counts; written last: without it the store is unfinished
+  folder/<split>/tokens.bin    all documents end to end, no bos or eos; uint16, or uint32 beyond 65,536 tokens
+  folder/<split>/offsets.npy   [documents + 1] int64
+
+While it is built, documents are appended in groups, and `unfinished.json`, replaced after each group, says how much of
+each file counts. Whatever kills the build, the next one cuts the files there and goes on; same bytes in the end.
+"""
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.data import clean
+from lm.data.source import Source, digest
+from lm.data.tokenizer import Tokenizer
+
+_FORMAT = 1
+_GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000  # committed together; lost at most, when killed
+_DIGEST = 16  # bytes, of `digest`
+_NO_TOKENS = 'no tokens'  # why a document is dropped of which normalisation leaves nothing
+
+
+class Store:
+  """One split, open for reading. Opening checks the sizes of the files and reads none of them.
+
+  Attributes:
+    tokens: [total] uint16 or uint32, memory-mapped.
+    offsets: [documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]].
+    manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped, by reason.
+    fingerprint: of source, rules, tokenizer and split.
+  """
+
+  def __init__(self, folder: str | os.PathLike, split: str):
+    self._folder, self._split = pathlib.Path(folder), split
+    manifest = _read(self._folder / 'manifest.json')
+    if manifest is None:
+      raise FileNotFoundError(f'{folder}: there is no finished store; make it with store.build')
+    if split not in manifest['splits']:
+      raise ValueError(f'{folder} has no split {split!r}, only {", ".join(manifest["splits"])}')
+    self.manifest = manifest['splits'][split]
+    self.fingerprint = hashlib.sha256(json.dumps([manifest['settings'], split]).encode()).hexdigest()[:16]
+    path, dtype = self._folder / split / 'tokens.bin', np.dtype(self.manifest['dtype'])
+    expected = self.manifest['tokens'] * dtype.itemsize
+    if (size := path.stat().st_size) != expected:
+      raise ValueError(f'{path} has {size} bytes, and {expected} were written: delete {folder} and build it again')
+    self.tokens = np.memmap(path, dtype, 'r')
+    path = path.with_name('offsets.npy')
+    try:
+      self.offsets = np.load(path, mmap_mode='r')
+    except (ValueError, EOFError) as error:
+      raise ValueError(f'{path} is damaged ({error}): delete {folder} and build it again') from None
+    if len(self.offsets) != len(self) + 1 or self.offsets[-1] != len(self.tokens):
+      raise ValueError(f'{path} does not fit the manifest: delete {folder} and build it again')
+
+  def __len__(self) -> int:
+    return self.manifest['documents']
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    if not -len(self) <= i < len(self):
+      raise IndexError(f'document {i} of {len(self)}')
+    i %= len(self)
+    return self.tokens[self.offsets[i]:self.offsets[i + 1]]
+
+  def __reduce__(self):  # workers map the files themselves
+    return Store, (self._folder, self._split)
+
+
+def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule] = clean.DEFAULT,
+          workers: int = 0, progress: Callable[[str], Any] = print) -> dict[str, Store]:
+  """One `Store` a split: built, gone on with, or only opened if it is there.
+
+  Duplicates are dropped across splits, train last, so that no document of another split is in train. Processes that
+  build the same folder take turns; the second one finds it built.
+
+  Args:
+    workers: processes for cleaning (see `clean.clean`); encoding has its own threads.
+    progress: told one line now and then, and one at the end of each split.
+
+  Raises:
+    ValueError: the folder has a store of other settings, or no document is left of a split.
+    OSError: the folder cannot be written.
+  """
+  folder = pathlib.Path(folder)
+  settings = {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': tokenizer.fingerprint,
+              'rules': [_identity(rule) for rule in rules]}
+  if not _finished(folder, settings):  # asked again under the lock: only a build needs to write
+    with _lock(folder, progress):
+      if not _finished(folder, settings):
+        _Build(folder, source, tokenizer, rules, workers, progress, settings).run()
+  return {split: Store(folder, split) for split in source.splits}
+
+
+@dataclasses.dataclass
+class _Build:
+  """A build under way. `state` is what is committed: settings, and per split counts that give all file sizes."""
+  folder: pathlib.Path
+  source: Source
+  tokenizer: Tokenizer
+  rules: Sequence[clean.Rule]
+  workers: int
+  progress: Callable[[str], Any]
+  settings: dict
+
+  def run(self) -> None:
+    self.dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    splits = sorted(self.source.splits, key=lambda split: (split == 'train', split))
+    empty = {'read': 0, 'documents': 0, 'tokens': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name}
+    self.state = _read(self.folder / 'unfinished.json') or {
+        'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
+    with _writing(self.folder):
+      seen = b''.join([self._resume(split) for split in splits])
+      _replace(self.folder / 'unfinished.json', self.state)
+    deduplicate = _Deduplicate(seen)
+    for split in splits:
+      self._split(split, deduplicate)
+    with _writing(self.folder):
+      for split in splits:
+        lengths = np.fromfile(self.folder / split / 'lengths.partial', np.int64)
+        np.save(self.folder / split / 'offsets.npy', np.concatenate([[0], np.cumsum(lengths)]))
+      _replace(self.folder / 'manifest.json', self.state)
+      for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
+        path.unlink()
+    if self.source.counts:
+      self.progress(f'{self.source.name}: ' + ', '.join(f'{n:,} {what}' for what, n in self.source.counts.items()))
+
+  def _resume(self, split: str) -> bytes:
+    """Cuts the files of a split to what is committed; returns the digests of its documents so far."""
+    folder, counts = self.folder / split, self.state['splits'][split]
+    folder.mkdir(exist_ok=True)
+    digests = counts['documents'] + counts['dropped'].get(_NO_TOKENS, 0)
+    for name, size in (('tokens.bin', counts['tokens'] * self.dtype.itemsize),
+                       ('lengths.partial', counts['documents'] * 8), ('digests.partial', digests * _DIGEST)):
+      with open(folder / name, 'ab') as f:
+        if f.tell() < size:
+          raise ValueError(f'{folder / name} has lost committed data: delete {self.folder} and build it again')
+        f.truncate(size)
+    return (folder / 'digests.partial').read_bytes()
+
+  def _split(self, split: str, deduplicate: clean.Deduplicate) -> None:
+    documents, counts = self.source.splits[split], self.state['splits'][split]
+    rest = (documents[i] for i in range(counts['read'], len(documents)))
+    start = told = time.monotonic()
+    before = counts['bytes']
+    for group in _groups(clean.clean(rest, self.rules, self.workers, deduplicate)):
+      self._append(split, group)
+      if (now := time.monotonic()) - told > 10:
+        told = now
+        self.progress(f'{split}: {counts["read"]:,} of {len(documents):,} documents, '
+                      f'{(counts["bytes"] - before) / 1e6 / (now - start):.1f} MB/s')
+    dropped = ', '.join(f'{n:,} {reason}' for reason, n in counts['dropped'].items()) or 'none'
+    if not counts['documents']:
+      raise ValueError(f'{self.source.name}: no document is left in {split} of {counts["read"]:,} read; '
+                       f'dropped: {dropped}')
+    speed = (counts['bytes'] - before) / 1e6 / max(time.monotonic() - start, 1e-9)
+    self.progress(f'{split}: {counts["documents"]:,} documents, {counts["bytes"] / 1e6:.1f} MB, {counts["tokens"]:,} '
+                  f'tokens, {counts["bytes"] / counts["tokens"]:.2f} bytes a token, {speed:.1f} MB/s; '
+                  f'dropped: {dropped}')
+
+  def _append(self, split: str, group: list[str | clean.Drop]) -> None:
+    """Encodes, appends and commits results of cleaning."""
+    folder, counts = self.folder / split, self.state['splits'][split]
+    kept = [document for document in group if not isinstance(document, clean.Drop)]
+    encoded = self.tokenizer.encode_batch(kept)
+    dropped = collections.Counter(counts['dropped'])
+    dropped.update(document.reason for document in group if isinstance(document, clean.Drop))
+    dropped.update(_NO_TOKENS for tokens in encoded if not len(tokens))
+    lengths = np.array([len(tokens) for tokens in encoded if len(tokens)], np.int64)
+    with _writing(self.folder):
+      _append(folder / 'tokens.bin', b''.join(tokens.astype(self.dtype).tobytes() for tokens in encoded))
+      _append(folder / 'lengths.partial', lengths.tobytes())
+      _append(folder / 'digests.partial', b''.join(map(digest, kept)))
+      counts['read'] += len(group)
+      counts['documents'] += len(lengths)
+      counts['tokens'] += int(lengths.sum())
+      counts['bytes'] += sum(len(document.encode()) for document, tokens in zip(kept, encoded) if len(tokens))
+      counts['dropped'] = dict(sorted((reason, n) for reason, n in dropped.items() if n))
+      _replace(self.folder / 'unfinished.json', self.state)
+
+
+class _Deduplicate(clean.Deduplicate):
+  """Goes on from the digests of a build that was cut off."""
+
+  def __init__(self, digests: bytes):
+    super().__init__()
+    self._seen.update(digests[i:i + _DIGEST] for i in range(0, len(digests), _DIGEST))
+
+
+def _finished(folder: pathlib.Path, settings: dict) -> bool:
+  """Whether the folder has a finished store. Raises ValueError if what it has was made with other settings."""
+  for name in ('manifest.json', 'unfinished.json'):
+    if (found := _read(folder / name)) is None:
+      continue
+    if differ := [key for key in settings if found['settings'].get(key) != settings[key]]:
+      raise ValueError(f'{folder} has a store of other settings: ' + '; '.join(
+          f'{key} {found["settings"].get(key)} there, {settings[key]} here' for key in differ)
+          + '; choose another folder or delete this one')
+    if name == 'manifest.json':
+      return True
+  return False
+
+
+def _groups(results: Iterator[str | clean.Drop]) -> Iterator[list[str | clean.Drop]]:
+  group, characters = [], 0
+  for document in results:
+    group.append(document)
+    characters += 0 if isinstance(document, clean.Drop) else len(document)
+    if len(group) == _GROUP_DOCUMENTS or characters >= _GROUP_CHARACTERS:
+      yield group
+      group, characters = [], 0
+  if group:
+    yield group
+
+
+def _identity(rule: clean.Rule) -> str:
+  """A function by its name, an object by its repr; ValueError if neither would be the same in another process."""
+  name = f'{rule.__module__}.{rule.__qualname__}' if hasattr(rule, '__qualname__') else repr(rule)
+  if re.search('<lambda>|<locals>| at 0x', name):
+    raise ValueError(f'rule {name} has no lasting name to know the store by: make it a function of a module or a '
+                     'frozen dataclass')
+  return name
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path, progress: Callable[[str], Any]) -> Iterator[None]:
+  """Held by one process at a time, and let go of when it dies."""
+  with _writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / 'lock', os.O_CREAT | os.O_WRONLY)
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      progress(f'waiting for the process that builds {folder}')
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(file)
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, f'cannot write the store: {error.strerror}; free space or choose another folder',
+                  str(folder)) from error
+
+
+def _append(path: pathlib.Path, data: bytes) -> None:
+  with open(path, 'ab') as f:
+    f.write(data)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def _replace(path: pathlib.Path, value: dict) -> None:
+  new = path.with_suffix('.new')
+  with open(new, 'w') as f:
+    json.dump(value, f, indent=1)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(new, path)
+
+
+def _read(path: pathlib.Path) -> dict | None:
+  return json.loads(path.read_text()) if path.exists() else None
+

@@ -1,0 +1,282 @@
+"""What a tokenizer is to the other rooms, and the three kinds: bytes, SentencePiece, and Hugging Face tokenizer.json.
+
+A tokenizer is an immutable value: equal files make equal tokenizers, with one fingerprint, and it can be pickled. What
+is trained here, and `Bytes`, are lossless: decode(encode(text)) == text for all valid Unicode. No text, '<s>' included,
+is ever encoded as a control token, and encoding adds no bos or eos: batches place those.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lm.data import source
+
+
+class Tokenizer(Protocol):
+  """What the other rooms know of a tokenizer."""
+
+  @property
+  def vocab_size(self) -> int: ...
+
+  @property
+  def bos_id(self) -> int:
+    """Goes before a document. May equal `eos_id`, as in GPT-2."""
+
+  @property
+  def eos_id(self) -> int: ...
+
+  @property
+  def fingerprint(self) -> str: ...
+
+  def encode(self, text: str) -> np.ndarray:
+    """int32 ids. Raises ValueError for lone surrogates, which are no valid Unicode."""
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of each text, on all cores where the library has threads."""
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text; control tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
+
+  def byte_lengths(self) -> np.ndarray:
+    """[vocab_size] int32: UTF-8 bytes of text each token stands for; 0 for control, unknown and unused tokens.
+
+    Over a document they add up to its length if the tokenizer is lossless. Normalising ones (T5) count their own text.
+    """
+
+  def control_id(self, name: str) -> int:
+    """Raises ValueError, with the names that exist, where `name` is no control token."""
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes what `load(folder)` opens again."""
+
+
+def sentinels(count: int) -> tuple[str, ...]:
+  """Names of the control tokens that stand for missing spans (T5, arXiv:1910.10683, has 100), or for what comes up."""
+  return tuple(f'<|{i}|>' for i in range(count))
+
+
+# Room for what objectives need beside bos and eos: padding, masks, fill-in-the-middle, chat, span corruption.
+CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
+           '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', *sentinels(32))
+
+
+class _Base:
+  """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names."""
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self._table)
+
+  @property
+  def bos_id(self) -> int:
+    return self.control_id(self.bos)
+
+  @property
+  def eos_id(self) -> int:
+    return self.control_id(self.eos)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    fields = [type(self).__name__, *(getattr(self, field.name) for field in dataclasses.fields(self))]
+    return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
+
+  def __reduce__(self):  # without what is cached: libraries' objects are made again where they are needed
+    return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    table = self._table
+    return b''.join([table[i] for i in self._checked(ids)]).decode('utf-8', 'replace')
+
+  def byte_lengths(self) -> np.ndarray:
+    return np.array([len(piece) for piece in self._table], np.int32)
+
+  def control_id(self, name: str) -> int:
+    if name not in self._control:
+      raise ValueError(f'there is no control token {name!r} in this tokenizer, only {", ".join(self._control)}; '
+                       'train one with control=(..., name)')
+    return self._control[name]
+
+  def _checked(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if bad := ids[(ids < 0) | (ids >= self.vocab_size)][:1].tolist():
+      raise ValueError(f'token id {bad[0]} is outside the vocabulary of {self.vocab_size}')
+    return ids.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes(_Base):
+  """UTF-8 bytes as ids 0..255, then bos, eos and the control tokens."""
+  control: tuple[str, ...] = CONTROL
+
+  bos, eos = '<s>', '</s>'
+
+  def __post_init__(self):
+    object.__setattr__(self, 'control', tuple(self.control))
+    if len(names := (self.bos, self.eos, *self.control)) != len(set(names)):
+      raise ValueError(f'control tokens must differ from each other and from {self.bos} and {self.eos}: {self.control}')
+
+  @functools.cached_property
+  def _control(self) -> dict[str, int]:
+    return {name: 256 + i for i, name in enumerate((self.bos, self.eos, *self.control))}
+
+  @functools.cached_property
+  def _table(self) -> list[bytes]:
+    return [bytes([i]) for i in range(256)] + [b''] * len(self._control)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
+
+  def save(self, folder: str | os.PathLike) -> None:
+    _write(folder, 'bytes.json', json.dumps({'control': self.control}, indent=1).encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece(_Base):
+  """A SentencePiece model (arXiv:1808.06226), by the bytes of its .model file and the names of bos and eos in it.
+
+  A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix) is made lossless: it is
+  decoded by its table of bytes, and '▁', which SentencePiece takes for a space, is encoded by its three bytes.
+  """
+  model: bytes = dataclasses.field(repr=False)
+  bos: str
+  eos: str
+
+  @functools.cached_property
+  def _processor(self) -> Any:
+    module = source.require('sentencepiece', 'sentencepiece')
+    try:
+      return module.SentencePieceProcessor(model_proto=self.model)
+    except RuntimeError as error:
+      raise ValueError(f'this is no SentencePiece model: {error}') from None
+
+  @functools.cached_property
+  def _table(self) -> list[bytes]:
+    model = self._processor
+
+    def piece(i):
+      if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+        return b''
+      name = model.id_to_piece(i)
+      return bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace('▁', ' ').encode()  # '<0x41>'
+
+    return [piece(i) for i in range(model.vocab_size())]
+
+  @functools.cached_property
+  def _control(self) -> dict[str, int]:
+    model = self._processor
+    return {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+
+  @functools.cached_property
+  def _space(self) -> np.ndarray | None:
+    """The ids of the bytes of '▁' if the model is lossless."""
+    probe = '  A\t Ａ①\r\n ﬁe\u0301\u200b\u3000 \0İ \n '
+    if self._processor.normalize(probe) != probe.replace(' ', '▁'):
+      return None
+    ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in '▁'.encode()]
+    return np.array(ids, np.int32) if all(map(self._processor.is_byte, ids)) else None
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    for text in texts:
+      utf8(text)
+    parts = [text.split('▁') if self._space is not None else [text] for text in texts]
+    flat = [part for group in parts for part in group]
+    threads = min(len(flat), os.cpu_count() or 1)
+    if threads > 1:
+      encoded = iter(self._processor.encode(flat, num_threads=threads))
+    else:
+      encoded = iter([self._processor.encode(part) for part in flat])
+    return [self._joined([np.array(next(encoded), np.int32) for _ in group]) for group in parts]
+
+  def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([x for part in parts for x in (self._space, part)][1:]) if len(parts) > 1 else parts[0]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return super().decode(ids) if self._space is not None else self._processor.decode(self._checked(ids))
+
+  def save(self, folder: str | os.PathLike) -> None:
+    _write(folder, 'tokenizer.model', self.model)
+    _write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(_Base):
+  """A tokenizer of the `tokenizers` library, by the text of its tokenizer.json and the names of bos and eos in it."""
+  model: str = dataclasses.field(repr=False)
+  bos: str
+  eos: str
+
+  @functools.cached_property
+  def _tokenizer(self) -> Any:
+    module = source.require('tokenizers', 'tokenizers')
+    try:
+      tokenizer = module.Tokenizer.from_str(self.model)
+    except Exception as error:  # the library raises no narrower class
+      raise ValueError(f'this is no tokenizer.json: {error}') from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # means: as plain text
+    return tokenizer
+
+  @functools.cached_property
+  def _table(self) -> list[bytes]:
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    added = self._tokenizer.get_added_tokens_decoder()
+    byte = _byte_level() if '"ByteLevel"' in self.model else None
+    table = [b''] * (1 + max(vocabulary.values()))
+    for name, i in vocabulary.items():
+      if i in added:
+        table[i] = b'' if added[i].special else name.encode()
+      elif byte:
+        table[i] = b''.join(byte.get(c, c.encode()) for c in name)
+      elif re.fullmatch('<0x[0-9A-F]{2}>', name):
+        table[i] = bytes([int(name[3:5], 16)])
+      else:
+        table[i] = name.removeprefix('##').replace('▁', ' ').encode()
+    return table
+
+  @functools.cached_property
+  def _control(self) -> dict[str, int]:
+    return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    for text in texts:
+      utf8(text)
+    return [np.array(x.ids, np.int32) for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self._tokenizer.decode(self._checked(ids))
+
+  def save(self, folder: str | os.PathLike) -> None:
+    _write(folder, 'tokenizer.json', self.model.encode())
+    _write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
+
+
+def utf8(text: str) -> bytes:
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{text[error.start]!r} at character {error.start} is a lone surrogate, no valid Unicode; '
+                     'clean the text with lm.data.clean.Unicode()') from None
+
+
+def _write(folder: str | os.PathLike, name: str, data: bytes) -> None:
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / name).write_bytes(data)
+
+
+def _byte_level() -> dict[str, bytes]:
+  """GPT-2's printable stand-ins for bytes: those that print stand for themselves, the others for U+0100 and up."""
+  visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  hidden = [byte for byte in range(256) if byte not in visible]
+  return {chr(byte): bytes([byte]) for byte in visible} | {chr(256 + i): bytes([b]) for i, b in enumerate(hidden)}

@@ -1,0 +1,286 @@
+"""Text from a model: sampling, decoding with a key/value cache, streaming.
+
+  for (piece,) in generate.stream(model, params, tokenizer, ['def '], generate.Sampling(top_p=0.9)):
+    print(piece, end='', flush=True)
+
+A completion is a function of (seed, prompt, how many equal prompts stand before it): not of its company in the batch.
+Shapes: the legend in `models/transformer.py`.
+"""
+import collections
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.data.tokenizer import Tokenizer
+from lm.models.transformer import Cache, Model, Output
+
+CHUNK = 16   # tokens made between two looks at the text: few enough to read along, enough to hide the call
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is drawn. The filters apply in the order of vLLM: penalty, temperature, min_p, top_k, top_p.
+
+  Args:
+    temperature: divides the logits; 0 takes the most probable token (as below 1e-5; below 0.01 acts as 0.01).
+    top_k: keeps the k most probable tokens, and ties of the last; 0 (or -1) keeps all.
+    top_p: keeps the smallest set of tokens whose mass reaches p (Holtzman et al. 2020); 1 keeps all.
+    min_p: keeps tokens of at least this share of the greatest probability (Nguyen et al. 2024); 0 keeps all.
+    repetition_penalty: makes tokens of prompt and output less likely (Keskar et al. 2019); 1 does nothing.
+  """
+  temperature: float = 1.
+  top_k: int = 0
+  top_p: float = 1.
+  min_p: float = 0.
+  repetition_penalty: float = 1.
+
+  def __post_init__(self):
+    for name, valid, allowed in (
+        ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more'),
+        ('top_k', self.top_k >= -1 and self.top_k % 1 == 0, 'a whole number, 0 (off) or more'),
+        ('top_p', 0 < self.top_p <= 1, 'more than 0 and at most 1 (off)'),
+        ('min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1'),
+        ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'more than 0; 1 is off')):
+      if not valid:
+        raise ValueError(f'{name}={getattr(self, name)} must be {allowed}')
+
+  @property
+  def greedy(self) -> bool:
+    return self.temperature < 1e-5
+
+
+# Filters: float32 logits [B, V] -> logits, at -inf where a token is ruled out.
+
+
+def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+  """Divides the positive logits of seen tokens by `penalty`, multiplies the negative ones by it."""
+  return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def keep_min_p(logits_BV: jax.Array, share: float) -> jax.Array:
+  """Rules out tokens less probable than `share` times the most probable one."""
+  return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + math.log(share), logits_BV, -jnp.inf)
+
+
+def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
+  """Rules out tokens below the k-th greatest logit; its ties stay."""
+  least = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
+  return jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
+
+
+def keep_top_p(logits_BV: jax.Array, mass: float) -> jax.Array:
+  """Rules out the least probable tokens that together hold at most 1 - `mass`; of ties, the earlier ids first."""
+  order = jnp.argsort(logits_BV, axis=-1)
+  ascending = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1))
+  dropped = (jnp.cumsum(ascending, -1) <= 1 - mass).at[:, -1].set(False)
+  dropped = jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False)
+  return jnp.where(dropped, -jnp.inf, logits_BV)
+
+
+def process(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
+  """The logits that tokens are drawn from. `seen_BV`: tokens of prompt and output, where there is a penalty."""
+  logits = logits_BV.astype(jnp.float32)
+  if sampling.repetition_penalty != 1:
+    logits = penalize(logits, seen_BV, sampling.repetition_penalty)
+  if sampling.greedy:   # the filters keep the most probable token
+    return logits
+  logits = logits / max(sampling.temperature, 0.01)
+  if sampling.min_p > 0:
+    logits = keep_min_p(logits, sampling.min_p)
+  if sampling.top_k > 0:
+    logits = keep_top_k(logits, sampling.top_k)
+  if sampling.top_p < 1:
+    logits = keep_top_p(logits, sampling.top_p)
+  return logits
+
+
+# Decoding.
+
+
+class _State(NamedTuple):
+  """What decoding carries from token to token, for B rows."""
+  cache: Cache
+  token_B: jax.Array            # the last token of each row, not yet in the cache
+  position_B: jax.Array         # and its place in the text
+  done_B: jax.Array             # rows that have ended
+  seen_BV: jax.Array | None     # tokens of prompt and output; None without a penalty
+  stream_B: jax.Array           # the random stream of each row, uint32
+  key: jax.Array
+  step: jax.Array               # tokens made
+
+
+def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.Array) -> _State:
+  """The state with one more token, from the last position of a forward pass."""
+  def local(logits, seen, stream, key, step):
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # a padded vocabulary
+    logits = process(logits, sampling, seen)
+    if sampling.greedy:
+      token = jnp.argmax(logits, -1)
+    else:
+      keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), step))(stream)
+      token = jax.vmap(jax.random.categorical)(keys, logits)
+    token = token.astype(jnp.int32)
+    return token, None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
+
+  if sharding.spec('B') is not None:   # each shard draws for its own rows, over the whole vocabulary
+    rows = P('data')
+    local = jax.shard_map(local, in_specs=(rows, rows, rows, P(), P()), out_specs=rows, check_vma=False)
+  logits = sharding.constrain(out.head(out.hidden[:, -1:])[:, 0], 'B-')
+  token, seen = local(logits, state.seen_BV, state.stream_B, state.key, state.step)
+  token = jnp.where(state.done_B, eos, token)
+  return state._replace(cache=out.cache, token_B=token, position_B=state.position_B + 1, seen_BV=seen,
+                        done_B=state.done_B | (token == eos), step=state.step + 1)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
+def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, eos, *, sampling, vocab, slots) -> _State:
+  """Reads left-padded prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
+  tokens, length = sharding.constrain(tokens_BT, 'BT'), sharding.constrain(length_B, 'B')
+  place = jnp.arange(tokens.shape[1])[None] - (tokens.shape[1] - length[:, None])
+  batch = Batch(tokens, positions=jnp.maximum(place, 0), segments=(place >= 0).astype(jnp.int32))
+  out = model.apply(params, batch, cache=model.init_cache(len(tokens), slots))
+  seen = None if seen_BV is None else sharding.constrain(seen_BV, 'B-')
+  state = _State(out.cache, tokens[:, -1], length - 1, length == 0, seen, sharding.constrain(stream_B, 'B'), key,
+                 jnp.int32(0))
+  return _draw(state, out, sampling, vocab, eos)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab'), donate_argnames='state')
+def _decode(model, params, state: _State, limit, eos, *, sampling, vocab) -> tuple[_State, jax.Array]:
+  """Up to `limit` more tokens, fewer if all rows end: [B, CHUNK], filled up with `eos`, on every device."""
+  def step(carry):
+    n, state, made = carry
+    batch = Batch(state.token_B[:, None], positions=state.position_B[:, None])
+    state = _draw(state, model.apply(params, batch, cache=state.cache), sampling, vocab, eos)
+    return n + 1, state, jax.lax.dynamic_update_slice(made, state.token_B[:, None], (0, n))
+
+  made = sharding.constrain(jnp.full((len(state.token_B), CHUNK), eos), 'BT')
+  _, state, made = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~carry[1].done_B.all(), step,
+                                      (jnp.int32(0), state, made))
+  return state, sharding.constrain(made, '--')
+
+
+def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tokenizer, sampling: Sampling,
+            max_tokens: int, seed: int) -> Iterator[np.ndarray]:
+  """New tokens of each prompt, [prompts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
+  mesh = jax.sharding.get_abstract_mesh()
+  multiple = 1 if mesh.empty else mesh.shape['data']
+  rows, longest = -(-len(prompts) // multiple) * multiple, max(map(len, prompts))
+  width = min(max(16, 1 << (longest - 1).bit_length()), model.max_length)   # few widths, so few compilations
+  tokens, length, stream = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
+  seen = None if sampling.repetition_penalty == 1 else np.zeros((rows, model.vocab), bool)
+  copies: collections.Counter[bytes] = collections.Counter()
+  for row, ids in enumerate(prompts):
+    tokens[row, width - len(ids):] = ids
+    length[row] = len(ids)
+    stream[row] = zlib.crc32(ids.tobytes(), copies[ids.tobytes()])
+    copies[ids.tobytes()] += 1
+    if seen is not None:
+      seen[row, ids] = True
+  eos, how = np.int32(tokenizer.eos_id), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
+  state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), eos,
+                   slots=-(-(width + max_tokens) // 64) * 64, **how)
+  yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]
+  for left in range(max_tokens - 1, 0, -CHUNK):
+    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), eos, **how)
+    yield np.asarray(made)[:len(prompts), :left]
+
+
+# Text.
+
+
+class _Text:
+  """One row's tokens, as text that is safe to show: whole characters, and no part of a stop string."""
+
+  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
+    # The prompt gives context: the first new token may or may not begin with a space.
+    self._tokenizer, self._ids, self._shown, self._known = tokenizer, prompt.tolist(), 0, len(prompt)
+    self._stop, self._hold, self._held, self.done = stop, max(map(len, stop), default=1) - 1, '', False
+
+  def push(self, tokens: Sequence[int]) -> str:
+    """Adds tokens; returns the text that they make certain."""
+    return ''.join(self._push(token) for token in tokens)
+
+  def _push(self, token: int) -> str:
+    if self.done:
+      return ''
+    if token == self._tokenizer.eos_id:
+      return self.end()
+    self._ids.append(int(token))
+    old, new = self._decode()
+    if len(new) <= len(old) or new.endswith('\ufffd'):   # perhaps the first bytes of a character
+      return ''
+    self._shown, self._known = self._known, len(self._ids)
+    return self._release(new[len(old):])
+
+  def end(self) -> str:
+    """What was held back. A character that is still incomplete is dropped."""
+    if self.done:
+      return ''
+    old, new = self._decode()
+    text = self._release(new[len(old):].rstrip('\ufffd'))
+    if not self.done:   # no stop string
+      text, self.done = text + self._held, True
+    return text
+
+  def _decode(self) -> tuple[str, str]:
+    """The text of the last piece, and of it with all that came since: what a token reads as depends on those before."""
+    return self._tokenizer.decode(self._ids[self._shown:self._known]), self._tokenizer.decode(self._ids[self._shown:])
+
+  def _release(self, text: str) -> str:
+    self._held += text
+    found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+    self.done = bool(found)
+    at = min(found, default=max(len(self._held) - self._hold, 0))
+    text, self._held = self._held[:at], self._held[at:]
+    return text
+
+
+def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
+           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> Iterator[list[str]]:
+  """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
+
+  A document begins with bos, so bos is put in front of each prompt. A completion ends at eos, before the first of the
+  `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh, call it inside `jax.set_mesh`.
+
+  Raises:
+    ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string.
+  """
+  if isinstance(prompts, str) or isinstance(stop, str) or '' in stop:
+    raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
+  if max_tokens < 1:
+    raise ValueError(f'max_tokens={max_tokens} must be at least 1')
+  if tokenizer.vocab_size > model.vocab:
+    raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab}; '
+                     'use the tokenizer that the model was trained with')
+  if not prompts:
+    return
+  encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
+  longest = 1 + max(map(len, encoded))
+  if longest + max_tokens > model.max_length:
+    raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
+                     f'{model.max_length} that the model can place; shorten one of them')
+  texts = [_Text(tokenizer, ids, stop) for ids in encoded]
+  begun = [np.concatenate([np.int32([tokenizer.bos_id]), ids]) for ids in encoded]
+  for tokens in _tokens(model, params, begun, tokenizer, sampling, max_tokens, seed):
+    yield [text.push(row) for text, row in zip(texts, tokens)]
+    if all(text.done for text in texts):
+      return
+  yield [text.end() for text in texts]
+
+
+def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
+             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> list[str]:
+  """The completion of each prompt, without the prompt; see `stream`."""
+  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
+  return [''.join(column) for column in zip(*pieces)]

@@ -1,0 +1,299 @@
+"""An experiment function -> an absl program. Its keyword-only parameters are its flags.
+
+  def experiment(*, layers: int = 12, lr: float = 1e-3): return train.Run(...)
+  if __name__ == '__main__': launch.run(experiment)
+
+Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `T | None` (the
+word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 130 interrupted.
+"""
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import importlib.metadata
+import inspect
+import os
+import pathlib
+import platform
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import absl.logging  # noqa: F401  (defines --v and its kin)
+from absl import flags
+
+
+def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None) -> None:
+  """Trains the `train.Run` that `experiment` returns, in `--workdir`; then calls `then(run, workdir, result)`."""
+  with _program(experiment, _train) as (knobs, shared):
+    _train(experiment, knobs, then, **shared)
+
+
+def tool(function: Callable[..., None]) -> None:
+  """Runs a function that is no experiment: it has only the flags in its own signature."""
+  with _program(function) as (knobs,):
+    function(**knobs)
+
+
+def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable[..., None] | None, *,
+           workdir: pathlib.Path | None = None, seed: int = 0, mesh: str | None = None,
+           coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+  """A run in its workdir. The keyword-only parameters are the flags that every run shares.
+
+  Args:
+    workdir: where the run lives; one that was stopped goes on from there. Without it: runs/<name of the script>.
+    seed: fixes the data order, the initialisation and the losses.
+    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+    coordinator_address: host:port of process 0, in a cluster that is not found by itself.
+    num_processes: how many there are in that cluster.
+    process_id: which of them this one is.
+  """
+  _start_cluster(coordinator_address, num_processes, process_id)
+  import jax
+
+  from lm import sharding, track, train
+  script = pathlib.Path(inspect.getfile(experiment))
+  workdir = workdir or pathlib.Path('runs', script.stem)
+  devices = sharding.make_mesh(mesh)
+  track.claim(workdir, script.name)
+  with jax.set_mesh(devices):
+    configured = dataclasses.replace(experiment(**knobs), seed=seed)
+    track.start(workdir, script=script.name, argv=sys.argv, knobs=knobs, seed=seed, **_circumstances(script, devices))
+    result = train.train(configured, workdir, mesh=devices)
+    if then:
+      then(configured, workdir, result)
+
+
+@contextlib.contextmanager
+def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
+  """Flags in, one-line errors and exit codes out."""
+  try:
+    values, debug = parse(functions, sys.argv)
+  except (flags.Error, ValueError) as error:  # absl raises ValueError for --noflag=value
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  try:
+    _cache_compilations()
+    yield values
+  except KeyboardInterrupt:
+    _exit(130)
+  except Exception as error:
+    if isinstance(error, (ValueError, OSError, ImportError)) and not debug and not _raised_in_a_library(error):
+      print(f'error: {error}  (--debug shows where)', file=sys.stderr, flush=True)
+    else:
+      traceback.print_exc()
+    _exit(1)
+
+
+def _raised_in_a_library(error: Exception) -> bool:
+  """A ValueError out of JAX or Flax is a bug here, not a bad input: it keeps its traceback."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  ours = frame.f_globals.get('__name__', '').partition('.')[0] == 'lm'
+  return isinstance(error, ValueError) and not ours and '-packages' in frame.f_code.co_filename
+
+
+def _exit(code: int) -> None:
+  jax = sys.modules.get('jax')
+  if jax and jax.distributed.is_initialized():
+    # An ordinary exit would wait minutes for the other processes, which wait for this one in a collective.
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
+# Flags.
+
+
+def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
+  """The keyword arguments of each function, and `--debug`; flags.Error, in one line, for a bad flag."""
+  # Not the global FLAGS: there, two experiments in one process could not both have a flag `lr`.
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  for function in functions:
+    for parameter in _keywords(function):
+      _define(values, function, parameter)
+  for name in ('debug', 'help', 'helpfull'):
+    flags.DEFINE_bool(name, False, '', flag_values=values)
+  unknown = values(argv, known_only=True)
+  if values['help'].value or values['helpfull'].value:
+    print(_help(functions, argv[0]) + ('\n\n' + flags.FLAGS.get_help() if values['helpfull'].value else ''))
+    sys.exit(0)
+  try:
+    positional = flags.FLAGS(unknown)[1:]  # absl's own flags; grain and absl.logging read them, so always parse
+  except flags.UnrecognizedFlagError as error:
+    nearest = difflib.get_close_matches(error.flagname, list(values), n=1, cutoff=0)[0]
+    raise flags.Error(f'unknown flag --{error.flagname}; the nearest is --{nearest} (--help lists all)') from None
+  if positional:
+    raise flags.Error(f'unexpected argument {positional[0]!r}; flags are written --name=value')
+  for parameter in [p for function in functions for p in _keywords(function)]:
+    if parameter.default is parameter.empty and not values[parameter.name].present:
+      raise flags.Error(f'--{parameter.name} is required: {values[parameter.name].parser.allowed}')
+  return [{p.name: values[p.name].value for p in _keywords(f)} for f in functions], values['debug'].value
+
+
+def _keywords(function: Callable[..., Any]) -> list[inspect.Parameter]:
+  return [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _define(values: flags.FlagValues, function: Callable[..., Any], parameter: inspect.Parameter) -> None:
+  name, hints = parameter.name, typing.get_type_hints(function)
+  if name in values or name not in hints:
+    raise TypeError(f'{function.__qualname__}: {name} has no type, or is the name of a flag that every run has')
+  default = None if parameter.default is parameter.empty else parameter.default
+  flags.DEFINE_flag(flags.Flag(_Parser(hints[name]), None, name, default, ' ', boolean=hints[name] is bool,
+                               allow_using_method_names=True), flag_values=values)
+
+
+class _Parser(flags.ArgumentParser):
+  """absl's view of a type. absl puts the name and the value of the flag in front of the ValueError's message."""
+
+  def __init__(self, kind: Any):
+    self.kind, self.allowed = kind, _allowed(kind)
+
+  def parse(self, argument: Any) -> Any:
+    if not isinstance(argument, str):  # a default
+      return argument
+    try:
+      return _convert(self.kind, argument.strip())
+    except (ValueError, KeyError):
+      raise ValueError(f'expected {self.allowed}') from None
+
+
+def _convert(kind: Any, text: str) -> Any:
+  """`text` as a value of type `kind`; ValueError if it is none."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    return None if text.lower() == 'none' else _convert(_not_none(inner), text)
+  if origin is typing.Literal:
+    return {str(choice): choice for choice in inner}[text]
+  if origin in (list, tuple):
+    items = [item.strip() for item in text.split(',')] if text else []
+    fixed = origin is tuple and inner[-1] is not Ellipsis
+    return origin(_convert(k, item) for k, item in zip(inner if fixed else inner[:1] * len(items), items, strict=True))
+  if kind is bool:
+    return flags.BooleanParser().parse(text)
+  if kind is int:
+    try:
+      return int(text)
+    except ValueError:
+      number = float(text)  # 1e4
+      if not number.is_integer():
+        raise
+      return int(number)
+  value = kind(text)
+  if value != value:
+    raise ValueError('nan')
+  return value.expanduser() if kind is pathlib.Path else value
+
+
+def _not_none(inner: tuple[Any, ...]) -> Any:
+  kinds = [kind for kind in inner if kind is not types.NoneType]
+  if len(kinds) != 1:
+    raise TypeError(f'a flag has one type, or one type and None, not {" | ".join(map(str, kinds))}')
+  return kinds[0]
+
+
+def _allowed(kind: Any) -> str:
+  """What may be written for a type, in words; TypeError if it cannot be a flag."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    return f'{_allowed(_not_none(inner))} | none'
+  if origin is typing.Literal:
+    return ' | '.join(map(str, inner))
+  if origin is tuple and inner[-1] is not Ellipsis:
+    return ','.join(map(_allowed, inner))
+  if origin in (list, tuple):
+    return '{0},{0},...'.format(_allowed(inner[0]))
+  words = {int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path'}
+  if kind not in words:
+    raise TypeError(f'{kind} cannot be a flag; use int, float, bool, str, Path, Literal, list, tuple or T | None')
+  return words[kind]
+
+
+def _argument_help(function: Callable[..., Any]) -> dict[str, str]:
+  """The Args section of a docstring, by name."""
+  section = re.search(r'^Args:\n((?: +.*(?:\n|$)|\n)*)', inspect.getdoc(function) or '', re.MULTILINE)
+  lines = textwrap.dedent(section[1]) if section else ''
+  entries = re.findall(r'^(\w+): *(.*(?:\n +.*)*)', lines, re.MULTILINE)
+  return {name: ' '.join(text.split()) for name, text in entries}
+
+
+def _help(functions: Sequence[Callable[..., Any]], script: str) -> str:
+  about = inspect.getdoc(inspect.getmodule(functions[0])) or inspect.getdoc(functions[0]) or ''
+  lines = [f'usage: python {script} [--flag=value ...]', '', about.split('\n\n')[0]]
+  for title, function in zip(('Flags', 'Flags of every run'), functions):
+    lines += ['', f'{title}:']
+    hints, notes = typing.get_type_hints(function), _argument_help(function)
+    for parameter in _keywords(function):
+      note = f'{notes[parameter.name].rstrip(".")}. ' if parameter.name in notes else ''
+      default = 'required' if parameter.default is parameter.empty else f'default {_written(parameter.default)}'
+      lines += _entry(parameter.name, f'{note}({_allowed(hints[parameter.name])}; {default})')
+  return '\n'.join([*lines, '', 'Always:', *_entry('debug', 'show the traceback of every error'),
+                    *_entry('helpfull', "this, and absl's own flags")])
+
+
+def _entry(name: str, text: str) -> list[str]:
+  lines = textwrap.wrap(text, 90)
+  return [f'  --{name:<19} {lines[0]}', *(' ' * 24 + line for line in lines[1:])]
+
+
+def _written(value: Any) -> str:
+  """A default, as it would be written on the command line."""
+  if isinstance(value, (list, tuple)):
+    return ','.join(map(_written, value))
+  return {'True': 'true', 'False': 'false', 'None': 'none'}.get(str(value), str(value))
+
+
+def _cache_compilations() -> None:
+  """Compiled programs are kept on disk: a second start compiles nothing."""
+  import jax
+  if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'lm' / 'jax'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _start_cluster(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Joins the cluster that the flags name, or that JAX detects; does nothing on a machine by itself."""
+  import jax
+  given = (coordinator_address, num_processes, process_id)
+  if any(value is not None for value in given):
+    if None in given:
+      raise ValueError('--coordinator_address, --num_processes and --process_id are given together or not at all')
+    jax.distributed.initialize(*given, cluster_detection_method='deactivate')
+  elif any(int(os.environ.get(name, 1)) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')):
+    jax.distributed.initialize()
+  elif os.environ.get('TPU_ML_PLATFORM') == 'JAX' and 'TPU_SKIP_MDS_QUERY' not in os.environ:
+    # JAX sets the first on a Cloud TPU host; the second says that there is no metadata server to ask.
+    with contextlib.suppress(ValueError):  # a TPU without a cluster around it: no coordinator address
+      jax.distributed.initialize()
+
+
+def _circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:
+  """What a result may depend on besides the flags."""
+  import jax
+  versions = {'python': platform.python_version()}
+  for package in ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  device = mesh.devices.flat[0]
+  return {
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), 'host': socket.gethostname(),
+      'revision': _revision(script.parent), 'versions': versions, 'platform': device.platform,
+      'device': device.device_kind, 'devices': mesh.size, 'processes': jax.process_count(), 'mesh': dict(mesh.shape),
+  }
+
+
+def _revision(folder: pathlib.Path) -> str | None:
+  """The git commit, with `-dirty` where files differ from it; None without git or a repository."""
+  command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=40']
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  return None

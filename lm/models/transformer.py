@@ -1,0 +1,173 @@
+"""The decoder: a composition of parts. `gpt2` and `llama` below are two of them; a variant is another.
+
+Shapes: B batch, T query time, S key time, D model width, N query heads, K key/value heads, H head size,
+F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its shape where it helps; the einsums and
+the sharding table use the same letters.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.models import layers as parts
+
+
+class Head(NamedTuple):
+  """From hidden states to float32 logits. Kept apart, so that a loss never needs all of `[B, T, V]` at once."""
+  weight_VD: jax.Array
+
+  def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+    return jnp.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, out_sharding=sharding.spec('BTV'),
+                      preferred_element_type=jnp.float32)
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens seen so far. Row b sees slot s where `segments_BS[b, s]` is its own segment."""
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  segments_BS: jax.Array   # 0: empty or padding
+  index: jax.Array         # slots that are filled, the same for all rows
+
+
+class Output(NamedTuple):
+  hidden: jax.Array        # [B, T, D]
+  head: Callable[[jax.Array], jax.Array]
+  cache: Cache | None
+
+
+class Model(nn.Module):
+  """Base of models: Flax modules whose parameters are an explicit tree."""
+
+  @nn.nowrap
+  def init(self, key: jax.Array) -> Any:
+    """Float32 parameters, laid out on the mesh in use. Call it inside `jax.jit`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = jnp.zeros((1 if mesh.empty else mesh.shape['data'], 1), jnp.int32)
+    return super().init(key, Batch(tokens))['params']
+
+  @nn.nowrap
+  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
+    """Runs on `batch` (tokens; positions and segments where rows are packed or padded).
+
+    Dropout is on where there is a `key`. With a `cache`, the batch continues what the cache holds.
+    """
+    return super().apply({'params': params}, batch, key=key, cache=cache)
+
+
+class Transformer(Model):
+  """Embeds, repeats `block` over `layers`, normalises; all layers run as one scan over stacked parameters.
+
+  `remat` is a policy of `jax.checkpoint_policies` that says what the backward pass may keep; None keeps everything.
+  """
+  vocab: int
+  width: int
+  layers: int
+  block: parts.Block
+  norm: nn.Module
+  max_length: int
+  positions: bool = False    # learned positions, added to the embedding
+  tied: bool = True
+  dropout: float = 0.        # of the embedding
+  std: float = 0.02
+  dtype: Any = jnp.float32   # of the computation; parameters are float32
+  remat: Callable[..., bool] | None = None
+
+  @nn.compact
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
+    if batch.tokens.shape[1] > self.max_length:
+      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
+                       'raise its length or shorten the input')
+    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    keys = (None, None) if key is None else jax.random.split(key)
+    init = nn.initializers.normal(self.std)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype)
+    x = parts.lookup(embedding, batch.tokens)
+    start = jnp.int32(0) if cache is None else cache.index
+    positions = batch.positions
+    if positions is None:
+      positions = sharding.constrain(jnp.broadcast_to(start + jnp.arange(x.shape[1])[None], x.shape[:2]), 'BT')
+    if self.positions:
+      table = parts.weight(self, 'positions', 'PD', (self.max_length, self.width), init, self.dtype)
+      x = x + table.at[positions].get(out_sharding=sharding.spec('BTD'))
+    x = parts.dropout(x, self.dropout, keys[0])
+    x, cache = self._blocks(x, positions, batch, cache, keys[1])
+    x = self.norm(x)
+    if not self.tied:
+      embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
+    return Output(x, Head(embedding), cache)
+
+  def _blocks(self, x, positions, batch, cache, key):
+    block = self.block.clone(parent=None)   # applied to one layer's parameters at a time, inside the scan
+    stacked = self.param('blocks', lambda rng: jax.vmap(
+        lambda k: block.init(k, x, positions, parts.Visible())['params'])(jax.random.split(rng, self.layers)))
+    keys = None if key is None else jax.random.split(key, self.layers)
+    if cache is None:
+      visible = parts.Visible(batch.segments, batch.segments, batch.bidirectional)
+    else:
+      segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
+      filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
+      visible = parts.Visible(segments, filled, None, cache.index)
+
+    def layer(carry, xs):
+      x, cached = carry
+      params, key, index = xs
+      cached = None if cached is None else parts.LayerCache(*cached, index, cache.index)
+      x, cached = block.apply({'params': params}, x, positions, visible, cached, key)
+      return (x, None if cached is None else cached[:2]), None
+
+    if self.remat is not None:
+      layer = jax.checkpoint(layer, policy=self.remat, prevent_cse=False)
+    (x, cached), _ = jax.lax.scan(layer, (x, None if cache is None else cache[:2]),
+                                  (stacked, keys, jnp.arange(self.layers)))
+    if cache is not None:
+      cache = Cache(*cached, filled, cache.index + batch.tokens.shape[1])
+    return x, cache
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, length: int) -> Cache:
+    """An empty cache with `length` slots a row."""
+    attention = self.block.attention
+    shape = (self.layers, batch_size, length, attention.kv_heads, attention.head_size)
+    keys = sharding.constrain(jnp.zeros(shape, self.dtype), 'LBSKH')
+    return Cache(keys, jnp.zeros_like(keys), sharding.constrain(jnp.zeros((batch_size, length), jnp.int32), 'BS'),
+                 jnp.int32(0))
+
+
+def _head_size(width: int, heads: int) -> int:
+  if width % heads:
+    raise ValueError(f'heads={heads} does not divide width={width}')
+  return width // heads
+
+
+def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 1024,
+         dropout: float = 0., dtype=jnp.float32, remat=None) -> Transformer:
+  """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding."""
+  out_std = 0.02 / (2 * layers) ** 0.5
+  size = _head_size(width, heads)
+  attention = parts.Attention(heads, heads, size, bias=True, out_std=out_std)
+  feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
+  block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout)
+  return Transformer(vocab, width, layers, block, parts.LayerNorm(), max_length, positions=True, dropout=dropout,
+                     dtype=dtype, remat=remat)
+
+
+def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
+          max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0., dtype=jnp.float32,
+          remat=None) -> Transformer:
+  """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases."""
+  size = _head_size(width, heads)
+  kv_heads = kv_heads or heads
+  if heads % kv_heads:
+    raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
+  if size % 2:
+    raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
+  out_std = 0.02 / (2 * layers) ** 0.5
+  attention = parts.Attention(heads, kv_heads, size, parts.Rotary(theta), out_std=out_std)
+  feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, out_std=out_std)
+  block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout)
+  return Transformer(vocab, width, layers, block, parts.RMSNorm(), max_length, tied=tied, dropout=dropout,
+                     dtype=dtype, remat=remat)

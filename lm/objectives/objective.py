@@ -1,0 +1,115 @@
+"""The type of objectives, and the cross-entropy over a vocabulary that most of them are made of."""
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.batches import Batch, Example
+
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What is predicted: how a document becomes an example, and what a batch of examples costs.
+
+  `example(tokens, rng)` runs in the input pipeline on one document (begin and end tokens included), or a piece of it.
+  `loss(apply, params, batch, key)` runs inside `jit`; `apply(params, batch, key=key)` gives the model's outputs. It
+  returns `(loss_sum, weight_sum, sums)`: the loss is `loss_sum / weight_sum`. Sums, not means, so that accumulation,
+  sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets.
+  """
+  example: Callable[[np.ndarray, np.random.Generator], Example]
+  loss: Callable[..., tuple[jax.Array, jax.Array, Sums]]
+
+
+def token_mean(batch: Batch) -> jax.Array:
+  """Denominator of L = -sum_ij w_ij log p_ij / sum_ij w_ij: each target counts the same. The default."""
+  return jnp.sum(batch.weights)
+
+
+def sequence_mean(batch: Batch) -> jax.Array:
+  """Denominator of L = -1/N sum_i sum_j w_ij log p_ij over N sequences: long sequences count for more."""
+  if batch.segments is None:
+    return jnp.float32(batch.tokens.shape[0])
+  return jnp.sum(jnp.max(batch.segments, axis=1)).astype(jnp.float32)   # segments of a row are 1, 2, ..., n
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, Sums]:
+  """-sum w log softmax(logits)[target], and its sums; correct where no logit is above the target's."""
+  highest = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
+  shifted = logits_BTV - highest[..., None]
+  # Compare-and-add rather than a gather: it stays local where the vocabulary is split over devices.
+  picked = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
+  target = jnp.sum(jnp.where(picked, shifted, 0), axis=-1)
+  nll = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - target
+  loss = jnp.sum(nll * weights_BT)
+  counted = (weights_BT > 0).astype(jnp.float32)
+  return loss, {'nll': jnp.sum(nll * counted), 'tokens': jnp.sum(counted), 'correct': jnp.sum((target >= 0) * counted)}
+
+
+def chunk_length(batch: int, time: int, vocab: int, limit: int = 2 ** 24) -> int:
+  """The largest divisor of `time` for which a chunk of logits has at most `limit` elements on a device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  row = batch * vocab / (1 if mesh.empty else math.prod(mesh.shape.values()))
+  return max(c for c in range(1, time + 1) if time % c == 0 and (c == 1 or c * row <= limit))
+
+
+TokenLoss = Callable[..., tuple[jax.Array, Sums]]
+
+
+def _add(sums, more):
+  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, more)
+
+
+def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
+  """`(hidden, *args)` cut along T: `[n, B, c, ...]`."""
+  batch, time = hidden_BTD.shape[:2]
+  c = chunk_length(batch, time, jax.eval_shape(head, hidden_BTD).shape[-1])
+  return tuple(jnp.moveaxis(x.reshape(batch, time // c, c, *x.shape[2:]), 1, 0) for x in (hidden_BTD, *args))
+
+
+def _zero_sums(token_loss, head, chunks) -> tuple[jax.Array, Sums]:
+  shapes = jax.eval_shape(lambda hidden, *args: token_loss(head(hidden), *args), *(x[0] for x in chunks))
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple[jax.Array, Sums]:
+  """`token_loss(head(hidden), *args)`, summed over chunks of T, so that all logits never exist at once.
+
+  Each array of `args` is [B, T, ...] and is not differentiated, nor are the sums beside the loss. The gradient of a
+  chunk is taken at once, while its logits are there: three matrix products, none repeated.
+  """
+  chunks = _chunks(hidden_BTD, head, args)
+
+  def chunk(sums, xs):
+    return _add(sums, token_loss(head(xs[0]), *xs[1:])), None
+
+  return jax.lax.scan(chunk, _zero_sums(token_loss, head, chunks), chunks)[0]
+
+
+def _forward(token_loss, hidden_BTD, head, args):
+  chunks = _chunks(hidden_BTD, head, args)
+
+  def chunk(carry, xs):
+    sums, head_grad = carry
+    loss = jax.value_and_grad(lambda hidden, head: token_loss(head(hidden), *xs[1:]), argnums=(0, 1), has_aux=True)
+    more, (hidden_grad, more_grad) = loss(xs[0], head)
+    return (_add(sums, more), _add(head_grad, more_grad)), hidden_grad
+
+  zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
+  (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks), zero), chunks)
+  hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden_BTD.shape)
+  return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
+
+
+def _backward(token_loss, grads, cotangents):
+  return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), grads), None)
+
+
+over_vocabulary.defvjp(_forward, _backward)

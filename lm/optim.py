@@ -1,0 +1,101 @@
+"""Schedules and optimizers, on Optax: one function each. A schedule is a function of the step.
+
+The optimizers that are made here keep their present learning rate in their state, where `learning_rate` finds it.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def _warm_up(schedule: Schedule, peak: float, steps: int, warmup: int) -> Schedule:
+  if peak <= 0:
+    raise ValueError(f'learning rate {peak} is not positive')
+  if not 0 <= warmup < max(steps, 1):
+    raise ValueError(f'a warm-up of {warmup} steps does not fit a run of {steps}; lower it')
+  return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), schedule], [warmup])
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int, final: float = 0.1) -> Schedule:
+  """Linear to `peak` in `warmup` steps, then half a cosine down to `final * peak` (Loshchilov and Hutter 2017)."""
+  return _warm_up(optax.cosine_decay_schedule(peak, max(steps - warmup, 1), final), peak, steps, warmup)
+
+
+def warmup_linear(peak: float, steps: int, warmup: int, final: float = 0.) -> Schedule:
+  """Linear to `peak` in `warmup` steps, then linear down to `final * peak`."""
+  return _warm_up(optax.linear_schedule(peak, final * peak, max(steps - warmup, 1)), peak, steps, warmup)
+
+
+def warmup_constant(peak: float, steps: int, warmup: int) -> Schedule:
+  """Linear to `peak` in `warmup` steps, then constant."""
+  return _warm_up(optax.constant_schedule(peak), peak, steps, warmup)
+
+
+def warmup_inverse_sqrt(peak: float, steps: int, warmup: int) -> Schedule:
+  """Linear to `peak` in `warmup` steps, then peak * sqrt(warmup / step) (Vaswani et al. 2017)."""
+  start = max(warmup, 1)
+  return _warm_up(lambda step: peak * jnp.sqrt(start / (step + start)), peak, steps, warmup)
+
+
+class _Scheduled(NamedTuple):
+  count: jax.Array
+  learning_rate: jax.Array
+
+
+def _descend(schedule: Schedule) -> optax.GradientTransformation:
+  """update * -schedule(step), keeping the rate in the state."""
+  def init(params):
+    del params
+    return _Scheduled(jnp.int32(0), jnp.asarray(schedule(jnp.int32(0)), jnp.float32))
+
+  def update(updates, state, params=None):
+    del params
+    rate = jnp.asarray(schedule(state.count), jnp.float32)
+    return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), _Scheduled(state.count + 1, rate)
+
+  return optax.GradientTransformation(init, update)
+
+
+def learning_rate(opt_state: Any) -> jax.Array | None:
+  """The rate of the last update; None if the optimizer does not keep it."""
+  return optax.tree_utils.tree_get(opt_state, 'learning_rate', filtering=lambda _, x: isinstance(x, jax.Array))
+
+
+def decayed(params: Any) -> Any:
+  """True for matrices and tables, False for biases and the scales of norms: what weight decay is for."""
+  def matrix(path, _):
+    return not str(path[-1].key).endswith(('bias', 'scale'))
+  return jax.tree_util.tree_map_with_path(matrix, params)
+
+
+def _chain(schedule: Schedule, clip: float | None, *transforms: optax.GradientTransformation):
+  clipping = () if clip is None else (optax.clip_by_global_norm(clip),)
+  return optax.chain(*clipping, *transforms, _descend(schedule))
+
+
+def sgd(schedule: Schedule, momentum: float = 0.9, clip: float | None = None) -> optax.GradientTransformation:
+  """v = momentum v + g; params -= rate v. `clip` bounds the global norm of the gradient, as in all of these."""
+  return _chain(schedule, clip, optax.trace(momentum))
+
+
+def adam(schedule: Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+         clip: float | None = 1.) -> optax.GradientTransformation:
+  """Adam (Kingma and Ba 2015): the mean of the gradient over the root of the mean of its square, bias-corrected."""
+  return _chain(schedule, clip, optax.scale_by_adam(b1, b2, eps))
+
+
+def adamw(schedule: Schedule, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
+          clip: float | None = 1.) -> optax.GradientTransformation:
+  """Adam with decoupled weight decay (Loshchilov and Hutter 2019): params -= rate * (adam + weight_decay * params)."""
+  return _chain(schedule, clip, optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, decayed))
+
+
+def rmsprop(schedule: Schedule, decay: float = 0.99, eps: float = 1e-8, momentum: float = 0.,
+            clip: float | None = 1.) -> optax.GradientTransformation:
+  """RMSprop (Tieleman and Hinton 2012): the gradient over the root of the running mean of its square."""
+  momenta = (optax.trace(momentum),) if momentum else ()
+  return _chain(schedule, clip, optax.scale_by_rms(decay, eps), *momenta)

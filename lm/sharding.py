@@ -1,0 +1,80 @@
+"""The mesh, and the one table from tensor axes to mesh axes.
+
+The mesh has two axes: `data` splits the batch, and the weights at rest (fully sharded data parallelism);
+`model` splits heads, hidden units and vocabulary (tensor parallelism). Tensor axes are the letters of the
+shape legend in `models/transformer.py`. The axes are explicit: a wrong sharding is a type error.
+"""
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ('data', 'model')
+TABLE = {'B': 'data', 'D': 'data', 'N': 'model', 'K': 'model', 'F': 'model', 'V': 'model', 'E': 'model'}
+
+
+def make_mesh(shape: str | None = None, devices=None) -> jax.sharding.Mesh:
+  """A mesh from `'8x1'` (data x model); None puts every device on `data`. ValueError if it does not fit the devices."""
+  devices = jax.devices() if devices is None else devices
+  try:
+    sizes = [len(devices), 1] if shape is None else [int(n) for n in shape.split('x')]
+    valid = len(sizes) == len(AXES) and min(sizes) > 0
+  except ValueError:
+    valid = False
+  if not valid:
+    raise ValueError(f'mesh {shape!r} is not DATAxMODEL, two positive numbers such as {len(devices)}x1')
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f'mesh {shape!r} needs {math.prod(sizes)} devices, but there are {len(devices)}')
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
+
+
+def abstract_mesh(shape: str) -> jax.sharding.AbstractMesh:
+  """A mesh without devices, on which full-size programs are lowered."""
+  return jax.sharding.AbstractMesh(tuple(int(n) for n in shape.split('x')), AXES, axis_types=(AxisType.Explicit,) * 2)
+
+
+def spec(axes: str) -> P | None:
+  """The sharding of a tensor with these axes: `spec('BTD') == P('data', None, None)`; None where no mesh is set.
+
+  A mesh axis is used once, by the first letter that asks: a weight's D is split over `data`, an activation's is not.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return None
+  taken: list[str | None] = []
+  for letter in axes:
+    axis = TABLE.get(letter)
+    taken.append(None if axis in taken else axis)
+  return P(*taken)
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+  """`x`, laid out as the table says."""
+  layout = spec(axes)
+  return x if layout is None else jax.sharding.reshard(x, layout)
+
+
+def gather(weight: jax.Array, axes: str) -> jax.Array:
+  """A weight for use: whole along D (its shards gathered from `data`), still split along `model`."""
+  layout = spec(axes)
+  return weight if layout is None else jax.sharding.reshard(weight, P(*(a if a == 'model' else None for a in layout)))
+
+
+def check(axes: str, sizes: tuple[int, ...], name: str) -> None:
+  """ValueError unless every axis divides by its mesh axis."""
+  mesh = jax.sharding.get_abstract_mesh()
+  for letter, size, axis in zip(axes, sizes, spec(axes) or ()):
+    if axis is not None and size % mesh.shape[axis]:
+      raise ValueError(f'{name}: its axis {letter} has size {size}, which the mesh axis {axis}={mesh.shape[axis]} '
+                       f'does not divide; choose another --mesh or size')
+
+
+def local_rows(rows: int, mesh: jax.sharding.Mesh) -> range:
+  """The rows of a global batch that this process's devices hold."""
+  slices = [i[0] for i in NamedSharding(mesh, P('data')).addressable_devices_indices_map((rows,)).values()]
+  return range(min(s.start or 0 for s in slices), max(rows if s.stop is None else s.stop for s in slices))
+
+
+def shard_rows(batch, mesh: jax.sharding.Mesh):
+  """A tree of this process's rows `[b, ...]` of a global batch `[B, ...]`, on the devices."""
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P('data')), x), batch)

@@ -1,0 +1,300 @@
+"""Where numbers go: the record of a run, metrics to terminal, JSONL and TensorBoard, a plot; throughput and MFU.
+
+A workdir holds `run.json` (what was run: one record a start), `metrics.jsonl` (one line a record) and
+`tensorboard/`. Metrics that the terminal and the plot know by name: `loss`, `learning_rate`,
+`validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
+"""
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+
+# Dense bf16 peak, FLOP/s, per TensorCore of a TPU (a device has `num_cores` of them) and per GPU, by the exact name
+# of the device: a slice of a GPU (MIG) or an unlisted variant has another name and no MFU, rather than a wrong one.
+# Sources: Cloud TPU documentation, NVIDIA data sheets.
+_TPU_CORE_PEAK = {
+    'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 137.5e12,
+    'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 229.5e12, 'TPU v5p': 229.5e12,
+    'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 1153.5e12,
+}  # yapf: disable
+_GPU_PEAK = {
+    'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 NVL': 835e12,
+    'NVIDIA H200': 989e12, 'NVIDIA H200 NVL': 835e12, 'NVIDIA B200': 2250e12,
+}  # yapf: disable
+
+
+def peak_flops(device: Any) -> float | None:
+  """Dense bf16 peak of one JAX device in FLOP/s; None where it is not known (CPU included)."""
+  if device.device_kind in _TPU_CORE_PEAK:
+    return device.num_cores * _TPU_CORE_PEAK[device.device_kind]
+  return _GPU_PEAK.get(device.device_kind)
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, devices: Sequence[Any]) -> float | None:
+  """Model FLOPs utilisation (Chowdhery et al., 2022) in [0, 1], all devices together; None where a peak is unknown."""
+  peaks = [peak_flops(device) for device in devices]
+  return flops_per_token * tokens_per_second / sum(peaks) if peaks and all(peaks) else None
+
+
+class Phases(dict[str, float]):
+  """Wall seconds by phase: `with phases('tokenise'): ...`; a phase entered again adds up."""
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self[name] = self.get(name, 0.0) + time.monotonic() - start
+
+
+class Throughput:
+  """Training speed over the last `window` updates. The first update only starts the clock: compilation is before it."""
+
+  def __init__(self, tokens_per_step: int, total_steps: int, window: int = 20,
+               clock: Callable[[], float] = time.monotonic):
+    self._tokens, self._total, self._clock = tokens_per_step, total_steps, clock
+    self._marks: collections.deque[tuple[int, float]] = collections.deque(maxlen=window + 1)
+    self._begin, self._paused = None, 0.0
+
+  def update(self, step: int) -> None:
+    now = self._clock()
+    self._begin = now if self._begin is None else self._begin
+    self._marks.append((step, now - self._paused))
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Time inside (evaluation, checkpoints) does not count as training; the ETA expects its share to continue."""
+    start = self._clock()
+    try:
+      yield
+    finally:
+      self._paused += 0.0 if self._begin is None else self._clock() - start
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """None before two updates."""
+    if len(self._marks) < 2:
+      return None
+    (first, start), (last, end) = self._marks[0], self._marks[-1]
+    return self._tokens * (last - first) / max(end - start, 1e-9)
+
+  @property
+  def eta(self) -> float | None:
+    """Seconds to the last step at the measured speed, pauses included in proportion; None before two updates."""
+    speed = self.tokens_per_second
+    if not speed:
+      return None
+    step, training_time = self._marks[-1]
+    paused = self._paused / max(training_time - self._begin, 1e-9)
+    return (self._total - step) * self._tokens / speed * (1 + paused)
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    'loss': 'loss {:.3f}'.format,
+    'validation/loss': 'val {:.3f}'.format,
+    'validation/bits_per_byte': '{:.3f} bits/byte'.format,
+    'learning_rate': lambda value: 'lr ' + f'{value:.1e}'.replace('e-0', 'e-').replace('e+00', ''),
+    'tokens_per_second': lambda value: f'{_short(value)} tok/s',
+    'mfu': 'MFU {:.0%}'.format,
+}
+
+
+class Tracker(contextlib.AbstractContextManager):
+  """Metrics of one run, written to `folder`; on processes other than the first it only measures.
+
+  Args:
+    folder: the workdir.
+    total_steps: the last step.
+    tokens_per_step: tokens in a global batch; without it there is no throughput.
+    flops_per_token: of a training step, forward and backward; without it there is no MFU.
+    devices: that the run uses, for the MFU; default all.
+    step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
+    every: seconds between lines where the output is not a terminal; evaluations and the last step always get one.
+  """
+
+  def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_per_step: int = 0,
+               flops_per_token: float | None = None, devices: Sequence[Any] | None = None, step: int = 0,
+               every: float = 15.0, output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    self.throughput = Throughput(tokens_per_step, total_steps, clock=clock)
+    self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
+    self._devices = jax.devices() if devices is None else devices
+    self._output = sys.stdout if output is None else output
+    self._live = self._output.isatty()
+    self._latest: dict[str, float] = {}
+    self._begin, self._printed, self._pending = clock(), -math.inf, False
+    self._jsonl = self._tensorboard = None
+    if jax.process_index() == 0:
+      import tensorboardX  # 0.2 s: not for --help
+      folder.mkdir(parents=True, exist_ok=True)
+      _truncate(folder / 'metrics.jsonl', step)
+      self._jsonl = (folder / 'metrics.jsonl').open('a')
+      self._tensorboard = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step and step + 1)
+
+  def pause(self) -> contextlib.AbstractContextManager[None]:
+    """Around evaluation and checkpoints: not training time."""
+    return self.throughput.pause()
+
+  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    """One record. A record with `loss` is of a training step, and counts for the throughput."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    if 'loss' in metrics:
+      self.throughput.update(step)
+      if speed := self.throughput.tokens_per_second:
+        metrics['tokens_per_second'] = speed
+        if self._flops and (utilisation := mfu(self._flops, speed, self._devices)):
+          metrics['mfu'] = utilisation
+    if self._jsonl is None:
+      return
+    # JSON has no inf and NaN: null keeps every line readable by every tool.
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    seconds = round(self._clock() - self._begin, 3)
+    self._jsonl.write(json.dumps({'step': step, 'seconds': seconds, **finite}, allow_nan=False) + '\n')
+    self._jsonl.flush()
+    for name in metrics:
+      if finite[name] is not None:
+        self._tensorboard.add_scalar(name, finite[name], step)
+    self._latest.update(metrics)
+    self._print(step, milestone=step >= self._total or any(name.startswith('validation/') for name in metrics))
+
+  def line(self, step: int) -> str:
+    """What the terminal shows."""
+    parts = [f'step {step}/{self._total}', *(show(self._latest[k]) for k, show in _SHOWN.items() if k in self._latest)]
+    eta = self.throughput.eta
+    return '  '.join(parts if eta is None or step >= self._total else [*parts, f'ETA {_duration(eta)}'])
+
+  def _print(self, step: int, milestone: bool) -> None:
+    now = self._clock()
+    if not milestone and now - self._printed < (0.2 if self._live else self._every):
+      return
+    self._printed = now
+    self._pending = self._live and not milestone
+    line = self.line(step)
+    if self._live:  # '\x1b[K' clears what is left of a longer line
+      line = f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K'
+    print(line, end='' if self._pending else '\n', file=self._output, flush=True)
+
+  def __exit__(self, *error: Any) -> None:
+    if self._pending:
+      print(file=self._output)
+    if self._jsonl is not None:
+      self._jsonl.close()
+      self._tensorboard.close()
+
+
+def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a metrics file. A last line that a kill cut short is left out."""
+  records = []
+  for line in metrics_jsonl.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      records.append(json.loads(line))
+  return records
+
+
+def _truncate(metrics_jsonl: pathlib.Path, step: int) -> None:
+  if metrics_jsonl.exists():
+    kept = [json.dumps(r) + '\n' for r in read_metrics(metrics_jsonl) if step > 0 and r['step'] <= step]
+    _write(metrics_jsonl, ''.join(kept))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(text)
+  os.replace(temporary, path)  # a kill leaves the old file or the new one
+
+
+def _short(number: float) -> str:
+  unit = min(max(int(f'{number:.2e}'.partition('e')[2]) // 3, 0), 3)  # of the rounded number: 999.9 is 1k
+  return f'{number / 1000**unit:.3g}{("", "k", "M", "G")[unit]}'
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def plot(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
+  """Training and validation loss, and the learning rate, against the step. Without matplotlib: one line, no plot."""
+  try:
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+  except ImportError:
+    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
+    return
+
+  def series(name: str) -> tuple[list[int], list[float]]:
+    points = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+  rows = read_metrics(metrics_jsonl)
+  figure = Figure(figsize=(8, 5), dpi=144, layout='constrained')
+  top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+  steps, losses = series('loss')
+  top.plot(steps, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
+  top.plot(steps, _smooth(losses, half=len(losses) // 60), color='tab:blue', linewidth=1.6, label='training')
+  top.plot(*series('validation/loss'), 'o-', color='tab:orange', markersize=4, linewidth=1.2, label='validation')
+  bottom.plot(*series('learning_rate'), color='tab:green', linewidth=1.6)
+  top.set(ylabel='loss (nats per token)', title=metrics_jsonl.resolve().parent.name)
+  bottom.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
+  bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+  for axes in (top, bottom):
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+  top.legend(frameon=False)
+  figure.savefig(png)
+
+
+def _smooth(values: Sequence[float], half: int) -> list[float]:
+  """Centred mean over `2 * half + 1` values, fewer near the ends: unlike a running mean it does not lag."""
+  sums = [0.0, *itertools.accumulate(values)]
+  halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+  return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
+
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The records in `workdir/run.json`, oldest first; none if there is no such file."""
+  path = workdir / 'run.json'
+  try:
+    return json.loads(path.read_text()) if path.exists() else []
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON ({error}); delete it, or choose another --workdir') from error
+
+
+def claim(workdir: pathlib.Path, script: str) -> None:
+  """Makes the workdir; ValueError if another script ran there, OSError if it cannot be written."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(None, 'permission denied')
+  except OSError as error:
+    raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
+  for earlier in records(workdir)[-1:]:
+    if earlier['script'] != script:
+      raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '
+                       'choose another --workdir')
+
+
+def start(workdir: pathlib.Path, **facts: Any) -> None:
+  """Appends the record of a run that begins now; those of earlier runs stay."""
+  if jax.process_index() == 0:
+    _write(workdir / 'run.json', json.dumps([*records(workdir), facts], indent=2, default=str) + '\n')
+
+
+def record(workdir: pathlib.Path, **facts: Any) -> None:
+  """Adds facts (the fingerprint of the data, say) to the record of the present run."""
+  if jax.process_index() == 0:
+    *earlier, present = records(workdir) or [{}]
+    _write(workdir / 'run.json', json.dumps([*earlier, {**present, **facts}], indent=2, default=str) + '\n')

@@ -1,0 +1,304 @@
+"""Training: a `Run` says what; `train` does it, from where it was left."""
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import checkpoint, evaluate, optim, sharding, track
+from lm.data.batches import Batch, Batches
+from lm.objectives.objective import Objective
+
+
+class Model(Protocol):
+  def init(self, key: jax.Array) -> Any: ...
+  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Any = None) -> Any: ...
+
+
+class Opened(Protocol):
+  """Data that is ready to be read."""
+  tokenizer: Any
+  fingerprint: str
+  def batches(self, split: str, example: Callable, rows: int, seed: int | None = 0, repeat: bool = True) -> Batches: ...
+
+
+class Data(Protocol):
+  length: int
+  def open(self, workdir: pathlib.Path) -> Opened: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that decides what a training run computes, and how often it tells and saves.
+
+  `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
+  reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
+  """
+  model: Model
+  objective: Objective
+  data: Data
+  optimizer: optax.GradientTransformation
+  steps: int
+  batch: int
+  accumulate: int = 1
+  seed: int = 0
+  evaluate_every: int = 250
+  evaluate_batches: int | None = 20
+  save_every: int = 1000
+  keep: int = 2
+
+  def __post_init__(self):
+    for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} is not positive')
+
+
+class State(NamedTuple):
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+class Result(NamedTuple):
+  """Where a run stands when `train` returns: at its end, or where it was asked to stop."""
+  step: int
+  params: Any
+  data: Opened
+  metrics: dict[str, float]   # of the last evaluation
+  finished: bool
+  phases: track.Phases
+
+
+class NotFinite(FloatingPointError):
+  """The loss or the gradient is infinite or not a number."""
+
+
+def init(run: Run) -> State:
+  """The state before the first step; call it inside `jax.jit`."""
+  params = run.model.init(jax.random.fold_in(jax.random.key(run.seed), 0))
+  return State(jnp.int32(0), params, run.optimizer.init(params))
+
+
+def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
+  """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+  def placed(s):
+    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec))
+  return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
+
+
+def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+  """One jitted pure function, `(state, batch) -> (state, metrics)`; the state is donated."""
+  def loss(params, batch, key):
+    loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, params, batch, key)
+    return loss_sum, (weight_sum, sums)
+
+  def step(state: State, batch: Batch):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 1), state.step)
+    totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
+    (loss_sum, (weight_sum, sums)), grads = totals
+    weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
+    grads = jax.tree.map(lambda g: g / weight_sum, grads)
+    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
+    metrics = {'loss': loss_sum / weight_sum, 'grad_norm': optax.global_norm(grads),
+               'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1)}
+    if (rate := optim.learning_rate(opt_state)) is not None:
+      metrics['learning_rate'] = rate
+    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(grad: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
+  """Sums of `grad(params, part, key)` over the parts of a batch, one part at a time."""
+  if parts == 1:
+    return grad(params, batch, key)
+
+  def split(x):   # row i goes to part i % parts, so that each device keeps its rows
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+  def add(total, xs):
+    part, key = xs
+    return jax.tree.map(jnp.add, total, grad(params, part, key)), None
+
+  stacked = jax.tree.map(split, batch), jax.random.split(key, parts)
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], stacked)))
+  return jax.lax.scan(add, zero, stacked)[0]
+
+
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
+  """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
+  parts = mesh.shape['data'] * run.accumulate
+  if run.batch % parts:
+    raise ValueError(f'batch={run.batch} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+                     f'{mesh.shape["data"]} devices of the mesh axis data')
+  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh))
+
+
+def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
+  """Shapes and shardings of a batch, packed."""
+  def array(dtype):
+    return jax.ShapeDtypeStruct((run.batch, run.data.length), dtype, sharding=NamedSharding(mesh, P('data', None)))
+  integers, floats = array(jnp.int32), array(jnp.float32)
+  return Batch(integers, integers, floats, integers, integers)
+
+
+def describe(run: Run, data: Opened) -> dict[str, Any]:
+  """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
+  return {'model': checkpoint.describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
+          'data': data.fingerprint}
+
+
+def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
+  """Trains to `run.steps`, from the newest checkpoint in `workdir` if there is one. `mesh` is the one that is set.
+
+  SIGINT or SIGTERM: saves after the present step and returns; a second one ends the process at once. NotFinite if a
+  loss is; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or
+  does not go on from what the workdir holds.
+  """
+  phases = track.Phases()
+  check(run, mesh)
+  with phases('prepare data'):
+    data = run.data.open(workdir)
+  _check_vocabulary(run, data)
+  facts = describe(run, data)
+  track.record(workdir, data=data.fingerprint, steps=run.steps)
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, _Interrupt() as interrupt:
+    with phases('restore or initialise'):
+      state, start = _restore(run, mesh, checkpoints, facts)
+    if start >= run.steps:
+      print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
+    loop = _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases)
+    return loop.go(state, start)
+
+
+def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
+  if not checkpoints.steps():
+    return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
+  checkpoint.check(checkpoints.facts(), facts)
+  restored = checkpoints.restore(abstract_state(run, mesh))
+  print(f'going on from step {restored.step}')
+  return restored.state, restored.step
+
+
+def _check_vocabulary(run: Run, data: Opened) -> None:
+  """ValueError if the tokenizer has tokens for which the model has no logits."""
+  def logits():
+    outputs = run.model.apply(run.model.init(jax.random.key(0)), Batch(jnp.zeros((run.batch, 1), jnp.int32)))
+    return outputs.head(outputs.hidden)
+  vocab = jax.eval_shape(logits).shape[-1]
+  if data.tokenizer.vocab_size > vocab:
+    raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
+                     'raise the vocabulary of the model')
+
+
+class _Interrupt(contextlib.AbstractContextManager):
+  """Turns the first SIGINT or SIGTERM into a question, `asked(step)`; the second one ends the process."""
+
+  def __enter__(self):
+    self._asked = False
+    self._former = {}
+    if threading.current_thread() is threading.main_thread():
+      self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._former.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, frame):
+    del frame
+    if self._asked:
+      os._exit(128 + number)
+    self._asked = True
+    os.write(2, b'\nstopping after this step, to save; once more ends at once\n')   # print is not safe in a handler
+
+  def asked(self, step: int) -> bool:
+    """Whether to stop after `step`; all processes of a cluster get the same answer."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step) or self._agreed()
+    return self._asked
+
+  def _agreed(self) -> bool:
+    return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
+
+
+class _Loop:
+  """The loop of `train`: its parts, so that each fits on a screen."""
+
+  def __init__(self, run, workdir, mesh, data, checkpoints, facts, interrupt, phases):
+    self.run, self.mesh, self.data, self.facts, self.phases = run, mesh, data, facts, phases
+    self.checkpoints, self.interrupt, self.workdir = checkpoints, interrupt, workdir
+    self.batches = data.batches('train', run.objective.example, run.batch, run.seed)
+    self.held_out = data.batches('validation', run.objective.example, run.batch, seed=0, repeat=False)
+    self.rows = sharding.local_rows(run.batch, mesh)
+    self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+    self.metrics: dict[str, float] = {}
+    self.evaluated = self.saved = -1
+
+  def go(self, state: State, start: int) -> Result:
+    run, step = self.run, start
+    train_step, pending = make_step(run), None
+    with track.Tracker(self.workdir, run.steps, tokens_per_step=run.batch * run.data.length, step=start,
+                       devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
+      self.saved = start
+      following = reader.submit(self.batches, start, self.rows)
+      while step < run.steps:
+        batch = sharding.shard_rows(following.result(), self.mesh)
+        following = reader.submit(self.batches, step + 1, self.rows)
+        with self.phases('compile and first step' if step == start else 'train'):
+          state, metrics = train_step(state, batch)
+          step += 1
+          self._report(pending)      # of the step before, while this one runs
+          pending = step, metrics
+          if step == start + 1:
+            jax.block_until_ready(state)
+        stop = self.interrupt.asked(step)
+        if stop or step == run.steps or step % run.evaluate_every == 0 or step % run.save_every == 0:
+          with self.phases('train'):
+            self._report(pending)    # never save, nor judge, what is not finite
+          pending = None
+          if step == run.steps or step % run.evaluate_every == 0:
+            self._evaluate(step, state)
+          if stop or step == run.steps or step % run.save_every == 0:
+            self._save(step, state)
+        if stop and step < run.steps:
+          print(f'stopped at step {step} of {run.steps}: the same command goes on from there')
+          break
+      if self.evaluated < 0 and step == run.steps:
+        self._evaluate(step, state)
+    return Result(step, state.params, self.data, self.metrics, step >= run.steps, self.phases)
+
+  def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    if pending is None:
+      return
+    step, metrics = pending[0], {name: float(value) for name, value in pending[1].items()}
+    self.tracker.log(step, metrics)
+    if not math.isfinite(metrics['loss'] + metrics['grad_norm']):
+      raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
+                      f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')
+
+  def _evaluate(self, step: int, state: State) -> None:
+    with self.tracker.pause(), self.phases('validate'):
+      self.metrics = evaluate.evaluate(self.evaluate_step, state.params, self.held_out, self.mesh,
+                                       self.run.evaluate_batches)
+    self.evaluated = step
+    self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
+
+  def _save(self, step: int, state: State) -> None:
+    if step > self.saved:
+      with self.tracker.pause(), self.phases('checkpoint'):
+        self.checkpoints.save(step, state, self.facts, self.metrics['loss'] if self.evaluated == step else None)
+      self.saved = step

@@ -1,0 +1,40 @@
+"""One package, `lm`; extras per backend and per purpose."""
+import setuptools
+
+setuptools.setup(
+    name='lm',
+    version='0.1.0',
+    description='Language models around their training objective, in JAX and Flax',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['lm', 'lm.*']),
+    install_requires=[
+        'jax>=0.10',                # explicit sharding, jax.set_mesh, jax.shard_map
+        'flax>=0.12',
+        'optax>=0.2.8',
+        'orbax-checkpoint>=0.12.8',
+        'numpy>=2.0',
+        'absl-py>=2.3',
+        'sentencepiece>=0.2.1',
+        'tensorboardX>=2.6',        # TensorBoard events without TensorFlow
+        'ftfy>=6.3',                # broken Unicode
+        'tensorflow-datasets>=4.9.10',
+        'importlib_resources',      # which tensorflow-datasets imports and does not ask for
+        'array_record>=0.8',        # TFDS data without TensorFlow
+        'pyarrow>=18',              # Parquet; tensorflow-datasets brings it anyway
+    ],
+    extras_require={
+        'cuda': ['jax[cuda12]'],
+        'tpu': ['jax[tpu]'],
+        'zstd': ['zstandard>=0.23'],
+        'tokenizers': ['tokenizers>=0.21'],
+        'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
+        'plot': ['matplotlib>=3.9'],
+        # What the benchmark measures against; the CPU builds are enough.
+        'benchmark': ['torch>=2.9', 'transformers>=5.0'],
+        'test': [
+            'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23', 'stopwordsiso>=0.6',
+            'jieba>=0.42', 'matplotlib>=3.9', 'setuptools',
+        ],
+    },
+)

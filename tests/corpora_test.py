@@ -1,0 +1,243 @@
+"""Corpora: every document once, in one split, whatever the format; exact mixtures; errors that say what to do."""
+import fractions
+import gzip
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data import corpora
+from lm.data.corpora import Source
+
+DOCUMENTS = [f'document {i}\nis “nr {i}” 中文' for i in range(200)]
+
+
+def everything(source):
+  return sorted(document for documents in source.splits.values() for document in documents)
+
+
+def write_texts(folder, documents=DOCUMENTS):
+  for i, document in enumerate(documents):
+    path = folder / f'{i % 3}' / f'{i}.txt'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(document if isinstance(document, bytes) else document.encode())
+  return f'{folder}/**/*.txt'
+
+
+def write_jsonl(path, documents=DOCUMENTS):
+  path.write_text('\n\n'.join(json.dumps({'n': i, 'text': d}, ensure_ascii=False) for i, d in enumerate(documents)))
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def library():
+  return corpora.python_library()
+
+
+def test_python_library_is_real_text_of_ten_megabytes(library):
+  documents = everything(library)
+  assert sum(len(d.encode()) for d in documents) > 9.5e6  # 9.9 MB in Debian, which packages IDLE apart; 10.7 to 11.2 MB
+  assert len(set(documents)) == len(documents) and all(d.strip() for d in documents)
+  assert any('class ArgumentParser' in d for d in documents)
+  assert any(d.startswith('The "assert" statement') for d in documents)
+  assert not any('import unittest\nfrom test import support' in d or 'decoding_table = (' in d for d in documents)
+
+
+def test_python_library_is_the_same_each_time(library):
+  again = corpora.python_library()
+  assert again.fingerprint == library.fingerprint
+  assert list(again.splits['validation']) == list(library.splits['validation'])
+  assert corpora.python_library(validation=0.1).fingerprint != library.fingerprint
+
+
+def test_nothing_is_scanned_before_first_use(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('not JSON\n')
+  source = corpora.jsonl(str(path))
+  with pytest.raises(ValueError, match=r'a\.jsonl:1: not JSON'):
+    len(source.splits['train'])
+
+
+def test_splits_are_disjoint_and_do_not_move(tmp_path):
+  source = corpora.text(write_texts(tmp_path, DOCUMENTS * 2), validation=0.25)
+  train, held_out = map(set, source.splits.values())
+  assert not train & held_out and train | held_out == set(DOCUMENTS)
+  assert 0.25 * 200 - 3 * 6.1 < len(held_out) < 0.25 * 200 + 3 * 6.1  # binomial, three standard deviations
+  more = corpora.text(write_texts(tmp_path, DOCUMENTS + [f'new {i}' for i in range(300)]), validation=0.25)
+  assert held_out <= set(more.splits['validation']) and train <= set(more.splits['train'])
+  assert list(corpora.text(f'{tmp_path}/**/*.txt', validation=0).splits) == ['train']
+
+
+def test_a_sequence_is_indexed_as_a_list(tmp_path):
+  documents = corpora.text(write_texts(tmp_path)).splits['train']
+  listed = list(documents)
+  assert documents[-1] == listed[-1] and documents[3:9:2] == listed[3:9:2] and documents[np.int64(5)] == listed[5]
+  with pytest.raises(IndexError):
+    documents[len(documents)]
+
+
+@pytest.mark.parametrize('errors, counted, documents', [
+    ('replace', 'invalid UTF-8 repaired', ['bad \ufffd byte', 'good', 'good too']),
+    ('drop', 'invalid UTF-8 dropped', ['good', 'good too'])])
+def test_invalid_utf8(tmp_path, errors, counted, documents):
+  pattern = write_texts(tmp_path, [b'good', b'bad \xff byte', b'good too'])
+  source = corpora.text(pattern, validation=0, encoding_errors=errors)
+  assert everything(source) == documents and everything(source) == documents  # counted once, not at each reading
+  assert source.counts == {counted: 1}
+  with pytest.raises(ValueError, match=r'1\.txt: byte 4 is not UTF-8'):
+    list(corpora.text(pattern, validation=0).splits['train'])
+
+
+def test_separator_cuts_files(tmp_path):
+  (tmp_path / 'plays.txt').write_bytes(b'one\r\ntwo\r\n\r\nthree\n\n\n\nfour')
+  source = corpora.text(str(tmp_path / 'plays.txt'), validation=0, separator='\n\n')
+  assert list(source.splits['train']) == ['one\ntwo', 'three', 'four'] and source.name == 'plays'
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+  (tmp_path / 'one.txt').write_text('alone')
+  with pytest.raises(ValueError, match='none of 1 documents fell into the validation split'):
+    len(corpora.text(str(tmp_path / 'one.txt')).splits['train'])
+  with pytest.raises(ValueError, match='validation=1.5 is not a fraction'):
+    corpora.text(str(tmp_path / 'one.txt'), validation=1.5)
+
+
+@pytest.mark.parametrize('make', [corpora.text, corpora.jsonl, corpora.parquet])
+def test_a_pattern_without_files(make, tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no file matches '.*nonesuch\*'"):
+    make(str(tmp_path / 'nonesuch*'))
+
+
+def test_jsonl_packed_or_plain_is_the_same(tmp_path):
+  plain = corpora.jsonl(write_jsonl(tmp_path / 'a.jsonl'))
+  data = (tmp_path / 'a.jsonl').read_bytes()
+  (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(data[:999]) + gzip.compress(data[999:]))
+  frame = zstandard.ZstdCompressor().compress
+  (tmp_path / 'b.jsonl.zst').write_bytes(frame(data[:999]) + frame(data[999:]))
+  for suffix in ('gz', 'zst'):
+    packed = corpora.jsonl(str(tmp_path / f'b.jsonl.{suffix}'))
+    assert {k: list(v) for k, v in packed.splits.items()} == {k: list(v) for k, v in plain.splits.items()}
+  assert everything(plain) == sorted(DOCUMENTS)
+
+
+@pytest.mark.parametrize('lines, message', [
+    ('{"text": "a"}\n\n{"txt": "b"}', r":3: no string under key='text'; the line has keys txt"),
+    ('{"text": "a"}\n{"text": 7}', r":2: no string under key='text'"), ('{"text": "a"}\n[1]', ':2: .* has list'),
+    ('{"text": "a"', ':1: not JSON')])
+def test_jsonl_errors_name_file_and_line(tmp_path, lines, message):
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+  with pytest.raises(ValueError, match=r'a\.jsonl\.gz' + message):
+    len(corpora.jsonl(str(tmp_path / 'a.jsonl.gz')).splits['train'])
+
+
+@pytest.mark.parametrize('suffix', ['gz', 'zst'])
+def test_a_broken_archive_is_named(tmp_path, suffix):
+  lines = b'{"text": "a line"}\n' * 100
+  whole = gzip.compress(lines) if suffix == 'gz' else zstandard.compress(lines)
+  for broken in (b'no archive at all', whole[:-4], whole + whole[:-4]):
+    (tmp_path / f'a.{suffix}').write_bytes(broken)
+    with pytest.raises(OSError, match=f'a.{suffix}: cannot be unpacked'):
+      len(corpora.jsonl(str(tmp_path / f'a.{suffix}')).splits['train'])
+
+
+def test_parquet(tmp_path):
+  rows = [*DOCUMENTS[:150], None, *DOCUMENTS[150:]]
+  pq.write_table(pa.table({'body': rows, 'n': range(len(rows))}), tmp_path / 'a.parquet', row_group_size=40)
+  source = corpora.parquet(f'{tmp_path}/*.parquet', column='body')
+  assert everything(source) == sorted(DOCUMENTS) and source.counts['null dropped'] == 1
+  assert source.splits['train'][::-1] == list(source.splits['train'])[::-1]
+  with pytest.raises(ValueError, match=r"a\.parquet: no column='text'; it has body, n"):
+    corpora.parquet(f'{tmp_path}/*.parquet')
+  with pytest.raises(ValueError, match="column='n' holds int, not strings"):
+    len(corpora.parquet(f'{tmp_path}/*.parquet', column='n').splits['train'])
+
+
+def test_fingerprint_follows_content_and_options_not_the_folder(tmp_path, monkeypatch):
+  (tmp_path / 'one').mkdir()
+  write_texts(tmp_path / 'one')
+  make = lambda folder, **options: corpora.text(f'{tmp_path / folder}/**/*.txt', **options).fingerprint
+  first = make('one')
+  shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+  assert make('two') == first
+  options = [{}, {'validation': 0.1}, {'separator': '\n'}, {'encoding_errors': 'drop'}]
+  assert len({make('one', **o) for o in options}) == 4
+  path = tmp_path / 'two' / '0' / '3.txt'
+  path.write_text(path.read_text().replace('3', '4'))  # of the same size
+  assert make('two') != first
+  monkeypatch.setattr('lm.data.source._WHOLE', 10)
+  monkeypatch.setattr('lm.data.source._END', 4)
+  beginning = make('one')
+  path = tmp_path / 'one' / '0' / '3.txt'
+  path.write_text(path.read_text()[:-1] + '。')  # only the end is other
+  assert make('one') != beginning
+
+
+def listed(name, size, split='train'):
+  return Source(name, {split: [f'{name}{i}' for i in range(size)]}, name)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.floats(0.01, 5)), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_mixture_is_exact_at_every_prefix(parts):
+  sources = [(listed(chr(97 + i), size), weight) for i, (size, weight) in enumerate(parts)]
+  documents = list(corpora.mixture(sources).splits['train'])
+  share = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]
+  share = [s / sum(share) for s in share]
+  taken = [0] * len(parts)
+  for n, document in enumerate(documents, 1):
+    which = ord(document[0]) - 97
+    assert document == f'{document[0]}{taken[which]}'  # each source in its own order, without a gap
+    taken[which] += 1
+    assert all(abs(t - n * s) < 1 for t, s in zip(taken, share))
+  assert any(t == size for t, (size, _) in zip(taken, parts))  # and it stops only where one is used up
+
+
+def test_mixture_at_seven_to_three():
+  mixed = corpora.mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
+  documents = mixed.splits['train']
+  assert sum(d.startswith('b') for d in documents[:160]) == 48  # what Grain's MapDataset.mix gives
+  assert len(documents) in (1428, 1429)  # 1000 / 0.7
+  assert documents[1400:1410] == list(documents)[1400:1410] and len(set(documents)) == len(documents)
+  assert mixed.fingerprint != corpora.mixture([(listed('a', 1000), 0.6), (listed('b', 1000), 0.4)]).fingerprint
+  with pytest.raises(ValueError, match=r'weights \[1, 0\] must be positive'):
+    corpora.mixture([(listed('a', 1), 1), (listed('b', 1), 0)])
+
+
+def test_mixture_joins_counts_and_common_splits(tmp_path):
+  bad = corpora.text(write_texts(tmp_path, [b'good', b'bad \xff']), validation=0, encoding_errors='replace')
+  both = Source('s', {'train': ['x', 'y'], 'validation': ['z']}, 's')
+  mixed = corpora.mixture([(both, 1), (bad, 1)])
+  assert list(mixed.splits) == ['train'] and len(mixed.splits['train']) == 4
+  assert mixed.counts == {'invalid UTF-8 repaired': 1}
+
+
+@pytest.fixture(scope='module')
+def builder():
+  path = pathlib.Path(__file__).parents[1] / 'experiments' / 'tfds_builder.py'
+  spec = importlib.util.spec_from_file_location('tfds_builder', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_tfds(tmp_path, builder, capsys):
+  pattern, data_dir = write_texts(tmp_path / 'texts'), str(tmp_path / 'tfds')
+  builder.build(pattern=pattern, data_dir=data_dir)
+  original = corpora.text(pattern)
+  source = corpora.tfds('local_text', data_dir=data_dir)
+  assert {k: sorted(v) for k, v in source.splits.items()} == {k: sorted(v) for k, v in original.splits.items()}
+  assert f"train: {len(original.splits['train'])} documents" in capsys.readouterr().out
+  shutil.copytree(data_dir, tmp_path / 'moved')
+  assert corpora.tfds('local_text', data_dir=str(tmp_path / 'moved')).fingerprint == source.fingerprint
+  with pytest.raises(ValueError, match="no feature key='body'; it has text"):
+    corpora.tfds('local_text', key='body', data_dir=data_dir)
+  with pytest.raises(ValueError, match="^tfds: no data set 'nonesuch_text' in data_dir=[^\n]*$"):
+    corpora.tfds('nonesuch_text', data_dir=data_dir)

@@ -1,0 +1,230 @@
+"""Stores: what goes in comes out, once; a build killed anywhere ends in the same bytes; other settings are refused."""
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from lm.data import clean, store, tokenizer
+from lm.data.source import Source
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAIN = [f'document {i}: é{"x" * (i % 7)}' for i in range(23)]
+TRAIN[5], TRAIN[9], TRAIN[20] = TRAIN[3], '  ', 'held out 1 '  # of train, of nothing, of validation once it is cleaned
+SOURCE = Source('toy', {'train': TRAIN, 'validation': [f'held out {i}' for i in range(4)]}, 'abc')
+BYTES = tokenizer.Bytes()
+
+
+def quiet(line):
+  pass
+
+
+def build(folder, source=SOURCE, tok=BYTES, rules=clean.DEFAULT, **options):
+  return store.build(folder, source, tok, rules, **{'progress': quiet} | options)
+
+
+def contents(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+  monkeypatch.setattr(store, '_GROUP_DOCUMENTS', 5)
+
+
+def test_documents_come_out_as_they_went_in_once(tmp_path):
+  lines = []
+  stores = build(tmp_path, progress=lines.append)
+  train = stores['train']
+  expected = [d for i, d in enumerate(TRAIN) if i not in (5, 9, 20)]
+  assert [BYTES.decode(train[i]) for i in range(len(train))] == expected
+  assert [BYTES.decode(stores['validation'][i]) for i in range(4)] == SOURCE.splits['validation']
+  counts = {'read': 23, 'documents': 20, 'dropped': {'duplicate': 2, 'too short': 1}}
+  assert counts.items() <= train.manifest.items()
+  assert train.manifest['bytes'] == train.manifest['tokens'] == sum(len(d.encode()) for d in expected)
+  assert train.tokens.dtype == np.uint16 and train.offsets[-1] == len(train.tokens) == sum(map(len, train))
+  np.testing.assert_array_equal(train[-1], train[19])
+  with pytest.raises(IndexError, match='document 20 of 20'):
+    train[20]
+  assert '2 duplicate, 1 too short' in lines[1] and 'MB/s' in lines[1]
+  assert set(contents(tmp_path)) == {'lock', 'manifest.json', *(
+      f'{split}/{name}' for split in stores for name in ('tokens.bin', 'offsets.npy'))}
+
+
+def test_opened_again_without_reading_the_source(tmp_path):
+  first = build(tmp_path)
+  again = build(tmp_path, dataclasses.replace(SOURCE, splits=dict.fromkeys(SOURCE.splits)))
+  assert again['train'].fingerprint == first['train'].fingerprint != first['validation'].fingerprint
+  copy = pickle.loads(pickle.dumps(first['train']))
+  np.testing.assert_array_equal(copy.tokens, first['train'].tokens)
+  assert len(pickle.dumps(first['train'])) < 500  # names, not tokens
+
+
+class Killed(BaseException):
+  pass
+
+
+def die_at(n, calls, function, *args):
+  if next(calls) == n:
+    raise Killed
+  return function(*args)
+
+
+def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
+  build(tmp_path / 'whole')
+  expected = contents(tmp_path / 'whole')
+  for n in itertools.count():
+    folder, calls = tmp_path / str(n), itertools.count()
+    with monkeypatch.context() as patch:
+      for name in ('fsync', 'replace'):
+        patch.setattr(os, name, functools.partial(die_at, n, calls, getattr(os, name)))
+      try:
+        build(folder)
+      except Killed:
+        assert not (folder / 'manifest.json').exists()
+        with pytest.raises(FileNotFoundError, match='no finished store'):
+          store.Store(folder, 'train')
+      else:
+        break
+    build(folder)
+    assert contents(folder) == expected, n
+  assert n > 20
+
+
+def test_killed_for_good_it_resumes(tmp_path):
+  build(tmp_path / 'whole')
+  code = ('import os, sys; sys.path[:0] = sys.argv[1:3]; import store_test as t; from lm.data import store; '
+          'store._GROUP_DOCUMENTS = 5; n = iter(range(10)); fsync = os.fsync; '
+          'os.fsync = lambda f: fsync(f) if next(n, None) is not None else os.kill(os.getpid(), 9); '
+          't.build(sys.argv[3])')
+  killed = subprocess.run([sys.executable, '-c', code, ROOT, ROOT / 'tests', tmp_path / 'killed'])
+  assert killed.returncode == -signal.SIGKILL
+  assert json.loads((tmp_path / 'killed/unfinished.json').read_text())['splits']['train']['read'] == 5
+  build(tmp_path / 'killed')
+  assert contents(tmp_path / 'killed') == contents(tmp_path / 'whole')
+
+
+def test_workers_and_groups_change_nothing(tmp_path, monkeypatch):
+  build(tmp_path / 'a')
+  monkeypatch.setattr(store, '_GROUP_DOCUMENTS', 2000)
+  build(tmp_path / 'b', workers=2)
+  assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+
+
+class Stop(BaseException):
+  pass
+
+
+@dataclasses.dataclass(frozen=True)
+class StopAt:
+  """A rule that ends the build at a document."""
+  text: str
+
+  def __call__(self, document):
+    if document == self.text and not (flag := pathlib.Path(os.environ['STOP_FLAG'])).exists():
+      flag.touch()
+      raise Stop
+    return document
+
+
+@pytest.mark.parametrize('finished', [True, False])
+@pytest.mark.parametrize('setting, change', [
+    ('tokenizer', {'tok': tokenizer.Bytes(())}), ('source', {'source': dataclasses.replace(SOURCE, fingerprint='abd')}),
+    ('rules', {'rules': (clean.Whitespace(),)})])
+def test_other_settings_are_refused(tmp_path, monkeypatch, finished, setting, change):
+  monkeypatch.setenv('STOP_FLAG', str(tmp_path / 'flag'))
+  folder, rules = tmp_path / 'store', (*clean.DEFAULT, StopAt(TRAIN[12]))
+  with pytest.raises(Stop):
+    build(folder, rules=rules)
+  if finished:
+    build(folder, rules=rules)
+  before = contents(folder)
+  there = json.loads((folder / ('manifest.json' if finished else 'unfinished.json')).read_text())
+  with pytest.raises(ValueError, match=f'other settings: {setting} .* there, .* here; choose another folder or') as e:
+    build(folder, **{'rules': rules} | change)
+  assert str(there['settings'][setting]) in str(e.value) and contents(folder) == before
+
+
+def test_rules_without_a_lasting_name_are_refused(tmp_path):
+  for rule in (lambda text: text, clean.Deduplicate()):
+    with pytest.raises(ValueError, match='no lasting name'):
+      build(tmp_path, rules=(rule,))
+
+
+@pytest.mark.parametrize('file', ['tokens.bin', 'offsets.npy'])
+def test_truncated_files_are_noticed(tmp_path, file):
+  build(tmp_path)
+  path = tmp_path / 'train' / file
+  path.write_bytes(path.read_bytes()[:-2])
+  with pytest.raises(ValueError, match=file):
+    build(tmp_path)
+
+
+def test_an_unfinished_store_that_lost_data_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setenv('STOP_FLAG', str(tmp_path / 'flag'))
+  rules = (StopAt(TRAIN[12]),)
+  with pytest.raises(Stop):
+    build(tmp_path, rules=rules)
+  os.truncate(tmp_path / 'validation/tokens.bin', 3)
+  with pytest.raises(ValueError, match='tokens.bin has lost committed data: delete'):
+    build(tmp_path, rules=rules)
+
+
+def test_nothing_left_names_source_and_reasons(tmp_path):
+  for documents, message in (([], '0 read; dropped: none'), (['', 'held out 1', 'held out 2'], '2 duplicate, 1 too')):
+    source = Source('toy', {'train': documents, 'validation': SOURCE.splits['validation']}, repr(documents))
+    with pytest.raises(ValueError, match=f'toy: no document is left in train of .*{message}'):
+      build(tmp_path / str(len(documents)), source)
+
+
+def test_writing_errors_are_clear(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(OSError, match='cannot write the store: Not a directory; free space or choose another folder'):
+    build(tmp_path / 'file' / 'store')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+  try:
+    with pytest.raises(OSError, match='cannot write the store: File too large'):
+      build(tmp_path / 'full')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert len(build(tmp_path / 'full')['train']) == 20
+
+
+def test_two_builders_of_one_folder_take_turns(tmp_path):
+  lines = []
+  target = functools.partial(build, tmp_path / 'a', progress=lines.append)
+  threads = [threading.Thread(target=target) for _ in range(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  build(tmp_path / 'b')
+  assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+  assert sum('dropped' in line for line in lines) == 2  # built once: a line a split
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(tokenizer.Bytes):
+  """Ids beyond 16 bits."""
+  vocab_size = 70_000
+
+  def encode_batch(self, texts):
+    return [ids + 69_000 if len(ids) > 10 else ids[:0] for ids in super().encode_batch(texts)]
+
+
+def test_wide_vocabularies_and_documents_without_tokens(tmp_path):
+  source = Source('wide', {'train': ['short', 'a longer document']}, 'x')
+  train = build(tmp_path, source, Wide())['train']
+  assert train.tokens.dtype == np.uint32 and train[0][0] == 69_000 + ord('a')
+  assert train.manifest['dropped'] == {'no tokens': 1} and train.manifest['bytes'] == 17

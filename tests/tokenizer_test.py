@@ -1,0 +1,198 @@
+"""Tokenizers: round trips over Unicode, parity with ids computed by the original libraries, determinism, errors."""
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from lm.data import tokenizer
+
+DATA = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+TEXT = ''.join(pathlib.Path(json.__file__).with_name(name).read_text() for name in ('decoder.py', 'encoder.py'))
+NASTY = ['', '▁', '▁▁ ▁', 'a▁b ▁', '\0', 'a\0b', '\t\t', '\r\n', '\n\n  \n', ' ', '  a  ', '<0x41>', '<s>', '</s>',
+         '<unk>', '<|mask|>', '<|0|>', '你好，世界', '👩‍👩‍👧 🙂', 'e\u0301 é ﬁ Ａ①', '\ufeffx', '\u2028\x85',
+         '\U0010ffff', ' ⁇ ', '▅']
+
+
+@pytest.fixture(scope='module')
+def documents():
+  return [TEXT[i:i + 3000] for i in range(0, len(TEXT), 3000)]
+
+
+@pytest.fixture(scope='module', params=['bytes', 'bpe', 'unigram', 'byte-level'])
+def lossless(request, documents):
+  if request.param == 'bytes':
+    return tokenizer.Bytes()
+  if request.param == 'byte-level':
+    return byte_level(documents)
+  return tokenizer.train_sentencepiece(documents, 700, request.param)
+
+
+def byte_level(documents):
+  tokenizers = pytest.importorskip('tokenizers')
+  t = tokenizers.Tokenizer(tokenizers.models.BPE())
+  t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  t.decoder = tokenizers.decoders.ByteLevel()
+  t.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
+      vocab_size=600, special_tokens=['<|endoftext|>', '<|mask|>'], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  t.enable_truncation(5)  # files come with it; it must not cut documents
+  return tokenizer.HuggingFace(t.to_str(), '<|endoftext|>', '<|endoftext|>')
+
+
+def check_round_trip(t, text):
+  ids = t.encode(text)
+  assert ids.dtype == np.int32 and ids.ndim == 1
+  assert t.decode(ids) == text
+  assert t.byte_lengths()[ids].sum() == len(text.encode())
+  assert not set(ids.tolist()) & {t.bos_id, t.eos_id, t.control_id('<|mask|>')}
+
+
+def test_round_trip_of_nasty_text(lossless):
+  for text in [*NASTY, ''.join(NASTY), TEXT]:
+    check_round_trip(lossless, text)
+
+
+@hypothesis.given(st.text(st.characters(exclude_categories=['Cs']) | st.sampled_from('▁ \n\t\0<>x4'), max_size=40))
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_round_trip_of_any_text(lossless, text):
+  check_round_trip(lossless, text)
+
+
+def test_a_batch_is_its_texts(lossless):
+  for ids, text in zip(lossless.encode_batch(NASTY), NASTY, strict=True):
+    np.testing.assert_array_equal(ids, lossless.encode(text))
+  assert lossless.encode_batch([]) == []
+
+
+def test_saved_loaded_and_pickled(lossless, tmp_path):
+  lossless.encode(TEXT)  # what is cached must not matter
+  lossless.save(tmp_path)
+  for other in (tokenizer.load(tmp_path), pickle.loads(pickle.dumps(lossless))):
+    assert other == lossless and other.fingerprint == lossless.fingerprint
+    assert (other.bos_id, other.eos_id, other.vocab_size) == (lossless.bos_id, lossless.eos_id, lossless.vocab_size)
+    np.testing.assert_array_equal(other.encode(TEXT), lossless.encode(TEXT))
+
+
+def test_errors_say_what_to_do(lossless):
+  with pytest.raises(ValueError, match=r"'\\udc80' at character 2 .*clean"):
+    lossless.encode('ab\udc80')
+  with pytest.raises(ValueError, match="'<|no|>'.*<|mask|>"):
+    lossless.control_id('<|no|>')
+  for bad in (-1, lossless.vocab_size):
+    with pytest.raises(ValueError, match=f'id {bad} is outside'):
+      lossless.decode([bad])
+
+
+def test_control_tokens_are_distinct_and_decode_to_nothing(documents):
+  for t in (tokenizer.Bytes(), tokenizer.train_sentencepiece(documents, 700)):
+    ids = [t.bos_id, t.eos_id, *map(t.control_id, tokenizer.CONTROL)]
+    assert len(set(ids)) == len(ids) and t.decode(ids) == '' and not t.byte_lengths()[ids].any()
+  assert tokenizer.Bytes(('<|a|>',)).fingerprint != tokenizer.Bytes(('<|b|>',)).fingerprint
+
+
+def test_decoding_cut_characters():
+  for t in (tokenizer.Bytes(), tokenizer.train_sentencepiece([TEXT], 700)):
+    assert t.decode(t.encode('a好')[:-1]) == 'a\N{REPLACEMENT CHARACTER}'
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_training_is_the_same_in_another_process(kind, documents):
+  code = ('import sys, json; from lm.data import tokenizer; '
+          'print(tokenizer.train_sentencepiece(json.load(sys.stdin), 600, sys.argv[1]).fingerprint)')
+  there = subprocess.run([sys.executable, '-c', code, kind], input=json.dumps(documents), capture_output=True,
+                         text=True, cwd=pathlib.Path(__file__).parents[1], check=True)
+  assert there.stderr == ''  # nor does SentencePiece chat
+  assert there.stdout.strip() == tokenizer.train_sentencepiece(documents, 600, kind).fingerprint
+
+
+def test_indentation_and_newlines_are_part_of_pieces(documents):
+  t = tokenizer.train_sentencepiece(documents, 900)
+  assert len(t.encode('        ')) == 1
+  assert len(t.encode(TEXT)) < len(TEXT) / 2.5  # SentencePiece's defaults: 2.0 bytes a token at this size
+  assert '):\n' in [t.decode([i]) for i in range(t.vocab_size)]
+
+
+def test_sampling_reads_no_more_than_it_needs():
+  class Lazy:
+    read = 0
+
+    def __len__(self):
+      return 10**6
+
+    def __getitem__(self, i):
+      self.read += 1
+      return TEXT[i % 1000:][:3000]
+  documents = Lazy()
+  tokenizer.train_sentencepiece(documents, 500, sample_bytes=60_000)
+  assert documents.read == 20
+
+
+def test_long_lines_are_not_skipped_in_training():
+  t = tokenizer.train_sentencepiece(['abcdefgh' * 20_000], 320)
+  assert len(t.encode('abcdefgh' * 8)) < 16
+
+
+@pytest.mark.parametrize('size, documents, message', [
+    (100_000, [TEXT], r'vocab_size=100000 is more than the text supports: at most \d+'),
+    (300, [TEXT], r'vocab_size=300 is too small: .* take 3\d\d'), (500, [], 'no text'), (500, [''], 'no text')])
+def test_vocabularies_that_cannot_be(size, documents, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizer.train_sentencepiece(documents, size)
+
+
+def test_the_vocabulary_that_an_error_names_can_be():
+  with pytest.raises(ValueError) as error:
+    tokenizer.train_sentencepiece([TEXT[:5000]], 100_000)
+  size = int(str(error.value).split()[-1])
+  assert tokenizer.train_sentencepiece([TEXT[:5000]], size).vocab_size == size
+
+
+def test_loading_what_is_not_there(tmp_path):
+  with pytest.raises(FileNotFoundError, match='give a .model file'):
+    tokenizer.load(tmp_path)
+  for name in ('tokenizer.model', 'tokenizer.json'):
+    (tmp_path / name).write_text('{}')
+    with pytest.raises(ValueError, match=f'{name}: this is no '):
+      tokenizer.load(tmp_path / name)
+  with pytest.raises(ValueError, match='tokenizer.json, tokenizer.model'):
+    tokenizer.load(tmp_path)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason='no shared data')
+def test_sentencepiece_models_as_published():
+  golden = json.loads((DATA / 'sentencepiece/golden_encode.json').read_text())['models']
+  for name, expected in golden.items():
+    t = tokenizer.load(DATA / 'sentencepiece' / name)
+    assert t.vocab_size == expected['vocab_size']
+    if expected['eos'] >= 0:
+      assert (t.bos_id, t.eos_id) == (expected['bos'] if expected['bos'] >= 0 else expected['eos'], expected['eos'])
+    for case in expected['cases']:
+      assert t.encode(case['text']).tolist() == case['ids'], name
+      assert t.decode(case['ids']) == case['decoded'], name
+  albert = tokenizer.load(DATA / 'sentencepiece/hf_albert_spiece.model')
+  assert (albert.bos_id, albert.eos_id) == (albert.control_id('[CLS]'), albert.control_id('[SEP]'))
+
+
+@pytest.mark.skipif(not DATA.exists(), reason='no shared data')
+def test_gpt2_ids_as_published(tmp_path):
+  tokenizers = pytest.importorskip('tokenizers')
+  vocabulary = json.loads((DATA / 'gpt2_bpe/encoder.json').read_text())
+  merges = [tuple(line.split()) for line in (DATA / 'gpt2_bpe/vocab.bpe').read_text().splitlines()[1:] if line]
+  t = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+  t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  t.decoder = tokenizers.decoders.ByteLevel()
+  t.add_special_tokens(['<|endoftext|>'])
+  t.save(str(tmp_path / 'tokenizer.json'))
+  gpt2 = tokenizer.load(tmp_path)
+  assert (gpt2.vocab_size, gpt2.bos_id, gpt2.eos_id) == (50257, 50256, 50256)
+  for case in json.loads((DATA / 'gpt2_bpe/golden_encode.json').read_text())['cases']:
+    assert gpt2.encode(case['text']).tolist() == case['ids']
+    assert gpt2.decode(case['ids']) == case['text']
+    assert gpt2.byte_lengths()[case['ids']].sum() == len(case['text'].encode())
+  assert gpt2.decode([50256]) == '' and gpt2.byte_lengths()[50256] == 0

@@ -1,0 +1,187 @@
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import types
+
+import pytest
+
+from lm import track
+
+
+class Clock:
+  now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def tracker(folder, output=None, **options):
+  return track.Tracker(folder, options.pop('total', 100), output=output or io.StringIO(), devices=[], **options)
+
+
+def steps(folder):
+  return [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_every_record_is_a_line_of_strict_json_at_once(tmp_path):
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  with tracker(tmp_path) as t:
+    t.log(1, {'loss': 2.5, 'gradient_norm': math.inf, 'other': math.nan})
+    (record,) = [json.loads(line, parse_constant=refuse)
+                 for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert record['loss'] == 2.5 and record['gradient_norm'] is None and record['other'] is None
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+  with tracker(tmp_path) as t:
+    for step in range(1, 8):
+      t.log(step, {'loss': step})
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 8, "lo')  # killed here
+  with tracker(tmp_path, step=5) as t:
+    for step in range(6, 10):
+      t.log(step, {'loss': step})
+  assert steps(tmp_path) == list(range(1, 10))
+  with tracker(tmp_path):
+    assert steps(tmp_path) == []
+  assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
+  from tensorboardX import proto
+  with tracker(tmp_path, step=5) as t:
+    t.log(6, {'loss': 1.5})
+  data = next((tmp_path / 'tensorboard').glob('events*')).read_bytes()
+  events, at = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
+  while at < len(data):
+    size = int.from_bytes(data[at:at + 8], 'little')
+    events.append(proto.event_pb2.Event.FromString(data[at + 12:at + 12 + size]))
+    at += size + 16
+  assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == [('loss', 1.5, 6)]
+  started = [e.step for e in events if e.HasField('session_log')]
+  assert started == [6]
+
+
+def test_throughput_leaves_out_compilation_and_pauses_and_the_eta_follows(tmp_path):
+  clock = Clock()
+  speed = track.Throughput(tokens_per_step=1000, total_steps=100, window=4, clock=clock)
+  clock.now += 60  # compilation
+  speed.update(1)
+  assert speed.tokens_per_second is None and speed.eta is None
+  for step in range(2, 11):
+    clock.now += 0.5
+    speed.update(step)
+  assert speed.tokens_per_second == pytest.approx(2000) and speed.eta == pytest.approx(45)
+  for step in range(11, 15):  # slower: the window forgets
+    clock.now += 2
+    speed.update(step)
+  assert speed.tokens_per_second == pytest.approx(500) and speed.eta == pytest.approx(86 * 2)
+  with speed.pause():
+    clock.now += 12.5  # as long as the training since step 1
+  speed.update(14)
+  assert speed.eta == pytest.approx(86 * 2 * 2)
+
+
+def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
+  def train(output):
+    clock = Clock()
+    with tracker(tmp_path, output, clock=clock, tokens_per_step=100, every=15) as t:
+      for step in range(1, 101):
+        t.log(step, {'loss': 3.2141, 'learning_rate': 6e-4})
+        clock.now += 1
+        if step == 50:
+          t.log(step, {'validation/loss': 3.5, 'validation/bits_per_byte': 1.402})
+    return output.getvalue()
+
+  lines = train(io.StringIO()).splitlines()
+  assert [int(line.split()[1].split('/')[0]) for line in lines] == [1, 16, 31, 46, 50, 66, 81, 96, 100]
+  assert lines[4] == 'step 50/100  loss 3.214  val 3.500  1.402 bits/byte  lr 6.0e-4  100 tok/s  ETA 0:50'
+  assert 'ETA' not in lines[-1]
+  live = train(Terminal())  # one of the 101 comes at the same instant as another
+  assert live.count('\n') == 2 and live.count('\r') == 100 and live.endswith('\n')
+
+
+@pytest.mark.parametrize('number, text', [
+    (0.5, '0.5'), (999, '999'), (999.9, '1k'), (412_300, '412k'), (1.25e6, '1.25M'), (3e9, '3G')])
+def test_speeds_are_short(number, text):
+  assert track._short(number) == text
+
+
+@pytest.mark.parametrize('seconds, text', [(0, '0:00'), (92, '1:32'), (59.7, '1:00'), (3600, '1:00:00')])
+def test_durations(seconds, text):
+  assert track._duration(seconds) == text
+
+
+def device(kind, cores=None):
+  return types.SimpleNamespace(device_kind=kind, **({'num_cores': cores} if cores else {}))
+
+
+def test_mfu_against_published_chips_and_never_a_guess():
+  # Peak of a whole chip, PFLOP/s: a v3 chip is two devices of one core, a v4 chip one device of two, v7x two of one.
+  for chip, peak in [([device('TPU v3', 1)] * 2, 0.123), ([device('TPU v4', 2)], 0.275),
+                     ([device('TPU v4', 1)] * 2, 0.275),
+                     ([device('TPU v5 lite', 1)], 0.197), ([device('TPU7x', 1)] * 2, 2.307),
+                     ([device('NVIDIA H100 80GB HBM3')], 0.989)]:
+    assert track.mfu(6e9, 1e5, chip) == pytest.approx(6e14 / (peak * 1e15))
+  unknown = [device('cpu'), device('TPU v9', 1), device('NVIDIA A100-SXM4-40GB MIG 1g.5gb'), device('NVIDIA H20')]
+  assert all(track.mfu(6e9, 1e5, [d]) is None for d in unknown) and track.mfu(6e9, 1e5, []) is None
+  assert track.mfu(6e9, 1e5, [device('NVIDIA H200'), device('cpu')]) is None
+
+
+def test_phases_add_up():
+  phases = track.Phases()
+  for _ in range(2):
+    with pytest.raises(KeyError), phases('tokenise'):
+      raise KeyError
+  assert list(phases) == ['tokenise'] and 0 < phases['tokenise'] < 1
+
+
+def test_smoothing_does_not_lag():
+  line = [3.0 - 0.1 * i for i in range(50)]
+  assert track._smooth(line, 7) == pytest.approx(line)
+  flat = track._smooth([(-1.0)**i for i in range(100)], 10)
+  assert max(abs(v) for v in flat[20:-20]) < 0.1 and track._smooth([], 3) == []
+
+
+def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
+  with tracker(tmp_path) as t:
+    t.log(1, {'loss': math.nan, 'learning_rate': 1e-3})
+    t.log(2, {'loss': 2.0, 'learning_rate': 1e-3})
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  track.plot(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  assert 'lm[plot]' in (line := capsys.readouterr().out) and line.count('\n') == 1
+  monkeypatch.undo()
+  pytest.importorskip('matplotlib')
+  track.plot(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_the_record_keeps_earlier_runs_and_adds_facts_to_the_last(tmp_path):
+  track.claim(tmp_path / 'new', 'a.py')
+  track.start(tmp_path / 'new', script='a.py', folder=pathlib.Path('x'))
+  track.claim(tmp_path / 'new', 'a.py')
+  track.start(tmp_path / 'new', script='a.py')
+  track.record(tmp_path / 'new', data='f00d')
+  assert track.records(tmp_path / 'new') == [{'script': 'a.py', 'folder': 'x'}, {'script': 'a.py', 'data': 'f00d'}]
+  with pytest.raises(ValueError, match='a.py, not of b.py'):
+    track.claim(tmp_path / 'new', 'b.py')
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+    with pytest.raises(OSError, match='cannot write to the workdir'):
+      track.claim(folder, 'a.py')
+  monkeypatch.setattr(os, 'access', lambda *_: False)
+  with pytest.raises(OSError, match=r'permission denied.*--workdir'):
+    track.claim(tmp_path, 'a.py')
