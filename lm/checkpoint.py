@@ -3,20 +3,19 @@
 A step is a folder `<folder>/<step>`: the arrays of the state, and JSON facts about them (position in the data,
 fingerprints, a description of the model). Nothing is ever deleted but the steps that the last `keep` have outlived.
 """
-import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
+
+from lm.describe import differences
 
 Tree = Any
 
@@ -193,58 +192,6 @@ def check(stored: Any, now: Any) -> None:
   if lines := differences(stored, now):
     raise Mismatch('the checkpoint is of another run: go back to its settings, or use a new folder\n  '
                    + '\n  '.join(lines))
-
-
-def differences(stored: Any, now: Any) -> list[str]:
-  """A line for each leaf that differs: 'model.block.heads: 6 in the checkpoint, 8 now'."""
-  old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
-  return [f'{name}: {old.get(name, "absent")} in the checkpoint, {new.get(name, "absent")} now'
-          for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def describe(value: Any) -> Any:
-  """JSON, the same in every process: classes with their fields, functions by name, arrays by hash.
-
-  Of a function that another made (a schedule) it tells the name, not the numbers inside: describe those too.
-  """
-  match value:
-    case None | bool() | int() | float() | str():
-      return value
-    case np.generic():
-      return value.item()
-    case np.dtype():
-      return value.name
-    case type():  # np.float32 and jnp.float32 are types
-      dtype = np.dtype(value) if issubclass(value, np.generic) else getattr(value, 'dtype', None)
-      return dtype.name if isinstance(dtype, np.dtype) else value.__qualname__
-    case np.ndarray() | jax.Array():
-      return f'{value.dtype}{list(value.shape)} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]}'
-    case Mapping():
-      return {str(key): describe(item) for key, item in value.items()}
-    case functools.partial():
-      return {'partial': describe(value.func), 'args': describe(value.args), **describe(value.keywords)}
-    case list() | tuple() if not hasattr(value, '_fields'):
-      return [describe(item) for item in value]
-  if isinstance(value, tuple):
-    names = value._fields
-  elif dataclasses.is_dataclass(value):
-    of_flax = any(c.__module__.startswith('flax.') for c in type(value).__mro__)
-    names = [f.name for f in dataclasses.fields(value) if not (of_flax and f.name in ('parent', 'name'))]
-  else:
-    text = getattr(value, '__qualname__', None) or repr(value)
-    return type(value).__qualname__ if ' at 0x' in text else text
-  return {'class': type(value).__qualname__, **{name: describe(getattr(value, name)) for name in names}}
-
-
-def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """(dotted path, leaf); empty containers are leaves, and tuples are lists, as they are in JSON."""
-  if isinstance(tree, Mapping) and tree:
-    for key, child in tree.items():
-      yield from _leaves(child, f'{path}.{key}'.lstrip('.'))
-  elif isinstance(tree, list | tuple):
-    yield from _leaves({str(i): child for i, child in enumerate(tree)} or '[]', path)
-  else:
-    yield path, tree
 
 
 def _types(tree: Tree) -> dict[str, str]:

@@ -63,9 +63,12 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
   track.claim(workdir, script.name)
+  if 'steps' in knobs and knobs['steps'] is None:   # fitted to the machine when the run began
+    knobs = {**knobs, 'steps': next((r['steps'] for r in reversed(track.records(workdir)) if 'steps' in r), None)}
   with jax.set_mesh(devices):
     configured = dataclasses.replace(experiment(**knobs), seed=seed)
-    track.start(workdir, script=script.name, argv=sys.argv, knobs=knobs, seed=seed, **_circumstances(script, devices))
+    track.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
+                knobs=knobs, seed=seed, **_circumstances(script, devices))
     result = train.train(configured, workdir, mesh=devices)
     if then:
       then(configured, workdir, result)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, evaluate, optim, sharding, track
 from lm.data.batches import Batch, Batches
+from lm.describe import describe
 from lm.objectives.objective import Objective
 
 
@@ -77,6 +79,7 @@ class Result(NamedTuple):
   step: int
   params: Any
   data: Opened
+  mesh: jax.sharding.Mesh
   metrics: dict[str, float]   # of the last evaluation
   finished: bool
   phases: track.Phases
@@ -95,7 +98,8 @@ def init(run: Run) -> State:
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
   """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
   def placed(s):
-    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec))
+    # A constant, such as the step, carries no sharding.
+    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec if s.sharding else P()))
   return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
 
 
@@ -155,10 +159,34 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   return Batch(integers, integers, floats, integers, integers)
 
 
-def describe(run: Run, data: Opened) -> dict[str, Any]:
+def identity(run: Run, data: Opened) -> dict[str, Any]:
   """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
-  return {'model': checkpoint.describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
+  return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
           'data': data.fingerprint}
+
+
+def fit(make: Callable[[int], Run], minutes: float, evaluations: int = 10) -> Run:
+  """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
+
+  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set.
+  """
+  if minutes <= 0:
+    raise ValueError(f'minutes={minutes} is not positive')
+  run, mesh = make(10_000), jax.sharding.get_mesh()
+  check(run, mesh)
+  rows = np.zeros((len(sharding.local_rows(run.batch, mesh)), run.data.length), np.int32)
+  batch = sharding.shard_rows(Batch(rows, rows, rows + np.float32(1), rows, rows + 1), mesh)
+  state, step = jax.jit(lambda: init(run))(), make_step(run)
+  evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
+  times = []
+  for _ in range(4):
+    start = time.monotonic()
+    jax.block_until_ready(evaluation(state.params, batch))
+    middle = time.monotonic()
+    state = jax.block_until_ready(step(state, batch)[0])
+    times.append((middle - start, time.monotonic() - middle))
+  evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
+  return make(max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10))
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
@@ -173,15 +201,14 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
   with phases('prepare data'):
     data = run.data.open(workdir)
   _check_vocabulary(run, data)
-  facts = describe(run, data)
+  facts = identity(run, data)
   track.record(workdir, data=data.fingerprint, steps=run.steps)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, _Interrupt() as interrupt:
     with phases('restore or initialise'):
       state, start = _restore(run, mesh, checkpoints, facts)
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
-    loop = _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases)
-    return loop.go(state, start)
+    return _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases).go(state, start)
 
 
 def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
@@ -265,6 +292,7 @@ class _Loop:
           pending = step, metrics
           if step == start + 1:
             jax.block_until_ready(state)
+        self.checkpoints.check_for_errors()
         stop = self.interrupt.asked(step)
         if stop or step == run.steps or step % run.evaluate_every == 0 or step % run.save_every == 0:
           with self.phases('train'):
@@ -279,7 +307,7 @@ class _Loop:
           break
       if self.evaluated < 0 and step == run.steps:
         self._evaluate(step, state)
-    return Result(step, state.params, self.data, self.metrics, step >= run.steps, self.phases)
+    return Result(step, state.params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
 
   def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
     if pending is None:

@@ -1,7 +1,4 @@
 """Checkpoints: same bytes on any mesh, nothing lost to damage, kills and full disks, and no silent cast."""
-import dataclasses
-import functools
-import json
 import logging
 import os
 import pathlib
@@ -13,7 +10,6 @@ import sys
 import textwrap
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +102,7 @@ def test_restores_params_alone(tmp_path, mesh):
   restored = checkpoints.restore_params(wanted, step=10)
   assert same_bytes(restored.state, state.params)
   assert restored.facts == checkpoints.facts(10) == {'seen': 10}
-  with pytest.raises(checkpoint.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' in the checkpoint, absent now"):
+  with pytest.raises(checkpoint.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' before, absent now"):
     checkpoints.restore_params({'w': wanted['w']})
 
 
@@ -137,12 +133,12 @@ def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
 
 @pytest.mark.parametrize('change, line', [
     (lambda s: s._replace(params={**s.params, 'w': s.params['w'].update(dtype=jnp.bfloat16)}),
-     "params.w: 'float32[64, 256]' in the checkpoint, 'bfloat16[64, 256]' now"),
+     "params.w: 'float32[64, 256]' before, 'bfloat16[64, 256]' now"),
     (lambda s: s._replace(params={**s.params, 'w': s.params['w'].update(shape=(64, 128))}),
-     "params.w: 'float32[64, 256]' in the checkpoint, 'float32[64, 128]' now"),
+     "params.w: 'float32[64, 256]' before, 'float32[64, 128]' now"),
     (lambda s: s._replace(params={**s.params, 'new': s.params['w']}),
-     "params.new: absent in the checkpoint, 'float32[64, 256]' now"),
-    (lambda s: s._replace(opt_state=()), "opt_state.0.mu.w: 'float32[64, 256]' in the checkpoint, absent now"),
+     "params.new: absent before, 'float32[64, 256]' now"),
+    (lambda s: s._replace(opt_state=()), "opt_state.0.mu.w: 'float32[64, 256]' before, absent now"),
 ], ids=['dtype', 'shape', 'new', 'gone'])
 def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
   checkpoints = fill(tmp_path, mesh)
@@ -283,7 +279,7 @@ def test_a_kill_during_a_save_loses_that_save_alone(tmp_path):
   program = textwrap.dedent('''
       import os, signal, sys
       import jax, jax.numpy as jnp
-      from lm import checkpoint
+      from lm import checkpoint, describe
       checkpoints = checkpoint.Checkpoints(sys.argv[1])
       checkpoints.save(1, {'x': jnp.arange(8)}, {'n': 1})
       checkpoints.wait()
@@ -299,54 +295,3 @@ def test_a_kill_during_a_save_loses_that_save_alone(tmp_path):
     np.testing.assert_array_equal(restored.state['x'], np.arange(8))
     checkpoints.save(2, {'x': jnp.arange(4)}, {'n': 'anew'})
   assert checkpoint.Checkpoints(tmp_path).facts(2) == {'n': 'anew'}
-
-
-class Block(nn.Module):
-  heads: int
-  activation: Any = nn.relu
-  dtype: Any = jnp.bfloat16
-
-
-class Model(nn.Module):
-  block: Block
-  widths: tuple[int, ...] = (4, 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  model: Any
-  optimizer: Any
-  rule: Any = functools.partial(max, 3, key=abs)
-  table: Any = None
-
-
-def test_differences_are_named_by_their_path():
-  describe = lambda heads, widths=(4, 8), **block: json.loads(json.dumps(checkpoint.describe(
-      Run(Model(Block(heads, **block), widths), optax.adamw(1e-3), table=np.arange(3)))))
-  stored = describe(6)
-  assert stored['model'] == {'class': 'Model', 'widths': [4, 8], 'block': {
-      'class': 'Block', 'heads': 6, 'activation': 'relu', 'dtype': 'bfloat16'}}
-  assert stored['rule'] == {'partial': 'max', 'args': [3], 'key': 'abs'}
-  assert stored['table'].startswith('int64[3] ')
-  assert checkpoint.differences(stored, describe(6, name='other')) == []
-  assert checkpoint.differences(stored, describe(8)) == ['model.block.heads: 6 in the checkpoint, 8 now']
-  assert checkpoint.differences(stored, describe(6, (4,), dtype=jnp.float32)) == [
-      "model.block.dtype: 'bfloat16' in the checkpoint, 'float32' now",
-      'model.widths.1: 8 in the checkpoint, absent now']
-  assert checkpoint.differences({'a': 1, 'b': {}}, {'a': True, 'b': []}) == [
-      'a: 1 in the checkpoint, True now', "b: {} in the checkpoint, '[]' now"]
-  checkpoint.check(stored, describe(6))
-  with pytest.raises(ValueError, match=r'\n  model.block.heads: 6 in the checkpoint, 8 now\n  model.widths.0: 4'):
-    checkpoint.check(stored, describe(8, (5, 8)))
-
-
-def test_a_description_is_the_same_in_every_process_and_needs_no_orbax():
-  expression = ('checkpoint.describe([optax.adamw(1e-3), optax.cosine_decay_schedule(1., 5), jax.nn.gelu, object(), '
-                'functools.partial(jax.jit), np.float32, np.ones(2), jax.sharding.PartitionSpec("x"), {1: (2,)}])')
-  program = ('import sys, lm.checkpoint as checkpoint; assert "orbax" not in sys.modules; '
-             f'import functools, jax, json, optax, numpy as np; print(json.dumps({expression}))')
-  there = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-  assert there.returncode == 0, there.stderr
-  assert json.loads(there.stdout) == eval(expression)
-  assert '0x' not in there.stdout
-  assert 'cosine_decay_schedule.<locals>.schedule' in there.stdout

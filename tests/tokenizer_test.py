@@ -134,8 +134,8 @@ def test_sampling_reads_no_more_than_it_needs():
 
 
 def test_long_lines_are_not_skipped_in_training():
-  t = tokenizer.train_sentencepiece(['abcdefgh' * 20_000], 320)
-  assert len(t.encode('abcdefgh' * 8)) < 16
+  t = tokenizer.train_sentencepiece(['あいうえおかきく' * 20_000], 320)  # 4000 characters are 12,000 bytes
+  assert len(t.encode('あいうえおかきく' * 8)) < 16
 
 
 @pytest.mark.parametrize('size, documents, message', [

@@ -54,6 +54,8 @@ class Batches:
     begin, end: the tokens around each document.
     seed: fixes the order; None keeps the documents' own.
     repeat: whether a new epoch follows; otherwise rows after the last are empty.
+    context: positions at the start of a row that repeat the end of the row before and weigh nothing: in evaluation,
+      every target then has at least so many positions before it, unless its document begins later.
   """
   store: Documents
   example: Callable[[np.ndarray, np.random.Generator], Example]
@@ -63,11 +65,16 @@ class Batches:
   end: int
   seed: int | None = 0
   repeat: bool = True
+  context: int = 0
+
+  def __post_init__(self):
+    if not 0 <= self.context < self.length:
+      raise ValueError(f'context={self.context} leaves nothing of rows of {self.length} positions')
 
   @functools.cached_property
   def rows_per_epoch(self) -> int:
     positions = int(self.store.offsets[-1]) + len(self.store.offsets) - 1
-    return -(-positions // self.length)
+    return -(-positions // (self.length - self.context))
 
   @property
   def steps_per_epoch(self) -> int:
@@ -102,7 +109,9 @@ class Batches:
     order = self._epoch(epoch)
     row = int(order.rows[index])
     rng = np.random.Generator(np.random.Philox(key=[self.seed or 0, epoch * self.rows_per_epoch + row]))
-    start, stop = row * self.length, min((row + 1) * self.length, int(order.ends[-1]))
+    asked = self.length - self.context
+    start, stop = max(row * asked - self.context, 0), min((row + 1) * asked, int(order.ends[-1]))
+    repeated = row * asked - start
     first = int(np.searchsorted(order.ends, start, side='right')) - 1
     at = 0
     for segment in range(1, self.length + 1):
@@ -120,6 +129,7 @@ class Batches:
           batch = batch._replace(bidirectional=np.zeros(batch.tokens.shape, bool))
         batch.bidirectional[i, span] = example.bidirectional
       at, start = span.stop, piece_end
+    batch.weights[i, :repeated] = 0
     return batch
 
   def _piece(self, document: int, start: int, stop: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A corpus with a tokenizer: from documents to batches."""
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from lm.data import clean, store, tokenizer
 from lm.data.batches import Batches, Example
 from lm.data.source import Source
+from lm.describe import describe, differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +34,30 @@ class Text:
     Raises ValueError if the folder has something of other settings, or the text is empty; OSError if it cannot be
     written.
     """
-    folder = self.folder or workdir / 'data'
-    found = self._tokenizer(folder / 'tokenizer', progress)
+    folder = self._folder(workdir)
+    settings, found = folder / 'tokenizer' / 'settings.json', self.tokenizer
+    if callable(self.tokenizer):
+      wanted = {'tokenizer': describe(self.tokenizer), 'rules': describe(self.rules), 'source': self.source.fingerprint}
+      if not settings.exists():
+        progress('training the tokenizer')
+        documents = clean.clean(self.source.splits['train'], self.rules)
+        found = self.tokenizer([d for d in documents if isinstance(d, str)])
+      elif lines := differences(json.loads(settings.read_text()), wanted):
+        raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
+                         + '\n  '.join(lines))
+    if not settings.exists():
+      found.save(settings.parent)
+      settings.write_text(json.dumps(wanted if callable(self.tokenizer) else {'tokenizer': found.fingerprint}))
+    found = self.load_tokenizer(workdir)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
     return Opened(stores, found, self.length)
 
-  def _tokenizer(self, folder: pathlib.Path, progress) -> tokenizer.Tokenizer:
-    if not callable(self.tokenizer):
-      self.tokenizer.save(folder)
-      return self.tokenizer
-    if not (folder / 'done').exists():
-      progress('training the tokenizer')
-      documents = clean.clean(self.source.splits['train'], self.rules)
-      made = self.tokenizer([d for d in documents if isinstance(d, str)])
-      made.save(folder)
-      (folder / 'done').write_text('')
-    return tokenizer.load(folder)
+  def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+    """The tokenizer that `open` made."""
+    return tokenizer.load(self._folder(workdir) / 'tokenizer')
+
+  def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return self.folder or workdir / 'data'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,12 @@ class Opened:
     return self.stores['train'].fingerprint
 
   def batches(self, split: str, example: Callable[..., Example], rows: int, seed: int | None = 0,
-              repeat: bool = True) -> Batches:
+              repeat: bool = True, context: int = 0) -> Batches:
+    """See `Batches`."""
     return Batches(self.stores[split], example, self.length, rows, self.tokenizer.bos_id, self.tokenizer.eos_id, seed,
-                   repeat)
+                   repeat, context)
+
+  def text(self, split: str) -> str:
+    """All documents of a split, cleaned, one after the other."""
+    documents = self.stores[split]
+    return ''.join(self.tokenizer.decode(documents[i]) for i in range(len(documents)))

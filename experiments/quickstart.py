@@ -1,0 +1,76 @@
+"""Text in, a language model out: trains on Python's own library, in minutes, on two CPU cores.
+
+  python experiments/quickstart.py
+"""
+import functools
+import pathlib
+
+from lm import evaluate, generate, launch, optim, track, train
+from lm.data import corpora, dataset, tokenizer
+from lm.models import transformer
+from lm.objectives.next_token import next_token
+
+PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
+
+
+def experiment(*, minutes: float = 4., steps: int | None = None, vocab: int = 4096, length: int = 256,
+               layers: int = 4, width: int = 256, heads: int = 4, batch: int = 16, lr: float = 3e-3,
+               weight_decay: float = 0.1) -> train.Run:
+  """Trains a small decoder.
+
+  Args:
+    minutes: of training, where there are no steps; the steps that fit are measured first.
+    steps: a fixed number instead; on a finished run, a larger one goes on.
+    vocab: tokens of the SentencePiece tokenizer.
+    length: positions a row.
+    batch: rows a step.
+  """
+  def make(steps: int) -> train.Run:
+    schedule = optim.warmup_linear(lr, steps, warmup=min(steps // 20, 100), final=0.02)
+    return train.Run(
+        model=transformer.llama(vocab, width, layers, heads, max_length=length),
+        objective=next_token(),
+        data=dataset.Text(corpora.python_library(),
+                          functools.partial(tokenizer.train_sentencepiece, vocab_size=vocab), length),
+        optimizer=optim.adamw(schedule, weight_decay),
+        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
+
+  return train.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints what was reached, beside file compressors; draws the curve; lets the model write."""
+  if not result.finished:
+    return
+  data, phases = result.data, result.phases
+  with phases('evaluate'):
+    step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+    held_out = data.batches('validation', run.objective.example, run.batch, seed=None, repeat=False,
+                            context=run.data.length // 2)
+    metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+  with phases('compress'):
+    text, training_text = (data.text(split).encode() for split in ('validation', 'train'))
+    others = evaluate.compress(text, training_text)
+  with phases('sample'):
+    samples = generate.generate(run.model, result.params, data.tokenizer, PROMPTS, generate.Sampling(0.8, top_p=0.95),
+                                max_tokens=96)
+  for prompt, sample in zip(PROMPTS, samples):
+    print(f'\n--- {prompt!r}\n{prompt}{sample}')
+  track.plot(workdir / 'metrics.jsonl', workdir / 'curve.png')
+  print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)\n')
+  print('             alone  primed with the training text')
+  for name, (alone, primed) in others.items():
+    print(f'  {name:9}  {alone:.3f}  {primed:.3f}')
+  print(f'  this model         {metrics["bits_per_byte"]:.3f}   perplexity {metrics["perplexity"]:.2f} a token, '
+        f'{metrics["accuracy"]:.1%} of tokens right\n')
+  tokens = run.steps * run.batch * run.data.length
+  print(f'{tokens:,} tokens in {run.steps} steps; seconds: '
+        + ', '.join(f'{name} {seconds:.0f}' for name, seconds in phases.items()))
+  if trained := phases.get('train'):
+    print(f'{tokens / trained:,.0f} tokens a second')
+  print(f'\nwritten to {workdir}: curve.png, metrics.jsonl, tensorboard, run.json, checkpoints, data/tokenizer, '
+        f'data/tokens\nmore: python experiments/generate.py --workdir={workdir} --prompt="def " --temperature=0.8')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

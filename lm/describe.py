@@ -1,0 +1,61 @@
+"""What an object is, as JSON, and where two such descriptions differ: so that a resumed run is the same run."""
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def differences(stored: Any, now: Any) -> list[str]:
+  """A line for each leaf that differs: 'model.block.heads: 6 before, 8 now'."""
+  old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
+  return [f'{name}: {old.get(name, "absent")} before, {new.get(name, "absent")} now'
+          for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def describe(value: Any) -> Any:
+  """JSON, the same in every process: classes with their fields, functions by name, arrays by hash.
+
+  Of a function that another made (a schedule) it tells the name, not the numbers inside: describe those too.
+  """
+  match value:
+    case None | bool() | int() | float() | str():
+      return value
+    case np.generic():
+      return value.item()
+    case np.dtype():
+      return value.name
+    case type():  # np.float32 and jnp.float32 are types
+      dtype = np.dtype(value) if issubclass(value, np.generic) else getattr(value, 'dtype', None)
+      return dtype.name if isinstance(dtype, np.dtype) else value.__qualname__
+    case np.ndarray() | jax.Array():
+      return f'{value.dtype}{list(value.shape)} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]}'
+    case Mapping():
+      return {str(key): describe(item) for key, item in value.items()}
+    case functools.partial():
+      return {'partial': describe(value.func), 'args': describe(value.args), **describe(value.keywords)}
+    case list() | tuple() if not hasattr(value, '_fields'):
+      return [describe(item) for item in value]
+  if isinstance(value, tuple):
+    names = value._fields
+  elif dataclasses.is_dataclass(value):
+    of_flax = any(c.__module__.startswith('flax.') for c in type(value).__mro__)
+    names = [f.name for f in dataclasses.fields(value) if not (of_flax and f.name in ('parent', 'name'))]
+  else:
+    text = getattr(value, '__qualname__', None) or repr(value)
+    return type(value).__qualname__ if ' at 0x' in text else text
+  return {'class': type(value).__qualname__, **{name: describe(getattr(value, name)) for name in names}}
+
+
+def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """(dotted path, leaf); empty containers are leaves, and tuples are lists, as they are in JSON."""
+  if isinstance(tree, Mapping) and tree:
+    for key, child in tree.items():
+      yield from _leaves(child, f'{path}.{key}'.lstrip('.'))
+  elif isinstance(tree, list | tuple):
+    yield from _leaves({str(i): child for i, child in enumerate(tree)} or '[]', path)
+  else:
+    yield path, tree

@@ -1,0 +1,330 @@
+"""Models: against NumPy in float64, what each position sees, and one computation done in several ways."""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.models import layers as parts
+from lm.models import transformer
+
+VOCAB, ROWS, TIME, THETA = 24, 3, 8, 100.
+LLAMA = transformer.llama(VOCAB, 16, 2, heads=4, kv_heads=2, hidden=12, max_length=TIME, theta=THETA, tied=False)
+GPT2 = transformer.gpt2(VOCAB, 8, 2, heads=2, max_length=TIME)
+MODELS = pytest.mark.parametrize('model', [GPT2, LLAMA], ids=['gpt2', 'llama'])
+# These programs are run once or twice: optimising them takes longer than running them.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+
+
+def random_params(model, scale=0.4):
+  """Every parameter away from its initial value, so that each of them shows."""
+  rng = np.random.default_rng(0)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: ((path[-1].key == 'scale') + scale * rng.normal(size=x.shape)).astype('f4'),
+      jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def make_batch(packed):
+  """All tokens differ. Packed: a whole row, two documents and padding, two documents of which parts are read both ways.
+  """
+  rng = np.random.default_rng(1)
+  batch = Batch(rng.permutation(VOCAB).reshape(ROWS, TIME).astype('i4'),
+                rng.integers(0, VOCAB, (ROWS, TIME)).astype('i4'), rng.uniform(0.5, 2, (ROWS, TIME)).astype('f4'))
+  if not packed:
+    return batch
+  segments = np.array([[1] * 8, [1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 2, 2, 2, 2]], np.int32)
+  positions = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 3, 0, 1, 2, 3]], np.int32)
+  bidirectional = np.array([[0] * 8, [0] * 8, [1, 1, 0, 0, 0, 0, 1, 0]], bool)
+  return batch._replace(weights=batch.weights * (segments > 0), segments=segments, positions=positions,
+                        bidirectional=bidirectional)
+
+
+def sees(batch):
+  """[B, T, S], straight from the definition."""
+  b, t, s = np.ix_(np.arange(ROWS), np.arange(TIME), np.arange(TIME))
+  later_is_hidden = s <= t + 0 * b
+  if batch.segments is None:
+    return later_is_hidden
+  return (later_is_hidden | batch.bidirectional[b, s]) & (batch.segments[b, t] == batch.segments[b, s])
+
+
+def reference(params, batch):
+  """The hidden states and the mean loss, in NumPy; the parameters' names say what the model is."""
+  def norm(p, x):
+    if 'bias' in p:
+      return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p['scale'] + p['bias']
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * p['scale']
+
+  def rotate(x):
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * positions[..., None, None] * THETA ** (-np.arange(half) / half))
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+  def attention(p, x):
+    q, k, v = (np.einsum('btd,dnh->btnh', x, p[n]) + p.get(n + '_bias', 0) for n in ('query', 'key', 'value'))
+    if 'positions' not in params:
+      q, k = rotate(q), rotate(k)
+    k, v = (np.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
+    scores = np.einsum('btnh,bsnh->bnts', q, k) / np.sqrt(q.shape[-1])
+    scores = np.exp(np.where(sees(batch)[:, None], scores, -np.inf))
+    y = np.einsum('bnts,bsnh->btnh', scores / scores.sum(-1, keepdims=True), v)
+    return np.einsum('btnh,nhd->btd', y, p['out']) + p.get('out_bias', 0)
+
+  def feed_forward(p, x):
+    up = x @ p['up'] + p.get('up_bias', 0)
+    if 'gate' in p:
+      gate = x @ p['gate']
+      up = gate / (1 + np.exp(-gate)) * up
+    else:
+      up = up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up ** 3))) / 2
+    return up @ p['down'] + p.get('down_bias', 0)
+
+  positions = np.arange(TIME)[None] if batch.positions is None else batch.positions
+  x = params['embedding'][batch.tokens]
+  if 'positions' in params:
+    x = x + params['positions'][positions]
+  for layer in range(len(params['blocks']['attention']['out'])):
+    p = jax.tree.map(lambda stacked: stacked[layer], params['blocks'])  # noqa: B023
+    x = x + attention(p['attention'], norm(p['attention_norm'], x))
+    x = x + feed_forward(p['feed_forward'], norm(p['feed_forward_norm'], x))
+  x = norm(params['norm'], x)
+  logits = x @ params.get('head', params['embedding']).T
+  nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+  return x, (nll * batch.weights).sum() / batch.weights.sum()
+
+
+def mean_loss(model, params, batch, key=None):
+  """The loss and the hidden states; log-softmax written out, since objectives have a test of their own."""
+  out = model.apply(params, batch, key=key)
+  scores = jax.nn.log_softmax(out.head(out.hidden))
+  nll = -jnp.take_along_axis(scores, batch.targets[..., None], -1)[..., 0]
+  return jnp.sum(nll * batch.weights) / jnp.sum(batch.weights), out.hidden
+
+
+forward = jit(lambda model, params, batch: model.apply(params, batch).hidden, static_argnums=0)
+loss_and_grads = jit(jax.value_and_grad(mean_loss, argnums=1, has_aux=True), static_argnums=0)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+  """Within `tolerance` of the largest entry."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['plain', 'packed'])
+@MODELS
+def test_forward_is_the_papers(model, packed):
+  params, batch = random_params(model), make_batch(packed)
+  assert_close(forward(model, params, batch), reference(jax.tree.map(np.float64, params), batch)[0])
+
+
+@pytest.mark.parametrize('model,packed', [(GPT2, False), (LLAMA, True)], ids=['gpt2', 'llama'])
+def test_loss_and_gradients_are_those_of_numpy(model, packed):
+  params, batch = random_params(model), make_batch(packed)
+  (loss, _), grads = loss_and_grads(model, params, batch)
+  leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, params))
+  assert float(loss) == pytest.approx(reference(tree.unflatten(leaves), batch)[1], rel=1e-6)
+  rng = np.random.default_rng(2)
+  for i, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
+    size = np.linalg.norm(grad)
+    # A bias of the keys shifts all scores of a query alike: no gradient but rounding.
+    assert (size < 1e-6) == (path[-1].key == 'key_bias'), (path, size)
+    for _ in range(3):
+      direction = rng.normal(size=grad.shape)
+
+      def moved(by):
+        return reference(tree.unflatten([x + by * direction * (i == j) for j, x in enumerate(leaves)]), batch)[1]  # noqa: B023
+
+      slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+      assert abs(np.sum(grad * direction) - slope) < 1e-5 * max(size, 1e-2) * np.sqrt(grad.size), path
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['plain', 'packed'])
+def test_a_position_depends_on_what_it_sees_and_on_nothing_else(packed):
+  params, batch = random_params(LLAMA), make_batch(packed)
+  reader = np.random.default_rng(3).normal(size=LLAMA.width).astype('f4')
+  outputs = lambda table: (LLAMA.apply(params | {'embedding': table}, batch).hidden * reader[None, None]).sum(-1)
+  by_word = jit(jax.jacrev(outputs))(params['embedding'])          # [B, T, V, D]
+  by_input = by_word[:, :, batch.tokens]                           # [B, T, B', S, D]: no word occurs twice
+  depends = np.any(by_input != 0, axis=-1)
+  once = sees(batch).astype(int)
+  expected = np.zeros_like(depends)
+  for row in range(ROWS):
+    expected[row, :, row] = np.linalg.matrix_power(once[row], LLAMA.layers) > 0
+  np.testing.assert_array_equal(depends, expected)
+  if not packed:
+    assert not any(depends[row, t, :, t + 1:].any() for row in range(ROWS) for t in range(TIME))
+
+
+@MODELS
+def test_packed_documents_are_as_if_alone(model):
+  params, batch = random_params(model), make_batch(True)._replace(bidirectional=None)
+  hidden = forward(model, params, batch)
+  first = batch.segments == 1
+  changed = batch._replace(tokens=np.where(first, batch.tokens, (batch.tokens + 5) % VOCAB))
+  np.testing.assert_array_equal(forward(model, params, changed)[first], hidden[first])
+  assert not np.array_equal(forward(model, params, changed), hidden)
+  starts = np.argmax(batch.segments == 2, axis=1)     # the second documents, moved to the start of their rows
+  alone = Batch(*(None if x is None else np.stack([np.roll(r, -s) for r, s in zip(x, starts)]) for x in batch))
+  for row, start in list(enumerate(starts))[1:]:
+    length = int((batch.segments[row] == 2).sum())
+    assert_close(forward(model, params, alone)[row, :length], hidden[row, start:start + length], 1e-6)
+
+
+def test_scanned_layers_equal_unrolled_ones():
+  params, batch = random_params(GPT2), make_batch(False)
+
+  def unrolled(params):
+    positions = jnp.broadcast_to(jnp.arange(TIME), (ROWS, TIME))
+    x = params['embedding'][batch.tokens] + params['positions'][positions]
+    for i in range(GPT2.layers):
+      layer = jax.tree.map(lambda p: p[i], params['blocks'])  # noqa: B023
+      x, _ = GPT2.block.clone(parent=None).apply({'params': layer}, x, positions, parts.Visible())
+    return GPT2.norm.apply({'params': params['norm']}, x)
+
+  assert_close(forward(GPT2, params, batch), jit(unrolled)(params), 1e-6)
+
+
+def test_remat_saves_memory_and_changes_nothing():
+  params, batch = random_params(LLAMA), make_batch(True)
+  lean = LLAMA.clone(remat=jax.checkpoint_policies.nothing_saveable)
+  (loss, _), grads = loss_and_grads(LLAMA, params, batch)
+  (same_loss, _), same_grads = loss_and_grads(lean, params, batch)
+  assert float(loss) == pytest.approx(float(same_loss), rel=1e-6)
+  jax.tree.map(functools.partial(assert_close, tolerance=1e-5), same_grads, grads)
+
+  def kept(model):
+    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, batch).hidden, p)[1], params)
+    return sum(x.size for x in jax.tree.leaves(backward))
+
+  assert kept(lean) < 0.6 * kept(LLAMA)
+
+
+@pytest.mark.parametrize('chunks', [[1] * TIME, [5, 1, 2]], ids=str)
+@MODELS
+def test_cached_decoding_equals_the_full_forward(model, chunks):
+  """Rows of unequal length are padded on the left; the cache has slots to spare."""
+  params, batch = random_params(model), make_batch(False)
+  pads = np.array([0, 3, 5])
+  slots = np.arange(TIME)[None]
+  padded = Batch(np.stack([np.roll(row, p) for row, p in zip(batch.tokens, pads)]),
+                 segments=(slots >= pads[:, None]).astype('i4'), positions=np.maximum(slots - pads[:, None], 0))
+  step = jit(lambda params, batch, cache: (lambda out: (out.hidden, out.cache))(model.apply(params, batch, cache=cache)))
+  cache, outputs, at = model.init_cache(ROWS, TIME + 3), [], 0
+  for size in chunks:
+    hidden, cache = step(params, jax.tree.map(lambda x: x[:, at:at + size], padded), cache)  # noqa: B023
+    outputs.append(hidden)
+    at += size
+  assert int(cache.index) == TIME
+  expected = forward(model, params, batch)
+  for row, pad in enumerate(pads):
+    assert_close(np.concatenate(outputs, axis=1)[row, pad:], expected[row, :TIME - pad], 1e-5)
+
+
+def test_a_cache_without_segments_or_positions_counts_on():
+  params, batch = random_params(GPT2), make_batch(False)
+  step = jit(lambda tokens, cache: (lambda out: (out.hidden, out.cache))(GPT2.apply(params, Batch(tokens), cache=cache)))
+  first, cache = step(batch.tokens[:, :4], GPT2.init_cache(ROWS, TIME))
+  second, _ = step(batch.tokens[:, 4:], cache)
+  assert_close(jnp.concatenate([first, second], axis=1), forward(GPT2, params, batch), 1e-5)
+
+
+def test_dropout_scales_what_it_keeps():
+  x = jnp.ones((100, 1000))
+  keys = jax.random.split(jax.random.key(0))
+  y = parts.dropout(x, 0.3, keys[0])
+  assert float(jnp.mean(y)) == pytest.approx(1, abs=5 * np.sqrt(0.3 / 0.7 / x.size))
+  np.testing.assert_allclose(np.unique(y), [0, 1 / 0.7], rtol=1e-6)
+  np.testing.assert_array_equal(y, parts.dropout(x, 0.3, keys[0]))
+  assert np.any(y != parts.dropout(x, 0.3, keys[1]))
+  assert parts.dropout(x, 0.3, None) is x
+  assert parts.dropout(x, 0., keys[0]) is x
+
+
+def test_dropout_needs_a_key_and_reaches_both_branches_and_the_embedding():
+  params, batch = random_params(GPT2), make_batch(False)
+  rates = lambda block, embedding: GPT2.clone(dropout=embedding, block=GPT2.block.clone(dropout=block))
+  np.testing.assert_array_equal(forward(rates(0.5, 0.5), params, batch), forward(GPT2, params, batch))
+  run = lambda model, key, **kw: model.apply(params, batch, key=key).hidden
+  key = jax.random.key(1)
+  # All but dropped: what is left of the embedding is its zeros, of a block its residual.
+  nearly = 1 - 1e-6
+  gone = jit(functools.partial(run, rates(nearly, 0.)))(key)
+  embedded = params['embedding'][batch.tokens] + params['positions'][None]
+  assert_close(gone, GPT2.norm.apply({'params': params['norm']}, embedded), 1e-6)
+  bare = jit(functools.partial(run, rates(nearly, nearly)))(key)
+  assert_close(bare, np.broadcast_to(params['norm']['bias'], bare.shape), 1e-6)
+
+
+class Coin(nn.Module):
+  """A block that adds twos and zeros."""
+
+  @nn.compact
+  def __call__(self, x, positions, visible, cache=None, key=None):
+    scale = parts.weight(self, 'scale', '-', (1,), nn.initializers.ones)
+    return x + parts.dropout(jnp.broadcast_to(scale[None, None], x.shape), 0.5, key), cache
+
+
+class Same(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    return x + 0 * parts.weight(self, 'scale', '-', (1,), nn.initializers.ones)[None, None]
+
+
+def test_each_layer_draws_its_own_dropout():
+  model = transformer.Transformer(4, 16, 2, Coin(), Same(), 16)
+  params = {'embedding': np.zeros((4, 16), 'f4'), 'blocks': {'scale': np.ones((2, 1), 'f4')},
+            'norm': {'scale': np.ones(1, 'f4')}}
+  run = jit(lambda key: model.apply(params, Batch(np.zeros((2, 16), 'i4')), key=key).hidden)
+  heads = np.asarray(run(jax.random.key(0)))
+  assert {0., 2., 4.} == set(heads.ravel().tolist())
+  assert abs(np.mean(heads == 2) - 0.5) < 5 * np.sqrt(0.25 / heads.size)
+  np.testing.assert_array_equal(heads, run(jax.random.key(0)))
+  assert np.any(heads != run(jax.random.key(1)))
+
+
+def test_bfloat16_computes_near_float32_and_leaves_parameters_alone():
+  model, batch = LLAMA.clone(dtype=jnp.bfloat16), make_batch(True)
+  params = random_params(model, 0.2)
+  out = jax.eval_shape(model.apply, params, batch)
+  assert out.hidden.dtype == jnp.bfloat16
+  assert jax.eval_shape(out.head, out.hidden).dtype == jnp.float32
+  grads = jax.eval_shape(jax.grad(mean_loss, argnums=1, has_aux=True), model, params, batch)[0] if False else None
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  assert {x.dtype for x in jax.tree.leaves((shapes, grads))} == {jnp.dtype('float32')}
+  low, high = forward(model, params, batch).astype('f4'), forward(LLAMA, params, batch)
+  error = np.abs(low - high).max() / np.abs(high).max()
+  assert 1e-4 < error < 0.05
+
+
+def count(model):
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def test_full_size_models_have_their_published_numbers_of_parameters():
+  assert count(transformer.gpt2()) == 124_439_808
+  assert count(transformer.gpt2(width=1600, layers=48, heads=25)) == 1_557_611_200
+  llama_1b = transformer.llama(128_256, 2048, 16, heads=32, kv_heads=8, hidden=8192)
+  assert count(llama_1b) == 1_235_814_400
+  assert count(llama_1b.clone(tied=False)) == 1_235_814_400 + 128_256 * 2048
+  llama_7b = transformer.llama(32_000, 4096, 32, heads=32, tied=False)   # hidden: 8/3 of the width, rounded up to 64
+  assert count(llama_7b) == 6_738_415_616
+
+
+@pytest.mark.parametrize('make,message', [
+    (lambda: transformer.gpt2(width=10, heads=3), 'heads=3 does not divide width=10'),
+    (lambda: transformer.llama(9, 16, 1, heads=4, kv_heads=3), 'kv_heads=3 does not divide heads=4'),
+    (lambda: transformer.llama(9, 12, 1, heads=4), 'width=12 over heads=4 gives heads of size 3'),
+    (lambda: jax.eval_shape(GPT2.apply, random_params(GPT2), Batch(np.zeros((1, TIME + 1), 'i4'))),
+     f'{TIME + 1} tokens are more than the {TIME}'),
+], ids=['heads', 'kv_heads', 'odd', 'length'])
+def test_sizes_that_do_not_fit_say_so(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
