@@ -1,11 +1,7 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
-import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, evaluate, optim, sharding, track
 from lm.data.batches import Batch, Batches
 from lm.describe import describe
+from lm.interrupt import Interrupt
 from lm.objectives.objective import Objective
 
 
@@ -203,7 +199,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
   _check_vocabulary(run, data)
   facts = identity(run, data)
   track.record(workdir, data=data.fingerprint, steps=run.steps)
-  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, _Interrupt() as interrupt:
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
       state, start = _restore(run, mesh, checkpoints, facts)
     if start >= run.steps:
@@ -229,37 +225,6 @@ def _check_vocabulary(run: Run, data: Opened) -> None:
   if data.tokenizer.vocab_size > vocab:
     raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
                      'raise the vocabulary of the model')
-
-
-class _Interrupt(contextlib.AbstractContextManager):
-  """Turns the first SIGINT or SIGTERM into a question, `asked(step)`; the second one ends the process."""
-
-  def __enter__(self):
-    self._asked = False
-    self._former = {}
-    if threading.current_thread() is threading.main_thread():
-      self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._former.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number, frame):
-    del frame
-    if self._asked:
-      os._exit(128 + number)
-    self._asked = True
-    os.write(2, b'\nstopping after this step, to save; once more ends at once\n')   # print is not safe in a handler
-
-  def asked(self, step: int) -> bool:
-    """Whether to stop after `step`; all processes of a cluster get the same answer."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step) or self._agreed()
-    return self._asked
-
-  def _agreed(self) -> bool:
-    return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
 
 
 class _Loop:
