@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lm import launch, optim, train
 from lm.data import clean, corpora, dataset, tokenizer
+from lm.models import layers as parts
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
@@ -37,7 +38,7 @@ def experiment(*, text: str | None = None, jsonl: str | None = None, parquet: st
                tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
                architecture: Literal['llama', 'gpt2'] = 'llama', layers: int = 6, width: int = 384, heads: int = 6,
                kv_heads: int | None = None, dropout: float = 0., precision: Literal['float32', 'bfloat16'] = 'float32',
-               remat: Literal['none', 'dots', 'full'] = 'none',
+               remat: Literal['products', 'none', 'full'] = 'products',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
@@ -58,7 +59,7 @@ def experiment(*, text: str | None = None, jsonl: str | None = None, parquet: st
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
     denominator: what a loss is divided by, targets or sequences.
-    remat: what the backward pass computes again rather than keeps, nothing, all but matrix products, or all.
+    remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     clip: bound on the global norm of the gradient.
     warmup: steps of linear warm-up.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
@@ -73,7 +74,7 @@ def experiment(*, text: str | None = None, jsonl: str | None = None, parquet: st
     tokens = functools.partial(tokenizer.train_sentencepiece, vocab_size=vocab, kind=tokenizer_kind)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
            'dtype': jnp.dtype(precision), 'remat': {
-               'none': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+               'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
   model = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,

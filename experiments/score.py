@@ -50,7 +50,8 @@ def show(loaded: trained.Trained, text: str) -> None:
   for token, value in zip(ids, scores):
     print(f'{value:8.4f}  {loaded.tokenizer.decode([token])!r}')
   nll, size = -float(np.sum(scores, dtype=np.float64)), len(text.encode())
-  print(f'\n{len(ids)} tokens, {size} bytes: loss {nll / len(ids):.4f} nats a token, perplexity {np.exp(nll / len(ids)):.2f}, '
+  loss = nll / len(ids)
+  print(f'\n{len(ids)} tokens, {size} bytes: loss {loss:.4f} nats a token, perplexity {np.exp(loss):.2f}, '
         f'{nll / np.log(2) / size:.4f} bits a byte')
 
 

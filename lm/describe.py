@@ -17,7 +17,7 @@ def differences(stored: Any, now: Any) -> list[str]:
 
 
 def describe(value: Any) -> Any:
-  """JSON, the same in every process: classes with their fields, functions by name, arrays by hash.
+  """JSON, the same in every process: classes with the fields that they compare, functions by name, arrays by hash.
 
   Of a function that another made (a schedule) it tells the name, not the numbers inside: describe those too.
   """
@@ -43,7 +43,7 @@ def describe(value: Any) -> Any:
     names = value._fields
   elif dataclasses.is_dataclass(value):
     of_flax = any(c.__module__.startswith('flax.') for c in type(value).__mro__)
-    names = [f.name for f in dataclasses.fields(value) if not (of_flax and f.name in ('parent', 'name'))]
+    names = [f.name for f in dataclasses.fields(value) if f.compare and not (of_flax and f.name in ('parent', 'name'))]
   else:
     text = getattr(value, '__qualname__', None) or repr(value)
     return type(value).__qualname__ if ' at 0x' in text else text

@@ -88,7 +88,8 @@ def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
   except KeyboardInterrupt:
     _exit(130)
   except Exception as error:
-    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) and not debug and not _raised_in_a_library(error):
+    told = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
+    if told and not debug and not _raised_in_a_library(error):
       print(f'error: {error}  (--debug shows where)', file=sys.stderr, flush=True)
     else:
       traceback.print_exc()

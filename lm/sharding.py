@@ -34,6 +34,12 @@ def abstract_mesh(shape: str) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh(tuple(int(n) for n in shape.split('x')), AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
+def platform() -> str:
+  """What the program that is being traced is for: that of the mesh in use, which need not be of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def spec(axes: str) -> P | None:
   """The sharding of a tensor with these axes: `spec('BTD') == P('data', None, None)`; None where no mesh is set.
 

@@ -4,6 +4,7 @@ Shapes: B batch, T query time, S key time, D model width, N query heads, K key/v
 F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its shape where it helps; the einsums and
 the sharding table use the same letters.
 """
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.data.batches import Batch
+from lm.models import attention as attend
 from lm.models import layers as parts
 
 
@@ -61,7 +63,7 @@ class Model(nn.Module):
 class Transformer(Model):
   """Embeds, repeats `block` over `layers`, normalises; all layers run as one scan over stacked parameters.
 
-  `remat` is a policy of `jax.checkpoint_policies` that says what the backward pass may keep; None keeps everything.
+  `remat` says what the backward pass may keep, a policy as in `jax.checkpoint_policies`; None keeps everything.
   """
   vocab: int
   width: int
@@ -74,7 +76,7 @@ class Transformer(Model):
   dropout: float = 0.        # of the embedding
   std: float = 0.02
   dtype: Any = jnp.float32   # of the computation; parameters are float32
-  remat: Callable[..., bool] | None = None
+  remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
@@ -103,19 +105,19 @@ class Transformer(Model):
   def _blocks(self, x, positions, batch, cache, key):
     block = self.block.clone(parent=None)   # applied to one layer's parameters at a time, inside the scan
     stacked = self.param('blocks', lambda rng: jax.vmap(
-        lambda k: block.init(k, x, positions, parts.Visible())['params'])(jax.random.split(rng, self.layers)))
+        lambda k: block.init(k, x, positions, attend.Visible())['params'])(jax.random.split(rng, self.layers)))
     keys = None if key is None else jax.random.split(key, self.layers)
     if cache is None:
-      visible = parts.Visible(batch.segments, batch.segments, batch.bidirectional)
+      visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional)
     else:
       segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
       filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
-      visible = parts.Visible(segments, filled, None, cache.index)
+      visible = attend.Visible(segments, filled, None, cache.index)
 
     def layer(carry, xs):
       x, cached = carry
       params, key, index = xs
-      cached = None if cached is None else parts.LayerCache(*cached, index, cache.index)
+      cached = None if cached is None else attend.LayerCache(*cached, index, cache.index)
       x, cached = block.apply({'params': params}, x, positions, visible, cached, key)
       return (x, None if cached is None else cached[:2]), None
 
@@ -144,11 +146,12 @@ def _head_size(width: int, heads: int) -> int:
 
 
 def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 1024,
-         dropout: float = 0., dtype=jnp.float32, remat=None) -> Transformer:
+         dropout: float = 0., dtype=jnp.float32,
+         remat=parts.keep_products) -> Transformer:
   """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding."""
   out_std = 0.02 / (2 * layers) ** 0.5
   size = _head_size(width, heads)
-  attention = parts.Attention(heads, heads, size, bias=True, out_std=out_std)
+  attention = attend.Attention(heads, heads, size, bias=True, out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout)
   return Transformer(vocab, width, layers, block, parts.LayerNorm(), max_length, positions=True, dropout=dropout,
@@ -157,7 +160,7 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
 
 def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
           max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0., dtype=jnp.float32,
-          remat=None) -> Transformer:
+          remat=parts.keep_products) -> Transformer:
   """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases."""
   size = _head_size(width, heads)
   kv_heads = kv_heads or heads
@@ -166,7 +169,7 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
   if size % 2:
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
   out_std = 0.02 / (2 * layers) ** 0.5
-  attention = parts.Attention(heads, kv_heads, size, parts.Rotary(theta), out_std=out_std)
+  attention = attend.Attention(heads, kv_heads, size, attend.Rotary(theta), out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout)
   return Transformer(vocab, width, layers, block, parts.RMSNorm(), max_length, tied=tied, dropout=dropout,

@@ -1,0 +1,312 @@
+"""How fast is this on the CPU of this machine, beside PyTorch? Training, decoding, start-up, data.
+
+  python experiments/benchmark.py --what=training --shape=large --precision=bfloat16
+
+Each arm is a process of its own. They get ready one after the other, then take turns, in both orders; the median
+counts. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]', and a C++ compiler.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+import types
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from lm import launch  # nothing heavy here: what an arm imports counts in its memory and in its start
+
+# Of a GPT-2, and of the batch that it trains on.
+Shape = collections.namedtuple('Shape', 'layers width heads vocab batch length')
+SHAPES = {'tiny': Shape(2, 64, 2, 512, 2, 32), 'small': Shape(6, 384, 6, 8192, 16, 256),
+          'large': Shape(12, 768, 12, 50257, 4, 256)}
+MAX_LENGTH, PROMPT = 1024, 128   # of decoding
+Made = tuple[Callable[[], Any], dict[str, float]]   # what does a step and may give a loss; facts for the table
+
+
+def tokens(vocab: int, *shape: int) -> Any:
+  import numpy as np
+  return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
+
+
+# Arms: each function makes what its process runs.
+
+
+def ours(shape: Shape, max_length: int, precision: str = 'float32', cache: str | None = None) -> Any:
+  """Our model, on the mesh that is set. Without a `cache` folder all is compiled."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+
+  from lm import sharding
+  from lm.models import transformer
+  jax.config.update('jax_compilation_cache_dir', cache)
+  jax.set_mesh(sharding.make_mesh())
+  return transformer.gpt2(shape.vocab, shape.width, shape.layers, shape.heads, max_length,
+                          dtype=jax.numpy.dtype(precision))
+
+
+def ours_training(shape: Shape, precision: str, cache: str | None = None) -> Made:
+  model = ours(shape, shape.length, precision, cache)
+  import jax
+  import numpy as np
+
+  from lm import optim, sharding, train
+  from lm.data.batches import Batch
+  from lm.objectives.next_token import next_token
+  optimizer = optim.adamw(lambda step: 1e-3, weight_decay=0.1, b1=0.9, b2=0.95, clip=1.)
+  run = train.Run(model, next_token(), None, optimizer, steps=1, batch=shape.batch)
+  ids = tokens(shape.vocab, shape.batch, shape.length + 1)
+  batch = Batch(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, np.float32))
+  batch = sharding.shard_rows(batch, jax.sharding.get_mesh())
+  state = jax.block_until_ready(jax.jit(lambda: train.init(run))())
+  start = time.perf_counter()
+  step = train.make_step(run).lower(state, batch).compile()
+  facts = {'compile': time.perf_counter() - start, 'temp': step.memory_analysis().temp_size_in_bytes / 1e9,
+           'weights': sum(x.size for x in jax.tree.leaves(state.params)), 'expected': math.log(shape.vocab)}
+
+  def go():
+    nonlocal state
+    state, metrics = step(state, batch)
+    return float(metrics['loss'])   # waits for the step
+  return go, facts
+
+
+def ours_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
+  model = ours(shape, MAX_LENGTH)
+  import jax
+
+  from lm import generate
+  params = jax.jit(model.init)(jax.random.key(0))
+  ids = list(tokens(shape.vocab, batch, PROMPT - 1))   # and bos
+  # Stands for a tokenizer: an end that is never chosen, and no time spent on text.
+  tokenizer = types.SimpleNamespace(vocab_size=shape.vocab, bos_id=0, eos_id=-1, encode_batch=lambda prompts: ids,
+                                    decode=lambda ids: 'x' * len(ids))
+
+  def go():
+    texts = generate.generate(model, params, tokenizer, [''] * batch, generate.Sampling(0.), max_tokens=new_tokens)
+    assert [len(text) for text in texts] == [new_tokens] * batch
+  return go, {'weights': sum(x.size for x in jax.tree.leaves(params))}
+
+
+def ours_pipeline(shape: Shape) -> Made:
+  """Packs documents on disk, about as many and as long as those of Python's library."""
+  import numpy as np
+
+  from lm.data.batches import Batches
+  from lm.objectives.next_token import next_token
+  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
+  stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))
+  stored[:] = tokens(shape.vocab, len(stored))
+  store, steps = types.SimpleNamespace(tokens=stored, offsets=offsets), itertools.count()
+  batches = Batches(store, next_token().example, shape.length, shape.batch, begin=1, end=2)
+  return lambda: batches(next(steps)) and None, {}
+
+
+def pytorch() -> Any:
+  import torch
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.manual_seed(0)
+  return torch
+
+
+def torch_training(shape: Shape, precision: str, compiled: bool) -> Made:
+  """The same in PyTorch, with its fused attention: measured faster than the model in transformers."""
+  torch = pytorch()
+  nn, functional, width = torch.nn, torch.nn.functional, shape.width
+
+  class Attention(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+      q, k, v = self.qkv(x).unflatten(-1, (3, shape.heads, -1)).permute(2, 0, 3, 1, 4)
+      return self.out(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+  class Residual(nn.Sequential):
+    def forward(self, x):
+      return x + super().forward(x)
+
+  def block():
+    feed_forward = nn.Linear(width, 4 * width), nn.GELU('tanh'), nn.Linear(4 * width, width)
+    return nn.Sequential(Residual(nn.LayerNorm(width), Attention()), Residual(nn.LayerNorm(width), *feed_forward))
+
+  embedding, positions = nn.Embedding(shape.vocab, width), nn.Embedding(shape.length, width)
+  blocks = nn.Sequential(*(block() for _ in range(shape.layers)), nn.LayerNorm(width))
+  parameters = list(nn.ModuleList([embedding, positions, blocks]).parameters())
+  matrices, others = ([p for p in parameters if (p.ndim > 1) == matrix] for matrix in (True, False))
+  for matrix in matrices:
+    nn.init.normal_(matrix, std=0.02)
+  optimizer = torch.optim.AdamW([{'params': matrices, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.}],
+                                lr=1e-3, betas=(0.9, 0.95), fused=True)
+  ids = torch.from_numpy(tokens(shape.vocab, shape.batch, shape.length + 1)).long()
+  x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+  def forward(x, y):
+    hidden = blocks(embedding(x) + positions.weight)
+    return functional.cross_entropy(functional.linear(hidden, embedding.weight).flatten(0, 1), y.flatten())
+  compute = torch.compile(forward) if compiled else forward
+
+  def go():
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16'):
+      loss = compute(x, y)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+  return go, {'weights': sum(p.numel() for p in parameters), 'expected': math.log(shape.vocab)}
+
+
+def transformers_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
+  torch = pytorch()
+  import transformers
+  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+      vocab_size=shape.vocab, n_positions=MAX_LENGTH, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
+      bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
+  ids = torch.from_numpy(tokens(shape.vocab, batch, PROMPT)).long()
+
+  def go():
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    assert made.shape == (batch, PROMPT + new_tokens)
+  return go, {'weights': sum(p.numel() for p in model.parameters())}
+
+
+# Processes.
+
+_step: Callable[[], Any]   # of the arm whose process this is
+
+
+process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
+def peak() -> float:
+  """GB that this process held at most, since its start or the last call."""
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  with contextlib.suppress(OSError):
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+  return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024 / 1e9
+
+
+def measure(steps: int) -> tuple[float, float]:
+  """In an arm's process: seconds, and peak memory."""
+  start = time.perf_counter()
+  for _ in range(steps):
+    _step()
+  return time.perf_counter() - start, peak()
+
+
+def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, float]:
+  """In an arm's process: makes it, and does two steps."""
+  global _step
+  try:
+    _step, facts = make(*args)
+    begin = time.time()
+    loss = _step() or math.nan
+    first = time.time()
+    _step()
+    if abs(loss - facts.get('expected', math.nan)) > 0.5:
+      raise ValueError(f'the first loss is {loss:.3f}, and should be near {facts["expected"]:.3f}')
+  except Exception as error:   # as one line, of a type that any process can read
+    raise RuntimeError(' '.join(f'{type(error).__name__}: {error}'.split())[:200]) from None
+  compiling = max(2 * first - begin - time.time(), 0.)   # what the first step took longer, if not known better
+  return {'compile': compiling, 'temp': math.nan, 'weights': 0, **facts, 'first': first - started, 'loss': loss, 'peak': peak()}
+
+
+def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int) -> None:
+  """Prints a table of the arms `name: (make, *arguments)`, whose steps are of `count` tokens; the last is the base."""
+  print(f'\n{title}, {rounds} rounds of {steps} x {count:,} tokens', flush=True)
+  ready, taken = {}, collections.defaultdict(list)
+  with contextlib.ExitStack() as stack:
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = stack.enter_context(tempfile.TemporaryDirectory())   # compile indeed
+    for name, arm in arms.items():
+      pool = stack.enter_context(process())
+      try:
+        ready[name] = pool, pool.submit(prepare, time.time(), *arm).result()
+      except RuntimeError as error:   # also of a process that died
+        print(f'  {name} failed: {error}', flush=True)
+    for number in range(rounds):
+      for name in list(ready)[::-1 if number % 2 else 1]:
+        taken[name].append(ready[name][0].submit(measure, steps).result())
+  print(f'{"tokens/s":>24}   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss   weights')
+  rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
+  for name, (seconds, memory, facts) in rows.items():
+    base_seconds, base_memory, base_facts = rows[list(rows)[-1]]
+    median, most = statistics.median(seconds), max(facts['peak'], *memory)
+    ratios = sorted(b / a for a, b in zip(seconds, base_seconds))
+    spread = f'({ratios[0]:.2f}..{ratios[-1]:.2f})' if seconds is not base_seconds else ''
+    print(f'  {name:13}{count * steps / median:9,.0f}{statistics.median(base_seconds) / median:8.2f} {spread:13}'
+          f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
+          f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
+          .replace('nan', '  -'), flush=True)
+
+
+def startup(shape: Shape) -> None:
+  """Prints what a user waits for: medians of three, and the first step with nothing and with all in the cache."""
+  print('\nstart-up, seconds')
+  pretrain = str(pathlib.Path(__file__).with_name('pretrain.py'))
+  for command in (['-c', 'import jax'], ['-c', 'import lm.train'], [pretrain, '--help']):
+    run = lambda command=command: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    print(f'{statistics.median(timeit.repeat(run, number=1, repeat=3)):8.2f}  python {" ".join(command)}', flush=True)
+  with tempfile.TemporaryDirectory() as cache:
+    for name in ('first step', 'first step, from the cache'):
+      with process() as pool:
+        facts = pool.submit(prepare, time.time(), ours_training, shape, 'float32', cache).result()
+      print(f'{facts["first"]:8.2f}  {name}', flush=True)
+
+
+What = Literal['training', 'decoding', 'startup', 'pipeline']
+Arm = Literal['ours', 'torch_eager', 'torch_compile', 'transformers']
+
+
+def benchmark(*, what: list[What] = get_args(What), arms: list[Arm] = get_args(Arm),   # noqa: B008
+              shape: Literal['tiny', 'small', 'large'] = 'small',
+              precision: Literal['float32', 'bfloat16'] = 'float32',
+              rounds: int = 5, steps: int = 4, new_tokens: int = 128) -> None:
+  """Measures.
+
+  Args:
+    shape: of training. Decoding is of GPT-2 (124M) in float32, unless tiny.
+    precision: what training computes in; parameters stay float32.
+    rounds: how often the arms take turns.
+    steps: of training, a round.
+    new_tokens: to decode, after a prompt of 128.
+  """
+  if min(rounds, steps, new_tokens) < 1:
+    raise ValueError(f'--rounds={rounds}, --steps={steps} and --new_tokens={new_tokens} must be 1 or more')
+  packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers')
+  versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+  cpu = re.search(r'model name\s*: (.*)', pathlib.Path('/proc/cpuinfo').read_text())
+  print(cpu[1] if cpu else platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
+        f'python {platform.python_version()}', *map(' '.join, versions.items()), sep=', ')
+  if missing := [name for name in packages if name not in versions]:
+    print(f"without {' and '.join(missing)}, which are not installed (pip install 'lm[benchmark]')")
+  size, decoder = SHAPES[shape], SHAPES['tiny' if shape == 'tiny' else 'large']
+  kept = lambda named: {arm: named[arm] for arm in named if arm in arms and arm.partition('_')[0] not in missing}
+  if 'training' in what:
+    race(f'training, {shape}, {precision}', kept({
+        'ours': (ours_training, size, precision), 'torch_eager': (torch_training, size, precision, False),
+        'torch_compile': (torch_training, size, precision, True)}), size.batch * size.length, rounds, steps)
+  for batch in (1, 8) if 'decoding' in what else ():
+    race(f'decoding, batch {batch}', kept({
+        'ours': (ours_decoding, decoder, batch, new_tokens),
+        'transformers': (transformers_decoding, decoder, batch, new_tokens)}), batch * new_tokens, rounds, 1)
+  if 'startup' in what:
+    startup(size)
+  if 'pipeline' in what:
+    race('packing, one core', {'ours': (ours_pipeline, size)}, size.batch * size.length, rounds, 500)
+
+
+if __name__ == '__main__':
+  launch.tool(benchmark)

@@ -1,0 +1,50 @@
+"""Write text with a trained run, as it comes.
+
+  python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
+"""
+import pathlib
+
+import jax
+
+from lm import generate, launch, sharding, trained
+
+
+def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), prompt: str = '', temperature: float = 1.,
+         top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1., max_tokens: int = 128,
+         stop: list[str] = [], n: int = 1, seed: int = 0, best: bool = False) -> None:  # noqa: B006
+  """Prints the prompt and its completion; several completions one after the other.
+
+  Args:
+    workdir: of the run.
+    prompt: what the text begins with; nothing begins a new document.
+    temperature: divides the logits; 0 takes the most probable token each time.
+    top_k: draw among the k most probable tokens; 0 among all.
+    top_p: draw among the fewest tokens whose probabilities reach this sum; 1 among all.
+    min_p: draw among tokens of at least this share of the greatest probability; 0 among all.
+    repetition_penalty: above 1, makes tokens that are already in the text less likely.
+    max_tokens: the most tokens to write.
+    stop: the text ends before any of these.
+    n: completions to write.
+    seed: of the draws.
+    best: take the best checkpoint by validation loss, not the newest.
+  """
+  sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+  if n < 1:
+    raise ValueError(f'--n={n} must be at least 1')
+  if n > 1 and sampling.greedy:
+    raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = trained.load(workdir, best)
+    rest = [''] * n
+    print(prompt, end='')
+    for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
+                                  max_tokens=max_tokens, stop=stop, seed=seed):
+      print(pieces[0], end='', flush=True)   # the first is shown as it is written
+      rest = [text + piece for text, piece in zip(rest, pieces)]
+    print()
+    for text in rest[1:]:
+      print(f'\n{"-" * 80}\n{prompt}{text}')
+
+
+if __name__ == '__main__':
+  launch.tool(main)

@@ -1,0 +1,98 @@
+"""Opening a corpus: made once, opened afterwards, never mixed with another."""
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+
+from lm.data import clean, dataset
+from lm.data.source import Source
+from lm.data.tokenizer import Bytes
+from lm.objectives.next_token import next_token
+
+TEXTS = [f'document {i}: ' + 'ha ' * i for i in range(12)]
+SOURCE = Source('tiny', {'train': TEXTS[:9], 'validation': [*TEXTS[9:], '  \n']}, 'fingerprint')
+
+
+class Untouched(Sequence):
+  """Documents that must not be read."""
+  def __len__(self):
+    raise AssertionError('read')
+
+  __getitem__ = __len__
+
+
+UNREAD = dataclasses.replace(SOURCE, splits={'train': Untouched(), 'validation': Untouched()})
+
+
+def shout(document: str) -> str:
+  return document.upper()
+
+
+@dataclasses.dataclass
+class Trainer:
+  """Trains a tokenizer of the size asked for, once."""
+  control: int = 2
+
+  def __call__(self, documents):
+    self.seen = list(documents)
+    return Bytes(tuple(f'<|{i}|>' for i in range(self.control)))
+
+
+def test_opens_what_the_rules_leave_and_the_tokenizer_gives(tmp_path):
+  trainer = Trainer()
+  opened = dataset.Text(SOURCE, trainer, 16, (*clean.DEFAULT, shout)).open(tmp_path, lambda line: None)
+  cleaned = [text.strip().upper() for text in TEXTS]
+  assert trainer.seen == cleaned[:9]
+  for split, expected in (('train', cleaned[:9]), ('validation', cleaned[9:])):
+    store = opened.stores[split]
+    assert [opened.tokenizer.decode(store[i]) for i in range(len(store))] == expected
+    assert opened.text(split) == ''.join(expected)
+  batch = opened.batches('train', next_token().example, rows=40, seed=None, repeat=False)(0)
+  assert batch.tokens.shape == (40, 16) and batch.tokens[0, 0] == opened.tokenizer.bos_id
+  assert opened.tokenizer.decode(batch.targets[0, :len(cleaned[0])]) == cleaned[0]
+  assert (batch.targets == opened.tokenizer.eos_id).sum() == 9
+
+
+@pytest.mark.parametrize('tokenizer', [Trainer(), Bytes()])
+def test_the_second_time_nothing_is_trained_read_or_tokenised(tmp_path, tokenizer):
+  first = dataset.Text(SOURCE, tokenizer, 16).open(tmp_path, lambda line: None)
+  if isinstance(tokenizer, Trainer):
+    del tokenizer.seen
+  lines = []
+  text = dataset.Text(UNREAD, tokenizer, 16)
+  second = text.open(tmp_path, lines.append)
+  assert not lines and not hasattr(tokenizer, 'seen')
+  assert second.fingerprint == first.fingerprint
+  assert second.tokenizer == first.tokenizer == text.load_tokenizer(tmp_path)
+  assert second.text('train') == first.text('train')
+
+
+def test_a_folder_of_its_own_serves_two_workdirs(tmp_path):
+  opened = [dataset.Text(source, Bytes(), 16, folder=tmp_path / 'data').open(tmp_path / name, lambda line: None)
+            for source, name in ((SOURCE, 'a'), (UNREAD, 'b'))]
+  assert opened[0].fingerprint == opened[1].fingerprint and not (tmp_path / 'b').exists()
+
+
+def test_training_cut_short_is_done_again(tmp_path):
+  def killed(documents):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    dataset.Text(SOURCE, killed, 16).open(tmp_path, lambda line: None)
+  assert dataset.Text(SOURCE, Trainer(), 16).open(tmp_path, lambda line: None).tokenizer.vocab_size == 260
+
+
+@pytest.mark.parametrize('before', [Trainer(), Bytes()])
+@pytest.mark.parametrize('changes, named', [
+    ({'tokenizer': Trainer(control=3)}, 'tokenizer'), ({'tokenizer': Bytes(('<|other|>',))}, 'tokenizer'),
+    ({'rules': (*clean.DEFAULT, shout)}, 'rules'),
+    ({'source': dataclasses.replace(SOURCE, fingerprint='other')}, 'source')])
+def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, before, changes, named):
+  text = dataset.Text(SOURCE, before, 16)
+  first = text.open(tmp_path, lambda line: None)
+  files = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  with pytest.raises(ValueError, match=named) as error:
+    dataclasses.replace(text, **changes).open(tmp_path, lambda line: None)
+  assert str(tmp_path) in str(error.value)
+  assert files == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  assert text.open(tmp_path, lambda line: None).fingerprint == first.fingerprint

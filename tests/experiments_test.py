@@ -1,0 +1,123 @@
+"""Every experiment runs, small, and is lowered at its own size for hardware that is not here; every tool starts."""
+import argparse
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from lm import launch, sharding, track, train
+from lm.data import corpora
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'experiments'
+# Flags that make each experiment tiny.
+TINY = {
+    'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
+                 '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1', '--evaluate_every=1',
+                 '--evaluate_batches=1'],
+    'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+}
+# What a tool is asked for beside --help: flags that it must understand.
+TOOLS = {
+    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b'],
+    'score': ['--text=something', '--best'],
+    'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere'],
+    'benchmark': [],
+}
+
+
+def load(name: str):
+  spec = importlib.util.spec_from_file_location(f'experiments_{name}', FOLDER / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope='module')
+def scripts():
+  """All of them imported in this process."""
+  return {path.stem: load(path.stem) for path in sorted(FOLDER.glob('*.py'))}
+
+
+def names(experiments: bool) -> list[str]:
+  has = {path.stem: re.search(r'^def experiment\(', path.read_text(), re.MULTILINE) for path in FOLDER.glob('*.py')}
+  return sorted(name for name, found in has.items() if bool(found) is experiments)
+
+
+@pytest.fixture
+def texts(tmp_path):
+  folder = tmp_path / 'texts'
+  folder.mkdir()
+  lines = inspect.getsource(argparse).splitlines(keepends=True)
+  for i in range(0, len(lines), 20):
+    (folder / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
+  return folder
+
+
+@pytest.mark.parametrize('name', names(experiments=True))
+def test_an_experiment_trains(name, scripts, texts, tmp_path, monkeypatch):
+  assert name in TINY, f'give {name} the flags that make it tiny'
+  monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
+  argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
+  (knobs, shared), debug = launch.parse([scripts[name].experiment, launch._train], argv)
+  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  assert not debug and shared['workdir'] is None
+  with jax.set_mesh(mesh):
+    result = train.train(scripts[name].experiment(**knobs), tmp_path / 'run', mesh)
+  assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
+  rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  assert len(losses) == 2 and losses[0] < 1.1 * np.log(knobs['vocab'])   # a new model knows nothing, and not less
+
+
+def defaults(module, name: str) -> train.Run:
+  keywords = launch._keywords(module.experiment)
+  knobs = {p.name: p.default for p in keywords}
+  if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
+    knobs['steps'] = 1000
+  return module.experiment(**knobs)
+
+
+@pytest.mark.parametrize('shape', ['8x1', '4x2'])
+@pytest.mark.parametrize('name', names(experiments=True))
+def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts):
+  mesh = sharding.abstract_mesh(shape)
+  with jax.sharding.use_abstract_mesh(mesh):
+    run = defaults(scripts[name], name)
+    train.check(run, mesh)
+    state = train.abstract_state(run, mesh)
+    lowered = train.make_step(run).trace(state, train.abstract_batch(run, mesh)).lower(lowering_platforms=('tpu',))
+  assert f'num_partitions = {mesh.size}' in lowered.as_text()[:400]
+  new, metrics = lowered.out_info
+  described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert described(new) == described(state) and metrics['loss'].shape == ()
+  split = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1 and any(leaf.sharding.spec)]
+  whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert sum(leaf.size for leaf in split) > 0.98 * whole   # at rest, hardly a parameter is held twice
+
+
+@pytest.mark.parametrize('name', names(experiments=True) + names(experiments=False))
+def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
+  module, text = scripts[name], (FOLDER / f'{name}.py').read_text()
+  assert name in TINY or name in TOOLS, f'give {name} a line in one of the tables'
+  functions = [getattr(module, function) for function in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
+  functions += [launch._train] if name in TINY else []
+  with pytest.raises(SystemExit) as stop:
+    launch.parse(functions, [f'{name}.py', '--help'])
+  out = capsys.readouterr().out
+  assert not stop.value.code and module.__doc__.split('\n')[0] in out
+  arguments = launch._argument_help(functions[0])
+  assert set(arguments) <= {p.name for p in launch._keywords(functions[0])}   # no flag is described that is not there
+  assert f'python experiments/{name}.py' in module.__doc__
+  for example in re.findall(r'--(\w+)', module.__doc__):
+    assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'
+  launch.parse(functions, [f'{name}.py', *TINY.get(name, TOOLS.get(name))])
+  with pytest.raises(flags.Error, match='unknown flag --nosuchflag'):
+    launch.parse(functions, [f'{name}.py', '--nosuchflag=1'])
+  assert sys.modules.get('tensorflow') is None
