@@ -34,7 +34,8 @@ Shape = collections.namedtuple('Shape', 'layers width heads vocab batch length')
 SHAPES = {'tiny': Shape(2, 64, 2, 512, 2, 32), 'small': Shape(6, 384, 6, 8192, 16, 256),
           'large': Shape(12, 768, 12, 50257, 4, 256)}
 MAX_LENGTH, PROMPT = 1024, 128   # of decoding
-Made = tuple[Callable[[], Any], dict[str, float]]   # what does a step and may give a loss; facts for the table
+CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
+Made = tuple[Callable[[], Any], dict[str, float]]   # of an arm: a step, which may give a loss; facts for the table
 
 
 def tokens(vocab: int, *shape: int) -> Any:
@@ -42,24 +43,20 @@ def tokens(vocab: int, *shape: int) -> Any:
   return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
 
 
-# Arms: each function makes what its process runs.
-
-
-def ours(shape: Shape, max_length: int, precision: str = 'float32', cache: str | None = None) -> Any:
-  """Our model, on the mesh that is set. Without a `cache` folder all is compiled."""
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+def ours(shape: Shape, max_length: int, precision: str = 'float32') -> Any:
+  """Our model, on the mesh that is set."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
 
   from lm import sharding
   from lm.models import transformer
-  jax.config.update('jax_compilation_cache_dir', cache)
   jax.set_mesh(sharding.make_mesh())
   return transformer.gpt2(shape.vocab, shape.width, shape.layers, shape.heads, max_length,
                           dtype=jax.numpy.dtype(precision))
 
 
-def ours_training(shape: Shape, precision: str, cache: str | None = None) -> Made:
-  model = ours(shape, shape.length, precision, cache)
+def ours_training(shape: Shape, precision: str) -> Made:
+  model = ours(shape, shape.length, precision)
   import jax
   import numpy as np
 
@@ -108,7 +105,7 @@ def ours_pipeline(shape: Shape) -> Made:
   from lm.data.batches import Batches
   from lm.objectives.next_token import next_token
   offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
-  stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))
+  stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))   # noqa: SIM115
   stored[:] = tokens(shape.vocab, len(stored))
   store, steps = types.SimpleNamespace(tokens=stored, offsets=offsets), itertools.count()
   batches = Batches(store, next_token().example, shape.length, shape.batch, begin=1, end=2)
@@ -140,12 +137,11 @@ def torch_training(shape: Shape, precision: str, compiled: bool) -> Made:
     def forward(self, x):
       return x + super().forward(x)
 
-  def block():
-    feed_forward = nn.Linear(width, 4 * width), nn.GELU('tanh'), nn.Linear(4 * width, width)
-    return nn.Sequential(Residual(nn.LayerNorm(width), Attention()), Residual(nn.LayerNorm(width), *feed_forward))
-
   embedding, positions = nn.Embedding(shape.vocab, width), nn.Embedding(shape.length, width)
-  blocks = nn.Sequential(*(block() for _ in range(shape.layers)), nn.LayerNorm(width))
+  blocks = nn.Sequential(*(nn.Sequential(
+      Residual(nn.LayerNorm(width), Attention()),
+      Residual(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU('tanh'), nn.Linear(4 * width, width)),
+  ) for _ in range(shape.layers)), nn.LayerNorm(width))
   parameters = list(nn.ModuleList([embedding, positions, blocks]).parameters())
   matrices, others = ([p for p in parameters if (p.ndim > 1) == matrix] for matrix in (True, False))
   for matrix in matrices:
@@ -185,12 +181,10 @@ def transformers_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
 
-# Processes.
-
+process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
 _step: Callable[[], Any]   # of the arm whose process this is
 
 
-process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
 def peak() -> float:
   """GB that this process held at most, since its start or the last call."""
   lines = pathlib.Path('/proc/self/status').read_text().splitlines()
@@ -221,15 +215,16 @@ def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, 
   except Exception as error:   # as one line, of a type that any process can read
     raise RuntimeError(' '.join(f'{type(error).__name__}: {error}'.split())[:200]) from None
   compiling = max(2 * first - begin - time.time(), 0.)   # what the first step took longer, if not known better
-  return {'compile': compiling, 'temp': math.nan, 'weights': 0, **facts, 'first': first - started, 'loss': loss, 'peak': peak()}
+  return {'compile': compiling, 'temp': math.nan, 'weights': 0, **facts, 'first': first - started, 'loss': loss,
+          'peak': peak()}
 
 
 def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int) -> None:
-  """Prints a table of the arms `name: (make, *arguments)`, whose steps are of `count` tokens; the last is the base."""
+  """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last."""
   print(f'\n{title}, {rounds} rounds of {steps} x {count:,} tokens', flush=True)
   ready, taken = {}, collections.defaultdict(list)
   with contextlib.ExitStack() as stack:
-    os.environ['TORCHINDUCTOR_CACHE_DIR'] = stack.enter_context(tempfile.TemporaryDirectory())   # compile indeed
+    os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))   # nothing is compiled yet
     for name, arm in arms.items():
       pool = stack.enter_context(process())
       try:
@@ -239,7 +234,8 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
     for number in range(rounds):
       for name in list(ready)[::-1 if number % 2 else 1]:
         taken[name].append(ready[name][0].submit(measure, steps).result())
-  print(f'{"tokens/s":>24}   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss   weights')
+  print('                tokens/s   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
+        '   weights')
   rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
   for name, (seconds, memory, facts) in rows.items():
     base_seconds, base_memory, base_facts = rows[list(rows)[-1]]
@@ -259,10 +255,11 @@ def startup(shape: Shape) -> None:
   for command in (['-c', 'import jax'], ['-c', 'import lm.train'], [pretrain, '--help']):
     run = lambda command=command: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     print(f'{statistics.median(timeit.repeat(run, number=1, repeat=3)):8.2f}  python {" ".join(command)}', flush=True)
-  with tempfile.TemporaryDirectory() as cache:
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ |= dict.fromkeys(CACHES, folder)
     for name in ('first step', 'first step, from the cache'):
       with process() as pool:
-        facts = pool.submit(prepare, time.time(), ours_training, shape, 'float32', cache).result()
+        facts = pool.submit(prepare, time.time(), ours_training, shape, 'float32').result()
       print(f'{facts["first"]:8.2f}  {name}', flush=True)
 
 
@@ -279,17 +276,16 @@ def benchmark(*, what: list[What] = get_args(What), arms: list[Arm] = get_args(A
   Args:
     shape: of training. Decoding is of GPT-2 (124M) in float32, unless tiny.
     precision: what training computes in; parameters stay float32.
-    rounds: how often the arms take turns.
-    steps: of training, a round.
+    steps: of training, a round. There, all arms take a turn.
     new_tokens: to decode, after a prompt of 128.
   """
   if min(rounds, steps, new_tokens) < 1:
     raise ValueError(f'--rounds={rounds}, --steps={steps} and --new_tokens={new_tokens} must be 1 or more')
   packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers')
   versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
-  cpu = re.search(r'model name\s*: (.*)', pathlib.Path('/proc/cpuinfo').read_text())
-  print(cpu[1] if cpu else platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
-        f'python {platform.python_version()}', *map(' '.join, versions.items()), sep=', ')
+  cpu = re.search(r'model name\s*: (.*)|$', pathlib.Path('/proc/cpuinfo').read_text())
+  print(cpu[1] or platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
+        f'python {platform.python_version()}', *sorted(map(' '.join, versions.items())), sep=', ')
   if missing := [name for name in packages if name not in versions]:
     print(f"without {' and '.join(missing)}, which are not installed (pip install 'lm[benchmark]')")
   size, decoder = SHAPES[shape], SHAPES['tiny' if shape == 'tiny' else 'large']

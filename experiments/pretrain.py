@@ -19,36 +19,38 @@ from lm.objectives import objective
 from lm.objectives.next_token import next_token
 
 
-def corpus(text: str | None, jsonl: str | None, parquet: str | None, tfds: str | None, key: str,
-           weights: list[float]) -> corpora.Source:
+def corpus(text: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None, tfds: str | None,
+           key: str, weights: tuple[float, ...]) -> corpora.Source:
   """The source, or mixture of sources, that the flags name."""
   sources = [make() for given, make in (
-      (text, lambda: corpora.text(text)), (jsonl, lambda: corpora.jsonl(jsonl, key)),
+      (text, lambda: corpora.text(text, encoding_errors=encoding_errors)), (jsonl, lambda: corpora.jsonl(jsonl, key)),
       (parquet, lambda: corpora.parquet(parquet, key)), (tfds, lambda: corpora.tfds(tfds, key))) if given]
   if weights and len(weights) != len(sources):
     raise ValueError(f'--weights={",".join(map(str, weights))} has {len(weights)} numbers for {len(sources)} corpora')
   if len(sources) > 1:
-    return corpora.mixture(list(zip(sources, weights or [1.] * len(sources))))
+    return corpora.mixture(list(zip(sources, weights or (1.,) * len(sources))))
   return sources[0] if sources else corpora.python_library()
 
 
-def experiment(*, text: str | None = None, jsonl: str | None = None, parquet: str | None = None,
-               tfds: str | None = None, key: str = 'text', weights: list[float] = (),   # noqa: B006
-               stop_words: str | None = None, tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe',
-               tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
-               architecture: Literal['llama', 'gpt2'] = 'llama', layers: int = 6, width: int = 384, heads: int = 6,
-               kv_heads: int | None = None, dropout: float = 0., precision: Literal['float32', 'bfloat16'] = 'float32',
+def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
+               jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
+               weights: tuple[float, ...] = (), stop_words: str | None = None,
+               tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe', tokenizer_file: str | None = None,
+               vocab: int = 8192, length: int = 512, architecture: Literal['llama', 'gpt2'] = 'llama',
+               layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
+               precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
-               weight_decay: float = 0.1, clip: float = 1., steps: int = 2000, batch: int = 16, accumulate: int = 1,
-               evaluate_every: int = 250, evaluate_batches: int | None = 20, save_every: int = 500,
-               keep: int = 2) -> train.Run:
+               weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
+               accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
+               save_every: int = 500, keep: int = 2) -> train.Run:
   """Pretrains a decoder.
 
   Args:
     text: files of text, a glob pattern (** for folders below).
+    encoding_errors: what happens to text that is no UTF-8, an error, repair, or dropping the document.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
     parquet: Parquet files, a glob pattern.
     tfds: a TensorFlow data set by its TFDS name.
@@ -83,7 +85,7 @@ def experiment(*, text: str | None = None, jsonl: str | None = None, parquet: st
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd}[optimizer]
   return train.Run(
       model=model, objective=next_token(getattr(objective, denominator)),
-      data=dataset.Text(corpus(text, jsonl, parquet, tfds, key, list(weights)), tokens, length, rules),
+      data=dataset.Text(corpus(text, encoding_errors, jsonl, parquet, tfds, key, weights), tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
 

@@ -139,7 +139,7 @@ class Checkpoints:
     stored = _types(self._manager.item_metadata(step).state.tree)
     stored = {name: kind for name, kind in stored.items() if name.startswith(prefix)}
     if lines := differences(stored, _types(abstract)):
-      raise Mismatch(f'checkpoint {path} does not fit:\n  ' + '\n  '.join(lines))
+      raise Mismatch(f'checkpoint {path} does not fit' + _listed(lines))
     args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
     return Restored(self._manager.restore(step, args=ocp.args.Composite(state=args)).state, document['facts'], step)
 
@@ -190,8 +190,12 @@ class Checkpoints:
 def check(stored: Any, now: Any) -> None:
   """Raises Mismatch, with a line for each difference between two JSON trees."""
   if lines := differences(stored, now):
-    raise Mismatch('the checkpoint is of another run: go back to its settings, or use a new folder\n  '
-                   + '\n  '.join(lines))
+    raise Mismatch('the checkpoint is of another run: go back to its settings, or use a new folder' + _listed(lines))
+
+
+def _listed(lines: Sequence[str], most: int = 6) -> str:
+  more = [f'... and {len(lines) - most} more'] if len(lines) > most else []
+  return '\n  '.join([':', *lines[:most], *more])
 
 
 def _types(tree: Tree) -> dict[str, str]:

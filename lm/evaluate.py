@@ -1,4 +1,5 @@
 """Evaluation: of a model over fixed batches, of a text, and what file compressors make of the same."""
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,12 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   """
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
-  pending = [step(params, sharding.shard_rows(batches(i, rows), mesh)) for i in range(steps)]
-  total = {name: sum(float(sums[name]) for sums in pending) for name in pending[0]}
+  total, pending = collections.Counter(), {}
+  for i in range(steps):
+    running = step(params, sharding.shard_rows(batches(i, rows), mesh))
+    total.update({name: float(value) for name, value in pending.items()})   # of the batch before, while this one runs
+    pending = running
+  total.update({name: float(value) for name, value in pending.items()})
   if total['tokens'] == 0:
     raise ValueError('nothing to evaluate: the batches hold no targets')
   nll = total['nll'] / total['tokens']

@@ -83,8 +83,7 @@ def keep_top_p(logits_BV: jax.Array, mass: float) -> jax.Array:
   order = jnp.argsort(logits_BV, axis=-1)
   ascending = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1))
   dropped = (jnp.cumsum(ascending, -1) <= 1 - mass).at[:, -1].set(False)
-  dropped = jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False)
-  return jnp.where(dropped, -jnp.inf, logits_BV)
+  return jnp.where(jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False), -jnp.inf, logits_BV)
 
 
 def process(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
@@ -129,17 +128,20 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.A
     else:
       keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), step))(stream)
       token = jax.vmap(jax.random.categorical)(keys, logits)
-    token = token.astype(jnp.int32)
     return token, None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
 
-  if sharding.spec('B') is not None:   # each shard draws for its own rows, over the whole vocabulary
-    rows = P('data')
+  if (rows := sharding.spec('B')) is not None:   # each shard draws for its own rows, over the whole vocabulary
     local = jax.shard_map(local, in_specs=(rows, rows, rows, P(), P()), out_specs=rows, check_vma=False)
   logits = sharding.constrain(out.head(out.hidden[:, -1:])[:, 0], 'B-')
   token, seen = local(logits, state.seen_BV, state.stream_B, state.key, state.step)
   token = jnp.where(state.done_B, eos, token)
   return state._replace(cache=out.cache, token_B=token, position_B=state.position_B + 1, seen_BV=seen,
                         done_B=state.done_B | (token == eos), step=state.step + 1)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _unstack(model, params):
+  return model.unstack(params)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
@@ -188,6 +190,7 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
     if seen is not None:
       seen[row, ids] = True
   eos, how = np.int32(tokenizer.eos_id), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
+  params = _unstack(model, params)
   state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), eos,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]
@@ -207,14 +210,9 @@ class _Text:
     self._tokenizer, self._ids, self._shown, self._known = tokenizer, prompt.tolist(), 0, len(prompt)
     self._stop, self._hold, self._held, self.done = stop, max(map(len, stop), default=1) - 1, '', False
 
-  def push(self, tokens: Sequence[int]) -> str:
-    """Adds tokens; returns the text that they make certain."""
-    return ''.join(self._push(token) for token in tokens)
-
-  def _push(self, token: int) -> str:
-    if self.done:
-      return ''
-    if token == self._tokenizer.eos_id:
+  def push(self, token: int) -> str:
+    """Adds a token; returns the text that it makes certain."""
+    if self.done or token == self._tokenizer.eos_id:
       return self.end()
     self._ids.append(int(token))
     old, new = self._decode()
@@ -273,7 +271,7 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   texts = [_Text(tokenizer, ids, stop) for ids in encoded]
   begun = [np.concatenate([np.int32([tokenizer.bos_id]), ids]) for ids in encoded]
   for tokens in _tokens(model, params, begun, tokenizer, sampling, max_tokens, seed):
-    yield [text.push(row) for text, row in zip(texts, tokens)]
+    yield [''.join(map(text.push, row)) for text, row in zip(texts, tokens)]
     if all(text.done for text in texts):
       return
   yield [text.end() for text in texts]

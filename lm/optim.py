@@ -73,6 +73,8 @@ def decayed(params: Any) -> Any:
 
 
 def _chain(schedule: Schedule, clip: float | None, *transforms: optax.GradientTransformation):
+  if clip is not None and clip <= 0:
+    raise ValueError(f'clip={clip} is not positive; None does not clip')
   clipping = () if clip is None else (optax.clip_by_global_norm(clip),)
   return optax.chain(*clipping, *transforms, _descend(schedule))
 
@@ -91,6 +93,8 @@ def adam(schedule: Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e
 def adamw(schedule: Schedule, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
           clip: float | None = 1.) -> optax.GradientTransformation:
   """Adam with decoupled weight decay (Loshchilov and Hutter 2019): params -= rate * (adam + weight_decay * params)."""
+  if weight_decay < 0:
+    raise ValueError(f'weight_decay={weight_decay} is negative')
   return _chain(schedule, clip, optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, decayed))
 
 

@@ -62,6 +62,10 @@ class Run:
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
+    if self.seed < 0:
+      raise ValueError(f'seed={self.seed} is negative')
+    if self.evaluate_batches is not None and self.evaluate_batches < 1:
+      raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
 
 
 class State(NamedTuple):
@@ -112,7 +116,7 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, jax.A
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight_sum, grads)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
-    metrics = {'loss': loss_sum / weight_sum, 'grad_norm': optax.global_norm(grads),
+    metrics = {'loss': loss_sum / weight_sum, 'grad_norm': optax.tree.norm(grads),
                'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1)}
     if (rate := optim.learning_rate(opt_state)) is not None:
       metrics['learning_rate'] = rate
@@ -245,7 +249,7 @@ class _Loop:
     train_step, pending = make_step(run), None
     with track.Tracker(self.workdir, run.steps, tokens_per_step=run.batch * run.data.length, step=start,
                        devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
-      self.saved = start
+      self.saved = self.start = start
       following = reader.submit(self.batches, start, self.rows)
       while step < run.steps:
         batch = sharding.shard_rows(following.result(), self.mesh)
@@ -287,8 +291,9 @@ class _Loop:
     with self.tracker.pause(), self.phases('validate'):
       self.metrics = evaluate.evaluate(self.evaluate_step, state.params, self.held_out, self.mesh,
                                        self.run.evaluate_batches)
+    if step > self.start:   # else it is in the log
+      self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
     self.evaluated = step
-    self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
 
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:

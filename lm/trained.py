@@ -56,5 +56,6 @@ def _function(record: dict[str, Any]):
                             'copy it to one of them')
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module   # dataclasses and `inspect` look the module up
   spec.loader.exec_module(module)
   return getattr(module, record['function'])

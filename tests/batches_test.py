@@ -126,6 +126,12 @@ def test_the_order_is_fixed_by_seed_and_epoch():
   assert len(set(orders.values())) == 5 and len({frozenset(order) for order in orders.values()}) == 1
 
 
+def test_the_rows_of_a_long_document_are_shuffled_too():
+  batches = Batches(documents([399]), example, 10, 40, BEGIN, END, 0)
+  orders = [batches(epoch).targets[:, 0].tolist() for epoch in (0, 1)]
+  assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) != orders[0]
+
+
 def test_an_objective_gets_pieces_with_their_next_token_and_a_generator_of_their_row():
   store, seen = documents([30, 3, 0, 12]), []
 

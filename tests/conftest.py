@@ -8,3 +8,5 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tiny programs run once: they take longer to optimise than to run.
+jax.config.update('jax_disable_most_optimizations', True)

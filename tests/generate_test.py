@@ -67,7 +67,7 @@ def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
   """Pieces of a text, one a token, then the end."""
   text = generate._Text(tokenizer or Bytes(), np.int32(prompt), stop)
-  return [text.push([i]) for i in ids] + [text.end()]
+  return [text.push(i) for i in ids] + [text.end()]
 
 
 def kept(logits):
@@ -116,6 +116,9 @@ class Table(transformer.Model):
   """Whatever it reads, its logits are LOGITS: a model whose samples have a known distribution."""
   vocab: int = 6
   max_length: int = 99
+
+  def unstack(self, params):
+    return params
 
   def init_cache(self, batch_size, length):
     return jnp.zeros(batch_size)

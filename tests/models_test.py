@@ -126,9 +126,11 @@ def test_forward_is_the_papers(model, packed):
   assert_close(forward(model, params, batch), reference(jax.tree.map(np.float64, params), batch)[0])
 
 
-@pytest.mark.parametrize('model,packed', [(GPT2, False), (LLAMA, False), (LLAMA, True)])
+@pytest.mark.parametrize('model,packed', [(GPT2, False), (LLAMA, False), (LLAMA, True)],
+                         ids=['gpt2', 'llama', 'llama_packed'])
 def test_loss_and_gradients_are_those_of_numpy(model, packed):
   params, batch = random_params(model), make_batch(packed)
+  assert ('head' in params) != model.tied
   loss, grads = loss_and_grads(model, params, batch)
   leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, params))
   assert float(loss) == pytest.approx(reference(tree.unflatten(leaves), batch)[1], rel=1e-6)
@@ -207,7 +209,8 @@ def test_remat_saves_memory_and_changes_nothing():
   jax.tree.map(functools.partial(assert_close, tolerance=1e-5), actual, loss_and_grads(LLAMA, params, batch))
 
 
-@pytest.mark.parametrize('model,chunks', [(GPT2, [5, 1, 1, 1]), (LLAMA, [5, 1, 1, 1]), (LLAMA, [1] * TIME)])
+@pytest.mark.parametrize('model,chunks', [(GPT2, [5, 1, 1, 1]), (LLAMA, [5, 1, 1, 1]), (LLAMA, [1] * TIME)],
+                         ids=['gpt2', 'llama', 'llama_one_by_one'])
 def test_cached_decoding_equals_the_full_forward(model, chunks):
   """Rows of unequal length are padded on the left; the cache has slots to spare."""
   params, batch = random_params(model), make_batch(False)
@@ -301,7 +304,7 @@ def test_bfloat16_computes_near_float32_and_leaves_parameters_alone():
   assert 1e-4 < error < 0.05
 
 
-@pytest.mark.parametrize('both_ways', [False, True])
+@pytest.mark.parametrize('both_ways', [False, True], ids=['causal', 'both_ways'])
 def test_attention_over_several_blocks_equals_the_dense_formula(both_ways):
   """Long enough for a kernel that goes by blocks of queries, the last of them not whole."""
   rng, time = np.random.default_rng(5), 300

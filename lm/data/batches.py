@@ -81,6 +81,11 @@ class Batches:
     return -(-self.rows_per_epoch // self.rows)
 
   @functools.cached_property
+  def _marks(self) -> bool:
+    """Whether examples mark positions: a host whose rows are empty must know too."""
+    return self.example(self._piece(0, 0, 2), np.random.default_rng(0)).bidirectional is not None
+
+  @functools.cached_property
   def _epoch(self):
     return functools.lru_cache(maxsize=2)(self._order)   # a batch spans two epochs at most, or is larger than either
 
@@ -98,14 +103,15 @@ class Batches:
     """The batch of a step, or only some of its rows (those that a host owns): NumPy arrays."""
     rows = range(self.rows) if rows is None else rows
     tokens, targets, positions, segments = np.zeros((4, len(rows), self.length), np.int32)
-    batch = Batch(tokens, targets, np.zeros(tokens.shape, np.float32), positions, segments)
+    marks = np.zeros(tokens.shape, bool) if self._marks else None
+    batch = Batch(tokens, targets, np.zeros(tokens.shape, np.float32), positions, segments, marks)
     for i, row in enumerate(rows):
       epoch, index = divmod(step * self.rows + row, self.rows_per_epoch)
       if epoch == 0 or self.repeat:
-        batch = self._fill(batch, i, epoch, index)
+        self._fill(batch, i, epoch, index)
     return batch
 
-  def _fill(self, batch: Batch, i: int, epoch: int, index: int) -> Batch:
+  def _fill(self, batch: Batch, i: int, epoch: int, index: int) -> None:
     order = self._epoch(epoch)
     row = int(order.rows[index])
     rng = np.random.Generator(np.random.Philox(key=[self.seed or 0, epoch * self.rows_per_epoch + row]))
@@ -125,12 +131,9 @@ class Batches:
       batch.positions[i, span] = np.arange(span.stop - at)
       batch.segments[i, span] = segment
       if example.bidirectional is not None:
-        if batch.bidirectional is None:
-          batch = batch._replace(bidirectional=np.zeros(batch.tokens.shape, bool))
         batch.bidirectional[i, span] = example.bidirectional
       at, start = span.stop, piece_end
     batch.weights[i, :repeated] = 0
-    return batch
 
   def _piece(self, document: int, start: int, stop: int) -> np.ndarray:
     """Tokens `start` to `stop` of a document with its begin and end."""

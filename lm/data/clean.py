@@ -168,7 +168,7 @@ def _map(function: Callable[[Any], Any], batch: list[Any]) -> list[Any]:
 
 @functools.cache
 def _ftfy() -> tuple[Callable, Any]:
-  ftfy = source.require('ftfy', 'ftfy')
+  import ftfy
   return ftfy.fix_text, ftfy.TextFixerConfig(
       unescape_html=False, remove_terminal_escapes=False, fix_latin_ligatures=False, fix_character_width=False,
       uncurl_quotes=False, fix_line_breaks=False, remove_control_chars=False, normalization=None, explain=False)

@@ -161,11 +161,15 @@ def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
 
 def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Source:
   """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted."""
-  pq = source.require('pyarrow.parquet', 'parquet')
+  import pyarrow.parquet as pq
   files = source.matching(pattern)
   groups = []
   for path in files:
-    with pq.ParquetFile(path) as file:
+    try:
+      file = pq.ParquetFile(path)
+    except ValueError as error:   # pyarrow's ArrowInvalid
+      raise ValueError(f'{path} is no Parquet file: {error}') from None
+    with file:
       if column not in file.schema_arrow.names:
         raise ValueError(f'{path}: no column={column!r}; it has {", ".join(file.schema_arrow.names)}')
       groups += [(path, group) for group in range(file.num_row_groups)]
@@ -192,7 +196,7 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
   Its own validation (else test) split is used; `validation` cuts a set that has a train split alone, by hash.
   `experiments/tfds_builder.py` shows how a corpus is added to TFDS.
   """
-  library = source.require('tensorflow_datasets', 'tfds')
+  import tensorflow_datasets as library
   try:
     builder = library.builder(name, data_dir=data_dir)
     if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow

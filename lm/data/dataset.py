@@ -35,19 +35,20 @@ class Text:
     written.
     """
     folder = self._folder(workdir)
-    settings, found = folder / 'tokenizer' / 'settings.json', self.tokenizer
-    if callable(self.tokenizer):
-      wanted = {'tokenizer': describe(self.tokenizer), 'rules': describe(self.rules), 'source': self.source.fingerprint}
-      if not settings.exists():
+    settings, trains = folder / 'tokenizer' / 'settings.json', callable(self.tokenizer)
+    wanted = {'tokenizer': self.tokenizer.fingerprint} if not trains else {
+        'tokenizer': describe(self.tokenizer), 'rules': describe(self.rules), 'source': self.source.fingerprint}
+    if not settings.exists():
+      found = self.tokenizer
+      if trains:
         progress('training the tokenizer')
         documents = clean.clean(self.source.splits['train'], self.rules)
         found = self.tokenizer([d for d in documents if isinstance(d, str)])
-      elif lines := differences(json.loads(settings.read_text()), wanted):
-        raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
-                         + '\n  '.join(lines))
-    if not settings.exists():
       found.save(settings.parent)
-      settings.write_text(json.dumps(wanted if callable(self.tokenizer) else {'tokenizer': found.fingerprint}))
+      settings.write_text(json.dumps(wanted))
+    elif lines := differences(json.loads(settings.read_text()), wanted):
+      raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
+                       + '\n  '.join(lines))
     found = self.load_tokenizer(workdir)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
     return Opened(stores, found, self.length)

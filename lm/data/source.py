@@ -83,6 +83,8 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
       found['validation' if held_out else 'train'].extend((a, b))
     for split, addresses in found.items():
       if not addresses:
+        if not any(map(len, found.values())):
+          raise ValueError(f'{name}: there is no document in it')
         raise ValueError(f'{name}: none of {sum(map(len, found.values())) // 2} documents fell into the {split} split '
                          f'with validation={validation}; choose another fraction, or cut files by text(separator=...)')
     return {split: np.frombuffer(addresses, np.int64).reshape(-1, 2) for split, addresses in found.items()}

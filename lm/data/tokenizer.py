@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from lm.data import source, vocabulary
+from lm.data import vocabulary
 from lm.data.vocabulary import CONTROL, Bytes, HuggingFace, SentencePiece, Tokenizer, sentinels
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'train_sentencepiece']
@@ -41,7 +41,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal
   sizes = {'bpe': 16_000_000, 'unigram': 1_500_000}
   if kind not in sizes:
     raise ValueError(f'kind={kind!r} is neither bpe nor unigram')
-  trainer = source.require('sentencepiece', 'sentencepiece').SentencePieceTrainer
+  from sentencepiece import SentencePieceTrainer as trainer
   model = io.BytesIO()
   sample = _sample(documents, sizes[kind] if sample_bytes is None else sample_bytes)
   if not sample:

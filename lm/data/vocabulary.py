@@ -153,7 +153,7 @@ class SentencePiece(_Base):
 
   @functools.cached_property
   def _processor(self) -> Any:
-    module = source.require('sentencepiece', 'sentencepiece')
+    import sentencepiece as module
     try:
       return module.SentencePieceProcessor(model_proto=self.model)
     except RuntimeError as error:

@@ -1,6 +1,5 @@
 """Attention: rotary positions, which keys a query sees, the kernels, the cache. Shape legend: `transformer.py`."""
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -136,19 +135,15 @@ _blockwise.defvjp(_forward, _backward)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of all layers, and which layer this is: updated in place, one layer at a time."""
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
-  layer: jax.Array
-  index: jax.Array     # the slot of the first new token
+  """Keys and values of one layer."""
+  k_BSKH: jax.Array
+  v_BSKH: jax.Array
 
-  def append(self, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple['LayerCache', jax.Array, jax.Array]:
-    """Writes T new keys and values; returns the cache and this layer's keys and values, [B, S, K, H]."""
-    at = (self.layer, 0, self.index, 0, 0)
-    k = jax.lax.dynamic_update_slice(self.k_LBSKH, k_BTKH.astype(self.k_LBSKH.dtype)[None], at)
-    v = jax.lax.dynamic_update_slice(self.v_LBSKH, v_BTKH.astype(self.v_LBSKH.dtype)[None], at)
-    layer = functools.partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
-    return self._replace(k_LBSKH=k, v_LBSKH=v), layer(k), layer(v)
+  def append(self, index: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 'LayerCache':
+    """With T new keys and values from slot `index` on."""
+    def put(old, new):
+      return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
+    return LayerCache(put(self.k_BSKH, k_BTKH), put(self.v_BSKH, v_BTKH))
 
 
 class Attention(nn.Module):
@@ -179,7 +174,8 @@ class Attention(nn.Module):
       q, k = self.rotary(q, positions_BT), self.rotary(k, positions_BT)
     q, k, v = checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value')
     if cache is not None:
-      cache, k, v = cache.append(k, v)
+      cache = cache.append(visible.start, k, v)
+      k, v = cache
     y = attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
     init = nn.initializers.normal(self.out_std)
     out = layers.weight(self, 'out', 'NHD', (self.heads, self.head_size, width), init, y.dtype)

@@ -5,6 +5,7 @@ F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its 
 the sharding table use the same letters.
 """
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,8 +30,7 @@ class Head(NamedTuple):
 
 class Cache(NamedTuple):
   """Keys and values of the tokens seen so far. Row b sees slot s where `segments_BS[b, s]` is its own segment."""
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  layers: tuple[attend.LayerCache, ...]
   segments_BS: jax.Array   # 0: empty or padding
   index: jax.Array         # slots that are filled, the same for all rows
 
@@ -61,7 +61,7 @@ class Model(nn.Module):
 
 
 class Transformer(Model):
-  """Embeds, repeats `block` over `layers`, normalises; all layers run as one scan over stacked parameters.
+  """Embeds, repeats `block` over `layers`, normalises. The layers' parameters are stacked, and run as one scan.
 
   `remat` says what the backward pass may keep, a policy as in `jax.checkpoint_policies`; None keeps everything.
   """
@@ -103,43 +103,63 @@ class Transformer(Model):
     return Output(x, Head(embedding), cache)
 
   def _blocks(self, x, positions, batch, cache, key):
-    block = self.block.clone(parent=None)   # applied to one layer's parameters at a time, inside the scan
-    stacked = self.param('blocks', lambda rng: jax.vmap(
-        lambda k: block.init(k, x, positions, attend.Visible())['params'])(jax.random.split(rng, self.layers)))
-    keys = None if key is None else jax.random.split(key, self.layers)
-    if cache is None:
-      visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional)
+    block = self.block.clone(parent=None)   # applied to one layer's parameters at a time
+    if self.has_variable('params', 'blocks'):
+      blocks = self.get_variable('params', 'blocks')
     else:
-      segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
-      filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
-      visible = attend.Visible(segments, filled, None, cache.index)
+      blocks = self.param('blocks', lambda rng: jax.vmap(
+          lambda k: block.init(k, x, positions, attend.Visible())['params'])(jax.random.split(rng, self.layers)))
+    if cache is not None:
+      return self._cached(block, blocks, x, positions, batch, cache)
+    keys = None if key is None else jax.random.split(key, self.layers)
+    visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional)
 
-    def layer(carry, xs):
-      x, cached = carry
-      params, key, index = xs
-      cached = None if cached is None else attend.LayerCache(*cached, index, cache.index)
-      x, cached = block.apply({'params': params}, x, positions, visible, cached, key)
-      return (x, None if cached is None else cached[:2]), None
+    def layer(x, xs):
+      params, key = xs
+      return block.apply({'params': params}, x, positions, visible, None, key)[0], None
 
     if self.remat is not None:
       layer = jax.checkpoint(layer, policy=self.remat, prevent_cse=False)
-    (x, cached), _ = jax.lax.scan(layer, (x, None if cache is None else cache[:2]),
-                                  (stacked, keys, jnp.arange(self.layers)))
-    if cache is not None:
-      cache = Cache(*cached, filled, cache.index + batch.tokens.shape[1])
-    return x, cache
+    return jax.lax.scan(layer, x, (blocks, keys))[0], None
+
+  def _cached(self, block, blocks, x, positions, batch, cache):
+    segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
+    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
+    visible = attend.Visible(segments, filled, None, cache.index)
+    layers = []
+    # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.
+    for params, layer in zip(_unstacked(blocks, self.layers), cache.layers):
+      x, layer = block.apply({'params': params}, x, positions, visible, layer)
+      layers.append(layer)
+    return x, Cache(tuple(layers), filled, cache.index + batch.tokens.shape[1])
+
+  @nn.nowrap
+  def unstack(self, params: Any) -> Any:
+    """Parameters with one tree a layer, for decoding: a loop of steps with a cache then copies no weights."""
+    return {**params, 'blocks': _unstacked(params['blocks'], self.layers)}
 
   @nn.nowrap
   def init_cache(self, batch_size: int, length: int) -> Cache:
     """An empty cache with `length` slots a row."""
     attention = self.block.attention
-    shape = (self.layers, batch_size, length, attention.kv_heads, attention.head_size)
-    keys = sharding.constrain(jnp.zeros(shape, self.dtype), 'LBSKH')
-    return Cache(keys, jnp.zeros_like(keys), sharding.constrain(jnp.zeros((batch_size, length), jnp.int32), 'BS'),
-                 jnp.int32(0))
+    shape = batch_size, length, attention.kv_heads, attention.head_size
+    layers = tuple(attend.LayerCache(*(sharding.constrain(jnp.zeros(shape, self.dtype), 'BSKH') for _ in 'kv'))
+                   for _ in range(self.layers))
+    return Cache(layers, sharding.constrain(jnp.zeros((batch_size, length), jnp.int32), 'BS'), jnp.int32(0))
 
 
-def _head_size(width: int, heads: int) -> int:
+def _unstacked(blocks: Any, layers: int) -> tuple[Any, ...]:
+  if isinstance(blocks, tuple):
+    return blocks
+  return tuple(jax.tree.map(operator.itemgetter(i), blocks) for i in range(layers))
+
+
+def _head_size(width: int, heads: int, dropout: float, **sizes: int) -> int:
+  for name, size in {'width': width, 'heads': heads, **sizes}.items():
+    if size < 1:
+      raise ValueError(f'{name}={size} is not positive')
+  if not 0 <= dropout < 1:
+    raise ValueError(f'dropout={dropout} is not in [0, 1)')
   if width % heads:
     raise ValueError(f'heads={heads} does not divide width={width}')
   return width // heads
@@ -150,7 +170,7 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
          remat=parts.keep_products) -> Transformer:
   """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding."""
   out_std = 0.02 / (2 * layers) ** 0.5
-  size = _head_size(width, heads)
+  size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
   attention = attend.Attention(heads, heads, size, bias=True, out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout)
@@ -162,9 +182,9 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
           max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0., dtype=jnp.float32,
           remat=parts.keep_products) -> Transformer:
   """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases."""
-  size = _head_size(width, heads)
-  kv_heads = kv_heads or heads
-  if heads % kv_heads:
+  size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
+  kv_heads = heads if kv_heads is None else kv_heads
+  if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
   if size % 2:
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
