@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import timeit
 import types
@@ -30,9 +31,9 @@ from typing import Any, Literal, get_args
 from lm import launch  # nothing heavy here: what an arm imports counts in its memory and in its start
 
 # Of a GPT-2, and of the batch that it trains on.
-Shape = collections.namedtuple('Shape', 'layers width heads vocab batch length')
-SHAPES = {'tiny': Shape(2, 64, 2, 512, 2, 32), 'small': Shape(6, 384, 6, 8192, 16, 256),
-          'large': Shape(12, 768, 12, 50257, 4, 256)}
+Shape = collections.namedtuple('Shape', 'vocab width layers heads batch length')
+SHAPES = {'tiny': Shape(512, 64, 2, 2, 2, 32), 'small': Shape(8192, 384, 6, 6, 16, 256),
+          'large': Shape(50257, 768, 12, 12, 4, 256)}
 MAX_LENGTH, PROMPT = 1024, 128   # of decoding
 CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
 Made = tuple[Callable[[], Any], dict[str, float]]   # of an arm: a step, which may give a loss; facts for the table
@@ -51,8 +52,7 @@ def ours(shape: Shape, max_length: int, precision: str = 'float32') -> Any:
   from lm import sharding
   from lm.models import transformer
   jax.set_mesh(sharding.make_mesh())
-  return transformer.gpt2(shape.vocab, shape.width, shape.layers, shape.heads, max_length,
-                          dtype=jax.numpy.dtype(precision))
+  return transformer.gpt2(*shape[:4], max_length, dtype=jax.numpy.dtype(precision))
 
 
 def ours_training(shape: Shape, precision: str) -> Made:
@@ -181,7 +181,13 @@ def transformers_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
 
-process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
+def end_with_parent() -> None:
+  """A pool's process outlives a parent that was killed, unless it watches."""
+  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'),
+                            end_with_parent)
 _step: Callable[[], Any]   # of the arm whose process this is
 
 

@@ -165,7 +165,7 @@ class _Parser(flags.ArgumentParser):
     if not isinstance(argument, str):  # a default
       return argument
     try:
-      return _convert(self.kind, argument.strip())
+      return _convert(self.kind, argument)
     except (ValueError, KeyError):
       raise ValueError(f'expected {self.allowed}') from None
 
@@ -174,13 +174,14 @@ def _convert(kind: Any, text: str) -> Any:
   """`text` as a value of type `kind`; ValueError if it is none."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
-    return None if text.lower() == 'none' else _convert(_not_none(inner), text)
+    return None if text.strip().lower() == 'none' else _convert(_not_none(inner), text)
   if origin is typing.Literal:
-    return {str(choice): choice for choice in inner}[text]
+    return {str(choice): choice for choice in inner}[text.strip()]
   if origin in (list, tuple):
-    items = [item.strip() for item in text.split(',')] if text else []
+    items = text.split(',') if text else []
     fixed = origin is tuple and inner[-1] is not Ellipsis
     return origin(_convert(k, item) for k, item in zip(inner if fixed else inner[:1] * len(items), items, strict=True))
+  text = text if kind is str else text.strip()   # a prompt may end in a space
   if kind is bool:
     return flags.BooleanParser().parse(text)
   if kind is int:

@@ -13,7 +13,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def _warm_up(schedule: Schedule, peak: float, steps: int, warmup: int) -> Schedule:
-  if peak <= 0:
+  if not peak > 0:
     raise ValueError(f'learning rate {peak} is not positive')
   if not 0 <= warmup < max(steps, 1):
     raise ValueError(f'a warm-up of {warmup} steps does not fit a run of {steps}; lower it')

@@ -48,23 +48,35 @@ class Visible(NamedTuple):
     return mask
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible) -> jax.Array:
-  """softmax(q k / sqrt(H)) v over the visible keys; each shard attends its own rows and heads."""
+def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+  """softmax(q k / sqrt(H)) v over the visible keys; each shard attends its own rows and heads.
+
+  Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start.
+  """
+  local, keys = (_attend, 'BTKH') if visible.start is None else (_attend_cached, 'BKSH')
   if sharding.spec('B') is None:
-    return _attend(q_BTNH, k_BSKH, v_BSKH, visible)
-  heads, rows = P('data', None, 'model', None), P('data', None)
-  return jax.shard_map(_attend, in_specs=(heads, heads, heads, Visible(rows, rows, rows, P())), out_specs=heads,
-                       check_vma=False)(q_BTNH, k_BSKH, v_BSKH, visible)
+    return local(q_BTNH, k, v, visible)
+  heads, keys, rows = sharding.spec('BTNH'), sharding.spec(keys), sharding.spec('BT')
+  return jax.shard_map(local, in_specs=(heads, keys, keys, Visible(rows, rows, rows, P())), out_specs=heads,
+                       check_vma=False)(q_BTNH, k, v, visible)
+
+
+def _attend_cached(q_BTNH, k_BKSH, v_BKSH, visible):
+  batch, time, heads, size = q_BTNH.shape
+  groups, slots = k_BKSH.shape[1:3]
+  q = (q_BTNH * size ** -0.5).reshape(batch, time, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
+  weights = jax.nn.softmax(_scores(q.astype(k_BKSH.dtype), k_BKSH, visible, slice(0, time), slice(0, slots)))
+  y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+  return y.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def _attend(q, k, v, visible):
   fused = sharding.platform() in ('gpu', 'cuda') and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-  if visible.start is None and not fused:
+  if not fused:
     return blockwise(q, k, v, visible)
   plain = all(field is None for field in visible)
   mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]))
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain,
-                                   implementation='cudnn' if fused and visible.start is None else None)
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, implementation='cudnn')
   return checkpoint_name(y, 'attended')
 
 
@@ -135,15 +147,15 @@ _blockwise.defvjp(_forward, _backward)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer."""
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  """Keys and values of one layer, heads first, so that a step reads them as they lie."""
+  k_BKSH: jax.Array
+  v_BKSH: jax.Array
 
   def append(self, index: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 'LayerCache':
     """With T new keys and values from slot `index` on."""
     def put(old, new):
-      return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
-    return LayerCache(put(self.k_BSKH, k_BTKH), put(self.v_BSKH, v_BTKH))
+      return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0))
+    return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
 
 
 class Attention(nn.Module):
@@ -175,8 +187,7 @@ class Attention(nn.Module):
     q, k, v = checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value')
     if cache is not None:
       cache = cache.append(visible.start, k, v)
-      k, v = cache
-    y = attend(q, k.astype(q.dtype), v.astype(q.dtype), visible)
+    y = attend(q, k, v, visible) if cache is None else attend(q, *cache, visible)
     init = nn.initializers.normal(self.out_std)
     out = layers.weight(self, 'out', 'NHD', (self.heads, self.head_size, width), init, y.dtype)
     y = layers.einsum('BTNH,NHD->BTD', y, out)

@@ -83,6 +83,7 @@ class Transformer(Model):
     if batch.tokens.shape[1] > self.max_length:
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
                        'raise its length or shorten the input')
+    sharding.check('B', batch.tokens.shape[:1], 'batch')
     batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)
@@ -142,8 +143,8 @@ class Transformer(Model):
   def init_cache(self, batch_size: int, length: int) -> Cache:
     """An empty cache with `length` slots a row."""
     attention = self.block.attention
-    shape = batch_size, length, attention.kv_heads, attention.head_size
-    layers = tuple(attend.LayerCache(*(sharding.constrain(jnp.zeros(shape, self.dtype), 'BSKH') for _ in 'kv'))
+    shape = batch_size, attention.kv_heads, length, attention.head_size
+    layers = tuple(attend.LayerCache(*(sharding.constrain(jnp.zeros(shape, self.dtype), 'BKSH') for _ in 'kv'))
                    for _ in range(self.layers))
     return Cache(layers, sharding.constrain(jnp.zeros((batch_size, length), jnp.int32), 'BS'), jnp.int32(0))
 
