@@ -1,5 +1,4 @@
 """The benchmark measures ours, where there is no PyTorch too."""
-import importlib.util
 import os
 import pathlib
 import re
@@ -17,9 +16,7 @@ SCRIPT = ROOT / 'experiments' / 'benchmark.py'
 
 @pytest.fixture(scope='module')
 def benchmark():
-  spec = importlib.util.spec_from_file_location('benchmark', SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  import benchmark as module
   return module
 
 

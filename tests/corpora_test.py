@@ -1,9 +1,7 @@
 """Corpora: every document once, in one split, whatever the format; exact mixtures; errors that say what to do."""
 import fractions
 import gzip
-import importlib.util
 import json
-import pathlib
 import shutil
 
 import numpy as np
@@ -221,11 +219,8 @@ def test_mixture_joins_counts_and_common_splits(tmp_path):
 
 @pytest.fixture(scope='module')
 def builder():
-  path = pathlib.Path(__file__).parents[1] / 'experiments' / 'tfds_builder.py'
-  spec = importlib.util.spec_from_file_location('tfds_builder', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  import tfds_builder
+  return tfds_builder
 
 
 def test_tfds(tmp_path, builder, capsys):

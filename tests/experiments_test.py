@@ -1,6 +1,6 @@
 """Every experiment runs, small, and is lowered at its own size for hardware that is not here; every tool starts."""
 import argparse
-import importlib.util
+import importlib
 import inspect
 import pathlib
 import re
@@ -31,12 +31,7 @@ TOOLS = {
 }
 
 
-def load(name: str):
-  spec = importlib.util.spec_from_file_location(f'experiments_{name}', FOLDER / f'{name}.py')
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
-  spec.loader.exec_module(module)
-  return module
+load = importlib.import_module
 
 
 @pytest.fixture(scope='module')
