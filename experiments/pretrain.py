@@ -41,7 +41,7 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
-               optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd'] = 'adamw', lr: float = 1e-3,
+               optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
@@ -82,7 +82,8 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
           'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
-            'rmsprop': optim.rmsprop, 'sgd': optim.sgd}[optimizer]
+            'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
+            'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
   return train.Run(
       model=model, objective=next_token(getattr(objective, denominator)),
       data=dataset.Text(corpus(text, encoding_errors, jsonl, parquet, tfds, key, weights), tokens, length, rules),

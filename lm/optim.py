@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -67,9 +68,11 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
 
 def decayed(params: Any) -> Any:
   """True for matrices and tables, False for biases and the scales of norms: what weight decay is for."""
-  def matrix(path, _):
-    return not str(path[-1].key).endswith(('bias', 'scale'))
-  return jax.tree_util.tree_map_with_path(matrix, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), params)
+
+
+def _is_matrix(path: tuple) -> bool:
+  return not str(path[-1].key).endswith(('bias', 'scale'))
 
 
 def _chain(schedule: Schedule, clip: float | None, *transforms: optax.GradientTransformation):
@@ -103,3 +106,41 @@ def rmsprop(schedule: Schedule, decay: float = 0.99, eps: float = 1e-8, momentum
   """RMSprop (Tieleman and Hinton 2012): the gradient over the root of the running mean of its square."""
   momenta = (optax.trace(momentum),) if momentum else ()
   return _chain(schedule, clip, optax.scale_by_rms(decay, eps), *momenta)
+
+
+def muon(schedule: Schedule, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95,
+         clip: float | None = 1.) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices inside blocks; Adam for all else.
+
+  Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both.
+  A matrix is orthogonalised whole: its shards are gathered on each device, and so is its momentum.
+  """
+  # The rate -1 is undone by the sign that Optax gives it; `_descend` has the schedule. Only the matrices decay.
+  inner = optax.contrib.muon(-1., weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
+                             muon_weight_dimension_numbers=_matrices)
+
+  def update(updates, state, params):
+    updates, state = inner.update(_whole(updates), state, _whole(params))
+    return jax.tree.map(_laid_out_like, updates, params), state
+
+  return _chain(schedule, clip, optax.GradientTransformation(lambda params: inner.init(_whole(params)), update))
+
+
+def _matrices(params: Any) -> Any:
+  """For each weight of a block, stacked over layers, which axes are the input's and the output's; None for the rest."""
+  def axes(path, leaf):
+    if path[0].key != 'blocks' or not _is_matrix(path):
+      return None
+    inputs = leaf.ndim - 2 if path[-1].key == 'out' else 1   # attention's output reads heads x head size
+    return optax.contrib.MuonDimensionNumbers(tuple(range(1, inputs + 1)), tuple(range(inputs + 1, leaf.ndim)))
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _whole(tree: Any) -> Any:
+  def gather(x):
+    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, P(*(None,) * x.ndim))
+  return jax.tree.map(gather, tree)
+
+
+def _laid_out_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)

@@ -1,4 +1,5 @@
 """Optimizers against their papers' formulas, in NumPy; schedules at points worked out by hand."""
+import contextlib
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optim
+from lm import optim, sharding
 from lm.models import transformer
 
 PARAMS = {'w': np.array([[1., -2.], [3., 0.5]], 'f4'), 'w_bias': np.array([0.3, -0.7], 'f4')}
@@ -97,7 +98,7 @@ def test_gradients_are_clipped_to_one_unless_asked_otherwise(make):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), clipped, plain)
 
 
-@pytest.mark.parametrize('make', [optim.sgd, optim.adam, optim.adamw, optim.rmsprop])
+@pytest.mark.parametrize('make', [optim.sgd, optim.adam, optim.adamw, optim.rmsprop, optim.muon])
 def test_the_state_tells_the_rate_of_the_last_update(make):
   optimizer = make(schedule)
   state = optimizer.init(PARAMS)
@@ -166,3 +167,31 @@ def test_schedules_scale_with_their_peak_and_may_start_there(make):
 def test_bad_schedules_say_so(make, arguments, message):
   with pytest.raises(ValueError, match=message):
     make(*arguments)
+
+
+@pytest.mark.parametrize('mesh', [None, '4x2'])
+def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mesh):
+  with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
+    params = jax.jit(transformer.llama(16, 32, 2, heads=4, max_length=4).init)(jax.random.key(0))
+    grads = jax.jit(lambda: jax.tree.map(
+        lambda p: sharding.constrain(jax.random.normal(jax.random.key(p.size), p.shape), '-' * p.ndim), params))()
+    grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
+    muon = optim.muon(schedule, weight_decay=0.25, clip=None)
+    updates, _ = jax.jit(muon.update)(grads, jax.jit(muon.init)(params), params)
+    assert jax.tree.map(lambda u: u.sharding, updates) == jax.tree.map(lambda p: p.sharding, params)
+  blocks = {k: np.asarray(v) for k, v in updates['blocks']['attention'].items()}
+  for name, inputs in (('query', 1), ('out', 2)):
+    grad, param = (np.asarray(tree['blocks']['attention'][name], 'f8') for tree in (grads, params))
+    for layer in range(2):
+      rows = int(np.prod(grad.shape[1:1 + inputs]))
+      u, s, vt = np.linalg.svd(grad[layer].reshape(rows, -1), full_matrices=False)
+      step = -blocks[name][layer].reshape(rows, -1) / 0.5 - 0.25 * param[layer].reshape(rows, -1)
+      singular = u.T @ step @ vt.T / (0.2 * max(step.shape) ** 0.5)   # u @ vt has the root mean square max ** -0.5
+      s = s / np.linalg.norm(s)
+      for _ in range(5):                                              # Newton-Schulz, as published: towards 1
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+      np.testing.assert_allclose(singular, np.diag(s), atol=1e-4)
+  for got, grad in ((updates['embedding'], grads['embedding']), (updates['norm']['scale'], grads['norm']['scale'])):
+    # Adam's first step with Nesterov: (b1 m + (1 - b1) g) / bias corrections, over |g|; no weight decay.
+    expected = (0.9 * 0.1 / (1 - 0.9 ** 2) + 0.1 / (1 - 0.9)) * np.sign(np.asarray(grad))
+    np.testing.assert_allclose(np.asarray(got), -0.5 * expected, rtol=1e-4)

@@ -182,16 +182,20 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
 def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
           max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0., dtype=jnp.float32,
           remat=parts.keep_products) -> Transformer:
-  """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases."""
+  """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases.
+
+  Matrices start at std 1 / sqrt(width), so that activations have the same size at any width.
+  """
   size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
   kv_heads = heads if kv_heads is None else kv_heads
   if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
   if size % 2:
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
-  out_std = 0.02 / (2 * layers) ** 0.5
-  attention = attend.Attention(heads, kv_heads, size, attend.Rotary(theta), out_std=out_std)
-  feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, out_std=out_std)
+  std = width ** -0.5
+  out_std = std / (2 * layers) ** 0.5
+  attention = attend.Attention(heads, kv_heads, size, attend.Rotary(theta), std=std, out_std=out_std)
+  feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout)
   return Transformer(vocab, width, layers, block, parts.RMSNorm(), max_length, tied=tied, dropout=dropout,
                      dtype=dtype, remat=remat)
