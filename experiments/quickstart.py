@@ -13,9 +13,9 @@ from lm.objectives.next_token import next_token
 PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
 
 
-def experiment(*, minutes: float = 4., steps: int | None = None, vocab: int = 4096, length: int = 256,
-               layers: int = 4, width: int = 256, heads: int = 4, batch: int = 16, lr: float = 3e-3,
-               weight_decay: float = 0.1) -> train.Run:
+def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 2048, length: int = 256,
+               layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8, lr: float = 0.015,
+               embedding_rate: float = 4.) -> train.Run:
   """Trains a small decoder.
 
   Args:
@@ -24,15 +24,17 @@ def experiment(*, minutes: float = 4., steps: int | None = None, vocab: int = 40
     vocab: tokens of the SentencePiece tokenizer.
     length: positions a row.
     batch: rows a step.
+    lr: of the matrices, which Muon trains.
+    embedding_rate: how much faster the embedding learns.
   """
   def make(steps: int) -> train.Run:
-    schedule = optim.warmup_linear(lr, steps, warmup=min(steps // 20, 100), final=0.02)
+    schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
     return train.Run(
         model=transformer.llama(vocab, width, layers, heads, max_length=length),
         objective=next_token(),
         data=dataset.Text(corpora.python_library(),
                           functools.partial(tokenizer.train_sentencepiece, vocab_size=vocab), length),
-        optimizer=optim.adamw(schedule, weight_decay),
+        optimizer=optim.muon(schedule, rest=embedding_rate),
         steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
 
   return train.fit(make, minutes, evaluations=8) if steps is None else make(steps)

@@ -108,16 +108,17 @@ def rmsprop(schedule: Schedule, decay: float = 0.99, eps: float = 1e-8, momentum
   return _chain(schedule, clip, optax.scale_by_rms(decay, eps), *momenta)
 
 
-def muon(schedule: Schedule, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95,
+def muon(schedule: Schedule, weight_decay: float = 0.1, rest: float = 1., b1: float = 0.9, b2: float = 0.95,
          clip: float | None = 1.) -> optax.GradientTransformation:
   """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices inside blocks; Adam for all else.
 
-  Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both.
-  A matrix is orthogonalised whole: its shards are gathered on each device, and so is its momentum.
+  Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both;
+  all else learns at `rest` times it. A matrix is orthogonalised whole: its shards are gathered on each device, and so
+  is its momentum.
   """
   # The rate -1 is undone by the sign that Optax gives it; `_descend` has the schedule. Only the matrices decay.
-  inner = optax.contrib.muon(-1., weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
-                             muon_weight_dimension_numbers=_matrices)
+  inner = optax.contrib.muon(-1., adam_learning_rate=-rest, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2,
+                             consistent_rms=0.2, muon_weight_dimension_numbers=_matrices)
 
   def update(updates, state, params):
     updates, state = inner.update(_whole(updates), state, _whole(params))

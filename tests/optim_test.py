@@ -176,7 +176,7 @@ def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mes
     grads = jax.jit(lambda: jax.tree.map(
         lambda p: sharding.constrain(jax.random.normal(jax.random.key(p.size), p.shape), '-' * p.ndim), params))()
     grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
-    muon = optim.muon(schedule, weight_decay=0.25, clip=None)
+    muon = optim.muon(schedule, weight_decay=0.25, rest=3., clip=None)
     updates, _ = jax.jit(muon.update)(grads, jax.jit(muon.init)(params), params)
     assert jax.tree.map(lambda u: u.sharding, updates) == jax.tree.map(lambda p: p.sharding, params)
   blocks = {k: np.asarray(v) for k, v in updates['blocks']['attention'].items()}
@@ -194,4 +194,4 @@ def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mes
   for got, grad in ((updates['embedding'], grads['embedding']), (updates['norm']['scale'], grads['norm']['scale'])):
     # Adam's first step with Nesterov: (b1 m + (1 - b1) g) / bias corrections, over |g|; no weight decay.
     expected = (0.9 * 0.1 / (1 - 0.9 ** 2) + 0.1 / (1 - 0.9)) * np.sign(np.asarray(grad))
-    np.testing.assert_allclose(np.asarray(got), -0.5 * expected, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(got), -0.5 * 3 * expected, rtol=1e-4)
