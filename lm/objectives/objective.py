@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import sharding
 from lm.data.batches import Batch, Example
 
 Sums = dict[str, jax.Array]
@@ -52,8 +53,13 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
   return loss, {'nll': jnp.sum(nll * counted), 'tokens': jnp.sum(counted), 'correct': jnp.sum((target >= 0) * counted)}
 
 
-def chunk_length(batch: int, time: int, vocab: int, limit: int = 2 ** 24) -> int:
-  """The largest divisor of `time` for which a chunk of logits has at most `limit` elements on a device."""
+def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
+  """The largest divisor of `time` for which a chunk of logits has at most `limit` elements on a device.
+
+  By default: what stays near the caches of a CPU, more elsewhere; and always enough positions for a matrix product.
+  """
+  if limit is None:
+    limit = max(2 ** 22, 256 * vocab) if sharding.platform() == 'cpu' else max(2 ** 26, 2048 * vocab)
   mesh = jax.sharding.get_abstract_mesh()
   row = batch * vocab / (1 if mesh.empty else math.prod(mesh.shape.values()))
   return max(c for c in range(1, time + 1) if time % c == 0 and (c == 1 or c * row <= limit))
