@@ -208,6 +208,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
       state, start = _restore(run, mesh, checkpoints, facts)
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
+    elif start:
+      print(f'going on from step {start}')
     return _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases).go(state, start)
 
 
@@ -216,7 +218,6 @@ def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
     return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
   checkpoint.check(checkpoints.facts(), facts)
   restored = checkpoints.restore(abstract_state(run, mesh))
-  print(f'going on from step {restored.step}')
   return restored.state, restored.step
 
 
