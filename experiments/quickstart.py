@@ -65,11 +65,11 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')
   print(f'  this model         {metrics["bits_per_byte"]:.3f}   perplexity {metrics["perplexity"]:.2f} a token, '
         f'{metrics["accuracy"]:.1%} of tokens right\n')
-  tokens = run.steps * run.batch * run.data.length
-  print(f'{tokens:,} tokens in {run.steps} steps; seconds: '
+  print(f'{run.steps * run.batch * run.data.length:,} tokens in {run.steps} steps; seconds: '
         + ', '.join(f'{name} {seconds:.0f}' for name, seconds in phases.items()))
-  if trained := phases.get('train'):
-    print(f'{tokens / trained:,.0f} tokens a second')
+  if trained := phases.get('train'):   # by what was trained now, but for the first step, which compiles
+    steps = result.step - result.start - 1
+    print(f'{steps * run.batch * run.data.length / trained:,.0f} tokens a second')
   print(f'\nwritten to {workdir}: curve.png, metrics.jsonl, tensorboard, run.json, checkpoints, data/tokenizer, '
         f'data/tokens\nmore: python experiments/generate.py --workdir={workdir} --prompt="def " --temperature=0.8')
 

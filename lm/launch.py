@@ -63,8 +63,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
   track.claim(workdir, script.name)
-  if 'steps' in knobs and knobs['steps'] is None:   # fitted to the machine when the run began
-    knobs = {**knobs, 'steps': next((r['steps'] for r in reversed(track.records(workdir)) if 'steps' in r), None)}
+  knobs = track.settle(knobs, track.records(workdir))
   with jax.set_mesh(devices):
     configured = dataclasses.replace(experiment(**knobs), seed=seed)
     track.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,

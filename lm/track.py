@@ -263,7 +263,6 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
   return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
-
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """The records in `workdir/run.json`, oldest first; none if there is no such file."""
   path = workdir / 'run.json'
@@ -271,6 +270,13 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not JSON ({error}); delete it, or choose another --workdir') from error
+
+
+def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The knobs; where `steps` is None (fitted to the machine when the run began), what it came to in earlier records."""
+  if 'steps' not in knobs or knobs['steps'] is not None:
+    return dict(knobs)
+  return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
 
 
 def claim(workdir: pathlib.Path, script: str) -> None:

@@ -77,6 +77,7 @@ class State(NamedTuple):
 class Result(NamedTuple):
   """Where a run stands when `train` returns: at its end, or where it was asked to stop."""
   step: int
+  start: int                  # the step that it went on from
   params: Any
   data: Opened
   mesh: jax.sharding.Mesh
@@ -277,7 +278,7 @@ class _Loop:
           break
       if self.evaluated < 0 and step == run.steps:
         self._evaluate(step, state)
-    return Result(step, state.params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
+    return Result(step, start, state.params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
 
   def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
     if pending is None:

@@ -29,7 +29,7 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   records = track.records(workdir)
   if not records:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  run = dataclasses.replace(_function(records[-1])(**_knobs(records)), seed=records[-1]['seed'])
+  run = dataclasses.replace(_function(records[-1])(**track.settle(records[-1]['knobs'], records)), seed=records[-1]['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
@@ -37,14 +37,6 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   return Trained(run, run.model, restored.state, run.data.load_tokenizer(workdir), restored.step, workdir)
-
-
-def _knobs(records: list[dict[str, Any]]) -> dict[str, Any]:
-  """Those of the last start; of the steps, what they came to."""
-  knobs = dict(records[-1]['knobs'])
-  if 'steps' in knobs and knobs['steps'] is None:
-    knobs['steps'] = next((r['steps'] for r in reversed(records) if 'steps' in r), None)
-  return knobs
 
 
 def _function(record: dict[str, Any]):

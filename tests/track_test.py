@@ -185,3 +185,11 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'access', lambda *_: False)
   with pytest.raises(OSError, match=r'permission denied.*--workdir'):
     track.claim(tmp_path, 'a.py')
+
+
+def test_steps_that_were_fitted_stay_what_they_came_to():
+  earlier = [{'steps': 5}, {'steps': 7}, {}]
+  assert track.settle({'lr': 1., 'steps': None}, earlier) == {'lr': 1., 'steps': 7}
+  assert track.settle({'steps': 9}, earlier) == {'steps': 9}
+  assert track.settle({'steps': None}, []) == {'steps': None}
+  assert track.settle({'lr': 1.}, earlier) == {'lr': 1.}
