@@ -29,7 +29,8 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   records = track.records(workdir)
   if not records:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  run = dataclasses.replace(_function(records[-1])(**track.settle(records[-1]['knobs'], records)), seed=records[-1]['seed'])
+  knobs = track.settle(records[-1]['knobs'], records)
+  run = dataclasses.replace(_function(records[-1])(**knobs), seed=records[-1]['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
