@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import evaluate, generate, launch, optim, track, train
+from lm import budget, evaluate, generate, launch, optim, plot, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -37,7 +37,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
         optimizer=optim.muon(schedule, rest=embedding_rate),
         steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
 
-  return train.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -58,7 +58,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
                                 max_tokens=96)
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
-  track.plot(workdir / 'metrics.jsonl', workdir / 'curve.png')
+  plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
   print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)\n')
   print('             alone  primed with the training text')
   for name, (alone, primed) in others.items():

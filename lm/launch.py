@@ -111,9 +111,6 @@ def _exit(code: int) -> None:
   sys.exit(code)
 
 
-# Flags.
-
-
 def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
   """The keyword arguments of each function, and `--debug`; flags.Error, in one line, for a bad flag."""
   # Not the global FLAGS: there, two experiments in one process could not both have a flag `lr`.
@@ -244,8 +241,7 @@ def _help(functions: Sequence[Callable[..., Any]], script: str) -> str:
 
 
 def _entry(name: str, text: str) -> list[str]:
-  lines = textwrap.wrap(text, 90)
-  return [f'  --{name:<19} {lines[0]}', *(' ' * 24 + line for line in lines[1:])]
+  return textwrap.wrap(text, 114, initial_indent=f'  --{name:<19} ', subsequent_indent=' ' * 24)
 
 
 def _written(value: Any) -> str:

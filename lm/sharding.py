@@ -60,10 +60,16 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return x if layout is None else jax.sharding.reshard(x, layout)
 
 
-def gather(weight: jax.Array, axes: str) -> jax.Array:
-  """A weight for use: whole along D (its shards gathered from `data`), still split along `model`."""
+def gathered(axes: str) -> P | None:
+  """The sharding of a weight in use: whole along D (its shards gathered from `data`), still split along `model`."""
   layout = spec(axes)
-  return weight if layout is None else jax.sharding.reshard(weight, P(*(a if a == 'model' else None for a in layout)))
+  return None if layout is None else P(*(a if a == 'model' else None for a in layout))
+
+
+def gather(weight: jax.Array, axes: str) -> jax.Array:
+  """A weight for use, laid out as `gathered` says."""
+  layout = gathered(axes)
+  return weight if layout is None else jax.sharding.reshard(weight, layout)
 
 
 def check(axes: str, sizes: tuple[int, ...], name: str) -> None:

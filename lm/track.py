@@ -1,12 +1,11 @@
-"""Where numbers go: the record of a run, metrics to terminal, JSONL and TensorBoard, a plot; throughput and MFU.
+"""Where numbers go: the record of a run, metrics to terminal, JSONL and TensorBoard; throughput and MFU.
 
 A workdir holds `run.json` (what was run: one record a start), `metrics.jsonl` (one line a record) and
-`tensorboard/`. Metrics that the terminal and the plot know by name: `loss`, `learning_rate`,
+`tensorboard/`. Metrics that the terminal and `plot` know by name: `loss`, `learning_rate`,
 `validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
 """
 import collections
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -224,43 +223,6 @@ def _duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
-def plot(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
-  """Training and validation loss, and the learning rate, against the step. Without matplotlib: one line, no plot."""
-  try:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-  except ImportError:
-    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
-    return
-
-  def series(name: str) -> tuple[list[int], list[float]]:
-    points = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-  rows = read_metrics(metrics_jsonl)
-  figure = Figure(figsize=(8, 5), dpi=144, layout='constrained')
-  top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-  steps, losses = series('loss')
-  top.plot(steps, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
-  top.plot(steps, _smooth(losses, half=len(losses) // 60), color='tab:blue', linewidth=1.6, label='training')
-  top.plot(*series('validation/loss'), 'o-', color='tab:orange', markersize=4, linewidth=1.2, label='validation')
-  bottom.plot(*series('learning_rate'), color='tab:green', linewidth=1.6)
-  top.set(ylabel='loss (nats per token)', title=metrics_jsonl.resolve().parent.name)
-  bottom.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
-  bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-  for axes in (top, bottom):
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-  top.legend(frameon=False)
-  figure.savefig(png)
-
-
-def _smooth(values: Sequence[float], half: int) -> list[float]:
-  """Centred mean over `2 * half + 1` values, fewer near the ends: unlike a running mean it does not lag."""
-  sums = [0.0, *itertools.accumulate(values)]
-  halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-  return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:

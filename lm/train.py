@@ -2,7 +2,6 @@
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -164,30 +163,6 @@ def identity(run: Run, data: Opened) -> dict[str, Any]:
   """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
           'data': data.fingerprint}
-
-
-def fit(make: Callable[[int], Run], minutes: float, evaluations: int = 10) -> Run:
-  """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
-
-  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set.
-  """
-  if minutes <= 0:
-    raise ValueError(f'minutes={minutes} is not positive')
-  run, mesh = make(10_000), jax.sharding.get_mesh()
-  check(run, mesh)
-  rows = np.zeros((len(sharding.local_rows(run.batch, mesh)), run.data.length), np.int32)
-  batch = sharding.shard_rows(Batch(rows, rows, rows + np.float32(1), rows, rows + 1), mesh)
-  state, step = jax.jit(lambda: init(run))(), make_step(run)
-  evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
-  times = []
-  for _ in range(4):
-    start = time.monotonic()
-    jax.block_until_ready(evaluation(state.params, batch))
-    middle = time.monotonic()
-    state = jax.block_until_ready(step(state, batch)[0])
-    times.append((middle - start, time.monotonic() - middle))
-  evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
-  return make(max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10))
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:

@@ -236,6 +236,14 @@ def test_a_cache_without_segments_or_positions_counts_on():
   assert_close(jnp.concatenate([first, second], axis=1), forward(GPT2, params, batch), 1e-5)
 
 
+def test_a_prompt_that_is_seen_both_ways_is_read_into_the_cache_as_such():
+  params, batch = random_params(LLAMA), make_batch(False)
+  batch = batch._replace(bidirectional=np.arange(TIME)[None] < np.array([[5], [3], [0]]))
+  first, cache = decode(LLAMA, params, jax.tree.map(lambda x: x[:, :5], batch), LLAMA.init_cache(ROWS, TIME + 3))
+  second, _ = decode(LLAMA, params, jax.tree.map(lambda x: x[:, 5:], batch), cache)
+  assert_close(jnp.concatenate([first, second], axis=1), forward(LLAMA, params, batch), 1e-5)
+
+
 def random_key(seed):
   """Of the generator that compiles fastest."""
   return jax.random.key(seed, impl='rbg')

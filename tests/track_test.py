@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from lm import track
+from lm import plot, track
 
 
 class Clock:
@@ -158,11 +158,11 @@ def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
     t.log(1, {'loss': math.nan, 'learning_rate': 1e-3})
     t.log(2, {'loss': 2.0, 'learning_rate': 1e-3})
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-  track.plot(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert 'lm[plot]' in (line := capsys.readouterr().out) and line.count('\n') == 1
   monkeypatch.undo()
   pytest.importorskip('matplotlib')
-  track.plot(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
 
 

@@ -176,9 +176,7 @@ class Attention(nn.Module):
       init, shape = nn.initializers.normal(self.std), (heads, self.head_size)
       w = layers.weight(self, name, 'D' + axes, (width, *shape), init, x_BTD.dtype)
       y = layers.einsum(f'BTD,D{axes}->BT{axes}', x_BTD, w)
-      if self.bias:
-        y = y + layers.row(layers.weight(self, name + '_bias', axes, shape, nn.initializers.zeros, y.dtype), y)
-      return y
+      return layers.add_bias(self, name + '_bias', axes, y) if self.bias else y
 
     q, k = project('query', 'NH', self.heads), project('key', 'KH', self.kv_heads)
     v = project('value', 'KH', self.kv_heads)
@@ -191,6 +189,4 @@ class Attention(nn.Module):
     init = nn.initializers.normal(self.out_std)
     out = layers.weight(self, 'out', 'NHD', (self.heads, self.head_size, width), init, y.dtype)
     y = layers.einsum('BTNH,NHD->BTD', y, out)
-    if self.bias:
-      y = y + layers.row(layers.weight(self, 'out_bias', '-', (width,), nn.initializers.zeros, y.dtype), y)
-    return y, cache
+    return layers.add_bias(self, 'out_bias', '-', y) if self.bias else y, cache

@@ -1,4 +1,5 @@
 """The parts of models, but for `attention`: weights, norms, feed-forward, the block. Shape legend: `transformer.py`."""
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,39 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
-def einsum(formula: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """An einsum whose letters also say how the result is split over the mesh."""
-  return jnp.einsum(formula, x, w, out_sharding=sharding.spec(formula.split('->')[1]))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+  """A product with a gathered weight, whose letters also say how the result is split over the mesh.
+
+  All three products, forward and backward, multiply in the dtype of `x` and add in float32; the result is of `dtype`,
+  by default that of `x`.
+  """
+  return _product(formula, x, w, sharding.spec(formula.split('->')[1])).astype(dtype or x.dtype)
+
+
+def _product(formula, a, b, layout):
+  return jnp.einsum(formula, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(formula, x, w, dtype):
+  return einsum(formula, x, w, dtype), (x, w)
+
+
+def _einsum_backward(formula, dtype, kept, dy):
+  (x, w), (left, y_axes) = kept, formula.split('->')
+  x_axes, w_axes = left.split(',')
+  dy = dy.astype(x.dtype)
+  dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.spec(x_axes))
+  order = w_axes
+  if sharding.platform() == 'cpu':   # XLA transposes what comes first: let it be the smaller of the two
+    order = ''.join(sorted(w_axes, key=lambda a: (a in y_axes) == (x.size <= dy.size)))
+  dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, sharding.gathered(order))
+  if order != w_axes:
+    dw = jax.lax.optimization_barrier(dw).transpose([order.index(a) for a in w_axes])
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -86,6 +117,12 @@ def row(vector: jax.Array, like: jax.Array) -> jax.Array:
   return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
+def add_bias(module: nn.Module, name: str, axes: str, y: jax.Array) -> jax.Array:
+  """Declares a bias of the last axes of `y` and adds it, in float32: its gradient is a sum over all positions."""
+  bias = weight(module, name, axes, y.shape[-len(axes):], nn.initializers.zeros)
+  return (y.astype(jnp.float32) + row(bias, y)).astype(y.dtype)
+
+
 class FeedForward(nn.Module):
   """down(activation(up(x))); gated, down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
   hidden: int
@@ -103,15 +140,13 @@ class FeedForward(nn.Module):
       w = weight(self, name, 'DF', (width, self.hidden), nn.initializers.normal(self.std), x_BTD.dtype)
       y = einsum('BTD,DF->BTF', x_BTD, w)
       if self.bias:
-        y = y + row(weight(self, name + '_bias', 'F', (self.hidden,), nn.initializers.zeros, y.dtype), y)
+        y = add_bias(self, name + '_bias', 'F', y)
       return checkpoint_name(y, name)
 
     y = self.activation(up('gate')) * up('up') if self.gated else self.activation(up('up'))
     down = weight(self, 'down', 'FD', (self.hidden, width), nn.initializers.normal(self.out_std), y.dtype)
     y = einsum('BTF,FD->BTD', y, down)
-    if self.bias:
-      y = y + row(weight(self, 'down_bias', '-', (width,), nn.initializers.zeros, y.dtype), y)
-    return y
+    return add_bias(self, 'down_bias', '-', y) if self.bias else y
 
 
 class Block(nn.Module):

@@ -24,8 +24,7 @@ class Head(NamedTuple):
   weight_VD: jax.Array
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-    return jnp.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, out_sharding=sharding.spec('BTV'),
-                      preferred_element_type=jnp.float32)
+    return parts.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, jnp.float32)
 
 
 class Cache(NamedTuple):
@@ -126,7 +125,10 @@ class Transformer(Model):
   def _cached(self, block, blocks, x, positions, batch, cache):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
     filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
-    visible = attend.Visible(segments, filled, None, cache.index)
+    bidirectional = None
+    if batch.bidirectional is not None:   # of the new tokens: what came before is seen anyway
+      bidirectional = jax.lax.dynamic_update_slice(jnp.zeros_like(filled, bool), batch.bidirectional, (0, cache.index))
+    visible = attend.Visible(segments, filled, bidirectional, cache.index)
     layers = []
     # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.
     for params, layer in zip(_unstacked(blocks, self.layers), cache.layers):

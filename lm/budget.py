@@ -1,0 +1,35 @@
+"""How many steps fit a time budget on this machine."""
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm import evaluate, sharding, train
+from lm.data.batches import Batch
+
+
+def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10) -> train.Run:
+  """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
+
+  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set.
+  """
+  if minutes <= 0:
+    raise ValueError(f'minutes={minutes} is not positive')
+  run, mesh = make(10_000), jax.sharding.get_mesh()
+  train.check(run, mesh)
+  rows = np.zeros((len(sharding.local_rows(run.batch, mesh)), run.data.length), np.int32)
+  batch = sharding.shard_rows(Batch(rows, rows, rows + np.float32(1), rows, rows + 1), mesh)
+  state, step = jax.jit(lambda: train.init(run))(), train.make_step(run)
+  evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
+  times = []
+  for _ in range(4):
+    start = time.monotonic()
+    jax.block_until_ready(evaluation(state.params, batch))
+    middle = time.monotonic()
+    state = jax.block_until_ready(step(state, batch)[0])
+    times.append((middle - start, time.monotonic() - middle))
+  evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
+  steps = max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10)
+  return make(int(multihost_utils.broadcast_one_to_all(np.int32(steps))))   # one clock decides in a cluster
