@@ -140,7 +140,8 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.A
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _unstack(model, params):
+def unstack(model: Model, params: Any) -> Any:
+  """Parameters as decoding reads them. Others are made so at every call: worth doing once where there are many."""
   return model.unstack(params)
 
 
@@ -190,7 +191,7 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
     if seen is not None:
       seen[row, ids] = True
   eos, how = np.int32(tokenizer.eos_id), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
-  params = _unstack(model, params)
+  params = params if model.unstacked(params) else unstack(model, params)
   state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), eos,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]

@@ -60,6 +60,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return x if layout is None else jax.sharding.reshard(x, layout)
 
 
+def reshape(x: jax.Array, axes: str) -> jax.Array:
+  """`x` with its heads and their size (the two before last, or the first two) as one axis, `F` of `axes`."""
+  at = axes.index('F')
+  shape = x.shape[:at] + (x.shape[at] * x.shape[at + 1],) + x.shape[at + 2:]
+  return jax.lax.reshape(x, shape, out_sharding=spec(axes))
+
+
 def gathered(axes: str) -> P | None:
   """The sharding of a weight in use: whole along D (its shards gathered from `data`), still split along `model`."""
   layout = spec(axes)

@@ -188,5 +188,6 @@ class Attention(nn.Module):
     y = attend(q, k, v, visible) if cache is None else attend(q, *cache, visible)
     init = nn.initializers.normal(self.out_std)
     out = layers.weight(self, 'out', 'NHD', (self.heads, self.head_size, width), init, y.dtype)
-    y = layers.einsum('BTNH,NHD->BTD', y, out)
+    # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
+    y = layers.einsum('BTF,FD->BTD', sharding.reshape(y, 'BTF'), sharding.reshape(out, 'F-'))
     return layers.add_bias(self, 'out_bias', '-', y) if self.bias else y, cache
