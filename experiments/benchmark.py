@@ -86,7 +86,7 @@ def ours_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
   import jax
 
   from lm import generate
-  params = generate.unstack(model, jax.jit(model.init)(jax.random.key(0)))
+  params = model.unstack(jax.jit(model.init)(jax.random.key(0)))
   ids = list(tokens(shape.vocab, batch, PROMPT - 1))   # and bos
   # Stands for a tokenizer: an end that is never chosen, and no time spent on text.
   tokenizer = types.SimpleNamespace(vocab_size=shape.vocab, bos_id=0, eos_id=-1, encode_batch=lambda prompts: ids,

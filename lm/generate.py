@@ -139,12 +139,6 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.A
                         done_B=state.done_B | (token == eos), step=state.step + 1)
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def unstack(model: Model, params: Any) -> Any:
-  """Parameters as decoding reads them. Others are made so at every call: worth doing once where there are many."""
-  return model.unstack(params)
-
-
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
 def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, eos, *, sampling, vocab, slots) -> _State:
   """Reads left-padded prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
@@ -191,7 +185,7 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
     if seen is not None:
       seen[row, ids] = True
   eos, how = np.int32(tokenizer.eos_id), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
-  params = params if model.unstacked(params) else unstack(model, params)
+  params = model.unstack(params)
   state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), eos,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]

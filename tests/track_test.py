@@ -148,9 +148,9 @@ def test_phases_add_up():
 
 def test_smoothing_does_not_lag():
   line = [3.0 - 0.1 * i for i in range(50)]
-  assert track._smooth(line, 7) == pytest.approx(line)
-  flat = track._smooth([(-1.0)**i for i in range(100)], 10)
-  assert max(abs(v) for v in flat[20:-20]) < 0.1 and track._smooth([], 3) == []
+  assert plot._smooth(line, 7) == pytest.approx(line)
+  flat = plot._smooth([(-1.0)**i for i in range(100)], 10)
+  assert max(abs(v) for v in flat[20:-20]) < 0.1 and plot._smooth([], 3) == []
 
 
 def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):

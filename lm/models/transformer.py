@@ -5,6 +5,7 @@ F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its 
 the sharding table use the same letters.
 """
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -140,12 +141,11 @@ class Transformer(Model):
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
-    """Parameters with one tree a layer, for decoding: a loop of steps with a cache then copies no weights."""
-    return {**params, 'blocks': _unstacked(params['blocks'], self.layers)}
+    """Parameters with one tree a layer, for decoding: a loop of steps with a cache then copies no weights.
 
-  @nn.nowrap
-  def unstacked(self, params: Any) -> bool:
-    return isinstance(params['blocks'], tuple)
+    Where many calls follow, do it once: parameters that are unstacked are returned as they are.
+    """
+    return {**params, 'blocks': _unstacked(params['blocks'], self.layers)}
 
   @nn.nowrap
   def init_cache(self, batch_size: int, length: int) -> Cache:
@@ -158,8 +158,11 @@ class Transformer(Model):
 
 
 def _unstacked(blocks: Any, layers: int) -> tuple[Any, ...]:
-  if isinstance(blocks, tuple):
-    return blocks
+  return blocks if isinstance(blocks, tuple) else _slices(blocks, layers)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _slices(blocks: Any, layers: int) -> tuple[Any, ...]:
   return tuple(jax.tree.map(operator.itemgetter(i), blocks) for i in range(layers))
 
 

@@ -1,0 +1,43 @@
+"""The parts of models: products with weights."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.models import layers
+
+
+@pytest.mark.parametrize('formula,shapes', [
+    ('BTD,DF->BTF', ((2, 3, 5), (5, 7))), ('BTF,FD->BTD', ((2, 3, 7), (7, 5))), ('BTD,VD->BTV', ((2, 3, 5), (11, 5))),
+    ('BTD,DNH->BTNH', ((2, 3, 5), (5, 2, 4))), ('VD,BTD->VBT', ((11, 5), (2, 1, 5)))])
+@pytest.mark.parametrize('dtype,tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
+def test_a_product_and_its_gradients_are_those_of_the_formula(formula, shapes, dtype, tolerance):
+  rng = np.random.default_rng(0)
+  x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+  y, pull = jax.vjp(lambda x, w: layers.einsum(formula, x, w), x, w)
+  assert y.dtype == dtype
+  dy = jnp.asarray(rng.normal(size=y.shape), dtype)
+  exact = jax.vjp(lambda x, w: jnp.einsum(formula, x, w), *(a.astype(jnp.float32) for a in (x, w)))
+  for actual, expected in zip((y, *pull(dy)), (exact[0], *exact[1](dy.astype(jnp.float32)))):
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, tolerance, tolerance)
+
+
+def test_sums_of_half_precision_products_are_float32():
+  """A one and 4,096 times 1/4096: added in bfloat16, the small ones would be lost."""
+  x, w = jnp.ones((1, 1, 4097), jnp.bfloat16).at[0, 0, 1:].set(1 / 4096), jnp.ones((4097, 1), jnp.bfloat16)
+  assert layers.einsum('BTD,DF->BTF', x, w) == 2
+  small = layers.einsum('BTD,DF->BTF', x, w, jnp.float32)
+  assert small.dtype == jnp.float32
+
+
+def test_a_bias_in_half_precision_gets_the_sum_of_all_positions():
+  class Biased(layers.nn.Module):
+    @layers.nn.compact
+    def __call__(self, y):
+      return layers.add_bias(self, 'bias', 'F', y)
+
+  y = jnp.full((8, 1024, 4), 1 / 64, jnp.bfloat16)
+  params = Biased().init(jax.random.key(0), y)
+  grads = jax.grad(lambda p: jnp.sum(Biased().apply(p, y).astype(jnp.float32)))(params)
+  assert (grads['params']['bias'] == 8 * 1024).all()
