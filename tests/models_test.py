@@ -88,8 +88,8 @@ def reference(params, batch):
   x = params['embedding'][batch.tokens]
   if 'positions' in params:
     x = x + params['positions'][positions]
-  for layer in range(len(params['blocks']['attention']['out'])):
-    p = jax.tree.map(lambda stacked: stacked[layer], params['blocks'])  # noqa: B023
+  for layer in range(len(params['blocks']['0']['attention']['out'])):
+    p = jax.tree.map(lambda stacked: stacked[layer], params['blocks']['0'])  # noqa: B023
     x = x + attention(p['attention'], norm(p['attention_norm'], x))
     x = x + feed_forward(p['feed_forward'], norm(p['feed_forward_norm'], x))
   x = norm(params['norm'], x)
@@ -161,7 +161,7 @@ def test_a_position_depends_on_what_it_sees_and_on_nothing_else(packed):
     _, grads = loss_and_grads(LLAMA, params, batch._replace(weights=only))
     depends = np.any(np.asarray(grads['embedding'])[batch.tokens] != 0, axis=-1)
     expected = np.zeros((ROWS, TIME), bool)
-    expected[row] = np.linalg.matrix_power(once[row], LLAMA.layers)[t] > 0
+    expected[row] = np.linalg.matrix_power(once[row], len(LLAMA.layers))[t] > 0
     assert expected[row, t + 1:].any() <= packed
     np.testing.assert_array_equal(depends, expected)
 
@@ -187,9 +187,9 @@ def test_scanned_layers_equal_unrolled_ones():
   def unrolled(params):
     positions = jnp.broadcast_to(jnp.arange(TIME), (ROWS, TIME))
     x = params['embedding'][batch.tokens] + params['positions'][positions]
-    for i in range(GPT2.layers):
-      layer = jax.tree.map(lambda p: p[i], params['blocks'])  # noqa: B023
-      x, _ = GPT2.block.clone(parent=None).apply({'params': layer}, x, positions, attention.Visible())
+    for i, block in enumerate(GPT2.layers):
+      layer = jax.tree.map(lambda p: p[i], params['blocks']['0'])  # noqa: B023
+      x, _ = block.apply({'params': layer}, x, positions, attention.Visible())
     return GPT2.norm.apply({'params': params['norm']}, x)
 
   assert_close(forward(GPT2, params, batch), jit(unrolled)(params), 1e-6)
@@ -263,7 +263,8 @@ def test_dropout_scales_what_it_keeps():
 
 def test_dropout_needs_a_key_and_reaches_both_branches_and_the_embedding():
   params, batch = random_params(GPT2), make_batch(False)
-  nearly_all = GPT2.clone(dropout=1 - 1e-6, block=GPT2.block.clone(dropout=1 - 1e-6))
+  nearly_all = GPT2.clone(dropout=1 - 1e-6,
+                          blocks=transformer.stacks([block.clone(dropout=1 - 1e-6) for block in GPT2.layers]))
   program = lambda model, key: jax.make_jaxpr(lambda p: model.apply(p, batch, key=key).hidden)(params)
   assert str(program(nearly_all, None)) == str(program(GPT2, None))
   # What comes of nothing: no embedding, and neither branch of a block, not even their biases.
@@ -288,8 +289,8 @@ class Same(nn.Module):
 
 
 def test_each_layer_draws_its_own_dropout():
-  model = transformer.Transformer(4, 16, 2, Coin(), Same(), 16)
-  params = {'embedding': np.zeros((4, 16), 'f4'), 'blocks': {'scale': np.ones((2, 1), 'f4')},
+  model = transformer.Transformer(4, 16, transformer.stacks([Coin()] * 2), Same(), 16)
+  params = {'embedding': np.zeros((4, 16), 'f4'), 'blocks': {'0': {'scale': np.ones((2, 1), 'f4')}},
             'norm': {'scale': np.ones(1, 'f4')}}
   run = jit(lambda key: model.apply(params, Batch(np.zeros((2, 16), 'i4')), key=key).hidden)
   heads = np.asarray(run(random_key(0)))

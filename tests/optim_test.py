@@ -118,14 +118,14 @@ def test_weight_decay_is_for_matrices_and_tables():
     return {'/'.join(key.key for key in path) for path, x in jax.tree_util.tree_leaves_with_path(mask) if x is decays}
 
   gpt2 = transformer.gpt2(8, 4, 1, heads=2, max_length=4)
-  attention = {f'blocks/attention/{name}' for name in ('query', 'key', 'value', 'out')}
-  feed_forward = {f'blocks/feed_forward/{name}' for name in ('up', 'down')}
-  norms = {'norm', 'blocks/attention_norm', 'blocks/feed_forward_norm'}
+  attention = {f'blocks/0/attention/{name}' for name in ('query', 'key', 'value', 'out')}
+  feed_forward = {f'blocks/0/feed_forward/{name}' for name in ('up', 'down')}
+  norms = {'norm', 'blocks/0/attention_norm', 'blocks/0/feed_forward_norm'}
   assert names(gpt2, True) == attention | feed_forward | {'embedding', 'positions'}
   assert names(gpt2, False) == ({name + '_bias' for name in attention | feed_forward}
                                 | {f'{norm}/{part}' for norm in norms for part in ('scale', 'bias')})
   llama = transformer.llama(8, 4, 1, heads=2, tied=False)
-  assert names(llama, True) == attention | feed_forward | {'blocks/feed_forward/gate', 'embedding', 'head'}
+  assert names(llama, True) == attention | feed_forward | {'blocks/0/feed_forward/gate', 'embedding', 'head'}
   assert names(llama, False) == {f'{norm}/scale' for norm in norms}
 
 
@@ -179,9 +179,9 @@ def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mes
     muon = optim.muon(schedule, weight_decay=0.25, rest=3., clip=None)
     updates, _ = jax.jit(muon.update)(grads, jax.jit(muon.init)(params), params)
     assert jax.tree.map(lambda u: u.sharding, updates) == jax.tree.map(lambda p: p.sharding, params)
-  blocks = {k: np.asarray(v) for k, v in updates['blocks']['attention'].items()}
+  blocks = {k: np.asarray(v) for k, v in updates['blocks']['0']['attention'].items()}
   for name, inputs in (('query', 1), ('out', 2)):
-    grad, param = (np.asarray(tree['blocks']['attention'][name], 'f8') for tree in (grads, params))
+    grad, param = (np.asarray(tree['blocks']['0']['attention'][name], 'f8') for tree in (grads, params))
     for layer in range(2):
       rows = int(np.prod(grad.shape[1:1 + inputs]))
       u, s, vt = np.linalg.svd(grad[layer].reshape(rows, -1), full_matrices=False)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.batches import Batch
-from lm.models import attention, transformer
+from lm.models import attention, rotary, transformer
 from lm.models import layers as parts
 from lm.objectives.next_token import next_token
 
@@ -19,8 +19,9 @@ MESHES = ['1x1', '8x1', '4x2', '2x4']
 VOCAB, ROWS, TIME = 32, 8, 8
 # Every kind of weight and every part in one program: grouped queries, rotary and learned positions, gates, biases.
 MODEL = transformer.Transformer(
-    VOCAB, 32, 2, parts.Block(attention.Attention(8, 4, 4, attention.Rotary(), bias=True),
-                              parts.FeedForward(16, bias=True), parts.RMSNorm(), parts.LayerNorm(), dropout=0.2),
+    VOCAB, 32, transformer.stacks([parts.Block(
+        attention.Attention(8, 4, 4, rotary.Rotary(), bias=True), parts.FeedForward(16, bias=True), parts.RMSNorm(),
+        parts.LayerNorm(), dropout=0.2)] * 2),
     parts.LayerNorm(), TIME, positions=True, tied=False, dropout=0.2)
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
@@ -101,14 +102,14 @@ class FeedForwardBlock(nn.Module):
 
 
 def test_initial_parameters_are_the_same_bytes_on_every_mesh():
-  model = transformer.Transformer(VOCAB, 16, 2, FeedForwardBlock(), parts.RMSNorm(), TIME)   # quick to compile
+  model = transformer.Transformer(VOCAB, 16, transformer.stacks([FeedForwardBlock()] * 2), parts.RMSNorm(), TIME)
   values = []
   for shape in MESHES:
     with on(shape):
       values.append(jax.tree.map(np.asarray, jit(model.init)(jax.random.key(0))))
   for other in values[1:]:
     jax.tree.map(np.testing.assert_array_equal, other, values[0])
-  feed_forward = values[0]['blocks']['feed_forward']
+  feed_forward = values[0]['blocks']['0']['feed_forward']
   assert np.std(values[0]['embedding']) == pytest.approx(0.02, rel=0.15)
   assert np.std(feed_forward['down']) == pytest.approx(0.01, rel=0.2)
   layers = feed_forward['up'].reshape(2, -1)
@@ -123,7 +124,7 @@ def test_weights_are_split_as_the_table_says():
   expected = {
       'embedding': P('model', 'data'), 'head': P('model', 'data'), 'positions': P(None, 'data'),
       'norm': {'scale': P(None), 'bias': P(None)},
-      'blocks': {
+      'blocks': {'0': {
           'attention_norm': {'scale': P(None, None)},
           'feed_forward_norm': {'scale': P(None, None), 'bias': P(None, None)},
           'attention': {
@@ -134,11 +135,11 @@ def test_weights_are_split_as_the_table_says():
           'feed_forward': {
               'gate': P(None, 'data', 'model'), 'gate_bias': P(None, 'model'),
               'up': P(None, 'data', 'model'), 'up_bias': P(None, 'model'),
-              'down': P(None, 'model', 'data'), 'down_bias': P(None, None)}}}
+              'down': P(None, 'model', 'data'), 'down_bias': P(None, None)}}}}
   full = lambda spec, x: P(*spec, *[None] * (x.ndim - len(spec)))
   assert jax.tree.map(lambda x: full(x.sharding.spec, x), shapes) == expected
   assert placed['embedding'].addressable_shards[0].data.shape == (32 // 4, 32 // 2)
-  assert placed['blocks']['attention']['out'].addressable_shards[0].data.shape == (2, 8 // 4, 4, 32 // 2)
+  assert placed['blocks']['0']['attention']['out'].addressable_shards[0].data.shape == (2, 8 // 4, 4, 32 // 2)
 
 
 class FlaxBlock(nn.Module):
@@ -165,17 +166,17 @@ class OwnBlock(nn.Module):
 
 
 def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
-  model = transformer.Transformer(VOCAB, 16, 2, OwnBlock(), parts.RMSNorm(), TIME)
+  model = transformer.Transformer(VOCAB, 16, transformer.stacks([OwnBlock()] * 2), parts.RMSNorm(), TIME)
   params, batch = random_params(model), packed_batch()
   expected = on_mesh(model, None, params, batch, None)
   assert all(np.any(g != 0) for g in jax.tree.leaves(expected))
   assert_same(on_mesh(model, '8x1', params, batch, None), expected)
-  inside = MODEL.clone(block=MODEL.block.clone(feed_forward=OwnBlock()))
+  inside = MODEL.clone(blocks=transformer.stacks([block.clone(feed_forward=OwnBlock()) for block in MODEL.layers]))
   with on('8x1'):
     loss, grads = jax.eval_shape(functools.partial(loss_and_grads, inside),
                                  *place(inside, random_params(inside), batch), jax.random.key(0))
   assert loss.shape == ()
-  assert grads['blocks']['feed_forward']['flax']['Dense_1']['kernel'].shape == (2, 64, 32)
+  assert grads['blocks']['0']['feed_forward']['flax']['Dense_1']['kernel'].shape == (2, 64, 32)
 
 
 def abstract_inputs(model, mesh, rows, time):

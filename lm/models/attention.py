@@ -1,5 +1,7 @@
-"""Attention: rotary positions, which keys a query sees, the kernels, the cache. Shape legend: `transformer.py`."""
+"""Attention: which keys a query sees, the kernels, the cache. Shape legend: `transformer.py`."""
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,37 +12,31 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models import layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-  """Rotary positions, half-rotation layout (Su et al. 2021): pairs (i, i + H/2) turn by position * theta^(-2i/H)."""
-  theta: float = 10_000.
-
-  def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    half = x_BTNH.shape[-1] // 2
-    frequency = self.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+from lm.models.rotary import Rotary
 
 
 class Visible(NamedTuple):
   """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
 
   Fields are None where they do not restrict. `start` is the slot of the first query among the keys (cached decoding).
+  Positions, within a document, are for `Scores.chunk`.
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
   bidirectional_BS: jax.Array | None = None
+  positions_BT: jax.Array | None = None
+  key_positions_BS: jax.Array | None = None
   start: jax.Array | None = None
 
-  def mask(self, queries: slice, keys: slice) -> jax.Array:
+  def mask(self, queries: slice, keys: slice, scores: 'Scores') -> jax.Array:
     """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
     first = 0 if self.start is None else self.start
-    mask = jnp.arange(keys.start, keys.stop)[None] <= jnp.arange(queries.start, queries.stop)[:, None] + first
+    distance = jnp.arange(queries.start, queries.stop)[:, None] + first - jnp.arange(keys.start, keys.stop)[None]
+    mask = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
     mask = mask[None, None]
+    if scores.chunk is not None:
+      chunk, key_chunk = self.positions_BT // scores.chunk, self.key_positions_BS // scores.chunk
+      mask = mask & (chunk[:, None, queries, None] == key_chunk[:, None, None, keys])
     if self.bidirectional_BS is not None:
       mask = mask | self.bidirectional_BS[:, None, None, keys]
     if self.segments_BT is not None:
@@ -48,99 +44,141 @@ class Visible(NamedTuple):
     return mask
 
 
-def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
-  """softmax(q k / sqrt(H)) v over the visible keys; each shard attends its own rows and heads.
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What a query makes of its keys: cap * tanh(scale q k / cap), of the last `window` keys, itself among them.
 
-  Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start.
+  `scale` is 1 / sqrt(H) where it is None. With `chunk`, a query sees only keys of its own chunk of so many positions.
+  """
+  scale: float | None = None
+  softcap: float | None = None
+  window: int | None = None
+  chunk: int | None = None
+
+
+def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: Scores = Scores(),
+           sinks_N: jax.Array | None = None) -> jax.Array:
+  """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
+
+  Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
+  another H. `sinks` are scores of one more key of each head, whose value is zero (Xiao et al. 2024).
   """
   local, keys = (_attend, 'BTKH') if visible.start is None else (_attend_cached, 'BKSH')
+  local = functools.partial(local, scores)
   if sharding.spec('B') is None:
-    return local(q_BTNH, k, v, visible)
+    return local(q_BTNH, k, v, sinks_N, visible)
   heads, keys, rows = sharding.spec('BTNH'), sharding.spec(keys), sharding.spec('BT')
-  return jax.shard_map(local, in_specs=(heads, keys, keys, Visible(rows, rows, rows, P())), out_specs=heads,
-                       check_vma=False)(q_BTNH, k, v, visible)
+  restrictions = Visible(rows, rows, rows, rows, rows, P())
+  return jax.shard_map(local, in_specs=(heads, keys, keys, sharding.spec('N'), restrictions), out_specs=heads,
+                       check_vma=False)(q_BTNH, k, v, sinks_N, visible)
 
 
-def _attend_cached(q_BTNH, k_BKSH, v_BKSH, visible):
+def _grouped(scores, q_BTNH, sinks_N, groups):
+  """Queries, scaled, as [B, K, G, T, H], and sinks as [1, K, G, 1, 1]."""
   batch, time, heads, size = q_BTNH.shape
-  groups, slots = k_BKSH.shape[1:3]
-  q = (q_BTNH * size ** -0.5).reshape(batch, time, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
-  weights = jax.nn.softmax(_scores(q.astype(k_BKSH.dtype), k_BKSH, visible, slice(0, time), slice(0, slots)))
-  y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-  return y.astype(q_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+  scale = size ** -0.5 if scores.scale is None else scores.scale
+  q = (q_BTNH * scale).astype(q_BTNH.dtype).reshape(batch, time, groups, heads // groups, size)
+  sinks = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(1, groups, heads // groups, 1, 1)
+  return q.transpose(0, 2, 3, 1, 4), sinks
 
 
-def _attend(q, k, v, visible):
+def _ungrouped(y_BKGTH):
+  batch, groups, each, time, size = y_BKGTH.shape
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, time, groups * each, size)
+
+
+def _attend_cached(scores, q_BTNH, k_BKSH, v_BKSH, sinks_N, visible):
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BKSH.shape[1])
+  queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
+  y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
+  return _ungrouped(y.astype(q_BTNH.dtype))
+
+
+def _attend(scores, q, k, v, sinks, visible):
   fused = sharding.platform() in ('gpu', 'cuda') and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-  if not fused:
-    return blockwise(q, k, v, visible)
-  plain = all(field is None for field in visible)
-  mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]))
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, implementation='cudnn')
+  if not fused or sinks is not None or scores.softcap is not None or v.shape != k.shape:
+    return blockwise(q, k, v, visible, scores, sinks)
+  plain = all(field is None for field in visible) and scores.window is None
+  mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]), scores)
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, scale=scores.scale, implementation='cudnn')
   return checkpoint_name(y, 'attended')
 
 
-def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible) -> jax.Array:
+def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: Scores = Scores(),
+              sinks_N: jax.Array | None = None) -> jax.Array:
   """Attention a block of queries at a time, whose scores are never kept and never computed above the diagonal.
 
   The backward pass computes them again from the outputs and the logarithms of the softmax's denominators (Dao et al.
   2022), in float32.
   """
-  batch, time, heads, size = q_BTNH.shape
-  groups = k_BTKH.shape[2]
-  q = (q_BTNH * size ** -0.5).astype(q_BTNH.dtype).reshape(batch, time, groups, heads // groups, size)
-  y = _blockwise(q.transpose(0, 2, 3, 1, 4), k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), visible)
-  return y.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BTKH.shape[2])
+  return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible))
 
 
-def _blocks(time: int, visible: Visible) -> list[tuple[slice, slice]]:
+def _blocks(time: int, visible: Visible, scores: Scores) -> list[tuple[slice, slice]]:
   """Blocks of queries, each with the keys that it may see."""
   block = max(128, -(-time // 16))   # so that a long row is not a long program
   ends = [(start, min(start + block, time)) for start in range(0, time, block)]
-  return [(slice(a, b), slice(0, b if visible.bidirectional_BS is None else time)) for a, b in ends]
+  if visible.bidirectional_BS is not None:
+    return [(slice(a, b), slice(0, time)) for a, b in ends]
+  return [(slice(a, b), slice(max(0, a + 1 - (scores.window or time)), b)) for a, b in ends]
 
 
-def _scores(q, k, visible, queries, keys):
-  scores = jnp.einsum('BKGTH,BKSH->BKGTS', q[:, :, :, queries], k[:, :, keys], preferred_element_type=jnp.float32)
-  return jnp.where(visible.mask(queries, keys)[:, :, None], scores, -1e30)   # finite: padding sees no key
+def _scores(scores, q, k, visible, queries, keys):
+  s = jnp.einsum('BKGTH,BKSH->BKGTS', q[:, :, :, queries], k[:, :, keys], preferred_element_type=jnp.float32)
+  if scores.softcap is not None:
+    s = scores.softcap * jnp.tanh(s / scores.softcap)
+  return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite: padding sees no key
 
 
-def _forward(q_BKGTH, k_BKTH, v_BKTH, visible):
+def _softmax(s_BKGTS, v_BKSH, sinks):
+  """softmax(s) v in float32, and the logarithm of the denominators."""
+  highest = jnp.max(s_BKGTS, axis=-1, keepdims=True)
+  if sinks is not None:
+    highest = jnp.maximum(highest, sinks)
+  weights = jnp.exp(s_BKGTS - highest)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total = total + jnp.exp(sinks - highest)
+  y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+  return y / total, highest + jnp.log(total)
+
+
+def _forward(scores, q_BKGTH, k_BKTH, v_BKTH, sinks, visible):
   outputs, logs = [], []
-  for queries, keys in _blocks(q_BKGTH.shape[3], visible):
-    scores = _scores(q_BKGTH, k_BKTH, visible, queries, keys)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKTH.dtype), v_BKTH[:, :, keys],
-                   preferred_element_type=jnp.float32)
-    outputs.append((y / total).astype(v_BKTH.dtype))
-    logs.append(highest + jnp.log(total))
+  for queries, keys in _blocks(q_BKGTH.shape[3], visible, scores):
+    y, log = _softmax(_scores(scores, q_BKGTH, k_BKTH, visible, queries, keys), v_BKTH[:, :, keys], sinks)
+    outputs.append(y.astype(v_BKTH.dtype))
+    logs.append(log)
   y = checkpoint_name(jnp.concatenate(outputs, axis=3), 'attended')
   log = checkpoint_name(jnp.concatenate(logs, axis=3), 'attended')
-  return y, (q_BKGTH, k_BKTH, v_BKTH, visible, y, log)
+  return y, (q_BKGTH, k_BKTH, v_BKTH, sinks, visible, y, log)
 
 
-def _backward(kept, dy):
-  q, k, v, visible, y, log = kept
+def _backward(scores, kept, dy):
+  q, k, v, sinks, visible, y, log = kept
   correction = jnp.sum((y * dy).astype(jnp.float32), axis=-1, keepdims=True)
   dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  for queries, keys in _blocks(q.shape[3], visible):
-    scores = _scores(q, k, visible, queries, keys)
-    weights = jnp.exp(scores - log[:, :, :, queries])
+  for queries, keys in _blocks(q.shape[3], visible, scores):
+    s = _scores(scores, q, k, visible, queries, keys)
+    weights = jnp.exp(s - log[:, :, :, queries])
     block = dy[:, :, :, queries]
     f32 = {'preferred_element_type': jnp.float32}
     dv = dv.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', weights.astype(dy.dtype), block, **f32))
     dweights = jnp.einsum('BKGTH,BKSH->BKGTS', block, v[:, :, keys], **f32)
-    dscores = (weights * (dweights - correction[:, :, :, queries])).astype(q.dtype)
-    dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', dscores, k[:, :, keys]))
-    dk = dk.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', dscores, q[:, :, :, queries], **f32))
-  return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+    ds = weights * (dweights - correction[:, :, :, queries])
+    if scores.softcap is not None:
+      ds = jnp.where(s > -1e30, ds * (1 - jnp.square(s / scores.softcap)), 0)
+    ds = ds.astype(q.dtype)
+    dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', ds, k[:, :, keys]))
+    dk = dk.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', ds, q[:, :, :, queries], **f32))
+  dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - log) * correction, axis=(0, 3, 4), keepdims=True)
+  return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
 
 
-@jax.custom_vjp
-def _blockwise(q, k, v, visible):
-  return _forward(q, k, v, visible)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(scores, q, k, v, sinks, visible):
+  return _forward(scores, q, k, v, sinks, visible)[0]
 
 
 _blockwise.defvjp(_forward, _backward)
@@ -158,36 +196,69 @@ class LayerCache(NamedTuple):
     return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
 
 
+def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: int, size: int, bias: bool,
+            std: float) -> jax.Array:
+  """Declares a projection to heads, `axes` NH or KH, and applies it: [B, T, heads, size]."""
+  w = layers.weight(module, name, 'D' + axes, (x_BTD.shape[-1], heads, size), nn.initializers.normal(std), x_BTD.dtype)
+  y = layers.einsum(f'BTD,D{axes}->BT{axes}', x_BTD, w)
+  return layers.add_bias(module, name + '_bias', axes, y) if bias else y
+
+
+def output(module: nn.Module, y_BTNH: jax.Array, width: int, bias: bool, std: float) -> jax.Array:
+  """Declares the projection from heads to the model's width, and applies it."""
+  shape = (*y_BTNH.shape[2:], width)
+  out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype)
+  # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
+  y = layers.einsum('BTF,FD->BTD', sharding.reshape(y_BTNH, 'BTF'), sharding.reshape(out, 'F-'))
+  return layers.add_bias(module, 'out_bias', '-', y) if bias else y
+
+
 class Attention(nn.Module):
-  """Multi-head attention (Vaswani et al. 2017), grouped-query where `kv_heads < heads` (Ainslie et al. 2023)."""
+  """Multi-head attention (Vaswani et al. 2017), grouped-query where `kv_heads < heads` (Ainslie et al. 2023).
+
+  `query_norm` and `key_norm` come before the rotation, or after it (`norms_last`); `temperature(positions)` scales the
+  queries. With `sinks`, each head may attend to nothing.
+  """
   heads: int
   kv_heads: int
   head_size: int
   rotary: Rotary | None = None
   bias: bool = False
+  out_bias: bool | None = None   # None: as `bias`
+  query_norm: nn.Module | None = None
+  key_norm: nn.Module | None = None
+  norms_last: bool = False
+  temperature: Callable[[jax.Array], jax.Array] | None = None
+  scores: Scores = Scores()
+  sinks: bool = False
   std: float = 0.02
   out_std: float = 0.02
 
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: Visible, cache: LayerCache | None = None):
-    width = x_BTD.shape[-1]
+    q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, self.std)
+    k = project(self, 'key', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
+    v = project(self, 'value', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
 
-    def project(name, axes, heads):
-      init, shape = nn.initializers.normal(self.std), (heads, self.head_size)
-      w = layers.weight(self, name, 'D' + axes, (width, *shape), init, x_BTD.dtype)
-      y = layers.einsum(f'BTD,D{axes}->BT{axes}', x_BTD, w)
-      return layers.add_bias(self, name + '_bias', axes, y) if self.bias else y
+    def normalise(q, k):
+      return q if self.query_norm is None else self.query_norm(q), k if self.key_norm is None else self.key_norm(k)
 
-    q, k = project('query', 'NH', self.heads), project('key', 'KH', self.kv_heads)
-    v = project('value', 'KH', self.kv_heads)
+    if not self.norms_last:
+      q, k = normalise(q, k)
     if self.rotary is not None:
       q, k = self.rotary(q, positions_BT), self.rotary(k, positions_BT)
+    if self.norms_last:
+      q, k = normalise(q, k)
+    if self.temperature is not None:
+      q = (q * self.temperature(positions_BT)[:, :, None, None]).astype(q.dtype)
     q, k, v = checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value')
+    sinks = layers.weight(self, 'sinks', 'N', (self.heads,), nn.initializers.zeros) if self.sinks else None
     if cache is not None:
-      cache = cache.append(visible.start, k, v)
-    y = attend(q, k, v, visible) if cache is None else attend(q, *cache, visible)
-    init = nn.initializers.normal(self.out_std)
-    out = layers.weight(self, 'out', 'NHD', (self.heads, self.head_size, width), init, y.dtype)
-    # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
-    y = layers.einsum('BTF,FD->BTD', sharding.reshape(y, 'BTF'), sharding.reshape(out, 'F-'))
-    return layers.add_bias(self, 'out_bias', '-', y) if self.bias else y, cache
+      k, v = cache = cache.append(visible.start, k, v)
+    y = attend(q, k, v, visible, self.scores, sinks)
+    return output(self, y, x_BTD.shape[-1], self.bias if self.out_bias is None else self.out_bias, self.out_std), cache
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype) -> LayerCache:
+    shape = batch_size, self.kv_heads, slots, self.head_size
+    return LayerCache(*(sharding.constrain(jnp.zeros(shape, dtype), 'BKSH') for _ in 'kv'))

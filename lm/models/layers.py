@@ -85,15 +85,24 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019)."""
+  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019), over the last axes, which `axes` names.
+
+  `offset` is added to the scale, which then starts at 1 - offset; without `learned` there is no scale.
+  """
   eps: float = 1e-6
+  offset: float = 0.
+  axes: str = '-'
+  learned: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = weight(self, 'scale', '-', x.shape[-1:], nn.initializers.ones)
+    n = len(self.axes)
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * row(scale, y)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=tuple(range(-n, 0)), keepdims=True) + self.eps)
+    if self.learned:
+      scale = weight(self, 'scale', self.axes, x.shape[-n:], nn.initializers.constant(1 - self.offset))
+      y = y * row(scale.astype(jnp.float32) + self.offset, y)
+    return y.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -123,10 +132,18 @@ def add_bias(module: nn.Module, name: str, axes: str, y: jax.Array) -> jax.Array
   return (y.astype(jnp.float32) + row(bias, y)).astype(y.dtype)
 
 
+def silu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  return jax.nn.silu(gate) * up
+
+
+def gelu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  return jax.nn.gelu(gate) * up
+
+
 class FeedForward(nn.Module):
-  """down(activation(up(x))); gated, down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+  """down(activation(up(x))); gated, down(activation(gate(x), up(x))) (Shazeer 2020)."""
   hidden: int
-  activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+  activation: Callable[..., jax.Array] = silu_gated
   gated: bool = True
   bias: bool = False
   std: float = 0.02
@@ -139,18 +156,39 @@ class FeedForward(nn.Module):
     def up(name):
       w = weight(self, name, 'DF', (width, self.hidden), nn.initializers.normal(self.std), x_BTD.dtype)
       y = einsum('BTD,DF->BTF', x_BTD, w)
-      if self.bias:
-        y = add_bias(self, name + '_bias', 'F', y)
-      return checkpoint_name(y, name)
+      return checkpoint_name(add_bias(self, name + '_bias', 'F', y) if self.bias else y, name)
 
-    y = self.activation(up('gate')) * up('up') if self.gated else self.activation(up('up'))
+    y = self.activation(up('gate'), up('up')) if self.gated else self.activation(up('up'))
     down = weight(self, 'down', 'FD', (self.hidden, width), nn.initializers.normal(self.out_std), y.dtype)
     y = einsum('BTF,FD->BTD', y, down)
     return add_bias(self, 'down_bias', '-', y) if self.bias else y
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+  """Residual block: x + out_norm(attention(norm(x))), then the same with `feed_forward`; a norm may be None.
+
+  Pre-norm has the first norm of each, post-norm (OLMo 2) the second, a sandwich (Gemma 2) both.
+  """
+  attention: nn.Module
+  feed_forward: nn.Module
+  attention_norm: nn.Module | None
+  feed_forward_norm: nn.Module | None
+  attention_out_norm: nn.Module | None = None
+  feed_forward_out_norm: nn.Module | None = None
+  dropout: float = 0.
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
+    keys = (None, None) if key is None else jax.random.split(key)
+    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), positions_BT, visible, cache)
+    y = _normalised(self.attention_out_norm, y)
+    x_BTD = checkpoint_name(x_BTD + dropout(y, self.dropout, keys[0]), 'residual')
+    y = _normalised(self.feed_forward_out_norm, self.feed_forward(_normalised(self.feed_forward_norm, x_BTD)))
+    return x_BTD + dropout(y, self.dropout, keys[1]), cache
+
+
+class ParallelBlock(nn.Module):
+  """x + attention(norm(x)) + feed_forward(norm(x)) (GPT-J, GPT-NeoX), each with a norm of its own."""
   attention: nn.Module
   feed_forward: nn.Module
   attention_norm: nn.Module
@@ -161,6 +199,9 @@ class Block(nn.Module):
   def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
     keys = (None, None) if key is None else jax.random.split(key)
     y, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache)
-    x_BTD = checkpoint_name(x_BTD + dropout(y, self.dropout, keys[0]), 'residual')
-    y = self.feed_forward(self.feed_forward_norm(x_BTD))
-    return x_BTD + dropout(y, self.dropout, keys[1]), cache
+    z = self.feed_forward(self.feed_forward_norm(x_BTD))
+    return x_BTD + dropout(y, self.dropout, keys[0]) + dropout(z, self.dropout, keys[1]), cache
+
+
+def _normalised(norm: nn.Module | None, x: jax.Array) -> jax.Array:
+  return x if norm is None else norm(x)

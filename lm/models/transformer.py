@@ -7,7 +7,7 @@ the sharding table use the same letters.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,22 +18,32 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
+from lm.models.rotary import Rotary
 
 
-class Head(NamedTuple):
-  """From hidden states to float32 logits. Kept apart, so that a loss never needs all of `[B, T, V]` at once."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap'])
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """From hidden states to float32 logits. Kept apart, so that a loss never needs all of `[B, T, V]` at once.
+
+  With a `softcap`, softcap * tanh(logits / softcap) (Gemma 2).
+  """
   weight_VD: jax.Array
+  softcap: float | None = None
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
     if sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # decoding; the other order reads at half the speed
-      return parts.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, jnp.float32).transpose(1, 2, 0)
-    return parts.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, jnp.float32)
+      logits = parts.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, jnp.float32).transpose(1, 2, 0)
+    else:
+      logits = parts.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, jnp.float32)
+    return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
 class Cache(NamedTuple):
   """Keys and values of the tokens seen so far. Row b sees slot s where `segments_BS[b, s]` is its own segment."""
-  layers: tuple[attend.LayerCache, ...]
+  layers: tuple[Any, ...]  # what each attention's `init_cache` gives
   segments_BS: jax.Array   # 0: empty or padding
+  positions_BS: jax.Array
   index: jax.Array         # slots that are filled, the same for all rows
 
 
@@ -62,23 +72,59 @@ class Model(nn.Module):
     return super().apply({'params': params}, batch, key=key, cache=cache)
 
 
-class Transformer(Model):
-  """Embeds, repeats `block` over `layers`, normalises. The layers' parameters are stacked, and run as one scan.
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Layers: the blocks of `pattern` in turn, all of it `repeats` times. Runs as one scan over stacked parameters."""
+  pattern: tuple[nn.Module, ...]
+  repeats: int
 
-  `remat` says what the backward pass may keep, a policy as in `jax.checkpoint_policies`; None keeps everything.
+
+def stacks(blocks: Sequence[nn.Module]) -> tuple[Stack, ...]:
+  """The blocks of all layers, as few stacks of short patterns."""
+  found, at = [], 0
+  while at < len(blocks):
+    def repeats(size, at=at):
+      n = 1
+      while blocks[at + n * size:at + (n + 1) * size] == blocks[at:at + size]:
+        n += 1
+      return n
+    rest = len(blocks) - at
+    # The pattern that covers the most layers, the shorter of two; one layer by itself covers none but itself.
+    size = max(range(1, rest // 2 + 1), key=lambda size: ((n := repeats(size)) > 1) * (n * size, -size), default=1)
+    found.append(Stack(tuple(blocks[at:at + size]), repeats(size)))
+    at += size * found[-1].repeats
+  return tuple(found)
+
+
+class Unstacked(NamedTuple):
+  """The blocks' parameters with one tree a layer."""
+  layers: tuple[Any, ...]
+
+
+class Transformer(Model):
+  """Embeds, runs the layers, normalises.
+
+  The parameters `blocks` hold a tree for each block of each stack, `'0'` and so on, stacked over its repeats. `remat`
+  says what the backward pass may keep of a layer, a policy as in `jax.checkpoint_policies`; None keeps everything.
   """
   vocab: int
   width: int
-  layers: int
-  block: parts.Block
+  blocks: tuple[Stack, ...]
   norm: nn.Module
   max_length: int
   positions: bool = False    # learned positions, added to the embedding
   tied: bool = True
+  embedding_scale: float | None = None
+  softcap: float | None = None   # of the logits
   dropout: float = 0.        # of the embedding
   std: float = 0.02
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
+
+  @property
+  def layers(self) -> tuple[nn.Module, ...]:
+    """The block of each layer."""
+    return tuple(block for stack in self.blocks for _ in range(stack.repeats) for block in stack.pattern)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
@@ -91,6 +137,8 @@ class Transformer(Model):
     init = nn.initializers.normal(self.std)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype)
     x = parts.lookup(embedding, batch.tokens)
+    if self.embedding_scale is not None:
+      x = x * jnp.asarray(self.embedding_scale, x.dtype)
     start = jnp.int32(0) if cache is None else cache.index
     positions = batch.positions
     if positions is None:
@@ -103,41 +151,63 @@ class Transformer(Model):
     x = self.norm(x)
     if not self.tied:
       embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
-    return Output(x, Head(embedding), cache)
+    return Output(x, Head(embedding, self.softcap), cache)
 
   def _blocks(self, x, positions, batch, cache, key):
-    block = self.block.clone(parent=None)   # applied to one layer's parameters at a time
     if self.has_variable('params', 'blocks'):
-      blocks = self.get_variable('params', 'blocks')
+      params = self.get_variable('params', 'blocks')
     else:
-      blocks = self.param('blocks', lambda rng: jax.vmap(
-          lambda k: block.init(k, x, positions, attend.Visible())['params'])(jax.random.split(rng, self.layers)))
+      params = self.param('blocks', lambda rng: self._init_blocks(rng, x, positions))
     if cache is not None:
-      return self._cached(block, blocks, x, positions, batch, cache)
-    keys = None if key is None else jax.random.split(key, self.layers)
-    visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional)
+      return self._cached(params, x, positions, batch, cache)
+    visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional, positions, positions)
+    keys = None if key is None else jax.random.split(key, len(self.layers))
 
-    def layer(x, xs):
-      params, key = xs
-      return block.apply({'params': params}, x, positions, visible, None, key)[0], None
+    def layer(block, params, x, key):
+      return block.apply({'params': params}, x, positions, visible, None, key)[0]
 
     if self.remat is not None:
-      layer = jax.checkpoint(layer, policy=self.remat, prevent_cse=False)
-    return jax.lax.scan(layer, x, (blocks, keys))[0], None
+      layer = jax.checkpoint(layer, policy=self.remat, prevent_cse=False, static_argnums=0)
+    done = 0
+    for stack, trees in zip(self.blocks, _trees(self.blocks, params)):
+      size, count = len(stack.pattern), stack.repeats * len(stack.pattern)
+      chosen = None if keys is None else keys[done:done + count].reshape(stack.repeats, size)
 
-  def _cached(self, block, blocks, x, positions, batch, cache):
+      def repeat(x, xs, stack=stack):
+        trees, keys = xs
+        for i, block in enumerate(stack.pattern):
+          x = layer(block, trees[i], x, None if keys is None else keys[i])
+        return x, None
+
+      x, done = jax.lax.scan(repeat, x, (trees, chosen))[0], done + count
+    return x, None
+
+  def _init_blocks(self, rng, x, positions):
+    visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)
+    keys, trees, done = jax.random.split(rng, len(self.layers)), {}, 0
+    for stack in self.blocks:
+      size, count = len(stack.pattern), stack.repeats * len(stack.pattern)
+      for i, block in enumerate(stack.pattern):
+        init = jax.vmap(lambda key: block.init(key, x, positions, visible)['params'])   # noqa: B023
+        trees[str(len(trees))] = init(keys[done + i:done + count:size])
+      done += count
+    return trees
+
+  def _cached(self, params, x, positions, batch, cache):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
-    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
+    at = 0, cache.index
+    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, at)
+    key_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions.astype(jnp.int32), at)
     bidirectional = None
     if batch.bidirectional is not None:   # of the new tokens: what came before is seen anyway
-      bidirectional = jax.lax.dynamic_update_slice(jnp.zeros_like(filled, bool), batch.bidirectional, (0, cache.index))
-    visible = attend.Visible(segments, filled, bidirectional, cache.index)
+      bidirectional = jax.lax.dynamic_update_slice(jnp.zeros_like(filled, bool), batch.bidirectional, at)
+    visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
     layers = []
     # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.
-    for params, layer in zip(_unstacked(blocks, self.layers), cache.layers):
-      x, layer = block.apply({'params': params}, x, positions, visible, layer)
+    for block, tree, layer in zip(self.layers, _unstacked(self.blocks, params).layers, cache.layers):
+      x, layer = block.apply({'params': tree}, x, positions, visible, layer)
       layers.append(layer)
-    return x, Cache(tuple(layers), filled, cache.index + batch.tokens.shape[1])
+    return x, Cache(tuple(layers), filled, key_positions, cache.index + batch.tokens.shape[1])
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
@@ -145,25 +215,33 @@ class Transformer(Model):
 
     Where many calls follow, do it once: parameters that are unstacked are returned as they are.
     """
-    return {**params, 'blocks': _unstacked(params['blocks'], self.layers)}
+    return {**params, 'blocks': _unstacked(self.blocks, params['blocks'])}
 
   @nn.nowrap
-  def init_cache(self, batch_size: int, length: int) -> Cache:
-    """An empty cache with `length` slots a row."""
-    attention = self.block.attention
-    shape = batch_size, attention.kv_heads, length, attention.head_size
-    layers = tuple(attend.LayerCache(*(sharding.constrain(jnp.zeros(shape, self.dtype), 'BKSH') for _ in 'kv'))
-                   for _ in range(self.layers))
-    return Cache(layers, sharding.constrain(jnp.zeros((batch_size, length), jnp.int32), 'BS'), jnp.int32(0))
+  def init_cache(self, batch_size: int, slots: int) -> Cache:
+    """An empty cache with `slots` slots a row."""
+    layers = tuple(block.attention.init_cache(batch_size, slots, self.dtype) for block in self.layers)
+    empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
+    return Cache(layers, empty, empty, jnp.int32(0))
 
 
-def _unstacked(blocks: Any, layers: int) -> tuple[Any, ...]:
-  return blocks if isinstance(blocks, tuple) else _slices(blocks, layers)
+def _trees(blocks: tuple[Stack, ...], params: Any) -> Iterator[tuple[Any, ...]]:
+  """For each stack, the parameters of each block of its pattern."""
+  done = 0
+  for stack in blocks:
+    yield tuple(params[str(done + i)] for i in range(len(stack.pattern)))
+    done += len(stack.pattern)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _slices(blocks: Any, layers: int) -> tuple[Any, ...]:
-  return tuple(jax.tree.map(operator.itemgetter(i), blocks) for i in range(layers))
+def _unstacked(blocks: tuple[Stack, ...], params: Any) -> Unstacked:
+  return params if isinstance(params, Unstacked) else _slices(blocks, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slices(blocks: tuple[Stack, ...], params: Any) -> Unstacked:
+  return Unstacked(tuple(jax.tree.map(operator.itemgetter(i), tree)
+                         for stack, trees in zip(blocks, _trees(blocks, params))
+                         for i in range(stack.repeats) for tree in trees))
 
 
 def _head_size(width: int, heads: int, dropout: float, **sizes: int) -> int:
@@ -185,9 +263,9 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
   size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
   attention = attend.Attention(heads, heads, size, bias=True, out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
-  block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout)
-  return Transformer(vocab, width, layers, block, parts.LayerNorm(), max_length, positions=True, dropout=dropout,
-                     dtype=dtype, remat=remat)
+  block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout=dropout)
+  return Transformer(vocab, width, (Stack((block,), layers),), parts.LayerNorm(), max_length, positions=True,
+                     dropout=dropout, dtype=dtype, remat=remat)
 
 
 def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
@@ -205,8 +283,8 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
   std = width ** -0.5
   out_std = std / (2 * layers) ** 0.5
-  attention = attend.Attention(heads, kv_heads, size, attend.Rotary(theta), std=std, out_std=out_std)
+  attention = attend.Attention(heads, kv_heads, size, Rotary(theta), std=std, out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
-  block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout)
-  return Transformer(vocab, width, layers, block, parts.RMSNorm(), max_length, tied=tied, dropout=dropout,
+  block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout=dropout)
+  return Transformer(vocab, width, (Stack((block,), layers),), parts.RMSNorm(), max_length, tied=tied, dropout=dropout,
                      dtype=dtype, remat=remat)
