@@ -34,7 +34,7 @@ setuptools.setup(
         'benchmark': ['torch>=2.9', 'transformers>=5.0'],
         'test': [
             'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23', 'stopwordsiso>=0.6',
-            'jieba>=0.42', 'matplotlib>=3.9', 'setuptools',
+            'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools',
         ],
     },
 )

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A line may import from the lines before it, and within a folder from the files named before.
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
-    'sharding', 'describe',
+    'sharding', 'describe', 'hf/files',
     'data/source', 'data/corpora', 'data/clean', 'data/vocabulary', 'data/tokenizer', 'data/store', 'data/batches',
     'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/*',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
