@@ -1,0 +1,215 @@
+"""A `config.json` read field by field, so that nothing in it is ignored; rotary positions and sizes, both ways."""
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from lm.models import rotary
+
+_REQUIRED = object()
+# What does not change what a model computes: training, generation, bookkeeping.
+_ASIDE = {
+    'architectures', 'model_type', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', 'bos_token_id',
+    'eos_token_id', 'pad_token_id', 'sep_token_id', 'cls_token_id', 'mask_token_id', 'unk_token_id',
+    'decoder_start_token_id', 'initializer_range', 'initializer_factor', '_name_or_path', 'attention_dropout',
+    'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'hidden_dropout_prob', 'attention_probs_dropout_prob',
+    'classifier_dropout', 'embd_dropout', 'dropout_rate', 'summary_type', 'summary_use_proj', 'summary_activation',
+    'summary_first_dropout', 'summary_proj_to_labels', 'id2label', 'label2id', 'problem_type', 'return_dict',
+    'output_attentions', 'output_hidden_states', 'output_router_logits', 'router_aux_loss_coef',
+    'router_jitter_noise', 'gradient_checkpointing', 'task_specific_params', 'auto_map', 'tokenizer_class',
+    '_attn_implementation', '_attn_implementation_autoset', 'cache_implementation', 'attn_implementation',
+    'unsloth_version', 'unsloth_fixed', 'finetuning_task', 'prefix', 'n_ctx', 'ep_size',
+}
+
+
+class Config:
+  """Fields of a configuration. Each is asked for once; `finish` refuses those that nobody asked for.
+
+  Raises ValueError, naming the field and its value, for one that is missing, of the wrong type or not supported.
+  """
+
+  def __init__(self, values: dict[str, Any], where: str = 'config.json'):
+    self._values, self._where, self._asked = values, where, set()
+
+  def get(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    """The value of a field, of type `kind` (a float may be written as an integer); null counts as absent."""
+    self._asked.add(name)
+    value = self._values.get(name)
+    if value is None:
+      if default is _REQUIRED:
+        raise ValueError(f'{self._where}: {name} is missing')
+      return default
+    if kind is float and type(value) is int:
+      value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+      wanted = kind.__name__ if isinstance(kind, type) else ' or '.join(k.__name__ for k in kind)
+      raise ValueError(f'{self._where}: {name}={value!r} is not of type {wanted}')
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'{self._where}: {name}={value!r} is not finite')
+    return value
+
+  def size(self, name: str, default: Any = _REQUIRED) -> Any:
+    """A positive whole number."""
+    value = self.get(name, int, default)
+    if value is not None and value < 1:
+      raise ValueError(f'{self._where}: {name}={value} is not positive')
+    return value
+
+  def choice(self, name: str, choices: dict[Any, Any], default: Any = _REQUIRED) -> Any:
+    """What a field's value stands for."""
+    value = self.get(name, (str, int, float, bool), default)
+    if value not in choices:
+      self.refuse(name, value, f'one of {", ".join(map(repr, choices))}')
+    return choices[value]
+
+  def only(self, name: str, *supported: Any) -> None:
+    """Refuses a field that has any other value than these; it may be absent."""
+    self._asked.add(name)
+    value = self._values.get(name)
+    if value is not None and not any(value == s and type(value) is type(s) for s in supported):
+      self.refuse(name, value, 'only ' + (' or '.join(map(repr, supported)) or 'null'))
+
+  def refuse(self, name: str, value: Any, supported: str) -> None:
+    raise ValueError(f'{self._where}: {name}={value!r} is not supported ({supported})')
+
+  def inner(self, name: str) -> 'Config | None':
+    """A field that holds fields; None where it is absent."""
+    values = self.get(name, dict, None)
+    return None if values is None else Config(values, f'{self._where}: {name}')
+
+  def has(self, name: str) -> bool:
+    return self._values.get(name) is not None
+
+  def finish(self) -> None:
+    for name, value in self._values.items():
+      if name not in self._asked and name not in _ASIDE and value is not None:
+        raise ValueError(f'{self._where}: {name}={value!r} is a field that is not known here, and may change what the '
+                         'model computes; remove it if it does not')
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object from a file; ValueError if it holds none."""
+  try:
+    values = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is not JSON: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} holds no JSON object')
+  return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What almost every decoder has."""
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_size: int
+  hidden: int
+  vocab: int
+  max_length: int
+  eps: float
+  tied: bool
+
+  @classmethod
+  def read(cls, c: Config, kv_heads: int | None = None, tied: bool = False, eps: float = 1e-6) -> 'Sizes':
+    """Under the names that Llama gave them; the arguments are defaults of the family."""
+    width, heads = c.size('hidden_size'), c.size('num_attention_heads')
+    sizes = cls(width, c.size('num_hidden_layers'), heads, c.size('num_key_value_heads', kv_heads or heads),
+                c.size('head_dim', max(width // heads, 1)), c.size('intermediate_size'), c.size('vocab_size'),
+                c.size('max_position_embeddings'), c.get('rms_norm_eps', float, eps),
+                c.get('tie_word_embeddings', bool, tied))
+    if heads % sizes.kv_heads:
+      c.refuse('num_key_value_heads', sizes.kv_heads, f'a divisor of num_attention_heads={heads}')
+    if not c.has('head_dim') and width % heads:
+      c.refuse('num_attention_heads', heads, f'a divisor of hidden_size={width}')
+    return sizes
+
+  @classmethod
+  def of(cls, model: Any) -> 'Sizes':
+    block = model.layers[0]
+    attention, eps = block.attention, model.norm.eps
+    return cls(model.width, len(model.layers), attention.heads, attention.kv_heads, attention.head_size,
+               getattr(block.feed_forward, 'hidden', 1), model.vocab, model.max_length, eps, model.tied)
+
+  def config(self) -> dict[str, Any]:
+    return {'hidden_size': self.width, 'num_hidden_layers': self.layers, 'num_attention_heads': self.heads,
+            'num_key_value_heads': self.kv_heads, 'head_dim': self.head_size, 'intermediate_size': self.hidden,
+            'vocab_size': self.vocab, 'max_position_embeddings': self.max_length, 'rms_norm_eps': self.eps,
+            'tie_word_embeddings': self.tied}
+
+
+def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
+         interleaved: bool = False) -> rotary.Rotary:
+  """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
+
+  `kind` chooses where the parameters differ by type of layer, such as 'sliding_attention'.
+  """
+  r = c.inner('rope_parameters')
+  if r is not None and kind is not None and r.has(kind):
+    r = r.inner(kind)
+  elif r is None:
+    theta = c.get('rope_theta', float, theta)
+    r = c.inner('rope_scaling') or Config({})
+  theta = r.get('rope_theta', float, theta)
+  named = r.get('rope_type', str, None) or r.get('type', str, 'default')
+  r.only('type', named)
+  part = r.get('partial_rotary_factor', float, None) or c.get('partial_rotary_factor', float, 1.)
+  c.only('partial_rotary_factor', part)
+  size = int(head_size * part)
+  if size < 2 or size % 2:
+    c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
+  original = r.size('original_max_position_embeddings', c.size('original_max_position_embeddings', None) or max_length)
+  match named:
+    case 'default':
+      scaling = None
+    case 'linear':
+      scaling = rotary.Linear(r.get('factor', float))
+    case 'llama3':
+      scaling = rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
+                              r.get('high_freq_factor', float), original)
+    case 'yarn':
+      factor = r.get('factor', float, max_length / original)
+      scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
+      attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
+      turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
+      scaling = rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
+                            r.get('truncate', bool, True))
+    case 'longrope':
+      factor = r.get('factor', float, max_length / original)
+      attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
+      short, long = (tuple(map(float, r.get(name, list))) for name in ('short_factor', 'long_factor'))
+      if not len(short) == len(long) == size // 2:
+        c.refuse('rope_parameters', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
+      scaling = rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
+    case _:
+      r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+  r.finish()
+  return rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+
+
+def mscale(factor: float, scale: float) -> float:
+  """How much YaRN raises attention."""
+  return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.
+
+
+def rope_config(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
+  """`rope_parameters` for `r`."""
+  found: dict[str, Any] = {'rope_theta': r.theta, 'rope_type': 'default'}
+  if r.size is not None:
+    found['partial_rotary_factor'] = r.size / head_size
+  match r.scaling:
+    case rotary.Linear(factor):
+      found |= {'rope_type': 'linear', 'factor': factor}
+    case rotary.Llama3(factor, low, high, original):
+      found |= {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low, 'high_freq_factor': high,
+                'original_max_position_embeddings': original}
+    case rotary.Yarn(factor, original, attention, fast, slow, truncate):
+      found |= {'rope_type': 'yarn', 'factor': factor, 'original_max_position_embeddings': original,
+                'attention_factor': attention, 'beta_fast': fast, 'beta_slow': slow, 'truncate': truncate}
+    case rotary.LongRope(short, long, original, attention):
+      found |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
+                'original_max_position_embeddings': original, 'attention_factor': attention}
+  return found

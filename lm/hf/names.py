@@ -1,0 +1,121 @@
+"""Which tensors of a file are which leaves of a parameter tree, and how one becomes the other.
+
+A path such as 'attention/query' is a leaf of a block's tree. Reading only views, so that a leaf is read from its file
+when, and as far as, it is wanted: transposing and splitting an axis copy nothing.
+"""
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.models.transformer import Transformer
+
+Arrays = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+  """Tensors of a file that together are some leaves: `read` makes leaves of tensors, `write` tensors of leaves."""
+  tensors: tuple[str, ...]
+  leaves: tuple[str, ...]
+  read: Callable[..., Arrays]
+  write: Callable[..., Arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """An architecture of `transformers`, in this house.
+
+  `model(config)` composes the model, and reads every field of the config; `config(model)` gives the fields back, or
+  raises ValueError where the model is of another family. `layer(block)` maps what a layer holds, with names that follow
+  the prefix of the layer; `rest(model)` all else. `ignored(name)` says which tensors of a file hold no weights.
+  """
+  architecture: str
+  model_type: str
+  model: Callable[[Any], Transformer]
+  config: Callable[[Transformer], dict[str, Any]]
+  layer: Callable[[Any], Sequence[Map]]
+  rest: Callable[[Transformer], Sequence[Map]]
+  prefix: str = 'model.layers.{}.'
+  ignored: Callable[[str], bool] = lambda name: name.endswith('rotary_emb.inv_freq')
+
+
+class Stacked:
+  """Arrays of one shape, seen as one with an axis more, in front; only what is asked for is read."""
+
+  def __init__(self, parts: Sequence[Any]):
+    self._parts = list(parts)
+    self.shape, self.dtype = (len(parts), *parts[0].shape), parts[0].dtype
+    self.ndim = len(self.shape)
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    first, *rest = index if isinstance(index, tuple) else (index,)
+    if isinstance(first, int | np.integer):
+      return self._parts[first][tuple(rest)]
+    return np.stack([part[tuple(rest)] for part in self._parts[first]])
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    return np.stack([np.asarray(part, dtype) for part in self._parts])
+
+
+def same(tensor: str, leaf: str) -> Map:
+  """Vectors, and tables of embeddings."""
+  return Map((tensor,), (leaf,), lambda w: (w,), lambda w: (w,))
+
+
+def linear(tensor: str, leaf: str) -> Map:
+  """A weight that the file has as [out, in]."""
+  return Map((tensor,), (leaf,), lambda w: (w.T,), lambda w: (w.T,))
+
+
+def to_heads(tensor: str, leaf: str, size: int) -> Map:
+  """Projections to heads of `size` entries: [heads * H, D] to [D, heads, H]."""
+  return Map((tensor,), (leaf,), lambda w: (w.T.reshape(w.shape[1], -1, size),),
+             lambda w: (np.reshape(w, (w.shape[0], -1)).T,))
+
+
+def from_heads(tensor: str, leaf: str, size: int) -> Map:
+  """The projection out of heads: [D, heads * H] to [heads, H, D]."""
+  return Map((tensor,), (leaf,), lambda w: (w.T.reshape(-1, size, w.shape[0]),),
+             lambda w: (np.reshape(w, (-1, w.shape[-1])).T,))
+
+
+def by_heads(tensor: str, leaf: str, size: int) -> Map:
+  """A vector over all heads: [heads * H] to [heads, H]."""
+  return Map((tensor,), (leaf,), lambda w: (w.reshape(-1, size),), lambda w: (np.reshape(w, -1),))
+
+
+def llama_attention(attention: Any, prefix: str = 'self_attn.') -> Iterator[Map]:
+  """q_proj, k_proj, v_proj, o_proj, and what norms and biases there are."""
+  size = attention.head_size
+  for tensor, leaf in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
+    yield to_heads(f'{prefix}{tensor}.weight', f'attention/{leaf}', size)
+    if attention.bias:
+      yield by_heads(f'{prefix}{tensor}.bias', f'attention/{leaf}_bias', size)
+  yield from_heads(f'{prefix}o_proj.weight', 'attention/out', size)
+  if attention.bias if attention.out_bias is None else attention.out_bias:
+    yield same(f'{prefix}o_proj.bias', 'attention/out_bias')
+  for tensor, leaf in (('q_norm', 'query_norm'), ('k_norm', 'key_norm')):
+    norm = getattr(attention, leaf)
+    if norm is not None and norm.learned:
+      make = same if norm.axes == '-' else lambda t, n: by_heads(t, n, size)
+      yield make(f'{prefix}{tensor}.weight', f'attention/{leaf}/scale')
+
+
+def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'feed_forward') -> Iterator[Map]:
+  for name in ('gate', 'up', 'down') if feed_forward.gated else ('up', 'down'):
+    yield linear(f'{prefix}{name}_proj.weight', f'{leaf}/{name}')
+    if feed_forward.bias:
+      yield same(f'{prefix}{name}_proj.bias', f'{leaf}/{name}_bias')
+
+
+def llama_layer(block: Any) -> list[Map]:
+  return [same('input_layernorm.weight', 'attention_norm/scale'),
+          same('post_attention_layernorm.weight', 'feed_forward_norm/scale'),
+          *llama_attention(block.attention), *llama_feed_forward(block.feed_forward)]
+
+
+def llama_rest(model: Transformer) -> list[Map]:
+  head = [] if model.tied else [same('lm_head.weight', 'head')]
+  return [same('model.embed_tokens.weight', 'embedding'), same('model.norm.weight', 'norm/scale'), *head]

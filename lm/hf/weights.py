@@ -1,0 +1,180 @@
+"""Parameters out of weight files, straight into the shards of a mesh, and back; the folder as a whole."""
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.describe import describe
+from lm.hf import files, gpt2, llama
+from lm.hf.config import Config, read
+from lm.hf.names import Family, Map, Stacked
+from lm.models.transformer import Transformer
+
+FAMILIES = (gpt2.FAMILY, llama.FAMILY)
+
+
+def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
+  """The family that a config.json names; ValueError if it is none of `families`."""
+  named = values.get('architectures') or []
+  for family in families:
+    if family.architecture in named or (not named and family.model_type == values.get('model_type')):
+      return family
+  raise ValueError(f'architectures={named} of model_type={values.get("model_type")!r} is not supported; supported are '
+                   + ', '.join(family.architecture for family in families))
+
+
+def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtype: Any = jnp.float32
+               ) -> tuple[Transformer, Family]:
+  """The model that a folder's config.json describes, computing in `dtype`."""
+  path = folder / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(f'{folder} has no config.json; give a folder as Hugging Face has it')
+  values = read(path)
+  family, config = family_of(values, families), Config(values, str(path))
+  if values.get('quantization_config'):
+    config.refuse('quantization_config', values['quantization_config'].get('quant_method'), 'only weights as they are')
+  model = family.model(config)
+  config.finish()
+  return model.clone(dtype=dtype), family
+
+
+class _Place(NamedTuple):
+  """A map, with the names of its tensors in full, and where its leaves are in the parameters."""
+  map: Map
+  tensors: tuple[str, ...]
+  paths: tuple[tuple[str, ...], ...]
+  repeat: int | None   # of the stack that the layer is in
+
+
+def _places(model: Transformer, family: Family) -> Iterator[_Place]:
+  for m in family.rest(model):
+    yield _Place(m, m.tensors, tuple(tuple(leaf.split('/')) for leaf in m.leaves), None)
+  layer = tree = 0
+  for stack in model.blocks:
+    for repeat in range(stack.repeats):
+      for i, block in enumerate(stack.pattern):
+        for m in family.layer(block):
+          yield _Place(m, tuple(family.prefix.format(layer) + name for name in m.tensors),
+                       tuple(('blocks', str(tree + i), *leaf.split('/')) for leaf in m.leaves), repeat)
+        layer += 1
+    tree += len(stack.pattern)
+
+
+def load_params(model: Transformer, family: Family, weights: files.Weights) -> Any:
+  """The parameters, in the dtype of the files, laid out on the mesh that is set; read leaf by leaf.
+
+  Raises ValueError where a tensor is missing, has another shape, or is not a weight of the model.
+  """
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  left, found = {name for name in weights if not family.ignored(name)}, {}
+  if model.tied and 'lm_head.weight' in left:
+    left.discard('lm_head.weight')
+    embedding = next(m for m in family.rest(model) if m.leaves == ('embedding',)).tensors[0]
+    if embedding in weights and not np.array_equal(weights['lm_head.weight'], weights[embedding]):
+      raise ValueError(f'tie_word_embeddings is true, but lm_head.weight is not {embedding}; set it to false')
+  bare = family.prefix.partition('.')[0] + '.'
+  without = '' if any(name.startswith(bare) for name in left) else bare   # GPT-2's own files leave it out
+  for place in _places(model, family):
+    names = [name.removeprefix(without) for name in place.tensors]
+    if missing := [name for name in names if name not in weights]:
+      raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(weights)} tensors')
+    tensors = [weights[name] for name in names]
+    left -= set(names)
+    try:
+      leaves = place.map.read(*tensors)
+    except (ValueError, IndexError) as error:
+      raise ValueError(f'the tensors {", ".join(names)} of shapes {[t.shape for t in tensors]} do not fit: {error}'
+                       ) from None
+    for path, leaf in zip(place.paths, leaves):
+      expected = _at(shapes, path).shape[0 if place.repeat is None else 1:]
+      if leaf.shape != expected:
+        raise ValueError(f'{" and ".join(names[:2])} of shape {tensors[0].shape} make {"/".join(path)} of shape '
+                         f'{leaf.shape}, where the config gives {expected}')
+      if leaf.dtype not in (np.float32, np.float16, jnp.bfloat16):
+        raise ValueError(f'{names[0]} is of dtype {leaf.dtype}; only float32, float16 and bfloat16 are supported')
+      found.setdefault(path, []).append(leaf)
+  if left:
+    raise ValueError(f'{len(left)} tensors are not weights of this model: {", ".join(sorted(left)[:3])}')
+
+  def make(path, shape):
+    parts = found[tuple(key.key for key in path)]
+    leaf = Stacked(parts) if path[0].key == 'blocks' else parts[0]
+    layout = shape.sharding if sharding.spec('') is not None else None
+    array = _laid_out(leaf, layout)
+    weights.release()
+    return array
+  return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def _laid_out(leaf: Any, layout: Any) -> jax.Array:
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return jax.block_until_ready(jnp.asarray(np.ascontiguousarray(leaf[(slice(None),) * leaf.ndim])))
+  layout = jax.sharding.NamedSharding(mesh, layout.spec)
+  return jax.block_until_ready(
+      jax.make_array_from_callback(leaf.shape, layout, lambda index: np.ascontiguousarray(leaf[index])))
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) -> dict[str, files.Tensor]:
+  """What `files.write` takes: the parameters under the names of `family`, cast to `dtype` if one is given."""
+  found = {}
+  for place in _places(model, family):
+    leaves = [_at(params, path) for path in place.paths]
+    kind = np.dtype(dtype or leaves[0].dtype)
+    # Zeros that take no memory stand for the leaves: only the shapes are wanted.
+    start = 0 if place.repeat is None else 1
+    shapes = place.map.write(*(np.broadcast_to(np.zeros((), kind), leaf.shape[start:]) for leaf in leaves))
+    for i, (name, shape) in enumerate(zip(place.tensors, shapes)):
+      def give(i=i, place=place, leaves=leaves, kind=kind):
+        parts = (np.asarray(leaf if place.repeat is None else leaf[place.repeat]) for leaf in leaves)
+        return np.ascontiguousarray(place.map.write(*parts)[i].astype(kind, copy=False))
+      found[name] = shape.shape, kind, give
+  return found
+
+
+def export_config(model: Transformer, families: Sequence[Family] = FAMILIES) -> tuple[Family, dict[str, Any]]:
+  """The family that has this model, and its config; ValueError if none has."""
+  for family in families:
+    try:
+      values = family.config(model)
+      again = family.model(Config(values))
+    except (ValueError, AttributeError):   # of another build
+      continue
+    if _computes(again) == _computes(model):
+      return family, {'architectures': [family.architecture], 'model_type': family.model_type, **values}
+  raise ValueError('no family of transformers computes what this model does; known are '
+                   + ', '.join(family.architecture for family in families))
+
+
+def _computes(model: Transformer) -> Any:
+  """A model's description without what training alone needs."""
+  def strip(tree):
+    if isinstance(tree, dict):
+      return {k: strip(v) for k, v in tree.items() if k not in ('std', 'out_std', 'dropout', 'dtype')}
+    return [strip(item) for item in tree] if isinstance(tree, list) else tree
+  return strip(describe(model))
+
+
+def write(folder: pathlib.Path, model: Transformer, params: Any, families: Sequence[Family] = FAMILIES,
+          dtype: Any = None, extra: dict[str, Any] | None = None) -> None:
+  """A folder that `AutoModelForCausalLM.from_pretrained` opens; it appears whole or not at all.
+
+  `extra` goes into config.json: token ids, such as `bos_token_id`.
+  """
+  family, values = export_config(model, families)
+  with files.new_folder(folder) as new:
+    weights = tensors(model, family, params, dtype)
+    files.write(new, weights)
+    kind = np.dtype(dtype or next(iter(jax.tree.leaves(params))).dtype).name
+    (new / 'config.json').write_text(json.dumps({**values, 'dtype': kind, **(extra or {})}, indent=2) + '\n')
