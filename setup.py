@@ -28,6 +28,10 @@ setuptools.setup(
         'tpu': ['jax[tpu]'],
         'zstd': ['zstandard>=0.23'],
         'tokenizers': ['tokenizers>=0.21'],
+        'hf': [
+            'tokenizers>=0.21',     # tokenizer.json files
+            'jinja2>=3.1.6',        # chat templates; below, ways out of its sandbox are known
+        ],
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
         # What the benchmark measures against; the CPU builds are enough.
@@ -35,6 +39,7 @@ setuptools.setup(
         'test': [
             'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23', 'stopwordsiso>=0.6',
             'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools',
+            'jinja2>=3.1.6',        # chat templates
         ],
     },
 )

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
     'sharding', 'describe', 'hf/files',
-    'data/source', 'data/corpora', 'data/clean', 'data/vocabulary', 'data/tokenizer', 'data/store', 'data/batches',
+    'data/source', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
+    'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat', 'data/store', 'data/batches',
     'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
@@ -21,7 +22,8 @@ DOORS = {
     'flax': {'models/'}, 'orbax': {'checkpoint'}, 'tensorstore': {'checkpoint'}, 'matplotlib': {'plot'},
     'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/corpora'}, 'pyarrow': {'data/corpora'},
     'zstandard': {'data/corpora'}, 'ftfy': {'data/clean'}, 'jieba': {'data/clean'}, 'stopwordsiso': {'data/clean'},
-    'tokenizers': {'data/vocabulary'}, 'sentencepiece': {'data/vocabulary', 'data/tokenizer'},   # to read, to train
+    'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
+    'sentencepiece': {'data/vocabulary', 'data/tokenizer'},   # to read, to train
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Slow to import, or optional: inside the function that needs them, so that --help answers at once.
 LAZY = set(DOORS) - {'flax'}

@@ -160,7 +160,20 @@ def test_loading_what_is_not_there(tmp_path):
     (tmp_path / name).write_text('{}')
     with pytest.raises(ValueError, match=f'{name}: this is no '):
       tokenizer.load(tmp_path / name)
-  with pytest.raises(ValueError, match='tokenizer.json, tokenizer.model'):
+  (tmp_path / 'tokenizer.json').rename(tmp_path / 'other.model')
+  with pytest.raises(ValueError, match='other.model, tokenizer.model: give'):
+    tokenizer.load(tmp_path)
+  (tmp_path / 'vocab.json').write_text('{}')
+  with pytest.raises(ValueError, match='vocab.json: .*merges.txt go together'):
+    tokenizer.load(tmp_path)
+  (tmp_path / 'merges.txt').write_text('')
+  with pytest.raises(ValueError, match='lacks 256 of 256 bytes'):
+    tokenizer.load(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "CLIPTokenizer"}')
+  with pytest.raises(ValueError, match='CLIPTokenizer .*save its tokenizer.json'):
+    tokenizer.load(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text('{')
+  with pytest.raises(ValueError, match='tokenizer_config.json is no JSON'):
     tokenizer.load(tmp_path)
 
 
@@ -181,18 +194,82 @@ def test_sentencepiece_models_as_published():
 
 @pytest.mark.skipif(not DATA.exists(), reason='no shared data')
 def test_gpt2_ids_as_published(tmp_path):
-  tokenizers = pytest.importorskip('tokenizers')
-  vocabulary = json.loads((DATA / 'gpt2_bpe/encoder.json').read_text())
-  merges = [tuple(line.split()) for line in (DATA / 'gpt2_bpe/vocab.bpe').read_text().splitlines()[1:] if line]
-  t = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-  t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  t.decoder = tokenizers.decoders.ByteLevel()
-  t.add_special_tokens(['<|endoftext|>'])
-  t.save(str(tmp_path / 'tokenizer.json'))
+  pytest.importorskip('tokenizers')
+  for name, copy in (('encoder.json', 'vocab.json'), ('vocab.bpe', 'merges.txt')):
+    (tmp_path / copy).write_bytes((DATA / 'gpt2_bpe' / name).read_bytes())
   gpt2 = tokenizer.load(tmp_path)
+  assert gpt2 == tokenizer.load(tmp_path / 'merges.txt')
   assert (gpt2.vocab_size, gpt2.bos_id, gpt2.eos_id) == (50257, 50256, 50256)
   for case in json.loads((DATA / 'gpt2_bpe/golden_encode.json').read_text())['cases']:
     assert gpt2.encode(case['text']).tolist() == case['ids']
     assert gpt2.decode(case['ids']) == case['text']
     assert gpt2.byte_lengths()[case['ids']].sum() == len(case['text'].encode())
   assert gpt2.decode([50256]) == '' and gpt2.byte_lengths()[50256] == 0
+
+
+def test_parsing_finds_control_tokens_and_where_each_token_lies(lossless):
+  for text in [*NASTY, '<|mask|>', 'a<|mask|><|mask|> 你好\n<|mask|']:
+    ids, spans = lossless.parse(text)
+    assert ids.dtype == np.int32 and spans.shape == (len(ids), 2)
+    parts = text.split('<|mask|>')
+    assert (ids == lossless.control_id('<|mask|>')).sum() == len(parts) - 1
+    if not any(name in text for name in lossless.control_names):
+      np.testing.assert_array_equal(ids, lossless.encode(text))
+    assert sorted(np.unique([i for start, end in spans for i in range(start, end)])) == list(range(len(text)))
+    names = {lossless.control_id(name): name for name in lossless.control_names}
+    for i, (start, end) in zip(ids.tolist(), spans):
+      spelled = lossless.decode([i]) or names[i]
+      assert spelled == text[start:end] or '\N{REPLACEMENT CHARACTER}' in spelled
+
+
+@pytest.mark.skipif(not DATA.exists(), reason='no shared data')
+def test_parsing_where_text_is_normalised():
+  t5 = tokenizer.load(DATA / 'sentencepiece/t5_tokenizer_base.model')
+  ids, spans = t5.parse('one  two</s>Ａ')
+  assert ids.tolist() == [*t5.encode('one  two'), t5.eos_id, *t5.encode('Ａ')]
+  assert [(int(start), int(end)) for start, end in spans] == [(0, 3), (3, 8), (8, 12), (12, 13)]
+  assert t5.parse('')[1].shape == (0, 2)
+
+
+def folder_with(tmp_path, documents, post_processor=None, **files):
+  t = json.loads(byte_level(documents).model)
+  t['post_processor'] = post_processor
+  for i, name in enumerate(['<x>', '<y>', '<z>']):
+    t['added_tokens'].append({**t['added_tokens'][0], 'id': 600 + i, 'content': name})
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(t))
+  for name, value in files.items():
+    (tmp_path / f'{name}.json').write_text(json.dumps(value))
+  return tokenizer.load(tmp_path)
+
+
+def test_a_space_that_the_file_trims_is_of_the_token_that_has_it(tmp_path, documents):
+  trims = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+  t = folder_with(tmp_path, documents, trims)
+  spans = t.parse('def  self ')[1].tolist()
+  assert [0, *(end for _, end in spans)] == [*(start for start, _ in spans), 10]
+
+
+def test_bos_that_the_file_would_add_is_not_added(tmp_path, documents):
+  tokenizers = pytest.importorskip('tokenizers')
+  adds = {'type': 'TemplateProcessing', 'pair': [],
+          'special_tokens': {'<x>': {'id': '<x>', 'ids': [600], 'tokens': ['<x>']}},
+          'single': [{'SpecialToken': {'id': '<x>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]}
+  t = folder_with(tmp_path, documents, adds, tokenizer_config={'bos_token': '<x>', 'eos_token': {'content': '<y>'}})
+  assert tokenizers.Tokenizer.from_str(t.model).encode('def').ids[0] == t.bos_id == 600
+  np.testing.assert_array_equal(t.encode('def'), byte_level(documents).encode('def'))
+  np.testing.assert_array_equal(t.parse('def')[0], t.encode('def'))
+
+
+XY = ['<x>', '<y>']
+
+
+@pytest.mark.parametrize('files, expected', [
+    ({'tokenizer_config': {'bos_token': '<x>', 'eos_token': {'content': '<y>'}, 'add_bos_token': True}}, XY),
+    ({'special_tokens_map': {'bos_token': '<x>', 'eos_token': '<z>'}, 'tokenizer_config': {'eos_token': '<y>'}}, XY),
+    ({'special_tokens_map': {'bos_token': None, 'eos_token': '<y>'}, 'config': {'bos_token_id': 600}}, XY),
+    ({'generation_config': {'eos_token_id': [601, 602]}, 'config': {'bos_token_id': 600, 'eos_token_id': 602}}, XY),
+    ({'separators': {'bos': '<x>', 'eos': '<y>'}, 'tokenizer_config': {'bos_token': '<z>', 'eos_token': '<z>'}}, XY),
+    ({'tokenizer_config': {'bos_token': 'no such token'}, 'config': {'eos_token_id': [7]}}, ['<|endoftext|>'] * 2)])
+def test_separators_are_what_the_files_beside_it_say(files, expected, tmp_path, documents):
+  t = folder_with(tmp_path, documents, **files)
+  assert (t.bos_id, t.eos_id) == tuple(map(t.control_id, expected))

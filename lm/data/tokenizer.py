@@ -4,15 +4,17 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from lm.data import vocabulary
-from lm.data.vocabulary import CONTROL, Bytes, HuggingFace, SentencePiece, Tokenizer, sentinels
+from lm.data import huggingface, protobuf, vocabulary
+from lm.data.huggingface import HuggingFace
+from lm.data.vocabulary import CONTROL, Bytes, SentencePiece, Tokenizer, sentinels
 
-__all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'train_sentencepiece']
+__all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
+           'train_sentencepiece']
 
 # Names of separators in public vocabularies, most telling first.
 _BOS = ('<s>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '[CLS]', '<|endoftext|>')
@@ -61,7 +63,8 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal
       raise ValueError(f'vocab_size={vocab_size} is too small: bytes, control tokens and characters take {found[1]}; '
                        f'raise it, or lower character_coverage={character_coverage}') from None
     raise ValueError(f'SentencePiece cannot train: {error}') from None
-  return SentencePiece(model.getvalue(), '<s>', '</s>')
+  # Unigram's scores are rounded, by less than 0.04 nats, so that tokenizer.json files can have the same ids.
+  return SentencePiece(protobuf.rounded(model.getvalue()) if kind == 'unigram' else model.getvalue(), '<s>', '</s>')
 
 
 _PIECE = 4000  # characters: SentencePiece skips longer sentences than it is told of
@@ -81,31 +84,37 @@ def _sample(documents: Iterable[str], size: int) -> list[str]:
 
 
 def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None) -> Tokenizer:
-  """Opens what `save` wrote, a SentencePiece model (of T5, ALBERT, Llama, ...) or a tokenizer.json.
+  """Opens what `save` wrote, a Hugging Face folder, a tokenizer.json, or a SentencePiece model (of T5, Llama, ...).
 
   Args:
-    path: the file, or a folder with one of them.
-    bos, eos: names of the separators, if they are others than the file or custom says.
+    path: the file (vocab.json or merges.txt stand for both), or a folder. In a folder the first found counts:
+      bytes.json, tokenizer.json, vocab.json with merges.txt (GPT-2's), a .model file.
+    bos, eos: names of the separators. By default what the files beside it say (separators.json, else
+      tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json; of several eos the first),
+      else what is custom.
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    found = sorted(p for p in path.iterdir() if p.suffix == '.model' or p.name in ('tokenizer.json', 'bytes.json'))
+    found = [path / name for name in ('bytes.json', 'tokenizer.json', 'vocab.json') if (path / name).is_file()]
+    found = found[:1] or sorted(path.glob('*.model'))
     if len(found) > 1:
       raise ValueError(f'{path} has {", ".join(p.name for p in found)}: give the path of the one to load')
     path = found[0] if found else path / 'tokenizer.model'
   if not path.is_file():
     raise FileNotFoundError(f'{path}: there is no such tokenizer; give a .model file, a tokenizer.json or their folder')
-  data = path.read_bytes()
-  if path.name == 'bytes.json':
-    return Bytes(tuple(json.loads(data)['control']))
-  kind, data = (HuggingFace, data.decode()) if path.suffix == '.json' else (SentencePiece, data)
-  if (saved := path.with_name('separators.json')).exists():
-    saved = json.loads(saved.read_text())
-    bos, eos = bos or saved['bos'], eos or saved['eos']
   try:
+    if path.name == 'bytes.json':
+      return Bytes(tuple(json.loads(path.read_bytes())['control']))
+    if path.name in ('vocab.json', 'merges.txt'):
+      kind, data = HuggingFace, _gpt2(path.parent)
+    elif path.suffix == '.json':
+      kind, data = HuggingFace, path.read_bytes().decode()
+    else:
+      kind, data = SentencePiece, path.read_bytes()
     control = kind(data, '', '')._control
-    first = lambda given, names: [given] if given else [name for name in names if name in control]
-    bos, eos = first(bos, _BOS), first(eos, _EOS)
+    first = lambda given, side, names: [given] if given else [
+        name for name in (*_named(path.parent, side, control), *names) if name in control]
+    bos, eos = first(bos, 'bos', _BOS), first(eos, 'eos', _EOS)
     if not bos + eos:
       raise ValueError(f'no known separator among the control tokens ({", ".join(control) or "none"}): '
                        'name them, load(path, bos=..., eos=...)')
@@ -114,3 +123,48 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return tokenizer
+
+
+def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
+  """What a Hugging Face folder calls bos_token, eos_token, pad_token, ...; empty without its files."""
+  tokens = {}
+  for file in ('special_tokens_map.json', 'tokenizer_config.json'):  # the latter counts
+    for key, value in _json(pathlib.Path(folder) / file).items():
+      name = value.get('content') if isinstance(value, dict) else value
+      if key.endswith('_token') and isinstance(name, str):
+        tokens[key] = name
+  return tokens
+
+
+def _named(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> list[str]:
+  """Names that the files of a folder give to bos or eos, most telling first."""
+  names = [_json(folder / 'separators.json').get(side), special_tokens(folder).get(f'{side}_token')]
+  by_id = {i: name for name, i in control.items()}
+  for file in ('generation_config.json', 'config.json'):
+    ids = _json(folder / file).get(f'{side}_token_id')
+    names += [by_id.get(i) for i in (ids if isinstance(ids, list) else [ids])]
+  return [name for name in names if name]
+
+
+def _gpt2(folder: pathlib.Path) -> str:
+  config = _json(folder / 'tokenizer_config.json')
+  if (name := config.get('tokenizer_class', 'GPT2Tokenizer')) not in ('GPT2Tokenizer', 'GPT2TokenizerFast'):
+    raise ValueError(f"{name} may cut text in other ways than GPT-2's; save its tokenizer.json with transformers")
+  if not (folder / 'merges.txt').is_file() or not (folder / 'vocab.json').is_file():
+    raise ValueError("GPT-2's vocab.json and merges.txt go together, and one is missing")
+  tokens = {**dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>'), **special_tokens(folder)}
+  added = {token['content']: int(i) for i, token in config.get('added_tokens_decoder', {}).items()}
+  return huggingface.gpt2((folder / 'vocab.json').read_bytes().decode(), (folder / 'merges.txt').read_bytes().decode(),
+                          list(tokens.values()), {**_json(folder / 'added_tokens.json'), **added},
+                          bool(config.get('add_prefix_space')))
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  """What a file holds; nothing where there is none."""
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
+  return value if isinstance(value, dict) else {}

@@ -1,8 +1,8 @@
-"""What a tokenizer is to the other rooms, and the three kinds: bytes, SentencePiece, and Hugging Face tokenizer.json.
+"""What a tokenizer is to the other rooms, what tokenizers share, and two kinds: bytes and SentencePiece.
 
 A tokenizer is an immutable value: equal files make equal tokenizers, with one fingerprint, and it can be pickled. What
-is trained here, and `Bytes`, are lossless: decode(encode(text)) == text for all valid Unicode. No text, '<s>' included,
-is ever encoded as a control token, and encoding adds no bos or eos: batches place those.
+is trained here, and `Bytes`, are lossless: decode(encode(text)) == text for all valid Unicode. `encode` takes no
+text, '<s>' included, for a control token, and adds no bos or eos, whatever the file would add: batches place those.
 """
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lm.data import source
+from lm.data import protobuf
 
 
 class Tokenizer(Protocol):
@@ -50,6 +50,15 @@ class Tokenizer(Protocol):
     Over a document they add up to its length if the tokenizer is lossless. Normalising ones (T5) count their own text.
     """
 
+  def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Text that spells control tokens on purpose (a chat template's): ids, and which characters each is of, [n, 2].
+
+    As in `encode` no token is added. Tokens that share a character all have it in their span.
+    """
+
+  @property
+  def control_names(self) -> tuple[str, ...]: ...
+
   def control_id(self, name: str) -> int:
     """Raises ValueError, with the names that exist, where `name` is no control token."""
 
@@ -67,7 +76,7 @@ CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
            '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', *sentinels(32))
 
 
-class _Base:
+class Base:
   """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names."""
 
   @property
@@ -100,6 +109,29 @@ class _Base:
   def byte_lengths(self) -> np.ndarray:
     return np.array([len(piece) for piece in self._table], np.int32)
 
+  def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    names = '|'.join(map(re.escape, sorted(self._control, key=len, reverse=True)))
+    parts = re.split(f'({names})', text)
+    starts = np.cumsum([0, *map(len, parts)])
+    found = [np.array([self._control[x]], np.int32) if x in self._control else self.encode(x) for x in parts]
+    spans = [np.array([[0, len(x)]]) if x in self._control else self._spans(x, ids) for x, ids in zip(parts, found)]
+    return np.concatenate(found), np.concatenate([span + start for span, start in zip(spans, starts)])
+
+  def _spans(self, text: str, ids: np.ndarray) -> np.ndarray:
+    ends = self._ends(text, ids)
+    starts = np.r_[0, ends][:-1]
+    first = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80
+    character = np.r_[np.cumsum(first) - 1, len(text)].astype(int)  # of each byte, and of the end
+    return np.stack([character[starts], np.where(ends > starts, character[ends - 1] + 1, character[starts])], -1)
+
+  def _ends(self, text: str, ids: np.ndarray) -> np.ndarray:
+    """The byte of the text where each token ends."""
+    return np.cumsum([len(self._table[i]) for i in ids], dtype=int)
+
+  @property
+  def control_names(self) -> tuple[str, ...]:
+    return tuple(self._control)
+
   def control_id(self, name: str) -> int:
     if name not in self._control:
       raise ValueError(f'there is no control token {name!r} in this tokenizer, only {", ".join(self._control)}; '
@@ -114,7 +146,7 @@ class _Base:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes(_Base):
+class Bytes(Base):
   """UTF-8 bytes as ids 0..255, then bos, eos and the control tokens."""
   control: tuple[str, ...] = CONTROL
 
@@ -137,11 +169,11 @@ class Bytes(_Base):
     return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
 
   def save(self, folder: str | os.PathLike) -> None:
-    _write(folder, 'bytes.json', json.dumps({'control': self.control}, indent=1).encode())
+    write(folder, 'bytes.json', json.dumps({'control': self.control}, indent=1).encode())
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePiece(_Base):
+class SentencePiece(Base):
   """A SentencePiece model (arXiv:1808.06226), by the bytes of its .model file and the names of bos and eos in it.
 
   A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix) is made lossless: it is
@@ -176,6 +208,10 @@ class SentencePiece(_Base):
     model = self._processor
     return {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
 
+  @property
+  def lossless(self) -> bool:
+    return self._space is not None
+
   @functools.cached_property
   def _space(self) -> np.ndarray | None:
     """The ids of the bytes of '▁' if the model is lossless."""
@@ -203,62 +239,14 @@ class SentencePiece(_Base):
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return super().decode(ids) if self._space is not None else self._processor.decode(self._checked(ids))
 
-  def save(self, folder: str | os.PathLike) -> None:
-    _write(folder, 'tokenizer.model', self.model)
-    _write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
-
-
-@dataclasses.dataclass(frozen=True)
-class HuggingFace(_Base):
-  """A tokenizer of the `tokenizers` library, by the text of its tokenizer.json and the names of bos and eos in it."""
-  model: str = dataclasses.field(repr=False)
-  bos: str
-  eos: str
-
-  @functools.cached_property
-  def _tokenizer(self) -> Any:
-    module = source.require('tokenizers', 'tokenizers')
-    try:
-      tokenizer = module.Tokenizer.from_str(self.model)
-    except Exception as error:  # the library raises no narrower class
-      raise ValueError(f'this is no tokenizer.json: {error}') from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # means: as plain text
-    return tokenizer
-
-  @functools.cached_property
-  def _table(self) -> list[bytes]:
-    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    added = self._tokenizer.get_added_tokens_decoder()
-    byte = _byte_level() if '"ByteLevel"' in self.model else None
-    table = [b''] * (1 + max(vocabulary.values()))
-    for name, i in vocabulary.items():
-      if i in added:
-        table[i] = b'' if added[i].special else name.encode()
-      elif byte:
-        table[i] = b''.join(byte.get(c, c.encode()) for c in name)
-      elif re.fullmatch('<0x[0-9A-F]{2}>', name):
-        table[i] = bytes([int(name[3:5], 16)])
-      else:
-        table[i] = name.removeprefix('##').replace('▁', ' ').encode()
-    return table
-
-  @functools.cached_property
-  def _control(self) -> dict[str, int]:
-    return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    for text in texts:
-      utf8(text)
-    return [np.array(x.ids, np.int32) for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return self._tokenizer.decode(self._checked(ids))
+  def _ends(self, text: str, ids: np.ndarray) -> np.ndarray:
+    if self.lossless:
+      return super()._ends(text, ids)
+    return np.array(protobuf.ends(self._processor.encode(text, out_type='serialized_proto')), int)
 
   def save(self, folder: str | os.PathLike) -> None:
-    _write(folder, 'tokenizer.json', self.model.encode())
-    _write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
+    write(folder, 'tokenizer.model', self.model)
+    write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
 
 
 def utf8(text: str) -> bytes:
@@ -269,14 +257,7 @@ def utf8(text: str) -> bytes:
                      'clean the text with lm.data.clean.Unicode()') from None
 
 
-def _write(folder: str | os.PathLike, name: str, data: bytes) -> None:
+def write(folder: str | os.PathLike, name: str, data: bytes) -> None:
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / name).write_bytes(data)
-
-
-def _byte_level() -> dict[str, bytes]:
-  """GPT-2's printable stand-ins for bytes: those that print stand for themselves, the others for U+0100 and up."""
-  visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  hidden = [byte for byte in range(256) if byte not in visible]
-  return {chr(byte): bytes([byte]) for byte in visible} | {chr(256 + i): bytes([b]) for i, b in enumerate(hidden)}

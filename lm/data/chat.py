@@ -1,0 +1,120 @@
+"""Chat templates of Hugging Face: messages to text, to tokens, and to a mask of what the assistant said."""
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.data import tokenizer
+from lm.data.render import Renderer
+
+Records = Sequence[Mapping[str, Any]]
+_MARK = f'\ue000{secrets.token_hex(8)}\ue001'
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A chat template. It is untrusted code: rendered in jinja2's sandbox, in a process that may be stopped.
+
+  Attributes:
+    source: what Jinja reads.
+    variables: what it knows by name beside the messages: bos_token, eos_token, and options such as enable_thinking.
+    seconds: that one rendering may take.
+
+  All methods raise ValueError where the template is wrong, refuses the messages (`raise_exception`), takes too long,
+  too much memory or writes too much, and where a message lacks its role or content.
+  """
+  source: str
+  variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seconds: float = 5
+
+  def render(self, messages: Records, add_generation_prompt: bool = False, tools: Records | None = None) -> str:
+    """Messages have a role and content, or tool_calls; tools are JSON schemas."""
+    return self._render(messages, add_generation_prompt, tools, False)[0]
+
+  def render_spans(self, messages: Records, add_generation_prompt: bool = False,
+                   tools: Records | None = None) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and its characters [start, end) inside {% generation %} blocks: what the assistant said."""
+    return self._render(messages, add_generation_prompt, tools, True)
+
+  def encode(self, tokens: tokenizer.Tokenizer, messages: Records, add_generation_prompt: bool = False,
+             tools: Records | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [T], and which of them hold what the assistant said, bool [T]; bos and eos where the template has any.
+
+    The template's control tokens are tokens; a message that spells one has text, so it cannot end its own turn.
+    """
+    names = '|'.join(map(re.escape, sorted(tokens.control_names, key=len, reverse=True)))
+    marked = functools.partial(re.sub, names, lambda found: f'{_MARK}{found[0]}{_MARK}')
+    text, spans = self.render_spans(_mapped(marked, messages), add_generation_prompt, _mapped(marked, tools))
+    said = np.zeros(len(text), bool)
+    for start, end in spans:
+      said[start:end] = True
+    ids, mask, at = [np.zeros(0, np.int32)], [np.zeros(0, bool)], 0
+    for found in [*re.finditer(f'{_MARK}({names}){_MARK}|{_MARK}', text), None]:
+      if part := text[at:found.start() if found else None]:
+        parsed, where = tokens.parse(part)
+        ids.append(parsed)
+        mask.append(np.array([said[at + start:at + end].any() for start, end in where], bool))
+      if found and found[1]:
+        ids.append(tokens.encode(found[1]))
+        mask.append(np.full(len(ids[-1]), said[found.start(1)]))
+      at = found.end() if found else at
+    return np.concatenate(ids), np.concatenate(mask)
+
+  def _render(self, messages, add_generation_prompt, tools, marks):
+    if not messages:
+      raise ValueError('there are no messages')
+    for i, message in enumerate(messages):
+      if not isinstance(message, Mapping) or not isinstance(message.get('role'), str):
+        raise ValueError(f"message {i} has no role, such as 'user': {message!r}")
+      if message.get('content') is None and not message.get('tool_calls'):
+        raise ValueError(f'message {i} has no content: {message!r}')
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    given = {'messages': plain, 'tools': tools, 'documents': None, 'add_generation_prompt': add_generation_prompt}
+    try:
+      request = json.dumps([{**self.variables, **given}, marks])
+    except (TypeError, ValueError, RecursionError) as error:
+      raise ValueError(f'messages, tools and variables must be plain data, as in JSON: {error}') from None
+    return self._renderer.answer(request, self.seconds)
+
+  @functools.cached_property
+  def _renderer(self) -> Renderer:
+    return Renderer(self.source)
+
+  def __reduce__(self):
+    return type(self), (self.source, self.variables, self.seconds)
+
+
+def load(folder: str | os.PathLike, name: str = 'default') -> Template:
+  """The template of a Hugging Face folder: chat_template.jinja, additional_chat_templates/, or tokenizer_config.json.
+
+  Raises ValueError, with the names that exist, where there is none of that name ('tool_use', 'rag', ...).
+  """
+  folder = pathlib.Path(folder)
+  found = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
+  if (path := folder / 'chat_template.jinja').is_file():
+    found['default'] = path.read_bytes().decode()
+  if not found and (path := folder / 'tokenizer_config.json').is_file():
+    try:
+      legacy = json.loads(path.read_bytes()).get('chat_template') or {}
+      found = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None
+  if name not in found:
+    raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(found) or "none"}')
+  return Template(found[name], tokenizer.special_tokens(folder))
+
+
+def _mapped(function: Any, value: Any) -> Any:
+  """The value with the function applied to every string in it that is no key."""
+  if isinstance(value, str):
+    return function(value)
+  if isinstance(value, Mapping):
+    return {key: _mapped(function, each) for key, each in value.items()}
+  return [_mapped(function, each) for each in value] if isinstance(value, list | tuple) else value
