@@ -1,4 +1,4 @@
-"""Write text with a trained run, as it comes.
+"""Write text with a trained run or a Hugging Face model, as it comes.
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
 """
@@ -6,16 +6,17 @@ import pathlib
 
 import jax
 
-from lm import generate, launch, sharding, trained
+from lm import generate, launch, pretrained, sharding, trained
 
 
-def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), prompt: str = '', temperature: float = 1.,
-         top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1., max_tokens: int = 128,
-         stop: list[str] = [], n: int = 1, seed: int = 0, best: bool = False) -> None:  # noqa: B006
+def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
+         temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
+         max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False) -> None:
   """Prints the prompt and its completion; several completions one after the other.
 
   Args:
     workdir: of the run.
+    model: a Hugging Face folder, an imported one or an id on the hub, in place of a run.
     prompt: what the text begins with; nothing begins a new document.
     temperature: divides the logits; 0 takes the most probable token each time.
     top_k: draw among the k most probable tokens; 0 among all.
@@ -34,7 +35,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), prompt: str
   if n > 1 and sampling.greedy:
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh()):
-    loaded = trained.load(workdir, best)
+    loaded = pretrained.load(model) if model else trained.load(workdir, best)
     rest = [''] * n
     print(prompt, end='')
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm import launch, optim, train
+from lm import launch, optim, pretrained, train
 from lm.data import clean, corpora, dataset, tokenizer
 from lm.models import layers as parts
 from lm.models import transformer
@@ -35,8 +35,9 @@ def corpus(text: str | None, encoding_errors: str, jsonl: str | None, parquet: s
 def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
                weights: tuple[float, ...] = (), stop_words: str | None = None,
-               tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe', tokenizer_file: str | None = None,
-               vocab: int = 8192, length: int = 512, architecture: Literal['llama', 'gpt2'] = 'llama',
+               model: str | None = None, tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe',
+               tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
+               architecture: Literal['llama', 'gpt2'] = 'llama',
                layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
@@ -57,6 +58,7 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
     key: the field that holds the text, in all but plain text.
     weights: share of each corpus in a mixture, in the order text, jsonl, parquet, tfds.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
+    model: take architecture and tokenizer from this Hugging Face or imported folder (parameters - see --init).
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
@@ -68,8 +70,9 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
     keep: how many of the last checkpoints to keep, beside the best.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
-  if tokenizer_file:
-    tokens = tokenizer.load(tokenizer_file)
+  folder = pretrained.locate(model) if model else None
+  if tokenizer_file or folder:
+    tokens = tokenizer.load(tokenizer_file or folder)
   elif tokenizer_kind == 'bytes':
     tokens = tokenizer.Bytes()
   else:
@@ -78,14 +81,17 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
-  model = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
+  if folder:
+    decoder = pretrained.open_model(folder, shape['dtype']).clone(remat=shape['remat'])
+  else:
+    decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
           'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
   return train.Run(
-      model=model, objective=next_token(getattr(objective, denominator)),
+      model=decoder, objective=next_token(getattr(objective, denominator)),
       data=dataset.Text(corpus(text, encoding_errors, jsonl, parquet, tfds, key, weights), tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)

@@ -43,22 +43,24 @@ def tool(function: Callable[..., None]) -> None:
 
 
 def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable[..., None] | None, *,
-           workdir: pathlib.Path | None = None, seed: int = 0, mesh: str | None = None,
-           coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+           workdir: pathlib.Path | None = None, init: pathlib.Path | None = None, seed: int = 0,
+           mesh: str | None = None, coordinator_address: str | None = None, num_processes: int | None = None,
+           process_id: int | None = None):
   """A run in its workdir. The keyword-only parameters are the flags that every run shares.
 
   Args:
     workdir: where the run lives; one that was stopped goes on from there. Without it: runs/<name of the script>.
+    init: start from the parameters of another run's workdir, of a Hugging Face folder, or of an imported one.
     seed: fixes the data order, the initialisation and the losses.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
     coordinator_address: host:port of process 0, in a cluster that is not found by itself.
     num_processes: how many there are in that cluster.
     process_id: which of them this one is.
   """
-  _start_cluster(coordinator_address, num_processes, process_id)
   import jax
 
-  from lm import sharding, track, train
+  from lm import cluster, sharding, track, train
+  cluster.join(coordinator_address, num_processes, process_id)
   script = pathlib.Path(inspect.getfile(experiment))
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
@@ -66,8 +68,11 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   knobs = track.settle(knobs, track.records(workdir))
   with jax.set_mesh(devices):
     configured = dataclasses.replace(experiment(**knobs), seed=seed)
+    if init is not None:
+      from lm import pretrained
+      configured = dataclasses.replace(configured, start=pretrained.start(init, configured.model))
     track.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
-                knobs=knobs, seed=seed, **_circumstances(script, devices))
+                knobs=knobs, seed=seed, init=init and str(init), **_circumstances(script, devices))
     result = train.train(configured, workdir, mesh=devices)
     if then:
       then(configured, workdir, result)
@@ -258,22 +263,6 @@ def _cache_compilations() -> None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache / 'lm' / 'jax'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-def _start_cluster(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-  """Joins the cluster that the flags name, or that JAX detects; does nothing on a machine by itself."""
-  import jax
-  given = (coordinator_address, num_processes, process_id)
-  if any(value is not None for value in given):
-    if None in given:
-      raise ValueError('--coordinator_address, --num_processes and --process_id are given together or not at all')
-    jax.distributed.initialize(*given, cluster_detection_method='deactivate')
-  elif any(int(os.environ.get(name, 1)) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')):
-    jax.distributed.initialize()
-  elif os.environ.get('TPU_ML_PLATFORM') == 'JAX' and 'TPU_SKIP_MDS_QUERY' not in os.environ:
-    # JAX sets the first on a Cloud TPU host; the second says that there is no metadata server to ask.
-    with contextlib.suppress(ValueError):  # a TPU without a cluster around it: no coordinator address
-      jax.distributed.initialize()
 
 
 def _circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:

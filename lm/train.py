@@ -42,6 +42,7 @@ class Run:
 
   `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
+  Training starts from what `start(model)` gives, where that is not None, in place of new parameters.
   """
   model: Model
   objective: Objective
@@ -55,6 +56,7 @@ class Run:
   evaluate_batches: int | None = 20
   save_every: int = 1000
   keep: int = 2
+  start: Callable[[Model], Any] | None = None
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -190,7 +192,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
 
 def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
   if not checkpoints.steps():
-    return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
+    if run.start is None:
+      return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
+    params = run.start(run.model)
+    return State(jnp.int32(0), params, jax.block_until_ready(jax.jit(run.optimizer.init)(params))), 0
   checkpoint.check(checkpoints.facts(), facts)
   restored = checkpoints.restore(abstract_state(run, mesh))
   return restored.state, restored.step

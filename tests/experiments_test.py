@@ -26,6 +26,8 @@ TINY = {
 TOOLS = {
     'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b'],
     'score': ['--text=something', '--best'],
+    'import_hf': ['--model=a/b', '--out=/nowhere'],
+    'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere'],
     'benchmark': [],
 }

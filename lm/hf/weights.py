@@ -65,8 +65,8 @@ def _places(model: Transformer, family: Family) -> Iterator[_Place]:
     tree += len(stack.pattern)
 
 
-def load_params(model: Transformer, family: Family, weights: files.Weights) -> Any:
-  """The parameters, in the dtype of the files, laid out on the mesh that is set; read leaf by leaf.
+def load_params(model: Transformer, family: Family, weights: files.Weights, dtype: Any = None) -> Any:
+  """The parameters, cast to `dtype` if one is given, laid out on the mesh that is set; read leaf by leaf.
 
   Raises ValueError where a tensor is missing, has another shape, or is not a weight of the model.
   """
@@ -105,19 +105,21 @@ def load_params(model: Transformer, family: Family, weights: files.Weights) -> A
     parts = found[tuple(key.key for key in path)]
     leaf = Stacked(parts) if path[0].key == 'blocks' else parts[0]
     layout = shape.sharding if sharding.spec('') is not None else None
-    array = _laid_out(leaf, layout)
+    array = _laid_out(leaf, layout, dtype)
     weights.release()
     return array
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-def _laid_out(leaf: Any, layout: Any) -> jax.Array:
+def _laid_out(leaf: Any, layout: Any, dtype: Any) -> jax.Array:
+  def part(index):
+    return np.ascontiguousarray(leaf[index], dtype)
+
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
-    return jax.block_until_ready(jnp.asarray(np.ascontiguousarray(leaf[(slice(None),) * leaf.ndim])))
+    return jax.block_until_ready(jnp.asarray(part((slice(None),) * leaf.ndim)))
   layout = jax.sharding.NamedSharding(mesh, layout.spec)
-  return jax.block_until_ready(
-      jax.make_array_from_callback(leaf.shape, layout, lambda index: np.ascontiguousarray(leaf[index])))
+  return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, layout, part))
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -1,0 +1,28 @@
+"""Make a checkpoint of a Hugging Face model, which any experiment can start from.
+
+  python experiments/import_hf.py --model=Qwen/Qwen3-0.6B --out=models/qwen3
+"""
+import pathlib
+
+import jax
+
+from lm import launch, pretrained, sharding
+
+
+def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
+  """Imports a model.
+
+  Args:
+    model: a folder with config.json and safetensors, or an id on the hub.
+    out: the folder to make.
+    mesh: the devices as DATAxMODEL, which together hold the parameters.
+  """
+  with jax.set_mesh(sharding.make_mesh(mesh)):
+    loaded = pretrained.save(model, out)
+  size = sum(x.size for x in jax.tree.leaves(loaded.params))
+  print(f'{size:,} parameters, {len(loaded.model.layers)} layers, {loaded.tokenizer.vocab_size:,} tokens: {out}\n'
+        f'start from it: python experiments/pretrain.py --model={out} --init={out} --text=... --workdir=...')
+
+
+if __name__ == '__main__':
+  launch.tool(main)

@@ -1,0 +1,20 @@
+"""Many hosts as one."""
+import contextlib
+import os
+
+import jax
+
+
+def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Joins the cluster that the flags name, or that JAX detects; does nothing on a machine by itself."""
+  given = (coordinator_address, num_processes, process_id)
+  if any(value is not None for value in given):
+    if None in given:
+      raise ValueError('--coordinator_address, --num_processes and --process_id are given together or not at all')
+    jax.distributed.initialize(*given, cluster_detection_method='deactivate')
+  elif any(int(os.environ.get(name, 1)) > 1 for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')):
+    jax.distributed.initialize()
+  elif os.environ.get('TPU_ML_PLATFORM') == 'JAX' and 'TPU_SKIP_MDS_QUERY' not in os.environ:
+    # JAX sets the first on a Cloud TPU host; the second says that there is no metadata server to ask.
+    with contextlib.suppress(ValueError):  # a TPU without a cluster around it: no coordinator address
+      jax.distributed.initialize()

@@ -1,0 +1,150 @@
+"""Models that others trained: a Hugging Face folder, or what was imported from one; and parameters to start from."""
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import checkpoint, track
+from lm.data import export as tokenizer_export
+from lm.data import source, tokenizer
+from lm.describe import describe, differences
+from lm.hf import files, weights
+
+# What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
+_SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+         'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  model: Any
+  params: Any
+  tokenizer: Any
+  folder: pathlib.Path
+
+
+def locate(name: str) -> pathlib.Path:
+  """A folder: `name` itself, or the files of a model of that id on the Hugging Face hub, fetched or cached."""
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    return folder
+  if name.count('/') > 1 or name.startswith(('.', '~', '/')):
+    raise FileNotFoundError(f'{name} is no folder')
+  hub = source.require('huggingface_hub', 'hf')
+  try:
+    # Weights as safetensors only: other formats can run code.
+    return pathlib.Path(hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.safetensors.index.json',
+                                                                    '*.model', *_SIDE]))
+  except Exception as error:   # of the network and of the hub, of many kinds
+    raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
+                  ) from None
+
+
+def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
+  """The model that a folder describes, without its parameters, computing in `dtype`."""
+  return weights.open_model(folder, dtype=dtype)[0]
+
+
+def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
+  """The folder's tokenizer; ValueError if it has more tokens than the model."""
+  found = tokenizer.load(folder)
+  if found.vocab_size > model.vocab:
+    raise ValueError(f'{folder}: the tokenizer has {found.vocab_size} tokens, the weights only {model.vocab}; they are '
+                     'not of one model')
+  return found
+
+
+def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretrained:
+  """A model of the hub, a Hugging Face folder or an imported one, on the mesh that is set.
+
+  It computes in `dtype`; parameters are cast to `param_dtype`, or stay as the files have them.
+  """
+  folder = locate(name)
+  model = open_model(folder, dtype)
+  tokens = open_tokenizer(folder, model)   # before the weights, which take long
+  return Pretrained(model, _params(folder, param_dtype), tokens, folder)
+
+
+def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
+  if (folder / 'checkpoints').is_dir():
+    model = open_model(folder)
+    with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
+      restored = saved.restore_params(_abstract(model))
+    if restored is None:
+      raise FileNotFoundError(f'{folder} holds no checkpoint')
+    return restored.state if dtype is None else jax.tree.map(lambda x: x.astype(dtype), restored.state)
+  model, family = weights.open_model(folder)
+  with files.Weights(folder) as found:
+    return weights.load_params(model, family, found, dtype)
+
+
+def _abstract(model: Any) -> Any:
+  mesh = jax.sharding.get_mesh()
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
+      mesh, s.sharding.spec if s.sharding else P())), jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def save(name: str, folder: pathlib.Path) -> Pretrained:
+  """Imports a model: a folder with a checkpoint in float32 that any experiment can start from, on any mesh."""
+  if folder.exists() and any(folder.iterdir()):
+    raise ValueError(f'{folder} is not empty; choose another')
+  loaded = load(name, param_dtype=jnp.float32)
+  folder.mkdir(parents=True, exist_ok=True)
+  with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
+    saved.save(0, {'params': loaded.params}, {'model': describe(loaded.model)})
+  for path in (*loaded.folder.glob('*.model'), *(loaded.folder / name for name in _SIDE)):
+    if path.is_file():
+      shutil.copyfile(path, folder / path.name)
+  return loaded
+
+
+def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
+  """For `train.Run.start`: parameters of a run's workdir, of a Hugging Face folder or of an imported one, in float32.
+
+  Checked at once, without reading them: FileNotFoundError where there is nothing of the kind, ValueError where a
+  folder's model is of another shape, naming the first differences.
+  """
+  if track.records(path):
+    return functools.partial(_of_run, path)
+  theirs = jax.eval_shape(open_model(path).init, jax.random.key(0))
+  shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
+             for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (theirs, jax.eval_shape(model.init, jax.random.key(0)))]
+  if lines := differences(*shapes):
+    told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
+    raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))
+  return lambda model: _params(path, jnp.float32)
+
+
+def _of_run(workdir: pathlib.Path, model: Any) -> Any:
+  with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as saved:
+    restored = saved.restore_params(_abstract(model))
+  if restored is None:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  return restored.state
+
+
+def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any = None,
+          like: pathlib.Path | None = None) -> None:
+  """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open; whole or not at all.
+
+  `like` is the folder that the model was imported from, whose tokenizer, chat template and generation config it keeps.
+  """
+  with files.new_folder(folder) as new:
+    ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id}
+    weights.write(new, model, params, dtype=dtype, extra=ids)
+    kept = [path for name in _SIDE if name != 'config.json' and like and (path := like / name).is_file()]
+    for path in (*kept, *(like.glob('*.model') if like else ())):
+      shutil.copyfile(path, new / path.name)
+    if not (new / 'tokenizer.json').is_file() and not (new / 'vocab.json').is_file():
+      tokenizer_export.export(tokens, new)
+    if not (new / 'generation_config.json').is_file():
+      (new / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')

@@ -1,0 +1,144 @@
+"""Models of others come in, are trained on, and go out; without torch."""
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import optim, pretrained, sharding, train
+from lm.data import corpora, dataset
+from lm.data.batches import Batch
+from lm.data.tokenizer import Bytes
+from lm.models import layers as parts
+from lm.models import transformer
+from lm.objectives.next_token import next_token
+
+TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
+MODEL = transformer.llama(TOKENIZER.vocab_size + 6, 16, 2, heads=4, kv_heads=2, max_length=32)
+TOKENS = np.random.default_rng(0).integers(0, TOKENIZER.vocab_size, (8, 32), np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params):
+  out = model.apply(params, Batch(TOKENS))
+  return out.head(out.hidden)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope='module')
+def folder(params, tmp_path_factory):
+  """What `transformers` would open."""
+  folder = tmp_path_factory.mktemp('exported') / 'model'
+  pretrained.write(folder, MODEL, params, TOKENIZER)
+  return folder
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_what_was_exported_opens_as_the_same_model(folder, params):
+  loaded = pretrained.load(str(folder))
+  assert same(loaded.params, params)
+  assert np.array_equal(logits(loaded.model, loaded.params), logits(MODEL, params))
+  text = 'def f(x):\n\treturn "\u00e9\U0001f600"'
+  assert np.array_equal(loaded.tokenizer.encode(text), TOKENIZER.encode(text))
+  assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '4x2', '2x2'])
+def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_path, mesh):
+  devices = jax.devices()[:np.prod([int(n) for n in mesh.split('x')])]
+  with jax.set_mesh(sharding.make_mesh(mesh, devices)):
+    direct = pretrained.load(str(folder))
+    imported = pretrained.save(str(folder), tmp_path / 'imported')
+    again = pretrained.load(str(tmp_path / 'imported'))
+    layout = jax.tree.map(lambda x: x.sharding, jax.jit(MODEL.init)(jax.random.key(0)))
+    for found in (direct, imported, again):
+      assert same(found.params, params)
+      assert jax.tree.map(lambda x: x.sharding, found.params) == layout
+
+
+def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_path):
+  pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
+  loaded = pretrained.load(str(tmp_path / 'half'))
+  assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
+  assert json.loads((tmp_path / 'half' / 'config.json').read_text())['dtype'] == 'bfloat16'
+  start = pretrained.start(tmp_path / 'half', MODEL)(MODEL)
+  assert same(start, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+  assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype(jnp.float32)}
+
+
+def run(texts, **changes):
+  return train.Run(MODEL, next_token(), dataset.Text(corpora.text(f'{texts}/*.txt'), TOKENIZER, 32),
+                   optim.adam(optim.warmup_constant(1e-3, 4, 1)), steps=2, batch=2, evaluate_batches=1, **changes)
+
+
+def test_a_run_starts_from_a_folder_and_another_from_that_run(folder, params, tmp_path):
+  (tmp_path / 'texts').mkdir()
+  for i in range(60):
+    (tmp_path / 'texts' / f'{i}.txt').write_text(f'text {i} of some ' + 'words ' * (i % 9 + 5))
+  seen = []
+
+  def start(model):
+    seen.append(pretrained.start(folder, model)(model))
+    return seen[-1]
+
+  with jax.set_mesh(mesh := sharding.make_mesh('1x1', jax.devices()[:1])):
+    result = train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.params, params)
+    assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3, from there
+    train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
+    assert len(seen) == 1                             # a run that goes on does so from its own checkpoint
+    (tmp_path / 'run' / 'run.json').write_text(json.dumps([{'script': 'x.py', 'knobs': {}}]))
+    assert same(pretrained.start(tmp_path / 'run', MODEL)(MODEL), result.params)
+
+
+@pytest.mark.parametrize('name,value,message', [
+    ('hidden_act', 'relu', 'hidden_act='), ('num_hidden_layers', 3, 'is missing'),
+    ('num_hidden_layers', 1, 'not weights'), ('architectures', ['OtherForCausalLM'], 'OtherForCausalLM'),
+    ('intermediate_size', 50, 'shape'), ('hidden_size', -16, 'positive'), ('rms_norm_eps', 'small', 'rms_norm_eps'),
+    ('sliding_window_of_mine', 5, 'sliding_window_of_mine=5'),
+    ('rope_parameters', {'rope_type': 'dynamic', 'factor': 2.}, 'dynamic'), ('vocab_size', 7, 'tokens'),
+    ('quantization_config', {'quant_method': 'mxfp4'}, 'mxfp4'), ('head_dim', 5, 'partial_rotary_factor')])
+def test_a_config_that_does_not_fit_is_refused_by_its_field(folder, tmp_path, name, value, message):
+  for path in folder.iterdir():
+    (tmp_path / path.name).symlink_to(path) if path.suffix != '.safetensors' else (
+        (tmp_path / path.name).write_bytes(path.read_bytes()))
+  config = json.loads((folder / 'config.json').read_text()) | {name: value}
+  (tmp_path / 'config.json').unlink()
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(str(tmp_path))
+
+
+def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folder, tmp_path, params):
+  with pytest.raises(FileNotFoundError, match='config.json'):
+    pretrained.start(tmp_path, MODEL)
+  with pytest.raises(FileNotFoundError, match='is no folder'):
+    pretrained.load('/no/such/folder')
+  wider = transformer.llama(MODEL.vocab, 32, 2, heads=4, kv_heads=2, max_length=32)
+  with pytest.raises(ValueError, match=r'key: .\[2, 16, 2, 4\]. there, .\[2, 32, 2, 8\]. in this run'):
+    pretrained.start(folder, wider)
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'file').write_text('')
+  for write in (lambda: pretrained.write(tmp_path / 'full', MODEL, params, TOKENIZER),
+                lambda: pretrained.save(str(folder), tmp_path / 'full')):
+    with pytest.raises(ValueError, match='full'):
+      write()
+  assert [path.name for path in (tmp_path / 'full').iterdir()] == ['file']
+
+
+def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):
+  block = MODEL.layers[0].clone(attention_out_norm=parts.RMSNorm())
+  odd = MODEL.clone(blocks=transformer.stacks([block, MODEL.layers[1]]))
+  with pytest.raises(ValueError, match='no family'):
+    pretrained.write(tmp_path / 'odd', odd, jax.jit(odd.init)(jax.random.key(0)), TOKENIZER)
+  assert not pathlib.Path(tmp_path / 'odd').exists()
