@@ -31,6 +31,7 @@ setuptools.setup(
         'hf': [
             'tokenizers>=0.21',     # tokenizer.json files
             'jinja2>=3.1.6',        # chat templates; below, ways out of its sandbox are known
+            'huggingface_hub>=0.30',  # models by their id
         ],
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
