@@ -29,8 +29,9 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   records = track.records(workdir)
   if not records:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  knobs = track.settle(records[-1]['knobs'], records)
-  run = dataclasses.replace(_function(records[-1])(**knobs), seed=records[-1]['seed'])
+  record = next((r for r in reversed(records) if 'data' in r), records[-1])  # one without found no corpus to train on
+  knobs = track.settle(record['knobs'], records)
+  run = dataclasses.replace(_function(record)(**knobs), seed=record['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
     'sharding', 'describe', 'cluster', 'hf/files',
-    'data/source', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
+    'data/source', 'data/mixture', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat', 'data/store', 'data/batches',
     'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/*', 'hf/weights',

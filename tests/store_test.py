@@ -56,9 +56,19 @@ def test_documents_come_out_as_they_went_in_once(tmp_path):
   np.testing.assert_array_equal(train[-1], train[19])
   with pytest.raises(IndexError, match='document 20 of 20'):
     train[20]
-  assert '2 duplicate, 1 too short' in lines[1] and 'MB/s' in lines[1]
+  assert '2 duplicate, 1 too short' in lines[1] and ' 0.3 kB, ' in lines[1] and 'B/s' in lines[1]
   assert set(contents(tmp_path)) == {'lock', 'manifest.json', *(
       f'{split}/{name}' for split in stores for name in ('tokens.bin', 'offsets.npy'))}
+
+
+def test_what_the_source_noted_is_told_once_and_no_zeros(tmp_path):
+  lines = []
+  source = dataclasses.replace(SOURCE, notes=['used 3 of 4'], counts={'null dropped': 0, 'invalid UTF-8 dropped': 2})
+  for _ in range(2):
+    build(tmp_path / 'a', source, progress=lines.append)
+  assert lines[2:] == ['used 3 of 4', 'toy: 2 invalid UTF-8 dropped']
+  build(tmp_path / 'b', dataclasses.replace(source, notes=[], counts={'null dropped': 0}), progress=lines.append)
+  assert len(lines) == 6 and not any('null' in line for line in lines)
 
 
 def test_opened_again_without_reading_the_source(tmp_path):

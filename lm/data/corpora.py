@@ -1,11 +1,12 @@
-"""One function per corpus; each returns a `Source`: named splits of documents with random access (see `source`)."""
+"""One function per corpus; each returns a `Source`: named splits of documents with random access (see `source`).
+
+None touches a file, or checks what it is given, before the source is used.
+"""
 import ast
 import collections
-import fractions
 import functools
 import gzip
 import json
-import math
 import os
 import pathlib
 import re
@@ -13,15 +14,13 @@ import shutil
 import sysconfig
 import tempfile
 import weakref
-from collections.abc import Sequence
-from typing import BinaryIO, Literal
-
-import numpy as np
+from typing import Any, BinaryIO, Literal
 
 from lm.data import source
 from lm.data.source import Source
 
 
+@source.lazy
 def python_library(validation: float = 0.05) -> Source:
   """Python's own standard library: some 10 MB of code and prose, wherever this runs.
 
@@ -67,6 +66,7 @@ def python_library(validation: float = 0.05) -> Source:
                 source.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
 
 
+@source.lazy
 def text(pattern: str, validation: float = 0.05, separator: str | None = None,
          encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict') -> Source:
   r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
@@ -91,7 +91,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
         return []
       document = data.decode(errors='replace')
     if not separator:
-      return [document]
+      return [document] if document.strip() else []
     return [part for part in document.replace('\r\n', '\n').split(separator) if part.strip()]
 
   counts, name = collections.Counter(), source.title(pattern)
@@ -101,6 +101,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
                 counts=counts)
 
 
+@source.lazy
 def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
   """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
 
@@ -159,6 +160,7 @@ def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
                 source.fingerprint(source.relative(files), 'jsonl', validation, key), counts=counts)
 
 
+@source.lazy
 def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Source:
   """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted."""
   import pyarrow.parquet as pq
@@ -190,22 +192,19 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Sou
                 source.fingerprint(source.relative(files), 'parquet', validation, column), counts=counts)
 
 
+@source.lazy
 def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None) -> Source:
-  """A TensorFlow Datasets corpus such as 'lm1b', read without TensorFlow; downloaded and prepared if not yet there.
+  """A TensorFlow Datasets corpus, read without TensorFlow: a folder that holds one, or a name such as 'lm1b', which is
+  downloaded and prepared if it is not yet in `data_dir` (tfds's own, if None).
 
   Its own validation (else test) split is used; `validation` cuts a set that has a train split alone, by hash.
   `experiments/tfds_builder.py` shows how a corpus is added to TFDS.
   """
-  import tensorflow_datasets as library
-  try:
-    builder = library.builder(name, data_dir=data_dir)
-    if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow
-      builder = library.builder(name, data_dir=data_dir, file_format='array_record')
-      builder.download_and_prepare()
-  except library.core.DatasetNotFoundError:
-    raise ValueError(f'tfds: no data set {name!r} in data_dir={data_dir or "~/tensorflow_datasets"} nor in the '
-                     'catalogue (tensorflow.org/datasets/catalog); prepare it first') from None
+  builder = _prepared(name, data_dir)
   info = builder.info
+  if info.file_format not in type(info.file_format).with_random_access():
+    raise ValueError(f'tfds: {name} was prepared as {info.file_format.value}, which cannot be read at random; delete '
+                     f"{builder.data_path}, or prepare it elsewhere with file_format='array_record'")
   if key not in info.features:
     raise ValueError(f'tfds: {name} has no feature key={key!r}; it has {", ".join(info.features)}')
   if 'train' not in info.splits:
@@ -225,65 +224,37 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
     rows = lambda: ((0, i, document) for i, document in enumerate(own['train']))
     splits = source.split(rows, lambda _, i: own['train'][i], validation, name, counts)
   files = {path.name: path for path in sorted(builder.data_path.iterdir()) if path.is_file()}
-  return Source(name, splits, source.fingerprint(files, 'tfds', validation, key),
+  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key),
                 info.as_proto.redistribution_info.license or 'unknown', counts)
 
 
-def mixture(parts: Sequence[tuple[Source, float]]) -> Source:
-  """Sources interleaved in exact proportion to their weights: of the first n documents of a split, each source has
-  given its share to within less than one document, for every n (Tijdeman, "The chairman assignment problem", 1980).
-
-  A split ends where a source would have to give a document that it does not have, as Grain's `MapDataset.mix` does;
-  none is repeated. It has the splits that all sources have.
-  """
-  if not parts or any(not weight > 0 or math.isinf(weight) for _, weight in parts):
-    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} must be positive, one source at least')
-  exact = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]  # 0.7 is 7/10, 1/3 is 1/3
-  scale = math.lcm(*(weight.denominator for weight in exact))
-  weights = [int(weight * scale) for weight in exact]
-  weights = [weight // math.gcd(*weights) for weight in weights]
-  if not all(weights):
-    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} differ by more than a factor of a billion')
-  counts = collections.Counter()
-
-  def interleave(sequences):  # -> a sequence of (source, document)
-    sizes, period = [len(s) for s in sequences], sum(weights)
-    counts.clear()
-    for part, _ in parts:
-      counts.update(part.counts)
-    # One period repeats for ever; of a longer one only as much is made as the sources last.
-    limit = min(period, *(-(-(size + 1) * period // weight) for size, weight in zip(sizes, weights)))
-    order, ranks = _schedule(weights, limit)
-    cycles = min(size // weight for size, weight in zip(sizes, weights))
-    left = np.array([size - cycles * weight for size, weight in zip(sizes, weights)])
-    over = np.flatnonzero(ranks >= left[order])
-    length = cycles * period + (int(over[0]) if len(over) else limit)
-
-    def address(n):
-      cycle, n = divmod(n, period)
-      return order[n], cycle * weights[order[n]] + ranks[n]
-    return source.Documents(lambda: range(length), address)
-
-  splits = {}
-  for split in [s for s in parts[0][0].splits if all(s in part.splits for part, _ in parts)]:
-    sequences = [part.splits[split] for part, _ in parts]
-    splits[split] = source.Documents(functools.partial(interleave, sequences), lambda at, s=sequences: s[at[0]][at[1]])
-  identity = repr([('mixture', part.fingerprint, weight) for (part, _), weight in zip(parts, weights)])
-  return Source('+'.join(part.name for part, _ in parts), splits, source.digest(identity).hex(),
-                ', '.join(dict.fromkeys(part.license for part, _ in parts)), counts)
-
-
-def _schedule(weights: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """(which source, which of its documents) at each position. Document j of a source with share w is due in the window
-  [floor(j/w), ceil((j+1)/w)): the earliest due goes first, which keeps every window, as the shares sum to one."""
-  period, taken = sum(weights), [0] * len(weights)
-  order, ranks = np.empty(length, np.int32), np.empty(length, np.int64)
-  for n in range(length):
-    _, i = min((-(-(taken[i] + 1) * period // weight), i)
-               for i, weight in enumerate(weights) if taken[i] * period < (n + 1) * weight)
-    order[n], ranks[n] = i, taken[i]
-    taken[i] += 1
-  return order, ranks
+def _prepared(name: str, data_dir: str | None) -> Any:
+  """The TFDS builder of a prepared data set; ValueError, in one line, says where none is."""
+  import tensorflow_datasets as library
+  path = pathlib.Path(name).expanduser()
+  looked = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
+  try:
+    below = ('', '*/', '*/*/', '*/*/*/')  # data_dir/name/config/version
+    found = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
+    if len(found) > 1:
+      raise ValueError(f'it holds several data sets, give one of {", ".join(map(str, found))}')
+    if found:
+      return library.builder_from_directory(found[0])
+    if path.is_absolute() or name.startswith(('~', '.')):
+      raise ValueError('no prepared data set is in this folder (no dataset_info.json)')
+    builder = library.builder(name, data_dir=looked)
+    if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow
+      builder = library.builder(name, data_dir=looked, file_format='array_record')
+      builder.download_and_prepare()
+    return builder
+  except ImportError:
+    raise
+  except library.core.DatasetNotFoundError:
+    raise ValueError(f'tfds: no data set {name!r} in data_dir={looked} nor in the catalogue (tensorflow.org/datasets/'
+                     f'catalog), nor a prepared one in the folder {path.absolute()}; give the path of one') from None
+  except Exception as error:  # tfds has many kinds, and tells them in paragraphs
+    raise ValueError(f'tfds: {name!r}: {(str(error).split(chr(10) * 2)[0] or type(error).__name__).strip()}'
+                     .replace('\n', ' ')) from error
 
 
 def _unzst(packed: BinaryIO, unpacked: BinaryIO) -> None:

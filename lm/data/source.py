@@ -1,7 +1,8 @@
 """What a corpus is to the other rooms, a `Source`, and the parts that the functions of `corpora` make one of.
 
 A document belongs to train or to validation by a hash of its text, so no text is in both, and files added later move
-none. Making a source lists and fingerprints its files; the first use of a split reads them once, for all splits.
+none. Files are listed and fingerprinted when a source is first used; the first use of a split reads them once, for all
+splits.
 """
 import array
 import collections
@@ -10,6 +11,7 @@ import functools
 import glob
 import hashlib
 import importlib
+import inspect
 import operator
 import os
 import pathlib
@@ -24,12 +26,35 @@ _END = 64 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Documents in splits. `counts` tells what reading met, as 'invalid UTF-8 dropped': 2, once a split has been used."""
+  """Documents in splits.
+
+  Attributes:
+    counts: what reading met, as 'invalid UTF-8 dropped': 2, once a split has been used.
+    notes: lines to tell of what has been used, likewise.
+  """
   name: str
   splits: Mapping[str, Sequence[str]]
   fingerprint: str
-  license: str = 'unknown'
+  license: str = dataclasses.field(default_factory=lambda: 'unknown')  # a class attribute would hide what is put off
   counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, compare=False)
+  notes: list[str] = dataclasses.field(default_factory=list, compare=False)
+
+  def __getattr__(self, name):  # only of a source that is put off, once: see `lazy`
+    if name not in Source.__dataclass_fields__ or '_make' not in vars(self):
+      raise AttributeError(name)
+    vars(self).update(vars(vars(self)['_make']()))
+    return vars(self)[name]
+
+
+def lazy(corpus: Callable[..., Source]) -> Callable[..., Source]:
+  """`corpus` put off until its source is first used: a trained run is opened where its corpus is no more."""
+  @functools.wraps(corpus)
+  def put_off(*args, **options):
+    inspect.signature(corpus).bind(*args, **options)  # a wrong name fails at once
+    made = object.__new__(Source)
+    vars(made)['_make'] = functools.partial(corpus, *args, **options)
+    return made
+  return put_off
 
 
 class Documents(Sequence[str]):
@@ -84,9 +109,11 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
     for split, addresses in found.items():
       if not addresses:
         if not any(map(len, found.values())):
-          raise ValueError(f'{name}: there is no document in it')
+          met = ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
+          raise ValueError(f'{name}: there is no document in it{met and f" ({met})"}; give files that hold some text')
         raise ValueError(f'{name}: none of {sum(map(len, found.values())) // 2} documents fell into the {split} split '
-                         f'with validation={validation}; choose another fraction, or cut files by text(separator=...)')
+                         f'with validation={validation}; choose another share (--validation), or cut text files into '
+                         r'more documents (--separator, such as \n\n)')
     return {split: np.frombuffer(addresses, np.int64).reshape(-1, 2) for split, addresses in found.items()}
 
   return {split: Documents(lambda split=split: rows()[split], lambda row: read(*row.tolist())) for split in names}
@@ -100,8 +127,14 @@ def matching(pattern: str) -> list[pathlib.Path]:
   """The files that match a glob pattern, sorted; FileNotFoundError where none does."""
   files = [pathlib.Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
   if not files:
-    raise FileNotFoundError(f'no file matches {pattern!r}; ** stands for folders of any depth')
+    below = '' if os.path.isabs(os.path.expanduser(pattern)) else f' in {os.getcwd()}'
+    raise FileNotFoundError(f'no file matches {pattern!r}{below}; ** stands for folders of any depth')
   return sorted(files)
+
+
+def unescaped(separator: str) -> str:
+  r"""A separator from the command line, where the two characters \n stand for a newline and \t for a tab."""
+  return separator.replace(r'\n', '\n').replace(r'\t', '\t')
 
 
 def title(pattern: str) -> str:

@@ -132,8 +132,10 @@ class _Build:
       _replace(self.folder / 'manifest.json', self.state)
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
-    if self.source.counts:
-      self.progress(f'{self.source.name}: ' + ', '.join(f'{n:,} {what}' for what, n in self.source.counts.items()))
+    for line in self.source.notes:
+      self.progress(line)
+    if met := ', '.join(f'{n:,} {what}' for what, n in self.source.counts.items() if n):
+      self.progress(f'{self.source.name}: {met}')
 
   def _resume(self, split: str) -> bytes:
     """Cuts the files of a split to what is committed; returns the digests of its documents so far."""
@@ -158,14 +160,14 @@ class _Build:
       if (now := time.monotonic()) - told > 10:
         told = now
         self.progress(f'{split}: {counts["read"]:,} of {len(documents):,} documents, '
-                      f'{(counts["bytes"] - before) / 1e6 / (now - start):.1f} MB/s')
+                      f'{_size((counts["bytes"] - before) / (now - start))}/s')
     dropped = ', '.join(f'{n:,} {reason}' for reason, n in counts['dropped'].items()) or 'none'
     if not counts['documents']:
       raise ValueError(f'{self.source.name}: no document is left in {split} of {counts["read"]:,} read; '
                        f'dropped: {dropped}')
-    speed = (counts['bytes'] - before) / 1e6 / max(time.monotonic() - start, 1e-9)
-    self.progress(f'{split}: {counts["documents"]:,} documents, {counts["bytes"] / 1e6:.1f} MB, {counts["tokens"]:,} '
-                  f'tokens, {counts["bytes"] / counts["tokens"]:.2f} bytes a token, {speed:.1f} MB/s; '
+    speed = (counts['bytes'] - before) / max(time.monotonic() - start, 1e-9)
+    self.progress(f'{split}: {counts["documents"]:,} documents, {_size(counts["bytes"])}, {counts["tokens"]:,} '
+                  f'tokens, {counts["bytes"] / counts["tokens"]:.2f} bytes a token, {_size(speed)}/s; '
                   f'dropped: {dropped}')
 
   def _append(self, split: str, group: list[str | clean.Drop]) -> None:
@@ -230,6 +232,10 @@ def _identity(rule: clean.Rule) -> str:
     raise ValueError(f'rule {name} has no lasting name to know the store by: make it a function of a module or a '
                      'frozen dataclass')
   return name
+
+
+def _size(n: float) -> str:
+  return f'{n / 1e6:.1f} MB' if n >= 1e6 else f'{n / 1e3:.1f} kB'
 
 
 @contextlib.contextmanager
