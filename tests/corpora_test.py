@@ -1,4 +1,5 @@
 """Corpora: every document once, in one split, whatever the format; exact mixtures; errors that say what to do."""
+import dataclasses
 import fractions
 import gzip
 import json
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data import corpora
-from lm.data.corpora import Source
+from lm.data.mixture import mixture
+from lm.data.source import Source
 
 DOCUMENTS = [f'document {i}\nis “nr {i}” 中文' for i in range(200)]
 
@@ -64,6 +66,22 @@ def test_nothing_is_scanned_before_first_use(tmp_path):
     len(source.splits['train'])
 
 
+def test_a_source_is_made_where_no_file_is_and_lists_them_at_first_use(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  sources = [corpora.text('*.txt'), corpora.jsonl('*.jsonl'), corpora.parquet('*.parquet'), corpora.tfds('./nowhere')]
+  mixed = mixture([(source, 1) for source in sources])
+  for source in (*sources, mixed):
+    for use in ('fingerprint', 'splits', 'name'):
+      with pytest.raises((ValueError, FileNotFoundError), match='no file matches|no prepared data set'):
+        getattr(source, use)
+  with pytest.raises(TypeError, match='colum'):
+    corpora.text('*.txt', colum='a')
+  write_texts(tmp_path)
+  late = corpora.text('**/*.txt')
+  assert late.fingerprint == corpora.text(f'{tmp_path}/**/*.txt').fingerprint and late.license == 'unknown'
+  assert dataclasses.replace(late, fingerprint='other').splits is late.splits
+
+
 def test_splits_are_disjoint_and_do_not_move(tmp_path):
   source = corpora.text(write_texts(tmp_path, DOCUMENTS * 2), validation=0.25)
   train, held_out = map(set, source.splits.values())
@@ -104,14 +122,22 @@ def test_an_empty_split_is_an_error(tmp_path):
   (tmp_path / 'one.txt').write_text('alone')
   with pytest.raises(ValueError, match='none of 1 documents fell into the validation split'):
     len(corpora.text(str(tmp_path / 'one.txt')).splits['train'])
+  with pytest.raises(ValueError, match=r'another share \(--validation\), or cut .* \(--separator, such as \\n\\n\)'):
+    len(corpora.text(str(tmp_path / 'one.txt')).splits['validation'])
+  (tmp_path / 'blank.txt').write_text(' \n')
+  with pytest.raises(ValueError, match='^blank: there is no document in it; give files that hold some text$'):
+    len(corpora.text(str(tmp_path / 'blank.txt')).splits['train'])
+  (tmp_path / 'bad.txt').write_bytes(b'\xff')
+  with pytest.raises(ValueError, match=r'^bad: there is no document in it \(1 invalid UTF-8 dropped\); give'):
+    len(corpora.text(str(tmp_path / 'bad.txt'), encoding_errors='drop').splits['train'])
   with pytest.raises(ValueError, match='validation=1.5 is not a fraction'):
-    corpora.text(str(tmp_path / 'one.txt'), validation=1.5)
+    corpora.text(str(tmp_path / 'one.txt'), validation=1.5).splits
 
 
 @pytest.mark.parametrize('make', [corpora.text, corpora.jsonl, corpora.parquet])
 def test_a_pattern_without_files(make, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no file matches '.*nonesuch\*'"):
-    make(str(tmp_path / 'nonesuch*'))
+    make(str(tmp_path / 'nonesuch*')).fingerprint
 
 
 def test_jsonl_packed_or_plain_is_the_same(tmp_path):
@@ -153,7 +179,7 @@ def test_parquet(tmp_path):
   assert everything(source) == sorted(DOCUMENTS) and source.counts['null dropped'] == 1
   assert source.splits['train'][::-1] == list(source.splits['train'])[::-1]
   with pytest.raises(ValueError, match=r"a\.parquet: no column='text'; it has body, n"):
-    corpora.parquet(f'{tmp_path}/*.parquet')
+    corpora.parquet(f'{tmp_path}/*.parquet').splits
   with pytest.raises(ValueError, match="column='n' holds int, not strings"):
     len(corpora.parquet(f'{tmp_path}/*.parquet', column='n').splits['train'])
 
@@ -186,7 +212,7 @@ def listed(name, size, split='train'):
 @settings(max_examples=100, deadline=None)
 def test_mixture_is_exact_at_every_prefix(parts):
   sources = [(listed(chr(97 + i), size), weight) for i, (size, weight) in enumerate(parts)]
-  documents = list(corpora.mixture(sources).splits['train'])
+  documents = list(mixture(sources).splits['train'])
   share = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]
   share = [s / sum(share) for s in share]
   taken = [0] * len(parts)
@@ -199,22 +225,33 @@ def test_mixture_is_exact_at_every_prefix(parts):
 
 
 def test_mixture_at_seven_to_three():
-  mixed = corpora.mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
+  mixed = mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
   documents = mixed.splits['train']
   assert sum(d.startswith('b') for d in documents[:160]) == 48  # what Grain's MapDataset.mix gives
   assert len(documents) in (1428, 1429)  # 1000 / 0.7
   assert documents[1400:1410] == list(documents)[1400:1410] and len(set(documents)) == len(documents)
-  assert mixed.fingerprint != corpora.mixture([(listed('a', 1000), 0.6), (listed('b', 1000), 0.4)]).fingerprint
+  assert mixed.fingerprint != mixture([(listed('a', 1000), 0.6), (listed('b', 1000), 0.4)]).fingerprint
   with pytest.raises(ValueError, match=r'weights \[1, 0\] must be positive'):
-    corpora.mixture([(listed('a', 1), 1), (listed('b', 1), 0)])
+    mixture([(listed('a', 1), 1), (listed('b', 1), 0)])
 
 
 def test_mixture_joins_counts_and_common_splits(tmp_path):
   bad = corpora.text(write_texts(tmp_path, [b'good', b'bad \xff']), validation=0, encoding_errors='replace')
   both = Source('s', {'train': ['x', 'y'], 'validation': ['z']}, 's')
-  mixed = corpora.mixture([(both, 1), (bad, 1)])
+  mixed = mixture([(both, 1), (bad, 1)])
   assert list(mixed.splits) == ['train'] and len(mixed.splits['train']) == 4
   assert mixed.counts == {'invalid UTF-8 repaired': 1}
+
+
+def test_a_mixture_notes_what_it_used():
+  mixed = mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
+  size = len(mixed.splits['train'])
+  assert mixed.notes == ['train: used 1,000 of 1,000 documents of a',
+                         f'train: used {size - 1000} of 1,000 documents of b']
+  nested = mixture([(mixed, 1), (listed('c', 10), 1)])
+  used = sum(d.startswith('c') for d in nested.splits['train'])
+  assert used in (9, 10) and nested.notes[:2] == mixed.notes
+  assert nested.notes[3] == f'train: used {used} of 10 documents of c'
 
 
 @pytest.fixture(scope='module')
@@ -233,6 +270,41 @@ def test_tfds(tmp_path, builder, capsys):
   shutil.copytree(data_dir, tmp_path / 'moved')
   assert corpora.tfds('local_text', data_dir=str(tmp_path / 'moved')).fingerprint == source.fingerprint
   with pytest.raises(ValueError, match="no feature key='body'; it has text"):
-    corpora.tfds('local_text', key='body', data_dir=data_dir)
+    corpora.tfds('local_text', key='body', data_dir=data_dir).splits
   with pytest.raises(ValueError, match="^tfds: no data set 'nonesuch_text' in data_dir=[^\n]*$"):
-    corpora.tfds('nonesuch_text', data_dir=data_dir)
+    corpora.tfds('nonesuch_text', data_dir=data_dir).splits
+
+
+def test_tfds_by_folder(tmp_path, builder, monkeypatch):
+  builder.build(pattern=write_texts(tmp_path / 'texts'), data_dir=tmp_path / 'tfds')
+  expected = corpora.tfds('local_text', data_dir=str(tmp_path / 'tfds'))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  for folder in ('tfds/local_text/1.0.0', 'tfds/local_text', '~/tfds', str(tmp_path / 'tfds')):
+    source = corpora.tfds(folder)
+    assert (source.name, source.fingerprint) == ('local_text', expected.fingerprint)
+    assert list(source.splits['train']) == list(expected.splits['train'])
+  shutil.copytree('tfds/local_text/1.0.0', 'tfds/local_text/1.0.1')
+  for name, message in (
+      ('tfds', 'holds several data sets, give one of tfds/local_text/1.0.0, tfds/local_text/1.0.1'),
+      ('./nowhere', 'no prepared data set is in this folder'),
+      ('a/b/c/d', 'Parsing builder name string a/b/c/d failed'),
+      ('nowhere', f"no data set 'nowhere' in data_dir={tmp_path}/elsewhere nor .* folder {tmp_path}/nowhere; give")):
+    with pytest.raises(ValueError, match=f'^tfds: [^\n]*{message}[^\n]*$'):
+      corpora.tfds(name, data_dir='~/elsewhere').fingerprint
+
+
+def test_building_again_from_other_files_is_refused(tmp_path, builder, capsys):
+  one, two = write_texts(tmp_path / 'one'), write_texts(tmp_path / 'two', DOCUMENTS[:100])
+  for _ in range(2):
+    builder.build(pattern=one, data_dir=tmp_path / 'tfds')
+  with pytest.raises(ValueError, match=f'^{tmp_path}/tfds/local_text/1.0.0 was made from other files .* delete it'):
+    builder.build(pattern=two, data_dir=tmp_path / 'tfds')
+  shutil.rmtree(tmp_path / 'tfds')
+  builder.build(pattern=two, data_dir=tmp_path / 'tfds')
+  assert len(everything(corpora.tfds(str(tmp_path / 'tfds')))) == 100
+  (tmp_path / 'alone.txt').write_text('alone')
+  for pattern in ('none*', 'alone.txt'):
+    with pytest.raises((ValueError, FileNotFoundError)):
+      builder.build(pattern=str(tmp_path / pattern), data_dir=tmp_path / 'new' / 'tfds')
+  assert not (tmp_path / 'new').exists()
