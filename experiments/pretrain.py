@@ -3,7 +3,7 @@
   python experiments/pretrain.py --text='books/**/*.txt' --workdir=runs/books --layers=12 --width=768 --steps=20_000
 
 Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; several are mixed in equal parts, or by
---weights.
+--weights. One long text file is cut into documents by --separator.
 """
 import functools
 from typing import Literal
@@ -12,29 +12,46 @@ import jax
 import jax.numpy as jnp
 
 from lm import launch, optim, pretrained, train
-from lm.data import clean, corpora, dataset, tokenizer
+from lm.data import clean, corpora, dataset, source, tokenizer
+from lm.data.mixture import mixture
 from lm.models import layers as parts
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
 
 
-def corpus(text: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None, tfds: str | None,
-           key: str, weights: tuple[float, ...]) -> corpora.Source:
+def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None,
+           tfds: str | None, key: str, weights: tuple[float, ...], validation: float) -> source.Source:
   """The source, or mixture of sources, that the flags name."""
-  sources = [make() for given, make in (
-      (text, lambda: corpora.text(text, encoding_errors=encoding_errors)), (jsonl, lambda: corpora.jsonl(jsonl, key)),
-      (parquet, lambda: corpora.parquet(parquet, key)), (tfds, lambda: corpora.tfds(tfds, key))) if given]
+  flags = {'text': text, 'jsonl': jsonl, 'parquet': parquet, 'tfds': tfds}
+  for name, given in {**flags, 'separator': separator}.items():
+    if given == '' or given and name != 'separator' and not given.strip():
+      raise ValueError(f'--{name}={given} is empty, perhaps an unset shell variable; leave it out or give it a value')
+  if separator and not text:
+    raise ValueError(f'--separator={separator} cuts the files of --text, which is not given')
+  if not 0 < validation < 1:
+    raise ValueError(f'--validation={validation} is not a share between 0 and 1')
+  make = {'text': lambda: corpora.text(text, validation, separator and source.unescaped(separator), encoding_errors),
+          'jsonl': lambda: corpora.jsonl(jsonl, key, validation),
+          'parquet': lambda: corpora.parquet(parquet, key, validation),
+          'tfds': lambda: corpora.tfds(tfds, key, validation)}
+  sources = [make[name]() for name, given in flags.items() if given]
+  written = f'--weights={",".join(map(str, weights))}'
+  if weights and len(sources) < 2:
+    raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
   if weights and len(weights) != len(sources):
-    raise ValueError(f'--weights={",".join(map(str, weights))} has {len(weights)} numbers for {len(sources)} corpora')
+    raise ValueError(f'{written} has {len(weights)} numbers for {len(sources)} corpora')
+  if not all(0 < weight < float('inf') for weight in weights):
+    raise ValueError(f'{written}: each must be above 0; leave out the flag of a corpus that is not wanted')
   if len(sources) > 1:
-    return corpora.mixture(list(zip(sources, weights or (1.,) * len(sources))))
-  return sources[0] if sources else corpora.python_library()
+    return mixture(list(zip(sources, weights or (1.,) * len(sources))))
+  return sources[0] if sources else corpora.python_library(validation)
 
 
-def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
+def experiment(*, text: str | None = None, separator: str | None = None,
+               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
-               weights: tuple[float, ...] = (), stop_words: str | None = None,
+               weights: tuple[float, ...] = (), validation: float = 0.05, stop_words: str | None = None,
                model: str | None = None, tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe',
                tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
                architecture: Literal['llama', 'gpt2'] = 'llama',
@@ -47,16 +64,18 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
                save_every: int = 500, keep: int = 2) -> train.Run:
-  """Pretrains a decoder.
+  r"""Pretrains a decoder.
 
   Args:
     text: files of text, a glob pattern (** for folders below).
+    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
     encoding_errors: what happens to text that is no UTF-8, an error, repair, or dropping the document.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
     parquet: Parquet files, a glob pattern.
-    tfds: a TensorFlow data set by its TFDS name.
+    tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
     key: the field that holds the text, in all but plain text.
     weights: share of each corpus in a mixture, in the order text, jsonl, parquet, tfds.
+    validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
     model: take architecture and tokenizer from this Hugging Face or imported folder (parameters - see --init).
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
@@ -92,7 +111,8 @@ def experiment(*, text: str | None = None, encoding_errors: Literal['strict', 'r
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
   return train.Run(
       model=decoder, objective=next_token(getattr(objective, denominator)),
-      data=dataset.Text(corpus(text, encoding_errors, jsonl, parquet, tfds, key, weights), tokens, length, rules),
+      data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
+                        tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, sharding, track, train
+from lm import launch, sharding, track, train, trained
 from lm.data import corpora
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -28,7 +28,7 @@ TOOLS = {
     'score': ['--text=something', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
-    'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere'],
+    'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'benchmark': [],
 }
 
@@ -118,3 +118,43 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
   with pytest.raises(flags.Error, match='unknown flag --nosuchflag'):
     launch.parse(functions, [f'{name}.py', '--nosuchflag=1'])
   assert sys.modules.get('tensorflow') is None
+
+
+def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
+  (tmp_path / 'plays.txt').write_text('\n\n'.join(f'speech {i}' for i in range(200)))
+  argv = ['pretrain.py', f'--text={tmp_path}/plays.txt', r'--separator=\n\n', '--validation=0.3']
+  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
+  splits = scripts['pretrain'].experiment(**knobs).data.source.splits
+  assert sum(map(len, splits.values())) == 200 and 40 < len(splits['validation']) < 80
+
+
+@pytest.mark.parametrize('argv, message', [
+    ([f'--{name}='], f'--{name}= is empty, perhaps an unset shell variable')
+    for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator')] + [
+    (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
+    (['--text=a', '--tfds=b', '--weights=1,0'], '--weights=1.0,0.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=-1,1'], '--weights=-1.0,1.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
+    (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),
+    (['--text=a', '--validation=0'], '--validation=0.0 is not a share between 0 and 1')])
+def test_pretrain_refuses_flags_that_name_no_corpus(scripts, argv, message):
+  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+  with pytest.raises(ValueError, match=message):
+    scripts['pretrain'].experiment(**knobs)
+
+
+def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
+
+  def pretrain(*argv):
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], '--workdir=run', *argv])
+    launch.run(scripts['pretrain'].experiment)
+  pretrain('--text=texts/*.txt')
+  texts.rename(tmp_path / 'moved')
+  with pytest.raises(SystemExit):
+    pretrain('--text=texts/*.txt', '--width=32')   # recorded, but it did not train
+  assert f"no file matches 'texts/*.txt' in {tmp_path};" in capsys.readouterr().err
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = trained.load(tmp_path / 'run')
+  assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
