@@ -29,8 +29,11 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   records = track.records(workdir)
   if not records:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  knobs = track.settle(records[-1]['knobs'], records)
-  run = dataclasses.replace(_function(records[-1])(**knobs), seed=records[-1]['seed'])
+  accepted = [record for record in records if 'data' in record]   # not the tries that were refused
+  if not accepted:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  knobs = track.settle(accepted[-1]['knobs'], accepted)
+  run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,

@@ -20,9 +20,11 @@ FAMILIES = (gpt2.FAMILY, llama.FAMILY)
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
   """The family that a config.json names; ValueError if it is none of `families`."""
-  named = values.get('architectures') or []
+  named = values.get('architectures')
+  if named is None:
+    named = [family.architecture for family in families if family.model_type == values.get('model_type')]
   for family in families:
-    if family.architecture in named or (not named and family.model_type == values.get('model_type')):
+    if named == [family.architecture]:
       return family
   raise ValueError(f'architectures={named} of model_type={values.get("model_type")!r} is not supported; supported are '
                    + ', '.join(family.architecture for family in families))
@@ -36,8 +38,7 @@ def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtyp
     raise FileNotFoundError(f'{folder} has no config.json; give a folder as Hugging Face has it')
   values = read(path)
   family, config = family_of(values, families), Config(values, str(path))
-  if values.get('quantization_config'):
-    config.refuse('quantization_config', values['quantization_config'].get('quant_method'), 'only weights as they are')
+  config.only('quantization_config')
   model = family.model(config)
   config.finish()
   return model.clone(dtype=dtype), family
