@@ -383,7 +383,8 @@ WRONG = {
     'no soft cap': replaced((attend.Scores, Transformer), lambda s: s.softcap and {'softcap': None}),
     'another theta': replaced(Rotary, lambda r: {'theta': r.theta * 1.1}),
     'neighbours as pairs': replaced(Rotary, lambda r: {'interleaved': True}),
-    'all of a head turns': replaced(Rotary, lambda r: r.size and not isinstance(r.scaling, LongRope) and {'size': None}),
+    'all of a head turns': replaced(
+        Rotary, lambda r: r.size and not isinstance(r.scaling, LongRope) and {'size': None}),
     'no stretched positions': replaced(Rotary, lambda r: r.scaling and {'scaling': None}),
     'cosines of size one': replaced((Yarn, LongRope), lambda s: {'attention': 1.}),
     'no positions': replaced(attend.Attention, lambda a: a.rotary and {'rotary': None}),
