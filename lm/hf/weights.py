@@ -10,8 +10,7 @@ import numpy as np
 
 from lm import sharding
 from lm.describe import describe
-from lm.hf import (files, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3,
-                   smollm3)
+from lm.hf import files, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, smollm3
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map, Stacked
 from lm.models.transformer import Transformer
