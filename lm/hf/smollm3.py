@@ -6,6 +6,7 @@ from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, win
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import transformer
+from lm.models.rotary import Rotary
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -30,10 +31,11 @@ def model(c: Config) -> transformer.Transformer:
 def config(model: transformer.Transformer) -> dict[str, Any]:
   block, windows = model.layers[0], windows_config(model)
   rotaries = [b.attention.rotary for b in model.layers]
-  rotary = {'rope_parameters': rope_config(r, block.attention.head_size) for r in rotaries if r is not None}
+  rotary = next((r for r in rotaries if r is not None), Rotary())
   return {**Sizes.of(model).config(), **windows, 'use_sliding_window': windows['sliding_window'] is not None,
           'hidden_act': 'silu', 'attention_bias': block.attention.bias, 'mlp_bias': block.feed_forward.bias,
-          'no_rope_layers': [int(r is not None) for r in rotaries], **rotary}
+          'no_rope_layers': [int(r is not None) for r in rotaries],
+          'rope_parameters': rope_config(rotary, block.attention.head_size)}
 
 
 FAMILY = names.Family('SmolLM3ForCausalLM', 'smollm3', model, config, names.llama_layer, names.llama_rest)
