@@ -3,11 +3,13 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from lm.models import rotary
 
 _REQUIRED = object()
+_TYPES = 'full_attention', 'sliding_attention'
 # What does not change what a model computes: training, generation, bookkeeping.
 _ASIDE = {
     'architectures', 'model_type', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', 'bos_token_id',
@@ -31,6 +33,10 @@ class Config:
 
   def __init__(self, values: dict[str, Any], where: str = 'config.json'):
     self._values, self._where, self._asked = values, where, set()
+
+  def defaults(self, values: dict[str, Any]) -> None:
+    """Sets what the class of `transformers` gives to fields that are absent; null is not absent."""
+    self._values = {**values, **self._values}
 
   def get(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
     """The value of a field, of type `kind` (a float may be written as an integer); null counts as absent."""
@@ -142,26 +148,34 @@ class Sizes:
 
 
 def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
-         interleaved: bool = False) -> rotary.Rotary:
+         interleaved: bool = False, part: float | None = None) -> rotary.Rotary:
   """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
 
-  `kind` chooses where the parameters differ by type of layer, such as 'sliding_attention'.
+  `kind` chooses where the parameters differ by type of layer, of which older files scale 'full_attention' alone.
+  `part` is of a head, which turns, by default; None for families that turn all of it.
   """
-  r = c.inner('rope_parameters')
-  if r is not None and kind is not None and r.has(kind):
-    r = r.inner(kind)
-  elif r is None:
+  r, full = c.inner('rope_parameters'), kind != 'sliding_attention'
+  if full:
     theta = c.get('rope_theta', float, theta)
-    r = c.inner('rope_scaling') or Config({})
+  if r is None:
+    r = c.inner('rope_scaling') if full else None
+  elif kind is not None:
+    types = {name: r.inner(name) for name in _TYPES}
+    r.finish()
+    r = types[kind]
+  r = r or Config({})
   theta = r.get('rope_theta', float, theta)
   named = r.get('rope_type', str, None) or r.get('type', str, 'default')
   r.only('type', named)
-  part = r.get('partial_rotary_factor', float, None) or c.get('partial_rotary_factor', float, 1.)
-  c.only('partial_rotary_factor', part)
+  if part is None:
+    c.only('partial_rotary_factor', 1., 1)
+    r.only('partial_rotary_factor', 1., 1)
+  part = r.get('partial_rotary_factor', float, c.get('partial_rotary_factor', float, part or 1.))
   size = int(head_size * part)
   if size < 2 or size % 2:
     c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
-  original = r.size('original_max_position_embeddings', c.size('original_max_position_embeddings', None) or max_length)
+  # Phi 3 has it outside too, and that is what counts.
+  original = c.size('original_max_position_embeddings', r.size('original_max_position_embeddings', max_length))
   match named:
     case 'default':
       scaling = None
@@ -190,6 +204,32 @@ def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kin
   return rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
 
 
+def windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
+  """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`."""
+  window = c.size('sliding_window', None)
+  types = c.get('layer_types', list, [_TYPES[window is not None and sliding(i)] for i in range(layers)])
+  if len(types) != layers or not all(t in _TYPES for t in types):
+    c.refuse('layer_types', types, f'{layers} of {" or ".join(_TYPES)}')
+  if window is None and _TYPES[1] in types:
+    c.refuse('sliding_window', window, f'a number, for layer_types has {_TYPES[1]}')
+  return [window if t == _TYPES[1] else None for t in types]
+
+
+def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
+  """`windows`, if `use_sliding_window` is set."""
+  used = c.get('use_sliding_window', bool, False)
+  found = windows(c, layers, lambda i: used and sliding(i))
+  if any(found) and not used:
+    c.refuse('use_sliding_window', used, f'true, for layer_types has {_TYPES[1]}')
+  return found
+
+
+def windows_config(model: Any) -> dict[str, Any]:
+  """`sliding_window` and `layer_types` of `model`."""
+  found = [block.attention.scores.window for block in model.layers]
+  return {'sliding_window': next(filter(None, found), None), 'layer_types': [_TYPES[w is not None] for w in found]}
+
+
 def mscale(factor: float, scale: float) -> float:
   """How much YaRN raises attention."""
   return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.
@@ -213,3 +253,9 @@ def rope_config(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
       found |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
                 'original_max_position_embeddings': original, 'attention_factor': attention}
   return found
+
+
+def typed_rope_config(model: Any) -> dict[str, Any]:
+  """`rope_parameters` by type of layer."""
+  return {_TYPES[a.scores.window is not None]: rope_config(a.rotary, a.head_size)
+          for a in (block.attention for block in model.layers)}

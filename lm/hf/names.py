@@ -111,8 +111,13 @@ def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'fee
 
 
 def llama_layer(block: Any) -> list[Map]:
-  return [same('input_layernorm.weight', 'attention_norm/scale'),
-          same('post_attention_layernorm.weight', 'feed_forward_norm/scale'),
+  """The norms before or after attention and feed-forward, or both; the name of one depends on what others there are."""
+  middle = ('attention_out_norm', 'feed_forward_norm')[block.attention_out_norm is None]
+  norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': middle,
+           'pre_feedforward_layernorm': 'feed_forward_norm', 'post_feedforward_layernorm': 'feed_forward_out_norm'}
+  if block.attention_out_norm is None:
+    del norms['pre_feedforward_layernorm']
+  return [*(same(f'{tensor}.weight', f'{leaf}/scale') for tensor, leaf in norms.items() if getattr(block, leaf)),
           *llama_attention(block.attention), *llama_feed_forward(block.feed_forward)]
 
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from lm import sharding
 from lm.describe import describe
-from lm.hf import files, gpt2, llama
+from lm.hf import files, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, smollm3
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map, Stacked
 from lm.models.transformer import Transformer
 
-FAMILIES = (gpt2.FAMILY, llama.FAMILY)
+# Where several compute what a model does, the first of them writes it.
+FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
+            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.WITH_IMAGES)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
@@ -180,4 +182,6 @@ def write(folder: pathlib.Path, model: Transformer, params: Any, families: Seque
     weights = tensors(model, family, params, dtype)
     files.write(new, weights)
     kind = np.dtype(dtype or next(iter(jax.tree.leaves(params))).dtype).name
-    (new / 'config.json').write_text(json.dumps({**values, 'dtype': kind, **(extra or {})}, indent=2) + '\n')
+    # Null, lest ids that the class of transformers has by default pass the vocabulary.
+    ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    (new / 'config.json').write_text(json.dumps({**values, **ids, 'dtype': kind, **(extra or {})}, indent=2) + '\n')
