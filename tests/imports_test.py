@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
     'sharding', 'describe', 'hf/files',
     'data/source', 'data/corpora', 'data/clean', 'data/vocabulary', 'data/tokenizer', 'data/store', 'data/batches',
-    'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/*',
+    'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/encoder', 'models/*',
     'hf/config', 'hf/names', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
     'train', 'budget', 'plan', 'doctor', 'trained', 'launch')
