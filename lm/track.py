@@ -230,7 +230,7 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
   path = workdir / 'run.json'
   try:
     found = json.loads(path.read_text()) if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(record, dict) and 'script' in record for record in found):
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
       raise ValueError('it is no list of records')
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); delete it, or choose another --workdir') from None
@@ -257,7 +257,7 @@ def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
   except OSError as error:
     raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
   for earlier in records(workdir)[-1:]:
-    if earlier['script'] != script:
+    if earlier.get('script', script) != script:
       raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '
                        'choose another --workdir')
   if jax.process_index() > 0:

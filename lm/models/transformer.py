@@ -62,7 +62,7 @@ class Model(nn.Module):
     """Float32 parameters, laid out on the mesh in use. Call it inside `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     tokens = jnp.zeros((1 if mesh.empty else mesh.shape['data'], 1), jnp.int32)
-    return super().init(key, Batch(tokens))['params']
+    return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
