@@ -207,7 +207,8 @@ def test_older_files_are_read(opened, tmp_path):
   _, model, params, folder = opened('1.0')
   with files.Weights(folder) as saved:
     found = {name: np.array(tensor) for name, tensor in saved.items()}
-  found |= dict.fromkeys(('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight'), found['shared.weight'])
+  copies = 'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight'
+  found |= dict.fromkeys(copies, found['shared.weight'])
   found['decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'] = np.ones((16, 4), 'f4')
   files.write(tmp_path / 'older', {name: (x.shape, x.dtype, lambda x=x: x) for name, x in found.items()})
   config = {**V10, 'model_type': 't5', 'n_positions': 512, 'output_past': True, 'is_encoder_decoder': True,

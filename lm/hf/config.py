@@ -4,7 +4,9 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from lm.models import rotary
 
@@ -56,16 +58,16 @@ class Config:
     return value
 
   def size(self, name: str, default: Any = _REQUIRED) -> Any:
-    """A positive whole number."""
+    """A positive whole number, not absurdly large."""
     value = self.get(name, int, default)
-    if value is not None and value < 1:
-      raise ValueError(f'{self._where}: {name}={value} is not positive')
+    if value is not None and not 0 < value < (10_000 if 'layer' in name else 2 ** 31):
+      raise ValueError(f'{self._where}: {name}={value} is not positive, or far too large')
     return value
 
   def choice(self, name: str, choices: dict[Any, Any], default: Any = _REQUIRED) -> Any:
     """What a field's value stands for."""
     value = self.get(name, (str, int, float, bool), default)
-    if value not in choices:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
       self.refuse(name, value, f'one of {", ".join(map(repr, choices))}')
     return choices[value]
 
@@ -76,7 +78,7 @@ class Config:
     if value is not None and not any(value == s and type(value) is type(s) for s in supported):
       self.refuse(name, value, 'only ' + (' or '.join(map(repr, supported)) or 'null'))
 
-  def refuse(self, name: str, value: Any, supported: str) -> None:
+  def refuse(self, name: str, value: Any, supported: str) -> NoReturn:
     raise ValueError(f'{self._where}: {name}={value!r} is not supported ({supported})')
 
   def inner(self, name: str) -> 'Config | None':
@@ -90,8 +92,8 @@ class Config:
   def finish(self) -> None:
     for name, value in self._values.items():
       if name not in self._asked and name not in _ASIDE and value is not None:
-        raise ValueError(f'{self._where}: {name}={value!r} is a field that is not known here, and may change what the '
-                         'model computes; remove it if it does not')
+        raise ValueError(f'{self._where}: {repr(name)[1:-1]}={value!r} is a field that is not known here, and may '
+                         'change what the model computes; remove it if it does not')
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -147,6 +149,34 @@ class Sizes:
             'tie_word_embeddings': self.tied}
 
 
+def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -> rotary.Scaling | None:
+  """The scaling of rotary positions that `rope_parameters` has."""
+  match named:
+    case 'default':
+      return None
+    case 'linear':
+      return rotary.Linear(r.get('factor', float))
+    case 'llama3':
+      return rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
+                           r.get('high_freq_factor', float), original)
+    case 'yarn':
+      factor = r.get('factor', float, max_length / original)
+      scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
+      attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
+      turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
+      return rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
+                         r.get('truncate', bool, True))
+    case 'longrope':
+      factor = r.get('factor', float, max_length / original)
+      attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
+      short, long = (tuple(map(float, r.get(name, list))) for name in ('short_factor', 'long_factor'))
+      if not len(short) == len(long) == size // 2:
+        r.refuse('short_factor', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
+      return rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
+    case _:
+      return r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+
+
 def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
          interleaved: bool = False, part: float | None = None) -> rotary.Rotary:
   """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
@@ -176,32 +206,23 @@ def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kin
     c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
   # Phi 3 has it outside too, and that is what counts.
   original = c.size('original_max_position_embeddings', r.size('original_max_position_embeddings', max_length))
-  match named:
-    case 'default':
-      scaling = None
-    case 'linear':
-      scaling = rotary.Linear(r.get('factor', float))
-    case 'llama3':
-      scaling = rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
-                              r.get('high_freq_factor', float), original)
-    case 'yarn':
-      factor = r.get('factor', float, max_length / original)
-      scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
-      attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
-      turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
-      scaling = rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
-                            r.get('truncate', bool, True))
-    case 'longrope':
-      factor = r.get('factor', float, max_length / original)
-      attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
-      short, long = (tuple(map(float, r.get(name, list))) for name in ('short_factor', 'long_factor'))
-      if not len(short) == len(long) == size // 2:
-        c.refuse('rope_parameters', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
-      scaling = rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
-    case _:
-      r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+  try:
+    scaling = _scaling(r, named, original, max_length, size)
+  except ArithmeticError as error:
+    raise ValueError(f'rope_parameters do not add up to {named} scaling: {error}') from None
   r.finish()
-  return rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+  found = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+  if not (size < 2 ** 16 and theta > 0 and _finite(found, size)):
+    c.refuse('rope_parameters', rope_config(found, head_size), 'frequencies that are finite, of a head of some hundred')
+  return found
+
+
+def _finite(found: rotary.Rotary, size: int) -> bool:
+  try:
+    with np.errstate(all='ignore'):
+      return bool(np.isfinite(found.frequencies(size)).all())
+  except (ArithmeticError, ValueError):
+    return False
 
 
 def windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:

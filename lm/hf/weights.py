@@ -178,7 +178,7 @@ def export_config(model: Transformer, families: Sequence[Family] = FAMILIES) -> 
     try:
       values = family.config(model)
       again = family.model(Config(values))
-    except (ValueError, AttributeError):   # of another build
+    except (ValueError, AttributeError, TypeError):   # it has other parts than the family's
       continue
     if _computes(again) == _computes(model):
       return family, {'architectures': [family.architecture], 'model_type': family.model_type, **values}
