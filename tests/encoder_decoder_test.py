@@ -153,7 +153,7 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack):
 
 
 def test_another_source_takes_the_place_of_the_one_in_the_cache():
-  params, tokens = random_params(MODEL), make_batch().tokens[:, :3]
+  params, tokens = jax.tree.map(jnp.asarray, random_params(MODEL)), make_batch().tokens[:, :3]
   read = lambda source, cache: MODEL.apply(params, Batch(tokens, source=source), cache=cache)
   empty, (first, second) = MODEL.init_cache(ROWS, 3), np.split(make_batch().source, 2, axis=1)
   used = read(first, empty).cache._replace(segments_BS=empty.segments_BS, index=empty.index)
