@@ -104,7 +104,8 @@ def _attend(scores, q, k, v, sinks, visible):
   simple = sinks is None and visible.bias_NTS is None and scores.softcap is None and v.shape == k.shape
   if not fused or not simple:
     return blockwise(q, k, v, visible, scores, sinks)
-  plain = all(field is None for field in visible) and scores.window is None
+  plain = (visible.segments_BT is None and visible.bidirectional_BS is None and scores.window is None
+           and scores.chunk is None)
   mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]), scores)
   y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain and scores.causal, scale=scores.scale,
                                    implementation='cudnn')
