@@ -66,13 +66,13 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
   """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
 
   Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
-  another H. `sinks` are scores of one more key of each head, whose value is zero (Xiao et al. 2024).
+  another H, and a cache that all heads share is whole on every shard of `model`. `sinks` are scores of one more key of
+  each head, whose value is zero (Xiao et al. 2024).
   """
-  local, keys = (_attend, 'BTKH') if visible.start is None else (_attend_cached, 'BKSH')
-  local = functools.partial(local, scores)
+  local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, sinks_N, visible)
-  heads, keys, rows = sharding.spec('BTNH'), sharding.spec(keys), sharding.spec('BT')
+  heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
   restrictions = Visible(rows, rows, rows, rows, rows, P(), sharding.spec('NTS'))
   return jax.shard_map(local, in_specs=(heads, keys, keys, sharding.spec('N'), restrictions), out_specs=heads,
                        check_vma=False)(q_BTNH, k, v, sinks_N, visible)
