@@ -11,7 +11,8 @@ from lm import generate, launch, pretrained, sharding, trained
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
-         max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False) -> None:
+         max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
+         mesh: str | None = None) -> None:
   """Prints the prompt and its completion; several completions one after the other.
 
   Args:
@@ -27,6 +28,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     stop: the text ends before any of these.
     n: completions to write.
     seed: of the draws.
+    mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -34,13 +36,14 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     raise ValueError(f'--n={n} must be at least 1')
   if n > 1 and sampling.greedy:
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
-  with jax.set_mesh(sharding.make_mesh()):
+  with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     rest = [''] * n
-    print(prompt, end='')
+    begun = False
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
                                   max_tokens=max_tokens, stop=stop, seed=seed):
-      print(pieces[0], end='', flush=True)   # the first is shown as it is written
+      print(pieces[0] if begun else prompt + pieces[0], end='', flush=True)   # the first is shown as it is written
+      begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]
     print()
     for text in rest[1:]:

@@ -54,8 +54,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     text, training_text = (data.text(split).encode() for split in ('validation', 'train'))
     others = evaluate.compress(text, training_text)
   with phases('sample'):
+    room = run.data.length - 1 - max(map(len, data.tokenizer.encode_batch(PROMPTS)))
     samples = generate.generate(run.model, result.params, data.tokenizer, PROMPTS, generate.Sampling(0.8, top_p=0.95),
-                                max_tokens=96)
+                                max_tokens=min(96, room)) if room > 0 else []
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
   plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')

@@ -14,7 +14,7 @@ from lm import evaluate, launch, pretrained, sharding, trained
 
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, split: str | None = None, context: int = 0,
-          bos: bool = True, best: bool = False) -> None:
+          bos: bool = True, best: bool = False, mesh: str | None = None) -> None:
   """Scores a text, or a split of the run's data.
 
   Args:
@@ -25,24 +25,27 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     split: train or validation.
     context: positions before each window of a split that are read again, for context.
     bos: begin the text as a document begins; without it, as in transformers' loss, the first token is not scored.
+    mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
   if sum(given is not None for given in (text, file, split)) != 1:
     raise ValueError('give one of --text, --file and --split')
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text or a --file under a --model')
-  with jax.set_mesh(sharding.make_mesh()):
+  if file is not None:
+    text = file.read_text('utf-8', errors='replace')
+  with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     if split is None:
-      show(loaded, text if file is None else file.read_text(), bos)
+      show(loaded, text, bos)
       return
-    run, mesh = loaded.run, jax.sharding.get_mesh()
+    run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
     data = run.data.open(workdir)
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
     step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer.byte_lengths())
-    batches = data.batches(split, run.objective.example, run.batch, seed=None, repeat=False, context=context)
-    for name, value in evaluate.evaluate(step, loaded.params, batches, mesh).items():
+    batches = data.batches(split, run.objective.example, rows, seed=None, repeat=False, context=context)
+    for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
 
 

@@ -15,8 +15,8 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
 
   The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set.
   """
-  if minutes <= 0:
-    raise ValueError(f'minutes={minutes} is not positive')
+  if not 0 < minutes < 1e6:
+    raise ValueError(f'minutes={minutes} is not between 0 and a million')
   run, mesh = make(10_000), jax.sharding.get_mesh()
   train.check(run, mesh)
   rows = np.zeros((len(sharding.local_rows(run.batch, mesh)), run.data.length), np.int32)
@@ -32,4 +32,5 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
     times.append((middle - start, time.monotonic() - middle))
   evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
   steps = max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10)
-  return make(int(multihost_utils.broadcast_one_to_all(np.int32(steps))))   # one clock decides in a cluster
+  steps = multihost_utils.broadcast_one_to_all(np.int32(min(steps, 2 ** 31 - 1)))   # one clock decides in a cluster
+  return make(int(steps))

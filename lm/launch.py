@@ -16,10 +16,12 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
 import types
 import typing
@@ -64,9 +66,8 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   script = pathlib.Path(inspect.getfile(experiment))
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
-  track.claim(workdir, script.name)
-  knobs = track.settle(knobs, track.records(workdir))
-  with jax.set_mesh(devices):
+  with track.claim(workdir, script.name), jax.set_mesh(devices):
+    knobs = track.settle(knobs, track.records(workdir))
     configured = dataclasses.replace(experiment(**knobs), seed=seed)
     if init is not None:
       from lm import pretrained
@@ -81,23 +82,40 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
 @contextlib.contextmanager
 def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
   """Flags in, one-line errors and exit codes out."""
+  with _interruptible():
+    try:
+      values, debug = parse(functions, sys.argv)
+    except (flags.Error, ValueError) as error:  # absl raises ValueError for --noflag=value
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+    try:
+      _cache_compilations()
+      yield values
+    except KeyboardInterrupt:
+      _exit(130)
+    except Exception as error:
+      if 'RESOURCE_EXHAUSTED' in str(error) and not debug:
+        error = MemoryError(f'the devices have no memory for this; a smaller model or batch, more --accumulate or more '
+                            f'devices need less ({str(error).splitlines()[0][:200]})')
+      told = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
+      if told and not debug and not _raised_in_a_library(error):
+        print(f'error: {error}  (--debug shows where)', file=sys.stderr, flush=True)
+      else:
+        traceback.print_exc()
+      _exit(1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+  """Ctrl-C ends the program at once. Python's own exception is lost where it falls into a callback of JAX."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  former = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'\ninterrupted\n'), os._exit(130)))
   try:
-    values, debug = parse(functions, sys.argv)
-  except (flags.Error, ValueError) as error:  # absl raises ValueError for --noflag=value
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  try:
-    _cache_compilations()
-    yield values
-  except KeyboardInterrupt:
-    _exit(130)
-  except Exception as error:
-    told = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
-    if told and not debug and not _raised_in_a_library(error):
-      print(f'error: {error}  (--debug shows where)', file=sys.stderr, flush=True)
-    else:
-      traceback.print_exc()
-    _exit(1)
+    yield
+  finally:
+    signal.signal(signal.SIGINT, former)
 
 
 def _raised_in_a_library(error: Exception) -> bool:
@@ -194,8 +212,8 @@ def _convert(kind: Any, text: str) -> Any:
         raise
       return int(number)
   value = kind(text)
-  if value != value:
-    raise ValueError('nan')
+  if value != value or kind is pathlib.Path and not text:
+    raise ValueError('nan, or a path that is empty')
   return value.expanduser() if kind is pathlib.Path else value
 
 

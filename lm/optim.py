@@ -67,12 +67,13 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
 
 
 def decayed(params: Any) -> Any:
-  """True for matrices and tables, False for biases and the scales of norms: what weight decay is for."""
+  """True for matrices and tables, False for vectors, such as biases and the scales of norms: what weight decay is for.
+  """
   return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), params)
 
 
 def _is_matrix(path: tuple) -> bool:
-  return not str(path[-1].key).endswith(('bias', 'scale'))
+  return not str(path[-1].key).endswith(('bias', 'scale', 'sinks', 'correction'))
 
 
 def _chain(schedule: Schedule, clip: float | None, *transforms: optax.GradientTransformation):
@@ -132,6 +133,8 @@ def _matrices(params: Any) -> Any:
   def axes(path, leaf):
     if path[0].key != 'blocks' or not _is_matrix(path):
       return None
+    if path[-1].key in ('gate', 'up', 'down'):   # after the layers, experts may come
+      return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
     inputs = leaf.ndim - 2 if path[-1].key == 'out' else 1   # attention's output reads heads x head size
     return optax.contrib.MuonDimensionNumbers(tuple(range(1, inputs + 1)), tuple(range(inputs + 1, leaf.ndim)))
   return jax.tree_util.tree_map_with_path(axes, params)

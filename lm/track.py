@@ -229,9 +229,12 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """The records in `workdir/run.json`, oldest first; none if there is no such file."""
   path = workdir / 'run.json'
   try:
-    return json.loads(path.read_text()) if path.exists() else []
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON ({error}); delete it, or choose another --workdir') from error
+    found = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+      raise ValueError('it is no list of records')
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); delete it, or choose another --workdir') from None
+  return found
 
 
 def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -241,8 +244,12 @@ def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
   return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
 
 
-def claim(workdir: pathlib.Path, script: str) -> None:
-  """Makes the workdir; ValueError if another script ran there, OSError if it cannot be written."""
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
+  """Makes the workdir, and keeps other processes from training in it.
+
+  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
@@ -250,9 +257,22 @@ def claim(workdir: pathlib.Path, script: str) -> None:
   except OSError as error:
     raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
   for earlier in records(workdir)[-1:]:
-    if earlier['script'] != script:
+    if earlier.get('script', script) != script:
       raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '
                        'choose another --workdir')
+  if jax.process_index() > 0:
+    yield
+    return
+  with (workdir / '.lock').open('w') as lock:
+    try:
+      import fcntl
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise OSError(f'another process is training in the workdir {workdir}; wait for it, stop it, or choose another '
+                    '--workdir') from None
+    except (ImportError, OSError):   # a platform, or a file system, without locks
+      pass
+    yield
 
 
 def start(workdir: pathlib.Path, **facts: Any) -> None:

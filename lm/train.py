@@ -62,8 +62,8 @@ class Run:
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
-    if self.seed < 0:
-      raise ValueError(f'seed={self.seed} is negative')
+    if not 0 <= self.seed < 2 ** 63:
+      raise ValueError(f'seed={self.seed} is not between 0 and 2 ** 63')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
       raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
 
@@ -179,10 +179,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
     data = run.data.open(workdir)
   _check_vocabulary(run, data)
   facts = identity(run, data)
-  track.record(workdir, data=data.fingerprint, steps=run.steps)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
       state, start = _restore(run, mesh, checkpoints, facts)
+    track.record(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start:

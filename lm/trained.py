@@ -29,9 +29,11 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   records = track.records(workdir)
   if not records:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  record = next((r for r in reversed(records) if 'data' in r), records[-1])  # one without found no corpus to train on
-  knobs = track.settle(record['knobs'], records)
-  run = dataclasses.replace(_function(record)(**knobs), seed=record['seed'])
+  accepted = [record for record in records if 'data' in record]   # not the tries that were refused
+  if not accepted:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  knobs = track.settle(accepted[-1]['knobs'], accepted)
+  run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,

@@ -1,16 +1,26 @@
 """Families of Hugging Face checkpoints: `transformers` computes the same, and gets the same bytes back."""
+import contextlib
+import copy
 import dataclasses
 import functools
 import gc
 import json
 import warnings
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.data.batches import Batch
-from lm.hf import files, weights
+from lm.describe import describe
+from lm.hf import files, gpt_neox, weights
+from lm.hf.config import Config
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models.rotary import LongRope, Rotary, Yarn
+from lm.models.transformer import Stack, Transformer
 
 torch = pytest.importorskip('torch')
 with warnings.catch_warnings():
@@ -20,6 +30,13 @@ with warnings.catch_warnings():
 VOCAB = 96
 LLAMA = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
          'intermediate_size': 48, 'vocab_size': VOCAB, 'max_position_embeddings': 64}
+NEOX = {key: value for key, value in LLAMA.items() if key != 'num_key_value_heads'} | {'hidden_size': 64}
+NO_TOKENS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))   # of the class, they pass the vocabulary
+GEMMA3 = LLAMA | NO_TOKENS | {
+    'sliding_window': 9, 'head_dim': 12, 'num_key_value_heads': 1, 'query_pre_attn_scalar': 7,
+    'layer_types': ['sliding_attention', 'sliding_attention', 'full_attention'], 'rope_parameters': {
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
+        'full_attention': {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 4.}}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +44,7 @@ class Case:
   """A tiny model of a family: the class of `transformers`, and its config."""
   name: str
   config: dict
+  unused: tuple = ()   # fields of it that change nothing
 
   @property
   def architecture(self):
@@ -40,10 +58,46 @@ CASES = [
                                           'head_dim': 16, 'rope_parameters': {
         'rope_type': 'llama3', 'rope_theta': 5e3, 'factor': 8., 'low_freq_factor': 1., 'high_freq_factor': 4.,
         'original_max_position_embeddings': 16}}),
-    Case('LlamaForCausalLM-linear', LLAMA | {'rope_parameters': {
-        'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 4.}}),
-    Case('LlamaForCausalLM-yarn', LLAMA | {'rope_parameters': {
-        'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4., 'original_max_position_embeddings': 16}}),
+    Case('GPTNeoXForCausalLM', NEOX),
+    Case('GPTNeoXForCausalLM-sequential', NEOX | {
+        'use_parallel_residual': False, 'attention_bias': False, 'hidden_act': 'gelu_new', 'tie_word_embeddings': True,
+        'rope_parameters': {'rope_type': 'linear', 'rope_theta': 1e3, 'factor': 2., 'partial_rotary_factor': 0.5}}),
+    Case('MistralForCausalLM', LLAMA | {'sliding_window': 9, 'head_dim': 12}),
+    Case('MistralForCausalLM-full', LLAMA | {'sliding_window': None, 'num_key_value_heads': 1,
+                                             'tie_word_embeddings': True}),
+    Case('Qwen2ForCausalLM', LLAMA | {'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4., 'original_max_position_embeddings': 16}},
+         unused=('sliding_window', 'use_sliding_window')),
+    Case('Qwen2ForCausalLM-windows', LLAMA | {'use_sliding_window': True, 'sliding_window': 9, 'max_window_layers': 1,
+                                              'tie_word_embeddings': True}),
+    Case('Qwen3ForCausalLM', LLAMA | {'head_dim': 12, 'use_sliding_window': True, 'sliding_window': 9,
+                                      'max_window_layers': 2, 'attention_bias': True}),
+    Case('SmolLM3ForCausalLM', LLAMA | {
+        'no_rope_layers': [1, 0, 1], 'use_sliding_window': True, 'sliding_window': 9, 'attention_bias': True,
+        'mlp_bias': True, **NO_TOKENS}),
+    Case('Phi3ForCausalLM', LLAMA | NO_TOKENS | {
+        'head_dim': 8, 'tie_word_embeddings': True, 'original_max_position_embeddings': 24, 'rope_parameters': {
+            'rope_type': 'longrope', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5, 'short_factor': [1., 1.5],
+            'long_factor': [2., 5.]}}),
+    Case('Phi3ForCausalLM-window', LLAMA | NO_TOKENS | {'num_key_value_heads': 4, 'sliding_window': 9},
+         unused=('original_max_position_embeddings',)),
+    Case('Olmo2ForCausalLM', LLAMA | NO_TOKENS | {'attention_bias': True, 'head_dim': 12}),
+    Case('Olmo3ForCausalLM', LLAMA | NO_TOKENS | {
+        'sliding_window': 9, 'num_key_value_heads': 4, 'num_hidden_layers': 4, 'rope_parameters': {
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+            'full_attention': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4.,
+                               'original_max_position_embeddings': 16}}}),
+    Case('Gemma2ForCausalLM', LLAMA | NO_TOKENS | {
+        'sliding_window': 9, 'head_dim': 12, 'query_pre_attn_scalar': 7, 'attn_logit_softcapping': 2.,
+        'final_logit_softcapping': 3.}),
+    Case('Gemma2ForCausalLM-untied', LLAMA | NO_TOKENS | {
+        'sliding_window': 9, 'head_dim': 12, 'layer_types': ['full_attention', 'sliding_attention', 'full_attention'],
+        'attn_logit_softcapping': None, 'final_logit_softcapping': None, 'tie_word_embeddings': False,
+        'attention_bias': True}),
+    Case('Gemma3ForCausalLM', GEMMA3),
+    Case('Gemma3ForCausalLM-untied', LLAMA | NO_TOKENS | {
+        'sliding_window': 9, 'head_dim': 8, 'final_logit_softcapping': 3., 'tie_word_embeddings': False,
+        'attention_bias': True, 'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention']}),
 ]
 families = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 # These programs run once: optimising them takes longer.
@@ -54,12 +108,12 @@ forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(mo
 
 
 
-
 def torch_model(case: Case):
   """A random one, whose parameters are all away from what they start as, and whose logits are of size one."""
   torch.manual_seed(0)
   kind = getattr(transformers, case.architecture)
-  model = kind(kind.config_class(**case.config)).eval().to(torch.float32)
+  config = kind.config_class(**copy.deepcopy(case.config)) if isinstance(case.config, dict) else case.config
+  model = kind(config).eval().to(torch.float32)
   model.config._attn_implementation = 'eager'
   with torch.no_grad():
     for p in model.parameters():
@@ -89,19 +143,32 @@ def opened(tmp_path_factory):
 Case.__hash__ = lambda self: hash(self.name)
 
 
-def logits_of(theirs, tokens, mask=None):
+def logits_of(theirs, tokens):
   with torch.no_grad():
-    positions = None if mask is None else torch.tensor(np.maximum(np.cumsum(mask, 1) - 1, 0))
-    return theirs(torch.tensor(tokens).long(), attention_mask=None if mask is None else torch.tensor(mask),
-                  position_ids=positions, use_cache=False).logits.numpy()
+    return theirs(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
+
+
+def rows(*documents, pads=(0, 0)):
+  """A batch [2, 64] of rows of documents, each row after padding: one shape, so that one program runs it."""
+  tokens, segments, positions = np.zeros((3, 2, 64), np.int32)
+  for row, (found, at) in enumerate(zip(documents, pads)):
+    for segment, document in enumerate(found, 1):
+      place = row, slice(at, at + len(document))
+      tokens[place], segments[place], positions[place] = document, segment, np.arange(len(document))
+      at += len(document)
+  return Batch(tokens, segments=segments, positions=positions)
+
+
+def random_tokens(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)
 
 
 @families
 def test_logits_are_those_of_transformers(opened, case):
   """On rows as long as the model can place: past windows, chunks and the original context of stretched positions."""
   theirs, model, params, _ = opened(case)
-  tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 64), np.int32)
-  actual, expected = forward(model, params, Batch(tokens)), logits_of(theirs, tokens)
+  tokens = random_tokens(2, 64)
+  actual, expected = forward(model, params, rows(tokens[:1], tokens[1:])), logits_of(theirs, tokens)
   assert np.std(expected) > 0.3
   assert np.abs(actual - expected).max() <= 1e-4
 
@@ -109,34 +176,25 @@ def test_logits_are_those_of_transformers(opened, case):
 @families
 def test_padded_and_packed_rows_are_as_if_alone(opened, case):
   theirs, model, params, _ = opened(case)
-  rng = np.random.default_rng(1)
-  lengths = (23, 9)
-  alone = [rng.integers(0, VOCAB, (1, n), np.int32) for n in lengths]
-  expected = [logits_of(theirs, tokens) for tokens in alone]
-  pad = np.zeros((1, 32 - sum(lengths) + 8), np.int32)
-  packed = Batch(np.concatenate([*alone, pad], axis=1),
-                 segments=np.repeat([1, 2, 0], [*lengths, pad.shape[1]])[None].astype(np.int32),
-                 positions=np.concatenate([np.arange(n) for n in (*lengths, pad.shape[1])])[None].astype(np.int32))
-  actual = np.asarray(forward(model, params, packed))
-  assert np.abs(actual[:, :23] - expected[0]).max() <= 1e-4
-  assert np.abs(actual[:, 23:32] - expected[1]).max() <= 1e-4
+  a, b, c = (random_tokens(n, seed=n) for n in (23, 9, 17))
+  logits = np.asarray(forward(model, params, rows([a, b], [c], pads=(0, 5))))
+  for document, actual in ((a, logits[0, :23]), (b, logits[0, 23:32]), (c, logits[1, 5:22])):
+    assert np.abs(actual - logits_of(theirs, document[None])[0]).max() <= 1e-4
 
 
 @families
 def test_cached_decoding_equals_the_full_forward(opened, case):
   _, model, params, _ = opened(case)
-  tokens = np.random.default_rng(2).integers(0, VOCAB, (2, 40), np.int32)
+  tokens = random_tokens(2, 40, seed=2)
+  pads, params_ = (0, 5), model.unstack(params)
+  batch = rows([tokens[0]], [tokens[1, :35]], pads=pads)
   step = jit(lambda params, batch, cache: model.apply(params, batch, cache=cache))
-  pads, slots, params_ = np.array([0, 5]), np.arange(40)[None], model.unstack(params)
-  batch = Batch(np.stack([np.roll(row, pad) for row, pad in zip(tokens, pads)]),
-                segments=(slots >= pads[:, None]).astype(np.int32),
-                positions=np.maximum(slots - pads[:, None], 0).astype(np.int32))
   cache, logits = model.init_cache(2, 44), []
   for part in (slice(0, 30), *(slice(i, i + 1) for i in range(30, 40))):
     out = step(params_, jax.tree.map(lambda x: x[:, part], batch), cache)   # noqa: B023
     cache = out.cache
     logits.append(out.head(out.hidden))
-  logits, expected = np.concatenate(logits, axis=1), np.asarray(forward(model, params, Batch(tokens)))
+  logits, expected = np.concatenate(logits, axis=1), np.asarray(forward(model, params, rows(tokens[:1], tokens[1:])))
   for row, pad in enumerate(pads):
     assert np.abs(logits[row, pad:] - expected[row, :40 - pad]).max() <= 1e-4
 
@@ -145,7 +203,8 @@ def test_cached_decoding_equals_the_full_forward(opened, case):
 def test_what_goes_out_is_what_came_in(opened, case, tmp_path):
   """Byte for byte; and transformers opens it without a key missing or left over."""
   theirs, model, params, folder = opened(case)
-  weights.write(tmp_path / 'out', model, params)
+  own = [family for family in weights.FAMILIES if family.architecture == case.architecture]
+  weights.write(tmp_path / 'out', model, params, own)
   with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
     assert set(came) == set(goes)
     for name in came:
@@ -154,37 +213,39 @@ def test_what_goes_out_is_what_came_in(opened, case, tmp_path):
   kind = getattr(transformers, case.architecture)
   again, info = kind.from_pretrained(tmp_path / 'out', output_loading_info=True, attn_implementation='eager')
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
-  tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 64), np.int32)
-  np.testing.assert_array_equal(logits_of(again, tokens), logits_of(theirs, tokens))
+  np.testing.assert_array_equal(logits_of(again, random_tokens(2, 64)), logits_of(theirs, random_tokens(2, 64)))
+  family, values = weights.export_config(model)   # maybe of another family, that computes the same
+  assert describe(family.model(Config(values))) == describe(model)
 
 
 @families
-def test_every_switch_of_a_config_matters_or_is_refused(opened, case, tmp_path):
-  """A field set to another value changes the logits, or the shapes, or is refused by its name: none is ignored."""
-  _, model, params, folder = opened(case)
-  config = json.loads((folder / 'config.json').read_text())
-  tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 64), np.int32)
-  before = forward(model, params, Batch(tokens))
-  for name, value in config.items():
-    if name in ASIDE or name.endswith('_token_id'):
+def test_every_switch_of_a_config_matters_or_is_refused(opened, case):
+  """A field set to another value makes another model, or is refused by its name: none is ignored."""
+  _, model, _, folder = opened(case)
+  values = json.loads((folder / 'config.json').read_text())
+  for name, value in values.items():
+    if name in ASIDE or name in case.unused or name.endswith('_token_id'):
       continue
-    (tmp_path / 'config.json').write_text(json.dumps(config | {name: other(name, value)}))
-    try:
-      changed, family = weights.open_model(tmp_path)
-      with files.Weights(folder) as found:
-        again = weights.load_params(changed, family, found)
-      same = np.array_equal(forward(changed, again, Batch(tokens)), before)
-    except (ValueError, FileNotFoundError):
-      continue
-    assert not same, f'{name}={other(name, value)!r} is ignored'
+    changed = other(value)
+    with contextlib.suppress(ValueError):
+      assert described(values | {name: changed}) != describe(model), f'{name}={changed!r} is ignored'
 
 
+def described(values):
+  config = Config(values)
+  model = weights.family_of(values).model(config)
+  config.finish()
+  return describe(model)
+
+
+# The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
-         'embd_pdrop', 'resid_pdrop', 'model_type', 'pretraining_tp'} | {
+         'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
+         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern'} | {
              'summary_' + name for name in ('type', 'use_proj', 'activation', 'first_dropout', 'proj_to_labels')}
 
 
-def other(name, value):
+def other(value):
   match value:
     case bool():
       return not value
@@ -193,10 +254,198 @@ def other(name, value):
     case float():
       return value * 64
     case str():
-      return {'silu': 'gelu', 'gelu_new': 'relu'}.get(value, 'another')
+      return 'another'
     case dict():
-      return value | {key: other(key, v) for key, v in value.items() if isinstance(v, float)} or {'x': 1}
+      return {key: item if isinstance(item, str) else other(item) for key, item in value.items()} or {'x': 1}
     case list():
-      return [other(name, item) for item in value]
+      return [other(item) for item in value]
     case None:
       return 3
+
+
+def minimal(family):
+  """Sizes, as files that leave out all else have them."""
+  return {'architectures': [family.architecture], **(NEOX if family.architecture.startswith('GPTNeoX') else LLAMA)}
+
+
+@pytest.mark.parametrize('family', weights.FAMILIES[1:-3], ids=lambda family: family.architecture)
+def test_absent_fields_have_the_values_that_transformers_gives_them(family):
+  sizes = minimal(family) | {'hidden_size': 256, 'num_attention_heads': 32}   # a multiple of all default kv_heads
+  sizes.pop('num_key_value_heads', None)
+  kind = getattr(transformers, family.architecture).config_class
+  filled = json.loads(kind(**sizes).to_json_string())
+  assert described(sizes) == described(filled | {'architectures': [family.architecture]})
+
+
+OLD = [
+    ('GPTNeoXForCausalLM', {'rotary_emb_base': 5000, 'rotary_pct': 0.5, 'rope_scaling': {
+        'type': 'linear', 'factor': 2.}}),
+    ('MistralForCausalLM', {'rope_theta': 5000., 'sliding_window': None}),
+    ('Qwen2ForCausalLM', {'rope_theta': 5000., 'use_sliding_window': True, 'sliding_window': 9,
+                          'max_window_layers': 2}),
+    ('Qwen2ForCausalLM', {'use_sliding_window': False, 'sliding_window': 9, 'max_window_layers': 2, 'rope_scaling': {
+        'type': 'yarn', 'factor': 4., 'original_max_position_embeddings': 16}}),
+    ('Qwen3ForCausalLM', {'rope_theta': 5000., 'head_dim': 12, 'use_sliding_window': True, 'sliding_window': 9,
+                          'max_window_layers': 1}),
+    ('SmolLM3ForCausalLM', {'rope_theta': 5e6, 'no_rope_layer_interval': 2, 'use_sliding_window': True,
+                            'sliding_window': 9}),
+    ('Phi3ForCausalLM', {'rope_theta': 5000., 'partial_rotary_factor': 0.5, 'original_max_position_embeddings': 24,
+                         'rope_scaling': {'type': 'longrope', 'short_factor': [1., 2.], 'long_factor': [3., 4.]}}),
+    ('Olmo2ForCausalLM', {'rope_theta': 500000, 'rope_scaling': None}),
+    ('Olmo3ForCausalLM', {'rope_theta': 500000, 'rope_scaling': {
+        'rope_type': 'yarn', 'factor': 8., 'original_max_position_embeddings': 16, 'attention_factor': 1.2,
+        'beta_fast': 32., 'beta_slow': 1.}}),
+    ('Gemma2ForCausalLM', {'rope_theta': 5000., 'cache_implementation': 'hybrid', 'hidden_act': 'gelu_pytorch_tanh'}),
+    ('Gemma3ForCausalLM', {'rope_theta': 5e5, 'rope_local_base_freq': 5e3, 'sliding_window_pattern': 2,
+                           'rope_scaling': {'rope_type': 'linear', 'factor': 8.}}),
+    ('Gemma3ForCausalLM', {'_sliding_window_pattern': 6, 'use_bidirectional_attention': False}),
+]
+
+
+@pytest.mark.parametrize('architecture, fields', OLD, ids=lambda value: value if isinstance(value, str) else '')
+def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
+  family = next(family for family in weights.FAMILIES if family.architecture == architecture)
+  old = minimal(family) | fields
+  new = json.loads(getattr(transformers, architecture).config_class(**copy.deepcopy(old)).to_json_string())
+  assert described(old) == described(new | {'architectures': [architecture]})
+
+
+@pytest.mark.parametrize('architecture, fields', [
+    ('LlamaForCausalLM', {'partial_rotary_factor': 0.5}),
+    ('LlamaForCausalLM', {'rope_scaling': {'type': 'dynamic', 'factor': 2.}}),
+    ('MistralForCausalLM', {'layer_types': ['full_attention'] * 3}),
+    ('Qwen2ForCausalLM', {'layer_types': ['full_attention', 'sliding_attention', 'full_attention']}),
+    ('Qwen3ForCausalLM', {'layer_types': ['full_attention']}),
+    ('Qwen3ForCausalLM', {'layer_types': ['full_attention', 'linear_attention', 'full_attention']}),
+    ('SmolLM3ForCausalLM', {'no_rope_layers': [1, 0]}),
+    ('Phi3ForCausalLM', {'rope_scaling': {'type': 'linear', 'factor': 2.}}),
+    ('Olmo3ForCausalLM', {'rope_theta': 1e4}),
+    ('Olmo3ForCausalLM', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}),
+    ('Gemma2ForCausalLM', {'use_bidirectional_attention': True}),
+    ('Gemma3ForCausalLM', {'attn_logit_softcapping': 50.})])
+def test_what_no_model_here_computes_is_refused_by_name(architecture, fields):
+  values = next(minimal(family) for family in weights.FAMILIES if family.architecture == architecture) | fields
+  with pytest.raises(ValueError, match='|'.join([*fields, 'rope_parameters', 'use_sliding_window', 'rope_type'])):
+    described(values)
+
+
+def test_of_gemma_that_sees_images_the_language_model_is_read(tmp_path):
+  """And written by itself; a folder may leave out sizes that are those of the class."""
+  config = transformers.Gemma3Config(text_config=GEMMA3, vision_config={
+      'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16, 'image_size': 28,
+      'patch_size': 14, 'vision_use_head': False}, mm_tokens_per_image=4, image_token_index=95, boi_token_index=93,
+      eoi_token_index=94)
+  theirs = torch_model(Case('Gemma3ForConditionalGeneration', config))
+  theirs.save_pretrained(tmp_path / 'in')
+  model, family = weights.open_model(tmp_path / 'in')
+  with files.Weights(tmp_path / 'in') as found:
+    params = weights.load_params(model, family, found)
+  tokens = random_tokens(2, 64) % 90
+  expected = logits_of(theirs, tokens)
+  assert np.abs(forward(model, params, rows(tokens[:1], tokens[1:])) - expected).max() <= 1e-4
+  weights.write(tmp_path / 'out', model, params)
+  alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager')
+  assert type(alone) is transformers.Gemma3ForCausalLM
+  np.testing.assert_array_equal(logits_of(alone, tokens), expected)
+
+
+def replaced(kind, change):
+  """Parts of `kind`, with the fields that `change` gives; falsy where it leaves a part alone."""
+  def apply(part):
+    fields = change(part) if isinstance(part, kind) else None
+    return part if not fields else part.clone(**fields) if isinstance(part, nn.Module) else (
+        dataclasses.replace(part, **fields))
+  return apply
+
+
+def swapped(block):
+  other = {parts.Block: parts.ParallelBlock, parts.ParallelBlock: parts.Block}.get(type(block))
+  if other is None or getattr(block, 'attention_norm', None) is None:
+    return block
+  return other(block.attention, block.feed_forward, block.attention_norm, block.feed_forward_norm)
+
+
+def moved(block):
+  """Norms before what they were after, or the other way; both, before alone."""
+  if not isinstance(block, parts.Block):
+    return block
+  before = block.attention_norm, block.feed_forward_norm
+  after = block.attention_out_norm, block.feed_forward_out_norm
+  both = None not in before + after
+  return parts.Block(block.attention, block.feed_forward, *(before if both else after),
+                     *((None, None) if both else before))
+
+
+WRONG = {
+    'a window longer by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window + 1}),
+    'a window shorter by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window - 1}),
+    'another scale': replaced(attend.Scores, lambda s: {'scale': (s.scale or 0.3) * 1.1}),
+    'no soft cap': replaced((attend.Scores, Transformer), lambda s: s.softcap and {'softcap': None}),
+    'another theta': replaced(Rotary, lambda r: {'theta': r.theta * 1.1}),
+    'neighbours as pairs': replaced(Rotary, lambda r: {'interleaved': True}),
+    'all of a head turns': replaced(
+        Rotary, lambda r: r.size and not isinstance(r.scaling, LongRope) and {'size': None}),
+    'no stretched positions': replaced(Rotary, lambda r: r.scaling and {'scaling': None}),
+    'cosines of size one': replaced((Yarn, LongRope), lambda s: {'attention': 1.}),
+    'no positions': replaced(attend.Attention, lambda a: a.rotary and {'rotary': None}),
+    'positions on all layers': replaced(attend.Attention, lambda a: not a.rotary and {'rotary': Rotary()}),
+    'no bias': replaced((attend.Attention, parts.FeedForward), lambda a: a.bias and {'bias': False}),
+    'an output bias more or less': replaced(attend.Attention, lambda a: a.bias and {'out_bias': a.out_bias is False}),
+    'no norm of queries': replaced(attend.Attention, lambda a: a.query_norm and {'query_norm': None}),
+    'no norm of keys': replaced(attend.Attention, lambda a: a.key_norm and {'key_norm': None}),
+    'norms after the rotation': replaced(attend.Attention, lambda a: a.query_norm and {'norms_last': True}),
+    'another offset': replaced(parts.RMSNorm, lambda n: {'offset': 1 - n.offset}),
+    'another epsilon': replaced((parts.RMSNorm, parts.LayerNorm), lambda n: {'eps': 0.01}),
+    'another activation': replaced(parts.FeedForward, lambda f: {'activation': {
+        parts.silu_gated: parts.gelu_gated, parts.gelu_gated: parts.silu_gated, jax.nn.gelu: gpt_neox.erf_gelu,
+        gpt_neox.erf_gelu: jax.nn.gelu}[f.activation]}),
+    'side by side, or in turn': swapped,
+    'norms elsewhere': moved,
+    'layers in another order': replaced(Transformer, lambda m: {'blocks': (*m.blocks[1:], m.blocks[0])}),
+    'another head': replaced(Transformer, lambda m: {'tied': not m.tied}),
+    'no scale of the embedding': replaced(Transformer, lambda m: m.embedding_scale and {'embedding_scale': None}),
+}
+
+
+def changed(part, change):
+  """`part` with `change` made to it and all that it holds."""
+  match part:
+    case tuple():
+      return tuple(changed(item, change) for item in part)
+    case _ if not dataclasses.is_dataclass(part):
+      return part
+  fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in ('parent', 'name')}
+  new = {name: changed(value, change) for name, value in fields.items()}
+  new = {name: value for name, value in new.items() if value is not fields[name]}
+  if new:
+    part = part.clone(**new) if isinstance(part, nn.Module) else dataclasses.replace(part, **new)
+  return change(part)
+
+
+@pytest.mark.parametrize('case', [case for case in CASES[1:] if '-' not in case.name], ids=lambda case: case.name)
+def test_each_part_matters(opened, case):
+  """Logits show any part that is wrong, so that equal logits show that all are right."""
+  _, model, params, _ = opened(case)
+  # A layer of each sort, in a stack of its own, and every parameter that a wrong model may ask for.
+  kept = dict(zip(model.layers, model.unstack(params)['blocks'].layers))
+  layers = kept.values()
+  alike = {'attention_norm': 'attention_out_norm', 'feed_forward_norm': 'feed_forward_out_norm'}
+  alike |= {b: a for a, b in alike.items()}
+  layers = [{**{alike[name]: tree for name, tree in layer.items() if name in alike}, **layer} for layer in layers]
+  for layer in layers:
+    layer['attention'] = {'out_bias': layer['feed_forward_norm']['scale'], **layer['attention']}
+  params = {'head': jnp.flip(params['embedding']), **params,
+            'blocks': {str(i): jax.tree.map(lambda x: x[None], layer) for i, layer in enumerate(layers)}}
+  model = model.clone(blocks=tuple(Stack((block,), 1) for block in kept), remat=None)
+  batch = rows(random_tokens(1, 64), random_tokens(1, 40, seed=1))
+  def logits(model):
+    out = model.apply(params, batch)
+    return np.asarray(out.head(out.hidden))[batch.segments > 0]
+  with jax.disable_jit():
+    right, tried = logits(model), []
+    for name, change in WRONG.items():
+      wrong = changed(model, change)
+      if describe(wrong) != describe(model):
+        assert np.abs(logits(wrong) - right).max() > 1e-4, name
+        tried.append(name)
+  assert len(tried) >= 10

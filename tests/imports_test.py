@@ -12,7 +12,8 @@ ROOMS = (
     'sharding', 'describe', 'cluster', 'hf/files',
     'data/source', 'data/mixture', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat', 'data/store', 'data/batches',
-    'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/transformer', 'models/*',
+    'data/dataset', 'models/layers', 'models/rotary', 'models/attention', 'models/grouped', 'models/moe',
+    'models/latent', 'models/transformer', 'models/encoder', 'models/*',
     'hf/config', 'hf/names', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
     'train', 'budget', 'plan', 'doctor', 'trained', 'pretrained', 'launch')

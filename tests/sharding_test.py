@@ -247,3 +247,18 @@ def test_rows_of_a_batch_are_split_over_data_in_order():
   for shard in batch.addressable_shards:
     (data, _), = np.argwhere(mesh.devices == shard.device)
     np.testing.assert_array_equal(shard.data, rows[4 * data:4 * data + 4])
+
+
+@pytest.mark.parametrize('shape', MESHES)
+def test_logits_of_one_position_have_the_gradients_of_the_formula(shape):
+  """The head reads its weights in another order there, which must not change how gradients are laid out."""
+  rng = np.random.default_rng(0)
+  hidden, weight = rng.normal(size=(8, 1, 32)).astype('f4'), rng.normal(size=(VOCAB, 32)).astype('f4')
+  loss = lambda hidden, weight: jnp.sum(jnp.sin(jnp.einsum('BTD,VD->BTV', hidden, weight)))
+  expected = jax.grad(loss, argnums=(0, 1))(hidden, weight)
+  with on(shape):
+    laid_out = sharding.constrain(hidden, 'BTD'), sharding.gather(jnp.asarray(weight), 'VD')
+    loss = lambda hidden, weight: jnp.sum(jnp.sin(transformer.Head(weight)(hidden)))
+    actual = jit(jax.grad(loss, argnums=(0, 1)))(*laid_out)
+  for a, b in zip(actual, expected):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

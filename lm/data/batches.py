@@ -18,13 +18,21 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Rows of packed examples, `[B, T]`. A model reads all but `targets` and `weights`."""
+  """Rows of packed examples, `[B, T]`. A model reads all but `targets` and `weights`.
+
+  An encoder-decoder reads `source` too, `[B, S]`, with its encoder; the decoder reads `tokens` and is asked for
+  `targets`, so that the losses of decoders hold for it. Segment i of the tokens sees segment i of the source. An
+  objective whose examples have no source makes one in its `loss`: `apply(params, batch._replace(source=...), key=key)`.
+  """
   tokens: Array
   targets: Array | None = None
   weights: Array | None = None
   positions: Array | None = None      # place within the piece of a document; None: 0, 1, 2, ...
   segments: Array | None = None       # 0 padding, then 1, 2, ... by document; None: one document a row, no padding
   bidirectional: Array | None = None
+  types: Array | None = None          # which sentence of a pair a token is of (BERT); None: 0
+  source: Array | None = None
+  source_segments: Array | None = None   # as `segments`
 
 
 class Documents(Protocol):

@@ -38,15 +38,17 @@ class Text:
     settings, trains = folder / 'tokenizer' / 'settings.json', callable(self.tokenizer)
     wanted = {'tokenizer': self.tokenizer.fingerprint} if not trains else {
         'tokenizer': describe(self.tokenizer), 'rules': describe(self.rules), 'source': self.source.fingerprint}
-    if not settings.exists():
+    if (made_with := _read(settings)) is None:
       found = self.tokenizer
       if trains:
         progress('training the tokenizer')
         documents = clean.clean(self.source.splits['train'], self.rules)
         found = self.tokenizer([d for d in documents if isinstance(d, str)])
       found.save(settings.parent)
-      settings.write_text(json.dumps(wanted))
-    elif lines := differences(json.loads(settings.read_text()), wanted):
+      written = settings.with_suffix('.new')
+      written.write_text(json.dumps(wanted))
+      written.replace(settings)
+    elif lines := differences(made_with, wanted):
       raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
                        + '\n  '.join(lines))
     found = self.load_tokenizer(workdir)
@@ -59,6 +61,14 @@ class Text:
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
+
+
+def _read(settings: pathlib.Path) -> dict | None:
+  """None if the tokenizer was not made, or not to the end."""
+  try:
+    return json.loads(settings.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -281,5 +281,8 @@ def _replace(path: pathlib.Path, value: dict) -> None:
 
 
 def _read(path: pathlib.Path) -> dict | None:
-  return json.loads(path.read_text()) if path.exists() else None
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None
 

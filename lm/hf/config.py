@@ -3,11 +3,15 @@ import dataclasses
 import json
 import math
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
 
 from lm.models import rotary
 
 _REQUIRED = object()
+_TYPES = 'full_attention', 'sliding_attention'
 # What does not change what a model computes: training, generation, bookkeeping.
 _ASIDE = {
     'architectures', 'model_type', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', 'bos_token_id',
@@ -32,6 +36,10 @@ class Config:
   def __init__(self, values: dict[str, Any], where: str = 'config.json'):
     self._values, self._where, self._asked = values, where, set()
 
+  def defaults(self, values: dict[str, Any]) -> None:
+    """Sets what the class of `transformers` gives to fields that are absent; null is not absent."""
+    self._values = {**values, **self._values}
+
   def get(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
     """The value of a field, of type `kind` (a float may be written as an integer); null counts as absent."""
     self._asked.add(name)
@@ -50,16 +58,16 @@ class Config:
     return value
 
   def size(self, name: str, default: Any = _REQUIRED) -> Any:
-    """A positive whole number."""
+    """A positive whole number, not absurdly large."""
     value = self.get(name, int, default)
-    if value is not None and value < 1:
-      raise ValueError(f'{self._where}: {name}={value} is not positive')
+    if value is not None and not 0 < value < (10_000 if 'layer' in name else 2 ** 31):
+      raise ValueError(f'{self._where}: {name}={value} is not positive, or far too large')
     return value
 
   def choice(self, name: str, choices: dict[Any, Any], default: Any = _REQUIRED) -> Any:
     """What a field's value stands for."""
     value = self.get(name, (str, int, float, bool), default)
-    if value not in choices:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
       self.refuse(name, value, f'one of {", ".join(map(repr, choices))}')
     return choices[value]
 
@@ -70,7 +78,7 @@ class Config:
     if value is not None and not any(value == s and type(value) is type(s) for s in supported):
       self.refuse(name, value, 'only ' + (' or '.join(map(repr, supported)) or 'null'))
 
-  def refuse(self, name: str, value: Any, supported: str) -> None:
+  def refuse(self, name: str, value: Any, supported: str) -> NoReturn:
     raise ValueError(f'{self._where}: {name}={value!r} is not supported ({supported})')
 
   def inner(self, name: str) -> 'Config | None':
@@ -84,8 +92,8 @@ class Config:
   def finish(self) -> None:
     for name, value in self._values.items():
       if name not in self._asked and name not in _ASIDE and value is not None:
-        raise ValueError(f'{self._where}: {name}={value!r} is a field that is not known here, and may change what the '
-                         'model computes; remove it if it does not')
+        raise ValueError(f'{self._where}: {repr(name)[1:-1]}={value!r} is a field that is not known here, and may '
+                         'change what the model computes; remove it if it does not')
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -141,53 +149,106 @@ class Sizes:
             'tie_word_embeddings': self.tied}
 
 
-def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
-         interleaved: bool = False) -> rotary.Rotary:
-  """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
-
-  `kind` chooses where the parameters differ by type of layer, such as 'sliding_attention'.
-  """
-  r = c.inner('rope_parameters')
-  if r is not None and kind is not None and r.has(kind):
-    r = r.inner(kind)
-  elif r is None:
-    theta = c.get('rope_theta', float, theta)
-    r = c.inner('rope_scaling') or Config({})
-  theta = r.get('rope_theta', float, theta)
-  named = r.get('rope_type', str, None) or r.get('type', str, 'default')
-  r.only('type', named)
-  part = r.get('partial_rotary_factor', float, None) or c.get('partial_rotary_factor', float, 1.)
-  c.only('partial_rotary_factor', part)
-  size = int(head_size * part)
-  if size < 2 or size % 2:
-    c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
-  original = r.size('original_max_position_embeddings', c.size('original_max_position_embeddings', None) or max_length)
+def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -> rotary.Scaling | None:
+  """The scaling of rotary positions that `rope_parameters` has."""
   match named:
     case 'default':
-      scaling = None
+      return None
     case 'linear':
-      scaling = rotary.Linear(r.get('factor', float))
+      return rotary.Linear(r.get('factor', float))
     case 'llama3':
-      scaling = rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
-                              r.get('high_freq_factor', float), original)
+      return rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
+                           r.get('high_freq_factor', float), original)
     case 'yarn':
       factor = r.get('factor', float, max_length / original)
       scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
       attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
       turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
-      scaling = rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
-                            r.get('truncate', bool, True))
+      return rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
+                         r.get('truncate', bool, True))
     case 'longrope':
       factor = r.get('factor', float, max_length / original)
       attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
       short, long = (tuple(map(float, r.get(name, list))) for name in ('short_factor', 'long_factor'))
       if not len(short) == len(long) == size // 2:
-        c.refuse('rope_parameters', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
-      scaling = rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
+        r.refuse('short_factor', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
+      return rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
     case _:
-      r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+      return r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+
+
+def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
+         interleaved: bool = False, part: float | None = None) -> rotary.Rotary:
+  """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
+
+  `kind` chooses where the parameters differ by type of layer, of which older files scale 'full_attention' alone.
+  `part` is of a head, which turns, by default; None for families that turn all of it.
+  """
+  r, full = c.inner('rope_parameters'), kind != 'sliding_attention'
+  if full:
+    theta = c.get('rope_theta', float, theta)
+  if r is None:
+    r = c.inner('rope_scaling') if full else None
+  elif kind is not None:
+    types = {name: r.inner(name) for name in _TYPES}
+    r.finish()
+    r = types[kind]
+  r = r or Config({})
+  theta = r.get('rope_theta', float, theta)
+  named = r.get('rope_type', str, None) or r.get('type', str, 'default')
+  r.only('type', named)
+  if part is None:
+    c.only('partial_rotary_factor', 1., 1)
+    r.only('partial_rotary_factor', 1., 1)
+  part = r.get('partial_rotary_factor', float, c.get('partial_rotary_factor', float, part or 1.))
+  size = int(head_size * part)
+  if size < 2 or size % 2:
+    c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
+  # Phi 3 has it outside too, and that is what counts.
+  original = c.size('original_max_position_embeddings', r.size('original_max_position_embeddings', max_length))
+  try:
+    scaling = _scaling(r, named, original, max_length, size)
+  except ArithmeticError as error:
+    raise ValueError(f'rope_parameters do not add up to {named} scaling: {error}') from None
   r.finish()
-  return rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+  found = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+  if not (size < 2 ** 16 and theta > 0 and _finite(found, size)):
+    c.refuse('rope_parameters', rope_config(found, head_size), 'frequencies that are finite, of a head of some hundred')
+  return found
+
+
+def _finite(found: rotary.Rotary, size: int) -> bool:
+  try:
+    with np.errstate(all='ignore'):
+      return bool(np.isfinite(found.frequencies(size)).all())
+  except (ArithmeticError, ValueError):
+    return False
+
+
+def windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
+  """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`."""
+  window = c.size('sliding_window', None)
+  types = c.get('layer_types', list, [_TYPES[window is not None and sliding(i)] for i in range(layers)])
+  if len(types) != layers or not all(t in _TYPES for t in types):
+    c.refuse('layer_types', types, f'{layers} of {" or ".join(_TYPES)}')
+  if window is None and _TYPES[1] in types:
+    c.refuse('sliding_window', window, f'a number, for layer_types has {_TYPES[1]}')
+  return [window if t == _TYPES[1] else None for t in types]
+
+
+def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
+  """`windows`, if `use_sliding_window` is set."""
+  used = c.get('use_sliding_window', bool, False)
+  found = windows(c, layers, lambda i: used and sliding(i))
+  if any(found) and not used:
+    c.refuse('use_sliding_window', used, f'true, for layer_types has {_TYPES[1]}')
+  return found
+
+
+def windows_config(model: Any) -> dict[str, Any]:
+  """`sliding_window` and `layer_types` of `model`."""
+  found = [block.attention.scores.window for block in model.layers]
+  return {'sliding_window': next(filter(None, found), None), 'layer_types': [_TYPES[w is not None] for w in found]}
 
 
 def mscale(factor: float, scale: float) -> float:
@@ -213,3 +274,9 @@ def rope_config(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
       found |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
                 'original_max_position_embeddings': original, 'attention_factor': attention}
   return found
+
+
+def typed_rope_config(model: Any) -> dict[str, Any]:
+  """`rope_parameters` by type of layer."""
+  return {_TYPES[a.scores.window is not None]: rope_config(a.rotary, a.head_size)
+          for a in (block.attention for block in model.layers)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.models.transformer import Transformer
+from lm.models.transformer import Stack, Transformer
 
 Arrays = tuple[Any, ...]
 
@@ -30,6 +30,9 @@ class Family:
   `model(config)` composes the model, and reads every field of the config; `config(model)` gives the fields back, or
   raises ValueError where the model is of another family. `layer(block)` maps what a layer holds, with names that follow
   the prefix of the layer; `rest(model)` all else. `ignored(name)` says which tensors of a file hold no weights.
+  `copies(model)` says which a file may have twice, and `older(name)` under which name it may have one.
+
+  `stacks(model)` is for models other than decoders: the prefix of layers, where their trees are, and their blocks.
   """
   architecture: str
   model_type: str
@@ -39,6 +42,9 @@ class Family:
   rest: Callable[[Transformer], Sequence[Map]]
   prefix: str = 'model.layers.{}.'
   ignored: Callable[[str], bool] = lambda name: name.endswith('rotary_emb.inv_freq')
+  copies: Callable[[Any], dict[str, str]] = lambda model: {}
+  older: Callable[[str], str] = lambda name: name
+  stacks: Callable[[Any], Sequence[tuple[str, tuple[str, ...], Sequence[Stack]]]] | None = None
 
 
 class Stacked:
@@ -111,8 +117,13 @@ def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'fee
 
 
 def llama_layer(block: Any) -> list[Map]:
-  return [same('input_layernorm.weight', 'attention_norm/scale'),
-          same('post_attention_layernorm.weight', 'feed_forward_norm/scale'),
+  """The norms before or after attention and feed-forward, or both; the name of one depends on what others there are."""
+  middle = ('attention_out_norm', 'feed_forward_norm')[block.attention_out_norm is None]
+  norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': middle,
+           'pre_feedforward_layernorm': 'feed_forward_norm', 'post_feedforward_layernorm': 'feed_forward_out_norm'}
+  if block.attention_out_norm is None:
+    del norms['pre_feedforward_layernorm']
+  return [*(same(f'{tensor}.weight', f'{leaf}/scale') for tensor, leaf in norms.items() if getattr(block, leaf)),
           *llama_attention(block.attention), *llama_feed_forward(block.feed_forward)]
 
 

@@ -10,19 +10,40 @@ import numpy as np
 
 from lm import sharding
 from lm.describe import describe
-from lm.hf import files, gpt2, llama
+from lm.hf import (
+    bert,
+    files,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    t5,
+)
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map, Stacked
 from lm.models.transformer import Transformer
 
-FAMILIES = (gpt2.FAMILY, llama.FAMILY)
+# Where several compute what a model does, the first of them writes it.
+FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
+            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.WITH_IMAGES, bert.FAMILY,
+            t5.FAMILY)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
   """The family that a config.json names; ValueError if it is none of `families`."""
-  named = values.get('architectures') or []
+  named = values.get('architectures')
+  if named is None:
+    named = [family.architecture for family in families if family.model_type == values.get('model_type')]
   for family in families:
-    if family.architecture in named or (not named and family.model_type == values.get('model_type')):
+    if named == [family.architecture]:
       return family
   raise ValueError(f'architectures={named} of model_type={values.get("model_type")!r} is not supported; supported are '
                    + ', '.join(family.architecture for family in families))
@@ -36,8 +57,7 @@ def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtyp
     raise FileNotFoundError(f'{folder} has no config.json; give a folder as Hugging Face has it')
   values = read(path)
   family, config = family_of(values, families), Config(values, str(path))
-  if values.get('quantization_config'):
-    config.refuse('quantization_config', values['quantization_config'].get('quant_method'), 'only weights as they are')
+  config.only('quantization_config')
   model = family.model(config)
   config.finish()
   return model.clone(dtype=dtype), family
@@ -54,15 +74,17 @@ class _Place(NamedTuple):
 def _places(model: Transformer, family: Family) -> Iterator[_Place]:
   for m in family.rest(model):
     yield _Place(m, m.tensors, tuple(tuple(leaf.split('/')) for leaf in m.leaves), None)
-  layer = tree = 0
-  for stack in model.blocks:
-    for repeat in range(stack.repeats):
-      for i, block in enumerate(stack.pattern):
-        for m in family.layer(block):
-          yield _Place(m, tuple(family.prefix.format(layer) + name for name in m.tensors),
-                       tuple(('blocks', str(tree + i), *leaf.split('/')) for leaf in m.leaves), repeat)
-        layer += 1
-    tree += len(stack.pattern)
+  stacks = [(family.prefix, ('blocks',), model.blocks)] if family.stacks is None else family.stacks(model)
+  for prefix, root, blocks in stacks:
+    layer = tree = 0
+    for stack in blocks:
+      for repeat in range(stack.repeats):
+        for i, block in enumerate(stack.pattern):
+          for m in family.layer(block):
+            yield _Place(m, tuple(prefix.format(layer) + name for name in m.tensors),
+                         tuple((*root, str(tree + i), *leaf.split('/')) for leaf in m.leaves), repeat)
+          layer += 1
+      tree += len(stack.pattern)
 
 
 def load_params(model: Transformer, family: Family, weights: files.Weights, dtype: Any = None) -> Any:
@@ -72,15 +94,20 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
   """
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   left, found = {name for name in weights if not family.ignored(name)}, {}
-  if model.tied and 'lm_head.weight' in left:
+  if 'lm_head.weight' in left and model.tied:
     left.discard('lm_head.weight')
     embedding = next(m for m in family.rest(model) if m.leaves == ('embedding',)).tensors[0]
     if embedding in weights and not np.array_equal(weights['lm_head.weight'], weights[embedding]):
       raise ValueError(f'tie_word_embeddings is true, but lm_head.weight is not {embedding}; set it to false')
+  for copy, name in family.copies(model).items():
+    if copy in left and name in weights and not np.array_equal(weights[copy], weights[name]):
+      raise ValueError(f'{copy} is not {name}, where the model has one tensor for both')
+    left.discard(copy)
   bare = family.prefix.partition('.')[0] + '.'
   without = '' if any(name.startswith(bare) for name in left) else bare   # GPT-2's own files leave it out
   for place in _places(model, family):
     names = [name.removeprefix(without) for name in place.tensors]
+    names = [name if name in weights else family.older(name) for name in names]
     if missing := [name for name in names if name not in weights]:
       raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(weights)} tensors')
     tensors = [weights[name] for name in names]
@@ -151,7 +178,7 @@ def export_config(model: Transformer, families: Sequence[Family] = FAMILIES) -> 
     try:
       values = family.config(model)
       again = family.model(Config(values))
-    except (ValueError, AttributeError):   # of another build
+    except (ValueError, AttributeError, TypeError):   # it has other parts than the family's
       continue
     if _computes(again) == _computes(model):
       return family, {'architectures': [family.architecture], 'model_type': family.model_type, **values}
@@ -163,14 +190,14 @@ def _computes(model: Transformer) -> Any:
   """A model's description without what training alone needs."""
   def strip(tree):
     if isinstance(tree, dict):
-      return {k: strip(v) for k, v in tree.items() if k not in ('std', 'out_std', 'dropout', 'dtype')}
+      return {k: strip(v) for k, v in tree.items() if k not in ('std', 'out_std', 'query_std', 'dropout', 'dtype')}
     return [strip(item) for item in tree] if isinstance(tree, list) else tree
   return strip(describe(model))
 
 
 def write(folder: pathlib.Path, model: Transformer, params: Any, families: Sequence[Family] = FAMILIES,
           dtype: Any = None, extra: dict[str, Any] | None = None) -> None:
-  """A folder that `AutoModelForCausalLM.from_pretrained` opens; it appears whole or not at all.
+  """A folder that transformers opens by `from_pretrained`; it appears whole or not at all.
 
   `extra` goes into config.json: token ids, such as `bos_token_id`.
   """
@@ -179,4 +206,6 @@ def write(folder: pathlib.Path, model: Transformer, params: Any, families: Seque
     weights = tensors(model, family, params, dtype)
     files.write(new, weights)
     kind = np.dtype(dtype or next(iter(jax.tree.leaves(params))).dtype).name
-    (new / 'config.json').write_text(json.dumps({**values, 'dtype': kind, **(extra or {})}, indent=2) + '\n')
+    # Null, lest ids that the class of transformers has by default pass the vocabulary.
+    ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    (new / 'config.json').write_text(json.dumps({**values, **ids, 'dtype': kind, **(extra or {})}, indent=2) + '\n')

@@ -19,7 +19,7 @@ class Visible(NamedTuple):
   """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
 
   Fields are None where they do not restrict. `start` is the slot of the first query among the keys (cached decoding).
-  Positions, within a document, are for `Scores.chunk`.
+  Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated.
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
@@ -27,11 +27,14 @@ class Visible(NamedTuple):
   positions_BT: jax.Array | None = None
   key_positions_BS: jax.Array | None = None
   start: jax.Array | None = None
+  bias_NTS: jax.Array | None = None
 
   def mask(self, queries: slice, keys: slice, scores: 'Scores') -> jax.Array:
     """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
     first = 0 if self.start is None else self.start
     distance = jnp.arange(queries.start, queries.stop)[:, None] + first - jnp.arange(keys.start, keys.stop)[None]
+    if not scores.causal:
+      distance = jnp.abs(distance)
     mask = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
     mask = mask[None, None]
     if scores.chunk is not None:
@@ -49,11 +52,13 @@ class Scores:
   """What a query makes of its keys: cap * tanh(scale q k / cap), of the last `window` keys, itself among them.
 
   `scale` is 1 / sqrt(H) where it is None. With `chunk`, a query sees only keys of its own chunk of so many positions.
+  Where it is not `causal`, it sees later keys as it sees earlier ones.
   """
   scale: float | None = None
   softcap: float | None = None
   window: int | None = None
   chunk: int | None = None
+  causal: bool = True
 
 
 def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: Scores = Scores(),
@@ -61,14 +66,14 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
   """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
 
   Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
-  another H. `sinks` are scores of one more key of each head, whose value is zero (Xiao et al. 2024).
+  another H, and a cache that all heads share is whole on every shard of `model`. `sinks` are scores of one more key of
+  each head, whose value is zero (Xiao et al. 2024).
   """
-  local, keys = (_attend, 'BTKH') if visible.start is None else (_attend_cached, 'BKSH')
-  local = functools.partial(local, scores)
+  local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, sinks_N, visible)
-  heads, keys, rows = sharding.spec('BTNH'), sharding.spec(keys), sharding.spec('BT')
-  restrictions = Visible(rows, rows, rows, rows, rows, P())
+  heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
+  restrictions = Visible(rows, rows, rows, rows, rows, P(), sharding.spec('NTS'))
   return jax.shard_map(local, in_specs=(heads, keys, keys, sharding.spec('N'), restrictions), out_specs=heads,
                        check_vma=False)(q_BTNH, k, v, sinks_N, visible)
 
@@ -96,11 +101,14 @@ def _attend_cached(scores, q_BTNH, k_BKSH, v_BKSH, sinks_N, visible):
 
 def _attend(scores, q, k, v, sinks, visible):
   fused = sharding.platform() in ('gpu', 'cuda') and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-  if not fused or sinks is not None or scores.softcap is not None or v.shape != k.shape:
+  simple = sinks is None and visible.bias_NTS is None and scores.softcap is None and v.shape == k.shape
+  if not fused or not simple:
     return blockwise(q, k, v, visible, scores, sinks)
-  plain = all(field is None for field in visible) and scores.window is None
+  plain = (visible.segments_BT is None and visible.bidirectional_BS is None and scores.window is None
+           and scores.chunk is None)
   mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]), scores)
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain, scale=scores.scale, implementation='cudnn')
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain and scores.causal, scale=scores.scale,
+                                   implementation='cudnn')
   return checkpoint_name(y, 'attended')
 
 
@@ -115,17 +123,19 @@ def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: 
   return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible))
 
 
-def _blocks(time: int, visible: Visible, scores: Scores) -> list[tuple[slice, slice]]:
+def _blocks(time: int, keys: int, visible: Visible, scores: Scores) -> list[tuple[slice, slice]]:
   """Blocks of queries, each with the keys that it may see."""
   block = max(128, -(-time // 16))   # so that a long row is not a long program
   ends = [(start, min(start + block, time)) for start in range(0, time, block)]
-  if visible.bidirectional_BS is not None:
-    return [(slice(a, b), slice(0, time)) for a, b in ends]
+  if visible.bidirectional_BS is not None or not scores.causal:
+    return [(slice(a, b), slice(0, keys)) for a, b in ends]
   return [(slice(a, b), slice(max(0, a + 1 - (scores.window or time)), b)) for a, b in ends]
 
 
 def _scores(scores, q, k, visible, queries, keys):
   s = jnp.einsum('BKGTH,BKSH->BKGTS', q[:, :, :, queries], k[:, :, keys], preferred_element_type=jnp.float32)
+  if visible.bias_NTS is not None:
+    s = s + visible.bias_NTS[:, queries, keys].reshape(1, *s.shape[1:])
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
   return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite: padding sees no key
@@ -146,7 +156,7 @@ def _softmax(s_BKGTS, v_BKSH, sinks):
 
 def _forward(scores, q_BKGTH, k_BKTH, v_BKTH, sinks, visible):
   outputs, logs = [], []
-  for queries, keys in _blocks(q_BKGTH.shape[3], visible, scores):
+  for queries, keys in _blocks(q_BKGTH.shape[3], k_BKTH.shape[2], visible, scores):
     y, log = _softmax(_scores(scores, q_BKGTH, k_BKTH, visible, queries, keys), v_BKTH[:, :, keys], sinks)
     outputs.append(y.astype(v_BKTH.dtype))
     logs.append(log)
@@ -159,7 +169,8 @@ def _backward(scores, kept, dy):
   q, k, v, sinks, visible, y, log = kept
   correction = jnp.sum((y * dy).astype(jnp.float32), axis=-1, keepdims=True)
   dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  for queries, keys in _blocks(q.shape[3], visible, scores):
+  dbias = None if visible.bias_NTS is None else jnp.zeros_like(visible.bias_NTS)
+  for queries, keys in _blocks(q.shape[3], k.shape[2], visible, scores):
     s = _scores(scores, q, k, visible, queries, keys)
     weights = jnp.exp(s - log[:, :, :, queries])
     block = dy[:, :, :, queries]
@@ -169,11 +180,13 @@ def _backward(scores, kept, dy):
     ds = weights * (dweights - correction[:, :, :, queries])
     if scores.softcap is not None:
       ds = jnp.where(s > -1e30, ds * (1 - jnp.square(s / scores.softcap)), 0)
+    if dbias is not None:
+      dbias = dbias.at[:, queries, keys].add(jnp.sum(ds, axis=0).reshape(-1, *ds.shape[3:]).astype(dbias.dtype))
     ds = ds.astype(q.dtype)
     dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', ds, k[:, :, keys]))
     dk = dk.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', ds, q[:, :, :, queries], **f32))
   dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - log) * correction, axis=(0, 3, 4), keepdims=True)
-  return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, None
+  return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, Visible(bias_NTS=dbias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -233,10 +246,12 @@ class Attention(nn.Module):
   sinks: bool = False
   std: float = 0.02
   out_std: float = 0.02
+  query_std: float | None = None   # None: as `std`
 
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: Visible, cache: LayerCache | None = None):
-    q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, self.std)
+    std = self.std if self.query_std is None else self.query_std
+    q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, std)
     k = project(self, 'key', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
     v = project(self, 'value', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
 

@@ -33,7 +33,8 @@ class Head:
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
     if sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # decoding; the other order reads at half the speed
-      logits = parts.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, jnp.float32).transpose(1, 2, 0)
+      logits = jnp.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, out_sharding=sharding.spec('VBT'),
+                          preferred_element_type=jnp.float32).transpose(1, 2, 0)
     else:
       logits = parts.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, jnp.float32)
     return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
@@ -61,7 +62,7 @@ class Model(nn.Module):
     """Float32 parameters, laid out on the mesh in use. Call it inside `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     tokens = jnp.zeros((1 if mesh.empty else mesh.shape['data'], 1), jnp.int32)
-    return super().init(key, Batch(tokens))['params']
+    return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
@@ -90,7 +91,8 @@ def stacks(blocks: Sequence[nn.Module]) -> tuple[Stack, ...]:
       return n
     rest = len(blocks) - at
     # The pattern that covers the most layers, the shorter of two; one layer by itself covers none but itself.
-    size = max(range(1, rest // 2 + 1), key=lambda size: ((n := repeats(size)) > 1) * (n * size, -size), default=1)
+    size = max(range(1, min(rest // 2, 64) + 1), default=1,
+               key=lambda size: ((n := repeats(size)) > 1) * (n * size, -size))
     found.append(Stack(tuple(blocks[at:at + size]), repeats(size)))
     at += size * found[-1].repeats
   return tuple(found)

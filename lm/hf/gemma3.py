@@ -1,0 +1,74 @@
+"""Gemma 3 (Gemma Team 2025): Gemma 2 with norms of queries and keys in place of soft caps; five windows to one full
+layer, whose positions turn slower. Of files that see images too, the language model alone."""
+import dataclasses
+from typing import Any
+
+from lm.hf import names
+from lm.hf.config import Config, Sizes, rope, typed_rope_config, windows, windows_config
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import transformer
+
+# Files that see images leave out what is so.
+_DEFAULTS = {
+    'vocab_size': 262_208, 'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
+    'num_attention_heads': 8, 'num_key_value_heads': 4, 'head_dim': 256, 'max_position_embeddings': 131_072,
+    'tie_word_embeddings': True, 'sliding_window': 4096, 'query_pre_attn_scalar': 256}
+
+
+def model(c: Config) -> transformer.Transformer:
+  c.defaults(_DEFAULTS)
+  s = Sizes.read(c)
+  c.only('hidden_activation', 'gelu_pytorch_tanh')
+  c.only('use_bidirectional_attention', False)
+  c.only('attn_logit_softcapping')
+  full = rope(c, s.max_length, s.head_size, 1e6, 'full_attention')
+  local = rope(c, s.max_length, s.head_size, c.get('rope_local_base_freq', float, 1e4), 'sliding_attention')
+  scale = c.size('query_pre_attn_scalar') ** -0.5
+  period = c.size('_sliding_window_pattern', c.size('sliding_window_pattern', 6))
+  def norm():
+    return parts.RMSNorm(s.eps, offset=1.)
+  def block(window):
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, full if window is None else local,
+                                 bias=c.get('attention_bias', bool, False), query_norm=norm(), key_norm=norm(),
+                                 scores=attend.Scores(scale, window=window))
+    return parts.Block(attention, parts.FeedForward(s.hidden, parts.gelu_gated), norm(), norm(), norm(), norm())
+  blocks = [block(window) for window in windows(c, s.layers, lambda i: (i + 1) % period != 0)]
+  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), norm(), s.max_length, tied=s.tied,
+                                 embedding_scale=s.width ** 0.5,
+                                 softcap=c.get('final_logit_softcapping', float, None))
+
+
+def config(model: transformer.Transformer) -> dict[str, Any]:
+  attention = model.layers[0].attention
+  return {**Sizes.of(model).config(), **windows_config(model), 'hidden_activation': 'gelu_pytorch_tanh',
+          'attention_bias': attention.bias, 'query_pre_attn_scalar': round(attention.scores.scale ** -2),
+          'final_logit_softcapping': model.softcap, 'rope_parameters': typed_rope_config(model)}
+
+
+FAMILY = names.Family('Gemma3ForCausalLM', 'gemma3_text', model, config, names.llama_layer, names.llama_rest)
+
+
+def _text_model(c: Config) -> transformer.Transformer:
+  c.only('tie_word_embeddings', True)
+  for name in ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'):
+    c.get(name, (dict, int), None)
+  text = c.inner('text_config') or Config({})
+  text.only('tie_word_embeddings', True)
+  found = model(text)
+  text.finish()
+  return found
+
+
+def _text_config(model: transformer.Transformer) -> dict[str, Any]:
+  raise ValueError('Gemma 3 without its vision model is a Gemma3ForCausalLM')
+
+
+def _text_rest(model: transformer.Transformer) -> list[names.Map]:
+  return [dataclasses.replace(m, tensors=tuple('language_model.' + name for name in m.tensors))
+          for m in names.llama_rest(model)]
+
+
+WITH_IMAGES = names.Family('Gemma3ForConditionalGeneration', 'gemma3', _text_model, _text_config, names.llama_layer,
+                           _text_rest, 'language_model.model.layers.{}.',
+                           lambda name: name.startswith(('vision_tower.', 'multi_modal_projector.')))

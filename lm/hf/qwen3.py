@@ -1,0 +1,33 @@
+"""Qwen 3 (Yang et al. 2025): Llama with a norm of each head's queries and keys; windows on the upper layers."""
+from typing import Any
+
+from lm.hf import names
+from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import transformer
+
+
+def model(c: Config) -> transformer.Transformer:
+  c.defaults({'num_key_value_heads': 32, 'head_dim': 128, 'sliding_window': 4096, 'max_window_layers': 28})
+  s = Sizes.read(c)
+  c.only('hidden_act', 'silu')
+  rotary, first = rope(c, s.max_length, s.head_size), c.get('max_window_layers', int)
+  def block(window):
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary, bias=c.get('attention_bias', bool, False),
+                                 query_norm=parts.RMSNorm(s.eps), key_norm=parts.RMSNorm(s.eps),
+                                 scores=attend.Scores(window=window))
+    return parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
+  blocks = [block(window) for window in optional_windows(c, s.layers, lambda i: i >= first)]
+  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+                                 tied=s.tied)
+
+
+def config(model: transformer.Transformer) -> dict[str, Any]:
+  attention, windows = model.layers[0].attention, windows_config(model)
+  return {**Sizes.of(model).config(), **windows, 'use_sliding_window': windows['sliding_window'] is not None,
+          'hidden_act': 'silu', 'attention_bias': attention.bias,
+          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+
+
+FAMILY = names.Family('Qwen3ForCausalLM', 'qwen3', model, config, names.llama_layer, names.llama_rest)

@@ -1,0 +1,41 @@
+"""SmolLM 3 (Bakouch et al. 2025): Llama, of which every fourth layer knows no positions (Yang et al. 2025, RNoPE)."""
+from typing import Any
+
+from lm.hf import names
+from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import transformer
+from lm.models.rotary import Rotary
+
+
+def model(c: Config) -> transformer.Transformer:
+  c.defaults({'num_key_value_heads': 4, 'tie_word_embeddings': True})
+  s = Sizes.read(c)
+  c.only('hidden_act', 'silu')
+  rotary, interval = rope(c, s.max_length, s.head_size, 2e6), c.size('no_rope_layer_interval', 4)
+  turns = c.get('no_rope_layers', list, [(i + 1) % interval != 0 for i in range(s.layers)])   # despite its name
+  if len(turns) < s.layers or not all(turn in (0, 1) for turn in turns):
+    c.refuse('no_rope_layers', turns, f'0 or 1 for each of {s.layers} layers')
+  def block(turn, window):
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary if turn else None,
+                                 bias=c.get('attention_bias', bool, False), scores=attend.Scores(window=window))
+    feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))
+    return parts.Block(attention, feed_forward, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
+  windows = optional_windows(c, s.layers, lambda i: not turns[i])
+  blocks = [block(turn, window) for turn, window in zip(turns, windows)]
+  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+                                 tied=s.tied)
+
+
+def config(model: transformer.Transformer) -> dict[str, Any]:
+  block, windows = model.layers[0], windows_config(model)
+  rotaries = [b.attention.rotary for b in model.layers]
+  rotary = next((r for r in rotaries if r is not None), Rotary())
+  return {**Sizes.of(model).config(), **windows, 'use_sliding_window': windows['sliding_window'] is not None,
+          'hidden_act': 'silu', 'attention_bias': block.attention.bias, 'mlp_bias': block.feed_forward.bias,
+          'no_rope_layers': [int(r is not None) for r in rotaries],
+          'rope_parameters': rope_config(rotary, block.attention.head_size)}
+
+
+FAMILY = names.Family('SmolLM3ForCausalLM', 'smollm3', model, config, names.llama_layer, names.llama_rest)

@@ -1,0 +1,155 @@
+"""The encoder: every position sees all others of its segment. `bert` below is one. Shape legend: `transformer.py`."""
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models.transformer import Head, Model, Output, Stack
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """x P(a normal variable is below x) (Hendrycks and Gimpel 2016), not its approximation by tanh."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+class PostNormBlock(nn.Module):
+  """x = norm(x + attention(x)), then the same with `feed_forward` (Vaswani et al. 2017)."""
+  attention: nn.Module
+  feed_forward: nn.Module
+  attention_norm: nn.Module
+  feed_forward_norm: nn.Module
+  dropout: float = 0.
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, visible: attend.Visible, cache: Any = None, key=None):
+    keys = (None, None) if key is None else jax.random.split(key)
+    y, cache = self.attention(x_BTD, positions_BT, visible, cache)
+    x_BTD = checkpoint_name(self.attention_norm(x_BTD + parts.dropout(y, self.dropout, keys[0])), 'residual')
+    return self.feed_forward_norm(x_BTD + parts.dropout(self.feed_forward(x_BTD), self.dropout, keys[1])), cache
+
+
+def init_stack(stack: Stack, key: jax.Array, x_BTD: jax.Array, *args: Any) -> Any:
+  """Parameters of a stack: for each block of its pattern, `'0'` and so on, a tree stacked over the repeats."""
+  keys = jax.random.split(key, (stack.repeats, len(stack.pattern)))
+  return {str(i): jax.vmap(lambda key: block.init(key, x_BTD, *args)['params'])(keys[:, i])   # noqa: B023
+          for i, block in enumerate(stack.pattern)}
+
+
+def run_stack(stack: Stack, params: Any, x_BTD: jax.Array, *args: Any, key: jax.Array | None = None,
+              remat: Callable[..., bool] | None = None) -> jax.Array:
+  """Applies the blocks to `x` and `args`, as one scan; `remat` is that of `transformer.Transformer`."""
+  def layer(block, params, x, key):
+    return block.apply({'params': params}, x, *args, key=key)[0]
+
+  if remat is not None:
+    layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
+
+  def repeat(x, xs):
+    trees, keys = xs
+    for i, block in enumerate(stack.pattern):
+      x = layer(block, trees[str(i)], x, None if keys is None else keys[i])
+    return x, None
+
+  keys = None if key is None else jax.random.split(key, (stack.repeats, len(stack.pattern)))
+  return jax.lax.scan(repeat, x_BTD, (params, keys))[0]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['transform_DX', 'bias_X', 'norm', 'words', 'bias_V'],
+                   meta_fields=['eps'])
+@dataclasses.dataclass(frozen=True)
+class MaskedHead:
+  """words(norm(gelu(x transform + bias))) + bias, float32 logits: called as `transformer.Head` is."""
+  transform_DX: jax.Array
+  bias_X: jax.Array
+  norm: dict[str, jax.Array]
+  words: Head
+  bias_V: jax.Array
+  eps: float
+
+  def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+    y = parts.einsum('BTD,DX->BTX', hidden_BTD, self.transform_DX, jnp.float32)
+    y = gelu(y + parts.row(self.bias_X, y))
+    y = parts.LayerNorm(self.eps).apply({'params': self.norm}, y).astype(hidden_BTD.dtype)
+    logits = self.words(y)
+    return logits + parts.row(self.bias_V, logits)
+
+
+class Encoder(Model):
+  """BERT (Devlin et al. 2019): embeds words, positions and types, normalises, runs the layers.
+
+  The blocks' attention is one that is not causal. The outputs' hidden states are those of the last layer; their head
+  gives the logits of the words, for masked-language modelling.
+  """
+  vocab: int
+  width: int
+  blocks: Stack
+  norm: parts.LayerNorm      # of the embedding; its eps is that of the head's as well
+  max_length: int
+  types: int = 2
+  dropout: float = 0.        # of the embedding
+  std: float = 0.02
+  dtype: Any = jnp.float32   # of the computation; parameters are float32
+  remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
+
+  @property
+  def layers(self) -> tuple[nn.Module, ...]:
+    """The block of each layer."""
+    return self.blocks.pattern * self.blocks.repeats
+
+  @nn.compact
+  def __call__(self, batch: Batch, key=None, cache: None = None) -> Output:
+    if cache is not None:
+      raise ValueError('an encoder has no cache: what comes later changes all that came before')
+    if batch.tokens.shape[1] > self.max_length:
+      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
+                       'shorten the input')
+    sharding.check('B', batch.tokens.shape[:1], 'batch')
+    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    keys = (None, None) if key is None else jax.random.split(key)
+    init, zeros, ones = nn.initializers.normal(self.std), nn.initializers.zeros, nn.initializers.ones
+
+    def rows(name, size, indices_BT):
+      table = parts.weight(self, name, '-D', (size, self.width), init, self.dtype)
+      return table.at[indices_BT].get(out_sharding=sharding.spec('BTD'))
+
+    positions = batch.positions
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
+      positions = sharding.constrain(positions, 'BT')
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype)
+    x = parts.lookup(embedding, batch.tokens) + rows('positions', self.max_length, positions)
+    x = x + rows('types', self.types, jnp.zeros_like(batch.tokens) if batch.types is None else batch.types)
+    x = parts.dropout(self.norm(x), self.dropout, keys[0])
+    args = positions, attend.Visible(batch.segments, batch.segments, None, positions, positions)
+    if self.has_variable('params', 'blocks'):
+      params = self.get_variable('params', 'blocks')
+    else:
+      params = self.param('blocks', lambda rng: init_stack(self.blocks, rng, x, *args))
+    x = run_stack(self.blocks, params, x, *args, key=keys[1], remat=self.remat)
+    norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
+            'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
+    transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype)
+    transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
+    bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
+    return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None)
+
+
+def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 512,
+         dropout: float = 0., dtype=jnp.float32, remat=parts.keep_products) -> Encoder:
+  """BERT (Devlin et al. 2019), uncased and base by default: feed-forward of 4 times the width, exact GELU, biases."""
+  if width < 1 or heads < 1 or width % heads:
+    raise ValueError(f'heads={heads} does not divide width={width}')
+  attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.Scores(causal=False))
+  block = PostNormBlock(attention, parts.FeedForward(4 * width, gelu, gated=False, bias=True), parts.LayerNorm(1e-12),
+                        parts.LayerNorm(1e-12), dropout)
+  return Encoder(vocab, width, Stack((block,), layers), parts.LayerNorm(1e-12), max_length, dropout=dropout,
+                 dtype=dtype, remat=remat)

@@ -1,0 +1,256 @@
+"""The encoder-decoder: a decoder that also sees what an encoder made of a source. `t5` below is one.
+
+Its attention is that of decoders, whose kernel takes the learned bias of relative positions, and its gradient, in a
+few lines more: a dense kernel here would need an attention of its own too. Shape legend: `transformer.py`.
+"""
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models.attention import LayerCache, Visible
+from lm.models.encoder import init_stack, run_stack
+from lm.models.transformer import Head, Model, Output, Stack
+
+
+class CrossAttention(nn.Module):
+  """Attention from the decoder to what the encoder made of the source (Vaswani et al. 2017), without biases."""
+  heads: int
+  head_size: int
+  scores: attend.Scores = attend.Scores(1., causal=False)
+  std: float = 0.02
+  out_std: float = 0.02
+  query_std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD, memory_BSD, visible: Visible, cache: LayerCache | None = None):
+    """`cache` holds the keys and values of the memory, which is then not read."""
+    q = attend.project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, False, self.query_std)
+    if cache is None:
+      k, v = (attend.project(self, name, memory_BSD, 'KH', self.heads, self.head_size, False, self.std)
+              for name in ('key', 'value'))
+      cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    if visible.start is not None:   # decoding
+      k, v = cache
+    y = attend.attend(checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value'), visible,
+                      self.scores)
+    return attend.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
+
+
+class DecoderCache(NamedTuple):
+  """What a layer of the decoder keeps: keys and values of its tokens, and of the source, once that was read."""
+  tokens: LayerCache
+  source: LayerCache | None
+
+
+class DecoderBlock(nn.Module):
+  """Pre-norm: x + attention(norm(x)), then the same with `cross_attention` and `feed_forward`."""
+  attention: nn.Module
+  cross_attention: nn.Module
+  feed_forward: nn.Module
+  attention_norm: nn.Module
+  cross_attention_norm: nn.Module
+  feed_forward_norm: nn.Module
+  dropout: float = 0.
+
+  @nn.compact
+  def __call__(self, x_BTD, visible: Visible, memory_BSD, seen_source: Visible, cache: DecoderCache | None = None,
+               key=None):
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    tokens, source = (None, None) if cache is None else cache
+    y, tokens = self.attention(self.attention_norm(x_BTD), None, visible, tokens)
+    x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[0]), 'residual')
+    source = source if memory_BSD is None else None   # a new source
+    y, source = self.cross_attention(self.cross_attention_norm(x_BTD), memory_BSD, seen_source, source)
+    x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[1]), 'residual')
+    y = self.feed_forward(self.feed_forward_norm(x_BTD))
+    cache = None if cache is None else DecoderCache(tokens, source)
+    return x_BTD + parts.dropout(y, self.dropout, keys[2]), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativePositions:
+  """Which of `buckets` a distance falls into: near ones have their own, far ones share, logarithmically.
+
+  All from `max_distance` on share the last. Where both ways are seen, half of the buckets are for later keys.
+  """
+  buckets: int = 32
+  max_distance: int = 128
+
+  def __post_init__(self):
+    if not 4 <= self.buckets < 2 * self.max_distance:
+      raise ValueError(f'{self.buckets} buckets are not 4 or more and less than twice {self.max_distance}, the '
+                       'distance that the last of them begins at')
+
+  def __call__(self, queries_T: jax.Array, keys_S: jax.Array, causal: bool) -> jax.Array:
+    """Buckets `[T, S]` from places in a row."""
+    count = self.buckets if causal else self.buckets // 2
+    # A table, from NumPy: logarithms of other backends round otherwise, and then a distance changes its bucket.
+    near, far = count // 2, np.maximum(np.arange(self.max_distance + 1, dtype=np.float32), 1)
+    far = near + (np.log(far / near) / np.float32(math.log(self.max_distance / near)) * (count - near)).astype(np.int32)
+    table = np.where(np.arange(len(far)) < near, np.arange(len(far)), np.minimum(far, count - 1))
+    later = keys_S[None] - queries_T[:, None]
+    distance = jnp.maximum(-later, 0) if causal else jnp.abs(later)
+    found = jnp.asarray(table, jnp.int32)[jnp.minimum(distance, self.max_distance)]
+    return found if causal else found + count * (later > 0)
+
+
+class Cache(NamedTuple):
+  """What `apply` has read so far, as in `transformer.Cache`; a batch with a source begins, those without continue."""
+  layers: tuple[DecoderCache, ...]
+  segments_BS: jax.Array
+  source_segments_BS: jax.Array | None
+  index: jax.Array
+
+
+class EncoderDecoder(Model):
+  """T5 (Raffel et al. 2020): encodes `batch.source`, and decodes `batch.tokens`, the first of which starts it.
+
+  Scores have a learned bias for how far a key is from the query, shared by all layers of the encoder, another by those
+  of the decoder: [N, T, T] numbers each. Where the embedding is `tied` to the head, logits are divided by sqrt(D).
+  """
+  vocab: int
+  width: int
+  encoder: Stack
+  decoder: Stack
+  encoder_norm: nn.Module
+  decoder_norm: nn.Module
+  relative: RelativePositions = RelativePositions()
+  tied: bool = True
+  dropout: float = 0.        # of the embedding and of what the norms give
+  std: float = 1.            # of the embedding
+  dtype: Any = jnp.float32   # of the computation; parameters are float32
+  remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
+
+  @nn.compact
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
+    if batch.source is None and (cache is None or cache.source_segments_BS is None):
+      raise ValueError('an encoder-decoder reads batch.source; with a cache, the first batch has it')
+    sharding.check('B', batch.tokens.shape[:1], 'batch')
+    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    keys = (None,) * 6 if key is None else jax.random.split(key, 6)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), nn.initializers.normal(self.std),
+                             self.dtype)
+
+    def embed(tokens, key):
+      return parts.dropout(parts.lookup(embedding, tokens), self.dropout, key)
+
+    x = embed(batch.tokens, keys[0])
+    if self.has_variable('params', 'blocks'):
+      blocks = self.get_variable('params', 'blocks')
+    else:
+      blocks = self.param('blocks', lambda rng: self._init_blocks(rng, x))
+    memory = None
+    if batch.source is not None:
+      places = jnp.arange(batch.source.shape[1])
+      visible = Visible(batch.source_segments, batch.source_segments, bias_NTS=self._bias('encoder', places, places))
+      memory = run_stack(self.encoder, blocks['encoder'], embed(batch.source, keys[1]), None, visible, key=keys[2],
+                         remat=self.remat)
+      memory = parts.dropout(self.encoder_norm(memory), self.dropout, keys[3])
+    if cache is None:
+      places = jnp.arange(x.shape[1])
+      visible = Visible(batch.segments, batch.segments, bias_NTS=self._bias('decoder', places, places))
+      x = run_stack(self.decoder, blocks['decoder'], x, visible, memory, _of_source(batch, batch.source_segments),
+                    key=keys[4], remat=self.remat)
+    else:
+      x, cache = self._cached(blocks['decoder'], x, batch, memory, cache)
+    x = parts.dropout(self.decoder_norm(x), self.dropout, keys[5])
+    if self.tied:
+      return Output(x * jnp.asarray(self.width ** -0.5, x.dtype), Head(embedding), cache)
+    init = nn.initializers.normal(self.width ** -0.5)
+    return Output(x, Head(parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)), cache)
+
+  def _init_blocks(self, rng, x):
+    keys = jax.random.split(rng)
+    return {'encoder': init_stack(self.encoder, keys[0], x, None, Visible()),
+            'decoder': init_stack(self.decoder, keys[1], x, Visible(), x, Visible())}
+
+  def _bias(self, name, queries_T, keys_S):
+    """[N, T, S] for the encoder or the decoder."""
+    heads = getattr(self, name).pattern[0].attention.heads
+    init = nn.initializers.normal(self.width ** -0.5)
+    table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init)
+    buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
+    return table.at[buckets].get(out_sharding=sharding.spec('TSN')).transpose(2, 0, 1)
+
+  def _cached(self, params, x, batch, memory, cache):
+    segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
+    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
+    bias = self._bias('decoder', cache.index + jnp.arange(x.shape[1]), jnp.arange(filled.shape[1]))
+    visible = Visible(segments, filled, start=cache.index, bias_NTS=bias)
+    sources = cache.source_segments_BS
+    if memory is not None:
+      sources = jnp.ones_like(batch.source) if batch.source_segments is None else batch.source_segments
+    seen_source = _of_source(batch, sources)._replace(start=jnp.int32(0))
+    layers = []
+    for block, tree, layer in zip(self.decoder.pattern * self.decoder.repeats, self._unstacked(params), cache.layers):
+      x, layer = block.apply({'params': tree}, x, visible, memory, seen_source, layer)
+      layers.append(layer)
+    return x, Cache(tuple(layers), filled, sources, cache.index + batch.tokens.shape[1])
+
+  @nn.nowrap
+  def _unstacked(self, params):
+    if isinstance(params, tuple):
+      return params
+    return tuple(jax.tree.map(operator.itemgetter(i), params[str(j)])
+                 for i in range(self.decoder.repeats) for j in range(len(self.decoder.pattern)))
+
+  @nn.nowrap
+  def unstack(self, params: Any) -> Any:
+    """Parameters with one tree a layer of the decoder, as `transformer.Transformer.unstack` has them."""
+    blocks = params['blocks']
+    return {**params, 'blocks': {**blocks, 'decoder': self._unstacked(blocks['decoder'])}}
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int) -> Cache:
+    """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
+    layers = tuple(DecoderCache(block.attention.init_cache(batch_size, slots, self.dtype), None)
+                   for block in self.decoder.pattern * self.decoder.repeats)
+    return Cache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None, jnp.int32(0))
+
+
+def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:
+  """Which of the source a token sees: its own segment; without segments, row b of the source is one segment, 1."""
+  if batch.segments is None and segments_BS is None:
+    return Visible()
+  ones = jnp.ones_like
+  return Visible(ones(batch.tokens) if batch.segments is None else batch.segments,
+                 ones(batch.source) if segments_BS is None else segments_BS)
+
+
+def t5(vocab: int = 32128, width: int = 512, layers: int = 6, heads: int = 8, head_size: int = 64, hidden: int = 2048,
+       gated: bool = False, tied: bool = True, dropout: float = 0., dtype=jnp.float32,
+       remat=parts.keep_products) -> EncoderDecoder:
+  """T5 (Raffel et al. 2020), 1.0 and small by default: ReLU, embedding tied to the head. 1.1 is `gated` and not `tied`.
+
+  `layers` each of the encoder and the decoder. Matrices start so that activations, and scores, which are not divided
+  by the root of the head's size, have the same size at any width.
+  """
+  for name, size in (('width', width), ('layers', layers), ('heads', heads), ('head_size', head_size)):
+    if size < 1:
+      raise ValueError(f'{name}={size} is not positive')
+  std, out_std, query_std = width ** -0.5, (heads * head_size) ** -0.5, (width * head_size) ** -0.5
+
+  def attention(causal):
+    return attend.Attention(heads, heads, head_size, scores=attend.Scores(1., causal=causal), std=std, out_std=out_std,
+                            query_std=query_std)
+
+  cross = CrossAttention(heads, head_size, std=std, out_std=out_std, query_std=query_std)
+  feed_forward = parts.FeedForward(hidden, parts.gelu_gated if gated else jax.nn.relu, gated, std=std,
+                                   out_std=hidden ** -0.5)
+  norm = parts.RMSNorm   # one for each place: Flax would share the weights of one that is in two
+  encoder = parts.Block(attention(False), feed_forward, norm(), norm(), dropout=dropout)
+  decoder = DecoderBlock(attention(True), cross, feed_forward, norm(), norm(), norm(), dropout)
+  return EncoderDecoder(vocab, width, Stack((encoder,), layers), Stack((decoder,), layers), norm(), norm(), tied=tied,
+                        dropout=dropout, dtype=dtype, remat=remat)

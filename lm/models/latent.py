@@ -1,0 +1,95 @@
+"""Multi-head latent attention, whose cache is one small vector a token. Shape legend: `transformer.py`."""
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm import sharding
+from lm.models import attention, layers
+from lm.models.rotary import Rotary
+
+
+class LatentCache(NamedTuple):
+  """The latent of keys and values, then the rotated key that all heads share: C = `key_value_rank + rope_size`."""
+  latent_BSC: jax.Array
+
+  def append(self, index: jax.Array, latent_BTC: jax.Array) -> 'LatentCache':
+    """With T new ones from slot `index` on."""
+    new = latent_BTC.astype(self.latent_BSC.dtype)
+    return LatentCache(jax.lax.dynamic_update_slice(self.latent_BSC, new, (0, index, 0)))
+
+
+class LatentAttention(nn.Module):
+  """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2): keys and values are projections of a small latent.
+
+  A head's query and key have `nope_size` entries without positions and `rope_size` rotated ones; the rotated key is
+  the same for all heads. Queries come from a latent too, unless `query_rank` is None. With a cache, `key_up` is
+  applied to the query and `value_up` to what is attended: then all heads have one key in common, the latent, which is
+  also the value. `scores.scale` is 1 / sqrt(nope_size + rope_size) where it is None.
+  """
+  heads: int
+  query_rank: int | None
+  key_value_rank: int
+  nope_size: int
+  rope_size: int
+  value_size: int
+  rotary: Rotary = Rotary(interleaved=True)
+  query_norm: nn.Module | None = layers.RMSNorm()
+  key_value_norm: nn.Module | None = layers.RMSNorm()
+  scores: attention.Scores = attention.Scores()
+  std: float = 0.02
+  out_std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, visible: attention.Visible, cache: LatentCache | None = None):
+    scores = self.scores
+    if scores.scale is None:
+      scores = dataclasses.replace(scores, scale=(self.nope_size + self.rope_size) ** -0.5)
+    q = self._query(x_BTD)
+    q, q_rope = q[..., :self.nope_size], self.rotary(q[..., self.nope_size:], positions_BT)
+    latent = self._down('key_value_down', x_BTD, self.key_value_rank)
+    latent = latent if self.key_value_norm is None else self.key_value_norm(latent)
+    k_rope = self.rotary(self._down('key_rope', x_BTD, self.rope_size)[:, :, None], positions_BT)
+    # The letter D, here and below, for a rank: it too is split over `data` at rest.
+    key_up = self._up('key_up', self.nope_size, x_BTD.dtype)
+    value_up = self._up('value_up', self.value_size, x_BTD.dtype)
+    if cache is None:
+      k = layers.einsum('BTD,DNH->BTNH', latent, key_up)
+      v = checkpoint_name(layers.einsum('BTD,DNH->BTNH', latent, value_up), 'value')
+      q = checkpoint_name(jnp.concatenate([q, q_rope], axis=-1), 'query')
+      shared = sharding.constrain(jnp.broadcast_to(k_rope, q_rope.shape), 'BTNH')
+      k = checkpoint_name(jnp.concatenate([k, shared], axis=-1), 'key')
+      y = attention.attend(q, k, v, visible, scores)
+    else:
+      cache = cache.append(visible.start, jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1))
+      q = jnp.concatenate([layers.einsum('BTNH,RNH->BTNR', q, key_up), q_rope], axis=-1)
+      seen = cache.latent_BSC[:, None]
+      y = attention.attend(q, seen, seen, visible, scores)[..., :self.key_value_rank]
+      y = layers.einsum('BTNR,RNH->BTNH', y, value_up)
+    return attention.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
+
+  def _query(self, x):
+    """[B, T, heads, nope_size + rope_size], not rotated."""
+    size = self.nope_size + self.rope_size
+    if self.query_rank is None:
+      return attention.project(self, 'query', x, 'NH', self.heads, size, False, self.std)
+    x = self._down('query_down', x, self.query_rank)
+    x = x if self.query_norm is None else self.query_norm(x)
+    return attention.project(self, 'query_up', x, 'NH', self.heads, size, False, self.std)
+
+  def _down(self, name, x, rank):
+    """Declares a projection to a latent, which is whole on every shard of `model`, and applies it."""
+    w = layers.weight(self, name, 'DR', (x.shape[-1], rank), nn.initializers.normal(self.std), x.dtype)
+    return layers.einsum('BTD,DR->BTR', x, w)
+
+  def _up(self, name, size, dtype):
+    return layers.weight(self, name, 'DNH', (self.key_value_rank, self.heads, size),
+                         nn.initializers.normal(self.std), dtype)
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype) -> LatentCache:
+    shape = batch_size, slots, self.key_value_rank + self.rope_size
+    return LatentCache(sharding.constrain(jnp.zeros(shape, dtype), 'BSC'))

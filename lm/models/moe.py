@@ -1,0 +1,174 @@
+"""Mixtures of experts: a feed-forward that gives each token to a few experts. Shape legend: `transformer.py`.
+
+Besides: E experts, k of them for a token, R rows, one for each token and each of its experts. Nothing is dropped: an
+expert takes all the rows that choose it.
+"""
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.models import grouped, layers
+
+
+def _logits(module: nn.Module, x_BTD: jax.Array, experts: int, std: float, bias: bool = False) -> jax.Array:
+  """Declares a router's weight and gives its logits [B, T, E], in float32: near ties, rounding chooses the expert."""
+  w = layers.weight(module, 'router', 'DX', (x_BTD.shape[-1], experts), nn.initializers.normal(std))   # X: E, whole
+  with jax.default_matmul_precision('highest'):
+    logits = layers.einsum('BTD,DX->BTX', x_BTD.astype(jnp.float32), w)
+  return layers.add_bias(module, 'router_bias', '-', logits) if bias else logits
+
+
+class SoftmaxRouter(nn.Module):
+  """The k most probable experts, weighted with their probabilities (Shazeer et al. 2017).
+
+  With `renormalize`, these sum to 1 (Mixtral, Qwen3); this is also the softmax over the k largest logits (gpt-oss).
+  """
+  top_k: int
+  renormalize: bool = True
+  bias: bool = False
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Weights [B, T, k], float32, and experts [B, T, k], int32; as all routers."""
+    logits = _logits(self, x_BTD, experts, self.std, self.bias)
+    if self.renormalize:
+      logits, chosen = jax.lax.top_k(logits, self.top_k)
+      return jax.nn.softmax(logits), chosen
+    return tuple(jax.lax.top_k(jax.nn.softmax(logits), self.top_k))
+
+
+class SigmoidRouter(nn.Module):
+  """The k experts of the largest logits, weighted with the sigmoids of these (Llama 4)."""
+  top_k: int = 1
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    logits, chosen = jax.lax.top_k(_logits(self, x_BTD, experts, self.std), self.top_k)
+    return jax.nn.sigmoid(logits), chosen
+
+
+class SigmoidGroupRouter(nn.Module):
+  """The k best experts of the `top_groups` best groups, weighted with the sigmoids of their logits (DeepSeek-V3 2024).
+
+  `correction` is added to the sigmoids for the choice alone, and no gradient reaches it. A group is as good as the sum
+  of its two best. Weights are normalised with `renormalize`, then multiplied by `scale`.
+  """
+  top_k: int
+  groups: int = 1
+  top_groups: int = 1
+  scale: float = 1.
+  renormalize: bool = True
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    if experts % self.groups or self.top_k > experts // self.groups * self.top_groups:
+      raise ValueError(f'{experts} experts in groups={self.groups}, of which top_groups={self.top_groups} may be '
+                       f'chosen, do not give top_k={self.top_k}')
+    scores = jax.nn.sigmoid(_logits(self, x_BTD, experts, self.std))
+    correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros)
+    corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
+    if self.groups > 1:
+      grouped = corrected.reshape(*corrected.shape[:2], self.groups, -1)
+      best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+      chosen = jnp.any(jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups, dtype=bool), axis=-2)
+      corrected = jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(corrected.shape)
+    chosen = jax.lax.top_k(corrected, self.top_k)[1]
+    weights = jnp.sum(jax.nn.one_hot(chosen, experts) * scores[:, :, None], axis=-1)
+    if self.renormalize:
+      weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * self.scale, chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedGated:
+  """gate * sigmoid(alpha gate) * (up + 1), where gate <= limit and |up| <= limit (gpt-oss)."""
+  limit: float = 7.
+  alpha: float = 1.702
+
+  def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+    return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
+class Experts(nn.Module):
+  """The sum of w_e * down_e(activation(gate_e(x), up_e(x))) over the experts e that `router` chooses with weight w_e.
+
+  With `weight_inputs`, the weight multiplies x instead (Llama 4). `shared` is added for every token (Dai et al. 2024),
+  times the sigmoid of a projection of x with `shared_gate` (Qwen2-MoE).
+  """
+  router: nn.Module
+  experts: int
+  hidden: int
+  activation: Callable[[jax.Array, jax.Array], jax.Array] = layers.silu_gated
+  bias: bool = False
+  weight_inputs: bool = False
+  shared: nn.Module | None = None
+  shared_gate: bool = False
+  std: float = 0.02
+  out_std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    width, init = x_BTD.shape[-1], nn.initializers.normal
+    into, out = (self.experts, width, self.hidden), (self.experts, self.hidden, width)
+    params = {'gate': layers.weight(self, 'gate', 'EDF', into, init(self.std), x_BTD.dtype),
+              'up': layers.weight(self, 'up', 'EDF', into, init(self.std), x_BTD.dtype),
+              'down': layers.weight(self, 'down', 'EFD', out, init(self.out_std), x_BTD.dtype)}
+    if self.bias:
+      biases = {'gate_bias': self.hidden, 'up_bias': self.hidden, 'down_bias': width}
+      params |= {name: layers.weight(self, name, 'E-', (self.experts, size), nn.initializers.zeros)
+                 for name, size in biases.items()}
+    weights, chosen = self.router(x_BTD, self.experts)
+    if sharding.spec('B') is None:
+      y = self._local(params, x_BTD, weights, chosen)
+    else:
+      rows, split = sharding.spec('BTD'), {name: P('model') for name in params}
+      y = jax.shard_map(self._on_shard, in_specs=(split, rows, rows, rows), out_specs=rows)(
+          params, x_BTD, weights, chosen)
+    y = y.astype(x_BTD.dtype)
+    if self.shared is None:
+      return y
+    shared = self.shared(x_BTD)
+    if self.shared_gate:
+      w = layers.weight(self, 'shared_gate', 'DX', (width, 1), init(self.std), x_BTD.dtype)
+      shared = shared * jax.nn.sigmoid(layers.einsum('BTD,DX->BTX', x_BTD, w))
+    return y + shared
+
+  def _on_shard(self, params, x, weights, chosen):
+    """Rows of this shard of `data`, with the experts of this shard of `model`."""
+    def vary(a, axis):   # its gradient is summed over the axis: in float32
+      return jax.lax.pcast(a.astype(jnp.float32), axis, to='varying').astype(a.dtype)
+    params = {name: vary(a, 'data') for name, a in params.items()}
+    x, weights = vary(x, 'model'), vary(weights, 'model')
+    first = jax.lax.axis_index('model') * params['up'].shape[0]
+    return jax.lax.psum(self._local(params, x, weights, chosen - first), 'model')
+
+  def _local(self, params, x_BTD, weights_BTk, chosen_BTk):
+    experts, k, width = params['up'].shape[0], chosen_BTk.shape[-1], x_BTD.shape[-1]
+    chosen = chosen_BTk.reshape(-1)
+    chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)   # those of other shards come last
+    order = jnp.argsort(chosen)
+    token, weights, held = order // k, weights_BTk.reshape(-1)[order][:, None], (chosen[order] < experts)[:, None]
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(experts)[None], axis=0)
+
+    def product(name, x, dtype):
+      y = grouped.product(dtype, x, params[name], sizes)
+      if self.bias:
+        y = (y.astype(jnp.float32) + params[name + '_bias'][jnp.minimum(chosen[order], experts - 1)]).astype(dtype)
+      return checkpoint_name(y, name)
+
+    rows = jnp.where(held, x_BTD.astype(jnp.float32).reshape(-1, width)[token], 0)   # float32: so that gradients add so
+    rows = (rows * weights if self.weight_inputs else rows).astype(x_BTD.dtype)
+    hidden = self.activation(product('gate', rows, x_BTD.dtype), product('up', rows, x_BTD.dtype))
+    y = product('down', hidden, jnp.float32)
+    y = jnp.where(held, y if self.weight_inputs else y * weights, 0)
+    return grouped.zeros(token.size // k, width).at[token].add(y).reshape(x_BTD.shape)

@@ -1,0 +1,60 @@
+"""Whatever a config.json says, it is a model or one clear error."""
+import copy
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lm.hf import weights
+from lm.hf.config import Config, rope
+from lm.models import rotary
+
+LLAMA = {'architectures': ['LlamaForCausalLM'], 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+         'num_key_value_heads': 2, 'intermediate_size': 48, 'vocab_size': 64, 'max_position_embeddings': 64,
+         'rms_norm_eps': 1e-5, 'hidden_act': 'silu', 'tie_word_embeddings': False, 'head_dim': 8,
+         'attention_bias': False,
+         'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 8., 'low_freq_factor': 1.,
+                             'high_freq_factor': 4., 'original_max_position_embeddings': 16}}
+GPT2 = {'architectures': ['GPT2LMHeadModel'], 'n_embd': 32, 'n_layer': 2, 'n_head': 4, 'n_positions': 64,
+        'vocab_size': 64, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None}
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from([0, -1, 1, 10 ** 12, 2 ** 63, 'yarn', 'longrope', 'linear', 'default', 'dynamic', 1e308,
+                       5e-324]),
+    lambda inner: (st.lists(inner, max_size=3)
+                   | st.dictionaries(st.sampled_from(sorted(LLAMA['rope_parameters'])), inner)), max_leaves=5)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(base=st.sampled_from([LLAMA, GPT2]), data=st.data())
+def test_any_config_is_a_model_or_a_value_error(base, data, tmp_path):
+  values = copy.deepcopy(base)
+  for _ in range(data.draw(st.integers(1, 3))):
+    where = values
+    if isinstance(values.get('rope_parameters'), dict) and data.draw(st.booleans()):
+      where = values['rope_parameters']
+    where[data.draw(st.sampled_from(sorted(where) or ['factor']) | st.text(max_size=4))] = data.draw(json_values)
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+  try:
+    model, _ = weights.open_model(tmp_path)
+  except ValueError as error:
+    assert '\n' not in str(error)
+  else:
+    assert model.vocab > 0 and len(model.layers) > 0
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{', 'null', '[' * 100_000, '{"architectures": 5}',
+                                  '{"architectures": "x"}', '{"architectures": [["x"]]}', '\x00',
+                                  '{"quantization_config": 3}'])
+def test_what_is_no_config_is_refused(text, tmp_path):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match='config.json|architectures'):
+    weights.open_model(tmp_path)
+
+
+def test_older_files_spell_rotary_scaling_in_another_way():
+  scaling = {'type': 'linear', 'factor': 4.}
+  new = rope(Config({'rope_parameters': {'rope_type': 'linear', 'factor': 4., 'rope_theta': 5e5}}), 64, 8)
+  assert rope(Config({'rope_theta': 5e5, 'rope_scaling': scaling}), 64, 8) == new == rotary.Rotary(
+      5e5, scaling=rotary.Linear(4.))

@@ -1,0 +1,53 @@
+"""Rotary positions: the frequencies of stretched contexts are those of published models."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.models.rotary import Linear, Llama3, LongRope, Rotary, Yarn
+
+LLAMA = Rotary(5e5, scaling=Llama3(8., 1., 4., 8192))
+GPT_OSS = Rotary(1.5e5, scaling=Yarn(32., 4096, 0.1 * np.log(32) + 1, truncate=False))
+
+
+@pytest.mark.parametrize('rotary, size, expected, total', [
+    # What transformers 5.23 computes for Llama 3.1 8B, gpt-oss 20B and Gemma 3 4B.
+    (LLAMA, 128, {
+        0: 1.0, 1: .8146172165870667, 20: .016560440883040428, 29: .0021665706299245358, 32: .0005248460220173001,
+        35: 9.556212171446532e-05, 36: 7.784655463183299e-05, 40: 3.428102354519069e-05, 63: 3.068925877869333e-07},
+     5.3860578536987305),
+    (GPT_OSS, 64, {
+        0: 1.0, 1: .6890442967414856, 8: .05081327259540558, 12: .006794959306716919, 16: .0004564839182421565,
+        20: 1.818833698052913e-05, 31: 3.023511396804679e-07}, 3.180438280105591),
+    (Rotary(1e6, scaling=Linear(8.)), 256, {0: .125}, None),
+    (Rotary(1e6, scaling=Linear(8.)), 128, {1: .1007302775979042}, None)], ids=['llama3', 'yarn', 'linear', 'linear'])
+def test_frequencies_of_published_models(rotary, size, expected, total):
+  actual = rotary.frequencies(size)
+  np.testing.assert_allclose(actual[list(expected)], list(expected.values()), rtol=1e-6)
+  if total is not None:
+    np.testing.assert_allclose(actual.sum(), total, rtol=1e-6)
+
+
+def test_yarn_raises_attention():
+  np.testing.assert_allclose(GPT_OSS.scaling.attention, 1.3465735902799727, rtol=1e-12)
+  x = jnp.ones((1, 3, 1, 64))
+  positions = jnp.arange(3)[None]
+  np.testing.assert_allclose(jnp.linalg.norm(GPT_OSS(x, positions), axis=-1), 8 * 1.3465735902799727, rtol=1e-6)
+
+
+def test_longrope_divides_by_other_factors_past_the_original_context():
+  plain = Rotary(1e4)
+  rotary = Rotary(1e4, scaling=LongRope((1.,) * 4, (2.,) * 4, 16, 1.))
+  x = jax.random.normal(jax.random.key(0), (1, 20, 2, 8))
+  positions = jnp.arange(20)[None]
+  np.testing.assert_allclose(rotary(x[:, :16], positions[:, :16]), plain(x[:, :16], positions[:, :16]), atol=1e-6)
+  np.testing.assert_allclose(rotary(x, positions), plain(x, positions / 2), atol=1e-6)
+
+
+@pytest.mark.parametrize('rotary', [Rotary(100.), Rotary(100., 4), Rotary(100., interleaved=True), LLAMA, GPT_OSS])
+def test_products_depend_on_the_distance_alone(rotary):
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 64))
+  def product(at, to):
+    return jnp.vdot(rotary(q, jnp.array([[at]])), rotary(k, jnp.array([[to]])))
+  np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
+  assert abs(product(7, 3) - product(7, 4)) > 1e-3
