@@ -131,13 +131,13 @@ def test_an_empty_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r'^bad: there is no document in it \(1 invalid UTF-8 dropped\); give'):
     len(corpora.text(str(tmp_path / 'bad.txt'), encoding_errors='drop').splits['train'])
   with pytest.raises(ValueError, match='validation=1.5 is not a fraction'):
-    corpora.text(str(tmp_path / 'one.txt'), validation=1.5).splits
+    _ = corpora.text(str(tmp_path / 'one.txt'), validation=1.5).splits
 
 
 @pytest.mark.parametrize('make', [corpora.text, corpora.jsonl, corpora.parquet])
 def test_a_pattern_without_files(make, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no file matches '.*nonesuch\*'"):
-    make(str(tmp_path / 'nonesuch*')).fingerprint
+    _ = make(str(tmp_path / 'nonesuch*')).fingerprint
 
 
 def test_jsonl_packed_or_plain_is_the_same(tmp_path):
@@ -179,7 +179,7 @@ def test_parquet(tmp_path):
   assert everything(source) == sorted(DOCUMENTS) and source.counts['null dropped'] == 1
   assert source.splits['train'][::-1] == list(source.splits['train'])[::-1]
   with pytest.raises(ValueError, match=r"a\.parquet: no column='text'; it has body, n"):
-    corpora.parquet(f'{tmp_path}/*.parquet').splits
+    _ = corpora.parquet(f'{tmp_path}/*.parquet').splits
   with pytest.raises(ValueError, match="column='n' holds int, not strings"):
     len(corpora.parquet(f'{tmp_path}/*.parquet', column='n').splits['train'])
 
@@ -270,9 +270,9 @@ def test_tfds(tmp_path, builder, capsys):
   shutil.copytree(data_dir, tmp_path / 'moved')
   assert corpora.tfds('local_text', data_dir=str(tmp_path / 'moved')).fingerprint == source.fingerprint
   with pytest.raises(ValueError, match="no feature key='body'; it has text"):
-    corpora.tfds('local_text', key='body', data_dir=data_dir).splits
+    _ = corpora.tfds('local_text', key='body', data_dir=data_dir).splits
   with pytest.raises(ValueError, match="^tfds: no data set 'nonesuch_text' in data_dir=[^\n]*$"):
-    corpora.tfds('nonesuch_text', data_dir=data_dir).splits
+    _ = corpora.tfds('nonesuch_text', data_dir=data_dir).splits
 
 
 def test_tfds_by_folder(tmp_path, builder, monkeypatch):
@@ -291,7 +291,7 @@ def test_tfds_by_folder(tmp_path, builder, monkeypatch):
       ('a/b/c/d', 'Parsing builder name string a/b/c/d failed'),
       ('nowhere', f"no data set 'nowhere' in data_dir={tmp_path}/elsewhere nor .* folder {tmp_path}/nowhere; give")):
     with pytest.raises(ValueError, match=f'^tfds: [^\n]*{message}[^\n]*$'):
-      corpora.tfds(name, data_dir='~/elsewhere').fingerprint
+      _ = corpora.tfds(name, data_dir='~/elsewhere').fingerprint
 
 
 def test_building_again_from_other_files_is_refused(tmp_path, builder, capsys):
