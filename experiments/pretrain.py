@@ -77,7 +77,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     weights: share of each corpus in a mixture, in the order text, jsonl, parquet, tfds.
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
-    model: take architecture and tokenizer from this Hugging Face or imported folder (parameters - see --init).
+    model: take architecture and tokenizer from this Hugging Face or imported folder, in place of the flags of shape
+      from vocab to dropout; for the parameters see --init.
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.

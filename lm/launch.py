@@ -8,17 +8,12 @@ word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad in
 """
 import contextlib
 import dataclasses
-import datetime
 import difflib
-import importlib.metadata
 import inspect
 import os
 import pathlib
-import platform
 import re
 import signal
-import socket
-import subprocess
 import sys
 import textwrap
 import threading
@@ -61,19 +56,19 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   """
   import jax
 
-  from lm import cluster, sharding, track, train
+  from lm import cluster, records, sharding, train
   cluster.join(coordinator_address, num_processes, process_id)
   script = pathlib.Path(inspect.getfile(experiment))
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
-  with track.claim(workdir, script.name), jax.set_mesh(devices):
-    knobs = track.settle(knobs, track.records(workdir))
+  with records.claim(workdir, script.name), jax.set_mesh(devices):
+    knobs = records.settle(knobs, records.read(workdir))
     configured = dataclasses.replace(experiment(**knobs), seed=seed)
     if init is not None:
       from lm import pretrained
       configured = dataclasses.replace(configured, start=pretrained.start(init, configured.model))
-    track.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
-                knobs=knobs, seed=seed, init=init and str(init), **_circumstances(script, devices))
+    records.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
+                knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, devices))
     result = train.train(configured, workdir, mesh=devices)
     if then:
       then(configured, workdir, result)
@@ -281,26 +276,3 @@ def _cache_compilations() -> None:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     jax.config.update('jax_compilation_cache_dir', str(cache / 'lm' / 'jax'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-def _circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:
-  """What a result may depend on besides the flags."""
-  import jax
-  versions = {'python': platform.python_version()}
-  for package in ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[package] = importlib.metadata.version(package)
-  device = mesh.devices.flat[0]
-  return {
-      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), 'host': socket.gethostname(),
-      'revision': _revision(script.parent), 'versions': versions, 'platform': device.platform,
-      'device': device.device_kind, 'devices': mesh.size, 'processes': jax.process_count(), 'mesh': dict(mesh.shape),
-  }
-
-
-def _revision(folder: pathlib.Path) -> str | None:
-  """The git commit, with `-dirty` where files differ from it; None without git or a repository."""
-  command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=40']
-  with contextlib.suppress(OSError, subprocess.SubprocessError):
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-  return None

@@ -2,6 +2,7 @@
 
 The optimizers that are made here keep their present learning rate in their state, where `learning_rate` finds it.
 """
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def _warm_up(schedule: Schedule, peak: float, steps: int, warmup: int) -> Schedule:
-  if not peak > 0:
-    raise ValueError(f'learning rate {peak} is not positive')
+  if not 0 < peak < math.inf:
+    raise ValueError(f'learning rate {peak} is not positive and finite')
   if not 0 <= warmup < max(steps, 1):
     raise ValueError(f'a warm-up of {warmup} steps does not fit a run of {steps}; lower it')
   return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), schedule], [warmup])

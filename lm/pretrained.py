@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, track
+from lm import checkpoint, records
 from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
@@ -112,7 +112,7 @@ def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
   Checked at once, without reading them: FileNotFoundError where there is nothing of the kind, ValueError where a
   folder's model is of another shape, naming the first differences.
   """
-  if track.records(path):
+  if records.read(path):
     return functools.partial(_of_run, path)
   theirs = jax.eval_shape(open_model(path).init, jax.random.key(0))
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))

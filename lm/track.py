@@ -1,14 +1,12 @@
-"""Where numbers go: the record of a run, metrics to terminal, JSONL and TensorBoard; throughput and MFU.
+"""Where numbers go: metrics to terminal, JSONL and TensorBoard; throughput and MFU.
 
-A workdir holds `run.json` (what was run: one record a start), `metrics.jsonl` (one line a record) and
-`tensorboard/`. Metrics that the terminal and `plot` know by name: `loss`, `learning_rate`,
-`validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
+A workdir holds `metrics.jsonl` (one line a record) and `tensorboard/`. Metrics that the terminal and `plot` know by
+name: `loss`, `learning_rate`, `validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
 """
 import collections
 import contextlib
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
@@ -17,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
+
+from lm import atomic
 
 # Dense bf16 peak, FLOP/s, per TensorCore of a TPU (a device has `num_cores` of them) and per GPU, by the exact name
 # of the device: a slice of a GPU (MIG) or an unlisted variant has another name and no MFU, rather than a wrong one.
@@ -205,13 +205,7 @@ def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
 def _truncate(metrics_jsonl: pathlib.Path, step: int) -> None:
   if metrics_jsonl.exists():
     kept = [json.dumps(r) + '\n' for r in read_metrics(metrics_jsonl) if step > 0 and r['step'] <= step]
-    _write(metrics_jsonl, ''.join(kept))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)  # a kill leaves the old file or the new one
+    atomic.write(metrics_jsonl, ''.join(kept))
 
 
 def _short(number: float) -> str:
@@ -223,66 +217,3 @@ def _duration(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
-def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The records in `workdir/run.json`, oldest first; none if there is no such file."""
-  path = workdir / 'run.json'
-  try:
-    found = json.loads(path.read_text()) if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
-      raise ValueError('it is no list of records')
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error}); delete it, or choose another --workdir') from None
-  return found
-
-
-def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The knobs; where `steps` is None (fitted to the machine when the run began), what it came to in earlier records."""
-  if 'steps' not in knobs or knobs['steps'] is not None:
-    return dict(knobs)
-  return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
-
-
-@contextlib.contextmanager
-def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
-  """Makes the workdir, and keeps other processes from training in it.
-
-  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(None, 'permission denied')
-  except OSError as error:
-    raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
-  for earlier in records(workdir)[-1:]:
-    if earlier.get('script', script) != script:
-      raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '
-                       'choose another --workdir')
-  if jax.process_index() > 0:
-    yield
-    return
-  with (workdir / '.lock').open('w') as lock:
-    try:
-      import fcntl
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise OSError(f'another process is training in the workdir {workdir}; wait for it, stop it, or choose another '
-                    '--workdir') from None
-    except (ImportError, OSError):   # a platform, or a file system, without locks
-      pass
-    yield
-
-
-def start(workdir: pathlib.Path, **facts: Any) -> None:
-  """Appends the record of a run that begins now; those of earlier runs stay."""
-  if jax.process_index() == 0:
-    _write(workdir / 'run.json', json.dumps([*records(workdir), facts], indent=2, default=str) + '\n')
-
-
-def record(workdir: pathlib.Path, **facts: Any) -> None:
-  """Adds facts (the fingerprint of the data, say) to the record of the present run."""
-  if jax.process_index() == 0:
-    *earlier, present = records(workdir) or [{}]
-    _write(workdir / 'run.json', json.dumps([*earlier, {**present, **facts}], indent=2, default=str) + '\n')

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, evaluate, optim, sharding, track
+from lm import checkpoint, evaluate, optim, records, sharding, track
 from lm.data.batches import Batch, Batches
 from lm.describe import describe
 from lm.interrupt import Interrupt
@@ -182,7 +182,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
       state, start = _restore(run, mesh, checkpoints, facts)
-    track.record(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
+    records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start:

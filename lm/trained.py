@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, track, train
+from lm import checkpoint, records, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,13 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   The run is made anew by its script, with the knobs in `workdir/run.json`. FileNotFoundError where there is no run, no
   checkpoint, or the script is gone.
   """
-  records = track.records(workdir)
-  if not records:
+  found = records.read(workdir)
+  if not found:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  accepted = [record for record in records if 'data' in record]   # not the tries that were refused
+  accepted = [record for record in found if 'data' in record]   # not the tries that were refused
   if not accepted:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  knobs = track.settle(accepted[-1]['knobs'], accepted)
+  knobs = records.settle(accepted[-1]['knobs'], accepted)
   run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:

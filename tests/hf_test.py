@@ -20,7 +20,8 @@ from lm.hf.config import Config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models.rotary import LongRope, Rotary, Yarn
-from lm.models.transformer import Stack, Transformer
+from lm.models.stack import Stack
+from lm.models.transformer import Transformer
 
 torch = pytest.importorskip('torch')
 with warnings.catch_warnings():
@@ -191,7 +192,7 @@ def test_cached_decoding_equals_the_full_forward(opened, case):
   step = jit(lambda params, batch, cache: model.apply(params, batch, cache=cache))
   cache, logits = model.init_cache(2, 44), []
   for part in (slice(0, 30), *(slice(i, i + 1) for i in range(30, 40))):
-    out = step(params_, jax.tree.map(lambda x: x[:, part], batch), cache)   # noqa: B023
+    out = step(params_, jax.tree.map(lambda x, part=part: x[:, part], batch), cache)
     cache = out.cache
     logits.append(out.head(out.hidden))
   logits, expected = np.concatenate(logits, axis=1), np.asarray(forward(model, params, rows(tokens[:1], tokens[1:])))

@@ -9,7 +9,7 @@ import pytest
 
 from lm import sharding
 from lm.data.batches import Batch
-from lm.models import attention, latent, layers, rotary, transformer
+from lm.models import attention, latent, layers, rotary, stack, transformer
 
 ROWS, TIME, WIDTH, HEADS, RANK, NOPE, ROPE, VALUE = 4, 7, 16, 4, 8, 5, 4, 3
 FULL = latent.LatentAttention(HEADS, 8, RANK, NOPE, ROPE, VALUE, rotary.Rotary(50., interleaved=True))
@@ -104,8 +104,8 @@ def test_output_and_gradients_are_those_of_numpy(module):
     for _ in range(2):
       direction = rng.normal(size=grad.shape)
 
-      def moved(by):
-        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]  # noqa: B023
+      def moved(by, i=i, direction=direction):
+        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]
         return np.sum(reference(*tree.unflatten(near), scale) * dy)
 
       slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
@@ -144,7 +144,7 @@ def test_a_packed_document_is_as_if_alone():
 
 def model(module):
   block = layers.Block(module, layers.FeedForward(8), layers.RMSNorm(), layers.RMSNorm())
-  return transformer.Transformer(24, WIDTH, transformer.stacks([block] * 2), layers.RMSNorm(), TIME)
+  return transformer.Transformer(24, WIDTH, stack.stacks([block] * 2), layers.RMSNorm(), TIME)
 
 
 @pytest.mark.parametrize('module,chunks,shape', [
@@ -168,7 +168,7 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
     cache, outputs, at = jit(lambda: lm.init_cache(ROWS, TIME + 3))(), [], 0
     assert [x.shape for x in jax.tree.leaves(cache.layers)] == [(ROWS, TIME + 3, RANK + ROPE)] * 2
     for size in chunks:
-      hidden, cache = step(params, jax.tree.map(lambda x: x[:, at:at + size], padded), cache)  # noqa: B023
+      hidden, cache = step(params, jax.tree.map(lambda x, a=at, b=at + size: x[:, a:b], padded), cache)
       outputs.append(np.asarray(hidden))
       at += size
   for row, pad in enumerate(pads):

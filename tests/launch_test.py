@@ -11,7 +11,7 @@ import jax
 import pytest
 from absl import flags
 
-from lm import launch, track
+from lm import launch, records
 
 
 def experiment(*, layers: int = 12, lr: float = 1e-3, tied: bool = True, norm: Literal['rms', 'layer'] = 'rms',
@@ -179,7 +179,7 @@ def test_an_interrupt_is_quiet(program, capsys):
 
 def test_the_workdir_of_another_script_is_refused(program, capsys):
   program.workdir.mkdir()
-  track.start(program.workdir, script='other.py')
+  records.start(program.workdir, script='other.py')
   assert program(build) == 1 and not program.calls
   assert 'other.py' in (text := capsys.readouterr().err) and 'launch_test.py' in text and text.count('\n') == 1
 

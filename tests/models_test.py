@@ -1,5 +1,6 @@
 """Models: against NumPy in float64, what each position sees, and one computation done in several ways."""
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.data.batches import Batch
-from lm.models import attention, transformer
+from lm.models import attention, stack, transformer
 from lm.models import layers as parts
 
 VOCAB, ROWS, TIME, THETA = 24, 3, 8, 100.
@@ -89,7 +90,7 @@ def reference(params, batch):
   if 'positions' in params:
     x = x + params['positions'][positions]
   for layer in range(len(params['blocks']['0']['attention']['out'])):
-    p = jax.tree.map(lambda stacked: stacked[layer], params['blocks']['0'])  # noqa: B023
+    p = jax.tree.map(operator.itemgetter(layer), params['blocks']['0'])
     x = x + attention(p['attention'], norm(p['attention_norm'], x))
     x = x + feed_forward(p['feed_forward'], norm(p['feed_forward_norm'], x))
   x = norm(params['norm'], x)
@@ -142,8 +143,8 @@ def test_loss_and_gradients_are_those_of_numpy(model, packed):
     for _ in range(3):
       direction = rng.normal(size=grad.shape)
 
-      def moved(by):
-        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]  # noqa: B023
+      def moved(by, i=i, direction=direction):
+        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]
         return reference(tree.unflatten(near), batch)[1]
 
       slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
@@ -188,7 +189,7 @@ def test_scanned_layers_equal_unrolled_ones():
     positions = jnp.broadcast_to(jnp.arange(TIME), (ROWS, TIME))
     x = params['embedding'][batch.tokens] + params['positions'][positions]
     for i, block in enumerate(GPT2.layers):
-      layer = jax.tree.map(lambda p: p[i], params['blocks']['0'])  # noqa: B023
+      layer = jax.tree.map(operator.itemgetter(i), params['blocks']['0'])
       x, _ = block.apply({'params': layer}, x, positions, attention.Visible())
     return GPT2.norm.apply({'params': params['norm']}, x)
 
@@ -220,7 +221,7 @@ def test_cached_decoding_equals_the_full_forward(model, chunks):
                  segments=(slots >= pads[:, None]).astype('i4'), positions=np.maximum(slots - pads[:, None], 0))
   cache, outputs, at = model.init_cache(ROWS, TIME + 3), [], 0
   for size in chunks:
-    hidden, cache = decode(model, params, jax.tree.map(lambda x: x[:, at:at + size], padded), cache)  # noqa: B023
+    hidden, cache = decode(model, params, jax.tree.map(lambda x, a=at, b=at + size: x[:, a:b], padded), cache)
     outputs.append(hidden)
     at += size
   assert int(cache.index) == TIME
@@ -264,7 +265,7 @@ def test_dropout_scales_what_it_keeps():
 def test_dropout_needs_a_key_and_reaches_both_branches_and_the_embedding():
   params, batch = random_params(GPT2), make_batch(False)
   nearly_all = GPT2.clone(dropout=1 - 1e-6,
-                          blocks=transformer.stacks([block.clone(dropout=1 - 1e-6) for block in GPT2.layers]))
+                          blocks=stack.stacks([block.clone(dropout=1 - 1e-6) for block in GPT2.layers]))
   program = lambda model, key: jax.make_jaxpr(lambda p: model.apply(p, batch, key=key).hidden)(params)
   assert str(program(nearly_all, None)) == str(program(GPT2, None))
   # What comes of nothing: no embedding, and neither branch of a block, not even their biases.
@@ -289,7 +290,7 @@ class Same(nn.Module):
 
 
 def test_each_layer_draws_its_own_dropout():
-  model = transformer.Transformer(4, 16, transformer.stacks([Coin()] * 2), Same(), 16)
+  model = transformer.Transformer(4, 16, stack.stacks([Coin()] * 2), Same(), 16)
   params = {'embedding': np.zeros((4, 16), 'f4'), 'blocks': {'0': {'scale': np.ones((2, 1), 'f4')}},
             'norm': {'scale': np.ones(1, 'f4')}}
   run = jit(lambda key: model.apply(params, Batch(np.zeros((2, 16), 'i4')), key=key).hidden)

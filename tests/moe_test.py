@@ -9,7 +9,7 @@ import pytest
 
 from lm import optim, sharding
 from lm.data.batches import Batch
-from lm.models import attention, grouped, layers, moe, transformer
+from lm.models import attention, grouped, layers, moe, stack, transformer
 
 ROWS, TIME, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 8
 # These programs are run once or twice: optimising them takes longer than running them.
@@ -131,8 +131,8 @@ def test_output_and_gradients_are_those_of_numpy(kind):
     for _ in range(2):
       direction = rng.normal(size=grad.shape)
 
-      def moved(by):
-        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]  # noqa: B023
+      def moved(by, i=i, direction=direction):
+        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]
         return np.sum(reference(kind, *tree.unflatten(near)) * dy)
 
       slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
@@ -213,7 +213,7 @@ def test_an_expert_may_have_all_tokens_and_others_none(shape):
 
 def model(kind, **changes):
   block = layers.Block(attention.Attention(2, 2, 4), KINDS[kind], layers.RMSNorm(), layers.RMSNorm())
-  lm = transformer.Transformer(16, WIDTH, transformer.stacks([block] * 2), layers.RMSNorm(), TIME, **changes)
+  lm = transformer.Transformer(16, WIDTH, stack.stacks([block] * 2), layers.RMSNorm(), TIME, **changes)
   rng = np.random.default_rng(0)
   return lm, jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32),
                           jax.eval_shape(lm.init, jax.random.key(0)))
@@ -230,7 +230,7 @@ def test_a_model_decodes_as_it_reads_and_packed_documents_do_not_leak():
   assert np.all(np.any(np.abs(other[1, :3] - whole[1, :3]) > 0.05, axis=-1))
   step = jit(lambda batch, cache: lm.apply(params, batch, cache=cache)[::2])
   for t in range(TIME):
-    hidden, cache = step(jax.tree.map(lambda a: a[:, t:t + 1], packed), cache)  # noqa: B023
+    hidden, cache = step(jax.tree.map(lambda a, t=t: a[:, t:t + 1], packed), cache)
     assert_close(hidden[:, 0], whole[:, t], 1e-5)
 
 

@@ -1,6 +1,7 @@
 """Optimizers against their papers' formulas, in NumPy; schedules at points worked out by hand."""
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,7 @@ def test_schedules_scale_with_their_peak_and_may_start_there(make):
 @pytest.mark.parametrize('arguments,message', [
     ((1., 10, 10), 'a warm-up of 10 steps does not fit a run of 10'), ((1., 10, -1), 'a warm-up of -1 steps'),
     ((0., 10, 1), 'learning rate 0.0 is not positive'), ((-1e-3, 10, 1), 'learning rate -0.001'),
+    ((math.inf, 10, 1), 'learning rate inf'),
 ])
 def test_bad_schedules_say_so(make, arguments, message):
   with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from lm.data import corpora, dataset
 from lm.data.batches import Batch
 from lm.data.tokenizer import Bytes
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 from lm.objectives.next_token import next_token
 
 TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
@@ -138,7 +138,7 @@ def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folde
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):
   block = MODEL.layers[0].clone(attention_out_norm=parts.RMSNorm())
-  odd = MODEL.clone(blocks=transformer.stacks([block, MODEL.layers[1]]))
+  odd = MODEL.clone(blocks=stack.stacks([block, MODEL.layers[1]]))
   with pytest.raises(ValueError, match='no family'):
     pretrained.write(tmp_path / 'odd', odd, jax.jit(odd.init)(jax.random.key(0)), TOKENIZER)
   assert not pathlib.Path(tmp_path / 'odd').exists()

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.batches import Batch
-from lm.models import attention, rotary, transformer
+from lm.models import attention, rotary, stack, transformer
 from lm.models import layers as parts
 from lm.objectives.next_token import next_token
 
@@ -19,7 +19,7 @@ MESHES = ['1x1', '8x1', '4x2', '2x4']
 VOCAB, ROWS, TIME = 32, 8, 8
 # Every kind of weight and every part in one program: grouped queries, rotary and learned positions, gates, biases.
 MODEL = transformer.Transformer(
-    VOCAB, 32, transformer.stacks([parts.Block(
+    VOCAB, 32, stack.stacks([parts.Block(
         attention.Attention(8, 4, 4, rotary.Rotary(), bias=True), parts.FeedForward(16, bias=True), parts.RMSNorm(),
         parts.LayerNorm(), dropout=0.2)] * 2),
     parts.LayerNorm(), TIME, positions=True, tied=False, dropout=0.2)
@@ -102,7 +102,7 @@ class FeedForwardBlock(nn.Module):
 
 
 def test_initial_parameters_are_the_same_bytes_on_every_mesh():
-  model = transformer.Transformer(VOCAB, 16, transformer.stacks([FeedForwardBlock()] * 2), parts.RMSNorm(), TIME)
+  model = transformer.Transformer(VOCAB, 16, stack.stacks([FeedForwardBlock()] * 2), parts.RMSNorm(), TIME)
   values = []
   for shape in MESHES:
     with on(shape):
@@ -166,12 +166,12 @@ class OwnBlock(nn.Module):
 
 
 def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
-  model = transformer.Transformer(VOCAB, 16, transformer.stacks([OwnBlock()] * 2), parts.RMSNorm(), TIME)
+  model = transformer.Transformer(VOCAB, 16, stack.stacks([OwnBlock()] * 2), parts.RMSNorm(), TIME)
   params, batch = random_params(model), packed_batch()
   expected = on_mesh(model, None, params, batch, None)
   assert all(np.any(g != 0) for g in jax.tree.leaves(expected))
   assert_same(on_mesh(model, '8x1', params, batch, None), expected)
-  inside = MODEL.clone(blocks=transformer.stacks([block.clone(feed_forward=OwnBlock()) for block in MODEL.layers]))
+  inside = MODEL.clone(blocks=stack.stacks([block.clone(feed_forward=OwnBlock()) for block in MODEL.layers]))
   with on('8x1'):
     loss, grads = jax.eval_shape(functools.partial(loss_and_grads, inside),
                                  *place(inside, random_params(inside), batch), jax.random.key(0))

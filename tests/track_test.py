@@ -1,8 +1,6 @@
 import io
 import json
 import math
-import os
-import pathlib
 import sys
 import types
 
@@ -30,10 +28,6 @@ def tracker(folder, output=None, **options):
 def steps(folder):
   return [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
-
-def claim(folder, script):
-  with track.claim(folder, script):
-    pass
 
 
 def test_every_record_is_a_line_of_strict_json_at_once(tmp_path):
@@ -169,45 +163,3 @@ def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
-
-
-def test_the_record_keeps_earlier_runs_and_adds_facts_to_the_last(tmp_path):
-  claim(tmp_path / 'new', 'a.py')
-  track.start(tmp_path / 'new', script='a.py', folder=pathlib.Path('x'))
-  claim(tmp_path / 'new', 'a.py')
-  track.start(tmp_path / 'new', script='a.py')
-  track.record(tmp_path / 'new', data='f00d')
-  assert track.records(tmp_path / 'new') == [{'script': 'a.py', 'folder': 'x'}, {'script': 'a.py', 'data': 'f00d'}]
-  with pytest.raises(ValueError, match='a.py, not of b.py'):
-    claim(tmp_path / 'new', 'b.py')
-
-
-def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-  (tmp_path / 'file').write_text('')
-  for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-    with pytest.raises(OSError, match='cannot write to the workdir'):
-      claim(folder, 'a.py')
-  monkeypatch.setattr(os, 'access', lambda *_: False)
-  with pytest.raises(OSError, match=r'permission denied.*--workdir'):
-    claim(tmp_path, 'a.py')
-
-
-def test_steps_that_were_fitted_stay_what_they_came_to():
-  earlier = [{'steps': 5}, {'steps': 7}, {}]
-  assert track.settle({'lr': 1., 'steps': None}, earlier) == {'lr': 1., 'steps': 7}
-  assert track.settle({'steps': 9}, earlier) == {'steps': 9}
-  assert track.settle({'steps': None}, []) == {'steps': None}
-  assert track.settle({'lr': 1.}, earlier) == {'lr': 1.}
-
-
-def test_a_workdir_is_one_process_at_a_time(tmp_path):
-  with track.claim(tmp_path, 'a.py'), pytest.raises(OSError, match='another process is training in the workdir'):
-    claim(tmp_path, 'a.py')
-  claim(tmp_path, 'a.py')
-
-
-@pytest.mark.parametrize('text', ['{}', '[3]', '{', ''])
-def test_a_damaged_record_is_said_to_be_so(tmp_path, text):
-  (tmp_path / 'run.json').write_text(text)
-  with pytest.raises(ValueError, match=r'run\.json is damaged'):
-    track.records(tmp_path)

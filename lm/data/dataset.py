@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lm import atomic
 from lm.data import clean, store, tokenizer
 from lm.data.batches import Batches, Example
 from lm.data.source import Source
@@ -45,9 +46,7 @@ class Text:
         documents = clean.clean(self.source.splits['train'], self.rules)
         found = self.tokenizer([d for d in documents if isinstance(d, str)])
       found.save(settings.parent)
-      written = settings.with_suffix('.new')
-      written.write_text(json.dumps(wanted))
-      written.replace(settings)
+      atomic.write(settings, json.dumps(wanted))
     elif lines := differences(made_with, wanted):
       raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
                        + '\n  '.join(lines))

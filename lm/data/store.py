@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import atomic
 from lm.data import clean
 from lm.data.source import Source, digest
 from lm.data.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ class _Build:
         'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
     with _writing(self.folder):
       seen = b''.join([self._resume(split) for split in splits])
-      _replace(self.folder / 'unfinished.json', self.state)
+      atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
     deduplicate = _Deduplicate(seen)
     for split in splits:
       self._split(split, deduplicate)
@@ -129,7 +130,7 @@ class _Build:
       for split in splits:
         lengths = np.fromfile(self.folder / split / 'lengths.partial', np.int64)
         np.save(self.folder / split / 'offsets.npy', np.concatenate([[0], np.cumsum(lengths)]))
-      _replace(self.folder / 'manifest.json', self.state)
+      atomic.write(self.folder / 'manifest.json', json.dumps(self.state, indent=1))
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
     for line in self.source.notes:
@@ -188,7 +189,7 @@ class _Build:
       counts['tokens'] += int(lengths.sum())
       counts['bytes'] += sum(len(document.encode()) for document, tokens in zip(kept, encoded) if len(tokens))
       counts['dropped'] = dict(sorted((reason, n) for reason, n in dropped.items() if n))
-      _replace(self.folder / 'unfinished.json', self.state)
+      atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
 
 
 class _Deduplicate(clean.Deduplicate):
@@ -269,15 +270,6 @@ def _append(path: pathlib.Path, data: bytes) -> None:
     f.write(data)
     f.flush()
     os.fsync(f.fileno())
-
-
-def _replace(path: pathlib.Path, value: dict) -> None:
-  new = path.with_suffix('.new')
-  with open(new, 'w') as f:
-    json.dump(value, f, indent=1)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(new, path)
 
 
 def _read(path: pathlib.Path) -> dict | None:

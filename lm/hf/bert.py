@@ -4,7 +4,7 @@ from typing import Any
 from lm.hf import names
 from lm.hf.config import Config
 from lm.models import attention as attend
-from lm.models import encoder, transformer
+from lm.models import encoder, stack
 from lm.models import layers as parts
 
 
@@ -20,7 +20,7 @@ def model(c: Config) -> encoder.Encoder:
   attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.Scores(causal=False))
   feed_forward = parts.FeedForward(c.size('intermediate_size'), encoder.gelu, gated=False, bias=True)
   block = encoder.PostNormBlock(attention, feed_forward, parts.LayerNorm(eps), parts.LayerNorm(eps))
-  return encoder.Encoder(c.size('vocab_size'), width, transformer.Stack((block,), c.size('num_hidden_layers')),
+  return encoder.Encoder(c.size('vocab_size'), width, stack.stacks([block] * c.size('num_hidden_layers')),
                          parts.LayerNorm(eps), c.size('max_position_embeddings'), c.size('type_vocab_size', 2))
 
 
@@ -70,4 +70,4 @@ FAMILY = names.Family(
     copies=lambda model: {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
                           'cls.predictions.decoder.bias': 'cls.predictions.bias'},
     older=lambda name: name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'),
-    stacks=lambda model: [('bert.encoder.layer.{}.', ('blocks',), [model.blocks])])
+    stacks=lambda model: [('bert.encoder.layer.{}.', ('blocks',), model.blocks)])

@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, rope_config, windows, windows_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -24,7 +24,7 @@ def model(c: Config) -> transformer.Transformer:
                                  scores=scores)
     return parts.Block(attention, parts.FeedForward(s.hidden, parts.gelu_gated), norm(), norm(), norm(), norm())
   blocks = [block(window) for window in windows(c, s.layers, lambda i: i % 2 == 0)]
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), norm(), s.max_length, tied=s.tied,
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), norm(), s.max_length, tied=s.tied,
                                  embedding_scale=s.width ** 0.5,
                                  softcap=c.get('final_logit_softcapping', float, None))
 

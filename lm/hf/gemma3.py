@@ -7,7 +7,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, typed_rope_config, windows, windows_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 # Files that see images leave out what is so.
 _DEFAULTS = {
@@ -34,7 +34,7 @@ def model(c: Config) -> transformer.Transformer:
                                  scores=attend.Scores(scale, window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden, parts.gelu_gated), norm(), norm(), norm(), norm())
   blocks = [block(window) for window in windows(c, s.layers, lambda i: (i + 1) % period != 0)]
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), norm(), s.max_length, tied=s.tied,
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), norm(), s.max_length, tied=s.tied,
                                  embedding_scale=s.width ** 0.5,
                                  softcap=c.get('final_logit_softcapping', float, None))
 
@@ -71,4 +71,5 @@ def _text_rest(model: transformer.Transformer) -> list[names.Map]:
 
 WITH_IMAGES = names.Family('Gemma3ForConditionalGeneration', 'gemma3', _text_model, _text_config, names.llama_layer,
                            _text_rest, 'language_model.model.layers.{}.',
-                           lambda name: name.startswith(('vision_tower.', 'multi_modal_projector.')))
+                           lambda name: name.startswith(('vision_tower.', 'multi_modal_projector.')),
+                           lambda model: {'lm_head.weight': 'language_model.model.embed_tokens.weight'})

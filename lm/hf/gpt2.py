@@ -8,7 +8,7 @@ from lm.hf import names
 from lm.hf.config import Config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 _ACTIVATIONS = {'gelu_new': jax.nn.gelu, 'gelu_pytorch_tanh': jax.nn.gelu}
 
@@ -26,7 +26,7 @@ def model(c: Config) -> transformer.Transformer:
   block = parts.Block(attend.Attention(heads, heads, width // heads, bias=True),
                       parts.FeedForward(c.size('n_inner', 4 * width), jax.nn.gelu, gated=False, bias=True),
                       norm(), norm())
-  return transformer.Transformer(c.size('vocab_size'), width, transformer.stacks([block] * layers), norm(),
+  return transformer.Transformer(c.size('vocab_size'), width, stack.stacks([block] * layers), norm(),
                                  c.size('n_positions'), positions=True,
                                  tied=c.get('tie_word_embeddings', bool, True))
 
@@ -68,4 +68,5 @@ def rest(model: transformer.Transformer) -> list[names.Map]:
 
 
 FAMILY = names.Family('GPT2LMHeadModel', 'gpt2', model, config, layer, rest, 'transformer.h.{}.',
-                      lambda name: name.endswith(('attn.bias', 'attn.masked_bias')))
+                      lambda name: name.endswith(('attn.bias', 'attn.masked_bias')),
+                      lambda model: {'lm_head.weight': 'transformer.wte.weight'})

@@ -8,7 +8,7 @@ from lm.hf import names
 from lm.hf.config import Config, rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 
 def erf_gelu(x: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ def model(c: Config) -> transformer.Transformer:
                                    gated=False, bias=True)
   block = parts.ParallelBlock if c.get('use_parallel_residual', bool, True) else parts.Block
   return transformer.Transformer(
-      c.size('vocab_size'), width, transformer.stacks([block(attention, feed_forward, norm(), norm())] * layers),
+      c.size('vocab_size'), width, stack.stacks([block(attention, feed_forward, norm(), norm())] * layers),
       norm(), length, tied=c.get('tie_word_embeddings', bool, False))
 
 
@@ -78,4 +78,5 @@ def rest(model: transformer.Transformer) -> list[names.Map]:
 
 
 FAMILY = names.Family('GPTNeoXForCausalLM', 'gpt_neox', model, config, layer, rest, 'gpt_neox.layers.{}.',
-                      lambda name: name.endswith(('attention.bias', 'attention.masked_bias', 'rotary_emb.inv_freq')))
+                      lambda name: name.endswith(('attention.bias', 'attention.masked_bias', 'rotary_emb.inv_freq')),
+                      lambda model: {'embed_out.weight': 'gpt_neox.embed_in.weight'})

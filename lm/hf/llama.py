@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -16,7 +16,7 @@ def model(c: Config) -> transformer.Transformer:
                                bias=c.get('attention_bias', bool, False))
   feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))
   block = parts.Block(attention, feed_forward, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks([block] * s.layers), parts.RMSNorm(s.eps),
+  return transformer.Transformer(s.vocab, s.width, stack.stacks([block] * s.layers), parts.RMSNorm(s.eps),
                                  s.max_length, tied=s.tied)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.models.transformer import Stack, Transformer
+from lm.models.stack import Stacks
+from lm.models.transformer import Transformer
 
 Arrays = tuple[Any, ...]
 
@@ -30,7 +31,8 @@ class Family:
   `model(config)` composes the model, and reads every field of the config; `config(model)` gives the fields back, or
   raises ValueError where the model is of another family. `layer(block)` maps what a layer holds, with names that follow
   the prefix of the layer; `rest(model)` all else. `ignored(name)` says which tensors of a file hold no weights.
-  `copies(model)` says which a file may have twice, and `older(name)` under which name it may have one.
+  `copies(model)` says which tensors a file may have that are others again, where they are not the model's own, and
+  `older(name)` under which name it may have one.
 
   `stacks(model)` is for models other than decoders: the prefix of layers, where their trees are, and their blocks.
   """
@@ -42,9 +44,9 @@ class Family:
   rest: Callable[[Transformer], Sequence[Map]]
   prefix: str = 'model.layers.{}.'
   ignored: Callable[[str], bool] = lambda name: name.endswith('rotary_emb.inv_freq')
-  copies: Callable[[Any], dict[str, str]] = lambda model: {}
+  copies: Callable[[Any], dict[str, str]] = lambda model: {'lm_head.weight': 'model.embed_tokens.weight'}
   older: Callable[[str], str] = lambda name: name
-  stacks: Callable[[Any], Sequence[tuple[str, tuple[str, ...], Sequence[Stack]]]] | None = None
+  stacks: Callable[[Any], Sequence[tuple[str, tuple[str, ...], Stacks]]] | None = None
 
 
 class Stacked:
@@ -60,9 +62,6 @@ class Stacked:
     if isinstance(first, int | np.integer):
       return self._parts[first][tuple(rest)]
     return np.stack([part[tuple(rest)] for part in self._parts[first]])
-
-  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-    return np.stack([np.asarray(part, dtype) for part in self._parts])
 
 
 def same(tensor: str, leaf: str) -> Map:

@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -16,7 +16,7 @@ def model(c: Config) -> transformer.Transformer:
                                bias=c.get('attention_bias', bool, False),
                                query_norm=parts.RMSNorm(s.eps, axes='NH'), key_norm=parts.RMSNorm(s.eps, axes='KH'))
   block = parts.Block(attention, parts.FeedForward(s.hidden), None, None, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks([block] * s.layers), parts.RMSNorm(s.eps),
+  return transformer.Transformer(s.vocab, s.width, stack.stacks([block] * s.layers), parts.RMSNorm(s.eps),
                                  s.max_length, tied=s.tied)
 
 

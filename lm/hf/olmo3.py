@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, typed_rope_config, windows, windows_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 _THETA = 500_000.
 
@@ -22,7 +22,7 @@ def model(c: Config) -> transformer.Transformer:
                                  key_norm=parts.RMSNorm(s.eps, axes='KH'), scores=attend.Scores(window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden), None, None, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in windows(c, s.layers, lambda i: (i + 1) % 4 != 0)]
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
                                  tied=s.tied)
 
 

@@ -7,7 +7,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import rotary, transformer
+from lm.models import rotary, stack, transformer
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -23,7 +23,7 @@ def model(c: Config) -> transformer.Transformer:
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn,
                                scores=attend.Scores(window=c.size('sliding_window', None)))
   block = parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks([block] * s.layers), parts.RMSNorm(s.eps),
+  return transformer.Transformer(s.vocab, s.width, stack.stacks([block] * s.layers), parts.RMSNorm(s.eps),
                                  s.max_length, tied=s.tied)
 
 

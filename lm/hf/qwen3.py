@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 
 
 def model(c: Config) -> transformer.Transformer:
@@ -19,7 +19,7 @@ def model(c: Config) -> transformer.Transformer:
                                  scores=attend.Scores(window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in optional_windows(c, s.layers, lambda i: i >= first)]
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
                                  tied=s.tied)
 
 

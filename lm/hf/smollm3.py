@@ -5,7 +5,7 @@ from lm.hf import names
 from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import stack, transformer
 from lm.models.rotary import Rotary
 
 
@@ -24,7 +24,7 @@ def model(c: Config) -> transformer.Transformer:
     return parts.Block(attention, feed_forward, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   windows = optional_windows(c, s.layers, lambda i: not turns[i])
   blocks = [block(turn, window) for turn, window in zip(turns, windows)]
-  return transformer.Transformer(s.vocab, s.width, transformer.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
                                  tied=s.tied)
 
 

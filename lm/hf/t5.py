@@ -7,7 +7,7 @@ import jax
 from lm.hf import names
 from lm.hf.config import Config
 from lm.models import attention as attend
-from lm.models import encoder_decoder, transformer
+from lm.models import encoder_decoder, stack
 from lm.models import layers as parts
 
 # `feed_forward_proj`: what it computes, whether it is gated, the name under which transformers also writes it.
@@ -43,8 +43,8 @@ def model(c: Config) -> encoder_decoder.EncoderDecoder:
                                          norm(), norm(), norm())
   layers = c.size('num_layers')
   return encoder_decoder.EncoderDecoder(
-      c.size('vocab_size'), c.size('d_model'), transformer.Stack((encoder,), layers),
-      transformer.Stack((decoder,), c.size('num_decoder_layers', layers)), norm(), norm(), relative, tied)
+      c.size('vocab_size'), c.size('d_model'), stack.stacks([encoder] * layers),
+      stack.stacks([decoder] * c.size('num_decoder_layers', layers)), norm(), norm(), relative, tied)
 
 
 def config(model: encoder_decoder.EncoderDecoder) -> dict[str, Any]:
@@ -90,6 +90,7 @@ FAMILY = names.Family(
     'T5ForConditionalGeneration', 't5', model, config, layer, rest, 'encoder.block.{}.',
     # Older files have it, and nothing reads it.
     ignored=lambda name: name == 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
-    copies=lambda model: {f'{name}.embed_tokens.weight': 'shared.weight' for name in ('encoder', 'decoder')},
-    stacks=lambda model: [(f'{name}.block.{{}}.', ('blocks', name), [getattr(model, name)])
+    copies=lambda model: dict.fromkeys(
+        ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight'), 'shared.weight'),
+    stacks=lambda model: [(f'{name}.block.{{}}.', ('blocks', name), getattr(model, name))
                           for name in ('encoder', 'decoder')])

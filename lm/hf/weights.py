@@ -94,37 +94,26 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
   """
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   left, found = {name for name in weights if not family.ignored(name)}, {}
-  if 'lm_head.weight' in left and model.tied:
-    left.discard('lm_head.weight')
-    embedding = next(m for m in family.rest(model) if m.leaves == ('embedding',)).tensors[0]
-    if embedding in weights and not np.array_equal(weights['lm_head.weight'], weights[embedding]):
-      raise ValueError(f'tie_word_embeddings is true, but lm_head.weight is not {embedding}; set it to false')
-  for copy, name in family.copies(model).items():
-    if copy in left and name in weights and not np.array_equal(weights[copy], weights[name]):
-      raise ValueError(f'{copy} is not {name}, where the model has one tensor for both')
-    left.discard(copy)
   bare = family.prefix.partition('.')[0] + '.'
   without = '' if any(name.startswith(bare) for name in left) else bare   # GPT-2's own files leave it out
+
+  def in_file(name):
+    name = name.removeprefix(without)
+    return name if name in weights else family.older(name)
+
   for place in _places(model, family):
-    names = [name.removeprefix(without) for name in place.tensors]
-    names = [name if name in weights else family.older(name) for name in names]
-    if missing := [name for name in names if name not in weights]:
-      raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(weights)} tensors')
-    tensors = [weights[name] for name in names]
+    names = [in_file(name) for name in place.tensors]
     left -= set(names)
-    try:
-      leaves = place.map.read(*tensors)
-    except (ValueError, IndexError) as error:
-      raise ValueError(f'the tensors {", ".join(names)} of shapes {[t.shape for t in tensors]} do not fit: {error}'
-                       ) from None
-    for path, leaf in zip(place.paths, leaves):
+    for path, leaf in zip(place.paths, _read(place, names, weights)):
       expected = _at(shapes, path).shape[0 if place.repeat is None else 1:]
       if leaf.shape != expected:
-        raise ValueError(f'{" and ".join(names[:2])} of shape {tensors[0].shape} make {"/".join(path)} of shape '
+        raise ValueError(f'{" and ".join(names[:2])} of shape {weights[names[0]].shape} make {"/".join(path)} of shape '
                          f'{leaf.shape}, where the config gives {expected}')
-      if leaf.dtype not in (np.float32, np.float16, jnp.bfloat16):
-        raise ValueError(f'{names[0]} is of dtype {leaf.dtype}; only float32, float16 and bfloat16 are supported')
       found.setdefault(path, []).append(leaf)
+  for copy, name in family.copies(model).items():
+    if copy in left and not np.array_equal(weights[copy], weights[in_file(name)]):
+      raise ValueError(f'{copy} is not {in_file(name)}, where the config gives one tensor for both')
+    left.discard(copy)
   if left:
     raise ValueError(f'{len(left)} tensors are not weights of this model: {", ".join(sorted(left)[:3])}')
 
@@ -136,6 +125,21 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
     weights.release()
     return array
   return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def _read(place: _Place, names: list[str], weights: files.Weights) -> tuple[Any, ...]:
+  """The leaves of a place, as views."""
+  if missing := [name for name in names if name not in weights]:
+    raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(weights)} tensors')
+  tensors = [weights[name] for name in names]
+  for name, tensor in zip(names, tensors):
+    if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
+      raise ValueError(f'{name} is of dtype {tensor.dtype}; only float32, float16 and bfloat16 are supported')
+  try:
+    return place.map.read(*tensors)
+  except (ValueError, IndexError) as error:
+    raise ValueError(f'the tensors {", ".join(names)} of shapes {[t.shape for t in tensors]} do not fit: {error}'
+                     ) from None
 
 
 def _laid_out(leaf: Any, layout: Any, dtype: Any) -> jax.Array:

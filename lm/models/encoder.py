@@ -13,7 +13,8 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
-from lm.models.transformer import Head, Model, Output, Stack
+from lm.models import stack
+from lm.models.transformer import Head, Model, Output
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -35,32 +36,6 @@ class PostNormBlock(nn.Module):
     y, cache = self.attention(x_BTD, positions_BT, visible, cache)
     x_BTD = checkpoint_name(self.attention_norm(x_BTD + parts.dropout(y, self.dropout, keys[0])), 'residual')
     return self.feed_forward_norm(x_BTD + parts.dropout(self.feed_forward(x_BTD), self.dropout, keys[1])), cache
-
-
-def init_stack(stack: Stack, key: jax.Array, x_BTD: jax.Array, *args: Any) -> Any:
-  """Parameters of a stack: for each block of its pattern, `'0'` and so on, a tree stacked over the repeats."""
-  keys = jax.random.split(key, (stack.repeats, len(stack.pattern)))
-  return {str(i): jax.vmap(lambda key: block.init(key, x_BTD, *args)['params'])(keys[:, i])   # noqa: B023
-          for i, block in enumerate(stack.pattern)}
-
-
-def run_stack(stack: Stack, params: Any, x_BTD: jax.Array, *args: Any, key: jax.Array | None = None,
-              remat: Callable[..., bool] | None = None) -> jax.Array:
-  """Applies the blocks to `x` and `args`, as one scan; `remat` is that of `transformer.Transformer`."""
-  def layer(block, params, x, key):
-    return block.apply({'params': params}, x, *args, key=key)[0]
-
-  if remat is not None:
-    layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
-
-  def repeat(x, xs):
-    trees, keys = xs
-    for i, block in enumerate(stack.pattern):
-      x = layer(block, trees[str(i)], x, None if keys is None else keys[i])
-    return x, None
-
-  keys = None if key is None else jax.random.split(key, (stack.repeats, len(stack.pattern)))
-  return jax.lax.scan(repeat, x_BTD, (params, keys))[0]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['transform_DX', 'bias_X', 'norm', 'words', 'bias_V'],
@@ -91,7 +66,7 @@ class Encoder(Model):
   """
   vocab: int
   width: int
-  blocks: Stack
+  blocks: stack.Stacks
   norm: parts.LayerNorm      # of the embedding; its eps is that of the head's as well
   max_length: int
   types: int = 2
@@ -103,7 +78,7 @@ class Encoder(Model):
   @property
   def layers(self) -> tuple[nn.Module, ...]:
     """The block of each layer."""
-    return self.blocks.pattern * self.blocks.repeats
+    return stack.layers(self.blocks)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: None = None) -> Output:
@@ -133,8 +108,8 @@ class Encoder(Model):
     if self.has_variable('params', 'blocks'):
       params = self.get_variable('params', 'blocks')
     else:
-      params = self.param('blocks', lambda rng: init_stack(self.blocks, rng, x, *args))
-    x = run_stack(self.blocks, params, x, *args, key=keys[1], remat=self.remat)
+      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, *args))
+    x = stack.run(self.blocks, params, x, *args, key=keys[1], remat=self.remat)
     norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
             'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
     transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype)
@@ -151,5 +126,5 @@ def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12
   attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.Scores(causal=False))
   block = PostNormBlock(attention, parts.FeedForward(4 * width, gelu, gated=False, bias=True), parts.LayerNorm(1e-12),
                         parts.LayerNorm(1e-12), dropout)
-  return Encoder(vocab, width, Stack((block,), layers), parts.LayerNorm(1e-12), max_length, dropout=dropout,
+  return Encoder(vocab, width, stack.stacks([block] * layers), parts.LayerNorm(1e-12), max_length, dropout=dropout,
                  dtype=dtype, remat=remat)

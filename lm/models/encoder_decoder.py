@@ -5,7 +5,6 @@ few lines more: a dense kernel here would need an attention of its own too. Shap
 """
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +18,9 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
+from lm.models import stack
 from lm.models.attention import LayerCache, Visible
-from lm.models.encoder import init_stack, run_stack
-from lm.models.transformer import Head, Model, Output, Stack
+from lm.models.transformer import Head, Model, Output
 
 
 class CrossAttention(nn.Module):
@@ -122,8 +121,8 @@ class EncoderDecoder(Model):
   """
   vocab: int
   width: int
-  encoder: Stack
-  decoder: Stack
+  encoder: stack.Stacks
+  decoder: stack.Stacks
   encoder_norm: nn.Module
   decoder_norm: nn.Module
   relative: RelativePositions = RelativePositions()
@@ -155,13 +154,13 @@ class EncoderDecoder(Model):
     if batch.source is not None:
       places = jnp.arange(batch.source.shape[1])
       visible = Visible(batch.source_segments, batch.source_segments, bias_NTS=self._bias('encoder', places, places))
-      memory = run_stack(self.encoder, blocks['encoder'], embed(batch.source, keys[1]), None, visible, key=keys[2],
+      memory = stack.run(self.encoder, blocks['encoder'], embed(batch.source, keys[1]), None, visible, key=keys[2],
                          remat=self.remat)
       memory = parts.dropout(self.encoder_norm(memory), self.dropout, keys[3])
     if cache is None:
       places = jnp.arange(x.shape[1])
       visible = Visible(batch.segments, batch.segments, bias_NTS=self._bias('decoder', places, places))
-      x = run_stack(self.decoder, blocks['decoder'], x, visible, memory, _of_source(batch, batch.source_segments),
+      x = stack.run(self.decoder, blocks['decoder'], x, visible, memory, _of_source(batch, batch.source_segments),
                     key=keys[4], remat=self.remat)
     else:
       x, cache = self._cached(blocks['decoder'], x, batch, memory, cache)
@@ -173,12 +172,12 @@ class EncoderDecoder(Model):
 
   def _init_blocks(self, rng, x):
     keys = jax.random.split(rng)
-    return {'encoder': init_stack(self.encoder, keys[0], x, None, Visible()),
-            'decoder': init_stack(self.decoder, keys[1], x, Visible(), x, Visible())}
+    return {'encoder': stack.init(self.encoder, keys[0], x, None, Visible()),
+            'decoder': stack.init(self.decoder, keys[1], x, Visible(), x, Visible())}
 
   def _bias(self, name, queries_T, keys_S):
     """[N, T, S] for the encoder or the decoder."""
-    heads = getattr(self, name).pattern[0].attention.heads
+    heads = stack.layers(getattr(self, name))[0].attention.heads
     init = nn.initializers.normal(self.width ** -0.5)
     table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init)
     buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
@@ -194,29 +193,22 @@ class EncoderDecoder(Model):
       sources = jnp.ones_like(batch.source) if batch.source_segments is None else batch.source_segments
     seen_source = _of_source(batch, sources)._replace(start=jnp.int32(0))
     layers = []
-    for block, tree, layer in zip(self.decoder.pattern * self.decoder.repeats, self._unstacked(params), cache.layers):
+    for block, tree, layer in zip(stack.layers(self.decoder), stack.unstacked(self.decoder, params), cache.layers):
       x, layer = block.apply({'params': tree}, x, visible, memory, seen_source, layer)
       layers.append(layer)
     return x, Cache(tuple(layers), filled, sources, cache.index + batch.tokens.shape[1])
 
   @nn.nowrap
-  def _unstacked(self, params):
-    if isinstance(params, tuple):
-      return params
-    return tuple(jax.tree.map(operator.itemgetter(i), params[str(j)])
-                 for i in range(self.decoder.repeats) for j in range(len(self.decoder.pattern)))
-
-  @nn.nowrap
   def unstack(self, params: Any) -> Any:
     """Parameters with one tree a layer of the decoder, as `transformer.Transformer.unstack` has them."""
     blocks = params['blocks']
-    return {**params, 'blocks': {**blocks, 'decoder': self._unstacked(blocks['decoder'])}}
+    return {**params, 'blocks': {**blocks, 'decoder': stack.unstacked(self.decoder, blocks['decoder'])}}
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
     """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
     layers = tuple(DecoderCache(block.attention.init_cache(batch_size, slots, self.dtype), None)
-                   for block in self.decoder.pattern * self.decoder.repeats)
+                   for block in stack.layers(self.decoder))
     return Cache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None, jnp.int32(0))
 
 
@@ -252,5 +244,5 @@ def t5(vocab: int = 32128, width: int = 512, layers: int = 6, heads: int = 8, he
   norm = parts.RMSNorm   # one for each place: Flax would share the weights of one that is in two
   encoder = parts.Block(attention(False), feed_forward, norm(), norm(), dropout=dropout)
   decoder = DecoderBlock(attention(True), cross, feed_forward, norm(), norm(), norm(), dropout)
-  return EncoderDecoder(vocab, width, Stack((encoder,), layers), Stack((decoder,), layers), norm(), norm(), tied=tied,
-                        dropout=dropout, dtype=dtype, remat=remat)
+  return EncoderDecoder(vocab, width, stack.stacks([encoder] * layers), stack.stacks([decoder] * layers), norm(),
+                        norm(), tied=tied, dropout=dropout, dtype=dtype, remat=remat)

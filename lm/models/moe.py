@@ -77,10 +77,10 @@ class SigmoidGroupRouter(nn.Module):
     correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros)
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
     if self.groups > 1:
-      grouped = corrected.reshape(*corrected.shape[:2], self.groups, -1)
-      best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+      by_group = corrected.reshape(*corrected.shape[:2], self.groups, -1)
+      best = jnp.sum(jax.lax.top_k(by_group, min(2, by_group.shape[-1]))[0], axis=-1)
       chosen = jnp.any(jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups, dtype=bool), axis=-2)
-      corrected = jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(corrected.shape)
+      corrected = jnp.where(chosen[..., None], by_group, -jnp.inf).reshape(corrected.shape)
     chosen = jax.lax.top_k(corrected, self.top_k)[1]
     weights = jnp.sum(jax.nn.one_hot(chosen, experts) * scores[:, :, None], axis=-1)
     if self.renormalize:

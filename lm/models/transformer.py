@@ -6,8 +6,7 @@ the sharding table use the same letters.
 """
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
+from lm.models import stack
 from lm.models.rotary import Rotary
 
 
@@ -73,36 +73,6 @@ class Model(nn.Module):
     return super().apply({'params': params}, batch, key=key, cache=cache)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stack:
-  """Layers: the blocks of `pattern` in turn, all of it `repeats` times. Runs as one scan over stacked parameters."""
-  pattern: tuple[nn.Module, ...]
-  repeats: int
-
-
-def stacks(blocks: Sequence[nn.Module]) -> tuple[Stack, ...]:
-  """The blocks of all layers, as few stacks of short patterns."""
-  found, at = [], 0
-  while at < len(blocks):
-    def repeats(size, at=at):
-      n = 1
-      while blocks[at + n * size:at + (n + 1) * size] == blocks[at:at + size]:
-        n += 1
-      return n
-    rest = len(blocks) - at
-    # The pattern that covers the most layers, the shorter of two; one layer by itself covers none but itself.
-    size = max(range(1, min(rest // 2, 64) + 1), default=1,
-               key=lambda size: ((n := repeats(size)) > 1) * (n * size, -size))
-    found.append(Stack(tuple(blocks[at:at + size]), repeats(size)))
-    at += size * found[-1].repeats
-  return tuple(found)
-
-
-class Unstacked(NamedTuple):
-  """The blocks' parameters with one tree a layer."""
-  layers: tuple[Any, ...]
-
-
 class Transformer(Model):
   """Embeds, runs the layers, normalises.
 
@@ -111,7 +81,7 @@ class Transformer(Model):
   """
   vocab: int
   width: int
-  blocks: tuple[Stack, ...]
+  blocks: stack.Stacks
   norm: nn.Module
   max_length: int
   positions: bool = False    # learned positions, added to the embedding
@@ -126,7 +96,7 @@ class Transformer(Model):
   @property
   def layers(self) -> tuple[nn.Module, ...]:
     """The block of each layer."""
-    return tuple(block for stack in self.blocks for _ in range(stack.repeats) for block in stack.pattern)
+    return stack.layers(self.blocks)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
@@ -156,44 +126,14 @@ class Transformer(Model):
     return Output(x, Head(embedding, self.softcap), cache)
 
   def _blocks(self, x, positions, batch, cache, key):
+    visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional, positions, positions)
     if self.has_variable('params', 'blocks'):
       params = self.get_variable('params', 'blocks')
     else:
-      params = self.param('blocks', lambda rng: self._init_blocks(rng, x, positions))
+      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, positions, visible))
     if cache is not None:
       return self._cached(params, x, positions, batch, cache)
-    visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional, positions, positions)
-    keys = None if key is None else jax.random.split(key, len(self.layers))
-
-    def layer(block, params, x, key):
-      return block.apply({'params': params}, x, positions, visible, None, key)[0]
-
-    if self.remat is not None:
-      layer = jax.checkpoint(layer, policy=self.remat, prevent_cse=False, static_argnums=0)
-    done = 0
-    for stack, trees in zip(self.blocks, _trees(self.blocks, params)):
-      size, count = len(stack.pattern), stack.repeats * len(stack.pattern)
-      chosen = None if keys is None else keys[done:done + count].reshape(stack.repeats, size)
-
-      def repeat(x, xs, stack=stack):
-        trees, keys = xs
-        for i, block in enumerate(stack.pattern):
-          x = layer(block, trees[i], x, None if keys is None else keys[i])
-        return x, None
-
-      x, done = jax.lax.scan(repeat, x, (trees, chosen))[0], done + count
-    return x, None
-
-  def _init_blocks(self, rng, x, positions):
-    visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)
-    keys, trees, done = jax.random.split(rng, len(self.layers)), {}, 0
-    for stack in self.blocks:
-      size, count = len(stack.pattern), stack.repeats * len(stack.pattern)
-      for i, block in enumerate(stack.pattern):
-        init = jax.vmap(lambda key: block.init(key, x, positions, visible)['params'])   # noqa: B023
-        trees[str(len(trees))] = init(keys[done + i:done + count:size])
-      done += count
-    return trees
+    return stack.run(self.blocks, params, x, positions, visible, key=key, remat=self.remat), None
 
   def _cached(self, params, x, positions, batch, cache):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
@@ -206,7 +146,7 @@ class Transformer(Model):
     visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
     layers = []
     # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.
-    for block, tree, layer in zip(self.layers, _unstacked(self.blocks, params).layers, cache.layers):
+    for block, tree, layer in zip(self.layers, stack.unstacked(self.blocks, params), cache.layers):
       x, layer = block.apply({'params': tree}, x, positions, visible, layer)
       layers.append(layer)
     return x, Cache(tuple(layers), filled, key_positions, cache.index + batch.tokens.shape[1])
@@ -217,7 +157,7 @@ class Transformer(Model):
 
     Where many calls follow, do it once: parameters that are unstacked are returned as they are.
     """
-    return {**params, 'blocks': _unstacked(self.blocks, params['blocks'])}
+    return {**params, 'blocks': stack.unstacked(self.blocks, params['blocks'])}
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
@@ -225,25 +165,6 @@ class Transformer(Model):
     layers = tuple(block.attention.init_cache(batch_size, slots, self.dtype) for block in self.layers)
     empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
     return Cache(layers, empty, empty, jnp.int32(0))
-
-
-def _trees(blocks: tuple[Stack, ...], params: Any) -> Iterator[tuple[Any, ...]]:
-  """For each stack, the parameters of each block of its pattern."""
-  done = 0
-  for stack in blocks:
-    yield tuple(params[str(done + i)] for i in range(len(stack.pattern)))
-    done += len(stack.pattern)
-
-
-def _unstacked(blocks: tuple[Stack, ...], params: Any) -> Unstacked:
-  return params if isinstance(params, Unstacked) else _slices(blocks, params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _slices(blocks: tuple[Stack, ...], params: Any) -> Unstacked:
-  return Unstacked(tuple(jax.tree.map(operator.itemgetter(i), tree)
-                         for stack, trees in zip(blocks, _trees(blocks, params))
-                         for i in range(stack.repeats) for tree in trees))
 
 
 def _head_size(width: int, heads: int, dropout: float, **sizes: int) -> int:
@@ -266,7 +187,7 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
   attention = attend.Attention(heads, heads, size, bias=True, out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout=dropout)
-  return Transformer(vocab, width, (Stack((block,), layers),), parts.LayerNorm(), max_length, positions=True,
+  return Transformer(vocab, width, stack.stacks([block] * layers), parts.LayerNorm(), max_length, positions=True,
                      dropout=dropout, dtype=dtype, remat=remat)
 
 
@@ -288,5 +209,5 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
   attention = attend.Attention(heads, kv_heads, size, Rotary(theta), std=std, out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout=dropout)
-  return Transformer(vocab, width, (Stack((block,), layers),), parts.RMSNorm(), max_length, tied=tied, dropout=dropout,
-                     dtype=dtype, remat=remat)
+  return Transformer(vocab, width, stack.stacks([block] * layers), parts.RMSNorm(), max_length, tied=tied,
+                     dropout=dropout, dtype=dtype, remat=remat)

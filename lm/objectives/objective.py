@@ -54,7 +54,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
 
 
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
-  """The largest divisor of `time` for which a chunk of logits has at most `limit` elements on a device.
+  """Positions of a chunk of logits: as few chunks as have at most `limit` elements on a device, as equal as may be.
 
   By default: what stays near the caches of a CPU, more elsewhere; and always enough positions for a matrix product.
   """
@@ -62,7 +62,8 @@ def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) ->
     limit = max(2 ** 22, 256 * vocab) if sharding.platform() == 'cpu' else max(2 ** 26, 2048 * vocab)
   mesh = jax.sharding.get_abstract_mesh()
   row = batch * vocab / (1 if mesh.empty else math.prod(mesh.shape.values()))
-  return max(c for c in range(1, time + 1) if time % c == 0 and (c == 1 or c * row <= limit))
+  chunks = -(-time // max(1, int(limit // row)))
+  return -(-time // chunks)
 
 
 TokenLoss = Callable[..., tuple[jax.Array, Sums]]
@@ -73,10 +74,14 @@ def _add(sums, more):
 
 
 def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
-  """`(hidden, *args)` cut along T: `[n, B, c, ...]`."""
+  """`(hidden, *args)` cut along T, the last chunk filled up with zeros: `[n, B, c, ...]`."""
   batch, time = hidden_BTD.shape[:2]
   c = chunk_length(batch, time, jax.eval_shape(head, hidden_BTD).shape[-1])
-  return tuple(jnp.moveaxis(x.reshape(batch, time // c, c, *x.shape[2:]), 1, 0) for x in (hidden_BTD, *args))
+
+  def cut(x):
+    x = jnp.pad(x, [(0, 0), (0, -time % c)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, -1, c, *x.shape[2:]), 1, 0)
+  return tuple(map(cut, (hidden_BTD, *args)))
 
 
 def _zero_sums(token_loss, head, chunks) -> tuple[jax.Array, Sums]:
@@ -88,8 +93,9 @@ def _zero_sums(token_loss, head, chunks) -> tuple[jax.Array, Sums]:
 def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple[jax.Array, Sums]:
   """`token_loss(head(hidden), *args)`, summed over chunks of T, so that all logits never exist at once.
 
-  Each array of `args` is [B, T, ...] and is not differentiated, nor are the sums beside the loss. The gradient of a
-  chunk is taken at once, while its logits are there: three matrix products, none repeated.
+  Each array of `args` is [B, T, ...] and is not differentiated, nor are the sums beside the loss; where all of them are
+  zero (as weights are), a position must count nothing. The gradient of a chunk is taken at once, while its logits are
+  there: three matrix products, none repeated.
   """
   chunks = _chunks(hidden_BTD, head, args)
 
@@ -110,7 +116,8 @@ def _forward(token_loss, hidden_BTD, head, args):
 
   zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
   (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks), zero), chunks)
-  hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden_BTD.shape)
+  batch, time, width = hidden_BTD.shape
+  hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(batch, -1, width)[:, :time]
   return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
 
 
