@@ -152,6 +152,7 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack):
     assert np.abs(logits[row, pad:] - expected[row, :TIME - pad]).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_another_source_takes_the_place_of_the_one_in_the_cache():
   params, tokens = jax.tree.map(jnp.asarray, random_params(MODEL)), make_batch().tokens[:, :3]
   read = lambda source, cache: MODEL.apply(params, Batch(tokens, source=source), cache=cache)
@@ -286,6 +287,7 @@ def test_remat_saves_memory():
   assert kept(lean, params, batch) < 0.8 * kept(MODEL, params, batch) < 0.8 * 0.9 * kept(whole, params, batch)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_the_same_on_every_mesh():
   batch = repeated(make_batch())
   expected = on_mesh(MODEL, '1x1', batch)

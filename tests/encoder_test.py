@@ -254,6 +254,7 @@ def repeated(batch):
   return jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
 
 
+@pytest.mark.slow
 def test_loss_dropout_and_gradients_are_the_same_on_every_mesh():
   batch, key = repeated(make_batch()), jax.random.key(2)
   expected = on_mesh(MODEL, '1x1', batch, key)

@@ -428,7 +428,7 @@ def test_each_part_matters(opened, case):
   """Logits show any part that is wrong, so that equal logits show that all are right."""
   _, model, params, _ = opened(case)
   # A layer of each sort, in a stack of its own, and every parameter that a wrong model may ask for.
-  kept = dict(zip(model.layers, model.unstack(params)['blocks'].layers))
+  kept = dict(zip(model.layers, model.unstack(params)['blocks']))
   layers = kept.values()
   alike = {'attention_norm': 'attention_out_norm', 'feed_forward_norm': 'feed_forward_out_norm'}
   alike |= {b: a for a, b in alike.items()}

@@ -234,6 +234,7 @@ def test_a_model_decodes_as_it_reads_and_packed_documents_do_not_leak():
     assert_close(hidden[:, 0], whole[:, t], 1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_keeps_the_products_that_it_names():
   batch = Batch(np.arange(2 * TIME).reshape(2, TIME).astype('i4') % 16)
   lean, params = model('mixtral')

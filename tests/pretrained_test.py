@@ -12,8 +12,9 @@ from lm import optim, pretrained, sharding, train
 from lm.data import corpora, dataset
 from lm.data.batches import Batch
 from lm.data.tokenizer import Bytes
+from lm.hf import files, weights
+from lm.models import encoder, encoder_decoder, stack, transformer
 from lm.models import layers as parts
-from lm.models import stack, transformer
 from lm.objectives.next_token import next_token
 
 TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
@@ -134,6 +135,21 @@ def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folde
     with pytest.raises(ValueError, match='full'):
       write()
   assert [path.name for path in (tmp_path / 'full').iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('model,architecture', [
+    (transformer.gpt2(64, 16, 2, 2, 32), 'GPT2LMHeadModel'), (MODEL, 'LlamaForCausalLM'),
+    (encoder.bert(64, 16, 2, 2, 32), 'BertForMaskedLM'),
+    (encoder_decoder.t5(64, 16, 2, 2, 8, 24), 'T5ForConditionalGeneration'),
+    (encoder_decoder.t5(64, 16, 3, 2, 8, 24, gated=True, tied=False), 'T5ForConditionalGeneration')])
+def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, architecture, tmp_path):
+  found, values = weights.export_config(model)
+  assert found.architecture == architecture and values['architectures'] == [architecture]
+  params = jax.jit(model.init)(jax.random.key(1))
+  weights.write(tmp_path / 'out', model, params)
+  again, family = weights.open_model(tmp_path / 'out')
+  with files.Weights(tmp_path / 'out') as tensors:
+    assert same(weights.load_params(again, family, tensors), params)
 
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):

@@ -48,13 +48,14 @@ def model(c: Config) -> encoder_decoder.EncoderDecoder:
 
 
 def config(model: encoder_decoder.EncoderDecoder) -> dict[str, Any]:
-  block = model.encoder.pattern[0]
+  layers = stack.layers(model.encoder)
+  block = layers[0]
   activation = block.feed_forward.activation
   named = {function: name for name, (function, _, _) in _FEED_FORWARD.items()}
   if activation not in named:
     raise ValueError(f'T5 has no activation {activation}')
   return {'d_model': model.width, 'd_kv': block.attention.head_size, 'd_ff': block.feed_forward.hidden,
-          'num_layers': model.encoder.repeats, 'num_decoder_layers': model.decoder.repeats,
+          'num_layers': len(layers), 'num_decoder_layers': len(stack.layers(model.decoder)),
           'num_heads': block.attention.heads, 'vocab_size': model.vocab, 'feed_forward_proj': named[activation],
           'relative_attention_num_buckets': model.relative.buckets,
           'relative_attention_max_distance': model.relative.max_distance, 'layer_norm_epsilon': model.encoder_norm.eps,
