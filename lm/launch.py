@@ -88,6 +88,8 @@ def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
       yield values
     except KeyboardInterrupt:
       _exit(130)
+    except BrokenPipeError:   # who reads, such as head, has enough
+      os._exit(141)
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' in str(error) and not debug:
         error = MemoryError(f'the devices have no memory for this; a smaller model or batch, more --accumulate or more '
