@@ -38,8 +38,8 @@ setuptools.setup(
         # What the benchmark measures against; the CPU builds are enough.
         'benchmark': ['torch>=2.9', 'transformers>=5.0'],
         'test': [
-            'pytest>=8', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23', 'stopwordsiso>=0.6',
-            'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools',
+            'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
+            'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools',
             'jinja2>=3.1.6',        # chat templates
         ],
     },

@@ -96,7 +96,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   elif tokenizer_kind == 'bytes':
     tokens = tokenizer.Bytes()
   else:
-    tokens = functools.partial(tokenizer.train_sentencepiece, vocab_size=vocab, kind=tokenizer_kind)
+    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,

@@ -33,7 +33,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
         model=transformer.llama(vocab, width, layers, heads, max_length=length),
         objective=next_token(),
         data=dataset.Text(corpora.python_library(),
-                          functools.partial(tokenizer.train_sentencepiece, vocab_size=vocab), length),
+                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
         optimizer=optim.muon(schedule, rest=embedding_rate),
         steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
 

@@ -16,7 +16,7 @@ ROOMS = (
     'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
-    'train', 'budget', 'plan', 'doctor', 'trained', 'pretrained', 'launch')
+    'train', 'budget', 'plan', 'doctor', 'trained', 'pretrained', 'race', 'launch')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
 DOORS = {

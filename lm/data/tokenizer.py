@@ -21,7 +21,7 @@ _BOS = ('<s>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '[CLS]', '<|endo
 _EOS = ('</s>', '<|end_of_text|>', '<eos>', '[SEP]', '<|endoftext|>')
 
 
-def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal['bpe', 'unigram'] = 'bpe',
+def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe', 'unigram'] = 'bpe',
                         control: Sequence[str] = CONTROL, character_coverage: float = 0.9995,
                         sample_bytes: int | None = None) -> SentencePiece:
   """Trains a lossless model; the same documents give the same bytes on any machine.
@@ -31,14 +31,14 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal
 
   Args:
     documents: text; of a sequence only what is sampled is read.
-    vocab_size: in all: 256 bytes, unknown, bos, eos, the control tokens, then pieces.
+    vocab: tokens in all: 256 bytes, unknown, bos, eos, the control tokens, then pieces.
     kind: 'bpe' (arXiv:1508.07909), or 'unigram' (arXiv:1804.10959), whose training takes 50 times as long.
     control: names of the control tokens to keep room for.
     character_coverage: share of the characters met that get a piece; the rest are spelled in bytes.
     sample_bytes: train on whole documents drawn at random up to this size; by default 16 MB (bpe) or 1.5 MB (unigram).
 
   Raises:
-    ValueError: `vocab_size` is more than the text supports, or less than bytes, control tokens and characters take.
+    ValueError: `vocab` is more than the text supports, or less than bytes, control tokens and characters take.
   """
   sizes = {'bpe': 16_000_000, 'unigram': 1_500_000}
   if kind not in sizes:
@@ -50,7 +50,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal
     raise ValueError('there is no text to train a tokenizer on')
   try:
     trainer.train(
-        sentence_iterator=iter(sample), model_writer=model, model_type=kind, vocab_size=vocab_size,
+        sentence_iterator=iter(sample), model_writer=model, model_type=kind, vocab_size=vocab,
         control_symbols=list(control), character_coverage=character_coverage, byte_fallback=True,
         normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, split_by_unicode_script=False,
@@ -58,10 +58,10 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, kind: Literal
         num_threads=8)  # a constant: unigram sums its counts by thread, in floating point
   except RuntimeError as error:
     if found := re.search(r'value <= (\d+)', str(error)):
-      raise ValueError(f'vocab_size={vocab_size} is more than the text supports: at most {found[1]}') from None
+      raise ValueError(f'vocab={vocab} is more than the text supports: at most {found[1]}') from None
     if found := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
-      raise ValueError(f'vocab_size={vocab_size} is too small: bytes, control tokens and characters take {found[1]}; '
-                       f'raise it, or lower character_coverage={character_coverage}') from None
+      raise ValueError(f'vocab={vocab} is too small: bytes, control tokens and the characters met take {found[1]}; '
+                       'raise it') from None
     raise ValueError(f'SentencePiece cannot train: {error}') from None
   # Unigram's scores are rounded, by less than 0.04 nats, so that tokenizer.json files can have the same ids.
   return SentencePiece(protobuf.rounded(model.getvalue()) if kind == 'unigram' else model.getvalue(), '<s>', '</s>')

@@ -1,0 +1,94 @@
+"""A race of arms: each is a process of its own; they get ready one after the other, then take turns in both orders.
+
+For Linux. An arm is a function that returns a `Made`; what it imports counts in its memory and in its start.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
+Made = tuple[Callable[[], Any], dict[str, float]]   # a step, which may give a loss; facts for the table
+
+
+def end_with_parent() -> None:
+  """A pool's process outlives a parent that was killed, unless it watches."""
+  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'),
+                            end_with_parent)
+_step: Callable[[], Any]   # of the arm whose process this is
+
+
+def peak() -> float:
+  """GB that this process held at most, since its start or the last call."""
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  with contextlib.suppress(OSError):
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+  return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024 / 1e9
+
+
+def measure(steps: int) -> tuple[float, float]:
+  """In an arm's process: seconds, and peak memory."""
+  start = time.perf_counter()
+  for _ in range(steps):
+    _step()
+  return time.perf_counter() - start, peak()
+
+
+def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, float]:
+  """In an arm's process: makes it, and does two steps."""
+  global _step
+  try:
+    _step, facts = make(*args)
+    begin = time.time()
+    loss = _step() or math.nan
+    first = time.time()
+    _step()
+    if abs(loss - facts.get('expected', math.nan)) > 0.5:
+      raise ValueError(f'the first loss is {loss:.3f}, and should be near {facts["expected"]:.3f}')
+  except Exception as error:   # as one line, of a type that any process can read
+    raise RuntimeError(' '.join(f'{type(error).__name__}: {error}'.split())[:200]) from None
+  compiling = max(2 * first - begin - time.time(), 0.)   # what the first step took longer, if not known better
+  return {'compile': compiling, 'temp': math.nan, 'weights': 0, **facts, 'first': first - started, 'loss': loss,
+          'peak': peak()}
+
+
+def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int) -> None:
+  """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last."""
+  print(f'\n{title}, {rounds} rounds of {steps} x {count:,} tokens', flush=True)
+  ready, taken = {}, collections.defaultdict(list)
+  with contextlib.ExitStack() as stack:
+    os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))   # nothing is compiled yet
+    for name, arm in arms.items():
+      pool = stack.enter_context(process())
+      try:
+        ready[name] = pool, pool.submit(prepare, time.time(), *arm).result()
+      except RuntimeError as error:   # also of a process that died
+        print(f'  {name} failed: {error}', flush=True)
+    for number in range(rounds):
+      for name in list(ready)[::-1 if number % 2 else 1]:
+        taken[name].append(ready[name][0].submit(measure, steps).result())
+  print('                tokens/s   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
+        '   weights')
+  rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
+  for name, (seconds, memory, facts) in rows.items():
+    base_seconds, base_memory, base_facts = rows[list(rows)[-1]]
+    median, most = statistics.median(seconds), max(facts['peak'], *memory)
+    ratios = sorted(b / a for a, b in zip(seconds, base_seconds))
+    spread = f'({ratios[0]:.2f}..{ratios[-1]:.2f})' if seconds is not base_seconds else ''
+    print(f'  {name:13}{count * steps / median:9,.0f}{statistics.median(base_seconds) / median:8.2f} {spread:13}'
+          f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
+          f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
+          .replace('nan', '  -'), flush=True)
