@@ -138,7 +138,11 @@ class Checkpoints:
     _check_files(path / 'state', prefix)
     stored = _types(self._manager.item_metadata(step).state.tree)
     stored = {name: kind for name, kind in stored.items() if name.startswith(prefix)}
-    if lines := differences(stored, _types(abstract)):
+    lines = differences(stored, _types(abstract))
+    if lines and all(line.startswith('opt_state.') for line in lines):
+      raise Mismatch(f'checkpoint {path} holds the state of another optimizer ({len(lines)} arrays differ): go on with '
+                     'the same one, or start another run from its parameters (--init)')
+    if lines:
       raise Mismatch(f'checkpoint {path} does not fit' + _listed(lines))
     args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
     return Restored(self._manager.restore(step, args=ocp.args.Composite(state=args)).state, document['facts'], step)

@@ -138,8 +138,8 @@ def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
      "params.w: 'float32[64, 256]' before, 'float32[64, 128]' now"),
     (lambda s: s._replace(params={**s.params, 'new': s.params['w']}),
      "params.new: absent before, 'float32[64, 256]' now"),
-    (lambda s: s._replace(opt_state=()), "opt_state.0.mu.w: 'float32[64, 256]' before, absent now"),
-], ids=['dtype', 'shape', 'new', 'gone'])
+    (lambda s: s._replace(opt_state=()), 'holds the state of another optimizer'),
+], ids=['dtype', 'shape', 'new', 'another optimizer'])
 def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
   checkpoints = fill(tmp_path, mesh)
   with pytest.raises(checkpoint.Mismatch, match=re.escape(line)):
