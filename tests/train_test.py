@@ -273,7 +273,8 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     ({'model': Bigram(width=16)}, r'model\.width: 8 before, 16 now'), ({'batch': 16}, 'batch: 8 before, 16 now'),
     ({'seed': 1}, 'seed: 0 before, 1 now'),
     ({'data': Data(fingerprint='other')}, "data: 'fingerprint' before, 'other' now"),
-    ({'data': Data(length=8)}, 'length: 16 before, 8 now'), ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
+    ({'data': Data(length=8)}, 'length: 16 before, 8 now'),
+    ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
 def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, changes, named):
   files = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
   monkeypatch.setattr(train._Loop, 'go', None)   # nothing is trained
