@@ -1,8 +1,9 @@
 """Evaluation: of a model over fixed batches, of a text, and what file compressors make of the same."""
+import bisect
 import collections
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batches import Batch, Batches
-from lm.objectives.objective import Objective
+from lm.objectives.objective import Objective, target_log_probabilities
 
 
 def make_step(apply: Callable[..., Any], objective: Objective, byte_lengths: np.ndarray) -> Callable:
@@ -50,28 +51,82 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
 
 @functools.partial(jax.jit, static_argnames='apply')
 def _log_probabilities(apply, params, batch: Batch) -> jax.Array:
+  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   outputs = apply(params, batch)
-
-  def picked(logits, targets):
-    chosen = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
-    return jnp.sum(jnp.where(chosen, jax.nn.log_softmax(logits), 0), axis=-1)
-  return picked(outputs.head(outputs.hidden), batch.targets)
+  found = target_log_probabilities(outputs.hidden, outputs.head, batch.targets)
+  return sharding.constrain(found, '--')   # so that every host can read it
 
 
-def log_probabilities(model: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
-  """log p(tokens[i + 1] | tokens before it), in nats, `[n - 1]`, by the model's longest windows, half overlapping."""
-  size = model.max_length
-  rows = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
-  found = np.zeros(len(tokens) - 1, np.float32)
-  for start in [0, *range(size, len(found), size // 2)]:
-    first = 0 if start == 0 else start - size // 2   # what is read, before what is asked
-    piece = tokens[first:first + size + 1]
-    width = min(max(16, 1 << (len(piece) - 2).bit_length()), size)   # few widths, so few compilations
-    row = np.zeros((2, rows, width), np.int32)
-    row[0, :, :len(piece) - 1], row[1, :, :len(piece) - 1] = piece[:-1], piece[1:]
-    scores = np.asarray(_log_probabilities(model.apply, params, Batch(row[0], row[1])))[0, :len(piece) - 1]
-    found[start:first + len(scores)] = scores[start - first:]
+class _Piece(NamedTuple):
+  """Tokens `first` to `stop` of a text are read, and those after them from `start` on scored."""
+  text: int
+  first: int
+  start: int
+  stop: int
+
+
+def _rows(pieces: list[_Piece], width: int) -> list[list[_Piece]]:
+  """Pieces packed into rows of `width` positions: the longest first, each where it leaves the least room."""
+  rows, room = [], []   # room: (positions left, row), in order
+  for piece in sorted(pieces, key=lambda piece: piece.first - piece.stop):
+    size = piece.stop - piece.first
+    at = bisect.bisect_left(room, (size, 0))
+    left, row = room.pop(at) if at < len(room) else (width, len(rows))
+    if row == len(rows):
+      rows.append([])
+    rows[row].append(piece)
+    bisect.insort(room, (left - size, row))
+  return rows
+
+
+def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], positions: int = 2048) -> list[np.ndarray]:
+  """Of each text, log p(tokens[i + 1] | tokens before it) in nats, `[n - 1]`; on the mesh that is set.
+
+  Texts are packed into rows, and rows into batches of about so many `positions`. One that is longer than the model can
+  place is read in windows as long as it can, half overlapping: a token has at least half a window before it.
+  """
+  size, pieces = model.max_length, []
+  found = [np.zeros(max(len(tokens) - 1, 0), np.float32) for tokens in texts]
+  for text, scores in enumerate(found):
+    for start in [0, *range(size, len(scores), size // 2)] if len(scores) else ():
+      first = 0 if start == 0 else start - size // 2
+      pieces.append(_Piece(text, first, start, min(first + size, len(scores))))
+  if not pieces:
+    return found
+  least = max(*(piece.stop - piece.first for piece in pieces), min(256, sum(map(len, found))), 16)
+  width = min(1 << (least - 1).bit_length(), size)   # few widths, so few compilations
+  rows, data = _rows(pieces, width), max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
+  count = -(-min(max(positions // width, 1), len(rows)) // data) * data
+
+  def read(scored, group):
+    scored = np.asarray(scored)
+    for row, packed in enumerate(group):
+      at = 0
+      for piece in packed:
+        found[piece.text][piece.start:piece.stop] = scored[row, at + piece.start - piece.first:][
+            :piece.stop - piece.start]
+        at += piece.stop - piece.first
+
+  running = None
+  for begin in range(0, len(rows), count):
+    group = rows[begin:begin + count]
+    scored = _log_probabilities(model.apply, params, _batch(texts, group, count, width))
+    if running:
+      read(*running)   # the batch before, while this one runs
+    running = scored, group
+  read(*running)
   return found
+
+
+def _batch(texts: Sequence[np.ndarray], rows: list[list[_Piece]], count: int, width: int) -> Batch:
+  tokens, targets, positions, segments = np.zeros((4, count, width), np.int32)
+  for row, packed in enumerate(rows):
+    at = 0
+    for segment, (text, first, _, stop) in enumerate(packed, 1):
+      span = row, slice(at, at := at + stop - first)
+      tokens[span], targets[span] = texts[text][first:stop], texts[text][first + 1:stop + 1]
+      positions[span], segments[span] = np.arange(stop - first), segment
+  return Batch(tokens, targets, positions=positions, segments=segments)
 
 
 def compress(text: bytes, training_text: bytes) -> dict[str, tuple[float, float]]:

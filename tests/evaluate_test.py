@@ -15,6 +15,7 @@ from lm.data import dataset
 from lm.data.batches import Batch
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
+from lm.models import transformer
 from lm.models.transformer import Output
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
@@ -112,14 +113,15 @@ def test_nothing_to_evaluate_is_refused(data):
 
 
 @pytest.mark.parametrize('mesh', ['1x1', '8x1'])
-@pytest.mark.parametrize('length', [2, 8, 9, 10, 21, 40])
-def test_log_probabilities_of_a_text_are_those_of_its_pairs(table, mesh, length):
-  tokens = np.random.default_rng(length).integers(256, size=length)
+@pytest.mark.parametrize('lengths', [[2], [9], [40], [1, 3, 0, 8, 10, 21, 2, 2, 5, 40, 9]], ids=str)
+def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
+  texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
   with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:int(mesh[0])])):
-    found = evaluate.log_probabilities(Bigram(), jnp.asarray(table), tokens)
+    found = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts, positions=16)
   logits = table.astype(np.float64)
-  expected = [logits[a, b] - np.log(np.exp(logits[a]).sum()) for a, b in itertools.pairwise(tokens)]
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  for tokens, scores in zip(texts, found, strict=True):
+    expected = [logits[a, b] - np.log(np.exp(logits[a]).sum()) for a, b in itertools.pairwise(tokens)]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +130,31 @@ class Counter:
   max_length: int = 8
 
   def apply(self, params, batch: Batch):
-    places = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
-    return Output(places, lambda t: jnp.stack([-t, jnp.zeros_like(t)], axis=-1).astype(jnp.float32), None)
+    return Output(batch.positions[..., None], lambda t: jnp.concatenate([-t, 0 * t], axis=-1).astype(jnp.float32), None)
 
 
-@pytest.mark.parametrize('length', [2, 8, 9, 13, 14, 30])
-def test_every_token_of_a_long_text_has_half_a_window_before_it(length):
+def test_every_token_of_a_long_text_has_half_a_window_before_it():
+  lengths = [2, 8, 9, 13, 14, 30]
   with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
-    found = evaluate.log_probabilities(Counter(), None, np.zeros(length, np.int32))
-  seen = np.rint(np.log(np.expm1(-found.astype(np.float64))))   # inverts -log(1 + e^t)
-  assert np.array_equal(seen[:8], np.arange(min(8, length - 1)))
-  assert (seen[8:] >= 4).all() and (seen < 8).all() and len(found) == length - 1
+    texts = evaluate.log_probabilities(Counter(), None, [np.zeros(length, np.int32) for length in lengths])
+  for length, found in zip(lengths, texts, strict=True):
+    seen = np.rint(np.log(np.expm1(-found.astype(np.float64))))   # inverts -log(1 + e^t)
+    assert np.array_equal(seen[:8], np.arange(min(8, length - 1)))
+    assert (seen[8:] >= 4).all() and (seen < 8).all() and len(found) == length - 1
+
+
+def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
+  model = transformer.llama(64, 32, 2, 4, max_length=16)
+  texts = [np.random.default_rng(length).integers(64, size=length) for length in (40, 5, 17, 3, 9, 9)]
+  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+    params = jax.jit(model.init)(jax.random.key(0))
+    together = evaluate.log_probabilities(model, params, texts, positions=48)
+    for tokens, found in zip(texts, together):
+      np.testing.assert_allclose(found, evaluate.log_probabilities(model, params, [tokens])[0], atol=1e-5)
+    tokens = texts[2]
+    logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(Batch(tokens[None, :-1]))
+    expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(16), tokens[1:]]
+  np.testing.assert_allclose(together[2], expected, atol=1e-5)
 
 
 def test_compressors_are_those_of_the_command_line():
