@@ -65,9 +65,13 @@ def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, 
           'peak': peak()}
 
 
-def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int) -> None:
-  """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last."""
-  print(f'\n{title}, {rounds} rounds of {steps} x {count:,} tokens', flush=True)
+def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int, unit: str = 'tokens'
+         ) -> dict[str, tuple[float, float]]:
+  """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last.
+
+  Returns of each arm that did not fail (tokens a second, the first loss).
+  """
+  print(f'\n{title}, {rounds} rounds of {steps} x {count:,} {unit}', flush=True)
   ready, taken = {}, collections.defaultdict(list)
   with contextlib.ExitStack() as stack:
     os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))   # nothing is compiled yet
@@ -80,7 +84,7 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
     for number in range(rounds):
       for name in list(ready)[::-1 if number % 2 else 1]:
         taken[name].append(ready[name][0].submit(measure, steps).result())
-  print('                tokens/s   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
+  print(f'{unit + "/s":>24}   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
         '   weights')
   rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
   for name, (seconds, memory, facts) in rows.items():
@@ -92,3 +96,4 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
           f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
           f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
           .replace('nan', '  -'), flush=True)
+  return {name: (count * steps / statistics.median(row[0]), row[-1]['loss']) for name, row in rows.items()}
