@@ -270,7 +270,7 @@ def described(values):
 # The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
          'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
-         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern', 'decoder_sparse_step',
+         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern',
          'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'} | {
              'summary_' + name for name in ('type', 'use_proj', 'activation', 'first_dropout', 'proj_to_labels')}
 
@@ -288,7 +288,7 @@ def other(value):
     case dict():
       return {key: item if isinstance(item, str) else other(item) for key, item in value.items()} or {'x': 1}
     case list():
-      return [other(item) for item in value]
+      return [other(item) for item in value] or [1]
     case None:
       return 3
 
@@ -335,7 +335,7 @@ OLD = [
     ('Qwen2MoeForCausalLM', {'use_sliding_window': True, 'sliding_window': 9, 'max_window_layers': 2,
                              'mlp_only_layers': [2]}),
     ('Qwen3MoeForCausalLM', {'rope_theta': 1000000, 'head_dim': 12, 'max_window_layers': 48, 'sliding_window': None,
-                             'use_sliding_window': False, 'num_experts': 6, 'rope_scaling': None}),
+                             'use_sliding_window': False, 'num_experts': 96, 'rope_scaling': None}),
     ('GptOssForCausalLM', {
         'rope_theta': 150000, 'experts_per_token': 4, 'initial_context_length': 4096, 'rope_scaling': {
             'beta_fast': 32., 'beta_slow': 1., 'factor': 32., 'original_max_position_embeddings': 4096,
@@ -461,7 +461,8 @@ WRONG = {
     'no shared expert': replaced(moe.Experts, lambda e: e.shared and {'shared': None, 'shared_gate': False}),
     'side by side, or in turn': swapped,
     'norms elsewhere': moved,
-    'layers in another order': replaced(Transformer, lambda m: {'blocks': (*m.blocks[1:], m.blocks[0])}),
+    'layers in another order': replaced(Transformer, lambda m: len({type(b.feed_forward) for b in m.layers}) == 1 and {
+        'blocks': (*m.blocks[1:], m.blocks[0])}),
     'another head': replaced(Transformer, lambda m: {'tied': not m.tied}),
     'no scale of the embedding': replaced(Transformer, lambda m: m.embedding_scale and {'embedding_scale': None}),
 }

@@ -52,3 +52,18 @@ def tensors(mixture: moe.Experts, prefix: str, **named: str) -> Iterator[names.M
   for leaf, tensor in named.items():
     for i in range(mixture.experts):
       yield dataclasses.replace(names.linear(f'{prefix}experts.{i}.{tensor}.weight', f'feed_forward/{leaf}'), expert=i)
+
+
+def qwen_layer(block: Any) -> list[names.Map]:
+  """A layer that has experts, maybe beside a shared one, or is dense."""
+  return names.llama_layer(block, _qwen_feed_forward)
+
+
+def _qwen_feed_forward(part: Any) -> Iterator[names.Map]:
+  if not isinstance(part, moe.Experts):
+    yield from names.llama_feed_forward(part)
+    return
+  yield from tensors(part, 'mlp.', gate='gate_proj', up='up_proj', down='down_proj')
+  if part.shared is not None:
+    yield from names.llama_feed_forward(part.shared, 'mlp.shared_expert.', 'feed_forward/shared')
+    yield names.linear('mlp.shared_expert_gate.weight', 'feed_forward/shared_gate')

@@ -1,6 +1,5 @@
 """Qwen 1.5 and 2 with experts (Yang et al. 2024): Qwen 2, with experts in some layers or all, beside one that all
 tokens share; windows on every other of the lower layers."""
-from collections.abc import Iterator
 from typing import Any
 
 from lm.hf import experts, names
@@ -39,19 +38,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'rope_parameters': rope_config(attention.rotary, attention.head_size)}
 
 
-def feed_forward(part: Any) -> Iterator[names.Map]:
-  """Of experts, or of a layer that is dense."""
-  if not isinstance(part, moe.Experts):
-    yield from names.llama_feed_forward(part)
-    return
-  yield from experts.tensors(part, 'mlp.', gate='gate_proj', up='up_proj', down='down_proj')
-  if part.shared is not None:
-    yield from names.llama_feed_forward(part.shared, 'mlp.shared_expert.', 'feed_forward/shared')
-    yield names.linear('mlp.shared_expert_gate.weight', 'feed_forward/shared_gate')
-
-
-def layer(block: parts.Block) -> list[names.Map]:
-  return names.llama_layer(block, feed_forward)
-
-
-FAMILY = names.Family('Qwen2MoeForCausalLM', 'qwen2_moe', model, config, layer, names.llama_rest)
+FAMILY = names.Family('Qwen2MoeForCausalLM', 'qwen2_moe', model, config, experts.qwen_layer, names.llama_rest)

@@ -1,7 +1,7 @@
 """Qwen 3 with experts (Yang et al. 2025): Qwen 3, with experts in some layers or all; all have a window, or none."""
 from typing import Any
 
-from lm.hf import experts, names, qwen2_moe
+from lm.hf import experts, names
 from lm.hf.config import Config, Sizes, rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
@@ -38,4 +38,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'rope_parameters': rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Qwen3MoeForCausalLM', 'qwen3_moe', model, config, qwen2_moe.layer, names.llama_rest)
+FAMILY = names.Family('Qwen3MoeForCausalLM', 'qwen3_moe', model, config, experts.qwen_layer, names.llama_rest)
