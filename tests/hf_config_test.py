@@ -18,14 +18,14 @@ LLAMA = {'architectures': ['LlamaForCausalLM'], 'hidden_size': 32, 'num_hidden_l
                              'high_freq_factor': 4., 'original_max_position_embeddings': 16}}
 GPT2 = {'architectures': ['GPT2LMHeadModel'], 'n_embd': 32, 'n_layer': 2, 'n_head': 4, 'n_positions': 64,
         'vocab_size': 64, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None}
-SPARSE = {**LLAMA, 'num_experts_per_tok': 2}
+SPARSE = {name: value for name, value in LLAMA.items() if name != 'attention_bias'} | {'num_experts_per_tok': 2}
 MIXTRAL = {**SPARSE, 'architectures': ['MixtralForCausalLM'], 'num_local_experts': 4, 'sliding_window': None,
            'router_jitter_noise': 0.}
-QWEN2_MOE = {**SPARSE, 'architectures': ['Qwen2MoeForCausalLM'], 'num_experts': 4, 'moe_intermediate_size': 16,
-             'shared_expert_intermediate_size': 16, 'decoder_sparse_step': 2, 'mlp_only_layers': [0],
-             'norm_topk_prob': False, 'qkv_bias': True, 'use_sliding_window': True, 'sliding_window': 8,
-             'max_window_layers': 1}
-QWEN3_MOE = {**QWEN2_MOE, 'architectures': ['Qwen3MoeForCausalLM'], 'quantization_config': {
+QWEN_MOE = {**SPARSE, 'num_experts': 4, 'moe_intermediate_size': 16, 'decoder_sparse_step': 2, 'mlp_only_layers': [0],
+            'norm_topk_prob': False, 'use_sliding_window': True, 'sliding_window': 8}
+QWEN2_MOE = {**QWEN_MOE, 'architectures': ['Qwen2MoeForCausalLM'], 'shared_expert_intermediate_size': 16,
+             'qkv_bias': True, 'max_window_layers': 1}
+QWEN3_MOE = {**QWEN_MOE, 'architectures': ['Qwen3MoeForCausalLM'], 'attention_bias': True, 'quantization_config': {
     'quant_method': 'fp8', 'weight_block_size': [128, 128], 'activation_scheme': 'dynamic', 'fmt': 'e4m3'}}
 GPT_OSS = {**SPARSE, 'architectures': ['GptOssForCausalLM'], 'num_local_experts': 4, 'sliding_window': 8,
            'swiglu_limit': 7., 'swiglu_alpha': 1.702, 'experts_per_token': 2, 'attention_bias': True,
@@ -33,8 +33,6 @@ GPT_OSS = {**SPARSE, 'architectures': ['GptOssForCausalLM'], 'num_local_experts'
            'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 8., 'truncate': False,
                                'original_max_position_embeddings': 16},
            'quantization_config': {'quant_method': 'mxfp4', 'modules_to_not_convert': ['lm_head']}}
-for other in ('attention_bias', 'qkv_bias', 'shared_expert_intermediate_size', 'max_window_layers'):
-  (QWEN2_MOE if other == 'attention_bias' else QWEN3_MOE).pop(other)
 BASES = [LLAMA, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -51,8 +51,8 @@ def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> 
   for family in families:
     if named == [family.architecture]:
       return family
-  raise ValueError(f'architectures={named} of model_type={values.get("model_type")!r} is not supported; supported are '
-                   + ', '.join(family.architecture for family in families))
+  raise ValueError(f'architectures={named!r} of model_type={values.get("model_type")!r} is not supported; supported '
+                   'are ' + ', '.join(family.architecture for family in families))
 
 
 def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtype: Any = jnp.float32
