@@ -19,6 +19,7 @@ from lm.hf import files, gpt_neox, weights
 from lm.hf.config import Config
 from lm.models import attention as attend
 from lm.models import layers as parts
+from lm.models import moe
 from lm.models.rotary import LongRope, Rotary, Yarn
 from lm.models.stack import Stack
 from lm.models.transformer import Transformer
@@ -38,6 +39,12 @@ GEMMA3 = LLAMA | NO_TOKENS | {
     'layer_types': ['sliding_attention', 'sliding_attention', 'full_attention'], 'rope_parameters': {
         'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
         'full_attention': {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 4.}}}
+
+QWEN_MOE = LLAMA | {'num_experts': 6, 'num_experts_per_tok': 3, 'moe_intermediate_size': 24}
+GPT_OSS = LLAMA | NO_TOKENS | {
+    'num_local_experts': 4, 'num_experts_per_tok': 2, 'head_dim': 16, 'sliding_window': 9, 'swiglu_limit': 0.6,
+    'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 8., 'beta_fast': 8., 'beta_slow': 1.,
+                        'truncate': False, 'original_max_position_embeddings': 8}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,27 @@ CASES = [
     Case('Gemma3ForCausalLM-untied', LLAMA | NO_TOKENS | {
         'sliding_window': 9, 'head_dim': 8, 'final_logit_softcapping': 3., 'tie_word_embeddings': False,
         'attention_bias': True, 'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention']}),
+    Case('MixtralForCausalLM', LLAMA | NO_TOKENS | {'num_local_experts': 5, 'sliding_window': 9, 'head_dim': 12}),
+    Case('MixtralForCausalLM-full', LLAMA | NO_TOKENS | {
+        'num_local_experts': 4, 'num_experts_per_tok': 3, 'tie_word_embeddings': True, 'rope_parameters': {
+            'rope_type': 'linear', 'rope_theta': 1e3, 'factor': 2.}}),
+    Case('Qwen2MoeForCausalLM', QWEN_MOE | {
+        'shared_expert_intermediate_size': 20, 'decoder_sparse_step': 2, 'num_hidden_layers': 4,
+        'use_sliding_window': True, 'sliding_window': 9, 'max_window_layers': 3, 'num_key_value_heads': 4}),
+    Case('Qwen2MoeForCausalLM-sparse', QWEN_MOE | {
+        'shared_expert_intermediate_size': 32, 'norm_topk_prob': True, 'qkv_bias': False, 'tie_word_embeddings': True},
+         unused=('intermediate_size', 'sliding_window', 'use_sliding_window')),
+    Case('Qwen3MoeForCausalLM', QWEN_MOE | {
+        'norm_topk_prob': True, 'mlp_only_layers': [1], 'head_dim': 12, 'use_sliding_window': True, 'sliding_window': 9,
+        'attention_bias': True}),
+    Case('Qwen3MoeForCausalLM-sparse', QWEN_MOE | {'tie_word_embeddings': True, 'rope_parameters': {
+        'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4., 'original_max_position_embeddings': 16}},
+         unused=('intermediate_size', 'sliding_window', 'use_sliding_window')),
+    Case('GptOssForCausalLM', GPT_OSS),
+    Case('GptOssForCausalLM-full', LLAMA | NO_TOKENS | {
+        'num_local_experts': 3, 'num_experts_per_tok': 1, 'head_dim': 12, 'attention_bias': False, 'swiglu_alpha': 1.2,
+        'sliding_window': 7, 'layer_types': ['full_attention', 'full_attention', 'sliding_attention'],
+        'tie_word_embeddings': True, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e3}}),
 ]
 families = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 # These programs run once: optimising them takes longer.
@@ -242,7 +270,8 @@ def described(values):
 # The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
          'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
-         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern'} | {
+         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern',
+         'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'} | {
              'summary_' + name for name in ('type', 'use_proj', 'activation', 'first_dropout', 'proj_to_labels')}
 
 
@@ -259,7 +288,7 @@ def other(value):
     case dict():
       return {key: item if isinstance(item, str) else other(item) for key, item in value.items()} or {'x': 1}
     case list():
-      return [other(item) for item in value]
+      return [other(item) for item in value] or [1]
     case None:
       return 3
 
@@ -300,6 +329,18 @@ OLD = [
     ('Gemma3ForCausalLM', {'rope_theta': 5e5, 'rope_local_base_freq': 5e3, 'sliding_window_pattern': 2,
                            'rope_scaling': {'rope_type': 'linear', 'factor': 8.}}),
     ('Gemma3ForCausalLM', {'_sliding_window_pattern': 6, 'use_bidirectional_attention': False}),
+    ('MixtralForCausalLM', {'rope_theta': 5000., 'num_local_experts': 4, 'sliding_window': 4096}),
+    ('Qwen2MoeForCausalLM', {'rope_theta': 5000., 'use_sliding_window': False, 'sliding_window': 9,
+                             'max_window_layers': 2, 'decoder_sparse_step': 2, 'norm_topk_prob': False}),
+    ('Qwen2MoeForCausalLM', {'use_sliding_window': True, 'sliding_window': 9, 'max_window_layers': 2,
+                             'mlp_only_layers': [2]}),
+    ('Qwen3MoeForCausalLM', {'rope_theta': 1000000, 'head_dim': 12, 'max_window_layers': 48, 'sliding_window': None,
+                             'use_sliding_window': False, 'num_experts': 96, 'rope_scaling': None}),
+    ('GptOssForCausalLM', {
+        'rope_theta': 150000, 'experts_per_token': 4, 'initial_context_length': 4096, 'rope_scaling': {
+            'beta_fast': 32., 'beta_slow': 1., 'factor': 32., 'original_max_position_embeddings': 4096,
+            'rope_type': 'yarn', 'truncate': False}}),
+    ('GptOssForCausalLM', {'rope_theta': 5000, 'num_experts': 16}),
 ]
 
 
@@ -323,7 +364,17 @@ def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
     ('Olmo3ForCausalLM', {'rope_theta': 1e4}),
     ('Olmo3ForCausalLM', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}),
     ('Gemma2ForCausalLM', {'use_bidirectional_attention': True}),
-    ('Gemma3ForCausalLM', {'attn_logit_softcapping': 50.})])
+    ('Gemma3ForCausalLM', {'attn_logit_softcapping': 50.}),
+    ('MixtralForCausalLM', {'num_experts_per_tok': 9}), ('MixtralForCausalLM', {'num_local_experts': -8}),
+    ('MixtralForCausalLM', {'num_local_experts': 4, 'num_experts': 8}),
+    ('MixtralForCausalLM', {'num_local_experts': 20_000}), ('MixtralForCausalLM', {'hidden_act': 'gelu'}),
+    ('Qwen2MoeForCausalLM', {'num_experts': 0}), ('Qwen2MoeForCausalLM', {'num_local_experts': 60}),
+    ('Qwen2MoeForCausalLM', {'moe_intermediate_size': -1}), ('Qwen2MoeForCausalLM', {'mlp_only_layers': [0, 3]}),
+    ('Qwen2MoeForCausalLM', {'decoder_sparse_step': 0}), ('Qwen3MoeForCausalLM', {'mlp_only_layers': [-1]}),
+    ('Qwen3MoeForCausalLM', {'mlp_only_layers': [True]}), ('Qwen3MoeForCausalLM', {'num_experts_per_tok': 0}),
+    ('Qwen3MoeForCausalLM', {'use_sliding_window': True, 'max_window_layers': 2}),
+    ('GptOssForCausalLM', {'rope_parameters': None}), ('GptOssForCausalLM', {'swiglu_limit': -7.}),
+    ('GptOssForCausalLM', {'experts_per_token': 2}), ('GptOssForCausalLM', {'initial_context_length': 8})])
 def test_what_no_model_here_computes_is_refused_by_name(architecture, fields):
   values = next(minimal(family) for family in weights.FAMILIES if family.architecture == architecture) | fields
   with pytest.raises(ValueError, match='|'.join([*fields, 'rope_parameters', 'use_sliding_window', 'rope_type'])):
@@ -390,7 +441,7 @@ WRONG = {
     'cosines of size one': replaced((Yarn, LongRope), lambda s: {'attention': 1.}),
     'no positions': replaced(attend.Attention, lambda a: a.rotary and {'rotary': None}),
     'positions on all layers': replaced(attend.Attention, lambda a: not a.rotary and {'rotary': Rotary()}),
-    'no bias': replaced((attend.Attention, parts.FeedForward), lambda a: a.bias and {'bias': False}),
+    'no bias': replaced((attend.Attention, parts.FeedForward, moe.Experts), lambda a: a.bias and {'bias': False}),
     'an output bias more or less': replaced(attend.Attention, lambda a: a.bias and {'out_bias': a.out_bias is False}),
     'no norm of queries': replaced(attend.Attention, lambda a: a.query_norm and {'query_norm': None}),
     'no norm of keys': replaced(attend.Attention, lambda a: a.key_norm and {'key_norm': None}),
@@ -400,9 +451,18 @@ WRONG = {
     'another activation': replaced(parts.FeedForward, lambda f: {'activation': {
         parts.silu_gated: parts.gelu_gated, parts.gelu_gated: parts.silu_gated, jax.nn.gelu: gpt_neox.erf_gelu,
         gpt_neox.erf_gelu: jax.nn.gelu}[f.activation]}),
+    'no bias of the router': replaced(moe.SoftmaxRouter, lambda r: r.bias and {'bias': False}),
+    'weights that sum to one, or not': replaced(moe.SoftmaxRouter, lambda r: {'renormalize': not r.renormalize}),
+    'an expert less for a token': replaced(moe.SoftmaxRouter, lambda r: {'top_k': r.top_k - 1}),
+    'another limit': replaced(moe.ClampedGated, lambda a: {'limit': a.limit * 1.1}),
+    'another slope': replaced(moe.ClampedGated, lambda a: {'alpha': a.alpha * 1.1}),
+    'no sinks': replaced(attend.Attention, lambda a: a.sinks and {'sinks': False}),
+    'no gate of the shared expert': replaced(moe.Experts, lambda e: e.shared_gate and {'shared_gate': False}),
+    'no shared expert': replaced(moe.Experts, lambda e: e.shared and {'shared': None, 'shared_gate': False}),
     'side by side, or in turn': swapped,
     'norms elsewhere': moved,
-    'layers in another order': replaced(Transformer, lambda m: {'blocks': (*m.blocks[1:], m.blocks[0])}),
+    'layers in another order': replaced(Transformer, lambda m: len({type(b.feed_forward) for b in m.layers}) == 1 and {
+        'blocks': (*m.blocks[1:], m.blocks[0])}),
     'another head': replaced(Transformer, lambda m: {'tied': not m.tied}),
     'no scale of the embedding': replaced(Transformer, lambda m: m.embedding_scale and {'embedding_scale': None}),
 }

@@ -14,7 +14,7 @@ ROOMS = (
     'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat', 'data/store', 'data/batches',
     'data/dataset', 'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',
-    'hf/config', 'hf/names', 'hf/*', 'hf/weights',
+    'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot', 'interrupt', 'generate', 'evaluate',
     'train', 'budget', 'plan', 'doctor', 'trained', 'pretrained', 'race', 'launch')
 

@@ -108,7 +108,7 @@ def test_a_run_starts_from_a_folder_and_another_from_that_run(folder, params, tm
     ('intermediate_size', 50, 'shape'), ('hidden_size', -16, 'positive'), ('rms_norm_eps', 'small', 'rms_norm_eps'),
     ('sliding_window_of_mine', 5, 'sliding_window_of_mine=5'),
     ('rope_parameters', {'rope_type': 'dynamic', 'factor': 2.}, 'dynamic'), ('vocab_size', 7, 'tokens'),
-    ('quantization_config', {'quant_method': 'mxfp4'}, 'mxfp4'), ('head_dim', 5, 'partial_rotary_factor')])
+    ('quantization_config', {'quant_method': 'gptq'}, 'gptq'), ('head_dim', 5, 'partial_rotary_factor')])
 def test_a_config_that_does_not_fit_is_refused_by_its_field(folder, tmp_path, name, value, message):
   for path in folder.iterdir():
     (tmp_path / path.name).symlink_to(path) if path.suffix != '.safetensors' else (

@@ -60,7 +60,7 @@ class Config:
   def size(self, name: str, default: Any = _REQUIRED) -> Any:
     """A positive whole number, not absurdly large."""
     value = self.get(name, int, default)
-    if value is not None and not 0 < value < (10_000 if 'layer' in name else 2 ** 31):
+    if value is not None and not 0 < value < (10_000 if 'layer' in name or name.startswith('num_') else 2 ** 31):
       raise ValueError(f'{self._where}: {name}={value} is not positive, or far too large')
     return value
 
@@ -225,9 +225,13 @@ def _finite(found: rotary.Rotary, size: int) -> bool:
     return False
 
 
-def windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
-  """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`."""
-  window = c.size('sliding_window', None)
+def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | None = None) -> list[int | None]:
+  """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`.
+
+  A `sliding_window` of `none` says that there is none.
+  """
+  window = c.get('sliding_window', int, None)
+  window = None if window == none else c.size('sliding_window', None)
   types = c.get('layer_types', list, [_TYPES[window is not None and sliding(i)] for i in range(layers)])
   if len(types) != layers or not all(t in _TYPES for t in types):
     c.refuse('layer_types', types, f'{layers} of {" or ".join(_TYPES)}')
@@ -239,7 +243,7 @@ def windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int 
 def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
   """`windows`, if `use_sliding_window` is set."""
   used = c.get('use_sliding_window', bool, False)
-  found = windows(c, layers, lambda i: used and sliding(i))
+  found = windows(c, layers, lambda i: used and sliding(i), None if used else 0)
   if any(found) and not used:
     c.refuse('use_sliding_window', used, f'true, for layer_types has {_TYPES[1]}')
   return found

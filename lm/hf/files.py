@@ -49,11 +49,9 @@ class Info(NamedTuple):
 class Weights(Mapping[str, np.ndarray]):
   """The tensors of a folder by name: read-only views of mapped files, of which only the pages touched are read.
 
-  Opening reads headers alone. Of a single file and an index, the single file counts, as in transformers. Files must
-  not be cut short while they are open; as a context manager it closes them.
-
-  Attributes:
-    info: shape, dtype and place of each tensor.
+  Opening reads headers alone: `info` has shape, dtype and place of each tensor. Of a single file and an index, the
+  single file counts, as in transformers. Files must not be cut short while they are open; as a context manager it
+  closes them.
 
   Raises:
     ValueError: there are no weights in safetensors, or a file is damaged or does not fit the index.

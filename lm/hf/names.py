@@ -1,10 +1,10 @@
 """Which tensors of a file are which leaves of a parameter tree, and how one becomes the other.
 
 A path such as 'attention/query' is a leaf of a block's tree. Reading only views, so that a leaf is read from its file
-when, and as far as, it is wanted: transposing and splitting an axis copy nothing.
+as far as it is wanted: transposing and splitting an axis copy nothing.
 """
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,17 @@ Arrays = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-  """Tensors of a file that together are some leaves: `read` makes leaves of tensors, `write` tensors of leaves."""
+  """Tensors of a file that together are some leaves: `read` makes leaves of tensors, `write` tensors of leaves.
+
+  Where each expert has tensors of its own, they are the entry `expert` of the leaves. With `by_expert`, tensors and
+  leaves have the experts as their first axis, and `read` takes any number of these.
+  """
   tensors: tuple[str, ...]
   leaves: tuple[str, ...]
   read: Callable[..., Arrays]
   write: Callable[..., Arrays]
+  expert: int | None = None
+  by_expert: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Family:
   `older(name)` under which name it may have one.
 
   `stacks(model)` is for models other than decoders: the prefix of layers, where their trees are, and their blocks.
+  `tensors(weights)` gives what a folder holds as the tensors that the maps name, where some are quantised.
   """
   architecture: str
   model_type: str
@@ -47,21 +54,7 @@ class Family:
   copies: Callable[[Any], dict[str, str]] = lambda model: {'lm_head.weight': 'model.embed_tokens.weight'}
   older: Callable[[str], str] = lambda name: name
   stacks: Callable[[Any], Sequence[tuple[str, tuple[str, ...], Stacks]]] | None = None
-
-
-class Stacked:
-  """Arrays of one shape, seen as one with an axis more, in front; only what is asked for is read."""
-
-  def __init__(self, parts: Sequence[Any]):
-    self._parts = list(parts)
-    self.shape, self.dtype = (len(parts), *parts[0].shape), parts[0].dtype
-    self.ndim = len(self.shape)
-
-  def __getitem__(self, index: Any) -> np.ndarray:
-    first, *rest = index if isinstance(index, tuple) else (index,)
-    if isinstance(first, int | np.integer):
-      return self._parts[first][tuple(rest)]
-    return np.stack([part[tuple(rest)] for part in self._parts[first]])
+  tensors: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda weights: weights
 
 
 def same(tensor: str, leaf: str) -> Map:
@@ -115,7 +108,7 @@ def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'fee
       yield same(f'{prefix}{name}_proj.bias', f'{leaf}/{name}_bias')
 
 
-def llama_layer(block: Any) -> list[Map]:
+def llama_layer(block: Any, feed_forward: Callable[[Any], Iterable[Map]] = llama_feed_forward) -> list[Map]:
   """The norms before or after attention and feed-forward, or both; the name of one depends on what others there are."""
   middle = ('attention_out_norm', 'feed_forward_norm')[block.attention_out_norm is None]
   norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': middle,
@@ -123,7 +116,7 @@ def llama_layer(block: Any) -> list[Map]:
   if block.attention_out_norm is None:
     del norms['pre_feedforward_layernorm']
   return [*(same(f'{tensor}.weight', f'{leaf}/scale') for tensor, leaf in norms.items() if getattr(block, leaf)),
-          *llama_attention(block.attention), *llama_feed_forward(block.feed_forward)]
+          *llama_attention(block.attention), *feed_forward(block.feed_forward)]
 
 
 def llama_rest(model: Transformer) -> list[Map]:

@@ -1,14 +1,15 @@
 """Parameters out of weight files, straight into the shards of a mesh, and back; the folder as a whole."""
+import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
 from lm.describe import describe
 from lm.hf import (
     bert,
@@ -17,24 +18,29 @@ from lm.hf import (
     gemma3,
     gpt2,
     gpt_neox,
+    gpt_oss,
     llama,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     phi3,
+    quantized,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     smollm3,
     t5,
 )
 from lm.hf.config import Config, read
-from lm.hf.names import Family, Map, Stacked
+from lm.hf.names import Family, Map
 from lm.models.transformer import Transformer
 
 # Where several compute what a model does, the first of them writes it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
-            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.WITH_IMAGES, bert.FAMILY,
-            t5.FAMILY)
+            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, mixtral.FAMILY, qwen2_moe.FAMILY,
+            qwen3_moe.FAMILY, gpt_oss.FAMILY, gemma3.WITH_IMAGES, bert.FAMILY, t5.FAMILY)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
@@ -45,22 +51,22 @@ def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> 
   for family in families:
     if named == [family.architecture]:
       return family
-  raise ValueError(f'architectures={named} of model_type={values.get("model_type")!r} is not supported; supported are '
-                   + ', '.join(family.architecture for family in families))
+  raise ValueError(f'architectures={named!r} of model_type={values.get("model_type")!r} is not supported; supported '
+                   'are ' + ', '.join(family.architecture for family in families))
 
 
 def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtype: Any = jnp.float32
                ) -> tuple[Transformer, Family]:
-  """The model that a folder's config.json describes, computing in `dtype`."""
+  """The model that a folder's config.json describes, computing in `dtype`; the family, as that folder has it."""
   path = folder / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(f'{folder} has no config.json; give a folder as Hugging Face has it')
   values = read(path)
   family, config = family_of(values, families), Config(values, str(path))
-  config.only('quantization_config')
+  tensors = quantized.reader(config)
   model = family.model(config)
   config.finish()
-  return model.clone(dtype=dtype), family
+  return model.clone(dtype=dtype), dataclasses.replace(family, tensors=tensors)
 
 
 class _Place(NamedTuple):
@@ -68,12 +74,12 @@ class _Place(NamedTuple):
   map: Map
   tensors: tuple[str, ...]
   paths: tuple[tuple[str, ...], ...]
-  repeat: int | None   # of the stack that the layer is in
+  index: tuple[int, ...]   # of the leaves' first axes: the repeat of the layer's stack, and the expert
 
 
 def _places(model: Transformer, family: Family) -> Iterator[_Place]:
   for m in family.rest(model):
-    yield _Place(m, m.tensors, tuple(tuple(leaf.split('/')) for leaf in m.leaves), None)
+    yield _Place(m, m.tensors, tuple(tuple(leaf.split('/')) for leaf in m.leaves), ())
   stacks = [(family.prefix, ('blocks',), model.blocks)] if family.stacks is None else family.stacks(model)
   for prefix, root, blocks in stacks:
     layer = tree = 0
@@ -82,7 +88,8 @@ def _places(model: Transformer, family: Family) -> Iterator[_Place]:
         for i, block in enumerate(stack.pattern):
           for m in family.layer(block):
             yield _Place(m, tuple(prefix.format(layer) + name for name in m.tensors),
-                         tuple((*root, str(tree + i), *leaf.split('/')) for leaf in m.leaves), repeat)
+                         tuple((*root, str(tree + i), *leaf.split('/')) for leaf in m.leaves),
+                         (repeat,) if m.expert is None else (repeat, m.expert))
           layer += 1
       tree += len(stack.pattern)
 
@@ -90,67 +97,95 @@ def _places(model: Transformer, family: Family) -> Iterator[_Place]:
 def load_params(model: Transformer, family: Family, weights: files.Weights, dtype: Any = None) -> Any:
   """The parameters, cast to `dtype` if one is given, laid out on the mesh that is set; read leaf by leaf.
 
-  Raises ValueError where a tensor is missing, has another shape, or is not a weight of the model.
+  Weights in blocks of FP8 become float32, those in MXFP4 bfloat16, if no dtype is given. Raises ValueError where a
+  tensor is missing, has another shape, or is not a weight of the model.
   """
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  left, found = {name for name in weights if not family.ignored(name)}, {}
+  shapes, held = jax.eval_shape(model.init, jax.random.key(0)), family.tensors(weights)
+  left, found = {name for name in held if not family.ignored(name)}, {}
   bare = family.prefix.partition('.')[0] + '.'
   without = '' if any(name.startswith(bare) for name in left) else bare   # GPT-2's own files leave it out
 
   def in_file(name):
     name = name.removeprefix(without)
-    return name if name in weights else family.older(name)
+    return name if name in held else family.older(name)
 
   for place in _places(model, family):
     names = [in_file(name) for name in place.tensors]
     left -= set(names)
-    for path, leaf in zip(place.paths, _read(place, names, weights)):
-      expected = _at(shapes, path).shape[0 if place.repeat is None else 1:]
-      if leaf.shape != expected:
-        raise ValueError(f'{" and ".join(names[:2])} of shape {weights[names[0]].shape} make {"/".join(path)} of shape '
-                         f'{leaf.shape}, where the config gives {expected}')
-      found.setdefault(path, []).append(leaf)
+    for path, part in zip(place.paths, _parts(place.map, names, held)):
+      expected = _at(shapes, path).shape[len(place.index):]
+      if part.shape != expected:
+        raise ValueError(f'{" and ".join(names[:2])} of shape {held[names[0]].shape} make {"/".join(path)} of shape '
+                         f'{part.shape}, where the config gives {expected}')
+      found.setdefault(path, {})[place.index] = part
   for copy, name in family.copies(model).items():
-    if copy in left and not np.array_equal(weights[copy], weights[in_file(name)]):
+    if copy in left and not np.array_equal(held[copy][()], held[in_file(name)][()]):
       raise ValueError(f'{copy} is not {in_file(name)}, where the config gives one tensor for both')
     left.discard(copy)
   if left:
     raise ValueError(f'{len(left)} tensors are not weights of this model: {", ".join(sorted(left)[:3])}')
 
   def make(path, shape):
-    parts = found[tuple(key.key for key in path)]
-    leaf = Stacked(parts) if path[0].key == 'blocks' else parts[0]
-    layout = shape.sharding if sharding.spec('') is not None else None
-    array = _laid_out(leaf, layout, dtype)
+    array = _laid_out(found[tuple(key.key for key in path)], shape, dtype)
     weights.release()
     return array
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
-def _read(place: _Place, names: list[str], weights: files.Weights) -> tuple[Any, ...]:
-  """The leaves of a place, as views."""
-  if missing := [name for name in names if name not in weights]:
-    raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(weights)} tensors')
-  tensors = [weights[name] for name in names]
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A leaf of one layer, or of one expert of it: tensors are read, and dequantised, as it is indexed."""
+  map: Map
+  leaf: int   # of the map's leaves
+  tensors: tuple[Any, ...]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    experts = index[:1] if self.map.by_expert else ()
+    leaf = self.map.read(*(tensor[experts] for tensor in self.tensors))[self.leaf]
+    return leaf[(slice(None),) * len(experts) + index[len(experts):]]
+
+
+def _parts(m: Map, names: list[str], held: Mapping[str, Any]) -> Iterator[_Part]:
+  """The leaves that a map makes of the tensors of these names."""
+  if missing := [name for name in names if name not in held]:
+    raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(held)} tensors')
+  tensors = tuple(held[name] for name in names)
   for name, tensor in zip(names, tensors):
     if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
       raise ValueError(f'{name} is of dtype {tensor.dtype}; only float32, float16 and bfloat16 are supported')
   try:
-    return place.map.read(*tensors)
+    leaves = m.read(*(_shaped(tensor.shape, tensor.dtype) for tensor in tensors))
   except (ValueError, IndexError) as error:
     raise ValueError(f'the tensors {", ".join(names)} of shapes {[t.shape for t in tensors]} do not fit: {error}'
                      ) from None
+  return (_Part(m, i, tensors, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves))
 
 
-def _laid_out(leaf: Any, layout: Any, dtype: Any) -> jax.Array:
-  def part(index):
-    return np.ascontiguousarray(leaf[index], dtype)
+def _shaped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """Zeros that take no memory, for what only the shape is wanted of."""
+  return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
+  """A leaf, of its parts by their place along its first axes."""
+  dtype = dtype or functools.reduce(jnp.promote_types, (part.dtype for part in parts.values()))
+  stacked = len(next(iter(parts)))
+
+  def read(index):
+    outer = [range(size)[i] for size, i in zip(leaf.shape, index[:stacked])]
+    inner = [len(range(size)[i]) for size, i in zip(leaf.shape[stacked:], index[stacked:])]
+    array = np.empty((*map(len, outer), *inner), dtype)
+    for place in np.ndindex(array.shape[:stacked]):
+      array[place] = parts[tuple(chosen[i] for chosen, i in zip(outer, place))][index[stacked:]]
+    return array
 
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
-    return jax.block_until_ready(jnp.asarray(part((slice(None),) * leaf.ndim)))
-  layout = jax.sharding.NamedSharding(mesh, layout.spec)
-  return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, layout, part))
+    return jax.block_until_ready(jnp.asarray(read((slice(None),) * len(leaf.shape))))
+  layout = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+  return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, layout, read))
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -165,12 +200,10 @@ def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) 
   for place in _places(model, family):
     leaves = [_at(params, path) for path in place.paths]
     kind = np.dtype(dtype or leaves[0].dtype)
-    # Zeros that take no memory stand for the leaves: only the shapes are wanted.
-    start = 0 if place.repeat is None else 1
-    shapes = place.map.write(*(np.broadcast_to(np.zeros((), kind), leaf.shape[start:]) for leaf in leaves))
+    shapes = place.map.write(*(_shaped(leaf.shape[len(place.index):], kind) for leaf in leaves))
     for i, (name, shape) in enumerate(zip(place.tensors, shapes)):
       def give(i=i, place=place, leaves=leaves, kind=kind):
-        parts = (np.asarray(leaf if place.repeat is None else leaf[place.repeat]) for leaf in leaves)
+        parts = (np.asarray(leaf[place.index] if place.index else leaf) for leaf in leaves)
         return np.ascontiguousarray(place.map.write(*parts)[i].astype(kind, copy=False))
       found[name] = shape.shape, kind, give
   return found

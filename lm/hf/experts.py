@@ -1,0 +1,69 @@
+"""Mixtures of experts: their fields, which layers have one, and tensors of files where each expert has its own."""
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from lm.hf import names
+from lm.hf.config import Config
+from lm.models import moe
+
+
+def count(c: Config, default: int) -> int:
+  """How many experts there are, under the name of Mixtral or that of Qwen."""
+  experts = c.size('num_local_experts', c.size('num_experts', default))
+  c.only('num_experts', experts)
+  return experts
+
+
+def top_k(c: Config, experts: int, default: int) -> int:
+  """How many of them a token is given to."""
+  chosen = c.size('num_experts_per_tok', default)
+  if chosen > experts:
+    c.refuse('num_experts_per_tok', chosen, f'at most the {experts} experts that there are')
+  return chosen
+
+
+def sparse(c: Config, layers: int) -> list[bool]:
+  """Which layers have experts: every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+  step, dense = c.size('decoder_sparse_step', 1), c.get('mlp_only_layers', list, [])
+  if not all(type(i) is int and 0 <= i < layers for i in dense):
+    c.refuse('mlp_only_layers', dense, f'layers, from 0 to {layers - 1}')
+  return [i not in dense and (i + 1) % step == 0 for i in range(layers)]
+
+
+def sparse_config(model: Any) -> dict[str, Any]:
+  """The fields of `sparse`, and `intermediate_size` of the layers that are dense, if any."""
+  dense = [i for i, block in enumerate(model.layers) if not isinstance(block.feed_forward, moe.Experts)]
+  found = {'decoder_sparse_step': 1, 'mlp_only_layers': dense}
+  return {**found, 'intermediate_size': model.layers[dense[0]].feed_forward.hidden} if dense else found
+
+
+def first(model: Any) -> moe.Experts:
+  """The mixture of the first layer that has one; ValueError if none does."""
+  for block in model.layers:
+    if isinstance(block.feed_forward, moe.Experts):
+      return block.feed_forward
+  raise ValueError('no layer has experts')
+
+
+def tensors(mixture: moe.Experts, prefix: str, **named: str) -> Iterator[names.Map]:
+  """The router, and of each expert the leaves, whose tensors are `named`."""
+  yield names.linear(f'{prefix}gate.weight', 'feed_forward/router/router')
+  for leaf, tensor in named.items():
+    for i in range(mixture.experts):
+      yield dataclasses.replace(names.linear(f'{prefix}experts.{i}.{tensor}.weight', f'feed_forward/{leaf}'), expert=i)
+
+
+def qwen_layer(block: Any) -> list[names.Map]:
+  """A layer that has experts, maybe beside a shared one, or is dense."""
+  return names.llama_layer(block, _qwen_feed_forward)
+
+
+def _qwen_feed_forward(part: Any) -> Iterator[names.Map]:
+  if not isinstance(part, moe.Experts):
+    yield from names.llama_feed_forward(part)
+    return
+  yield from tensors(part, 'mlp.', gate='gate_proj', up='up_proj', down='down_proj')
+  if part.shared is not None:
+    yield from names.llama_feed_forward(part.shared, 'mlp.shared_expert.', 'feed_forward/shared')
+    yield names.linear('mlp.shared_expert_gate.weight', 'feed_forward/shared_gate')

@@ -1,0 +1,67 @@
+"""gpt-oss (OpenAI 2025): experts with biases and a clamped activation, attention with sinks and biases, a window on
+every other layer. Its own files have the experts in MXFP4: `quantized`."""
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lm.hf import experts, names
+from lm.hf.config import Config, Sizes, rope, rope_config, windows, windows_config
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import moe, rotary, stack, transformer
+
+_ROPE = {'rope_type': 'yarn', 'factor': 32., 'beta_fast': 32., 'beta_slow': 1., 'truncate': False,
+         'original_max_position_embeddings': 4096}
+
+
+def model(c: Config) -> transformer.Transformer:
+  c.defaults({'num_key_value_heads': 8, 'head_dim': 64, 'sliding_window': 128})
+  s = Sizes.read(c, eps=1e-5)
+  c.only('hidden_act', 'silu')
+  if not c.has('rope_scaling'):   # as older files have it
+    c.defaults({'rope_parameters': _ROPE})
+    c.get('rope_parameters', dict)
+  turn, count = rope(c, s.max_length, s.head_size, 150_000.), experts.count(c, 128)
+  chosen = experts.top_k(c, count, 4)
+  c.only('experts_per_token', chosen)   # OpenAI's own names of two fields
+  if isinstance(turn.scaling, rotary.Yarn):
+    c.only('initial_context_length', turn.scaling.original)
+  activation = moe.ClampedGated(c.get('swiglu_limit', float, 7.), c.get('swiglu_alpha', float, 1.702))
+  if activation.limit <= 0:
+    c.refuse('swiglu_limit', activation.limit, 'a positive number')
+  mixture = moe.Experts(moe.SoftmaxRouter(chosen, bias=True), count, s.hidden, activation, bias=True)
+  def block(window):
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn, bias=c.get('attention_bias', bool, True),
+                                 scores=attend.Scores(window=window), sinks=True)
+    return parts.Block(attention, mixture, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
+  blocks = [block(window) for window in windows(c, s.layers, lambda i: i % 2 == 0)]
+  return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
+                                 tied=s.tied)
+
+
+def config(model: transformer.Transformer) -> dict[str, Any]:
+  attention, mixture = model.layers[0].attention, experts.first(model)
+  return {**Sizes.of(model).config(), **windows_config(model), 'hidden_act': 'silu', 'attention_bias': attention.bias,
+          'num_local_experts': mixture.experts, 'num_experts_per_tok': mixture.router.top_k,
+          'swiglu_limit': mixture.activation.limit, 'swiglu_alpha': mixture.activation.alpha,
+          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+
+
+def feed_forward(mixture: moe.Experts) -> Iterator[names.Map]:
+  """All experts in one tensor, [E, in, out]; gate and up in turn along its last axis."""
+  yield names.linear('mlp.router.weight', 'feed_forward/router/router')
+  yield names.same('mlp.router.bias', 'feed_forward/router/router_bias')
+  for kind in ('', '_bias'):
+    yield names.Map((f'mlp.experts.gate_up_proj{kind}',), (f'feed_forward/gate{kind}', f'feed_forward/up{kind}'),
+                    lambda w: (w[..., ::2], w[..., 1::2]),
+                    lambda *w: (np.stack(w, axis=-1).reshape(*w[0].shape[:-1], -1),), by_expert=True)
+    yield names.Map((f'mlp.experts.down_proj{kind}',), (f'feed_forward/down{kind}',), lambda w: (w,), lambda w: (w,),
+                    by_expert=True)
+
+
+def layer(block: parts.Block) -> list[names.Map]:
+  return [*names.llama_layer(block, feed_forward), names.same('self_attn.sinks', 'attention/sinks')]
+
+
+FAMILY = names.Family('GptOssForCausalLM', 'gpt_oss', model, config, layer, names.llama_rest)

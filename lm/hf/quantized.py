@@ -1,0 +1,124 @@
+"""Quantised tensors of files, seen as the weights that they stand for, which are computed as they are asked for.
+
+MXFP4 (gpt-oss; OCP Microscaling Formats 1.0, 2023) has 32 numbers of 4 bits to a scale, FP8 as DeepSeek-V3 (2024) has
+it a scale to a block of a matrix. What else `quantization_config` may ask for is refused.
+"""
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lm.hf.config import Config
+
+_FP4 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+# The two numbers of each byte, the low half first.
+_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1).view(np.uint64)[:, 0]
+_SCALES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mxfp4:
+  """Matrices of experts, [E, in, out], in bfloat16, which holds them exactly.
+
+  Blocks are [E, out, in/32, 16], two numbers in a byte; scales [E, out, in/32], 127 more than a power of 2.
+  """
+  blocks: np.ndarray
+  scales: np.ndarray
+  dtype = np.dtype(ml_dtypes.bfloat16)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    experts, out, groups, _ = self.blocks.shape
+    return experts, 32 * groups, out
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Of the experts alone that `index` says."""
+    blocks, scales = self.blocks[index], self.scales[index]
+    weights = np.empty((*blocks.shape[:2], 32 * blocks.shape[2]), self.dtype)
+    for i in range(len(blocks)):
+      with np.errstate(over='ignore'):
+        weights[i] = (_PAIRS[blocks[i]].view(np.float32) * _SCALES[scales[i], None]).reshape(weights.shape[1:])
+    return weights.swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8:
+  """A matrix [out, in] in float32: numbers of 8 bits, times the scale of their block, where the last may be partial."""
+  numbers: np.ndarray
+  scales: np.ndarray   # [out / rows, in / columns] of a block
+  block: tuple[int, int]
+  dtype = np.dtype(np.float32)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.numbers.shape
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    weights = np.empty(self.shape, self.dtype)
+    for i, scales in enumerate(self.scales.astype(self.dtype)):
+      rows = slice(i * self.block[0], (i + 1) * self.block[0])
+      weights[rows] = self.numbers[rows].astype(self.dtype) * np.repeat(scales, self.block[1])[:self.shape[1]]
+    return weights[index]
+
+
+def reader(c: Config) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+  """What gives the tensors of a folder, where some are quantised, as `quantization_config` of `c` says.
+
+  Raises ValueError, naming the field, for what is not supported; so does what it gives, naming the tensor.
+  """
+  q = c.inner('quantization_config')
+  if q is None:
+    return lambda weights: weights
+  kept = q.get('modules_to_not_convert', list, q.get('ignored_layers', list, []))
+  if not all(isinstance(name, str) for name in kept):
+    q.refuse('modules_to_not_convert', kept, 'names')
+  q.get('dequantize', bool, False)   # which is done in any case
+  if q.choice('quant_method', {'mxfp4': True, 'fp8': False}):
+    found = functools.partial(_tensors, ('_blocks', '_scales'), _mxfp4, kept)
+  else:
+    block = q.get('weight_block_size', list)
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+      q.refuse('weight_block_size', block, 'two positive numbers')
+    q.only('activation_scheme', 'dynamic')
+    q.only('fmt', 'e4m3')
+    q.only('scale_fmt', 'float', 'ue8m0')   # of scales that are rounded to powers of 2, but stored as floats
+    q.only('expert_dtype', 'fp8')
+    found = functools.partial(_tensors, ('', '_scale_inv'), functools.partial(_fp8, tuple(block)), kept)
+  q.finish()
+  return found
+
+
+def _tensors(suffixes, make, kept, weights):
+  """The tensors, with one in place of each pair that has these suffixes."""
+  found = dict(weights)
+  for name in [name.removesuffix(suffixes[1]) for name in weights if name.endswith(suffixes[1])]:
+    pair = [name + suffix for suffix in suffixes]
+    if pair[0] not in weights or (name in weights and pair[0] != name):
+      continue   # what is left over is refused as no weight of the model
+    if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + '.*') for pattern in kept):
+      raise ValueError(f'{name} is quantised, where modules_to_not_convert says that it is not')
+    numbers, scales = (found.pop(part) for part in pair)
+    try:
+      found[name] = make(numbers, scales)
+    except ValueError as error:
+      raise ValueError(f'{" and ".join(pair)}, {numbers.dtype}{list(numbers.shape)} and {scales.dtype}'
+                       f'{list(scales.shape)}, {error}') from None
+  return found
+
+
+def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> Mxfp4:
+  if not blocks.dtype == scales.dtype == np.uint8 or blocks.ndim != 4 or blocks.shape != (*scales.shape, 16):
+    raise ValueError('are not MXFP4: uint8 [experts, out, in/32, 16] and [experts, out, in/32]')
+  return Mxfp4(blocks, scales)
+
+
+def _fp8(block: tuple[int, int], numbers: np.ndarray, scales: np.ndarray) -> Fp8:
+  if numbers.dtype != ml_dtypes.float8_e4m3fn or scales.dtype not in (np.float32, ml_dtypes.bfloat16):
+    raise ValueError('are not FP8: float8_e4m3fn, and float32 or bfloat16')
+  if numbers.ndim != 2 or scales.shape != tuple(-(-size // by) for size, by in zip(numbers.shape, block)):
+    raise ValueError(f'do not fit weight_block_size={list(block)}: one scale to a block of a matrix')
+  return Fp8(numbers, scales, block)
