@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_rows import VOCAB, forward, jit, random_tokens, rows
 
-from lm.data.batches import Batch
 from lm.describe import describe
 from lm.hf import files, gpt_neox, weights
 from lm.hf.config import Config
@@ -28,7 +28,6 @@ with warnings.catch_warnings():
   warnings.simplefilter('ignore')
   transformers = pytest.importorskip('transformers')
 
-VOCAB = 96
 LLAMA = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
          'intermediate_size': 48, 'vocab_size': VOCAB, 'max_position_embeddings': 64}
 NEOX = {key: value for key, value in LLAMA.items() if key != 'num_key_value_heads'} | {'hidden_size': 64}
@@ -38,6 +37,12 @@ GEMMA3 = LLAMA | NO_TOKENS | {
     'layer_types': ['sliding_attention', 'sliding_attention', 'full_attention'], 'rope_parameters': {
         'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e3},
         'full_attention': {'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 4.}}}
+
+DEEPSEEK = LLAMA | NO_TOKENS | {
+    'num_key_value_heads': 4, 'kv_lora_rank': 8, 'qk_nope_head_dim': 6, 'qk_rope_head_dim': 4, 'v_head_dim': 5,
+    'n_routed_experts': 8, 'moe_intermediate_size': 12, 'num_experts_per_tok': 3}
+LLAMA4 = LLAMA | NO_TOKENS | {'head_dim': 12, 'num_local_experts': 4, 'intermediate_size_mlp': 40,
+                              'attention_chunk_size': 9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +104,27 @@ CASES = [
     Case('Gemma3ForCausalLM-untied', LLAMA | NO_TOKENS | {
         'sliding_window': 9, 'head_dim': 8, 'final_logit_softcapping': 3., 'tie_word_embeddings': False,
         'attention_bias': True, 'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention']}),
+    Case('DeepseekV3ForCausalLM', DEEPSEEK | {
+        'q_lora_rank': 12, 'attention_bias': True, 'n_group': 4, 'topk_group': 2, 'routed_scaling_factor': 1.5,
+        'first_k_dense_replace': 1, 'rope_parameters': {
+            'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 40., 'mscale': 0.7, 'mscale_all_dim': 1.,
+            'original_max_position_embeddings': 16}},
+         unused=('num_nextn_predict_layers',)),
+    Case('DeepseekV3ForCausalLM-plain', DEEPSEEK | {
+        'q_lora_rank': None, 'n_group': 1, 'topk_group': 1, 'norm_topk_prob': False, 'first_k_dense_replace': 0,
+        'n_shared_experts': 2, 'rope_interleave': False, 'tie_word_embeddings': True},
+         unused=('num_nextn_predict_layers', 'intermediate_size')),
+    Case('Llama4ForCausalLM', LLAMA4 | {
+        'num_hidden_layers': 4, 'interleave_moe_layer_step': 2, 'floor_scale': 8, 'attn_scale': 0.7}),
+    Case('Llama4ForCausalLM-16E', LLAMA4 | {
+        'no_rope_layers': [0, 1, 1], 'layer_types': ['chunked_attention', 'full_attention', 'chunked_attention'],
+        'use_qk_norm': False, 'num_experts_per_tok': 2, 'attn_temperature_tuning': False, 'attention_bias': True,
+        'tie_word_embeddings': True, 'rope_parameters': {
+            'rope_type': 'llama3', 'rope_theta': 5e3, 'factor': 16., 'low_freq_factor': 1., 'high_freq_factor': 1.,
+            'original_max_position_embeddings': 16}},
+         unused=('intermediate_size_mlp', 'floor_scale', 'attn_scale')),
 ]
 families = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-# These programs run once: optimising them takes longer.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
-                                                   'xla_llvm_disable_expensive_passes': True})
-forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(model.apply(params, batch)),
-              static_argnums=0)
-
 
 
 def torch_model(case: Case):
@@ -122,6 +140,9 @@ def torch_model(case: Case):
         p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
       else:
         p.add_(0.3 * torch.randn_like(p))
+    for name, buffer in model.named_buffers():
+      if name.endswith('e_score_correction_bias'):   # a weight, though nothing trains it by gradient
+        buffer.add_(0.1 * torch.randn_like(buffer))
   return model
 
 
@@ -147,21 +168,6 @@ Case.__hash__ = lambda self: hash(self.name)
 def logits_of(theirs, tokens):
   with torch.no_grad():
     return theirs(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
-
-
-def rows(*documents, pads=(0, 0)):
-  """A batch [2, 64] of rows of documents, each row after padding: one shape, so that one program runs it."""
-  tokens, segments, positions = np.zeros((3, 2, 64), np.int32)
-  for row, (found, at) in enumerate(zip(documents, pads)):
-    for segment, document in enumerate(found, 1):
-      place = row, slice(at, at + len(document))
-      tokens[place], segments[place], positions[place] = document, segment, np.arange(len(document))
-      at += len(document)
-  return Batch(tokens, segments=segments, positions=positions)
-
-
-def random_tokens(*shape, seed=0):
-  return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)
 
 
 @families
@@ -242,7 +248,8 @@ def described(values):
 # The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
          'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
-         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern'} | {
+         'is_decoder', 'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise', 'max_window_layers',
+         'no_rope_layer_interval', 'interleave_moe_layer_step', '_sliding_window_pattern'} | {
              'summary_' + name for name in ('type', 'use_proj', 'activation', 'first_dropout', 'proj_to_labels')}
 
 
@@ -269,9 +276,11 @@ def minimal(family):
   return {'architectures': [family.architecture], **(NEOX if family.architecture.startswith('GPTNeoX') else LLAMA)}
 
 
-@pytest.mark.parametrize('family', weights.FAMILIES[1:-3], ids=lambda family: family.architecture)
+@pytest.mark.parametrize('family', [family for family in weights.FAMILIES
+                                    if family.architecture.endswith('ForCausalLM')], ids=lambda f: f.architecture)
 def test_absent_fields_have_the_values_that_transformers_gives_them(family):
-  sizes = minimal(family) | {'hidden_size': 256, 'num_attention_heads': 32}   # a multiple of all default kv_heads
+  heads = 128 if family.model_type == 'deepseek_v3' else 32   # a multiple of all default kv_heads
+  sizes = minimal(family) | {'hidden_size': 256, 'num_attention_heads': heads}
   sizes.pop('num_key_value_heads', None)
   kind = getattr(transformers, family.architecture).config_class
   filled = json.loads(kind(**sizes).to_json_string())
@@ -300,6 +309,17 @@ OLD = [
     ('Gemma3ForCausalLM', {'rope_theta': 5e5, 'rope_local_base_freq': 5e3, 'sliding_window_pattern': 2,
                            'rope_scaling': {'rope_type': 'linear', 'factor': 8.}}),
     ('Gemma3ForCausalLM', {'_sliding_window_pattern': 6, 'use_bidirectional_attention': False}),
+    ('DeepseekV3ForCausalLM', {
+        'num_key_value_heads': 4, 'rope_theta': 10000, 'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'seq_aux': True,
+        'topk_method': 'noaux_tc', 'aux_loss_alpha': 0.001, 'ep_size': 1, 'num_nextn_predict_layers': 1,
+        'max_position_embeddings': 640, 'rope_scaling': {
+            'type': 'yarn', 'factor': 40, 'mscale': 1.0, 'mscale_all_dim': 1.0, 'beta_fast': 32, 'beta_slow': 1,
+            'original_max_position_embeddings': 16}}),
+    ('Llama4ForCausalLM', {
+        'rope_theta': 5000., 'no_rope_layers': [], 'no_rope_layer_interval': 2, 'for_llm_compressor': False,
+        'interleave_moe_layer_step': 2, 'cache_implementation': 'hybrid', 'rope_scaling': {
+            'rope_type': 'llama3', 'factor': 8., 'low_freq_factor': 1., 'high_freq_factor': 4.,
+            'original_max_position_embeddings': 16}}),
 ]
 
 
@@ -323,7 +343,17 @@ def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
     ('Olmo3ForCausalLM', {'rope_theta': 1e4}),
     ('Olmo3ForCausalLM', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5}}),
     ('Gemma2ForCausalLM', {'use_bidirectional_attention': True}),
-    ('Gemma3ForCausalLM', {'attn_logit_softcapping': 50.})])
+    ('Gemma3ForCausalLM', {'attn_logit_softcapping': 50.}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 2}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'n_group': 3}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'topk_group': 9}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'num_experts_per_tok': 129}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'scoring_func': 'softmax'}),
+    ('Llama4ForCausalLM', {'num_experts_per_tok': 17}),
+    ('Llama4ForCausalLM', {'moe_layers': [1, 3]}),
+    ('Llama4ForCausalLM', {'no_rope_layers': [1, 0]}),
+    ('Llama4ForCausalLM', {'layer_types': ['sliding_attention'] * 3}),
+    ('Llama4ForCausalLM', {'attention_chunk_size': None})])
 def test_what_no_model_here_computes_is_refused_by_name(architecture, fields):
   values = next(minimal(family) for family in weights.FAMILIES if family.architecture == architecture) | fields
   with pytest.raises(ValueError, match='|'.join([*fields, 'rope_parameters', 'use_sliding_window', 'rope_type'])):

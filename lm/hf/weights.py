@@ -12,12 +12,14 @@ from lm import sharding
 from lm.describe import describe
 from lm.hf import (
     bert,
+    deepseek_v3,
     files,
     gemma2,
     gemma3,
     gpt2,
     gpt_neox,
     llama,
+    llama4,
     mistral,
     olmo2,
     olmo3,
@@ -33,8 +35,8 @@ from lm.models.transformer import Transformer
 
 # Where several compute what a model does, the first of them writes it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
-            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, gemma3.WITH_IMAGES, bert.FAMILY,
-            t5.FAMILY)
+            phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, deepseek_v3.FAMILY,
+            llama4.FAMILY, gemma3.WITH_IMAGES, llama4.WITH_IMAGES, bert.FAMILY, t5.FAMILY)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
@@ -161,7 +163,16 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) -> dict[str, files.Tensor]:
   """What `files.write` takes: the parameters under the names of `family`, cast to `dtype` if one is given."""
-  found = {}
+  found, last = {}, []
+
+  def written(place):   # kept until the next is asked for: all experts of a layer are a few leaves
+    if not last or last[0] is not place:
+      last.clear()
+      leaves = (_at(params, path) for path in place.paths)
+      parts = (np.asarray(leaf if place.repeat is None else leaf[place.repeat]) for leaf in leaves)
+      last[:] = place, place.map.write(*parts)
+    return last[1]
+
   for place in _places(model, family):
     leaves = [_at(params, path) for path in place.paths]
     kind = np.dtype(dtype or leaves[0].dtype)
@@ -169,9 +180,8 @@ def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) 
     start = 0 if place.repeat is None else 1
     shapes = place.map.write(*(np.broadcast_to(np.zeros((), kind), leaf.shape[start:]) for leaf in leaves))
     for i, (name, shape) in enumerate(zip(place.tensors, shapes)):
-      def give(i=i, place=place, leaves=leaves, kind=kind):
-        parts = (np.asarray(leaf if place.repeat is None else leaf[place.repeat]) for leaf in leaves)
-        return np.ascontiguousarray(place.map.write(*parts)[i].astype(kind, copy=False))
+      def give(i=i, place=place, kind=kind):
+        return np.ascontiguousarray(written(place)[i].astype(kind, copy=False))
       found[name] = shape.shape, kind, give
   return found
 
