@@ -18,6 +18,7 @@ from lm.describe import describe
 from lm.hf import files, gpt_neox, weights
 from lm.hf.config import Config
 from lm.models import attention as attend
+from lm.models import latent, moe
 from lm.models import layers as parts
 from lm.models.rotary import LongRope, Rotary, Yarn
 from lm.models.stack import Stack
@@ -132,7 +133,7 @@ def torch_model(case: Case):
   torch.manual_seed(0)
   kind = getattr(transformers, case.architecture)
   config = kind.config_class(**copy.deepcopy(case.config)) if isinstance(case.config, dict) else case.config
-  model = kind(config).eval().to(torch.float32)
+  model = kind(config).eval()   # float32: neither class nor config says otherwise
   model.config._attn_implementation = 'eager'
   with torch.no_grad():
     for p in model.parameters():
@@ -360,13 +361,20 @@ def test_what_no_model_here_computes_is_refused_by_name(architecture, fields):
     described(values)
 
 
-def test_of_gemma_that_sees_images_the_language_model_is_read(tmp_path):
+VISION = {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16,
+          'image_size': 28, 'patch_size': 14}
+WITH_IMAGES = {
+    'Gemma3': {'text_config': GEMMA3, 'vision_config': VISION | {'vision_use_head': False}, 'mm_tokens_per_image': 4},
+    'Llama4': {'text_config': LLAMA4 | {'interleave_moe_layer_step': 2}, 'vision_config': VISION | {
+        'vision_output_dim': 16, 'projector_input_dim': 16, 'projector_output_dim': 16}}}
+
+
+@pytest.mark.parametrize('kind', WITH_IMAGES)
+def test_of_models_that_see_images_the_language_model_is_read(kind, tmp_path):
   """And written by itself; a folder may leave out sizes that are those of the class."""
-  config = transformers.Gemma3Config(text_config=GEMMA3, vision_config={
-      'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16, 'image_size': 28,
-      'patch_size': 14, 'vision_use_head': False}, mm_tokens_per_image=4, image_token_index=95, boi_token_index=93,
-      eoi_token_index=94)
-  theirs = torch_model(Case('Gemma3ForConditionalGeneration', config))
+  config = getattr(transformers, kind + 'Config')(
+      **WITH_IMAGES[kind], image_token_index=95, boi_token_index=93, eoi_token_index=94)
+  theirs = torch_model(Case(kind + 'ForConditionalGeneration', config))
   theirs.save_pretrained(tmp_path / 'in')
   model, family = weights.open_model(tmp_path / 'in')
   with files.Weights(tmp_path / 'in') as found:
@@ -376,8 +384,42 @@ def test_of_gemma_that_sees_images_the_language_model_is_read(tmp_path):
   assert np.abs(forward(model, params, rows(tokens[:1], tokens[1:])) - expected).max() <= 1e-4
   weights.write(tmp_path / 'out', model, params)
   alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager')
-  assert type(alone) is transformers.Gemma3ForCausalLM
+  assert type(alone) is getattr(transformers, kind + 'ForCausalLM')
   np.testing.assert_array_equal(logits_of(alone, tokens), expected)
+
+
+def test_a_model_that_sees_images_may_leave_out_all_that_is_so_in_its_class():
+  for kind in WITH_IMAGES:
+    text = json.loads(getattr(transformers, kind + 'TextConfig')().to_json_string())
+    named = {'architectures': [kind + 'ForConditionalGeneration']}
+    assert described(named | {'text_config': {}}) == described(named | {'text_config': text})
+
+
+def test_layers_of_deepseek_that_predict_further_tokens_are_left_out(opened, tmp_path):
+  """As the files of V3 and R1 have them; but a layer too many is refused, and so are experts that are not alike."""
+  _, model, params, folder = opened(next(case for case in CASES if case.name == 'DeepseekV3ForCausalLM'))
+  further = 'model.layers.61.'
+
+  def load(name, change):
+    with files.Weights(folder) as found:
+      tensors = {key: (w.shape, w.dtype, lambda w=w: w) for key, w in change(dict(found)).items()}
+      files.write(tmp_path / name, tensors)
+    model, family = weights.open_model(folder)
+    with files.Weights(tmp_path / name) as found:
+      return weights.load_params(model, family, found)
+
+  own = load('further', lambda found: found | {
+      further + name.removeprefix('model.layers.2.'): w for name, w in found.items() if '.2.' in name} | {
+          further + name: found['model.norm.weight'] for name in (
+              'enorm.weight', 'hnorm.weight', 'shared_head.norm.weight', 'eh_proj.weight', 'embed_tokens.weight')})
+  assert jax.tree.all(jax.tree.map(np.array_equal, own, params))
+  expert = 'model.layers.2.mlp.experts.5.up_proj.weight'
+  for name, change, message in (
+      ('more', lambda found: found | {further.replace('61', '3') + 'mlp.gate.weight': found[expert]}, 'not weights'),
+      ('missing', lambda found: {key: w for key, w in found.items() if key != expert}, f'{expert} is missing'),
+      ('odd', lambda found: found | {expert: found[expert][1:]}, r'experts differ in shape: \[\(11, 32\)\]')):
+    with pytest.raises(ValueError, match=message):
+      load(name, change)
 
 
 def replaced(kind, change):
@@ -407,6 +449,13 @@ def moved(block):
                      *((None, None) if both else before))
 
 
+def turned(model):
+  """Each layer with the attention of the next."""
+  blocks = [stack.pattern[0] for stack in model.blocks]
+  return {'blocks': tuple(Stack((block.clone(attention=other.attention),), 1)
+                          for block, other in zip(blocks, (*blocks[1:], blocks[0])))}
+
+
 WRONG = {
     'a window longer by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window + 1}),
     'a window shorter by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window - 1}),
@@ -422,7 +471,8 @@ WRONG = {
     'positions on all layers': replaced(attend.Attention, lambda a: not a.rotary and {'rotary': Rotary()}),
     'no bias': replaced((attend.Attention, parts.FeedForward), lambda a: a.bias and {'bias': False}),
     'an output bias more or less': replaced(attend.Attention, lambda a: a.bias and {'out_bias': a.out_bias is False}),
-    'no norm of queries': replaced(attend.Attention, lambda a: a.query_norm and {'query_norm': None}),
+    'no norm of queries': replaced((attend.Attention, latent.LatentAttention),
+                                   lambda a: a.query_norm and {'query_norm': None}),
     'no norm of keys': replaced(attend.Attention, lambda a: a.key_norm and {'key_norm': None}),
     'norms after the rotation': replaced(attend.Attention, lambda a: a.query_norm and {'norms_last': True}),
     'another offset': replaced(parts.RMSNorm, lambda n: {'offset': 1 - n.offset}),
@@ -432,8 +482,23 @@ WRONG = {
         gpt_neox.erf_gelu: jax.nn.gelu}[f.activation]}),
     'side by side, or in turn': swapped,
     'norms elsewhere': moved,
-    'layers in another order': replaced(Transformer, lambda m: {'blocks': (*m.blocks[1:], m.blocks[0])}),
+    'attention of other layers': replaced(Transformer, turned),
     'another head': replaced(Transformer, lambda m: {'tied': not m.tied}),
+    'no norm of the latent': replaced(latent.LatentAttention, lambda a: {'key_value_norm': None}),
+    'no bias of the latents': replaced(latent.LatentAttention, lambda a: a.bias and {'bias': False}),
+    'no temperature': replaced(attend.Attention, lambda a: a.temperature and {'temperature': None}),
+    'a temperature one position later': replaced(attend.Temperature, lambda t: {'floor': t.floor + 1}),
+    'a chunk longer by one': replaced(attend.Scores, lambda s: s.chunk and {'chunk': s.chunk + 1}),
+    'a window for chunks': replaced(attend.Scores, lambda s: s.chunk and {'window': s.chunk, 'chunk': None}),
+    'an expert less': replaced((moe.SigmoidRouter, moe.SigmoidGroupRouter),
+                               lambda r: r.top_k > 1 and {'top_k': r.top_k - 1}),
+    'all groups': replaced(moe.SigmoidGroupRouter, lambda r: r.groups > 1 and {'groups': 1, 'top_groups': 1}),
+    'a group more': replaced(moe.SigmoidGroupRouter,
+                             lambda r: r.top_groups < r.groups and {'top_groups': r.top_groups + 1}),
+    'weights that do not sum to one': replaced(moe.SigmoidGroupRouter, lambda r: {'renormalize': not r.renormalize}),
+    'another scale of experts': replaced(moe.SigmoidGroupRouter, lambda r: {'scale': r.scale * 1.01}),
+    'weights on the other side': replaced(moe.Experts, lambda e: {'weight_inputs': not e.weight_inputs}),
+    'no shared expert': replaced(moe.Experts, lambda e: e.shared and {'shared': None}),
     'no scale of the embedding': replaced(Transformer, lambda m: m.embedding_scale and {'embedding_scale': None}),
 }
 
