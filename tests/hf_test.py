@@ -143,7 +143,7 @@ def torch_model(case: Case):
         p.add_(0.3 * torch.randn_like(p))
     for name, buffer in model.named_buffers():
       if name.endswith('e_score_correction_bias'):   # a weight, though nothing trains it by gradient
-        buffer.add_(0.1 * torch.randn_like(buffer))
+        buffer.add_(0.03 * torch.randn_like(buffer))
   return model
 
 

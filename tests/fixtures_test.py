@@ -1,0 +1,31 @@
+"""Folders that `transformers` wrote, with the logits that it computes: they hold where there is no torch."""
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_rows import forward
+
+from lm.data.batches import Batch
+from lm.hf import files, weights
+
+FOLDERS = sorted(path.parent for path in pathlib.Path(__file__).parent.glob('fixtures/*/config.json'))
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_logits_are_those_that_transformers_computed(folder, tmp_path):
+  model, family = weights.open_model(folder)
+  expected = np.load(folder / 'expected.npz')
+  with files.Weights(folder) as found:
+    params = weights.load_params(model, family, found, jnp.float32)
+    assert np.std(expected['logits']) > 0.3
+    assert np.abs(forward(model, params, Batch(expected['tokens'])) - expected['logits']).max() <= 1e-4
+    weights.write(tmp_path / 'out', model, params, [family], jnp.bfloat16)
+    with files.Weights(tmp_path / 'out') as goes:
+      assert set(found) == set(goes)
+      for name in found:
+        np.testing.assert_array_equal(goes[name].view(np.uint16), found[name].view(np.uint16), err_msg=name)
+
+
+def test_all_fixtures_are_there():
+  assert {folder.name for folder in FOLDERS} == {'gpt2', 'llama', 'gemma3', 'deepseek_v3', 'llama4'}
