@@ -27,8 +27,9 @@ FIXTURES = {
     'gemma3': hf_test.Case('Gemma3ForCausalLM', hf_test.GEMMA3 | SMALL | {
         'head_dim': 8, 'layer_types': ['sliding_attention', 'full_attention']}),
     'deepseek_v3': hf_test.Case('DeepseekV3ForCausalLM', hf_test.DEEPSEEK | SMALL | {
-        'num_key_value_heads': 2, 'kv_lora_rank': 4, 'q_lora_rank': 6, 'n_routed_experts': 4, 'moe_intermediate_size': 8, 'num_experts_per_tok': 2, 'n_group': 2,
-        'topk_group': 1, 'first_k_dense_replace': 1, 'rope_parameters': {
+        'num_key_value_heads': 2, 'kv_lora_rank': 4, 'q_lora_rank': 6, 'n_routed_experts': 4,
+        'moe_intermediate_size': 8, 'num_experts_per_tok': 2, 'n_group': 2, 'topk_group': 1,
+        'first_k_dense_replace': 1, 'rope_parameters': {
             'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 4., 'mscale': 0.7, 'mscale_all_dim': 1.,
             'original_max_position_embeddings': 16}}),
     'llama4': hf_test.Case('Llama4ForCausalLM', hf_test.LLAMA4 | SMALL | {
