@@ -1,11 +1,13 @@
 """Folders that `transformers` wrote, with the logits that it computes: they hold where there is no torch."""
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_rows import forward
 
+from lm import sharding
 from lm.data.batches import Batch
 from lm.hf import files, weights
 
@@ -25,6 +27,18 @@ def test_logits_are_those_that_transformers_computed(folder, tmp_path):
       assert set(found) == set(goes)
       for name in found:
         np.testing.assert_array_equal(goes[name].view(np.uint16), found[name].view(np.uint16), err_msg=name)
+
+
+def test_experts_are_read_into_the_shards_of_a_mesh():
+  folder = FOLDERS[0].with_name('deepseek_v3')
+  model, family = weights.open_model(folder)
+  with files.Weights(folder) as found:
+    params = weights.load_params(model, family, found)
+    with jax.set_mesh(sharding.make_mesh('2x2', jax.devices()[:4])):
+      split = weights.load_params(model, family, found)
+      gate = split['blocks']['1']['feed_forward']['gate']   # [repeats, E, D, F]
+      assert {shard.data.shape[1] for shard in gate.addressable_shards} == {2}
+      assert jax.tree.all(jax.tree.map(np.array_equal, split, params))
 
 
 def test_all_fixtures_are_there():

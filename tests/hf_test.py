@@ -332,6 +332,12 @@ def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
   assert described(old) == described(new | {'architectures': [architecture]})
 
 
+def test_the_first_files_of_llama_4_have_a_number_for_a_switch():
+  sizes = {'architectures': ['Llama4ForCausalLM'], **LLAMA}
+  assert described(sizes | {'attn_temperature_tuning': 4}) == described(sizes)
+  assert described(sizes | {'attn_temperature_tuning': False}) != described(sizes)
+
+
 @pytest.mark.parametrize('architecture, fields', [
     ('LlamaForCausalLM', {'partial_rotary_factor': 0.5}),
     ('LlamaForCausalLM', {'rope_scaling': {'type': 'dynamic', 'factor': 2.}}),
