@@ -45,8 +45,11 @@ def _attention(c: Config) -> latent.LatentAttention:
   rotary = rope(c, max_length, turning, interleaved=c.get('rope_interleave', bool, True))
   scale, r = None, c.inner('rope_parameters') or c.inner('rope_scaling')
   raised = r.get('mscale_all_dim', float, 0.) if r else 0.
-  if raised and isinstance(rotary.scaling, Yarn):
-    scale = (nope + turning) ** -0.5 * mscale(rotary.scaling.factor, raised) ** 2
+  if raised and isinstance(rotary.scaling, Yarn) and rotary.scaling.factor > 1:
+    times = mscale(rotary.scaling.factor, raised)
+    scale = (nope + turning) ** -0.5 * times * times
+    if not 0 < scale < math.inf:
+      c.refuse('mscale_all_dim', raised, 'a number near 1')
   return latent.LatentAttention(heads, rank, c.size('kv_lora_rank'), nope, turning, c.size('v_head_dim'), rotary,
                                 query_norm=None if rank is None else parts.RMSNorm(), scores=attend.Scores(scale),
                                 bias=c.get('attention_bias', bool, False))
@@ -92,7 +95,7 @@ def _experts_config(experts: moe.Experts) -> dict[str, Any]:
 def _rope_config(attention: latent.LatentAttention) -> dict[str, Any]:
   """With the `mscale_all_dim` that raises the scores as they are raised; to nine digits, which takes rounding away."""
   found, scale = rope_config(attention.rotary, attention.rope_size), attention.scores.scale
-  if scale is None or not isinstance(attention.rotary.scaling, Yarn):
+  if scale is None or not isinstance(attention.rotary.scaling, Yarn) or attention.rotary.scaling.factor <= 1:
     return found
   raised = math.sqrt(scale * (attention.nope_size + attention.rope_size) ** 0.5) - 1
   return found | {'mscale_all_dim': float(f'{raised / (0.1 * math.log(attention.rotary.scaling.factor)):.9g}')}
