@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_rows import VOCAB, forward, jit, random_tokens, rows
 
-from lm.data.batches import Batch
 from lm.describe import describe
 from lm.hf import files, gpt_neox, weights
 from lm.hf.config import Config
 from lm.models import attention as attend
+from lm.models import latent, moe
 from lm.models import layers as parts
-from lm.models import moe
 from lm.models.rotary import LongRope, Rotary, Yarn
 from lm.models.stack import Stack
 from lm.models.transformer import Transformer
@@ -29,7 +29,6 @@ with warnings.catch_warnings():
   warnings.simplefilter('ignore')
   transformers = pytest.importorskip('transformers')
 
-VOCAB = 96
 LLAMA = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
          'intermediate_size': 48, 'vocab_size': VOCAB, 'max_position_embeddings': 64}
 NEOX = {key: value for key, value in LLAMA.items() if key != 'num_key_value_heads'} | {'hidden_size': 64}
@@ -45,6 +44,11 @@ GPT_OSS = LLAMA | NO_TOKENS | {
     'num_local_experts': 4, 'num_experts_per_tok': 2, 'head_dim': 16, 'sliding_window': 9, 'swiglu_limit': 0.6,
     'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 8., 'beta_fast': 8., 'beta_slow': 1.,
                         'truncate': False, 'original_max_position_embeddings': 8}}
+DEEPSEEK = LLAMA | NO_TOKENS | {
+    'num_key_value_heads': 4, 'kv_lora_rank': 8, 'qk_nope_head_dim': 6, 'qk_rope_head_dim': 4, 'v_head_dim': 5,
+    'n_routed_experts': 8, 'moe_intermediate_size': 12, 'num_experts_per_tok': 3}
+LLAMA4 = LLAMA | NO_TOKENS | {'head_dim': 12, 'num_local_experts': 4, 'intermediate_size_mlp': 40,
+                              'attention_chunk_size': 9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +131,27 @@ CASES = [
         'num_local_experts': 3, 'num_experts_per_tok': 1, 'head_dim': 12, 'attention_bias': False, 'swiglu_alpha': 1.2,
         'sliding_window': 7, 'layer_types': ['full_attention', 'full_attention', 'sliding_attention'],
         'tie_word_embeddings': True, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e3}}),
+    Case('DeepseekV3ForCausalLM', DEEPSEEK | {
+        'q_lora_rank': 12, 'attention_bias': True, 'n_group': 4, 'topk_group': 2, 'routed_scaling_factor': 1.5,
+        'first_k_dense_replace': 1, 'rope_parameters': {
+            'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 40., 'mscale': 0.7, 'mscale_all_dim': 1.,
+            'original_max_position_embeddings': 16}},
+         unused=('num_nextn_predict_layers',)),
+    Case('DeepseekV3ForCausalLM-plain', DEEPSEEK | {
+        'q_lora_rank': None, 'n_group': 1, 'topk_group': 1, 'norm_topk_prob': False, 'first_k_dense_replace': 0,
+        'n_shared_experts': 2, 'rope_interleave': False, 'tie_word_embeddings': True},
+         unused=('num_nextn_predict_layers', 'intermediate_size')),
+    Case('Llama4ForCausalLM', LLAMA4 | {
+        'num_hidden_layers': 4, 'interleave_moe_layer_step': 2, 'floor_scale': 8, 'attn_scale': 0.7}),
+    Case('Llama4ForCausalLM-16E', LLAMA4 | {
+        'no_rope_layers': [0, 1, 1], 'layer_types': ['chunked_attention', 'full_attention', 'chunked_attention'],
+        'use_qk_norm': False, 'num_experts_per_tok': 2, 'attn_temperature_tuning': False, 'attention_bias': True,
+        'tie_word_embeddings': True, 'rope_parameters': {
+            'rope_type': 'llama3', 'rope_theta': 5e3, 'factor': 16., 'low_freq_factor': 1., 'high_freq_factor': 1.,
+            'original_max_position_embeddings': 16}},
+         unused=('intermediate_size_mlp', 'floor_scale', 'attn_scale')),
 ]
 families = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-# These programs run once: optimising them takes longer.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
-                                                   'xla_llvm_disable_expensive_passes': True})
-forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(model.apply(params, batch)),
-              static_argnums=0)
-
 
 
 def torch_model(case: Case):
@@ -142,7 +159,7 @@ def torch_model(case: Case):
   torch.manual_seed(0)
   kind = getattr(transformers, case.architecture)
   config = kind.config_class(**copy.deepcopy(case.config)) if isinstance(case.config, dict) else case.config
-  model = kind(config).eval().to(torch.float32)
+  model = kind(config).eval()   # float32: neither class nor config says otherwise
   model.config._attn_implementation = 'eager'
   with torch.no_grad():
     for p in model.parameters():
@@ -150,6 +167,9 @@ def torch_model(case: Case):
         p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
       else:
         p.add_(0.3 * torch.randn_like(p))
+    for name, buffer in model.named_buffers():
+      if name.endswith('e_score_correction_bias'):   # a weight, though nothing trains it by gradient
+        buffer.add_(0.03 * torch.randn_like(buffer))
   return model
 
 
@@ -175,21 +195,6 @@ Case.__hash__ = lambda self: hash(self.name)
 def logits_of(theirs, tokens):
   with torch.no_grad():
     return theirs(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
-
-
-def rows(*documents, pads=(0, 0)):
-  """A batch [2, 64] of rows of documents, each row after padding: one shape, so that one program runs it."""
-  tokens, segments, positions = np.zeros((3, 2, 64), np.int32)
-  for row, (found, at) in enumerate(zip(documents, pads)):
-    for segment, document in enumerate(found, 1):
-      place = row, slice(at, at + len(document))
-      tokens[place], segments[place], positions[place] = document, segment, np.arange(len(document))
-      at += len(document)
-  return Batch(tokens, segments=segments, positions=positions)
-
-
-def random_tokens(*shape, seed=0):
-  return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)
 
 
 @families
@@ -270,8 +275,8 @@ def described(values):
 # The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
          'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
-         'is_decoder', 'max_window_layers', 'no_rope_layer_interval', '_sliding_window_pattern',
-         'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'} | {
+         'is_decoder', 'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise', 'max_window_layers',
+         'no_rope_layer_interval', 'interleave_moe_layer_step', '_sliding_window_pattern'} | {
              'summary_' + name for name in ('type', 'use_proj', 'activation', 'first_dropout', 'proj_to_labels')}
 
 
@@ -298,9 +303,11 @@ def minimal(family):
   return {'architectures': [family.architecture], **(NEOX if family.architecture.startswith('GPTNeoX') else LLAMA)}
 
 
-@pytest.mark.parametrize('family', weights.FAMILIES[1:-3], ids=lambda family: family.architecture)
+@pytest.mark.parametrize('family', [family for family in weights.FAMILIES
+                                    if family.architecture.endswith('ForCausalLM')], ids=lambda f: f.architecture)
 def test_absent_fields_have_the_values_that_transformers_gives_them(family):
-  sizes = minimal(family) | {'hidden_size': 256, 'num_attention_heads': 32}   # a multiple of all default kv_heads
+  heads = 128 if family.model_type == 'deepseek_v3' else 32   # a multiple of all default kv_heads
+  sizes = minimal(family) | {'hidden_size': 256, 'num_attention_heads': heads}
   sizes.pop('num_key_value_heads', None)
   kind = getattr(transformers, family.architecture).config_class
   filled = json.loads(kind(**sizes).to_json_string())
@@ -341,6 +348,17 @@ OLD = [
             'beta_fast': 32., 'beta_slow': 1., 'factor': 32., 'original_max_position_embeddings': 4096,
             'rope_type': 'yarn', 'truncate': False}}),
     ('GptOssForCausalLM', {'rope_theta': 5000, 'num_experts': 16}),
+    ('DeepseekV3ForCausalLM', {
+        'num_key_value_heads': 4, 'rope_theta': 10000, 'moe_layer_freq': 1, 'scoring_func': 'sigmoid', 'seq_aux': True,
+        'topk_method': 'noaux_tc', 'aux_loss_alpha': 0.001, 'ep_size': 1, 'num_nextn_predict_layers': 1,
+        'max_position_embeddings': 640, 'rope_scaling': {
+            'type': 'yarn', 'factor': 40, 'mscale': 1.0, 'mscale_all_dim': 1.0, 'beta_fast': 32, 'beta_slow': 1,
+            'original_max_position_embeddings': 16}}),
+    ('Llama4ForCausalLM', {
+        'rope_theta': 5000., 'no_rope_layers': [], 'no_rope_layer_interval': 2, 'for_llm_compressor': False,
+        'interleave_moe_layer_step': 2, 'cache_implementation': 'hybrid', 'rope_scaling': {
+            'rope_type': 'llama3', 'factor': 8., 'low_freq_factor': 1., 'high_freq_factor': 4.,
+            'original_max_position_embeddings': 16}}),
 ]
 
 
@@ -350,6 +368,12 @@ def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
   old = minimal(family) | fields
   new = json.loads(getattr(transformers, architecture).config_class(**copy.deepcopy(old)).to_json_string())
   assert described(old) == described(new | {'architectures': [architecture]})
+
+
+def test_the_first_files_of_llama_4_have_a_number_for_a_switch():
+  sizes = {'architectures': ['Llama4ForCausalLM'], **LLAMA, 'num_hidden_layers': 4}
+  assert described(sizes | {'attn_temperature_tuning': 4}) == described(sizes)
+  assert described(sizes | {'attn_temperature_tuning': False}) != described(sizes)
 
 
 @pytest.mark.parametrize('architecture, fields', [
@@ -374,20 +398,37 @@ def test_an_old_config_is_read_as_transformers_reads_it(architecture, fields):
     ('Qwen3MoeForCausalLM', {'mlp_only_layers': [True]}), ('Qwen3MoeForCausalLM', {'num_experts_per_tok': 0}),
     ('Qwen3MoeForCausalLM', {'use_sliding_window': True, 'max_window_layers': 2}),
     ('GptOssForCausalLM', {'rope_parameters': None}), ('GptOssForCausalLM', {'swiglu_limit': -7.}),
-    ('GptOssForCausalLM', {'experts_per_token': 2}), ('GptOssForCausalLM', {'initial_context_length': 8})])
+    ('GptOssForCausalLM', {'experts_per_token': 2}), ('GptOssForCausalLM', {'initial_context_length': 8}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 2}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'n_group': 3}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'topk_group': 9}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'num_experts_per_tok': 129}),
+    ('DeepseekV3ForCausalLM', {'num_key_value_heads': 4, 'scoring_func': 'softmax'}),
+    ('Llama4ForCausalLM', {'num_experts_per_tok': 17}),
+    ('Llama4ForCausalLM', {'moe_layers': [1, 3]}),
+    ('Llama4ForCausalLM', {'no_rope_layers': [1, 0]}),
+    ('Llama4ForCausalLM', {'layer_types': ['sliding_attention'] * 3}),
+    ('Llama4ForCausalLM', {'attention_chunk_size': None})])
 def test_what_no_model_here_computes_is_refused_by_name(architecture, fields):
   values = next(minimal(family) for family in weights.FAMILIES if family.architecture == architecture) | fields
   with pytest.raises(ValueError, match='|'.join([*fields, 'rope_parameters', 'use_sliding_window', 'rope_type'])):
     described(values)
 
 
-def test_of_gemma_that_sees_images_the_language_model_is_read(tmp_path):
+VISION = {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16,
+          'image_size': 28, 'patch_size': 14}
+WITH_IMAGES = {
+    'Gemma3': {'text_config': GEMMA3, 'vision_config': VISION | {'vision_use_head': False}, 'mm_tokens_per_image': 4},
+    'Llama4': {'text_config': LLAMA4 | {'interleave_moe_layer_step': 2}, 'vision_config': VISION | {
+        'vision_output_dim': 16, 'projector_input_dim': 16, 'projector_output_dim': 16}}}
+
+
+@pytest.mark.parametrize('kind', WITH_IMAGES)
+def test_of_models_that_see_images_the_language_model_is_read(kind, tmp_path):
   """And written by itself; a folder may leave out sizes that are those of the class."""
-  config = transformers.Gemma3Config(text_config=GEMMA3, vision_config={
-      'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16, 'image_size': 28,
-      'patch_size': 14, 'vision_use_head': False}, mm_tokens_per_image=4, image_token_index=95, boi_token_index=93,
-      eoi_token_index=94)
-  theirs = torch_model(Case('Gemma3ForConditionalGeneration', config))
+  config = getattr(transformers, kind + 'Config')(
+      **WITH_IMAGES[kind], image_token_index=95, boi_token_index=93, eoi_token_index=94)
+  theirs = torch_model(Case(kind + 'ForConditionalGeneration', config))
   theirs.save_pretrained(tmp_path / 'in')
   model, family = weights.open_model(tmp_path / 'in')
   with files.Weights(tmp_path / 'in') as found:
@@ -397,8 +438,42 @@ def test_of_gemma_that_sees_images_the_language_model_is_read(tmp_path):
   assert np.abs(forward(model, params, rows(tokens[:1], tokens[1:])) - expected).max() <= 1e-4
   weights.write(tmp_path / 'out', model, params)
   alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', attn_implementation='eager')
-  assert type(alone) is transformers.Gemma3ForCausalLM
+  assert type(alone) is getattr(transformers, kind + 'ForCausalLM')
   np.testing.assert_array_equal(logits_of(alone, tokens), expected)
+
+
+def test_a_model_that_sees_images_may_leave_out_all_that_is_so_in_its_class():
+  for kind in WITH_IMAGES:
+    text = json.loads(getattr(transformers, kind + 'TextConfig')().to_json_string())
+    named = {'architectures': [kind + 'ForConditionalGeneration']}
+    assert described(named | {'text_config': {}}) == described(named | {'text_config': text})
+
+
+def test_layers_of_deepseek_that_predict_further_tokens_are_left_out(opened, tmp_path):
+  """As the files of V3 and R1 have them; but a layer too many is refused, and so are experts that are not alike."""
+  _, model, params, folder = opened(next(case for case in CASES if case.name == 'DeepseekV3ForCausalLM'))
+  further = 'model.layers.61.'
+
+  def load(name, change):
+    with files.Weights(folder) as found:
+      tensors = {key: (w.shape, w.dtype, lambda w=w: w) for key, w in change(dict(found)).items()}
+      files.write(tmp_path / name, tensors)
+    model, family = weights.open_model(folder)
+    with files.Weights(tmp_path / name) as found:
+      return weights.load_params(model, family, found)
+
+  own = load('further', lambda found: found | {
+      further + name.removeprefix('model.layers.2.'): w for name, w in found.items() if '.2.' in name} | {
+          further + name: found['model.norm.weight'] for name in (
+              'enorm.weight', 'hnorm.weight', 'shared_head.norm.weight', 'eh_proj.weight', 'embed_tokens.weight')})
+  assert jax.tree.all(jax.tree.map(np.array_equal, own, params))
+  expert = 'model.layers.2.mlp.experts.5.up_proj.weight'
+  for name, change, message in (
+      ('more', lambda found: found | {further.replace('61', '3') + 'mlp.gate.weight': found[expert]}, 'not weights'),
+      ('missing', lambda found: {key: w for key, w in found.items() if key != expert}, f'{expert} is missing'),
+      ('odd', lambda found: found | {expert: found[expert][1:]}, r'of shape \(11, 32\) make .* where the config gives')):
+    with pytest.raises(ValueError, match=message):
+      load(name, change)
 
 
 def replaced(kind, change):
@@ -428,6 +503,13 @@ def moved(block):
                      *((None, None) if both else before))
 
 
+def turned(model):
+  """Each layer with the attention of the next."""
+  blocks = [stack.pattern[0] for stack in model.blocks]
+  return {'blocks': tuple(Stack((block.clone(attention=other.attention),), 1)
+                          for block, other in zip(blocks, (*blocks[1:], blocks[0])))}
+
+
 WRONG = {
     'a window longer by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window + 1}),
     'a window shorter by one': replaced(attend.Scores, lambda s: s.window and {'window': s.window - 1}),
@@ -443,7 +525,8 @@ WRONG = {
     'positions on all layers': replaced(attend.Attention, lambda a: not a.rotary and {'rotary': Rotary()}),
     'no bias': replaced((attend.Attention, parts.FeedForward, moe.Experts), lambda a: a.bias and {'bias': False}),
     'an output bias more or less': replaced(attend.Attention, lambda a: a.bias and {'out_bias': a.out_bias is False}),
-    'no norm of queries': replaced(attend.Attention, lambda a: a.query_norm and {'query_norm': None}),
+    'no norm of queries': replaced((attend.Attention, latent.LatentAttention),
+                                   lambda a: a.query_norm and {'query_norm': None}),
     'no norm of keys': replaced(attend.Attention, lambda a: a.key_norm and {'key_norm': None}),
     'norms after the rotation': replaced(attend.Attention, lambda a: a.query_norm and {'norms_last': True}),
     'another offset': replaced(parts.RMSNorm, lambda n: {'offset': 1 - n.offset}),
@@ -461,9 +544,22 @@ WRONG = {
     'no shared expert': replaced(moe.Experts, lambda e: e.shared and {'shared': None, 'shared_gate': False}),
     'side by side, or in turn': swapped,
     'norms elsewhere': moved,
-    'layers in another order': replaced(Transformer, lambda m: len({type(b.feed_forward) for b in m.layers}) == 1 and {
-        'blocks': (*m.blocks[1:], m.blocks[0])}),
+    'attention of other layers': replaced(Transformer, turned),
     'another head': replaced(Transformer, lambda m: {'tied': not m.tied}),
+    'no norm of the latent': replaced(latent.LatentAttention, lambda a: {'key_value_norm': None}),
+    'no bias of the latents': replaced(latent.LatentAttention, lambda a: a.bias and {'bias': False}),
+    'no temperature': replaced(attend.Attention, lambda a: a.temperature and {'temperature': None}),
+    'a temperature one position later': replaced(attend.Temperature, lambda t: {'floor': t.floor + 1}),
+    'a chunk longer by one': replaced(attend.Scores, lambda s: s.chunk and {'chunk': s.chunk + 1}),
+    'a window for chunks': replaced(attend.Scores, lambda s: s.chunk and {'window': s.chunk, 'chunk': None}),
+    'an expert less': replaced((moe.SigmoidRouter, moe.SigmoidGroupRouter),
+                               lambda r: r.top_k > 1 and {'top_k': r.top_k - 1}),
+    'all groups': replaced(moe.SigmoidGroupRouter, lambda r: r.groups > 1 and {'groups': 1, 'top_groups': 1}),
+    'a group more': replaced(moe.SigmoidGroupRouter,
+                             lambda r: r.top_groups < r.groups and {'top_groups': r.top_groups + 1}),
+    'weights that do not sum to one': replaced(moe.SigmoidGroupRouter, lambda r: {'renormalize': not r.renormalize}),
+    'another scale of experts': replaced(moe.SigmoidGroupRouter, lambda r: {'scale': r.scale * 1.01}),
+    'weights on the other side': replaced(moe.Experts, lambda e: {'weight_inputs': not e.weight_inputs}),
     'no scale of the embedding': replaced(Transformer, lambda m: m.embedding_scale and {'embedding_scale': None}),
 }
 

@@ -14,7 +14,8 @@ from lm.models import attention, latent, layers, rotary, stack, transformer
 ROWS, TIME, WIDTH, HEADS, RANK, NOPE, ROPE, VALUE = 4, 7, 16, 4, 8, 5, 4, 3
 FULL = latent.LatentAttention(HEADS, 8, RANK, NOPE, ROPE, VALUE, rotary.Rotary(50., interleaved=True))
 PLAIN = FULL.clone(query_rank=None, scores=attention.Scores(scale=0.5))
-BOTH = pytest.mark.parametrize('module', [FULL, PLAIN], ids=['query_rank', 'plain_query'])
+BIASED = FULL.clone(bias=True)
+ALL = pytest.mark.parametrize('module', [FULL, PLAIN, BIASED], ids=['query_rank', 'plain_query', 'bias'])
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
@@ -67,12 +68,15 @@ def reference(p, x, scale):
     z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
     return np.stack([z.real, z.imag], -1).reshape(x.shape)
 
+  def down(name):
+    return x @ p[name] + p.get(name + '_bias', 0)
+
   query = p['query'] if 'query' in p else p['query_up']
-  latents = x if 'query' in p else norm(x @ p['query_down'], p['query_norm'])
-  c = norm(x @ p['key_value_down'], p['key_value_norm'])
-  k_rope = rotate(x @ p['key_rope'])
+  latents = x if 'query' in p else norm(down('query_down'), p['query_norm'])
+  c = norm(down('key_value_down'), p['key_value_norm'])
+  k_rope = rotate(down('key_rope'))
   sees = np.tri(TIME, dtype=bool) & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
-  y = 0
+  y = p.get('out_bias', 0)
   for head in range(HEADS):
     q = latents @ query[:, head]
     scores = q[..., :NOPE] @ (c @ p['key_up'][:, head]).swapaxes(1, 2) + rotate(q[..., NOPE:]) @ k_rope.swapaxes(1, 2)
@@ -92,7 +96,7 @@ def without_mesh(module):
   return jax.tree.map(np.asarray, jit(functools.partial(run, module))(random_params(module), *inputs()))
 
 
-@BOTH
+@ALL
 def test_output_and_gradients_are_those_of_numpy(module):
   params, (x, dy) = random_params(module), inputs()
   scale = 0.5 if module is PLAIN else (NOPE + ROPE) ** -0.5
@@ -115,12 +119,12 @@ def test_output_and_gradients_are_those_of_numpy(module):
 
 @pytest.mark.parametrize('shape', ['1x1', '4x2', '2x4'])
 def test_output_and_gradients_are_the_same_on_every_mesh(shape):
-  expected = without_mesh(FULL)
+  expected = without_mesh(BIASED)
   with on(shape):
     layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
-                           shapes(FULL))
-    params = jax.device_put(random_params(FULL), layouts)
-    actual = jit(functools.partial(run, FULL))(params, *inputs())
+                           shapes(BIASED))
+    params = jax.device_put(random_params(BIASED), layouts)
+    actual = jit(functools.partial(run, BIASED))(params, *inputs())
     jax.tree.map(functools.partial(assert_close, tolerance=5e-6), actual, expected)
 
 

@@ -50,8 +50,9 @@ class Config:
       return default
     if kind is float and type(value) is int:
       value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-      wanted = kind.__name__ if isinstance(kind, type) else ' or '.join(k.__name__ for k in kind)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+      wanted = ' or '.join(k.__name__ for k in kinds)
       raise ValueError(f'{self._where}: {name}={value!r} is not of type {wanted}')
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'{self._where}: {name}={value!r} is not finite')

@@ -13,6 +13,7 @@ import numpy as np
 from lm.describe import describe
 from lm.hf import (
     bert,
+    deepseek_v3,
     files,
     gemma2,
     gemma3,
@@ -20,6 +21,7 @@ from lm.hf import (
     gpt_neox,
     gpt_oss,
     llama,
+    llama4,
     mistral,
     mixtral,
     olmo2,
@@ -40,7 +42,8 @@ from lm.models.transformer import Transformer
 # Where several compute what a model does, the first of them writes it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
             phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, mixtral.FAMILY, qwen2_moe.FAMILY,
-            qwen3_moe.FAMILY, gpt_oss.FAMILY, gemma3.WITH_IMAGES, bert.FAMILY, t5.FAMILY)
+            qwen3_moe.FAMILY, gpt_oss.FAMILY, deepseek_v3.FAMILY, llama4.FAMILY, gemma3.WITH_IMAGES,
+            llama4.WITH_IMAGES, bert.FAMILY, t5.FAMILY)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:

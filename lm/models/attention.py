@@ -197,6 +197,16 @@ def _blockwise(scores, q, k, v, sinks, visible):
 _blockwise.defvjp(_forward, _backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+  """1 + scale * log(1 + floor((position + 1) / floor)), so that scores stay sharp over long contexts (Llama 4 2025)."""
+  floor: int
+  scale: float
+
+  def __call__(self, positions_BT: jax.Array) -> jax.Array:
+    return 1 + self.scale * jnp.log1p(jnp.floor((positions_BT.astype(jnp.float32) + 1) / self.floor))
+
+
 class LayerCache(NamedTuple):
   """Keys and values of one layer, heads first, so that a step reads them as they lie."""
   k_BKSH: jax.Array

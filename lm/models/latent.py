@@ -28,7 +28,8 @@ class LatentAttention(nn.Module):
   A head's query and key have `nope_size` entries without positions and `rope_size` rotated ones; the rotated key is
   the same for all heads. Queries come from a latent too, unless `query_rank` is None. With a cache, `key_up` is
   applied to the query and `value_up` to what is attended: then all heads have one key in common, the latent, which is
-  also the value. `scores.scale` is 1 / sqrt(nope_size + rope_size) where it is None.
+  also the value. `scores.scale` is 1 / sqrt(nope_size + rope_size) where it is None. With `bias`, the projections from
+  and to the model's width have one, but for the one that gives queries directly.
   """
   heads: int
   query_rank: int | None
@@ -40,6 +41,7 @@ class LatentAttention(nn.Module):
   query_norm: nn.Module | None = layers.RMSNorm()
   key_value_norm: nn.Module | None = layers.RMSNorm()
   scores: attention.Scores = attention.Scores()
+  bias: bool = False
   std: float = 0.02
   out_std: float = 0.02
 
@@ -69,7 +71,7 @@ class LatentAttention(nn.Module):
       seen = cache.latent_BSC[:, None]
       y = attention.attend(q, seen, seen, visible, scores)[..., :self.key_value_rank]
       y = layers.einsum('BTNR,RNH->BTNH', y, value_up)
-    return attention.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
+    return attention.output(self, y, x_BTD.shape[-1], self.bias, self.out_std), cache
 
   def _query(self, x):
     """[B, T, heads, nope_size + rope_size], not rotated."""
@@ -83,7 +85,8 @@ class LatentAttention(nn.Module):
   def _down(self, name, x, rank):
     """Declares a projection to a latent, which is whole on every shard of `model`, and applies it."""
     w = layers.weight(self, name, 'DR', (x.shape[-1], rank), nn.initializers.normal(self.std), x.dtype)
-    return layers.einsum('BTD,DR->BTR', x, w)
+    y = layers.einsum('BTD,DR->BTR', x, w)
+    return layers.add_bias(self, name + '_bias', '-', y) if self.bias else y
 
   def _up(self, name, size, dtype):
     return layers.weight(self, name, 'DNH', (self.key_value_rank, self.heads, size),

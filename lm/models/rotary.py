@@ -36,7 +36,7 @@ class Llama3:
 
   def __call__(self, frequency, theta, size):
     turns = self.original * frequency / (2 * math.pi)   # of a pair, over the original context
-    kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+    kept = np.clip((turns - self.low) / max(self.high - self.low, 1e-9), 0, 1)   # Llama 4 has no blend: low is high
     return kept * frequency + (1 - kept) * frequency / self.factor
 
 

@@ -1,0 +1,45 @@
+"""Folders that `transformers` wrote, with the logits that it computes: they hold where there is no torch."""
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_rows import forward
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.hf import files, weights
+
+FOLDERS = sorted(path.parent for path in pathlib.Path(__file__).parent.glob('fixtures/*/config.json'))
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+def test_logits_are_those_that_transformers_computed(folder, tmp_path):
+  model, family = weights.open_model(folder)
+  expected = np.load(folder / 'expected.npz')
+  with files.Weights(folder) as found:
+    params = weights.load_params(model, family, found, jnp.float32)
+    assert np.std(expected['logits']) > 0.3
+    assert np.abs(forward(model, params, Batch(expected['tokens'])) - expected['logits']).max() <= 1e-4
+    weights.write(tmp_path / 'out', model, params, [family], jnp.bfloat16)
+    with files.Weights(tmp_path / 'out') as goes:
+      assert set(found) == set(goes)
+      for name in found:
+        np.testing.assert_array_equal(goes[name].view(np.uint16), found[name].view(np.uint16), err_msg=name)
+
+
+def test_experts_are_read_into_the_shards_of_a_mesh():
+  folder = FOLDERS[0].with_name('deepseek_v3')
+  model, family = weights.open_model(folder)
+  with files.Weights(folder) as found:
+    params = weights.load_params(model, family, found)
+    with jax.set_mesh(sharding.make_mesh('2x2', jax.devices()[:4])):
+      split = weights.load_params(model, family, found)
+      gate = split['blocks']['1']['feed_forward']['gate']   # [repeats, E, D, F]
+      assert {shard.data.shape[1] for shard in gate.addressable_shards} == {2}
+      assert jax.tree.all(jax.tree.map(np.array_equal, split, params))
+
+
+def test_all_fixtures_are_there():
+  assert {folder.name for folder in FOLDERS} == {'gpt2', 'llama', 'gemma3', 'deepseek_v3', 'llama4'}
