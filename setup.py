@@ -35,6 +35,8 @@ setuptools.setup(
         ],
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
+        # experiments/tour.ipynb, and to run it without a browser.
+        'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.
         'benchmark': ['torch>=2.9', 'transformers>=5.0'],
         'test': [
