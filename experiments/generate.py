@@ -37,11 +37,12 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
   if n > 1 and sampling.greedy:
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    loaded = pretrained.load_decoder(model) if model else trained.load(workdir, best)
     rest = [''] * n
     begun = False
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed):
+                                  max_tokens=max_tokens, stop=stop, seed=seed,
+                                  ends=loaded.ends if model else ()):
       print(pieces[0] if begun else prompt + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

@@ -102,7 +102,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
   if folder:
-    decoder = pretrained.open_model(folder, shape['dtype']).clone(remat=shape['remat'])
+    decoder = pretrained.open_decoder(folder, shape['dtype']).clone(remat=shape['remat'])
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,

@@ -43,7 +43,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   if file is not None:
     text = file.read_text('utf-8', errors='replace')
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    loaded = pretrained.load_decoder(model) if model else trained.load(workdir, best)
     if texts is not None:
       show_all(loaded, texts, bos)
       return

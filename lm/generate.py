@@ -118,7 +118,7 @@ class _State(NamedTuple):
   step: jax.Array               # tokens made
 
 
-def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.Array) -> _State:
+def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, ends: jax.Array) -> _State:
   """The state with one more token, from the last position of a forward pass."""
   def local(logits, seen, stream, key, step):
     logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # a padded vocabulary
@@ -134,13 +134,13 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, eos: jax.A
     local = jax.shard_map(local, in_specs=(rows, rows, rows, P(), P()), out_specs=rows, check_vma=False)
   logits = sharding.constrain(out.head(out.hidden[:, -1:])[:, 0], 'B-')
   token, seen = local(logits, state.seen_BV, state.stream_B, state.key, state.step)
-  token = jnp.where(state.done_B, eos, token)
+  token = jnp.where(state.done_B, ends[0], token)
   return state._replace(cache=out.cache, token_B=token, position_B=state.position_B + 1, seen_BV=seen,
-                        done_B=state.done_B | (token == eos), step=state.step + 1)
+                        done_B=state.done_B | jnp.any(token[:, None] == ends[None], axis=1), step=state.step + 1)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
-def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, eos, *, sampling, vocab, slots) -> _State:
+def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, ends, *, sampling, vocab, slots) -> _State:
   """Reads left-padded prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
   tokens, length = sharding.constrain(tokens_BT, 'BT'), sharding.constrain(length_B, 'B')
   place = jnp.arange(tokens.shape[1])[None] - (tokens.shape[1] - length[:, None])
@@ -149,27 +149,27 @@ def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, eos, *,
   seen = None if seen_BV is None else sharding.constrain(seen_BV, 'B-')
   state = _State(out.cache, tokens[:, -1], length - 1, length == 0, seen, sharding.constrain(stream_B, 'B'), key,
                  jnp.int32(0))
-  return _draw(state, out, sampling, vocab, eos)
+  return _draw(state, out, sampling, vocab, ends)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab'), donate_argnames='state')
-def _decode(model, params, state: _State, limit, eos, *, sampling, vocab) -> tuple[_State, jax.Array]:
-  """Up to `limit` more tokens, fewer if all rows end: [B, CHUNK], filled up with `eos`, on every device."""
+def _decode(model, params, state: _State, limit, ends, *, sampling, vocab) -> tuple[_State, jax.Array]:
+  """Up to `limit` more tokens, fewer if all rows end: [B, CHUNK], filled up with `ends[0]`, on every device."""
   def step(carry):
     n, state, made = carry
     batch = Batch(state.token_B[:, None], positions=state.position_B[:, None])
-    state = _draw(state, model.apply(params, batch, cache=state.cache), sampling, vocab, eos)
+    state = _draw(state, model.apply(params, batch, cache=state.cache), sampling, vocab, ends)
     return n + 1, state, jax.lax.dynamic_update_slice(made, state.token_B[:, None], (0, n))
 
-  made = sharding.constrain(jnp.full((len(state.token_B), CHUNK), eos), 'BT')
+  made = sharding.constrain(jnp.full((len(state.token_B), CHUNK), ends[0]), 'BT')
   _, state, made = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~carry[1].done_B.all(), step,
                                       (jnp.int32(0), state, made))
   return state, sharding.constrain(made, '--')
 
 
 def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tokenizer, sampling: Sampling,
-            max_tokens: int, seed: int) -> Iterator[np.ndarray]:
-  """New tokens of each prompt, [prompts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
+            max_tokens: int, seed: int, ends: Sequence[int]) -> Iterator[np.ndarray]:
+  """New tokens of each prompt, [prompts, 1 to CHUNK] at a time; after its end, a row repeats the first of `ends`."""
   mesh = jax.sharding.get_abstract_mesh()
   multiple = 1 if mesh.empty else mesh.shape['data']
   rows, longest = -(-len(prompts) // multiple) * multiple, max(map(len, prompts))
@@ -184,13 +184,13 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
     copies[ids.tobytes()] += 1
     if seen is not None:
       seen[row, ids] = True
-  eos, how = np.int32(tokenizer.eos_id), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
+  stops, how = np.asarray(ends, np.int32), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
   params = model.unstack(params)
-  state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), eos,
+  state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), stops,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]
   for left in range(max_tokens - 1, 0, -CHUNK):
-    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), eos, **how)
+    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), stops, **how)
     yield np.asarray(made)[:len(prompts), :left]
 
 
@@ -200,14 +200,15 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
 class _Text:
   """One row's tokens, as text that is safe to show: whole characters, and no part of a stop string."""
 
-  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
+  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str], ends: Sequence[int]):
     # The prompt gives context: the first new token may or may not begin with a space.
     self._tokenizer, self._ids, self._shown, self._known = tokenizer, prompt.tolist(), 0, len(prompt)
+    self._ends = ends
     self._stop, self._hold, self._held, self.done = stop, max(map(len, stop), default=1) - 1, '', False
 
   def push(self, token: int) -> str:
     """Adds a token; returns the text that it makes certain."""
-    if self.done or token == self._tokenizer.eos_id:
+    if self.done or token in self._ends:
       return self.end()
     self._ids.append(int(token))
     old, new = self._decode()
@@ -240,11 +241,13 @@ class _Text:
 
 
 def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> Iterator[list[str]]:
+           *, max_tokens: int = 128, stop: Sequence[str] = (), ends: Sequence[int] = (), seed: int = 0
+           ) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
-  A document begins with bos, so bos is put in front of each prompt. A completion ends at eos, before the first of the
-  `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh, call it inside `jax.set_mesh`.
+  A document begins with bos, so bos is put in front of each prompt. A completion ends at eos or another of the tokens
+  `ends`, before the first of the `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh,
+  call it inside `jax.set_mesh`.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string.
@@ -263,9 +266,10 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   if longest + max_tokens > model.max_length:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
                      f'{model.max_length} that the model can place; shorten one of them')
-  texts = [_Text(tokenizer, ids, stop) for ids in encoded]
+  ends = tokenizer.eos_id, *ends
+  texts = [_Text(tokenizer, ids, stop, ends) for ids in encoded]
   begun = [np.concatenate([np.int32([tokenizer.bos_id]), ids]) for ids in encoded]
-  for tokens in _tokens(model, params, begun, tokenizer, sampling, max_tokens, seed):
+  for tokens in _tokens(model, params, begun, tokenizer, sampling, max_tokens, seed, ends):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, tokens)]
     if all(text.done for text in texts):
       return
@@ -273,7 +277,8 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
 
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> list[str]:
+             *, max_tokens: int = 128, stop: Sequence[str] = (), ends: Sequence[int] = (), seed: int = 0) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
-  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
+  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, ends=ends,
+                  seed=seed)
   return [''.join(column) for column in zip(*pieces)]

@@ -17,6 +17,7 @@ from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
+from lm.models import transformer
 
 # What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -30,6 +31,15 @@ class Pretrained:
   tokenizer: Any
   folder: pathlib.Path
 
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """Token ids that end what it writes, as its files have them: of chat models there are several."""
+    for name in ('generation_config.json', 'config.json'):
+      found = json.loads((self.folder / name).read_text()) if (self.folder / name).is_file() else {}
+      if (ids := found.get('eos_token_id')) is not None:
+        return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
 
 def locate(name: str) -> pathlib.Path:
   """A folder: `name` itself, or the files of a model of that id on the Hugging Face hub, fetched or cached."""
@@ -42,7 +52,7 @@ def locate(name: str) -> pathlib.Path:
   try:
     # Weights as safetensors only: other formats can run code.
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.safetensors.index.json',
-                                                                    '*.model', *_SIDE]))
+                                                                    '*.model', *_SIDE], ignore_patterns=['*/*']))
   except Exception as error:   # of the network and of the hub, of many kinds
     raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
                   ) from None
@@ -53,6 +63,15 @@ def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
   return weights.open_model(folder, dtype=dtype)[0]
 
 
+def open_decoder(folder: pathlib.Path, dtype: Any = jnp.float32) -> transformer.Transformer:
+  """`open_model` of what predicts a text token by token; ValueError for an encoder, and for one with a source."""
+  model = open_model(folder, dtype)
+  if not isinstance(model, transformer.Transformer):
+    raise ValueError(f'{folder} holds a model of the kind {type(model).__name__}, which does not predict each token of '
+                     'a text from those before it; give a decoder')
+  return model
+
+
 def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
   """The folder's tokenizer; ValueError if it has more tokens than the model."""
   found = tokenizer.load(folder)
@@ -60,6 +79,12 @@ def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
     raise ValueError(f'{folder}: the tokenizer has {found.vocab_size} tokens, the weights only {model.vocab}; they are '
                      'not of one model')
   return found
+
+
+def load_decoder(name: str) -> Pretrained:
+  """`load`, of a decoder; see `open_decoder`."""
+  open_decoder(locate(name))
+  return load(name)
 
 
 def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretrained:

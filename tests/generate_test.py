@@ -61,12 +61,14 @@ def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
   """Token by token, [prompts, n]."""
   tokenizer = tokenizer or Bytes()
   ids = [np.int32([tokenizer.bos_id, *ids]) for ids in tokenizer.encode_batch(prompts)]
-  return np.concatenate(list(generate._tokens(model, params, ids, tokenizer, sampling, n, seed)), axis=1)
+  return np.concatenate(list(generate._tokens(model, params, ids, tokenizer, sampling, n, seed, [tokenizer.eos_id])),
+                        axis=1)
 
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
   """Pieces of a text, one a token, then the end."""
-  text = generate._Text(tokenizer or Bytes(), np.int32(prompt), stop)
+  tokenizer = tokenizer or Bytes()
+  text = generate._Text(tokenizer, np.int32(prompt), stop, [tokenizer.eos_id])
   return [text.push(i) for i in ids] + [text.end()]
 
 
@@ -245,6 +247,8 @@ def test_streams_join_to_completions():
   first = ends.tolist().index(Ends.eos_id)
   assert generate.generate(model, params, Ends(), PROMPTS, MIXED, max_tokens=24, seed=1) [0] == (
       Bytes().decode(ends[:first]).rstrip('\ufffd'))
+  made = generate.generate(model, params, Bytes(), PROMPTS, MIXED, max_tokens=24, seed=1, ends=[3, Ends.eos_id])
+  assert made[0] == Bytes().decode(ends[:first]).rstrip('\ufffd')   # and so where it is one of several
 
 
 def test_bad_requests_are_refused_in_words():

@@ -2,6 +2,7 @@
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,27 @@ def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, archi
   again, family = weights.open_model(tmp_path / 'out')
   with files.Weights(tmp_path / 'out') as tensors:
     assert same(weights.load_params(again, family, tensors), params)
+
+
+@pytest.mark.parametrize('model', [encoder.bert(64, 16, 2, 2, 32), encoder_decoder.t5(64, 16, 2, 2, 8, 24)])
+def test_a_text_is_not_scored_by_what_is_no_decoder(model, tmp_path):
+  weights.write(tmp_path / 'out', model, jax.jit(model.init)(jax.random.key(1)))
+  with pytest.raises(ValueError, match=f'{type(model).__name__}, which does not predict'):
+    pretrained.load_decoder(str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('files_, ends', [
+    ({}, (2,)), ({'config.json': [1, 5]}, (1, 5)), ({'config.json': 7, 'generation_config.json': [8, 9]}, (8, 9))])
+def test_what_ends_a_text_is_what_the_files_say(folder, tmp_path, files_, ends):
+  shutil.copytree(folder, tmp_path / 'model')
+  for name, ids in files_.items():
+    path = tmp_path / 'model' / name
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(values | {'eos_token_id': ids}))
+    if 'generation_config.json' not in files_:
+      (tmp_path / 'model' / 'generation_config.json').unlink(missing_ok=True)
+  found = pretrained.Pretrained(None, None, None, tmp_path / 'model').ends
+  assert found == (ends if files_ else (TOKENIZER.eos_id,))
 
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):
