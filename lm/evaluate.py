@@ -93,8 +93,7 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], posi
       pieces.append(_Piece(text, first, start, min(first + size, len(scores))))
   if not pieces:
     return found
-  least = max(*(piece.stop - piece.first for piece in pieces), min(256, sum(map(len, found))), 16)
-  width = min(1 << (least - 1).bit_length(), size)   # few widths, so few compilations
+  width = min(_width(max(*(piece.stop - piece.first for piece in pieces), min(256, sum(map(len, found))))), size)
   rows, data = _rows(pieces, width), max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
   count = -(-min(max(positions // width, 1), len(rows)) // data) * data
 
@@ -127,6 +126,63 @@ def _batch(texts: Sequence[np.ndarray], rows: list[list[_Piece]], count: int, wi
       tokens[span], targets[span] = texts[text][first:stop], texts[text][first + 1:stop + 1]
       positions[span], segments[span] = np.arange(stop - first), segment
   return Batch(tokens, targets, positions=positions, segments=segments)
+
+
+def log_probabilities_given(model: Any, params: Any, sources: Sequence[np.ndarray], texts: Sequence[np.ndarray],
+                            positions: int = 2048) -> list[np.ndarray]:
+  """Of each text, log p(tokens[i + 1] | tokens before it, its source) in nats, `[n - 1]`, by an encoder-decoder.
+
+  Batches hold about so many `positions` of texts and of sources, pairs of like length together.
+  """
+  order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), len(sources[i])), reverse=True)
+  data, found, at = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1), [np.zeros(0)] * len(texts), 0
+  while at < len(order):
+    width = _width(len(texts[order[at]]) - 1)
+    wide = _width(max(len(sources[i]) for i in order[at:at + max(positions // width, 1)]))
+    count = -(-max(positions // max(width, wide), 1) // data) * data
+    group = order[at:at + count]
+    tokens, targets, segments = np.zeros((3, count, width), np.int32)
+    source, source_segments = np.zeros((2, count, wide), np.int32)
+    for row, i in enumerate(group):
+      size, span = len(texts[i]) - 1, (row, slice(len(sources[i])))
+      tokens[row, :size], targets[row, :size], segments[row, :size] = texts[i][:-1], texts[i][1:], 1
+      source[span], source_segments[span] = sources[i], 1
+    batch = Batch(tokens, targets, segments=segments, source=source, source_segments=source_segments)
+    for i, scores in zip(group, np.asarray(_log_probabilities(model.apply, params, batch))):
+      found[i] = scores[:len(texts[i]) - 1]
+    at += count
+  return found
+
+
+def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int,
+                             positions: int = 2048) -> list[np.ndarray]:
+  """Of each text, log p(token i | all other tokens) in nats, `[n - 2]`, by a masked encoder; not of the ends.
+
+  Each token in turn is read as the token `mask` (Salazar et al. 2020, Masked Language Model Scoring): the sum is a
+  pseudo-log-likelihood, not to be compared with a decoder's. ValueError for a text longer than the model can place.
+  """
+  data, found = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1), []
+  for text in texts:
+    if len(text) > model.max_length:
+      raise ValueError(f'a text of {len(text)} tokens is longer than the {model.max_length} that the model can place; '
+                       'cut it')
+    width, scores = min(_width(len(text)), model.max_length), []
+    count = -(-max(positions // width, 1) // data) * data
+    for first in range(1, len(text) - 1, count):
+      places = np.arange(first, min(first + count, len(text) - 1))
+      tokens, segments = np.zeros((2, count, width), np.int32)
+      tokens[:, :len(text)], segments[:, :len(text)] = text, 1
+      targets = tokens.copy()
+      tokens[np.arange(len(places)), places] = mask
+      read = np.asarray(_log_probabilities(model.apply, params, Batch(tokens, targets, segments=segments)))
+      scores.append(read[np.arange(len(places)), places])
+    found.append(np.concatenate(scores) if scores else np.zeros(0, np.float32))
+  return found
+
+
+def _width(longest: int) -> int:
+  """Few widths, so few compilations."""
+  return 1 << (max(longest, 16) - 1).bit_length()
 
 
 def compress(text: bytes, training_text: bytes) -> dict[str, tuple[float, float]]:

@@ -40,6 +40,15 @@ class Pretrained:
         return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
 
+  @property
+  def begin(self) -> int:
+    """The token that an encoder-decoder's text begins with, as its config has it; ValueError where it does not."""
+    values = json.loads((self.folder / 'config.json').read_text())
+    for name in ('decoder_start_token_id', 'pad_token_id'):
+      if values.get(name) is not None:
+        return values[name]
+    raise ValueError(f'{self.folder}/config.json has no decoder_start_token_id: what a text begins with is not known')
+
 
 def locate(name: str) -> pathlib.Path:
   """A folder: `name` itself, or the files of a model of that id on the Hugging Face hub, fetched or cached."""
