@@ -57,6 +57,17 @@ def _log_probabilities(apply, params, batch: Batch) -> jax.Array:
   return sharding.constrain(found, '--')   # so that every host can read it
 
 
+@functools.partial(jax.jit, static_argnames='apply')
+def _log_probabilities_at(apply, params, batch: Batch, places_B: jax.Array) -> jax.Array:
+  """Of one place of each row, [B]: the head sees no other."""
+  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  outputs = apply(params, batch)
+  here = jnp.arange(batch.tokens.shape[1])[None] == sharding.constrain(places_B, 'B')[:, None]
+  hidden = jnp.sum(jnp.where(here[..., None], outputs.hidden, 0), axis=1, keepdims=True)
+  targets = jnp.sum(jnp.where(here, batch.targets, 0), axis=1, keepdims=True)
+  return sharding.constrain(target_log_probabilities(hidden, outputs.head, targets)[:, 0], '-')
+
+
 class _Piece(NamedTuple):
   """Tokens `first` to `stop` of a text are read, and those after them from `start` on scored."""
   text: int
@@ -169,13 +180,13 @@ def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray
     width, scores = min(_width(len(text)), model.max_length), []
     count = -(-max(positions // width, 1) // data) * data
     for first in range(1, len(text) - 1, count):
-      places = np.arange(first, min(first + count, len(text) - 1))
+      places = np.minimum(np.arange(first, first + count), len(text) - 1)
       tokens, segments = np.zeros((2, count, width), np.int32)
       tokens[:, :len(text)], segments[:, :len(text)] = text, 1
       targets = tokens.copy()
-      tokens[np.arange(len(places)), places] = mask
-      read = np.asarray(_log_probabilities(model.apply, params, Batch(tokens, targets, segments=segments)))
-      scores.append(read[np.arange(len(places)), places])
+      tokens[np.arange(count), places] = mask
+      read = _log_probabilities_at(model.apply, params, Batch(tokens, targets, segments=segments), places)
+      scores.append(np.asarray(read)[:len(text) - 1 - first])
     found.append(np.concatenate(scores) if scores else np.zeros(0, np.float32))
   return found
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import lzma
+import math
 
 import jax
 import jax.numpy as jnp
@@ -159,14 +160,16 @@ def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
 
 def rows_of(model, params, batch, tokens):
   """log p(tokens[i]) by the logits at i of the first row."""
+  batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), batch)   # a row for each shard
   logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(batch)
-  return np.asarray(jax.nn.log_softmax(logits))[0, np.arange(len(tokens)), tokens]
+  return np.asarray(jax.nn.log_softmax(np.asarray(logits)))[0, np.arange(len(tokens)), tokens]
 
 
-def test_a_text_given_its_source_scores_in_company_as_alone():
+@pytest.mark.parametrize('mesh', ['1x1', '4x2'])
+def test_a_text_given_its_source_scores_in_company_as_alone(mesh):
   model, rng = encoder_decoder.t5(64, 32, 2, 2, 8, 48), np.random.default_rng(0)
   sources, texts = ([rng.integers(64, size=n).astype(np.int32) for n in sizes] for sizes in ((5, 30, 17), (7, 2, 21)))
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:math.prod(map(int, mesh.split('x')))])):
     params = jax.jit(model.init)(jax.random.key(0))
     found = evaluate.log_probabilities_given(model, params, sources, texts, positions=64)
     for source, text, scores in zip(sources, texts, found, strict=True):
@@ -174,10 +177,11 @@ def test_a_text_given_its_source_scores_in_company_as_alone():
       np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_pseudo_log_probabilities_are_of_each_token_masked_alone():
+@pytest.mark.parametrize('mesh', ['1x1', '4x2'])
+def test_pseudo_log_probabilities_are_of_each_token_masked_alone(mesh):
   model, rng = encoder.bert(64, 32, 2, 2, 24), np.random.default_rng(0)
   texts = [rng.integers(5, 64, size=n).astype(np.int32) for n in (20, 3, 2, 24)]
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:math.prod(map(int, mesh.split('x')))])):
     params = jax.jit(model.init)(jax.random.key(0))
     found = evaluate.pseudo_log_probabilities(model, params, texts, 4, positions=100)
     assert [len(scores) for scores in found] == [18, 1, 0, 22]
