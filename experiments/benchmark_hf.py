@@ -70,8 +70,10 @@ def new_model(kind: str, folder: pathlib.Path) -> None:
   pytorch()
   import transformers
   transformers.utils.logging.disable_progress_bar()
-  config = transformers.AutoConfig.for_model(kind, **(OWN[kind] if kind in AUTO or kind == 'gpt2' else
-                                                      SIZES | OWN.get(kind, {})))
+  sizes = OWN[kind] if kind in AUTO or kind == 'gpt2' else SIZES | OWN.get(kind, {})
+  if kind == 'gpt_neox':   # which has no such thing
+    sizes = {name: size for name, size in sizes.items() if name != 'num_key_value_heads'}
+  config = transformers.AutoConfig.for_model(kind, **sizes)
   getattr(transformers, AUTO.get(kind, 'AutoModelForCausalLM')).from_config(config).save_pretrained(folder)
 
 
