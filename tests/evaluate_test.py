@@ -33,6 +33,7 @@ def itself(logits):
 class Bigram:
   """log p(next | token) = log softmax(table[token]); the table is the parameter."""
   max_length: int = 8
+  causal = True
 
   def apply(self, params, batch, *, key=None, cache=None):
     assert key is None   # evaluation has no dropout
@@ -128,6 +129,7 @@ def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, length
 class Counter:
   """log p(0 | the t tokens before) = log sigmoid(-t): tells what it has seen."""
   max_length: int = 8
+  causal = True
 
   def apply(self, params, batch: Batch):
     return Output(batch.positions[..., None], lambda t: jnp.concatenate([-t, 0 * t], axis=-1).astype(jnp.float32), None)

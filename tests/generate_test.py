@@ -21,6 +21,10 @@ class Bytes:
   """UTF-8, one token a byte."""
   vocab_size, bos_id, eos_id = 258, 256, 257
 
+  @property
+  def eos_ids(self):
+    return (self.eos_id,)
+
   def encode_batch(self, texts):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
@@ -60,8 +64,9 @@ def tiny(mesh=None):
 def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
   """Token by token, [prompts, n]."""
   tokenizer = tokenizer or Bytes()
-  ids = [np.int32([tokenizer.bos_id, *ids]) for ids in tokenizer.encode_batch(prompts)]
-  return np.concatenate(list(generate._tokens(model, params, ids, tokenizer, sampling, n, seed)), axis=1)
+  ids = tokenizer.encode_batch(prompts)
+  batch = generate._prompts(model, ids, tokenizer)
+  return np.concatenate(list(generate._tokens(model, params, ids, batch, tokenizer, sampling, n, seed)), axis=1)
 
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
