@@ -3,9 +3,12 @@
   python experiments/benchmark_hf.py --what=scoring --families=gpt2,llama
 
 Models are random and made on the spot. Scoring: 64 texts of 8 to 512 tokens under 4 layers x 512, float32; transformers
-gets them sorted by length, in padded batches of 8. Import: 1.2 billion parameters in bfloat16; the last arm only reads
-the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]'.
+gets them sorted by length, in padded batches of 8. BERT reads the texts unmasked, in one pass, and is asked for each
+token at its place; T5 gets the texts as sources, and targets of about their length. Import: 1.2 billion parameters in
+bfloat16; the last arm only reads the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install
+'lm[benchmark]'.
 """
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -16,7 +19,8 @@ from lm.race import Made
 
 What = Literal['scoring', 'import']
 Kind = Literal['gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3',
-               'smollm3', 'phi3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss', 'deepseek_v3', 'llama4_text']
+               'smollm3', 'phi3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss', 'deepseek_v3', 'llama4_text', 'bert',
+               't5']
 VOCAB, LENGTH = 16_384, 512
 SIZES = {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
          'num_key_value_heads': 4, 'intermediate_size': 1408, 'max_position_embeddings': LENGTH, 'pad_token_id': None,
@@ -33,13 +37,33 @@ OWN = {
     'deepseek_v3': {'n_routed_experts': 8, **EXPERTS, 'n_group': 2, 'topk_group': 1, 'first_k_dense_replace': 1,
                     'q_lora_rank': 192, 'kv_lora_rank': 128, 'qk_nope_head_dim': 64, 'qk_rope_head_dim': 32,
                     'v_head_dim': 64, 'num_key_value_heads': 8},
-    'llama4_text': {'num_local_experts': 8, 'intermediate_size': 704, 'intermediate_size_mlp': 1408, 'head_dim': 64}}
+    'llama4_text': {'num_local_experts': 8, 'intermediate_size': 704, 'intermediate_size_mlp': 1408, 'head_dim': 64},
+    'bert': {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
+             'intermediate_size': 2048, 'max_position_embeddings': LENGTH},
+    't5': {'vocab_size': VOCAB, 'd_model': 512, 'num_layers': 4, 'num_heads': 8, 'd_ff': 2048,
+           'decoder_start_token_id': 0}}
+WHOLE = 'gpt2', 'bert', 't5'   # nothing of SIZES is in their configs
+CLASSES = {'bert': 'AutoModelForMaskedLM', 't5': 'AutoModelForSeq2SeqLM'}
 
 
 def texts() -> list[Any]:
   import numpy as np
   rng = np.random.default_rng(0)
   return [rng.integers(0, VOCAB, int(n)) for n in np.clip(rng.lognormal(4.6, 0.8, 64), 8, LENGTH)]
+
+
+def targets() -> list[Any]:
+  """Of T5: one for each text, of its length, more or less."""
+  import numpy as np
+  rng = np.random.default_rng(1)
+  return [rng.integers(0, VOCAB, int(len(text) * rng.uniform(0.7, 1.3))) for text in texts()]
+
+
+def count(kind: Kind) -> int:
+  """Tokens that are scored; of T5 also those of the sources."""
+  if kind == 't5':
+    return sum(map(len, texts() + targets()))
+  return sum(len(text) - (kind != 'bert') for text in texts())
 
 
 def pytorch() -> Any:
@@ -53,8 +77,8 @@ def new_model(kind: str, folder: pathlib.Path) -> None:
   pytorch()
   import transformers
   transformers.utils.logging.disable_progress_bar()
-  config = transformers.AutoConfig.for_model(kind, **OWN[kind] if kind == 'gpt2' else SIZES | OWN.get(kind, {}))
-  transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+  config = transformers.AutoConfig.for_model(kind, **OWN[kind] if kind in WHOLE else SIZES | OWN.get(kind, {}))
+  getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_config(config).save_pretrained(folder)
 
 
 def new_large_model(folder: pathlib.Path) -> None:
@@ -84,32 +108,59 @@ def ours(folder: pathlib.Path) -> tuple[Any, Any]:
     return model, weights.load_params(model, family, found)
 
 
-def ours_scoring(folder: pathlib.Path) -> Made:
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+  """An encoder that reads what it is asked for."""
+  model: Any
+  max_length: int
+  causal = True
+
+  def apply(self, params: Any, batch: Any) -> Any:
+    return self.model.apply(params, batch._replace(tokens=batch.targets))
+
+
+def ours_scoring(folder: pathlib.Path, kind: Kind) -> Made:
   model, params = ours(folder)
   import jax
   import numpy as np
 
   from lm import evaluate
-  return (lambda: -float(np.concatenate(evaluate.log_probabilities(model, params, texts())).mean()),
+  documents, sources = texts(), None
+  if kind == 'bert':
+    model, documents = InPlace(model, model.max_length), [np.r_[0, text] for text in documents]
+  if kind == 't5':
+    sources, documents = documents, [np.r_[0, text] for text in targets()]
+  return (lambda: -float(np.concatenate(evaluate.log_probabilities(model, params, documents, sources=sources)).mean()),
           {'weights': sum(x.size for x in jax.tree.leaves(params))})
 
 
-def transformers_scoring(folder: pathlib.Path) -> Made:
+def transformers_scoring(folder: pathlib.Path, kind: Kind) -> Made:
   torch = pytorch()
   import transformers
   transformers.utils.logging.disable_progress_bar()
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-  documents = sorted((torch.from_numpy(text) for text in texts()), key=len, reverse=True)
+  model = getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_pretrained(
+      folder, dtype=torch.float32).eval()
+  pairs = [list(map(torch.from_numpy, pair)) for pair in zip(texts(), targets())]
+  pairs.sort(key=lambda pair: len(pair[0]), reverse=True)
+
+  def forward(some):
+    """Logits, and what is asked for at their places; -100 is nothing."""
+    ids, asked = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True, padding_value=-100) for side in zip(*some))
+    read = {'input_ids': ids.clamp(min=0), 'attention_mask': (ids >= 0).long()}
+    if kind == 'bert':
+      return model(**read).logits, ids
+    if kind == 't5':
+      shifted = torch.nn.functional.pad(asked[:, :-1].clamp(min=0), (1, 0))
+      return model(**read, decoder_input_ids=shifted, use_cache=False).logits, asked
+    return model(**read, use_cache=False).logits[:, :-1], ids[:, 1:]
 
   @torch.inference_mode()
   def go():
     loss = count = 0
-    for at in range(0, len(documents), 8):
-      ids = torch.nn.utils.rnn.pad_sequence(documents[at:at + 8], batch_first=True, padding_value=-100)
-      mask = (ids >= 0).long()
-      logits = model(ids.clamp(min=0), attention_mask=mask, use_cache=False).logits[:, :-1]
-      loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction='sum')
-      count += int(mask[:, 1:].sum())
+    for at in range(0, len(pairs), 8):
+      logits, asked = forward(pairs[at:at + 8])
+      loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), asked.flatten(), reduction='sum')
+      count += int((asked >= 0).sum())
     return float(loss) / count
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
@@ -151,9 +202,9 @@ def benchmark(*, what: list[What] = get_args(What), families: list[Kind] = get_a
       folder = pathlib.Path(temporary) / kind
       with race.process() as pool:
         pool.submit(new_model, kind, folder).result()
-      found = race.race(f'scoring, {kind}', {'ours': (ours_scoring, folder),
-                                             'transformers': (transformers_scoring, folder)},
-                        sum(len(text) - 1 for text in texts()), rounds, 1)
+      found = race.race(f'scoring, {kind}', {'ours': (ours_scoring, folder, kind),
+                                             'transformers': (transformers_scoring, folder, kind)},
+                        count(kind), rounds, 1)
       if len(found) == 2:
         (mine, my_loss), (theirs, their_loss) = found.values()
         table.append(f'  {kind:12} {mine:10,.0f} {theirs:13,.0f} {mine / theirs:6.2f} '

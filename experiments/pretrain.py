@@ -91,6 +91,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
   folder = pretrained.locate(model) if model else None
+  if folder and not isinstance(pretrained.open_model(folder), transformer.Transformer):
+    raise ValueError(f'--model={model} is no decoder, and next tokens are what is learned here; take one such as GPT-2 '
+                     'or Llama')
   if tokenizer_file or folder:
     tokens = tokenizer.load(tokenizer_file or folder)
   elif tokenizer_kind == 'bytes':

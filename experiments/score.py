@@ -4,23 +4,31 @@
   python experiments/score.py --workdir=runs/quickstart --text="Once upon a time"
   python experiments/score.py --workdir=runs/quickstart --split=validation
   python experiments/score.py --model=gpt2 --jsonl='texts/*.jsonl'
+  python experiments/score.py --model=google-bert/bert-base-uncased --text="Once upon a time"
+  python experiments/score.py --model=t5-small --source="translate English to German: Hello" --text="Hallo"
 """
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lm import evaluate, launch, pretrained, sharding, trained
 from lm.data import corpora
+from lm.data.tokenizer import mask_id
+from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 
 
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
-          split: str | None = None, context: int = 0, bos: bool = True, best: bool = False,
-          mesh: str | None = None) -> None:
+          source: str | None = None, source_key: str | None = None, split: str | None = None, context: int = 0,
+          bos: bool = True, best: bool = False, mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
+
+  An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
+  pseudo-log-likelihoods.
 
   Args:
     workdir: of the run.
@@ -29,6 +37,8 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     file: a text file to score.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern; a line is a text.
     key: the field of a line that holds the text.
+    source: what the encoder of an encoder-decoder reads, such as a text to translate; the text is the translation.
+    source_key: the field of a line that holds the source.
     split: train or validation.
     context: positions before each window of a split that are read again, for context.
     bos: begin the text as a document begins; without it, as in transformers' loss, the first token is not scored.
@@ -39,16 +49,19 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     raise ValueError('give one of --text, --file, --jsonl and --split')
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
-  texts = None if jsonl is None else corpora.jsonl(jsonl, key, validation=0.).splits['train']
+  if source is not None and jsonl is not None or source_key and jsonl is None:
+    raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
     text = file.read_text('utf-8', errors='replace')
+  texts, sources = [text], None if source is None else [source]
+  if jsonl is not None:
+    texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
+    sources = corpora.jsonl(jsonl, source_key, validation=0.).splits['train'] if source_key else None
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    if texts is not None:
-      show_all(loaded, texts, bos)
-      return
     if split is None:
-      show(loaded, text, bos)
+      check(loaded.model, sources is not None, bos)
+      (show if jsonl is None else show_all)(loaded, texts, sources, bos)
       return
     run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
     data = run.data.open(workdir)
@@ -60,43 +73,70 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       print(f'{name:14} {value:.4f}')
 
 
-def tokens_of(tokenizer: Any, text: str, bos: bool) -> np.ndarray:
-  ids = np.asarray(tokenizer.encode(text))
-  return np.concatenate([[tokenizer.bos_id], ids]) if bos else ids
+def check(model: Any, has_source: bool, bos: bool) -> None:
+  """ValueError where flags do not go with the kind of model."""
+  if isinstance(model, EncoderDecoder) and not has_source:
+    raise ValueError('an encoder-decoder scores a text given its source: give --source (of --jsonl, --source_key)')
+  if not isinstance(model, EncoderDecoder) and has_source:
+    raise ValueError('--source and --source_key are for an encoder-decoder, such as T5, which this model is not')
+  if isinstance(model, EncoderDecoder | Encoder) and not bos:
+    raise ValueError('--nobos is for decoders; this model scores the first token too')
+  if isinstance(model, Encoder):
+    print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
 
 
-def size_of(tokenizer: Any, text: str, tokens: np.ndarray, bos: bool) -> int:
-  """UTF-8 bytes of what is scored."""
-  return len(text.encode()) - (0 if bos else len(tokenizer.decode(tokens[:1].tolist()).encode()))
+class Scored(NamedTuple):
+  tokens: list[int]     # that are scored
+  scores: np.ndarray    # log p of each
+  size: int             # UTF-8 bytes that they stand for
 
 
-def show(loaded: trained.Trained | pretrained.Pretrained, text: str, bos: bool) -> None:
+def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+           bos: bool) -> list[Scored]:
+  model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
+  begin, end = [tokenizer.bos_id] * bos, [tokenizer.eos_id]
+  ids = [np.int32([*begin, *found]) for found in tokenizer.encode_batch(texts)]
+  if isinstance(model, Encoder):
+    ids = [np.int32([*found, *end]) for found in ids]
+    scores = evaluate.pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
+  elif sources is not None:
+    ids = [np.int32([*found, *end]) for found in ids]
+    read = [np.int32([*found, *end]) for found in tokenizer.encode_batch(sources)]
+    scores = evaluate.log_probabilities(model, params, ids, sources=read)
+  else:
+    scores = evaluate.log_probabilities(model, params, ids)
+  unscored = ['' if bos else tokenizer.decode(found[:1]) for found in ids]
+  return [Scored(found[1:1 + len(of)].tolist(), of, len(text.encode()) - len(first.encode()))
+          for text, first, found, of in zip(texts, unscored, ids, scores)]
+
+
+def show(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+         bos: bool) -> None:
   """Prints a line a token, and the sums."""
-  if not text:
+  if not texts[0]:
     raise ValueError('there is no text to score: it is empty')
-  tokens = tokens_of(loaded.tokenizer, text, bos)
-  if len(tokens) < 2:
-    raise ValueError(f'--nobos leaves nothing to score in a text of {len(tokens)} token')
-  scores = evaluate.log_probabilities(loaded.model, loaded.params, [tokens])[0]
+  found, = scored(loaded, texts, sources, bos)
+  if not found.tokens:
+    raise ValueError('there is nothing to score in the text: it has no token, or one token after --nobos')
+  names = {loaded.tokenizer.control_id(name): name for name in loaded.tokenizer.control_names}
   print('log p     token')
-  for token, value in zip(tokens[1:].tolist(), scores):
-    print(f'{value:8.4f}  {loaded.tokenizer.decode([token])!r}')
-  print(f'\n{told([scores], size_of(loaded.tokenizer, text, tokens, bos))}')
+  for token, value in zip(found.tokens, found.scores):
+    print(f'{value:8.4f}  {names.get(token) or loaded.tokenizer.decode([token])!r}')
+  print(f'\n{told([found.scores], found.size)}')
 
 
-def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], bos: bool) -> None:
+def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+             bos: bool) -> None:
   """Prints a line a text, and the sums; a few hundred texts at a time."""
   everything, whole = [], 0
   print('  tokens    loss  bits a byte  text')
   for begin in range(0, len(texts), 256):
-    some = texts[begin:begin + 256]
-    tokens = [tokens_of(loaded.tokenizer, text, bos) for text in some]
-    scores = evaluate.log_probabilities(loaded.model, loaded.params, tokens)
-    for text, ids, found in zip(some, tokens, scores):
-      size, nll = size_of(loaded.tokenizer, text, ids, bos), -float(np.sum(found, dtype=np.float64))
-      print(f'{len(found):8,} {nll / max(len(found), 1):7.4f} {nll / np.log(2) / max(size, 1):12.4f}  {text[:60]!r}')
-      whole += size
-    everything += scores
+    some = slice(begin, begin + 256)
+    for text, found in zip(texts[some], scored(loaded, texts[some], sources and sources[some], bos)):
+      nll, count = -float(np.sum(found.scores, dtype=np.float64)), len(found.scores)
+      print(f'{count:8,} {nll / max(count, 1):7.4f} {nll / np.log(2) / max(found.size, 1):12.4f}  {text[:60]!r}')
+      everything.append(found.scores)
+      whole += found.size
   print(f'\n{len(texts):,} texts: {told(everything, whole)}')
 
 

@@ -17,6 +17,7 @@ from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
+from lm.models.encoder_decoder import EncoderDecoder
 
 # What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -42,7 +43,8 @@ def locate(name: str) -> pathlib.Path:
   try:
     # Weights as safetensors only: other formats can run code.
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.safetensors.index.json',
-                                                                    '*.model', *_SIDE]))
+                                                                    '*.model', *_SIDE],
+                                              ignore_patterns=['*/*']))   # copies of other formats; * matches / too
   except Exception as error:   # of the network and of the hub, of many kinds
     raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
                   ) from None
@@ -139,7 +141,10 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
   `like` is the folder that the model was imported from, whose tokenizer, chat template and generation config it keeps.
   """
   with files.new_folder(folder) as new:
-    ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id}
+    ids = {'bos_token_id': tokens.bos_id,
+           'eos_token_id': tokens.eos_id if len(tokens.eos_ids) == 1 else list(tokens.eos_ids)}
+    if isinstance(model, EncoderDecoder):   # transformers shifts labels by these
+      ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
     weights.write(new, model, params, dtype=dtype, extra=ids)
     kept = [path for name in _SIDE if name != 'config.json' and like and (path := like / name).is_file()]
     for path in (*kept, *(like.glob('*.model') if like else ())):

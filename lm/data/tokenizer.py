@@ -15,11 +15,12 @@ from lm.data.huggingface import HuggingFace
 from lm.data.vocabulary import CONTROL, Bytes, SentencePiece, Tokenizer, sentinels
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
-           'train_sentencepiece']
+           'train_sentencepiece', 'mask_id']
 
 # Names of separators in public vocabularies, most telling first.
 _BOS = ('<s>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '[CLS]', '<|endoftext|>')
 _EOS = ('</s>', '<|end_of_text|>', '<eos>', '[SEP]', '<|endoftext|>')
+_MASK = ('[MASK]', '<mask>', '<|mask|>')
 
 
 def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe', 'unigram'] = 'bpe',
@@ -136,6 +137,14 @@ def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
       if key.endswith('_token') and isinstance(name, str):
         tokens[key] = name
   return tokens
+
+
+def mask_id(tokenizer: Tokenizer) -> int:
+  """The control token that hides a word from an encoder; ValueError where there is none of a known name."""
+  if not (found := [name for name in _MASK if name in tokenizer.control_names]):
+    raise ValueError(f'the tokenizer has no mask token ({" or ".join(_MASK)}) among its control tokens '
+                     f'({", ".join(tokenizer.control_names)}), and an encoder is scored by masking')
+  return tokenizer.control_id(found[0])
 
 
 def _named(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> list[str]:

@@ -62,7 +62,7 @@ def prompt_width(texts: Sequence[np.ndarray]) -> int:
 
 class Model(nn.Module):
   """Base of models: Flax modules whose parameters are an explicit tree."""
-  causal = True   # whether all that comes before a token, and nothing else, says what it is asked for
+  causal = True   # what comes after a token does not change its output, unless the batch says so
 
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
