@@ -252,6 +252,23 @@ def test_streams_join_to_completions():
       Bytes().decode(ends[:first]).rstrip('\ufffd'))
 
 
+def test_text_ends_at_any_of_the_ends():
+  model, params = tiny()
+  made = tokens_of(model, params, PROMPTS, GREEDY, 24)
+  first, second = int(made[0][5]), int(made[2][1])
+
+  class Ends(Bytes):
+    eos_ids = 257, first, second
+
+  together = generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=24)
+  for row, text in zip(made, together):
+    ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
+    assert text == ''.join(text_of(row[:ended[0] if ended else None]))
+  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in made[[0, 2]]}) == 2   # one ended by each
+  alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
+  assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
+
+
 def test_bad_requests_are_refused_in_words():
   call = functools.partial(generate.generate, Table(), None, Six())
   assert call([]) == []

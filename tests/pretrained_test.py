@@ -1,4 +1,5 @@
 """Models of others come in, are trained on, and go out; without torch."""
+import dataclasses
 import functools
 import json
 import pathlib
@@ -150,6 +151,28 @@ def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, archi
   again, family = weights.open_model(tmp_path / 'out')
   with files.Weights(tmp_path / 'out') as tensors:
     assert same(weights.load_params(again, family, tensors), params)
+
+
+def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, monkeypatch):
+  hub = pytest.importorskip('huggingface_hub')
+  held = ['config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'tokenizer.model',
+          'original/model.safetensors', 'original/config.json', 'original/tokenizer.model', 'onnx/x/model.safetensors',
+          'pytorch_model.bin', 'README.md']
+  fetched = []
+
+  def download(name, **patterns):
+    fetched.extend(hub.utils.filter_repo_objects(held, **patterns))
+    return str(tmp_path)
+  monkeypatch.setattr(hub, 'snapshot_download', download)
+  assert pretrained.locate('some/model') == tmp_path and fetched == held[:4]
+
+
+def test_several_ends_go_out_and_come_back(params, tmp_path):
+  pytest.importorskip('tokenizers')
+  pretrained.write(tmp_path / 'first', MODEL, params, TOKENIZER)
+  tokens = dataclasses.replace(pretrained.load(str(tmp_path / 'first')).tokenizer, ends=(7, 9))
+  pretrained.write(tmp_path / 'out', MODEL, params, tokens)
+  assert pretrained.load(str(tmp_path / 'out')).tokenizer.eos_ids == (TOKENIZER.eos_id, 7, 9)
 
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):
