@@ -265,6 +265,8 @@ def test_text_ends_at_any_of_the_ends():
     ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
     assert text == ''.join(text_of(row[:ended[0] if ended else None]))
   assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in made[[0, 2]]}) == 2   # one ended by each
+  ended = tokens_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())[0, made[0].tolist().index(first):]
+  assert set(ended[1:].tolist()) == {257}   # nothing is made after it
   alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 
