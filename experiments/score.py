@@ -49,7 +49,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     raise ValueError('give one of --text, --file, --jsonl and --split')
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
-  if source is not None and jsonl is not None or source_key and jsonl is None:
+  if source is not None and text is None and file is None or source_key and jsonl is None:
     raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
     text = file.read_text('utf-8', errors='replace')
