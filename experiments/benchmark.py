@@ -82,8 +82,8 @@ def ours_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
   params = model.unstack(jax.jit(model.init)(jax.random.key(0)))
   ids = list(tokens(shape.vocab, batch, PROMPT - 1))   # and bos
   # Stands for a tokenizer: an end that is never chosen, and no time spent on text.
-  tokenizer = types.SimpleNamespace(vocab_size=shape.vocab, bos_id=0, eos_id=-1, encode_batch=lambda prompts: ids,
-                                    decode=lambda ids: 'x' * len(ids))
+  tokenizer = types.SimpleNamespace(vocab_size=shape.vocab, bos_id=0, eos_id=-1, eos_ids=(-1,),
+                                    encode_batch=lambda prompts: ids, decode=lambda ids: 'x' * len(ids))
 
   def go():
     texts = generate.generate(model, params, tokenizer, [''] * batch, generate.Sampling(0.), max_tokens=new_tokens)

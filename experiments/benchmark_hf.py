@@ -3,10 +3,12 @@
   python experiments/benchmark_hf.py --what=scoring --families=gpt2,llama
 
 Models are random and made on the spot. Scoring: 64 texts of 8 to 512 tokens under 4 layers x 512, float32; transformers
-gets them sorted by length, in padded batches of 8. BERT masks each token of 4 texts of at most 48 in turn; T5 scores
-half of the texts, given the other half. Import: 1.2 billion parameters in bfloat16; the last arm only reads the file.
-Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]'.
+gets them sorted by length, in padded batches of 8. BERT reads the texts unmasked, in one pass, and is asked for each
+token at its place; T5 gets the texts as sources, and targets of about their length. Import: 1.2 billion parameters in
+bfloat16; the last arm only reads the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install
+'lm[benchmark]'.
 """
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -17,21 +19,16 @@ from lm.race import Made
 
 What = Literal['scoring', 'import']
 Kind = Literal['gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3',
-               'smollm3', 'phi3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss', 'deepseek_v3', 'llama4_text',
-               'bert', 't5']
+               'smollm3', 'phi3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss', 'deepseek_v3', 'llama4_text', 'bert',
+               't5']
 VOCAB, LENGTH = 16_384, 512
 SIZES = {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
          'num_key_value_heads': 4, 'intermediate_size': 1408, 'max_position_embeddings': LENGTH, 'pad_token_id': None,
          'bos_token_id': None, 'eos_token_id': None}
 EXPERTS = {'moe_intermediate_size': 704, 'num_experts_per_tok': 2}
-AUTO = {'bert': 'AutoModelForMaskedLM', 't5': 'AutoModelForSeq2SeqLM'}
 # What a family names otherwise.
 OWN = {
     'gpt2': {'vocab_size': VOCAB, 'n_embd': 512, 'n_layer': 4, 'n_head': 8, 'n_positions': LENGTH},
-    'bert': {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
-             'intermediate_size': 2048},
-    't5': {'vocab_size': VOCAB, 'd_model': 512, 'd_kv': 64, 'd_ff': 1408, 'num_layers': 4, 'num_heads': 8,
-           'decoder_start_token_id': 0, 'pad_token_id': 0},
     'gemma2': {'head_dim': 64}, 'gemma3_text': {'head_dim': 64}, 'qwen3': {'head_dim': 64},
     'mixtral': {'num_local_experts': 8, 'intermediate_size': 704},
     'qwen2_moe': {'num_experts': 8, **EXPERTS, 'shared_expert_intermediate_size': 704},
@@ -40,7 +37,13 @@ OWN = {
     'deepseek_v3': {'n_routed_experts': 8, **EXPERTS, 'n_group': 2, 'topk_group': 1, 'first_k_dense_replace': 1,
                     'q_lora_rank': 192, 'kv_lora_rank': 128, 'qk_nope_head_dim': 64, 'qk_rope_head_dim': 32,
                     'v_head_dim': 64, 'num_key_value_heads': 8},
-    'llama4_text': {'num_local_experts': 8, 'intermediate_size': 704, 'intermediate_size_mlp': 1408, 'head_dim': 64}}
+    'llama4_text': {'num_local_experts': 8, 'intermediate_size': 704, 'intermediate_size_mlp': 1408, 'head_dim': 64},
+    'bert': {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
+             'intermediate_size': 2048, 'max_position_embeddings': LENGTH},
+    't5': {'vocab_size': VOCAB, 'd_model': 512, 'num_layers': 4, 'num_heads': 8, 'd_ff': 2048,
+           'decoder_start_token_id': 0}}
+WHOLE = 'gpt2', 'bert', 't5'   # nothing of SIZES is in their configs
+CLASSES = {'bert': 'AutoModelForMaskedLM', 't5': 'AutoModelForSeq2SeqLM'}
 
 
 def texts() -> list[Any]:
@@ -49,14 +52,18 @@ def texts() -> list[Any]:
   return [rng.integers(0, VOCAB, int(n)) for n in np.clip(rng.lognormal(4.6, 0.8, 64), 8, LENGTH)]
 
 
-def work(kind: str) -> tuple[list[Any], list[Any], int]:
-  """Texts, the sources of them, and how many tokens are scored."""
-  if kind == 'bert':
-    some = [text[:48] for text in texts()[:4]]
-    return some, [], sum(len(text) - 2 for text in some)
+def targets() -> list[Any]:
+  """Of T5: one for each text, of its length, more or less."""
+  import numpy as np
+  rng = np.random.default_rng(1)
+  return [rng.integers(0, VOCAB, int(len(text) * rng.uniform(0.7, 1.3))) for text in texts()]
+
+
+def count(kind: Kind) -> int:
+  """Tokens that are scored; of T5 also those of the sources."""
   if kind == 't5':
-    return texts()[32:], texts()[:32], sum(len(text) - 1 for text in texts()[32:])
-  return texts(), [], sum(len(text) - 1 for text in texts())
+    return sum(map(len, texts() + targets()))
+  return sum(len(text) - (kind != 'bert') for text in texts())
 
 
 def pytorch() -> Any:
@@ -70,11 +77,11 @@ def new_model(kind: str, folder: pathlib.Path) -> None:
   pytorch()
   import transformers
   transformers.utils.logging.disable_progress_bar()
-  sizes = OWN[kind] if kind in AUTO or kind == 'gpt2' else SIZES | OWN.get(kind, {})
+  sizes = OWN[kind] if kind in WHOLE else SIZES | OWN.get(kind, {})
   if kind == 'gpt_neox':   # which has no such thing
     sizes = {name: size for name, size in sizes.items() if name != 'num_key_value_heads'}
   config = transformers.AutoConfig.for_model(kind, **sizes)
-  getattr(transformers, AUTO.get(kind, 'AutoModelForCausalLM')).from_config(config).save_pretrained(folder)
+  getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_config(config).save_pretrained(folder)
 
 
 def new_large_model(folder: pathlib.Path) -> None:
@@ -104,60 +111,60 @@ def ours(folder: pathlib.Path) -> tuple[Any, Any]:
     return model, weights.load_params(model, family, found)
 
 
-def ours_scoring(folder: pathlib.Path, kind: str) -> Made:
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+  """An encoder that reads what it is asked for."""
+  model: Any
+  max_length: int
+  causal = True
+
+  def apply(self, params: Any, batch: Any) -> Any:
+    return self.model.apply(params, batch._replace(tokens=batch.targets))
+
+
+def ours_scoring(folder: pathlib.Path, kind: Kind) -> Made:
   model, params = ours(folder)
   import jax
   import numpy as np
 
   from lm import evaluate
-  some, sources, _ = work(kind)
-  score = {'bert': lambda: evaluate.pseudo_log_probabilities(model, params, some, mask=4),
-           't5': lambda: evaluate.log_probabilities_given(model, params, sources, some)}.get(
-               kind, lambda: evaluate.log_probabilities(model, params, some))
-  return lambda: -float(np.concatenate(score()).mean()), {'weights': sum(x.size for x in jax.tree.leaves(params))}
+  documents, sources = texts(), None
+  if kind == 'bert':
+    model, documents = InPlace(model, model.max_length), [np.r_[0, text] for text in documents]
+  if kind == 't5':
+    sources, documents = documents, [np.r_[0, text] for text in targets()]
+  return (lambda: -float(np.concatenate(evaluate.log_probabilities(model, params, documents, sources=sources)).mean()),
+          {'weights': sum(x.size for x in jax.tree.leaves(params))})
 
 
-def transformers_scoring(folder: pathlib.Path, kind: str) -> Made:
+def transformers_scoring(folder: pathlib.Path, kind: Kind) -> Made:
   torch = pytorch()
   import transformers
   transformers.utils.logging.disable_progress_bar()
-  kind_of_model = getattr(transformers, AUTO.get(kind, 'AutoModelForCausalLM'))
-  model = kind_of_model.from_pretrained(folder, dtype=torch.float32).eval()
-  some, sources, count = work(kind)
-  order = sorted(range(len(some)), key=lambda i: -len(some[i]))
+  model = getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_pretrained(
+      folder, dtype=torch.float32).eval()
+  pairs = [list(map(torch.from_numpy, pair)) for pair in zip(texts(), targets())]
+  pairs.sort(key=lambda pair: len(pair[0]), reverse=True)
 
-  def padded(documents):
-    ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(text) for text in documents], True, -100)
-    return ids, (ids >= 0).long()
-
-  def masked():
-    """(inputs, what is asked at each position or -100), 32 rows at a time."""
-    for text in some:
-      ids = torch.from_numpy(text)
-      places = torch.arange(1, len(ids) - 1)[:, None]
-      here = torch.arange(len(ids))[None] == places
-      yield from zip(torch.where(here, 4, ids).split(32), torch.where(here, ids, -100).split(32))
-
-  def batches():
-    """(logits, targets)"""
+  def forward(some):
+    """Logits, and what is asked for at their places; -100 is nothing."""
+    ids, asked = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True, padding_value=-100) for side in zip(*some))
+    read = {'input_ids': ids.clamp(min=0), 'attention_mask': (ids >= 0).long()}
     if kind == 'bert':
-      for ids, targets in masked():
-        yield model(ids).logits, targets
-      return
-    for group in (order[at:at + 8] for at in range(0, len(order), 8)):
-      ids, mask = padded([some[i] for i in group])
-      if kind == 't5':
-        source, source_mask = padded([sources[i] for i in group])
-        yield model(input_ids=source.clamp(min=0), attention_mask=source_mask, use_cache=False,
-                    decoder_input_ids=ids[:, :-1].clamp(min=0)).logits, ids[:, 1:]
-      else:
-        yield model(ids.clamp(min=0), attention_mask=mask, use_cache=False).logits[:, :-1], ids[:, 1:]
+      return model(**read).logits, ids
+    if kind == 't5':
+      shifted = torch.nn.functional.pad(asked[:, :-1].clamp(min=0), (1, 0))
+      return model(**read, decoder_input_ids=shifted, use_cache=False).logits, asked
+    return model(**read, use_cache=False).logits[:, :-1], ids[:, 1:]
 
   @torch.inference_mode()
   def go():
-    losses = [torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='sum')
-              for logits, targets in batches()]
-    return float(sum(losses)) / count
+    loss = count = 0
+    for at in range(0, len(pairs), 8):
+      logits, asked = forward(pairs[at:at + 8])
+      loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), asked.flatten(), reduction='sum')
+      count += int((asked >= 0).sum())
+    return float(loss) / count
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
 
@@ -200,7 +207,7 @@ def benchmark(*, what: list[What] = get_args(What), families: list[Kind] = get_a
         pool.submit(new_model, kind, folder).result()
       found = race.race(f'scoring, {kind}', {'ours': (ours_scoring, folder, kind),
                                              'transformers': (transformers_scoring, folder, kind)},
-                        work(kind)[2], rounds, 1)
+                        count(kind), rounds, 1)
       if len(found) == 2:
         (mine, my_loss), (theirs, their_loss) = found.values()
         table.append(f'  {kind:12} {mine:10,.0f} {theirs:13,.0f} {mine / theirs:6.2f} '

@@ -1,24 +1,26 @@
 """Write text with a trained run or a Hugging Face model, as it comes.
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
+  python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
 
 import jax
 
 from lm import generate, launch, pretrained, sharding, trained
+from lm.models.encoder_decoder import EncoderDecoder
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
          mesh: str | None = None) -> None:
-  """Prints the prompt and its completion; several completions one after the other.
+  """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
     workdir: of the run.
     model: a Hugging Face folder, an imported one or an id on the hub, in place of a run.
-    prompt: what the text begins with; nothing begins a new document.
+    prompt: what the text begins with; nothing begins a new document. An encoder-decoder reads it, and writes anew.
     temperature: divides the logits; 0 takes the most probable token each time.
     top_k: draw among the k most probable tokens; 0 among all.
     top_p: draw among the fewest tokens whose probabilities reach this sum; 1 among all.
@@ -37,18 +39,18 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
   if n > 1 and sampling.greedy:
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh(mesh)):
-    loaded = pretrained.load_decoder(model) if model else trained.load(workdir, best)
+    loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    shown = '' if isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
     begun = False
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed,
-                                  ends=loaded.ends if model else ()):
-      print(pieces[0] if begun else prompt + pieces[0], end='', flush=True)   # the first is shown as it is written
+                                  max_tokens=max_tokens, stop=stop, seed=seed):
+      print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]
     print()
     for text in rest[1:]:
-      print(f'\n{"-" * 80}\n{prompt}{text}')
+      print(f'\n{"-" * 80}\n{shown}{text}')
 
 
 if __name__ == '__main__':

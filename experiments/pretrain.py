@@ -91,6 +91,10 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
   folder = pretrained.locate(model) if model else None
+  decoder = pretrained.open_model(folder, jnp.dtype(precision)) if folder else None
+  if folder and not isinstance(decoder, transformer.Transformer):
+    raise ValueError(f'--model={model} is no decoder, and next tokens are what is learned here; take one such as GPT-2 '
+                     'or Llama')
   if tokenizer_file or folder:
     tokens = tokenizer.load(tokenizer_file or folder)
   elif tokenizer_kind == 'bytes':
@@ -102,7 +106,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
   if folder:
-    decoder = pretrained.open_decoder(folder, shape['dtype']).clone(remat=shape['remat'])
+    decoder = decoder.clone(remat=shape['remat'])
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,

@@ -4,36 +4,41 @@
   python experiments/score.py --workdir=runs/quickstart --text="Once upon a time"
   python experiments/score.py --workdir=runs/quickstart --split=validation
   python experiments/score.py --model=gpt2 --jsonl='texts/*.jsonl'
-  python experiments/score.py --model=google-t5/t5-small --source="translate English to German: Hello" --text="Hallo"
-
-Of a masked encoder (BERT) it is the pseudo-log-likelihood: each token is masked in turn.
+  python experiments/score.py --model=google-bert/bert-base-uncased --text="Once upon a time"
+  python experiments/score.py --model=t5-small --source="translate English to German: Hello" --text="Hallo"
 """
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lm import evaluate, launch, pretrained, sharding, trained
 from lm.data import corpora
-from lm.models import encoder, encoder_decoder
+from lm.data.tokenizer import mask_id
+from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 
 
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
-          text: str | None = None, source: str | None = None, file: pathlib.Path | None = None,
-          jsonl: str | None = None, key: str = 'text', split: str | None = None, context: int = 0, bos: bool = True,
-          best: bool = False, mesh: str | None = None) -> None:
+          text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
+          source: str | None = None, source_key: str | None = None, split: str | None = None, context: int = 0,
+          bos: bool = True, best: bool = False, mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
+
+  An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
+  pseudo-log-likelihoods.
 
   Args:
     workdir: of the run.
     model: a Hugging Face folder, an imported one or an id on the hub, in place of a run.
     text: what to score.
-    source: what the text answers, for an encoder-decoder such as T5.
     file: a text file to score.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern; a line is a text.
     key: the field of a line that holds the text.
+    source: what the encoder of an encoder-decoder reads, such as a text to translate; the text is the translation.
+    source_key: the field of a line that holds the source.
     split: train or validation.
     context: positions before each window of a split that are read again, for context.
     bos: begin the text as a document begins; without it, as in transformers' loss, the first token is not scored.
@@ -44,20 +49,22 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     raise ValueError('give one of --text, --file, --jsonl and --split')
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
-  kind = pretrained.open_model(pretrained.locate(model)) if model else None
-  if isinstance(kind, encoder_decoder.EncoderDecoder) != (source is not None):
-    raise ValueError(f'--source={source} is for an encoder-decoder, such as T5; leave it out' if source is not None else
-                     f'--model={model} is an encoder-decoder: give it a --source, and with --text what to score')
-  texts = None if jsonl is None else corpora.jsonl(jsonl, key, validation=0.).splits['train']
+  if source is not None and text is None and file is None or source_key and jsonl is None:
+    raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
     text = file.read_text('utf-8', errors='replace')
+  texts, sources = [text], None if source is None else [source]
+  if jsonl is not None:
+    texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
+    sources = corpora.jsonl(jsonl, source_key, validation=0.).splits['train'] if source_key else None
+  if model:   # before the weights, which take long
+    check(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    if texts is not None:
-      show_all(loaded, texts, bos)
-      return
     if split is None:
-      show(loaded, text, source, bos)
+      if not model:
+        check(loaded.model, sources is not None, bos)
+      (show if jsonl is None else show_all)(loaded, texts, sources, bos)
       return
     run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
     data = run.data.open(workdir)
@@ -69,66 +76,75 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       print(f'{name:14} {value:.4f}')
 
 
+def check(model: Any, has_source: bool, bos: bool) -> None:
+  """ValueError where flags do not go with the kind of model."""
+  if isinstance(model, EncoderDecoder) and not has_source:
+    raise ValueError('an encoder-decoder scores a text given its source: give --source (of --jsonl, --source_key)')
+  if not isinstance(model, EncoderDecoder) and has_source:
+    raise ValueError('--source and --source_key are for an encoder-decoder, such as T5, which this model is not')
+  if isinstance(model, EncoderDecoder | Encoder) and not bos:
+    raise ValueError('--nobos is for decoders; this model scores the first token too')
+  if isinstance(model, Encoder):
+    print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
+
+
 class Scored(NamedTuple):
-  tokens: np.ndarray
-  scores: np.ndarray   # log-probabilities, in nats
-  size: int            # UTF-8 bytes
-
-  @property
-  def nll(self) -> float:
-    return -float(np.sum(self.scores, dtype=np.float64))
+  tokens: list[int]     # that are scored
+  scores: np.ndarray    # log p of each
+  size: int             # UTF-8 bytes that they stand for
 
 
-def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], source: str | None, bos: bool
-           ) -> list[Scored]:
-  """Of each text, the tokens that are scored."""
+def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+           bos: bool) -> list[Scored]:
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
-  encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(texts)]
-  sizes = [len(text.encode()) for text in texts]
-  begin, end = np.int32([tokenizer.bos_id]), np.int32([tokenizer.eos_id])
-  if isinstance(model, encoder.Encoder):
-    mask = tokenizer.control_id('[MASK]')
-    found = evaluate.pseudo_log_probabilities(model, params, [np.r_[begin, ids, end] for ids in encoded], mask)
-  elif isinstance(model, encoder_decoder.EncoderDecoder):
-    encoded, sources = [np.r_[ids, end] for ids in encoded], [np.r_[tokenizer.encode(source), end]] * len(texts)
-    found = evaluate.log_probabilities_given(model, params, sources, [np.r_[loaded.begin, ids] for ids in encoded])
-  elif bos:
-    found = evaluate.log_probabilities(model, params, [np.r_[begin, ids] for ids in encoded])
+  begin, end = [tokenizer.bos_id] * bos, [tokenizer.eos_id]
+  ids = [np.int32([*begin, *found]) for found in tokenizer.encode_batch(texts)]
+  if isinstance(model, Encoder):
+    ids = [np.int32([*found, *end]) for found in ids]
+    scores = evaluate.pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
+  elif sources is not None:
+    ids = [np.int32([*found, *end]) for found in ids]
+    read = [np.int32([*found, *end]) for found in tokenizer.encode_batch(sources)]
+    scores = evaluate.log_probabilities(model, params, ids, sources=read)
   else:
-    found = evaluate.log_probabilities(model, params, encoded)
-    sizes = [size - len(tokenizer.decode(ids[:1].tolist()).encode()) for size, ids in zip(sizes, encoded)]
-    encoded = [ids[1:] for ids in encoded]
-  return [Scored(*one) for one in zip(encoded, found, sizes)]
+    scores = evaluate.log_probabilities(model, params, ids)
+  unscored = ['' if bos else tokenizer.decode(found[:1]) for found in ids]
+  return [Scored(found[1:1 + len(of)].tolist(), of, len(text.encode()) - len(first.encode()))
+          for text, first, found, of in zip(texts, unscored, ids, scores)]
 
 
-def show(loaded: trained.Trained | pretrained.Pretrained, text: str, source: str | None, bos: bool) -> None:
+def show(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+         bos: bool) -> None:
   """Prints a line a token, and the sums."""
-  if not text:
+  if not texts[0]:
     raise ValueError('there is no text to score: it is empty')
-  [found] = scored(loaded, [text], source, bos)
-  if not len(found.scores):
-    raise ValueError('--nobos leaves nothing to score in a text of one token')
+  found, = scored(loaded, texts, sources, bos)
+  if not found.tokens:
+    raise ValueError('there is nothing to score in the text: it has no token, or one token after --nobos')
+  names = {loaded.tokenizer.control_id(name): name for name in loaded.tokenizer.control_names}
   print('log p     token')
-  for token, value in zip(found.tokens.tolist(), found.scores):
-    print(f'{value:8.4f}  {loaded.tokenizer.decode([token])!r}')
-  print(f'\n{told([found])}')
+  for token, value in zip(found.tokens, found.scores):
+    print(f'{value:8.4f}  {names.get(token) or loaded.tokenizer.decode([token])!r}')
+  print(f'\n{told([found.scores], found.size)}')
 
 
-def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], bos: bool) -> None:
+def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+             bos: bool) -> None:
   """Prints a line a text, and the sums; a few hundred texts at a time."""
-  everything = []
+  everything, whole = [], 0
   print('  tokens    loss  bits a byte  text')
   for begin in range(0, len(texts), 256):
-    some = texts[begin:begin + 256]
-    for text, one in zip(some, scored(loaded, some, None, bos)):
-      print(f'{len(one.scores):8,} {one.nll / max(len(one.scores), 1):7.4f} '
-            f'{one.nll / np.log(2) / max(one.size, 1):12.4f}  {text[:60]!r}')
-      everything.append(one)
-  print(f'\n{len(texts):,} texts: {told(everything)}')
+    some = slice(begin, begin + 256)
+    for text, found in zip(texts[some], scored(loaded, texts[some], sources and sources[some], bos)):
+      nll, count = -float(np.sum(found.scores, dtype=np.float64)), len(found.scores)
+      print(f'{count:8,} {nll / max(count, 1):7.4f} {nll / np.log(2) / max(found.size, 1):12.4f}  {text[:60]!r}')
+      everything.append(found.scores)
+      whole += found.size
+  print(f'\n{len(texts):,} texts: {told(everything, whole)}')
 
 
-def told(found: Sequence[Scored]) -> str:
-  count, size, nll = (sum(values) for values in zip(*((len(one.scores), one.size, one.nll) for one in found)))
+def told(scores: Sequence[np.ndarray], size: int) -> str:
+  count, nll = sum(map(len, scores)), -sum(float(np.sum(found, dtype=np.float64)) for found in scores)
   loss = nll / max(count, 1)
   return (f'{count:,} tokens, {size:,} bytes: loss {loss:.4f} nats a token, perplexity {np.exp(loss):.2f}, '
           f'{nll / np.log(2) / max(size, 1):.4f} bits a byte')

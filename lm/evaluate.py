@@ -2,7 +2,7 @@
 import bisect
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,22 +50,64 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
 
 
 @functools.partial(jax.jit, static_argnames='apply')
-def _log_probabilities(apply, params, batch: Batch) -> jax.Array:
+def _log_probabilities(apply, params, batch: Batch, asked_BP: jax.Array | None = None) -> jax.Array:
+  """Of each target; with `asked_BP`, targets are of these columns, [B, P]."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   outputs = apply(params, batch)
-  found = target_log_probabilities(outputs.hidden, outputs.head, batch.targets)
+  hidden = outputs.hidden
+  if asked_BP is not None:
+    hidden = jnp.take_along_axis(hidden, sharding.constrain(asked_BP, 'BT')[..., None], axis=1)
+  found = target_log_probabilities(hidden, outputs.head, batch.targets)
   return sharding.constrain(found, '--')   # so that every host can read it
 
 
-@functools.partial(jax.jit, static_argnames='apply')
-def _log_probabilities_at(apply, params, batch: Batch, places_B: jax.Array) -> jax.Array:
-  """Of one place of each row, [B]: the head sees no other."""
-  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  outputs = apply(params, batch)
-  here = jnp.arange(batch.tokens.shape[1])[None] == sharding.constrain(places_B, 'B')[:, None]
-  hidden = jnp.sum(jnp.where(here[..., None], outputs.hidden, 0), axis=1, keepdims=True)
-  targets = jnp.sum(jnp.where(here, batch.targets, 0), axis=1, keepdims=True)
-  return sharding.constrain(target_log_probabilities(hidden, outputs.head, targets)[:, 0], '-')
+def _one_behind(calls: Iterable[jax.Array]) -> Iterator[np.ndarray]:
+  """What calls give, each read while the next one runs."""
+  running = None
+  for started in calls:
+    if running is not None:
+      yield np.asarray(running)
+    running = started
+  if running is not None:
+    yield np.asarray(running)
+
+
+def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
+  """Of rows for pieces of `lengths` [pieces, sides], each side: few different ones, so few compilations.
+
+  The longer side's is a power of two, if that is not more than `most`; the other is as full as that one.
+  """
+  total, longest = lengths.sum(0), lengths.max(0)
+  main = int(total.argmax())
+  width = min(1 << (max(int(longest[main]), min(256, int(total[main])), 16) - 1).bit_length(), most)
+  widths = np.maximum(longest, -(-width * total // total[main]))
+  widths = -(-widths // 32) * 32
+  widths[main] = width
+  return widths
+
+
+def _rows(lengths: np.ndarray, widths: np.ndarray) -> list[list[int]]:
+  """Indices of pieces packed into rows of `widths`: the longest first, each where it leaves the least room."""
+  width = int(widths.max())
+  sizes = (-(-lengths * width // widths)).max(1).tolist()   # of the side that fills its row the most
+  rows, room = [], []   # room: (positions left, row), in order
+  for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+    at = bisect.bisect_left(room, (sizes[piece], 0))
+    left, row = room.pop(at) if at < len(room) else (width, len(rows))
+    if row == len(rows):
+      rows.append([])
+    rows[row].append(piece)
+    bisect.insort(room, (left - sizes[piece], row))
+  return rows
+
+
+def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[list[int]]]:
+  """As many rows at a time as have about so many positions and the mesh divides, filled up with empty ones."""
+  data = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
+  count = -(-min(max(positions // width, 1), len(rows)) // data) * data
+  for begin in range(0, len(rows), count):
+    group = rows[begin:begin + count]
+    yield group + [[]] * (count - len(group))
 
 
 class _Piece(NamedTuple):
@@ -76,26 +118,16 @@ class _Piece(NamedTuple):
   stop: int
 
 
-def _rows(pieces: list[_Piece], width: int) -> list[list[_Piece]]:
-  """Pieces packed into rows of `width` positions: the longest first, each where it leaves the least room."""
-  rows, room = [], []   # room: (positions left, row), in order
-  for piece in sorted(pieces, key=lambda piece: piece.first - piece.stop):
-    size = piece.stop - piece.first
-    at = bisect.bisect_left(room, (size, 0))
-    left, row = room.pop(at) if at < len(room) else (width, len(rows))
-    if row == len(rows):
-      rows.append([])
-    rows[row].append(piece)
-    bisect.insort(room, (left - size, row))
-  return rows
-
-
-def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], positions: int = 2048) -> list[np.ndarray]:
+def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], positions: int = 2048,
+                      sources: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
   """Of each text, log p(tokens[i + 1] | tokens before it) in nats, `[n - 1]`; on the mesh that is set.
 
   Texts are packed into rows, and rows into batches of about so many `positions`. One that is longer than the model can
-  place is read in windows as long as it can, half overlapping: a token has at least half a window before it.
+  place is read in windows as long as it can, half overlapping: a token has at least half a window before it. With an
+  encoder-decoder, each text is given its source.
   """
+  if not model.causal:
+    raise ValueError('an encoder sees the token that it is asked for; score with pseudo_log_probabilities')
   size, pieces = model.max_length, []
   found = [np.zeros(max(len(tokens) - 1, 0), np.float32) for tokens in texts]
   for text, scores in enumerate(found):
@@ -104,96 +136,85 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], posi
       pieces.append(_Piece(text, first, start, min(first + size, len(scores))))
   if not pieces:
     return found
-  width = min(_width(max(*(piece.stop - piece.first for piece in pieces), min(256, sum(map(len, found))))), size)
-  rows, data = _rows(pieces, width), max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
-  count = -(-min(max(positions // width, 1), len(rows)) // data) * data
-
-  def read(scored, group):
-    scored = np.asarray(scored)
+  lengths = np.array([[piece.stop - piece.first, *([] if sources is None else [len(sources[piece.text])])]
+                      for piece in pieces])
+  widths = _widths(lengths, size)
+  groups = [[[pieces[i] for i in row] for row in group]
+            for group in _groups(_rows(lengths, widths), int(widths.max()), positions)]
+  scored = _one_behind(
+      _log_probabilities(model.apply, params, _batch(texts, sources, group, *widths.tolist())) for group in groups)
+  for scores_BT, group in zip(scored, groups):
     for row, packed in enumerate(group):
       at = 0
-      for piece in packed:
-        found[piece.text][piece.start:piece.stop] = scored[row, at + piece.start - piece.first:][
-            :piece.stop - piece.start]
-        at += piece.stop - piece.first
-
-  running = None
-  for begin in range(0, len(rows), count):
-    group = rows[begin:begin + count]
-    scored = _log_probabilities(model.apply, params, _batch(texts, group, count, width))
-    if running:
-      read(*running)   # the batch before, while this one runs
-    running = scored, group
-  read(*running)
+      for text, first, start, stop in packed:
+        found[text][start:stop] = scores_BT[row, at + start - first:at + stop - first]
+        at += stop - first
   return found
 
 
-def _batch(texts: Sequence[np.ndarray], rows: list[list[_Piece]], count: int, width: int) -> Batch:
-  tokens, targets, positions, segments = np.zeros((4, count, width), np.int32)
+def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, rows: list[list[_Piece]], width: int,
+           source_width: int = 0) -> Batch:
+  tokens, targets, positions, segments = np.zeros((4, len(rows), width), np.int32)
+  batch = Batch(tokens, targets, positions=positions, segments=segments)
+  if sources is not None:
+    batch = batch._replace(**dict(zip(('source', 'source_segments'), np.zeros((2, len(rows), source_width), np.int32))))
   for row, packed in enumerate(rows):
-    at = 0
+    at = source_at = 0
     for segment, (text, first, _, stop) in enumerate(packed, 1):
       span = row, slice(at, at := at + stop - first)
       tokens[span], targets[span] = texts[text][first:stop], texts[text][first + 1:stop + 1]
       positions[span], segments[span] = np.arange(stop - first), segment
-  return Batch(tokens, targets, positions=positions, segments=segments)
+      if sources is not None:
+        span = row, slice(source_at, source_at := source_at + len(sources[text]))
+        batch.source[span], batch.source_segments[span] = sources[text], segment
+  return batch
 
 
-def log_probabilities_given(model: Any, params: Any, sources: Sequence[np.ndarray], texts: Sequence[np.ndarray],
-                            positions: int = 2048) -> list[np.ndarray]:
-  """Of each text, log p(tokens[i + 1] | tokens before it, its source) in nats, `[n - 1]`, by an encoder-decoder.
+def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int, positions: int = 2048
+                             ) -> list[np.ndarray]:
+  """Of each text, log p(tokens[i] | all others of it) in nats, `[n - 2]`, by an encoder that predicts masked tokens.
 
-  Batches hold about so many `positions` of texts and of sources, pairs of like length together.
+  Each token in turn has `mask` in its place (Salazar et al. 2020, arXiv:1910.14659), but the first and the last, which
+  stand around the text as the model knows it, [CLS] and [SEP]. Copies of texts are packed and batched as above.
+
+  Raises:
+    ValueError: a text is longer than the model can place.
   """
-  order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), len(sources[i])), reverse=True)
-  data, found, at = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1), [np.zeros(0)] * len(texts), 0
-  while at < len(order):
-    width = _width(len(texts[order[at]]) - 1)
-    wide = _width(max(len(sources[i]) for i in order[at:at + max(positions // width, 1)]))
-    count = -(-max(positions // max(width, wide), 1) // data) * data
-    group = order[at:at + count]
-    tokens, targets, segments = np.zeros((3, count, width), np.int32)
-    source, source_segments = np.zeros((2, count, wide), np.int32)
-    for row, i in enumerate(group):
-      size, span = len(texts[i]) - 1, (row, slice(len(sources[i])))
-      tokens[row, :size], targets[row, :size], segments[row, :size] = texts[i][:-1], texts[i][1:], 1
-      source[span], source_segments[span] = sources[i], 1
-    batch = Batch(tokens, targets, segments=segments, source=source, source_segments=source_segments)
-    for i, scores in zip(group, np.asarray(_log_probabilities(model.apply, params, batch))):
-      found[i] = scores[:len(texts[i]) - 1]
-    at += count
+  if (longest := max(map(len, texts), default=0)) > model.max_length:
+    raise ValueError(f'a text of {longest} tokens, with the two around it, is more than the {model.max_length} that '
+                     'the model can place; score its parts')
+  found = [np.zeros(max(len(tokens) - 2, 0), np.float32) for tokens in texts]
+  copies = [(text, place) for text, scores in enumerate(found) for place in range(1, len(scores) + 1)]
+  if not copies:
+    return found
+  lengths = np.array([[len(texts[text])] for text, _ in copies])
+  width = int(_widths(lengths, model.max_length)[0])
+  rows = _rows(lengths, np.array([width]))
+  groups = [[[copies[i] for i in row] for row in group] for group in _groups(rows, width, positions)]
+  count = 1 << (max(map(len, rows)) - 1).bit_length()
+  scored = _one_behind(
+      _log_probabilities(model.apply, params, *_masked(texts, group, width, count, mask)) for group in groups)
+  for scores_BP, group in zip(scored, groups):
+    for row, packed in enumerate(group):
+      for i, (text, place) in enumerate(packed):
+        found[text][place - 1] = scores_BP[row, i]
   return found
 
 
-def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int,
-                             positions: int = 2048) -> list[np.ndarray]:
-  """Of each text, log p(token i | all other tokens) in nats, `[n - 2]`, by a masked encoder; not of the ends.
-
-  Each token in turn is read as the token `mask` (Salazar et al. 2020, Masked Language Model Scoring): the sum is a
-  pseudo-log-likelihood, not to be compared with a decoder's. ValueError for a text longer than the model can place.
-  """
-  data, found = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1), []
-  for text in texts:
-    if len(text) > model.max_length:
-      raise ValueError(f'a text of {len(text)} tokens is longer than the {model.max_length} that the model can place; '
-                       'cut it')
-    width, scores = min(_width(len(text)), model.max_length), []
-    count = -(-max(positions // width, 1) // data) * data
-    for first in range(1, len(text) - 1, count):
-      places = np.minimum(np.arange(first, first + count), len(text) - 1)
-      tokens, segments = np.zeros((2, count, width), np.int32)
-      tokens[:, :len(text)], segments[:, :len(text)] = text, 1
-      targets = tokens.copy()
-      tokens[np.arange(count), places] = mask
-      read = _log_probabilities_at(model.apply, params, Batch(tokens, targets, segments=segments), places)
-      scores.append(np.asarray(read)[:len(text) - 1 - first])
-    found.append(np.concatenate(scores) if scores else np.zeros(0, np.float32))
-  return found
-
-
-def _width(longest: int) -> int:
-  """Few widths, so few compilations."""
-  return 1 << (max(longest, 16) - 1).bit_length()
+def _masked(texts: Sequence[np.ndarray], rows: list[list[tuple[int, int]]], width: int, count: int, mask: int
+            ) -> tuple[Batch, np.ndarray]:
+  """Copies (text, place), each with its mask, and the columns of these, of `count` a row."""
+  tokens, positions, segments = np.zeros((3, len(rows), width), np.int32)
+  targets, asked = np.zeros((2, len(rows), count), np.int32)
+  for row, packed in enumerate(rows):
+    at = 0
+    for i, (text, place) in enumerate(packed):
+      ids = texts[text]
+      targets[row, i], asked[row, i] = ids[place], at + place
+      span = row, slice(at, at := at + len(ids))
+      tokens[span], positions[span], segments[span] = ids, np.arange(len(ids)), i + 1
+      tokens[row, asked[row, i]] = mask
+  return Batch(tokens, targets, positions=positions, segments=segments), asked
 
 
 def compress(text: bytes, training_text: bytes) -> dict[str, tuple[float, float]]:

@@ -136,19 +136,17 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, ends: jax.
   token, seen = local(logits, state.seen_BV, state.stream_B, state.key, state.step)
   token = jnp.where(state.done_B, ends[0], token)
   return state._replace(cache=out.cache, token_B=token, position_B=state.position_B + 1, seen_BV=seen,
-                        done_B=state.done_B | jnp.any(token[:, None] == ends[None], axis=1), step=state.step + 1)
+                        done_B=state.done_B | (token[:, None] == ends[None]).any(-1), step=state.step + 1)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
-def _prefill(model, params, tokens_BT, length_B, seen_BV, stream_B, key, ends, *, sampling, vocab, slots) -> _State:
-  """Reads left-padded prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
-  tokens, length = sharding.constrain(tokens_BT, 'BT'), sharding.constrain(length_B, 'B')
-  place = jnp.arange(tokens.shape[1])[None] - (tokens.shape[1] - length[:, None])
-  batch = Batch(tokens, positions=jnp.maximum(place, 0), segments=(place >= 0).astype(jnp.int32))
-  out = model.apply(params, batch, cache=model.init_cache(len(tokens), slots))
+def _prefill(model, params, batch: Batch, seen_BV, stream_B, key, ends, *, sampling, vocab, slots) -> _State:
+  """Reads prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
+  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
   seen = None if seen_BV is None else sharding.constrain(seen_BV, 'B-')
-  state = _State(out.cache, tokens[:, -1], length - 1, length == 0, seen, sharding.constrain(stream_B, 'B'), key,
-                 jnp.int32(0))
+  state = _State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], batch.segments[:, -1] == 0, seen,
+                 sharding.constrain(stream_B, 'B'), key, jnp.int32(0))
   return _draw(state, out, sampling, vocab, ends)
 
 
@@ -167,31 +165,36 @@ def _decode(model, params, state: _State, limit, ends, *, sampling, vocab) -> tu
   return state, sharding.constrain(made, '--')
 
 
-def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tokenizer, sampling: Sampling,
-            max_tokens: int, seed: int, ends: Sequence[int]) -> Iterator[np.ndarray]:
-  """New tokens of each prompt, [prompts, 1 to CHUNK] at a time; after its end, a row repeats the first of `ends`."""
+def _prompts(model: Model, texts: Sequence[np.ndarray], tokenizer: Tokenizer) -> Batch:
+  """One row a text, and as many more as the mesh needs."""
   mesh = jax.sharding.get_abstract_mesh()
   multiple = 1 if mesh.empty else mesh.shape['data']
-  rows, longest = -(-len(prompts) // multiple) * multiple, max(map(len, prompts))
-  width = min(max(16, 1 << (longest - 1).bit_length()), model.max_length)   # few widths, so few compilations
-  tokens, length, stream = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
-  seen = None if sampling.repetition_penalty == 1 else np.zeros((rows, model.vocab), bool)
+  return model.prompt(texts, -(-len(texts) // multiple) * multiple, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
+            sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
+  """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
+  rows, width = batch.tokens.shape
+  stream = np.zeros(rows, np.uint32)
   copies: collections.Counter[bytes] = collections.Counter()
-  for row, ids in enumerate(prompts):
-    tokens[row, width - len(ids):] = ids
-    length[row] = len(ids)
-    stream[row] = zlib.crc32(ids.tobytes(), copies[ids.tobytes()])
-    copies[ids.tobytes()] += 1
-    if seen is not None:
-      seen[row, ids] = True
-  stops, how = np.asarray(ends, np.int32), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
+  for row, ids in enumerate(texts):
+    known = np.int32([tokenizer.bos_id, *ids]).tobytes()
+    stream[row] = zlib.crc32(known, copies[known])
+    copies[known] += 1
+  seen = None
+  if sampling.repetition_penalty != 1:
+    seen = np.zeros((rows, model.vocab), bool)
+    row, column = np.nonzero(batch.segments)
+    seen[row, batch.tokens[row, column]] = True
+  ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
   params = model.unstack(params)
-  state = _prefill(model, params, tokens, length, seen, stream, jax.random.key(seed), stops,
+  state = _prefill(model, params, batch, seen, stream, jax.random.key(seed), ends,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
-  yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(prompts), None]
+  yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(texts), None]
   for left in range(max_tokens - 1, 0, -CHUNK):
-    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), stops, **how)
-    yield np.asarray(made)[:len(prompts), :left]
+    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), ends, **how)
+    yield np.asarray(made)[:len(texts), :left]
 
 
 # Text.
@@ -200,15 +203,14 @@ def _tokens(model: Model, params: Any, prompts: list[np.ndarray], tokenizer: Tok
 class _Text:
   """One row's tokens, as text that is safe to show: whole characters, and no part of a stop string."""
 
-  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str], ends: Sequence[int]):
+  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
     # The prompt gives context: the first new token may or may not begin with a space.
     self._tokenizer, self._ids, self._shown, self._known = tokenizer, prompt.tolist(), 0, len(prompt)
-    self._ends = ends
     self._stop, self._hold, self._held, self.done = stop, max(map(len, stop), default=1) - 1, '', False
 
   def push(self, token: int) -> str:
     """Adds a token; returns the text that it makes certain."""
-    if self.done or token in self._ends:
+    if self.done or token in self._tokenizer.eos_ids:
       return self.end()
     self._ids.append(int(token))
     old, new = self._decode()
@@ -241,16 +243,16 @@ class _Text:
 
 
 def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-           *, max_tokens: int = 128, stop: Sequence[str] = (), ends: Sequence[int] = (), seed: int = 0
-           ) -> Iterator[list[str]]:
+           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
-  A document begins with bos, so bos is put in front of each prompt. A completion ends at eos or another of the tokens
-  `ends`, before the first of the `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh,
-  call it inside `jax.set_mesh`.
+  A document begins with bos, so bos is put in front of each prompt; an encoder-decoder reads the prompt as its source,
+  and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
+  strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh, call it inside `jax.set_mesh`.
 
   Raises:
-    ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string.
+    ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
+      model is an encoder.
   """
   if isinstance(prompts, str) or isinstance(stop, str) or '' in stop:
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
@@ -262,14 +264,14 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   if not prompts:
     return
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
-  longest = 1 + max(map(len, encoded))
+  batch = _prompts(model, encoded, tokenizer)
+  before = [tokens[segments > 0] for tokens, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
+  longest = max(map(len, before))
   if longest + max_tokens > model.max_length:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
                      f'{model.max_length} that the model can place; shorten one of them')
-  ends = tokenizer.eos_id, *ends
-  texts = [_Text(tokenizer, ids, stop, ends) for ids in encoded]
-  begun = [np.concatenate([np.int32([tokenizer.bos_id]), ids]) for ids in encoded]
-  for tokens in _tokens(model, params, begun, tokenizer, sampling, max_tokens, seed, ends):
+  texts = [_Text(tokenizer, ids[1:], stop) for ids in before]   # without bos
+  for tokens in _tokens(model, params, encoded, batch, tokenizer, sampling, max_tokens, seed):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, tokens)]
     if all(text.done for text in texts):
       return
@@ -277,8 +279,7 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
 
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-             *, max_tokens: int = 128, stop: Sequence[str] = (), ends: Sequence[int] = (), seed: int = 0) -> list[str]:
+             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
-  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, ends=ends,
-                  seed=seed)
+  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
   return [''.join(column) for column in zip(*pieces)]

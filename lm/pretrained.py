@@ -17,7 +17,7 @@ from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
-from lm.models import transformer
+from lm.models.encoder_decoder import EncoderDecoder
 
 # What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -31,24 +31,6 @@ class Pretrained:
   tokenizer: Any
   folder: pathlib.Path
 
-  @property
-  def ends(self) -> tuple[int, ...]:
-    """Token ids that end what it writes, as its files have them: of chat models there are several."""
-    for name in ('generation_config.json', 'config.json'):
-      found = json.loads((self.folder / name).read_text()) if (self.folder / name).is_file() else {}
-      if (ids := found.get('eos_token_id')) is not None:
-        return tuple(ids) if isinstance(ids, list) else (ids,)
-    return ()
-
-  @property
-  def begin(self) -> int:
-    """The token that an encoder-decoder's text begins with, as its config has it; ValueError where it does not."""
-    values = json.loads((self.folder / 'config.json').read_text())
-    for name in ('decoder_start_token_id', 'pad_token_id'):
-      if values.get(name) is not None:
-        return values[name]
-    raise ValueError(f'{self.folder}/config.json has no decoder_start_token_id: what a text begins with is not known')
-
 
 def locate(name: str) -> pathlib.Path:
   """A folder: `name` itself, or the files of a model of that id on the Hugging Face hub, fetched or cached."""
@@ -61,7 +43,8 @@ def locate(name: str) -> pathlib.Path:
   try:
     # Weights as safetensors only: other formats can run code.
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.safetensors.index.json',
-                                                                    '*.model', *_SIDE], ignore_patterns=['*/*']))
+                                                                    '*.model', *_SIDE],
+                                              ignore_patterns=['*/*']))   # copies of other formats; * matches / too
   except Exception as error:   # of the network and of the hub, of many kinds
     raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
                   ) from None
@@ -72,15 +55,6 @@ def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
   return weights.open_model(folder, dtype=dtype)[0]
 
 
-def open_decoder(folder: pathlib.Path, dtype: Any = jnp.float32) -> transformer.Transformer:
-  """`open_model` of what predicts a text token by token; ValueError for an encoder, and for one with a source."""
-  model = open_model(folder, dtype)
-  if not isinstance(model, transformer.Transformer):
-    raise ValueError(f'{folder} holds a model of the kind {type(model).__name__}, which does not predict each token of '
-                     'a text from those before it; give a decoder')
-  return model
-
-
 def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
   """The folder's tokenizer; ValueError if it has more tokens than the model."""
   found = tokenizer.load(folder)
@@ -88,12 +62,6 @@ def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
     raise ValueError(f'{folder}: the tokenizer has {found.vocab_size} tokens, the weights only {model.vocab}; they are '
                      'not of one model')
   return found
-
-
-def load_decoder(name: str) -> Pretrained:
-  """`load`, of a decoder; see `open_decoder`."""
-  open_decoder(locate(name))
-  return load(name)
 
 
 def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretrained:
@@ -173,7 +141,10 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
   `like` is the folder that the model was imported from, whose tokenizer, chat template and generation config it keeps.
   """
   with files.new_folder(folder) as new:
-    ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id}
+    ids = {'bos_token_id': tokens.bos_id,
+           'eos_token_id': tokens.eos_id if len(tokens.eos_ids) == 1 else list(tokens.eos_ids)}
+    if isinstance(model, EncoderDecoder):   # transformers shifts labels by these
+      ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
     weights.write(new, model, params, dtype=dtype, extra=ids)
     kept = [path for name in _SIDE if name != 'config.json' and like and (path := like / name).is_file()]
     for path in (*kept, *(like.glob('*.model') if like else ())):

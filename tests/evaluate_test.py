@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import itertools
 import lzma
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from lm.data import dataset
 from lm.data.batches import Batch
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
-from lm.models import encoder, encoder_decoder, transformer
+from lm.models import transformer
 from lm.models.transformer import Output
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
@@ -34,6 +33,7 @@ def itself(logits):
 class Bigram:
   """log p(next | token) = log softmax(table[token]); the table is the parameter."""
   max_length: int = 8
+  causal = True
 
   def apply(self, params, batch, *, key=None, cache=None):
     assert key is None   # evaluation has no dropout
@@ -129,6 +129,7 @@ def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, length
 class Counter:
   """log p(0 | the t tokens before) = log sigmoid(-t): tells what it has seen."""
   max_length: int = 8
+  causal = True
 
   def apply(self, params, batch: Batch):
     return Output(batch.positions[..., None], lambda t: jnp.concatenate([-t, 0 * t], axis=-1).astype(jnp.float32), None)
@@ -156,40 +157,6 @@ def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
     logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(Batch(tokens[None, :-1]))
     expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(16), tokens[1:]]
   np.testing.assert_allclose(together[2], expected, atol=1e-5)
-
-
-def rows_of(model, params, batch, tokens):
-  """log p(tokens[i]) by the logits at i of the first row."""
-  batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), batch)   # a row for each shard
-  logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(batch)
-  return np.asarray(jax.nn.log_softmax(np.asarray(logits)))[0, np.arange(len(tokens)), tokens]
-
-
-@pytest.mark.parametrize('mesh', ['1x1', '4x2'])
-def test_a_text_given_its_source_scores_in_company_as_alone(mesh):
-  model, rng = encoder_decoder.t5(64, 32, 2, 2, 8, 48), np.random.default_rng(0)
-  sources, texts = ([rng.integers(64, size=n).astype(np.int32) for n in sizes] for sizes in ((5, 30, 17), (7, 2, 21)))
-  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:math.prod(map(int, mesh.split('x')))])):
-    params = jax.jit(model.init)(jax.random.key(0))
-    found = evaluate.log_probabilities_given(model, params, sources, texts, positions=64)
-    for source, text, scores in zip(sources, texts, found, strict=True):
-      expected = rows_of(model, params, Batch(text[None, :-1], source=source[None]), text[1:])
-      np.testing.assert_allclose(scores, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize('mesh', ['1x1', '4x2'])
-def test_pseudo_log_probabilities_are_of_each_token_masked_alone(mesh):
-  model, rng = encoder.bert(64, 32, 2, 2, 24), np.random.default_rng(0)
-  texts = [rng.integers(5, 64, size=n).astype(np.int32) for n in (20, 3, 2, 24)]
-  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:math.prod(map(int, mesh.split('x')))])):
-    params = jax.jit(model.init)(jax.random.key(0))
-    found = evaluate.pseudo_log_probabilities(model, params, texts, 4, positions=100)
-    assert [len(scores) for scores in found] == [18, 1, 0, 22]
-    for i in (1, 9, 18):
-      masked = np.where(np.arange(20) == i, 4, texts[0])
-      np.testing.assert_allclose(found[0][i - 1], rows_of(model, params, Batch(masked[None]), texts[0])[i], atol=1e-5)
-    with pytest.raises(ValueError, match='25 tokens is longer than the 24'):
-      evaluate.pseudo_log_probabilities(model, params, [np.ones(25, np.int32)], 4)
 
 
 def test_compressors_are_those_of_the_command_line():

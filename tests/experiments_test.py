@@ -25,12 +25,12 @@ TINY = {
 # What a tool is asked for beside --help: flags that it must understand.
 TOOLS = {
     'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b'],
-    'score': ['--text=something', '--best'],
+    'score': ['--text=something', '--source=some', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'benchmark': [],
-    'benchmark_hf': ['--families=gpt2,llama'],
+    'benchmark_hf': ['--families=gpt2,bert,t5'],
 }
 
 

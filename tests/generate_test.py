@@ -21,6 +21,10 @@ class Bytes:
   """UTF-8, one token a byte."""
   vocab_size, bos_id, eos_id = 258, 256, 257
 
+  @property
+  def eos_ids(self):
+    return (self.eos_id,)
+
   def encode_batch(self, texts):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
@@ -60,15 +64,14 @@ def tiny(mesh=None):
 def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
   """Token by token, [prompts, n]."""
   tokenizer = tokenizer or Bytes()
-  ids = [np.int32([tokenizer.bos_id, *ids]) for ids in tokenizer.encode_batch(prompts)]
-  return np.concatenate(list(generate._tokens(model, params, ids, tokenizer, sampling, n, seed, [tokenizer.eos_id])),
-                        axis=1)
+  ids = tokenizer.encode_batch(prompts)
+  batch = generate._prompts(model, ids, tokenizer)
+  return np.concatenate(list(generate._tokens(model, params, ids, batch, tokenizer, sampling, n, seed)), axis=1)
 
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
   """Pieces of a text, one a token, then the end."""
-  tokenizer = tokenizer or Bytes()
-  text = generate._Text(tokenizer, np.int32(prompt), stop, [tokenizer.eos_id])
+  text = generate._Text(tokenizer or Bytes(), np.int32(prompt), stop)
   return [text.push(i) for i in ids] + [text.end()]
 
 
@@ -247,8 +250,25 @@ def test_streams_join_to_completions():
   first = ends.tolist().index(Ends.eos_id)
   assert generate.generate(model, params, Ends(), PROMPTS, MIXED, max_tokens=24, seed=1) [0] == (
       Bytes().decode(ends[:first]).rstrip('\ufffd'))
-  made = generate.generate(model, params, Bytes(), PROMPTS, MIXED, max_tokens=24, seed=1, ends=[3, Ends.eos_id])
-  assert made[0] == Bytes().decode(ends[:first]).rstrip('\ufffd')   # and so where it is one of several
+
+
+def test_text_ends_at_any_of_the_ends():
+  model, params = tiny()
+  made = tokens_of(model, params, PROMPTS, GREEDY, 24)
+  first, second = int(made[0][5]), int(made[2][1])
+
+  class Ends(Bytes):
+    eos_ids = 257, first, second
+
+  together = generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=24)
+  for row, text in zip(made, together):
+    ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
+    assert text == ''.join(text_of(row[:ended[0] if ended else None]))
+  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in made[[0, 2]]}) == 2   # one ended by each
+  ended = tokens_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())[0, made[0].tolist().index(first):]
+  assert set(ended[1:].tolist()) == {257}   # nothing is made after it
+  alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
+  assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 
 
 def test_bad_requests_are_refused_in_words():

@@ -1,8 +1,8 @@
 """Models of others come in, are trained on, and go out; without torch."""
+import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -153,25 +153,26 @@ def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, archi
     assert same(weights.load_params(again, family, tensors), params)
 
 
-@pytest.mark.parametrize('model', [encoder.bert(64, 16, 2, 2, 32), encoder_decoder.t5(64, 16, 2, 2, 8, 24)])
-def test_a_text_is_not_scored_by_what_is_no_decoder(model, tmp_path):
-  weights.write(tmp_path / 'out', model, jax.jit(model.init)(jax.random.key(1)))
-  with pytest.raises(ValueError, match=f'{type(model).__name__}, which does not predict'):
-    pretrained.load_decoder(str(tmp_path / 'out'))
+def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, monkeypatch):
+  hub = pytest.importorskip('huggingface_hub')
+  held = ['config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'tokenizer.model',
+          'original/model.safetensors', 'original/config.json', 'original/tokenizer.model', 'onnx/x/model.safetensors',
+          'pytorch_model.bin', 'README.md']
+  fetched = []
+
+  def download(name, **patterns):
+    fetched.extend(hub.utils.filter_repo_objects(held, **patterns))
+    return str(tmp_path)
+  monkeypatch.setattr(hub, 'snapshot_download', download)
+  assert pretrained.locate('some/model') == tmp_path and fetched == held[:4]
 
 
-@pytest.mark.parametrize('files_, ends', [
-    ({}, (2,)), ({'config.json': [1, 5]}, (1, 5)), ({'config.json': 7, 'generation_config.json': [8, 9]}, (8, 9))])
-def test_what_ends_a_text_is_what_the_files_say(folder, tmp_path, files_, ends):
-  shutil.copytree(folder, tmp_path / 'model')
-  for name, ids in files_.items():
-    path = tmp_path / 'model' / name
-    values = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(values | {'eos_token_id': ids}))
-    if 'generation_config.json' not in files_:
-      (tmp_path / 'model' / 'generation_config.json').unlink(missing_ok=True)
-  found = pretrained.Pretrained(None, None, None, tmp_path / 'model').ends
-  assert found == (ends if files_ else (TOKENIZER.eos_id,))
+def test_several_ends_go_out_and_come_back(params, tmp_path):
+  pytest.importorskip('tokenizers')
+  pretrained.write(tmp_path / 'first', MODEL, params, TOKENIZER)
+  tokens = dataclasses.replace(pretrained.load(str(tmp_path / 'first')).tokenizer, ends=(7, 9))
+  pretrained.write(tmp_path / 'out', MODEL, params, tokens)
+  assert pretrained.load(str(tmp_path / 'out')).tokenizer.eos_ids == (TOKENIZER.eos_id, 7, 9)
 
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):

@@ -1,4 +1,5 @@
 """Tokenizers: round trips over Unicode, parity with ids computed by the original libraries, determinism, errors."""
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -260,6 +261,22 @@ def test_bos_that_the_file_would_add_is_not_added(tmp_path, documents):
   np.testing.assert_array_equal(t.parse('def')[0], t.encode('def'))
 
 
+@pytest.mark.parametrize('files, ends', [
+    ({'generation_config': {'eos_token_id': [601, 602, 9]}, 'config': {'eos_token_id': 600}}, (601, 602, 9)),
+    ({'config': {'eos_token_id': [602, 601, 9999]}}, (602, 601)),
+    ({'tokenizer_config': {'eos_token': '<z>'}, 'generation_config': {'eos_token_id': 601}}, (602, 601)),
+    ({'tokenizer_config': {'eos_token': '<y>'}, 'config': {'eos_token_id': 601}}, (601,)),
+    ({'tokenizer_config': {'eos_token': '<y>'}, 'config': {'eos_token_id': None}}, (601,))])
+def test_all_that_end_a_text_are_known_and_kept(files, ends, tmp_path, documents):
+  t = folder_with(tmp_path, documents, **files)
+  assert t.eos_ids == ends and t.eos_id == ends[0]
+  t.save(tmp_path / 'saved')
+  for other in (tokenizer.load(tmp_path / 'saved'), pickle.loads(pickle.dumps(t))):
+    assert other.eos_ids == ends
+  bare = dataclasses.replace(t, ends=())   # the text that it reads is the same
+  assert bare == t and bare.fingerprint == t.fingerprint
+
+
 XY = ['<x>', '<y>']
 
 
@@ -269,6 +286,9 @@ XY = ['<x>', '<y>']
     ({'special_tokens_map': {'bos_token': None, 'eos_token': '<y>'}, 'config': {'bos_token_id': 600}}, XY),
     ({'generation_config': {'eos_token_id': [601, 602]}, 'config': {'bos_token_id': 600, 'eos_token_id': 602}}, XY),
     ({'separators': {'bos': '<x>', 'eos': '<y>'}, 'tokenizer_config': {'bos_token': '<z>', 'eos_token': '<z>'}}, XY),
+    ({'config': {'is_encoder_decoder': True, 'decoder_start_token_id': 600, 'pad_token_id': 602, 'eos_token_id': 601},
+      'tokenizer_config': {'bos_token': '<z>'}}, XY),
+    ({'config': {'is_encoder_decoder': True, 'pad_token_id': 600, 'eos_token_id': 601}}, XY),
     ({'tokenizer_config': {'bos_token': 'no such token'}, 'config': {'eos_token_id': [7]}}, ['<|endoftext|>'] * 2)])
 def test_separators_are_what_the_files_beside_it_say(files, expected, tmp_path, documents):
   t = folder_with(tmp_path, documents, **files)

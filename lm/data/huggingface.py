@@ -21,6 +21,7 @@ class HuggingFace(vocabulary.Base):
   model: str = dataclasses.field(repr=False)
   bos: str
   eos: str
+  ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
@@ -80,7 +81,7 @@ class HuggingFace(vocabulary.Base):
 
   def save(self, folder: str | os.PathLike) -> None:
     vocabulary.write(folder, 'tokenizer.json', self.model.encode())
-    vocabulary.write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
+    vocabulary.write_separators(folder, self)
 
 
 def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, int], prefix_space: bool) -> str:

@@ -1,4 +1,5 @@
 """Where tokenizers come from: `train_sentencepiece` on text, `load` from files of any kind, `Bytes()`."""
+import dataclasses
 import io
 import json
 import os
@@ -14,11 +15,12 @@ from lm.data.huggingface import HuggingFace
 from lm.data.vocabulary import CONTROL, Bytes, SentencePiece, Tokenizer, sentinels
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
-           'train_sentencepiece']
+           'train_sentencepiece', 'mask_id']
 
 # Names of separators in public vocabularies, most telling first.
 _BOS = ('<s>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '[CLS]', '<|endoftext|>')
 _EOS = ('</s>', '<|end_of_text|>', '<eos>', '[SEP]', '<|endoftext|>')
+_MASK = ('[MASK]', '<mask>', '<|mask|>')
 
 
 def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe', 'unigram'] = 'bpe',
@@ -90,8 +92,8 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
     path: the file (vocab.json or merges.txt stand for both), or a folder. In a folder the first found counts:
       bytes.json, tokenizer.json, vocab.json with merges.txt (GPT-2's), a .model file.
     bos, eos: names of the separators. By default what the files beside it say (separators.json, else
-      tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json; of several eos the first),
-      else what is custom.
+      tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json; of several eos the first,
+      the others end a text too), else what is custom. Of an encoder-decoder, bos is what its decoder starts with.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -120,6 +122,7 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
                        'name them, load(path, bos=..., eos=...)')
     tokenizer = kind(data, (bos or eos)[0], (eos or bos)[0])
     _ = tokenizer.bos_id, tokenizer.eos_id  # raises where a name is none of its own
+    tokenizer = dataclasses.replace(tokenizer, ends=_ends(path.parent, tokenizer.vocab_size))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return tokenizer
@@ -136,14 +139,34 @@ def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
   return tokens
 
 
+def mask_id(tokenizer: Tokenizer) -> int:
+  """The control token that hides a word from an encoder; ValueError where there is none of a known name."""
+  if not (found := [name for name in _MASK if name in tokenizer.control_names]):
+    raise ValueError(f'the tokenizer has no mask token ({" or ".join(_MASK)}) among its control tokens '
+                     f'({", ".join(tokenizer.control_names)}), and an encoder is scored by masking')
+  return tokenizer.control_id(found[0])
+
+
 def _named(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> list[str]:
   """Names that the files of a folder give to bos or eos, most telling first."""
-  names = [_json(folder / 'separators.json').get(side), special_tokens(folder).get(f'{side}_token')]
+  names = [_json(folder / 'separators.json').get(side)]
   by_id = {i: name for name, i in control.items()}
+  if side == 'bos' and (config := _json(folder / 'config.json')).get('is_encoder_decoder'):
+    # T5's tokenizer has no bos; its files name pad as what the decoder starts with.
+    names += [by_id.get(config.get(name)) for name in ('decoder_start_token_id', 'pad_token_id')]
+  names += [special_tokens(folder).get(f'{side}_token')]
   for file in ('generation_config.json', 'config.json'):
     ids = _json(folder / file).get(f'{side}_token_id')
     names += [by_id.get(i) for i in (ids if isinstance(ids, list) else [ids])]
   return [name for name in names if name]
+
+
+def _ends(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
+  """The ids that the files of a folder end a text with, of the first that names any."""
+  for file, name in (('separators', 'ends'), ('generation_config', 'eos_token_id'), ('config', 'eos_token_id')):
+    if (ids := _json(folder / f'{file}.json').get(name)) not in (None, []):
+      return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocab)
+  return ()
 
 
 def _gpt2(folder: pathlib.Path) -> str:

@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
   def eos_id(self) -> int: ...
 
   @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """`eos_id`, and other tokens that a model ends its text with, such as the end of a turn of chat."""
+
+  @property
   def fingerprint(self) -> str: ...
 
   def encode(self, text: str) -> np.ndarray:
@@ -77,7 +81,10 @@ CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
 
 
 class Base:
-  """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names."""
+  """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names.
+
+  `ends`, ids that end a text beside eos, are of generation alone: they do not count where tokenizers are compared.
+  """
 
   @property
   def vocab_size(self) -> int:
@@ -91,9 +98,13 @@ class Base:
   def eos_id(self) -> int:
     return self.control_id(self.eos)
 
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return (self.eos_id, *(i for i in self.ends if i != self.eos_id))
+
   @functools.cached_property
   def fingerprint(self) -> str:
-    fields = [type(self).__name__, *(getattr(self, field.name) for field in dataclasses.fields(self))]
+    fields = [type(self).__name__, *(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)]
     return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
 
   def __reduce__(self):  # without what is cached: libraries' objects are made again where they are needed
@@ -150,7 +161,7 @@ class Bytes(Base):
   """UTF-8 bytes as ids 0..255, then bos, eos and the control tokens."""
   control: tuple[str, ...] = CONTROL
 
-  bos, eos = '<s>', '</s>'
+  bos, eos, ends = '<s>', '</s>', ()
 
   def __post_init__(self):
     object.__setattr__(self, 'control', tuple(self.control))
@@ -182,6 +193,7 @@ class SentencePiece(Base):
   model: bytes = dataclasses.field(repr=False)
   bos: str
   eos: str
+  ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
   @functools.cached_property
   def _processor(self) -> Any:
@@ -246,7 +258,7 @@ class SentencePiece(Base):
 
   def save(self, folder: str | os.PathLike) -> None:
     write(folder, 'tokenizer.model', self.model)
-    write(folder, 'separators.json', json.dumps({'bos': self.bos, 'eos': self.eos}).encode())
+    write_separators(folder, self)
 
 
 def utf8(text: str) -> bytes:
@@ -255,6 +267,11 @@ def utf8(text: str) -> bytes:
   except UnicodeEncodeError as error:
     raise ValueError(f'{text[error.start]!r} at character {error.start} is a lone surrogate, no valid Unicode; '
                      'clean the text with lm.data.clean.Unicode()') from None
+
+
+def write_separators(folder: str | os.PathLike, tokenizer: Any) -> None:
+  named = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'ends')}
+  write(folder, 'separators.json', json.dumps(named).encode())
 
 
 def write(folder: str | os.PathLike, name: str, data: bytes) -> None:

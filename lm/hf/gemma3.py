@@ -1,6 +1,5 @@
 """Gemma 3 (Gemma Team 2025): Gemma 2 with norms of queries and keys in place of soft caps; five windows to one full
 layer, whose positions turn slower. Of files that see images too, the language model alone."""
-import dataclasses
 from typing import Any
 
 from lm.hf import names
@@ -48,28 +47,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 FAMILY = names.Family('Gemma3ForCausalLM', 'gemma3_text', model, config, names.llama_layer, names.llama_rest)
 
-
-def _text_model(c: Config) -> transformer.Transformer:
-  c.only('tie_word_embeddings', True)
-  for name in ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'):
-    c.get(name, (dict, int), None)
-  text = c.inner('text_config') or Config({})
-  text.only('tie_word_embeddings', True)
-  found = model(text)
-  text.finish()
-  return found
-
-
-def _text_config(model: transformer.Transformer) -> dict[str, Any]:
-  raise ValueError('Gemma 3 without its vision model is a Gemma3ForCausalLM')
-
-
-def _text_rest(model: transformer.Transformer) -> list[names.Map]:
-  return [dataclasses.replace(m, tensors=tuple('language_model.' + name for name in m.tensors))
-          for m in names.llama_rest(model)]
-
-
-WITH_IMAGES = names.Family('Gemma3ForConditionalGeneration', 'gemma3', _text_model, _text_config, names.llama_layer,
-                           _text_rest, 'language_model.model.layers.{}.',
-                           lambda name: name.startswith(('vision_tower.', 'multi_modal_projector.')),
-                           lambda model: {'lm_head.weight': 'language_model.model.embed_tokens.weight'})
+WITH_IMAGES = names.beside_images(
+    FAMILY, 'Gemma3ForConditionalGeneration', 'gemma3',
+    ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'),
+    'vision_tower.', tied=True)

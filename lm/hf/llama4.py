@@ -1,6 +1,5 @@
 """Llama 4 (Meta 2025): experts, and attention within chunks, but for every fourth layer, which sees all and knows no
 positions (Yang et al. 2025, RNoPE). Of files that see images too, the language model alone."""
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -109,27 +108,6 @@ def layer(block: parts.Block) -> list[names.Map]:
 
 FAMILY = names.Family('Llama4ForCausalLM', 'llama4_text', model, config, layer, names.llama_rest)
 
-
-def _text_model(c: Config) -> transformer.Transformer:
-  c.only('tie_word_embeddings', False)
-  for name in ('vision_config', 'boi_token_index', 'eoi_token_index', 'image_token_index'):
-    c.get(name, (dict, int), None)
-  text = c.inner('text_config') or Config({})
-  text.only('tie_word_embeddings', False)
-  found = model(text)
-  text.finish()
-  return found
-
-
-def _text_config(model: transformer.Transformer) -> dict[str, Any]:
-  raise ValueError('Llama 4 without its vision model is a Llama4ForCausalLM')
-
-
-def _text_rest(model: transformer.Transformer) -> list[names.Map]:
-  return [dataclasses.replace(m, tensors=tuple('language_model.' + name for name in m.tensors))
-          for m in names.llama_rest(model)]
-
-
-WITH_IMAGES = names.Family('Llama4ForConditionalGeneration', 'llama4', _text_model, _text_config, layer, _text_rest,
-                           'language_model.model.layers.{}.',
-                           lambda name: name.startswith(('vision_model.', 'multi_modal_projector.')))
+WITH_IMAGES = names.beside_images(
+    FAMILY, 'Llama4ForConditionalGeneration', 'llama4',
+    ('vision_config', 'boi_token_index', 'eoi_token_index', 'image_token_index'), 'vision_model.', tied=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.hf.config import Config
 from lm.models.stack import Stacks
 from lm.models.transformer import Transformer
 
@@ -122,3 +123,33 @@ def llama_layer(block: Any, feed_forward: Callable[[Any], Iterable[Map]] = llama
 def llama_rest(model: Transformer) -> list[Map]:
   head = [] if model.tied else [same('lm_head.weight', 'head')]
   return [same('model.embed_tokens.weight', 'embedding'), same('model.norm.weight', 'norm/scale'), *head]
+
+
+def beside_images(family: Family, architecture: str, model_type: str, fields: Sequence[str], vision: str, tied: bool
+                  ) -> Family:
+  """The language model alone of files that see images too: its config is their `text_config`.
+
+  `fields` are others of theirs, of images; tensors whose names begin with `vision` are left out.
+  """
+  prefix = 'language_model.'
+
+  def model(c):
+    c.only('tie_word_embeddings', tied)
+    for name in fields:
+      c.get(name, (dict, int), None)
+    text = c.inner('text_config') or Config({})
+    text.only('tie_word_embeddings', tied)
+    found = family.model(text)
+    text.finish()
+    return found
+
+  def config(model):
+    raise ValueError(f'{architecture} without its vision model is a {family.architecture}')
+
+  def rest(model):
+    return [dataclasses.replace(m, tensors=tuple(prefix + name for name in m.tensors)) for m in family.rest(model)]
+
+  return dataclasses.replace(
+      family, architecture=architecture, model_type=model_type, model=model, config=config, rest=rest,
+      prefix=prefix + family.prefix, ignored=lambda name: name.startswith((vision, 'multi_modal_projector.')),
+      copies=lambda model: {copy: prefix + name for copy, name in family.copies(model).items()})

@@ -1,12 +1,13 @@
 """The encoder: every position sees all others of its segment. `bert` below is one. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
@@ -75,6 +76,8 @@ class Encoder(Model):
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
+  causal = False
+
   @property
   def layers(self) -> tuple[nn.Module, ...]:
     """The block of each layer."""
@@ -116,6 +119,11 @@ class Encoder(Model):
     transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
     bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
     return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None)
+
+  @nn.nowrap
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+    raise ValueError('an encoder such as BERT predicts masked tokens and writes no text; take a decoder, such as '
+                     'GPT-2, or an encoder-decoder, such as T5')
 
 
 def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 512,

@@ -5,7 +5,8 @@ few lines more: a dense kernel here would need an attention of its own too. Shap
 """
 import dataclasses
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.attention import LayerCache, Visible
-from lm.models.transformer import Head, Model, Output
+from lm.models.transformer import Head, Model, Output, prompt_width
 
 
 class CrossAttention(nn.Module):
@@ -132,6 +133,8 @@ class EncoderDecoder(Model):
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
+  max_length = sys.maxsize   # distances have no end
+
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
@@ -203,6 +206,15 @@ class EncoderDecoder(Model):
     """Parameters with one tree a layer of the decoder, as `transformer.Transformer.unstack` has them."""
     blocks = params['blocks']
     return {**params, 'blocks': {**blocks, 'decoder': stack.unstacked(self.decoder, blocks['decoder'])}}
+
+  @nn.nowrap
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+    """As `transformer.Model.prompt`. Here: a text and eos are the source, bos is what starts the decoder."""
+    source, segments = np.zeros((2, rows, prompt_width(texts)), np.int32)
+    for row, ids in enumerate(texts):
+      source[row, :len(ids) + 1], segments[row, :len(ids) + 1] = [*ids, eos], 1
+    return Batch(np.full((rows, 1), bos, np.int32), positions=np.zeros((rows, 1), np.int32), segments=segments[:, :1],
+                 source=source, source_segments=segments)
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:

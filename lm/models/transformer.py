@@ -6,12 +6,13 @@ the sharding table use the same letters.
 """
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm import sharding
 from lm.data.batches import Batch
@@ -54,8 +55,14 @@ class Output(NamedTuple):
   cache: Cache | None
 
 
+def prompt_width(texts: Sequence[np.ndarray]) -> int:
+  """Of rows that hold any of the texts and a token more: few different ones, so few compilations."""
+  return max(16, 1 << max(map(len, texts)).bit_length())
+
+
 class Model(nn.Module):
   """Base of models: Flax modules whose parameters are an explicit tree."""
+  causal = True   # what comes after a token does not change its output, unless the batch says so
 
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
@@ -71,6 +78,21 @@ class Model(nn.Module):
     Dropout is on where there is a `key`. With a `cache`, the batch continues what the cache holds.
     """
     return super().apply({'params': params}, batch, key=key, cache=cache)
+
+  @nn.nowrap
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+    """What is read before the first token is written, in NumPy: the last column is of the tokens that are continued.
+
+    Here: bos and the text, padded on the left. `rows` beyond those of the texts are empty.
+    """
+    del eos
+    longest = 1 + max(map(len, texts))
+    width = max(min(prompt_width(texts), self.max_length), longest)
+    tokens, positions, segments = np.zeros((3, rows, width), np.int32)
+    for row, ids in enumerate(texts):
+      span = row, slice(width - len(ids) - 1, None)
+      tokens[span], positions[span], segments[span] = [bos, *ids], np.arange(len(ids) + 1), 1
+    return Batch(tokens, positions=positions, segments=segments)
 
 
 class Transformer(Model):
