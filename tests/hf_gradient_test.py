@@ -9,11 +9,11 @@ from lm.data.batches import Batch
 from lm.hf import files, weights
 
 torch = pytest.importorskip('torch')
-hf_test = pytest.importorskip('hf_test')   # it needs transformers
+hf_cases = pytest.importorskip('hf_cases')   # it needs transformers
 
 # Of the largest entry of a tensor's gradient, in float32.
 TOLERANCE = 1e-5
-CASES = [case for case in hf_test.CASES if case.name in (
+CASES = [case for case in hf_cases.CASES if case.name in (
     'GPT2LMHeadModel', 'LlamaForCausalLM', 'LlamaForCausalLM-3.2', 'Gemma3ForCausalLM', 'DeepseekV3ForCausalLM',
     'DeepseekV3ForCausalLM-plain', 'Llama4ForCausalLM')]
 
@@ -42,7 +42,7 @@ def their_gradients(theirs, tokens, folder):
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_gradients_of_all_tensors_are_those_of_torch(case, tmp_path):
-  theirs, tokens = hf_test.torch_model(case), random_tokens(2, 64)
+  theirs, tokens = hf_cases.torch_model(case), random_tokens(2, 64)
   theirs.save_pretrained(tmp_path / 'model')
   expected_loss = their_gradients(theirs, tokens, tmp_path / 'gradients')
   model, family = weights.open_model(tmp_path / 'model')
