@@ -86,7 +86,7 @@ def test_scores_of_pairs_are_the_loss_of_transformers(folders, transformers):
 @pytest.mark.parametrize('mesh_shape', ['1x1', '4x2'])
 def test_a_pair_in_company_scores_as_alone_with_few_shapes(mesh_shape):
   model, rng = MODELS['t5'], np.random.default_rng(0)
-  params = random_params(model)
+  params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0)))   # whose scores round less than random ones
   lengths = [(3, 60), (90, 2), (1, 1), (40, 40), (7, 12), (200, 9), (5, 5), (33, 20)]
   sources, texts = ([rng.integers(V, size=n) for n in side] for side in zip(*lengths))
   alone = jax.jit(lambda params, batch: jax.nn.log_softmax((out := model.apply(params, batch)).head(out.hidden)))
@@ -97,7 +97,7 @@ def test_a_pair_in_company_scores_as_alone_with_few_shapes(mesh_shape):
     found = evaluate.log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, 256, sources)
   assert evaluate._log_probabilities._cache_size() - before == 1
   for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_rows_hold_each_piece_once_and_no_more_than_fits():
