@@ -29,6 +29,7 @@ def test_flags(benchmark):
     benchmark.benchmark(rounds=0)
 
 
+@pytest.mark.slow
 def test_ours_is_measured():
   flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
