@@ -62,9 +62,10 @@ def opened(config, tensors):
   return quantized.reader(Config({'quantization_config': config}))(tensors)
 
 
-def make_folder(folder, config, seed=0):
-  """A folder with random weights, quantised as real ones are: all experts, and nothing else; its tensors."""
-  rng, tensors = np.random.default_rng(seed), {}
+@functools.cache
+def random_tensors(text, seed=0):
+  """Of the model of a config, as JSON: quantised as real ones are, all experts and nothing else."""
+  config, rng, tensors = json.loads(text), np.random.default_rng(seed), {}
   family = weights.family_of(config)
   model = family.model(Config(config))
   shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -76,8 +77,14 @@ def make_folder(folder, config, seed=0):
       tensors[name], tensors[name + '_scale_inv'] = random_fp8(rng, *shape, block)
     else:
       tensors[name] = (rng.normal(size=shape) * 0.2 + (len(shape) == 1)).astype(jnp.bfloat16)
-  put(folder, config, tensors)
   return tensors
+
+
+def make_folder(folder, config):
+  """A folder with these; the tensors."""
+  tensors = random_tensors(json.dumps(config))
+  put(folder, config, tensors)
+  return dict(tensors)
 
 
 def put(folder, config, tensors):
