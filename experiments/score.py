@@ -71,7 +71,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
     step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer.byte_lengths())
-    batches = data.batches(split, run.objective.example, rows, seed=None, repeat=False, context=context)
+    batches = data.batches(split, run.objective, rows, seed=None, repeat=False, context=context)
     for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
 
