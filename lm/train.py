@@ -214,7 +214,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
   check(run, mesh)
   with phases('prepare data'):
     data = run.data.open(workdir, control=run.objective.control)
-  _check_vocabulary(run, data)
+    _check_vocabulary(run, data)
+    # Before signals are caught: what data computes first may take long, and is gone on from.
+    batches = (data.batches('train', run.objective, run.batch, run.seed),
+               data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
   facts = identity(run, data)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
@@ -225,7 +228,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start:
       print(f'going on from step {start}')
-    return _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases, constants).go(state, start)
+    loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases)
+    return loop.go(state, start)
 
 
 def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
@@ -256,12 +260,10 @@ def _check_vocabulary(run: Run, data: Opened) -> None:
 class _Loop:
   """The loop of `train`: its parts, so that each fits on a screen."""
 
-  def __init__(self, run, workdir, mesh, data, checkpoints, facts, interrupt, phases, constants):
-    self.constants = constants
+  def __init__(self, run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases):
     self.run, self.mesh, self.data, self.facts, self.phases = run, mesh, data, facts, phases
-    self.checkpoints, self.interrupt, self.workdir = checkpoints, interrupt, workdir
-    self.batches = data.batches('train', run.objective, run.batch, run.seed)
-    self.held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
+    self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
+    self.batches, self.held_out = batches
     self.rows = sharding.local_rows(run.batch, mesh)
     self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
     self.metrics: dict[str, float] = {}
