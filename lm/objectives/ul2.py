@@ -11,6 +11,7 @@ from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_m
 from lm.objectives.span_corruption import DECODER, Layout, Noise, form, random_spans
 
 R, S, X = range(3)   # regular, sequential, extreme
+MODES = ('<|R|>', '<|S|>', '<|X|>')
 
 
 class Denoiser(NamedTuple):
@@ -37,7 +38,7 @@ DENOISERS = (Denoiser(R, random_spans(0.15, 3)), Denoiser(R, random_spans(0.15, 
 
 
 def ul2(denoisers: tuple[Denoiser, ...] = DENOISERS, layout: Layout = DECODER,
-        modes: tuple[str, str, str] = ('<|R|>', '<|S|>', '<|X|>'), sentinels: tuple[str, ...] = sentinels(32),
+        modes: tuple[str, str, str] = MODES, sentinels: tuple[str, ...] = sentinels(32),
         denominator: Callable[[Batch], jax.Array] = token_mean, token_loss: TokenLoss = cross_entropy) -> Objective:
   """UL2 (Tay et al. 2022, arXiv:2205.05131): rows take turns in the denoisers; repeat one to have more of it.
 
