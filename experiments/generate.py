@@ -9,6 +9,7 @@ import jax
 
 from lm import generate, launch, pretrained, sharding, trained
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.objectives.objective import causal_prompt
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
@@ -40,11 +41,15 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    mark = causal_prompt if model else loaded.run.objective.prompt
+    if mark is None:
+      raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text; take '
+                       'one that was trained with another objective, such as next_token')
     shown = '' if isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
     begun = False
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed):
+                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

@@ -65,6 +65,9 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     if split is None:
       if not model:
         check(loaded.model, sources is not None, bos)
+        if loaded.run.objective.prompt is None and loaded.model.causal:
+          raise ValueError(f'the decoder in {workdir} was trained to fill in tokens that are masked, not to predict '
+                           'the next one; --split gives the loss of its objective')
       if loaded.model.causal and not windows:
         check_lengths(loaded, texts)
       (show if jsonl is None else show_all)(loaded, texts, sources, bos)
