@@ -123,7 +123,12 @@ def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
   if lines := differences(*shapes):
     told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
     raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))
-  return lambda model: _params(path, jnp.float32)
+  return functools.partial(_of_folder, path)
+
+
+def _of_folder(folder: pathlib.Path, model: Any) -> Any:
+  del model
+  return _params(folder, jnp.float32)
 
 
 def _of_run(workdir: pathlib.Path, model: Any) -> Any:
