@@ -8,6 +8,8 @@ import functools
 import pathlib
 from typing import Any, Literal
 
+import jax
+
 from lm import annotate, checkpoint, evaluate, launch, optim, pretrained, records, train, trained
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
@@ -52,7 +54,8 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
 
   Args:
     teacher: a run's workdir, a Hugging Face folder or an imported one.
-    student: a folder of Hugging Face's with the architecture, in place of the flags of shape; for parameters see --init.
+    student: take the architecture from this Hugging Face folder, in place of the flags of shape; for the parameters
+      see --init.
     kind: of divergence, KL(teacher || student), KL(student || teacher), or Jensen-Shannon.
     beta: share of the teacher in the middle of Jensen-Shannon.
     temperature: divides the logits of both.
@@ -113,8 +116,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
 
 
 def model_size(model: Any) -> int:
-  """Parameters."""
-  import jax
+  """How many parameters it has."""
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 

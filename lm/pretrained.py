@@ -116,10 +116,10 @@ def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
   """
   if records.read(path):
     return functools.partial(_of_run, path)
-  theirs = jax.eval_shape(open_model(path).init, jax.random.key(0))
+  theirs, ours = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (open_model(path), model))
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
              for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (theirs, jax.eval_shape(model.init, jax.random.key(0)))]
+            for tree in (theirs, ours)]
   if lines := differences(*shapes):
     told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
     raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))

@@ -131,7 +131,8 @@ def load_constants(run: Run) -> dict[str, Any]:
 
 def abstract_constants(run: Run) -> dict[str, Any]:
   """Their shapes, dtypes and shardings, by name."""
-  return {constant.name: jax.eval_shape(constant.model.init, jax.random.key(0)) for constant in run.constants}
+  return {constant.name: jax.eval_shape(lambda constant=constant: constant.model.init(jax.random.key(0)))
+          for constant in run.constants}
 
 
 def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
