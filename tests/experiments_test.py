@@ -33,6 +33,7 @@ TOOLS = {
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'benchmark': [],
+    'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
     'benchmark_hf': ['--families=gpt2,bert,t5'],
 }
 
