@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from lm import annotate, checkpoint, evaluate, launch, optim, pretrained, records, train, trained
+from lm import annotate, checkpoint, evaluate, launch, lora, optim, pretrained, records, train, trained
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives import distillation
@@ -26,7 +26,8 @@ def open_teacher(name: str) -> tuple[train.Constants, tokenizer.Tokenizer]:
     run = trained.open_run(path)
     with checkpoint.Checkpoints(path / 'checkpoints', create=False) as saved:
       step = max(saved.steps(), default=0)
-    model, tokens, load = run.model, run.data.load_tokenizer(path), functools.partial(load_run, path, step)
+    model = run.model.model if isinstance(run.model, lora.Adapted) else run.model
+    tokens, load = run.data.load_tokenizer(path), functools.partial(load_run, path, step)
   elif name == QUICKSTART:
     raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
                             'or name another by --teacher')

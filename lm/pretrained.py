@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, records
+from lm import checkpoint, lora, records
 from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
@@ -133,6 +133,9 @@ def _of_folder(folder: pathlib.Path, model: Any) -> Any:
 
 def _of_run(workdir: pathlib.Path, model: Any) -> Any:
   with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as saved:
+    if (saved.facts() or {}).get('model', {}).get('class') == lora.Adapted.__name__:
+      raise ValueError(f'{workdir} holds adapters, without the parameters under them; start from their sum: python '
+                       f'experiments/export_hf.py --workdir={workdir} --out=...')
     restored = saved.restore_params(_abstract(model))
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')

@@ -188,6 +188,8 @@ def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
     other = dataclasses.replace(run.constants[0], load=functools.partial(load, seed=8))
     with pytest.raises(ValueError, match='constants.base.load'):   # adapters are of what they were trained on
       train.train(dataclasses.replace(run, steps=3, constants=(other,)), tmp_path / 'run', mesh)
+    with pytest.raises(ValueError, match='holds adapters, without the parameters under them'):
+      pretrained._of_run(tmp_path / 'run', MODEL)
     model, params = lora.merged(run.model, result.params)
     pretrained.write(tmp_path / 'out', model, params, TOKENIZER)
     assert same(pretrained.load(str(tmp_path / 'out')).params, params)
