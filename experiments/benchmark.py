@@ -91,18 +91,24 @@ def ours_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
   return go, {'weights': sum(x.size for x in jax.tree.leaves(params))}
 
 
-def ours_pipeline(shape: Shape) -> Made:
-  """Packs documents on disk, about as many and as long as those of Python's library."""
+def documents(vocab: int) -> Any:
+  """Random tokens on disk, about as many documents and as long as those of Python's library."""
   import numpy as np
+  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
+  with tempfile.TemporaryFile() as file:   # the map outlives it
+    stored = np.memmap(file, np.uint16, 'w+', shape=int(offsets[-1]))
+  stored[:] = tokens(vocab, len(stored))
+  return types.SimpleNamespace(tokens=stored, offsets=offsets)
 
+
+def ours_pipeline(shape: Shape) -> Made:
+  """Packs documents into rows."""
   from lm.data.batches import Special
   from lm.data.stream import Stream
   from lm.objectives.next_token import next_token
-  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
-  stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))   # noqa: SIM115
-  stored[:] = tokens(shape.vocab, len(stored))
-  store, steps = types.SimpleNamespace(tokens=stored, offsets=offsets), itertools.count()
-  batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch, store=store)
+  steps = itertools.count()
+  batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch,
+                   store=documents(shape.vocab))
   return lambda: batches(next(steps)) and None, {}
 
 

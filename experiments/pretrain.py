@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm import launch, optim, pretrained, train
+from lm import launch, lora, optim, pretrained, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
@@ -97,7 +97,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
-               save_every: int = 500, keep: int = 2) -> train.Run:
+               save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
@@ -130,6 +130,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     warmup: steps of linear warm-up.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
     keep: how many of the last checkpoints to keep, beside the best.
+    lora_rank: of adapters that are trained in place of all parameters, on those of --init; 0 for none.
+    lora_alpha: adapters are scaled by it over the rank; none for twice the rank.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
   folder = pretrained.locate(model) if model else None
@@ -158,12 +160,13 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
-  return train.Run(
+  run = train.Run(
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
+  return lora.adapt(run, lora_rank, lora_alpha)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, records
+from lm import checkpoint, lora, records
 from lm.data import export as tokenizer_export
 from lm.data import source, tokenizer
 from lm.describe import describe, differences
@@ -116,18 +116,26 @@ def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
   """
   if records.read(path):
     return functools.partial(_of_run, path)
-  theirs = jax.eval_shape(open_model(path).init, jax.random.key(0))
+  theirs, ours = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (open_model(path), model))
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
              for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (theirs, jax.eval_shape(model.init, jax.random.key(0)))]
+            for tree in (theirs, ours)]
   if lines := differences(*shapes):
     told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
     raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))
-  return lambda model: _params(path, jnp.float32)
+  return functools.partial(_of_folder, path)
+
+
+def _of_folder(folder: pathlib.Path, model: Any) -> Any:
+  del model
+  return _params(folder, jnp.float32)
 
 
 def _of_run(workdir: pathlib.Path, model: Any) -> Any:
   with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as saved:
+    if (saved.facts() or {}).get('model', {}).get('class') == lora.Adapted.__name__:
+      raise ValueError(f'{workdir} holds adapters, without the parameters under them; start from their sum: python '
+                       f'experiments/export_hf.py --workdir={workdir} --out=...')
     restored = saved.restore_params(_abstract(model))
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')

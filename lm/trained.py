@@ -1,5 +1,6 @@
 """A trained run, opened again from its workdir."""
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, records, train
+from lm import checkpoint, lora, pretrained, records, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,22 @@ class Trained:
 def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
 
-  The run is made anew by its script, with the knobs in `workdir/run.json`. FileNotFoundError where there is no run, no
-  checkpoint, or the script is gone.
+  Adapters are merged into their matrices. FileNotFoundError where there is no run, no checkpoint, or the script is
+  gone.
   """
+  run = open_run(workdir)
+  mesh = jax.sharding.get_mesh()
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
+                                          checkpoints.best_step() if best else None)
+  if restored is None:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  model, params = lora.merged(run.model, train.with_constants(restored.state, train.load_constants(run)))
+  return Trained(run, model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
+
+
+def open_run(workdir: pathlib.Path) -> train.Run:
+  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read."""
   found = records.read(workdir)
   if not found:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
@@ -34,14 +48,9 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   knobs = records.settle(accepted[-1]['knobs'], accepted)
   run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
-  mesh = jax.sharding.get_mesh()
-  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
-                                          checkpoints.best_step() if best else None)
-  if restored is None:
-    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  params = train.with_constants(restored.state, train.load_constants(run))
-  return Trained(run, run.model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
+  if isinstance(run.model, lora.Adapted) and (init := accepted[-1].get('init')):   # else its checkpoints have it all
+    run = lora.start_from(run, functools.partial(pretrained.start, pathlib.Path(init)))
+  return run
 
 
 def _function(record: dict[str, Any]):

@@ -71,19 +71,25 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
   return loss, {'nll': jnp.sum(nll * counted), 'tokens': jnp.sum(counted), 'correct': jnp.sum((target >= 0) * counted)}
 
 
-def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
-  """log softmax(head(hidden))[target], in nats, [B, T]; the logits of a chunk of T at a time.
+def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, args: tuple = ()) -> Any:
+  """`function(head(hidden), *args)`, a tree of [B, T, ...]; the logits of a chunk of T at a time.
 
   Differentiable: the backward pass makes the logits of a chunk again.
   """
-  @jax.checkpoint
-  def chunk(xs):
-    logits, targets = head(xs[0]), xs[1]
+  chunk = jax.checkpoint(lambda xs: function(head(xs[0]), *xs[1:]))
+
+  def whole(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])[:, :hidden_BTD.shape[1]]
+  return jax.tree.map(whole, jax.lax.map(chunk, _chunks(hidden_BTD, head, args)))
+
+
+def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
+  """log softmax(head(hidden))[target], in nats, [B, T]; see `by_position`."""
+  def found(logits, targets):
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-  found = jnp.moveaxis(jax.lax.map(chunk, _chunks(hidden_BTD, head, (targets_BT,))), 0, 1)
-  return found.reshape(len(found), -1)[:, :targets_BT.shape[1]]
+  return by_position(found, hidden_BTD, head, (targets_BT,))
 
 
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
