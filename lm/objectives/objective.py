@@ -62,19 +62,25 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
   return loss, {'nll': jnp.sum(nll * counted), 'tokens': jnp.sum(counted), 'correct': jnp.sum((target >= 0) * counted)}
 
 
-def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
-  """log softmax(head(hidden))[target], in nats, [B, T]; the logits of a chunk of T at a time.
+def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, [B, T] both.
 
-  Differentiable: the backward pass makes the logits of a chunk again.
+  The logits of a chunk of T at a time. Differentiable: the backward pass makes the logits of a chunk again.
   """
   @jax.checkpoint
   def chunk(xs):
     logits, targets = head(xs[0]), xs[1]
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
-    return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.sum(jnp.where(picked, logits, 0), axis=-1)
+    return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
 
-  found = jnp.moveaxis(jax.lax.map(chunk, _chunks(hidden_BTD, head, (targets_BT,))), 0, 1)
-  return found.reshape(len(found), -1)[:, :targets_BT.shape[1]]
+  found = jax.lax.map(chunk, _chunks(hidden_BTD, head, (targets_BT,)))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(targets_BT), -1)[:, :targets_BT.shape[1]], found)
+
+
+def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
+  """The first of `target_scores`."""
+  return target_scores(hidden_BTD, head, targets_BT)[0]
 
 
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
