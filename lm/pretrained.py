@@ -5,16 +5,16 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, records
+from lm import checkpoint, records, trained
+from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
-from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
 from lm.models.encoder_decoder import EncoderDecoder
@@ -30,6 +30,39 @@ class Pretrained:
   params: Any
   tokenizer: Any
   folder: pathlib.Path
+
+
+class Base(NamedTuple):
+  """What to fine-tune, without its parameters, which `start(model)` gives."""
+  model: Any
+  tokenizer: tokenizer.Tokenizer
+  template: turns.Template | None   # None: it was not made to chat
+  start: Callable[[Any], Any]
+
+
+def base(name: str, dtype: Any = jnp.float32) -> Base:
+  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
+
+  FileNotFoundError where there is nothing of the kind.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if records.read(folder):
+    run = trained.configured(folder)
+    return Base(run.model, run.data.load_tokenizer(folder), chat_template(run.data), start(folder, run.model))
+  folder = locate(name)
+  model = open_model(folder, dtype)
+  tokens = open_tokenizer(folder, model)
+  return Base(model, tokens, folder_template(folder), start(folder, model))
+
+
+def chat_template(data: Any) -> turns.Template | None:
+  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
+  return getattr(getattr(data, 'data', data), 'template', None)
+
+
+def folder_template(folder: pathlib.Path) -> turns.Template | None:
+  """The default chat template of a Hugging Face folder; None where it has none."""
+  return chat.load(folder) if 'default' in chat.sources(folder) else None
 
 
 def locate(name: str) -> pathlib.Path:

@@ -20,11 +20,10 @@ class Trained:
   workdir: pathlib.Path
 
 
-def load(workdir: pathlib.Path, best: bool = False) -> Trained:
-  """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
+def configured(workdir: pathlib.Path) -> train.Run:
+  """The run of a workdir, made anew by its script with the knobs in `workdir/run.json`.
 
-  The run is made anew by its script, with the knobs in `workdir/run.json`. FileNotFoundError where there is no run, no
-  checkpoint, or the script is gone.
+  FileNotFoundError where there is none that began to train, or the script is gone.
   """
   found = records.read(workdir)
   if not found:
@@ -33,7 +32,15 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   if not accepted:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   knobs = records.settle(accepted[-1]['knobs'], accepted)
-  run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
+  return dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
+
+
+def load(workdir: pathlib.Path, best: bool = False) -> Trained:
+  """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
+
+  FileNotFoundError where there is no run (see `configured`) or no checkpoint.
+  """
+  run = configured(workdir)
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,

@@ -281,13 +281,12 @@ def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(
   batch = packed(records, made)(0)
   with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:math.prod(map(int, shape.split('x')))])):
     params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0))))()
-
-    def score(tokens):   # by itself, in a batch of the same
-      rows = np.tile(tokens, (4, 1))
-      hidden = model.decoder.apply(params['decoder'], Batch(rows)).hidden
-      return float(np.asarray(hidden)[0, -1].astype('f8') @ np.asarray(params['score']).astype('f8'))
     loss, count, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch)
-    scores = np.array([[score(x.tokens) for x in pair] for pair in records])
+    alone = [x.tokens for pair in records for x in pair] + [np.zeros(1, np.int32)] * 2
+    rows = Batch(np.stack([np.pad(x, (0, T - len(x))) for x in alone]))   # one a row: what follows is not seen
+    hidden = np.asarray(jax.jit(model.decoder.apply)(params['decoder'], rows).hidden, np.float64)
+  ends = np.stack([row[len(x) - 1] for row, x in zip(hidden, alone)])
+  scores = (ends @ np.asarray(params['score'], np.float64))[:-2].reshape(-1, 2)
   difference = scores[:, 0] - scores[:, 1]
   assert count == len(records)
   assert float(loss) == pytest.approx((np.log1p(np.exp(-difference)) + 0.1 * scores.sum(1) ** 2).sum(), rel=1e-4)

@@ -137,11 +137,8 @@ def refuse_missing(names: Iterable[str], tokens: tokenizer.Tokenizer) -> None:
                      'template of this tokenizer, or no template')
 
 
-def load(folder: str | os.PathLike, name: str = 'default') -> Template:
-  """The template of a Hugging Face folder: chat_template.jinja, additional_chat_templates/, or tokenizer_config.json.
-
-  Raises ValueError, with the names that exist, where there is none of that name ('tool_use', 'rag', ...).
-  """
+def sources(folder: str | os.PathLike) -> dict[str, str]:
+  """The templates of a Hugging Face folder by name: of chat_template.jinja and its kin, or tokenizer_config.json."""
   folder = pathlib.Path(folder)
   found = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
   if (path := folder / 'chat_template.jinja').is_file():
@@ -152,7 +149,12 @@ def load(folder: str | os.PathLike, name: str = 'default') -> Template:
       found = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None
-  if name not in found:
+  return found
+
+
+def load(folder: str | os.PathLike, name: str = 'default') -> Template:
+  """A template of a Hugging Face folder; ValueError, with the names that exist, where there is none of that name."""
+  if name not in (found := sources(folder)):
     raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(found) or "none"}')
   return Template(found[name], tokenizer.special_tokens(folder))
 

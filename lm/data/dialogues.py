@@ -6,6 +6,7 @@ document is the JSON of a record, and an id is 2 * token + asked, or stands betw
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import types
@@ -67,6 +68,17 @@ class Dialogues:
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
     return tokenizer.load(self._folder(workdir) / 'tokenizer')
+
+  def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
+    """The first records of a split but for their answers, and these (chosen, or good ones), to see what a model says."""
+    found = []
+    for record in itertools.islice(self.source.splits[split], count):
+      prompt, answers, good = messages.read(record, self.kind, self.keys)
+      said = [*prompt, *answers[0]]
+      last = max((i for i, message in enumerate(said) if message['role'] == 'assistant'), default=0)
+      if last and good is not False:
+        found.append((said[:last], said[last]['content']))
+    return found
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
