@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, lora, records
+from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
-from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
 from lm.models.encoder_decoder import EncoderDecoder
@@ -30,6 +30,11 @@ class Pretrained:
   params: Any
   tokenizer: Any
   folder: pathlib.Path
+
+
+def folder_template(folder: pathlib.Path) -> turns.Template | None:
+  """The default chat template of a Hugging Face folder; None where it has none."""
+  return chat.load(folder) if 'default' in chat.sources(folder) else None
 
 
 def locate(name: str) -> pathlib.Path:

@@ -84,12 +84,18 @@ def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, 
   return jax.tree.map(whole, jax.lax.map(chunk, _chunks(hidden_BTD, head, args)))
 
 
-def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
-  """log softmax(head(hidden))[target], in nats, [B, T]; see `by_position`."""
+def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, [B, T] both."""
   def found(logits, targets):
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
-    return jnp.sum(jnp.where(picked, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.sum(jnp.where(picked, logits, 0), axis=-1)
+    return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
   return by_position(found, hidden_BTD, head, (targets_BT,))
+
+
+def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
+  """The first of `target_scores`."""
+  return target_scores(hidden_BTD, head, targets_BT)[0]
 
 
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
