@@ -95,13 +95,14 @@ def ours_pipeline(shape: Shape) -> Made:
   """Packs documents on disk, about as many and as long as those of Python's library."""
   import numpy as np
 
-  from lm.data.batches import Batches
+  from lm.data.batches import Special
+  from lm.data.stream import Stream
   from lm.objectives.next_token import next_token
   offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
   stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))   # noqa: SIM115
   stored[:] = tokens(shape.vocab, len(stored))
   store, steps = types.SimpleNamespace(tokens=stored, offsets=offsets), itertools.count()
-  batches = Batches(store, next_token().example, shape.length, shape.batch, begin=1, end=2)
+  batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch, store=store)
   return lambda: batches(next(steps)) and None, {}
 
 

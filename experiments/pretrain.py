@@ -115,7 +115,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
   return train.Run(
-      model=decoder, objective=next_token(getattr(objective, denominator)),
+      model=decoder, objective=next_token(denominator=getattr(objective, denominator)),
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,

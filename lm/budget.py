@@ -7,7 +7,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import evaluate, sharding, train
-from lm.data.batches import Batch
 
 
 def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10) -> train.Run:
@@ -19,16 +18,17 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
     raise ValueError(f'minutes={minutes} is not between 0 and a million')
   run, mesh = make(10_000), jax.sharding.get_mesh()
   train.check(run, mesh)
-  rows = np.zeros((len(sharding.local_rows(run.batch, mesh)), run.data.length), np.int32)
-  batch = sharding.shard_rows(Batch(rows, rows, rows + np.float32(1), rows, rows + 1), mesh)
-  state, step = jax.jit(lambda: train.init(run))(), train.make_step(run)
+  rows = len(sharding.local_rows(run.batch, mesh))
+  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), train.abstract_batch(run, mesh))
+  batch = sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
+  state, step, constants = jax.jit(lambda: train.init(run))(), train.make_step(run), train.load_constants(run)
   evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
   times = []
   for _ in range(4):
     start = time.monotonic()
-    jax.block_until_ready(evaluation(state.params, batch))
+    jax.block_until_ready(evaluation(train.with_constants(state.params, constants), batch))
     middle = time.monotonic()
-    state = jax.block_until_ready(step(state, batch)[0])
+    state = jax.block_until_ready(step(state, batch, constants)[0])
     times.append((middle - start, time.monotonic() - middle))
   evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
   steps = max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10)

@@ -1,6 +1,4 @@
 """Evaluation: of a model over fixed batches, of a text, and what file compressors make of the same."""
-import bisect
-import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batches import Batch, Batches
+from lm.data.packing import best_fit
 from lm.objectives.objective import Objective, target_log_probabilities
 
 
@@ -31,22 +30,23 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   """Metrics over all of `batches`, or the first `limit` of them: each target counts the same.
 
   Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
-  the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), and `accuracy` of the likeliest token.
+  the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
+  the objective's own metrics.
   """
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
-  total, pending = collections.Counter(), {}
-  for i in range(steps):
-    running = step(params, sharding.shard_rows(batches(i, rows), mesh))
-    total.update({name: float(value) for name, value in pending.items()})   # of the batch before, while this one runs
-    pending = running
-  total.update({name: float(value) for name, value in pending.items()})
+  total: list[np.float64] = []
+  # Sums of the batch before are read while the next one runs.
+  for sums in _one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh)) for i in range(steps)):
+    total = jax.tree.map(lambda x: np.float64(x), sums) if not total else jax.tree.map(np.add, total, sums)
   if total['tokens'] == 0:
     raise ValueError('nothing to evaluate: the batches hold no targets')
   nll = total['nll'] / total['tokens']
-  return {'loss': total['loss'] / total['weight'], 'nll': nll, 'perplexity': float(np.exp(nll)),
-          'bits_per_byte': total['nll'] / np.log(2) / max(total['bytes'], 1),
-          'accuracy': total['correct'] / total['tokens']}
+  own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
+  return {name: float(value) for name, value in {
+      'loss': total['loss'] / total['weight'], 'nll': nll, 'perplexity': np.exp(nll),
+      'bits_per_byte': total['nll'] / np.log(2) / max(total['bytes'], 1),
+      'accuracy': total['correct'] / total['tokens'], **own}.items()}
 
 
 @functools.partial(jax.jit, static_argnames='apply')
@@ -61,15 +61,15 @@ def _log_probabilities(apply, params, batch: Batch, asked_BP: jax.Array | None =
   return sharding.constrain(found, '--')   # so that every host can read it
 
 
-def _one_behind(calls: Iterable[jax.Array]) -> Iterator[np.ndarray]:
-  """What calls give, each read while the next one runs."""
+def _one_behind(calls: Iterable[Any]) -> Iterator[Any]:
+  """What calls give, trees of arrays, each read while the next one runs."""
   running = None
   for started in calls:
     if running is not None:
-      yield np.asarray(running)
+      yield jax.tree.map(np.asarray, running)
     running = started
   if running is not None:
-    yield np.asarray(running)
+    yield jax.tree.map(np.asarray, running)
 
 
 def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
@@ -87,18 +87,9 @@ def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
 
 
 def _rows(lengths: np.ndarray, widths: np.ndarray) -> list[list[int]]:
-  """Indices of pieces packed into rows of `widths`: the longest first, each where it leaves the least room."""
+  """Indices of pieces packed into rows of `widths`, by the side that fills its row the most."""
   width = int(widths.max())
-  sizes = (-(-lengths * width // widths)).max(1).tolist()   # of the side that fills its row the most
-  rows, room = [], []   # room: (positions left, row), in order
-  for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-    at = bisect.bisect_left(room, (sizes[piece], 0))
-    left, row = room.pop(at) if at < len(room) else (width, len(rows))
-    if row == len(rows):
-      rows.append([])
-    rows[row].append(piece)
-    bisect.insort(room, (left - sizes[piece], row))
-  return rows
+  return best_fit((-(-lengths * width // widths)).max(1).tolist(), width)
 
 
 def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[list[int]]]:

@@ -2,18 +2,20 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, evaluate, optim, records, sharding, track
-from lm.data.batches import Batch, Batches
+from lm.data.batches import KINDS, Batch, Batches, Special, template
 from lm.describe import describe
 from lm.interrupt import Interrupt
 from lm.objectives.objective import Objective
@@ -28,12 +30,28 @@ class Opened(Protocol):
   """Data that is ready to be read."""
   tokenizer: Any
   fingerprint: str
-  def batches(self, split: str, example: Callable, rows: int, seed: int | None = 0, repeat: bool = True) -> Batches: ...
+  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True
+              ) -> Batches: ...
 
 
 class Data(Protocol):
-  length: int
-  def open(self, workdir: pathlib.Path) -> Opened: ...
+  length: int                 # of a row
+  source_length: int | None   # of a row of sources, for an encoder
+  kind: type                  # what it holds, of `batches.KINDS`
+  columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
+  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = ()) -> Opened: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+  """Parameters that a loss reads and training leaves alone: a teacher's, or those that lie under adapters.
+
+  They are the entry `name` of the parameters that the model and the objective of a run are given; no checkpoint has
+  them, so `load(model)` is asked at each start.
+  """
+  name: str
+  model: Model
+  load: Callable[[Model], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +60,8 @@ class Run:
 
   `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
-  Training starts from what `start(model)` gives, where that is not None, in place of new parameters.
+  Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
+  parameters that stay as they are.
   """
   model: Model
   objective: Objective
@@ -57,6 +76,7 @@ class Run:
   save_every: int = 1000
   keep: int = 2
   start: Callable[[Model], Any] | None = None
+  constants: tuple[Constants, ...] = ()
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -104,13 +124,23 @@ def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
   return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
 
 
-def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-  """One jitted pure function, `(state, batch) -> (state, metrics)`; the state is donated."""
-  def loss(params, batch, key):
-    loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, params, batch, key)
-    return loss_sum, (weight_sum, sums)
+def load_constants(run: Run) -> dict[str, Any]:
+  """The run's constants by name, on the mesh that is set."""
+  return {constant.name: constant.load(constant.model) for constant in run.constants}
 
-  def step(state: State, batch: Batch):
+
+def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
+  """The parameters that models and objectives are given."""
+  return {**params, **constants} if constants else params
+
+
+def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """One jitted pure function, `(state, batch, constants={}) -> (state, metrics)`; the state is donated."""
+  def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({})):
+    def loss(params, batch, key):
+      loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, with_constants(params, constants), batch, key)
+      return loss_sum, (weight_sum, sums)
+
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 1), state.step)
     totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
     (loss_sum, (weight_sum, sums)), grads = totals
@@ -118,7 +148,8 @@ def make_step(run: Run) -> Callable[[State, Batch], tuple[State, dict[str, jax.A
     grads = jax.tree.map(lambda g: g / weight_sum, grads)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
     metrics = {'loss': loss_sum / weight_sum, 'grad_norm': optax.tree.norm(grads),
-               'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1)}
+               'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
+               **{name: pair[0] / jnp.maximum(pair[1], 1) for name, pair in sums.items() if isinstance(pair, tuple)}}
     if (rate := optim.learning_rate(opt_state)) is not None:
       metrics['learning_rate'] = rate
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
@@ -149,15 +180,21 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.batch % parts:
     raise ValueError(f'batch={run.batch} is not a multiple of {parts}: accumulate={run.accumulate} times the '
                      f'{mesh.shape["data"]} devices of the mesh axis data')
-  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh))
+  if run.objective.needs is not run.data.kind:
+    raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
+                     f'{KINDS[run.data.kind]}; choose another of either')
+  constants = {constant.name: jax.eval_shape(constant.model.init, jax.random.key(0)) for constant in run.constants}
+  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh), constants)
 
 
 def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
   """Shapes and shardings of a batch, packed."""
-  def array(dtype):
-    return jax.ShapeDtypeStruct((run.batch, run.data.length), dtype, sharding=NamedSharding(mesh, P('data', None)))
-  integers, floats = array(jnp.int32), array(jnp.float32)
-  return Batch(integers, integers, floats, integers, integers)
+  row = template(run.objective, Special(0, 0, 1, (0,) * len(run.objective.control)), run.data.length,
+                 run.data.source_length)
+  stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
+  row = row._replace(columns={**(row.columns or {}), **stored} or None)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((run.batch, *x.shape[1:]), x.dtype,
+                                                     sharding=NamedSharding(mesh, P('data'))), row)
 
 
 def identity(run: Run, data: Opened) -> dict[str, Any]:
@@ -176,18 +213,23 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
   phases = track.Phases()
   check(run, mesh)
   with phases('prepare data'):
-    data = run.data.open(workdir)
-  _check_vocabulary(run, data)
+    data = run.data.open(workdir, control=run.objective.control)
+    _check_vocabulary(run, data)
+    # Before signals are caught: what data computes first may take long, and is gone on from.
+    batches = (data.batches('train', run.objective, run.batch, run.seed),
+               data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
   facts = identity(run, data)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
+      constants = load_constants(run)
       state, start = _restore(run, mesh, checkpoints, facts)
     records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start:
       print(f'going on from step {start}')
-    return _Loop(run, workdir, mesh, data, checkpoints, facts, interrupt, phases).go(state, start)
+    loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases)
+    return loop.go(state, start)
 
 
 def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
@@ -204,7 +246,10 @@ def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
 def _check_vocabulary(run: Run, data: Opened) -> None:
   """ValueError if the tokenizer has tokens for which the model has no logits."""
   def logits():
-    outputs = run.model.apply(run.model.init(jax.random.key(0)), Batch(jnp.zeros((run.batch, 1), jnp.int32)))
+    params = with_constants(run.model.init(jax.random.key(0)),
+                            {constant.name: constant.model.init(jax.random.key(0)) for constant in run.constants})
+    tokens = jnp.zeros((run.batch, 1), jnp.int32)
+    outputs = run.model.apply(params, Batch(tokens, source=None if run.data.source_length is None else tokens))
     return outputs.head(outputs.hidden)
   vocab = jax.eval_shape(logits).shape[-1]
   if data.tokenizer.vocab_size > vocab:
@@ -215,11 +260,10 @@ def _check_vocabulary(run: Run, data: Opened) -> None:
 class _Loop:
   """The loop of `train`: its parts, so that each fits on a screen."""
 
-  def __init__(self, run, workdir, mesh, data, checkpoints, facts, interrupt, phases):
+  def __init__(self, run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases):
     self.run, self.mesh, self.data, self.facts, self.phases = run, mesh, data, facts, phases
-    self.checkpoints, self.interrupt, self.workdir = checkpoints, interrupt, workdir
-    self.batches = data.batches('train', run.objective.example, run.batch, run.seed)
-    self.held_out = data.batches('validation', run.objective.example, run.batch, seed=0, repeat=False)
+    self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
+    self.batches, self.held_out = batches
     self.rows = sharding.local_rows(run.batch, mesh)
     self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
     self.metrics: dict[str, float] = {}
@@ -236,7 +280,7 @@ class _Loop:
         batch = sharding.shard_rows(following.result(), self.mesh)
         following = reader.submit(self.batches, step + 1, self.rows)
         with self.phases('compile and first step' if step == start else 'train'):
-          state, metrics = train_step(state, batch)
+          state, metrics = train_step(state, batch, self.constants)
           step += 1
           self._report(pending)      # of the step before, while this one runs
           pending = step, metrics
@@ -257,7 +301,8 @@ class _Loop:
           break
       if self.evaluated < 0 and step == run.steps:
         self._evaluate(step, state)
-    return Result(step, start, state.params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
+    params = with_constants(state.params, self.constants)
+    return Result(step, start, params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
 
   def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
     if pending is None:
@@ -270,8 +315,8 @@ class _Loop:
 
   def _evaluate(self, step: int, state: State) -> None:
     with self.tracker.pause(), self.phases('validate'):
-      self.metrics = evaluate.evaluate(self.evaluate_step, state.params, self.held_out, self.mesh,
-                                       self.run.evaluate_batches)
+      self.metrics = evaluate.evaluate(self.evaluate_step, with_constants(state.params, self.constants), self.held_out,
+                                       self.mesh, self.run.evaluate_batches)
     if step > self.start:   # else it is in the log
       self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
     self.evaluated = step

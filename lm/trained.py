@@ -40,7 +40,8 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
                                           checkpoints.best_step() if best else None)
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  return Trained(run, run.model, restored.state, run.data.load_tokenizer(workdir), restored.step, workdir)
+  params = train.with_constants(restored.state, train.load_constants(run))
+  return Trained(run, run.model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
 
 
 def _function(record: dict[str, Any]):

@@ -47,7 +47,7 @@ def test_opens_what_the_rules_leave_and_the_tokenizer_gives(tmp_path):
     store = opened.stores[split]
     assert [opened.tokenizer.decode(store[i]) for i in range(len(store))] == expected
     assert opened.text(split) == ''.join(expected)
-  batch = opened.batches('train', next_token().example, rows=40, seed=None, repeat=False)(0)
+  batch = opened.batches('train', next_token(), rows=40, seed=None, repeat=False)(0)
   assert batch.tokens.shape == (40, 16) and batch.tokens[0, 0] == opened.tokenizer.bos_id
   assert opened.tokenizer.decode(batch.targets[0, :len(cleaned[0])]) == cleaned[0]
   assert (batch.targets == opened.tokenizer.eos_id).sum() == 9

@@ -12,12 +12,13 @@ import pytest
 
 from lm import evaluate, sharding
 from lm.data import dataset
-from lm.data.batches import Batch
+from lm.data.batches import Batch, Form
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
 from lm.models import transformer
 from lm.models.transformer import Output
 from lm.objectives import objective
+from lm.objectives.next_token import example as next_token_example
 from lm.objectives.next_token import next_token
 
 TEXTS = ['a', 'Ω and ά', 'the rest of it, ' * 4, 'né', '日本' * 5]
@@ -44,15 +45,15 @@ class Bigram:
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
   source = Source('tiny', {'train': ['something else'], 'validation': TEXTS}, 'fingerprint')
-  return dataset.Text(source, TOKENIZER, 12).open(tmp_path_factory.mktemp('data'), lambda line: None)
+  return dataset.Text(source, TOKENIZER, 12).open(tmp_path_factory.mktemp('data'), progress=lambda line: None)
 
 
 def measure(data, table, mesh='1x1', rows=4, denominator=objective.token_mean, limit=None, **options):
   mesh = sharding.make_mesh(mesh, jax.devices()[:eval(mesh.replace('x', '*'))])
-  run = next_token(denominator)
+  run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
     step = evaluate.make_step(Bigram().apply, run, data.tokenizer.byte_lengths())
-    batches = data.batches('validation', run.example, rows, repeat=False, **options)
+    batches = data.batches('validation', run, rows, repeat=False, **options)
     return evaluate.evaluate(step, jnp.asarray(table), batches, mesh, limit)
 
 
@@ -91,22 +92,23 @@ def test_metrics_are_those_by_hand_for_any_batch_order_context_and_mesh(data, ta
 
 def test_the_loss_is_the_objectives_and_the_other_metrics_are_not(data, table, by_hand):
   found, (nll, tokens, *_) = measure(data, table, denominator=objective.sequence_mean), by_hand
-  pieces = sum(int(row.max()) for row in data.batches('validation', next_token().example, 99, repeat=False)(0).segments)
+  pieces = sum(int(row.max()) for row in data.batches('validation', next_token(), 99, repeat=False)(0).segments)
   assert found['loss'] == pytest.approx(nll / pieces, rel=1e-5)
   assert found['nll'] == pytest.approx(nll / tokens, rel=1e-5)
 
 
 def test_a_limit_evaluates_the_first_batches_alone(data, table):
-  first = data.batches('validation', next_token().example, 2, repeat=False)(0)
+  first = data.batches('validation', next_token(), 2, repeat=False)(0)
   logits, asked = table.astype(np.float64), first.weights > 0
   nll = np.log(np.exp(logits[first.tokens]).sum(-1)) - logits[first.tokens, first.targets]
   assert measure(data, table, rows=2, limit=1)['nll'] == pytest.approx(nll[asked].mean(), rel=1e-5)
 
 
 def test_nothing_to_evaluate_is_refused(data):
-  def unasked(tokens, rng):
-    return next_token().example(tokens, rng)._replace(weights=np.zeros(len(tokens) - 1, np.float32))
+  def example(tokens, rng, special):
+    return next_token_example(tokens, rng, special)._replace(weights=np.zeros(len(tokens) - 1, np.float32))
 
+  unasked = objective.token_objective(Form(example, ahead=True))
   mesh = sharding.make_mesh('1x1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match='nothing to evaluate'):
     step = evaluate.make_step(Bigram().apply, next_token(), data.tokenizer.byte_lengths())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm import sharding
-from lm.data.batches import Batch
+from lm.data.batches import Batch, Special
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
@@ -169,7 +169,9 @@ def test_unpacked_means_by_hand():
 
 def test_each_token_is_asked_for_after_those_before_it():
   tokens = np.array([1, 7, 3, 9, 2], np.int32)
-  example = next_token().example(tokens, np.random.default_rng(0))
+  form, = next_token().forms
+  example = form.example(tokens, np.random.default_rng(0), Special(1, 2, 10, ()))
+  assert form.ahead
   assert example.tokens.tolist() == [1, 7, 3, 9]
   assert example.targets.tolist() == [7, 3, 9, 2]
   assert example.weights.tolist() == [1, 1, 1, 1]

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from lm import checkpoint, evaluate, optim, sharding, track, train
-from lm.data.batches import Batch, Batches
+from lm.data.batches import Batch, special
+from lm.data.stream import Stream
 from lm.data.tokenizer import Bytes
 from lm.interrupt import Interrupt
 from lm.models import layers, transformer
@@ -53,7 +55,9 @@ class Data:
   fingerprint: str = 'fingerprint'
   tokenizer = TOKENIZER
 
-  def open(self, workdir):
+  source_length, kind, columns = None, np.ndarray, types.MappingProxyType({})
+
+  def open(self, workdir, control=()):
     return self
 
   @property
@@ -64,9 +68,9 @@ class Data:
   def offsets(self):
     return np.concatenate([[0], np.cumsum([len(text) for text in self.texts])])
 
-  def batches(self, split, example, rows, seed=0, repeat=True):
+  def batches(self, split, objective, rows, seed=0, repeat=True):
     store = self if split == 'train' else Data(tuple(text.upper().replace('Z', '') for text in TEXTS))
-    return Batches(store, example, self.length, rows, TOKENIZER.bos_id, TOKENIZER.eos_id, seed, repeat)
+    return Stream(objective, special(TOKENIZER, ()), self.length, rows, seed, repeat, store=store)
 
 
 RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(optim.warmup_constant(0.05, 100, 2)), steps=6, batch=8,
@@ -198,7 +202,7 @@ def one_step(run, mesh, batch, state=None):
 def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
   model = transformer.llama(V, width=16, layers=1, heads=4, kv_heads=2, hidden=16, max_length=16, dropout=0.1)
   run = dataclasses.replace(RUN, model=model, optimizer=optim.sgd(lambda step: 0.1))
-  batch = Data().batches('train', run.objective.example, 8)(0)
+  batch = Data().batches('train', run.objective, 8)(0)
   state, single = one_step(run, '1x1', batch)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
                one_step(run, '4x2', batch, state)[1], single)
@@ -207,7 +211,7 @@ def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
 @pytest.mark.parametrize('denominator', [objective.token_mean, objective.sequence_mean])
 def test_accumulation_is_one_large_batch(denominator):
   rng = np.random.default_rng(0)
-  batch = Data().batches('train', next_token().example, 8)(0)
+  batch = Data().batches('train', next_token(), 8)(0)
   uneven = rng.random(batch.weights.shape) ** 4 * 3 * rng.integers(2, size=(8, 1))   # rows that count for nothing, too
   batch = batch._replace(weights=(uneven * batch.weights).astype(np.float32))
   run = dataclasses.replace(RUN, model=Bigram(dropout=0.), objective=next_token(denominator),
@@ -219,7 +223,7 @@ def test_accumulation_is_one_large_batch(denominator):
 
 def test_parts_of_a_step_drop_out_differently():
   run = dataclasses.replace(RUN, model=Bigram(dropout=0.5), optimizer=optim.sgd(lambda step: 0.), accumulate=2)
-  one = Data().batches('train', next_token().example, 4)(0)
+  one = Data().batches('train', next_token(), 4)(0)
   twice = Batch(*(None if x is None else np.repeat(x, 2, axis=0) for x in one))   # row i goes to part i % 2
   losses = []
   for batch, r in ((twice, run), (one, dataclasses.replace(run, batch=4, accumulate=1))):
@@ -244,7 +248,7 @@ def explosive():
 @pytest.mark.parametrize('save_every, evaluate_every, kept', [(1, 100, -1), (100, 100, None), (100, 1, None)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, save_every, evaluate_every, kept):
   run = dataclasses.replace(RUN, batch=2, objective=explosive(), steps=20)
-  batches = run.data.batches('train', run.objective.example, 2)
+  batches = run.data.batches('train', run.objective, 2)
   step = next(step for step in range(20) if (batches(step).tokens == ord('Z')).any()) + 1
   assert step > 2
   changes = {'save_every': save_every, 'evaluate_every': evaluate_every, 'keep': 20}
@@ -314,7 +318,7 @@ def test_validation_is_over_the_same_text_every_time(stopped):
   go(workdir, steps=8, **changes)
   losses = logged(workdir, 'validation/loss')
   assert len(losses) == 8 and len(set(losses.values())) == 1
-  assert RUN.data.batches('validation', RUN.objective.example, 8).steps_per_epoch > 1
+  assert RUN.data.batches('validation', RUN.objective, 8).steps_per_epoch > 1
   assert not any('learning_rate' in row for row in track.read_metrics(workdir / 'metrics.jsonl'))
 
 

@@ -2,13 +2,17 @@
 import dataclasses
 import json
 import pathlib
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm import atomic
 from lm.data import clean, store, tokenizer
-from lm.data.batches import Batches, Example
+from lm.data.batches import Objective, special
 from lm.data.source import Source
+from lm.data.stream import Stream
 from lm.describe import describe, differences
 
 
@@ -22,18 +26,24 @@ class Text:
     length: T, positions a row.
     rules: cleaning, see `clean`.
     folder: where the tokenizer and the tokenised text are kept; None: in the workdir.
+    source_length: S, positions a row that an encoder reads, for objectives that make sources.
   """
   source: Source
   tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
   length: int
   rules: Sequence[clean.Rule] = clean.DEFAULT
   folder: pathlib.Path | None = None
+  source_length: int | None = None
 
-  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print) -> 'Opened':
-    """Trains the tokenizer and tokenises, unless that is done.
+  kind = np.ndarray
+  columns = types.MappingProxyType({})
 
-    Raises ValueError if the folder has something of other settings, or the text is empty; OSError if it cannot be
-    written.
+  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = ()
+           ) -> 'Opened':
+    """Trains the tokenizer and tokenises, unless that is done. `control` names tokens that the objective needs.
+
+    Raises ValueError if the folder has something of other settings, the text is empty, or the tokenizer lacks a control
+    token; OSError if it cannot be written.
     """
     folder = self._folder(workdir)
     settings, trains = folder / 'tokenizer' / 'settings.json', callable(self.tokenizer)
@@ -51,8 +61,9 @@ class Text:
       raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
                        + '\n  '.join(lines))
     found = self.load_tokenizer(workdir)
+    special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
-    return Opened(stores, found, self.length)
+    return Opened(stores, found, self.length, self.source_length)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
@@ -76,16 +87,17 @@ class Opened:
   stores: dict[str, store.Store]
   tokenizer: tokenizer.Tokenizer
   length: int
+  source_length: int | None = None
 
   @property
   def fingerprint(self) -> str:
     return self.stores['train'].fingerprint
 
-  def batches(self, split: str, example: Callable[..., Example], rows: int, seed: int | None = 0,
-              repeat: bool = True, context: int = 0) -> Batches:
-    """See `Batches`."""
-    return Batches(self.stores[split], example, self.length, rows, self.tokenizer.bos_id, self.tokenizer.eos_id, seed,
-                   repeat, context)
+  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True,
+              context: int = 0) -> Stream:
+    """See `Stream`."""
+    return Stream(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
+                  self.source_length, store=self.stores[split], context=context)
 
   def text(self, split: str) -> str:
     """All documents of a split, cleaned, one after the other."""

@@ -4,23 +4,20 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lm.data.batches import Batch, Example
-from lm.objectives.objective import Objective, cross_entropy, over_vocabulary, token_mean
+from lm.data.batches import Batch, Example, Form, Special
+from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_mean, token_objective
 
 
-def _example(tokens: np.ndarray, rng: np.random.Generator) -> Example:
-  del rng
+def example(tokens: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
+  """Each token is asked for the one after it."""
+  del rng, special
   return Example(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, np.float32))
 
 
-def next_token(denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+def next_token(denominator: Callable[[Batch], jax.Array] = token_mean, token_loss: TokenLoss = cross_entropy
+               ) -> Objective:
   """The cross-entropy of each token given those before it in its document.
 
   `denominator` is `token_mean` or `sequence_mean` (see `objective`).
   """
-  def loss(apply, params, batch, key):
-    outputs = apply(params, batch, key=key)
-    loss_sum, sums = over_vocabulary(cross_entropy, outputs.hidden, outputs.head, (batch.targets, batch.weights))
-    return loss_sum, denominator(batch), sums
-
-  return Objective(_example, loss)
+  return token_objective(Form(example, ahead=True), denominator=denominator, token_loss=token_loss)

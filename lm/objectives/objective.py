@@ -10,22 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch, Example
+from lm.data.batches import Batch, Form
 
-Sums = dict[str, jax.Array]
+Sums = dict[str, Any]   # arrays, or (sum, count) of a metric of its own
+
+
+TokenLoss = Callable[..., tuple[jax.Array, Sums]]   # (logits, targets, weights): as `cross_entropy`
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What is predicted: how a document becomes an example, and what a batch of examples costs.
+  """What is predicted: how data become examples, and what a batch of examples costs.
 
-  `example(tokens, rng)` runs in the input pipeline on one document (begin and end tokens included), or a piece of it.
+  `forms` make the examples, in the input pipeline (see `lm.data.batches.Form`); rows take turns in them. `needs` is
+  what the data has to hold: np.ndarray for documents, or `Dialogue`, `Pair`, `Rated`. `control` names the control
+  tokens whose ids an example is given, in this order, as `special.control`.
+
   `loss(apply, params, batch, key)` runs inside `jit`; `apply(params, batch, key=key)` gives the model's outputs. It
   returns `(loss_sum, weight_sum, sums)`: the loss is `loss_sum / weight_sum`. Sums, not means, so that accumulation,
-  sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets.
+  sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets; a
+  metric of the objective's own is a pair `name: (sum, count)`.
   """
-  example: Callable[[np.ndarray, np.random.Generator], Example]
+  forms: tuple[Form, ...]
   loss: Callable[..., tuple[jax.Array, jax.Array, Sums]]
+  needs: type = np.ndarray
+  control: tuple[str, ...] = ()
 
 
 def token_mean(batch: Batch) -> jax.Array:
@@ -54,7 +63,11 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
 
 
 def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
-  """log softmax(head(hidden))[target], in nats, [B, T]; the logits of a chunk of T at a time."""
+  """log softmax(head(hidden))[target], in nats, [B, T]; the logits of a chunk of T at a time.
+
+  Differentiable: the backward pass makes the logits of a chunk again.
+  """
+  @jax.checkpoint
   def chunk(xs):
     logits, targets = head(xs[0]), xs[1]
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
@@ -77,9 +90,6 @@ def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) ->
   return -(-time // chunks)
 
 
-TokenLoss = Callable[..., tuple[jax.Array, Sums]]
-
-
 def _add(sums, more):
   return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, more)
 
@@ -95,45 +105,59 @@ def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
   return tuple(map(cut, (hidden_BTD, *args)))
 
 
-def _zero_sums(token_loss, head, chunks) -> tuple[jax.Array, Sums]:
-  shapes = jax.eval_shape(lambda hidden, *args: token_loss(head(hidden), *args), *(x[0] for x in chunks))
+def _zero_sums(token_loss, head, chunks, whole) -> tuple[jax.Array, Sums]:
+  shapes = jax.eval_shape(lambda hidden, *args: token_loss(head(hidden), *args, *whole), *(x[0] for x in chunks))
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple[jax.Array, Sums]:
-  """`token_loss(head(hidden), *args)`, summed over chunks of T, so that all logits never exist at once.
+def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, args: tuple, whole: tuple = ()
+                    ) -> tuple[jax.Array, Sums]:
+  """`token_loss(head(hidden), *args, *whole)`, summed over chunks of T, so that all logits never exist at once.
 
-  Each array of `args` is [B, T, ...] and is not differentiated, nor are the sums beside the loss; where all of them are
-  zero (as weights are), a position must count nothing. The gradient of a chunk is taken at once, while its logits are
+  Each array of `args` is [B, T, ...] and is cut as the hidden states are; each of `whole` is not. Neither is
+  differentiated, nor are the sums beside the loss; where all of `args` are zero (as weights are), a position must count
+  nothing. The gradient of a chunk is taken at once, while its logits are
   there: three matrix products, none repeated.
   """
   chunks = _chunks(hidden_BTD, head, args)
 
   def chunk(sums, xs):
-    return _add(sums, token_loss(head(xs[0]), *xs[1:])), None
+    return _add(sums, token_loss(head(xs[0]), *xs[1:], *whole)), None
 
-  return jax.lax.scan(chunk, _zero_sums(token_loss, head, chunks), chunks)[0]
+  return jax.lax.scan(chunk, _zero_sums(token_loss, head, chunks, whole), chunks)[0]
 
 
-def _forward(token_loss, hidden_BTD, head, args):
+def _forward(token_loss, hidden_BTD, head, args, whole):
   chunks = _chunks(hidden_BTD, head, args)
 
   def chunk(carry, xs):
     sums, head_grad = carry
-    loss = jax.value_and_grad(lambda hidden, head: token_loss(head(hidden), *xs[1:]), argnums=(0, 1), has_aux=True)
-    more, (hidden_grad, more_grad) = loss(xs[0], head)
+    loss = lambda hidden, head: token_loss(head(hidden), *xs[1:], *whole)
+    more, (hidden_grad, more_grad) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(xs[0], head)
     return (_add(sums, more), _add(head_grad, more_grad)), hidden_grad
 
   zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
-  (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks), zero), chunks)
+  (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks, whole), zero), chunks)
   batch, time, width = hidden_BTD.shape
   hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(batch, -1, width)[:, :time]
   return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
 
 
 def _backward(token_loss, grads, cotangents):
-  return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), grads), None)
+  return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), grads), None, None)
 
 
 over_vocabulary.defvjp(_forward, _backward)
+
+
+def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = np.ndarray,
+                    token_loss: TokenLoss = cross_entropy,
+                    denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+  """An objective whose loss is one of the targets of its examples: most are of this kind."""
+  def loss(apply, params, batch, key):
+    outputs = apply(params, batch, key=key)
+    loss_sum, sums = over_vocabulary(token_loss, outputs.hidden, outputs.head, (batch.targets, batch.weights))
+    return loss_sum, denominator(batch), sums
+
+  return Objective(forms, loss, needs, control)

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm import sharding
-from lm.data.batches import Batch, Batches, Example
+from lm.data.batches import Batch, Example, Form, Special
+from lm.data.stream import Stream
 from lm.models import transformer
-from lm.objectives import next_token
+from lm.objectives.next_token import next_token
+from lm.objectives.objective import token_objective
 
 BEGIN, END = 0, 1
-example = next_token.next_token().example
+SPECIAL = Special(BEGIN, END, 1000, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,10 @@ def documents(sizes) -> Documents:
   return Documents(np.arange(2, 2 + offsets[-1]).astype(np.uint16), offsets)
 
 
+def rows_of(store, length, rows, *args, objective=None, **options) -> Stream:
+  return Stream(objective or next_token(), SPECIAL, length, rows, *args, store=store, **options)
+
+
 def pairs_of(store: Documents) -> collections.Counter:
   pairs = collections.Counter()
   for i, j in itertools.pairwise(store.offsets):
@@ -42,7 +48,7 @@ def pairs_in(batch: Batch, rows=slice(None)) -> collections.Counter:
   return collections.Counter(zip(batch.tokens[rows][asked].tolist(), batch.targets[rows][asked].tolist()))
 
 
-def stacked(batches: Batches, steps) -> Batch:
+def stacked(batches: Stream, steps) -> Batch:
   return Batch(*(None if x[0] is None else np.concatenate(x) for x in zip(*map(batches, steps))))
 
 
@@ -58,7 +64,7 @@ cases = given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=9), length
 @settings(max_examples=150, deadline=None)
 def test_every_target_of_an_epoch_is_asked_once(sizes, length, rows, seed, context):
   store, context = documents(sizes), min(context, length - 1)
-  batches = Batches(store, example, length, rows, BEGIN, END, seed, context=context)
+  batches = rows_of(store, length, rows, seed, context=context)
   n = batches.rows_per_epoch
   found = stacked(batches, range(-(-3 * n // rows)))   # epochs do not end where batches do
   for epoch in range(3):
@@ -75,7 +81,7 @@ def test_every_target_of_an_epoch_is_asked_once(sizes, length, rows, seed, conte
 @settings(max_examples=150, deadline=None)
 def test_segments_are_pieces_of_one_document(sizes, length, rows, seed, context):
   context = min(context, length - 1)
-  batch = Batches(documents(sizes), example, length, rows, BEGIN, END, seed, context=context)(1)
+  batch = rows_of(documents(sizes), length, rows, seed, context=context)(1)
   for tokens, targets, weights, positions, segments in zip(*batch[:5]):
     count = segments.max()
     assert np.array_equal(segments, sorted(segments[segments > 0]) + [0] * int((segments == 0).sum()))
@@ -92,24 +98,27 @@ def test_segments_are_pieces_of_one_document(sizes, length, rows, seed, context)
 @cases
 @settings(max_examples=50, deadline=None)
 def test_a_batch_is_a_pure_function_of_the_step(sizes, length, rows, seed, context):
-  make = lambda: Batches(documents(sizes), example, length, rows, BEGIN, END, seed, context=min(context, length - 1))
+  make = lambda: rows_of(documents(sizes), length, rows, seed, context=min(context, length - 1))
   batches = make()
   forward = [batches(step) for step in range(6)]
   assert all(same(batches(step), forward[step]) for step in (5, 0, 3, 3, 1))
   assert same(make()(4), forward[4])
 
 
-def first_tokens_seen(tokens, rng):
+def first_tokens_seen(tokens, rng, special):
   """As in a prefix objective: random targets, and the first token visible to all."""
   n = len(tokens) - 1
   return Example(tokens[:-1], rng.integers(1000, size=n), np.ones(n, np.float32), np.arange(n) == 0)
 
 
+MARKED = token_objective(Form(first_tokens_seen, ahead=True))
+
+
 @pytest.mark.parametrize('hosts', [1, 2, 4, 8])
-@pytest.mark.parametrize('objective', [example, first_tokens_seen])
+@pytest.mark.parametrize('objective', [next_token(), MARKED], ids=['plain', 'marked'])
 @pytest.mark.parametrize('repeat', [True, False])
 def test_hosts_together_see_the_same_bytes(hosts, objective, repeat):
-  batches = Batches(documents([9, 0, 33, 1, 17]), objective, 7, 8, BEGIN, END, 3, repeat)
+  batches = rows_of(documents([9, 0, 33, 1, 17]), 7, 8, 3, repeat, objective=objective)
   for step in range(batches.steps_per_epoch + 1):
     own = [batches(step, range(8 * host // hosts, 8 * (host + 1) // hosts)) for host in range(hosts)]
     assert same(Batch(*(None if x[0] is None else np.concatenate(x) for x in zip(*own))), batches(step))
@@ -119,7 +128,7 @@ def test_the_order_is_fixed_by_seed_and_epoch():
   store = documents([5] * 40)
   orders = {}
   for seed in (0, 1, None):
-    batches = Batches(store, example, 6, 40, BEGIN, END, seed)   # a row a document, an epoch a batch
+    batches = rows_of(store, 6, 40, seed)   # a row a document, an epoch a batch
     for epoch in (0, 1):
       orders[seed, epoch] = tuple(batches(epoch).targets[:, 0].tolist())
   assert orders[None, 0] == orders[None, 1] == tuple(store.tokens[::5].tolist())
@@ -127,7 +136,7 @@ def test_the_order_is_fixed_by_seed_and_epoch():
 
 
 def test_the_rows_of_a_long_document_are_shuffled_too():
-  batches = Batches(documents([399]), example, 10, 40, BEGIN, END, 0)
+  batches = rows_of(documents([399]), 10, 40, 0)
   orders = [batches(epoch).targets[:, 0].tolist() for epoch in (0, 1)]
   assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) != orders[0]
 
@@ -135,11 +144,13 @@ def test_the_rows_of_a_long_document_are_shuffled_too():
 def test_an_objective_gets_pieces_with_their_next_token_and_a_generator_of_their_row():
   store, seen = documents([30, 3, 0, 12]), []
 
-  def record(tokens, rng):
+  def record(tokens, rng, special):
     seen.append(tokens)
     return Example(tokens[:-1], rng.integers(1 << 30, size=len(tokens) - 1), np.ones(len(tokens) - 1, np.float32))
 
-  batches = Batches(store, record, 10, 5, BEGIN, END)
+  batches = rows_of(store, 10, 5, objective=token_objective(Form(record, ahead=True)))
+  batches(0)
+  seen.clear()   # the first ones try the objective out
   drawn = [batches(step).targets for step in (0, 1, 0)]
   assert np.array_equal(drawn[0], drawn[2])
   values = np.concatenate(drawn[:2])[np.concatenate(drawn[:2]) > 0]
@@ -150,21 +161,21 @@ def test_an_objective_gets_pieces_with_their_next_token_and_a_generator_of_their
 
 
 def test_marks_of_bidirectional_positions_are_packed_with_their_segment():
-  batch = Batches(documents([5, 2, 0, 11]), first_tokens_seen, 8, 3, BEGIN, END)(0)
+  batch = rows_of(documents([5, 2, 0, 11]), 8, 3, objective=MARKED)(0)
   assert np.array_equal(batch.bidirectional, (batch.positions == 0) & (batch.segments > 0))
 
 
 def test_a_context_that_fills_the_row_is_refused():
   with pytest.raises(ValueError, match='context=4'):
-    Batches(documents([3]), example, 4, 1, BEGIN, END, context=4)
+    rows_of(documents([3]), 4, 1, context=4)
 
 
 @pytest.mark.parametrize('make', [
     lambda: transformer.llama(vocab=80, width=8, layers=1, heads=2, hidden=16, max_length=24),
     lambda: transformer.gpt2(vocab=80, width=8, layers=1, heads=2, max_length=24)])
 def test_the_loss_of_packed_rows_is_that_of_their_pieces_by_themselves(make):
-  model, objective = make(), next_token.next_token()
-  batch = Batches(documents([7, 0, 20, 3, 1, 12, 30]), example, 24, 3, BEGIN, END)(0)
+  model, objective = make(), next_token()
+  batch = rows_of(documents([7, 0, 20, 3, 1, 12, 30]), 24, 3)(0)
   pieces = [row[segments == s] for row, targets, segments in zip(batch.tokens, batch.targets, batch.segments)
             for s in range(1, segments.max() + 1)]
   asked = [targets[segments == s] for targets, segments in zip(batch.targets, batch.segments)

@@ -1,0 +1,115 @@
+"""Rows that are cut from documents which follow one another: nothing is dropped, almost nothing padded."""
+import dataclasses
+import functools
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lm.data.batches import Batches, Room, Row
+
+
+class Documents(Protocol):
+  """Tokenised documents one after the other: document i is `tokens[offsets[i]:offsets[i + 1]]`."""
+  tokens: np.ndarray
+  offsets: np.ndarray
+
+
+class _Epoch(NamedTuple):
+  documents: np.ndarray   # the order of the documents
+  ends: np.ndarray        # where each, in that order, starts and ends in the stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream(Batches):
+  """Packs documents into rows of `length` positions, in a new order each epoch.
+
+  Document i becomes bos, tokens, eos. The documents of an epoch follow one another and are cut into rows: of what a
+  row holds of a document, the objective makes an example, a segment of its own that starts at position 0 and sees
+  nothing else. So every token of an epoch is read once. With next-token prediction rows are full but for the last;
+  examples that are longer than their text take less of it a row, as their `Room` says. Rows take turns in the forms of
+  an objective that has several.
+
+  Args:
+    store: the documents.
+    context: positions at the start of a row that repeat the end of the row before and weigh nothing: in evaluation,
+      every target then has at least so many positions before it, unless its document begins later.
+  """
+  store: Documents = dataclasses.field(kw_only=True)
+  context: int = dataclasses.field(default=0, kw_only=True)
+
+  def __post_init__(self):
+    if not 0 <= self.context < self.length:
+      raise ValueError(f'context={self.context} leaves nothing of rows of {self.length} positions')
+    if len({form.ahead for form in self.objective.forms}) > 1:
+      raise ValueError('the forms of an objective read ahead, or they do not: all of them')
+    if self.context and [form.room for form in self.objective.forms] != [Room()]:
+      raise ValueError(f'context={self.context} is for objectives whose examples are as long as their text')
+    if np.diff(self._turn).min() < 1:
+      raise ValueError(f'rows of {self.length} positions'
+                       + (f' and sources of {self.source_length}' if self.source_length else '')
+                       + ' have no room for an example of this objective; raise the length')
+
+  @property
+  def _ahead(self) -> int:
+    return int(self.objective.forms[0].ahead)
+
+  @functools.cached_property
+  def _gap(self) -> int:
+    """Places of the stream before each document that stand for what its example takes beside its tokens."""
+    return max(form.room.gap for form in self.objective.forms)
+
+  @functools.cached_property
+  def _turn(self) -> np.ndarray:
+    """Where in the stream the rows of one turn of the forms begin, and where they end."""
+    takes = [form.room.tokens(self.length, self.source_length) for form in self.objective.forms]
+    return np.concatenate([[0], np.cumsum(takes) - self.context])
+
+  @functools.cached_property
+  def _size(self) -> int:
+    """Of the stream of an epoch."""
+    count = len(self.store.offsets) - 1
+    return int(self.store.offsets[-1]) + count * (2 - self._ahead + self._gap)
+
+  @functools.cached_property
+  def rows_per_epoch(self) -> int:
+    turns, rest = divmod(self._size, int(self._turn[-1]))
+    return turns * len(self.objective.forms) + int(np.searchsorted(self._turn, rest))
+
+  @functools.cached_property
+  def _epoch(self):
+    return functools.lru_cache(maxsize=2)(self._documents)
+
+  def _documents(self, epoch: int) -> _Epoch:
+    count = len(self.store.offsets) - 1
+    order = np.arange(count) if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(count)
+    sizes = np.diff(self.store.offsets)[order] + 2 - self._ahead + self._gap
+    return _Epoch(order, np.concatenate([[0], np.cumsum(sizes)]))
+
+  def _fill(self, row: Row, epoch: int, index: int, rng: np.random.Generator) -> None:
+    order = self._epoch(epoch)
+    turn, which = divmod(index, len(self.objective.forms))
+    begin, stop = (int(turn * self._turn[-1] + self._turn[which + i]) for i in (0, 1))
+    start, stop = max(begin - self.context, 0), min(stop, self._size)
+    document = int(np.searchsorted(order.ends, start, side='right')) - 1
+    example = self.objective.forms[which].example
+    while start < stop:
+      offset, end = int(order.ends[document]), min(int(order.ends[document + 1]), stop)
+      first, last = max(start - offset - self._gap, 0), end - offset - self._gap
+      if last > first:
+        piece = self._piece(int(order.documents[document]), first, last + self._ahead)
+        row.add(example(piece, rng, self.special))
+      document, start = document + 1, end
+    row.batch.weights[row.i, :begin - max(begin - self.context, 0)] = 0
+
+  def _piece(self, document: int, start: int, stop: int) -> np.ndarray:
+    """Tokens `start` to `stop` of a document with its bos and eos."""
+    first, last = int(self.store.offsets[document]), int(self.store.offsets[document + 1])
+    piece = np.empty(stop - start, np.int32)
+    low, high = max(start, 1), min(stop, last - first + 1)
+    if high > low:
+      piece[low - start:high - start] = self.store.tokens[first + low - 1:first + high - 1]
+    if start == 0:
+      piece[0] = self.special.bos
+    if stop == last - first + 2:
+      piece[-1] = self.special.eos
+    return piece
