@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from hf_rows import forward, jit, random_tokens, rows
+from hf_rows import forward, jit, mean_loss, random_tokens, rows, small
 
 from lm.data.batches import Batch
 from lm.describe import describe
@@ -26,26 +26,30 @@ def opened(tmp_path_factory):
 
 
 @families
-def test_logits_are_those_of_transformers(opened, case):
+def test_logits_are_those_of_transformers(opened, case, record_property):
   """On rows as long as the model can place: past windows, chunks and the original context of stretched positions."""
   theirs, model, params, _ = opened(case)
   tokens = random_tokens(2, 64)
   actual, expected = forward(model, params, rows(tokens[:1], tokens[1:])), logits_of(theirs, tokens)
   assert np.std(expected) > 0.3
-  assert np.abs(actual - expected).max() <= 1e-4
+  small(record_property, case.architecture, 'logits', actual - expected)
+  labels = hf_cases.torch.tensor(tokens).long()
+  with hf_cases.torch.no_grad():
+    loss = theirs(labels, labels=labels).loss.item()
+  small(record_property, case.architecture, 'loss', mean_loss(actual, tokens) - loss, bound=1e-5)
 
 
 @families
-def test_padded_and_packed_rows_are_as_if_alone(opened, case):
+def test_padded_and_packed_rows_are_as_if_alone(opened, case, record_property):
   theirs, model, params, _ = opened(case)
   a, b, c = (random_tokens(n, seed=n) for n in (33, 9, 17))   # of stretched positions, the first alone is long
   logits = np.asarray(forward(model, params, rows([a, b], [c], pads=(0, 5))))
   for document, actual in ((a, logits[0, :33]), (b, logits[0, 33:42]), (c, logits[1, 5:22])):
-    assert np.abs(actual - logits_of(theirs, document[None])[0]).max() <= 1e-4
+    small(record_property, case.architecture, 'packed', actual - logits_of(theirs, document[None])[0])
 
 
 @families
-def test_cached_decoding_equals_the_full_forward(opened, case):
+def test_cached_decoding_equals_the_full_forward(opened, case, record_property):
   _, model, params, _ = opened(case)
   a, b = (random_tokens(n, seed=n) for n in (40, 20))
   pads, params_ = (0, 20), model.unstack(params)
@@ -58,11 +62,11 @@ def test_cached_decoding_equals_the_full_forward(opened, case):
     logits.append(out.head(out.hidden))
   logits, expected = np.concatenate(logits, axis=1), np.asarray(forward(model, params, rows([a], [b])))
   for row, pad in enumerate(pads):
-    assert np.abs(logits[row, pad:] - expected[row, :40 - pad]).max() <= 1e-4
+    small(record_property, case.architecture, 'cached', logits[row, pad:] - expected[row, :40 - pad])
 
 
 @families
-def test_what_goes_out_is_what_came_in(opened, case, tmp_path):
+def test_what_goes_out_is_what_came_in(opened, case, record_property, tmp_path):
   """Byte for byte; and transformers opens it without a key missing or left over."""
   theirs, model, params, folder = opened(case)
   own = [family for family in weights.FAMILIES if family.architecture == case.architecture]
@@ -76,6 +80,7 @@ def test_what_goes_out_is_what_came_in(opened, case, tmp_path):
   again, info = kind.from_pretrained(tmp_path / 'out', output_loading_info=True, attn_implementation='eager')
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
   np.testing.assert_array_equal(logits_of(again, random_tokens(2, 64)), logits_of(theirs, random_tokens(2, 64)))
+  record_property(case.architecture + '/back', 'same')
   family, values = weights.export_config(model)   # maybe of another family, that computes the same
   assert describe(family.model(Config(values))) == describe(model)
 
