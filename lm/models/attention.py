@@ -271,7 +271,7 @@ class Attention(nn.Module):
     if not self.norms_last:
       q, k = normalise(q, k)
     if self.rotary is not None:
-      q, k = self.rotary(q, positions_BT), self.rotary(k, positions_BT)
+      q, k = (self.rotary(x, positions_BT, visible.segments_BT) for x in (q, k))
     if self.norms_last:
       q, k = normalise(q, k)
     if self.temperature is not None:
