@@ -58,6 +58,8 @@ def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl:
 def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int, noise: float,
             mean_span: float, infill_rate: float, control: tuple[str, ...]) -> objectives.Objective:
   """The objective that the flags name."""
+  if control and name in ('next_token', 'prefix'):
+    raise ValueError(f'--control={",".join(control)} names tokens, of which --objective={name} needs none')
   more = [part(value) for part, value in ((losses.smoothing, label_smoothing), (losses.z_loss, z_loss)) if value]
   how = {'denominator': getattr(objectives, denominator),
          'token_loss': losses.token_loss(losses.nll, *more) if more else objectives.cross_entropy}

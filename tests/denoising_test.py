@@ -42,7 +42,7 @@ def within(count, total, share):
 
 @pytest.mark.parametrize('tokens, density, mean, expected', [
     (568, 0.15, 3, (512, 114)), (1137, 0.15, 3, (1024, 229)),   # T5's own, for sources of 512 and 1024
-    (100, 0.15, 3, (91, 21)), (10, 0.15, 3, (10, 4)), (2, 0.15, 3, (3, 3)),
+    (100, 0.15, 3, (91, 21)), (10, 0.15, 3, (10, 4)), (2, 0.15, 3, (3, 3)), (56, 0.15, 3, (52, 12)),
     (512, 0.5, 3, (342, 342)), (512, 0.15, 64, (437, 79)), (512, 0.5, 8, (289, 289))])
 def test_lengths_are_those_of_t5(tokens, density, mean, expected):
   assert span_corruption.lengths(tokens, density, mean) == expected

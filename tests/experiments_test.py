@@ -23,6 +23,8 @@ TINY = {
                  '--evaluate_batches=1'],
     'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
                 '--steps=2'],
+    'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.
@@ -130,6 +132,28 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
   with pytest.raises(flags.Error, match='unknown flag --nosuchflag'):
     launch.parse(functions, [f'{name}.py', '--nosuchflag=1'])
   assert sys.modules.get('tensorflow') is None
+
+
+@pytest.mark.parametrize('name', ['prefix', 'masked', 'span_corruption', 'ul2', 'infill'])
+def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
+  flag = f'--objective={name}', '--label_smoothing=0.1', '--z_loss=1e-4', f'--text={texts}/*.txt'
+  argv = ['pretrain.py', *TINY['pretrain'][1:], *flag]
+  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
+  run = scripts['pretrain'].experiment(**knobs)
+  assert set(run.objective.control) <= set(run.data.tokenizer.control_names)
+  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    train.check(run, mesh)
+
+
+def test_pretrain_names_control_tokens(scripts):
+  def make(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  assert make('--objective=masked', '--control=[MASK]').objective.control == ('[MASK]',)
+  assert make('--objective=ul2', '--control=a,b,c').objective.control[-3:] == ('a', 'b', 'c')
+  with pytest.raises(ValueError, match='--control=a names tokens, of which --objective=next_token needs none'):
+    make('--control=a')
 
 
 def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):

@@ -271,6 +271,30 @@ def test_text_ends_at_any_of_the_ends():
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 
 
+def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
+  model, params = tiny()
+  made = tokens_of(model, params, PROMPTS, GREEDY, 24)
+
+  class Ends(Bytes):
+    eos_ids = 257, int(made[0][5])
+
+  ids = Bytes().encode_batch(PROMPTS)
+  found = generate.tokens(model, params, Ends(), ids, GREEDY, max_tokens=24)
+  for row, ours in zip(made, found):
+    end = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
+    np.testing.assert_array_equal(ours, row[:end[0] if end else None])
+
+  def mark(batch):
+    return batch._replace(bidirectional=batch.segments > 0)
+  marked = generate.tokens(model, params, Bytes(), ids, GREEDY, max_tokens=24, mark=mark)
+  batch = mark(model.prompt(ids[:1], 1, Bytes().bos_id, 257))
+  logits = (lambda out: out.head(out.hidden))(model.apply(params, batch))[0, -1]
+  assert marked[0][0] == np.argmax(logits[:Bytes().vocab_size])
+  assert any(a.tolist() != b.tolist() for a, b in zip(marked, made))
+  with pytest.raises(ValueError, match='max_tokens=0'):
+    generate.tokens(model, params, Bytes(), ids, max_tokens=0)
+
+
 def test_bad_requests_are_refused_in_words():
   call = functools.partial(generate.generate, Table(), None, Six())
   assert call([]) == []
