@@ -4,14 +4,13 @@
   python experiments/distill.py --teacher=models/smol --kind=reverse --temperature=2 --hard=0.1 --stored_top_k=32
 """
 import dataclasses
-import functools
 import pathlib
 from typing import Any, Literal
 
 import jax
 
-from lm import annotate, checkpoint, evaluate, launch, lora, optim, pretrained, records, train, trained
-from lm.data import corpora, dataset, tokenizer
+from lm import annotate, evaluate, launch, optim, pretrained, train, trained
+from lm.data import corpora, dataset
 from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
@@ -19,31 +18,15 @@ from lm.objectives.next_token import next_token
 QUICKSTART = 'runs/quickstart'
 
 
-def open_teacher(name: str) -> tuple[train.Constants, tokenizer.Tokenizer]:
-  """The decoder of a run's workdir, of a Hugging Face folder or of an imported one, with its tokenizer."""
-  path = pathlib.Path(name)
-  if records.read(path):
-    run = trained.open_run(path)
-    with checkpoint.Checkpoints(path / 'checkpoints', create=False) as saved:
-      step = max(saved.steps(), default=0)
-    model = run.model.model if isinstance(run.model, lora.Adapted) else run.model
-    tokens, load = run.data.load_tokenizer(path), functools.partial(load_run, path, step)
-  elif name == QUICKSTART:
+def open_teacher(name: str) -> trained.Base:
+  """The decoder of a run's workdir, of a Hugging Face folder or of an imported one."""
+  if name == QUICKSTART and not pathlib.Path(name).exists():
     raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
                             'or name another by --teacher')
-  else:
-    folder = pretrained.locate(name)
-    model = pretrained.open_model(folder)
-    tokens, load = pretrained.open_tokenizer(folder, model), pretrained.start(folder, model)
-  if not isinstance(model, transformer.Transformer):
+  found = trained.base(name)
+  if not isinstance(found.model, transformer.Transformer):
     raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
-  return train.Constants('teacher', model, load), tokens
-
-
-def load_run(workdir: pathlib.Path, step: int, model: Any) -> Any:
-  """A run's parameters. The step tells teachers apart where a run is resumed, or columns are read again."""
-  del step, model
-  return trained.load(workdir).params
+  return found
 
 
 def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
@@ -67,7 +50,8 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  constants, tokens = open_teacher(teacher)
+  base = open_teacher(teacher)
+  constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
   if student:

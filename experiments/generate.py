@@ -1,6 +1,7 @@
 """Write text with a trained run or a Hugging Face model, as it comes.
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
+  python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd"
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
@@ -8,13 +9,24 @@ import pathlib
 import jax
 
 from lm import generate, launch, pretrained, sharding, trained
+from lm.data import turns
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.objectives.objective import causal_prompt
+
+
+def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversation:
+  """The tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
+  found = (trained.chat_template(loaded.run.data) if isinstance(loaded, trained.Trained) else
+           pretrained.folder_template(loaded.folder))
+  if found is None:
+    raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
+  return turns.Conversation(loaded.tokenizer, found)
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
-         mesh: str | None = None) -> None:
+         chat: bool = False, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -32,6 +44,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     seed: of the draws.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
+    chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   if n < 1:
@@ -40,11 +53,16 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    shown = '' if isinstance(loaded.model, EncoderDecoder) else prompt
+    mark = causal_prompt if model else loaded.run.objective.prompt
+    if mark is None:
+      raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text; take '
+                       'one that was trained with another objective, such as next_token')
+    tokens = speaker(loaded) if chat else loaded.tokenizer
+    shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
     begun = False
-    for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed):
+    for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
+                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

@@ -155,3 +155,8 @@ def start_from(run: train.Run, start: Callable[[Any], Callable[[Any], Any]] | No
 def merged(model: Any, params: Any) -> tuple[Any, Any]:
   """A plain model and its parameters: of one with adapters merged, any other as it is."""
   return model.merged(params) if isinstance(model, Adapted) else (model, params)
+
+
+def plain(model: Any) -> Any:
+  """The model under adapters; any other as it is."""
+  return model.model if isinstance(model, Adapted) else model

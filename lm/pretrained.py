@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, lora, records
+from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
-from lm.data import source, tokenizer
 from lm.describe import describe, differences
 from lm.hf import files, weights
 from lm.models.encoder_decoder import EncoderDecoder
@@ -30,6 +30,11 @@ class Pretrained:
   params: Any
   tokenizer: Any
   folder: pathlib.Path
+
+
+def folder_template(folder: pathlib.Path) -> turns.Template | None:
+  """The default chat template of a Hugging Face folder; None where it has none."""
+  return chat.load(folder) if 'default' in chat.sources(folder) else None
 
 
 def locate(name: str) -> pathlib.Path:
@@ -79,10 +84,10 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
   if (folder / 'checkpoints').is_dir():
     model = open_model(folder)
     with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
-      restored = saved.restore_params(_abstract(model))
+      restored = saved.restore_params(_abstract(model), dtypes=lambda stored: dtype or stored)
     if restored is None:
       raise FileNotFoundError(f'{folder} holds no checkpoint')
-    return restored.state if dtype is None else jax.tree.map(lambda x: x.astype(dtype), restored.state)
+    return restored.state
   model, family = weights.open_model(folder)
   with files.Weights(folder) as found:
     return weights.load_params(model, family, found, dtype)
@@ -90,15 +95,21 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
 
 def _abstract(model: Any) -> Any:
   mesh = jax.sharding.get_mesh()
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
-      mesh, s.sharding.spec if s.sharding else P())), jax.eval_shape(model.init, jax.random.key(0)))
+
+  def layout(spec):   # over an empty mesh, Orbax would end the process
+    return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
+  return jax.tree.map(lambda s: s.update(sharding=layout(s.sharding.spec if s.sharding else P())),
+                      jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def save(name: str, folder: pathlib.Path) -> Pretrained:
-  """Imports a model: a folder with a checkpoint in float32 that any experiment can start from, on any mesh."""
+  """Imports a model: a folder with a checkpoint that any experiment can start from, on any mesh.
+
+  Parameters stay in the dtypes of the files; a run that starts from them has float32.
+  """
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f'{folder} is not empty; choose another')
-  loaded = load(name, param_dtype=jnp.float32)
+  loaded = load(name)
   folder.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
     saved.save(0, {'params': loaded.params}, {'model': describe(loaded.model)})

@@ -194,7 +194,7 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
   """Shapes and shardings of a batch, packed."""
-  row = template(run.objective, Special(0, 0, 1, (0,) * len(run.objective.control)), run.data.length,
+  row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
                  run.data.source_length)
   stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
   row = row._replace(columns={**(row.columns or {}), **stored} or None)

@@ -4,11 +4,14 @@ import functools
 import importlib.util
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lm import checkpoint, lora, pretrained, records, train
+from lm.data import tokenizer, turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,10 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
-  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read."""
+  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read.
+
+  FileNotFoundError where there is none that began to train, or the script is gone.
+  """
   found = records.read(workdir)
   if not found:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
@@ -51,6 +57,44 @@ def open_run(workdir: pathlib.Path) -> train.Run:
   if isinstance(run.model, lora.Adapted) and (init := accepted[-1].get('init')):   # else its checkpoints have it all
     run = lora.start_from(run, functools.partial(pretrained.start, pathlib.Path(init)))
   return run
+
+
+class Base(NamedTuple):
+  """What to fine-tune, without its parameters, which `start(model)` gives."""
+  model: Any
+  tokenizer: tokenizer.Tokenizer
+  template: turns.Template | None   # None: it was not made to chat
+  start: Callable[[Any], Any]
+
+
+def base(name: str, dtype: Any = jnp.float32) -> Base:
+  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
+
+  FileNotFoundError where there is nothing of the kind.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if records.read(folder):
+    run = open_run(folder)
+    with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
+      step = max(saved.steps(), default=0)
+    return Base(lora.plain(run.model), run.data.load_tokenizer(folder), chat_template(run.data),
+                functools.partial(_params, folder, step))
+  folder = pretrained.locate(name)
+  model = pretrained.open_model(folder, dtype)
+  tokens = pretrained.open_tokenizer(folder, model)
+  return Base(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
+
+
+def _params(workdir: pathlib.Path, step: int, model: Any) -> Any:
+  """A run's parameters, without a teacher's. The step tells them apart from those of the run when it has gone on."""
+  del step
+  found = load(workdir).params
+  return {name: found[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+
+
+def chat_template(data: Any) -> turns.Template | None:
+  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
+  return getattr(getattr(data, 'data', data), 'template', None)
 
 
 def _function(record: dict[str, Any]):

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch
+from lm import launch, race, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / 'experiments' / 'benchmark.py'
@@ -23,10 +25,36 @@ def benchmark():
 def test_flags(benchmark):
   (values,), _ = launch.parse([benchmark.benchmark], ['benchmark.py', '--what=training,pipeline', '--shape=large'])
   assert values['what'] == ['training', 'pipeline'] and values['shape'] == 'large'
-  with pytest.raises(flags.Error, match=re.escape('training | decoding')):
+  with pytest.raises(flags.Error, match=re.escape('training | startup')):
     launch.parse([benchmark.benchmark], ['benchmark.py', '--what=flying'])
   with pytest.raises(ValueError, match='--rounds=0'):
     benchmark.benchmark(rounds=0)
+
+
+def test_both_arms_of_decoding_write_the_same_text(tmp_path):
+  pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  import benchmark_hf
+  config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
+                                   eos_token_id=None, pad_token_id=0)
+  transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+  with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
+    (ours, _), (theirs, _) = (make(tmp_path, 3, 7) for make in (
+        benchmark_hf.ours_decoding, benchmark_hf.transformers_decoding))
+    assert ours() == theirs() > 0
+
+
+def test_what_is_missing_is_told(capsys):
+  assert race.machine('jax', 'no-such-package') == {'no-such-package'}
+  assert f'jax {jax.__version__}' in capsys.readouterr().out
+
+
+def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
+  seen = []
+  monkeypatch.setattr(np, 'max', lambda part: seen.append(part.nbytes))
+  go, _ = race.read_memory(4_000, 3)
+  go()
+  assert sum(seen) == 12_000
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from lm.data.render import Renderer
 
 Records = Sequence[Mapping[str, Any]]
 _MARK = f'\ue000{secrets.token_hex(8)}\ue001'
+_NAMES = re.compile(r'<\|[^|<>\s]+\|>|<(?:start|end)_of_\w+>')   # what templates write that must be one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,25 @@ class Template:
     return self._render(messages, add_generation_prompt, tools, True)
 
   def encode(self, tokens: tokenizer.Tokenizer, messages: Records, add_generation_prompt: bool = False,
-             tools: Records | None = None) -> tuple[np.ndarray, np.ndarray]:
+             tools: Records | None = None, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int32 [T], and which of them hold what the assistant said, bool [T]; bos and eos where the template has any.
 
-    The template's control tokens are tokens; a message that spells one has text, so it cannot end its own turn.
+    What was said in messages before `first` is left out of the mask. The template's control tokens are tokens; a
+    message that spells one has text, so it cannot end its own turn.
+
+    A template without {% generation %} blocks is rendered up to each answer, and with it, to see where it is;
+    ValueError where that does not show it, as the template writes earlier messages in another way than the last one.
     """
     names = '|'.join(map(re.escape, sorted(tokens.control_names, key=len, reverse=True)))
     marked = functools.partial(re.sub, names, lambda found: f'{_MARK}{found[0]}{_MARK}')
-    text, spans = self.render_spans(_mapped(marked, messages), add_generation_prompt, _mapped(marked, tools))
+    messages, tools = _mapped(marked, messages), _mapped(marked, tools)
+    if re.search(r'\{%[-+]?\s*generation\b', self.source):
+      text, spans = self.render_spans(messages, add_generation_prompt, tools)
+      before = self.render(messages[:first], False, tools) if first else ''
+      spans = [span for span in spans if span[0] >= len(os.path.commonprefix([text, before]))]
+    else:
+      text = self.render(messages, add_generation_prompt, tools)
+      spans = self._answers(text, messages, tools, first, tokens.control_names)
     said = np.zeros(len(text), bool)
     for start, end in spans:
       said[start:end] = True
@@ -66,6 +78,32 @@ class Template:
         mask.append(np.full(len(ids[-1]), said[found.start(1)]))
       at = found.end() if found else at
     return np.concatenate(ids), np.concatenate(mask)
+
+  def _answers(self, text: str, messages: Records, tools: Records | None, first: int, control: Sequence[str]
+               ) -> list[tuple[int, int]]:
+    """Where the text has the answers of the assistant from message `first` on, up to the token that ends each."""
+    spans = []
+    for i, message in enumerate(messages):
+      if i < first or not isinstance(message, Mapping) or message.get('role') != 'assistant':
+        continue
+      before = self.render(messages[:i], True, tools) if i else None
+      after = self.render(messages[:i + 1], False, tools)
+      if before is None or not after.startswith(before) or not text.startswith(after):
+        raise ValueError(f'the chat template does not show where message {i}, which the assistant said, begins and '
+                         'ends; put {% generation %} and {% endgeneration %} around what the assistant says in it')
+      shown = after.rstrip()   # a newline after the end of a turn is never written by a model
+      spans.append((len(before), max(len(before), len(shown if shown.endswith(tuple(control)) else after))))
+    return spans
+
+  def check(self, tokens: tokenizer.Tokenizer) -> None:
+    """ValueError where the template writes control tokens that the tokenizer lacks: they would be read as text."""
+    text = self.render([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+    refuse_missing(dict.fromkeys(_NAMES.findall(text)), tokens)
+
+  def ends(self, tokens: tokenizer.Tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer, beside those that the tokenizer's files name."""
+    del tokens
+    return ()
 
   def _render(self, messages, add_generation_prompt, tools, marks):
     if not messages:
@@ -91,11 +129,16 @@ class Template:
     return type(self), (self.source, self.variables, self.seconds)
 
 
-def load(folder: str | os.PathLike, name: str = 'default') -> Template:
-  """The template of a Hugging Face folder: chat_template.jinja, additional_chat_templates/, or tokenizer_config.json.
+def refuse_missing(names: Iterable[str], tokens: tokenizer.Tokenizer) -> None:
+  """ValueError unless all are control tokens of the tokenizer."""
+  if missing := [name for name in names if name not in tokens.control_names]:
+    raise ValueError(f'the chat template writes {", ".join(missing)}, no control token of the tokenizer, which would '
+                     f'be read as text; its control tokens are {", ".join(tokens.control_names[:12])}. Take the '
+                     'template of this tokenizer, or no template')
 
-  Raises ValueError, with the names that exist, where there is none of that name ('tool_use', 'rag', ...).
-  """
+
+def sources(folder: str | os.PathLike) -> dict[str, str]:
+  """The templates of a Hugging Face folder by name: of chat_template.jinja and its kin, or tokenizer_config.json."""
   folder = pathlib.Path(folder)
   found = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
   if (path := folder / 'chat_template.jinja').is_file():
@@ -106,7 +149,12 @@ def load(folder: str | os.PathLike, name: str = 'default') -> Template:
       found = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None
-  if name not in found:
+  return found
+
+
+def load(folder: str | os.PathLike, name: str = 'default') -> Template:
+  """A template of a Hugging Face folder; ValueError, with the names that exist, where there is none of that name."""
+  if name not in (found := sources(folder)):
     raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(found) or "none"}')
   return Template(found[name], tokenizer.special_tokens(folder))
 

@@ -102,8 +102,10 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 
 
 @source.lazy
-def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
+def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05) -> Source:
   """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
+
+  Without a key, a document is the JSON of the line itself: a record, as `dialogues` reads them.
 
   Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives.
 
@@ -145,9 +147,12 @@ def jsonl(pattern: str, key: str = 'text', validation: float = 0.05) -> Source:
       row = json.loads(line.decode())
     except ValueError as error:
       raise ValueError(f'{where}: not JSON in UTF-8: {error}') from None
+    if key is None and isinstance(row, dict):
+      return line.decode().strip()
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
       has = f'keys {", ".join(row)}' if isinstance(row, dict) else type(row).__name__
-      raise ValueError(f'{where}: no string under key={key!r}; the line has {has}')
+      raise ValueError(f'{where}: ' + ('no record {...}' if key is None else f'no string under key={key!r}')
+                       + f'; the line has {has}')
     return row[key]
 
   def read(i, offset):

@@ -3,7 +3,7 @@ import dataclasses
 import json
 import pathlib
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,21 +46,9 @@ class Text:
     token; OSError if it cannot be written.
     """
     folder = self._folder(workdir)
-    settings, trains = folder / 'tokenizer' / 'settings.json', callable(self.tokenizer)
-    wanted = {'tokenizer': self.tokenizer.fingerprint} if not trains else {
-        'tokenizer': describe(self.tokenizer), 'rules': describe(self.rules), 'source': self.source.fingerprint}
-    if (made_with := _read(settings)) is None:
-      found = self.tokenizer
-      if trains:
-        progress('training the tokenizer')
-        documents = clean.clean(self.source.splits['train'], self.rules)
-        found = self.tokenizer([d for d in documents if isinstance(d, str)])
-      found.save(settings.parent)
-      atomic.write(settings, json.dumps(wanted))
-    elif lines := differences(made_with, wanted):
-      raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
-                       + '\n  '.join(lines))
-    found = self.load_tokenizer(workdir)
+    made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
+    documents = lambda: clean.clean(self.source.splits['train'], self.rules)
+    found = open_tokenizer(folder, self.tokenizer, made_of, documents, progress)
     special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
     return Opened(stores, found, self.length, self.source_length)
@@ -71,6 +59,28 @@ class Text:
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
+
+
+def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, made_of: Mapping[str, Any],
+                   documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any]
+                   ) -> tokenizer.Tokenizer:
+  """The tokenizer in `folder`: saved there or, where a function is given, trained on `documents()`; unless it is there.
+
+  Raises ValueError if it was made with other settings: another tokenizer, or of something else.
+  """
+  settings, trains = folder / 'tokenizer' / 'settings.json', callable(given)
+  wanted = {'tokenizer': describe(given) if trains else given.fingerprint, **made_of}
+  if (made_with := _read(settings)) is None:
+    found = given
+    if trains:
+      progress('training the tokenizer')
+      found = given([d for d in documents() if isinstance(d, str)])
+    found.save(settings.parent)
+    atomic.write(settings, json.dumps(wanted))
+  elif lines := differences(made_with, wanted):
+    raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
+                     + '\n  '.join(lines))
+  return tokenizer.load(settings.parent)
 
 
 def _read(settings: pathlib.Path) -> dict | None:

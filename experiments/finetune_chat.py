@@ -1,0 +1,100 @@
+"""Fine-tune a model to answer. By default: from nothing, on puzzles about letters that are made up.
+
+  python experiments/finetune_chat.py
+  python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --temperature=0
+
+On records of your own, from a run, a Hugging Face folder or the hub:
+
+  python experiments/finetune_chat.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='chats/*.jsonl' --lr=2e-5
+  python experiments/finetune_chat.py --jsonl=maths.jsonl --prompt=question --completion=answer --tokenizer=bpe
+
+A line holds messages, or a prompt and its completion. What is learned is what the assistant says, and where it ends.
+"""
+import functools
+import pathlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lm import generate, launch, optim, train, trained
+from lm.data import corpora, dialogues, puzzles, source, turns
+from lm.data import messages as said
+from lm.data import tokenizer as tokenizers
+from lm.models import transformer
+from lm.objectives import objective
+from lm.objectives.supervised import supervised
+
+QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
+
+
+def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: str = 'completion',
+               messages: str = 'messages', validation: float = 0.05, plain: str | None = None,
+               model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
+               tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320, length: int = 256,
+               layers: int = 3, width: int = 128, heads: int = 4,
+               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lr: float = 2e-3,
+               weight_decay: float = 0.01, warmup: int = 50, steps: int = 600, batch: int = 16, accumulate: int = 1,
+               evaluate_every: int = 200, save_every: int = 200) -> train.Run:
+  r"""Fine-tunes a decoder on dialogues.
+
+  Args:
+    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none makes puzzles up.
+    prompt: the field with what is asked, a text or messages.
+    completion: the field with what is to be learned, a text or messages.
+    messages: the field with a whole dialogue, where a line has one.
+    validation: share of the records that is held out.
+    plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
+    model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
+      template are used too; none begins from nothing, with the tokenizer and the shape of the flags.
+    tokenizer: bytes, or one that is trained on the records.
+    vocab: tokens of the model, and of the tokenizer that is trained.
+    length: positions a row; longer records are left out.
+    denominator: what a loss is divided by, targets or dialogues.
+  """
+  base = trained.base(model, jnp.dtype(precision)) if model else None
+  if base:
+    tokens, template = base.tokenizer, base.template or turns.Turns()
+  else:
+    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
+    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, turns.Turns()
+  if plain is not None:
+    template = turns.Plain(source.unescaped(plain))
+  records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.dialogues()
+  return train.Run(
+      model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
+                                                      dtype=jnp.dtype(precision)),
+      objective=supervised(getattr(objective, denominator)),
+      data=dialogues.Dialogues(records, tokens, length, template=template,
+                               keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
+      optimizer=optim.adamw(optim.warmup_cosine(lr, steps, warmup), weight_decay=weight_decay),
+      steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
+      start=base and base.start)
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints how many held-out questions are answered exactly as in their records, before and after; and some answers."""
+  if not result.finished:
+    return
+  data, room = run.data, run.data.length // 2
+  speaker = turns.Conversation(result.data.tokenizer, data.template)
+  asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
+           if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
+  if not asked:
+    return
+  first = run.start(run.model) if run.start else jax.jit(lambda: train.init(run).params)()
+  replies = {}
+  for name, params in (('before', first), ('after', result.params)):
+    replies[name] = generate.generate(run.model, params, speaker, [question for question, _ in asked],
+                                      generate.Sampling(temperature=0), max_tokens=room)
+    right = sum(puzzles.solution(reply) == puzzles.solution(answer) for reply, (_, answer) in zip(replies[name], asked))
+    print(f'{name}: {right} of {len(asked)} held-out questions are answered exactly as their records say')
+  for (question, answer), before, after in list(zip(asked, replies['before'], replies['after']))[:4]:
+    print(f'\n> {question[-1]["content"]}')
+    for name, text in (('before', before), ('after', after), ('record', answer)):
+      print(f'{name:6}  {text[:200]!r}')
+  print(f'\nmore: python experiments/generate.py --workdir={workdir} --chat --prompt="Reverse abcd"')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

@@ -1,0 +1,113 @@
+"""Align a model with preferences: DPO and its kin, KTO, or a reward model. By default: to be polite about puzzles.
+
+  python experiments/finetune_chat.py
+  python experiments/preference.py --method=dpo
+
+The first makes what the second starts from. On pairs of your own, and another model:
+
+  python experiments/preference.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='pairs/*.jsonl' --lr=1e-6
+
+A line holds a prompt with a chosen and a rejected answer, or two transcripts that begin alike. KTO learns from either
+answer by itself, or from lines with a --label, true or false.
+"""
+import pathlib
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from lm import annotate, generate, launch, optim, train, trained
+from lm.data import corpora, dialogues, puzzles, source, turns
+from lm.data import messages as said
+from lm.data.batches import Pair, Rated
+from lm.models.reward import Reward
+from lm.objectives import preference
+
+QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
+BASE = 'runs/finetune_chat'
+
+
+def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,
+               precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
+               chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
+               label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
+               beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lr: float = 2e-4,
+               warmup: int = 10, steps: int = 100, batch: int = 8, accumulate: int = 1, evaluate_every: int = 50,
+               save_every: int = 100) -> train.Run:
+  r"""Trains on preferences.
+
+  Args:
+    method: the loss; orpo and simpo need no reference, and reward trains a reward model.
+    model: what training starts from, and the reference, a run's workdir, a Hugging Face folder or an id on the hub.
+    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none makes puzzles up.
+    prompt: the field with what is asked, where a line has one.
+    completion: the field with the answer that is rated, with --label.
+    label: the field that says whether an answer is good, for kto; none takes both answers of pairs.
+    plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
+    validation: share of the records that is held out.
+    length: positions a row; longer records are left out.
+    beta: how far the model may go from its reference, or the scale of its rewards; none is the method's own.
+    smoothing: share of pairs that are thought to be the wrong way round, for cdpo.
+    gamma: the margin that simpo asks for.
+  """
+  if label and method != 'kto':
+    raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
+  if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
+    raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
+                            '--model')
+  base = trained.base(model, jnp.dtype(precision))
+  template = base.template or turns.Turns()
+  if plain is not None:
+    template = turns.Plain(source.unescaped(plain))
+  keys = said.Keys(prompt=prompt, completion=completion, chosen=chosen, rejected=rejected, label=label or 'label')
+  records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.preferences()
+  if method == 'kto' and not label:
+    records = said.unpaired(records, keys)
+  data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys)
+  if method in ('dpo', 'cdpo', 'ipo', 'kto'):
+    data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
+                              preference.reference)
+  scale = {} if beta is None else {'beta': beta}
+  objective = {'dpo': lambda: preference.preference(preference.dpo(**scale)),
+               'cdpo': lambda: preference.preference(preference.dpo(**scale, smoothing=smoothing)),
+               'ipo': lambda: preference.preference(preference.ipo(**scale)),
+               'orpo': lambda: preference.preference(preference.orpo(**scale)),
+               'simpo': lambda: preference.preference(preference.simpo(**scale, gamma=gamma)),
+               'kto': lambda: preference.kto(**scale), 'reward': preference.reward}[method]()
+  scores = method == 'reward'
+  return train.Run(
+      model=Reward(base.model) if scores else base.model, objective=objective, data=data,
+      optimizer=optim.adamw(optim.warmup_linear(lr, steps, warmup), weight_decay=0.),
+      steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
+      start=(lambda model: model.start(base.start)) if scores else base.start)
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints what the held-out pairs say, and how the model answers before and after."""
+  if not result.finished:
+    return
+  print('held out: ' + ', '.join(f'{name.removeprefix("preference/")} {value:.4f}' for name, value in
+                                 result.metrics.items() if name.startswith('preference/')))
+  data = getattr(run.data, 'data', run.data)
+  if isinstance(run.model, Reward):
+    return
+  speaker, room = turns.Conversation(result.data.tokenizer, data.template), data.length // 2
+  asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
+           if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
+  if not asked:
+    return
+  replies = {}
+  for name, params in (('before', run.start(run.model)), ('after', result.params)):
+    replies[name] = generate.generate(run.model, params, speaker, [question for question, _ in asked],
+                                      generate.Sampling(temperature=0), max_tokens=room)
+    exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], asked))
+    print(f'{name}: {exact} of {len(asked)} answers are exactly the chosen one; '
+          f'{np.mean([len(reply) for reply in replies[name]]):.1f} characters each')
+  for (question, answer), before, after in list(zip(asked, replies['before'], replies['after']))[:4]:
+    print(f'\n> {question[-1]["content"]}')
+    for name, text in (('before', before), ('after', after), ('chosen', answer)):
+      print(f'{name:6}  {text[:200]!r}')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

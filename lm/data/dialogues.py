@@ -1,0 +1,209 @@
+"""Dialogues, pairs and rated dialogues to train on: records of JSON, once made tokens, then packed into rows.
+
+The tokens lie in a `store.Store`, which knows of none of this: `_Encoder` looks to it like a tokenizer, of which a
+document is the JSON of a record, and an id is 2 * token + asked, or stands between the two parts of a record.
+"""
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.data import dataset, messages, store, tokenizer, turns
+from lm.data.batches import KINDS, Dialogue, Objective, Pair, Rated, special
+from lm.data.packing import Packed
+from lm.data.source import Source
+from lm.describe import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogues:
+  """Dialogues (`kind=Dialogue`), pairs of a preferred and another one (`Pair`), or rated ones (`Rated`).
+
+  A dialogue begins with bos. Asked is what the assistant says, with the token that ends it: all that it says, or only
+  the answer where a prompt is given by itself. A record longer than a row is left out, and a line tells how many.
+
+  Args:
+    source: records of JSON, in one of the shapes of `messages`.
+    tokenizer: one, or a function that trains one on what is said in the training records.
+    length: T, positions a row.
+    kind: what a record holds.
+    template: how messages become tokens.
+    keys: how the fields are named.
+    folder: where the tokenizer and the tokens are kept; None: in the workdir.
+  """
+  source: Source
+  tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
+  length: int
+  kind: type = Dialogue
+  template: turns.Template = turns.Turns()
+  keys: messages.Keys = messages.Keys()
+  folder: pathlib.Path | None = None
+
+  source_length = None
+  columns = types.MappingProxyType({})
+
+  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = ()
+           ) -> 'Opened':
+    """Trains the tokenizer and makes tokens, unless that is done. `control` names tokens that the objective needs.
+
+    Raises ValueError if the folder has something of other settings, a record is of another shape, or the tokenizer
+    lacks a control token; OSError if it cannot be written.
+    """
+    folder = self._folder(workdir)
+    made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
+    found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress)
+    special(found, control)
+    self.template.check(found)
+    encoder = _Encoder(found, self.kind, self.template, self.keys)
+    return Opened(store.build(folder / 'tokens', self.source, encoder, (), progress=progress), found, self.kind,
+                  self.length, progress)
+
+  def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+    """The tokenizer that `open` made."""
+    return tokenizer.load(self._folder(workdir) / 'tokenizer')
+
+  def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
+    """The first records of a split but for their answers, and these (chosen, or good), to see what a model says."""
+    found = []
+    for record in itertools.islice(self.source.splits[split], count):
+      prompt, answers, good = messages.read(record, self.kind, self.keys)
+      said = [*prompt, *answers[0]]
+      last = max((i for i, message in enumerate(said) if message['role'] == 'assistant'), default=0)
+      if last and good is not False:
+        found.append((said[:last], said[last]['content']))
+    return found
+
+  def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return self.folder or workdir / 'data'
+
+  def _texts(self) -> list[str]:
+    records = (messages.read(record, self.kind, self.keys) for record in self.source.splits['train'])
+    return [message['content'] for record in records for part in (record.prompt, *record.answers)
+            for message in part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """Dialogues as tokens, by split."""
+  stores: dict[str, store.Store]
+  tokenizer: tokenizer.Tokenizer
+  kind: type
+  length: int
+  progress: Callable[[str], Any] = print
+
+  @property
+  def fingerprint(self) -> str:
+    return self.stores['train'].fingerprint
+
+  def records(self, split: str) -> 'Records':
+    return Records(self.stores[split], self.kind, self.tokenizer.vocab_size)
+
+  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True) -> Packed:
+    """See `Packed`. ValueError where no record fits a row, or the objective needs other data."""
+    if objective.needs is not self.kind:
+      raise ValueError(f'the objective learns from {KINDS[objective.needs]}, and these are {KINDS[self.kind]}')
+    packed = Packed(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
+                    records=self.records(split))
+    rows_per_epoch = packed.rows_per_epoch
+    if packed.left_out:
+      self.progress(f'{split}: {packed.left_out:,} of {len(packed.records):,} records are left out, longer than a row '
+                    f'of {self.length} positions; the rest fill {rows_per_epoch:,} rows')
+    return packed
+
+
+class Records:
+  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, whose mismatched answer is the next's."""
+
+  def __init__(self, stored: store.Store, kind: type, vocab: int):
+    self._tokens, self._offsets = np.asarray(stored.tokens), np.asarray(stored.offsets)
+    self._kind, self._vocab = kind, vocab
+
+  def __len__(self) -> int:
+    return len(self._offsets) - 1
+
+  def __getitem__(self, i: int) -> Dialogue | Pair | Rated:
+    if not 0 <= i < len(self):
+      raise IndexError(f'record {i} of {len(self)}')
+    start, end = self._offsets[i], self._offsets[i + 1]
+    if self._kind is Dialogue:
+      return _dialogue(self._tokens[start:end])
+    mark = self._marks[i]
+    first, second = self._tokens[start:mark], self._tokens[mark + 1:end]
+    if self._kind is Pair:
+      return Pair(_dialogue(first), _dialogue(second))
+    after = (i + 1) % len(self)
+    other = self._tokens[self._marks[after] + 1:self._offsets[after + 1]]
+    good = bool(self._tokens[mark] - 2 * self._vocab)
+    return Rated(_dialogue(np.concatenate([first, second])), good, _dialogue(np.concatenate([first, other])))
+
+  @functools.cached_property
+  def _marks(self) -> np.ndarray:
+    """Of each record, where what stands between its two parts is."""
+    return np.flatnonzero(self._tokens >= 2 * self._vocab)
+
+  @functools.cached_property
+  def positions(self) -> np.ndarray:
+    """What an example of each takes: the tokens of its dialogues, less one of each."""
+    sizes = np.diff(self._offsets)
+    if self._kind is Dialogue:
+      return sizes - 1
+    if self._kind is Pair:
+      return sizes - 3
+    prompts = self._marks - self._offsets[:-1]
+    answers = sizes - prompts - 1
+    return 2 * prompts + answers + np.roll(answers, -1) - 2
+
+
+def _dialogue(values: np.ndarray) -> Dialogue:
+  return Dialogue((values >> 1).astype(np.int32), (values & 1).astype(bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+  """Records of JSON to ints. Of a `Rated`, the two parts are the prompt and the answer."""
+  tokenizer: tokenizer.Tokenizer
+  kind: type
+  template: turns.Template
+  keys: messages.Keys
+
+  @property
+  def vocab_size(self) -> int:
+    return 2 * self.tokenizer.vocab_size + 2   # the last two stand between parts, before what is bad, or good
+
+  @property
+  def fingerprint(self) -> str:
+    facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+  def encode_batch(self, records: Sequence[str]) -> list[np.ndarray]:
+    """Of a record in which nothing is asked, nothing: it is dropped."""
+    return [self._record(record) for record in records]
+
+  def _record(self, record: str) -> np.ndarray:
+    prompt, answers, good = messages.read(record, self.kind, self.keys)
+    try:
+      made = [self._made(prompt, answer) for answer in answers]
+    except ValueError as error:
+      raise ValueError(f'{error}; in the record {record[:200]}') from None
+    if not all((values & 1).any() for values in made):
+      return np.zeros(0, np.int32)
+    if self.kind is Dialogue:
+      return made[0]
+    mark = [2 * self.tokenizer.vocab_size + bool(good)]
+    if self.kind is Rated:
+      first = int((made[0] & 1).argmax())
+      made = [made[0][:first], made[0][first:]]
+    return np.concatenate([made[0], mark, made[1]])
+
+  def _made(self, prompt: messages.Messages, answer: messages.Messages) -> np.ndarray:
+    ids, asked = self.template.encode(self.tokenizer, [*prompt, *answer], first=len(prompt))
+    if not len(ids) or ids[0] != self.tokenizer.bos_id:
+      ids, asked = np.r_[self.tokenizer.bos_id, ids], np.r_[False, asked]
+    return 2 * ids + asked

@@ -1,0 +1,107 @@
+"""Messages to tokens without Jinja: the chat template of the tokenizers that are trained here, or none at all.
+
+A template, as `chat.Template` is one, has `encode`, `check` and `ends`; see there.
+"""
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lm.data import chat
+from lm.data.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]   # each with a role, 'system', 'user' or 'assistant', and its content
+
+
+class Template(Protocol):
+  """How messages become tokens."""
+
+  def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [T], and which of them are to be learned, bool [T]: what the assistant said from message `first` on,
+    and the token that ends it. With `add_generation_prompt`, up to where the assistant is to speak next."""
+
+  def check(self, tokens: Tokenizer) -> None:
+    """ValueError where the tokenizer lacks a control token of the template."""
+
+  def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer, beside the tokenizer's `eos_ids`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """<|user|>hello<|end|><|assistant|>hi<|end|>, with control tokens of `vocabulary.CONTROL`: no text can spell them."""
+  end: str = '<|end|>'
+
+  def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
+             ) -> tuple[np.ndarray, np.ndarray]:
+    ids, said = [], []
+    for i, (role, content) in enumerate(map(_read, messages)):
+      written = tokens.encode(content)
+      ids += [[tokens.control_id(f'<|{role}|>')], written, [tokens.control_id(self.end)]]
+      said += [[False], np.full(len(written) + 1, role == 'assistant' and i >= first)]
+    if add_generation_prompt:
+      ids, said = [*ids, [tokens.control_id('<|assistant|>')]], [*said, [False]]
+    return np.concatenate(ids).astype(np.int32), np.concatenate(said).astype(bool)
+
+  def check(self, tokens: Tokenizer) -> None:
+    chat.refuse_missing([*(f'<|{role}|>' for role in _ROLES), self.end], tokens)
+
+  def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
+    return (tokens.control_id(self.end),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """No template: what is said is text, with `between` after each message that the assistant did not write, else eos."""
+  between: str = ''
+
+  def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
+             ) -> tuple[np.ndarray, np.ndarray]:
+    del add_generation_prompt   # there is none
+    ids, said = [], []
+    for i, (role, content) in enumerate(map(_read, messages)):
+      answer = role == 'assistant'
+      written = tokens.encode(content if answer else content + self.between)
+      ids += [written, [tokens.eos_id] if answer else []]
+      said.append(np.full(len(written) + answer, answer and i >= first))
+    return np.concatenate(ids).astype(np.int32), np.concatenate(said).astype(bool)
+
+  def check(self, tokens: Tokenizer) -> None:
+    pass
+
+  def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
+    return ()
+
+
+_ROLES = ('system', 'user', 'assistant')
+
+
+def _read(message: Mapping[str, Any]) -> tuple[str, str]:
+  role, content = message.get('role'), message.get('content')
+  if role not in _ROLES or not isinstance(content, str):
+    raise ValueError(f'a message has a role of {", ".join(_ROLES)}, and a content that is text: {message!r}'[:400])
+  return role, content
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """A tokenizer for `generate`, to which a prompt is what the user says, or messages, and the answer comes next."""
+  tokenizer: Tokenizer
+  template: Template
+
+  def encode_batch(self, prompts: Sequence[str | Messages]) -> list[np.ndarray]:
+    """Ids up to where the assistant speaks, without bos."""
+    said = [[{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = [self.template.encode(self.tokenizer, messages, add_generation_prompt=True)[0] for messages in said]
+    return [ids[1:] if len(ids) and ids[0] == self.tokenizer.bos_id else ids for ids in encoded]
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.template.ends(self.tokenizer))))
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith('__') or name == 'tokenizer':
+      raise AttributeError(name)
+    return getattr(self.tokenizer, name)

@@ -1,0 +1,42 @@
+"""A reward model: a decoder that also scores the text up to each token (Ouyang et al. 2022, arXiv:2203.02155)."""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.models import layers as parts
+from lm.models.transformer import Cache, Model, Transformer
+
+
+class Scored(NamedTuple):
+  hidden: jax.Array        # [B, T, D]
+  head: Callable[[jax.Array], jax.Array]
+  cache: Cache | None
+  scores: jax.Array        # [B, T], float32
+
+
+class Reward(Model):
+  """A decoder, whose parameters are `decoder`, with one more row of weights, `score`: the score is hidden . score."""
+  decoder: Transformer
+
+  @property
+  def max_length(self) -> int:
+    return self.decoder.max_length
+
+  @nn.compact
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Scored:
+    out = self.decoder(batch, key, cache)
+    width = self.decoder.width
+    score = parts.weight(self, 'score', '-', (width,), nn.initializers.normal((width + 1) ** -0.5))
+    return Scored(*out, jnp.einsum('BTD,D->BT', out.hidden.astype(jnp.float32), score,
+                                   out_sharding=sharding.spec('BT')))
+
+  @nn.nowrap
+  def start(self, load: Callable[[Any], Any], seed: int = 0) -> Any:
+    """Parameters of which those of the decoder are `load(decoder)`; the score's are new."""
+    new = jax.jit(lambda: {'score': self.init(jax.random.key(seed))['score']})()
+    return {**new, 'decoder': load(self.decoder)}
