@@ -38,15 +38,27 @@ class Row:
 def rows(shape: benchmark.Shape) -> dict[str, Row]:
   """The table, by name; the first is what the others are compared with."""
   from lm import train
+  from lm.data.tokenizer import sentinels
   from lm.models import transformer
+  from lm.objectives import infill, masked, next_token, preference, prefix, supervised, ul2, unlikelihood
+  from lm.objectives import span_corruption as spans
   from lm.objectives.distillation import TopK, distil, distil_stored
-  from lm.objectives.next_token import next_token
   decoder, top_k = transformer.gpt2(*shape[:4], shape.length), TopK(min(32, shape.vocab), shape.vocab)
-  teacher = train.Constants('teacher', decoder, None)   # as large as the student
+  teacher, plain = train.Constants('teacher', decoder, None), next_token.next_token()   # it is as large as the student
+  marks = {'layout': spans.DECODER, 'sentinels': sentinels(max(32, shape.length // 4))}
   return {
-      'next_token': Row(next_token(), decoder),
-      'distillation': Row(distil(next_token(), decoder.apply), decoder, (teacher,)),
-      'distillation, stored': Row(distil_stored(next_token(), top_k), decoder, columns=top_k.columns),
+      'next_token': Row(plain, decoder),
+      'prefix': Row(prefix.prefix(), decoder),
+      'masked': Row(masked.masked(), decoder),
+      'span_corruption': Row(spans.span_corruption(**marks), decoder),
+      'ul2': Row(ul2.ul2(**marks), decoder),
+      'infill': Row(infill.infill(), decoder),
+      'unlikelihood': Row(unlikelihood.unlikelihood(plain), decoder),
+      'supervised': Row(supervised.supervised(), decoder),
+      'dpo': Row(preference.preference(preference.dpo()), decoder, columns=preference.COLUMNS),
+      'kto': Row(preference.kto(), decoder, columns=preference.COLUMNS),
+      'distillation': Row(distil(plain, decoder.apply), decoder, (teacher,)),
+      'distillation, stored': Row(distil_stored(plain, top_k), decoder, columns=top_k.columns),
   }
 
 

@@ -73,13 +73,13 @@ def test_ours_is_measured():
 def test_each_objective_of_the_table_is_made_examples_of_and_traced():
   import benchmark_objectives as module
   import jax
+  import numpy as np
 
   from lm import train
   shape = module.benchmark.SHAPES['tiny']
   for row in module.rows(shape).values():
     batch = module.batches_of(row, shape)(0)
-    stored = {name: batch.tokens.reshape(*batch.tokens.shape, *[1] * len(more)).repeat(more[-1], -1).astype(dtype)
-              for name, (dtype, more) in row.columns.items()}
+    stored = {name: np.zeros((*batch.tokens.shape, *more), dtype) for name, (dtype, more) in row.columns.items()}
     run = train.Run(row.model, row.objective, None, None, steps=1, batch=shape.batch, constants=row.constants)
     params = {**jax.eval_shape(row.model.init, jax.random.key(0)), **train.abstract_constants(run)}
     given = batch._replace(columns={**(batch.columns or {}), **stored} or None)
@@ -87,18 +87,3 @@ def test_each_objective_of_the_table_is_made_examples_of_and_traced():
                                         given)
     assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
     assert 0 < module.seen(batch) <= 2 * batch.tokens.size
-
-
-def test_dialogues_and_pairs_are_packed_for_objectives_that_need_them():
-  import benchmark_objectives as module
-  import numpy as np
-
-  from lm.data.batches import Dialogue, Form, Pair
-  from lm.objectives.next_token import example
-  from lm.objectives.objective import token_objective
-  shape = module.benchmark.SHAPES['tiny']
-  one = lambda dialogue, rng, special: example(dialogue.tokens, rng, special)
-  both = lambda pair, rng, special: one(pair.chosen, rng, special)
-  for kind, make in ((Dialogue, one), (Pair, both)):
-    objective = token_objective(Form(make), needs=kind)
-    assert module.seen(module.batches_of(module.Row(objective, None), shape)(0)) > np.prod(shape[-2:]) / 4

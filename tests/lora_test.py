@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lm import lora, optim, pretrained, sharding, train
 from lm.data import dataset
@@ -93,8 +94,13 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
     plain, merged = ADAPTED.merged({**adapters, 'base': base})
     assert plain is MODEL
     full_value, full = loss_and_grads(MODEL, merged, {}, batch)
-    layouts = jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads)
-    assert jax.tree.all(layouts)
+    assert jax.tree.all(jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads))
+    if shape:   # split as their matrices are
+      layouts = {path: x.sharding.spec for path, x in paths(adapters['adapters']['blocks']['0']).items()}
+      assert layouts['attention/query/A'] == P(None, 'data', None)
+      assert layouts['attention/query/B'] == P(None, None, 'model', None)
+      assert layouts['attention/out/A'] == P(None, 'model', None, None)
+      assert layouts['feed_forward/down/B'] == P(None, None, 'data')
     base, merged, adapters, grads, full = jax.tree.map(np.asarray, (base, merged, adapters, grads, full))
   assert value == pytest.approx(float(full_value), rel=1e-6)
   found, block = grads['adapters']['blocks']['0'], full['blocks']['0']

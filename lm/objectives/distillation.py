@@ -84,7 +84,7 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
     return mix(logits, targets, weights, jnp.sum(terms, axis=-1))
 
   def loss(apply, params, batch, key):
-    taught = teacher(jax.lax.stop_gradient(params['teacher']), batch)
+    taught = teacher(params['teacher'], batch)   # not differentiated: `over_vocabulary` does so with none of its args
     outputs = apply(params, batch, key=key)
     _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (taught, outputs)))
     loss_sum, sums = over_vocabulary(with_teacher, outputs.hidden, outputs.head,
