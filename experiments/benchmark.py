@@ -1,4 +1,4 @@
-"""How fast is this on the CPU of this machine, beside PyTorch? Training, decoding, start-up, data.
+"""How fast is this on the CPU of this machine, beside PyTorch? Training, start-up, data; decoding: benchmark_hf.py.
 
   python experiments/benchmark.py --what=training --shape=large --precision=bfloat16
 
@@ -6,13 +6,10 @@ Each arm is a process of its own. They get ready one after the other, then take 
 counts. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]', and a C++ compiler.
 """
 import collections
-import importlib.metadata
 import itertools
 import math
 import os
 import pathlib
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +26,6 @@ from lm.race import Made
 Shape = collections.namedtuple('Shape', 'vocab width layers heads batch length')
 SHAPES = {'tiny': Shape(512, 64, 2, 2, 2, 32), 'small': Shape(8192, 384, 6, 6, 16, 256),
           'large': Shape(50257, 768, 12, 12, 4, 256)}
-MAX_LENGTH, PROMPT = 1024, 128   # of decoding
 
 
 def tokens(vocab: int, *shape: int) -> Any:
@@ -37,7 +33,7 @@ def tokens(vocab: int, *shape: int) -> Any:
   return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
 
 
-def ours(shape: Shape, max_length: int, precision: str = 'float32') -> Any:
+def ours(shape: Shape, precision: str) -> Any:
   """Our model, on the mesh that is set."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
@@ -45,11 +41,11 @@ def ours(shape: Shape, max_length: int, precision: str = 'float32') -> Any:
   from lm import sharding
   from lm.models import transformer
   jax.set_mesh(sharding.make_mesh())
-  return transformer.gpt2(*shape[:4], max_length, dtype=jax.numpy.dtype(precision))
+  return transformer.gpt2(*shape[:4], shape.length, dtype=jax.numpy.dtype(precision))
 
 
 def ours_training(shape: Shape, precision: str) -> Made:
-  model = ours(shape, shape.length, precision)
+  model = ours(shape, precision)
   import jax
   import numpy as np
 
@@ -74,35 +70,24 @@ def ours_training(shape: Shape, precision: str) -> Made:
   return go, facts
 
 
-def ours_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
-  model = ours(shape, MAX_LENGTH)
-  import jax
-
-  from lm import generate
-  params = model.unstack(jax.jit(model.init)(jax.random.key(0)))
-  ids = list(tokens(shape.vocab, batch, PROMPT - 1))   # and bos
-  # Stands for a tokenizer: an end that is never chosen, and no time spent on text.
-  tokenizer = types.SimpleNamespace(vocab_size=shape.vocab, bos_id=0, eos_id=-1, eos_ids=(-1,),
-                                    encode_batch=lambda prompts: ids, decode=lambda ids: 'x' * len(ids))
-
-  def go():
-    texts = generate.generate(model, params, tokenizer, [''] * batch, generate.Sampling(0.), max_tokens=new_tokens)
-    assert [len(text) for text in texts] == [new_tokens] * batch
-  return go, {'weights': sum(x.size for x in jax.tree.leaves(params))}
+def documents(vocab: int) -> Any:
+  """Random tokens on disk, about as many documents and as long as those of Python's library."""
+  import numpy as np
+  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
+  with tempfile.TemporaryFile() as file:   # the map outlives it
+    stored = np.memmap(file, np.uint16, 'w+', shape=int(offsets[-1]))
+  stored[:] = tokens(vocab, len(stored))
+  return types.SimpleNamespace(tokens=stored, offsets=offsets)
 
 
 def ours_pipeline(shape: Shape) -> Made:
-  """Packs documents on disk, about as many and as long as those of Python's library."""
-  import numpy as np
-
+  """Packs documents into rows."""
   from lm.data.batches import Special
   from lm.data.stream import Stream
   from lm.objectives.next_token import next_token
-  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
-  stored = np.memmap(tempfile.TemporaryFile(), np.uint16, 'w+', shape=int(offsets[-1]))   # noqa: SIM115
-  stored[:] = tokens(shape.vocab, len(stored))
-  store, steps = types.SimpleNamespace(tokens=stored, offsets=offsets), itertools.count()
-  batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch, store=store)
+  steps = itertools.count()
+  batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch,
+                   store=documents(shape.vocab))
   return lambda: batches(next(steps)) and None, {}
 
 
@@ -161,20 +146,6 @@ def torch_training(shape: Shape, precision: str, compiled: bool) -> Made:
   return go, {'weights': sum(p.numel() for p in parameters), 'expected': math.log(shape.vocab)}
 
 
-def transformers_decoding(shape: Shape, batch: int, new_tokens: int) -> Made:
-  torch = pytorch()
-  import transformers
-  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      vocab_size=shape.vocab, n_positions=MAX_LENGTH, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
-      bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
-  ids = torch.from_numpy(tokens(shape.vocab, batch, PROMPT)).long()
-
-  def go():
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    assert made.shape == (batch, PROMPT + new_tokens)
-  return go, {'weights': sum(p.numel() for p in model.parameters())}
-
-
 def startup(shape: Shape) -> None:
   """Prints what a user waits for: medians of three, and the first step with nothing and with all in the cache."""
   print('\nstart-up, seconds')
@@ -190,41 +161,31 @@ def startup(shape: Shape) -> None:
       print(f'{facts["first"]:8.2f}  {name}', flush=True)
 
 
-What = Literal['training', 'decoding', 'startup', 'pipeline']
-Arm = Literal['ours', 'torch_eager', 'torch_compile', 'transformers']
+What = Literal['training', 'startup', 'pipeline']
+Arm = Literal['ours', 'torch_eager', 'torch_compile']
 
 
 def benchmark(*, what: list[What] = get_args(What), arms: list[Arm] = get_args(Arm),   # noqa: B008
               shape: Literal['tiny', 'small', 'large'] = 'small',
               precision: Literal['float32', 'bfloat16'] = 'float32',
-              rounds: int = 5, steps: int = 4, new_tokens: int = 128) -> None:
+              rounds: int = 5, steps: int = 4) -> None:
   """Measures.
 
   Args:
-    shape: of training. Decoding is of GPT-2 (124M) in float32, unless tiny.
+    shape: of training.
     precision: what training computes in; parameters stay float32.
     steps: of training, a round. There, all arms take a turn.
-    new_tokens: to decode, after a prompt of 128.
   """
-  if min(rounds, steps, new_tokens) < 1:
-    raise ValueError(f'--rounds={rounds}, --steps={steps} and --new_tokens={new_tokens} must be 1 or more')
-  packages = ('jax', 'jaxlib', 'flax', 'torch', 'transformers')
-  versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
-  cpu = re.search(r'model name\s*: (.*)|$', pathlib.Path('/proc/cpuinfo').read_text())
-  print(cpu[1] or platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
-        f'python {platform.python_version()}', *sorted(map(' '.join, versions.items())), sep=', ')
-  if missing := [name for name in packages if name not in versions]:
-    print(f"without {' and '.join(missing)}, which are not installed (pip install 'lm[benchmark]')")
-  size, decoder = SHAPES[shape], SHAPES['tiny' if shape == 'tiny' else 'large']
+  if min(rounds, steps) < 1:
+    raise ValueError(f'--rounds={rounds} and --steps={steps} must be 1 or more')
+  if missing := race.machine('jax', 'jaxlib', 'flax', 'torch'):
+    print(f"without {' and '.join(sorted(missing))}, which are not installed (pip install 'lm[benchmark]')")
+  size = SHAPES[shape]
   kept = lambda named: {arm: named[arm] for arm in named if arm in arms and arm.partition('_')[0] not in missing}
   if 'training' in what:
     race.race(f'training, {shape}, {precision}', kept({
         'ours': (ours_training, size, precision), 'torch_eager': (torch_training, size, precision, False),
         'torch_compile': (torch_training, size, precision, True)}), size.batch * size.length, rounds, steps)
-  for batch in (1, 8) if 'decoding' in what else ():
-    race.race(f'decoding, batch {batch}', kept({
-        'ours': (ours_decoding, decoder, batch, new_tokens),
-        'transformers': (transformers_decoding, decoder, batch, new_tokens)}), batch * new_tokens, rounds, 1)
   if 'startup' in what:
     startup(size)
   if 'pipeline' in what:

@@ -1,27 +1,29 @@
-"""How fast are Hugging Face models here, beside `transformers`? Scoring, a row a family, and import, on this CPU.
+"""How fast are Hugging Face models here, beside `transformers`? Scoring, a row a family; decoding; import; on this CPU.
 
   python experiments/benchmark_hf.py --what=scoring --families=gpt2,llama
 
-Models are random and made on the spot. Scoring: 64 texts of 8 to 512 tokens under 4 layers x 512, float32; transformers
+Models are random and made on the spot. Scoring: texts of 8 to 512 tokens under 4 layers x 512, float32; transformers
 gets them sorted by length, in padded batches of 8. BERT reads the texts unmasked, in one pass, and is asked for each
-token at its place; T5 gets the texts as sources, and targets of about their length. Import: 1.2 billion parameters in
-bfloat16; the last arm only reads the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install
-'lm[benchmark]'.
+token at its place; T5 gets the texts as sources, and targets of about their length. Decoding: GPT-2 of 124M, float32,
+greedy, after a prompt of 128 tokens, which is read in the same time; the arm `read` only reads what every token has to
+read, the weights and the cache. Import: 1.2 billion parameters in bfloat16; `import` is import_hf.py, `open` reads the
+parameters alone, `read` the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]'.
 """
 import dataclasses
 import os
 import pathlib
 import tempfile
+import types
 from typing import Any, Literal, get_args
 
 from lm import launch, race  # nothing heavy here: what an arm imports counts in its memory and in its start
 from lm.race import Made
 
-What = Literal['scoring', 'import']
+What = Literal['scoring', 'decoding', 'import']
 Kind = Literal['gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3',
                'smollm3', 'phi3', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt_oss', 'deepseek_v3', 'llama4_text', 'bert',
                't5']
-VOCAB, LENGTH = 16_384, 512
+VOCAB, LENGTH, PROMPT = 16_384, 512, 128
 SIZES = {'vocab_size': VOCAB, 'hidden_size': 512, 'num_hidden_layers': 4, 'num_attention_heads': 8,
          'num_key_value_heads': 4, 'intermediate_size': 1408, 'max_position_embeddings': LENGTH, 'pad_token_id': None,
          'bos_token_id': None, 'eos_token_id': None}
@@ -46,42 +48,51 @@ WHOLE = 'gpt2', 'bert', 't5'   # nothing of SIZES is in their configs
 CLASSES = {'bert': 'AutoModelForMaskedLM', 't5': 'AutoModelForSeq2SeqLM'}
 
 
-def texts() -> list[Any]:
+def texts(number: int) -> list[Any]:
   import numpy as np
   rng = np.random.default_rng(0)
-  return [rng.integers(0, VOCAB, int(n)) for n in np.clip(rng.lognormal(4.6, 0.8, 64), 8, LENGTH)]
+  return [rng.integers(0, VOCAB, int(n)) for n in np.clip(rng.lognormal(4.6, 0.8, number), 8, LENGTH)]
 
 
-def targets() -> list[Any]:
+def targets(number: int) -> list[Any]:
   """Of T5: one for each text, of its length, more or less."""
   import numpy as np
   rng = np.random.default_rng(1)
-  return [rng.integers(0, VOCAB, int(len(text) * rng.uniform(0.7, 1.3))) for text in texts()]
+  return [rng.integers(0, VOCAB, int(len(text) * rng.uniform(0.7, 1.3))) for text in texts(number)]
 
 
-def count(kind: Kind) -> int:
+def count(kind: Kind, number: int) -> int:
   """Tokens that are scored; of T5 also those of the sources."""
   if kind == 't5':
-    return sum(map(len, texts() + targets()))
-  return sum(len(text) - (kind != 'bert') for text in texts())
+    return sum(map(len, texts(number) + targets(number)))
+  return sum(len(text) - (kind != 'bert') for text in texts(number))
 
 
-def pytorch() -> Any:
+def pytorch() -> tuple[Any, Any]:
+  """torch and transformers."""
   import torch
+  import transformers
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   torch.manual_seed(0)
-  return torch
+  transformers.utils.logging.disable_progress_bar()
+  return torch, transformers
 
 
 def new_model(kind: str, folder: pathlib.Path) -> None:
-  pytorch()
-  import transformers
-  transformers.utils.logging.disable_progress_bar()
+  _, transformers = pytorch()
   sizes = OWN[kind] if kind in WHOLE else SIZES | OWN.get(kind, {})
   if kind == 'gpt_neox':   # which has no such thing
     sizes = {name: size for name, size in sizes.items() if name != 'num_key_value_heads'}
   config = transformers.AutoConfig.for_model(kind, **sizes)
   getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_config(config).save_pretrained(folder)
+
+
+def new_decoder(folder: pathlib.Path) -> int:
+  """GPT-2 of 124M; gives the bytes of the keys and values of a token."""
+  _, transformers = pytorch()
+  config = transformers.GPT2Config(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+  transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+  return 2 * config.n_layer * config.n_embd * 4
 
 
 def new_large_model(folder: pathlib.Path) -> None:
@@ -90,12 +101,13 @@ def new_large_model(folder: pathlib.Path) -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from lm.hf import weights
+  from lm import pretrained
+  from lm.data.tokenizer import Bytes
   from lm.models import transformer
-  model = transformer.llama(128_256, 2048, 16, 32, kv_heads=8, hidden=8192)
-  some = np.random.default_rng(0).normal(size=1 << 20).astype(jnp.bfloat16)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  weights.write(folder, model, jax.tree.map(lambda s: np.resize(some, s.shape), shapes))
+  model, rng = transformer.llama(128_256, 2048, 16, 32, kv_heads=8, hidden=8192), np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(jnp.bfloat16),
+                        jax.eval_shape(model.init, jax.random.key(0)))
+  pretrained.write(folder, model, params, Bytes(('<|bos|>', '<|eos|>')))
 
 
 def ours(folder: pathlib.Path) -> tuple[Any, Any]:
@@ -122,28 +134,26 @@ class InPlace:
     return self.model.apply(params, batch._replace(tokens=batch.targets))
 
 
-def ours_scoring(folder: pathlib.Path, kind: Kind) -> Made:
+def ours_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Made:
   model, params = ours(folder)
   import jax
   import numpy as np
 
   from lm import evaluate
-  documents, sources = texts(), None
+  documents, sources = texts(number), None
   if kind == 'bert':
     model, documents = InPlace(model, model.max_length), [np.r_[0, text] for text in documents]
   if kind == 't5':
-    sources, documents = documents, [np.r_[0, text] for text in targets()]
+    sources, documents = documents, [np.r_[0, text] for text in targets(number)]
   return (lambda: -float(np.concatenate(evaluate.log_probabilities(model, params, documents, sources=sources)).mean()),
           {'weights': sum(x.size for x in jax.tree.leaves(params))})
 
 
-def transformers_scoring(folder: pathlib.Path, kind: Kind) -> Made:
-  torch = pytorch()
-  import transformers
-  transformers.utils.logging.disable_progress_bar()
+def transformers_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Made:
+  torch, transformers = pytorch()
   model = getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_pretrained(
       folder, dtype=torch.float32).eval()
-  pairs = [list(map(torch.from_numpy, pair)) for pair in zip(texts(), targets())]
+  pairs = [list(map(torch.from_numpy, pair)) for pair in zip(texts(number), targets(number))]
   pairs.sort(key=lambda pair: len(pair[0]), reverse=True)
 
   def forward(some):
@@ -168,14 +178,62 @@ def transformers_scoring(folder: pathlib.Path, kind: Kind) -> Made:
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
 
+def prompts(batch: int) -> Any:
+  """They begin alike, as with bos."""
+  import numpy as np
+  ids = np.random.default_rng(0).integers(0, 50_257, (batch, PROMPT), np.int32)
+  ids[:, 0] = 0
+  return ids
+
+
+def ours_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Made:
+  model, params = ours(folder)
+  import jax
+  import numpy as np
+
+  from lm import generate
+  params, ids = model.unstack(params), list(prompts(batch)[:, 1:])
+  # Stands for a tokenizer: an end that is never chosen, and a character an id, from 256 on.
+  tokenizer = types.SimpleNamespace(
+      vocab_size=model.vocab, bos_id=0, eos_id=-1, eos_ids=(-1,), encode_batch=lambda texts: ids,
+      decode=lambda ids: ''.join(chr(256 + i) for i in ids))
+
+  def go():
+    made = generate.generate(model, params, tokenizer, [''] * batch, generate.Sampling(0.), max_tokens=new_tokens)
+    found = np.array([[ord(c) - 256 for c in text] for text in made])
+    assert found.shape == (batch, new_tokens)
+    return float(found.mean())
+  return go, {'weights': sum(x.size for x in jax.tree.leaves(params))}
+
+
+def transformers_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Made:
+  torch, transformers = pytorch()
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+  ids = torch.from_numpy(prompts(batch)).long()
+
+  def go():
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    assert made.shape == (batch, PROMPT + new_tokens)
+    return float(made[:, PROMPT:].double().mean())
+  return go, {'weights': sum(p.numel() for p in model.parameters())}
+
+
 def ours_import(folder: pathlib.Path) -> Made:
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import import_hf
+
+  def go():
+    with tempfile.TemporaryDirectory() as out:
+      import_hf.main(model=str(folder), out=pathlib.Path(out) / 'imported')
+  return go, {}
+
+
+def ours_open(folder: pathlib.Path) -> Made:
   return (lambda: ours(folder) and None), {}
 
 
-def transformers_import(folder: pathlib.Path) -> Made:
-  torch = pytorch()
-  import transformers
-  transformers.utils.logging.disable_progress_bar()
+def transformers_open(folder: pathlib.Path) -> Made:
+  torch, transformers = pytorch()
 
   def go():
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -184,44 +242,65 @@ def transformers_import(folder: pathlib.Path) -> Made:
   return go, {}
 
 
-def read_file(folder: pathlib.Path) -> Made:
-  import numpy as np
-  return (lambda: np.fromfile(folder / 'model.safetensors', np.uint8) is None or None), {}
+def scoring(folder: pathlib.Path, kind: Kind, number: int, rounds: int) -> str:
+  """Measures a family; gives its line of the table."""
+  race.made(new_model, kind, folder)
+  found = race.race(f'scoring, {kind}', {
+      'ours': (ours_scoring, folder, kind, number), 'transformers': (transformers_scoring, folder, kind, number)},
+      count(kind, number), rounds, 1)
+  if len(found) < 2:
+    return f'  {kind:12} failed'
+  mine, theirs = found.values()
+  return (f'  {kind:12}{mine.rate:11,.0f}{theirs.rate:14,.0f}{mine.rate / theirs.rate:7.2f}'
+          f'{abs(mine.loss - theirs.loss):17.1e}{mine.peak / theirs.peak:13.2f}')
+
+
+def decoding(folder: pathlib.Path, rounds: int, new_tokens: int) -> None:
+  each = race.made(new_decoder, folder)
+  for batch in (1, 8):
+    # Of a step, on average: new tokens find the prompt and half of themselves in the cache.
+    size = (folder / 'model.safetensors').stat().st_size + batch * (PROMPT + new_tokens // 2) * each
+    found = race.race(f'decoding, batch {batch}', {
+        'ours': (ours_decoding, folder, batch, new_tokens), 'read': (race.read_memory, size, new_tokens),
+        'transformers': (transformers_decoding, folder, batch, new_tokens)}, batch * new_tokens, rounds, 1)
+    if len(found) == 3:
+      limit = found.pop('read').rate
+      print(f'  {size / 1e6:,.0f} MB a step, read at {limit / batch * size / 1e9:.1f} GB/s; of that:', ', '.join(
+          f'{name} {result.rate / limit:.0%}' for name, result in found.items()),
+          '' if len({result.loss for result in found.values()}) == 1 else 'NOT THE SAME TEXT')
+
+
+def importing(folder: pathlib.Path, rounds: int) -> None:
+  race.made(new_large_model, folder)
+  size = (folder / 'model.safetensors').stat().st_size
+  found = race.race(f'import of {size / 1e9:.2f} GB', {
+      'import': (ours_import, folder), 'open': (ours_open, folder), 'transformers': (transformers_open, folder),
+      'read': (race.read_file, folder / 'model.safetensors')}, size // 10 ** 6, rounds, 1, 'MB')
+  print('  peak memory, of the file:', ', '.join(f'{name} {x.peak * 1e9 / size:.2f}x' for name, x in found.items()))
 
 
 def benchmark(*, what: list[What] = get_args(What), families: list[Kind] = get_args(Kind),   # noqa: B008
-              rounds: int = 3) -> None:
+              number: int = 64, rounds: int = 3, new_tokens: int = 64) -> None:
   """Measures.
 
   Args:
     families: whose scoring is measured.
+    number: of texts to score.
     rounds: how often the arms take turns.
+    new_tokens: to decode.
   """
-  if rounds < 1:
-    raise ValueError(f'--rounds={rounds} must be 1 or more')
-  table = []
+  if min(number, rounds, new_tokens) < 1:
+    raise ValueError(f'--number={number}, --rounds={rounds} and --new_tokens={new_tokens} must be 1 or more')
+  race.machine('jax', 'jaxlib', 'torch', 'transformers')
   with tempfile.TemporaryDirectory() as temporary:
-    for kind in families if 'scoring' in what else ():
-      folder = pathlib.Path(temporary) / kind
-      with race.process() as pool:
-        pool.submit(new_model, kind, folder).result()
-      found = race.race(f'scoring, {kind}', {'ours': (ours_scoring, folder, kind),
-                                             'transformers': (transformers_scoring, folder, kind)},
-                        count(kind), rounds, 1)
-      if len(found) == 2:
-        (mine, my_loss), (theirs, their_loss) = found.values()
-        table.append(f'  {kind:12} {mine:10,.0f} {theirs:13,.0f} {mine / theirs:6.2f} '
-                     f'{abs(my_loss - their_loss):16.1e}')
+    root = pathlib.Path(temporary)
+    lines = [scoring(root / kind, kind, number, rounds) for kind in (families if 'scoring' in what else ())]
+    if 'decoding' in what:
+      decoding(root / 'decoder', rounds, new_tokens)
     if 'import' in what:
-      folder = pathlib.Path(temporary) / 'large'
-      with race.process() as pool:
-        pool.submit(new_large_model, folder).result()
-      size = (folder / 'model.safetensors').stat().st_size
-      race.race(f'import of {size / 1e9:.2f} GB', {
-          'ours': (ours_import, folder), 'transformers': (transformers_import, folder),
-          'read': (read_file, folder)}, size // 10 ** 6, rounds, 1, 'MB')
-  if table:
-    print('\n  scoring      ours, tok/s  transformers  ratio  loss difference', *table, sep='\n')
+      importing(root / 'large', rounds)
+  if lines:
+    print('\n  scoring     ours, tok/s  transformers  ratio  loss difference  peak memory', *lines, sep='\n')
 
 
 if __name__ == '__main__':

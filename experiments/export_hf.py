@@ -6,13 +6,12 @@ import pathlib
 from typing import Literal
 
 import jax
-import numpy as np
 
 from lm import launch, pretrained, sharding, trained
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: pathlib.Path,
-         dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32', like: pathlib.Path | None = None,
+         dtype: Literal['float32', 'bfloat16', 'float16'] | None = None, like: pathlib.Path | None = None,
          best: bool = False) -> None:
   """Exports a model with its tokenizer.
 
@@ -20,7 +19,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
     workdir: of a run.
     model: an imported folder, in place of a run.
     out: the folder to make.
-    dtype: of the weights.
+    dtype: of the weights, if not theirs: a run's are float32, an imported model's those of its files.
     like: the folder that a run was started from, whose tokenizer files and chat template it takes over.
     best: take the best checkpoint by validation loss, not the newest.
   """
@@ -28,7 +27,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
     raise ValueError('give one of --workdir and --model')
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, np.dtype(jax.numpy.dtype(dtype)),
+    pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype),
                      like or (loaded.folder if model else None))
   print(f'written: {out}; open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 

@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm import generate, launch, optim, pretrained, train
+from lm import generate, launch, optim, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data import tokenizer as tokenizers
@@ -51,12 +51,12 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     length: positions a row; longer records are left out.
     denominator: what a loss is divided by, targets or dialogues.
   """
-  base = pretrained.base(model, jnp.dtype(precision)) if model else None
+  base = trained.base(model, jnp.dtype(precision)) if model else None
   if base:
     tokens, template = base.tokenizer, base.template or turns.Turns()
   else:
-    trained = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
-    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else trained, turns.Turns()
+    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
+    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, turns.Turns()
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))
   records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.dialogues()

@@ -11,11 +11,12 @@ import jax
 from lm import generate, launch, pretrained, sharding, trained
 from lm.data import turns
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.objectives.objective import causal_prompt
 
 
 def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversation:
   """The tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
-  found = (pretrained.chat_template(loaded.run.data) if isinstance(loaded, trained.Trained) else
+  found = (trained.chat_template(loaded.run.data) if isinstance(loaded, trained.Trained) else
            pretrained.folder_template(loaded.folder))
   if found is None:
     raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
@@ -52,12 +53,16 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    mark = causal_prompt if model else loaded.run.objective.prompt
+    if mark is None:
+      raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text; take '
+                       'one that was trained with another objective, such as next_token')
     tokens = speaker(loaded) if chat else loaded.tokenizer
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
     begun = False
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed):
+                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

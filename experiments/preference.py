@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lm import annotate, generate, launch, optim, pretrained, train
+from lm import annotate, generate, launch, optim, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data.batches import Pair, Rated
@@ -55,7 +55,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
-  base = pretrained.base(model, jnp.dtype(precision))
+  base = trained.base(model, jnp.dtype(precision))
   template = base.template or turns.Turns()
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))

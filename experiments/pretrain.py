@@ -6,18 +6,25 @@ Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; sever
 --weights. One long text file is cut into documents by --separator.
 """
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from lm import launch, optim, pretrained, train
+from lm import launch, lora, optim, pretrained, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
 from lm.models import transformer
-from lm.objectives import objective
+from lm.objectives import losses
+from lm.objectives import objective as objectives
+from lm.objectives.infill import NAMES, infill
+from lm.objectives.masked import masked
 from lm.objectives.next_token import next_token
+from lm.objectives.prefix import prefix
+from lm.objectives.span_corruption import DECODER, span_corruption
+from lm.objectives.ul2 import MODES, ul2
 
 
 def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None,
@@ -48,6 +55,30 @@ def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl:
   return sources[0] if sources else corpora.python_library(validation)
 
 
+def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int, noise: float,
+            mean_span: float, infill_rate: float, control: tuple[str, ...]) -> objectives.Objective:
+  """The objective that the flags name."""
+  more = [part(value) for part, value in ((losses.smoothing, label_smoothing), (losses.z_loss, z_loss)) if value]
+  how = {'denominator': getattr(objectives, denominator),
+         'token_loss': losses.token_loss(losses.nll, *more) if more else objectives.cross_entropy}
+
+  def sentinels(rate):   # of a row's positions, a span takes 1 / rate tokens and two sentinels
+    return tokenizer.sentinels(max(32, math.ceil(length / (1 / rate + 2))))
+
+  match name:
+    case 'prefix':
+      return prefix(**how)
+    case 'masked':
+      return masked(noise, *control[:1], **how)
+    case 'span_corruption':
+      return span_corruption(noise, mean_span, DECODER, control or sentinels(noise / mean_span), **how)
+    case 'ul2':
+      return ul2(sentinels=control[:-3] or sentinels(0.5 / 3), modes=control[-3:] or MODES, **how)
+    case 'infill':
+      return infill(infill_rate, names=control or NAMES, **how)
+  return next_token(**how)
+
+
 def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
@@ -58,12 +89,15 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
-               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
+               objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
+               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', label_smoothing: float = 0.,
+               z_loss: float = 0., noise: float = 0.15, mean_span: float = 3., infill_rate: float = 0.5,
+               control: tuple[str, ...] = (),
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
-               save_every: int = 500, keep: int = 2) -> train.Run:
+               save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
@@ -82,25 +116,37 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
+    objective: what is learned; see lm/objectives.
     denominator: what a loss is divided by, targets or sequences.
+    label_smoothing: share of a target's probability that is spread over the vocabulary.
+    z_loss: coefficient of the squared log of the softmax's denominator, such as 1e-4.
+    noise: share of the tokens that masked and span_corruption hide.
+    mean_span: tokens of a hidden span, on average.
+    infill_rate: share of the pieces whose middle comes last.
+    control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
+      sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     clip: bound on the global norm of the gradient.
     warmup: steps of linear warm-up.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
     keep: how many of the last checkpoints to keep, beside the best.
+    lora_rank: of adapters that are trained in place of all parameters, on those of --init; 0 for none.
+    lora_alpha: adapters are scaled by it over the rank; none for twice the rank.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
   folder = pretrained.locate(model) if model else None
   decoder = pretrained.open_model(folder, jnp.dtype(precision)) if folder else None
   if folder and not isinstance(decoder, transformer.Transformer):
-    raise ValueError(f'--model={model} is no decoder, and next tokens are what is learned here; take one such as GPT-2 '
-                     'or Llama')
+    raise ValueError(f'--model={model} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
+  goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)
+  more = [name for name in goal.control if name not in tokenizer.CONTROL]   # the tokenizer is made with these
+  names = {'control': (*tokenizer.CONTROL, *more)} if more else {}
   if tokenizer_file or folder:
     tokens = tokenizer.load(tokenizer_file or folder)
   elif tokenizer_kind == 'bytes':
-    tokens = tokenizer.Bytes()
+    tokens = tokenizer.Bytes(**names)
   else:
-    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind)
+    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind, **names)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,
@@ -114,12 +160,13 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
-  return train.Run(
-      model=decoder, objective=next_token(denominator=getattr(objective, denominator)),
+  run = train.Run(
+      model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
+  return lora.adapt(run, lora_rank, lora_alpha)
 
 
 if __name__ == '__main__':

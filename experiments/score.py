@@ -24,7 +24,7 @@ from lm.models.encoder_decoder import EncoderDecoder
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
           source: str | None = None, source_key: str | None = None, split: str | None = None, context: int = 0,
-          bos: bool = True, best: bool = False, mesh: str | None = None) -> None:
+          bos: bool = True, windows: bool = False, best: bool = False, mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
 
   An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
@@ -42,6 +42,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     split: train or validation.
     context: positions before each window of a split that are read again, for context.
     bos: begin the text as a document begins; without it, as in transformers' loss, the first token is not scored.
+    windows: score a text that is longer than the model's context in windows, half overlapping.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
@@ -64,6 +65,11 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     if split is None:
       if not model:
         check(loaded.model, sources is not None, bos)
+        if loaded.run.objective.prompt is None and loaded.model.causal:
+          raise ValueError(f'the decoder in {workdir} was trained to fill in tokens that are masked, not to predict '
+                           'the next one; --split gives the loss of its objective')
+      if loaded.model.causal and not windows:
+        check_lengths(loaded, texts)
       (show if jsonl is None else show_all)(loaded, texts, sources, bos)
       return
     run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
@@ -86,6 +92,16 @@ def check(model: Any, has_source: bool, bos: bool) -> None:
     raise ValueError('--nobos is for decoders; this model scores the first token too')
   if isinstance(model, Encoder):
     print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
+
+
+def check_lengths(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str]) -> None:
+  """ValueError where a text, with bos, is longer than the model can read at once."""
+  for begin in range(0, len(texts), 256):
+    for i, ids in enumerate(loaded.tokenizer.encode_batch(texts[begin:begin + 256]), begin + 1):
+      if len(ids) > loaded.model.max_length:
+        raise ValueError(f'text {i} of {len(texts)} has {len(ids):,} tokens, and the model reads '
+                         f'{loaded.model.max_length:,} at once: score a part of it, or give --windows, by which each '
+                         'token is given at least half of that before it')
 
 
 class Scored(NamedTuple):

@@ -18,6 +18,9 @@ from absl import logging
 from lm.describe import differences
 
 Tree = Any
+# Bytes of a chunk of an array, and of a file of chunks. A file fills up in memory before it is written: Orbax's own are
+# of 2 GB, in chunks as large as a shard, which takes as much memory again, and is slower to write and to read.
+CHUNK, FILE = 1 << 22, 1 << 24
 
 
 class Restored(NamedTuple):
@@ -79,8 +82,9 @@ class Checkpoints:
     if (last := max(self.steps(), default=-1)) >= step:
       raise ValueError(f'step {step} cannot be saved after step {last} of {self.folder}: to go back, use a new folder')
     self._metrics[step] = metric
-    args = self._ocp.args
-    args = args.Composite(state=args.PyTreeSave(state), facts=args.JsonSave(document))
+    ocp, chunks = self._ocp, jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), state)
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, chunks, ocdbt_target_data_file_size=FILE),
+                              facts=ocp.args.JsonSave(document))
     self._write(lambda: self._manager.save(step, args=args, force=True))
 
   def check_for_errors(self) -> None:
@@ -126,24 +130,31 @@ class Checkpoints:
     Raises Mismatch if a leaf is missing or differs in shape or dtype (Orbax casts without a word), OSError if `step`
     is not there, or nothing can be read.
     """
-    return self._newest_readable(step, functools.partial(self._read, abstract_state, ''))
+    return self._newest_readable(step, functools.partial(self._read, abstract_state, '', None))
 
-  def restore_params(self, abstract_params: Tree, step: int | None = None) -> Restored | None:
-    """Like `restore`, of the state's field `params` alone: the optimizer's state is not read."""
-    found = self._newest_readable(step, functools.partial(self._read, {'params': abstract_params}, 'params.'))
+  def restore_params(self, abstract_params: Tree, step: int | None = None,
+                     dtypes: Callable[[Any], Any] | None = None) -> Restored | None:
+    """Like `restore`, of the state's field `params` alone: the optimizer's state is not read.
+
+    With `dtypes`, what it makes of the dtype that an array is stored in counts, not that of `abstract_params`.
+    """
+    found = self._newest_readable(step, functools.partial(self._read, {'params': abstract_params}, 'params.', dtypes))
     return found and found._replace(state=found.state['params'])
 
-  def _read(self, abstract: Tree, prefix: str, step: int) -> Restored:
+  def _read(self, abstract: Tree, prefix: str, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
     ocp, path, document = self._ocp, self.folder / str(step), self._read_facts(step)
     _check_files(path / 'state', prefix)
-    stored = _types(self._manager.item_metadata(step).state.tree)
-    stored = {name: kind for name, kind in stored.items() if name.startswith(prefix)}
-    lines = differences(stored, _types(abstract))
+    found = _named(self._manager.item_metadata(step).state.tree)
+    found = {name: leaf for name, leaf in found.items() if name.startswith(prefix)}
+    lines = differences(*({name: f'{"" if dtypes else leaf.dtype}{list(leaf.shape)}' for name, leaf in leaves.items()}
+                          for leaves in (found, _named(abstract))))
     if lines and all(line.startswith('opt_state.') for line in lines):
       raise Mismatch(f'checkpoint {path} holds the state of another optimizer ({len(lines)} arrays differ): go on with '
                      'the same one, or start another run from its parameters (--init)')
     if lines:
       raise Mismatch(f'checkpoint {path} does not fit' + _listed(lines))
+    if dtypes:
+      abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(found[_name(path)].dtype)), abstract)
     args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
     return Restored(self._manager.restore(step, args=ocp.args.Composite(state=args)).state, document['facts'], step)
 
@@ -202,10 +213,13 @@ def _listed(lines: Sequence[str], most: int = 6) -> str:
   return '\n  '.join([':', *lines[:most], *more])
 
 
-def _types(tree: Tree) -> dict[str, str]:
-  """{'params.w': 'float32[4, 8]', ...} of a tree of arrays, or of Orbax's metadata of one."""
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): f'{leaf.dtype}{list(leaf.shape)}'
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _name(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def _named(tree: Tree) -> dict[str, Any]:
+  """{'params.w': leaf, ...} of a tree of arrays, or of Orbax's metadata of one."""
+  return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _check_files(folder: Any, prefix: str) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,6 +172,17 @@ def _prompts(model: Model, texts: Sequence[np.ndarray], tokenizer: Tokenizer) ->
   return model.prompt(texts, -(-len(texts) // multiple) * multiple, tokenizer.bos_id, tokenizer.eos_id)
 
 
+def _check(model: Model, tokenizer: Tokenizer, batch: Batch, max_tokens: int) -> None:
+  if max_tokens < 1:
+    raise ValueError(f'max_tokens={max_tokens} must be at least 1')
+  if tokenizer.vocab_size > model.vocab:
+    raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab}; '
+                     'use the tokenizer that the model was trained with')
+  if (longest := int((batch.segments > 0).sum(1).max())) + max_tokens > model.max_length:
+    raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
+                     f'{model.max_length} that the model can place; shorten one of them')
+
+
 def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
   """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
@@ -243,12 +254,14 @@ class _Text:
 
 
 def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> Iterator[list[str]]:
+           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
+           mark: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
   A document begins with bos, so bos is put in front of each prompt; an encoder-decoder reads the prompt as its source,
   and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
-  strings, or after `max_tokens` tokens. Pieces hold whole characters. On a mesh, call it inside `jax.set_mesh`.
+  strings, or after `max_tokens` tokens. Pieces hold whole characters. With `mark=objective.prompt`, prompts are read as
+  in training. On a mesh, call it inside `jax.set_mesh`.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
@@ -256,30 +269,32 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   """
   if isinstance(prompts, str) or isinstance(stop, str) or '' in stop:
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
-  if max_tokens < 1:
-    raise ValueError(f'max_tokens={max_tokens} must be at least 1')
-  if tokenizer.vocab_size > model.vocab:
-    raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab}; '
-                     'use the tokenizer that the model was trained with')
   if not prompts:
     return
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
   batch = _prompts(model, encoded, tokenizer)
-  before = [tokens[segments > 0] for tokens, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
-  longest = max(map(len, before))
-  if longest + max_tokens > model.max_length:
-    raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
-                     f'{model.max_length} that the model can place; shorten one of them')
+  _check(model, tokenizer, batch, max_tokens)
+  before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [_Text(tokenizer, ids[1:], stop) for ids in before]   # without bos
-  for tokens in _tokens(model, params, encoded, batch, tokenizer, sampling, max_tokens, seed):
-    yield [''.join(map(text.push, row)) for text, row in zip(texts, tokens)]
+  for made in _tokens(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
+    yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
     if all(text.done for text in texts):
       return
   yield [text.end() for text in texts]
 
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0) -> list[str]:
+             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
+             mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
-  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed)
+  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark)
   return [''.join(column) for column in zip(*pieces)]
+
+
+def tokens(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], sampling=Sampling(), *,
+           max_tokens: int = 128, seed: int = 0, mark: Callable[[Batch], Batch] = lambda batch: batch
+           ) -> list[np.ndarray]:
+  """As `generate`, from token ids (without bos) to token ids (without the eos that ends them)."""
+  _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
+  made = list(_tokens(model, params, prompts, mark(batch), tokenizer, sampling, max_tokens, seed))
+  return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in np.concatenate(made, axis=1)]

@@ -9,6 +9,7 @@ word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad in
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import pathlib
@@ -47,7 +48,8 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
 
   Args:
     workdir: where the run lives; one that was stopped goes on from there. Without it: runs/<name of the script>.
-    init: start from the parameters of another run's workdir, of a Hugging Face folder, or of an imported one.
+    init: start from the parameters of another run's workdir, of a Hugging Face folder, or of an imported one; adapters
+      lie on them.
     seed: fixes the data order, the initialisation and the losses.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
     coordinator_address: host:port of process 0, in a cluster that is not found by itself.
@@ -56,17 +58,18 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   """
   import jax
 
-  from lm import cluster, records, sharding, train
+  from lm import cluster, lora, records, sharding, train
   cluster.join(coordinator_address, num_processes, process_id)
   script = pathlib.Path(inspect.getfile(experiment))
   workdir = workdir or pathlib.Path('runs', script.stem)
   devices = sharding.make_mesh(mesh)
   with records.claim(workdir, script.name), jax.set_mesh(devices):
     knobs = records.settle(knobs, records.read(workdir))
-    configured = dataclasses.replace(experiment(**knobs), seed=seed)
+    configured, start = dataclasses.replace(experiment(**knobs), seed=seed), None
     if init is not None:
       from lm import pretrained
-      configured = dataclasses.replace(configured, start=pretrained.start(init, configured.model))
+      start = functools.partial(pretrained.start, init)
+    configured = lora.start_from(configured, start)
     records.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
                 knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, devices))
     result = train.train(configured, workdir, mesh=devices)

@@ -5,14 +5,14 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, records, trained
+from lm import checkpoint, lora, records
 from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
 from lm.describe import describe, differences
@@ -30,34 +30,6 @@ class Pretrained:
   params: Any
   tokenizer: Any
   folder: pathlib.Path
-
-
-class Base(NamedTuple):
-  """What to fine-tune, without its parameters, which `start(model)` gives."""
-  model: Any
-  tokenizer: tokenizer.Tokenizer
-  template: turns.Template | None   # None: it was not made to chat
-  start: Callable[[Any], Any]
-
-
-def base(name: str, dtype: Any = jnp.float32) -> Base:
-  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
-
-  FileNotFoundError where there is nothing of the kind.
-  """
-  folder = pathlib.Path(name).expanduser()
-  if records.read(folder):
-    run = trained.configured(folder)
-    return Base(run.model, run.data.load_tokenizer(folder), chat_template(run.data), start(folder, run.model))
-  folder = locate(name)
-  model = open_model(folder, dtype)
-  tokens = open_tokenizer(folder, model)
-  return Base(model, tokens, folder_template(folder), start(folder, model))
-
-
-def chat_template(data: Any) -> turns.Template | None:
-  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
-  return getattr(getattr(data, 'data', data), 'template', None)
 
 
 def folder_template(folder: pathlib.Path) -> turns.Template | None:
@@ -112,10 +84,10 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
   if (folder / 'checkpoints').is_dir():
     model = open_model(folder)
     with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
-      restored = saved.restore_params(_abstract(model))
+      restored = saved.restore_params(_abstract(model), dtypes=lambda stored: dtype or stored)
     if restored is None:
       raise FileNotFoundError(f'{folder} holds no checkpoint')
-    return restored.state if dtype is None else jax.tree.map(lambda x: x.astype(dtype), restored.state)
+    return restored.state
   model, family = weights.open_model(folder)
   with files.Weights(folder) as found:
     return weights.load_params(model, family, found, dtype)
@@ -123,15 +95,21 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
 
 def _abstract(model: Any) -> Any:
   mesh = jax.sharding.get_mesh()
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
-      mesh, s.sharding.spec if s.sharding else P())), jax.eval_shape(model.init, jax.random.key(0)))
+
+  def layout(spec):   # over an empty mesh, Orbax would end the process
+    return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
+  return jax.tree.map(lambda s: s.update(sharding=layout(s.sharding.spec if s.sharding else P())),
+                      jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def save(name: str, folder: pathlib.Path) -> Pretrained:
-  """Imports a model: a folder with a checkpoint in float32 that any experiment can start from, on any mesh."""
+  """Imports a model: a folder with a checkpoint that any experiment can start from, on any mesh.
+
+  Parameters stay in the dtypes of the files; a run that starts from them has float32.
+  """
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f'{folder} is not empty; choose another')
-  loaded = load(name, param_dtype=jnp.float32)
+  loaded = load(name)
   folder.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
     saved.save(0, {'params': loaded.params}, {'model': describe(loaded.model)})
@@ -149,18 +127,26 @@ def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
   """
   if records.read(path):
     return functools.partial(_of_run, path)
-  theirs = jax.eval_shape(open_model(path).init, jax.random.key(0))
+  theirs, ours = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (open_model(path), model))
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
              for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (theirs, jax.eval_shape(model.init, jax.random.key(0)))]
+            for tree in (theirs, ours)]
   if lines := differences(*shapes):
     told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
     raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))
-  return lambda model: _params(path, jnp.float32)
+  return functools.partial(_of_folder, path)
+
+
+def _of_folder(folder: pathlib.Path, model: Any) -> Any:
+  del model
+  return _params(folder, jnp.float32)
 
 
 def _of_run(workdir: pathlib.Path, model: Any) -> Any:
   with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as saved:
+    if (saved.facts() or {}).get('model', {}).get('class') == lora.Adapted.__name__:
+      raise ValueError(f'{workdir} holds adapters, without the parameters under them; start from their sum: python '
+                       f'experiments/export_hf.py --workdir={workdir} --out=...')
     restored = saved.restore_params(_abstract(model))
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')

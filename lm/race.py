@@ -6,16 +6,19 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import importlib.metadata
 import math
 import multiprocessing
 import os
 import pathlib
+import platform
+import re
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
 Made = tuple[Callable[[], Any], dict[str, float]]   # a step, which may give a loss; facts for the table
@@ -29,6 +32,18 @@ def end_with_parent() -> None:
 process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'),
                             end_with_parent)
 _step: Callable[[], Any]   # of the arm whose process this is
+
+
+class Result(NamedTuple):
+  rate: float   # units a second, the median of rounds
+  loss: float   # of the first step
+  peak: float   # GB
+
+
+def made(make: Callable[..., Any], *args: Any) -> Any:
+  """What `make` gives, in a process that ends."""
+  with process() as pool:
+    return pool.submit(make, *args).result()
 
 
 def peak() -> float:
@@ -65,11 +80,35 @@ def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, 
           'peak': peak()}
 
 
+def read_memory(size: int, times: int) -> Made:
+  """An arm that reads so many bytes, as often, in as many threads as there are cores: no product can be faster."""
+  import numpy as np
+  threads = len(os.sched_getaffinity(0))
+  parts, pool = np.array_split(np.ones(size // 4, np.float32), threads), concurrent.futures.ThreadPoolExecutor(threads)
+  # The maximum: NumPy reads twice as much a second for it as for the sum.
+  return lambda: [list(pool.map(np.max, parts)) for _ in range(times)] and None, {}
+
+
+def read_file(path: pathlib.Path) -> Made:
+  """An arm that reads a file into memory."""
+  import numpy as np
+  return lambda: np.fromfile(path, np.uint8) is None or None, {}
+
+
+def machine(*packages: str) -> set[str]:
+  """Prints the processor, its load, and the versions of Python and `packages`; returns those that are missing."""
+  versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+  cpu = re.search(r'model name\s*: (.*)|$', pathlib.Path('/proc/cpuinfo').read_text())
+  print(cpu[1] or platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
+        f'python {platform.python_version()}', *sorted(map(' '.join, versions.items())), sep=', ')
+  return {*packages} - {*versions}
+
+
 def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int, unit: str = 'tokens'
-         ) -> dict[str, tuple[float, float]]:
+         ) -> dict[str, Result]:
   """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last.
 
-  Returns of each arm that did not fail (tokens a second, the first loss).
+  Returns those that did not fail.
   """
   print(f'\n{title}, {rounds} rounds of {steps} x {count:,} {unit}', flush=True)
   ready, taken = {}, collections.defaultdict(list)
@@ -96,4 +135,5 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
           f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
           f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
           .replace('nan', '  -'), flush=True)
-  return {name: (count * steps / statistics.median(row[0]), row[-1]['loss']) for name, row in rows.items()}
+  return {name: Result(count * steps / statistics.median(seconds), facts['loss'], max(facts['peak'], *memory))
+          for name, (seconds, memory, facts) in rows.items()}

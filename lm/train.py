@@ -129,6 +129,12 @@ def load_constants(run: Run) -> dict[str, Any]:
   return {constant.name: constant.load(constant.model) for constant in run.constants}
 
 
+def abstract_constants(run: Run) -> dict[str, Any]:
+  """Their shapes, dtypes and shardings, by name."""
+  return {constant.name: jax.eval_shape(lambda constant=constant: constant.model.init(jax.random.key(0)))
+          for constant in run.constants}
+
+
 def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
   """The parameters that models and objectives are given."""
   return {**params, **constants} if constants else params
@@ -183,13 +189,12 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
                      f'{KINDS[run.data.kind]}; choose another of either')
-  constants = {constant.name: jax.eval_shape(constant.model.init, jax.random.key(0)) for constant in run.constants}
-  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh), constants)
+  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh), abstract_constants(run))
 
 
 def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
   """Shapes and shardings of a batch, packed."""
-  row = template(run.objective, Special(0, 0, 1, (0,) * len(run.objective.control)), run.data.length,
+  row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
                  run.data.source_length)
   stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
   row = row._replace(columns={**(row.columns or {}), **stored} or None)
@@ -199,8 +204,9 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 def identity(run: Run, data: Opened) -> dict[str, Any]:
   """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
+  constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
-          'data': data.fingerprint}
+          'data': data.fingerprint, **constants}
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
@@ -245,13 +251,12 @@ def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
 
 def _check_vocabulary(run: Run, data: Opened) -> None:
   """ValueError if the tokenizer has tokens for which the model has no logits."""
-  def logits():
-    params = with_constants(run.model.init(jax.random.key(0)),
-                            {constant.name: constant.model.init(jax.random.key(0)) for constant in run.constants})
+  def logits(constants):
+    params = with_constants(run.model.init(jax.random.key(0)), constants)
     tokens = jnp.zeros((run.batch, 1), jnp.int32)
     outputs = run.model.apply(params, Batch(tokens, source=None if run.data.source_length is None else tokens))
     return outputs.head(outputs.hidden)
-  vocab = jax.eval_shape(logits).shape[-1]
+  vocab = jax.eval_shape(logits, abstract_constants(run)).shape[-1]
   if data.tokenizer.vocab_size > vocab:
     raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
                      'raise the vocabulary of the model')

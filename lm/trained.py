@@ -1,13 +1,17 @@
 """A trained run, opened again from its workdir."""
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lm import checkpoint, records, train
+from lm import checkpoint, lora, pretrained, records, train
+from lm.data import tokenizer, turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +24,25 @@ class Trained:
   workdir: pathlib.Path
 
 
-def configured(workdir: pathlib.Path) -> train.Run:
-  """The run of a workdir, made anew by its script with the knobs in `workdir/run.json`.
+def load(workdir: pathlib.Path, best: bool = False) -> Trained:
+  """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
+
+  Adapters are merged into their matrices. FileNotFoundError where there is no run, no checkpoint, or the script is
+  gone.
+  """
+  run = open_run(workdir)
+  mesh = jax.sharding.get_mesh()
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
+                                          checkpoints.best_step() if best else None)
+  if restored is None:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  model, params = lora.merged(run.model, train.with_constants(restored.state, train.load_constants(run)))
+  return Trained(run, model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
+
+
+def open_run(workdir: pathlib.Path) -> train.Run:
+  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read.
 
   FileNotFoundError where there is none that began to train, or the script is gone.
   """
@@ -32,23 +53,48 @@ def configured(workdir: pathlib.Path) -> train.Run:
   if not accepted:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   knobs = records.settle(accepted[-1]['knobs'], accepted)
-  return dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
+  run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
+  if isinstance(run.model, lora.Adapted) and (init := accepted[-1].get('init')):   # else its checkpoints have it all
+    run = lora.start_from(run, functools.partial(pretrained.start, pathlib.Path(init)))
+  return run
 
 
-def load(workdir: pathlib.Path, best: bool = False) -> Trained:
-  """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
+class Base(NamedTuple):
+  """What to fine-tune, without its parameters, which `start(model)` gives."""
+  model: Any
+  tokenizer: tokenizer.Tokenizer
+  template: turns.Template | None   # None: it was not made to chat
+  start: Callable[[Any], Any]
 
-  FileNotFoundError where there is no run (see `configured`) or no checkpoint.
+
+def base(name: str, dtype: Any = jnp.float32) -> Base:
+  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
+
+  FileNotFoundError where there is nothing of the kind.
   """
-  run = configured(workdir)
-  mesh = jax.sharding.get_mesh()
-  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
-                                          checkpoints.best_step() if best else None)
-  if restored is None:
-    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  params = train.with_constants(restored.state, train.load_constants(run))
-  return Trained(run, run.model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
+  folder = pathlib.Path(name).expanduser()
+  if records.read(folder):
+    run = open_run(folder)
+    with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
+      step = max(saved.steps(), default=0)
+    return Base(lora.plain(run.model), run.data.load_tokenizer(folder), chat_template(run.data),
+                functools.partial(_params, folder, step))
+  folder = pretrained.locate(name)
+  model = pretrained.open_model(folder, dtype)
+  tokens = pretrained.open_tokenizer(folder, model)
+  return Base(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
+
+
+def _params(workdir: pathlib.Path, step: int, model: Any) -> Any:
+  """A run's parameters, without a teacher's. The step tells them apart from those of the run when it has gone on."""
+  del step
+  found = load(workdir).params
+  return {name: found[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+
+
+def chat_template(data: Any) -> turns.Template | None:
+  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
+  return getattr(getattr(data, 'data', data), 'template', None)
 
 
 def _function(record: dict[str, Any]):

@@ -17,15 +17,14 @@ def plain(q, k, v, visible, scores, sinks):
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
   t = np.arange(q.shape[1])
-  seen = t[:, None] >= t[None]
+  seen = jnp.broadcast_to((t[:, None] >= t[None])[None], (len(q), TIME, TIME))
+  if visible.bidirectional_BS is not None:
+    seen = seen | visible.bidirectional_BS[:, None]
   if scores.window is not None:
-    seen = seen & (t[:, None] - t[None] < scores.window)
-  seen = jnp.broadcast_to(seen[None], (len(q), TIME, TIME))
+    seen = seen & (abs(t[:, None] - t[None]) < scores.window)[None]
   if scores.chunk is not None:
     chunk = visible.positions_BT // scores.chunk
     seen = seen & (chunk[:, :, None] == chunk[:, None])
-  if visible.bidirectional_BS is not None:
-    seen = seen | visible.bidirectional_BS[:, None]
   if visible.segments_BT is not None:
     seen = seen & (visible.segments_BT[:, :, None] == visible.segments_BT[:, None])
   s = jnp.where(seen[:, None], s, -jnp.inf)

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch
+from lm import launch, race, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / 'experiments' / 'benchmark.py'
@@ -23,10 +25,36 @@ def benchmark():
 def test_flags(benchmark):
   (values,), _ = launch.parse([benchmark.benchmark], ['benchmark.py', '--what=training,pipeline', '--shape=large'])
   assert values['what'] == ['training', 'pipeline'] and values['shape'] == 'large'
-  with pytest.raises(flags.Error, match=re.escape('training | decoding')):
+  with pytest.raises(flags.Error, match=re.escape('training | startup')):
     launch.parse([benchmark.benchmark], ['benchmark.py', '--what=flying'])
   with pytest.raises(ValueError, match='--rounds=0'):
     benchmark.benchmark(rounds=0)
+
+
+def test_both_arms_of_decoding_write_the_same_text(tmp_path):
+  pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  import benchmark_hf
+  config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
+                                   eos_token_id=None, pad_token_id=0)
+  transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+  with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
+    (ours, _), (theirs, _) = (make(tmp_path, 3, 7) for make in (
+        benchmark_hf.ours_decoding, benchmark_hf.transformers_decoding))
+    assert ours() == theirs() > 0
+
+
+def test_what_is_missing_is_told(capsys):
+  assert race.machine('jax', 'no-such-package') == {'no-such-package'}
+  assert f'jax {jax.__version__}' in capsys.readouterr().out
+
+
+def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
+  seen = []
+  monkeypatch.setattr(np, 'max', lambda part: seen.append(part.nbytes))
+  go, _ = race.read_memory(4_000, 3)
+  go()
+  assert sum(seen) == 12_000
 
 
 @pytest.mark.slow
@@ -40,3 +68,37 @@ def test_ours_is_measured():
   weights = (512 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
   assert [int(number.replace(',', '')) for _, number in rows] == [weights, 0]
   assert all(int(rate.replace(',', '')) > 0 for rate, _ in rows)
+
+
+def test_each_objective_of_the_table_is_made_examples_of_and_traced():
+  import benchmark_objectives as module
+  import jax
+
+  from lm import train
+  shape = module.benchmark.SHAPES['tiny']
+  for row in module.rows(shape).values():
+    batch = module.batches_of(row, shape)(0)
+    stored = {name: batch.tokens.reshape(*batch.tokens.shape, *[1] * len(more)).repeat(more[-1], -1).astype(dtype)
+              for name, (dtype, more) in row.columns.items()}
+    run = train.Run(row.model, row.objective, None, None, steps=1, batch=shape.batch, constants=row.constants)
+    params = {**jax.eval_shape(row.model.init, jax.random.key(0)), **train.abstract_constants(run)}
+    given = batch._replace(columns={**(batch.columns or {}), **stored} or None)
+    loss, weight, sums = jax.eval_shape(lambda *args, row=row: row.objective.loss(row.model.apply, *args, None), params,
+                                        given)
+    assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
+    assert 0 < module.seen(batch) <= 2 * batch.tokens.size
+
+
+def test_dialogues_and_pairs_are_packed_for_objectives_that_need_them():
+  import benchmark_objectives as module
+  import numpy as np
+
+  from lm.data.batches import Dialogue, Form, Pair
+  from lm.objectives.next_token import example
+  from lm.objectives.objective import token_objective
+  shape = module.benchmark.SHAPES['tiny']
+  one = lambda dialogue, rng, special: example(dialogue.tokens, rng, special)
+  both = lambda pair, rng, special: one(pair.chosen, rng, special)
+  for kind, make in ((Dialogue, one), (Pair, both)):
+    objective = token_objective(Form(make), needs=kind)
+    assert module.seen(module.batches_of(module.Row(objective, None), shape)(0)) > np.prod(shape[-2:]) / 4

@@ -106,6 +106,30 @@ def test_restores_params_alone(tmp_path, mesh):
     checkpoints.restore_params({'w': wanted['w']})
 
 
+def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
+  checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
+  wanted = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
+  with pytest.raises(checkpoint.Mismatch, match='bfloat16'):
+    checkpoints.restore_params(wanted, step=10)
+  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: stored).state, params)
+  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: jnp.float32).state,
+                    jax.tree.map(lambda x: x.astype(jnp.float32), params))
+  wanted['w'] = wanted['w'].update(shape=(64, 255))
+  with pytest.raises(checkpoint.Mismatch, match=r'params\.w: .\[64, 256\]. before, .\[64, 255\]. now'):
+    checkpoints.restore_params(wanted, 10, lambda stored: stored)
+
+
+def test_arrays_are_written_in_small_files(tmp_path):
+  """Each of which is held in memory before."""
+  x = np.random.default_rng(0).integers(0, 256, (6, 1 << 20, 12)).astype(np.uint8)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'x': jnp.asarray(x)}, {})
+    checkpoints.wait()
+    assert np.array_equal(checkpoints.restore({'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}).state['x'], x)
+  sizes = [path.stat().st_size for path in tmp_path.rglob('*') if path.is_file()]
+  assert sum(sizes) > 0.99 * x.size and max(sizes) < 1 << 25
+
+
 def test_a_state_may_be_donated_after_save(tmp_path, mesh):
   x = jax.device_put(np.random.default_rng(0).normal(size=(2048, 2048)).astype('f4'), NamedSharding(mesh, P('data')))
   before, wanted = np.array(x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

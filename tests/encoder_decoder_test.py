@@ -19,6 +19,7 @@ from encoder_test import (
     random_params,
     repeated,
 )
+from hf_rows import small
 
 from lm import optim
 from lm.data.batches import Batch
@@ -87,7 +88,7 @@ def call(theirs, batch, **more):
 
 
 @versions
-def test_logits_are_those_of_transformers(opened, version):
+def test_logits_are_those_of_transformers(opened, version, record_property):
   theirs, model, params, _ = opened(version)
   assert model.tied == (version == '1.0')
   batch = make_batch()
@@ -95,11 +96,11 @@ def test_logits_are_those_of_transformers(opened, version):
     expected = call(theirs, b).logits.detach().numpy()
     real = np.ones(b.tokens.shape, bool) if b.segments is None else b.segments > 0
     assert np.std(expected) > 0.5
-    assert np.abs(forward(model, params, b) - expected)[real].max() <= 1e-4
+    small(record_property, 'T5ForConditionalGeneration', 'logits', (forward(model, params, b) - expected)[real])
 
 
 @versions
-def test_packed_rows_are_as_if_alone(opened, version):
+def test_packed_rows_are_as_if_alone(opened, version, record_property):
   theirs, model, params, _ = opened(version)
   batch = make_batch()
   pieces = (slice(0, 9), slice(0, 3)), (slice(9, 10), slice(3, 30)), (slice(10, 17), slice(30, 38))
@@ -109,11 +110,12 @@ def test_packed_rows_are_as_if_alone(opened, version):
   actual = np.asarray(forward(model, params, batch._replace(segments=segments, source_segments=source_segments)))
   for tokens, source in pieces:
     alone = Batch(batch.tokens[:, tokens], source=batch.source[:, source])
-    assert np.abs(actual[:, tokens] - call(theirs, alone).logits.detach().numpy()).max() <= 1e-4
+    expected = call(theirs, alone).logits.detach().numpy()
+    small(record_property, 'T5ForConditionalGeneration', 'packed', actual[:, tokens] - expected)
 
 
 @versions
-def test_loss_and_gradients_are_those_of_torch(opened, version, tmp_path):
+def test_loss_and_gradients_are_those_of_torch(opened, version, record_property, tmp_path):
   import torch
   theirs, model, params, folder = opened(version)
   model = model if version == '1.0' else model.clone(remat=None)
@@ -122,13 +124,13 @@ def test_loss_and_gradients_are_those_of_torch(opened, version, tmp_path):
   theirs.zero_grad()
   result = call(theirs, batch, labels=torch.tensor(np.where(batch.weights > 0, batch.targets, -100)).long())
   result.loss.backward()
-  assert abs(float(loss) - result.loss.item()) <= 1e-4
+  small(record_property, 'T5ForConditionalGeneration', 'loss', float(loss) - result.loss.item())
   assert_same(grads, gradients(theirs, model, t5.FAMILY, folder, tmp_path / 'gradients'), 2e-5)
   assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize('version,unstack', [('1.0', False), ('1.1', True)])
-def test_cached_decoding_equals_the_full_forward(opened, version, unstack):
+def test_cached_decoding_equals_the_full_forward(opened, version, unstack, record_property):
   """Rows of tokens are padded on the left, sources on the right; the cache has slots to spare."""
   _, model, params, _ = opened(version)
   batch, pads = make_batch(), np.array([0, 3, 0, 5])
@@ -149,7 +151,7 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack):
     logits.append(out.head(out.hidden))
   logits = np.concatenate(logits, axis=1)
   for row, pad in enumerate(pads):
-    assert np.abs(logits[row, pad:] - expected[row, :TIME - pad]).max() <= 1e-4
+    small(record_property, 'T5ForConditionalGeneration', 'cached', logits[row, pad:] - expected[row, :TIME - pad])
 
 
 @pytest.mark.slow
@@ -162,7 +164,7 @@ def test_another_source_takes_the_place_of_the_one_in_the_cache():
 
 
 @versions
-def test_what_goes_out_is_what_came_in(opened, transformers, version, tmp_path):
+def test_what_goes_out_is_what_came_in(opened, transformers, version, record_property, tmp_path):
   theirs, model, params, folder = opened(version)
   weights.write(tmp_path / 'out', model, params, extra={'decoder_start_token_id': 0})
   with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
@@ -174,6 +176,7 @@ def test_what_goes_out_is_what_came_in(opened, transformers, version, tmp_path):
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
   batch = make_batch()
   np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), call(theirs, batch).logits.detach())
+  record_property('T5ForConditionalGeneration/back', 'same')
 
 
 @versions

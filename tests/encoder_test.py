@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_rows import small
 
 from lm import sharding
 from lm.data.batches import Batch
@@ -90,7 +91,7 @@ def assert_same(actual, expected, tolerance=5e-6):
                actual, expected)
 
 
-def test_logits_are_those_of_transformers(opened):
+def test_logits_are_those_of_transformers(opened, record_property):
   theirs, model, params, _ = opened
   batch = make_batch()
   plain = Batch(batch.tokens)
@@ -98,10 +99,10 @@ def test_logits_are_those_of_transformers(opened):
     expected = call(theirs, b).logits.detach().numpy()
     real = np.ones(b.tokens.shape, bool) if b.segments is None else b.segments > 0
     assert np.std(expected) > 0.5
-    assert np.abs(forward(model, params, b) - expected)[real].max() <= 1e-4
+    small(record_property, 'BertForMaskedLM', 'logits', (forward(model, params, b) - expected)[real])
 
 
-def test_packed_rows_are_as_if_alone(opened):
+def test_packed_rows_are_as_if_alone(opened, record_property):
   theirs, model, params, _ = opened
   batch, lengths = make_batch(), (11, 1, 7)
   ends = np.cumsum(lengths)
@@ -111,10 +112,10 @@ def test_packed_rows_are_as_if_alone(opened):
   for start, end in zip(ends - lengths, ends):
     alone = Batch(batch.tokens[:, start:end], types=batch.types[:, start:end])
     expected = call(theirs, alone).logits.detach().numpy()
-    assert np.abs(actual[:, start:end] - expected).max() <= 1e-4
+    small(record_property, 'BertForMaskedLM', 'packed', actual[:, start:end] - expected)
 
 
-def test_masked_loss_and_gradients_are_those_of_torch(opened, tmp_path):
+def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, tmp_path):
   import torch
   theirs, model, params, folder = opened
   batch = make_batch()
@@ -122,7 +123,7 @@ def test_masked_loss_and_gradients_are_those_of_torch(opened, tmp_path):
   theirs.zero_grad()
   result = call(theirs, batch, labels=torch.tensor(np.where(batch.weights > 0, batch.targets, -100)).long())
   result.loss.backward()
-  assert abs(float(loss) - result.loss.item()) <= 1e-4
+  small(record_property, 'BertForMaskedLM', 'loss', float(loss) - result.loss.item())
   assert_same(grads, gradients(theirs, model, bert.FAMILY, folder, tmp_path), 2e-5)
   assert all(np.abs(g).max() > 1e-4 for path, g in jax.tree_util.tree_leaves_with_path(grads)
              if path[-1].key != 'key_bias')   # which shifts all scores of a query alike
@@ -138,7 +139,7 @@ def gradients(theirs, model, family, folder, tmp_path):
     return weights.load_params(model, family, read)
 
 
-def test_what_goes_out_is_what_came_in(opened, transformers, tmp_path):
+def test_what_goes_out_is_what_came_in(opened, transformers, record_property, tmp_path):
   theirs, model, params, folder = opened
   weights.write(tmp_path / 'out', model, params)
   with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
@@ -150,6 +151,7 @@ def test_what_goes_out_is_what_came_in(opened, transformers, tmp_path):
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
   batch = make_batch()
   np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), call(theirs, batch).logits.detach())
+  record_property('BertForMaskedLM/back', 'same')
 
 
 def test_older_files_are_read(opened, tmp_path):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, sharding, track, train, trained
-from lm.data import corpora, puzzles
+from lm import launch, pretrained, sharding, track, train, trained
+from lm.data import corpora, puzzles, tokenizer
+from lm.models import transformer
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments'
 # Flags that make each experiment tiny.
@@ -23,6 +24,8 @@ TINY = {
                  '--evaluate_batches=1'],
     'finetune_chat': ['--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1'],
     'preference': ['--length=64', '--batch=8', '--steps=2', '--warmup=1'],
+    'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
+                '--steps=2'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.
@@ -33,6 +36,7 @@ TOOLS = {
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'benchmark': [],
+    'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
     'benchmark_hf': ['--families=gpt2,bert,t5'],
 }
 
@@ -77,6 +81,9 @@ def texts(tmp_path):
   lines = inspect.getsource(argparse).splitlines(keepends=True)
   for i in range(0, len(lines), 20):
     (folder / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
+  model = transformer.llama(264, 16, 1, heads=4, max_length=1024)   # of its own, what a student learns from
+  params = jax.jit(model.init)(jax.random.key(0))
+  pretrained.write(folder / 'teacher', model, params, tokenizer.Bytes(('<|bos|>', '<|eos|>')))
   return folder
 
 
@@ -93,26 +100,30 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
   rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   losses = [row['loss'] for row in rows if 'loss' in row]
-  assert len(losses) == 2 and losses[0] < 1.1 * np.log(knobs.get('vocab', 2))   # a new model knows nothing, not less
+  # A new model knows nothing, and not less.
+  assert len(losses) == 2 and losses[0] < 1.1 * np.log(scripts[name].experiment(**knobs).model.vocab)
 
 
-def defaults(module, name: str) -> train.Run:
+def defaults(module, name: str, texts) -> train.Run:
   keywords = launch._keywords(module.experiment)
   knobs = {p.name: p.default for p in keywords}
   if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
     knobs['steps'] = 1000
+  if 'teacher' in knobs:   # it would be of a run
+    knobs['teacher'] = str(texts / 'teacher')
   return module.experiment(**knobs)
 
 
 @pytest.mark.parametrize('shape', ['8x1', '4x2'])
 @pytest.mark.parametrize('name', names(experiments=True))
-def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, small):
+def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
   with jax.sharding.use_abstract_mesh(mesh):
-    run = defaults(scripts[name], name)
+    run = defaults(scripts[name], name, texts)
     train.check(run, mesh)
     state = train.abstract_state(run, mesh)
-    lowered = train.make_step(run).trace(state, train.abstract_batch(run, mesh)).lower(lowering_platforms=('tpu',))
+    inputs = state, train.abstract_batch(run, mesh), train.abstract_constants(run)
+    lowered = train.make_step(run).trace(*inputs).lower(lowering_platforms=('tpu',))
   assert f'num_partitions = {mesh.size}' in lowered.as_text()[:400]
   new, metrics = lowered.out_info
   described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)

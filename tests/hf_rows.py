@@ -25,5 +25,19 @@ def rows(*documents, pads=(0, 0)):
   return Batch(tokens, segments=segments, positions=positions)
 
 
+def mean_loss(logits, tokens):
+  """Of the next token, nats."""
+  logits = np.asarray(logits, np.float64)[:, :-1]
+  chosen = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+  return float((np.log(np.exp(logits).sum(-1)) - chosen).mean())
+
+
+def small(record, row, column, difference, bound=1e-4):
+  """Asserts that it is; the worst of a row and column is in the table that `pytest --rows` prints."""
+  worst = float(np.abs(difference).max())
+  record(f'{row}/{column}', worst)
+  assert worst <= bound
+
+
 def random_tokens(*shape, seed=0):
   return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)

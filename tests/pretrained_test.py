@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import export_hf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,23 @@ def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_pat
   start = pretrained.start(tmp_path / 'half', MODEL)(MODEL)
   assert same(start, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
   assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype(jnp.float32)}
+
+
+def test_an_import_keeps_dtypes_and_what_goes_out_of_it_is_what_came_in(params, tmp_path):
+  pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
+  with files.Weights(tmp_path / 'half') as found:   # one of them in full
+    tensors = {name: (w.shape, w.dtype, lambda w=w: w) for name, w in found.items()}
+    shape, _, give = tensors['model.norm.weight']
+    tensors['model.norm.weight'] = shape, np.dtype('f4'), lambda: give().astype('f4') + 1e-5
+    files.write(tmp_path / 'new', tensors)
+  (tmp_path / 'new' / 'model.safetensors').replace(tmp_path / 'half' / 'model.safetensors')
+  pretrained.save(str(tmp_path / 'half'), tmp_path / 'imported')
+  export_hf.main(model=str(tmp_path / 'imported'), out=tmp_path / 'out')
+  with files.Weights(tmp_path / 'half') as came, files.Weights(tmp_path / 'out') as goes:
+    assert set(came) == set(goes) and len({x.dtype for x in came.values()}) == 2
+    assert all(came[name].dtype == goes[name].dtype and np.array_equal(came[name], goes[name]) for name in came)
+  start, expected = (pretrained.start(tmp_path / name, MODEL)(MODEL) for name in ('imported', 'half'))
+  assert same(start, expected) and {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype(jnp.float32)}
 
 
 def run(texts, **changes):
@@ -151,6 +169,26 @@ def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, archi
   again, family = weights.open_model(tmp_path / 'out')
   with files.Weights(tmp_path / 'out') as tensors:
     assert same(weights.load_params(again, family, tensors), params)
+
+
+def test_weights_are_copied_in_blocks_and_the_pages_of_large_ones_given_back():
+  rng, released = np.random.default_rng(0), []
+  for array in (rng.normal(size=(300, 500)), rng.normal(size=(70, 30, 50)), rng.normal(size=(1 << 12, 1 << 12)),
+                rng.normal(size=1 << 17), np.float64(3.)[None], np.zeros((0, 5))):
+    source = array.astype('f4').T
+    target = np.full(source.shape, np.nan, 'f4')
+    weights._copy(target, source, lambda: released.append(None))
+    assert np.array_equal(target, source) and not released
+  weights._copy(target := np.zeros((1 << 13, 1 << 13), 'f4'), np.broadcast_to(np.float32(1), target.shape),
+                lambda: released.append(int(target.sum())))
+  assert released[:3] == [1 << 24, 1 << 25, 1 << 25] and released[-1] == 1 << 26   # a quarter, another, the half
+
+
+def test_jax_takes_over_what_is_read_as_it_is():
+  for size in (1, 3, 1 << 16):
+    array = weights._aligned((size, 5), jnp.bfloat16)
+    array[...] = 1
+    assert array.shape == (size, 5) and jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
 def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, monkeypatch):

@@ -44,6 +44,24 @@ def test_longrope_divides_by_other_factors_past_the_original_context():
   np.testing.assert_allclose(rotary(x, positions), plain(x, positions / 2), atol=1e-6)
 
 
+def test_longrope_chooses_factors_for_each_text():
+  """Texts packed into a row, rows of a batch, padding, and tokens after those of a cache."""
+  rotary = Rotary(1e4, scaling=LongRope((1.,) * 4, (2.,) * 4, 16, 1.1))
+  x = jax.random.normal(jax.random.key(0), (3, 40, 2, 8))
+  rows = [[20, 16, 4], [17, 3, 20], [5, 33, 2]]   # the last of each is padding
+  positions = jnp.array([[i for n in row for i in range(n)] for row in rows])
+  segments = jnp.array([[s % 3 for s, n in enumerate(row, 1) for _ in range(n)] for row in rows])
+  together = rotary(x, positions, segments)
+  for i, row in enumerate(rows):
+    for n, end in zip(row, np.cumsum(row)):
+      alone = rotary(x[i:i + 1, end - n:end], jnp.arange(n)[None])
+      np.testing.assert_allclose(together[i:i + 1, end - n:end], alone, atol=1e-6)
+  both = rotary(x[:2, :17], jnp.arange(17)[None] - jnp.array([[0], [1]]))
+  for i in (0, 1):
+    np.testing.assert_allclose(both[i:i + 1], rotary(x[i:i + 1, :17], jnp.arange(17)[None] - i), atol=1e-6)
+  assert not np.allclose(both[1], rotary(x[1:2, :17], jnp.arange(17)[None])[0], atol=0.1)
+
+
 @pytest.mark.parametrize('rotary', [Rotary(100.), Rotary(100., 4), Rotary(100., interleaved=True), LLAMA, GPT_OSS])
 def test_products_depend_on_the_distance_alone(rotary):
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 64))

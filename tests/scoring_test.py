@@ -237,6 +237,7 @@ def test_the_commands_say_what_they_do(folders, capsys, tmp_path):
     ('t5', '--nobos is for decoders', {'text': 'a', 'source': 'b', 'bos': False}),
     ('bert', '--nobos', {'text': 'a', 'bos': False}), ('bert', 'for an encoder-decoder', {'text': 'a', 'source': 'b'}),
     ('bert', '62 tokens, with the two around it, is more than the 48', {'text': 'x' * 60}),
+    ('gpt2', 'text 1 of 1 has 65 tokens, and the model reads 64 at once', {'text': 'x' * 65}),
     ('t5', '--source_key with --jsonl', {'text': 'a', 'source_key': 'b'}),
     ('t5', '--source goes with --text', {'jsonl': 'a', 'source': 'b'})])
 def test_flags_that_do_not_go_with_the_model_are_refused(folders, kind, message, flags):

@@ -18,9 +18,10 @@ from lm.objectives.next_token import next_token
 MESHES = ['1x1', '8x1', '4x2', '2x4']
 VOCAB, ROWS, TIME = 32, 8, 8
 # Every kind of weight and every part in one program: grouped queries, rotary and learned positions, gates, biases.
+TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # which depends on the length of a text
 MODEL = transformer.Transformer(
     VOCAB, 32, stack.stacks([parts.Block(
-        attention.Attention(8, 4, 4, rotary.Rotary(), bias=True), parts.FeedForward(16, bias=True), parts.RMSNorm(),
+        attention.Attention(8, 4, 4, TURN, bias=True), parts.FeedForward(16, bias=True), parts.RMSNorm(),
         parts.LayerNorm(), dropout=0.2)] * 2),
     parts.LayerNorm(), TIME, positions=True, tied=False, dropout=0.2)
 # These programs are run once or twice: optimising them takes longer than running them.

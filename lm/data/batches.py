@@ -74,6 +74,12 @@ class Special(NamedTuple):
   eos: int
   vocab: int
   control: tuple[int, ...]
+  tokenizer: Tokenizer | None = None   # to cut text inside a token; None where it is not known yet, as in checks
+
+  def bare(self, piece: np.ndarray) -> np.ndarray:
+    """A piece of a document without its bos and eos."""
+    first = int(len(piece) > 0 and piece[0] == self.bos)
+    return piece[first:len(piece) - int(len(piece) > first and piece[-1] == self.eos)]
 
 
 def special(tokenizer: Tokenizer, control: tuple[str, ...]) -> Special:
@@ -82,7 +88,8 @@ def special(tokenizer: Tokenizer, control: tuple[str, ...]) -> Special:
     raise ValueError(f'the objective needs control tokens that the tokenizer lacks: {", ".join(missing[:4])}'
                      f'{", ..." if missing[4:] else ""}; it has {", ".join(tokenizer.control_names)}. Train one with '
                      'them (control=...), or name the tokens that this one has for the purpose')
-  return Special(tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size, tuple(map(tokenizer.control_id, control)))
+  return Special(tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size, tuple(map(tokenizer.control_id, control)),
+                 tokenizer)
 
 
 class Room(NamedTuple):
@@ -144,13 +151,16 @@ def template(objective: Objective, special: Special, length: int, source_length:
     raise ValueError('the objective makes sources for an encoder: give the data a source_length' if True in has_source
                      else f'source_length={source_length}: this objective makes no sources; leave it out')
   made = []
+  word = min({0, 1, 2} - {special.bos, special.eos})
   for form in objective.forms:
     for n in (2, max(2, form.room.tokens(length, source_length))):
-      piece = sample(objective.needs, n + form.ahead, special.bos)
+      piece = sample(objective.needs, n + form.ahead, word)
       made.append(form.example(piece, np.random.default_rng(0), special))
-      if objective.needs is np.ndarray and len(made[-1].tokens) > form.room.ratio * n + form.room.extra:
+      if objective.needs is np.ndarray and len(made[-1].tokens) > form.room.ratio * n + form.room.extra + 1e-6:
         raise ValueError(f'an example of {n} tokens has {len(made[-1].tokens)} positions, more than the {form.room} '
                          'of its objective says')
+    if objective.needs is np.ndarray and not made[-1].weights.any():
+      raise ValueError(f'an example of {n} tokens, as many as a row takes, has no target; raise the length')
   new = lambda dtype, shape=(): np.zeros((1, length, *shape), dtype)
   batch = Batch(new(np.int32), new(np.int32), new(np.float32), new(np.int32), new(np.int32))
   if any(example.bidirectional is not None for example in made):

@@ -70,7 +70,7 @@ class Dialogues:
     return tokenizer.load(self._folder(workdir) / 'tokenizer')
 
   def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
-    """The first records of a split but for their answers, and these (chosen or good ones), to see what a model says."""
+    """The first records of a split but for their answers, and these (chosen, or good), to see what a model says."""
     found = []
     for record in itertools.islice(self.source.splits[split], count):
       prompt, answers, good = messages.read(record, self.kind, self.keys)

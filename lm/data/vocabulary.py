@@ -75,9 +75,11 @@ def sentinels(count: int) -> tuple[str, ...]:
   return tuple(f'<|{i}|>' for i in range(count))
 
 
-# Room for what objectives need beside bos and eos: padding, masks, fill-in-the-middle, chat, span corruption.
+# Room for what objectives need beside bos and eos: padding, masks, fill-in-the-middle, chat, span corruption, and the
+# modes of UL2 (arXiv:2205.05131). The order is that of the ids of `Bytes`: what is new comes last.
 CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
-           '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', *sentinels(32))
+           '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', *sentinels(32),
+           '<|R|>', '<|S|>', '<|X|>')
 
 
 class Base:

@@ -2,8 +2,9 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,9 +130,7 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
     raise ValueError(f'{len(left)} tensors are not weights of this model: {", ".join(sorted(left)[:3])}')
 
   def make(path, shape):
-    array = _laid_out(found[tuple(key.key for key in path)], shape, dtype)
-    weights.release()
-    return array
+    return _laid_out(found[tuple(key.key for key in path)], shape, dtype, weights.release)
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
@@ -171,17 +170,47 @@ def _shaped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
-  """A leaf, of its parts by their place along its first axes."""
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """An empty array that JAX on CPU takes over as it is: it copies what does not begin at a multiple of 64 bytes."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start:start + size].view(dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, source: np.ndarray, release: Callable[[], None]) -> None:
+  """Copies, and calls `release` on the way: few pages of a file are held at once.
+
+  In blocks: most weights are transposed, and a loop over all of such an array misses the cache at every element.
+  """
+  if (large := source.nbytes > 1 << 26):   # in the order of the file
+    axis = max(range(source.ndim), key=lambda i: (source.shape[i] > 1, abs(source.strides[i])))
+  elif source.size > 1 << 16:
+    axis = int(np.argmax(source.shape))
+  else:
+    target[...] = source
+    return
+  half = source.shape[axis] // 2
+  for side in (slice(half), slice(half, None)):
+    at = *(slice(None),) * axis, side
+    _copy(target[at], source[at], release)
+    if large:
+      release()
+
+
+def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any,
+              release: Callable[[], None]) -> jax.Array:
+  """A leaf, of its parts by their place along its first axes; `release` gives back what was read of files."""
   dtype = dtype or functools.reduce(jnp.promote_types, (part.dtype for part in parts.values()))
   stacked = len(next(iter(parts)))
 
   def read(index):
     outer = [range(size)[i] for size, i in zip(leaf.shape, index[:stacked])]
     inner = [len(range(size)[i]) for size, i in zip(leaf.shape[stacked:], index[stacked:])]
-    array = np.empty((*map(len, outer), *inner), dtype)
+    array = _aligned((*map(len, outer), *inner), dtype)
     for place in np.ndindex(array.shape[:stacked]):
-      array[place] = parts[tuple(chosen[i] for chosen, i in zip(outer, place))][index[stacked:]]
+      _copy(array[(*place, ...)], parts[tuple(chosen[i] for chosen, i in zip(outer, place))][index[stacked:]], release)
+      release()
     return array
 
   mesh = jax.sharding.get_mesh()

@@ -18,6 +18,7 @@ from lm.models.rotary import Rotary
 class Visible(NamedTuple):
   """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
 
+  A window, or a chunk, holds for both: it is as wide towards later keys.
   Fields are None where they do not restrict. `start` is the slot of the first query among the keys (cached decoding).
   Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated.
   """
@@ -33,15 +34,14 @@ class Visible(NamedTuple):
     """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
     first = 0 if self.start is None else self.start
     distance = jnp.arange(queries.start, queries.stop)[:, None] + first - jnp.arange(keys.start, keys.stop)[None]
-    if not scores.causal:
-      distance = jnp.abs(distance)
-    mask = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
-    mask = mask[None, None]
+    mask = (distance >= 0 if scores.causal else jnp.full(distance.shape, True))[None, None]
+    if self.bidirectional_BS is not None:
+      mask = mask | self.bidirectional_BS[:, None, None, keys]
+    if scores.window is not None:
+      mask = mask & (jnp.abs(distance) < scores.window)[None, None]
     if scores.chunk is not None:
       chunk, key_chunk = self.positions_BT // scores.chunk, self.key_positions_BS // scores.chunk
       mask = mask & (chunk[:, None, queries, None] == key_chunk[:, None, None, keys])
-    if self.bidirectional_BS is not None:
-      mask = mask | self.bidirectional_BS[:, None, None, keys]
     if self.segments_BT is not None:
       mask = mask & (self.segments_BT[:, None, queries, None] == self.key_segments_BS[:, None, None, keys])
     return mask
@@ -271,7 +271,7 @@ class Attention(nn.Module):
     if not self.norms_last:
       q, k = normalise(q, k)
     if self.rotary is not None:
-      q, k = self.rotary(q, positions_BT), self.rotary(k, positions_BT)
+      q, k = (self.rotary(x, positions_BT, visible.segments_BT) for x in (q, k))
     if self.norms_last:
       q, k = normalise(q, k)
     if self.temperature is not None:

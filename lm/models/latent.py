@@ -51,10 +51,11 @@ class LatentAttention(nn.Module):
     if scores.scale is None:
       scores = dataclasses.replace(scores, scale=(self.nope_size + self.rope_size) ** -0.5)
     q = self._query(x_BTD)
-    q, q_rope = q[..., :self.nope_size], self.rotary(q[..., self.nope_size:], positions_BT)
+    q, q_rope = q[..., :self.nope_size], self.rotary(q[..., self.nope_size:], positions_BT, visible.segments_BT)
     latent = self._down('key_value_down', x_BTD, self.key_value_rank)
     latent = latent if self.key_value_norm is None else self.key_value_norm(latent)
-    k_rope = self.rotary(self._down('key_rope', x_BTD, self.rope_size)[:, :, None], positions_BT)
+    k_rope = self._down('key_rope', x_BTD, self.rope_size)[:, :, None]
+    k_rope = self.rotary(k_rope, positions_BT, visible.segments_BT)
     # The letter D, here and below, for a rank: it too is split over `data` at rest.
     key_up = self._up('key_up', self.nope_size, x_BTD.dtype)
     value_up = self._up('value_up', self.value_size, x_BTD.dtype)

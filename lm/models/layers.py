@@ -1,4 +1,5 @@
 """The parts of models, but for `attention`: weights, norms, feed-forward, the block. Shape legend: `transformer.py`."""
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,35 @@ keep_products = jax.checkpoint_policies.save_only_these_names(
     'query', 'key', 'value', 'attended', 'residual', 'up', 'gate')
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['weight', 'a', 'b'], meta_fields=['scale'])
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """A weight with a change of low rank, weight + scale * a b, in the place of a weight among a model's parameters.
+
+  The weight is [*leading, *inputs, *outputs], a is [*leading, *inputs, r], b is [*leading, r, *outputs]; leading are
+  layers and experts. The sum is made where the weight is used, so that of stacked layers one at a time is there, and
+  one at a time has a gradient.
+  """
+  weight: jax.Array   # first: Flax compares its shape with the one declared
+  a: jax.Array
+  b: jax.Array
+  scale: float
+
+  def merged(self) -> jax.Array:
+    """The sum in float32, laid out as the weight."""
+    letters, leading = 'abcdefghijkl', self.a.ndim + self.b.ndim - self.weight.ndim - 2
+    axes, inputs = letters[:self.weight.ndim], self.a.ndim - 1
+    formula = f'{axes[:inputs]}r,{axes[:leading]}r{axes[inputs:]}->{axes}'
+    layout = None if sharding.spec('') is None else jax.typeof(self.weight).sharding
+    change = jnp.einsum(formula, self.a, self.b, out_sharding=layout, preferred_element_type=jnp.float32)
+    return self.weight.astype(jnp.float32) + self.scale * change
+
+
 def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None) -> jax.Array:
   """Declares a float32 parameter, split over the mesh at rest; returns it gathered for use, in the compute `dtype`."""
   sharding.check(axes, shape, name)
   value = module.param(name, lambda key: sharding.constrain(init(key, shape, jnp.float32), axes))
+  value = value.merged() if isinstance(value, LowRank) else value
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 

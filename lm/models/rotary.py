@@ -63,7 +63,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-  """LongRoPE (Ding et al. 2024): a divisor for each pair, others once a position passes the original context."""
+  """LongRoPE (Ding et al. 2024): a divisor for each pair, others for texts that pass the original context."""
   short: tuple[float, ...]
   long: tuple[float, ...]
   original: int
@@ -91,12 +91,16 @@ class Rotary:
     frequency = self.theta ** (-np.arange(0, size, 2) / size)
     return frequency if self.scaling is None else self.scaling(frequency, self.theta, size)
 
-  def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+  def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """`segments` tell which positions are of one text, as in `Batch`; without them, a row is."""
     size = self.size or x_BTNH.shape[-1]
     frequency = jnp.asarray(self.frequencies(size), jnp.float32)
     if isinstance(self.scaling, LongRope):
-      frequency = jnp.where(jnp.max(positions_BT) < self.scaling.original, frequency[0], frequency[1])
-    angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
+      passed = _passed(positions_BT >= self.scaling.original, segments_BT)
+      frequency = jnp.where(passed[:, :, None], frequency[1], frequency[0])
+    else:
+      frequency = frequency[None, None]
+    angle = (positions_BT.astype(jnp.float32)[:, :, None] * frequency)[:, :, None]
     scale = 1. if self.scaling is None else self.scaling.attention
     sin, cos = jnp.sin(angle) * scale, jnp.cos(angle) * scale
     x, rest = x_BTNH[..., :size].astype(jnp.float32), x_BTNH[..., size:]
@@ -107,3 +111,10 @@ class Rotary:
       a, b = jnp.split(x, 2, axis=-1)
       turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([turned.astype(rest.dtype), rest], axis=-1)
+
+
+def _passed(beyond_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+  """Whether any position of the same segment is beyond, [B, T or 1]: a text's company does not change it."""
+  if segments_BT is None:
+    return beyond_BT.any(axis=1, keepdims=True)
+  return (beyond_BT[:, None] & (segments_BT[:, None] == segments_BT[:, :, None])).any(axis=-1)

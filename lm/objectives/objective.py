@@ -18,6 +18,11 @@ Sums = dict[str, Any]   # arrays, or (sum, count) of a metric of its own
 TokenLoss = Callable[..., tuple[jax.Array, Sums]]   # (logits, targets, weights): as `cross_entropy`
 
 
+def causal_prompt(batch: Batch) -> Batch:
+  """A prompt is read from left to right."""
+  return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """What is predicted: how data become examples, and what a batch of examples costs.
@@ -30,11 +35,15 @@ class Objective:
   returns `(loss_sum, weight_sum, sums)`: the loss is `loss_sum / weight_sum`. Sums, not means, so that accumulation,
   sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets; a
   metric of the objective's own is a pair `name: (sum, count)`.
+
+  `prompt` marks in a batch of prompts what is read bidirectionally, as in training; None: the objective does not teach
+  to write from left to right.
   """
   forms: tuple[Form, ...]
   loss: Callable[..., tuple[jax.Array, jax.Array, Sums]]
   needs: type = np.ndarray
   control: tuple[str, ...] = ()
+  prompt: Callable[[Batch], Batch] | None = causal_prompt
 
 
 def token_mean(batch: Batch) -> jax.Array:
@@ -62,20 +71,26 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
   return loss, {'nll': jnp.sum(nll * counted), 'tokens': jnp.sum(counted), 'correct': jnp.sum((target >= 0) * counted)}
 
 
-def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, [B, T] both.
+def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, args: tuple = ()) -> Any:
+  """`function(head(hidden), *args)`, a tree of [B, T, ...]; the logits of a chunk of T at a time.
 
-  The logits of a chunk of T at a time. Differentiable: the backward pass makes the logits of a chunk again.
+  Differentiable: the backward pass makes the logits of a chunk again.
   """
-  @jax.checkpoint
-  def chunk(xs):
-    logits, targets = head(xs[0]), xs[1]
+  chunk = jax.checkpoint(lambda xs: function(head(xs[0]), *xs[1:]))
+
+  def whole(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])[:, :hidden_BTD.shape[1]]
+  return jax.tree.map(whole, jax.lax.map(chunk, _chunks(hidden_BTD, head, args)))
+
+
+def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, [B, T] both."""
+  def found(logits, targets):
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     target = jnp.sum(jnp.where(picked, logits, 0), axis=-1)
     return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
-
-  found = jax.lax.map(chunk, _chunks(hidden_BTD, head, (targets_BT,)))
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(len(targets_BT), -1)[:, :targets_BT.shape[1]], found)
+  return by_position(found, hidden_BTD, head, (targets_BT,))
 
 
 def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
@@ -123,8 +138,7 @@ def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, arg
 
   Each array of `args` is [B, T, ...] and is cut as the hidden states are; each of `whole` is not. Neither is
   differentiated, nor are the sums beside the loss; where all of `args` are zero (as weights are), a position must count
-  nothing. The gradient of a chunk is taken at once, while its logits are
-  there: three matrix products, none repeated.
+  nothing. The gradient of a chunk is taken at once, while its logits are there: three matrix products, none repeated.
   """
   chunks = _chunks(hidden_BTD, head, args)
 
@@ -159,11 +173,12 @@ over_vocabulary.defvjp(_forward, _backward)
 
 def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = np.ndarray,
                     token_loss: TokenLoss = cross_entropy,
-                    denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+                    denominator: Callable[[Batch], jax.Array] = token_mean,
+                    prompt: Callable[[Batch], Batch] | None = causal_prompt) -> Objective:
   """An objective whose loss is one of the targets of its examples: most are of this kind."""
   def loss(apply, params, batch, key):
     outputs = apply(params, batch, key=key)
     loss_sum, sums = over_vocabulary(token_loss, outputs.hidden, outputs.head, (batch.targets, batch.weights))
     return loss_sum, denominator(batch), sums
 
-  return Objective(forms, loss, needs, control)
+  return Objective(forms, loss, needs, control, prompt)

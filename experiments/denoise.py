@@ -1,0 +1,150 @@
+"""Text with holes in it: trains a small T5, or BERT, to fill them in, in minutes, on two CPU cores.
+
+  python experiments/denoise.py
+  python experiments/denoise.py --objective=ul2
+  python experiments/denoise.py --objective=masked
+  python experiments/denoise.py --model=google-t5/t5-small --init=google-t5/t5-small --lr=1e-3
+"""
+import functools
+import math
+import pathlib
+from typing import Literal
+
+import jax
+import numpy as np
+
+from lm import budget, evaluate, generate, launch, optim, pretrained, sharding, train
+from lm.data import corpora, dataset, tokenizer
+from lm.data.batches import Batch
+from lm.models import encoder, encoder_decoder
+from lm.objectives import span_corruption as spans
+from lm.objectives.masked import masked
+from lm.objectives.objective import Objective
+from lm.objectives.ul2 import ul2
+
+SNIPPETS, SIZE = 64, 96   # held-out ones to fill in, and their tokens
+
+
+def learned(name: str, tokens: tokenizer.Tokenizer | None, length: int) -> Objective:
+  """The objective, by the control tokens that a given tokenizer has for it, else by ours."""
+  known = tokens.control_names if tokens else tokenizer.CONTROL
+  if name == 'masked':
+    return masked(mask=next((mask for mask in ('[MASK]', '<mask>') if mask in known), '<|mask|>'))
+  extra = tuple(f'<extra_id_{i}>' for i in range(100)) if '<extra_id_0>' in known else ()
+  if name == 'ul2':   # T5 has no tokens for modes: its last sentinels
+    names = {'sentinels': extra[:-3], 'modes': extra[-3:]} if extra else {
+        'sentinels': tokenizer.sentinels(max(32, length // 4 + 1))}
+    return ul2(layout=spans.ENCODER_DECODER, **names)
+  return spans.span_corruption(sentinels=extra or tokenizer.sentinels(max(32, length // 16)))
+
+
+def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span_corruption',
+               model: str | None = None, minutes: float = 3., steps: int | None = None, vocab: int = 2048,
+               length: int = 256, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8,
+               lr: float = 0.01, embedding_rate: float = 4.) -> train.Run:
+  """Trains a small encoder-decoder, or for masked an encoder.
+
+  Args:
+    model: take shape and tokenizer from this folder of a T5, or for masked of a BERT; for the parameters see --init.
+    minutes: of training, where there are no steps; the steps that fit are measured first.
+    steps: a fixed number instead; on a finished run, a larger one goes on.
+    vocab: tokens of the SentencePiece tokenizer.
+    length: positions that the encoder reads.
+    layers: of the encoder, and as many of the decoder.
+    batch: rows a step.
+    lr: of the matrices, which Muon trains.
+    embedding_rate: how much faster the embedding learns.
+  """
+  folder = pretrained.locate(model) if model else None
+  tokens, masks = tokenizer.load(folder) if folder else None, objective == 'masked'
+  if folder:
+    network = pretrained.open_model(folder)
+    if not isinstance(network, encoder.Encoder if masks else encoder_decoder.EncoderDecoder):
+      raise ValueError(f'--model={model} is no {"encoder, such as BERT" if masks else "encoder-decoder, such as T5"}, '
+                       f'which --objective={objective} trains')
+  elif masks:
+    network = encoder.bert(vocab, width, layers, heads, length)
+  else:
+    network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
+  goal = learned(objective, tokens, length)
+  more = [name for name in goal.control if name not in tokenizer.CONTROL]
+  train_tokenizer = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, control=(*tokenizer.CONTROL, *more))
+  # As many positions for the targets as a full row of sources asks for.
+  rooms = [] if masks else [form.room for form in goal.forms]
+  asked = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
+  data = dataset.Text(corpora.python_library(), tokens or train_tokenizer, max(asked, default=length),
+                      source_length=None if masks else length)
+
+  def make(steps: int) -> train.Run:
+    return train.Run(
+        model=network, objective=goal, data=data,
+        optimizer=optim.muon(optim.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
+
+  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+
+
+def fill_spans(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:
+  """Prints what the model writes in place of T5's spans, greedily."""
+  tokens, rng, control = result.data.tokenizer, np.random.default_rng(0), run.objective.control
+  modes = control[-3:] if len(run.objective.forms) > 1 else ()
+  ids = np.int32([tokens.control_id(name) for name in control[:len(control) - len(modes)]])
+  begin = np.int32([tokens.control_id(name) for name in modes[:1]])   # the regular mode
+  pairs = [spans.corrupt(snippet, spans.noise_mask(SIZE, 0.15, 3., rng), ids) for snippet in snippets]
+  written = generate.tokens(run.model, result.params, tokens, [np.append(begin, source) for source, _ in pairs],
+                            generate.Sampling(0.), max_tokens=48)
+
+  def by_sentinel(targets):
+    parts = np.split(targets, np.flatnonzero(np.isin(targets, ids)))[1:]
+    return {int(part[0]): part[1:].tolist() for part in parts}
+
+  right = []
+  for n, ((source, targets), ours) in enumerate(zip(pairs, written)):
+    asked, answers = by_sentinel(targets), by_sentinel(ours)
+    right += [answers.get(i) == span for i, span in asked.items()]
+    if n < 3:
+      shown = [f'[[{tokens.decode(answers.get(i, []))}|{tokens.decode(asked[i])}]]' if i in asked
+               else tokens.decode([i]) for i in source.tolist()]
+      print('\n---', ''.join(shown))
+  print(f'\n[[written|was]]; {np.mean(right):.1%} of {len(right)} spans are as they were')
+
+
+def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:
+  """Prints what the model takes for the likeliest where tokens are masked, 15 % of each snippet."""
+  tokens, hidden = result.data.tokenizer, np.random.default_rng(0).random(snippets.shape) < 0.15
+  batch = Batch(np.where(hidden, np.int32(tokens.control_id(run.objective.control[0])), snippets))
+
+  @jax.jit
+  def likeliest(params, batch):
+    outputs = run.model.apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
+    return sharding.constrain(jax.numpy.argmax(sharding.constrain(outputs.head(outputs.hidden), 'B--'), -1), '--')
+
+  found = np.asarray(likeliest(result.params, batch))
+  for row, was, masks in list(zip(found.tolist(), snippets.tolist(), hidden))[:3]:
+    print('\n---', ''.join(f'[[{tokens.decode([a])}|{tokens.decode([b])}]]' if mask else tokens.decode([b])
+                           for a, b, mask in zip(row, was, masks)))
+  print(f'\n[[likeliest|was]]; {np.mean((found == snippets)[hidden]):.1%} of {hidden.sum()} tokens of {SNIPPETS} '
+        'held-out snippets are as they were')
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints what was reached on the held-out text, and snippets of it that are filled in."""
+  if not result.finished:
+    return
+  data, rng = result.data, np.random.default_rng(0)
+  step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+  held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
+  metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+  documents = data.stores['validation']
+  large = [i for i in range(len(documents)) if len(documents[i]) > SIZE]
+  if large:
+    starts = [(i, int(rng.integers(len(documents[i]) - SIZE))) for i in rng.choice(large, SNIPPETS).tolist()]
+    snippets = np.stack([np.asarray(documents[i][start:start + SIZE], np.int32) for i, start in starts])
+    (fill_masks if isinstance(run.model, encoder.Encoder) else fill_spans)(run, result, snippets)
+  print(f'\nheld-out text: {metrics["nll"]:.3f} nats a target, {metrics["accuracy"]:.1%} of targets right, '
+        f'in {run.steps} steps of {run.batch} rows; seconds: '
+        + ', '.join(f'{name} {seconds:.0f}' for name, seconds in result.phases.items()) + f'; written to {workdir}')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

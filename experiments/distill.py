@@ -1,0 +1,109 @@
+"""Teach a small decoder what a larger one makes of the text, beside the same decoder that learns from the text alone.
+
+  python experiments/quickstart.py && python experiments/distill.py
+  python experiments/distill.py --teacher=models/smol --kind=reverse --temperature=2 --hard=0.1 --stored_top_k=32
+"""
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+
+from lm import annotate, evaluate, launch, optim, pretrained, train, trained
+from lm.data import corpora, dataset
+from lm.models import transformer
+from lm.objectives import distillation
+from lm.objectives.next_token import next_token
+
+QUICKSTART = 'runs/quickstart'
+
+
+def open_teacher(name: str) -> trained.Base:
+  """The decoder of a run's workdir, of a Hugging Face folder or of an imported one."""
+  if name == QUICKSTART and not pathlib.Path(name).exists():
+    raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
+                            'or name another by --teacher')
+  found = trained.base(name)
+  if not isinstance(found.model, transformer.Transformer):
+    raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
+  return found
+
+
+def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
+               kind: Literal['forward', 'reverse', 'js'] = 'forward', beta: float = 0.5, temperature: float = 1.,
+               hard: float = 0., stored_top_k: int = 0, text: str | None = None, length: int = 256, layers: int = 1,
+               width: int = 64, heads: int = 2, batch: int = 8, steps: int = 500, lr: float = 0.015,
+               embedding_rate: float = 4.) -> train.Run:
+  """Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
+
+  Args:
+    teacher: a run's workdir, a Hugging Face folder or an imported one.
+    student: take the architecture from this Hugging Face folder, in place of the flags of shape; for the parameters
+      see --init.
+    kind: of divergence, KL(teacher || student), KL(student || teacher), or Jensen-Shannon.
+    beta: share of the teacher in the middle of Jensen-Shannon.
+    temperature: divides the logits of both.
+    hard: weight of the text's own next tokens in the loss.
+    stored_top_k: ask the teacher once, and store so many of its likeliest tokens; 0 asks at each step.
+    text: files of text, a glob pattern; without it, Python's own library.
+    length: positions a row.
+    lr: of the matrices, which Muon trains.
+    embedding_rate: how much faster the embedding learns.
+  """
+  base = open_teacher(teacher)
+  constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
+  divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
+                'js': distillation.JensenShannon(beta)}[kind]
+  if student:
+    folder = pretrained.locate(student)
+    model = pretrained.open_model(folder)
+    distillation.check_tokenizers(tokens, pretrained.open_tokenizer(folder, model))
+  else:
+    model = transformer.llama(constants.model.vocab, width, layers, heads, max_length=length)
+  data = dataset.Text(corpora.text(text) if text else corpora.python_library(), tokens, length)
+  if stored_top_k:
+    stored = distillation.TopK(stored_top_k, constants.model.vocab, temperature)
+    objective = distillation.distil_stored(next_token(), stored, divergence, hard)
+    data, taught = annotate.Annotated(data, constants, stored.columns, stored), ()
+  else:
+    objective = distillation.distil(next_token(), constants.model.apply, divergence, temperature, hard)
+    taught = constants,
+  schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
+  return train.Run(model=model, objective=objective, data=data, optimizer=optim.muon(schedule, rest=embedding_rate),
+                   steps=steps, batch=batch, evaluate_every=max(steps // 4, 1), evaluate_batches=4,
+                   save_every=max(steps // 4, 1), constants=taught)
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Trains the same student on the text alone, for as many steps; prints what all of them reach on held-out text."""
+  if not result.finished:
+    return
+  teacher = run.constants[0] if run.constants else run.data.model
+  text = run.data if run.constants else run.data.data
+  print('\nthe same student, from the text alone')
+  alone = train.train(dataclasses.replace(run, objective=next_token(), constants=(),
+                                          data=dataclasses.replace(text, folder=workdir / 'data')),
+                      workdir / 'text_alone', result.mesh)
+  if not alone.finished:
+    return
+  arms = {'teacher': (teacher.model, result.params.get('teacher') or teacher.load(teacher.model)),
+          'student, distilled': (run.model, result.params), 'student, from the text': (run.model, alone.params)}
+  batches = alone.data.batches('validation', next_token(), run.batch, seed=None, repeat=False,
+                               context=run.data.length // 2)
+  print('\nheld-out text         bits/byte  perplexity  weights    s/step')
+  seconds = {name: phases.phases.get('train', 0) / max(phases.step - phases.start - 1, 1)
+             for name, phases in zip(list(arms)[1:], (result, alone))}
+  for name, (model, params) in arms.items():
+    step = evaluate.make_step(model.apply, next_token(), alone.data.tokenizer.byte_lengths())
+    metrics = evaluate.evaluate(step, params, batches, result.mesh)
+    print(f'  {name:22}{metrics["bits_per_byte"]:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
+          f'{seconds.get(name, float("nan")):10.3f}'.replace('nan', '  -'))
+
+
+def model_size(model: Any) -> int:
+  """How many parameters it has."""
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

@@ -1,0 +1,123 @@
+"""A decoder that fills in the middle: trains on Python's own library, in minutes, on two CPU cores.
+
+  python experiments/infill.py
+"""
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import budget, generate, launch, optim, sharding, train
+from lm.data import corpora, dataset, tokenizer
+from lm.data.batches import Batch
+from lm.models import transformer
+from lm.objectives.infill import NAMES, arrange, infill
+
+CASES = 256   # of each kind
+
+
+def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0.5, spm: float = 0.5,
+               vocab: int = 2048, length: int = 256, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8,
+               lr: float = 0.015, embedding_rate: float = 4.) -> train.Run:
+  """Trains a small decoder.
+
+  Args:
+    minutes: of training, where there are no steps; the steps that fit are measured first.
+    steps: a fixed number instead; on a finished run, a larger one goes on.
+    rate: share of the pieces whose middle comes last.
+    spm: share of those that begin with the suffix.
+    vocab: tokens of the SentencePiece tokenizer.
+    length: positions a row.
+    batch: rows a step.
+    lr: of the matrices, which Muon trains.
+    embedding_rate: how much faster the embedding learns.
+  """
+  def make(steps: int) -> train.Run:
+    return train.Run(
+        model=transformer.llama(vocab, width, layers, heads, max_length=length),
+        objective=infill(rate, spm),
+        data=dataset.Text(corpora.python_library(),
+                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+        optimizer=optim.muon(optim.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
+
+  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+
+
+class Case(NamedTuple):
+  prefix: np.ndarray
+  middle: np.ndarray
+  suffix: np.ndarray
+
+
+def cases(documents: Any, tokens: tokenizer.Tokenizer, room: int, lines: bool) -> list[Case]:
+  """Places in documents, at random: a token, or the rest of a line of 2 to 16 tokens; with as much on both sides."""
+  rng, found, side = np.random.default_rng(0), [], room // 2
+  ends = np.array(['\n' in tokens.decode([i]) for i in range(tokens.vocab_size)])
+  large = [i for i in range(len(documents)) if len(documents[i]) > 2 * side + 32]
+  while large and len(found) < CASES:
+    ids = np.asarray(documents[int(rng.choice(large))], np.int32)
+    at = int(rng.integers(side, len(ids) - side - 16))
+    size = int(np.argmax(ends[ids[at:at + 17]])) if lines else 1
+    if size >= 1 + lines:
+      found.append(Case(ids[at - side:at], ids[at:at + size], ids[at + size:at + size + side]))
+  return found
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def _told(apply, params, batch):
+  outputs = apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
+  logits = sharding.constrain(outputs.head(outputs.hidden), 'B--')
+  found = jnp.take_along_axis(jax.nn.log_softmax(logits), sharding.constrain(batch.targets, 'BT')[..., None], -1)
+  return found[..., 0], jnp.argmax(logits, -1) == sharding.constrain(batch.targets, 'BT')
+
+
+def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[np.ndarray]) -> tuple[float, ...]:
+  """Nats a token of the middles, share of tokens that are the likeliest, and of middles of which all are."""
+  nats, right = [], []
+  for begin in range(0, len(before), 32):
+    rows = [np.concatenate(pair) for pair in zip(before[begin:begin + 32], middles[begin:begin + 32])]
+    tokens, targets = np.zeros((2, 32, run.model.max_length), np.int32)
+    for row, ids in enumerate(rows):
+      tokens[row, :len(ids) - 1], targets[row, :len(ids) - 1] = ids[:-1], ids[1:]
+    values = [np.asarray(x) for x in _told(run.model.apply, params, Batch(tokens, targets))]
+    for row, (ids, middle) in enumerate(zip(rows, middles[begin:])):
+      span = row, slice(len(ids) - 1 - len(middle), len(ids) - 1)
+      nats.append(-values[0][span])
+      right.append(values[1][span])
+  return float(np.mean(np.concatenate(nats))), float(np.mean(np.concatenate(right))), np.mean([x.all() for x in right])
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints what the suffix is worth, and some middles."""
+  if not result.finished:
+    return
+  tokens, params = result.data.tokenizer, result.params
+  ids, bos = [tokens.control_id(name) for name in NAMES], np.int32([tokens.bos_id])
+  empty = np.zeros(0, np.int32)
+  for lines, name in (False, 'one token'), (True, 'rest of a line'):
+    found = cases(result.data.stores['validation'], tokens, run.data.length - 24, lines)
+    if not found:
+      print(f'the held-out documents are too short for rows of {run.data.length}')
+      return
+    print(f'\nmiddles of {name}, {len(found)} of the held-out text: nats a token, tokens right, middles right')
+    for given, before in (
+        ('prefix alone', [case.prefix for case in found]),
+        ('prefix and suffix, PSM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, False)) for c in found]),
+        ('prefix and suffix, SPM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, True)) for c in found])):
+      print('  {:24} {:.3f}  {:.1%}  {:.1%}'.format(given, *judge(run, params, before, [c.middle for c in found])))
+  print('\nmiddles as [[written|they were]]')
+  prompts = [arrange((c.prefix, empty, c.suffix), ids, False) for c in found[:4]]
+  written = generate.tokens(run.model, params, tokens, prompts, generate.Sampling(0.), max_tokens=16)
+  for case, ours in zip(found, written):
+    before, after = tokens.decode(case.prefix[-24:]), tokens.decode(case.suffix[:16])
+    print(f'\n--- {before}[[{tokens.decode(ours)}|{tokens.decode(case.middle)}]]{after}')
+  print(f'\n{run.steps * run.batch * run.data.length:,} tokens in {run.steps} steps; seconds: '
+        + ', '.join(f'{name} {seconds:.0f}' for name, seconds in result.phases.items()) + f'; written to {workdir}')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

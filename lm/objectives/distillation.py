@@ -1,0 +1,212 @@
+"""Distillation: a student learns a teacher's distributions over the vocabulary (Hinton et al. 2015, arXiv:1503.02531).
+
+  L = sum w [(1 - hard) T^2 D(p_T, q_T) - hard log q(target)] / sum w
+
+p_T and q_T are softmax(logits / T) of the teacher and of the student, T the temperature. T^2 keeps the gradient as
+large as it is at T = 1; TRL's GKDTrainer has no such factor. The teacher reads what the student reads. `distil` asks it
+at every step: its parameters are `train.Constants('teacher', model, load)`. `distil_stored` reads what it said once,
+the k likeliest tokens of each position, from `annotate.Annotated(data, teacher, top_k.columns, top_k)`.
+
+A divergence is a function of log p and log q, each [..., V], that gives terms [..., V] whose sum over V it is.
+"""
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.objectives.objective import (
+    Objective,
+    TokenLoss,
+    by_position,
+    cross_entropy,
+    over_vocabulary,
+    token_mean,
+)
+
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """KL(p || q) = sum p (log p - log q): the student gives mass to all that the teacher does."""
+  return jnp.exp(teacher) * (teacher - student)
+
+
+def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
+  """KL(q || p) = sum q (log q - log p): the student keeps to what the teacher finds likely (Gu et al. 2024)."""
+  return jnp.exp(student) * (student - teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class JensenShannon:
+  """beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q (Agarwal et al. 2024, arXiv:2306.13649).
+
+  TRL's `generalized_jsd_loss` is the same for 0 < beta < 1. There, 0 stands for `forward_kl` and 1 for `reverse_kl`,
+  which are not the limits of this (those are 0), but of this over beta and over 1 - beta.
+  """
+  beta: float = 0.5
+
+  def __post_init__(self):
+    if not 0 < self.beta < 1:
+      raise ValueError(f'beta={self.beta} is not between 0 and 1; for 0 and 1 in TRL use forward_kl and reverse_kl')
+
+  def __call__(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
+    middle = jnp.logaddexp(teacher + np.log(self.beta), student + np.log1p(-self.beta))
+    return self.beta * jnp.exp(teacher) * (teacher - middle) + (1 - self.beta) * jnp.exp(student) * (student - middle)
+
+
+def distil(objective: Objective, teacher: Callable[..., Any], divergence: Divergence = forward_kl,
+           temperature: float = 1., hard: float = 0., token_loss: TokenLoss = cross_entropy,
+           denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+  """The examples of `objective`, learned from a teacher that is asked at every step.
+
+  Logits of both are made a chunk of positions at a time (see `over_vocabulary`); nothing of the teacher is
+  differentiated. The metric `divergence` is D(p_T, q_T) in nats a target.
+
+  Args:
+    objective: any whose loss is one of the targets of its examples.
+    teacher: `apply` of the teacher's model, whose parameters are `params['teacher']`.
+    temperature: T, above 0.
+    hard: weight of `token_loss` on the targets themselves, from 0 to below 1.
+
+  Raises:
+    ValueError: when it is traced, if teacher and student have different numbers of logits.
+  """
+  mix = _mix(divergence, temperature, hard, token_loss)
+
+  def with_teacher(logits, targets, weights, hidden, head):
+    terms = divergence(_log_softmax(head(hidden), temperature), _log_softmax(logits, temperature))
+    return mix(logits, targets, weights, jnp.sum(terms, axis=-1))
+
+  def loss(apply, params, batch, key):
+    taught = teacher(jax.lax.stop_gradient(params['teacher']), batch)
+    outputs = apply(params, batch, key=key)
+    _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (taught, outputs)))
+    loss_sum, sums = over_vocabulary(with_teacher, outputs.hidden, outputs.head,
+                                     (batch.targets, batch.weights, taught.hidden), (taught.head,))
+    return loss_sum, denominator(batch), sums
+
+  return dataclasses.replace(objective, loss=loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+  """What is stored of a teacher: its k likeliest tokens and their log p_T, 8 k bytes a position.
+
+  `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the function that computes them.
+  """
+  k: int
+  vocab: int
+  temperature: float = 1.
+
+  def __post_init__(self):
+    if not 0 < self.k <= self.vocab:
+      raise ValueError(f'k={self.k} is not from 1 to the {self.vocab} tokens of the teacher')
+    _check_temperature(self.temperature)
+
+  @property
+  def columns(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    return {'teacher_ids': (np.int32, (self.k,)), 'teacher_log_probs': (np.float32, (self.k,))}
+
+  def __call__(self, apply: Callable[..., Any], params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def best(logits):   # of the whole vocabulary on each device
+      values, ids = jax.lax.top_k(sharding.constrain(_log_softmax(logits, self.temperature), 'BT-'), self.k)
+      return {'teacher_ids': ids, 'teacher_log_probs': values}
+    outputs = apply(params, batch)
+    return by_position(best, outputs.hidden, outputs.head)
+
+
+def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = forward_kl, hard: float = 0.,
+                  token_loss: TokenLoss = cross_entropy,
+                  denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+  """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
+
+  D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
+  outside, and is left to share it out. This is at most D over the vocabulary, and 0 where that is. (Renormalising the k
+  teaches that all others are impossible: biased, see Anshumann et al. 2025, arXiv:2503.16870.) For the rest see
+  `distil`; the temperature is that of what was stored.
+
+  Raises:
+    ValueError: when it is traced, if the data has no such columns, or the student another number of logits.
+  """
+  mix = _mix(divergence, stored.temperature, hard, token_loss)
+
+  def with_stored(logits, targets, weights, ids, log_probs):
+    student, teacher = _log_softmax(logits, stored.temperature), _spread(ids, log_probs, logits.shape[-1])
+    held = teacher > -jnp.inf
+    found = jnp.sum(jnp.where(held, divergence(jnp.where(held, teacher, 0), student), 0), axis=-1)
+    if stored.k < stored.vocab:
+      # At least the rounding of a sum that is 1.
+      rest = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=-1), jnp.finfo(jnp.float32).eps))
+      found = found + divergence(rest, jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
+    return mix(logits, targets, weights, found)
+
+  def loss(apply, params, batch, key):
+    if missing := [name for name in stored.columns if name not in (batch.columns or {})]:
+      raise ValueError(f'the data has no columns {" and ".join(missing)}; annotate it: annotate.Annotated')
+    outputs = apply(params, batch, key=key)
+    _check_sizes(stored.vocab, jax.eval_shape(outputs.head, outputs.hidden).shape[-1])
+    args = batch.targets, batch.weights, *(batch.columns[name] for name in stored.columns)
+    loss_sum, sums = over_vocabulary(with_stored, outputs.hidden, outputs.head, args)
+    return loss_sum, denominator(batch), sums
+
+  return dataclasses.replace(objective, loss=loss)
+
+
+def check_tokenizers(teacher: Any, student: Any) -> None:
+  """ValueError if an id may not stand for the same text in both."""
+  if teacher.fingerprint != student.fingerprint:
+    raise ValueError(f'the teacher has a tokenizer of {teacher.vocab_size} tokens, fingerprint {teacher.fingerprint}, '
+                     f'the student one of {student.vocab_size} tokens, fingerprint {student.fingerprint}; a teacher '
+                     'teaches what its own tokens stand for: read the data with its tokenizer')
+
+
+def _check_sizes(teacher: int, student: int) -> None:
+  if teacher != student:
+    raise ValueError(f'the teacher has logits for {teacher} tokens, the student for {student}; give the student the '
+                     'vocabulary of the teacher')
+
+
+def _check_temperature(temperature: float) -> None:
+  if not 0 < temperature < float('inf'):
+    raise ValueError(f'temperature={temperature} is not positive and finite')
+
+
+def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+  return jax.nn.log_softmax(logits if temperature == 1 else logits / temperature)
+
+
+def _mix(divergence, temperature, hard, token_loss) -> Callable[..., tuple[jax.Array, Any]]:
+  _check_temperature(temperature)
+  if not 0 <= hard < 1:
+    raise ValueError(f'hard={hard} is not from 0 to below 1; with 1 nothing would be learned from the teacher')
+
+  def mix(logits, targets, weights, found_BT):
+    """The loss of a chunk and its sums, of the divergence at each position."""
+    loss, sums = token_loss(logits, targets, weights)
+    soft = (1 - hard) * temperature ** 2 * jnp.sum(found_BT * weights)
+    counted = (weights > 0).astype(jnp.float32)
+    pair = jnp.sum(found_BT * counted), jnp.sum(counted)
+    return soft + hard * loss if hard else soft, {**sums, 'divergence': pair}
+  return mix
+
+
+def _spread(ids_BTk: jax.Array, values_BTk: jax.Array, vocab: int) -> jax.Array:
+  """The values at their ids, [B, T, V], -inf elsewhere; each shard of V fills its own part."""
+  def local(ids, values, first, size):
+    ids = ids - first
+    ids = jnp.where((ids >= 0) & (ids < size), ids, size)
+    rows, times = (jnp.arange(n).reshape([-1 if i == axis else 1 for i in range(3)])
+                   for axis, n in enumerate(ids.shape[:2]))
+    return jnp.full((*ids.shape[:2], size), -jnp.inf).at[rows, times, ids].set(values, mode='drop')
+
+  if sharding.spec('V') is None:
+    return local(ids_BTk, values_BTk, 0, vocab)
+  size = vocab // jax.sharding.get_abstract_mesh().shape['model']
+  return jax.shard_map(lambda *args: local(*args, jax.lax.axis_index('model') * size, size),
+                       in_specs=(P('data'), P('data')), out_specs=P('data', None, 'model'))(ids_BTk, values_BTk)

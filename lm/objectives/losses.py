@@ -1,0 +1,54 @@
+"""Parts of a token loss: `token_loss(nll, smoothing(0.1), z_loss(1e-4))` is what objectives take as `token_loss`."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.objectives.objective import TokenLoss, cross_entropy
+
+
+class Scores(NamedTuple):
+  """What parts are made of: logits less the highest of their position, that of the target, and log sum exp of all."""
+  logits_BTV: jax.Array
+  target_BT: jax.Array
+  log_z_BT: jax.Array
+  highest_BT: jax.Array   # not differentiated: what is made of all four does not depend on it
+
+
+Part = Callable[[Scores], jax.Array]   # what each position costs, [B, T]
+
+
+def nll(scores: Scores) -> jax.Array:
+  """-log p(target) = log sum_v exp(z_v) - z_target."""
+  return scores.log_z_BT - scores.target_BT
+
+
+def smoothing(epsilon: float) -> Part:
+  """With `nll`, the cross-entropy with targets (1 - epsilon) one_hot + epsilon / V (Szegedy et al. 2016).
+
+  It adds epsilon (z_target - mean_v z_v).
+  """
+  if not 0 <= epsilon < 1:
+    raise ValueError(f'label smoothing by {epsilon}: it must be at least 0 and less than 1')
+  return lambda scores: epsilon * (scores.target_BT - jnp.mean(scores.logits_BTV, axis=-1))
+
+
+def z_loss(coefficient: float) -> Part:
+  """coefficient * (log sum_v exp(z_v))^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5)."""
+  if not coefficient >= 0:
+    raise ValueError(f'a z-loss of {coefficient} must be at least 0')
+  return lambda scores: coefficient * jnp.square(scores.log_z_BT + scores.highest_BT)
+
+
+def token_loss(*parts: Part) -> TokenLoss:
+  """The weighted sum of parts; its metrics are those of `cross_entropy`, whatever the parts are."""
+  def loss(logits_BTV, targets_BT, weights_BT):
+    highest = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
+    shifted = logits_BTV - highest[..., None]
+    picked = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
+    scores = Scores(shifted, jnp.sum(jnp.where(picked, shifted, 0), axis=-1),
+                    jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)), highest)
+    _, sums = cross_entropy(logits_BTV, targets_BT, weights_BT)   # the same terms again: the compiler shares them
+    return jnp.sum(sum(part(scores) for part in parts) * weights_BT), sums
+  return loss

@@ -1,0 +1,62 @@
+"""Unlikelihood: what was said before becomes less likely, so that a model repeats itself less."""
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lm import sharding
+from lm.data.batches import Batch
+from lm.objectives.objective import Objective, TokenLoss, cross_entropy, over_vocabulary, token_mean
+
+
+def _first_of_segment(tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+  """Which positions hold a token that has not been in their segment before, [B, T]."""
+  same = ((tokens_BT[:, :, None] == tokens_BT[:, None]) & (segments_BT[:, :, None] == segments_BT[:, None]))
+  return ~jnp.any(jnp.tril(same, -1), axis=-1)
+
+
+def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
+  """-sum over candidates of log(1 - p), [B, T]. Logits may be a shard's part of the vocabulary."""
+  def local(logits, log_z, candidates, tokens, axis=None):
+    tokens = tokens - (0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1])
+    here = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
+    found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, logits.shape[-1] - 1)[:, None], axis=-1)
+    rest = 1 - jnp.exp(jnp.minimum(found - log_z[..., None], 0))
+    cost = -jnp.sum(jnp.where(here, jnp.log(jnp.maximum(rest, 1e-5)), 0), axis=-1)   # bounded, as the authors have it
+    return cost if axis is None else jax.lax.psum(cost, axis)
+
+  if sharding.spec('B') is None:
+    return local(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
+  rows = sharding.spec('BT')
+  return jax.shard_map(lambda *args: local(*args, axis='model'), in_specs=(sharding.spec('BTV'), rows, rows, rows),
+                       out_specs=rows, check_vma=False)(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
+
+
+def unlikelihood(objective: Objective, alpha: float = 1., denominator: Callable[[Batch], jax.Array] = token_mean,
+                 token_loss: TokenLoss = cross_entropy) -> Objective:
+  """A token objective with a loss of repetition beside its `token_loss` (Welleck et al. 2020, arXiv:1908.04319).
+
+  L = token_loss - alpha sum_t w_t sum_{c in C_t} log(1 - p_t(c)), where C_t are the tokens of the segment up to
+  position t, each once, without the target of t: the token-level loss. The metric `unlikelihood` is its mean over
+  targets. Of `objective` stays how examples are made.
+  """
+  def both(logits, targets, weights, segments, places, tokens_BS, segments_BS, first_BS):
+    loss, sums = token_loss(logits, targets, weights)
+    seen = places[..., None] >= jnp.arange(tokens_BS.shape[1])[None, None]
+    seen = seen & (segments[..., None] == segments_BS[:, None]) & first_BS[:, None]
+    candidates = seen & (targets[..., None] != tokens_BS[:, None])
+    cost = _cost(logits, jax.nn.logsumexp(logits, axis=-1), candidates, tokens_BS)
+    counted = (weights > 0).astype(jnp.float32)
+    return loss + alpha * jnp.sum(cost * weights), {**sums, 'unlikelihood': (jnp.sum(cost * counted), sums['tokens'])}
+
+  def loss(apply, params, batch, key):
+    outputs = apply(params, batch, key=key)
+    segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
+    places = sharding.constrain(jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape), 'BT')
+    whole = batch.tokens, segments, _first_of_segment(batch.tokens, segments)
+    args = batch.targets, batch.weights, segments, places
+    loss_sum, sums = over_vocabulary(both, outputs.hidden, outputs.head, args, whole)
+    return loss_sum, denominator(batch), sums
+
+  return dataclasses.replace(objective, loss=loss)

@@ -1,0 +1,204 @@
+"""Adapters: nothing at first, the chain rule of the full gradient after, small in memory and on disk, merged as is."""
+import contextlib
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lm import lora, optim, pretrained, sharding, train
+from lm.data import dataset
+from lm.data.batches import Batch
+from lm.data.source import Source
+from lm.data.tokenizer import Bytes
+from lm.models import attention as attend
+from lm.models import latent, moe, stack, transformer
+from lm.models import layers as parts
+from lm.objectives.next_token import next_token
+
+TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
+VOCAB, ROWS, TIME = TOKENIZER.vocab_size + 4, 4, 8
+MODEL = transformer.llama(VOCAB, 16, 3, heads=4, kv_heads=2, hidden=24, max_length=32)
+ADAPTED = lora.Adapted(MODEL, 2, 6.)
+# Every way that a matrix is read: experts with a router, latent attention, biases.
+OTHER = MODEL.clone(blocks=stack.stacks([
+    parts.Block(attend.Attention(4, 4, 4, bias=True), parts.FeedForward(8, bias=True), parts.RMSNorm(),
+                parts.RMSNorm()),
+    parts.Block(latent.LatentAttention(4, 8, 8, 4, 4, 4), moe.Experts(moe.SoftmaxRouter(2), 4, 8), parts.RMSNorm(),
+                parts.RMSNorm())]))
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+
+
+def on(shape):
+  if shape is None:
+    return contextlib.nullcontext()
+  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
+
+
+def load(model, seed=7):
+  return jit(lambda: model.init(jax.random.key(seed)))()
+
+
+def random_adapters(adapted):
+  """Of B too, and the same on every mesh."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: jax.device_put((0.3 * rng.normal(size=x.shape)).astype('f4'), x.sharding),
+                      load(adapted))
+
+
+def batch_of():
+  rng = np.random.default_rng(1)
+  tokens, targets = rng.integers(0, VOCAB, (2, ROWS, TIME)).astype('i4')
+  batch = Batch(tokens, targets, rng.uniform(size=(ROWS, TIME)).astype('f4'))
+  mesh = jax.sharding.get_mesh()
+  return batch if mesh.empty else sharding.shard_rows(batch, mesh)
+
+
+@functools.partial(jit, static_argnums=0)
+def loss_and_grads(model, params, constants, batch):
+  loss = lambda params: next_token().loss(model.apply, {**params, **constants}, batch, None)[0]
+  return jax.value_and_grad(loss)(params)
+
+
+@functools.partial(jit, static_argnums=0)
+def logits(model, params, batch):
+  outputs = model.apply(params, batch)
+  return outputs.head(outputs.hidden)
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def paths(tree):
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# Which axes are the input's, by hand.
+SHAPES = {'attention/query': ('DNH', 1), 'attention/key': ('DKH', 1), 'attention/value': ('DKH', 1),
+          'attention/out': ('NHD', 2), 'feed_forward/gate': ('DF', 1), 'feed_forward/up': ('DF', 1),
+          'feed_forward/down': ('FD', 1)}
+
+
+@pytest.mark.parametrize('shape', [None, '2x2'])
+def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
+  """dA = scale dW B^T, dB = scale A^T dW, on every mesh."""
+  with on(shape):
+    base, adapters, batch = load(MODEL), random_adapters(ADAPTED), batch_of()
+    value, grads = loss_and_grads(ADAPTED, adapters, {'base': base}, batch)
+    plain, merged = ADAPTED.merged({**adapters, 'base': base})
+    assert plain is MODEL
+    full_value, full = loss_and_grads(MODEL, merged, {}, batch)
+    layouts = jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads)
+    assert jax.tree.all(layouts)
+    base, merged, adapters, grads, full = jax.tree.map(np.asarray, (base, merged, adapters, grads, full))
+  assert value == pytest.approx(float(full_value), rel=1e-6)
+  found, block = grads['adapters']['blocks']['0'], full['blocks']['0']
+  assert {path[:-2] for path in paths(found)} == set(SHAPES)
+  for path, (axes, inputs) in SHAPES.items():
+    group, name = path.split('/')
+    assert block[group][name].ndim == 1 + len(axes)
+    for layer in range(3):
+      dw, w, w0 = (tree['blocks']['0'][group][name][layer] for tree in (full, merged, base))
+      into, (a, b), (da, db) = math.prod(dw.shape[:inputs]), *(
+          [tree['adapters']['blocks']['0'][group][name][c][layer] for c in 'AB'] for tree in (adapters, grads))
+      a, da, b, db, dw, w, w0 = (np.asarray(x, 'f8').reshape(*s) for x, s in (
+          (a, (into, 2)), (da, (into, 2)), (b, (2, -1)), (db, (2, -1)), *((x, (into, -1)) for x in (dw, w, w0))))
+      np.testing.assert_allclose(w, w0 + 3 * a @ b, atol=1e-6)
+      np.testing.assert_allclose(da, 3 * dw @ b.T, atol=3e-5 * np.abs(da).max())
+      np.testing.assert_allclose(db, 3 * a.T @ dw, atol=3e-5 * np.abs(db).max())
+
+
+@pytest.mark.parametrize('model', [MODEL, OTHER], ids=['llama', 'other'])
+def test_adapters_change_nothing_at_first_and_merged_they_are_the_same_model(model):
+  adapted, base, batch = lora.Adapted(model, 2, 6.), load(model), batch_of()
+  first, plain = {**load(adapted), 'base': base}, logits(model, base, batch)
+  assert np.array_equal(logits(adapted, first, batch), plain)
+  assert all(np.any(x) == path.endswith('A') for path, x in paths(first['adapters']).items())
+  params = {**random_adapters(adapted), 'base': base}
+  same_model, merged = lora.merged(adapted, {**params, 'teacher': 'kept'})
+  assert merged.pop('teacher') == 'kept' and paths(merged).keys() == paths(base).keys() and same_model is model
+  actual = logits(model, merged, batch)
+  assert np.array_equal(actual, logits(adapted, params, batch)) and np.abs(actual - plain).max() > 0.1
+  assert lora.merged(model, merged) == (model, merged)
+
+
+def sizes(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (math.prod(v.aval.shape) for v in equation.outvars)
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        yield from sizes(inner)
+
+
+def test_no_gradient_or_copy_of_all_layers_is_ever_made_and_no_state_of_the_optimizer():
+  model = transformer.llama(8, 64, 32, heads=2, hidden=64, max_length=4)
+  run = lora.adapt(train.Run(model, next_token(), None, optim.adamw(lambda step: 1e-3), steps=1, batch=1), 2)
+  batch = Batch(*np.zeros((2, 1, 4), 'i4'), np.ones((1, 4), 'f4'))
+  base, state = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(lambda: train.init(run))
+  stacked = min(x.size for path, x in paths(base).items() if path.endswith(tuple(SHAPES)))
+  step = jax.make_jaxpr(train.make_step(run))(state, batch, {'base': base})
+  assert stacked == 32 * 64 * 64 and max(sizes(step.jaxpr)) < stacked / 2
+  trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
+  assert trained == 32 * 2 * 7 * (64 + 64) and kept <= 2 * trained + 8   # two moments, and counts
+
+
+def test_patterns_choose_matrices_and_tell_what_there_is():
+  def adapted(*match, model=MODEL):
+    tree = jax.eval_shape(lora.Adapted(model, 2, 1., match).init, jax.random.key(0))['adapters']
+    return sorted({path[:-2] for path in paths(tree)})
+  assert adapted('*/query', '*/value') == ['blocks/0/attention/query', 'blocks/0/attention/value']
+  assert adapted('embedding') == ['embedding']
+  found = {path.split('/')[-1] for path in adapted(*lora.MATCH, model=OTHER)}
+  assert found == {'query', 'key', 'value', 'out', 'gate', 'up', 'down', 'query_down', 'query_up', 'key_value_down',
+                   'key_rope', 'key_up', 'value_up'}
+  for match in (('*/querry',), ('*/query', '*/norm'), ()):
+    with pytest.raises(ValueError, match='no matrix of the model matches; it has blocks/0/attention/key, .*embedding'):
+      adapted(*match)
+  with pytest.raises(ValueError, match='a rank of 0'):
+    lora.Adapted(MODEL, 0, 1.)
+  with pytest.raises(ValueError, match='alpha=-1'):
+    lora.Adapted(MODEL, 1, -1.)
+
+
+TEXTS = [f'text {i} of some ' + 'words ' * (i % 9 + 5) for i in range(40)]
+SOURCE = Source('tiny', {'train': TEXTS, 'validation': ['not in the other']}, 'fingerprint')
+
+
+def configured(**changes):
+  return train.Run(MODEL, next_token(), dataset.Text(SOURCE, TOKENIZER, 16, rules=()),
+                   optim.adam(optim.warmup_constant(1e-2, 4, 1)), steps=2, batch=4, evaluate_batches=1, **changes)
+
+
+def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
+  with on('1x1'):
+    mesh, base = jax.sharding.get_mesh(), load(MODEL)
+    run = lora.adapt(configured(start=load), 2)
+    assert run.start is None and lora.adapt(run, 0) is run
+    result = train.train(run, tmp_path / 'run', mesh)
+    saved = sum(x.size for x in jax.tree.leaves(train.abstract_state(run, mesh)))
+    assert saved < sum(x.size for x in jax.tree.leaves(base))
+    assert same(result.params['base'], base)
+    assert all(np.any(x) for x in jax.tree.leaves(result.params['adapters']))
+    other = dataclasses.replace(run.constants[0], load=functools.partial(load, seed=8))
+    with pytest.raises(ValueError, match='constants.base.load'):   # adapters are of what they were trained on
+      train.train(dataclasses.replace(run, steps=3, constants=(other,)), tmp_path / 'run', mesh)
+    with pytest.raises(ValueError, match='holds adapters, without the parameters under them'):
+      pretrained._of_run(tmp_path / 'run', MODEL)
+    model, params = lora.merged(run.model, result.params)
+    pretrained.write(tmp_path / 'out', model, params, TOKENIZER)
+    assert same(pretrained.load(str(tmp_path / 'out')).params, params)
+
+
+def test_parameters_that_a_run_is_given_lie_under_adapters():
+  start = lambda model: lambda same_model: (model, same_model)
+  plain, adapted = lora.start_from(configured(), start), lora.start_from(lora.adapt(configured(), 2), start)
+  assert plain.start(MODEL) == adapted.constants[0].load(MODEL) == (MODEL, MODEL) and adapted.start is None
+  assert lora.start_from(configured(), None).start is None
+  with pytest.raises(ValueError, match='give them with --init'):
+    lora.start_from(lora.adapt(configured(), 2), None)
