@@ -1,7 +1,6 @@
 """Fine-tune a model to answer. By default: from nothing, on puzzles about letters that are made up.
 
   python experiments/finetune_chat.py
-  python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --temperature=0
 
 On records of your own, from a run, a Hugging Face folder or the hub:
 

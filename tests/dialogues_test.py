@@ -99,8 +99,9 @@ def test_unpaired_answers_never_go_with_an_answer_to_their_own_prompt(tmp_path):
 
 
 def test_plain_is_prompt_completion_and_eos(tmp_path):
-  data, _ = opened(tmp_path, [{'prompt': 'hi', 'completion': 'yo'}], template=turns.Plain('\n'))
-  assert shown(data.records('train')[0]) == '<s>hi\nYO</S>'
+  rows = [{'prompt': 'hi', 'completion': 'yo'}, {'prompt': [USER('a'), SAYS('b'), USER('c')], 'completion': 'd'}]
+  records = opened(tmp_path, rows, template=turns.Plain('\n'))[0].records('train')
+  assert [shown(records[i]) for i in (0, 1)] == ['<s>hi\nYO</S>', '<s>a\nb</s>c\nD</S>']
 
 
 def test_bos_comes_once_also_where_the_template_writes_it(tmp_path):

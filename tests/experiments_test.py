@@ -1,5 +1,6 @@
 """Every experiment runs, small, and is lowered at its own size for hardware that is not here; every tool starts."""
 import argparse
+import functools
 import importlib
 import inspect
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 from absl import flags
 
 from lm import launch, pretrained, sharding, track, train, trained
-from lm.data import corpora, tokenizer
+from lm.data import corpora, puzzles, tokenizer
 from lm.models import transformer
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments'
@@ -21,6 +22,8 @@ TINY = {
     'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
                  '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1', '--evaluate_every=1',
                  '--evaluate_batches=1'],
+    'finetune_chat': ['--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1'],
+    'preference': ['--length=64', '--batch=8', '--steps=2', '--warmup=1'],
     'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
                 '--steps=2'],
     'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
@@ -54,6 +57,25 @@ def names(experiments: bool) -> list[str]:
   return sorted(name for name, found in has.items() if bool(found) is experiments)
 
 
+@pytest.fixture(scope='module')
+def start(scripts, tmp_path_factory):
+  """A folder with a small run of finetune_chat, which preference starts from."""
+  folder = tmp_path_factory.mktemp('start')
+  (knobs,), _ = launch.parse([scripts['finetune_chat'].experiment], ['finetune_chat.py', *TINY['finetune_chat']])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(puzzles, 'dialogues', functools.partial(puzzles.dialogues, 300))
+    launch._train(scripts['finetune_chat'].experiment, knobs, None, workdir=folder / 'runs/finetune_chat')
+  return folder
+
+
+@pytest.fixture
+def small(start, monkeypatch):
+  """What the experiments find: few puzzles, and something to start from."""
+  for name in ('dialogues', 'preferences'):
+    monkeypatch.setattr(puzzles, name, functools.partial(getattr(puzzles, name), 300))
+  monkeypatch.chdir(start)
+
+
 @pytest.fixture
 def texts(tmp_path):
   folder = tmp_path / 'texts'
@@ -68,7 +90,7 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize('name', names(experiments=True))
-def test_an_experiment_trains(name, scripts, texts, tmp_path, monkeypatch):
+def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
   monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
   argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
@@ -96,7 +118,7 @@ def defaults(module, name: str, texts) -> train.Run:
 
 @pytest.mark.parametrize('shape', ['8x1', '4x2'])
 @pytest.mark.parametrize('name', names(experiments=True))
-def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts):
+def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
   with jax.sharding.use_abstract_mesh(mesh):
     run = defaults(scripts[name], name, texts)
@@ -154,6 +176,33 @@ def test_pretrain_names_control_tokens(scripts):
   assert make('--objective=ul2', '--control=a,b,c').objective.control[-3:] == ('a', 'b', 'c')
   with pytest.raises(ValueError, match='--control=a names tokens, of which --objective=next_token needs none'):
     make('--control=a')
+
+
+@pytest.mark.parametrize('method', ['cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'])
+def test_every_method_of_preference_fits_together(method, scripts, small):
+  mesh = sharding.abstract_mesh('4x2')
+  with jax.sharding.use_abstract_mesh(mesh):
+    (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}'])
+    train.check(scripts['preference'].experiment(**knobs), mesh)
+
+
+def test_preference_says_how_to_make_what_it_starts_from(scripts, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(FileNotFoundError, match='make it with "python experiments/finetune_chat.py"'):
+    scripts['preference'].experiment()
+
+
+def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, small, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
+  monkeypatch.setattr(scripts['preference'], 'QUESTIONS', 2)
+  workdir = f'--workdir={tmp_path}/run'
+  monkeypatch.setattr(sys, 'argv', ['preference.py', *TINY['preference'], '--method=kto', workdir])
+  launch.run(scripts['preference'].experiment, scripts['preference'].report)
+  out = capsys.readouterr().out
+  assert re.search(r'held out: .*accuracy', out) and re.search(r'after: \d of 2 answers are exactly', out)
+  monkeypatch.setattr(sys, 'argv', ['generate.py', workdir, '--chat', '--prompt=hi', '--max_tokens=4'])
+  launch.tool(scripts['generate'].main)
+  assert not capsys.readouterr().out.startswith('hi')
 
 
 def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):

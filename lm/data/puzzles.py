@@ -31,7 +31,7 @@ def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> S
   return _source('puzzles', record, count, validation, seed)
 
 
-def preferences(count: int = 10_000, validation: float = 0.02, seed: int = 1) -> Source:
+def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
   """Records {"prompt", "chosen", "rejected"}: both answers are right, and the chosen one is polite."""
   def record(question, answer, rng):
     return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer}
