@@ -251,7 +251,7 @@ def scoring(folder: pathlib.Path, kind: Kind, number: int, rounds: int) -> str:
   if len(found) < 2:
     return f'  {kind:12} failed'
   mine, theirs = found.values()
-  return (f'  {kind:12}{mine.rate:11,.0f}{theirs.rate:14,.0f}{mine.rate / theirs.rate:7.2f}'
+  return (f'  {kind:12}{mine.rate:11,.0f}{theirs.rate:14,.0f}{mine.rate / theirs.rate:7.2f}{mine.cpu / theirs.cpu:7.2f}'
           f'{abs(mine.loss - theirs.loss):17.1e}{mine.peak / theirs.peak:13.2f}')
 
 
@@ -300,7 +300,7 @@ def benchmark(*, what: list[What] = get_args(What), families: list[Kind] = get_a
     if 'import' in what:
       importing(root / 'large', rounds)
   if lines:
-    print('\n  scoring     ours, tok/s  transformers  ratio  loss difference  peak memory', *lines, sep='\n')
+    print('\n  scoring     ours, tok/s  transformers  ratio    CPU  loss difference  peak memory', *lines, sep='\n')
 
 
 if __name__ == '__main__':

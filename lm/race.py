@@ -36,6 +36,7 @@ _step: Callable[[], Any]   # of the arm whose process this is
 
 class Result(NamedTuple):
   rate: float   # units a second, the median of rounds
+  cpu: float    # units a second of its threads on a processor: of use where others use the machine too
   loss: float   # of the first step
   peak: float   # GB
 
@@ -54,12 +55,12 @@ def peak() -> float:
   return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) * 1024 / 1e9
 
 
-def measure(steps: int) -> tuple[float, float]:
-  """In an arm's process: seconds, and peak memory."""
-  start = time.perf_counter()
+def measure(steps: int) -> tuple[float, float, float]:
+  """In an arm's process: seconds, those of all its threads on a processor, and peak memory."""
+  start, busy = time.perf_counter(), time.process_time()
   for _ in range(steps):
     _step()
-  return time.perf_counter() - start, peak()
+  return time.perf_counter() - start, time.process_time() - busy, peak()
 
 
 def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, float]:
@@ -123,17 +124,18 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
     for number in range(rounds):
       for name in list(ready)[::-1 if number % 2 else 1]:
         taken[name].append(ready[name][0].submit(measure, steps).result())
-  print(f'{unit + "/s":>24}   ratio (of rounds)  peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
+  print(f'{unit + "/s":>24}   ratio (of rounds)  CPU   peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
         '   weights')
   rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
-  for name, (seconds, memory, facts) in rows.items():
-    base_seconds, base_memory, base_facts = rows[list(rows)[-1]]
+  for name, (seconds, busy, memory, facts) in rows.items():
+    base_seconds, base_busy, base_memory, base_facts = rows[list(rows)[-1]]
     median, most = statistics.median(seconds), max(facts['peak'], *memory)
     ratios = sorted(b / a for a, b in zip(seconds, base_seconds))
     spread = f'({ratios[0]:.2f}..{ratios[-1]:.2f})' if seconds is not base_seconds else ''
     print(f'  {name:13}{count * steps / median:9,.0f}{statistics.median(base_seconds) / median:8.2f} {spread:13}'
+          f'{statistics.median(base_busy) / statistics.median(busy):6.2f}'
           f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
           f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
           .replace('nan', '  -'), flush=True)
-  return {name: Result(count * steps / statistics.median(seconds), facts['loss'], max(facts['peak'], *memory))
-          for name, (seconds, memory, facts) in rows.items()}
+  return {name: Result(*(count * steps / statistics.median(times) for times in (seconds, busy)), facts['loss'],
+                       max(facts['peak'], *memory)) for name, (seconds, busy, memory, facts) in rows.items()}
