@@ -40,22 +40,27 @@ class Denoising:
     steps: forward passes in all; as many as there are tokens draws one at a time.
     blocks: parts that are filled from left to right, each in its share of the steps.
     remasking: `low_confidence`, or `random`, or a function of its own.
+    sampling: how a token is drawn; without a repetition penalty, as tokens have no order here.
   """
   steps: int = 64
   blocks: int = 1
   remasking: Callable[[jax.Array, jax.Array], jax.Array] = low_confidence
+  sampling: Sampling = Sampling()
 
   def __post_init__(self):
     if self.blocks < 1 or self.steps < 1 or self.steps % self.blocks:
       raise ValueError(f'steps={self.steps} are not a positive multiple of blocks={self.blocks}')
+    if self.sampling.repetition_penalty != 1:
+      raise ValueError(f'repetition_penalty={self.sampling.repetition_penalty}: tokens have no order here')
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'how', 'sampling', 'length', 'mask', 'vocab'))
-def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax.Array, *, how: Denoising,
-            sampling: Sampling, length: int, mask: int, vocab: int) -> jax.Array:
-  """The last `length` tokens of each row, [B, length], which are masks in `batch` and are read both ways, on every device.
+@functools.partial(jax.jit, static_argnames=('model', 'how', 'length', 'mask', 'vocab'))
+def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax.Array, *, how: Denoising, length: int,
+            mask: int, vocab: int) -> jax.Array:
+  """The last `length` tokens of each row, which are masks in `batch`: [B, length], on every device.
 
-  Tokens from `vocab` on are never drawn, nor is `mask`.
+  `batch` says that all tokens are read both ways; `stream_B` is the random stream of each row, uint32. Tokens from
+  `vocab` on are never drawn, nor is `mask`.
   """
   size, per_block = length // how.blocks, how.steps // how.blocks
 
@@ -63,9 +68,9 @@ def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax
     """`n` more tokens of a block."""
     ids = jnp.arange(logits.shape[-1])[None]
     logits = jnp.where((ids < vocab) & (ids != mask), logits.reshape(-1, ids.size), -jnp.inf)
-    processed, shape = process(logits, sampling), (*tokens.shape, ids.size)
+    processed, shape = process(logits, how.sampling), (*tokens.shape, ids.size)
     keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, n), step)))(stream)
-    if sampling.greedy:
+    if how.sampling.greedy:
       drawn = jnp.argmax(processed, -1).reshape(tokens.shape)
     else:
       drawn = jax.vmap(jax.random.categorical)(keys[:, 0], processed.reshape(shape))
@@ -89,17 +94,15 @@ def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax
 
 
 def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], how: Denoising = Denoising(),
-             sampling: Sampling = Sampling(), *, length: int = 128, seed: int = 0, mask: str = '<|mask|>') -> list[str]:
+             *, length: int = 128, seed: int = 0, mask: str = '<|mask|>') -> list[str]:
   """The completion of each prompt: `length` tokens that are unmasked as `how` says, up to the first that ends a text.
 
   A completion is a function of (seed, prompt, how many equal prompts stand before it). On a mesh, call it inside
   `jax.set_mesh`. ValueError where a prompt and `length` are more than the model can place, the blocks do not divide the
-  length, the steps are more than it, `sampling` has a repetition penalty, or the tokenizer has no such mask.
+  length, the steps are more than it, or the tokenizer has no such mask.
   """
   if length < 1 or length % how.blocks or how.steps > length:
     raise ValueError(f'length={length} must be a multiple of blocks={how.blocks} and at least steps={how.steps}')
-  if sampling.repetition_penalty != 1:
-    raise ValueError(f'repetition_penalty={sampling.repetition_penalty} is not supported: tokens have no order here')
   if not prompts:
     return []
   texts = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
@@ -116,7 +119,7 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
     positions[row, start:] = np.arange(longest + length - start)
   batch = Batch(tokens, positions=positions, segments=segments, bidirectional=np.ones(tokens.shape, bool))
   made = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), jax.random.key(seed), how=how,
-                            sampling=sampling, length=length, mask=masked, vocab=tokenizer.vocab_size))
+                            length=length, mask=masked, vocab=tokenizer.vocab_size))
   return [_text(tokenizer, ids, row) for ids, row in zip(texts, made)]
 
 
@@ -137,11 +140,11 @@ def _log_probabilities(apply, params, batch: Batch) -> jax.Array:
 
 def log_likelihood(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int, *, given: int = 1, draws: int = 64,
                    positions: int = 2048, seed: int = 0) -> np.ndarray:
-  """A lower bound of log p(tokens[given:] | tokens[:given]) of each text, in nats, [texts]; an estimate by `draws` masks.
+  """A lower bound of log p(tokens[given:] | tokens[:given]) of each text, in nats, [texts]; an estimate.
 
-  The mean of L/l sum_set log p(x_i | tokens left) over sets of l of the L tokens (see `objectives.diffusion`), where l
-  takes its values 1 to L evenly: of half the variance and less than masks at a random rate. Draws are read about so
-  many `positions` at a time; ValueError where a text is longer than the model can place.
+  The mean, over `draws` sets of l of the L tokens, of L/l sum_set log p(x_i | tokens left) (Nie et al. 2025, eq. 14;
+  see `objectives.diffusion`), where l takes its values 1 to L evenly. About so many `positions` are read at a time.
+  ValueError where a text is longer than the model can place.
   """
   if (longest := max(map(len, texts), default=0)) > model.max_length:
     raise ValueError(f'a text of {longest} tokens is more than the {model.max_length} that the model can place')

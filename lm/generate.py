@@ -202,7 +202,6 @@ def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
 
 
 class Draft(Protocol):
-  """Another way to make tokens."""
   def tokens(self, model: Any, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
              sampling: Sampling, max_tokens: int, seed: int) -> Iterator[Sequence[np.ndarray]]:
     """New tokens after each text, some at a time, not as many for each; what comes after its end does not count."""
@@ -293,7 +292,8 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
 
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0, draft: Draft | None = None) -> list[str]:
+             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0, draft: Draft | None = None
+             ) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
   pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed,
                   draft=draft)

@@ -4,10 +4,10 @@
   generate.generate(model, params, tokenizer, prompts, draft=draft)
   print(draft.acceptance, draft.tokens_per_pass)
 
-What is written has the distribution that the trunk alone would give it (Leviathan et al. 2023, arXiv:2211.17192), and is
-the same text where it is greedy, up to the rounding of sums of another shape. The drafts are those of the model's own
-modules of multi-token prediction (DeepSeek-AI 2024). Shapes: the legend in `models/transformer.py`; D here is the number
-of drafted tokens, W = D + 1 those of a forward pass.
+What is written has the distribution that the trunk alone would give it (Leviathan et al. 2023, arXiv:2211.17192), and
+is the same text where it is greedy, up to the rounding of sums of another shape. The drafts are made by the model's own
+modules of multi-token prediction (DeepSeek-AI 2024). Shapes: the legend in `models/transformer.py`; here D are drafted
+tokens, and W = D + 1 those of a forward pass.
 
 Each row has its own place in the cache. What a pass wrote there of tokens that were then rejected lies behind that
 place, where nothing sees it, and the next pass, as long, writes over it.
@@ -49,9 +49,9 @@ def verify(p_BWV: jax.Array, q_BDV: jax.Array, drafts_BD: jax.Array, uniform_BD:
            ) -> tuple[jax.Array, jax.Array]:
   """How many drafts are accepted, [B], and the token after them.
 
-  A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); at the first that is not, the token is drawn
-  from max(0, p - q), normalised; after the last, from p. So each token is distributed as p. `p` are the model's
-  probabilities after each of the drafts before, and after all.
+  A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); in place of the first that is not, a token
+  is drawn from max(0, p - q), normalised; after the last, one from p. So each token is distributed as p, the model's
+  probabilities: after none of the drafts, after the first, ..., after all. `uniform` is in [0, 1).
   """
   of = lambda table: jnp.take_along_axis(table, drafts_BD[..., None], axis=2)[..., 0]
   right = uniform_BD * of(q_BDV) < of(p_BWV[:, :-1])
@@ -111,8 +111,8 @@ def _draft(model: MultiToken, params: Any, head: Any, state: _State, sampling: S
   visible = Visible(segments, key_segments, None, positions, key_positions, index - n)
   tokens, previous, drafted, caches = state.tokens_BS, state.hidden, [], []
   for k in range(1, drafts + 1):
-    previous, hidden, cache = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k), positions, visible,
-                                          state.depths[k - 1])
+    previous, hidden, cache = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k), positions,
+                                          visible, state.depths[k - 1])
     q, token = _by_row(functools.partial(propose, 1 + k), head(hidden[:, -1:]), state.stream_B, index - first,
                        key=state.key)
     tokens = write(tokens, token[:, None], index + k)
@@ -136,8 +136,9 @@ def _prefill(model, params, batch: Batch, stream_B, key, ends, *, sampling, voca
   token = _by_row(draw, out.head(out.hidden[:, -1:]), stream, index - first - 1, key=key)
   tokens = jnp.pad(jnp.concatenate([batch.tokens, token[:, None]], axis=1), ((0, 0), (0, slots - width - 1)))
   done = (first == width) | (token[:, None] == ends[None]).any(-1)
-  state = _State(out.cache._replace(index=index), model.init_depth_caches(rows, slots)[:drafts], out.hidden, tokens, None,
-                 first, done, stream, key, jnp.int32(0), jnp.int32(0))
+  caches = model.init_depth_caches(rows, slots)[:drafts]
+  state = _State(out.cache._replace(index=index), caches, out.hidden, tokens, None, first, done, stream, key,
+                 jnp.int32(0), jnp.int32(0))
   return _draft(model, params, out.head, state, sampling, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
 
 

@@ -32,7 +32,10 @@ class ParallelHead(nn.Module):
 
 
 class SequentialModule(nn.Module):
-  """A block on M [norm(h); norm(e)], h of the depth before, e the embedding of token i + k (DeepSeek-AI 2024, eq. 21)."""
+  """A block on M [norm(h); norm(e)]: h of the depth before, e the embedding of token i + k (DeepSeek-AI 2024, eq. 21).
+
+  Depth 1 reads what the trunk gives, normalised.
+  """
   block: nn.Module
   hidden_norm: nn.Module
   token_norm: nn.Module
@@ -56,12 +59,11 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MultiToken:
-  """A trunk with `depths` modules alike, each with parameters of its own; embedding, last norm and head are the trunk's.
+  """A trunk, and modules alike for `depths` depths, each with its parameters; embedding, last norm and head are shared.
 
-  The parameters are those of the trunk and an entry `depths`, stacked as those of blocks are: `trunk` reads them as they
-  are. Depths see the tokens of their segment that are not later, even where the trunk's are marked bidirectional: what
-  they read is ahead of their position. A step of training with one depth takes as much longer as the trunk is deep, and
-  one more product with the head: see `BUILD_NOTES.md`.
+  The parameters are those of the trunk and an entry `depths`, stacked as those of blocks are: `trunk` reads them as
+  they are. Depths see the tokens of their segment that are not later, even where the trunk's are marked bidirectional:
+  what they read is ahead of their position.
   """
   trunk: Transformer
   depths: int

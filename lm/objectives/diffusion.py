@@ -1,13 +1,13 @@
 """Masked diffusion: tokens are masked at a random rate, and predicted from those that are left, before and after them.
 
-Masking each of L tokens with probability t, uniform in (0, 1], bounds the likelihood (Sahoo et al. 2024, MDLM; Nie et al.
-2025, LLaDA; linear schedule):
+Masking each of L tokens with probability t, uniform in (0, 1], bounds the likelihood (Sahoo et al. 2024, MDLM; Nie et
+al. 2025, LLaDA; linear schedule):
 
   -log p(x) <= E_t E_masks [1/t sum_masked -log p(x_i | tokens left)]
              = E_l E_sets of l [L/l sum_set -log p(x_i | tokens left)],   l uniform in 1, ..., L.
 
-The two expectations are equal (LLaDA's eq. 14), but E[1/t] diverges where L/l is at most L: examples are made the second
-way, so that one of a few tokens does not weigh as much as all others.
+The two are equal (LLaDA's eq. 14), but E[1/t] diverges, and L/l is at most L: examples are made the second way, so that
+the loss has a variance.
 """
 from collections.abc import Callable
 

@@ -17,13 +17,13 @@ def shifted(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
 
 
 def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
-  """The loss of `objective`, and weight / D times the sum of the cross-entropies of D depths (DeepSeek-AI 2024, eq. 25).
+  """The loss of `objective` and that of D depths (DeepSeek-AI 2024, DeepSeek-V3, eq. 24 and 25).
 
     L = L_0 + weight/D sum_k L_k,   L_k = -1/W sum_i w_{i+k} log p_k(target_{i+k} | tokens up to i + k),
 
-  where W is the denominator of `objective`, such as `next_token()`, whose targets are the tokens that follow theirs. Not
-  less than D positions of a document have no target at some depth, and they count in W as in eq. 24. DeepSeek-V3 took a
-  weight of 0.3, and 0.1 for the last third; all n losses count alike (Gloeckle et al. 2024) with weight = D.
+  W is the denominator of `objective`, such as `next_token()`, whose targets must be the tokens that follow. The last k
+  positions of a segment have no target at depth k, and count in W all the same, as in eq. 24. DeepSeek-V3 had a weight
+  of 0.3, and 0.1 in the last third; with weight = D all losses count alike (Gloeckle et al. 2024).
 
   The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.multi_token`). `nll` and `correct`
   are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
