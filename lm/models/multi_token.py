@@ -174,4 +174,5 @@ def parallel(trunk: Transformer, depths: int) -> MultiToken:
 
 def sequential(trunk: Transformer, depths: int) -> MultiToken:
   """A chain of modules that read the tokens in between (DeepSeek-AI 2024), of blocks as the trunk's last."""
-  return MultiToken(trunk, depths, SequentialModule(trunk.layers[-1], trunk.norm, trunk.norm))
+  norms = trunk.norm.clone(), trunk.norm.clone()   # two objects: Flax would take one for one set of parameters
+  return MultiToken(trunk, depths, SequentialModule(trunk.layers[-1], *norms))
