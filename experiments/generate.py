@@ -4,17 +4,18 @@
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
+import sys
 
 import jax
 
-from lm import generate, launch, pretrained, sharding, trained
+from lm import generate, launch, pretrained, sharding, speculative, trained
 from lm.models.encoder_decoder import EncoderDecoder
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
-         mesh: str | None = None) -> None:
+         mesh: str | None = None, draft: int = 0) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -32,6 +33,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     seed: of the draws.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
+    draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   if n < 1:
@@ -42,15 +44,18 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     shown = '' if isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
-    begun = False
+    begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
     for pieces in generate.stream(loaded.model, loaded.params, loaded.tokenizer, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed):
+                                  max_tokens=max_tokens, stop=stop, seed=seed, draft=drafting):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]
     print()
     for text in rest[1:]:
       print(f'\n{"-" * 80}\n{shown}{text}')
+    if drafting:
+      print(f'drafts: {drafting.acceptance:.1%} accepted, {drafting.tokens_per_pass:.2f} tokens a forward pass',
+            file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,8 @@ from lm import launch, optim, pretrained, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import multi_token, transformer
+from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
 
@@ -58,7 +59,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
-               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
+               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', predict_ahead: int = 0,
+               ahead_modules: Literal['sequential', 'parallel'] = 'sequential', ahead_weight: float = 0.3,
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
@@ -83,6 +85,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
     denominator: what a loss is divided by, targets or sequences.
+    predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
+    ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
+    ahead_weight: of the mean of their losses.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     clip: bound on the global norm of the gradient.
     warmup: steps of linear warm-up.
@@ -109,13 +114,18 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     decoder = decoder.clone(remat=shape['remat'])
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
+  learned = next_token(denominator=getattr(objective, denominator))
+  if predict_ahead:
+    decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
+        decoder, predict_ahead)
+    learned = multi_token_objective.multi_token(learned, ahead_weight)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
           'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
   return train.Run(
-      model=decoder, objective=next_token(denominator=getattr(objective, denominator)),
+      model=decoder, objective=learned,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,

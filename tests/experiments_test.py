@@ -25,7 +25,7 @@ TINY = {
 }
 # What a tool is asked for beside --help: flags that it must understand.
 TOOLS = {
-    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b'],
+    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b', '--draft=1'],
     'score': ['--text=something', '--source=some', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
