@@ -119,28 +119,28 @@ KINDS = pytest.mark.parametrize('kind', [multi_token.parallel, multi_token.seque
 
 def trunk(attend, positions=False):
   block = parts.Block(attend, parts.FeedForward(16), parts.RMSNorm(), parts.RMSNorm())
-  return transformer.Transformer(264, 32, stack.stacks([block] * 2), parts.RMSNorm(), 64, positions, tied=False)
+  return transformer.Transformer(264, 32, stack.stacks([block]), parts.RMSNorm(), 64, positions, tied=False)
 
 
 WINDOW = trunk(attention.Attention(4, 2, 8, rotary.Rotary(), scores=attention.Scores(window=5)))
 LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
 
 
-@pytest.mark.parametrize('model', [multi_token.parallel(WINDOW, 1), multi_token.sequential(WINDOW, 3),
-                                   multi_token.sequential(LATENT, 2)], ids=['parallel', 'window', 'latent'])
+@pytest.mark.parametrize('model', [multi_token.sequential(WINDOW, 2), multi_token.parallel(LATENT, 1)],
+                         ids=['window', 'latent'])
 def test_greedy_text_is_that_of_the_trunk(model):
   """To the last place of the model, rows that end early among them."""
   params = random_params(model, 0.6)
-  plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=35)
+  plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=36)
   draft = speculative.SelfSpeculation()
-  assert generate.generate(model, params, Bytes(), PROMPTS, GREEDY, max_tokens=35, draft=draft) == plain
+  assert generate.generate(model, params, Bytes(), PROMPTS, GREEDY, max_tokens=36, draft=draft) == plain
   assert draft.proposed == draft.passes * model.depths > 0
 
   class Ends(Bytes):
-    eos_ids = 257, int(tokens_of(model, params, PROMPTS[:1], GREEDY, 12, draft)[0][8])
+    eos_ids = 257, int(tokens_of(model, params, PROMPTS, GREEDY, 36, draft)[0][8])
 
-  ended = generate.generate(model.trunk, params, Ends(), PROMPTS, GREEDY, max_tokens=20)
-  assert generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=20, draft=draft) == ended
+  ended = generate.generate(model.trunk, params, Ends(), PROMPTS, GREEDY, max_tokens=36)
+  assert generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=36, draft=draft) == ended
   assert len(ended[0]) < len(plain[0])
 
 
@@ -157,13 +157,13 @@ class Twelve(Bytes):
 @KINDS
 def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   """After each round, whatever was accepted: the modules have read true tokens, and the drafts before theirs."""
-  model, words = kind(SMALL, 3), Twelve()
+  model, words = kind(SMALL, 2), Twelve()
   params, sampling = random_params(model, 0.25), generate.Sampling()   # so flat that most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
   how = {'sampling': sampling, 'vocab': 11}
   batch, stream = generate._prompts(model, ids, words), generate.streams(ids, 3, 0)
   state = speculative._prefill(model, model.unstack(params), batch, stream, jax.random.key(0), np.int32([77]), slots=64,
-                               drafts=3, **how)
+                               drafts=2, **how)
 
   @jax.jit
   def forward(params, tokens):
@@ -175,13 +175,13 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
     tokens, index, drafted = (np.asarray(x) for x in (state.tokens_BS, state.cache.index, state.drafted_BDV))
     for row in range(3):
       padded = np.zeros((1, 64), np.int32)
-      padded[0, :index[row] + 4 - first[row]] = tokens[row, first[row]:index[row] + 4]   # with the drafts
+      padded[0, :index[row] + 3 - first[row]] = tokens[row, first[row]:index[row] + 3]   # with the drafts
       for k, logits in enumerate(forward(params, padded)):
         expected = jax.nn.softmax(logits[0, index[row] - 1 - first[row], :11])
         np.testing.assert_allclose(drafted[row, k, :11], expected, rtol=1e-3, atol=1e-5)
     state, _ = speculative._decode(model, model.unstack(params), state, np.int32(60), np.int32([77]), rounds=1, **how)
     steps.append(np.asarray(state.cache.index) - index)
-  assert {1, 4} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2   # all and none, by row
+  assert {1, 3} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2   # all and none, by row
 
 
 def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
