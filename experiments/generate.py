@@ -5,10 +5,11 @@
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
+import sys
 
 import jax
 
-from lm import generate, launch, pretrained, sharding, trained
+from lm import generate, launch, pretrained, sharding, speculative, trained
 from lm.data import turns
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.objectives.objective import causal_prompt
@@ -26,7 +27,7 @@ def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversati
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
-         chat: bool = False, mesh: str | None = None) -> None:
+         chat: bool = False, draft: int = 0, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -45,6 +46,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
     chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
+    draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   if n < 1:
@@ -60,15 +62,18 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     tokens = speaker(loaded) if chat else loaded.tokenizer
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
-    begun = False
+    begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark):
+                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark, draft=drafting):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]
     print()
     for text in rest[1:]:
       print(f'\n{"-" * 80}\n{shown}{text}')
+    if drafting:
+      print(f'drafts: {drafting.acceptance:.1%} accepted, {drafting.tokens_per_pass:.2f} tokens a forward pass',
+            file=sys.stderr)
 
 
 if __name__ == '__main__':

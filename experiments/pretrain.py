@@ -16,8 +16,9 @@ from lm import launch, lora, optim, pretrained, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import transformer
+from lm.models import multi_token, transformer
 from lm.objectives import losses
+from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective as objectives
 from lm.objectives.infill import NAMES, infill
 from lm.objectives.masked import masked
@@ -95,6 +96,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', label_smoothing: float = 0.,
                z_loss: float = 0., noise: float = 0.15, mean_span: float = 3., infill_rate: float = 0.5,
                control: tuple[str, ...] = (),
+               predict_ahead: int = 0, ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
+               ahead_weight: float = 0.3,
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
@@ -127,6 +130,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     infill_rate: share of the pieces whose middle comes last.
     control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
       sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
+    predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
+    ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
+    ahead_weight: of the mean of their losses.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     clip: bound on the global norm of the gradient.
     warmup: steps of linear warm-up.
@@ -157,6 +163,12 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     decoder = decoder.clone(remat=shape['remat'])
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
+  if predict_ahead:
+    if objective != 'next_token':
+      raise ValueError(f'--predict_ahead={predict_ahead} goes with --objective=next_token, not with {objective}')
+    decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
+        decoder, predict_ahead)
+    goal = multi_token_objective.multi_token(goal, ahead_weight)
   rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
           'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,

@@ -12,7 +12,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -183,17 +183,21 @@ def _check(model: Model, tokenizer: Tokenizer, batch: Batch, max_tokens: int) ->
                      f'{model.max_length} that the model can place; shorten one of them')
 
 
+def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
+  """The random stream of each row, uint32: of its text and how many equal ones stand before it."""
+  found, copies = np.zeros(rows, np.uint32), collections.Counter()
+  for row, ids in enumerate(texts):
+    known = np.int32([bos, *ids]).tobytes()
+    found[row] = zlib.crc32(known, copies[known])
+    copies[known] += 1
+  return found
+
+
 def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
   """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
   rows, width = batch.tokens.shape
-  stream = np.zeros(rows, np.uint32)
-  copies: collections.Counter[bytes] = collections.Counter()
-  for row, ids in enumerate(texts):
-    known = np.int32([tokenizer.bos_id, *ids]).tobytes()
-    stream[row] = zlib.crc32(known, copies[known])
-    copies[known] += 1
-  seen = None
+  stream, seen = streams(texts, rows, tokenizer.bos_id), None
   if sampling.repetition_penalty != 1:
     seen = np.zeros((rows, model.vocab), bool)
     row, column = np.nonzero(batch.segments)
@@ -206,6 +210,12 @@ def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
   for left in range(max_tokens - 1, 0, -CHUNK):
     state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), ends, **how)
     yield np.asarray(made)[:len(texts), :left]
+
+
+class Draft(Protocol):
+  def tokens(self, model: Any, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
+             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[Sequence[np.ndarray]]:
+    """New tokens after each text, some at a time, not as many for each; what comes after its end does not count."""
 
 
 # Text.
@@ -255,13 +265,14 @@ class _Text:
 
 def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
            *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-           mark: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[list[str]]:
+           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
   A document begins with bos, so bos is put in front of each prompt; an encoder-decoder reads the prompt as its source,
   and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
   strings, or after `max_tokens` tokens. Pieces hold whole characters. With `mark=objective.prompt`, prompts are read as
-  in training. On a mesh, call it inside `jax.set_mesh`.
+  in training. With a `draft`, several tokens may come of one forward pass (see `speculative`). On a mesh, call it
+  inside `jax.set_mesh`.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
@@ -276,7 +287,8 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   _check(model, tokenizer, batch, max_tokens)
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [_Text(tokenizer, ids[1:], stop) for ids in before]   # without bos
-  for made in _tokens(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
+  make = _tokens if draft is None else draft.tokens
+  for made in make(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
     if all(text.done for text in texts):
       return
@@ -285,9 +297,10 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
              *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-             mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[str]:
+             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
-  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark)
+  pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark,
+                  draft=draft)
   return [''.join(column) for column in zip(*pieces)]
 
 

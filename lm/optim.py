@@ -132,7 +132,7 @@ def muon(schedule: Schedule, weight_decay: float = 0.1, rest: float = 1., b1: fl
 def _matrices(params: Any) -> Any:
   """For each weight of a block, stacked over layers, which axes are the input's and the output's; None for the rest."""
   def axes(path, leaf):
-    if path[0].key != 'blocks' or not _is_matrix(path):
+    if path[0].key not in ('blocks', 'depths') or not _is_matrix(path):
       return None
     if path[-1].key in ('gate', 'up', 'down'):   # after the layers, experts may come
       return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))

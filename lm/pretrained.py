@@ -18,6 +18,7 @@ from lm.data import export as tokenizer_export
 from lm.describe import describe, differences
 from lm.hf import files, weights
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.multi_token import MultiToken
 
 # What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -158,7 +159,9 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
   """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open; whole or not at all.
 
   `like` is the folder that the model was imported from, whose tokenizer, chat template and generation config it keeps.
+  Of a model that predicts further tokens, its trunk is written.
   """
+  model = model.trunk if isinstance(model, MultiToken) else model
   with files.new_folder(folder) as new:
     ids = {'bos_token_id': tokens.bos_id,
            'eos_token_id': tokens.eos_id if len(tokens.eos_ids) == 1 else list(tokens.eos_ids)}

@@ -28,11 +28,12 @@ TINY = {
                 '--steps=2'],
     'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.
 TOOLS = {
-    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b'],
+    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b', '--draft=1'],
     'score': ['--text=something', '--source=some', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],

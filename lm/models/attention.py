@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models import layers
@@ -18,8 +17,8 @@ from lm.models.rotary import Rotary
 class Visible(NamedTuple):
   """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
 
-  A window, or a chunk, holds for both: it is as wide towards later keys.
-  Fields are None where they do not restrict. `start` is the slot of the first query among the keys (cached decoding).
+  A window, or a chunk, holds for both: it is as wide towards later keys. Fields are None where they do not restrict.
+  `start` is the slot of the first query among the keys (cached decoding), one for all rows or one for each.
   Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated.
   """
   segments_BT: jax.Array | None = None
@@ -32,13 +31,14 @@ class Visible(NamedTuple):
 
   def mask(self, queries: slice, keys: slice, scores: 'Scores') -> jax.Array:
     """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
-    first = 0 if self.start is None else self.start
-    distance = jnp.arange(queries.start, queries.stop)[:, None] + first - jnp.arange(keys.start, keys.stop)[None]
-    mask = (distance >= 0 if scores.causal else jnp.full(distance.shape, True))[None, None]
+    first = jnp.reshape(0 if self.start is None else self.start, (-1, 1, 1))
+    distance = (jnp.arange(queries.start, queries.stop)[None, :, None] + first
+                - jnp.arange(keys.start, keys.stop)[None, None])
+    mask = (distance >= 0 if scores.causal else jnp.full(distance.shape, True))[:, None]
     if self.bidirectional_BS is not None:
       mask = mask | self.bidirectional_BS[:, None, None, keys]
     if scores.window is not None:
-      mask = mask & (jnp.abs(distance) < scores.window)[None, None]
+      mask = mask & (jnp.abs(distance) < scores.window)[:, None]
     if scores.chunk is not None:
       chunk, key_chunk = self.positions_BT // scores.chunk, self.key_positions_BS // scores.chunk
       mask = mask & (chunk[:, None, queries, None] == key_chunk[:, None, None, keys])
@@ -73,7 +73,8 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, sinks_N, visible)
   heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
-  restrictions = Visible(rows, rows, rows, rows, rows, P(), sharding.spec('NTS'))
+  start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
+  restrictions = Visible(rows, rows, rows, rows, rows, start, sharding.spec('NTS'))
   return jax.shard_map(local, in_specs=(heads, keys, keys, sharding.spec('N'), restrictions), out_specs=heads,
                        check_vma=False)(q_BTNH, k, v, sinks_N, visible)
 
@@ -207,6 +208,18 @@ class Temperature:
     return 1 + self.scale * jnp.log1p(jnp.floor((positions_BT.astype(jnp.float32) + 1) / self.floor))
 
 
+def write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+  """`slots`, with `new` in them from slot `index` of an axis on; one index for all rows, or one for each."""
+  new = new.astype(slots.dtype)
+  if index.ndim == 0:
+    return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis)
+  put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))
+  if (rows := sharding.spec('B')) is None:
+    return put(slots, new, index)
+  layout = jax.typeof(slots).sharding.spec
+  return jax.shard_map(put, in_specs=(layout, layout, rows), out_specs=layout, check_vma=False)(slots, new, index)
+
+
 class LayerCache(NamedTuple):
   """Keys and values of one layer, heads first, so that a step reads them as they lie."""
   k_BKSH: jax.Array
@@ -214,9 +227,7 @@ class LayerCache(NamedTuple):
 
   def append(self, index: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 'LayerCache':
     """With T new keys and values from slot `index` on."""
-    def put(old, new):
-      return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, index, 0))
-    return LayerCache(put(self.k_BKSH, k_BTKH), put(self.v_BKSH, v_BTKH))
+    return LayerCache(*(write(old, new.swapaxes(1, 2), index, 2) for old, new in zip(self, (k_BTKH, v_BTKH))))
 
 
 def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: int, size: int, bias: bool,

@@ -18,8 +18,7 @@ class LatentCache(NamedTuple):
 
   def append(self, index: jax.Array, latent_BTC: jax.Array) -> 'LatentCache':
     """With T new ones from slot `index` on."""
-    new = latent_BTC.astype(self.latent_BSC.dtype)
-    return LatentCache(jax.lax.dynamic_update_slice(self.latent_BSC, new, (0, index, 0)))
+    return LatentCache(attention.write(self.latent_BSC, latent_BTC, index))
 
 
 class LatentAttention(nn.Module):

@@ -46,7 +46,7 @@ class Cache(NamedTuple):
   layers: tuple[Any, ...]  # what each attention's `init_cache` gives
   segments_BS: jax.Array   # 0: empty or padding
   positions_BS: jax.Array
-  index: jax.Array         # slots that are filled, the same for all rows
+  index: jax.Array         # slots that are filled, the same for all rows; or [B], of each (what lies after is not seen)
 
 
 class Output(NamedTuple):
@@ -136,7 +136,8 @@ class Transformer(Model):
     start = jnp.int32(0) if cache is None else cache.index
     positions = batch.positions
     if positions is None:
-      positions = sharding.constrain(jnp.broadcast_to(start + jnp.arange(x.shape[1])[None], x.shape[:2]), 'BT')
+      positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1])[None]
+      positions = sharding.constrain(jnp.broadcast_to(positions, x.shape[:2]), 'BT')
     if self.positions:
       table = parts.weight(self, 'positions', 'PD', (self.max_length, self.width), init, self.dtype)
       x = x + table.at[positions].get(out_sharding=sharding.spec('BTD'))
@@ -159,12 +160,11 @@ class Transformer(Model):
 
   def _cached(self, params, x, positions, batch, cache):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
-    at = 0, cache.index
-    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, at)
-    key_positions = jax.lax.dynamic_update_slice(cache.positions_BS, positions.astype(jnp.int32), at)
+    filled = attend.write(cache.segments_BS, segments, cache.index)
+    key_positions = attend.write(cache.positions_BS, positions, cache.index)
     bidirectional = None
     if batch.bidirectional is not None:   # of the new tokens: what came before is seen anyway
-      bidirectional = jax.lax.dynamic_update_slice(jnp.zeros_like(filled, bool), batch.bidirectional, at)
+      bidirectional = attend.write(jnp.zeros_like(filled, bool), batch.bidirectional, cache.index)
     visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
     layers = []
     # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.

@@ -1,0 +1,68 @@
+"""A masked diffusion model of Python's own library: trained in minutes on two CPU cores, then made to fill in text.
+
+  python experiments/diffusion.py
+  python experiments/diffusion.py --objective=next_token --steps=1000 --workdir=runs/next_token
+"""
+import functools
+import pathlib
+from typing import Literal
+
+from lm import budget, diffusion, evaluate, generate, launch, optim, train
+from lm.data import corpora, dataset, tokenizer
+from lm.models import transformer
+from lm.objectives.diffusion import masked_diffusion
+from lm.objectives.next_token import next_token
+
+PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
+
+
+def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', minutes: float = 3.,
+               steps: int | None = None, vocab: int = 2048, length: int = 256, layers: int = 2, width: int = 128,
+               heads: int = 2, batch: int = 8, lr: float = 0.015, embedding_rate: float = 4.) -> train.Run:
+  """Trains a small model.
+
+  Args:
+    objective: what is predicted; next tokens by the same model, for comparison.
+    minutes: of training, where there are no steps; the steps that fit are measured first.
+    steps: a fixed number instead; on a finished run, a larger one goes on.
+    vocab: tokens of the SentencePiece tokenizer.
+    length: positions a row.
+    batch: rows a step.
+    lr: of the matrices, which Muon trains.
+    embedding_rate: how much faster the embedding learns.
+  """
+  def make(steps: int) -> train.Run:
+    schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
+    return train.Run(
+        model=transformer.llama(vocab, width, layers, heads, max_length=length),
+        objective=masked_diffusion() if objective == 'diffusion' else next_token(),
+        data=dataset.Text(corpora.python_library(),
+                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+        optimizer=optim.muon(schedule, rest=embedding_rate),
+        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
+
+  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+
+
+def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
+  """Prints what a byte of held-out text costs, and completions of prompts."""
+  if not result.finished:
+    return
+  tokens, bound = result.data.tokenizer, 'at most ' if run.objective.control else ''
+  step = evaluate.make_step(run.model.apply, run.objective, tokens.byte_lengths())
+  held_out = result.data.batches('validation', run.objective, run.batch, seed=None, repeat=False)
+  metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+  length = run.data.length // 2
+  if run.objective.control:
+    samples = diffusion.generate(run.model, result.params, tokens, PROMPTS,
+                                 diffusion.Denoising(length // 2, 4, sampling=generate.Sampling(0.8)), length=length)
+  else:
+    samples = generate.generate(run.model, result.params, tokens, PROMPTS, generate.Sampling(0.8), max_tokens=length)
+  for prompt, sample in zip(PROMPTS, samples):
+    print(f'\n--- {prompt!r}\n{prompt}{sample}')
+  print(f'\n{bound}{metrics["bits_per_byte"]:.3f} bits per byte of the held-out text, after {run.steps} steps of '
+        f'{run.batch * run.data.length:,} tokens; accuracy {metrics["accuracy"]:.1%}')
+
+
+if __name__ == '__main__':
+  launch.run(experiment, report)

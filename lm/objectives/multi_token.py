@@ -1,0 +1,43 @@
+"""Multi-token prediction: at each position, the tokens further ahead too."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lm.data.batches import Batch
+from lm.objectives.objective import Objective, cross_entropy, over_vocabulary
+
+
+def shifted(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
+  """Targets and weights of a depth: those of the position so many further; no weight where that is another segment."""
+  def ahead(x):
+    return jnp.pad(x[:, depth:], ((0, 0), (0, min(depth, x.shape[1]))))
+  weights = ahead(batch.weights)
+  if batch.segments is not None:
+    weights = jnp.where(batch.segments == ahead(batch.segments), weights, 0)
+  return ahead(batch.targets), weights
+
+
+def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
+  """The loss of `objective` and that of D depths (DeepSeek-AI 2024, DeepSeek-V3, eq. 24 and 25).
+
+    L = L_0 + weight/D sum_k L_k,   L_k = -1/W sum_i w_{i+k} log p_k(target_{i+k} | tokens up to i + k),
+
+  W is the denominator of `objective`, such as `next_token()`, whose targets must be the tokens that follow. The last k
+  positions of a segment have no target at depth k, and count in W all the same, as in eq. 24. DeepSeek-V3 had a weight
+  of 0.3, and 0.1 in the last third; with weight = D all losses count alike (Gloeckle et al. 2024).
+
+  The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.multi_token`). `nll` and `correct`
+  are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
+  """
+  def loss(apply, params, batch, key):
+    outputs = apply(params, batch, key=key)
+    loss_sum, weight_sum, sums = objective.loss(lambda *args, **kwargs: outputs, params, batch, key)
+    for depth, hidden in enumerate(outputs.ahead, 1):
+      more, found = over_vocabulary(cross_entropy, hidden, outputs.head, shifted(batch, depth))
+      loss_sum = loss_sum + weight / len(outputs.ahead) * more
+      sums = sums | {f'depth_{depth}/nll': (found['nll'], found['tokens']),
+                     f'depth_{depth}/accuracy': (found['correct'], found['tokens'])}
+    return loss_sum, weight_sum, sums
+
+  return dataclasses.replace(objective, loss=loss)
