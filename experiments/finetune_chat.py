@@ -13,10 +13,9 @@ import functools
 import pathlib
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from lm import generate, launch, optim, train, trained
+from lm import generate, launch, lora, optim, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data import tokenizer as tokenizers
@@ -32,7 +31,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
                tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320, length: int = 256,
                layers: int = 3, width: int = 128, heads: int = 4,
-               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lr: float = 2e-3,
+               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lora_rank: int = 0, lr: float = 2e-3,
                weight_decay: float = 0.01, warmup: int = 50, steps: int = 600, batch: int = 16, accumulate: int = 1,
                evaluate_every: int = 200, save_every: int = 200) -> train.Run:
   r"""Fine-tunes a decoder on dialogues.
@@ -50,6 +49,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     vocab: tokens of the model, and of the tokenizer that is trained.
     length: positions a row; longer records are left out.
     denominator: what a loss is divided by, targets or dialogues.
+    lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
   base = trained.base(model, jnp.dtype(precision)) if model else None
   if base:
@@ -60,7 +60,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))
   records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.dialogues()
-  return train.Run(
+  run = train.Run(
       model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
                                                       dtype=jnp.dtype(precision)),
       objective=supervised(getattr(objective, denominator)),
@@ -69,6 +69,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
       optimizer=optim.adamw(optim.warmup_cosine(lr, steps, warmup), weight_decay=weight_decay),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=base and base.start)
+  return lora.adapt(run, lora_rank)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -81,10 +82,10 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:
     return
-  first = run.start(run.model) if run.start else jax.jit(lambda: train.init(run).params)()
+  model, learned = lora.merged(run.model, result.params)
   replies = {}
-  for name, params in (('before', first), ('after', result.params)):
-    replies[name] = generate.generate(run.model, params, speaker, [question for question, _ in asked],
+  for name, params in (('before', lora.begun(run, result.params)), ('after', learned)):
+    replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
                                       generate.Sampling(temperature=0), max_tokens=room)
     right = sum(puzzles.solution(reply) == puzzles.solution(answer) for reply, (_, answer) in zip(replies[name], asked))
     print(f'{name}: {right} of {len(asked)} held-out questions are answered exactly as their records say')

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lm import annotate, generate, launch, optim, train, trained
+from lm import annotate, generate, launch, lora, optim, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data.batches import Pair, Rated
@@ -31,9 +31,9 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
                chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
                label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
-               beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lr: float = 2e-4,
-               warmup: int = 10, steps: int = 100, batch: int = 8, accumulate: int = 1, evaluate_every: int = 50,
-               save_every: int = 100) -> train.Run:
+               beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
+               lr: float = 2e-4, warmup: int = 10, steps: int = 100, batch: int = 8, accumulate: int = 1,
+               evaluate_every: int = 50, save_every: int = 100) -> train.Run:
   r"""Trains on preferences.
 
   Args:
@@ -49,9 +49,12 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     beta: how far the model may go from its reference, or the scale of its rewards; none is the method's own.
     smoothing: share of pairs that are thought to be the wrong way round, for cdpo.
     gamma: the margin that simpo asks for.
+    lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
   if label and method != 'kto':
     raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
+  if lora_rank and method == 'reward':
+    raise ValueError(f'--lora_rank={lora_rank}: a reward model trains its new row of weights too; leave it out')
   if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
@@ -75,11 +78,12 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                'simpo': lambda: preference.preference(preference.simpo(**scale, gamma=gamma)),
                'kto': lambda: preference.kto(**scale), 'reward': preference.reward}[method]()
   scores = method == 'reward'
-  return train.Run(
+  run = train.Run(
       model=Reward(base.model) if scores else base.model, objective=objective, data=data,
       optimizer=optim.adamw(optim.warmup_linear(lr, steps, warmup), weight_decay=0.),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=(lambda model: model.start(base.start)) if scores else base.start)
+  return lora.adapt(run, lora_rank)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -96,9 +100,10 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:
     return
+  model, learned = lora.merged(run.model, result.params)
   replies = {}
-  for name, params in (('before', run.start(run.model)), ('after', result.params)):
-    replies[name] = generate.generate(run.model, params, speaker, [question for question, _ in asked],
+  for name, params in (('before', lora.begun(run, result.params)), ('after', learned)):
+    replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
                                       generate.Sampling(temperature=0), max_tokens=room)
     exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], asked))
     print(f'{name}: {exact} of {len(asked)} answers are exactly the chosen one; '

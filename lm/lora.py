@@ -160,3 +160,10 @@ def merged(model: Any, params: Any) -> tuple[Any, Any]:
 def plain(model: Any) -> Any:
   """The model under adapters; any other as it is."""
   return model.model if isinstance(model, Adapted) else model
+
+
+def begun(run: train.Run, params: Any) -> Any:
+  """What the parameters of the plain model were when the run began; `params` are a result's, with constants."""
+  if isinstance(run.model, Adapted):
+    return params['base']
+  return run.start(run.model) if run.start else jax.jit(lambda: train.init(run).params)()
