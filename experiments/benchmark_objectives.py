@@ -39,8 +39,20 @@ def rows(shape: benchmark.Shape) -> dict[str, Row]:
   """The table, by name; the first is what the others are compared with."""
   from lm import train
   from lm.data.tokenizer import sentinels
+  from lm.models import multi_token as further
   from lm.models import transformer
-  from lm.objectives import infill, masked, next_token, preference, prefix, supervised, ul2, unlikelihood
+  from lm.objectives import (
+      diffusion,
+      infill,
+      masked,
+      multi_token,
+      next_token,
+      preference,
+      prefix,
+      supervised,
+      ul2,
+      unlikelihood,
+  )
   from lm.objectives import span_corruption as spans
   from lm.objectives.distillation import TopK, distil, distil_stored
   decoder, top_k = transformer.gpt2(*shape[:4], shape.length), TopK(min(32, shape.vocab), shape.vocab)
@@ -53,12 +65,14 @@ def rows(shape: benchmark.Shape) -> dict[str, Row]:
       'span_corruption': Row(spans.span_corruption(**marks), decoder),
       'ul2': Row(ul2.ul2(**marks), decoder),
       'infill': Row(infill.infill(), decoder),
+      'diffusion': Row(diffusion.masked_diffusion(), decoder),
+      'multi_token': Row(multi_token.multi_token(plain), further.sequential(decoder, 1)),
       'unlikelihood': Row(unlikelihood.unlikelihood(plain), decoder),
       'supervised': Row(supervised.supervised(), decoder),
       'dpo': Row(preference.preference(preference.dpo()), decoder, columns=preference.COLUMNS),
       'kto': Row(preference.kto(), decoder, columns=preference.COLUMNS),
       'distillation': Row(distil(plain, decoder.apply), decoder, (teacher,)),
-      'distillation, stored': Row(distil_stored(plain, top_k), decoder, columns=top_k.columns),
+      'distillation_stored': Row(distil_stored(plain, top_k), decoder, columns=top_k.columns),
   }
 
 
