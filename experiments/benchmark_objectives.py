@@ -164,7 +164,7 @@ def take_turns(make: Callable[..., race.Made], names: list[str], shape: benchmar
     facts = {name: pool.submit(race.prepare, time.time(), make, name, shape).result() for name, pool in pools.items()}
     for number in range(rounds):
       for name in names[::-1 if number % 2 else 1]:
-        seconds, _ = pools[name].submit(race.measure, steps).result()
+        seconds, *_ = pools[name].submit(race.measure, steps).result()
         taken[name].append(seconds / steps / facts[name]['seen'])
   return {name: (taken[name], facts[name]) for name in names}
 
