@@ -5,7 +5,7 @@ import pathlib
 import types
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,43 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, evaluate, optim, records, sharding, track
-from lm.data.batches import KINDS, Batch, Batches, Special, template
+from lm.data.batches import KINDS, Batch, Special, template
 from lm.describe import describe
+from lm.interfaces import Constants, Data, Model, Opened
 from lm.interrupt import Interrupt
 from lm.objectives.objective import Objective
-
-
-class Model(Protocol):
-  def init(self, key: jax.Array) -> Any: ...
-  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Any = None) -> Any: ...
-
-
-class Opened(Protocol):
-  """Data that is ready to be read."""
-  tokenizer: Any
-  fingerprint: str
-  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True
-              ) -> Batches: ...
-
-
-class Data(Protocol):
-  length: int                 # of a row
-  source_length: int | None   # of a row of sources, for an encoder
-  kind: type                  # what it holds, of `batches.KINDS`
-  columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
-  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = ()) -> Opened: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Constants:
-  """Parameters that a loss reads and training leaves alone: a teacher's, or those that lie under adapters.
-
-  They are the entry `name` of the parameters that the model and the objective of a run are given; no checkpoint has
-  them, so `load(model)` is asked at each start.
-  """
-  name: str
-  model: Model
-  load: Callable[[Model], Any]
 
 
 @dataclasses.dataclass(frozen=True)
