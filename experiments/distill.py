@@ -1,7 +1,20 @@
 """Teach a small decoder what a larger one makes of the text, beside the same decoder that learns from the text alone.
 
   python experiments/quickstart.py && python experiments/distill.py
-  python experiments/distill.py --teacher=models/smol --kind=reverse --temperature=2 --hard=0.1 --stored_top_k=32
+  python experiments/distill.py --teacher=models/smol --kind=reverse --temperature=2 --hard=0.1
+  python experiments/distill.py --stored_top_k=32 --hard=0.5
+
+Bits per byte of held-out text after 500 steps of 2,048 positions, one seed, 2 cores of a busy AMD EPYC; the teacher is
+the quickstart's (0.69 M weights, 1.748), the student has 0.18 M:
+
+  from the text alone                  1.857      --kind=forward (the default)         1.823
+  --kind=reverse                       1.883      --stored_top_k=32                    1.912
+                                                  --stored_top_k=32 --hard=0.5         1.818
+
+A step with this teacher takes 1.9 times as long as one without (0.32 s, 0.17 s). In the same time the text alone gives
+930 steps, and 1.752: at this size, where text is not short and the teacher hardly better, distillation pays by step and
+not by hour. Of the tokens outside of what is stored nothing is learned but their sum: take --hard with it. Storing is
+one pass of the teacher over all of the data, some 5 minutes here.
 """
 import dataclasses
 import pathlib
