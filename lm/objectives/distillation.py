@@ -98,8 +98,8 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
 class TopK:
   """What is stored of a teacher: its k likeliest tokens, their log p_T, and that of all others together.
 
-  These are 8 k + 4 bytes a position. `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the function
-  that computes them.
+  These are 8 k + 4 bytes a position. `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the
+  function that computes them.
   """
   k: int
   vocab: int
