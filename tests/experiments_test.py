@@ -117,7 +117,7 @@ def defaults(module, name: str, texts) -> train.Run:
   return module.experiment(**knobs)
 
 
-@pytest.mark.parametrize('shape', ['8x1', '4x2'])
+@pytest.mark.parametrize('shape', [pytest.param('8x1', marks=pytest.mark.slow), '4x2'])
 @pytest.mark.parametrize('name', names(experiments=True))
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)

@@ -119,7 +119,8 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
       np.testing.assert_allclose(db, 3 * a.T @ dw, atol=3e-5 * np.abs(db).max())
 
 
-@pytest.mark.parametrize('model', [MODEL, OTHER], ids=['llama', 'other'])
+@pytest.mark.parametrize('model', [
+    pytest.param(MODEL, id='llama'), pytest.param(OTHER, id='other', marks=pytest.mark.slow)])
 def test_adapters_change_nothing_at_first_and_merged_they_are_the_same_model(model):
   adapted, base, batch = lora.Adapted(model, 2, 6.), load(model), batch_of()
   first, plain = {**load(adapted), 'base': base}, logits(model, base, batch)

@@ -263,6 +263,7 @@ def test_what_does_not_go_together_is_told_before_training(made, kind, message):
     train.check(train.Run(tiny(), made, Toy(kind), ADAM, steps=1, batch=2), mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_a_step_is_lowered_on_a_mesh(name):
   mesh = sharding.abstract_mesh('4x2')

@@ -126,8 +126,9 @@ WINDOW = trunk(attention.Attention(4, 2, 8, rotary.Rotary(), scores=attention.Sc
 LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
 
 
-@pytest.mark.parametrize('model', [multi_token.sequential(WINDOW, 2), multi_token.parallel(LATENT, 2)],
-                         ids=['window', 'latent'])
+@pytest.mark.parametrize('model', [
+    pytest.param(multi_token.sequential(WINDOW, 2), id='window'),
+    pytest.param(multi_token.parallel(LATENT, 2), id='latent', marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_the_trunk(model):
   """To the last place of the model, rows that end early among them."""
   params = random_params(model, 0.6)
