@@ -2,6 +2,10 @@
 
   python experiments/diffusion.py
   python experiments/diffusion.py --objective=next_token --steps=1000 --workdir=runs/next_token
+
+Measured on 2 cores of a busy host, JAX 0.10.2, steps of 2,048 tokens: next tokens 1.806 bits per byte after 400 steps;
+masked diffusion at most 2.97 after 250 (on a sample of that text), where it knows little more than which tokens are
+frequent. It wants many more steps: --minutes=60.
 """
 import functools
 import pathlib

@@ -1,6 +1,7 @@
 """Write text with a trained run or a Hugging Face model, as it comes.
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
+  python experiments/generate.py --workdir=runs/ahead --prompt="def " --draft=2
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd"
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
@@ -57,8 +58,8 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
     if mark is None:
-      raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text; take '
-                       'one that was trained with another objective, such as next_token')
+      raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text from '
+                       'left to right; take one that was trained with another objective, such as next_token')
     tokens = speaker(loaded) if chat else loaded.tokenizer
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n

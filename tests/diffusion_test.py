@@ -169,6 +169,7 @@ def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
   empty = form.example(np.int32([BOS]), rng, SPECIAL)
   assert empty.weights.tolist() == [0] and empty.columns['importance'].tolist() == [0] and empty.tokens[0] == BOS
   assert masked_diffusion().control == ('<|mask|>',)
+  assert masked_diffusion().prompt is None   # it does not learn to write from left to right
 
 
 def test_of_a_dialogue_what_is_asked_for_is_masked():

@@ -1,4 +1,5 @@
 """Multi-token prediction: against the equations in NumPy, what each depth sees, what is left where there is none."""
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import evaluate, sharding
+from lm import evaluate, pretrained, sharding
+from lm.data import tokenizer
 from lm.data.batches import Batch
 from lm.models import layers as parts
 from lm.models import multi_token, transformer
@@ -207,6 +209,17 @@ def test_training_never_holds_all_logits(monkeypatch):
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   text = str(jax.make_jaxpr(jax.grad(lambda p: sums_of(model, p, batch)[0]))(shapes))
   assert '[4,2,512]' in text and '[4,8,512]' not in text
+
+
+def test_its_trunk_is_exported(tmp_path):
+  model = multi_token.sequential(TRUNK.clone(dropout=0.), 1)
+  words = tokenizer.Bytes(())
+  model = dataclasses.replace(model, trunk=model.trunk.clone(vocab=264))
+  params = random_params(model)
+  for name, written in (('all', model), ('trunk', model.trunk)):
+    pretrained.write(tmp_path / name, written, params, words)
+  files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ('all', 'trunk')]
+  assert files[0] == files[1] and 'model.safetensors' in files[0]
 
 
 def test_texts_are_scored_by_the_trunk():
