@@ -1,6 +1,17 @@
 """A decoder that fills in the middle: trains on Python's own library, in minutes, on two CPU cores.
 
   python experiments/infill.py
+
+On 2 quiet cores of an Intel Xeon, JAX 0.10.2: 1,101 steps of 2,048 tokens in 99 s, then, of 512 held-out middles each,
+nats a token (and the share of tokens that are the likeliest):
+
+                          one token       the rest of a line
+  prefix alone            3.616 (27.0%)   3.777 (28.2%)
+  prefix, suffix, as SPM  3.560 (28.1%)   3.748 (28.8%)
+  prefix, suffix, as PSM  6.419 (3.3%)    4.371 (22.4%)
+
+As SPM the suffix is worth 0.06 +- 0.02 and 0.21 +- 0.05 nats a middle. As PSM the middle comes after the suffix, and a
+model as small as this, which knows little but the last few tokens, does not yet find where the prefix ended.
 """
 import functools
 import pathlib
