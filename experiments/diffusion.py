@@ -4,8 +4,8 @@
   python experiments/diffusion.py --objective=next_token --steps=1000 --workdir=runs/next_token
 
 On 2 quiet cores of an Intel Xeon, JAX 0.10.2, 1,788 steps of 2,048 tokens in 3 minutes: at most 2.330 bits per byte of
-the held-out text, and samples that know indentation and little else. Next-token prediction by the same model is at 1.806
-after 400 steps: masked diffusion wants many more (--minutes=60).
+the held-out text, and samples that know indentation and little else. Next-token prediction by the same model is at
+1.806 after 400 steps: masked diffusion wants many more (--minutes=60).
 """
 import functools
 import pathlib

@@ -117,7 +117,7 @@ def test_conditionals_that_do_not_agree_give_a_looser_bound():
     for order in itertools.permutations(range(LENGTH)):
       tokens, p = np.int32([BOS, MASK, MASK, MASK]), 1.
       for i in order:
-        p *= apply(tokens)[1 + i, text[i]]
+        p *= float(apply(tokens)[1 + i, text[i]])   # waits: JAX may read the array itself, which changes next
         tokens[1 + i] = text[i]
       orders[n] += p / 6
   model = Wrong()
