@@ -126,9 +126,10 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
       sums = np.array([row.sum() for row in nats])
       if given == 'prefix alone':
         alone = sums
-      gain = alone - sums
-      print('' if gain is alone or not gain.any() else
-            f'   the suffix is worth {gain.mean():.2f} nats a middle, +- {gain.std() / len(gain) ** 0.5:.2f}')
+        print()
+      else:
+        gain = alone - sums
+        print(f'   the suffix is worth {gain.mean():.2f} nats a middle, +- {gain.std() / len(gain) ** 0.5:.2f}')
   print('\nmiddles as [[written|they were]]')
   prompts = [arrange((c.prefix, empty, c.suffix), ids, False) for c in found[:4]]
   written = generate.tokens(run.model, params, tokens, prompts, generate.Sampling(0.), max_tokens=16)
