@@ -127,9 +127,9 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
 
   D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
-  outside, and is left to share it out. This is at most D over the vocabulary, and 0 where that is. (Renormalising the k
-  teaches that all others are impossible: biased, see Anshumann et al. 2025, arXiv:2503.16870.) For the rest see
-  `distil`; the temperature is that of what was stored.
+  outside (the teacher's is known to 1e-7), and is left to share it out, or has `hard` for that. This is at most D over
+  the vocabulary. (Renormalising the k teaches that all others are impossible: biased, see Anshumann et al. 2025,
+  arXiv:2503.16870.) For the rest see `distil`; the temperature is that of what was stored.
 
   Raises:
     ValueError: when it is traced, if the data has no such columns, or the student another number of logits.
