@@ -16,11 +16,11 @@ from lm.data.batches import Batch
 from lm.models import transformer
 from lm.objectives.infill import NAMES, arrange, infill
 
-CASES = 256   # of each kind
+CASES = 512   # of each kind
 
 
-def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0.5, spm: float = 0.5,
-               vocab: int = 2048, length: int = 256, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8,
+def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0.9, spm: float = 0.7,
+               vocab: int = 2048, length: int = 128, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 16,
                lr: float = 0.015, embedding_rate: float = 4.) -> train.Run:
   """Trains a small decoder.
 
@@ -75,8 +75,9 @@ def _told(apply, params, batch):
   return found[..., 0], jnp.argmax(logits, -1) == sharding.constrain(batch.targets, 'BT')
 
 
-def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[np.ndarray]) -> tuple[float, ...]:
-  """Nats a token of the middles, share of tokens that are the likeliest, and of middles of which all are."""
+def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[np.ndarray]
+          ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Of each middle, the nats of its tokens, and which of them are the likeliest."""
   nats, right = [], []
   for begin in range(0, len(before), 32):
     rows = [np.concatenate(pair) for pair in zip(before[begin:begin + 32], middles[begin:begin + 32])]
@@ -88,7 +89,7 @@ def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[n
       span = row, slice(len(ids) - 1 - len(middle), len(ids) - 1)
       nats.append(-values[0][span])
       right.append(values[1][span])
-  return float(np.mean(np.concatenate(nats))), float(np.mean(np.concatenate(right))), np.mean([x.all() for x in right])
+  return nats, right
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -108,7 +109,15 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
         ('prefix alone', [case.prefix for case in found]),
         ('prefix and suffix, PSM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, False)) for c in found]),
         ('prefix and suffix, SPM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, True)) for c in found])):
-      print('  {:24} {:.3f}  {:.1%}  {:.1%}'.format(given, *judge(run, params, before, [c.middle for c in found])))
+      nats, right = judge(run, params, before, [case.middle for case in found])
+      print(f'  {given:24} {np.concatenate(nats).mean():.3f}  {np.concatenate(right).mean():.1%}  '
+            f'{np.mean([row.all() for row in right]):.1%}', end='')
+      sums = np.array([row.sum() for row in nats])
+      if given == 'prefix alone':
+        alone = sums
+      gain = alone - sums
+      print('' if gain is alone or not gain.any() else
+            f'   the suffix is worth {gain.mean():.2f} nats a middle, +- {gain.std() / len(gain) ** 0.5:.2f}')
   print('\nmiddles as [[written|they were]]')
   prompts = [arrange((c.prefix, empty, c.suffix), ids, False) for c in found[:4]]
   written = generate.tokens(run.model, params, tokens, prompts, generate.Sampling(0.), max_tokens=16)

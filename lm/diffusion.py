@@ -77,7 +77,7 @@ def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax
     found = jnp.take_along_axis(jax.nn.log_softmax(logits.reshape(shape)), drawn[..., None], axis=2)[..., 0]
     stays = jnp.where(tokens == mask, jax.vmap(how.remasking)(found, keys[:, 1]), -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-stays, axis=1), axis=1)
-    return jnp.where((tokens == mask) & (rank < n), drawn, tokens)
+    return jnp.where(rank < n, drawn, tokens)   # as many masks are left
 
   def step(i, tokens):
     at = tokens.shape[1] - length + i // per_block * size

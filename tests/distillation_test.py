@@ -140,8 +140,8 @@ def stored_batch(top_k, params):
   return batch_of(jax.tree.map(np.asarray, columns))
 
 
-@pytest.mark.parametrize('kind, k', [('forward', 5), ('reverse', 1), ('js', 5), ('forward', VOCAB - 1),
-                                     ('reverse', VOCAB)])
+@pytest.mark.parametrize('kind, k', [('forward', 5), ('reverse', 1), ('js', 5), ('reverse', VOCAB - 1),
+                                     ('forward', VOCAB)])
 def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, k, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   divergence, reference = KINDS[kind]
@@ -158,7 +158,7 @@ def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, 
   if k < VOCAB - 1:
     assert loss < full   # outcomes that are not told apart
   else:
-    assert loss == pytest.approx(float(full), rel=1e-6)
+    assert loss == pytest.approx(float(full), rel=1e-5)
     for name in 'xw':
       np.testing.assert_allclose(grads[name], full_grads[name], atol=1e-5 * np.abs(full_grads[name]).max())
 
@@ -168,7 +168,8 @@ def test_gradients_are_finite_where_hardly_anything_is_left(rest):
   """Of teacher and student, the k best have all the mass but so much."""
   top_k = TopK(2, 4)
   logits = np.log([0.5, 0.5 - rest, rest / 2, rest / 2]).astype('f4')[None, None]
-  columns = {'teacher_ids': np.array([[[0, 1]]], 'i4'), 'teacher_log_probs': np.log([[[0.6, 0.4 - rest]]]).astype('f4')}
+  columns = {'teacher_ids': np.array([[[0, 1]]], 'i4'),
+             'teacher_log_probs': np.log([[[0.6, 0.4 - rest, rest]]]).astype('f4')}
   apply = lambda params, batch, key: transformer.Output(params, transformer.Head(jnp.eye(4)), None)
   batch = Batch(*np.zeros((2, 1, 1), 'i4'), np.ones((1, 1), 'f4'), columns=columns)
   for divergence, _ in KINDS.values():

@@ -109,12 +109,13 @@ def test_help_tells_every_flag_its_default_and_its_docstring(capsys):
 class Run:
   width: int
   seed: int = 0
+  model: None = None
 
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
   """Runs an experiment in this process with a stand-in for lm.train; returns its exit code."""
-  import lm
+  import lm.lora  # of which the stand-in knows nothing
   calls = []
   monkeypatch.setitem(sys.modules, 'lm.train', train := types.ModuleType('lm.train'))
   monkeypatch.setattr(lm, 'train', train, raising=False)

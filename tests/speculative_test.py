@@ -126,21 +126,21 @@ WINDOW = trunk(attention.Attention(4, 2, 8, rotary.Rotary(), scores=attention.Sc
 LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
 
 
-@pytest.mark.parametrize('model', [multi_token.sequential(WINDOW, 2), multi_token.parallel(LATENT, 1)],
+@pytest.mark.parametrize('model', [multi_token.sequential(WINDOW, 2), multi_token.parallel(LATENT, 2)],
                          ids=['window', 'latent'])
 def test_greedy_text_is_that_of_the_trunk(model):
   """To the last place of the model, rows that end early among them."""
   params = random_params(model, 0.6)
-  plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=36)
+  plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=37)
   draft = speculative.SelfSpeculation()
-  assert generate.generate(model, params, Bytes(), PROMPTS, GREEDY, max_tokens=36, draft=draft) == plain
+  assert generate.generate(model, params, Bytes(), PROMPTS, GREEDY, max_tokens=37, draft=draft) == plain
   assert draft.proposed == draft.passes * model.depths > 0
 
   class Ends(Bytes):
-    eos_ids = 257, int(tokens_of(model, params, PROMPTS, GREEDY, 36, draft)[0][8])
+    eos_ids = 257, int(tokens_of(model, params, PROMPTS, GREEDY, 37, draft)[0][8])
 
-  ended = generate.generate(model.trunk, params, Ends(), PROMPTS, GREEDY, max_tokens=36)
-  assert generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=36, draft=draft) == ended
+  ended = generate.generate(model.trunk, params, Ends(), PROMPTS, GREEDY, max_tokens=37)
+  assert generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=37, draft=draft) == ended
   assert len(ended[0]) < len(plain[0])
 
 

@@ -32,9 +32,9 @@ def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> S
 
 
 def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
-  """Records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the other curt and wrong.
+  """Records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the other has neither.
 
-  Were both right, the letters that they share would be made less likely in both.
+  It is curt and has a wrong letter. Were both right, the letters that they share would be made less likely in both.
   """
   def record(question, answer, rng):
     at = rng.randrange(len(answer))

@@ -60,4 +60,4 @@ def masked_diffusion(denominator: Callable[[Batch], jax.Array] = token_mean, mas
                                           'accuracy': (sums['correct'], sums['tokens'])}
 
   form = Form(dialogue if needs is Dialogue else document)
-  return Objective((form,), loss, needs, control=(mask,))
+  return Objective((form,), loss, needs, control=(mask,), prompt=None)

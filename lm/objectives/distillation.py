@@ -96,9 +96,10 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-  """What is stored of a teacher: its k likeliest tokens and their log p_T, 8 k bytes a position.
+  """What is stored of a teacher: its k likeliest tokens, their log p_T, and that of all others together.
 
-  `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the function that computes them.
+  These are 8 k + 4 bytes a position. `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the
+  function that computes them.
   """
   k: int
   vocab: int
@@ -111,12 +112,16 @@ class TopK:
 
   @property
   def columns(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    return {'teacher_ids': (np.int32, (self.k,)), 'teacher_log_probs': (np.float32, (self.k,))}
+    return {'teacher_ids': (np.int32, (self.k,)), 'teacher_log_probs': (np.float32, (self.k + 1,))}
 
   def __call__(self, apply: Callable[..., Any], params: Any, batch: Batch) -> dict[str, jax.Array]:
     def best(logits):   # of the whole vocabulary on each device
-      values, ids = jax.lax.top_k(sharding.constrain(_log_softmax(logits, self.temperature), 'BT-'), self.k)
-      return {'teacher_ids': ids, 'teacher_log_probs': values}
+      every = _log_softmax(logits, self.temperature)
+      values, ids = jax.lax.top_k(sharding.constrain(every, 'BT-'), self.k)
+      held = jnp.where(_spread(ids, values, logits.shape[-1]) > -jnp.inf, -jnp.inf, every)
+      # Summed here: as 1 less the mass of the k it would be rounding, where little is left.
+      rest = jnp.maximum(jax.nn.logsumexp(held, axis=-1, keepdims=True), np.log(np.finfo(np.float32).tiny))
+      return {'teacher_ids': ids, 'teacher_log_probs': jnp.concatenate([values, rest], axis=-1)}
     outputs = apply(params, batch)
     return by_position(best, outputs.hidden, outputs.head)
 
@@ -127,9 +132,9 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
 
   D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
-  outside (the teacher's is known to 1e-7), and is left to share it out, or has `hard` for that. This is at most D over
-  the vocabulary. (Renormalising the k teaches that all others are impossible: biased, see Anshumann et al. 2025,
-  arXiv:2503.16870.) For the rest see `distil`; the temperature is that of what was stored.
+  outside, and is left to share it out (`hard` says how). This is at most D over the vocabulary. (Renormalising the k
+  teaches that all others are impossible: biased, see Anshumann et al. 2025, arXiv:2503.16870.) For the rest see
+  `distil`; the temperature is that of what was stored.
 
   Raises:
     ValueError: when it is traced, if the data has no such columns, or the student another number of logits.
@@ -137,13 +142,11 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   mix = _mix(divergence, stored.temperature, hard, token_loss)
 
   def with_stored(logits, targets, weights, ids, log_probs):
-    student, teacher = _log_softmax(logits, stored.temperature), _spread(ids, log_probs, logits.shape[-1])
+    student, teacher = _log_softmax(logits, stored.temperature), _spread(ids, log_probs[..., :-1], logits.shape[-1])
     held = teacher > -jnp.inf
     found = jnp.sum(jnp.where(held, divergence(jnp.where(held, teacher, 0), student), 0), axis=-1)
     if stored.k < stored.vocab:
-      # At least the rounding of a sum that is 1.
-      rest = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=-1), jnp.finfo(jnp.float32).eps))
-      found = found + divergence(rest, jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
+      found = found + divergence(log_probs[..., -1], jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
     return mix(logits, targets, weights, found)
 
   def loss(apply, params, batch, key):
