@@ -1,4 +1,4 @@
-"""Make a checkpoint of a Hugging Face model, which any experiment can start from.
+"""Make a checkpoint of a Hugging Face model, in its dtype, which any experiment can start from.
 
   python experiments/import_hf.py --model=Qwen/Qwen3-0.6B --out=models/qwen3
 """

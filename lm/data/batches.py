@@ -2,6 +2,7 @@
 
 `stream` cuts rows from documents that follow one another; `packing` fills rows with whole dialogues or pairs.
 """
+import abc
 import dataclasses
 import functools
 import math
@@ -212,7 +213,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batches:
+class Batches(abc.ABC):
   """Base of what makes batches: rows of an epoch in a new order each epoch, `rows` of them a step.
 
   Args:
@@ -235,12 +236,12 @@ class Batches:
   stored: Mapping[str, np.ndarray] | None = None
 
   @property
-  def rows_per_epoch(self) -> int:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def rows_per_epoch(self) -> int: ...
 
+  @abc.abstractmethod
   def _fill(self, row: Row, epoch: int, index: int, rng: np.random.Generator) -> None:
     """Row `index` of the epoch, before rows are shuffled."""
-    raise NotImplementedError
 
   @functools.cached_property
   def _empty(self) -> Batch:
