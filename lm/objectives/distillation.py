@@ -132,7 +132,7 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
 
   D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
-  outside, and is left to share it out. This is at most D over the vocabulary, and 0 where that is. (Renormalising the k
+  outside, and is left to share it out (`hard` says how). This is at most D over the vocabulary. (Renormalising the k
   teaches that all others are impossible: biased, see Anshumann et al. 2025, arXiv:2503.16870.) For the rest see
   `distil`; the temperature is that of what was stored.
 
