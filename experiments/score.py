@@ -77,7 +77,9 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
     step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer.byte_lengths())
-    batches = data.batches(split, run.objective, rows, seed=None, repeat=False, context=context)
+    # Only documents have a context; what was stored of rows is stored of those of seed 0, as in training.
+    order = {'seed': None, 'context': context} if context else {'seed': 0}
+    batches = data.batches(split, run.objective, rows, repeat=False, **order)
     for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
 

@@ -71,6 +71,10 @@ class Opened:
     return self.data.tokenizer
 
   @property
+  def stores(self) -> Mapping[str, Any]:
+    return self.data.stores
+
+  @property
   def fingerprint(self) -> str:
     facts = [self.data.fingerprint, describe(self.annotated.model.model), describe(self.annotated.model.load)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
