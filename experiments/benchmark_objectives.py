@@ -169,7 +169,7 @@ def take_turns(make: Callable[..., race.Made], names: list[str], shape: benchmar
   return {name: (taken[name], facts[name]) for name in names}
 
 
-def main(*, only: list[str] = (), shape: Literal['tiny', 'small', 'large'] = 'small', rounds: int = 5,   # noqa: B008
+def main(*, only: list[str] = (), shape: Literal['tiny', 'small', 'large'] = 'small', rounds: int = 5,
          steps: int = 4) -> None:
   """Prints a table.
 
