@@ -111,6 +111,11 @@ class Checkpoints:
               if (metric := self._metrics.get(n)) is not None and math.isfinite(metric)}
     return min(scored, key=scored.get, default=None)
 
+  def best_metric(self) -> float:
+    """Infinite if no step has a metric."""
+    step = self.best_step()
+    return math.inf if step is None else self._metrics[step]
+
   def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     """Orbax's PreservationPolicy. With its own `BestN`, one damaged metrics file keeps the folder from opening."""
     del context

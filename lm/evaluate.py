@@ -35,16 +35,18 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   """
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
-  total: list[np.float64] = []
+  total = None
   # Sums of the batch before are read while the next one runs.
   for sums in _one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh)) for i in range(steps)):
-    total = jax.tree.map(lambda x: np.float64(x), sums) if not total else jax.tree.map(np.add, total, sums)
+    total = jax.tree.map(lambda x: np.float64(x), sums) if total is None else jax.tree.map(np.add, total, sums)
   if total['tokens'] == 0:
     raise ValueError('nothing to evaluate: the batches hold no targets')
   nll = total['nll'] / total['tokens']
   own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
+  with np.errstate(over='ignore'):   # of a model that has diverged
+    perplexity = np.exp(nll)
   return {name: float(value) for name, value in {
-      'loss': total['loss'] / total['weight'], 'nll': nll, 'perplexity': np.exp(nll),
+      'loss': total['loss'] / total['weight'], 'nll': nll, 'perplexity': perplexity,
       'bits_per_byte': total['nll'] / np.log(2) / max(total['bytes'], 1),
       'accuracy': total['correct'] / total['tokens'], **own}.items()}
 

@@ -67,6 +67,16 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
   return optax.tree_utils.tree_get(opt_state, 'learning_rate', filtering=lambda _, x: isinstance(x, jax.Array))
 
 
+def evaluated(opt_state: Any, params: Any) -> Any:
+  """The parameters to evaluate."""
+  return params
+
+
+def averages(opt_state: Any) -> bool:
+  """Whether `evaluated` gives other parameters than it is given; `opt_state` may be abstract."""
+  return False
+
+
 def decayed(params: Any) -> Any:
   """True for matrices and tables, False for vectors, such as biases and the scales of norms: what weight decay is for.
   """

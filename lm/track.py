@@ -106,6 +106,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
     'validation/loss': 'val {:.3f}'.format,
     'validation/bits_per_byte': '{:.3f} bits/byte'.format,
     'learning_rate': lambda value: 'lr ' + f'{value:.1e}'.replace('e-0', 'e-').replace('e+00', ''),
+    'skipped': '{:.0f} skipped'.format,
     'tokens_per_second': lambda value: f'{_short(value)} tok/s',
     'mfu': 'MFU {:.0%}'.format,
 }

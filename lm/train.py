@@ -1,5 +1,6 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
 import dataclasses
+import functools
 import math
 import pathlib
 import types
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, evaluate, optim, records, sharding, track
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.describe import describe
+from lm.guard import Guard
 from lm.interfaces import Constants, Data, Model, Opened
 from lm.interrupt import Interrupt
 from lm.objectives.objective import Objective
@@ -29,7 +31,8 @@ class Run:
   `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
   Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
-  parameters that stay as they are.
+  parameters that stay as they are. With `patience`, training stops when so many evaluations in a row were no better
+  than the best before them, and the best checkpoint is the result. A `guard` skips steps that spike.
   """
   model: Model
   objective: Objective
@@ -45,6 +48,8 @@ class Run:
   keep: int = 2
   start: Callable[[Model], Any] | None = None
   constants: tuple[Constants, ...] = ()
+  patience: int | None = None
+  guard: Guard | None = None
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -54,12 +59,16 @@ class Run:
       raise ValueError(f'seed={self.seed} is not between 0 and 2 ** 63')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
       raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
+    if self.patience is not None and not 0 < self.patience < -(-self.steps // self.evaluate_every):
+      raise ValueError(f'patience={self.patience} evaluations, one every {self.evaluate_every} steps, is not positive, or '
+                       f'longer than the run of {self.steps} steps; lower evaluate_every, or the patience')
 
 
 class State(NamedTuple):
   step: jax.Array
   params: Any
   opt_state: Any
+  seen: Any = None   # by the guard
 
 
 class Result(NamedTuple):
@@ -75,13 +84,17 @@ class Result(NamedTuple):
 
 
 class NotFinite(FloatingPointError):
-  """The loss or the gradient is infinite or not a number."""
+  """The loss or the gradient is infinite or not a number, or spikes too often."""
 
 
 def init(run: Run) -> State:
   """The state before the first step; call it inside `jax.jit`."""
   params = run.model.init(jax.random.fold_in(jax.random.key(run.seed), 0))
-  return State(jnp.int32(0), params, run.optimizer.init(params))
+  return _begin(run, params)
+
+
+def _begin(run: Run, params: Any) -> State:
+  return State(jnp.int32(0), params, run.optimizer.init(params), run.guard and run.guard.init())
 
 
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
@@ -120,15 +133,27 @@ def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     (loss_sum, (weight_sum, sums)), grads = totals
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight_sum, grads)
-    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
-    metrics = {'loss': loss_sum / weight_sum, 'grad_norm': optax.tree.norm(grads),
+    mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
+    updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
+        grads, state.opt_state, state.params, value=mean, obj_fn=lambda params: _mean(loss(params, batch, key)))
+    new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)
+    metrics = {'loss': mean, 'grad_norm': norm,
                'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
                **{name: pair[0] / jnp.maximum(pair[1], 1) for name, pair in sums.items() if isinstance(pair, tuple)}}
     if (rate := optim.learning_rate(opt_state)) is not None:
       metrics['learning_rate'] = rate
-    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    if run.guard is not None:
+      taken, seen = run.guard.judge(state.seen, mean, norm)
+      new = jax.tree.map(functools.partial(jnp.where, taken), new, state._replace(step=new.step))._replace(seen=seen)
+      metrics |= {'skipped': seen.total, 'skipped_lately': jnp.sum(seen.skipped)}
+    return new, metrics
 
   return jax.jit(step, donate_argnums=0)
+
+
+def _mean(sums):
+  loss_sum, (weight_sum, _) = sums
+  return loss_sum / jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
 
 
 def _accumulate(grad: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
@@ -177,9 +202,11 @@ def identity(run: Run, data: Opened) -> dict[str, Any]:
           'data': data.fingerprint, **constants}
 
 
-def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
+def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
+          watch: Callable[[int, dict[str, float]], bool] | None = None) -> Result:
   """Trains to `run.steps`, from the newest checkpoint in `workdir` if there is one. `mesh` is the one that is set.
 
+  `watch(step, metrics)` is told of each evaluation, and stops training where it returns True.
   SIGINT or SIGTERM: saves after the present step and returns; a second one ends the process at once. NotFinite if a
   loss is; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or
   does not go on from what the workdir holds.
@@ -198,11 +225,11 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
       constants = load_constants(run)
       state, start = _restore(run, mesh, checkpoints, facts)
     records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
+    loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
-    elif start:
+    elif start and not loop.out_of_patience(start):
       print(f'going on from step {start}')
-    loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases)
     return loop.go(state, start)
 
 
@@ -211,7 +238,8 @@ def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
     if run.start is None:
       return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
     params = run.start(run.model)
-    return State(jnp.int32(0), params, jax.block_until_ready(jax.jit(run.optimizer.init)(params))), 0
+    begun = jax.jit(lambda params: _begin(run, params)._replace(params=None))(params)
+    return jax.block_until_ready(begun)._replace(params=params), 0
   checkpoint.check(checkpoints.facts(), facts)
   restored = checkpoints.restore(abstract_state(run, mesh))
   return restored.state, restored.step
@@ -233,8 +261,8 @@ def _check_vocabulary(run: Run, data: Opened) -> None:
 class _Loop:
   """The loop of `train`: its parts, so that each fits on a screen."""
 
-  def __init__(self, run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases):
-    self.run, self.mesh, self.data, self.facts, self.phases = run, mesh, data, facts, phases
+  def __init__(self, run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch):
+    self.run, self.mesh, self.data, self.facts, self.phases, self.watch = run, mesh, data, facts, phases, watch
     self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
     self.batches, self.held_out = batches
     self.rows = sharding.local_rows(run.batch, mesh)
@@ -248,8 +276,9 @@ class _Loop:
     with track.Tracker(self.workdir, run.steps, tokens_per_step=run.batch * run.data.length, step=start,
                        devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
+      ended = step >= run.steps or self.out_of_patience(step)
       following = reader.submit(self.batches, start, self.rows)
-      while step < run.steps:
+      while not ended:
         batch = sharding.shard_rows(following.result(), self.mesh)
         following = reader.submit(self.batches, step + 1, self.rows)
         with self.phases('compile and first step' if step == start else 'train'):
@@ -260,39 +289,62 @@ class _Loop:
           if step == start + 1:
             jax.block_until_ready(state)
         self.checkpoints.check_for_errors()
-        stop = self.interrupt.asked(step)
-        if stop or step == run.steps or step % run.evaluate_every == 0 or step % run.save_every == 0:
+        stop, ended = self.interrupt.asked(step), step == run.steps
+        evaluates = ended or step % run.evaluate_every == 0
+        if stop or evaluates or step % run.save_every == 0:
           with self.phases('train'):
             self._report(pending)    # never save, nor judge, what is not finite
           pending = None
-          if step == run.steps or step % run.evaluate_every == 0:
-            self._evaluate(step, state)
-          if stop or step == run.steps or step % run.save_every == 0:
+          improved = False
+          if evaluates:
+            self._evaluate(state)
+            self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
+            self.evaluated = step
+            improved = run.patience is not None and self.metrics['loss'] < self.checkpoints.best_metric()
+            stop = stop or self.watch is not None and self.watch(step, self.metrics)
+          if stop or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
             self._save(step, state)
-        if stop and step < run.steps:
+          ended = ended or self.out_of_patience(step)
+        if stop and not ended:
           print(f'stopped at step {step} of {run.steps}: the same command goes on from there')
           break
-      if self.evaluated < 0 and step == run.steps:
-        self._evaluate(step, state)
-    params = with_constants(state.params, self.constants)
-    return Result(step, start, params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
+      return self._result(state, start, step, ended)
+
+  def _result(self, state: State, start: int, step: int, ended: bool) -> Result:
+    best = self.checkpoints.best_step()
+    if ended and self.run.patience is not None and best not in (None, step):
+      print(f'{"at" if step == self.run.steps else "stopped early, at"} step {step}; the best checkpoint, of step {best}, '
+            'is the result')
+      with self.phases('restore or initialise'):
+        state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
+    if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
+      self._evaluate(state)
+    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases)
+
+  def _params(self, state: State) -> Any:
+    return with_constants(optim.evaluated(state.opt_state, state.params), self.constants)
+
+  def out_of_patience(self, step: int) -> bool:
+    best, patience = self.checkpoints.best_step(), self.run.patience
+    return None not in (best, patience) and step - best >= patience * self.run.evaluate_every
 
   def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
     if pending is None:
       return
     step, metrics = pending[0], {name: float(value) for name, value in pending[1].items()}
     self.tracker.log(step, metrics)
-    if not math.isfinite(metrics['loss'] + metrics['grad_norm']):
+    guard = self.run.guard
+    if guard and metrics['skipped_lately'] > guard.most:
+      raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, more than '
+                      f'{guard.most}; the checkpoints up to step {self.saved} are good. Lower the learning rate')
+    if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
       raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
                       f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')
 
-  def _evaluate(self, step: int, state: State) -> None:
+  def _evaluate(self, state: State) -> None:
     with self.tracker.pause(), self.phases('validate'):
-      self.metrics = evaluate.evaluate(self.evaluate_step, with_constants(state.params, self.constants), self.held_out,
-                                       self.mesh, self.run.evaluate_batches)
-    if step > self.start:   # else it is in the log
-      self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
-    self.evaluated = step
+      self.metrics = evaluate.evaluate(self.evaluate_step, self._params(state), self.held_out, self.mesh,
+                                       self.run.evaluate_batches)
 
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:

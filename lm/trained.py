@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import checkpoint, lora, pretrained, records, train
+from lm import checkpoint, lora, optim, pretrained, records, train
 from lm.data import tokenizer, turns
 
 
@@ -25,16 +25,20 @@ class Trained:
 
 
 def load(workdir: pathlib.Path, best: bool = False) -> Trained:
-  """The newest checkpoint of a run, or the best by validation loss; on the mesh that is set.
+  """The newest checkpoint of a run, or the best by validation loss, as of one with patience; on the mesh that is set.
 
-  Adapters are merged into their matrices. FileNotFoundError where there is no run, no checkpoint, or the script is
+  The parameters are those to evaluate: the average, where the optimizer keeps one. Adapters are merged into their matrices. FileNotFoundError where there is no run, no checkpoint, or the script is
   gone.
   """
   run = open_run(workdir)
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    restored = checkpoints.restore_params(train.abstract_state(run, mesh).params,
-                                          checkpoints.best_step() if best else None)
+    step, abstract = checkpoints.best_step() if best or run.patience else None, train.abstract_state(run, mesh)
+    if optim.averages(abstract.opt_state):
+      restored = checkpoints.restore(abstract, step)
+      restored = restored and restored._replace(state=optim.evaluated(restored.state.opt_state, restored.state.params))
+    else:
+      restored = checkpoints.restore_params(abstract.params, step)
   if restored is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   model, params = lora.merged(run.model, train.with_constants(restored.state, train.load_constants(run)))

@@ -17,7 +17,7 @@ ROOMS = (
     'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot',
-    'interrupt', 'generate', 'speculative', 'evaluate', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
+    'interrupt', 'guard', 'generate', 'speculative', 'evaluate', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
     'budget', 'plan', 'doctor', 'pretrained', 'trained', 'race', 'launch')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
@@ -97,10 +97,10 @@ def test_train_depends_on_interfaces():
   """No model, corpus, objective or optimizer: of `optim` only the reading of a learning rate."""
   module = tree('train')
   assert rooms_used(ast.walk(module)) <= {'sharding', 'describe', 'data/batches', 'objectives/objective', 'optim',
-                                          'checkpoint', 'track', 'records', 'interfaces', 'interrupt', 'evaluate'}
+                                          'checkpoint', 'track', 'records', 'interfaces', 'interrupt', 'evaluate', 'guard'}
   used = {node.attr for node in ast.walk(module)
           if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'optim'}
-  assert used <= {'learning_rate'}
+  assert used <= {'learning_rate', 'evaluated'}
 
 
 def test_flax_is_needed_by_nothing_but_models():

@@ -1,0 +1,149 @@
+"""Steps that spike are left out, counted, and too many of them end the run; patience ends it at its best."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from train_test import RUN, Bigram, go, logged, saved, same, steps_kept
+
+from lm import optim, track, train
+from lm.guard import Guard
+
+
+def by_hand(guard, losses, norms):
+  """OLMo-core's rule, over finite values of steps before."""
+  taken = []
+  for i, pair in enumerate(zip(losses, norms)):
+    past = [pair for pair in list(zip(losses, norms))[max(0, i - guard.window):i]]
+    usual = all(new - np.mean(old) <= guard.sigma * np.std(old, ddof=1)
+                for new, old in zip(pair, zip(*past))) if len(past) >= guard.window // 2 else True
+    taken.append(bool(np.isfinite(pair).all() and usual))
+  return taken
+
+
+def judged(guard, losses, norms):
+  seen, taken = guard.init(), []
+  for loss, norm in zip(losses, norms):
+    ok, seen = jax.jit(guard.judge)(seen, jnp.float32(loss), jnp.float32(norm))
+    taken.append(bool(ok))
+  return taken, seen
+
+
+def test_spikes_of_either_are_skipped_as_olmo_core_does():
+  rng = np.random.default_rng(0)
+  losses, norms = 3 + rng.normal(size=60), 1 + 0.1 * rng.normal(size=60)
+  losses[3] = 60.          # before half of a window is seen
+  losses[[20, 21]] = 40.
+  norms[45] = 2.2
+  guard = Guard(window=16, sigma=4., most=3)
+  taken, seen = judged(guard, losses, norms)
+  assert taken == by_hand(guard, losses, norms)
+  assert not taken[20] and not taken[45] and taken[3] and int(seen.total) == taken.count(False)
+  assert int(seen.skipped.sum()) == taken[-16:].count(False)
+
+
+@pytest.mark.parametrize('at', [0, 2, 30])
+def test_what_is_not_finite_is_skipped_and_not_remembered(at):
+  losses = np.linspace(3, 2, 60)
+  for bad in (np.nan, np.inf):
+    losses[at] = bad
+    taken, seen = judged(Guard(window=16, most=8), losses, np.ones(60))
+    assert [i for i, ok in enumerate(taken) if not ok] == [at]
+    assert np.isfinite(seen.losses).all()
+
+
+def test_a_loss_that_stays_higher_is_accepted():
+  taken, _ = judged(Guard(window=16, sigma=3., most=8), [1., 1.1] * 20 + [5., 5.1] * 20, np.ones(80))
+  assert not taken[40] and all(taken[46:])
+
+
+@pytest.mark.parametrize('settings', [{'most': 128}, {'most': 0}, {'window': 3, 'most': 1}, {'sigma': 0.}])
+def test_a_guard_that_judges_nothing_is_refused(settings):
+  with pytest.raises(ValueError, match='a guard that|judge nothing'):
+    Guard(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spiking(Bigram):
+  """Its hidden states are huge wherever the first token of the batch is a certain one."""
+  size: float = 1e4
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    out = super().apply(params, batch, key=key, cache=cache)
+    if key is None:
+      return out
+    spike = jnp.where(jnp.sum(batch.tokens) % 7 == 1, self.size, 1.)
+    return out._replace(hidden=out.hidden * spike)
+
+
+SPIKING = dataclasses.replace(RUN, model=Spiking(dropout=0.), steps=30, evaluate_every=30, save_every=30,
+                              optimizer=optim.sgd(optim.warmup_constant(0.1, 100, 2), momentum=0.9))
+
+
+def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
+  guard = Guard(window=16, sigma=3., most=15)
+  go(tmp_path, SPIKING, guard=guard)
+  skipped, losses, norms = (logged(tmp_path, name) for name in ('skipped', 'loss', 'grad_norm'))
+  spikes = [step for step in losses if losses[step] > 100 and step > 4]
+  assert spikes and skipped[30] == len(spikes)
+  assert [step for step in range(2, 31) if skipped[step] > skipped[step - 1]] == spikes
+  step, state = saved(tmp_path, SPIKING, guard=guard)
+  assert step == 30 and int(state.seen.total) == len(spikes)
+  assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 30 - len(spikes)
+
+
+def test_resumed_equals_uninterrupted_with_a_guard(tmp_path):
+  guard = Guard(window=16, sigma=3., most=15)
+  go(tmp_path / 'whole', SPIKING, guard=guard, save_every=13)
+  go(tmp_path / 'parts', SPIKING, guard=guard, steps=13, evaluate_every=13)
+  go(tmp_path / 'parts', SPIKING, guard=guard)
+  whole, parts = (saved(tmp_path / name, SPIKING, guard=guard)[1] for name in ('whole', 'parts'))
+  assert int(whole.seen.total) and same(whole, parts)
+
+
+def test_too_many_spikes_end_the_run(tmp_path):
+  with pytest.raises(train.NotFinite, match=r'step \d+: 2 of the last 24 steps were skipped, more than 1'):
+    go(tmp_path, SPIKING, guard=Guard(window=24, most=1), model=Spiking(dropout=0., size=np.inf))
+  assert logged(tmp_path, 'skipped')
+
+
+OVERFITTING = dataclasses.replace(RUN, steps=40, evaluate_every=2, save_every=5, keep=1, patience=3,
+                                  optimizer=optim.adam(optim.warmup_constant(0.3, 100, 1)))
+
+
+def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_path, capsys):
+  result = go(tmp_path, OVERFITTING)
+  losses = logged(tmp_path, 'validation/loss')
+  best = min(losses, key=losses.get)
+  assert result.finished and result.step == best + 6 == max(losses) < 40
+  assert steps_kept(tmp_path) == [best, result.step]
+  assert result.metrics['loss'] == pytest.approx(losses[best], rel=1e-6)
+  assert f'the best checkpoint, of step {best}, is the result' in capsys.readouterr().out
+  again = go(tmp_path, OVERFITTING)
+  assert again.finished and again.step == result.step and logged(tmp_path, 'validation/loss') == losses
+  assert same(again.params, result.params) and again.metrics == result.metrics
+
+
+def test_patience_is_the_same_through_a_stop(tmp_path):
+  whole = go(tmp_path / 'whole', OVERFITTING)
+  asked = []
+
+  def stop(step, metrics):
+    asked.append(metrics['loss'])
+    return step in (4, 8)
+
+  for n in range(3):
+    with jax.set_mesh(whole.mesh):
+      result = train.train(OVERFITTING, tmp_path / 'parts', whole.mesh, watch=stop)
+    assert result.finished == (n == 2)
+  assert result.step == whole.step and same(result.params, whole.params)
+  assert asked == list(logged(tmp_path / 'whole', 'validation/loss').values())
+
+
+@pytest.mark.parametrize('patience', [0, -1, 20])
+def test_patience_that_cannot_end_the_run_is_refused(patience):
+  with pytest.raises(ValueError, match=f'patience={patience} evaluations, one every 2 steps'):
+    dataclasses.replace(OVERFITTING, patience=patience)
