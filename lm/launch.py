@@ -56,25 +56,37 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
     num_processes: how many there are in that cluster.
     process_id: which of them this one is.
   """
+  from lm import cluster, sharding
+  cluster.join(coordinator_address, num_processes, process_id)
+  workdir = workdir or pathlib.Path('runs', pathlib.Path(inspect.getfile(experiment)).stem)
+  start(experiment, knobs, workdir, sharding.make_mesh(mesh), init, seed,
+        then and (lambda configured, result: then(configured, workdir, result)))
+
+
+def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
+          init: pathlib.Path | None = None, seed: int = 0, then: Callable[..., None] | None = None,
+          watch: Callable[..., bool] | None = None) -> tuple[Any, Any]:
+  """Trains the run of an experiment in a workdir, on a mesh, with a record of it there; `then(run, result)` follows.
+
+  Returns the run and its result; see `train.train`.
+  """
   import jax
 
-  from lm import cluster, lora, records, sharding, train
-  cluster.join(coordinator_address, num_processes, process_id)
+  from lm import lora, records, train
   script = pathlib.Path(inspect.getfile(experiment))
-  workdir = workdir or pathlib.Path('runs', script.stem)
-  devices = sharding.make_mesh(mesh)
-  with records.claim(workdir, script.name), jax.set_mesh(devices):
+  with records.claim(workdir, script.name), jax.set_mesh(mesh):
     knobs = records.settle(knobs, records.read(workdir))
-    configured, start = dataclasses.replace(experiment(**knobs), seed=seed), None
+    configured, from_init = dataclasses.replace(experiment(**knobs), seed=seed), None
     if init is not None:
       from lm import pretrained
-      start = functools.partial(pretrained.start, init)
-    configured = lora.start_from(configured, start)
+      from_init = functools.partial(pretrained.start, init)
+    configured = lora.start_from(configured, from_init)
     records.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
-                knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, devices))
-    result = train.train(configured, workdir, mesh=devices)
+                  knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, mesh))
+    result = train.train(configured, workdir, mesh, watch)
     if then:
-      then(configured, workdir, result)
+      then(configured, result)
+  return configured, result
 
 
 @contextlib.contextmanager

@@ -87,9 +87,9 @@ class NotFinite(FloatingPointError):
   """The loss or the gradient is infinite or not a number, or spikes too often."""
 
 
-def init(run: Run) -> State:
-  """The state before the first step; call it inside `jax.jit`."""
-  params = run.model.init(jax.random.fold_in(jax.random.key(run.seed), 0))
+def init(run: Run, key: jax.Array | None = None) -> State:
+  """The state before the first step; call it inside `jax.jit`. The key is by default that of the run's seed."""
+  params = run.model.init(jax.random.fold_in(jax.random.key(run.seed) if key is None else key, 0))
   return _begin(run, params)
 
 
@@ -122,13 +122,20 @@ def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
 
 
 def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """One jitted pure function, `(state, batch, constants={}) -> (state, metrics)`; the state is donated."""
-  def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({})):
+  """One jitted pure function, `(state, batch, constants={}, key) -> (state, metrics)`; the state is donated."""
+  return jax.jit(step_of(run), donate_argnums=0)
+
+
+def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """What `make_step` jits. The last argument is a key, by default that of the run's seed."""
+  def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
+           key: jax.Array | None = None):
     def loss(params, batch, key):
       loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, with_constants(params, constants), batch, key)
       return loss_sum, (weight_sum, sums)
 
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 1), state.step)
+    key = jax.random.key(run.seed) if key is None else key
+    key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
     totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
     (loss_sum, (weight_sum, sums)), grads = totals
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
@@ -148,7 +155,7 @@ def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
       metrics |= {'skipped': seen.total, 'skipped_lately': jnp.sum(seen.skipped)}
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return step
 
 
 def _mean(sums):
@@ -236,7 +243,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
 def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
   if not checkpoints.steps():
     if run.start is None:
-      return jax.block_until_ready(jax.jit(lambda: init(run))()), 0
+      # Seeds are arguments, so that all have the same program, which is compiled once.
+      return jax.block_until_ready(jax.jit(functools.partial(init, run))(jax.random.key(run.seed))), 0
     params = run.start(run.model)
     begun = jax.jit(lambda params: _begin(run, params)._replace(params=None))(params)
     return jax.block_until_ready(begun)._replace(params=params), 0
@@ -272,7 +280,7 @@ class _Loop:
 
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
-    train_step, pending = make_step(run), None
+    train_step, pending, key = make_step(run), None, jax.random.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_per_step=run.batch * run.data.length, step=start,
                        devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
@@ -282,7 +290,7 @@ class _Loop:
         batch = sharding.shard_rows(following.result(), self.mesh)
         following = reader.submit(self.batches, step + 1, self.rows)
         with self.phases('compile and first step' if step == start else 'train'):
-          state, metrics = train_step(state, batch, self.constants)
+          state, metrics = train_step(state, batch, self.constants, key)
           step += 1
           self._report(pending)      # of the step before, while this one runs
           pending = step, metrics

@@ -27,8 +27,8 @@ class Trained:
 def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   """The newest checkpoint of a run, or the best by validation loss, as of one with patience; on the mesh that is set.
 
-  The parameters are those to evaluate: the average, where the optimizer keeps one. Adapters are merged into their matrices. FileNotFoundError where there is no run, no checkpoint, or the script is
-  gone.
+  The parameters are those to evaluate: the average, where the optimizer keeps one. Adapters are merged into their
+  matrices. FileNotFoundError where there is no run, no checkpoint, or the script is gone.
   """
   run = open_run(workdir)
   mesh = jax.sharding.get_mesh()

@@ -1,0 +1,125 @@
+"""Which of two arms is better, by runs of the same seeds; and whether that can be told. Lower values are better."""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+  """A mean and, where there are two values at least, its confidence interval; else it is infinite."""
+  mean: float
+  low: float
+  high: float
+
+  def __str__(self):
+    return f'{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]'
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+  """Student's t interval of the mean."""
+  from scipy import stats  # 0.3 s: not for --help
+  mean, n = float(np.mean(values)), len(values)
+  half = math.inf if n < 2 else stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / n ** 0.5
+  return Interval(mean, float(mean - half), float(mean + half))
+
+
+class Verdict(NamedTuple):
+  """What can be said of an arm beside another."""
+  difference: Interval   # of the arm to the other, over seeds
+  needed: int | None     # seeds that would tell a difference of this size; None: it is told, or there is none
+
+  @property
+  def word(self) -> str:
+    if self.difference.high < 0:
+      return 'better'
+    return 'worse' if self.difference.low > 0 else 'not distinguishable'
+
+  def __str__(self):
+    if self.needed is None:
+      return self.word
+    return f'{self.word}; a difference of this size would need {f"{self.needed:,}"} seeds'
+
+
+def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, confidence: float = 0.95) -> Verdict:
+  """The verdict on an arm beside another, by final values of runs that are paired by seed.
+
+  With several `comparisons`, each interval is wider (Bonferroni), so that all of them hold together with `confidence`.
+  Arms that are the same are told apart in 1 - confidence of trials at most, if differences are about normal.
+
+  ValueError where values are not paired, or not finite.
+  """
+  arm, other = np.asarray(arm, float), np.asarray(other, float)
+  if arm.shape != other.shape or not len(arm):
+    raise ValueError(f'{len(arm)} values of one arm and {len(other)} of the other are no pairs; run both on the same seeds')
+  if not np.isfinite([arm, other]).all():
+    raise ValueError('a final value is not finite: that run diverged, and has no difference to another; lower its rate')
+  confidence = 1 - (1 - confidence) / comparisons
+  difference = interval(arm - other, confidence)
+  found = Verdict(difference, None)
+  if found.word != 'not distinguishable' or len(arm) < 2:
+    return found
+  return found._replace(needed=seeds_needed(difference.mean, float(np.std(arm - other, ddof=1)), confidence))
+
+
+def seeds_needed(difference: float, deviation: float, confidence: float = 0.95, power: float = 0.8,
+                 most: int = 1_000_000) -> int | None:
+  """Pairs by which a paired t-test finds a true difference with probability `power`; None if more than `most`.
+
+  `deviation` is the standard deviation of a pair's difference. Exact, by the noncentral t distribution.
+  """
+  from scipy import stats
+  if difference == 0 or deviation == 0:
+    return None if difference == 0 else 2
+  effect = abs(difference) / deviation
+
+  def enough(n):
+    if n > 2000:   # normal by then, and the noncentral t is slow and overflows
+      return stats.norm.cdf(effect * n ** 0.5 - stats.norm.ppf((1 + confidence) / 2)) >= power
+    return stats.nct.sf(stats.t.ppf((1 + confidence) / 2, n - 1), n - 1, effect * n ** 0.5) >= power
+
+  low, high = 1, 2
+  while not enough(high):
+    low, high = high, 2 * high
+    if high > most:
+      return None
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if enough(middle) else (middle, high)
+  return high
+
+
+Curve = Sequence[tuple[float, float]]   # (compute, loss), by compute
+
+
+def reached(curve: Curve, loss: float) -> float | None:
+  """The compute at which a curve is first at `loss` or below it, between evaluations on a line; None if it never is."""
+  before = None
+  for compute, value in curve:
+    if value <= loss:
+      if before is None or before[1] == value:
+        return compute
+      share = (before[1] - loss) / (before[1] - value)
+      return before[0] + share * (compute - before[0])
+    before = compute, value
+  return None
+
+
+def speed_up(arm: Sequence[Curve], other: Sequence[Curve], confidence: float = 0.95) -> Interval | None:
+  """How many times sooner the arm reaches the other's final loss, over seeds, with an interval of its logarithm.
+
+  Below 1 where it is the other that is sooner: the reciprocal of its speed-up. None where neither reaches the other's
+  final loss in some seed, or a curve has fewer than two points.
+  """
+  logs = []
+  for a, b in zip(arm, other, strict=True):
+    if min(len(a), len(b)) < 2:
+      return None
+    if at := reached(a, b[-1][1]):
+      logs.append(math.log(b[-1][0] / at))
+    elif at := reached(b, a[-1][1]):
+      logs.append(-math.log(a[-1][0] / at))
+    else:
+      return None
+  found = interval(logs, confidence)
+  return Interval(*(math.exp(min(x, 700.)) for x in found))
