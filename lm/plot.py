@@ -1,17 +1,15 @@
 """Figures of what was tracked."""
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm import track
 
 
 def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
   """Training and validation loss, and the learning rate, against the step. Without matplotlib: one line, no plot."""
-  try:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-  except ImportError:
-    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
+  if (figure := new_figure(png, (8, 5))) is None:
     return
 
   def series(name: str) -> tuple[list[int], list[float]]:
@@ -19,7 +17,6 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
     return [step for step, _ in points], [value for _, value in points]
 
   rows = track.read_metrics(metrics_jsonl)
-  figure = Figure(figsize=(8, 5), dpi=144, layout='constrained')
   top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
   steps, losses = series('loss')
   top.plot(steps, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
@@ -29,11 +26,7 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
   top.set(ylabel='loss (nats per token)', title=metrics_jsonl.resolve().parent.name)
   bottom.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
   bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-  for axes in (top, bottom):
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-  top.legend(frameon=False)
-  figure.savefig(png)
+  finish(figure, png, (top, bottom))
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:
@@ -41,3 +34,44 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
   sums = [0.0, *itertools.accumulate(values)]
   halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
   return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
+
+
+def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+               finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
+  """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined."""
+  if (figure := new_figure(png, (11, 5))) is None:
+    return
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+  for i, (name, runs) in enumerate(curves.items()):
+    color = f'C{i % 10}'
+    points = [dict(run) for run in runs]
+    shared = sorted(set.intersection(*(set(p) for p in points))) if points else []
+    if shared:
+      columns = [[p[x] for p in points] for x in shared]
+      left.plot(shared, [sum(c) / len(c) for c in columns], color=color, linewidth=1.6, label=name)
+      left.fill_between(shared, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, linewidth=0)
+    right.plot([i] * len(finals[name]), finals[name], 'o', color=color, markersize=5, alpha=0.8)
+  for pair in zip(*finals.values()):
+    right.plot(range(len(pair)), pair, color='0.7', linewidth=0.7, zorder=0)
+  right.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
+  left.set(xlabel=compute, ylabel='validation bits per byte')
+  right.set(ylabel=metric)
+  finish(figure, png, (left, right))
+
+def new_figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
+  """None, and a line, without matplotlib."""
+  try:
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+  except ImportError:
+    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
+    return None
+  return Figure(figsize=size, dpi=144, layout='constrained')
+
+
+def finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
+  for axes in panels:
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(frameon=False)
+  figure.savefig(png)

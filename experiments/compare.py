@@ -1,0 +1,182 @@
+"""Which is better, and is it? Arms (an experiment with other knobs) on the same seeds, with equal compute.
+
+  python experiments/compare.py --arms='adamw: optimizer=adamw lr=3e-3; muon: optimizer=muon lr=0.015' \
+      --common='layers=2 width=128 heads=2 vocab=2048 length=256 batch=8 steps=300' --seeds=5
+
+The first arm is the one that the others are compared with. Of each arm: bits per byte of the whole validation text, the
+difference by pairs of seeds, how much sooner the better one is where the other ends, and a verdict, all with intervals.
+Arms that do not learn to predict the next token are brought to it, all arms alike, by --adapt steps.
+"""
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+
+from lm import arms, atomic, comparison, launch, plot, sharding, train
+from lm.data.source import Source
+from lm.describe import describe
+from lm.objectives.infill import infill
+from lm.objectives.next_token import next_token
+
+SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
+
+
+def check(found: Sequence[arms.Arm], adapt: int) -> list[train.Run]:
+  """The runs; ValueError where they have no common yardstick."""
+  runs = [arm.make() for arm in found]
+  for arm, run in zip(found, runs):
+    if not run.model.causal or run.data.source_length is not None:
+      raise ValueError(f'{arm.name} has no common yardstick with other arms: its model does not predict a next token from '
+                       'those before it alone; compare decoders')
+    texts = [(describe(getattr(r.data, 'rules', None)), source(r)) for r in (run, runs[0])]
+    if texts[0] != texts[1]:
+      raise ValueError(f'{arm.name} and {found[0].name} have no common yardstick: they are validated on different text; '
+                       'give all arms the same corpus')
+    if not is_next_token(run) and not adapt:
+      raise ValueError(f'{arm.name} does not learn to predict the next token, so it has no common yardstick with the others '
+                       'yet; let all be adapted to it for some steps, such as --adapt=100')
+    if run.constants:
+      raise ValueError(f'{arm.name} trains beside constant parameters, which a comparison cannot give it')
+  return runs
+
+
+def source(run: train.Run) -> Any:
+  found = getattr(run.data, 'source', None)
+  return found.fingerprint if isinstance(found, Source) else describe(found)
+
+
+def is_next_token(run: train.Run) -> bool:
+  return run.objective.forms == next_token().forms
+
+
+def finish(arm: arms.Arm, seed: int, study: pathlib.Path, mesh: jax.sharding.Mesh, adapt: int, adapt_lr: float
+           ) -> dict[str, Any]:
+  """What is compared of one run; trained, unless it was."""
+  told = study / arm.name / f'seed-{seed}' / 'final.json'
+  if told.exists():
+    return json.loads(told.read_text())
+  run, workdir, result = arms.go(study, arm, seed, mesh)
+  values = {}
+  with jax.set_mesh(mesh):
+    if is_next_token(run):
+      values['bits/byte'] = arms.score(run, result, next_token())['bits_per_byte']
+    if adapt:
+      for name, objective, metric in (('adapted bits/byte', next_token(), 'bits_per_byte'),
+                                      ('infilling accuracy', infill(1.), 'accuracy')):
+        short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
+        values[name] = arms.score(short, adapted, objective)[metric]
+  curve = [(step / result.step, value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
+  found = {'values': values, 'curve': curve, 'steps': result.step}
+  atomic.write(told, json.dumps(found))
+  return found
+
+
+def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
+  """Lines of Markdown: each arm beside the first. Lower is better, but for an accuracy."""
+  sign = -1 if 'accuracy' in metric else 1
+  values = {name: [result['values'].get(metric) for result in results[name]] for name in names}
+  names = [name for name in names if None not in values[name]]
+  lines = [f'| arm | {metric} | difference to {names[0]} | as good as the other\'s end | verdict |', '|---|---|---|---|---|']
+  for name in names:
+    own = comparison.interval(values[name])
+    if name == names[0]:
+      lines.append(f'| {name} | {own} | | | |')
+      continue
+    verdict = comparison.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
+    low, high = sorted((sign * verdict.difference.low, sign * verdict.difference.high))
+    difference = comparison.Interval(sign * verdict.difference.mean, low, high)
+    sooner = None
+    if metric == 'bits/byte':
+      sooner = comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0])))
+    lines.append(f'| {name} | {own} | {difference} | {times(sooner)} | {verdict} |')
+  return lines
+
+
+def times(sooner: comparison.Interval | None) -> str:
+  if sooner is None:
+    return ''
+  return f'{sooner.mean:.2f}x as soon [{sooner.low:.2f}, {sooner.high:.2f}]'
+
+
+def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '', seeds: int = 5,
+            equal: str = 'steps', budget: float | None = None, adapt: int = 0, adapt_lr: float = 1e-3,
+            mesh: str | None = None) -> dict[str, list[dict]]:
+  """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
+  if seeds < 2:
+    raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
+  function = arms.experiment(experiment)
+  found = arms.arms(function, arms_text, common)
+  if len(found) < 2:
+    raise ValueError(f'--arms names {found[0].name} alone; a comparison has two arms at least')
+  devices = sharding.make_mesh(mesh)
+  with jax.set_mesh(devices):
+    for run in check(found, adapt):
+      train.check(run, devices)
+    asked = {'experiment': experiment.name, 'arms': {arm.name: arm.knobs for arm in found}, 'equal': equal,
+             'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
+    arms.check_same(workdir, 'compare.json', asked)
+    found, amount = steps_once(workdir, found, equal, budget, devices)
+  print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
+  results: dict[str, list[dict]] = {arm.name: [] for arm in found}
+  for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs
+    for i, arm in enumerate(found):
+      print(f'\n--- run {seed * len(found) + i + 1} of {seeds * len(found)}: {arm.name}, seed {seed}', flush=True)
+      results[arm.name].append(finish(arm, seed, workdir, devices, adapt, adapt_lr))
+  report(results, workdir, f'share of {amount:,.4g} {equal}')
+  return results
+
+
+def steps_once(study: pathlib.Path, found: list[arms.Arm], equal: str, budget: float | None, mesh: jax.sharding.Mesh
+               ) -> tuple[list[arms.Arm], float]:
+  """As `arms.equal`; what was found before (seconds are measured) stays."""
+  path = study / 'steps.json'
+  if path.exists():
+    before = json.loads(path.read_text())
+    return [arm.with_steps(before['steps'][arm.name]) for arm in found], before['amount']
+  found, amount = arms.equal(found, equal, budget, mesh)
+  atomic.write(path, json.dumps({'amount': amount, 'steps': {arm.name: arm.knobs['steps'] for arm in found}}))
+  return found, amount
+
+
+def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) -> None:
+  names = list(results)
+  metrics = dict.fromkeys(metric for name in names for metric in results[name][0]['values'])
+  lines = []
+  for metric in metrics:
+    if sum(metric in results[name][0]['values'] for name in names) > 1:
+      lines += ['', *table(names, results, metric)]
+  count = len(results[names[0]])
+  lines += ['', f'{count} seeds; [95 % intervals over seeds]; differences hold together, with those of all arms of a table.']
+  print('\n'.join(lines))
+  atomic.write(workdir / 'compare.md', '\n'.join(lines[1:]) + '\n')
+  metric = next(metric for metric in metrics if all(metric in result['values'] for r in results.values() for result in r))
+  plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
+                  {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
+  print(f'\nwritten to {workdir}: compare.md, compare.png, and a folder for each arm and seed')
+
+
+def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seeds: int = 5,
+         equal: Literal['steps', 'tokens', 'flops', 'seconds'] = 'steps', budget: float | None = None, adapt: int = 0,
+         adapt_lr: float = 1e-3, workdir: pathlib.Path = pathlib.Path('runs/compare'), mesh: str | None = None) -> None:
+  """Compares arms.
+
+  Args:
+    arms: the arms, as 'name: knob=value knob=value; other: ...'; knobs are the flags of the experiment.
+    common: knobs of all arms.
+    experiment: the script whose function `experiment` makes the runs.
+    seeds: how many, of each arm the same; more can be added later.
+    equal: in what arms are equal, steps, tokens, FLOPs of matrix products, or seconds on this machine.
+    budget: how much of it each arm gets; none for what the first arm takes as it is.
+    adapt: steps of next-token prediction, and of infilling, after which all arms are scored too; 0 for none.
+    adapt_lr: the rate at which these begin.
+    workdir: where the runs live; one that was stopped goes on from there.
+    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+  """
+  compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal, budget=budget,
+          adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)
+
+
+if __name__ == '__main__':
+  launch.tool(main)
