@@ -14,6 +14,7 @@ setuptools.setup(
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
         'numpy>=2.0',
+        'scipy>=1.14',              # Student's t; jax brings it anyway
         'absl-py>=2.3',
         'sentencepiece>=0.2.1',
         'tensorboardX>=2.6',        # TensorBoard events without TensorFlow
@@ -35,13 +36,14 @@ setuptools.setup(
         ],
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
+        'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.
         'benchmark': ['torch>=2.9', 'transformers>=5.0'],
         'test': [
             'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
-            'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools',
+            'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools', 'optuna>=4.4',
             'jinja2>=3.1.6',        # chat templates
         ],
     },

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lm import atomic, budget, evaluate, flops, launch, optim, track, train
 from lm.describe import describe, differences
@@ -81,9 +82,10 @@ def arms(function: Callable[..., Any], text: str, common: str = '') -> list[Arm]
   return found
 
 
-def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh) -> float:
-  """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products."""
+def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = True) -> float:
+  """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products, with the optimizer's or without."""
   if unit == 'flops':
+    run = run if optimizer else dataclasses.replace(run, optimizer=optax.identity())
     constants = train.abstract_constants(run)
     return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)), train.abstract_batch(run, mesh),
                        constants)

@@ -1,7 +1,9 @@
 """Figures of what was tracked."""
+import collections
 import itertools
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm import track
@@ -75,3 +77,53 @@ def finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
     if axes.get_legend_handles_labels()[0]:
       axes.legend(frameon=False)
   figure.savefig(png)
+
+
+def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bool]], metric: str) -> None:
+  """The metric of (knobs, value, pruned) against each knob that is a number; lines join trials that differ in it alone."""
+  names = [name for name in trials[0][0] if all(_number(knobs[name]) is not None for knobs, _, _ in trials)]
+  names = [name for name in names if len({knobs[name] for knobs, _, _ in trials}) > 1]
+  if not names or (figure := new_figure(png, (5.5 * len(names), 4.5))) is None:
+    return
+  panels = figure.subplots(1, len(names), squeeze=False)[0]
+  finite = [trial for trial in trials if math.isfinite(trial[1])]
+  for axes, name in zip(panels, names):
+    groups = collections.defaultdict(list)
+    for knobs, value, pruned in finite:
+      if not pruned:
+        groups[' '.join(f'{k}={v}' for k, v in knobs.items() if k != name)].append((_number(knobs[name]), value))
+    for others, points in groups.items():
+      axes.plot(*zip(*sorted(points)), 'o-', markersize=5, linewidth=1.2, label=others if len(groups) < 9 else None)
+    left = [(_number(knobs[name]), value) for knobs, value, pruned in finite if pruned]
+    axes.plot(*(zip(*left) if left else ((), ())), 'x', color='0.6', label='left early' if left else None)
+    values = [_number(knobs[name]) for knobs, _, _ in trials]
+    axes.set(xlabel=name, ylabel=metric, xscale='log' if min(values) > 0 and max(values) > 5 * min(values) else 'linear')
+  finish(figure, png, panels)
+
+
+def _number(value: Any) -> float | None:
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return None
+
+
+def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law: Callable[..., Any],
+            predicted: tuple[float, float, float, float, float], outcome: float) -> None:
+  """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high), and what came out."""
+  if (figure := new_figure(png, (8, 5))) is None:
+    return
+  axes, n, d = figure.subplots(), *predicted[:2]
+  sizes, most = sorted({*(point[0] for point in points), n}), max(d, *(point[1] for point in points))
+  for i, size in enumerate(sizes):
+    own = sorted((at, loss) for other, at, loss in points if other == size)
+    begin = min(own)[0] if own else min(point[1] for point in points)
+    line = [begin * (most / begin) ** (k / 50) for k in range(51)]
+    axes.plot(line, [float(law(size, at)) for at in line], color=f'C{i % 10}', linewidth=1.2, label=f'N = {size:,.0f}',
+              linestyle='-' if own else '--')
+    axes.plot(*(zip(*own) if own else ((), ())), 'o', color=f'C{i % 10}', markersize=5)
+  axes.errorbar([d], [predicted[2]], [[predicted[2] - predicted[3]], [predicted[4] - predicted[2]]], color='0.3', capsize=4,
+                fmt='none', label='predicted')
+  axes.plot([d], [outcome], '*', color='black', markersize=11, label='outcome')
+  axes.set(xscale='log', xlabel='D (tokens)', ylabel='validation loss (nats per token)')
+  finish(figure, png, (axes,))

@@ -18,14 +18,14 @@ ROOMS = (
     'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot',
     'interrupt', 'guard', 'generate', 'speculative', 'evaluate', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
-    'budget', 'plan', 'doctor', 'pretrained', 'trained', 'race', 'flops', 'comparison', 'launch', 'arms')
+    'budget', 'plan', 'doctor', 'pretrained', 'trained', 'race', 'flops', 'comparison', 'scaling', 'search', 'launch', 'arms')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
 DOORS = {
     'flax': {'models/'}, 'orbax': {'checkpoint'}, 'tensorstore': {'checkpoint'}, 'matplotlib': {'plot'},
     'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/corpora'}, 'pyarrow': {'data/corpora'},
     'zstandard': {'data/corpora'}, 'ftfy': {'data/clean'}, 'jieba': {'data/clean'}, 'stopwordsiso': {'data/clean'},
-    'huggingface_hub': {'pretrained'}, 'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
+    'huggingface_hub': {'pretrained'}, 'optuna': {'search'}, 'scipy': {'comparison', 'scaling'}, 'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
     'sentencepiece': {'data/vocabulary', 'data/tokenizer'},   # to read, to train
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Slow to import, or optional: inside the function that needs them, so that --help answers at once.

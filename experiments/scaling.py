@@ -1,0 +1,100 @@
+"""A scaling law: trains a ladder of sizes at several budgets, predicts the next rung, then trains that too.
+
+  python experiments/scaling.py
+
+L(N, D) = E + A / N^alpha + B / D^beta is fitted to the validation losses; N is the FLOPs that a token costs, over 6,
+which counts the head and attention too, and is about the number of parameters in large models.
+"""
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from lm import arms, atomic, launch, plot, scaling, sharding, train
+
+SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
+SIZES = 'width=32 heads=1; width=64 heads=1; width=96 heads=2; width=128 heads=2'
+COMMON = 'layers=2 vocab=1024 length=128 batch=8 optimizer=muon lr=0.015 schedule=linear warmup=20 evaluate_batches=none'
+
+
+def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 1200), next_size: str = 'width=192 heads=3',
+           next_budget: int = 1200, common: str = COMMON, experiment: pathlib.Path = SCRIPT, seed: int = 0,
+           workdir: pathlib.Path = pathlib.Path('runs/scaling'), mesh: str | None = None) -> None:
+  """Fits a scaling law and tests it.
+
+  Args:
+    sizes: the knobs of each size, with ; between them.
+    budgets: steps of training; each size is trained at each, with a schedule of its own.
+    next_size: the knobs of the rung that is predicted.
+    next_budget: its steps.
+    common: knobs of all runs.
+    experiment: the script whose function `experiment` makes the runs.
+    seed: of all runs.
+    workdir: where the runs live; one that was stopped goes on from there.
+    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+  """
+  function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
+  written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]
+  if len(set(written)) < 2 or len(set(budgets)) < 2 or len(set(written)) * len(set(budgets)) < 6:
+    raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not fix a law of 5 numbers; give 2 of each at '
+                     'least, and 6 runs in all')
+  rungs = [(size, steps) for size in written for steps in sorted(budgets)]
+  runs = [arms.Arm(name(size, steps), function, arms.knobs(function, f'{common} {size} steps={steps}'))
+          for size, steps in [*rungs, (next_size, next_budget)]]
+  with jax.set_mesh(devices):
+    places = [place(arm.make(seed), devices) for arm in runs]
+  arms.check_same(workdir, 'scaling.json', {'experiment': experiment.name, 'common': common, 'seed': seed})
+  points = []
+  for i, (arm, (n, d)) in enumerate(zip(runs[:-1], places)):
+    print(f'\n--- run {i + 1} of {len(runs)}: {arm.name}, N = {n:,.0f}, D = {d:,.0f}', flush=True)
+    points.append((n, d, loss(workdir, arm, seed, devices)))
+  law = scaling.fit(points)
+  laws = scaling.resampled(points, law)
+  predicted = scaling.predict(points, law, laws, *places[-1])
+  lines = summary(points, law, laws)
+  lines += ['', f'predicted for {runs[-1].name}, N = {places[-1][0]:,.0f}, D = {places[-1][1]:,.0f}: '
+            f'{predicted[0]:.4f} [{predicted[1]:.4f}, {predicted[2]:.4f}]']
+  print('\n' + '\n'.join(lines) + f'\n\n--- run {len(runs)} of {len(runs)}: {runs[-1].name}', flush=True)
+  outcome = loss(workdir, runs[-1], seed, devices)
+  inside = 'inside' if predicted[1] <= outcome <= predicted[2] else 'outside'
+  lines.append(f'outcome: {outcome:.4f}, {inside} the interval')
+  print('\n' + '\n'.join(lines[-2:]))
+  atomic.write(workdir / 'scaling.md', '\n'.join(lines) + '\n')
+  plot.scaling(workdir / 'scaling.png', points, law, (*places[-1], *predicted), outcome)
+  print(f'\nwritten to {workdir}: scaling.md, scaling.png, and a folder for each run')
+
+
+def name(size: str, steps: int) -> str:
+  return f'{size.replace(" ", ",")}-{steps}'
+
+
+def place(run: train.Run, mesh: jax.sharding.Mesh) -> tuple[float, float]:
+  """(N, D): FLOPs a token over 6, and tokens."""
+  tokens = run.batch * run.data.length
+  plain = arms.cost(run, 'flops', mesh, optimizer=False)
+  return plain / tokens / 6, float(run.steps * tokens)
+
+
+def loss(study: pathlib.Path, arm: arms.Arm, seed: int, mesh: jax.sharding.Mesh) -> float:
+  """Nats a token on the validation split; trained, unless it was."""
+  told = study / arm.name / f'seed-{seed}' / 'final.json'
+  if not told.exists():
+    _, _, result = arms.go(study, arm, seed, mesh)
+    if not math.isfinite(result.metrics['nll']):
+      raise train.NotFinite(f'{arm.name} diverged; lower its learning rate')
+    atomic.write(told, json.dumps(result.metrics))
+  return json.loads(told.read_text())['nll']
+
+
+def summary(points: scaling.Points, law: scaling.Law, laws: list[scaling.Law]) -> list[str]:
+  lines = ['| N | D | loss | the law |', '|---|---|---|---|']
+  lines += [f'| {n:,.0f} | {d:,.0f} | {found:.4f} | {float(law(n, d)):.4f} |' for n, d, found in points]
+  spread = ', '.join(f'{field} [{low:.3g}, {high:.3g}]' for field in ('E', 'A', 'alpha', 'B', 'beta')
+                     for low, high in [np.quantile([getattr(l, field) for l in laws], [0.025, 0.975])])
+  return [*lines, '', str(law), f'95 % intervals: {spread}']
+
+
+if __name__ == '__main__':
+  launch.tool(ladder)

@@ -1,0 +1,139 @@
+"""Search over the knobs of an experiment, by Optuna, whose journal is a file: what was tried is not tried again."""
+import contextlib
+import dataclasses
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One of several values, as they are written."""
+  values: tuple[str, ...]
+
+  def suggest(self, trial: Any, name: str) -> str:
+    return trial.suggest_categorical(name, self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """A number in [low, high], whole where both are."""
+  low: float
+  high: float
+  log: bool = False
+
+  def suggest(self, trial: Any, name: str) -> str:
+    suggest = trial.suggest_int if isinstance(self.low, int) else trial.suggest_float
+    return repr(suggest(name, self.low, self.high, log=self.log))
+
+
+Space = dict[str, Choice | Range]
+
+
+def space(text: str, convert: Callable[[str, str], Any]) -> Space:
+  """Of 'lr=1e-4:1e-2:log; batch=8,16,32': choices, or the ends of a range, on a log scale or not.
+
+  `convert(name, value)` gives what a knob makes of a text, and raises ValueError where there is no such knob.
+  """
+  found: Space = {}
+  for part in filter(None, map(str.strip, text.split(';'))):
+    name, given, values = (word.strip() for word in part.partition('='))
+    low, *rest = values.split(':')
+    if not given or not values or name in found or len(rest) > 2 or rest[1:] not in ([], ['log']):
+      raise ValueError(f"knob {part!r}: write 'lr=1e-4:1e-2:log' or 'batch=8,16,32', each once, with ; between them")
+    if not rest:
+      choices = tuple(value.strip() for value in values.split(','))
+      for value in choices:
+        convert(name, value)
+      found[name] = Choice(choices)
+      continue
+    ends = convert(name, low), convert(name, rest[0])
+    if not all(type(end) in (int, float) for end in ends):
+      raise ValueError(f'knob {part!r}: {name} is no number, so it has no range; list its values, such as {name}=a,b')
+    if not ends[0] < ends[1] or rest[1:] and ends[0] <= 0 or not math.isfinite(ends[1]):
+      raise ValueError(f'knob {part!r}: a range goes up, between finite numbers, and on a log scale begins above 0')
+    found[name] = Range(*ends, log=bool(rest[1:]))
+  if not found:
+    raise ValueError("there are no knobs to search; write 'lr=1e-4:1e-2:log; batch=8,16,32'")
+  return found
+
+
+class Trial(NamedTuple):
+  number: int
+  knobs: dict[str, str]   # as they are written
+  value: float            # inf: it diverged
+  evaluations: int
+  pruned: bool
+
+
+class Study:
+  """A search whose trials are in `journal`. `method` is grid, random, or halving.
+
+  Halving (Jamieson and Talwalkar 2016, asynchronously: Li et al. 2020): at evaluation 1, 3, 9, ... a trial goes on only
+  if it is among the best third of those that came so far.
+
+  ImportError without Optuna; ValueError for a grid over a range.
+  """
+
+  def __init__(self, journal: pathlib.Path, knobs: Space, method: str, seed: int = 0):
+    try:
+      import optuna
+    except ImportError:
+      raise ImportError("a search needs Optuna (pip install 'lm[sweep]')") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = optuna.storages.journal
+    storage = optuna.storages.JournalStorage(backend.JournalFileBackend(str(journal)))
+    self._optuna, self._knobs = optuna, knobs
+    self._study = optuna.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
+    random = optuna.samplers.RandomSampler(seed + len(self._study.trials))   # of a search that goes on, others
+    if method == 'grid':
+      if ranges := [name for name, values in knobs.items() if isinstance(values, Range)]:
+        raise ValueError(f'a grid needs the values of {", ".join(ranges)}, such as {ranges[0]}=1e-3,3e-3,1e-2')
+      self._study.sampler = optuna.samplers.GridSampler({name: list(k.values) for name, k in knobs.items()}, seed)
+    else:
+      self._study.sampler = random
+    self._study.pruner = (optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+                          if method == 'halving' else optuna.pruners.NopPruner())
+    self.size = math.prod(len(k.values) for k in knobs.values()) if method == 'grid' else None
+
+  def ask(self, trials: int) -> Iterator['Asked']:
+    """Trials to run until so many are done; first those that were stopped."""
+    states = self._optuna.trial.TrialState
+    for stopped in self._study.get_trials(states=[states.RUNNING]):
+      yield Asked(self._study, self._optuna.trial.Trial(self._study, stopped._trial_id), stopped.params, self._knobs)
+    while len(self._study.get_trials(states=[states.COMPLETE, states.PRUNED])) < trials:
+      yield Asked(self._study, self._study.ask(), {}, self._knobs)
+
+  def done(self) -> list[Trial]:
+    """The best first; those that were pruned last."""
+    states = self._optuna.trial.TrialState
+    found = [Trial(t.number, t.params, t.value, max(t.intermediate_values, default=0), t.state == states.PRUNED)
+             for t in self._study.get_trials(states=[states.COMPLETE, states.PRUNED])]
+    return sorted(found, key=lambda t: (t.pruned, t.value))
+
+
+class Asked:
+  """A trial that is run: report values of evaluations, then tell the last."""
+
+  def __init__(self, study: Any, trial: Any, earlier: dict[str, Any], knobs: Space):
+    self._study, self._trial, self.number = study, trial, trial.number
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      self.knobs = {name: str(earlier[name]) if name in earlier else k.suggest(trial, name) for name, k in knobs.items()}
+    self.pruned = False
+
+  def report(self, evaluation: int, value: float) -> bool:
+    """Whether to stop: the value of this evaluation, counted from 1, is not among the best so far."""
+    with warnings.catch_warnings():   # one that was reported before the trial was stopped
+      warnings.simplefilter('ignore')
+      self._trial.report(value if math.isfinite(value) else math.inf, evaluation)
+    self.pruned = self._trial.should_prune()
+    return self.pruned
+
+  def tell(self, value: float) -> None:
+    import optuna
+    state = optuna.trial.TrialState.PRUNED if self.pruned else optuna.trial.TrialState.COMPLETE
+    with contextlib.suppress(KeyError):
+      self._study.tell(self._trial, None if self.pruned else value, state=state)
