@@ -1,0 +1,205 @@
+"""Comparisons, sweeps and ladders of a small experiment: resumed, refused, and what they find."""
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from train_test import compiled_once  # noqa: F401  (a fixture)
+
+from lm import arms, search
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'experiments'))
+import compare  # noqa: E402
+import scaling  # noqa: E402
+import sweep  # noqa: E402
+
+SCRIPT = '''
+import dataclasses
+from typing import Literal
+
+from lm import optim, schedules, train
+from lm.data import dataset
+from lm.data.source import Source
+from lm.objectives.next_token import next_token
+from lm.objectives.prefix import prefix
+from train_test import TEXTS, TOKENIZER, Bigram
+
+def experiment(*, lr: float = 0.03, width: int = 8, steps: int = 6, batch: int = 8, corpus: str = 'a',
+               optimizer: Literal['adam', 'sgd'] = 'adam', objective: Literal['next_token', 'prefix'] = 'next_token',
+               encoder: bool = False, tags: tuple[str, ...] = ()) -> train.Run:
+  documents = [text + corpus for text in TEXTS]
+  data = dataset.Text(Source('numbers', {'train': documents, 'validation': documents[:9]}, corpus), TOKENIZER, 16, ())
+  model = type('Encoder', (Bigram,), {'causal': False})() if encoder else Causal(width)
+  rate = schedules.warmup_constant(lr, steps, 1)
+  return train.Run(model, {'next_token': next_token, 'prefix': prefix}[objective](), data,
+                   {'adam': optim.adam, 'sgd': optim.sgd}[optimizer](rate), steps, batch, evaluate_every=2, save_every=3)
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Bigram):
+  causal = True
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+  path = tmp_path / 'small.py'
+  path.write_text(SCRIPT)
+  return path
+
+
+def compared(script, study, text, **more):
+  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **{'seeds': 3, **more})
+
+
+def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):
+  text, study, trained, went = 'slow: lr=1e-3; fast: lr=0.1', tmp_path / 'study', [], arms.go
+
+  def go(study, arm, seed, mesh):
+    trained.append((arm.name, seed))
+    if len(trained) == 4:
+      raise KeyboardInterrupt
+    return went(study, arm, seed, mesh)
+
+  monkeypatch.setattr(arms, 'go', go)
+  with pytest.raises(KeyboardInterrupt):
+    compared(script, study, text)
+  first = capsys.readouterr().out
+  results = compared(script, study, text)
+  out = capsys.readouterr().out
+  assert trained == [('slow', 0), ('fast', 0), ('slow', 1), ('fast', 1), ('fast', 1), ('slow', 2), ('fast', 2)]
+  assert 'equal steps: 6 each; slow 6 steps, fast 6 steps' in first
+  assert re.search(r'\| fast \|.*x as soon.*\| better \|', out)
+  assert all(fast['values']['bits/byte'] < slow['values']['bits/byte'] for fast, slow in zip(*reversed(results.values())))
+  assert len({r['values']['bits/byte'] for r in results['slow']}) == 3   # seeds differ
+  assert compared(script, study, text) == results and len(trained) == 7
+  assert len(list(study.glob('data-*'))) == 1 and (study / 'compare.png').stat().st_size > 10_000
+  assert (study / 'compare.md').read_text().strip() in out
+  with pytest.raises(ValueError, match=r"begun with other settings.*\n +arms.fast.lr: 0.1 before, 0.2 now"):
+    compared(script, study, 'slow: lr=1e-3; fast: lr=0.2')
+
+
+def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'one: ; two: ', seeds=2)
+  assert results['one'] == results['two']
+  assert '0.0000 [0.0000, 0.0000] | 1.00x as soon [1.00, 1.00] | not distinguishable |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('equal,budget,steps', [
+    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), ('flops', 8 * 6 * 8 * 8 * 261 * 16, (8, 1))])
+def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
+  function = arms.experiment(script)
+  found = arms.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
+  mesh = compare.sharding.make_mesh('8x1')
+  with compare.jax.set_mesh(mesh):
+    vocabulary = 8 * 6 * 8 * 16 * found[0].make().model.vocab
+    given, _ = arms.equal(found, equal, vocabulary * 8 if equal == 'flops' else budget, mesh)
+  assert tuple(arm.knobs['steps'] for arm in given) == ((64, 8) if equal == 'flops' else steps)
+
+
+def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'next: ; prefix: objective=prefix', seeds=2, adapt=3)
+  assert set(results['next'][0]['values']) == {'bits/byte', 'adapted bits/byte', 'infilling accuracy'}
+  assert set(results['prefix'][0]['values']) == {'adapted bits/byte', 'infilling accuracy'}
+  out = capsys.readouterr().out
+  assert '| prefix | ' in out and 'adapted bits/byte' in out and 'infilling accuracy' in out
+
+
+@pytest.mark.parametrize('text,message', [
+    ('a: ; b: lrr=1', r'unknown flag --lrr; the nearest is --lr'),
+    ('a: ; b: lr=fast', r'expected number'),
+    ('a: ; a: lr=1', "arm 'a: lr=1': write 'name: knob=value"), ('a: ; lr=1', "arm 'lr=1'"), (' ; ', 'there are no arms'),
+    ('a: ', '--arms names a alone'),
+    ('a: ; b: corpus=b', 'b and a have no common yardstick: they are validated on different text'),
+    ('a: ; b: encoder=true', 'b has no common yardstick'), ('a: ; b: objective=prefix', 'adapted to it for some steps')])
+def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    compared(script, tmp_path / 'study', text)
+  assert not (tmp_path / 'study').exists()
+
+
+def swept(script, study, **more):
+  return sweep.sweep(experiment=script, workdir=study, mesh='8x1', **more)
+
+
+def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, capsys):
+  settings = {'knobs': 'lr=1e-3,0.1; batch=8,16', 'common': 'steps=4'}
+  done = swept(script, tmp_path / 'study', **settings)
+  assert len(done) == 4 and [t.value for t in done] == sorted(t.value for t in done) and done[0].knobs['lr'] == '0.1'
+  assert {(t.knobs['lr'], t.knobs['batch']) for t in done} == {(a, b) for a in ('1e-3', '0.1') for b in ('8', '16')}
+  assert 'the best: --lr=0.1' in capsys.readouterr().out and (tmp_path / 'study' / 'sweep.png').exists()
+  assert swept(script, tmp_path / 'study', **settings) == done and 'trial' not in capsys.readouterr().out.split('the best')[0].split('|')[0]
+  with pytest.raises(ValueError, match='begun with other settings'):
+    swept(script, tmp_path / 'study', knobs='lr=1e-3,0.2; batch=8,16', common='steps=4')
+
+
+def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_path, monkeypatch):
+  settings = {'knobs': 'lr=1e-4:0.3:log; optimizer=adam,sgd', 'method': 'halving', 'trials': 7, 'common': 'steps=8'}
+  went, seen = arms.go, []
+
+  def go(study, arm, seed, mesh, watch):
+    seen.append(arm)
+    if len(seen) == 3:
+      raise KeyboardInterrupt
+    return went(study, arm, seed, mesh, watch)
+
+  monkeypatch.setattr(arms, 'go', go)
+  with pytest.raises(KeyboardInterrupt):
+    swept(script, tmp_path / 'study', **settings)
+  done = swept(script, tmp_path / 'study', **settings)
+  assert seen[2] == seen[3] and len(done) == 7 == len(seen) - 1
+  assert len({arm.knobs['lr'] for arm in seen}) == 7   # what was drawn before is not drawn again
+  pruned = [t.pruned for t in done]
+  assert any(pruned) and not all(pruned) and pruned == sorted(pruned)
+  steps = {row.name: max(row.iterdir()) for row in (tmp_path / 'study').glob('trial-*')}
+  assert len(steps) == 7
+
+
+def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
+  done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
+  assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
+  done = swept(script, tmp_path / 'other', knobs='lr=0.1,-1')
+  assert done[1].value == float('inf') and 'learning rate -1.0 is not positive' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('knobs,message', [
+    ('lrr=1,2', 'unknown flag --lrr; the nearest is --lr'), ('lr', "knob 'lr': write"), ('', 'no knobs to search'),
+    ('lr=1;lr=2', 'each once'), ('lr=1:2:exp', 'write'), ('lr=2:1', 'a range goes up'), ('lr=0:1:log', 'begins above 0'),
+    ('optimizer=adam:sgd', 'optimizer is no number'), ('batch=8,x', 'expected whole number'),
+    ('lr=1e-3:1e-1', 'a grid needs the values of lr')])
+def test_knobs_that_cannot_be_searched_say_so(script, tmp_path, knobs, message):
+  with pytest.raises(ValueError, match=message):
+    swept(script, tmp_path / 'study', knobs=knobs)
+  assert not list((tmp_path / 'study').glob('trial-*'))
+
+
+def test_whole_ranges_give_whole_numbers():
+  found = search.space('width=2:9; lr=1e-3:1:log', lambda name, value: int(value) if name == 'width' else float(value))
+  assert found == {'width': search.Range(2, 9), 'lr': search.Range(1e-3, 1., True)}
+  assert type(found['width'].low) is int
+
+
+def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
+  scaling.ladder(sizes='width=4; width=8; width=16', budgets=(4, 16), next_size='width=32', next_budget=16, common='lr=0.03',
+                 experiment=script, workdir=tmp_path / 'study', mesh='8x1')
+  out = capsys.readouterr().out
+  predicted, outcome = out.index('predicted for width=32-16'), out.index('--- run 7 of 7')
+  assert predicted < outcome < out.index('outcome: ')
+  told = (tmp_path / 'study' / 'scaling.md').read_text()
+  losses = [json.loads(p.read_text())['nll'] for p in (tmp_path / 'study').glob('*/seed-0/final.json')]
+  assert len(losses) == 7 and all(f'{loss:.4f}' in told for loss in losses) and 'L = ' in told
+  with pytest.raises(ValueError, match='2 sizes at 1 budgets do not fix a law'):
+    scaling.ladder(sizes='width=4; width=8', budgets=(4,), experiment=script, workdir=tmp_path / 'other')
+
+
+def test_arms_are_runs_of_their_own(script, tmp_path):
+  arm = arms.arms(arms.experiment(script), "one: tags='a b',c", 'lr=0.5')[0]
+  assert arm.knobs['tags'] == ('a b', 'c') and arm.knobs['lr'] == 0.5
+  assert arm.make(3, steps=4) == dataclasses.replace(arm.make(), seed=3, steps=4, optimizer=arm.make(3, steps=4).optimizer,
+                                                     data=arm.make(3, steps=4).data)
+  with pytest.raises(FileNotFoundError, match='there is no script'):
+    arms.experiment(tmp_path / 'none.py')
+  (tmp_path / 'empty.py').write_text('')
+  with pytest.raises(ValueError, match='has no function `experiment`'):
+    arms.experiment(tmp_path / 'empty.py')

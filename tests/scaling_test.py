@@ -1,0 +1,68 @@
+"""The fit finds the law that made the points, as wide as they leave it; FLOPs are those of the formulas."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_test import RUN, on
+
+from lm import arms, flops, scaling, train
+
+LAW = scaling.Law(1.2, 30., 0.4, 80., 0.35)
+GRID = [(n, d) for n in (3e4, 6e4, 1.2e5, 2.4e5) for d in (2.5e5, 5e5, 1e6, 2e6)]
+
+
+def test_points_of_a_law_give_the_law():
+  found = scaling.fit([(n, d, float(LAW(n, d))) for n, d in GRID])
+  np.testing.assert_allclose([getattr(found, field) for field in vars(LAW)], list(vars(LAW).values()), rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_outcome_about_as_often_as_they_say():
+  """Of the next rung, at twice the size and the tokens, with noise of half a percent."""
+  inside, trials = 0, 12
+  for trial in range(trials):
+    rng = np.random.default_rng(trial)
+    points = [(n, d, float(LAW(n, d)) * np.exp(0.005 * rng.normal())) for n, d in GRID]
+    law = scaling.fit(points, starts=[LAW])
+    laws = scaling.resampled(points, law, 60, seed=trial)
+    predicted, low, high = scaling.predict(points, law, laws, 4.8e5, 4e6, seed=trial)
+    inside += low <= float(LAW(4.8e5, 4e6)) * np.exp(0.005 * rng.normal()) <= high
+    assert low < predicted < high and high - low < 0.3
+  assert inside >= 9   # of 12 at 95 %: fewer have a chance of 0.2 %
+
+
+def test_an_outlier_moves_the_fit_little():
+  points = [(n, d, float(LAW(n, d)) * (1.3 if i == 5 else 1)) for i, (n, d) in enumerate(GRID)]
+  assert float(scaling.fit(points)(4.8e5, 4e6)) == pytest.approx(float(LAW(4.8e5, 4e6)), rel=0.02)
+
+
+@pytest.mark.parametrize('points', [GRID[:5], GRID[:4] * 2, [(n, 1e6) for n, _ in GRID]])
+def test_too_few_points_say_so(points):
+  with pytest.raises(ValueError, match='do not fix the 5 numbers of the law'):
+    scaling.fit([(*point, 2.) for point in points])
+
+
+def test_products_are_counted_where_they_run():
+  a, b = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 6))
+  product = lambda a, b: jnp.einsum('bij,bjk->bik', a, b)
+  once = 2 * 3 * 4 * 5 * 6
+  assert flops.count(product, a, b) == once
+  assert flops.count(jax.jit(product), a, jax.eval_shape(lambda: b)) == once
+  assert flops.count(lambda a, b: jax.lax.scan(lambda c, _: (c + product(a, b).sum(), None), 0., None, 7)[0], a, b) == 7 * once
+  assert flops.count(lambda a, b: jax.lax.cond(a.sum() > 0, product, lambda a, b: jnp.zeros((3, 4, 6)), a, b), a, b) == once
+  loss = lambda a, b: product(a, b).sum()
+  assert flops.count(jax.grad(loss, (0, 1)), a, b) == 3 * once
+  assert flops.count(jax.grad(jax.checkpoint(lambda a, b: jnp.sin(product(a, b)).sum()), (0, 1)), a, b) == 4 * once
+  kernel = jnp.zeros((3, 3, 4, 8))
+  image = jnp.zeros((2, 10, 10, 4))
+  convolved = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  assert flops.count(convolved, image, kernel) == 2 * (2 * 10 * 10 * 8) * 3 * 3 * 4
+
+
+def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():
+  mesh = on('1x1')
+  with jax.set_mesh(mesh):
+    found = arms.cost(RUN, 'flops', mesh)
+    head = jax.eval_shape(lambda: train.init(RUN)).params['head'].size
+  assert found == 6 * head * RUN.batch * RUN.data.length   # the embedding is looked up
+  assert arms.cost(RUN, 'tokens', mesh) == RUN.batch * RUN.data.length and arms.cost(RUN, 'steps', mesh) == 1
