@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm import launch, lora, optim, pretrained, train
+from lm import launch, lora, optim, pretrained, schedules, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
@@ -169,8 +169,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
         decoder, predict_ahead)
     goal = multi_token_objective.multi_token(goal, ahead_weight)
-  rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
-          'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
+  rate = {'cosine': schedules.warmup_cosine, 'linear': schedules.warmup_linear, 'constant': schedules.warmup_constant,
+          'inverse_sqrt': schedules.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
   update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
             'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
             'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]

@@ -16,7 +16,8 @@ ROOMS = (
     'data/dialogues', 'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
-    'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot',
+    'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
+    'averaging', 'checkpoint', 'track', 'plot',
     'interrupt', 'generate', 'speculative', 'evaluate', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
     'budget', 'plan', 'doctor', 'pretrained', 'trained', 'race', 'launch')
 

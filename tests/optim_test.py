@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optim, sharding
+from lm import groups, optim, schedules, sharding
 from lm.models import transformer
 
 PARAMS = {'w': np.array([[1., -2.], [3., 0.5]], 'f4'), 'w_bias': np.array([0.3, -0.7], 'f4')}
@@ -115,7 +115,7 @@ def test_an_optimizer_that_keeps_no_rate_has_none():
 
 def test_weight_decay_is_for_matrices_and_tables():
   def names(model, decays):
-    mask = optim.decayed(jax.eval_shape(model.init, jax.random.key(0)))
+    mask = groups.decayed(jax.eval_shape(model.init, jax.random.key(0)))
     return {'/'.join(key.key for key in path) for path, x in jax.tree_util.tree_leaves_with_path(mask) if x is decays}
 
   gpt2 = transformer.gpt2(8, 4, 1, heads=2, max_length=4)
@@ -131,12 +131,12 @@ def test_weight_decay_is_for_matrices_and_tables():
 
 
 POINTS = {
-    'cosine': (optim.warmup_cosine(1., 14, 4), {9: 0.1 + 0.9 / 2, 14: 0.1, 99: 0.1, 4 + 10 / 3: 0.1 + 0.9 * 0.75}),
-    'cosine_to_zero': (optim.warmup_cosine(1., 14, 4, final=0.), {9: 0.5, 14: 0.}),
-    'linear': (optim.warmup_linear(1., 14, 4), {5: 0.9, 9: 0.5, 14: 0., 99: 0.}),
-    'linear_to_half': (optim.warmup_linear(1., 14, 4, final=0.5), {9: 0.75, 14: 0.5}),
-    'constant': (optim.warmup_constant(1., 14, 4), {5: 1., 99: 1.}),
-    'inverse_sqrt': (optim.warmup_inverse_sqrt(1., 14, 4), {9: 2 / 3, 16: 0.5, 64: 0.25}),
+    'cosine': (schedules.warmup_cosine(1., 14, 4), {9: 0.1 + 0.9 / 2, 14: 0.1, 99: 0.1, 4 + 10 / 3: 0.1 + 0.9 * 0.75}),
+    'cosine_to_zero': (schedules.warmup_cosine(1., 14, 4, final=0.), {9: 0.5, 14: 0.}),
+    'linear': (schedules.warmup_linear(1., 14, 4), {5: 0.9, 9: 0.5, 14: 0., 99: 0.}),
+    'linear_to_half': (schedules.warmup_linear(1., 14, 4, final=0.5), {9: 0.75, 14: 0.5}),
+    'constant': (schedules.warmup_constant(1., 14, 4), {5: 1., 99: 1.}),
+    'inverse_sqrt': (schedules.warmup_inverse_sqrt(1., 14, 4), {9: 2 / 3, 16: 0.5, 64: 0.25}),
 }
 
 
@@ -148,7 +148,7 @@ def test_schedules_at_known_points(name):
     assert float(rate(jnp.float32(step))) == pytest.approx(expected, abs=1e-6), step
 
 
-SCHEDULES = [optim.warmup_cosine, optim.warmup_linear, optim.warmup_constant, optim.warmup_inverse_sqrt]
+SCHEDULES = [schedules.warmup_cosine, schedules.warmup_linear, schedules.warmup_constant, schedules.warmup_inverse_sqrt]
 
 
 @pytest.mark.parametrize('make', SCHEDULES)
