@@ -214,24 +214,31 @@ def sophia(rate: Rate, weight_decay: float = 0.1, b1: float = 0.965, b2: float =
   `obj_fn`, the loss as a function of the parameters.
   """
   inner = optax.contrib.sophia(-1., b1, b2, weight_decay=0., gamma=gamma, update_interval=curvature_every,
-                               hessian_diagonal_fn=_hutchinson())
+                               hessian_diagonal_fn=hutchinson())
   return chain(rate, clip, inner, weight_decay=weight_decay, decays=decays)
 
 
-def _hutchinson() -> optax.GradientTransformationExtraArgs:
-  """Not Optax's, whose derivatives are forward over reverse, which functions with a gradient of their own have not."""
+def hutchinson() -> optax.GradientTransformationExtraArgs:
+  """The diagonal of the Hessian of `obj_fn` as z * (Hessian z), of which it is the mean over random signs z.
+
+  Not Optax's, whose derivatives are forward over reverse, which functions with a gradient of their own have not.
+  """
   def update(updates, count, params=None, *, obj_fn=None, **unused):
-    del unused
+    del updates, unused
     if obj_fn is None:
       raise ValueError('sophia needs the loss as a function of the parameters, update(..., obj_fn=...)')
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
-    signs = tree.unflatten([groups.laid_out_like(jax.random.rademacher(key, x.shape, x.dtype), x)
-                            for key, x in zip(keys, leaves)])
+    signs = random_signs(params, count)
     along = lambda p: sum(jax.tree.leaves(jax.tree.map(lambda g, z: jnp.sum(g * z), jax.grad(obj_fn)(p), signs)))
-    product = jax.grad(along)(params)
-    return jax.tree.map(jnp.multiply, signs, product), count + 1
+    return jax.tree.map(jnp.multiply, signs, jax.grad(along)(params)), count + 1
   return optax.GradientTransformationExtraArgs(lambda params: jnp.int32(0), update)
+
+
+def random_signs(params: Any, count: jax.Array) -> Any:
+  """A tree of 1 and -1, as the parameters are, different ones for each count."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+  return tree.unflatten([groups.laid_out_like(jax.random.rademacher(key, x.shape, x.dtype), x)
+                         for key, x in zip(keys, leaves)])
 
 
 def schedule_free(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
@@ -262,4 +269,10 @@ def penalised(optimizer: optax.GradientTransformation, l1: float = 0., l2: float
   def penalty(updates, params):
     return jax.tree.map(lambda g, p, found: g + l1 * jnp.sign(p) + l2 * p if found else g, updates, params,
                         decays(params))
-  return optax.chain(optax.stateless(penalty), optimizer)
+
+  def init(params):
+    decays(params)   # raises
+    return optax.EmptyState()
+
+  add = optax.GradientTransformation(init, lambda updates, state, params: (penalty(updates, params), state))
+  return optax.chain(add, optimizer)
