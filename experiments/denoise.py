@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lm import budget, evaluate, generate, launch, optim, pretrained, sharding, train
+from lm import budget, evaluate, generate, launch, optim, pretrained, schedules, sharding, train
 from lm.data import corpora, dataset, tokenizer
 from lm.data.batches import Batch
 from lm.models import encoder, encoder_decoder
@@ -83,7 +83,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   def make(steps: int) -> train.Run:
     return train.Run(
         model=network, objective=goal, data=data,
-        optimizer=optim.muon(optim.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+        optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
         steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
 
   return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)

@@ -11,7 +11,7 @@ import functools
 import pathlib
 from typing import Literal
 
-from lm import budget, diffusion, evaluate, generate, launch, optim, train
+from lm import budget, diffusion, evaluate, generate, launch, optim, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.diffusion import masked_diffusion
@@ -36,7 +36,7 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
     embedding_rate: how much faster the embedding learns.
   """
   def make(steps: int) -> train.Run:
-    schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
+    schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
     return train.Run(
         model=transformer.llama(vocab, width, layers, heads, max_length=length),
         objective=masked_diffusion() if objective == 'diffusion' else next_token(),

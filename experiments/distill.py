@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 
-from lm import annotate, evaluate, launch, optim, pretrained, train, trained
+from lm import annotate, evaluate, launch, optim, pretrained, schedules, train, trained
 from lm.data import corpora, dataset
 from lm.models import transformer
 from lm.objectives import distillation
@@ -81,7 +81,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
   else:
     objective = distillation.distil(next_token(), constants.model.apply, divergence, temperature, hard)
     taught = constants,
-  schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
+  schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
   return train.Run(model=model, objective=objective, data=data, optimizer=optim.muon(schedule, rest=embedding_rate),
                    steps=steps, batch=batch, evaluate_every=max(steps // 4, 1), evaluate_batches=4,
                    save_every=max(steps // 4, 1), constants=taught)

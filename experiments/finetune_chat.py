@@ -19,7 +19,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from lm import generate, launch, lora, optim, train, trained
+from lm import generate, launch, lora, optim, schedules, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data import tokenizer as tokenizers
@@ -70,7 +70,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
       objective=supervised(getattr(objective, denominator)),
       data=dialogues.Dialogues(records, tokens, length, template=template,
                                keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
-      optimizer=optim.adamw(optim.warmup_cosine(lr, steps, warmup), weight_decay=weight_decay),
+      optimizer=optim.adamw(schedules.warmup_cosine(lr, steps, warmup), weight_decay=weight_decay),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=base and base.start)
   return lora.adapt(run, lora_rank)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import budget, generate, launch, optim, sharding, train
+from lm import budget, generate, launch, optim, schedules, sharding, train
 from lm.data import corpora, dataset, tokenizer
 from lm.data.batches import Batch
 from lm.models import transformer
@@ -52,7 +52,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0
         objective=infill(rate, spm),
         data=dataset.Text(corpora.python_library(),
                           functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
-        optimizer=optim.muon(optim.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+        optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
         steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
 
   return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lm import annotate, generate, launch, lora, optim, train, trained
+from lm import annotate, generate, launch, lora, optim, schedules, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data.batches import Pair, Rated
@@ -86,7 +86,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   scores = method == 'reward'
   run = train.Run(
       model=Reward(base.model) if scores else base.model, objective=objective, data=data,
-      optimizer=optim.adamw(optim.warmup_linear(lr, steps, warmup), weight_decay=0.),
+      optimizer=optim.adamw(schedules.warmup_linear(lr, steps, warmup), weight_decay=0.),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=(lambda model: model.start(base.start)) if scores else base.start)
   return lora.adapt(run, lora_rank)

@@ -11,8 +11,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from lm import launch, lora, optim, pretrained, train
+from lm import averaging, groups, launch, lora, optim, pretrained, schedules, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
@@ -82,6 +83,50 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
   return next_token(**how)
 
 
+Schedule = Literal['cosine', 'linear', 'constant', 'inverse_sqrt', 'stable_decay', 'one_cycle', 'steps']
+Optimizer = Literal['adamw', 'adam', 'nadamw', 'rmsprop', 'sgd', 'adafactor', 'lion', 'adan', 'muon', 'soap', 'sophia',
+                    'schedule_free']
+
+
+def scheduled(name: Schedule, lr: float, steps: int, warmup: int, cooldown: int | None, milestones: tuple[int, ...],
+              drop: float) -> schedules.Schedule:
+  """The schedule that the flags name."""
+  if cooldown is not None and name not in ('stable_decay', 'one_cycle'):
+    raise ValueError(f'--cooldown={cooldown} is for --schedule=stable_decay and one_cycle, not for {name}')
+  if bool(milestones) != (name == 'steps'):
+    raise ValueError(f'--milestones={",".join(map(str, milestones))} goes with --schedule=steps, and that with them; '
+                     f'the schedule is {name}')
+  cooldown = steps // 5 if cooldown is None else cooldown
+  match name:
+    case 'stable_decay':
+      return schedules.warmup_stable_decay(lr, steps, warmup, cooldown)
+    case 'one_cycle':
+      return schedules.one_cycle(lr, steps, cooldown)
+    case 'steps':
+      return schedules.warmup_piecewise(lr, steps, warmup, milestones, drop)
+  return {'cosine': schedules.warmup_cosine, 'linear': schedules.warmup_linear, 'constant': schedules.warmup_constant,
+          'inverse_sqrt': schedules.warmup_inverse_sqrt}[name](lr, steps, warmup)
+
+
+def optimised(name: Optimizer, rate: optim.Rate, clip: float | None, weight_decay: float | None,
+              decay: tuple[str, ...], l1: float, l2: float, average: float) -> optax.GradientTransformation:
+  """The optimizer that the flags name."""
+  how = {'clip': clip}
+  if weight_decay is not None:
+    how['weight_decay'] = weight_decay
+  if decay:
+    how['decays'] = groups.matching(*decay)
+  if name == 'adam' and len(how) > 1:
+    raise ValueError('--optimizer=adam has no weight decay; leave out --weight_decay and --decay, or take adamw')
+  make = {'adamw': optim.adamw, 'adam': optim.adam, 'nadamw': optim.nadamw, 'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
+          'adafactor': optim.adafactor, 'lion': optim.lion, 'adan': optim.adan, 'muon': optim.muon, 'soap': optim.soap,
+          'sophia': optim.sophia, 'schedule_free': optim.schedule_free}[name]
+  optimizer = make(rate, **how)
+  if l1 or l2:
+    optimizer = optim.penalised(optimizer, l1, l2, how.get('decays', groups.decayed))
+  return averaging.averaged(optimizer, average) if average else optimizer
+
+
 def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
@@ -98,9 +143,11 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                control: tuple[str, ...] = (),
                predict_ahead: int = 0, ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
                ahead_weight: float = 0.3,
-               optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
-               schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
-               weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
+               optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine', warmup: int = 100,
+               cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
+               weight_decay: float | None = None, decay: tuple[str, ...] = (), rates: tuple[str, ...] = (),
+               l1: float = 0., l2: float = 0., average: float = 0.,
+               clip: float | None = 1., steps: int = 2000, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
                save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
@@ -134,8 +181,17 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
     ahead_weight: of the mean of their losses.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
+    warmup: steps of linear warm-up; one_cycle has none.
+    cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
+    milestones: steps at which the schedule called steps falls.
+    drop: what is then left of its rate.
+    weight_decay: decoupled; none for what the optimizer has by itself, mostly 0.1.
+    decay: patterns of parameters that decay, such as blocks/*; by default matrices (with muon those in blocks).
+    rates: pattern=factor, such as embedding=4,*/norm/*=0.5; the rate of such parameters is multiplied.
+    l1: coefficient of the sum of the absolute values of what decays, a part of the gradient.
+    l2: coefficient of half the sum of their squares, a part of the gradient too.
+    average: decay of an exponential moving average of the parameters, which is then what is evaluated; 0 for none.
     clip: bound on the global norm of the gradient.
-    warmup: steps of linear warm-up.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
     keep: how many of the last checkpoints to keep, beside the best.
     lora_rank: of adapters that are trained in place of all parameters, on those of --init; 0 for none.
@@ -169,17 +225,16 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
         decoder, predict_ahead)
     goal = multi_token_objective.multi_token(goal, ahead_weight)
-  rate = {'cosine': optim.warmup_cosine, 'linear': optim.warmup_linear, 'constant': optim.warmup_constant,
-          'inverse_sqrt': optim.warmup_inverse_sqrt}[schedule](lr, steps, warmup)
-  update = {'adamw': functools.partial(optim.adamw, weight_decay=weight_decay), 'adam': optim.adam,
-            'rmsprop': optim.rmsprop, 'sgd': optim.sgd,
-            'muon': functools.partial(optim.muon, weight_decay=weight_decay)}[optimizer]
+  rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
+  if rates:
+    rate = groups.Rates(rate, groups.parsed(rates))
   run = train.Run(
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
-      optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
-      evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
+      optimizer=optimised(optimizer, rate, clip, weight_decay, decay, l1, l2, average),
+      steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every,
+      evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
   return lora.adapt(run, lora_rank, lora_alpha)
 
 

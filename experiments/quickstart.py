@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import budget, evaluate, generate, launch, optim, plot, train
+from lm import budget, evaluate, generate, launch, optim, plot, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -28,7 +28,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
     embedding_rate: how much faster the embedding learns.
   """
   def make(steps: int) -> train.Run:
-    schedule = optim.warmup_linear(lr, steps, warmup=steps // 30)
+    schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
     return train.Run(
         model=transformer.llama(vocab, width, layers, heads, max_length=length),
         objective=next_token(),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import atomic, budget, evaluate, flops, launch, optim, track, train
+from lm import atomic, budget, evaluate, flops, launch, optim, schedules, track, train
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
 
@@ -166,7 +166,7 @@ def score(run: train.Run, result: train.Result, objective: Objective) -> dict[st
 def adapt(run: train.Run, workdir: pathlib.Path, result: train.Result, objective: Objective, steps: int, rate: float
           ) -> tuple[train.Run, train.Result]:
   """The run's model, trained on `objective` for some steps more, by AdamW, from `rate` down to 0; in a folder of its own."""
-  schedule = optim.warmup_linear(rate, steps, steps // 10)
+  schedule = schedules.warmup_linear(rate, steps, steps // 10)
   short = train.Run(run.model, objective, run.data, optim.adamw(schedule), steps, run.batch, run.accumulate, run.seed,
                     steps, run.evaluate_batches, steps, 1, start=lambda model: jax.tree.map(jnp.copy, result.params))
   (workdir / 'data').exists() or workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Figures of what was tracked."""
+"""Figures of what was tracked, of learning rates, and of runs beside one another.
+
+Without matplotlib: one line, no figure.
+"""
 import collections
 import itertools
 import math
@@ -10,8 +13,8 @@ from lm import track
 
 
 def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
-  """Training and validation loss, and the learning rate, against the step. Without matplotlib: one line, no plot."""
-  if (figure := new_figure(png, (8, 5))) is None:
+  """Training and validation loss, and the learning rate, against the step."""
+  if (figure := _figure(png, (8, 5))) is None:
     return
 
   def series(name: str) -> tuple[list[int], list[float]]:
@@ -28,7 +31,20 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
   top.set(ylabel='loss (nats per token)', title=metrics_jsonl.resolve().parent.name)
   bottom.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
   bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-  finish(figure, png, (top, bottom))
+  _finish(figure, png, (top, bottom))
+
+
+def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib.Path) -> None:
+  """Learning rates by name, each a function of the step, one below the other."""
+  if (figure := _figure(png, (8, 1.2 + 1.3 * len(rates)))) is None:
+    return
+  panels = figure.subplots(len(rates), 1, sharex=True, squeeze=False)[:, 0]
+  for axes, (name, rate) in zip(panels, rates.items()):
+    axes.plot([float(rate(step)) for step in range(steps)], color='tab:green', linewidth=1.6)
+    axes.set(ylabel=name, ylim=(0, None))
+    axes.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
+  axes.set(xlabel='step')
+  _finish(figure, png, panels)
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:
@@ -41,7 +57,7 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
 def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
   """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined."""
-  if (figure := new_figure(png, (11, 5))) is None:
+  if (figure := _figure(png, (11, 5))) is None:
     return
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
   for i, (name, runs) in enumerate(curves.items()):
@@ -58,10 +74,9 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   right.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
   left.set(xlabel=compute, ylabel='validation bits per byte')
   right.set(ylabel=metric)
-  finish(figure, png, (left, right))
+  _finish(figure, png, (left, right))
 
-def new_figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
-  """None, and a line, without matplotlib."""
+def _figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
   try:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
   except ImportError:
@@ -70,7 +85,7 @@ def new_figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
   return Figure(figsize=size, dpi=144, layout='constrained')
 
 
-def finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
+def _finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
   for axes in panels:
     axes.grid(alpha=0.25)
     axes.spines[['top', 'right']].set_visible(False)
@@ -83,7 +98,7 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
   """The metric of (knobs, value, pruned) against each knob that is a number; lines join trials that differ in it alone."""
   names = [name for name in trials[0][0] if all(_number(knobs[name]) is not None for knobs, _, _ in trials)]
   names = [name for name in names if len({knobs[name] for knobs, _, _ in trials}) > 1]
-  if not names or (figure := new_figure(png, (5.5 * len(names), 4.5))) is None:
+  if not names or (figure := _figure(png, (5.5 * len(names), 4.5))) is None:
     return
   panels = figure.subplots(1, len(names), squeeze=False)[0]
   finite = [trial for trial in trials if math.isfinite(trial[1])]
@@ -98,7 +113,7 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
     axes.plot(*(zip(*left) if left else ((), ())), 'x', color='0.6', label='left early' if left else None)
     values = [_number(knobs[name]) for knobs, _, _ in trials]
     axes.set(xlabel=name, ylabel=metric, xscale='log' if min(values) > 0 and max(values) > 5 * min(values) else 'linear')
-  finish(figure, png, panels)
+  _finish(figure, png, panels)
 
 
 def _number(value: Any) -> float | None:
@@ -111,7 +126,7 @@ def _number(value: Any) -> float | None:
 def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law: Callable[..., Any],
             predicted: tuple[float, float, float, float, float], outcome: float) -> None:
   """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high), and what came out."""
-  if (figure := new_figure(png, (8, 5))) is None:
+  if (figure := _figure(png, (8, 5))) is None:
     return
   axes, n, d = figure.subplots(), *predicted[:2]
   sizes, most = sorted({*(point[0] for point in points), n}), max(d, *(point[1] for point in points))
@@ -126,4 +141,4 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
                 fmt='none', label='predicted')
   axes.plot([d], [outcome], '*', color='black', markersize=11, label='outcome')
   axes.set(xscale='log', xlabel='D (tokens)', ylabel='validation loss (nats per token)')
-  finish(figure, png, (axes,))
+  _finish(figure, png, (axes,))

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, evaluate, optim, records, sharding, track
+from lm import averaging, checkpoint, evaluate, optim, records, sharding, track
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.describe import describe
 from lm.guard import Guard
@@ -330,7 +330,7 @@ class _Loop:
     return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases)
 
   def _params(self, state: State) -> Any:
-    return with_constants(optim.evaluated(state.opt_state, state.params), self.constants)
+    return with_constants(averaging.evaluated(state.opt_state, state.params), self.constants)
 
   def out_of_patience(self, step: int) -> bool:
     best, patience = self.checkpoints.best_step(), self.run.patience

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import checkpoint, lora, optim, pretrained, records, train
+from lm import averaging, checkpoint, lora, pretrained, records, train
 from lm.data import tokenizer, turns
 
 
@@ -34,9 +34,9 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
   mesh = jax.sharding.get_mesh()
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     step, abstract = checkpoints.best_step() if best or run.patience else None, train.abstract_state(run, mesh)
-    if optim.averages(abstract.opt_state):
+    if averaging.averages(abstract.opt_state):
       restored = checkpoints.restore(abstract, step)
-      restored = restored and restored._replace(state=optim.evaluated(restored.state.opt_state, restored.state.params))
+      restored = restored and restored._replace(state=averaging.evaluated(restored.state.opt_state, restored.state.params))
     else:
       restored = checkpoints.restore_params(abstract.params, step)
   if restored is None:

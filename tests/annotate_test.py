@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import annotate, optim, sharding, train
+from lm import annotate, optim, schedules, sharding, train
 from lm.data import dataset
 from lm.data.source import Source
 from lm.data.stream import Stream
@@ -124,7 +124,7 @@ def test_a_run_trains_on_them(tmp_path, table):
                          'gap': (gap, tokens)}
 
   run = train.Run(Bigram(), objective.Objective(next_token().forms, loss), annotated(),
-                  optim.sgd(optim.warmup_constant(0.1, 10, 1)), steps=3, batch=4, start=load)
+                  optim.sgd(schedules.warmup_constant(0.1, 10, 1)), steps=3, batch=4, start=load)
   with on('2x1'):
     result = train.train(run, tmp_path, jax.sharding.get_mesh())
   assert result.finished and result.metrics['loss'] < 1e-9 and result.metrics['gap'] < 1e-9

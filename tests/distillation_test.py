@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import annotate, optim, sharding, train
+from lm import annotate, optim, schedules, sharding, train
 from lm.data import dataset
 from lm.data.batches import Batch, Dialogue, Form, template
 from lm.data.batches import special as special_of
@@ -250,7 +250,7 @@ def load(model):
 
 def run(made, model, constants=()):
   data = dataset.Text(SOURCE, TOKENIZER, 16, rules=())
-  return train.Run(model, made, data, optim.adam(optim.warmup_constant(1e-2, 10, 1)), steps=2, batch=2,
+  return train.Run(model, made, data, optim.adam(schedules.warmup_constant(1e-2, 10, 1)), steps=2, batch=2,
                    evaluate_batches=1, constants=constants)
 
 

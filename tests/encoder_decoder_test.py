@@ -21,7 +21,7 @@ from encoder_test import (
 )
 from hf_rows import small
 
-from lm import optim
+from lm import groups
 from lm.data.batches import Batch
 from lm.hf import files, t5, weights
 from lm.hf.config import Config
@@ -322,7 +322,7 @@ def count(model):
 def test_sizes():
   assert count(encoder_decoder.t5()) == 60_506_624   # small, 1.0 and 1.1
   assert count(encoder_decoder.t5(layers=8, heads=6, hidden=1024, gated=True, tied=False)) == 76_961_152
-  decayed = jax.tree_util.tree_leaves_with_path(optim.decayed(jax.eval_shape(MODEL.init, jax.random.key(0))))
+  decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(jax.eval_shape(MODEL.init, jax.random.key(0))))
   assert {path[-1].key for path, yes in decayed if not yes} == {'scale', 'encoder_bias', 'decoder_bias'}
 
 

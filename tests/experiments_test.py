@@ -40,6 +40,8 @@ TOOLS = {
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'benchmark': [],
     'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
+    'benchmark_optimizers': ['--only=soap', '--shape=tiny'],
+    'schedules': ['--only=steps', '--milestones=3,4'],
     'benchmark_hf': ['--families=gpt2,bert,t5'],
 }
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from train_test import RUN, Bigram, go, logged, saved, same, steps_kept
 
-from lm import optim, track, train
+from lm import optim, schedules, train
 from lm.guard import Guard
 
 
@@ -80,7 +80,7 @@ class Spiking(Bigram):
 
 
 SPIKING = dataclasses.replace(RUN, model=Spiking(dropout=0.), steps=30, evaluate_every=30, save_every=30,
-                              optimizer=optim.sgd(optim.warmup_constant(0.1, 100, 2), momentum=0.9))
+                              optimizer=optim.sgd(schedules.warmup_constant(0.1, 100, 2), momentum=0.9))
 
 
 def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
@@ -111,7 +111,7 @@ def test_too_many_spikes_end_the_run(tmp_path):
 
 
 OVERFITTING = dataclasses.replace(RUN, steps=40, evaluate_every=2, save_every=5, keep=1, patience=3,
-                                  optimizer=optim.adam(optim.warmup_constant(0.3, 100, 1)))
+                                  optimizer=optim.adam(schedules.warmup_constant(0.3, 100, 1)))
 
 
 def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_path, capsys):

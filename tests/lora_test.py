@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import lora, optim, pretrained, sharding, train
+from lm import lora, optim, pretrained, schedules, sharding, train
 from lm.data import dataset
 from lm.data.batches import Batch
 from lm.data.source import Source
@@ -179,7 +179,7 @@ SOURCE = Source('tiny', {'train': TEXTS, 'validation': ['not in the other']}, 'f
 
 def configured(**changes):
   return train.Run(MODEL, next_token(), dataset.Text(SOURCE, TOKENIZER, 16, rules=()),
-                   optim.adam(optim.warmup_constant(1e-2, 4, 1)), steps=2, batch=4, evaluate_batches=1, **changes)
+                   optim.adam(schedules.warmup_constant(1e-2, 4, 1)), steps=2, batch=4, evaluate_batches=1, **changes)
 
 
 def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):

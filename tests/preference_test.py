@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import optim, sharding, train
+from lm import optim, schedules, sharding, train
 from lm.data.batches import Batch, Dialogue, Pair, Rated, Special
 from lm.data.packing import Packed
 from lm.models import reward, transformer
@@ -17,7 +17,7 @@ from lm.objectives.next_token import next_token
 from lm.objectives.supervised import supervised
 
 V, T, ROWS = 16, 24, 8
-ADAM = optim.adamw(optim.warmup_constant(1e-3, 10, 1))
+ADAM = optim.adamw(schedules.warmup_constant(1e-3, 10, 1))
 SPECIAL = Special(0, 1, V, ())
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import optim, pretrained, sharding, train
+from lm import optim, pretrained, schedules, sharding, train
 from lm.data import corpora, dataset
 from lm.data.batches import Batch
 from lm.data.tokenizer import Bytes
@@ -98,7 +98,7 @@ def test_an_import_keeps_dtypes_and_what_goes_out_of_it_is_what_came_in(params, 
 
 def run(texts, **changes):
   return train.Run(MODEL, next_token(), dataset.Text(corpora.text(f'{texts}/*.txt'), TOKENIZER, 32),
-                   optim.adam(optim.warmup_constant(1e-3, 4, 1)), steps=2, batch=2, evaluate_batches=1, **changes)
+                   optim.adam(schedules.warmup_constant(1e-3, 4, 1)), steps=2, batch=2, evaluate_batches=1, **changes)
 
 
 def test_a_run_starts_from_a_folder_and_another_from_that_run(folder, params, tmp_path):

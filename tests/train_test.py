@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from lm import checkpoint, evaluate, optim, sharding, track, train
+from lm import checkpoint, evaluate, optim, schedules, sharding, track, train
 from lm.data.batches import Batch, special
 from lm.data.stream import Stream
 from lm.data.tokenizer import Bytes
@@ -73,7 +73,7 @@ class Data:
     return Stream(objective, special(TOKENIZER, ()), self.length, rows, seed, repeat, store=store)
 
 
-RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(optim.warmup_constant(0.05, 100, 2)), steps=6, batch=8,
+RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_constant(0.05, 100, 2)), steps=6, batch=8,
                 evaluate_every=3, save_every=2, keep=5)
 
 

@@ -1,0 +1,122 @@
+"""What does an optimizer cost? The update alone, and the training step that it is part of, in milliseconds.
+
+  python experiments/benchmark_optimizers.py --shape=large --rounds=5 --steps=10
+
+Each of the two, of each optimizer, is a process of its own; they take turns, in both orders, and medians count. Steps
+are averaged over tens, since SOAP and Sophia do more at every tenth. Leave the machine alone meanwhile. For Linux.
+"""
+import os
+import statistics
+import time
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import benchmark
+import benchmark_objectives
+import pretrain
+
+from lm import launch, race  # nothing heavy here: it counts in the start of each process
+
+
+def made(name: str, shape: benchmark.Shape) -> race.Made:
+  """An arm: the training step of an optimizer, or, of 'adamw/update', its update of gradients that are there."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+  import optax
+
+  from lm import sharding, train
+  from lm.models import transformer
+  from lm.objectives.next_token import next_token
+  jax.set_mesh(sharding.make_mesh())
+  name, _, alone = name.partition('/')
+  optimizer = pretrain.optimised(name, lambda step: 1e-4, 1., None, (), 0., 0., 0.)
+  model = transformer.gpt2(*shape[:4], shape.length)
+  run = train.Run(model, next_token(), None, optimizer, steps=1, batch=shape.batch)
+  held = benchmark_objectives.batches_of(benchmark_objectives.Row(run.objective, model), shape)(0)
+  held = sharding.shard_rows(held, jax.sharding.get_mesh())
+  state, start = jax.jit(lambda: train.init(run))(), time.perf_counter()
+
+  def loss(params):
+    total, weight, _ = run.objective.loss(model.apply, params, held, None)
+    return total / weight
+
+  if alone:
+    def update(grads, state, held):
+      steps, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params,
+                                                                         obj_fn=loss)
+      return train.State(state.step + 1, optax.apply_updates(state.params, steps), opt_state)
+    grads = jax.jit(jax.grad(loss))(state.params)
+    step = jax.jit(update, donate_argnums=1).lower(grads, state, held).compile()
+  else:
+    step = train.make_step(run).lower(state, held).compile()
+  facts = {'compile': time.perf_counter() - start, 'temp': step.memory_analysis().temp_size_in_bytes / 1e9, 'seen': 1.,
+           'state': sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) / 1e9}
+
+  def go() -> None:
+    nonlocal state
+    state = step(grads, state, held) if alone else step(state, held)[0]
+    jax.block_until_ready(state.step)
+  return go, facts
+
+
+def matrices(shape: benchmark.Shape) -> Iterator[tuple[int, int]]:
+  """Of all layers: inputs and outputs."""
+  w = shape.width
+  return iter([(w, w)] * 4 * shape.layers + [(w, 4 * w), (4 * w, w)] * shape.layers)
+
+
+def products(name: str, shape: benchmark.Shape) -> float:
+  """Floating-point operations of the matrix products in an update, by formula, on average over steps."""
+  def muon(m, n):   # five times X X^T, its square, and that times X, of the shorter side
+    m, n = sorted((m, n))
+    return 5 * (4 * m * m * n + 2 * m ** 3)
+
+  def soap(m, n):   # G G^T and G^T G; two rotations there and one back, of both sides; every tenth time L Q and QR
+    return 8 * (m * m * n + m * n * n) + (2 + 8 / 3) * (m ** 3 + n ** 3) / 10
+  formula = {'muon': muon, 'soap': soap}.get(name)
+  return sum(formula(m, n) for m, n in matrices(shape)) if formula else 0.
+
+
+def model_products(shape: benchmark.Shape) -> float:
+  """Those of a model's step: 6 a weight and token, and the scores of attention with the values, causal."""
+  weights = sum(m * n for m, n in matrices(shape)) + shape.vocab * shape.width
+  attention = 6 * shape.layers * shape.width * shape.length   # two products, of half the keys, three times
+  return shape.batch * shape.length * (6 * weights + attention)
+
+
+def main(*, only: list[pretrain.Optimizer] = (), shape: Literal['tiny', 'small', 'large'] = 'large', rounds: int = 5,
+         steps: int = 10) -> None:
+  """Prints a table.
+
+  Args:
+    only: these optimizers, beside adamw; none for all.
+    steps: of a round, a multiple of 10.
+  """
+  if rounds < 1 or steps < 1 or steps % 10:
+    raise ValueError(f'--rounds={rounds} must be 1 or more, and --steps={steps} a multiple of 10')
+  race.machine('jax', 'jaxlib', 'optax')
+  size = benchmark.SHAPES[shape]
+  names = [name for name in typing.get_args(pretrain.Optimizer) if name == 'adamw' or name in only or not only]
+  arms = [name + part for name in names for part in ('', '/update')]
+  taken = benchmark_objectives.take_turns(made, arms, size, rounds, steps)
+  whole = model_products(size)
+  print(f'{shape}, {rounds} rounds of {steps} steps of {size.batch} x {size.length} tokens; the model takes '
+        f'{whole / 1e9:,.0f} GFLOP a step\n\noptimizer        step ms  update ms   share (of rounds)  step / adamw  '
+        'GFLOP of products  of the model\'s  state GB  compile s')
+  for name in names:
+    (steps_taken, facts), (updates, _) = taken[name], taken[name + '/update']
+    row(name, steps_taken, updates, taken['adamw'][0], facts, products(name, size), whole)
+
+
+def row(name: str, steps: list[float], updates: list[float], base: list[float], facts: dict[str, Any], ours: float,
+        whole: float) -> None:
+  shares = sorted(update / step for step, update in zip(steps, updates))
+  ratio = statistics.median(a / b for a, b in zip(steps, base))
+  print(f'{name:15}{1e3 * statistics.median(steps):9,.1f}{1e3 * statistics.median(updates):11,.1f}'
+        f'{statistics.median(shares):8.1%} ({shares[0]:.1%}..{shares[-1]:.1%}){ratio:11.2f}{ours / 1e9:19,.1f}'
+        f'{ours / whole:16.1%}{facts["state"]:10.2f}{facts["compile"]:11.1f}', flush=True)
+
+
+if __name__ == '__main__':
+  launch.tool(main)

@@ -1,0 +1,38 @@
+"""Draws learning rates against the step: all schedules of pretrain.py, or the ones that are named, by its flags.
+
+  python experiments/schedules.py --only=stable_decay --steps=20_000 --warmup=500 --cooldown=4000
+"""
+import pathlib
+import typing
+
+import pretrain
+
+from lm import launch
+
+
+def main(*, only: list[pretrain.Schedule] = (), lr: float = 1e-3, steps: int = 2000, warmup: int = 100,
+         cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
+         png: pathlib.Path = pathlib.Path('schedules.png')) -> None:
+  """Writes a picture; the flags are those of pretrain.py.
+
+  Args:
+    only: these schedules; none for all.
+    cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
+    milestones: steps at which the schedule called steps falls; by default at a half and at three quarters.
+    drop: what is then left of its rate.
+    png: the picture.
+  """
+  import jax
+
+  from lm import plot
+  names = only or typing.get_args(pretrain.Schedule)
+  milestones = milestones or (steps // 2, steps * 3 // 4)
+  rates = {name: jax.jit(pretrain.scheduled(name, lr, steps, warmup,
+                                            cooldown if name in ('stable_decay', 'one_cycle') else None,
+                                            milestones if name == 'steps' else (), drop)) for name in names}
+  plot.schedule(rates, steps, png)
+  print(png)
+
+
+if __name__ == '__main__':
+  launch.tool(main)

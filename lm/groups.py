@@ -1,0 +1,126 @@
+"""Groups of parameters, by path: those that decay, those that learn at a rate of their own, those that are matrices.
+
+A path is the names down to a leaf, as in 'blocks/0/attention/query'. Patterns are those of `fnmatch`; * matches / too.
+A mask is a function of the parameters, or of their shapes, that returns a tree of bool.
+"""
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+Mask = Callable[[Any], Any]
+
+
+def _paths(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'), params)
+
+
+def _matches(pattern: str, paths: Any) -> Any:
+  """True for the leaves that match; ValueError if there are none."""
+  found = jax.tree.map(lambda path: fnmatch.fnmatchcase(path, pattern), paths)
+  if not any(jax.tree.leaves(found)):
+    raise ValueError(f'{pattern!r} matches no parameter; there are ' + ', '.join(jax.tree.leaves(paths)))
+  return found
+
+
+def matching(*patterns: str) -> Mask:
+  """The mask of the parameters that match any of the patterns.
+
+  It raises ValueError, with the paths that there are, for a pattern that matches none: when the optimizer that has the
+  mask makes its state, before anything is compiled.
+  """
+  if not patterns:
+    raise ValueError('a mask of no patterns is of no parameter; give it one, such as *')
+
+  def mask(params):
+    paths = _paths(params)
+    return jax.tree.map(lambda *found: any(found), *(_matches(pattern, paths) for pattern in patterns))
+  return mask
+
+
+def decayed(params: Any) -> Any:
+  """True for matrices and tables, False for vectors, such as biases and the scales of norms: what weight decay is for.
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), params)
+
+
+def hidden(params: Any) -> Any:
+  """True for the matrices inside blocks: neither embeddings, nor heads, nor vectors."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: is_hidden(path), params)
+
+
+def is_hidden(path: tuple) -> bool:
+  return is_stacked(path) and _is_matrix(path)
+
+
+def _is_matrix(path: tuple) -> bool:
+  return not str(path[-1].key).endswith(('bias', 'scale', 'sinks', 'correction'))
+
+
+def is_stacked(path: tuple) -> bool:
+  """Whether a leaf has layers as its first axis."""
+  return path[0].key in ('blocks', 'depths')
+
+
+def matrix_axes(path: tuple, leaf: Any) -> tuple[int, int]:
+  """Where the axes of a block's matrix begin that its inputs have, after layers and experts, and those of its outputs.
+  """
+  if path[-1].key in ('gate', 'up', 'down'):   # after the layers, experts may come
+    return leaf.ndim - 2, leaf.ndim - 1
+  return 1, leaf.ndim - 1 if path[-1].key == 'out' else 2   # attention's output reads heads x head size
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """An array of which each device has all."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, P(*(None,) * x.ndim))
+
+
+def laid_out_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """An array that is split over devices as another is."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """A learning rate that differs between parameters: a schedule, and (pattern, factor) for some of them.
+
+  The whole step of a parameter is multiplied by the factors of all patterns that match it, weight decay included, as
+  with the parameter groups of PyTorch. Give it to an optimizer in the place of a schedule. It is not called as one, so
+  that an optimizer that does not know of factors refuses it.
+
+  Raises:
+    ValueError: for a factor that is negative or not finite; for a pattern that matches nothing, when an optimizer makes
+      its state.
+  """
+  schedule: Callable[[jax.Array], jax.Array]
+  factors: tuple[tuple[str, float], ...]
+
+  def __post_init__(self):
+    for pattern, factor in self.factors:
+      if not 0 <= factor < math.inf:
+        raise ValueError(f'the learning rate of {pattern!r} is {factor} times that of others; take 0 or more')
+
+  def of(self, params: Any) -> Any:
+    """The factor of each parameter, a tree of float."""
+    paths = _paths(params)
+    factors = jax.tree.map(lambda _: 1., paths)
+    for pattern, factor in self.factors:
+      factors = jax.tree.map(lambda total, found, factor=factor: total * factor if found else total,
+                             factors, _matches(pattern, paths))
+    return factors
+
+
+def parsed(written: Sequence[str]) -> tuple[tuple[str, float], ...]:
+  """('embedding=4', 'blocks/*=0.5') as (pattern, factor); ValueError for what is not of this form."""
+  def pair(text):
+    pattern, separator, factor = text.rpartition('=')
+    try:
+      return pattern.strip(), float(factor if separator and pattern.strip() else 'none')
+    except ValueError:
+      raise ValueError(f'{text!r} is not of the form pattern=factor, such as embedding=4') from None
+  return tuple(map(pair, written))
