@@ -16,7 +16,7 @@ from lm import launch, lora, optim, pretrained, train
 from lm.data import clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import multi_token, transformer
+from lm.models import multi_token, stack, transformer
 from lm.objectives import losses
 from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective as objectives
@@ -90,6 +90,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
                architecture: Literal['llama', 'gpt2'] = 'llama',
                layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
+               embedding_dropout: float | None = None, attention_dropout: float = 0., layer_dropout: float = 0.,
+               stochastic_depth: float = 0.,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
                objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
@@ -117,10 +119,15 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
     model: take architecture and tokenizer from this Hugging Face or imported folder, in place of the flags of shape
-      from vocab to dropout; for the parameters see --init.
+      from vocab to stochastic_depth; for the parameters see --init.
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
+    dropout: share of what each branch of a layer adds that is zeroed, and of the embedding.
+    embedding_dropout: of the embedding; none for that of dropout.
+    attention_dropout: of the probabilities of attention.
+    layer_dropout: chance of each layer to be left out of a step.
+    stochastic_depth: chance of the last layer to be left out of a row; that of others rises to it layer by layer.
     objective: what is learned; see lm/objectives.
     denominator: what a loss is divided by, targets or sequences.
     label_smoothing: share of a target's probability that is spread over the vocabulary.
@@ -155,7 +162,13 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     tokens = tokenizer.Bytes(**names)
   else:
     tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind, **names)
+  if layer_dropout and stochastic_depth:
+    raise ValueError(f'--layer_dropout={layer_dropout} and --stochastic_depth={stochastic_depth} both leave layers out; '
+                     'give one of them')
+  left_out = (stack.layer_drop(layers, layer_dropout) if layer_dropout else
+              stack.stochastic_depth(layers, stochastic_depth) if stochastic_depth else None)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
+           'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout, 'layer_dropout': left_out,
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
