@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import launch, lora, optim, pretrained, train
-from lm.data import clean, corpora, dataset, source, tokenizer
+from lm.data import augment, clean, corpora, dataset, source, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
 from lm.models import multi_token, stack, transformer
@@ -82,6 +82,14 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
   return next_token(**how)
 
 
+def augmentations(token_dropout: float, span_deletion: float, shuffle: float, subword_sampling: float
+                  ) -> tuple[augment.Augmentation, ...]:
+  """Of text: lines change places before what is inside of them changes."""
+  made = ((augment.Shuffle, shuffle), (augment.SpanDeletion, span_deletion),
+          (augment.SubwordSampling, subword_sampling), (augment.TokenDropout, token_dropout))
+  return tuple(make(value) for make, value in made if value)
+
+
 def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
@@ -97,8 +105,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', label_smoothing: float = 0.,
                z_loss: float = 0., noise: float = 0.15, mean_span: float = 3., infill_rate: float = 0.5,
-               control: tuple[str, ...] = (),
-               predict_ahead: int = 0, ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
+               control: tuple[str, ...] = (), token_dropout: float = 0., span_deletion: float = 0., shuffle: float = 0.,
+               subword_sampling: float = 0., predict_ahead: int = 0,
+               ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
                ahead_weight: float = 0.3,
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
@@ -137,6 +146,11 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     infill_rate: share of the pieces whose middle comes last.
     control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
       sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
+    token_dropout: share of the tokens that are read of which <|mask|> takes the place, while targets stay.
+    span_deletion: share of the text of a row that is cut out, in short spans.
+    shuffle: share of the rows' texts whose lines change places.
+    subword_sampling: share of the merges that bpe leaves out, or the exponent of a unigram tokenizer's probabilities;
+      it, and the three above, are of training alone.
     predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
     ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
     ahead_weight: of the mean of their losses.
@@ -163,8 +177,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   else:
     tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind, **names)
   if layer_dropout and stochastic_depth:
-    raise ValueError(f'--layer_dropout={layer_dropout} and --stochastic_depth={stochastic_depth} both leave layers out; '
-                     'give one of them')
+    raise ValueError(f'--layer_dropout={layer_dropout} and --stochastic_depth={stochastic_depth} both leave layers '
+                     'out; give one of them')
   left_out = (stack.layer_drop(layers, layer_dropout) if layer_dropout else
               stack.stochastic_depth(layers, stochastic_depth) if stochastic_depth else None)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
@@ -191,6 +205,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
+      augment=augmentations(token_dropout, span_deletion, shuffle, subword_sampling),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
   return lora.adapt(run, lora_rank, lora_alpha)

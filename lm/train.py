@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import checkpoint, evaluate, optim, records, sharding, track
+from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.describe import describe
 from lm.interfaces import Constants, Data, Model, Opened
@@ -29,7 +30,7 @@ class Run:
   `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
   Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
-  parameters that stay as they are.
+  parameters that stay as they are. The text of training, not of validation, goes through `augment`.
   """
   model: Model
   objective: Objective
@@ -45,6 +46,7 @@ class Run:
   keep: int = 2
   start: Callable[[Model], Any] | None = None
   constants: tuple[Constants, ...] = ()
+  augment: tuple[Augmentation, ...] = ()
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -157,6 +159,10 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
                      f'{KINDS[run.data.kind]}; choose another of either')
+  augmented(run.objective, run.augment)
+  if run.augment and run.data.columns:
+    raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
+                     'augmentation')
   jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh), abstract_constants(run))
 
 
@@ -173,8 +179,9 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 def identity(run: Run, data: Opened) -> dict[str, Any]:
   """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
+  augment = {'augment': describe(run.augment)} if run.augment else {}
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
-          'data': data.fingerprint, **constants}
+          'data': data.fingerprint, **constants, **augment}
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
@@ -190,7 +197,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
     data = run.data.open(workdir, control=run.objective.control)
     _check_vocabulary(run, data)
     # Before signals are caught: what data computes first may take long, and is gone on from.
-    batches = (data.batches('train', run.objective, run.batch, run.seed),
+    batches = (data.batches('train', augmented(run.objective, run.augment, data.tokenizer), run.batch, run.seed),
                data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
   facts = identity(run, data)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:

@@ -11,10 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
     'sharding', 'describe', 'cluster', 'atomic', 'records', 'hf/files',
     'data/source', 'data/mixture', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
-    'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat', 'data/turns', 'data/store',
-    'data/batches', 'data/messages', 'data/puzzles', 'data/stream', 'data/packing', 'data/dataset',
-    'data/dialogues', 'models/layers', 'models/stack', 'models/rotary', 'models/kernels',
-    'models/attention', 'models/grouped',
+    'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',
+    'data/turns', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages', 'data/puzzles',
+    'data/stream', 'data/packing', 'data/dataset', 'data/dialogues', 'models/layers', 'models/stack',
+    'models/rotary', 'models/kernels', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot',
@@ -27,7 +27,7 @@ DOORS = {
     'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/corpora'}, 'pyarrow': {'data/corpora'},
     'zstandard': {'data/corpora'}, 'ftfy': {'data/clean'}, 'jieba': {'data/clean'}, 'stopwordsiso': {'data/clean'},
     'huggingface_hub': {'pretrained'}, 'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
-    'sentencepiece': {'data/vocabulary', 'data/tokenizer'},   # to read, to train
+    'sentencepiece': {'data/pieces', 'data/tokenizer'},   # to read, to train
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Slow to import, or optional: inside the function that needs them, so that --help answers at once.
 LAZY = set(DOORS) - {'flax'}
@@ -98,7 +98,8 @@ def test_train_depends_on_interfaces():
   """No model, corpus, objective or optimizer: of `optim` only the reading of a learning rate."""
   module = tree('train')
   assert rooms_used(ast.walk(module)) <= {'sharding', 'describe', 'data/batches', 'objectives/objective', 'optim',
-                                          'checkpoint', 'track', 'records', 'interfaces', 'interrupt', 'evaluate'}
+                                          'data/augment', 'data/stages', 'checkpoint', 'track',
+                                          'records', 'interfaces', 'interrupt', 'evaluate'}
   used = {node.attr for node in ast.walk(module)
           if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'optim'}
   assert used <= {'learning_rate'}
