@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import launch, lora, optim, pretrained, train
-from lm.data import augment, clean, corpora, dataset, source, tokenizer
+from lm.data import augment, clean, corpora, dataset, source, stages, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
 from lm.models import multi_token, stack, transformer
@@ -82,6 +82,14 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
   return next_token(**how)
 
 
+def warmup_of(name: str, parts: tuple[str, ...]) -> list[tuple[int, int]]:
+  """(until, value) of 'until:value'."""
+  try:
+    return [(int(until), int(value)) for until, value in (part.split(':') for part in parts)]
+  except ValueError:
+    raise ValueError(f'--{name}_warmup={",".join(parts)} is not of the kind 200:4,500:8, step:value') from None
+
+
 def augmentations(token_dropout: float, span_deletion: float, shuffle: float, subword_sampling: float
                   ) -> tuple[augment.Augmentation, ...]:
   """Of text: lines change places before what is inside of them changes."""
@@ -112,6 +120,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                optimizer: Literal['adamw', 'adam', 'rmsprop', 'sgd', 'muon'] = 'adamw', lr: float = 1e-3,
                schedule: Literal['cosine', 'linear', 'constant', 'inverse_sqrt'] = 'cosine', warmup: int = 100,
                weight_decay: float = 0.1, clip: float | None = 1., steps: int = 2000, batch: int = 16,
+               batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
                save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
@@ -157,6 +166,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     clip: bound on the global norm of the gradient.
     warmup: steps of linear warm-up.
+    batch_warmup: rows of the first steps, as UNTIL:ROWS, such as 200:4,500:8 for 4 up to step 200, then 8 up to 500.
+    length_warmup: of these steps, the length that rows are cut into, as UNTIL:LENGTH, such as 300:64,600:128.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
     keep: how many of the last checkpoints to keep, beside the best.
     lora_rank: of adapters that are trained in place of all parameters, on those of --init; 0 for none.
@@ -207,6 +218,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                         tokens, length, rules),
       augment=augmentations(token_dropout, span_deletion, shuffle, subword_sampling),
       optimizer=update(rate, clip=clip), steps=steps, batch=batch, accumulate=accumulate,
+      stages=stages.stages(warmup_of('batch', batch_warmup), warmup_of('length', length_warmup), batch, length),
       evaluate_every=evaluate_every, evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
   return lora.adapt(run, lora_rank, lora_alpha)
 

@@ -1,4 +1,5 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lm import checkpoint, evaluate, optim, records, sharding, track
 from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
+from lm.data.stages import Schedule, Stage, Staged
 from lm.describe import describe
 from lm.interfaces import Constants, Data, Model, Opened
 from lm.interrupt import Interrupt
@@ -31,6 +33,7 @@ class Run:
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
   Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
   parameters that stay as they are. The text of training, not of validation, goes through `augment`.
+  Training begins with batches of other shapes where there are `stages`.
   """
   model: Model
   objective: Objective
@@ -47,6 +50,7 @@ class Run:
   start: Callable[[Model], Any] | None = None
   constants: tuple[Constants, ...] = ()
   augment: tuple[Augmentation, ...] = ()
+  stages: tuple[Stage, ...] = ()
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -56,6 +60,13 @@ class Run:
       raise ValueError(f'seed={self.seed} is not between 0 and 2 ** 63')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
       raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
+    if self.stages and self.stages[-1].until > self.steps:
+      raise ValueError(f'a stage ends at step {self.stages[-1].until}, beyond the {self.steps} steps of the run')
+
+  @property
+  def schedule(self) -> Schedule:
+    """What each step reads."""
+    return Schedule(self.stages, self.batch, self.data.length)
 
 
 class State(NamedTuple):
@@ -153,8 +164,9 @@ def _accumulate(grad: Callable, params: Any, batch: Batch, key: jax.Array, parts
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
   parts = mesh.shape['data'] * run.accumulate
-  if run.batch % parts:
-    raise ValueError(f'batch={run.batch} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+  shapes = run.schedule.shapes()
+  if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
+    raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
                      f'{mesh.shape["data"]} devices of the mesh axis data')
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
@@ -163,25 +175,32 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.augment and run.data.columns:
     raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
                      'augmentation')
-  jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh), abstract_constants(run))
+  if len({length for _, length in shapes}) > 1 and (run.data.source_length or run.data.kind is not np.ndarray):
+    raise ValueError('rows of sources and of dialogues cannot be cut into shorter ones; leave out the stages of length')
+  for shape in shapes:
+    jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh, shape),
+                   abstract_constants(run))
 
 
-def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Batch:
-  """Shapes and shardings of a batch, packed."""
+def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+                   shape: tuple[int, int] | None = None) -> Batch:
+  """Shapes and shardings of a batch, packed: of the last stage, or of a shape [B, T] of another."""
   row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
                  run.data.source_length)
   stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
   row = row._replace(columns={**(row.columns or {}), **stored} or None)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((run.batch, *x.shape[1:]), x.dtype,
+  rows, length = shape or (run.batch, run.data.length)
+  parts = run.data.length // length
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
                                                      sharding=NamedSharding(mesh, P('data'))), row)
 
 
 def identity(run: Run, data: Opened) -> dict[str, Any]:
   """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
-  augment = {'augment': describe(run.augment)} if run.augment else {}
+  more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
-          'data': data.fingerprint, **constants, **augment}
+          'data': data.fingerprint, **constants, **more}
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
@@ -197,7 +216,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Result:
     data = run.data.open(workdir, control=run.objective.control)
     _check_vocabulary(run, data)
     # Before signals are caught: what data computes first may take long, and is gone on from.
-    batches = (data.batches('train', augmented(run.objective, run.augment, data.tokenizer), run.batch, run.seed),
+    goal = augmented(run.objective, run.augment, data.tokenizer)
+    batches = (Staged(data.batches('train', goal, run.batch, run.seed), run.schedule),
                data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
   facts = identity(run, data)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
@@ -244,7 +264,7 @@ class _Loop:
     self.run, self.mesh, self.data, self.facts, self.phases = run, mesh, data, facts, phases
     self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
     self.batches, self.held_out = batches
-    self.rows = sharding.local_rows(run.batch, mesh)
+    self.shapes: set[tuple[int, int]] = set()   # that were compiled
     self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
@@ -252,19 +272,21 @@ class _Loop:
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
     train_step, pending = make_step(run), None
-    with track.Tracker(self.workdir, run.steps, tokens_per_step=run.batch * run.data.length, step=start,
+    with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start,
                        devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
-      following = reader.submit(self.batches, start, self.rows)
+      following = reader.submit(self._read, start)
       while step < run.steps:
         batch = sharding.shard_rows(following.result(), self.mesh)
-        following = reader.submit(self.batches, step + 1, self.rows)
-        with self.phases('compile and first step' if step == start else 'train'):
-          state, metrics = train_step(state, batch, self.constants)
+        following = reader.submit(self._read, step + 1)
+        new = self._compiles(step)
+        with self.phases('compile and first step' if new else 'train'):
+          with self.tracker.pause() if new else contextlib.nullcontext():
+            state, metrics = train_step(state, batch, self.constants)
           step += 1
           self._report(pending)      # of the step before, while this one runs
           pending = step, metrics
-          if step == start + 1:
+          if new:
             jax.block_until_ready(state)
         self.checkpoints.check_for_errors()
         stop = self.interrupt.asked(step)
@@ -283,6 +305,19 @@ class _Loop:
         self._evaluate(step, state)
     params = with_constants(state.params, self.constants)
     return Result(step, start, params, self.data, self.mesh, self.metrics, step >= run.steps, self.phases)
+
+  def _read(self, step: int) -> Batch:
+    return self.batches(step, sharding.local_rows(self.run.schedule.shape(step)[0], self.mesh))
+
+  def _compiles(self, step: int) -> bool:
+    """Whether the batch of a step is the first of its shape, which is told where there are stages."""
+    shape = self.run.schedule.shape(step)
+    if shape in self.shapes:
+      return False
+    self.shapes.add(shape)
+    if self.run.stages:
+      print(f'step {step}: batches of {shape[0]} x {shape[1]} from here on, compiling')
+    return True
 
   def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
     if pending is None:
