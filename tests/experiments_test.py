@@ -38,6 +38,7 @@ TOOLS = {
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
+    'noise_scale': ['--batches=8', '--rows=4', '--best'],
     'benchmark': [],
     'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
     'benchmark_hf': ['--families=gpt2,bert,t5'],

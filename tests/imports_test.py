@@ -18,7 +18,7 @@ ROOMS = (
     'models/transformer', 'models/*',
     'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'optim', 'checkpoint', 'track', 'plot',
-    'interrupt', 'generate', 'speculative', 'evaluate', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
+    'interrupt', 'generate', 'speculative', 'evaluate', 'noise', 'diffusion', 'interfaces', 'train', 'lora', 'annotate',
     'budget', 'plan', 'doctor', 'pretrained', 'trained', 'race', 'launch')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
