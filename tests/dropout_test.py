@@ -53,7 +53,7 @@ def scales(visible, scores, key):
 def test_values_and_gradients_are_those_of_the_plain_formula_with_the_same_mask(visible, scores, sinks):
   arrays, dy = inputs(sinks)
   key, scale = jax.random.key(1), scales(visible, scores, jax.random.key(1))
-  np.testing.assert_allclose(np.unique(scale), [0, 1 / (1 - scores.dropout)], rtol=1e-6)
+  np.testing.assert_allclose(np.unique(scale), [0, 1 / (1 - scores.dropout)], rtol=2 ** -16)
 
   def plain(q, k, v, s=None):
     return jnp.einsum('BNTS,BSNH->BTNH', probabilities(q, k, visible, scores, s) * scale, jnp.repeat(v, 2, axis=2))
@@ -73,6 +73,8 @@ def test_values_and_gradients_are_those_of_the_plain_formula_with_the_same_mask(
 def test_masks_of_rows_heads_blocks_and_keys_are_independent_and_have_the_rate():
   masks = np.stack([scales(Visible(), Scores(causal=False, dropout=RATE), jax.random.key(i)) for i in (0, 1)]) > 0
   assert np.mean(masks) == pytest.approx(1 - RATE, abs=5 * np.sqrt(RATE * (1 - RATE) / masks.size))
+  both = masks[..., :TIME // 2], masks[..., TIME // 2:]   # what one number serves
+  assert np.mean(both[0][..., 128:, :] & both[1][..., 128:, :]) == pytest.approx((1 - RATE) ** 2, abs=0.01)
   for axis, size in ((0, 2), (1, 2), (2, 4)):   # keys, rows, heads: the share of equal entries is (1 - r)^2 + r^2
     same = np.take(masks, range(size - 1), axis) == np.take(masks, range(1, size), axis)
     chance = (1 - RATE) ** 2 + RATE ** 2

@@ -71,14 +71,19 @@ class Drop(NamedTuple):
   heads_N: jax.Array
 
   def scale(self, rate: float, block: int, shape: tuple[int, ...]) -> jax.Array:
-    """0 with probability `rate`, else 1 / (1 - rate), float32 [B, K, G, T, S]; the same at every call."""
-    key = jax.random.fold_in(self.key, block)
+    """0 with probability r, else 1 / (1 - r), float32 [B, K, G, T, S]; the same at every call.
+
+    r is `rate` to within 2 ** -17: each number drawn serves two probabilities, 16 bits one.
+    """
+    key, (queries, keys) = jax.random.fold_in(self.key, block), shape[3:]
 
     def draw(row, head):
-      return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, row), head), shape[3:])
+      return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, row), head), (queries, -(-keys // 2)))
 
     bits = jax.vmap(lambda row: jax.vmap(lambda head: draw(row, head))(self.heads_N))(self.rows_B)
-    return jnp.where(bits.reshape(shape) >= jnp.uint32(min(round(rate * 2 ** 32), 2 ** 32 - 1)), 1 / (1 - rate), 0.)
+    bits = jnp.concatenate([bits >> 16, bits & 0xffff], axis=-1)[..., :keys].reshape(shape)
+    dropped = min(round(rate * 2 ** 16), 2 ** 16 - 1)
+    return jnp.where(bits >= dropped, 1 / (1 - dropped / 2 ** 16), 0.)
 
 
 def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: Scores = Scores(),
