@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm import sharding
 from lm.data.batches import Batch
 from lm.models import kernels, stack, transformer
 from lm.models import layers as parts
@@ -121,8 +122,8 @@ class Same(nn.Module):
 
 def added(dropout, key, rows=400):
   """What layers of 1, 10, 100 add to each row, [rows]."""
-  model = transformer.Transformer(4, 2, stack.stacks([Adds()] * 3), Same(), 16, layer_dropout=dropout)
-  params = {'embedding': np.zeros((4, 2), 'f4'), 'blocks': {'0': {'step': np.float32([[1], [10], [100]])}}}
+  model = transformer.Transformer(4, 8, stack.stacks([Adds()] * 3), Same(), 16, layer_dropout=dropout)
+  params = {'embedding': np.zeros((4, 8), 'f4'), 'blocks': {'0': {'step': np.float32([[1], [10], [100]])}}}
   hidden = np.asarray(model.apply(params, Batch(np.zeros((rows, 3), 'i4')), key=key).hidden)
   assert (hidden == hidden[:, :1, :1]).all()   # a layer is left out as a whole
   return hidden[:, 0, 0]
@@ -150,6 +151,14 @@ def test_layer_drop_draws_once_for_the_batch():
   sums = [added(dropout, jax.random.key(i), 4) for i in range(40)]
   assert all((x == x[0]).all() for x in sums)
   assert {int(x[0]) for x in sums} == {2 * (a + 10 * b + 100 * c) for a in (0, 1) for b in (0, 1) for c in (0, 1)}
+
+
+@pytest.mark.parametrize('dropout', [stack.layer_drop(3, 0.5), stack.stochastic_depth(3, 0.9)], ids=['batch', 'row'])
+def test_layers_are_left_out_alike_on_any_mesh(dropout):
+  expected = added(dropout, jax.random.key(5), 8)
+  for mesh in ('8x1', '4x2'):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+      np.testing.assert_array_equal(added(dropout, jax.random.key(5), 8), expected)
 
 
 def test_layers_that_are_not_left_out_change_no_program():

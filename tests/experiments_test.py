@@ -209,6 +209,25 @@ def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, s
   assert not capsys.readouterr().out.startswith('hi')
 
 
+def test_pretrain_regularises_by_flags(scripts):
+  def make(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  run = make('--dropout=0.1', '--embedding_dropout=0', '--attention_dropout=0.2', '--stochastic_depth=0.6',
+             '--shuffle=1', '--token_dropout=0.3', '--batch_warmup=200:4,500:8', '--length_warmup=300:64')
+  block = run.model.layers[0]
+  assert (run.model.dropout, block.dropout, block.attention.scores.dropout) == (0., 0.1, 0.2)
+  np.testing.assert_allclose(run.model.layer_dropout.rates, np.arange(1, 7) / 10)
+  assert [type(a).__name__ for a in run.augment] == ['Shuffle', 'TokenDropout'] and run.augment[1].rate == 0.3
+  assert [run.schedule.shape(step) for step in (0, 200, 300, 500)] == [(32, 64), (64, 64), (8, 512), (16, 512)]
+  assert make().augment == make().stages == () and make().model.layer_dropout is None
+  for argv, message in ((('--layer_dropout=0.1', '--stochastic_depth=0.1'), 'give one of them'),
+                        (('--batch_warmup=200',), r'--batch_warmup=200 is not of the kind'),
+                        (('--length_warmup=300:64,200:8',), 'end at steps 300, 200')):
+    with pytest.raises(ValueError, match=message):
+      make(*argv)
+
+
 def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
   (tmp_path / 'plays.txt').write_text('\n\n'.join(f'speech {i}' for i in range(200)))
   argv = ['pretrain.py', f'--text={tmp_path}/plays.txt', r'--separator=\n\n', '--validation=0.3']

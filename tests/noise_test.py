@@ -19,9 +19,8 @@ def draws(rng, mean, spread, n, tokens):
 def test_estimates_are_unbiased_and_the_interval_covers_what_is_true():
   rng, mean, spread = np.random.default_rng(0), np.full(50, 0.3), np.linspace(0.5, 2, 50)
   tokens = rng.integers(20, 60, N).astype(float)   # batches need not be equal
-  true, found = np.sum(spread ** 2) / np.sum(mean ** 2), []
-  for _ in range(400):
-    found.append(noise.estimate(*draws(rng, mean, spread, N, tokens)))
+  true = np.sum(spread ** 2) / np.sum(mean ** 2)
+  found = [noise.estimate(*draws(rng, mean, spread, N, tokens)) for _ in range(400)]
   scales, lows, highs, gradients, noises = np.array(found).T
   for values, exact in ((gradients, np.sum(mean ** 2)), (noises, np.sum(spread ** 2))):
     assert abs(np.mean(values) - exact) < 4 * np.std(values) / 20
@@ -33,7 +32,7 @@ def test_estimates_are_unbiased_and_the_interval_covers_what_is_true():
 def test_a_linear_model_has_the_noise_scale_of_its_closed_form():
   """y = x w* + e, x normal: at w, with d = w - w*, G = d and tr(Sigma) = (D + 1) |d|^2 + D sigma^2."""
   rng, d = np.random.default_rng(1), np.linspace(0.5, 1.5, D).astype('f4')
-  data = [(x := rng.normal(size=(TOKENS, D)), SIGMA * rng.normal(size=TOKENS)) for _ in range(400)]
+  data = [(rng.normal(size=(TOKENS, D)), SIGMA * rng.normal(size=TOKENS)) for _ in range(400)]
 
   @jax.jit
   def gradient(params, batch):
