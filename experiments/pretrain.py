@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import averaging, groups, launch, lora, optim, pretrained, schedules, train
-from lm.data import clean, corpora, dataset, source, tokenizer
+from lm import averaging, groups, guard, launch, lora, optim, pretrained, schedules, train
+from lm.data import augment, clean, corpora, dataset, source, stages, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import multi_token, transformer
+from lm.models import multi_token, stack, transformer
 from lm.objectives import losses
 from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective as objectives
@@ -127,6 +127,22 @@ def optimised(name: Optimizer, rate: optim.Rate, clip: float | None, weight_deca
   return averaging.averaged(optimizer, average) if average else optimizer
 
 
+def warmup_of(name: str, parts: tuple[str, ...]) -> list[tuple[int, int]]:
+  """(until, value) of 'until:value'."""
+  try:
+    return [(int(until), int(value)) for until, value in (part.split(':') for part in parts)]
+  except ValueError:
+    raise ValueError(f'--{name}_warmup={",".join(parts)} is not of the kind 200:4,500:8, step:value') from None
+
+
+def augmentations(token_dropout: float, span_deletion: float, shuffle: float, subword_sampling: float
+                  ) -> tuple[augment.Augmentation, ...]:
+  """Of text: lines change places before what is inside of them changes."""
+  made = ((augment.Shuffle, shuffle), (augment.SpanDeletion, span_deletion),
+          (augment.SubwordSampling, subword_sampling), (augment.TokenDropout, token_dropout))
+  return tuple(make(value) for make, value in made if value)
+
+
 def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
@@ -135,21 +151,25 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
                architecture: Literal['llama', 'gpt2'] = 'llama',
                layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
+               embedding_dropout: float | None = None, attention_dropout: float = 0., layer_dropout: float = 0.,
+               stochastic_depth: float = 0.,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
                objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', label_smoothing: float = 0.,
                z_loss: float = 0., noise: float = 0.15, mean_span: float = 3., infill_rate: float = 0.5,
-               control: tuple[str, ...] = (),
-               predict_ahead: int = 0, ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
+               control: tuple[str, ...] = (), token_dropout: float = 0., span_deletion: float = 0., shuffle: float = 0.,
+               subword_sampling: float = 0., predict_ahead: int = 0,
+               ahead_modules: Literal['sequential', 'parallel'] = 'sequential',
                ahead_weight: float = 0.3,
                optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine', warmup: int = 100,
                cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
                weight_decay: float | None = None, decay: tuple[str, ...] = (), rates: tuple[str, ...] = (),
-               l1: float = 0., l2: float = 0., average: float = 0.,
-               clip: float | None = 1., steps: int = 2000, batch: int = 16,
+               l1: float = 0., l2: float = 0., average: float = 0., clip: float | None = 1.,
+               spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
+               batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
-               save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
+               patience: int | None = None, save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
@@ -164,10 +184,15 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
     model: take architecture and tokenizer from this Hugging Face or imported folder, in place of the flags of shape
-      from vocab to dropout; for the parameters see --init.
+      from vocab to stochastic_depth; for the parameters see --init.
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model.
     length: positions a row.
+    dropout: share of what each branch of a layer adds that is zeroed, and of the embedding.
+    embedding_dropout: of the embedding; none for that of dropout.
+    attention_dropout: of the probabilities of attention.
+    layer_dropout: chance of each layer to be left out of a step.
+    stochastic_depth: chance of the last layer to be left out of a row; that of others rises to it layer by layer.
     objective: what is learned; see lm/objectives.
     denominator: what a loss is divided by, targets or sequences.
     label_smoothing: share of a target's probability that is spread over the vocabulary.
@@ -177,6 +202,11 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     infill_rate: share of the pieces whose middle comes last.
     control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
       sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
+    token_dropout: share of the tokens that are read of which <|mask|> takes the place, while targets stay.
+    span_deletion: share of the text of a row that is cut out, in short spans.
+    shuffle: share of the rows' texts whose lines change places.
+    subword_sampling: share of the merges that bpe leaves out, or the exponent of a unigram tokenizer's probabilities;
+      it, and the three above, are of training alone.
     predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
     ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
     ahead_weight: of the mean of their losses.
@@ -192,7 +222,11 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     l2: coefficient of half the sum of their squares, a part of the gradient too.
     average: decay of an exponential moving average of the parameters, which is then what is evaluated; 0 for none.
     clip: bound on the global norm of the gradient.
+    spike_guard: skip a step whose loss or gradient norm is so many standard deviations above the last 128, such as 6.
+    batch_warmup: rows of the first steps, as UNTIL:ROWS, such as 200:4,500:8 for 4 up to step 200, then 8 up to 500.
+    length_warmup: of these steps, the length that rows are cut into, as UNTIL:LENGTH, such as 300:64,600:128.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
+    patience: evaluations in a row that are no better than the best, after which training stops there.
     keep: how many of the last checkpoints to keep, beside the best.
     lora_rank: of adapters that are trained in place of all parameters, on those of --init; 0 for none.
     lora_alpha: adapters are scaled by it over the rank; none for twice the rank.
@@ -211,7 +245,13 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     tokens = tokenizer.Bytes(**names)
   else:
     tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind, **names)
+  if layer_dropout and stochastic_depth:
+    raise ValueError(f'--layer_dropout={layer_dropout} and --stochastic_depth={stochastic_depth} both leave layers '
+                     'out; give one of them')
+  left_out = (stack.layer_drop(layers, layer_dropout) if layer_dropout else
+              stack.stochastic_depth(layers, stochastic_depth) if stochastic_depth else None)
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
+           'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout, 'layer_dropout': left_out,
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
@@ -233,6 +273,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
                         tokens, length, rules),
       optimizer=optimised(optimizer, rate, clip, weight_decay, decay, l1, l2, average),
+      augment=augmentations(token_dropout, span_deletion, shuffle, subword_sampling),
+      stages=stages.stages(warmup_of('batch', batch_warmup), warmup_of('length', length_warmup), batch, length),
+      guard=None if spike_guard is None else guard.Guard(sigma=spike_guard), patience=patience,
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every,
       evaluate_batches=evaluate_batches, save_every=save_every, keep=keep)
   return lora.adapt(run, lora_rank, lora_alpha)

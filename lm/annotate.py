@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import atomic, sharding, train
+from lm import atomic, interfaces, sharding
 from lm.data.batches import Batch, Batches
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -34,8 +34,8 @@ class Annotated:
     annotate: `(apply, params, batch) -> {name: [B, T, ...]}`, runs inside `jit`.
     folder: where the columns are kept; None: in the workdir.
   """
-  data: train.Data
-  model: train.Constants
+  data: interfaces.Data
+  model: interfaces.Constants
   columns: Mapping[str, tuple[Any, tuple[int, ...]]]
   annotate: Callable[[Callable, Any, Batch], Mapping[str, jax.Array]]
   folder: pathlib.Path | None = None
@@ -63,7 +63,7 @@ class Annotated:
 class Opened:
   """Annotated data, open for reading."""
   annotated: Annotated
-  data: train.Opened
+  data: interfaces.Opened
   folder: pathlib.Path
 
   @property

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import train
+from lm import interfaces, train
 from lm.models.layers import LowRank
 
 MATCH = ('*attention/*', '*feed_forward/*')
@@ -42,7 +42,7 @@ class Adapted:
   Raises:
     ValueError: in `init`, if a pattern matches no matrix; it names those that there are.
   """
-  model: train.Model
+  model: interfaces.Model
   rank: int
   alpha: float
   match: tuple[str, ...] = MATCH
@@ -87,7 +87,7 @@ class Adapted:
       return LowRank(base, adapters['A'], adapters['B'], self.alpha / self.rank)
     return {name: self._beside(leaf, adapters[name]) if name in adapters else leaf for name, leaf in base.items()}
 
-  def merged(self, params: Any) -> tuple[train.Model, Any]:
+  def merged(self, params: Any) -> tuple[interfaces.Model, Any]:
     """The plain model with W + alpha / rank * A B as its matrices; other constants stay among the parameters."""
     rest = {name: tree for name, tree in params.items() if name not in ('base', 'adapters')}
     return self.model, {**_merge(self._beside(params['base'], params['adapters'])), **rest}
@@ -130,7 +130,7 @@ def adapt(run: train.Run, rank: int, alpha: float | None = None, match: Sequence
   if not rank:
     return run
   model = Adapted(run.model, rank, 2. * rank if alpha is None else alpha, tuple(match))
-  base = train.Constants('base', run.model, run.start or _no_base)
+  base = interfaces.Constants('base', run.model, run.start or _no_base)
   return dataclasses.replace(run, model=model, start=None, constants=(*run.constants, base))
 
 

@@ -60,11 +60,14 @@ class Phases(dict[str, float]):
 
 
 class Throughput:
-  """Training speed over the last `window` updates. The first update only starts the clock: compilation is before it."""
+  """Training speed over the last `window` updates. The first update only starts the clock: compilation is before it.
 
-  def __init__(self, tokens_per_step: int, total_steps: int, window: int = 20,
+  `tokens_before(step)` says how many tokens a run has read when it is at a step.
+  """
+
+  def __init__(self, tokens_before: Callable[[int], int], total_steps: int, window: int = 20,
                clock: Callable[[], float] = time.monotonic):
-    self._tokens, self._total, self._clock = tokens_per_step, total_steps, clock
+    self._tokens, self._total, self._clock = tokens_before, total_steps, clock
     self._marks: collections.deque[tuple[int, float]] = collections.deque(maxlen=window + 1)
     self._begin, self._paused = None, 0.0
 
@@ -88,7 +91,7 @@ class Throughput:
     if len(self._marks) < 2:
       return None
     (first, start), (last, end) = self._marks[0], self._marks[-1]
-    return self._tokens * (last - first) / max(end - start, 1e-9)
+    return (self._tokens(last) - self._tokens(first)) / max(end - start, 1e-9)
 
   @property
   def eta(self) -> float | None:
@@ -98,7 +101,7 @@ class Throughput:
       return None
     step, training_time = self._marks[-1]
     paused = self._paused / max(training_time - self._begin, 1e-9)
-    return (self._total - step) * self._tokens / speed * (1 + paused)
+    return (self._tokens(self._total) - self._tokens(step)) / speed * (1 + paused)
 
 
 _SHOWN: dict[str, Callable[[float], str]] = {
@@ -118,17 +121,17 @@ class Tracker(contextlib.AbstractContextManager):
   Args:
     folder: the workdir.
     total_steps: the last step.
-    tokens_per_step: tokens in a global batch; without it there is no throughput.
+    tokens_before: how many tokens the run has read when it is at a step; without it there is no throughput.
     flops_per_token: of a training step, forward and backward; without it there is no MFU.
     devices: that the run uses, for the MFU; default all.
     step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
     every: seconds between lines where the output is not a terminal; evaluations and the last step always get one.
   """
 
-  def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_per_step: int = 0,
+  def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
                flops_per_token: float | None = None, devices: Sequence[Any] | None = None, step: int = 0,
                every: float = 15.0, output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
-    self.throughput = Throughput(tokens_per_step, total_steps, clock=clock)
+    self.throughput = Throughput(tokens_before or (lambda step: 0), total_steps, clock=clock)
     self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
     self._devices = jax.devices() if devices is None else devices
     self._output = sys.stdout if output is None else output

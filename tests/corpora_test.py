@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lm.data import corpora
 from lm.data.mixture import mixture
-from lm.data.source import Source
+from lm.data.source import Source, sample
 
 DOCUMENTS = [f'document {i}\nis “nr {i}” 中文' for i in range(200)]
 
@@ -222,6 +222,19 @@ def test_mixture_is_exact_at_every_prefix(parts):
     taken[which] += 1
     assert all(abs(t - n * s) < 1 for t, s in zip(taken, share))
   assert any(t == size for t, (size, _) in zip(taken, parts))  # and it stops only where one is used up
+
+
+def test_a_sample_draws_from_the_train_split_alone_and_fewer_are_among_more():
+  both = Source('both', {'train': [f'a{i}' for i in range(100)], 'validation': ['b0', 'b1']}, 'print')
+  few, more = (sample(both, n) for n in (10, 30))
+  drawn = list(few.splits['train'])
+  assert len(set(drawn)) == 10 and set(drawn) < set(more.splits['train']) < set(both.splits['train'])
+  assert drawn != sorted(drawn) and list(few.splits['validation']) == ['b0', 'b1']
+  assert len({few.fingerprint, more.fingerprint, both.fingerprint, sample(both, 10).fingerprint}) == 3
+  assert few.notes == ['train: drew 10 of 100 documents of both']
+  for n in (0, 101):
+    with pytest.raises(ValueError, match=f'{n} documents cannot be drawn from the 100 of both'):
+      len(sample(both, n).splits['train'])
 
 
 def test_mixture_at_seven_to_three():

@@ -29,6 +29,8 @@ TINY = {
     'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'overfit': ['--steps=2', '--documents=8', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2',
+                '--batch=8', '--dropout=0.1', '--subword_sampling=0.1', '--token_dropout=0.1'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.
@@ -38,6 +40,7 @@ TOOLS = {
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
+    'noise_scale': ['--batches=8', '--rows=4', '--best'],
     'benchmark': [],
     'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
     'benchmark_optimizers': ['--only=soap', '--shape=tiny'],
@@ -206,6 +209,25 @@ def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, s
   monkeypatch.setattr(sys, 'argv', ['generate.py', workdir, '--chat', '--prompt=hi', '--max_tokens=4'])
   launch.tool(scripts['generate'].main)
   assert not capsys.readouterr().out.startswith('hi')
+
+
+def test_pretrain_regularises_by_flags(scripts):
+  def make(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  run = make('--dropout=0.1', '--embedding_dropout=0', '--attention_dropout=0.2', '--stochastic_depth=0.6',
+             '--shuffle=1', '--token_dropout=0.3', '--batch_warmup=200:4,500:8', '--length_warmup=300:64')
+  block = run.model.layers[0]
+  assert (run.model.dropout, block.dropout, block.attention.scores.dropout) == (0., 0.1, 0.2)
+  np.testing.assert_allclose(run.model.layer_dropout.rates, np.arange(1, 7) / 10)
+  assert [type(a).__name__ for a in run.augment] == ['Shuffle', 'TokenDropout'] and run.augment[1].rate == 0.3
+  assert [run.schedule.shape(step) for step in (0, 200, 300, 500)] == [(32, 64), (64, 64), (8, 512), (16, 512)]
+  assert make().augment == make().stages == () and make().model.layer_dropout is None
+  for argv, message in ((('--layer_dropout=0.1', '--stochastic_depth=0.1'), 'give one of them'),
+                        (('--batch_warmup=200',), r'--batch_warmup=200 is not of the kind'),
+                        (('--length_warmup=300:64,200:8',), 'end at steps 300, 200')):
+    with pytest.raises(ValueError, match=message):
+      make(*argv)
 
 
 def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):

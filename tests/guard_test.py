@@ -1,13 +1,12 @@
 """Steps that spike are left out, counted, and too many of them end the run; patience ends it at its best."""
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_test import RUN, Bigram, go, logged, saved, same, steps_kept
+from train_test import RUN, Bigram, go, logged, same, saved, steps_kept
 
 from lm import optim, schedules, train
 from lm.guard import Guard

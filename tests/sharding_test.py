@@ -21,9 +21,9 @@ VOCAB, ROWS, TIME = 32, 8, 8
 TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # which depends on the length of a text
 MODEL = transformer.Transformer(
     VOCAB, 32, stack.stacks([parts.Block(
-        attention.Attention(8, 4, 4, TURN, bias=True), parts.FeedForward(16, bias=True), parts.RMSNorm(),
-        parts.LayerNorm(), dropout=0.2)] * 2),
-    parts.LayerNorm(), TIME, positions=True, tied=False, dropout=0.2)
+        attention.Attention(8, 4, 4, TURN, bias=True, scores=attention.Scores(dropout=0.3)),
+        parts.FeedForward(16, bias=True), parts.RMSNorm(), parts.LayerNorm(), dropout=0.2)] * 2),
+    parts.LayerNorm(), TIME, positions=True, tied=False, dropout=0.2, layer_dropout=stack.stochastic_depth(2, 0.4))
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})

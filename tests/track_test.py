@@ -73,7 +73,7 @@ def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
 
 def test_throughput_leaves_out_compilation_and_pauses_and_the_eta_follows(tmp_path):
   clock = Clock()
-  speed = track.Throughput(tokens_per_step=1000, total_steps=100, window=4, clock=clock)
+  speed = track.Throughput(lambda step: 1000 * step, total_steps=100, window=4, clock=clock)
   clock.now += 60  # compilation
   speed.update(1)
   assert speed.tokens_per_second is None and speed.eta is None
@@ -94,7 +94,7 @@ def test_throughput_leaves_out_compilation_and_pauses_and_the_eta_follows(tmp_pa
 def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
   def train(output):
     clock = Clock()
-    with tracker(tmp_path, output, clock=clock, tokens_per_step=100, every=15) as t:
+    with tracker(tmp_path, output, clock=clock, tokens_before=lambda step: 100 * step, every=15) as t:
       for step in range(1, 101):
         t.log(step, {'loss': 3.2141, 'learning_rate': 6e-4})
         clock.now += 1

@@ -6,7 +6,8 @@ from typing import Any
 
 from lm.data import huggingface, protobuf
 from lm.data.huggingface import HuggingFace
-from lm.data.vocabulary import Bytes, SentencePiece, Tokenizer
+from lm.data.pieces import SentencePiece
+from lm.data.vocabulary import Bytes, Tokenizer
 
 _BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
 

@@ -57,6 +57,28 @@ def lazy(corpus: Callable[..., Source]) -> Callable[..., Source]:
   return put_off
 
 
+@lazy
+def sample(corpus: Source, documents: int) -> Source:
+  """So many documents of the train split, drawn at random, and all of the others; fewer documents are among more.
+
+  ValueError, at first use, where there are not so many.
+  """
+  counts, notes = collections.Counter(), []
+
+  def drawn():
+    count = len(train := corpus.splits['train'])
+    if not 0 < documents <= count:
+      raise ValueError(f'{documents} documents cannot be drawn from the {count} of {corpus.name} to train on')
+    counts.update(corpus.counts)
+    notes.append(f'train: drew {documents:,} of {count:,} documents of {corpus.name}')
+    places = np.random.default_rng(0).permutation(count)[:documents]
+    return [(train, int(place)) for place in places]
+
+  splits = {**corpus.splits, 'train': Documents(drawn, lambda at: at[0][at[1]])}
+  identity = repr(('sample', corpus.fingerprint, documents))
+  return Source(f'{documents} of {corpus.name}', splits, digest(identity).hex(), corpus.license, counts, notes)
+
+
 class Documents(Sequence[str]):
   """The documents `read(item)` of the items that `items()` returns at first use."""
 

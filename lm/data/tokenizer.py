@@ -12,7 +12,8 @@ import numpy as np
 
 from lm.data import huggingface, protobuf, vocabulary
 from lm.data.huggingface import HuggingFace
-from lm.data.vocabulary import CONTROL, Bytes, SentencePiece, Tokenizer, sentinels
+from lm.data.pieces import SentencePiece
+from lm.data.vocabulary import CONTROL, Bytes, Tokenizer, sentinels
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
            'train_sentencepiece', 'mask_id']

@@ -257,9 +257,11 @@ def export_config(model: Transformer, families: Sequence[Family] = FAMILIES) -> 
 
 def _computes(model: Transformer) -> Any:
   """A model's description without what training alone needs."""
+  training = {'std', 'out_std', 'query_std', 'dropout', 'layer_dropout', 'dtype'}
+
   def strip(tree):
     if isinstance(tree, dict):
-      return {k: strip(v) for k, v in tree.items() if k not in ('std', 'out_std', 'query_std', 'dropout', 'dtype')}
+      return {k: strip(v) for k, v in tree.items() if k not in training}
     return [strip(item) for item in tree] if isinstance(tree, list) else tree
   return strip(describe(model))
 

@@ -33,8 +33,8 @@ class PostNormBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: attend.Visible, cache: Any = None, key=None):
-    keys = (None, None) if key is None else jax.random.split(key)
-    y, cache = self.attention(x_BTD, positions_BT, visible, cache)
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    y, cache = self.attention(x_BTD, positions_BT, visible, cache, keys[2])
     x_BTD = checkpoint_name(self.attention_norm(x_BTD + parts.dropout(y, self.dropout, keys[0])), 'residual')
     return self.feed_forward_norm(x_BTD + parts.dropout(self.feed_forward(x_BTD), self.dropout, keys[1])), cache
 

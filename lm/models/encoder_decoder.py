@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
   query_std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD, memory_BSD, visible: Visible, cache: LayerCache | None = None):
+  def __call__(self, x_BTD, memory_BSD, visible: Visible, cache: LayerCache | None = None, key=None):
     """`cache` holds the keys and values of the memory, which is then not read."""
     q = attend.project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, False, self.query_std)
     if cache is None:
@@ -44,7 +44,7 @@ class CrossAttention(nn.Module):
     if visible.start is not None:   # decoding
       k, v = cache
     y = attend.attend(checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value'), visible,
-                      self.scores)
+                      self.scores, key=key)
     return attend.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
 
 
@@ -67,12 +67,12 @@ class DecoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, visible: Visible, memory_BSD, seen_source: Visible, cache: DecoderCache | None = None,
                key=None):
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    keys = (None,) * 5 if key is None else jax.random.split(key, 5)
     tokens, source = (None, None) if cache is None else cache
-    y, tokens = self.attention(self.attention_norm(x_BTD), None, visible, tokens)
+    y, tokens = self.attention(self.attention_norm(x_BTD), None, visible, tokens, keys[3])
     x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[0]), 'residual')
     source = source if memory_BSD is None else None   # a new source
-    y, source = self.cross_attention(self.cross_attention_norm(x_BTD), memory_BSD, seen_source, source)
+    y, source = self.cross_attention(self.cross_attention_norm(x_BTD), memory_BSD, seen_source, source, keys[4])
     x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[1]), 'residual')
     y = self.feed_forward(self.feed_forward_norm(x_BTD))
     cache = None if cache is None else DecoderCache(tokens, source)

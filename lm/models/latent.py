@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
   out_std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: attention.Visible, cache: LatentCache | None = None):
+  def __call__(self, x_BTD, positions_BT, visible: attention.Visible, cache: LatentCache | None = None, key=None):
     scores = self.scores
     if scores.scale is None:
       scores = dataclasses.replace(scores, scale=(self.nope_size + self.rope_size) ** -0.5)
@@ -64,7 +64,7 @@ class LatentAttention(nn.Module):
       q = checkpoint_name(jnp.concatenate([q, q_rope], axis=-1), 'query')
       shared = sharding.constrain(jnp.broadcast_to(k_rope, q_rope.shape), 'BTNH')
       k = checkpoint_name(jnp.concatenate([k, shared], axis=-1), 'key')
-      y = attention.attend(q, k, v, visible, scores)
+      y = attention.attend(q, k, v, visible, scores, key=key)
     else:
       cache = cache.append(visible.start, jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1))
       q = jnp.concatenate([layers.einsum('BTNH,RNH->BTNR', q, key_up), q_rope], axis=-1)

@@ -205,8 +205,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
-    keys = (None, None) if key is None else jax.random.split(key)
-    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), positions_BT, visible, cache)
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), positions_BT, visible, cache, keys[2])
     y = _normalised(self.attention_out_norm, y)
     x_BTD = checkpoint_name(x_BTD + dropout(y, self.dropout, keys[0]), 'residual')
     y = _normalised(self.feed_forward_out_norm, self.feed_forward(_normalised(self.feed_forward_norm, x_BTD)))
@@ -223,8 +223,8 @@ class ParallelBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
-    keys = (None, None) if key is None else jax.random.split(key)
-    y, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache)
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    y, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache, keys[2])
     z = self.feed_forward(self.feed_forward_norm(x_BTD))
     return x_BTD + dropout(y, self.dropout, keys[0]) + dropout(z, self.dropout, keys[1]), cache
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +21,37 @@ class Stack:
 
 
 Stacks = tuple[Stack, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDropout:
+  """Layers that training leaves out at random: x + keep / (1 - rate) (layer(x) - x), keep being 0 or 1.
+
+  `rates` has the probability of 0 for each layer. Drawn once for the batch, or by row.
+  """
+  rates: tuple[float, ...]
+  by_row: bool
+
+  def __post_init__(self):
+    if bad := [rate for rate in self.rates if not 0 <= rate < 1]:
+      raise ValueError(f'a layer cannot be left out with probability {bad[0]}: it is not in [0, 1)')
+
+  def __call__(self, x: jax.Array, y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+    """What follows a layer that makes y, [B, T, D], of x."""
+    shape = (x.shape[0] if self.by_row else 1, 1, 1)
+    layout = sharding.spec('B--' if self.by_row else '---')
+    keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=layout)
+    return x + jnp.where(keep, (y - x) / (1 - rate).astype(x.dtype), 0)
+
+
+def layer_drop(layers: int, rate: float) -> LayerDropout:
+  """Each layer at one rate, for the whole batch (LayerDrop, Fan et al. 2020, who do not scale the layers that stay)."""
+  return LayerDropout((float(rate),) * layers, by_row=False)
+
+
+def stochastic_depth(layers: int, rate: float) -> LayerDropout:
+  """Rates that rise by the layer up to `rate`, the last one's, for each row (stochastic depth, Huang et al. 2016)."""
+  return LayerDropout(tuple(float(rate) * (i + 1) / layers for i in range(layers)), by_row=True)
 
 
 def stacks(blocks: Sequence[nn.Module]) -> Stacks:
@@ -57,11 +92,14 @@ def _init(block, x, args, key):
 
 
 def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, *args: Any, key: jax.Array | None = None,
-        remat: Callable[..., bool] | None = None) -> jax.Array:
+        remat: Callable[..., bool] | None = None, dropout: LayerDropout | None = None) -> jax.Array:
   """Applies the blocks: `block(x, *args, cache, key) -> (x, cache)`, without a cache, each with a key of its own.
 
   `remat` says what the backward pass may keep of a layer, as in `jax.checkpoint_policies`; None keeps everything.
+  `dropout` leaves layers out where there is a key; ValueError if its rates are not as many as the layers.
   """
+  drops = _drops(stacks, dropout, key)
+
   def layer(block, params, x, key):
     return block.apply({'params': params}, x, *args, None, key)[0]   # no cache
 
@@ -69,14 +107,28 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, *args: Any, key: j
     layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
 
   def repeat(stack, x, xs):
-    trees, keys = xs
+    trees, keys, drops = xs
     for i, block in enumerate(stack.pattern):
-      x = layer(block, trees[i], x, None if keys is None else keys[i])
+      y = layer(block, trees[i], x, None if keys is None else keys[i])
+      x = y if drops is None else dropout(x, y, drops[0][i], drops[1][i])
     return x, None
 
-  for (stack, keys), trees in zip(_split(stacks, key), _trees(stacks, params)):
-    x = jax.lax.scan(functools.partial(repeat, stack), x, (trees, keys))[0]
+  for (stack, keys), trees, stack_drops in zip(_split(stacks, key), _trees(stacks, params), drops):
+    x = jax.lax.scan(functools.partial(repeat, stack), x, (trees, keys, stack_drops))[0]
   return x
+
+
+def _drops(stacks: Stacks, dropout: LayerDropout | None, key: jax.Array | None) -> list[tuple | None]:
+  """For each stack, the rates and the keys of its layers, `[repeats, len(pattern)]`; None where none is left out."""
+  if dropout is not None and len(dropout.rates) != (count := len(layers(stacks))):
+    raise ValueError(f'{len(dropout.rates)} rates of dropout for {count} layers; give one for each')
+  if dropout is None or key is None or not any(dropout.rates):
+    return [None] * len(stacks)
+  key = jax.random.fold_in(key, len(dropout.rates))   # beside those of the blocks
+  shapes = [(stack.repeats, len(stack.pattern)) for stack in stacks]
+  ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
+  rates = np.split(np.float32(dropout.rates), ends)
+  return [(jnp.asarray(of.reshape(shape)), keys) for of, shape, (_, keys) in zip(rates, shapes, _split(stacks, key))]
 
 
 def _split(stacks: Stacks, key: jax.Array | None) -> Iterator[tuple[Stack, jax.Array | None]]:

@@ -111,6 +111,7 @@ class Transformer(Model):
   embedding_scale: float | None = None
   softcap: float | None = None   # of the logits
   dropout: float = 0.        # of the embedding
+  layer_dropout: stack.LayerDropout | None = None
   std: float = 0.02
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
@@ -156,7 +157,8 @@ class Transformer(Model):
       params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, positions, visible))
     if cache is not None:
       return self._cached(params, x, positions, batch, cache)
-    return stack.run(self.blocks, params, x, positions, visible, key=key, remat=self.remat), None
+    return stack.run(self.blocks, params, x, positions, visible, key=key, remat=self.remat,
+                     dropout=self.layer_dropout), None
 
   def _cached(self, params, x, positions, batch, cache):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
@@ -189,38 +191,50 @@ class Transformer(Model):
     return Cache(layers, empty, empty, jnp.int32(0))
 
 
-def _head_size(width: int, heads: int, dropout: float, **sizes: int) -> int:
+def _head_size(width: int, heads: int, rates: dict[str, float | None], **sizes: int) -> int:
   for name, size in {'width': width, 'heads': heads, **sizes}.items():
     if size < 1:
       raise ValueError(f'{name}={size} is not positive')
-  if not 0 <= dropout < 1:
-    raise ValueError(f'dropout={dropout} is not in [0, 1)')
+  for name, rate in rates.items():
+    if rate is not None and not 0 <= rate < 1:
+      raise ValueError(f'{name}={rate} is not in [0, 1)')
   if width % heads:
     raise ValueError(f'heads={heads} does not divide width={width}')
   return width // heads
 
 
 def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 1024,
-         dropout: float = 0., dtype=jnp.float32,
+         dropout: float = 0., embedding_dropout: float | None = None, attention_dropout: float = 0.,
+         layer_dropout: stack.LayerDropout | None = None, dtype=jnp.float32,
          remat=parts.keep_products) -> Transformer:
-  """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding."""
+  """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding.
+
+  `dropout` is of what each branch adds, and of the embedding unless `embedding_dropout` says otherwise;
+  `attention_dropout` is of the attention's probabilities.
+  """
   out_std = 0.02 / (2 * layers) ** 0.5
-  size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
-  attention = attend.Attention(heads, heads, size, bias=True, out_std=out_std)
+  rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
+  size = _head_size(width, heads, rates, vocab=vocab, layers=layers, max_length=max_length)
+  attention = attend.Attention(heads, heads, size, bias=True, scores=attend.Scores(dropout=attention_dropout),
+                               out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout=dropout)
   return Transformer(vocab, width, stack.stacks([block] * layers), parts.LayerNorm(), max_length, positions=True,
-                     dropout=dropout, dtype=dtype, remat=remat)
+                     dropout=dropout if embedding_dropout is None else embedding_dropout,
+                     layer_dropout=layer_dropout, dtype=dtype, remat=remat)
 
 
 def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
-          max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0., dtype=jnp.float32,
+          max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0.,
+          embedding_dropout: float | None = None, attention_dropout: float = 0.,
+          layer_dropout: stack.LayerDropout | None = None, dtype=jnp.float32,
           remat=parts.keep_products) -> Transformer:
   """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases.
 
-  Matrices start at std 1 / sqrt(width), so that activations have the same size at any width.
+  Matrices start at std 1 / sqrt(width), so that activations have the same size at any width. Dropout as in `gpt2`.
   """
-  size = _head_size(width, heads, dropout, vocab=vocab, layers=layers, max_length=max_length)
+  rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
+  size = _head_size(width, heads, rates, vocab=vocab, layers=layers, max_length=max_length)
   kv_heads = heads if kv_heads is None else kv_heads
   if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
@@ -228,8 +242,10 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
   std = width ** -0.5
   out_std = std / (2 * layers) ** 0.5
-  attention = attend.Attention(heads, kv_heads, size, Rotary(theta), std=std, out_std=out_std)
+  attention = attend.Attention(heads, kv_heads, size, Rotary(theta), scores=attend.Scores(dropout=attention_dropout),
+                               std=std, out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout=dropout)
   return Transformer(vocab, width, stack.stacks([block] * layers), parts.RMSNorm(), max_length, tied=tied,
-                     dropout=dropout, dtype=dtype, remat=remat)
+                     dropout=dropout if embedding_dropout is None else embedding_dropout,
+                     layer_dropout=layer_dropout, dtype=dtype, remat=remat)

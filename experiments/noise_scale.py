@@ -1,0 +1,54 @@
+"""How large a batch a trained run would profit from: its gradient noise scale (McCandlish et al. 2018).
+
+  python experiments/noise_scale.py --workdir=runs/quickstart --batches=64
+
+Batches well below it waste no tokens, batches well above it save hardly a step; it rises as a run learns.
+"""
+import pathlib
+import time
+
+import jax
+
+from lm import launch, noise, sharding, trained
+
+
+def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: int = 64, rows: int | None = None,
+         best: bool = False, mesh: str | None = None) -> None:
+  """Prints it, of the newest checkpoint and the training text that comes next.
+
+  Args:
+    workdir: of the run.
+    batches: so many gradients are compared, each computed twice.
+    rows: of a batch; none for those of the run.
+    best: take the best checkpoint by validation loss, not the newest.
+    mesh: the devices as DATAxMODEL; none puts all of them on data.
+  """
+  with jax.set_mesh(devices := sharding.make_mesh(mesh)):
+    loaded = trained.load(workdir, best)
+    run, rows = loaded.run, rows or loaded.run.batch
+    if rows < 1 or rows % devices.shape['data']:
+      raise ValueError(f'--rows={rows} is not a multiple of the {devices.shape["data"]} devices of the mesh axis data')
+    data = run.data.open(workdir, control=run.objective.control)
+    read, first = data.batches('train', run.objective, rows, run.seed), loaded.step * run.batch // rows
+    names = jax.eval_shape(loaded.model.init, jax.random.key(0))
+    constants = {name: value for name, value in loaded.params.items() if name not in names}
+    gradient = noise.gradient_of(loaded.model.apply, run.objective, constants)
+    begin = shown = time.monotonic()
+
+    def progress(done: int) -> None:
+      nonlocal shown
+      if done == 1 or time.monotonic() - shown > 15 or done == 2 * batches:
+        shown = time.monotonic()
+        print(f'{done} of {2 * batches} gradients, {shown - begin:.0f} s', flush=True)
+
+    found = noise.noise_scale(
+        gradient, {name: loaded.params[name] for name in names},
+        lambda i: sharding.shard_rows(read(first + i, sharding.local_rows(rows, devices)), devices), batches, progress)
+  print(f'step {loaded.step}: noise scale {found.tokens:,.0f} tokens (95 %: {found.low:,.0f} to {found.high:,.0f}); '
+        f'rows of {run.data.length} tokens: {found.tokens / run.data.length:,.1f}; '
+        f'a batch of the run: {run.batch * run.data.length:,} tokens')
+  print(f'|G|^2 {found.gradient:.3g}  tr(Sigma) {found.noise:.3g} of a token')
+
+
+if __name__ == '__main__':
+  launch.tool(main)

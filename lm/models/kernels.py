@@ -1,0 +1,238 @@
+"""Attention: which keys a query sees, and the kernels. Shape legend: `transformer.py`."""
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from lm import sharding
+
+
+class Visible(NamedTuple):
+  """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
+
+  A window, or a chunk, holds for both: it is as wide towards later keys. Fields are None where they do not restrict.
+  `start` is the slot of the first query among the keys (cached decoding), one for all rows or one for each.
+  Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated.
+  """
+  segments_BT: jax.Array | None = None
+  key_segments_BS: jax.Array | None = None
+  bidirectional_BS: jax.Array | None = None
+  positions_BT: jax.Array | None = None
+  key_positions_BS: jax.Array | None = None
+  start: jax.Array | None = None
+  bias_NTS: jax.Array | None = None
+
+  def mask(self, queries: slice, keys: slice, scores: 'Scores') -> jax.Array:
+    """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
+    first = jnp.reshape(0 if self.start is None else self.start, (-1, 1, 1))
+    distance = (jnp.arange(queries.start, queries.stop)[None, :, None] + first
+                - jnp.arange(keys.start, keys.stop)[None, None])
+    mask = (distance >= 0 if scores.causal else jnp.full(distance.shape, True))[:, None]
+    if self.bidirectional_BS is not None:
+      mask = mask | self.bidirectional_BS[:, None, None, keys]
+    if scores.window is not None:
+      mask = mask & (jnp.abs(distance) < scores.window)[:, None]
+    if scores.chunk is not None:
+      chunk, key_chunk = self.positions_BT // scores.chunk, self.key_positions_BS // scores.chunk
+      mask = mask & (chunk[:, None, queries, None] == key_chunk[:, None, None, keys])
+    if self.segments_BT is not None:
+      mask = mask & (self.segments_BT[:, None, queries, None] == self.key_segments_BS[:, None, None, keys])
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What a query makes of its keys: cap * tanh(scale q k / cap), of the last `window` keys, itself among them.
+
+  `scale` is 1 / sqrt(H) where it is None. With `chunk`, a query sees only keys of its own chunk of so many positions.
+  Where it is not `causal`, it sees later keys as it sees earlier ones. In training, a share `dropout` of the
+  probabilities is zeroed and the rest is scaled.
+  """
+  scale: float | None = None
+  softcap: float | None = None
+  window: int | None = None
+  chunk: int | None = None
+  causal: bool = True
+  dropout: float = 0.
+
+  def __post_init__(self):
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout={self.dropout} of attention is not in [0, 1)')
+
+
+class Drop(NamedTuple):
+  """Which probabilities are zeroed: each row and head, by its place in the whole batch, draws from the key."""
+  key: jax.Array
+  rows_B: jax.Array
+  heads_N: jax.Array
+
+  def scale(self, rate: float, block: int, shape: tuple[int, ...]) -> jax.Array:
+    """0 with probability r, else 1 / (1 - r), float32 [B, K, G, T, S]; the same at every call.
+
+    r is `rate` to within 2 ** -17: each number drawn serves two probabilities, 16 bits one.
+    """
+    key, (queries, keys) = jax.random.fold_in(self.key, block), shape[3:]
+
+    def draw(row, head):
+      return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, row), head), (queries, -(-keys // 2)))
+
+    bits = jax.vmap(lambda row: jax.vmap(lambda head: draw(row, head))(self.heads_N))(self.rows_B)
+    bits = jnp.concatenate([bits >> 16, bits & 0xffff], axis=-1)[..., :keys].reshape(shape)
+    dropped = min(round(rate * 2 ** 16), 2 ** 16 - 1)
+    return jnp.where(bits >= dropped, 1 / (1 - dropped / 2 ** 16), 0.)
+
+
+def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: Scores = Scores(),
+           sinks_N: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+  """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
+
+  Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
+  another H, and a cache that all heads share is whole on every shard of `model`. `sinks` are scores of one more key of
+  each head, whose value is zero (Xiao et al. 2024). There is dropout where there is a `key`, the same on any mesh.
+  """
+  drop = None
+  if key is not None and scores.dropout and visible.start is None:
+    places = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
+    drop = Drop(key, *places)
+  local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
+  if sharding.spec('B') is None:
+    return local(q_BTNH, k, v, sinks_N, visible, drop)
+  heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
+  start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
+  restrictions = Visible(rows, rows, rows, rows, rows, start, sharding.spec('NTS'))
+  drops = None if drop is None else Drop(P(), sharding.spec('B'), sharding.spec('N'))
+  specs = heads, keys, keys, sharding.spec('N'), restrictions, drops
+  return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k, v, sinks_N, visible, drop)
+
+
+def _grouped(scores, q_BTNH, sinks_N, groups):
+  """Queries, scaled, as [B, K, G, T, H], and sinks as [1, K, G, 1, 1]."""
+  batch, time, heads, size = q_BTNH.shape
+  scale = size ** -0.5 if scores.scale is None else scores.scale
+  q = (q_BTNH * scale).astype(q_BTNH.dtype).reshape(batch, time, groups, heads // groups, size)
+  sinks = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(1, groups, heads // groups, 1, 1)
+  return q.transpose(0, 2, 3, 1, 4), sinks
+
+
+def _ungrouped(y_BKGTH):
+  batch, groups, each, time, size = y_BKGTH.shape
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, time, groups * each, size)
+
+
+def _attend_cached(scores, q_BTNH, k_BKSH, v_BKSH, sinks_N, visible, drop=None):
+  del drop   # no training has a cache
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BKSH.shape[1])
+  queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
+  y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
+  return _ungrouped(y.astype(q_BTNH.dtype))
+
+
+def _attend(scores, q, k, v, sinks, visible, drop=None):
+  fused = sharding.platform() in ('gpu', 'cuda') and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+  simple = sinks is None and visible.bias_NTS is None and scores.softcap is None and v.shape == k.shape
+  if not fused or not simple or drop is not None:
+    return blockwise(q, k, v, visible, scores, sinks, drop)
+  plain = (visible.segments_BT is None and visible.bidirectional_BS is None and scores.window is None
+           and scores.chunk is None)
+  mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]), scores)
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain and scores.causal, scale=scores.scale,
+                                   implementation='cudnn')
+  return checkpoint_name(y, 'attended')
+
+
+def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: Scores = Scores(),
+              sinks_N: jax.Array | None = None, drop: Drop | None = None) -> jax.Array:
+  """Attention a block of queries at a time, whose scores are never kept and never computed above the diagonal.
+
+  The backward pass computes them again from the outputs and the logarithms of the softmax's denominators (Dao et al.
+  2022), in float32, and draws again what is dropped.
+  """
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BTKH.shape[2])
+  return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible, drop))
+
+
+def _blocks(time: int, keys: int, visible: Visible, scores: Scores) -> list[tuple[slice, slice]]:
+  """Blocks of queries, each with the keys that it may see."""
+  block = max(128, -(-time // 16))   # so that a long row is not a long program
+  ends = [(start, min(start + block, time)) for start in range(0, time, block)]
+  if visible.bidirectional_BS is not None or not scores.causal:
+    return [(slice(a, b), slice(0, keys)) for a, b in ends]
+  return [(slice(a, b), slice(max(0, a + 1 - (scores.window or time)), b)) for a, b in ends]
+
+
+def _scores(scores, q, k, visible, queries, keys):
+  s = jnp.einsum('BKGTH,BKSH->BKGTS', q[:, :, :, queries], k[:, :, keys], preferred_element_type=jnp.float32)
+  if visible.bias_NTS is not None:
+    s = s + visible.bias_NTS[:, queries, keys].reshape(1, *s.shape[1:])
+  if scores.softcap is not None:
+    s = scores.softcap * jnp.tanh(s / scores.softcap)
+  return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite: padding sees no key
+
+
+def _softmax(s_BKGTS, v_BKSH, sinks, kept=None):
+  """softmax(s) v in float32, the softmax times `kept` where there is dropout; the logarithm of the denominators."""
+  highest = jnp.max(s_BKGTS, axis=-1, keepdims=True)
+  if sinks is not None:
+    highest = jnp.maximum(highest, sinks)
+  weights = jnp.exp(s_BKGTS - highest)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total = total + jnp.exp(sinks - highest)
+  if kept is not None:
+    weights = weights * kept
+  y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+  return y / total, highest + jnp.log(total)
+
+
+def _kept(scores, drop, block, s_BKGTS):
+  return None if drop is None else drop.scale(scores.dropout, block, s_BKGTS.shape)
+
+
+def _forward(scores, q_BKGTH, k_BKTH, v_BKTH, sinks, visible, drop):
+  outputs, logs = [], []
+  for i, (queries, keys) in enumerate(_blocks(q_BKGTH.shape[3], k_BKTH.shape[2], visible, scores)):
+    s = _scores(scores, q_BKGTH, k_BKTH, visible, queries, keys)
+    y, log = _softmax(s, v_BKTH[:, :, keys], sinks, _kept(scores, drop, i, s))
+    outputs.append(y.astype(v_BKTH.dtype))
+    logs.append(log)
+  y = checkpoint_name(jnp.concatenate(outputs, axis=3), 'attended')
+  log = checkpoint_name(jnp.concatenate(logs, axis=3), 'attended')
+  return y, (q_BKGTH, k_BKTH, v_BKTH, sinks, visible, drop, y, log)
+
+
+def _backward(scores, saved, dy):
+  q, k, v, sinks, visible, drop, y, log = saved
+  correction = jnp.sum((y * dy).astype(jnp.float32), axis=-1, keepdims=True)
+  dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  dbias = None if visible.bias_NTS is None else jnp.zeros_like(visible.bias_NTS)
+  for i, (queries, keys) in enumerate(_blocks(q.shape[3], k.shape[2], visible, scores)):
+    s = _scores(scores, q, k, visible, queries, keys)
+    weights = jnp.exp(s - log[:, :, :, queries])
+    kept, block = _kept(scores, drop, i, s), dy[:, :, :, queries]
+    applied = weights if kept is None else weights * kept
+    f32 = {'preferred_element_type': jnp.float32}
+    dv = dv.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', applied.astype(dy.dtype), block, **f32))
+    dweights = jnp.einsum('BKGTH,BKSH->BKGTS', block, v[:, :, keys], **f32)
+    dweights = dweights if kept is None else dweights * kept
+    ds = weights * (dweights - correction[:, :, :, queries])
+    if scores.softcap is not None:
+      ds = jnp.where(s > -1e30, ds * (1 - jnp.square(s / scores.softcap)), 0)
+    if dbias is not None:
+      dbias = dbias.at[:, queries, keys].add(jnp.sum(ds, axis=0).reshape(-1, *ds.shape[3:]).astype(dbias.dtype))
+    ds = ds.astype(q.dtype)
+    dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', ds, k[:, :, keys]))
+    dk = dk.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', ds, q[:, :, :, queries], **f32))
+  dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - log) * correction, axis=(0, 3, 4), keepdims=True)
+  return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), dsinks, Visible(bias_NTS=dbias), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(scores, q, k, v, sinks, visible, drop):
+  return _forward(scores, q, k, v, sinks, visible, drop)[0]
+
+
+_blockwise.defvjp(_forward, _backward)

@@ -1,0 +1,228 @@
+"""What a training run is: a `Run`, its state, and a step of it. Other rooms know these by `train`."""
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import optim
+from lm.data.augment import Augmentation, augmented
+from lm.data.batches import KINDS, Batch, Special, template
+from lm.data.stages import Schedule, Stage
+from lm.describe import describe
+from lm.guard import Guard
+from lm.interfaces import Constants, Data, Model, Opened
+from lm.objectives.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that decides what a training run computes, and how often it tells and saves.
+
+  `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
+  reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
+  Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
+  parameters that stay as they are. The text of training, not of validation, goes through `augment`.
+  Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
+  evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
+  steps that spike.
+  """
+  model: Model
+  objective: Objective
+  data: Data
+  optimizer: optax.GradientTransformation
+  steps: int
+  batch: int
+  accumulate: int = 1
+  seed: int = 0
+  evaluate_every: int = 250
+  evaluate_batches: int | None = 20
+  save_every: int = 1000
+  keep: int = 2
+  start: Callable[[Model], Any] | None = None
+  constants: tuple[Constants, ...] = ()
+  augment: tuple[Augmentation, ...] = ()
+  stages: tuple[Stage, ...] = ()
+  patience: int | None = None
+  guard: Guard | None = None
+
+  def __post_init__(self):
+    for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} is not positive')
+    if not 0 <= self.seed < 2 ** 63:
+      raise ValueError(f'seed={self.seed} is not between 0 and 2 ** 63')
+    if self.evaluate_batches is not None and self.evaluate_batches < 1:
+      raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
+    if self.patience is not None and not 0 < self.patience < -(-self.steps // self.evaluate_every):
+      raise ValueError(f'patience={self.patience} evaluations, one every {self.evaluate_every} steps, is not positive, '
+                       f'or longer than the run of {self.steps} steps; lower evaluate_every, or the patience')
+    if self.stages and self.stages[-1].until > self.steps:
+      raise ValueError(f'a stage ends at step {self.stages[-1].until}, beyond the {self.steps} steps of the run')
+
+  @property
+  def schedule(self) -> Schedule:
+    """What each step reads."""
+    return Schedule(self.stages, self.batch, self.data.length)
+
+
+class State(NamedTuple):
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  seen: Any = None   # by the guard
+
+
+def init(run: Run, key: jax.Array | None = None) -> State:
+  """The state before the first step; call it inside `jax.jit`. The key is by default that of the run's seed."""
+  params = run.model.init(jax.random.fold_in(jax.random.key(run.seed) if key is None else key, 0))
+  return begin(run, params)
+
+
+def begin(run: Run, params: Any) -> State:
+  return State(jnp.int32(0), params, run.optimizer.init(params), run.guard and run.guard.init())
+
+
+def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
+  """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+  def placed(s):
+    # A constant, such as the step, carries no sharding.
+    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec if s.sharding else P()))
+  return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
+
+
+def load_constants(run: Run) -> dict[str, Any]:
+  """The run's constants by name, on the mesh that is set."""
+  return {constant.name: constant.load(constant.model) for constant in run.constants}
+
+
+def abstract_constants(run: Run) -> dict[str, Any]:
+  """Their shapes, dtypes and shardings, by name."""
+  return {constant.name: jax.eval_shape(lambda constant=constant: constant.model.init(jax.random.key(0)))
+          for constant in run.constants}
+
+
+def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
+  """The parameters that models and objectives are given."""
+  return {**params, **constants} if constants else params
+
+
+def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """One jitted pure function, `(state, batch, constants={}, key) -> (state, metrics)`; the state is donated."""
+  return jax.jit(step_of(run), donate_argnums=0)
+
+
+def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """What `make_step` jits. The last argument is a key, by default that of the run's seed."""
+  def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
+           key: jax.Array | None = None):
+    def loss(params, batch, key):
+      loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, with_constants(params, constants), batch, key)
+      return loss_sum, (weight_sum, sums)
+
+    key = jax.random.key(run.seed) if key is None else key
+    key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
+    totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
+    (loss_sum, (weight_sum, sums)), grads = totals
+    weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
+    grads = jax.tree.map(lambda g: g / weight_sum, grads)
+    mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
+    updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
+        grads, state.opt_state, state.params, value=mean, obj_fn=lambda params: _mean(loss(params, batch, key)))
+    new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)
+    metrics = {'loss': mean, 'grad_norm': norm,
+               'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
+               **{name: pair[0] / jnp.maximum(pair[1], 1) for name, pair in sums.items() if isinstance(pair, tuple)}}
+    if (rate := optim.learning_rate(opt_state)) is not None:
+      metrics['learning_rate'] = rate
+    if run.guard is not None:
+      taken, seen = run.guard.judge(state.seen, mean, norm)
+      new = jax.tree.map(functools.partial(jnp.where, taken), new, state._replace(step=new.step))._replace(seen=seen)
+      metrics |= {'skipped': seen.total, 'skipped_lately': jnp.sum(seen.skipped)}
+    return new, metrics
+
+  return step
+
+
+def _mean(sums):
+  loss_sum, (weight_sum, _) = sums
+  return loss_sum / jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
+
+
+def _accumulate(grad: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
+  """Sums of `grad(params, part, key)` over the parts of a batch, one part at a time."""
+  if parts == 1:
+    return grad(params, batch, key)
+
+  def split(x):   # row i goes to part i % parts, so that each device keeps its rows
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+  def add(total, xs):
+    part, key = xs
+    return jax.tree.map(jnp.add, total, grad(params, part, key)), None
+
+  stacked = jax.tree.map(split, batch), jax.random.split(key, parts)
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], stacked)))
+  return jax.lax.scan(add, zero, stacked)[0]
+
+
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
+  """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
+  parts = mesh.shape['data'] * run.accumulate
+  shapes = run.schedule.shapes()
+  if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
+    raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+                     f'{mesh.shape["data"]} devices of the mesh axis data')
+  if run.objective.needs is not run.data.kind:
+    raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
+                     f'{KINDS[run.data.kind]}; choose another of either')
+  augmented(run.objective, run.augment)
+  if run.augment and run.data.columns:
+    raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
+                     'augmentation')
+  if len({length for _, length in shapes}) > 1 and (run.data.source_length or run.data.kind is not np.ndarray):
+    raise ValueError('rows of sources and of dialogues cannot be cut into shorter ones; leave out the stages of length')
+  for shape in shapes:
+    jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh, shape),
+                   abstract_constants(run))
+
+
+def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+                   shape: tuple[int, int] | None = None) -> Batch:
+  """Shapes and shardings of a batch, packed: of the last stage, or of a shape [B, T] of another."""
+  row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
+                 run.data.source_length)
+  stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
+  row = row._replace(columns={**(row.columns or {}), **stored} or None)
+  rows, length = shape or (run.batch, run.data.length)
+  parts = run.data.length // length
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
+                                                     sharding=NamedSharding(mesh, P('data'))), row)
+
+
+def identity(run: Run, data: Opened) -> dict[str, Any]:
+  """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
+  constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
+  more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
+  return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
+          'data': data.fingerprint, **constants, **more}
+
+
+def check_vocabulary(run: Run, data: Opened) -> None:
+  """ValueError if the tokenizer has tokens for which the model has no logits."""
+  def logits(constants):
+    params = with_constants(run.model.init(jax.random.key(0)), constants)
+    tokens = jnp.zeros((run.batch, 1), jnp.int32)
+    outputs = run.model.apply(params, Batch(tokens, source=None if run.data.source_length is None else tokens))
+    return outputs.head(outputs.hidden)
+  vocab = jax.eval_shape(logits, abstract_constants(run)).shape[-1]
+  if data.tokenizer.vocab_size > vocab:
+    raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
+                     'raise the vocabulary of the model')
