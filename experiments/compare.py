@@ -70,7 +70,7 @@ def finish(arm: arms.Arm, seed: int, study: pathlib.Path, mesh: jax.sharding.Mes
   curve = [(step / result.step, value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
   found = {'values': values, 'curve': curve, 'steps': result.step}
   atomic.write(told, json.dumps(found))
-  return found
+  return json.loads(told.read_text())
 
 
 def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
@@ -118,6 +118,9 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
              'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
     arms.check_same(workdir, 'compare.json', asked)
     found, amount = steps_once(workdir, found, equal, budget, devices)
+    for arm in found if adapt else ():   # before anything is trained: whether the tokenizer has what infilling needs
+      arms.share_data(workdir, workdir / arm.name / 'seed-0', arm.make())
+      arm.make().data.open(workdir / arm.name / 'seed-0', control=infill().control)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
   results: dict[str, list[dict]] = {arm.name: [] for arm in found}
   for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs

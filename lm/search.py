@@ -1,6 +1,7 @@
 """Search over the knobs of an experiment, by Optuna, whose journal is a file: what was tried is not tried again."""
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import warnings
@@ -87,13 +88,14 @@ class Study:
     storage = optuna.storages.JournalStorage(backend.JournalFileBackend(str(journal)))
     self._optuna, self._knobs = optuna, knobs
     self._study = optuna.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
-    random = optuna.samplers.RandomSampler(seed + len(self._study.trials))   # of a search that goes on, others
+    # Of a search that goes on, other points than before.
+    self._study.sampler = optuna.samplers.RandomSampler(seed + len(self._study.trials))
     if method == 'grid':
       if ranges := [name for name, values in knobs.items() if isinstance(values, Range)]:
         raise ValueError(f'a grid needs the values of {", ".join(ranges)}, such as {ranges[0]}=1e-3,3e-3,1e-2')
-      self._study.sampler = optuna.samplers.GridSampler({name: list(k.values) for name, k in knobs.items()}, seed)
-    else:
-      self._study.sampler = random
+      # Not Optuna's GridSampler, which cannot be asked for a trial and told of it.
+      for values in itertools.product(*(k.values for k in knobs.values())):
+        self._study.enqueue_trial(dict(zip(knobs, values)), skip_if_exists=True)
     self._study.pruner = (optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
                           if method == 'halving' else optuna.pruners.NopPruner())
     self.size = math.prod(len(k.values) for k in knobs.values()) if method == 'grid' else None
