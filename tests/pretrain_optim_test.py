@@ -62,6 +62,7 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
     ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
     ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
     ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'a decay of 1.0 does not average'),
+    ({'mup_width': 8, 'optimizer': 'muon'}, 'not for llama with muon'), ({'mup_width': -8}, 'base_width=-8 is not'),
     ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
 def test_flags_that_do_not_fit_say_so(flags, message):
   with pytest.raises(ValueError, match=message):
