@@ -29,6 +29,7 @@ TINY = {
     'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'mup': ['--steps=2', '--warmup=1', '--vocab=600', '--length=16', '--layers=1', '--width=32', '--batch=8'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.

@@ -12,7 +12,7 @@ from lm.models import mup, stack, transformer
 from lm.objectives.next_token import next_token
 
 VOCAB, STEPS, RATE = 64, 4, 2e-3
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (4, 17))
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (1, 9))
 
 
 class Same(nn.Module):
@@ -32,13 +32,13 @@ def activations(model, params, batch):
 
 def changes(model, updates):
   """mean |x_t - x_0| of embedding, last block, logits, for t = 1, ..., STEPS, [STEPS, 3]."""
-  batch = Batch(jnp.array(TOKENS[:, :-1]), targets=jnp.array(TOKENS[:, 1:]), weights=jnp.ones((4, 16)))
+  batch = Batch(jnp.array(TOKENS[:, :-1]), targets=jnp.array(TOKENS[:, 1:]), weights=jnp.ones((1, 8)))
   optimizer = optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None)
   objective = next_token()
 
   def step(carry, _):
     params, state = carry
-    grads = jax.grad(lambda p: objective.loss(model.apply, p, batch, None)[0] / 64)(params)
+    grads = jax.grad(lambda p: objective.loss(model.apply, p, batch, None)[0] / 8)(params)
     steps, state = optimizer.update(grads, state, params)
     params = optax.apply_updates(params, steps)
     return (params, state), activations(model, params, batch)
@@ -65,7 +65,7 @@ def deep(layers):
   return {'vocab': VOCAB, 'width': 64, 'layers': layers, 'heads': 2, 'max_length': 16, 'remat': None}
 
 
-@pytest.mark.parametrize('widths', [(64, 128, 256), pytest.param((64, 256, 1024), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('widths', [(64, 256), pytest.param((64, 256, 1024), marks=pytest.mark.slow)])
 def test_changes_do_not_depend_on_width(widths):
   base = {'base_width': 64, 'base_layers': 2}
   found = slopes(widths, lambda width: mup.llama(**wide(width), **base), lambda width: mup.rates(width, 2, **base))
@@ -80,11 +80,12 @@ def test_changes_grow_with_width_in_the_standard_parametrisation():
 def test_changes_do_not_depend_on_depth():
   """Of the residual stream; what one block of many adds to it falls as their number grows."""
   base = {'base_width': 64, 'base_layers': 2}
-  found = slopes((8, 16, 32), lambda layers: mup.llama(**deep(layers), **base),
+  found = slopes((8, 32), lambda layers: mup.llama(**deep(layers), **base),
                  lambda layers: mup.rates(64, layers, **base))
   assert np.abs(found[:, [0, 2, 3]]).max() < 0.1 and found[:, 1].max() < -0.8
 
 
+@pytest.mark.slow
 def test_changes_grow_with_depth_in_the_standard_parametrisation():
   found = slopes((8, 32), lambda layers: transformer.llama(**deep(layers), tied=False), lambda layers: ())
   assert found[:, 2].min() > 0.3
