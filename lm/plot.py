@@ -43,6 +43,7 @@ def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib
     _quiet(axes)
   axes.set(xlabel='step')
   figure.savefig(png)
+  print(png)
 
 
 def _figure(png: pathlib.Path, height: float) -> Any:

@@ -144,7 +144,8 @@ def test_soap_goes_the_same_way_on_a_mesh():
   w, grads = random.normal(size=(2, 8, 8)), random.normal(size=(4, 2, 8, 8))
   soap = optim.soap(lambda step: 0.1, precondition_every=2)
   plain = walk(soap, block(w), lambda _, i: block(grads[i]), 4)
-  with jax.set_mesh(sharding.make_mesh('4x2')) as mesh:
+  mesh = sharding.make_mesh('4x2')
+  with jax.set_mesh(mesh):
     split = functools.partial(jax.tree.map, lambda x: jax.device_put(
         x, jax.sharding.NamedSharding(mesh, P(None, 'data', 'model'))))
     params, update = split(block(w)), jax.jit(soap.update)
