@@ -17,7 +17,7 @@ from lm import averaging, groups, guard, launch, lora, optim, pretrained, schedu
 from lm.data import augment, clean, corpora, dataset, source, stages, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import multi_token, stack, transformer
+from lm.models import multi_token, mup, stack, transformer
 from lm.objectives import losses
 from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective as objectives
@@ -165,11 +165,12 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine', warmup: int = 100,
                cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
                weight_decay: float | None = None, decay: tuple[str, ...] = (), rates: tuple[str, ...] = (),
-               l1: float = 0., l2: float = 0., average: float = 0., clip: float | None = 1.,
-               spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
+               l1: float = 0., l2: float = 0., average: float = 0., mup_width: int = 0, mup_layers: int = 0,
+               clip: float | None = 1., spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
                batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
                accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
-               patience: int | None = None, save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
+               patience: int | None = None, save_every: int = 500, keep: int = 2, lora_rank: int = 0,
+               lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
@@ -221,6 +222,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     l1: coefficient of the sum of the absolute values of what decays, a part of the gradient.
     l2: coefficient of half the sum of their squares, a part of the gradient too.
     average: decay of an exponential moving average of the parameters, which is then what is evaluated; 0 for none.
+    mup_width: width of the model that --lr was found with, of which this is a larger or smaller one, as in
+      lm/models/mup.py; 0 for a model on its own.
+    mup_layers: its number of layers; 0 for as many as here.
     clip: bound on the global norm of the gradient.
     spike_guard: skip a step whose loss or gradient norm is so many standard deviations above the last 128, such as 6.
     batch_warmup: rows of the first steps, as UNTIL:ROWS, such as 200:4,500:8 for 4 up to step 200, then 8 up to 500.
@@ -255,8 +259,14 @@ def experiment(*, text: str | None = None, separator: str | None = None,
            'dtype': jnp.dtype(precision), 'remat': {
                'products': parts.keep_products, 'none': None,
                'full': jax.checkpoint_policies.nothing_saveable}[remat]}
+  base = {'base_width': mup_width or width, 'base_layers': mup_layers or layers} if mup_width or mup_layers else {}
+  if base and (folder or architecture != 'llama' or optimizer in ('sgd', 'muon', 'adafactor')):
+    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, without '
+                     f'--model, and an optimizer that steps as adamw does; not for {architecture} with {optimizer}')
   if folder:
     decoder = decoder.clone(remat=shape['remat'])
+  elif base:
+    decoder = mup.llama(**shape, **base, kv_heads=kv_heads)
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
   if predict_ahead:
@@ -266,8 +276,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
         decoder, predict_ahead)
     goal = multi_token_objective.multi_token(goal, ahead_weight)
   rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
-  if rates:
-    rate = groups.Rates(rate, groups.parsed(rates))
+  if rates or base:
+    rate = groups.Rates(rate, groups.parsed(rates), mup.rates(width, layers, **base) if base else ())
   run = train.Run(
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),

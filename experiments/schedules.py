@@ -31,7 +31,6 @@ def main(*, only: list[pretrain.Schedule] = (), lr: float = 1e-3, steps: int = 2
                                             cooldown if name in ('stable_decay', 'one_cycle') else None,
                                             milestones if name == 'steps' else (), drop)) for name in names}
   plot.schedule(rates, steps, png)
-  print(png)
 
 
 if __name__ == '__main__':

@@ -85,37 +85,43 @@ def laid_out_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
 
 
+Factors = tuple[tuple[str, float], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
   """A learning rate that differs between parameters: a schedule, and (pattern, factor) for some of them.
 
-  The whole step of a parameter is multiplied by the factors of all patterns that match it, weight decay included, as
-  with the parameter groups of PyTorch. Give it to an optimizer in the place of a schedule. It is not called as one, so
-  that an optimizer that does not know of factors refuses it.
+  The whole step of a parameter is multiplied by the `factors` of all patterns that match it, weight decay included, as
+  with the parameter groups of PyTorch; and what is not weight decay by its factors in `updates`, too. Give it to an
+  optimizer in the place of a schedule. It is not called as one, so that an optimizer that does not know of factors
+  refuses it.
 
   Raises:
     ValueError: for a factor that is negative or not finite; for a pattern that matches nothing, when an optimizer makes
       its state.
   """
   schedule: Callable[[jax.Array], jax.Array]
-  factors: tuple[tuple[str, float], ...]
+  factors: Factors = ()
+  updates: Factors = ()
 
   def __post_init__(self):
-    for pattern, factor in self.factors:
+    for pattern, factor in (*self.factors, *self.updates):
       if not 0 <= factor < math.inf:
         raise ValueError(f'the learning rate of {pattern!r} is {factor} times that of others; take 0 or more')
 
-  def of(self, params: Any) -> Any:
-    """The factor of each parameter, a tree of float."""
-    paths = _paths(params)
-    factors = jax.tree.map(lambda _: 1., paths)
-    for pattern, factor in self.factors:
-      factors = jax.tree.map(lambda total, found, factor=factor: total * factor if found else total,
-                             factors, _matches(pattern, paths))
-    return factors
+
+def factors_of(params: Any, factors: Factors) -> Any:
+  """The product of the factors of each parameter, a tree of float; ValueError for a pattern that matches nothing."""
+  paths = _paths(params)
+  found = jax.tree.map(lambda _: 1., paths)
+  for pattern, factor in factors:
+    found = jax.tree.map(lambda total, match, factor=factor: total * factor if match else total,
+                         found, _matches(pattern, paths))
+  return found
 
 
-def parsed(written: Sequence[str]) -> tuple[tuple[str, float], ...]:
+def parsed(written: Sequence[str]) -> Factors:
   """('embedding=4', 'blocks/*=0.5') as (pattern, factor); ValueError for what is not of this form."""
   def pair(text):
     pattern, separator, factor = text.rpartition('=')

@@ -24,19 +24,28 @@ class _Scheduled(NamedTuple):
   learning_rate: jax.Array
 
 
-def _descend(rate: Rate) -> optax.GradientTransformation:
-  """update * -rate(step), keeping the rate in the state."""
-  rates = rate if isinstance(rate, groups.Rates) else groups.Rates(rate, ())
-
+def _multiplied(factors: groups.Factors) -> optax.GradientTransformation:
   def init(params):
-    rates.of(params)   # raises
-    return _Scheduled(jnp.int32(0), jnp.asarray(rates.schedule(jnp.int32(0)), jnp.float32))
+    groups.factors_of(params, factors)   # raises
+    return optax.EmptyState()
 
   def update(updates, state, params=None):
     del params
-    now = jnp.asarray(rates.schedule(state.count), jnp.float32)
-    steps = jax.tree.map(lambda u, factor: -(factor * now).astype(u.dtype) * u, updates, rates.of(updates))
-    return steps, _Scheduled(state.count + 1, now)
+    return jax.tree.map(lambda u, factor: factor * u, updates, groups.factors_of(updates, factors)), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _descend(schedule: Schedule) -> optax.GradientTransformation:
+  """update * -schedule(step), keeping the rate in the state."""
+  def init(params):
+    del params
+    return _Scheduled(jnp.int32(0), jnp.asarray(schedule(jnp.int32(0)), jnp.float32))
+
+  def update(updates, state, params=None):
+    del params
+    rate = jnp.asarray(schedule(state.count), jnp.float32)
+    return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), _Scheduled(state.count + 1, rate)
 
   return optax.GradientTransformation(init, update)
 
@@ -49,7 +58,10 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
 def chain(rate: Rate, clip: float | None, *transforms: optax.GradientTransformation, weight_decay: float = 0.,
           decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
   """An optimizer: clips the gradient, makes an update of it, adds weight decay, and goes down at the rate."""
-  return optax.chain(*_clipping(clip), *transforms, *_decay(weight_decay, decays), _descend(rate))
+  rates = rate if isinstance(rate, groups.Rates) else groups.Rates(rate)
+  scaled, step = ((_multiplied(factors),) if factors else () for factors in (rates.updates, rates.factors))
+  return optax.chain(*_clipping(clip), *transforms, *scaled, *_decay(weight_decay, decays), *step,
+                     _descend(rates.schedule))
 
 
 def _clipping(clip: float | None) -> tuple[optax.GradientTransformation, ...]:
@@ -165,22 +177,19 @@ def muon(rate: Rate, weight_decay: float = 0.1, rest: float = 1., b1: float = 0.
   """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices inside blocks; Adam for all else.
 
   Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both;
-  all else learns at `rest` times it. A matrix is orthogonalised whole: its shards are gathered on each device, and so
-  is its momentum. By default, only the matrices decay.
+  all else is updated at `rest` times it. A matrix is orthogonalised whole: its shards are gathered on each device, and
+  so is its momentum. By default, only the matrices decay.
   """
-  # The rate -1 is undone by the sign that Optax gives it; `chain` has the schedule, and `_rest` what is for both.
-  inner = optax.contrib.muon(-1., adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
+  # The rate -1 is undone by the sign that Optax gives it; `chain` has the schedule.
+  inner = optax.contrib.muon(-1., adam_learning_rate=-rest, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
                              muon_weight_dimension_numbers=_dimension_numbers)
 
   def update(updates, state, params):
     updates, state = inner.update(jax.tree.map(groups.whole, updates), state, jax.tree.map(groups.whole, params))
     return jax.tree.map(groups.laid_out_like, updates, params), state
 
-  def rest_update(updates, params):
-    return jax.tree.map(lambda u, inside: u if inside else rest * u, updates, groups.hidden(params))
-
   orthogonalise = optax.GradientTransformation(lambda params: inner.init(jax.tree.map(groups.whole, params)), update)
-  return chain(rate, clip, orthogonalise, *_decay(weight_decay, decays), optax.stateless(rest_update))
+  return chain(rate, clip, orthogonalise, weight_decay=weight_decay, decays=decays)
 
 
 def _dimension_numbers(params: Any) -> Any:

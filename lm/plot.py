@@ -45,6 +45,7 @@ def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib
     axes.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
   axes.set(xlabel='step')
   _finish(figure, png, panels)
+  print(png)
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:

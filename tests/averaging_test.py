@@ -35,13 +35,13 @@ def test_the_average_is_that_of_the_closed_form(decay):
 
 def test_schedule_free_is_the_paper_s():
   """Defazio et al. 2024, Algorithm 1: y_t = (1 - b1) z_t + b1 x_t, an Adam step of z at y, and x the weighted mean."""
-  rate = lambda step: 0.1 / (step + 1)   # falls: the largest so far is what weighs
+  rate = lambda step: 0.1 - 0.03 * abs(step - 2)   # rises and falls: the largest so far is what weighs
   b1, b2, decay = 0.9, 0.999, 0.1
   z = {k: p.astype('f8') for k, p in PARAMS.items()}
   x, square, total = dict(z), dict.fromkeys(z, 0.), 0.
   for t, (y, evaluated, state) in enumerate(run(optim.schedule_free(rate, decay, b1, b2, clip=None)), 1):
     lr = rate(t - 1)
-    weight = 0.1 ** 2
+    weight = max(map(rate, range(t))) ** 2
     total += weight
     for k in z:
       at = (1 - b1) * z[k] + b1 * x[k]

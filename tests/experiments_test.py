@@ -31,6 +31,7 @@ TINY = {
     'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'overfit': ['--steps=2', '--documents=8', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2',
                 '--batch=8', '--dropout=0.1', '--subword_sampling=0.1', '--token_dropout=0.1'],
+    'mup': ['--steps=2', '--warmup=1', '--vocab=600', '--length=16', '--layers=1', '--width=32', '--batch=8'],
     'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
 }
 # What a tool is asked for beside --help: flags that it must understand.

@@ -72,6 +72,13 @@ def test_a_factor_multiplies_the_whole_step_of_a_parameter(make):
     assert np.abs(plain[name]).min() > 0
 
 
+def test_a_factor_of_updates_leaves_weight_decay_as_it_is():
+  grads = jax.tree.map(lambda p: 2 * p, PARAMS)
+  rates = groups.Rates(lambda step: 0.1, updates=(('embedding', 3.),))
+  sgd = optim.sgd(rates, momentum=0., weight_decay=0.5)
+  np.testing.assert_allclose(step_of(sgd, grads)['embedding'], -0.1 * (3 * 2 + 0.5), rtol=1e-6)
+
+
 def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
   """One parameter at twice the rate goes where it goes with all at twice the rate."""
   def path(rate):

@@ -1,4 +1,5 @@
 """The flags of optimisation of pretrain.py: each optimizer and schedule is made, and what does not fit says so."""
+import sys
 import typing
 
 import jax
@@ -62,7 +63,21 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
     ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
     ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
     ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'a decay of 1.0 does not average'),
+    ({'mup_width': 8, 'optimizer': 'muon'}, 'not for llama with muon'), ({'mup_width': -8}, 'base_width=-8 is not'),
     ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
 def test_flags_that_do_not_fit_say_so(flags, message):
   with pytest.raises(ValueError, match=message):
     step(**flags)
+
+
+def test_schedules_are_drawn(tmp_path, monkeypatch, capsys):
+  import schedules
+  schedules.main(steps=20, warmup=2, png=tmp_path / 'all.png')
+  schedules.main(only=['steps'], steps=20, warmup=2, milestones=(5, 9), png=tmp_path / 'one.png')
+  sizes = [path.read_bytes() for path in (tmp_path / 'all.png', tmp_path / 'one.png')]
+  assert all(image.startswith(b'\x89PNG') for image in sizes) and len(sizes[0]) > len(sizes[1])
+  with pytest.raises(ValueError, match='a warm-up of 30 steps does not fit'):
+    schedules.main(only=['cosine'], steps=20, warmup=30, png=tmp_path / 'none.png')
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  schedules.main(only=['cosine'], steps=20, warmup=2, png=tmp_path / 'none.png')
+  assert 'no none.png: matplotlib is missing' in capsys.readouterr().out and not (tmp_path / 'none.png').exists()

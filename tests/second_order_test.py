@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lm import optim, sharding
 from lm.data.batches import Batch
@@ -136,3 +137,20 @@ def test_sophia_estimates_every_so_often_and_bounds_its_steps():
     assert len(calls) == 1 + i // 3
   with pytest.raises(ValueError, match='sophia needs the loss'):
     sophia.update(grad, state, params)
+
+
+def test_soap_goes_the_same_way_on_a_mesh():
+  random = np.random.default_rng(0)
+  w, grads = random.normal(size=(2, 8, 8)), random.normal(size=(4, 2, 8, 8))
+  soap = optim.soap(lambda step: 0.1, precondition_every=2)
+  plain = walk(soap, block(w), lambda _, i: block(grads[i]), 4)
+  mesh = sharding.make_mesh('4x2')
+  with jax.set_mesh(mesh):
+    split = functools.partial(jax.tree.map, lambda x: jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, P(None, 'data', 'model'))))
+    params, update = split(block(w)), jax.jit(soap.update)
+    state = jax.jit(soap.init)(params)
+    for i, expected in enumerate(plain):
+      updates, state = update(split(block(grads[i])), state, params)
+      params = jax.block_until_ready(jax.tree.map(jnp.add, params, updates))
+      np.testing.assert_allclose(of(params), of(expected), atol=1e-4)

@@ -1,0 +1,67 @@
+"""A decoder whose best learning rate holds over width and depth, so that it is found on a small one.
+
+muP (Yang et al. 2022, arXiv:2203.03466) with the depth of CompleteP (Dey et al. 2025, arXiv:2505.01618, alpha = 1), for
+Adam and what steps as Adam does: an entry moves by about the rate, however large its gradient is. A multiplier m on
+such a weight is the same as m times its initial values at m times its rate, so that there are none here: only initial
+sizes, in `llama`, and factors of the learning rate, in `rates`. With n = width / base width, d = layers / base layers:
+
+                                       initial size                             rate
+  embedding                            1                                        the same
+  norms                                                                         the same
+  query, key, value, gate, up          1 / sqrt(width)                          1 / n
+  out and down, of a residual branch   1 / sqrt(width) / sqrt(2 base layers) / d    1 / (n d)
+  head, untied                         0                                        1 / n
+
+Attention's scores are 8 q k / H, of heads of size H, and not q k / sqrt(H); at H = 64 the two are the same.
+
+Weight decay that is decoupled goes on at the rate of the schedule, without the factors: give these to an optimizer as
+`groups.Rates(schedule, updates=rates(...))`. The gradients of matrices fall with width and depth, and Adam's eps, which
+would have to fall with them, is best so small that it does not count. The embedding is as large as what norms give, so
+that residual branches are small beside it at any depth; it may need a larger rate than the matrices at the base shape.
+"""
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import stack, transformer
+
+
+class Decoder(transformer.Transformer):
+  """A decoder whose head starts at zero."""
+
+  @nn.nowrap
+  def init(self, key: jax.Array) -> dict:
+    params = super().init(key)
+    return {**params, 'head': jnp.zeros_like(params['head'])}
+
+
+def llama(vocab: int, width: int, layers: int, heads: int, base_width: int, base_layers: int,
+          kv_heads: int | None = None, max_length: int = 2048, theta: float = 10_000., dropout: float = 0.,
+          dtype=jnp.float32, remat=parts.keep_products) -> Decoder:
+  """`transformer.llama` (Touvron et al. 2023), untied, with the initial sizes and the scores above."""
+  _, d = _ratios(width, layers, base_width, base_layers)
+  plain = transformer.llama(vocab, width, layers, heads, kv_heads, None, max_length, theta, tied=False)
+  block = plain.layers[0]
+  size, out_std = width // heads, width ** -0.5 / math.sqrt(2 * base_layers) / d
+  attention = block.attention.clone(scores=attend.Scores(scale=8 / size), out_std=out_std)
+  block = block.clone(dropout=dropout, attention=attention, feed_forward=block.feed_forward.clone(out_std=out_std))
+  return Decoder(vocab, width, stack.stacks([block] * layers), plain.norm, max_length, tied=False, dropout=dropout,
+                 std=1., dtype=dtype, remat=remat)
+
+
+def rates(width: int, layers: int, base_width: int, base_layers: int) -> tuple[tuple[str, float], ...]:
+  """The factors of the learning rate above, of paths of parameters."""
+  n, d = _ratios(width, layers, base_width, base_layers)
+  return (('head', 1 / n), ('blocks/*/attention/*', 1 / n), ('blocks/*/feed_forward/*', 1 / n),
+          ('blocks/*/attention/out', 1 / d), ('blocks/*/feed_forward/down', 1 / d))
+
+
+def _ratios(width: int, layers: int, base_width: int, base_layers: int) -> tuple[float, float]:
+  for name, size in {'base_width': base_width, 'base_layers': base_layers}.items():
+    if size < 1:
+      raise ValueError(f'{name}={size} is not positive; give the shape that the learning rate is known for')
+  return width / base_width, layers / base_layers
