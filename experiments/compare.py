@@ -28,15 +28,15 @@ def check(found: Sequence[arms.Arm], adapt: int) -> list[train.Run]:
   runs = [arm.make() for arm in found]
   for arm, run in zip(found, runs):
     if not run.model.causal or run.data.source_length is not None:
-      raise ValueError(f'{arm.name} has no common yardstick with other arms: its model does not predict a next token from '
-                       'those before it alone; compare decoders')
+      raise ValueError(f'{arm.name} has no common yardstick with other arms: its model does not predict a next token '
+                       'from those before it alone; compare decoders')
     texts = [(describe(getattr(r.data, 'rules', None)), source(r)) for r in (run, runs[0])]
     if texts[0] != texts[1]:
-      raise ValueError(f'{arm.name} and {found[0].name} have no common yardstick: they are validated on different text; '
-                       'give all arms the same corpus')
+      raise ValueError(f'{arm.name} and {found[0].name} have no common yardstick: they are validated on different '
+                       'text; give all arms the same corpus')
     if not is_next_token(run) and not adapt:
-      raise ValueError(f'{arm.name} does not learn to predict the next token, so it has no common yardstick with the others '
-                       'yet; let all be adapted to it for some steps, such as --adapt=100')
+      raise ValueError(f'{arm.name} does not learn to predict the next token, so it has no common yardstick with the '
+                       'others yet; let all be adapted to it for some steps, such as --adapt=100')
     if run.constants:
       raise ValueError(f'{arm.name} trains beside constant parameters, which a comparison cannot give it')
   return runs
@@ -78,7 +78,7 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   sign = -1 if 'accuracy' in metric else 1
   values = {name: [result['values'].get(metric) for result in results[name]] for name in names}
   names = [name for name in names if None not in values[name]]
-  lines = [f'| arm | {metric} | difference to {names[0]} | as good as the other\'s end | verdict |', '|---|---|---|---|---|']
+  lines = [f'| arm | {metric} | difference to {names[0]} | where the other ends | verdict |', '|---|---|---|---|---|']
   for name in names:
     own = comparison.interval(values[name])
     if name == names[0]:
@@ -100,8 +100,8 @@ def times(sooner: comparison.Interval | None) -> str:
   return f'{sooner.mean:.2f}x as soon [{sooner.low:.2f}, {sooner.high:.2f}]'
 
 
-def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '', seeds: int = 5,
-            equal: str = 'steps', budget: float | None = None, adapt: int = 0, adapt_lr: float = 1e-3,
+def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '',
+            seeds: int = 5, equal: str = 'steps', budget: float | None = None, adapt: int = 0, adapt_lr: float = 1e-3,
             mesh: str | None = None) -> dict[str, list[dict]]:
   """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
   if seeds < 2:
@@ -151,10 +151,10 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
     if sum(metric in results[name][0]['values'] for name in names) > 1:
       lines += ['', *table(names, results, metric)]
   count = len(results[names[0]])
-  lines += ['', f'{count} seeds; [95 % intervals over seeds]; differences hold together, with those of all arms of a table.']
+  lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together.']
   print('\n'.join(lines))
   atomic.write(workdir / 'compare.md', '\n'.join(lines[1:]) + '\n')
-  metric = next(metric for metric in metrics if all(metric in result['values'] for r in results.values() for result in r))
+  metric = next(metric for metric in metrics if all(metric in results[name][0]['values'] for name in names))
   plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
                   {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
   print(f'\nwritten to {workdir}: compare.md, compare.png, and a folder for each arm and seed')
@@ -177,8 +177,8 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
     workdir: where the runs live; one that was stopped goes on from there.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
   """
-  compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal, budget=budget,
-          adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)
+  compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,
+          budget=budget, adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ Compare in bits per byte, which is fair across tokenizers: each is trained on th
 import functools
 import pathlib
 
-from lm import launch, optim, plot, track, schedules, train
+from lm import launch, optim, plot, schedules, track, train
 from lm.data import augment, corpora, dataset, source, tokenizer
 from lm.models import stack, transformer
 from lm.objectives.next_token import next_token

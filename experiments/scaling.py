@@ -16,11 +16,13 @@ from lm import arms, atomic, launch, plot, scaling, sharding, train
 
 SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
 SIZES = 'width=32 heads=1; width=64 heads=1; width=96 heads=2; width=128 heads=2'
-COMMON = 'layers=2 vocab=1024 length=128 batch=8 optimizer=muon lr=0.015 schedule=linear warmup=20 evaluate_batches=none'
+COMMON = ('layers=2 vocab=1024 length=128 batch=8 optimizer=muon lr=0.015 schedule=linear warmup=20 '
+          'evaluate_batches=none')
 
 
-def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 1200), next_size: str = 'width=192 heads=3',
-           next_budget: int = 1200, common: str = COMMON, experiment: pathlib.Path = SCRIPT, seed: int = 0,
+def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 1200),
+           next_size: str = 'width=192 heads=3', next_budget: int = 1200, common: str = COMMON,
+           experiment: pathlib.Path = SCRIPT, seed: int = 0,
            workdir: pathlib.Path = pathlib.Path('runs/scaling'), mesh: str | None = None) -> None:
   """Fits a scaling law and tests it.
 
@@ -38,8 +40,8 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 120
   function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
   written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]
   if len(set(written)) < 2 or len(set(budgets)) < 2 or len(set(written)) * len(set(budgets)) < 6:
-    raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not fix a law of 5 numbers; give 2 of each at '
-                     'least, and 6 runs in all')
+    raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not fix a law of 5 numbers; give 2 '
+                     'of each at least, and 6 runs in all')
   rungs = [(size, steps) for size in written for steps in sorted(budgets)]
   runs = [arms.Arm(name(size, steps), function, arms.knobs(function, f'{common} {size} steps={steps}'))
           for size, steps in [*rungs, (next_size, next_budget)]]

@@ -39,8 +39,8 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   found = search.space(knobs, convert)
   with jax.set_mesh(devices):
     train.check(arms.Arm('', function, arms.knobs(function, common)).make(seed), devices)
-  arms.check_same(workdir, 'sweep.json', {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method,
-                                          'metric': metric, 'seed': seed})
+  arms.check_same(workdir, 'sweep.json', {'experiment': experiment.name, 'knobs': knobs, 'common': common,
+                                          'method': method, 'metric': metric, 'seed': seed})
   study = search.Study(workdir / 'trials.jsonl', found, method, seed)
   trials = trials or study.size or 20
   for asked in study.ask(min(trials, study.size or trials)):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from lm import atomic, budget, evaluate, flops, launch, optim, schedules, track, train
+from lm.data.batches import Room
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
 
@@ -41,7 +42,7 @@ class Arm:
 def experiment(script: pathlib.Path) -> Callable[..., train.Run]:
   """The function `experiment` of a script. FileNotFoundError or ValueError where there is none."""
   if not script.is_file():
-    raise FileNotFoundError(f'there is no script {script}; give the --experiment of a file such as experiments/pretrain.py')
+    raise FileNotFoundError(f'there is no script {script}; --experiment takes a file such as experiments/pretrain.py')
   spec = importlib.util.spec_from_file_location(script.stem, script)
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module
@@ -75,7 +76,8 @@ def arms(function: Callable[..., Any], text: str, common: str = '') -> list[Arm]
     name, colon, own = part.partition(':')
     name = name.strip()
     if not colon or not name or '/' in name or name.startswith('.') or name in [arm.name for arm in found]:
-      raise ValueError(f"arm {part.strip()!r}: write 'name: knob=value knob=value; other: ...', each name once, without /")
+      raise ValueError(f"arm {part.strip()!r}: write 'name: knob=value knob=value; other: ...', each name once, "
+                       'without /')
     found.append(Arm(name, function, knobs(function, f'{common} {own}')))
   if not found:
     raise ValueError("there are no arms; write 'name: knob=value knob=value; other: ...'")
@@ -129,14 +131,19 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
 
 
 def share_data(study: pathlib.Path, workdir: pathlib.Path, run: train.Run) -> None:
-  """Links `data` in the workdir to a folder of the study, the same for runs whose data, but for lengths, is the same."""
+  """Links `data` in the workdir to a folder of the study, one for all runs whose data, but for lengths, is the same.
+  """
   told = describe(run.data)
   told = {name: value for name, value in told.items() if name not in ('length', 'source_length')}
   shared = study / f'data-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}'
-  for folder in (shared, workdir):
-    folder.mkdir(parents=True, exist_ok=True)
+  shared.mkdir(parents=True, exist_ok=True)
+  link(workdir, shared)
+
+
+def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
   if not (workdir / 'data').exists():
-    (workdir / 'data').symlink_to(os.path.relpath(shared, workdir), target_is_directory=True)
+    (workdir / 'data').symlink_to(os.path.relpath(data, workdir), target_is_directory=True)
 
 
 def check_same(study: pathlib.Path, name: str, settings: Any) -> None:
@@ -158,20 +165,19 @@ def check_same(study: pathlib.Path, name: str, settings: Any) -> None:
 def score(run: train.Run, result: train.Result, objective: Objective) -> dict[str, float]:
   """Metrics of `objective` over the whole validation split: with half a row of context, where that is possible."""
   step = evaluate.make_step(run.model.apply, objective, result.data.tokenizer.byte_lengths())
-  options = {'context': run.data.length // 2} if [tuple(form.room) for form in objective.forms] == [(1., 0, None, 0)] else {}
-  held_out = result.data.batches('validation', objective, run.batch, seed=None if options else 0, repeat=False, **options)
+  plain = all(form.room == Room() for form in objective.forms)
+  context = {'context': run.data.length // 2} if plain else {}
+  held_out = result.data.batches('validation', objective, run.batch, seed=None if plain else 0, repeat=False, **context)
   return evaluate.evaluate(step, result.params, held_out, result.mesh)
 
 
 def adapt(run: train.Run, workdir: pathlib.Path, result: train.Result, objective: Objective, steps: int, rate: float
           ) -> tuple[train.Run, train.Result]:
-  """The run's model, trained on `objective` for some steps more, by AdamW, from `rate` down to 0; in a folder of its own."""
+  """The run's model, trained on `objective` for some steps more, by AdamW, from `rate` down to 0; in its own folder."""
   schedule = schedules.warmup_linear(rate, steps, steps // 10)
   short = train.Run(run.model, objective, run.data, optim.adamw(schedule), steps, run.batch, run.accumulate, run.seed,
                     steps, run.evaluate_batches, steps, 1, start=lambda model: jax.tree.map(jnp.copy, result.params))
-  (workdir / 'data').exists() or workdir.mkdir(parents=True, exist_ok=True)
-  if not (workdir / 'data').exists():
-    (workdir / 'data').symlink_to('../data', target_is_directory=True)
+  link(workdir, workdir.parent / 'data')
   found = train.train(short, workdir, result.mesh)
   if not found.finished:
     raise KeyboardInterrupt
@@ -180,4 +186,5 @@ def adapt(run: train.Run, workdir: pathlib.Path, result: train.Result, objective
 
 def curve(workdir: pathlib.Path, name: str = 'validation/bits_per_byte') -> list[tuple[int, float]]:
   """(step, value) of each evaluation."""
-  return [(row['step'], row[name]) for row in track.read_metrics(workdir / 'metrics.jsonl') if row.get(name) is not None]
+  rows = track.read_metrics(workdir / 'metrics.jsonl')
+  return [(row['step'], row[name]) for row in rows if row.get(name) is not None]

@@ -51,7 +51,8 @@ def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, co
   """
   arm, other = np.asarray(arm, float), np.asarray(other, float)
   if arm.shape != other.shape or not len(arm):
-    raise ValueError(f'{len(arm)} values of one arm and {len(other)} of the other are no pairs; run both on the same seeds')
+    raise ValueError(f'{len(arm)} values of one arm and {len(other)} of the other are no pairs; run both on the same '
+                     'seeds')
   if not np.isfinite([arm, other]).all():
     raise ValueError('a final value is not finite: that run diverged, and has no difference to another; lower its rate')
   confidence = 1 - (1 - confidence) / comparisons

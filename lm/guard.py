@@ -33,8 +33,8 @@ class Guard:
       raise ValueError(f'a guard that allows {self.most} skipped steps of {self.window} never stops, or at once; allow '
                        'fewer than the window has, and one at least')
     if self.window < 4 or not self.sigma > 0:
-      raise ValueError(f'a window of {self.window} steps and {self.sigma} standard deviations judge nothing; take 4 and '
-                       'above 0 at least')
+      raise ValueError(f'a window of {self.window} steps and {self.sigma} standard deviations judge nothing; take 4 '
+                       'steps at least, and more than 0')
 
   def init(self) -> Seen:
     return Seen(*jnp.zeros((2, self.window)), jnp.zeros(self.window, bool), jnp.int32(0), jnp.int32(0))

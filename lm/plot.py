@@ -96,7 +96,8 @@ def _finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
 
 
 def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bool]], metric: str) -> None:
-  """The metric of (knobs, value, pruned) against each knob that is a number; lines join trials that differ in it alone."""
+  """The metric of (knobs, value, pruned) against each knob that is a number; lines join those that differ in it alone.
+  """
   names = [name for name in trials[0][0] if all(_number(knobs[name]) is not None for knobs, _, _ in trials)]
   names = [name for name in names if len({knobs[name] for knobs, _, _ in trials}) > 1]
   if not names or (figure := _figure(png, (5.5 * len(names), 4.5))) is None:
@@ -113,7 +114,8 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
     left = [(_number(knobs[name]), value) for knobs, value, pruned in finite if pruned]
     axes.plot(*(zip(*left) if left else ((), ())), 'x', color='0.6', label='left early' if left else None)
     values = [_number(knobs[name]) for knobs, _, _ in trials]
-    axes.set(xlabel=name, ylabel=metric, xscale='log' if min(values) > 0 and max(values) > 5 * min(values) else 'linear')
+    wide = min(values) > 0 and max(values) > 5 * min(values)
+    axes.set(xlabel=name, ylabel=metric, xscale='log' if wide else 'linear')
   _finish(figure, png, panels)
 
 
@@ -126,7 +128,7 @@ def _number(value: Any) -> float | None:
 
 def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law: Callable[..., Any],
             predicted: tuple[float, float, float, float, float], outcome: float) -> None:
-  """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high), and what came out."""
+  """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high) and its outcome."""
   if (figure := _figure(png, (8, 5))) is None:
     return
   axes, n, d = figure.subplots(), *predicted[:2]
@@ -138,8 +140,8 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
     axes.plot(line, [float(law(size, at)) for at in line], color=f'C{i % 10}', linewidth=1.2, label=f'N = {size:,.0f}',
               linestyle='-' if own else '--')
     axes.plot(*(zip(*own) if own else ((), ())), 'o', color=f'C{i % 10}', markersize=5)
-  axes.errorbar([d], [predicted[2]], [[predicted[2] - predicted[3]], [predicted[4] - predicted[2]]], color='0.3', capsize=4,
-                fmt='none', label='predicted')
+  middle, low, high = predicted[2:]
+  axes.errorbar([d], [middle], [[middle - low], [high - middle]], color='0.3', capsize=4, fmt='none', label='predicted')
   axes.plot([d], [outcome], '*', color='black', markersize=11, label='outcome')
   axes.set(xscale='log', xlabel='D (tokens)', ylabel='validation loss (nats per token)')
   _finish(figure, png, (axes,))

@@ -32,8 +32,8 @@ def fit(points: Points, delta: float = 1e-3, starts: Sequence[Law] = ()) -> Law:
   from scipy import optimize, special
   n, d, loss = np.asarray(points, float).T
   if len(loss) < 6 or len(set(n)) < 2 or len(set(d)) < 2:
-    raise ValueError(f'{len(loss)} runs of {len(set(n))} sizes and {len(set(d))} budgets do not fix the 5 numbers of the law; '
-                     'run 2 sizes and 2 budgets at least, and 6 in all')
+    raise ValueError(f'{len(loss)} runs of {len(set(n))} sizes and {len(set(d))} budgets do not fix the 5 numbers of '
+                     'the law; run 2 sizes and 2 budgets at least, and 6 in all')
   # N and D are measured in their geometric means, so that A and B are of the size of the losses.
   units = np.exp([np.log(n).mean(), np.log(d).mean()])
   log_n, log_d, target = np.log(n / units[0]), np.log(d / units[1]), np.log(loss)

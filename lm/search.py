@@ -123,7 +123,8 @@ class Asked:
     self._study, self._trial, self.number = study, trial, trial.number
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
-      self.knobs = {name: str(earlier[name]) if name in earlier else k.suggest(trial, name) for name, k in knobs.items()}
+      self.knobs = {name: str(earlier[name]) if name in earlier else knob.suggest(trial, name)
+                    for name, knob in knobs.items()}
     self.pruned = False
 
   def report(self, evaluation: int, value: float) -> bool:

@@ -33,8 +33,8 @@ from lm.run import (
 )
 
 # What other rooms know by this one.
-__all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'identity', 'make_step', 'step_of',
-           'abstract_batch', 'abstract_constants', 'abstract_state', 'load_constants', 'with_constants']
+__all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'identity', 'make_step',
+           'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state', 'load_constants', 'with_constants']
 
 
 class Result(NamedTuple):
@@ -155,8 +155,8 @@ class _Loop:
   def _result(self, state: State, start: int, step: int, ended: bool) -> Result:
     best = self.checkpoints.best_step()
     if ended and self.run.patience is not None and best not in (None, step):
-      print(f'{"at" if step == self.run.steps else "stopped early, at"} step {step}; the best checkpoint, of step {best}, '
-            'is the result')
+      early = '' if step == self.run.steps else 'stopped early, '
+      print(f'{early}at step {step}; the best checkpoint, of step {best}, is the result')
       with self.phases('restore or initialise'):
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
     if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
@@ -190,8 +190,8 @@ class _Loop:
     self.tracker.log(step, metrics)
     guard = self.run.guard
     if guard and metrics['skipped_lately'] > guard.most:
-      raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, more than '
-                      f'{guard.most}; the checkpoints up to step {self.saved} are good. Lower the learning rate')
+      raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
+                      f'more than {guard.most}; the checkpoints up to step {self.saved} are good. Lower the learning rate')
     if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
       raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
                       f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')

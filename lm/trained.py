@@ -36,7 +36,8 @@ def load(workdir: pathlib.Path, best: bool = False) -> Trained:
     step, abstract = checkpoints.best_step() if best or run.patience else None, train.abstract_state(run, mesh)
     if averaging.averages(abstract.opt_state):
       restored = checkpoints.restore(abstract, step)
-      restored = restored and restored._replace(state=averaging.evaluated(restored.state.opt_state, restored.state.params))
+      if restored is not None:
+        restored = restored._replace(state=averaging.evaluated(restored.state.opt_state, restored.state.params))
     else:
       restored = checkpoints.restore_params(abstract.params, step)
   if restored is None:

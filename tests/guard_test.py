@@ -16,7 +16,7 @@ def by_hand(guard, losses, norms):
   """OLMo-core's rule, over finite values of steps before."""
   taken = []
   for i, pair in enumerate(zip(losses, norms)):
-    past = [pair for pair in list(zip(losses, norms))[max(0, i - guard.window):i]]
+    past = list(zip(losses, norms))[max(0, i - guard.window):i]
     usual = all(new - np.mean(old) <= guard.sigma * np.std(old, ddof=1)
                 for new, old in zip(pair, zip(*past))) if len(past) >= guard.window // 2 else True
     taken.append(bool(np.isfinite(pair).all() and usual))

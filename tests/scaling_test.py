@@ -48,14 +48,17 @@ def test_products_are_counted_where_they_run():
   once = 2 * 3 * 4 * 5 * 6
   assert flops.count(product, a, b) == once
   assert flops.count(jax.jit(product), a, jax.eval_shape(lambda: b)) == once
-  assert flops.count(lambda a, b: jax.lax.scan(lambda c, _: (c + product(a, b).sum(), None), 0., None, 7)[0], a, b) == 7 * once
-  assert flops.count(lambda a, b: jax.lax.cond(a.sum() > 0, product, lambda a, b: jnp.zeros((3, 4, 6)), a, b), a, b) == once
+  repeated = lambda a, b: jax.lax.scan(lambda total, _: (total + product(a, b).sum(), None), 0., None, 7)[0]
+  assert flops.count(repeated, a, b) == 7 * once
+  chosen = lambda a, b: jax.lax.cond(a.sum() > 0, product, lambda a, b: jnp.zeros((3, 4, 6)), a, b)
+  assert flops.count(chosen, a, b) == once
   loss = lambda a, b: product(a, b).sum()
   assert flops.count(jax.grad(loss, (0, 1)), a, b) == 3 * once
   assert flops.count(jax.grad(jax.checkpoint(lambda a, b: jnp.sin(product(a, b)).sum()), (0, 1)), a, b) == 4 * once
   kernel = jnp.zeros((3, 3, 4, 8))
   image = jnp.zeros((2, 10, 10, 4))
-  convolved = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  layout = ('NHWC', 'HWIO', 'NHWC')
+  convolved = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=layout)
   assert flops.count(convolved, image, kernel) == 2 * (2 * 10 * 10 * 8) * 3 * 3 * 4
 
 
