@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 
-from lm import arms, atomic, comparison, launch, plot, sharding, train
+from lm import arms, atomic, comparison, launch, plot, sharding, side_by_side, train
 from lm.data.source import Source
 from lm.describe import describe
 from lm.objectives.infill import infill
@@ -51,13 +51,13 @@ def is_next_token(run: train.Run) -> bool:
   return run.objective.forms == next_token().forms
 
 
-def finish(arm: arms.Arm, seed: int, study: pathlib.Path, mesh: jax.sharding.Mesh, adapt: int, adapt_lr: float
-           ) -> dict[str, Any]:
-  """What is compared of one run; trained, unless it was."""
-  told = study / arm.name / f'seed-{seed}' / 'final.json'
-  if told.exists():
-    return json.loads(told.read_text())
-  run, workdir, result = arms.go(study, arm, seed, mesh)
+def told(study: pathlib.Path, arm: arms.Arm, seed: int) -> pathlib.Path:
+  return study / arm.name / f'seed-{seed}' / 'final.json'
+
+
+def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: jax.sharding.Mesh, adapt: int,
+           adapt_lr: float) -> None:
+  """Writes what is compared of a trained run."""
   values = {}
   with jax.set_mesh(mesh):
     if is_next_token(run):
@@ -68,9 +68,7 @@ def finish(arm: arms.Arm, seed: int, study: pathlib.Path, mesh: jax.sharding.Mes
         short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
         values[name] = arms.score(short, adapted, objective)[metric]
   curve = [(step / result.step, value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
-  found = {'values': values, 'curve': curve, 'steps': result.step}
-  atomic.write(told, json.dumps(found))
-  return json.loads(told.read_text())
+  atomic.write(workdir / 'final.json', json.dumps({'values': values, 'curve': curve, 'steps': result.step}))
 
 
 def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
@@ -102,7 +100,7 @@ def times(sooner: comparison.Interval | None) -> str:
 
 def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '',
             seeds: int = 5, equal: str = 'steps', budget: float | None = None, adapt: int = 0, adapt_lr: float = 1e-3,
-            mesh: str | None = None) -> dict[str, list[dict]]:
+            seeds_together: str = 'auto', mesh: str | None = None) -> dict[str, list[dict]]:
   """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
   if seeds < 2:
     raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
@@ -122,13 +120,34 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
       arms.share_data(workdir, workdir / arm.name / 'seed-0', arm.make())
       arm.make().data.open(workdir / arm.name / 'seed-0', control=infill().control)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
-  results: dict[str, list[dict]] = {arm.name: [] for arm in found}
+  missing = {arm.name: [seed for seed in range(seeds) if not told(workdir, arm, seed).exists()] for arm in found}
+  for arm in found:
+    if together(arm, missing[arm.name], devices, seeds_together):
+      print(f'\n--- {arm.name}, seeds {missing[arm.name]} side by side', flush=True)
+      with jax.set_mesh(devices):
+        for done in arms.go_together(workdir, arm, missing.pop(arm.name), devices):
+          finish(*done, devices, adapt, adapt_lr)
   for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs
     for i, arm in enumerate(found):
-      print(f'\n--- run {seed * len(found) + i + 1} of {seeds * len(found)}: {arm.name}, seed {seed}', flush=True)
-      results[arm.name].append(finish(arm, seed, workdir, devices, adapt, adapt_lr))
+      if seed in missing.get(arm.name, ()):
+        print(f'\n--- run {seed * len(found) + i + 1} of {seeds * len(found)}: {arm.name}, seed {seed}', flush=True)
+        finish(*arms.go(workdir, arm, seed, devices), devices, adapt, adapt_lr)
+  results = {arm.name: [json.loads(told(workdir, arm, seed).read_text()) for seed in range(seeds)] for arm in found}
   report(results, workdir, f'share of {amount:,.4g} {equal}')
   return results
+
+
+def together(arm: arms.Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh, asked: str) -> bool:
+  """Whether to train the seeds of an arm in one program: where that is faster, which is told."""
+  run = arm.make()
+  if asked == 'never' or len(seeds) < 2 or not side_by_side.fits(run) or jax.process_count() > 1:
+    return False
+  with jax.set_mesh(mesh):
+    gain = side_by_side.faster(run, seeds)
+  chosen = asked == 'always' or gain > 1.05
+  print(f'{arm.name}: {len(seeds)} seeds side by side in one program take {1 / gain:.2f} of the time that they take in '
+        f'turn; they are trained {"side by side" if chosen else "in turn"}', flush=True)
+  return chosen
 
 
 def steps_once(study: pathlib.Path, found: list[arms.Arm], equal: str, budget: float | None, mesh: jax.sharding.Mesh
@@ -162,7 +181,8 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
 
 def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seeds: int = 5,
          equal: Literal['steps', 'tokens', 'flops', 'seconds'] = 'steps', budget: float | None = None, adapt: int = 0,
-         adapt_lr: float = 1e-3, workdir: pathlib.Path = pathlib.Path('runs/compare'), mesh: str | None = None) -> None:
+         adapt_lr: float = 1e-3, seeds_together: Literal['auto', 'always', 'never'] = 'auto',
+         workdir: pathlib.Path = pathlib.Path('runs/compare'), mesh: str | None = None) -> None:
   """Compares arms.
 
   Args:
@@ -174,11 +194,12 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
     budget: how much of it each arm gets; none for what the first arm takes as it is.
     adapt: steps of next-token prediction, and of infilling, after which all arms are scored too; 0 for none.
     adapt_lr: the rate at which these begin.
+    seeds_together: train all seeds of an arm in one program, where that is faster, or always, or never.
     workdir: where the runs live; one that was stopped goes on from there.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
   """
   compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,
-          budget=budget, adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)
+          budget=budget, adapt=adapt, adapt_lr=adapt_lr, seeds_together=seeds_together, mesh=mesh)
 
 
 if __name__ == '__main__':

@@ -1,12 +1,17 @@
-"""Does the best learning rate hold over width and depth? One run of a sweep, with muP or the standard parametrisation.
+"""Does the best learning rate hold over width? With muP, and with the standard parametrisation.
 
-  for lr in 1e-3 2e-3 4e-3 8e-3; do for width in 64 128 256 512; do
-    python experiments/mup.py --width=$width --lr=$lr --parametrisation=mup --workdir=runs/mup/$width-$lr; done; done
+  python experiments/mup.py
+
+A model is trained at each width and rate on Python's library, some steps each.
 """
 import functools
+import math
+import pathlib
 from typing import Literal
 
-from lm import groups, launch, optim, schedules, train
+from sweep import sweep
+
+from lm import groups, launch, optim, plot, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import mup, transformer
 from lm.objectives.next_token import next_token
@@ -15,7 +20,7 @@ from lm.objectives.next_token import next_token
 def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: int = 64, layers: int = 2,
                head_size: int = 32, base_width: int = 64, base_layers: int = 2, lr: float = 4e-3,
                embedding_rate: float = 10., weight_decay: float = 0.1, vocab: int = 2048, length: int = 128,
-               steps: int = 500, warmup: int = 50, batch: int = 16, evaluate_every: int = 250) -> train.Run:
+               steps: int = 100, warmup: int = 10, batch: int = 8) -> train.Run:
   """Trains a decoder on Python's library.
 
   Args:
@@ -38,8 +43,37 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
       model=model, objective=next_token(),
       data=dataset.Text(corpora.python_library(), functools.partial(tokenizer.train_sentencepiece, vocab=vocab),
                         length),
-      optimizer=optim.adamw(rate, weight_decay, eps=1e-12), steps=steps, batch=batch, evaluate_every=evaluate_every)
+      optimizer=optim.adamw(rate, weight_decay, eps=1e-12), steps=steps, batch=batch,
+      evaluate_every=steps, save_every=steps)
+
+
+def transfer(*, widths: tuple[int, ...] = (64, 128, 256, 512),
+             lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), steps: int = 100,
+             workdir: pathlib.Path = pathlib.Path('runs/mup')) -> None:
+  """Trains at each width and rate, tells the best rates, and draws `mup.png`.
+
+  Args:
+    widths: of the models; the first is the one that muP scales from.
+    lrs: learning rates, each tried at each width.
+    steps: of each run.
+    workdir: where the runs live; what was stopped goes on from there.
+  """
+  listed = ','.join
+  panels, lines = {}, ['| width | muP | standard |', '|---|---|---|']
+  for name in ('mup', 'standard'):
+    done = sweep(knobs=f'width={listed(map(str, widths))}; lr={listed(map(repr, lrs))}',
+                 experiment=pathlib.Path(__file__), workdir=workdir / name,
+                 common=f'parametrisation={name} base_width={widths[0]} steps={steps}')
+    panels[name] = {f'width {width}': sorted((float(t.knobs['lr']), t.value) for t in done
+                                             if t.knobs['width'] == str(width) and math.isfinite(t.value))
+                    for width in widths}
+  for width in widths:
+    best = [min(panels[name][f'width {width}'], key=lambda point: point[1]) for name in panels]
+    lines.append(f'| {width} | ' + ' | '.join(f'{lr:g} ({loss:.3f} bits/byte)' for lr, loss in best) + ' |')
+  print('\nthe best learning rate\n\n' + '\n'.join(lines))
+  plot.lines(workdir / 'mup.png', panels, 'learning rate', 'validation bits per byte', log=True)
+  print(f'\nwritten to {workdir}: mup.png, and a folder for each run')
 
 
 if __name__ == '__main__':
-  launch.run(experiment)
+  launch.tool(transfer)

@@ -1,24 +1,27 @@
-"""A small corpus and a model that is large for it: what helps against overfitting, one flag at a time.
+"""A small corpus and a model that is large for it: what helps against overfitting, each remedy by itself.
 
-  python experiments/overfit.py --workdir=runs/overfit-plain
-  python experiments/overfit.py --workdir=runs/overfit-dropout --dropout=0.2 --attention_dropout=0.2
+  python experiments/overfit.py
 
-Other arms: --weight_decay=1, --stochastic_depth=0.3, --token_dropout=0.1, --subword_sampling=0.1, --documents=160.
-Compare in bits per byte, which is fair across tokenizers: each is trained on the documents of its arm.
+Losses are told in bits per byte of the same held-out text, which is fair across tokenizers: each is trained on the
+documents of its arm.
 """
 import functools
 import pathlib
 
-from lm import launch, optim, plot, schedules, track, train
+from lm import arms, launch, optim, plot, schedules, sharding, train
 from lm.data import augment, corpora, dataset, source, tokenizer
 from lm.models import stack, transformer
 from lm.objectives.next_token import next_token
 
+ARMS = ('plain: ; weight decay: weight_decay=1; L2: l2=1e-3; dropout: dropout=0.2 attention_dropout=0.2; '
+        'augmentation: token_dropout=0.15; early stopping: patience=3; 4x data: documents=64')
 
-def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 256, layers: int = 4, width: int = 256,
-               heads: int = 4, batch: int = 16, steps: int = 600, lr: float = 1e-3, weight_decay: float = 0.,
-               dropout: float = 0., attention_dropout: float = 0., stochastic_depth: float = 0.,
-               token_dropout: float = 0., subword_sampling: float = 0., evaluate_every: int = 25) -> train.Run:
+
+def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, layers: int = 2, width: int = 192,
+               heads: int = 3, batch: int = 16, steps: int = 400, lr: float = 3e-3, weight_decay: float = 0.,
+               l2: float = 0., dropout: float = 0., attention_dropout: float = 0., stochastic_depth: float = 0.,
+               token_dropout: float = 0., subword_sampling: float = 0., patience: int | None = None,
+               evaluate_every: int = 20) -> train.Run:
   """Trains on so many files of Python's library, of some 830.
 
   Args:
@@ -26,15 +29,18 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 256, lay
     vocab: tokens of the SentencePiece tokenizer.
     length: positions a row.
     batch: rows a step.
-    weight_decay: of AdamW.
+    weight_decay: of AdamW, decoupled.
+    l2: coefficient of half the sum of squares, a part of the loss, whose gradient Adam divides by its size.
     dropout: of the embedding and of what each branch of a layer adds.
     attention_dropout: of the probabilities of attention.
     stochastic_depth: chance of the last layer to be left out of a row; that of others rises to it.
     token_dropout: share of the tokens that are read of which any token of the vocabulary takes the place.
     subword_sampling: share of the merges that the tokenizer leaves out.
+    patience: evaluations in a row that are no better than the best, after which training stops there.
   """
   made = ((augment.SubwordSampling, subword_sampling), (functools.partial(augment.TokenDropout, token=None),
                                                         token_dropout))
+  rate = schedules.warmup_cosine(lr, steps, warmup=steps // 20)
   return train.Run(
       model=transformer.llama(vocab, width, layers, heads, max_length=length, dropout=dropout,
                               attention_dropout=attention_dropout,
@@ -42,24 +48,36 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 256, lay
       objective=next_token(),
       data=dataset.Text(source.sample(corpora.python_library(), documents),
                         functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
-      optimizer=optim.adamw(schedules.warmup_cosine(lr, steps, warmup=steps // 20), weight_decay=weight_decay),
-      steps=steps, batch=batch, evaluate_every=evaluate_every, evaluate_batches=10,
+      optimizer=optim.penalised(optim.adamw(rate, weight_decay=weight_decay), l2=l2), steps=steps, batch=batch,
+      evaluate_every=evaluate_every, evaluate_batches=10, patience=patience,
       augment=tuple(make(value) for make, value in made if value))
 
 
-def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints where validation was best, and what more steps made of it; draws the curve."""
-  rows = track.read_metrics(workdir / 'metrics.jsonl')
-  bits = {row['step']: row['validation/bits_per_byte'] for row in rows if 'validation/bits_per_byte' in row}
-  if not result.finished or not bits:
-    return
-  best, last = min(bits, key=bits.get), max(bits)
-  train_batches = result.data.batches('train', run.objective, run.batch, run.seed)
-  epochs = run.steps * run.batch / train_batches.rows_per_epoch
-  print(f'bits per byte of the held-out text: best {bits[best]:.3f} at step {best}, then {bits[last]:.3f} at step '
-        f'{last}; {epochs:.1f} epochs')
-  plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
+def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
+            workdir: pathlib.Path = pathlib.Path('runs/overfit')) -> None:
+  """Trains each arm, tells its best and its last validation loss, and draws all of them in `overfit.png`.
+
+  Args:
+    remedies: the arms, as for `compare.py`.
+    common: knobs of all arms.
+    seed: of all runs.
+    workdir: where the runs live; what was stopped goes on from there.
+  """
+  found, mesh = arms.arms(arms.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
+  for arm in found:
+    arm.make(seed)   # what does not go together says so before anything runs
+  curves = {}
+  lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']
+  for i, arm in enumerate(found):
+    print(f'\n--- run {i + 1} of {len(found)}: {arm.name}', flush=True)
+    _, folder, _ = arms.go(workdir, arm, seed, mesh)
+    curves[arm.name] = arms.curve(folder)
+    step, best = min(curves[arm.name], key=lambda point: point[1])
+    lines.append(f'| {arm.name} | {best:.3f} | {step} | {curves[arm.name][-1][1]:.3f} |')
+  print('\n' + '\n'.join(lines))
+  plot.lines(workdir / 'overfit.png', {'validation': curves}, 'step', 'bits per byte')
+  print(f'\nwritten to {workdir}: overfit.png, and a folder for each run')
 
 
 if __name__ == '__main__':
-  launch.run(experiment, report)
+  launch.tool(overfit)

@@ -11,14 +11,14 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm import atomic, budget, evaluate, flops, launch, optim, schedules, track, train
+from lm import atomic, budget, evaluate, flops, launch, optim, schedules, side_by_side, track, train
 from lm.data.batches import Room
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -128,6 +128,17 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
   if not result.finished and not (watch and result.step % run.evaluate_every == 0):
     raise KeyboardInterrupt
   return run, workdir, result
+
+
+def go_together(study: pathlib.Path, arm: Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh
+                ) -> list[tuple[train.Run, pathlib.Path, train.Result]]:
+  """As `go` of each seed, in one program: see `side_by_side`."""
+  workdirs = [study / arm.name / f'seed-{seed}' for seed in seeds]
+  for seed, workdir in zip(seeds, workdirs):
+    share_data(study, workdir, arm.make(seed))
+    launch.record(arm.function, arm.knobs, workdir, mesh, seed=seed)
+  results = side_by_side.go(arm.make(), seeds, workdirs, mesh)
+  return [(arm.make(seed), workdir, result) for seed, workdir, result in zip(seeds, workdirs, results)]
 
 
 def share_data(study: pathlib.Path, workdir: pathlib.Path, run: train.Run) -> None:

@@ -7,6 +7,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import evaluate, sharding, train
+from lm.data.batches import Batch
+
+
+def empty_batch(run: train.Run) -> Batch:
+  """A batch of zeros, of one segment a row and targets that count, on the mesh that is set."""
+  mesh = jax.sharding.get_mesh()
+  rows = len(sharding.local_rows(run.batch, mesh))
+  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), train.abstract_batch(run, mesh))
+  return sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
 
 
 def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10) -> train.Run:
@@ -18,9 +27,7 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
     raise ValueError(f'minutes={minutes} is not between 0 and a million')
   run, mesh = make(10_000), jax.sharding.get_mesh()
   train.check(run, mesh)
-  rows = len(sharding.local_rows(run.batch, mesh))
-  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), train.abstract_batch(run, mesh))
-  batch = sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
+  batch = empty_batch(run)
   state, step, constants = jax.jit(lambda: train.init(run))(), train.make_step(run), train.load_constants(run)
   evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
   times = []

@@ -81,12 +81,20 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       from lm import pretrained
       from_init = functools.partial(pretrained.start, init)
     configured = lora.start_from(configured, from_init)
-    records.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
-                  knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, mesh))
+    record(experiment, knobs, workdir, mesh, init, seed)
     result = train.train(configured, workdir, mesh, watch)
     if then:
       then(configured, result)
   return configured, result
+
+
+def record(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
+           init: pathlib.Path | None = None, seed: int = 0) -> None:
+  """Writes down what is run, so that the run can be opened again."""
+  from lm import records
+  script = pathlib.Path(inspect.getfile(experiment))
+  records.start(workdir, script=script.name, path=str(script.resolve()), function=experiment.__name__, argv=sys.argv,
+                knobs=knobs, seed=seed, init=init and str(init), **records.circumstances(script, mesh))
 
 
 @contextlib.contextmanager

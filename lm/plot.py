@@ -77,6 +77,21 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   right.set(ylabel=metric)
   _finish(figure, png, (left, right))
 
+def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,
+          log: bool = False) -> None:
+  """Points joined by lines, of each name, in panels beside one another that share their axes; the lowest is marked."""
+  if (figure := _figure(png, (5.5 * len(panels) + 2, 5))) is None:
+    return
+  found = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+  for axes, (title, named) in zip(found, panels.items()):
+    for i, (name, points) in enumerate(named.items()):
+      axes.plot(*zip(*points), '.-', color=f'C{i % 10}', linewidth=1.4, markersize=4, label=name)
+      axes.plot(*min(points, key=lambda point: point[1]), 'o', color=f'C{i % 10}', markersize=8)
+    axes.set(title=title, xlabel=x, xscale='log' if log else 'linear')
+  found[0].set(ylabel=y)
+  _finish(figure, png, found)
+
+
 def _figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
   try:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display

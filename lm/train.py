@@ -33,8 +33,9 @@ from lm.run import (
 )
 
 # What other rooms know by this one.
-__all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'identity', 'make_step',
-           'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state', 'load_constants', 'with_constants']
+__all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'check_vocabulary', 'identity',
+           'make_step', 'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state', 'load_constants',
+           'with_constants']
 
 
 class Result(NamedTuple):
@@ -191,7 +192,7 @@ class _Loop:
     guard = self.run.guard
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
-                      f'more than {guard.most}; the checkpoints up to step {self.saved} are good. Lower the learning rate')
+                      f'more than {guard.most}; the checkpoints up to step {self.saved} are good. Lower the rate')
     if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
       raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
                       f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')

@@ -1,0 +1,33 @@
+"""Adam, AdamW, RMSprop and Muon, each at its tuned rate, on the same seeds with equal FLOPs.
+
+  python experiments/optimizers.py
+
+The rates were found with `sweep.py`, on another seed than those that are compared.
+"""
+import pathlib
+
+from compare import compare
+
+from lm import launch
+
+ARMS = ('adamw: optimizer=adamw lr=4e-3; adam: optimizer=adam lr=8e-3; rmsprop: optimizer=rmsprop lr=4e-3; '
+        'muon: optimizer=muon lr=1.6e-2')
+COMMON = ('layers=2 width=64 heads=1 vocab=1024 length=128 batch=16 schedule=linear warmup=20 evaluate_every=50 '
+          'evaluate_batches=16')
+
+
+def optimizers(*, arms: str = ARMS, steps: int = 400, seeds: int = 5,
+               workdir: pathlib.Path = pathlib.Path('runs/optimizers')) -> None:
+  """Compares optimizers on Python's library.
+
+  Args:
+    arms: the optimizers and their rates, as for `compare.py`; the first is what the others are compared with.
+    steps: of the first arm; the others get as many as cost the same FLOPs.
+    seeds: of each arm the same; more can be added later.
+    workdir: where the runs live; a comparison that was stopped goes on from there.
+  """
+  compare(arms_text=arms, common=f'{COMMON} steps={steps}', seeds=seeds, equal='flops', workdir=workdir)
+
+
+if __name__ == '__main__':
+  launch.tool(optimizers)
