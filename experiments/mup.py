@@ -20,7 +20,7 @@ from lm.objectives.next_token import next_token
 def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: int = 64, layers: int = 2,
                head_size: int = 32, base_width: int = 64, base_layers: int = 2, lr: float = 4e-3,
                embedding_rate: float = 10., weight_decay: float = 0.1, vocab: int = 2048, length: int = 128,
-               steps: int = 100, warmup: int = 10, batch: int = 8) -> train.Run:
+               steps: int = 100, batch: int = 8) -> train.Run:
   """Trains a decoder on Python's library.
 
   Args:
@@ -32,7 +32,7 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
   if width % head_size:
     raise ValueError(f'--width={width} is not a multiple of --head_size={head_size}')
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': width // head_size, 'max_length': length}
-  rate = schedules.warmup_linear(lr, steps, warmup)
+  rate = schedules.warmup_linear(lr, steps, warmup=steps // 10)
   if parametrisation == 'mup':
     base = {'base_width': base_width, 'base_layers': base_layers}
     model = mup.llama(**shape, **base)
