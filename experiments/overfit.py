@@ -18,7 +18,7 @@ ARMS = ('plain: ; weight decay: weight_decay=1; L2: l2=1e-3; dropout: dropout=0.
 
 
 def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, layers: int = 2, width: int = 192,
-               heads: int = 3, batch: int = 16, steps: int = 400, lr: float = 3e-3, weight_decay: float = 0.,
+               heads: int = 4, batch: int = 16, steps: int = 400, lr: float = 3e-3, weight_decay: float = 0.,
                l2: float = 0., dropout: float = 0., attention_dropout: float = 0., stochastic_depth: float = 0.,
                token_dropout: float = 0., subword_sampling: float = 0., patience: int | None = None,
                evaluate_every: int = 20) -> train.Run:
