@@ -35,7 +35,7 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
   rate = schedules.warmup_linear(lr, steps, warmup=steps // 10)
   if parametrisation == 'mup':
     base = {'base_width': base_width, 'base_layers': base_layers}
-    model = mup.llama(**shape, **base)
+    model = mup.parametrised(transformer.llama(**shape), **base)
     rate = groups.Rates(rate, updates=(('embedding', embedding_rate), *mup.rates(width, layers, **base)))
   else:
     model = transformer.llama(**shape, tied=False)

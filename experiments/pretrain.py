@@ -265,10 +265,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                      f'--model, and an optimizer that steps as adamw does; not for {architecture} with {optimizer}')
   if folder:
     decoder = decoder.clone(remat=shape['remat'])
-  elif base:
-    decoder = mup.llama(**shape, **base, kv_heads=kv_heads)
   else:
     decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
+    decoder = mup.parametrised(decoder, **base) if base else decoder
   if predict_ahead:
     if objective != 'next_token':
       raise ValueError(f'--predict_ahead={predict_ahead} goes with --objective=next_token, not with {objective}')

@@ -27,7 +27,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 class Verdict(NamedTuple):
   """What can be said of an arm beside another."""
   difference: Interval   # of the arm to the other, over seeds
-  needed: int | None     # seeds that would tell a difference of this size; None: it is told, or there is none
+  deviation: float       # of a pair's difference, over seeds; nan of one
+  confidence: float      # of the interval
 
   @property
   def word(self) -> str:
@@ -35,10 +36,16 @@ class Verdict(NamedTuple):
       return 'better'
     return 'worse' if self.difference.low > 0 else 'not distinguishable'
 
+  @property
+  def needed(self) -> int | None:
+    """Seeds that would tell a difference of this size; None: it is told, or there is none that can be told."""
+    if self.word != 'not distinguishable' or math.isnan(self.deviation):
+      return None
+    return seeds_needed(self.difference.mean, self.deviation, self.confidence)
+
   def __str__(self):
-    if self.needed is None:
-      return self.word
-    return f'{self.word}; a difference of this size would need {f"{self.needed:,}"} seeds'
+    seeds = self.needed
+    return self.word if seeds is None else f'{self.word}; a difference of this size would need {seeds:,} seeds'
 
 
 def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, confidence: float = 0.95) -> Verdict:
@@ -56,11 +63,9 @@ def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, co
   if not np.isfinite([arm, other]).all():
     raise ValueError('a final value is not finite: that run diverged, and has no difference to another; lower its rate')
   confidence = 1 - (1 - confidence) / comparisons
-  difference = interval(arm - other, confidence)
-  found = Verdict(difference, None)
-  if found.word != 'not distinguishable' or len(arm) < 2:
-    return found
-  return found._replace(needed=seeds_needed(difference.mean, float(np.std(arm - other, ddof=1)), confidence))
+  differences = arm - other
+  deviation = float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan
+  return Verdict(interval(differences, confidence), deviation, confidence)
 
 
 def seeds_needed(difference: float, deviation: float, confidence: float = 0.95, power: float = 0.8,

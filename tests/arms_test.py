@@ -52,7 +52,8 @@ def script(tmp_path):
 
 
 def compared(script, study, text, **more):
-  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **{'seeds': 3, **more})
+  settings = {'seeds': 3, 'seeds_together': 'never', **more}
+  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **settings)
 
 
 def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):

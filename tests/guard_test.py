@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_test import RUN, Bigram, go, logged, same, saved, steps_kept
+from train_test import RUN, Bigram, compiled_once, go, logged, same, saved, steps_kept  # noqa: F401
 
 from lm import optim, schedules, train
 from lm.guard import Guard
@@ -24,11 +24,12 @@ def by_hand(guard, losses, norms):
 
 
 def judged(guard, losses, norms):
-  seen, taken = guard.init(), []
-  for loss, norm in zip(losses, norms):
-    ok, seen = jax.jit(guard.judge)(seen, jnp.float32(loss), jnp.float32(norm))
-    taken.append(bool(ok))
-  return taken, seen
+  def step(seen, pair):
+    taken, seen = guard.judge(seen, *pair)
+    return seen, taken
+  seen, taken = jax.jit(lambda pairs: jax.lax.scan(step, guard.init(), pairs))(
+      np.stack([losses, norms], axis=1).astype('f4'))
+  return taken.tolist(), seen
 
 
 def test_spikes_of_either_are_skipped_as_olmo_core_does():

@@ -68,7 +68,8 @@ def deep(layers):
 @pytest.mark.parametrize('widths', [(64, 256), pytest.param((64, 256, 1024), marks=pytest.mark.slow)])
 def test_changes_do_not_depend_on_width(widths):
   base = {'base_width': 64, 'base_layers': 2}
-  found = slopes(widths, lambda width: mup.llama(**wide(width), **base), lambda width: mup.rates(width, 2, **base))
+  found = slopes(widths, lambda width: mup.parametrised(transformer.llama(**wide(width)), **base),
+                 lambda width: mup.rates(width, 2, **base))
   assert np.abs(found).max() < 0.1
 
 
@@ -80,7 +81,7 @@ def test_changes_grow_with_width_in_the_standard_parametrisation():
 def test_changes_do_not_depend_on_depth():
   """Of the residual stream; what one block of many adds to it falls as their number grows."""
   base = {'base_width': 64, 'base_layers': 2}
-  found = slopes((8, 32), lambda layers: mup.llama(**deep(layers), **base),
+  found = slopes((8, 32), lambda layers: mup.parametrised(transformer.llama(**deep(layers)), **base),
                  lambda layers: mup.rates(64, layers, **base))
   assert np.abs(found[:, [0, 2, 3]]).max() < 0.1 and found[:, 1].max() < -0.8
 
@@ -94,7 +95,7 @@ def test_changes_grow_with_depth_in_the_standard_parametrisation():
 def test_at_the_base_shape_it_is_llama_but_for_embedding_and_head():
   arguments = {'vocab': 16, 'width': 128, 'layers': 2, 'heads': 2}
   params, plain = (jax.jit(model.init)(jax.random.key(0)) for model in (
-      mup.llama(**arguments, base_width=128, base_layers=2), transformer.llama(**arguments, tied=False)))
+      mup.parametrised(transformer.llama(**arguments), 128, 2), transformer.llama(**arguments, tied=False)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params['blocks'], plain['blocks'])
   np.testing.assert_allclose(params['embedding'], plain['embedding'] / 0.02, rtol=1e-5)
   assert not np.any(params['head'])
@@ -104,7 +105,7 @@ def test_at_the_base_shape_it_is_llama_but_for_embedding_and_head():
 
 
 def test_each_matrix_has_its_factor():
-  params = jax.eval_shape(mup.llama(16, 128, 6, 2, 32, 2).init, jax.random.key(0))
+  params = jax.eval_shape(mup.parametrised(transformer.llama(16, 128, 6, 2), 32, 2).init, jax.random.key(0))
   found = groups.factors_of(params, mup.rates(128, 6, 32, 2))
   block = found['blocks']['0']
   assert found['head'] == 1 / 4 and found['embedding'] == 1 and found['norm']['scale'] == 1

@@ -3,7 +3,8 @@
 muP (Yang et al. 2022, arXiv:2203.03466) with the depth of CompleteP (Dey et al. 2025, arXiv:2505.01618, alpha = 1), for
 Adam and what steps as Adam does: an entry moves by about the rate, however large its gradient is. A multiplier m on
 such a weight is the same as m times its initial values at m times its rate, so that there are none here: only initial
-sizes, in `llama`, and factors of the learning rate, in `rates`. With n = width / base width, d = layers / base layers:
+sizes, in `parametrised`, and factors of the learning rate, in `rates`. With n = width / base width and d = layers /
+base layers:
 
                                        initial size                             rate
   embedding                            1                                        the same
@@ -19,14 +20,13 @@ Weight decay that is decoupled goes on at the rate of the schedule, without the 
 would have to fall with them, is best so small that it does not count. The embedding is as large as what norms give, so
 that residual branches are small beside it at any depth; it may need a larger rate than the matrices at the base shape.
 """
+import dataclasses
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.models import attention as attend
-from lm.models import layers as parts
 from lm.models import stack, transformer
 
 
@@ -39,18 +39,22 @@ class Decoder(transformer.Transformer):
     return {**params, 'head': jnp.zeros_like(params['head'])}
 
 
-def llama(vocab: int, width: int, layers: int, heads: int, base_width: int, base_layers: int,
-          kv_heads: int | None = None, max_length: int = 2048, theta: float = 10_000., dropout: float = 0.,
-          dtype=jnp.float32, remat=parts.keep_products) -> Decoder:
-  """`transformer.llama` (Touvron et al. 2023), untied, with the initial sizes and the scores above."""
+def parametrised(model: transformer.Transformer, base_width: int, base_layers: int) -> Decoder:
+  """A `transformer.llama`, or a decoder like it, untied, with the initial sizes and the scores above."""
+  width, layers = model.width, len(model.layers)
   _, d = _ratios(width, layers, base_width, base_layers)
-  plain = transformer.llama(vocab, width, layers, heads, kv_heads, None, max_length, theta, tied=False)
-  block = plain.layers[0]
-  size, out_std = width // heads, width ** -0.5 / math.sqrt(2 * base_layers) / d
-  attention = block.attention.clone(scores=attend.Scores(scale=8 / size), out_std=out_std)
-  block = block.clone(dropout=dropout, attention=attention, feed_forward=block.feed_forward.clone(out_std=out_std))
-  return Decoder(vocab, width, stack.stacks([block] * layers), plain.norm, max_length, tied=False, dropout=dropout,
-                 std=1., dtype=dtype, remat=remat)
+  std = width ** -0.5
+  out_std = std / math.sqrt(2 * base_layers) / d
+
+  def scaled(block):
+    attention = block.attention
+    scores = dataclasses.replace(attention.scores, scale=8 / attention.head_size)
+    return block.clone(attention=attention.clone(scores=scores, std=std, out_std=out_std),
+                       feed_forward=block.feed_forward.clone(std=std, out_std=out_std))
+
+  fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ('parent', 'name')}
+  blocks = stack.stacks([scaled(block) for block in model.layers])
+  return Decoder(**{**fields, 'blocks': blocks, 'tied': False, 'std': 1.})
 
 
 def rates(width: int, layers: int, base_width: int, base_layers: int) -> tuple[tuple[str, float], ...]:
