@@ -78,6 +78,7 @@ def test_changes_grow_with_width_in_the_standard_parametrisation():
   assert found[:, 1:3].min() > 0.2 and found[:, 3].min() > 0.5   # of the blocks, and of the logits
 
 
+@pytest.mark.slow
 def test_changes_do_not_depend_on_depth():
   """Of the residual stream; what one block of many adds to it falls as their number grows."""
   base = {'base_width': 64, 'base_layers': 2}

@@ -94,6 +94,7 @@ def test_soap_is_adam_for_all_that_is_no_matrix_of_a_block():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), a, b)
 
 
+@pytest.mark.slow
 def test_sophia_s_curvature_is_that_of_finite_differences():
   """Through every function of ours that has a gradient of its own: products, attention, the loss."""
   model, objective = transformer.llama(16, 16, 2, heads=2, kv_heads=1, tied=False), next_token()

@@ -185,6 +185,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   assert {1, 3} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2   # all and none, by row
 
 
+@pytest.mark.slow
 def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
   model = multi_token.sequential(SMALL, 2)
   params, make = random_params(model, 0.5), functools.partial(tokens_of, sampling=generate.Sampling(top_p=0.9), n=24,
