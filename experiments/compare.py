@@ -76,19 +76,21 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   sign = -1 if 'accuracy' in metric else 1
   values = {name: [result['values'].get(metric) for result in results[name]] for name in names}
   names = [name for name in names if None not in values[name]]
-  lines = [f'| arm | {metric} | difference to {names[0]} | where the other ends | verdict |', '|---|---|---|---|---|']
+  has_curves = metric == 'bits/byte'
+  titles = ['arm', metric, f'difference to {names[0]}', *(['where the other ends'] if has_curves else []), 'verdict']
+  lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for name in names:
     own = comparison.interval(values[name])
     if name == names[0]:
-      lines.append(f'| {name} | {own} | | | |')
+      lines.append(f'| {name} | {own} ' + '| ' * (len(titles) - 2) + '|')
       continue
     verdict = comparison.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
     low, high = sorted((sign * verdict.difference.low, sign * verdict.difference.high))
     difference = comparison.Interval(sign * verdict.difference.mean, low, high)
-    sooner = None
-    if metric == 'bits/byte':
-      sooner = comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0])))
-    lines.append(f'| {name} | {own} | {difference} | {times(sooner)} | {verdict} |')
+    sooner = []
+    if has_curves:
+      sooner = [times(comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))]
+    lines.append(f'| {" | ".join([name, str(own), str(difference), *sooner, str(verdict)])} |')
   return lines
 
 
