@@ -102,7 +102,7 @@ def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = T
   if unit == 'flops':
     run = run if optimizer else dataclasses.replace(run, optimizer=optax.identity())
     constants = train.abstract_constants(run)
-    return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)), 
+    return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)),
                        train.abstract_batch(run, mesh, shape), constants)
   return {'steps': 1., 'tokens': float(math.prod(shape or (run.batch, run.data.length)))}[unit]
 
