@@ -8,6 +8,7 @@ difference by pairs of seeds, how much sooner the better one is where the other 
 Arms that do not learn to predict the next token are brought to it, all arms alike, by --adapt steps.
 """
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -55,9 +56,9 @@ def told(study: pathlib.Path, arm: arms.Arm, seed: int) -> pathlib.Path:
   return study / arm.name / f'seed-{seed}' / 'final.json'
 
 
-def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: jax.sharding.Mesh, adapt: int,
-           adapt_lr: float) -> None:
-  """Writes what is compared of a trained run."""
+def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: jax.sharding.Mesh, equal: str,
+           adapt: int, adapt_lr: float) -> None:
+  """Writes what is compared of a trained run; its curve is over shares of the compute that it was given."""
   values = {}
   with jax.set_mesh(mesh):
     if is_next_token(run):
@@ -67,7 +68,8 @@ def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: ja
                                       ('infilling accuracy', infill(1.), 'accuracy')):
         short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
         values[name] = arms.score(short, adapted, objective)[metric]
-  curve = [(step / result.step, value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
+    spent = arms.spending(run, equal if run.stages else 'steps', mesh)
+  curve = [(spent(step) / spent(run.steps), value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
   atomic.write(workdir / 'final.json', json.dumps({'values': values, 'curve': curve, 'steps': result.step}))
 
 
@@ -106,6 +108,8 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
   """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
   if seeds < 2:
     raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
+  if adapt < 0 or not 0 < adapt_lr < math.inf:
+    raise ValueError(f'--adapt={adapt} steps from --adapt_lr={adapt_lr}: steps are 0 or more, a rate is above 0')
   function = arms.experiment(experiment)
   found = arms.arms(function, arms_text, common)
   if len(found) < 2:
@@ -116,24 +120,28 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
       train.check(run, devices)
     asked = {'experiment': experiment.name, 'arms': {arm.name: arm.knobs for arm in found}, 'equal': equal,
              'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
-    arms.check_same(workdir, 'compare.json', asked)
-    found, amount = steps_once(workdir, found, equal, budget, devices)
+    begun = arms.begun(workdir, 'compare.json', asked)
+    found, amount = steps_once(workdir, begun, found, equal, budget, devices)
     for arm in found if adapt else ():   # before anything is trained: whether the tokenizer has what infilling needs
       arms.share_data(workdir, workdir / arm.name / 'seed-0', arm.make())
       arm.make().data.open(workdir / arm.name / 'seed-0', control=infill().control)
+  if not begun:
+    arms.begin(workdir, 'compare.json', asked)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
   missing = {arm.name: [seed for seed in range(seeds) if not told(workdir, arm, seed).exists()] for arm in found}
   for arm in found:
-    if together(arm, missing[arm.name], devices, seeds_together):
-      print(f'\n--- {arm.name}, seeds {missing[arm.name]} side by side', flush=True)
+    fresh = [seed for seed in missing[arm.name] if arms.fresh(workdir, arm, seed)]
+    if together(arm, fresh, devices, seeds_together):
+      print(f'\n--- {arm.name}, seeds {", ".join(map(str, fresh))} side by side', flush=True)
       with jax.set_mesh(devices):
-        for done in arms.go_together(workdir, arm, missing.pop(arm.name), devices):
-          finish(*done, devices, adapt, adapt_lr)
+        for done in arms.go_together(workdir, arm, fresh, devices):
+          finish(*done, devices, equal, adapt, adapt_lr)
+      missing[arm.name] = [seed for seed in missing[arm.name] if seed not in fresh]
   for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs
     for i, arm in enumerate(found):
-      if seed in missing.get(arm.name, ()):
+      if seed in missing[arm.name]:
         print(f'\n--- run {seed * len(found) + i + 1} of {seeds * len(found)}: {arm.name}, seed {seed}', flush=True)
-        finish(*arms.go(workdir, arm, seed, devices), devices, adapt, adapt_lr)
+        finish(*arms.go(workdir, arm, seed, devices), devices, equal, adapt, adapt_lr)
   results = {arm.name: [json.loads(told(workdir, arm, seed).read_text()) for seed in range(seeds)] for arm in found}
   report(results, workdir, f'share of {amount:,.4g} {equal}')
   return results
@@ -142,7 +150,12 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
 def together(arm: arms.Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh, asked: str) -> bool:
   """Whether to train the seeds of an arm in one program: where that is faster, which is told."""
   run = arm.make()
-  if asked == 'never' or len(seeds) < 2 or not side_by_side.fits(run) or jax.process_count() > 1:
+  if asked == 'never' or len(seeds) < 2:
+    return False
+  if not side_by_side.fits(run) or jax.process_count() > 1:
+    if asked == 'always':
+      print(f'{arm.name}: its seeds are trained in turn; side by side go runs of one process without stages, patience, '
+            'guard and augmentation', flush=True)
     return False
   with jax.set_mesh(mesh):
     gain = side_by_side.faster(run, seeds)
@@ -152,11 +165,11 @@ def together(arm: arms.Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh, asked
   return chosen
 
 
-def steps_once(study: pathlib.Path, found: list[arms.Arm], equal: str, budget: float | None, mesh: jax.sharding.Mesh
-               ) -> tuple[list[arms.Arm], float]:
-  """As `arms.equal`; what was found before (seconds are measured) stays."""
+def steps_once(study: pathlib.Path, begun: bool, found: list[arms.Arm], equal: str, budget: float | None,
+               mesh: jax.sharding.Mesh) -> tuple[list[arms.Arm], float]:
+  """As `arms.equal`; what was found when the study was begun (seconds are measured) stays."""
   path = study / 'steps.json'
-  if path.exists():
+  if begun:
     before = json.loads(path.read_text())
     return [arm.with_steps(before['steps'][arm.name]) for arm in found], before['amount']
   found, amount = arms.equal(found, equal, budget, mesh)

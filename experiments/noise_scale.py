@@ -23,13 +23,15 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     best: take the best checkpoint by validation loss, not the newest.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
   """
+  if batches < 3:
+    raise ValueError(f'--batches={batches}: an interval needs 3 at least')
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = trained.load(workdir, best)
-    run, rows = loaded.run, rows or loaded.run.batch
+    run, rows = loaded.run, loaded.run.batch if rows is None else rows
     if rows < 1 or rows % devices.shape['data']:
       raise ValueError(f'--rows={rows} is not a multiple of the {devices.shape["data"]} devices of the mesh axis data')
     data = run.data.open(workdir, control=run.objective.control)
-    read, first = data.batches('train', run.objective, rows, run.seed), loaded.step * run.batch // rows
+    read, first = data.batches('train', run.objective, rows, run.seed), run.schedule.rows_before(loaded.step) // rows
     names = jax.eval_shape(loaded.model.init, jax.random.key(0))
     constants = {name: value for name, value in loaded.params.items() if name not in names}
     gradient = noise.gradient_of(loaded.model.apply, run.objective, constants)

@@ -8,6 +8,8 @@ documents of its arm.
 import functools
 import pathlib
 
+import jax
+
 from lm import arms, launch, optim, plot, schedules, sharding, train
 from lm.data import augment, corpora, dataset, source, tokenizer
 from lm.models import stack, transformer
@@ -64,8 +66,12 @@ def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
     workdir: where the runs live; what was stopped goes on from there.
   """
   found, mesh = arms.arms(arms.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    for arm in found:   # what does not go together says so before anything runs
+      train.check(arm.make(seed), mesh)
   for arm in found:
-    arm.make(seed)   # what does not go together says so before anything runs
+    if not arms.begun(workdir / arm.name, 'arm.json', arm.knobs):
+      arms.begin(workdir / arm.name, 'arm.json', arm.knobs)
   curves = {}
   lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']
   for i, arm in enumerate(found):

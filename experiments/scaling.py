@@ -47,7 +47,11 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 120
           for size, steps in [*rungs, (next_size, next_budget)]]
   with jax.set_mesh(devices):
     places = [place(arm.make(seed), devices) for arm in runs]
-  arms.check_same(workdir, 'scaling.json', {'experiment': experiment.name, 'common': common, 'seed': seed})
+    if early := [arm.name for arm in runs if arm.make(seed).patience]:
+      raise ValueError(f'{early[0]} has a patience, and a law is of runs that train to their end; leave it out')
+  asked = {'experiment': experiment.name, 'common': common, 'seed': seed}
+  if not arms.begun(workdir, 'scaling.json', asked):
+    arms.begin(workdir, 'scaling.json', asked)
   points = []
   for i, (arm, (n, d)) in enumerate(zip(runs[:-1], places)):
     print(f'\n--- run {i + 1} of {len(runs)}: {arm.name}, N = {n:,.0f}, D = {d:,.0f}', flush=True)
@@ -74,9 +78,8 @@ def name(size: str, steps: int) -> str:
 
 def place(run: train.Run, mesh: jax.sharding.Mesh) -> tuple[float, float]:
   """(N, D): FLOPs a token over 6, and tokens."""
-  tokens = run.batch * run.data.length
   plain = arms.cost(run, 'flops', mesh, optimizer=False)
-  return plain / tokens / 6, float(run.steps * tokens)
+  return plain / arms.cost(run, 'tokens', mesh) / 6, float(run.schedule.tokens_before(run.steps))
 
 
 def loss(study: pathlib.Path, arm: arms.Arm, seed: int, mesh: jax.sharding.Mesh) -> float:

@@ -7,6 +7,8 @@ Each trial is a run of its own in the workdir; a sweep that was stopped goes on.
 """
 import math
 import pathlib
+import shlex
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -23,7 +25,8 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   """Trains an experiment with many knobs.
 
   Args:
-    knobs: what is searched, as 'lr=1e-4:1e-2:log; batch=8,16,32', ranges or lists.
+    knobs: what is searched, as 'lr=1e-4:1e-2:log; batch=8,16,32', ranges or lists; the first values of all have to go
+      together, other combinations that do not have no result.
     common: the other knobs, as 'layers=2 width=128'.
     experiment: the script whose function `experiment` makes the runs.
     method: all combinations of listed values, points at random, or points at random of which only the best third goes
@@ -34,19 +37,25 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
     workdir: where the runs live; one that was stopped goes on from there.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
   """
+  if trials is not None and trials < 1:
+    raise ValueError(f'--trials={trials}: take one at least')
   function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
-  convert = lambda name, value: arms.knobs(function, f'{common} {name}={value}')[name]
-  found = search.space(knobs, convert)
+  found = search.space(knobs, lambda name, value: arms.knobs(function, f'{common} {written({name: value})}')[name])
+  size = search.combinations(found) if method == 'grid' else None
+  trials = min(trials or size or 20, size or math.inf)
+  first = {name: values.values[0] if isinstance(values, search.Choice) else repr(values.low)
+           for name, values in found.items()}
   with jax.set_mesh(devices):
-    train.check(arms.Arm('', function, arms.knobs(function, common)).make(seed), devices)
-  arms.check_same(workdir, 'sweep.json', {'experiment': experiment.name, 'knobs': knobs, 'common': common,
-                                          'method': method, 'metric': metric, 'seed': seed})
+    train.check(arms.Arm('', function, arms.knobs(function, f'{common} {written(first)}')).make(seed), devices)
+  settings = {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method, 'metric': metric,
+              'seed': seed}
+  begun = arms.begun(workdir, 'sweep.json', settings)
   study = search.Study(workdir / 'trials.jsonl', found, method, seed)
-  trials = trials or study.size or 20
-  for asked in study.ask(min(trials, study.size or trials)):
-    written = ' '.join(f'{name}={value}' for name, value in asked.knobs.items())
-    print(f'\n--- trial {asked.number + 1} of {trials}: {written}', flush=True)
-    arm = arms.Arm(f'trial-{asked.number}', function, arms.knobs(function, f'{common} {written}'))
+  if not begun:
+    arms.begin(workdir, 'sweep.json', settings)
+  for asked in study.ask(trials):
+    print(f'\n--- trial {asked.number + 1} of {trials}: {written(asked.knobs)}', flush=True)
+    arm = arms.Arm(f'trial-{asked.number}', function, arms.knobs(function, f'{common} {written(asked.knobs)}'))
     try:
       asked.tell(value(arm, asked, metric, workdir, seed, devices))
     except (train.NotFinite, Impossible) as error:
@@ -56,6 +65,10 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   return study.done()
 
 
+def written(knobs: Mapping[str, str], before: str = '') -> str:
+  return ' '.join(f'{before}{name}={shlex.quote(value)}' for name, value in knobs.items())
+
+
 class Impossible(Exception):
   """Knobs that do not go together."""
 
@@ -63,10 +76,12 @@ class Impossible(Exception):
 def value(arm: arms.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path, seed: int, mesh: jax.sharding.Mesh
           ) -> float:
   try:
-    every = arm.make(seed).evaluate_every
+    run = arm.make(seed)
+    with jax.set_mesh(mesh):
+      train.check(run, mesh)
   except ValueError as error:
     raise Impossible(error) from None
-  watch = lambda step, metrics: asked.report(-(-step // every), metrics[metric])
+  watch = lambda step, metrics: asked.report(-(-step // run.evaluate_every), metrics[metric])
   return arms.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
 
 
@@ -79,7 +94,7 @@ def report(done: list[search.Trial], knobs: search.Space, metric: str, workdir: 
   print('\n' + '\n'.join(lines))
   atomic.write(workdir / 'sweep.md', '\n'.join(lines) + '\n')
   plot.sweep(workdir / 'sweep.png', [(t.knobs, t.value, t.pruned) for t in done], metric)
-  best = ' '.join(f'--{name}={value}' for name, value in done[0].knobs.items())
+  best = written(done[0].knobs, '--') if math.isfinite(done[0].value) else 'none, no trial has a result'
   print(f'\nthe best: {best}\nwritten to {workdir}: sweep.md, sweep.png, and a folder for each trial')
 
 

@@ -3,10 +3,13 @@
 A study is a folder: `<study>/<name>/seed-<n>` is the workdir of a run, as any other; runs whose data are the same share
 `<study>/data-<...>`, by links. What is done is not done again.
 """
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -18,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import atomic, budget, evaluate, flops, launch, optim, schedules, side_by_side, track, train
+from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, side_by_side, track, train
 from lm.data.batches import Room
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -32,8 +35,8 @@ class Arm:
   knobs: dict[str, Any]
 
   def make(self, seed: int = 0, **knobs: Any) -> train.Run:
-    """The run with these knobs in place of the arm's own."""
-    return dataclasses.replace(self.function(**{**self.knobs, **knobs}), seed=seed)
+    """The run with these knobs in place of the arm's own. ValueError for adapters without parameters under them."""
+    return lora.start_from(dataclasses.replace(self.function(**{**self.knobs, **knobs}), seed=seed), None)
 
   def with_steps(self, steps: int) -> 'Arm':
     return dataclasses.replace(self, knobs={**self.knobs, 'steps': steps})
@@ -43,7 +46,8 @@ def experiment(script: pathlib.Path) -> Callable[..., train.Run]:
   """The function `experiment` of a script. FileNotFoundError or ValueError where there is none."""
   if not script.is_file():
     raise FileNotFoundError(f'there is no script {script}; --experiment takes a file such as experiments/pretrain.py')
-  spec = importlib.util.spec_from_file_location(script.stem, script)
+  if (spec := importlib.util.spec_from_file_location(script.stem, script)) is None:
+    raise ValueError(f'{script} is no script of Python; --experiment takes a file such as experiments/pretrain.py')
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module
   if (folder := str(script.resolve().parent)) not in sys.path:
@@ -59,13 +63,17 @@ def knobs(function: Callable[..., Any], text: str) -> dict[str, Any]:
 
   ValueError for a knob that does not exist, with the nearest one, or a value that is none.
   """
-  words = [word if word.startswith('--') else f'--{word}' for word in shlex.split(text)]
+  try:
+    words = [word if word.startswith('--') else f'--{word}' for word in shlex.split(text)]
+  except ValueError as error:
+    raise ValueError(f'knobs {text.strip()!r}: {error}') from None
   if help := [word for word in words if word.lstrip('-') in ('help', 'helpfull', 'debug')]:
     raise ValueError(f'{help[0]} is no knob of an experiment')
   try:
     (found,), _ = launch.parse([function], ['', *words])
   except launch.flags.Error as error:
-    raise ValueError(f'in {text!r}: {error}') from None
+    lists = f'{pathlib.Path(inspect.getfile(function)).name} --help lists all'
+    raise ValueError(str(error).replace('--help lists all', lists)) from None
   return found
 
 
@@ -75,70 +83,122 @@ def arms(function: Callable[..., Any], text: str, common: str = '') -> list[Arm]
   for part in filter(str.strip, text.split(';')):
     name, colon, own = part.partition(':')
     name = name.strip()
-    if not colon or not name or '/' in name or name.startswith('.') or name in [arm.name for arm in found]:
+    plain = name.isprintable() and not set(name) & set('/|') and not name.startswith('.')
+    if not colon or not name or not plain or name in [arm.name for arm in found]:
       raise ValueError(f"arm {part.strip()!r}: write 'name: knob=value knob=value; other: ...', each name once, "
-                       'without /')
+                       'without / and |')
     found.append(Arm(name, function, knobs(function, f'{common} {own}')))
   if not found:
     raise ValueError("there are no arms; write 'name: knob=value knob=value; other: ...'")
   return found
 
 
-def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = True) -> float:
-  """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products, with the optimizer's or without."""
+def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = True,
+         shape: tuple[int, int] | None = None) -> float:
+  """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products, with the optimizer's or without.
+
+  After the stages, or of a batch of another shape [B, T].
+  """
   if unit == 'flops':
     run = run if optimizer else dataclasses.replace(run, optimizer=optax.identity())
     constants = train.abstract_constants(run)
-    return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)), train.abstract_batch(run, mesh),
-                       constants)
-  return {'steps': 1., 'tokens': float(run.batch * run.data.length)}[unit]
+    return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)),
+                       train.abstract_batch(run, mesh, shape), constants)
+  return {'steps': 1., 'tokens': float(math.prod(shape or (run.batch, run.data.length)))}[unit]
+
+
+def spending(run: train.Run, unit: str, mesh: jax.sharding.Mesh) -> Callable[[int], float]:
+  """The cost of so many first steps, in `unit`, with each stage at its own."""
+  stages = [(stage.until, cost(run, unit, mesh, shape=run.schedule.shape(stage.until - 1))) for stage in run.stages]
+  last = cost(run, unit, mesh)
+
+  def spent(steps):
+    total = done = 0
+    for until, each in stages:
+      total += (min(steps, until) - done) * each
+      done = min(steps, until)
+    return total + (steps - done) * last
+  return spent
 
 
 def equal(found: list[Arm], unit: str, amount: float | None, mesh: jax.sharding.Mesh) -> tuple[list[Arm], float]:
   """The arms with as many steps as cost the same: `amount` of a unit (steps, tokens, flops, seconds), or what the first
   arm costs as it is.
 
-  ValueError where an experiment has no knob `steps`, or an arm gets no step.
+  Stages keep their steps, at their own cost. ValueError where an experiment has no knob `steps`, or an arm gets no step
+  or fewer than its knobs need.
   """
   if 'steps' not in found[0].knobs:
     raise ValueError('the experiment has no knob `steps`, by which arms could be given equal compute; add one')
   if unit == 'seconds':
-    if amount is None:
-      raise ValueError('equal seconds need a --budget in seconds, such as 60')
-    return [arm.with_steps(budget.fit(lambda steps, arm=arm: arm.make(steps=steps), amount / 60).steps)
-            for arm in found], amount
+    if amount is None or not amount > 0:
+      raise ValueError(f'--equal=seconds needs a --budget above 0 in seconds, such as 60, not {amount}')
+    if staged := [arm.name for arm in found if arm.make().stages]:
+      raise ValueError(f'--equal=seconds measures steps that are all alike, and {staged[0]} begins with smaller ones; '
+                       'leave out its warm-up of batch and length, or take equal tokens or flops')
+    counts = [budget.fit(lambda steps, arm=arm: arm.make(steps=steps), amount / 60).steps for arm in found]
+    return list(map(fitted, found, counts)), amount
   if amount is None:
     first = found[0].make()
-    amount = first.steps * cost(first, unit, mesh)
+    amount = spending(first, unit, mesh)(first.steps)
   counts = []
   for arm in found:
-    steps = round(amount / cost(arm.make(), unit, mesh))
-    if steps < 1:
+    run = arm.make()
+    step = cost(run, unit, mesh)
+    saved = run.steps * step - spending(run, unit, mesh)(run.steps) if run.stages else 0.   # by smaller first steps
+    counts.append(round((amount + saved) / step))
+    if counts[-1] < 1:
       raise ValueError(f'--budget={amount:g} {unit} are less than a step of {arm.name}; raise it')
-    counts.append(arm.with_steps(steps))
-  return counts, amount
+  return list(map(fitted, found, counts)), amount
+
+
+def fitted(arm: Arm, steps: int) -> Arm:
+  """The arm with so many steps; ValueError where its other knobs do not go with them."""
+  try:
+    arm.make(steps=steps)
+  except ValueError as error:
+    raise ValueError(f'{arm.name} gets {steps:,} steps, and {error}') from None
+  return arm.with_steps(steps)
 
 
 def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
        watch: Callable[[int, dict[str, float]], bool] | None = None) -> tuple[train.Run, pathlib.Path, train.Result]:
-  """Trains an arm, from where it was left, in a workdir of its own; KeyboardInterrupt where it was asked to stop."""
+  """Trains an arm, from where it was left, in a workdir of its own.
+
+  KeyboardInterrupt where it was asked to stop, but by `watch`.
+  """
+  left = False
+
+  def watching(step, metrics):
+    nonlocal left
+    left = watch is not None and watch(step, metrics)
+    return left
+
   workdir = study / arm.name / f'seed-{seed}'
   share_data(study, workdir, arm.make(seed))
-  run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watch)
-  if not result.finished and not (watch and result.step % run.evaluate_every == 0):
+  run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watching)
+  if not result.finished and not left:
     raise KeyboardInterrupt
   return run, workdir, result
 
 
 def go_together(study: pathlib.Path, arm: Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh
                 ) -> list[tuple[train.Run, pathlib.Path, train.Result]]:
-  """As `go` of each seed, in one program: see `side_by_side`."""
+  """As `go` of each seed, in one program: see `side_by_side`. All are `fresh`."""
   workdirs = [study / arm.name / f'seed-{seed}' for seed in seeds]
-  for seed, workdir in zip(seeds, workdirs):
-    share_data(study, workdir, arm.make(seed))
-    launch.record(arm.function, arm.knobs, workdir, mesh, seed=seed)
-  results = side_by_side.go(arm.make(), seeds, workdirs, mesh)
+  script = pathlib.Path(inspect.getfile(arm.function)).name
+  with contextlib.ExitStack() as claims:
+    for seed, workdir in zip(seeds, workdirs):
+      share_data(study, workdir, arm.make(seed))
+      claims.enter_context(records.claim(workdir, script))
+      launch.record(arm.function, arm.knobs, workdir, mesh, seed=seed)
+    results = side_by_side.go(arm.make(), seeds, workdirs, mesh)
   return [(arm.make(seed), workdir, result) for seed, workdir, result in zip(seeds, workdirs, results)]
+
+
+def fresh(study: pathlib.Path, arm: Arm, seed: int) -> bool:
+  """Whether nothing of a run was saved."""
+  return not any((study / arm.name / f'seed-{seed}' / 'checkpoints').glob('[0-9]*'))
 
 
 def share_data(study: pathlib.Path, workdir: pathlib.Path, run: train.Run) -> None:
@@ -157,20 +217,35 @@ def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
     (workdir / 'data').symlink_to(os.path.relpath(data, workdir), target_is_directory=True)
 
 
-def check_same(study: pathlib.Path, name: str, settings: Any) -> None:
-  """ValueError where `<study>/<name>` holds other settings; else it holds these."""
-  path, now = study / name, json.loads(json.dumps(settings, default=str))
-  if path.exists():
-    try:
-      before = json.loads(path.read_text())
-    except ValueError:
-      raise ValueError(f'{path} is damaged; delete it, or choose another --workdir') from None
-    if lines := differences(before, now):
-      raise ValueError(f'{path.parent} was begun with other settings; choose another --workdir, or the same ones\n  '
-                       + '\n  '.join(lines))
-  else:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, json.dumps(now, indent=2))
+def begun(study: pathlib.Path, name: str, settings: Any) -> bool:
+  """Whether `<study>/<name>` holds these settings, and not none yet: `begin` writes them.
+
+  ValueError where it holds others, or the study is the workdir of a run; OSError where it cannot be written.
+  """
+  records.make(study)
+  if records.read(study):
+    raise ValueError(f'{study} is the workdir of a run; choose another --workdir')
+  path = study / name
+  if not path.exists():
+    return False
+  try:
+    before = json.loads(path.read_text())
+  except ValueError:
+    raise ValueError(f'{path} is damaged; delete it, or choose another --workdir') from None
+  if lines := differences(before, _as_json(settings)):
+    more = [f'... and {len(lines) - 6} more'] if len(lines) > 6 else []
+    raise ValueError(f'{study} was begun with other settings; choose another --workdir, or the same ones\n  '
+                     + '\n  '.join([*lines[:6], *more]))
+  return True
+
+
+def begin(study: pathlib.Path, name: str, settings: Any) -> None:
+  """Writes the settings down, once all that can be checked is: those of a study that was refused are not kept."""
+  atomic.write(study / name, json.dumps(_as_json(settings), indent=2))
+
+
+def _as_json(settings: Any) -> Any:
+  return json.loads(json.dumps(settings, default=str))
 
 
 def score(run: train.Run, result: train.Result, objective: Objective) -> dict[str, float]:

@@ -35,18 +35,23 @@ def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
   return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
 
 
-@contextlib.contextmanager
-def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
-  """Makes the workdir, and keeps other processes from training in it.
-
-  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
-  """
+def make(workdir: pathlib.Path) -> None:
+  """Makes the workdir; OSError if it cannot be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
       raise PermissionError(None, 'permission denied')
   except OSError as error:
     raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
+
+
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
+  """Makes the workdir, and keeps other processes from training in it.
+
+  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
+  """
+  make(workdir)
   for earlier in read(workdir)[-1:]:
     if earlier.get('script', script) != script:
       raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '

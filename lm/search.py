@@ -1,5 +1,6 @@
 """Search over the knobs of an experiment, by Optuna, whose journal is a file: what was tried is not tried again."""
 import contextlib
+import csv
 import dataclasses
 import itertools
 import math
@@ -34,18 +35,22 @@ Space = dict[str, Choice | Range]
 
 
 def space(text: str, convert: Callable[[str, str], Any]) -> Space:
-  """Of 'lr=1e-4:1e-2:log; batch=8,16,32': choices, or the ends of a range, on a log scale or not.
+  """Of 'lr=1e-4:1e-2:log; batch=8,16,32': choices, or the ends of a range, on a log scale or not. Choices that hold a
+  comma or a colon are quoted, as in "milestones='100,200','150'".
 
   `convert(name, value)` gives what a knob makes of a text, and raises ValueError where there is no such knob.
   """
   found: Space = {}
   for part in filter(None, map(str.strip, text.split(';'))):
     name, given, values = (word.strip() for word in part.partition('='))
-    low, *rest = values.split(':')
+    low, *rest = [values] if "'" in values else values.split(':')
     if not given or not values or name in found or len(rest) > 2 or rest[1:] not in ([], ['log']):
-      raise ValueError(f"knob {part!r}: write 'lr=1e-4:1e-2:log' or 'batch=8,16,32', each once, with ; between them")
+      raise ValueError(f"knob {part!r}: write 'lr=1e-4:1e-2:log' or 'batch=8,16,32', each once, with ; between them; "
+                       "quote values that hold , or :, as in name='1,2','3:4'")
     if not rest:
-      choices = tuple(value.strip() for value in values.split(','))
+      choices = tuple(value.strip() for value in next(csv.reader([values], quotechar="'", skipinitialspace=True)))
+      if len(set(choices)) < len(choices):
+        raise ValueError(f'knob {part!r}: list each value once')
       for value in choices:
         convert(name, value)
       found[name] = Choice(choices)
@@ -59,6 +64,14 @@ def space(text: str, convert: Callable[[str, str], Any]) -> Space:
   if not found:
     raise ValueError("there are no knobs to search; write 'lr=1e-4:1e-2:log; batch=8,16,32'")
   return found
+
+
+def combinations(knobs: Space) -> int:
+  """In a grid; ValueError where a knob is a range."""
+  if ranges := [name for name, values in knobs.items() if isinstance(values, Range)]:
+    raise ValueError(f'a grid needs the values of {", ".join(ranges)}, such as {ranges[0]}=1e-3,3e-3,1e-2; or take '
+                     '--method=random')
+  return math.prod(len(values.values) for values in knobs.values())
 
 
 class Trial(NamedTuple):
@@ -90,15 +103,13 @@ class Study:
     self._study = optuna.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
     # Of a search that goes on, other points than before.
     self._study.sampler = optuna.samplers.RandomSampler(seed + len(self._study.trials))
+    self.size = combinations(knobs) if method == 'grid' else None
     if method == 'grid':
-      if ranges := [name for name, values in knobs.items() if isinstance(values, Range)]:
-        raise ValueError(f'a grid needs the values of {", ".join(ranges)}, such as {ranges[0]}=1e-3,3e-3,1e-2')
       # Not Optuna's GridSampler, which cannot be asked for a trial and told of it.
       for values in itertools.product(*(k.values for k in knobs.values())):
         self._study.enqueue_trial(dict(zip(knobs, values)), skip_if_exists=True)
     self._study.pruner = (optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
                           if method == 'halving' else optuna.pruners.NopPruner())
-    self.size = math.prod(len(k.values) for k in knobs.values()) if method == 'grid' else None
 
   def ask(self, trials: int) -> Iterator['Asked']:
     """Trials to run until so many are done; first those that were stopped."""
@@ -111,8 +122,9 @@ class Study:
   def done(self) -> list[Trial]:
     """The best first; those that were pruned last."""
     states = self._optuna.trial.TrialState
-    found = [Trial(t.number, t.params, t.value, max(t.intermediate_values, default=0), t.state == states.PRUNED)
-             for t in self._study.get_trials(states=[states.COMPLETE, states.PRUNED])]
+    trials = self._study.get_trials(states=[states.COMPLETE, states.PRUNED])
+    found = [Trial(t.number, {name: str(value) for name, value in t.params.items()}, t.value,
+                   max(t.intermediate_values, default=0), t.state == states.PRUNED) for t in trials]
     return sorted(found, key=lambda t: (t.pruned, t.value))
 
 

@@ -1,4 +1,5 @@
 """Comparisons, sweeps and ladders of a small experiment: resumed, refused, and what they find."""
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import pytest
 from train_test import compiled_once  # noqa: F401  (a fixture)
 
 from lm import arms, search
+from lm.data import stages
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'experiments'))
 import compare  # noqa: E402
@@ -90,7 +92,7 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('equal,budget,steps', [
-    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), ('flops', 8, (8, 1))])
+    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), ('flops', 16, (16, 2))])
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = arms.experiment(script)
   found = arms.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
@@ -206,3 +208,54 @@ def test_arms_are_runs_of_their_own(script, tmp_path):
   (tmp_path / 'empty.py').write_text('')
   with pytest.raises(ValueError, match='has no function `experiment`'):
     arms.experiment(tmp_path / 'empty.py')
+
+
+def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
+  study, text = tmp_path / 'study', 'a: ; b: lr=0.1'
+  with pytest.raises(ValueError, match='--equal=seconds needs a --budget above 0'):
+    compared(script, study, text, equal='seconds')
+  with pytest.raises(ValueError, match='b gets 1 steps, and a warm-up of 1 steps does not fit'):
+    compared(script, study, 'a: ; b: batch=48', equal='tokens')
+  assert set(compared(script, study, text, seeds=2)) == {'a', 'b'}   # by other settings than those
+  with pytest.raises(ValueError, match='a grid needs the values of lr'):
+    swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1')
+  assert len(swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1', method='random', trials=1)) == 1
+
+
+def test_seeds_side_by_side_that_were_killed_after_they_were_saved_are_not_trained_again(script, tmp_path, monkeypatch):
+  study, text, finish, trained = tmp_path / 'study', 'a: ; b: lr=0.1', compare.finish, []
+
+  def killed(*_):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(compare, 'finish', killed)
+  with pytest.raises(KeyboardInterrupt):
+    compared(script, study, text, seeds=2, seeds_together='always')
+  monkeypatch.setattr(compare, 'finish', lambda *args: trained.append(args[2].start) or finish(*args))
+  results = compared(script, study, text, seeds=2, seeds_together='always')
+  assert trained == [0, 0, 6, 6]   # b anew, side by side; a from its end
+  assert [len(result['curve']) for result in results['a']] == [3, 3]
+
+
+def test_stages_cost_what_they_read(script, tmp_path):
+  class Staged(arms.Arm):
+    def make(self, seed=0, **knobs):
+      run = super().make(seed, **knobs)
+      return dataclasses.replace(run, stages=stages.stages([(4, 8)], [], run.batch, run.data.length))
+  plain, late = arms.arms(arms.experiment(script), 'plain: ; late: batch=16 steps=8')
+  late = Staged(late.name, late.function, late.knobs)
+  mesh = compare.sharding.make_mesh('8x1')
+  with compare.jax.set_mesh(mesh):
+    for unit in ('tokens', 'flops'):
+      spent = arms.spending(late.make(), unit, mesh)
+      assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
+      given, amount = arms.equal([plain.with_steps(12), late], unit, None, mesh)
+      assert [arm.knobs['steps'] for arm in given] == [12, 8] and amount == spent(8)
+    with pytest.raises(ValueError, match='late begins with smaller ones'):
+      arms.equal([plain, late], 'seconds', 1., mesh)
+
+
+def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(arms.launch, 'start', lambda function, knobs, *_, **more: (
+      function(**knobs), arms.train.Result(2, 0, None, None, None, {'bits_per_byte': 1.}, False, None)))
+  with pytest.raises(KeyboardInterrupt):
+    swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')

@@ -45,7 +45,7 @@ class TokenDropout(Augmentation):
   token: str | None = '<|mask|>'
 
   def __post_init__(self):
-    _check_share('rate', self.rate)
+    _check_share(self)
 
   def check(self, tokenizer):
     if self.token is not None:
@@ -68,7 +68,7 @@ class SpanDeletion(Augmentation):
   mean_span: float = 3.
 
   def __post_init__(self):
-    _check_share('rate', self.rate)
+    _check_share(self)
     if self.mean_span < 1:
       raise ValueError(f'mean_span={self.mean_span} is less than a token')
 
@@ -95,7 +95,7 @@ class Shuffle(Augmentation):
 
   def __post_init__(self):
     if not 0 <= self.rate <= 1:
-      raise ValueError(f'rate={self.rate} is not a share between 0 and 1')
+      raise ValueError(f'Shuffle: rate={self.rate} is not a share between 0 and 1')
     if self.size is not None and self.size < 1:
       raise ValueError(f'size={self.size} is less than a token')
 
@@ -123,7 +123,7 @@ class SubwordSampling(Augmentation):
 
   def __post_init__(self):
     if not 0 < self.alpha <= 1:
-      raise ValueError(f'alpha={self.alpha} is not above 0 and at most 1')
+      raise ValueError(f'SubwordSampling: alpha={self.alpha} is not above 0 and at most 1')
     if not self.ratio >= 1:
       raise ValueError(f'ratio={self.ratio} is less than 1')
 
@@ -176,9 +176,9 @@ def _augmented(form: Form, augmentations: Sequence[Augmentation]) -> Form:
   return form._replace(example=example, room=Room(room.ratio * ratio, room.extra, source, room.source_extra))
 
 
-def _check_share(name: str, rate: float) -> None:
-  if not 0 <= rate < 1:
-    raise ValueError(f'{name}={rate} is not in [0, 1)')
+def _check_share(augmentation: TokenDropout | SpanDeletion) -> None:
+  if not 0 <= augmentation.rate < 1:
+    raise ValueError(f'{type(augmentation).__name__}: rate={augmentation.rate} is not in [0, 1)')
 
 
 @functools.lru_cache(maxsize=4)
