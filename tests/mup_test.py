@@ -1,4 +1,8 @@
 """The coordinate check (Yang et al. 2022): how much each activation changes in a few steps, over width and depth."""
+import dataclasses
+import importlib
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -6,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import groups, optim
+from lm import groups, optim, sharding, train
 from lm.data.batches import Batch
 from lm.models import mup, stack, transformer
 from lm.objectives.next_token import next_token
@@ -114,3 +118,23 @@ def test_each_matrix_has_its_factor():
   assert {block['attention'][name] for name in ('query', 'key', 'value')} == {1 / 4}
   assert block['feed_forward']['up'] == block['feed_forward']['gate'] == 1 / 4
   assert block['attention']['out'] == block['feed_forward']['down'] == pytest.approx(1 / 12)
+
+
+@pytest.mark.slow
+def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_text(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'experiments')
+  experiment, rates = importlib.import_module('mup').experiment, (4e-3, 1.6e-2, 6.4e-2)
+  mesh, best = sharding.make_mesh('1x1', jax.devices()[:1]), {}
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    with jax.set_mesh(mesh):
+      for width in (64, 256):
+        losses = {}
+        for rate in rates:
+          run = experiment(width=width, lr=rate)
+          run = dataclasses.replace(run, data=dataclasses.replace(run.data, folder=tmp_path / 'data'))
+          losses[rate] = train.train(run, tmp_path / f'{width}-{rate}', mesh).metrics['bits_per_byte']
+        best[width] = min(losses, key=losses.get)
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
+  assert best[64] == best[256] == 1.6e-2
