@@ -20,8 +20,8 @@ COMMON = ('layers=2 vocab=1024 length=128 batch=8 optimizer=muon lr=0.015 schedu
           'evaluate_batches=none')
 
 
-def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (150, 300, 600, 1200),
-           next_size: str = 'width=192 heads=3', next_budget: int = 1200, common: str = COMMON,
+def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800),
+           next_size: str = 'width=192 heads=3', next_budget: int = 800, common: str = COMMON,
            experiment: pathlib.Path = SCRIPT, seed: int = 0,
            workdir: pathlib.Path = pathlib.Path('runs/scaling'), mesh: str | None = None) -> None:
   """Fits a scaling law and tests it.
