@@ -2,7 +2,11 @@
 
   python experiments/mup.py
 
-A model is trained at each width and rate on Python's library, some steps each.
+A model is trained at each width and rate on Python's library, 100 steps of 1,024 tokens each, one seed, where 0.05
+bits per byte are noise; 16 minutes on 2 CPU cores. With muP the curves of widths 64 to 512 lie within 0.03 of one
+another up to 4e-3, and are lowest at 1.6e-2 (64, 256) or 3.2e-2 (128, 512): at 512, the best rate of 64 costs 0.07.
+With the standard parametrisation the best rate falls from 1.6e-2 at width 64 to 4e-3 at 512, where that of 64 costs
+0.24.
 """
 import functools
 import math

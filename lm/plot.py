@@ -88,6 +88,10 @@ def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[fl
       axes.plot(*zip(*points), '.-', color=f'C{i % 10}', linewidth=1.4, markersize=4, label=name)
       axes.plot(*min(points, key=lambda point: point[1]), 'o', color=f'C{i % 10}', markersize=8)
     axes.set(title=title, xlabel=x, xscale='log' if log else 'linear')
+    if log:
+      at = sorted({point[0] for points in named.values() for point in points})
+      axes.set_xticks(at, [f'{value:g}' for value in at])
+      axes.minorticks_off()
   found[0].set(ylabel=y)
   _finish(figure, png, found)
 
