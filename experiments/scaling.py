@@ -3,7 +3,10 @@
   python experiments/scaling.py
 
 L(N, D) = E + A / N^alpha + B / D^beta is fitted to the validation losses; N is the FLOPs that a token costs, over 6,
-which counts the head and attention too, and is about the number of parameters in large models.
+which counts the head and attention too, and is about the number of parameters in large models. 17 runs in 7 minutes on
+2 CPU cores: L = 1.934 + 93.4 / N^0.381 + 668 / D^0.490, with E anywhere in [0, 2.8]; predicted for N = 1.2 M and D =
+0.82 M 3.233 [3.073, 3.473], and the outcome 3.457: inside, at its upper end. One rate for all widths costs the larger
+ones: the fourth size, too, ends 0.16 above the law.
 """
 import json
 import math

@@ -120,7 +120,7 @@ def program(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'lm.train', train := types.ModuleType('lm.train'))
   monkeypatch.setattr(lm, 'train', train, raising=False)
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
-  train.train = lambda run, workdir, mesh: calls.append((run, workdir, mesh)) or 'result'
+  train.train = lambda run, workdir, mesh, watch: calls.append((run, workdir, mesh)) or 'result'
 
   def go(function, *argv, then=None):
     monkeypatch.setattr(sys, 'argv', ['script.py', f'--workdir={tmp_path / "run"}', *argv])

@@ -67,7 +67,7 @@ def test_a_comparison_of_seeds_in_one_program_says_so_and_finds_the_same(script,
   assert 'side by side' not in capsys.readouterr().out
   together = compared(script, tmp_path / 'together', text, seeds_together='always')
   out = capsys.readouterr().out
-  assert out.count('they are trained side by side') == 2 and '--- slow, seeds [0, 1, 2] side by side' in out
+  assert out.count('they are trained side by side') == 2 and '--- slow, seeds 0, 1, 2 side by side' in out
   for name in alone:
     values = [[r['values']['bits/byte'] for r in results[name]] for results in (alone, together)]
     np.testing.assert_allclose(*values, rtol=1e-4)
