@@ -103,6 +103,7 @@ def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   assert tuple(arm.knobs['steps'] for arm in given) == steps
 
 
+@pytest.mark.slow
 def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys):
   results = compared(script, tmp_path / 'study', 'next: ; prefix: objective=prefix', seeds=2, adapt=3)
   assert set(results['next'][0]['values']) == {'bits/byte', 'adapted bits/byte', 'infilling accuracy'}
@@ -161,6 +162,7 @@ def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_
   assert len(list((tmp_path / 'study').glob('trial-*'))) == 7
 
 
+@pytest.mark.slow
 def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
   done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
   assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
@@ -186,6 +188,7 @@ def test_whole_ranges_give_whole_numbers():
   assert type(found['width'].low) is int
 
 
+@pytest.mark.slow
 def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   scaling.ladder(sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
                  common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='8x1')

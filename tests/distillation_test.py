@@ -254,6 +254,7 @@ def run(made, model, constants=()):
                    evaluate_batches=1, constants=constants)
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_what_was_stored_and_its_validation_tells_the_divergence(tmp_path):
   top_k = TopK(4, V)
   configured = run(distil_stored(next_token(), top_k), llama())

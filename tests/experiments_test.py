@@ -100,7 +100,12 @@ def texts(tmp_path):
   return folder
 
 
-@pytest.mark.parametrize('name', names(experiments=True))
+# Those that are like another one, and lowered below.
+LIKE_ANOTHER = ('denoise', 'diffusion', 'infill', 'mup', 'overfit')
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in LIKE_ANOTHER else ())
+                                  for name in names(experiments=True)])
 def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
   monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
@@ -204,6 +209,7 @@ def test_preference_says_how_to_make_what_it_starts_from(scripts, tmp_path, monk
     scripts['preference'].experiment()
 
 
+@pytest.mark.slow
 def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, small, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
   monkeypatch.setattr(scripts['preference'], 'QUESTIONS', 2)

@@ -95,6 +95,7 @@ def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
   assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 30 - len(spikes)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_with_a_guard(tmp_path):
   guard = Guard(window=16, sigma=3., most=15)
   go(tmp_path / 'whole', SPIKING, guard=guard, save_every=13)

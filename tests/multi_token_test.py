@@ -181,6 +181,7 @@ def test_remat_changes_nothing():
                loss_and_grads(kept, params, batch), loss_and_grads(again, params, batch))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_on_a_mesh():
   model, batch, key = SEQUENTIAL, packed_batch(), jax.random.key(4)
   params = random_params(model)

@@ -77,6 +77,7 @@ def test_changes_do_not_depend_on_width(widths):
   assert np.abs(found).max() < 0.1
 
 
+@pytest.mark.slow
 def test_changes_grow_with_width_in_the_standard_parametrisation():
   found = slopes((64, 256), lambda width: transformer.llama(**wide(width), tied=False), lambda width: ())
   assert found[:, 1:3].min() > 0.2 and found[:, 3].min() > 0.5   # of the blocks, and of the logits

@@ -216,6 +216,7 @@ def test_kto_has_no_negative_baseline_and_no_gradient_through_it():
   assert not grad[batch.weights < 0].any() and grad[batch.weights > 0].any()
 
 
+@pytest.mark.slow
 def test_records_lie_side_by_side_once_an_epoch_in_any_company():
   records, made = pairs(40), OBJECTIVES['dpo']
   batches = packed(records, made, rows=4)

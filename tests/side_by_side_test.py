@@ -14,7 +14,7 @@ from lm.models import transformer
 SEEDS = (0, 7)
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '2x1'])
+@pytest.mark.parametrize('mesh', ['1x1', pytest.param('2x1', marks=pytest.mark.slow)])
 def test_seeds_side_by_side_are_the_runs_in_turn(tmp_path, mesh):
   together = [tmp_path / f'together-{seed}' for seed in SEEDS]
   with jax.set_mesh(on(mesh)):
@@ -61,6 +61,7 @@ def test_a_transformer_and_muon_under_vmap_take_the_steps_of_each_seed():
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), own, state.params)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_seeds_in_one_program_says_so_and_finds_the_same(script, tmp_path, capsys):   # noqa: F811
   text = 'slow: lr=1e-3; fast: lr=0.1'
   alone = compared(script, tmp_path / 'alone', text, seeds_together='never')
