@@ -48,13 +48,6 @@ def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib
   print(png)
 
 
-def _smooth(values: Sequence[float], half: int) -> list[float]:
-  """Centred mean over `2 * half + 1` values, fewer near the ends: unlike a running mean it does not lag."""
-  sums = [0.0, *itertools.accumulate(values)]
-  halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-  return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
-
-
 def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
   """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined."""
@@ -77,6 +70,7 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   right.set(ylabel=metric)
   _finish(figure, png, (left, right))
 
+
 def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,
           log: bool = False) -> None:
   """Points joined by lines, of each name, in panels beside one another that share their axes; the lowest is marked."""
@@ -94,24 +88,6 @@ def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[fl
       axes.minorticks_off()
   found[0].set(ylabel=y)
   _finish(figure, png, found)
-
-
-def _figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
-  try:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-  except ImportError:
-    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
-    return None
-  return Figure(figsize=size, dpi=144, layout='constrained')
-
-
-def _finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
-  for axes in panels:
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(frameon=False)
-  figure.savefig(png)
 
 
 def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bool]], metric: str) -> None:
@@ -138,13 +114,6 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
   _finish(figure, png, panels)
 
 
-def _number(value: Any) -> float | None:
-  try:
-    return float(value)
-  except (TypeError, ValueError):
-    return None
-
-
 def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law: Callable[..., Any],
             predicted: tuple[float, float, float, float, float], outcome: float) -> None:
   """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high) and its outcome."""
@@ -164,3 +133,35 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
   axes.plot([d], [outcome], '*', color='black', markersize=11, label='outcome')
   axes.set(xscale='log', xlabel='D (tokens)', ylabel='validation loss (nats per token)')
   _finish(figure, png, (axes,))
+
+
+def _smooth(values: Sequence[float], half: int) -> list[float]:
+  """Centred mean over `2 * half + 1` values, fewer near the ends: unlike a running mean it does not lag."""
+  sums = [0.0, *itertools.accumulate(values)]
+  halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+  return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
+
+
+def _figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
+  try:
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+  except ImportError:
+    print(f"no {png.name}: matplotlib is missing (pip install 'lm[plot]')")
+    return None
+  return Figure(figsize=size, dpi=144, layout='constrained')
+
+
+def _finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
+  for axes in panels:
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(frameon=False)
+  figure.savefig(png)
+
+
+def _number(value: Any) -> float | None:
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return None

@@ -1,5 +1,4 @@
 """Search over the knobs of an experiment, by Optuna, whose journal is a file: what was tried is not tried again."""
-import contextlib
 import csv
 import dataclasses
 import itertools
@@ -150,5 +149,4 @@ class Asked:
   def tell(self, value: float) -> None:
     import optuna
     state = optuna.trial.TrialState.PRUNED if self.pruned else optuna.trial.TrialState.COMPLETE
-    with contextlib.suppress(KeyError):
-      self._study.tell(self._trial, None if self.pruned else value, state=state)
+    self._study.tell(self._trial, None if self.pruned else value, state=state)

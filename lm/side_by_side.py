@@ -70,7 +70,7 @@ def go(run: train.Run, seeds: Sequence[int], workdirs: Sequence[pathlib.Path], m
   held_out = data[0].batches('validation', run.objective, run.batch, seed=0, repeat=False)
   evaluation = evaluate.make_step(run.model.apply, run.objective, data[0].tokenizer.byte_lengths())
   keys, step = keys_of(seeds), make_step(run)
-  states, metrics = init(run, keys), []
+  states, metrics, pending = init(run, keys), [], None
   with contextlib.ExitStack() as open_trackers:
     trackers = [open_trackers.enter_context(track.Tracker(
         workdir, run.steps, tokens_before=lambda n: n * len(seeds) * run.batch * run.data.length,
@@ -78,8 +78,12 @@ def go(run: train.Run, seeds: Sequence[int], workdirs: Sequence[pathlib.Path], m
     for done in range(1, run.steps + 1):
       rows = jax.tree.map(lambda *x: np.stack(x), *(make(done - 1) for make in batches))
       states, found = step(states, jax.device_put(rows, NamedSharding(mesh, P(None, 'data'))), keys)
-      _log(trackers, done, found)
+      if pending is not None:
+        _log(trackers, *pending)   # of the step before, while this one runs
+      pending = done, found
       if done == run.steps or done % run.evaluate_every == 0:
+        _log(trackers, *pending)
+        pending = None
         metrics = [evaluate.evaluate(evaluation, params, held_out, mesh, run.evaluate_batches)
                    for params in _params(states, len(seeds))]
         for tracker, values in zip(trackers, metrics):

@@ -1,20 +1,17 @@
 """Comparisons, sweeps and ladders of a small experiment: resumed, refused, and what they find."""
 import dataclasses
 import json
-import pathlib
 import re
-import sys
 
+import compare
 import pytest
-from train_test import compiled_once  # noqa: F401  (a fixture)
+import scaling
+import sweep
 
 from lm import arms, search
 from lm.data import stages
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'experiments'))
-import compare  # noqa: E402
-import scaling  # noqa: E402
-import sweep  # noqa: E402
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 SCRIPT = '''
 import dataclasses
@@ -44,13 +41,6 @@ def experiment(*, lr: float = 0.03, width: int = 8, steps: int = 6, batch: int =
 class Causal(Bigram):
   causal = True
 '''
-
-
-@pytest.fixture
-def script(tmp_path):
-  path = tmp_path / 'small.py'
-  path.write_text(SCRIPT)
-  return path
 
 
 def compared(script, study, text, **more):

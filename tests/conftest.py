@@ -7,6 +7,8 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_p
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny programs run once: they take longer to optimise than to run.
@@ -30,3 +32,50 @@ def pytest_terminal_summary(terminalreporter, config):
       cells = [found.get(column, '-') for column in columns]
       terminalreporter.write_line(f'{row:34}' + ''.join(
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+  """For tests that mostly run the same program: the second time it comes from the cache on disk."""
+  options = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
+             'jax_persistent_cache_min_compile_time_secs': 0., 'jax_persistent_cache_min_entry_size_bytes': -1}
+  before = {name: getattr(jax.config, name) for name in options}
+  for values in (options, before):
+    compilation_cache.reset_cache()
+    for name, value in values.items():
+      jax.config.update(name, value)
+    if values is options:
+      yield
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+  """A function that makes a run of `train_test` stop: asked to, after a step, or dead in the middle of one."""
+  from train_test import go, steps_kept
+
+  from lm.interrupt import Interrupt
+
+  def stop(at, dead=False, **changes):
+    def asked(self, step):
+      if dead and step == at:
+        raise InterruptedError('as if killed')
+      return step == at
+    with monkeypatch.context() as patch:
+      patch.setattr(Interrupt, 'asked', asked)
+      if dead:
+        with pytest.raises(InterruptedError):
+          go(tmp_path, **changes)
+      else:
+        result = go(tmp_path, **changes)
+        assert not result.finished and result.step == at == steps_kept(tmp_path)[-1]
+    return tmp_path
+  return stop
+
+
+@pytest.fixture
+def script(tmp_path):
+  """The file of a small experiment, whose runs take a second."""
+  from arms_test import SCRIPT
+  path = tmp_path / 'small.py'
+  path.write_text(SCRIPT)
+  return path

@@ -85,7 +85,7 @@ def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
     optimizer, params, found = optim.schedule_free(rate, clip=None), PARAMS, []
     state = optimizer.init(params)
     for i in range(4):
-      grads = jax.tree.map(lambda p: np.array(jax.random.normal(jax.random.key(i), p.shape)), PARAMS)  # noqa: B023
+      grads = jax.tree.map(lambda p, i=i: np.array(jax.random.normal(jax.random.key(i), p.shape)), PARAMS)
       updates, state = optimizer.update(grads, state, params)
       params = optax.apply_updates(params, updates)
       found.append(params)

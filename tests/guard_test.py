@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_test import RUN, Bigram, compiled_once, go, logged, same, saved, steps_kept  # noqa: F401
+from train_test import RUN, Bigram, go, logged, same, saved, steps_kept
 
 from lm import optim, schedules, train
 from lm.guard import Guard
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def by_hand(guard, losses, norms):

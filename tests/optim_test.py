@@ -149,7 +149,7 @@ def test_adafactor_bounds_and_scales_the_update_of_each_layer_by_itself():
   params, grad = draw(), draw()
   both = run(optim.adafactor(lambda step: 0.1), [grad, grad], params)[-1]['blocks']['0']['up']
   for layer in range(2):
-    one = jax.tree.map(lambda x: x[layer:layer + 1], (params, grad))  # noqa: B023
+    one = jax.tree.map(lambda x, layer=layer: x[layer:layer + 1], (params, grad))
     alone = run(optim.adafactor(lambda step: 0.1), [one[1], one[1]], one[0])[-1]['blocks']['0']['up']
     np.testing.assert_allclose(both[layer], alone[0], rtol=1e-6)
 

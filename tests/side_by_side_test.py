@@ -5,11 +5,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from arms_test import SCRIPT, compared, script  # noqa: F401  (a fixture)
-from train_test import RUN, compiled_once, go, logged, on, saved  # noqa: F401
+from arms_test import compared
+from train_test import RUN, go, logged, on, saved
 
 from lm import comparison, optim, schedules, side_by_side, train
 from lm.models import transformer
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 SEEDS = (0, 7)
 
@@ -62,7 +64,7 @@ def test_a_transformer_and_muon_under_vmap_take_the_steps_of_each_seed():
 
 
 @pytest.mark.slow
-def test_a_comparison_of_seeds_in_one_program_says_so_and_finds_the_same(script, tmp_path, capsys):   # noqa: F811
+def test_a_comparison_of_seeds_in_one_program_says_so_and_finds_the_same(script, tmp_path, capsys):
   text = 'slow: lr=1e-3; fast: lr=0.1'
   alone = compared(script, tmp_path / 'alone', text, seeds_together='never')
   assert 'side by side' not in capsys.readouterr().out

@@ -4,7 +4,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from train_test import RUN, Data, compiled_once, go, logged, on, same, saved, stopped  # noqa: F401  (fixtures)
+from train_test import RUN, Data, go, logged, on, same, saved
 
 from lm import track, train
 from lm.data.batches import Batch
@@ -12,6 +12,8 @@ from lm.data.stages import Schedule, Stage, Staged, cut, stages
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.objectives.objective import sequence_mean
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 STAGES = (Stage(2, 2, 8), Stage(3, 4, 8), Stage(4, 4, 4))   # then 8 rows of 16
 FIELDS = ('tokens', 'targets', 'weights', 'positions')
@@ -79,7 +81,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('at, mesh', [(2, '2x1'), (3, '4x1')])
-def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys):  # noqa: F811
+def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys):
   workdir = stopped(at, stages=STAGES, mesh=mesh)
   capsys.readouterr()
   assert go(workdir, stages=STAGES).finished

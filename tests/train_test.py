@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lm import checkpoint, evaluate, optim, schedules, sharding, track, train
 from lm.data.batches import Batch, special
@@ -24,6 +23,8 @@ from lm.interrupt import Interrupt
 from lm.models import layers, transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 TOKENIZER = Bytes(('<|a|>', '<|b|>'))
 V = TOKENIZER.vocab_size
@@ -77,20 +78,6 @@ RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_con
                 evaluate_every=3, save_every=2, keep=5)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  """Most of these tests run the same program: the second time it comes from the cache on disk."""
-  options = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
-             'jax_persistent_cache_min_compile_time_secs': 0., 'jax_persistent_cache_min_entry_size_bytes': -1}
-  before = {name: getattr(jax.config, name) for name in options}
-  for values in (options, before):
-    compilation_cache.reset_cache()
-    for name, value in values.items():
-      jax.config.update(name, value)
-    if values is options:
-      yield
-
-
 def on(mesh: str):
   return sharding.make_mesh(mesh, jax.devices()[:np.prod([int(n) for n in mesh.split('x')])])
 
@@ -129,26 +116,6 @@ def whole(tmp_path_factory):
   result = go(workdir)
   assert result.finished and result.step == 6
   return workdir
-
-
-@pytest.fixture
-def stopped(tmp_path, monkeypatch):
-  """A function that makes a run stop: asked to, after a step, or dead in the middle of one."""
-  def stop(at, dead=False, **changes):
-    def asked(self, step):
-      if dead and step == at:
-        raise InterruptedError('as if killed')
-      return step == at
-    with monkeypatch.context() as patch:
-      patch.setattr(Interrupt, 'asked', asked)
-      if dead:
-        with pytest.raises(InterruptedError):
-          go(tmp_path, **changes)
-      else:
-        result = go(tmp_path, **changes)
-        assert not result.finished and result.step == at == steps_kept(tmp_path)[-1]
-    return tmp_path
-  return stop
 
 
 @pytest.mark.parametrize('at, dead', [(3, False), (5, True)])
