@@ -47,6 +47,14 @@ def test_spikes_of_either_are_skipped_as_olmo_core_does():
   assert int(seen.skipped.sum()) == taken[-16:].count(False)
 
 
+def test_the_line_is_drawn_where_olmo_core_draws_it():
+  """So low a line that noise is on both of its sides: mean and deviation both count, also in a window not yet full."""
+  losses, norms = np.random.default_rng(1).normal(size=(2, 300)).astype('f4')
+  guard = Guard(window=16, sigma=1.2, most=15)
+  taken, seen = judged(guard, losses, norms)
+  assert taken == by_hand(guard, losses, norms) and 50 < taken.count(False) == int(seen.total) < 100
+
+
 @pytest.mark.parametrize('at', [0, 2, 30])
 def test_what_is_not_finite_is_skipped_and_not_remembered(at):
   losses = np.linspace(3, 2, 60)
