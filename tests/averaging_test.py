@@ -1,10 +1,13 @@
 """Averages of parameters against their closed forms, and which parameters are evaluated."""
+import dataclasses
+
 import jax
 import numpy as np
 import optax
 import pytest
+from train_test import RUN, Data, go, same, saved
 
-from lm import averaging, optim
+from lm import averaging, evaluate, optim, schedules, trained
 
 PARAMS = {'w': np.array([[1., -2.], [3., 0.5]], 'f4'), 'b_bias': np.array([0.3, -0.7], 'f4')}
 GRADS = [{k: np.random.default_rng(i).normal(size=p.shape).astype('f4') for k, p in PARAMS.items()} for i in range(5)]
@@ -74,3 +77,29 @@ def test_states_tell_of_their_averages_without_values(inner):
 def test_a_decay_that_does_not_average_is_refused(decay):
   with pytest.raises(ValueError, match=f'a decay of {decay} does not average'):
     averaging.averaged(optim.sgd(lambda step: 0.1), decay)
+
+
+class Loadable(Data):
+  def load_tokenizer(self, workdir):
+    return self.tokenizer
+
+
+@pytest.mark.parametrize('optimizer', [
+    averaging.averaged(optim.adamw(schedules.warmup_constant(0.05, 100, 2)), 0.9),
+    optim.schedule_free(schedules.warmup_constant(0.05, 100, 2))], ids=['moving', 'schedule_free'])
+def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimizer, tmp_path, monkeypatch):
+  run = dataclasses.replace(RUN, optimizer=optimizer, data=Loadable())
+  result = go(tmp_path, run)
+  state = saved(tmp_path, run)[1]
+  average = jax.tree.map(np.asarray, averaging.evaluated(state.opt_state, state.params))
+  assert not same(average, state.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, result.params)
+  step = evaluate.make_step(run.model.apply, run.objective, run.data.tokenizer.byte_lengths())
+  held_out = run.data.batches('validation', run.objective, run.batch, repeat=False)
+  with jax.set_mesh(result.mesh):
+    losses = [evaluate.evaluate(step, params, held_out, result.mesh, 20)['loss'] for params in (average, state.params)]
+    monkeypatch.setattr(trained, 'open_run', lambda workdir: run)
+    opened = trained.load(tmp_path)
+  assert result.metrics['loss'] == pytest.approx(losses[0], rel=1e-6)
+  assert result.metrics['loss'] != pytest.approx(losses[1], rel=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, opened.params)
