@@ -58,7 +58,10 @@ def told(study: pathlib.Path, arm: arms.Arm, seed: int) -> pathlib.Path:
 
 def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: jax.sharding.Mesh, equal: str,
            adapt: int, adapt_lr: float) -> None:
-  """Writes what is compared of a trained run; its curve is over shares of the compute that it was given."""
+  """Writes what is compared of a trained run; its curve is over shares of the compute that it was given.
+
+  NotFinite where something of it is.
+  """
   values = {}
   with jax.set_mesh(mesh):
     if is_next_token(run):
@@ -69,15 +72,18 @@ def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: ja
         short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
         values[name] = arms.score(short, adapted, objective)[metric]
     spent = arms.spending(run, equal if run.stages else 'steps', mesh)
+  if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+    raise train.NotFinite(f'its {bad[0]} is {values[bad[0]]}')
   curve = [(spent(step) / spent(run.steps), value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
   atomic.write(workdir / 'final.json', json.dumps({'values': values, 'curve': curve, 'steps': result.step}))
 
 
 def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
-  """Lines of Markdown: each arm beside the first. Lower is better, but for an accuracy."""
+  """Lines of Markdown: each arm beside the first of those that have the metric. Lower is better, but for an accuracy.
+  """
   sign = -1 if 'accuracy' in metric else 1
-  values = {name: [result['values'].get(metric) for result in results[name]] for name in names}
-  names = [name for name in names if None not in values[name]]
+  names = having(names, results, metric)
+  values = {name: [result['values'][metric] for result in results[name]] for name in names}
   has_curves = metric == 'bits/byte'
   titles = ['arm', metric, f'difference to {names[0]}', *(['where the other ends'] if has_curves else []), 'verdict']
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
@@ -94,6 +100,11 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
       sooner = [times(comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))]
     lines.append(f'| {" | ".join([name, str(own), str(difference), *sooner, str(verdict)])} |')
   return lines
+
+
+def having(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
+  """The arms that have a metric, for each seed."""
+  return [name for name in names if all(metric in result['values'] for result in results[name])]
 
 
 def times(sooner: comparison.Interval | None) -> str:
@@ -121,10 +132,8 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
     asked = {'experiment': experiment.name, 'arms': {arm.name: arm.knobs for arm in found}, 'equal': equal,
              'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
     begun = arms.begun(workdir, 'compare.json', asked)
+    arms.open_data(workdir, found, control=infill().control if adapt else ())
     found, amount = steps_once(workdir, begun, found, equal, budget, devices)
-    for arm in found if adapt else ():   # before anything is trained: whether the tokenizer has what infilling needs
-      arms.share_data(workdir, workdir / arm.name / 'seed-0', arm.make())
-      arm.make().data.open(workdir / arm.name / 'seed-0', control=infill().control)
   if not begun:
     arms.begin(workdir, 'compare.json', asked)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
@@ -134,14 +143,21 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
     if together(arm, fresh, devices, seeds_together):
       print(f'\n--- {arm.name}, seeds {", ".join(map(str, fresh))} side by side', flush=True)
       with jax.set_mesh(devices):
-        for done in arms.go_together(workdir, arm, fresh, devices):
-          finish(*done, devices, equal, adapt, adapt_lr)
-      missing[arm.name] = [seed for seed in missing[arm.name] if seed not in fresh]
+        try:
+          for done in arms.go_together(workdir, arm, fresh, devices):
+            finish(*done, devices, equal, adapt, adapt_lr)
+        except train.NotFinite as error:
+          print(f'{error}. Which seeds have a result is found in turn')
+      missing[arm.name] = [seed for seed in missing[arm.name] if not told(workdir, arm, seed).exists()]
   for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs
     for i, arm in enumerate(found):
       if seed in missing[arm.name]:
         print(f'\n--- run {seed * len(found) + i + 1} of {seeds * len(found)}: {arm.name}, seed {seed}', flush=True)
-        finish(*arms.go(workdir, arm, seed, devices), devices, equal, adapt, adapt_lr)
+        try:
+          finish(*arms.go(workdir, arm, seed, devices), devices, equal, adapt, adapt_lr)
+        except train.NotFinite as error:
+          print(f'it has no result: {error}')
+          atomic.write(told(workdir, arm, seed), json.dumps({'values': {}, 'curve': [], 'diverged': str(error)}))
   results = {arm.name: [json.loads(told(workdir, arm, seed).read_text()) for seed in range(seeds)] for arm in found}
   report(results, workdir, f'share of {amount:,.4g} {equal}')
   return results
@@ -179,18 +195,22 @@ def steps_once(study: pathlib.Path, begun: bool, found: list[arms.Arm], equal: s
 
 def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) -> None:
   names = list(results)
-  metrics = dict.fromkeys(metric for name in names for metric in results[name][0]['values'])
+  metrics = dict.fromkeys(metric for found in results.values() for result in found for metric in result['values'])
   lines = []
   for metric in metrics:
-    if sum(metric in results[name][0]['values'] for name in names) > 1:
+    if len(having(names, results, metric)) > 1:
       lines += ['', *table(names, results, metric)]
+  diverged = {name: [str(seed) for seed, result in enumerate(results[name]) if 'diverged' in result] for name in names}
+  for name in filter(diverged.get, names):
+    lines += ['', f'{name} has no result, it diverged with seed {", ".join(diverged[name])}: lower its rate.']
   count = len(results[names[0]])
   lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together.']
   print('\n'.join(lines))
   atomic.write(workdir / 'compare.md', '\n'.join(lines[1:]) + '\n')
-  metric = next(metric for metric in metrics if all(metric in results[name][0]['values'] for name in names))
-  plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
-                  {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
+  metric = max(metrics, key=lambda metric: len(having(names, results, metric)), default='')   # that most arms have
+  if names := having(names, results, metric):
+    plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
+                    {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
   print(f'\nwritten to {workdir}: compare.md, compare.png, and a folder for each arm and seed')
 
 

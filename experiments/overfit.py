@@ -72,8 +72,10 @@ def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
   with jax.set_mesh(mesh):
     for arm in found:   # what does not go together says so before anything runs
       train.check(arm.make(seed), mesh)
-  for arm in found:
-    if not arms.begun(workdir / arm.name, 'arm.json', arm.knobs):
+    begun = [arms.begun(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
+    arms.open_data(workdir, found)
+  for arm, was in zip(found, begun):
+    if not was:
       arms.begin(workdir / arm.name, 'arm.json', arm.knobs)
   curves = {}
   lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']

@@ -45,11 +45,14 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   trials = min(trials or size or 20, size or math.inf)
   first = {name: values.values[0] if isinstance(values, search.Choice) else repr(values.low)
            for name, values in found.items()}
+  arm = arms.Arm('', function, arms.knobs(function, f'{common} {written(first)}'))
   with jax.set_mesh(devices):
-    train.check(arms.Arm('', function, arms.knobs(function, f'{common} {written(first)}')).make(seed), devices)
+    train.check(arm.make(seed), devices)
   settings = {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method, 'metric': metric,
               'seed': seed}
   begun = arms.begun(workdir, 'sweep.json', settings)
+  with jax.set_mesh(devices):
+    arms.open_data(workdir, [arm])
   study = search.Study(workdir / 'trials.jsonl', found, method, seed)
   if not begun:
     arms.begin(workdir, 'sweep.json', settings)
@@ -79,6 +82,7 @@ def value(arm: arms.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path
     run = arm.make(seed)
     with jax.set_mesh(mesh):
       train.check(run, mesh)
+      arms.open_data(workdir, [arm])
   except ValueError as error:
     raise Impossible(error) from None
   watch = lambda step, metrics: asked.report(-(-step // run.evaluate_every), metrics[metric])

@@ -1,7 +1,7 @@
 """Runs of an experiment with other knobs, beside one another: what comparisons, sweeps and ladders are made of.
 
 A study is a folder: `<study>/<name>/seed-<n>` is the workdir of a run, as any other; runs whose data are the same share
-`<study>/data-<...>`, by links. What is done is not done again.
+`<study>/data-<...>/data`, by links. What is done is not done again.
 """
 import contextlib
 import dataclasses
@@ -13,12 +13,14 @@ import math
 import os
 import pathlib
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, side_by_side, track, train
@@ -97,13 +99,16 @@ def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = T
          shape: tuple[int, int] | None = None) -> float:
   """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products, with the optimizer's or without.
 
-  After the stages, or of a batch of another shape [B, T].
+  After the stages, or of a batch of another shape [B, T]. FLOPs are the mean of the first 20 steps after
+  step 0, since SOAP and Sophia do more at every tenth.
   """
   if unit == 'flops':
     run = run if optimizer else dataclasses.replace(run, optimizer=optax.identity())
-    constants = train.abstract_constants(run)
-    return flops.count(train.make_step(run), jax.eval_shape(lambda: train.init(run)),
-                       train.abstract_batch(run, mesh, shape), constants)
+    state, more = jax.eval_shape(lambda: train.init(run)), (train.abstract_batch(run, mesh, shape),
+                                                            train.abstract_constants(run))
+    program = flops.counter(train.make_step(run), state, *more)
+    at = lambda step: jax.tree.map(lambda x: np.int32(step) if (x.shape, x.dtype) == ((), np.int32) else x, state)
+    return statistics.mean(program(at(step), *more) for step in range(1, 21))
   return {'steps': 1., 'tokens': float(math.prod(shape or (run.batch, run.data.length)))}[unit]
 
 
@@ -175,7 +180,7 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
     return left
 
   workdir = study / arm.name / f'seed-{seed}'
-  share_data(study, workdir, arm.make(seed))
+  link(workdir, shared(study, arm.make()) / 'data')
   run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watching)
   if not result.finished and not left:
     raise KeyboardInterrupt
@@ -189,7 +194,7 @@ def go_together(study: pathlib.Path, arm: Arm, seeds: Sequence[int], mesh: jax.s
   script = pathlib.Path(inspect.getfile(arm.function)).name
   with contextlib.ExitStack() as claims:
     for seed, workdir in zip(seeds, workdirs):
-      share_data(study, workdir, arm.make(seed))
+      link(workdir, shared(study, arm.make()) / 'data')
       claims.enter_context(records.claim(workdir, script))
       launch.record(arm.function, arm.knobs, workdir, mesh, seed=seed)
     results = side_by_side.go(arm.make(), seeds, workdirs, mesh)
@@ -201,18 +206,30 @@ def fresh(study: pathlib.Path, arm: Arm, seed: int) -> bool:
   return not any((study / arm.name / f'seed-{seed}' / 'checkpoints').glob('[0-9]*'))
 
 
-def share_data(study: pathlib.Path, workdir: pathlib.Path, run: train.Run) -> None:
-  """Links `data` in the workdir to a folder of the study, one for all runs whose data, but for lengths, is the same.
-  """
+def shared(study: pathlib.Path, run: train.Run) -> pathlib.Path:
+  """A folder of the study, one for all runs whose data, but for lengths, is the same; they link to `data` in it."""
   told = describe(run.data)
   told = {name: value for name, value in told.items() if name not in ('length', 'source_length')}
-  shared = study / f'data-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}'
-  shared.mkdir(parents=True, exist_ok=True)
-  link(workdir, shared)
+  return study / f'data-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}'
+
+
+def open_data(study: pathlib.Path, found: Sequence[Arm], control: tuple[str, ...] = ()) -> None:
+  """Tokenises what the arms read, where that was not done: what cannot be read says so before anything is trained.
+
+  `control` names tokens that are needed beside those of the arms' objectives. ValueError or OSError as `Data.open`, and
+  ValueError where a model has too small a vocabulary.
+  """
+  opened = {}
+  for run in (arm.make() for arm in found):
+    key = folder, needed = shared(study, run), (*run.objective.control, *control)
+    if key not in opened:
+      opened[key] = run.data.open(folder, control=needed)
+    train.check_vocabulary(run, opened[key])
 
 
 def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
+  data.mkdir(parents=True, exist_ok=True)   # a link to what is not there counts as none
   if not (workdir / 'data').exists():
     (workdir / 'data').symlink_to(os.path.relpath(data, workdir), target_is_directory=True)
 

@@ -1,42 +1,75 @@
 """Floating-point operations of a program, counted in what JAX traces: matrix products, also those inside loops."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.extend import core
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:
-  """Of the matrix products and convolutions of `function(*args)`: 2 for each multiplication and its addition.
+  """Those of `function(*args)`: see `counter`."""
+  return counter(function, *args)(*args)
 
-  `args` may be abstract. Bodies of scans count as often as they run, those of `while` once (their trips are not known),
-  of branches the most expensive one. Elementwise work is left out: it is bound by memory, not arithmetic. XLA's own
-  `cost_analysis` counts the body of a loop once.
+
+def counter(function: Callable[..., Any], *args: Any) -> Callable[..., float]:
+  """Traces a function once; what is returned counts its operations for arguments of these shapes.
+
+  Counted are matrix products and convolutions, 2 for each multiplication and its addition, and the QR and symmetric
+  eigenvalue decompositions, by the formulas of Golub and Van Loan. `args` may be abstract. Where scalars are given as
+  NumPy's, a branch that depends on them alone is the one that they choose; of other branches the most expensive one
+  counts. Bodies of scans count as often as they run, those of `while` once (their trips are not known). Elementwise
+  work is left out: it is bound by memory, not arithmetic. XLA's own `cost_analysis` counts the body of a loop once.
   """
-  return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*args)
+  known = lambda x: x if isinstance(x, np.generic) else None
+  return lambda *args: _jaxpr(jaxpr.jaxpr, list(map(known, jax.tree.leaves(args))))[0]
 
 
-def _jaxpr(jaxpr) -> float:
-  return sum(map(_equation, jaxpr.eqns))
+def _jaxpr(jaxpr, known: Sequence[Any] | None = None) -> tuple[float, list[Any]]:
+  """Operations, and the scalars that come out, given inputs; None is what is not known."""
+  values, total = dict(zip(jaxpr.invars, known or ())), 0.
+  # In a loop or a shard nothing is known.
+  read = lambda v: None if known is None else v.val if isinstance(v, core.Literal) else values.get(v)
+  for equation in jaxpr.eqns:
+    inputs = list(map(read, equation.invars))
+    operations, outputs = _equation(equation, inputs)
+    total += operations
+    values.update(zip(equation.outvars, outputs))
+  return total, list(map(read, jaxpr.outvars))
 
 
-def _equation(equation) -> float:
+def _equation(equation, inputs: Sequence[Any]) -> tuple[float, Sequence[Any]]:
   name, params = equation.primitive.name, equation.params
+  inner = [getattr(value, 'jaxpr', value) for key, value in params.items()
+           if hasattr(getattr(value, 'jaxpr', value), 'eqns') and not key.startswith(('fwd', 'bwd', 'jvp', 'cond_'))]
+  if name == 'jit':
+    return _jaxpr(inner[0], inputs)
+  if name == 'cond':
+    index, *rest = inputs
+    costs = [_jaxpr(branch.jaxpr, rest)[0] for branch in params['branches']]
+    return max(costs) if index is None else costs[min(max(int(index), 0), len(costs) - 1)], ()
+  if inner:
+    times = params['length'] if name == 'scan' else params['mesh'].size if name == 'shard_map' else 1   # of one device
+    return times * sum(_jaxpr(jaxpr)[0] for jaxpr in inner), ()
+  if inputs and not any(x is None for x in inputs) and all(v.aval.shape == () for v in equation.outvars):
+    found = equation.primitive.bind(*inputs, **params)
+    return 0., found if equation.primitive.multiple_results else [found]
+  return _products(name, params, [v.aval.shape for v in equation.invars], equation.outvars[0].aval.shape), ()
+
+
+def _products(name: str, params: dict[str, Any], shapes: Sequence[tuple[int, ...]], out: tuple[int, ...]) -> float:
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
-    shape = equation.invars[0].aval.shape
-    return 2. * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    return 2. * math.prod(out) * math.prod(shapes[0][i] for i in contracted)
   if name == 'ragged_dot_general':
-    left, right = (v.aval.shape for v in equation.invars[:2])
-    return 2. * math.prod(left) * right[-1]
+    return 2. * math.prod(shapes[0]) * shapes[1][-1]
   if name == 'conv_general_dilated':
-    kernel = equation.invars[1].aval.shape
-    out = kernel[params['dimension_numbers'].rhs_spec[0]]
-    return 2. * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out
-  if name == 'cond':
-    return max(map(_jaxpr, (branch.jaxpr for branch in params['branches'])))
-  inner = sum(_jaxpr(getattr(value, 'jaxpr', value)) for key, value in params.items()
-              if hasattr(getattr(value, 'jaxpr', value), 'eqns') and not key.startswith(('fwd', 'bwd', 'jvp', 'cond_')))
-  if name == 'shard_map':   # of one device
-    inner *= params['mesh'].size
-  return inner * (params['length'] if name == 'scan' else 1)
+    return 2. * math.prod(out) * math.prod(shapes[1]) / shapes[1][params['dimension_numbers'].rhs_spec[0]]
+  if name == 'eigh':
+    return 9. * math.prod(shapes[0]) * shapes[0][-1]
+  if name == 'qr':   # R, then as many columns of Q
+    k, m = sorted(shapes[0][-2:])
+    return 4 / 3 * math.prod(shapes[0][:-2]) * k * k * (3 * m - k)
+  return 0.

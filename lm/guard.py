@@ -30,11 +30,11 @@ class Guard:
 
   def __post_init__(self):
     if not 0 < self.most < self.window:
-      raise ValueError(f'a guard that allows {self.most} skipped steps of {self.window} never stops, or at once; allow '
-                       'fewer than the window has, and one at least')
+      raise ValueError(f'a spike guard that allows {self.most} skipped steps of {self.window} never stops, or at once; '
+                       'allow fewer than the window has, and one at least')
     if self.window < 4 or not self.sigma > 0:
-      raise ValueError(f'a window of {self.window} steps and {self.sigma} standard deviations judge nothing; take 4 '
-                       'steps at least, and more than 0')
+      raise ValueError(f'a spike guard of {self.sigma} standard deviations over {self.window} steps judges nothing; '
+                       'take more than 0, and 4 steps at least')
 
   def init(self) -> Seen:
     return Seen(*jnp.zeros((2, self.window)), jnp.zeros(self.window, bool), jnp.int32(0), jnp.int32(0))

@@ -134,8 +134,10 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight_sum, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
+    part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # its gradient keeps nothing of a part either
     updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
-        grads, state.opt_state, state.params, value=mean, obj_fn=lambda params: _mean(loss(params, batch, key)))
+        grads, state.opt_state, state.params, value=mean,
+        obj_fn=lambda params: _mean(_accumulate(part, params, batch, key, run.accumulate)))
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)
     metrics = {'loss': mean, 'grad_norm': norm,
                'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
@@ -156,20 +158,20 @@ def _mean(sums):
   return loss_sum / jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
 
 
-def _accumulate(grad: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
-  """Sums of `grad(params, part, key)` over the parts of a batch, one part at a time."""
+def _accumulate(function: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
+  """Sums of `function(params, part, key)` over the parts of a batch, one part at a time."""
   if parts == 1:
-    return grad(params, batch, key)
+    return function(params, batch, key)
 
   def split(x):   # row i goes to part i % parts, so that each device keeps its rows
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
   def add(total, xs):
     part, key = xs
-    return jax.tree.map(jnp.add, total, grad(params, part, key)), None
+    return jax.tree.map(jnp.add, total, function(params, part, key)), None
 
   stacked = jax.tree.map(split, batch), jax.random.split(key, parts)
-  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], stacked)))
+  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], stacked)))
   return jax.lax.scan(add, zero, stacked)[0]
 
 

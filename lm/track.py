@@ -125,7 +125,7 @@ class Tracker(contextlib.AbstractContextManager):
     flops_per_token: of a training step, forward and backward; without it there is no MFU.
     devices: that the run uses, for the MFU; default all.
     step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
-    every: seconds between lines where the output is not a terminal; evaluations and the last step always get one.
+    every: seconds between lines where the output is not a terminal; evaluations always get one.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
@@ -170,7 +170,7 @@ class Tracker(contextlib.AbstractContextManager):
       if finite[name] is not None:
         self._tensorboard.add_scalar(name, finite[name], step)
     self._latest.update(metrics)
-    self._print(step, milestone=step >= self._total or any(name.startswith('validation/') for name in metrics))
+    self._print(step, milestone=any(name.startswith('validation/') for name in metrics))
 
   def line(self, step: int) -> str:
     """What the terminal shows."""

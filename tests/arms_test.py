@@ -29,10 +29,10 @@ TOKENIZER = Bytes()
 
 def experiment(*, lr: float = 0.03, width: int = 8, steps: int = 6, batch: int = 8, corpus: str = 'a',
                optimizer: Literal['adam', 'sgd'] = 'adam', objective: Literal['next_token', 'prefix'] = 'next_token',
-               encoder: bool = False, tags: tuple[str, ...] = ()) -> train.Run:
+               encoder: bool = False, tags: tuple[str, ...] = (), vocab: int = TOKENIZER.vocab_size) -> train.Run:
   documents = [text + corpus for text in TEXTS]
   data = dataset.Text(Source('numbers', {'train': documents, 'validation': documents[:9]}, corpus), TOKENIZER, 16, ())
-  model = (type('Encoder', (Bigram,), {'causal': False}) if encoder else Causal)(width, vocab=TOKENIZER.vocab_size)
+  model = (type('Encoder', (Bigram,), {'causal': False}) if encoder else Causal)(width, vocab=vocab)
   rate = schedules.warmup_constant(lr, steps, 1)
   return train.Run(model, {'next_token': next_token, 'prefix': prefix}[objective](), data,
                    {'adam': optim.adam, 'sgd': optim.sgd}[optimizer](rate), steps, batch, evaluate_every=2)
@@ -156,8 +156,10 @@ def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_
 def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
   done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
   assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
-  done = swept(script, tmp_path / 'other', knobs='lr=0.1,-1')
-  assert done[1].value == float('inf') and 'learning rate -1.0 is not positive' in capsys.readouterr().out
+  done = swept(script, tmp_path / 'other', knobs='vocab=300,3; lr=0.1,-1')
+  assert [trial.value == float('inf') for trial in done] == [False, True, True, True]
+  out = capsys.readouterr().out
+  assert 'learning rate -1.0 is not positive' in out and 'the model only 3' in out
 
 
 @pytest.mark.parametrize('knobs,message', [
@@ -213,6 +215,30 @@ def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
   with pytest.raises(ValueError, match='a grid needs the values of lr'):
     swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1')
   assert len(swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1', method='random', trials=1)) == 1
+
+
+def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_path):
+  studies = {'compare.json': lambda common: compared(script, tmp_path, 'a: ; b: ', common=common),
+             'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
+             'scaling.json': lambda common: scaling.ladder(
+                 sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
+                 common=common, experiment=script, workdir=tmp_path, mesh='8x1')}
+  for settings, study in studies.items():
+    with pytest.raises(ValueError, match='the model only 3'):
+      study('vocab=3')
+    assert not list(tmp_path.glob('*/seed-*')) and not (tmp_path / settings).exists()
+
+
+def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
+  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2, 'seeds_together': 'always'}
+  results = compared(script, tmp_path, text, **more)
+  out = capsys.readouterr().out
+  assert all(set(result) == {'values', 'curve', 'diverged'} for result in results['wild'])
+  assert 'wild has no result, it diverged with seed 0, 1: lower its rate.' in (tmp_path / 'compare.md').read_text()
+  assert '| arm | bits/byte | difference to good |' in out and '| wild |' not in out
+  assert (tmp_path / 'compare.png').exists()
+  monkeypatch.setattr(arms, 'go', None)   # nothing is trained again
+  assert compared(script, tmp_path, text, **more) == results
 
 
 def test_seeds_side_by_side_that_were_killed_after_they_were_saved_are_not_trained_again(script, tmp_path, monkeypatch):

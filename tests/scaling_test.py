@@ -1,11 +1,16 @@
 """The fit finds the law that made the points, as wide as they leave it; FLOPs are those of the formulas."""
+import benchmark
+import benchmark_optimizers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from train_test import RUN, on
 
-from lm import arms, flops, scaling, train
+from lm import arms, flops, optim, scaling, train
+from lm.data import dataset
+from lm.models import transformer
+from lm.objectives.next_token import next_token
 
 LAW = scaling.Law(1.2, 30., 0.4, 80., 0.35)
 GRID = [(n, d) for n in (3e4, 6e4, 1.2e5, 2.4e5) for d in (2.5e5, 5e5, 1e6, 2e6)]
@@ -52,6 +57,9 @@ def test_products_are_counted_where_they_run():
   assert flops.count(repeated, a, b) == 7 * once
   chosen = lambda a, b: jax.lax.cond(a.sum() > 0, product, lambda a, b: jnp.zeros((3, 4, 6)), a, b)
   assert flops.count(chosen, a, b) == once
+  sometimes = lambda n, a, b: jax.lax.cond(n % 10 == 0, product, lambda a, b: jnp.zeros((3, 4, 6)), a, b)
+  counter = flops.counter(jax.jit(sometimes), np.int32(0), a, b)
+  assert [counter(np.int32(n), a, b) for n in (0, 1, 19, 20)] == [once, 0, 0, once]
   loss = lambda a, b: product(a, b).sum()
   assert flops.count(jax.grad(loss, (0, 1)), a, b) == 3 * once
   assert flops.count(jax.grad(jax.checkpoint(lambda a, b: jnp.sin(product(a, b)).sum()), (0, 1)), a, b) == 4 * once
@@ -60,6 +68,23 @@ def test_products_are_counted_where_they_run():
   layout = ('NHWC', 'HWIO', 'NHWC')
   convolved = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), 'SAME', dimension_numbers=layout)
   assert flops.count(convolved, image, kernel) == 2 * (2 * 10 * 10 * 8) * 3 * 3 * 4
+
+
+def test_updates_cost_what_their_formulas_say():
+  mesh, shape = on('1x1'), benchmark.SHAPES['tiny']
+  make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,
+                                            100, shape.batch)
+  model = transformer.gpt2(*shape[:4], shape.length)
+  with jax.set_mesh(mesh):
+    cost = lambda optimizer: arms.cost(make(optimizer(lambda step: 0.1), model), 'flops', mesh)
+    plain = cost(optim.adamw)
+    for name, optimizer in {'muon': optim.muon, 'soap': optim.soap}.items():
+      assert cost(optimizer) - plain == pytest.approx(benchmark_optimizers.products(name, shape))
+    # Sophia's second derivative is counted at every tenth step: at all of them, where the step is not known.
+    sophia = make(optim.sophia(lambda step: 0.1), model)
+    always = flops.count(train.make_step(sophia), jax.eval_shape(lambda: train.init(sophia)),
+                         train.abstract_batch(sophia, mesh), {})
+    assert cost(optim.sophia) == pytest.approx(plain + (always - plain) / 10) and always > 2 * plain
 
 
 def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():

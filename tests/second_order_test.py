@@ -8,7 +8,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import optim, sharding
+from lm import optim, sharding, train
+from lm.data import dataset
 from lm.data.batches import Batch
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -138,6 +139,23 @@ def test_sophia_estimates_every_so_often_and_bounds_its_steps():
     assert len(calls) == 1 + i // 3
   with pytest.raises(ValueError, match='sophia needs the loss'):
     sophia.update(grad, state, params)
+
+
+@pytest.mark.slow
+def test_sophia_reads_a_batch_in_the_parts_that_gradients_are_computed_in():
+  tokens = np.random.default_rng(0).integers(0, 64, (16, 33))
+  batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((16, 32)))
+  found, memory = [], []
+  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+    for parts in (1, 8):
+      run = train.Run(transformer.llama(64, 32, 2, heads=1), next_token(), dataset.Text(None, None, 32),
+                      optim.sophia(lambda step: 1e-3), steps=1, batch=16, accumulate=parts)
+      state = jax.jit(lambda run=run: train.init(run))()
+      step = jax.jit(train.step_of(run)).lower(state, batch).compile()
+      found.append(step(state, batch)[0].opt_state)
+      memory.append(step.memory_analysis().temp_size_in_bytes)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max())), *found)
+  assert memory[1] < memory[0] / 3
 
 
 def test_soap_goes_the_same_way_on_a_mesh():
