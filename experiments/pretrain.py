@@ -218,7 +218,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     drop: what is then left of its rate.
     weight_decay: decoupled; none for what the optimizer has by itself, mostly 0.1.
     decay: patterns of parameters that decay, such as blocks/*; by default matrices (with muon those in blocks).
-    rates: pattern=factor, such as embedding=4,*/norm/*=0.5; the rate of such parameters is multiplied.
+    rates: pattern=factor, such as embedding=4,*norm/*=0.5; the rate of such parameters is multiplied.
     l1: coefficient of the sum of the absolute values of what decays, a part of the gradient.
     l2: coefficient of half the sum of their squares, a part of the gradient too.
     average: decay of an exponential moving average of the parameters, which is then what is evaluated; 0 for none.
