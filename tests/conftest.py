@@ -5,7 +5,7 @@ import os
 
 # Before JAX starts: flags are read once.
 flags = ['--xla_force_host_platform_device_count=8']
-if importlib.metadata.version('jaxlib') < '0.11':   # its older way to make kernels compiles in half the time
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):   # its older way to make kernels compiles in half the time
   flags.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
