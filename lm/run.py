@@ -132,7 +132,8 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
     (loss_sum, (weight_sum, sums)), grads = totals
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
-    grads = jax.tree.map(lambda g: g / weight_sum, grads)
+    share = 1 / weight_sum   # a factor, which XLA makes a part of what reads the gradients; a division it writes down
+    grads = jax.tree.map(lambda g: g * share, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
     part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # its gradient keeps nothing of a part either
     updates, opt_state = optax.with_extra_args_support(run.optimizer).update(

@@ -4,10 +4,13 @@ import importlib.metadata
 import os
 
 # Before JAX starts: flags are read once.
-flags = ['--xla_force_host_platform_device_count=8']
-if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):   # its older way to make kernels compiles in half the time
-  flags.append('--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Options of `jax.jit` for what depends on kernels as users have them.
+AS_SHIPPED = {}
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
+  # The older way to make kernels, which later versions have not: programs compile in half the time.
+  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+  AS_SHIPPED = {'xla_cpu_use_fusion_emitters': True}
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax  # noqa: E402
