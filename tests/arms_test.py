@@ -131,6 +131,7 @@ def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, caps
     swept(script, tmp_path / 'study', knobs='lr=1e-3,0.2; batch=8,16', common='steps=4')
 
 
+@pytest.mark.slow
 def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_path, monkeypatch):
   settings = {'knobs': 'lr=1e-4:0.3:log; optimizer=adam,sgd', 'method': 'halving', 'trials': 7, 'common': 'steps=8'}
   went, seen = arms.go, []
@@ -229,8 +230,9 @@ def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_
     assert not list(tmp_path.glob('*/seed-*')) and not (tmp_path / settings).exists()
 
 
-def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
-  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2, 'seeds_together': 'always'}
+@pytest.mark.parametrize('together', ['never', pytest.param('always', marks=pytest.mark.slow)])
+def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch, together):
+  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2, 'seeds_together': together}
   results = compared(script, tmp_path, text, **more)
   out = capsys.readouterr().out
   assert all(set(result) == {'values', 'curve', 'diverged'} for result in results['wild'])

@@ -116,6 +116,10 @@ WRONG = {
 }
 
 
+# The others take half a minute each.
+FAST = ('LlamaForCausalLM', 'Gemma2ForCausalLM')
+
+
 def changed(part, change):
   """`part` with `change` made to it and all that it holds."""
   match part:
@@ -131,7 +135,8 @@ def changed(part, change):
   return change(part)
 
 
-@pytest.mark.parametrize('case', [case for case in CASES[1:] if '-' not in case.name], ids=lambda case: case.name)
+@pytest.mark.parametrize('case', [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST))
+                                  for case in CASES[1:] if '-' not in case.name])
 def test_each_part_matters(opened, case):
   """Logits show any part that is wrong, so that equal logits show that all are right."""
   _, model, params, _ = opened(case)

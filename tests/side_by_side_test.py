@@ -39,6 +39,7 @@ class Data:
   source_length, kind, columns = None, np.ndarray, types.MappingProxyType({})
 
 
+@pytest.mark.slow
 def test_a_transformer_and_muon_under_vmap_take_the_steps_of_each_seed():
   """Its own derivative rules (products, attention, the loss) and layouts, batched over seeds."""
   model = transformer.llama(300, 16, 2, heads=2, max_length=12, dropout=0.1)
