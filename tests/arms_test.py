@@ -157,7 +157,7 @@ def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_
 def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
   done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
   assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
-  done = swept(script, tmp_path / 'other', knobs='vocab=300,3; lr=0.1,-1')
+  done = swept(script, tmp_path / 'other', knobs='vocab=400,3; lr=0.1,-1')
   assert [trial.value == float('inf') for trial in done] == [False, True, True, True]
   out = capsys.readouterr().out
   assert 'learning rate -1.0 is not positive' in out and 'the model only 3' in out
