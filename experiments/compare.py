@@ -40,6 +40,9 @@ def check(found: Sequence[arms.Arm], adapt: int) -> list[train.Run]:
                        'others yet; let all be adapted to it for some steps, such as --adapt=100')
     if run.constants:
       raise ValueError(f'{arm.name} trains beside constant parameters, which a comparison cannot give it')
+    if run.data.columns:
+      raise ValueError(f'{arm.name} reads {", ".join(run.data.columns)}, stored with its data for one seed and length; '
+                       'compare arms that read text alone')
   return runs
 
 
@@ -60,22 +63,32 @@ def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: ja
            adapt: int, adapt_lr: float) -> None:
   """Writes what is compared of a trained run; its curve is over shares of the compute that it was given.
 
-  NotFinite where something of it is.
+  NotFinite where the run diverged; an adaptation that does is left out, and why is written too.
   """
-  values = {}
+  values, left_out = {}, {}
   with jax.set_mesh(mesh):
     if is_next_token(run):
       values['bits/byte'] = arms.score(run, result, next_token())['bits_per_byte']
-    if adapt:
-      for name, objective, metric in (('adapted bits/byte', next_token(), 'bits_per_byte'),
-                                      ('infilling accuracy', infill(1.), 'accuracy')):
+      if not math.isfinite(values['bits/byte']):
+        raise train.NotFinite(f'its bits/byte are {values["bits/byte"]}; lower the learning rate')
+    for name, objective, metric in (('adapted bits/byte', next_token(), 'bits_per_byte'),
+                                    ('infilling accuracy', infill(1.), 'accuracy')) if adapt else ():
+      try:
         short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
         values[name] = arms.score(short, adapted, objective)[metric]
+      except train.NotFinite as error:
+        left_out[name] = f'adapted from --adapt_lr={adapt_lr}, {error}'
     spent = arms.spending(run, equal if run.stages else 'steps', mesh)
-  if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-    raise train.NotFinite(f'its {bad[0]} is {values[bad[0]]}')
   curve = [(spent(step) / spent(run.steps), value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
-  atomic.write(workdir / 'final.json', json.dumps({'values': values, 'curve': curve, 'steps': result.step}))
+  write(workdir, values, curve, left_out)
+
+
+def write(workdir: pathlib.Path, values: dict[str, float], curve: list[tuple[float, float]], left_out: dict[str, str]
+          ) -> None:
+  """The result of a run; `left_out` says of metrics why it does not have them."""
+  for name, why in left_out.items():
+    print(f'it has no {name}: {why}')
+  atomic.write(workdir / 'final.json', json.dumps({'values': values, 'curve': curve, 'left_out': left_out}))
 
 
 def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> list[str]:
@@ -132,8 +145,8 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
     asked = {'experiment': experiment.name, 'arms': {arm.name: arm.knobs for arm in found}, 'equal': equal,
              'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
     begun = arms.begun(workdir, 'compare.json', asked)
-    arms.open_data(workdir, found, control=infill().control if adapt else ())
     found, amount = steps_once(workdir, begun, found, equal, budget, devices)
+    arms.open_data(workdir, found, control=infill().control if adapt else ())
   if not begun:
     arms.begin(workdir, 'compare.json', asked)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
@@ -156,8 +169,7 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
         try:
           finish(*arms.go(workdir, arm, seed, devices), devices, equal, adapt, adapt_lr)
         except train.NotFinite as error:
-          print(f'it has no result: {error}')
-          atomic.write(told(workdir, arm, seed), json.dumps({'values': {}, 'curve': [], 'diverged': str(error)}))
+          write(told(workdir, arm, seed).parent, {}, [], {'result': str(error)})
   results = {arm.name: [json.loads(told(workdir, arm, seed).read_text()) for seed in range(seeds)] for arm in found}
   report(results, workdir, f'share of {amount:,.4g} {equal}')
   return results
@@ -198,11 +210,14 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
   metrics = dict.fromkeys(metric for found in results.values() for result in found for metric in result['values'])
   lines = []
   for metric in metrics:
-    if len(having(names, results, metric)) > 1:
+    if having(names, results, metric):
       lines += ['', *table(names, results, metric)]
-  diverged = {name: [str(seed) for seed, result in enumerate(results[name]) if 'diverged' in result] for name in names}
-  for name in filter(diverged.get, names):
-    lines += ['', f'{name} has no result, it diverged with seed {", ".join(diverged[name])}: lower its rate.']
+  for name in names:
+    why = {metric: (seed, text) for seed, result in reversed(list(enumerate(results[name])))
+           for metric, text in result['left_out'].items()}
+    for metric, (seed, text) in why.items():
+      count = sum(metric in result['left_out'] for result in results[name])
+      lines += ['', f'{name} has no {metric}, for {count} of its seeds; seed {seed}: {text}']
   count = len(results[names[0]])
   lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together.']
   print('\n'.join(lines))
@@ -211,7 +226,7 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
   if names := having(names, results, metric):
     plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
                     {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
-  print(f'\nwritten to {workdir}: compare.md, compare.png, and a folder for each arm and seed')
+  print(f'\nwritten to {workdir}: compare.md, {"compare.png, " if names else ""}and a folder for each arm and seed')
 
 
 def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seeds: int = 5,

@@ -39,6 +39,7 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   """
   if trials is not None and trials < 1:
     raise ValueError(f'--trials={trials}: take one at least')
+  search.optuna()   # raises
   function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
   found = search.space(knobs, lambda name, value: arms.knobs(function, f'{common} {written({name: value})}')[name])
   size = search.combinations(found) if method == 'grid' else None
@@ -86,7 +87,10 @@ def value(arm: arms.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path
   except ValueError as error:
     raise Impossible(error) from None
   watch = lambda step, metrics: asked.report(-(-step // run.evaluate_every), metrics[metric])
-  return arms.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
+  found = arms.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
+  if not math.isfinite(found):
+    raise train.NotFinite(f'its {metric} is {found}')
+  return found
 
 
 def report(done: list[search.Trial], knobs: search.Space, metric: str, workdir: pathlib.Path) -> None:

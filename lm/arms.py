@@ -99,8 +99,8 @@ def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = T
          shape: tuple[int, int] | None = None) -> float:
   """Of a step, in `unit`: 1 for steps; tokens; FLOPs of its matrix products, with the optimizer's or without.
 
-  After the stages, or of a batch of another shape [B, T]. FLOPs are the mean of the first 20 steps after
-  step 0, since SOAP and Sophia do more at every tenth.
+  After the stages, or of a batch of another shape [B, T]. FLOPs are the mean of steps 1 to 100, since SOAP and
+  Sophia do more at every tenth: all whole scalars of the state are taken for the number of the step.
   """
   if unit == 'flops':
     run = run if optimizer else dataclasses.replace(run, optimizer=optax.identity())
@@ -108,7 +108,7 @@ def cost(run: train.Run, unit: str, mesh: jax.sharding.Mesh, optimizer: bool = T
                                                             train.abstract_constants(run))
     program = flops.counter(train.make_step(run), state, *more)
     at = lambda step: jax.tree.map(lambda x: np.int32(step) if (x.shape, x.dtype) == ((), np.int32) else x, state)
-    return statistics.mean(program(at(step), *more) for step in range(1, 21))
+    return statistics.mean(program(at(step), *more) for step in range(1, 101))
   return {'steps': 1., 'tokens': float(math.prod(shape or (run.batch, run.data.length)))}[unit]
 
 

@@ -24,7 +24,7 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
     ValueError: if decay is not between 0 and 1; in `init`, if the optimizer has an average of its own.
   """
   if not 0 < decay < 1:
-    raise ValueError(f'average={decay} is no decay of an average; take one between 0 and 1, such as 0.999')
+    raise ValueError(f'the decay {decay} of a moving average is not between 0 and 1; take one such as 0.999')
   optimizer = optax.with_extra_args_support(optimizer)
 
   def init(params):

@@ -9,7 +9,7 @@ from jax.extend import core
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:
-  """Those of `function(*args)`: see `counter`."""
+  """The operations of `function(*args)`: see `counter`."""
   return counter(function, *args)(*args)
 
 
@@ -18,9 +18,13 @@ def counter(function: Callable[..., Any], *args: Any) -> Callable[..., float]:
 
   Counted are matrix products and convolutions, 2 for each multiplication and its addition, and the QR and symmetric
   eigenvalue decompositions, by the formulas of Golub and Van Loan. `args` may be abstract. Where scalars are given as
-  NumPy's, a branch that depends on them alone is the one that they choose; of other branches the most expensive one
-  counts. Bodies of scans count as often as they run, those of `while` once (their trips are not known). Elementwise
-  work is left out: it is bound by memory, not arithmetic. XLA's own `cost_analysis` counts the body of a loop once.
+  NumPy's, a branch of the program that depends on them alone is the one that they choose; of other branches, and of
+  all inside loops and derivatives, the most expensive one counts. Bodies of scans count as often as they run.
+  Elementwise work is left out: it is bound by memory, not arithmetic; and so is attention by cuDNN, which is no matrix
+  product to JAX. XLA's own `cost_analysis` counts the body of a loop once.
+
+  Raises:
+    ValueError: for matrix products in a loop that runs until a condition holds, as those of experts on CPU do.
   """
   jaxpr = jax.make_jaxpr(function)(*args)
   known = lambda x: x if isinstance(x, np.generic) else None
@@ -30,7 +34,7 @@ def counter(function: Callable[..., Any], *args: Any) -> Callable[..., float]:
 def _jaxpr(jaxpr, known: Sequence[Any] | None = None) -> tuple[float, list[Any]]:
   """Operations, and the scalars that come out, given inputs; None is what is not known."""
   values, total = dict(zip(jaxpr.invars, known or ())), 0.
-  # In a loop or a shard nothing is known.
+  # In a loop, a shard or a derivative nothing is known.
   read = lambda v: None if known is None else v.val if isinstance(v, core.Literal) else values.get(v)
   for equation in jaxpr.eqns:
     inputs = list(map(read, equation.invars))
@@ -51,8 +55,14 @@ def _equation(equation, inputs: Sequence[Any]) -> tuple[float, Sequence[Any]]:
     costs = [_jaxpr(branch.jaxpr, rest)[0] for branch in params['branches']]
     return max(costs) if index is None else costs[min(max(int(index), 0), len(costs) - 1)], ()
   if inner:
+    operations = sum(_jaxpr(jaxpr)[0] for jaxpr in inner)
+    if name == 'while' and operations:
+      raise ValueError('the program multiplies matrices in a loop whose turns are not known before it runs, so its '
+                       'FLOPs cannot be counted; compare by steps, tokens or seconds')
     times = params['length'] if name == 'scan' else params['mesh'].size if name == 'shard_map' else 1   # of one device
-    return times * sum(_jaxpr(jaxpr)[0] for jaxpr in inner), ()
+    return times * operations, ()
+  if not equation.outvars or equation.effects:
+    return 0., ()
   if inputs and not any(x is None for x in inputs) and all(v.aval.shape == () for v in equation.outvars):
     found = equation.primitive.bind(*inputs, **params)
     return 0., found if equation.primitive.multiple_results else [found]
@@ -63,8 +73,11 @@ def _products(name: str, params: dict[str, Any], shapes: Sequence[tuple[int, ...
   if name == 'dot_general':
     (contracted, _), _ = params['dimension_numbers']
     return 2. * math.prod(out) * math.prod(shapes[0][i] for i in contracted)
-  if name == 'ragged_dot_general':
-    return 2. * math.prod(shapes[0]) * shapes[1][-1]
+  if name == 'ragged_dot_general':   # each row of the left once, with one group of the right
+    numbers = params['ragged_dot_dimension_numbers']
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    return 2. * math.prod(shapes[0]) * math.prod(n for i, n in enumerate(shapes[1]) if i not in shared)
   if name == 'conv_general_dilated':
     return 2. * math.prod(out) * math.prod(shapes[1]) / shapes[1][params['dimension_numbers'].rhs_spec[0]]
   if name == 'eigh':

@@ -135,7 +135,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     share = 1 / weight_sum   # a factor, which XLA makes a part of what reads the gradients; a division it writes down
     grads = jax.tree.map(lambda g: g * share, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
-    part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # its gradient keeps nothing of a part either
+    part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # nothing of a part is kept for its gradient
     updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
         grads, state.opt_state, state.params, value=mean,
         obj_fn=lambda params: _mean(_accumulate(part, params, batch, key, run.accumulate)))

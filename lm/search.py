@@ -81,6 +81,15 @@ class Trial(NamedTuple):
   pruned: bool
 
 
+def optuna() -> Any:
+  """The library; ImportError, which says how to install it, without it."""
+  try:
+    import optuna
+  except ImportError:
+    raise ImportError("a search needs Optuna (pip install 'lm[sweep]')") from None
+  return optuna
+
+
 class Study:
   """A search whose trials are in `journal`. `method` is grid, random, or halving.
 
@@ -91,24 +100,21 @@ class Study:
   """
 
   def __init__(self, journal: pathlib.Path, knobs: Space, method: str, seed: int = 0):
-    try:
-      import optuna
-    except ImportError:
-      raise ImportError("a search needs Optuna (pip install 'lm[sweep]')") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = optuna.storages.journal
-    storage = optuna.storages.JournalStorage(backend.JournalFileBackend(str(journal)))
-    self._optuna, self._knobs = optuna, knobs
-    self._study = optuna.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
+    library = optuna()
+    library.logging.set_verbosity(library.logging.WARNING)
+    backend = library.storages.journal
+    storage = library.storages.JournalStorage(backend.JournalFileBackend(str(journal)))
+    self._optuna, self._knobs = library, knobs
+    self._study = library.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
     # Of a search that goes on, other points than before.
-    self._study.sampler = optuna.samplers.RandomSampler(seed + len(self._study.trials))
+    self._study.sampler = library.samplers.RandomSampler(seed + len(self._study.trials))
     self.size = combinations(knobs) if method == 'grid' else None
     if method == 'grid':
       # Not Optuna's GridSampler, which cannot be asked for a trial and told of it.
       for values in itertools.product(*(k.values for k in knobs.values())):
         self._study.enqueue_trial(dict(zip(knobs, values)), skip_if_exists=True)
-    self._study.pruner = (optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-                          if method == 'halving' else optuna.pruners.NopPruner())
+    self._study.pruner = (library.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+                          if method == 'halving' else library.pruners.NopPruner())
 
   def ask(self, trials: int) -> Iterator['Asked']:
     """Trials to run until so many are done; first those that were stopped."""
@@ -147,6 +153,6 @@ class Asked:
     return self.pruned
 
   def tell(self, value: float) -> None:
-    import optuna
-    state = optuna.trial.TrialState.PRUNED if self.pruned else optuna.trial.TrialState.COMPLETE
+    states = optuna().trial.TrialState
+    state = states.PRUNED if self.pruned else states.COMPLETE
     self._study.tell(self._trial, None if self.pruned else value, state=state)

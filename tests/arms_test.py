@@ -94,6 +94,14 @@ def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
 
 
 @pytest.mark.slow
+def test_an_adaptation_that_diverges_is_left_out(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'a: ; b: lr=0.1', seeds=2, adapt=3, adapt_lr=1e38)
+  assert all(set(result['values']) == {'bits/byte'} for found in results.values() for result in found)
+  out = capsys.readouterr().out
+  assert '| b | ' in out and 'b has no infilling accuracy, for 2 of its seeds; seed 0: adapted from --adapt_lr' in out
+
+
+@pytest.mark.slow
 def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys):
   results = compared(script, tmp_path / 'study', 'next: ; prefix: objective=prefix', seeds=2, adapt=3)
   assert set(results['next'][0]['values']) == {'bits/byte', 'adapted bits/byte', 'infilling accuracy'}
@@ -235,8 +243,8 @@ def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, 
   text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2, 'seeds_together': together}
   results = compared(script, tmp_path, text, **more)
   out = capsys.readouterr().out
-  assert all(set(result) == {'values', 'curve', 'diverged'} for result in results['wild'])
-  assert 'wild has no result, it diverged with seed 0, 1: lower its rate.' in (tmp_path / 'compare.md').read_text()
+  assert all(result['values'] == {} and 'result' in result['left_out'] for result in results['wild'])
+  assert 'wild has no result, for 2 of its seeds; seed 0: step ' in (tmp_path / 'compare.md').read_text()
   assert '| arm | bits/byte | difference to good |' in out and '| wild |' not in out
   assert (tmp_path / 'compare.png').exists()
   monkeypatch.setattr(arms, 'go', None)   # nothing is trained again

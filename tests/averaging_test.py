@@ -75,7 +75,7 @@ def test_states_tell_of_their_averages_without_values(inner):
 
 @pytest.mark.parametrize('decay', [0., 1., -1., float('nan')])
 def test_a_decay_that_does_not_average_is_refused(decay):
-  with pytest.raises(ValueError, match=f'average={decay} is no decay'):
+  with pytest.raises(ValueError, match=f'the decay {decay} of a moving average'):
     averaging.averaged(optim.sgd(lambda step: 0.1), decay)
 
 

@@ -62,7 +62,7 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
     ({'schedule': 'stable_decay', 'cooldown': 37}, 'a decay of 37 steps after a warm-up of 4 does not fit'),
     ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
     ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
-    ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'average=1.0 is no decay'),
+    ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'the decay 1.0 of a moving average'),
     ({'mup_width': 8, 'optimizer': 'muon'}, 'not for llama with muon'), ({'mup_width': -8}, 'base_width=-8 is not'),
     ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
 def test_flags_that_do_not_fit_say_so(flags, message):
