@@ -1,4 +1,4 @@
-"""Pretrain a decoder on any corpus. By default: Python's own library, 6 layers, 30 minutes on 2 CPU cores.
+"""Pretrain a decoder on any corpus. By default: Python's own library, 6 layers, 4 hours on 2 CPU cores.
 
   python experiments/pretrain.py --text='books/**/*.txt' --workdir=runs/books --layers=12 --width=768 --steps=20_000
 
