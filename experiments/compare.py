@@ -212,12 +212,10 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
   for metric in metrics:
     if having(names, results, metric):
       lines += ['', *table(names, results, metric)]
-  for name in names:
-    why = {metric: (seed, text) for seed, result in reversed(list(enumerate(results[name])))
-           for metric, text in result['left_out'].items()}
-    for metric, (seed, text) in why.items():
-      count = sum(metric in result['left_out'] for result in results[name])
-      lines += ['', f'{name} has no {metric}, for {count} of its seeds; seed {seed}: {text}']
+  for name, found in results.items():
+    for metric in dict.fromkeys(metric for result in found for metric in result['left_out']):
+      why = {seed: result['left_out'][metric] for seed, result in enumerate(found) if metric in result['left_out']}
+      lines += ['', f'{name} has no {metric}, for {len(why)} of its seeds; seed {min(why)}: {why[min(why)]}']
   count = len(results[names[0]])
   lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together.']
   print('\n'.join(lines))

@@ -111,6 +111,11 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
     values = [_number(knobs[name]) for knobs, _, _ in trials]
     wide = min(values) > 0 and max(values) > 5 * min(values)
     axes.set(xlabel=name, ylabel=metric, xscale='log' if wide else 'linear')
+    if wide:
+      from matplotlib.ticker import LogLocator
+      axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      axes.xaxis.set_major_formatter('{x:g}')
+      axes.minorticks_off()
   _finish(figure, png, panels)
 
 

@@ -138,18 +138,20 @@ class _Loop:
           with self.phases('train'):
             self._report(pending)    # never save, nor judge, what is not finite
           pending = None
-          improved = False
+          improved = left = False
           if evaluates:
             self._evaluate(state)
             self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
             self.evaluated = step
             improved = run.patience is not None and self.metrics['loss'] < self.checkpoints.best_metric()
-            stop = stop or self.watch is not None and self.watch(step, self.metrics)
+            left = self.watch is not None and self.watch(step, self.metrics)
+            stop = stop or left
           if stop or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
             self._save(step, state)
           ended = ended or self.out_of_patience(step)
         if stop and not ended:
-          print(f'stopped at step {step} of {run.steps}: the same command goes on from there')
+          print(f'left at step {step} of {run.steps}' if left else
+                f'stopped at step {step} of {run.steps}: the same command goes on from there')
           break
       return self._result(state, start, step, ended)
 
