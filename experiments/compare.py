@@ -68,19 +68,23 @@ def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: ja
   values, left_out = {}, {}
   with jax.set_mesh(mesh):
     if is_next_token(run):
-      values['bits/byte'] = arms.score(run, result, next_token())['bits_per_byte']
-      if not math.isfinite(values['bits/byte']):
-        raise train.NotFinite(f'its bits/byte are {values["bits/byte"]}; lower the learning rate')
+      values['bits/byte'] = finite('bits/byte', arms.score(run, result, next_token())['bits_per_byte'])
     for name, objective, metric in (('adapted bits/byte', next_token(), 'bits_per_byte'),
                                     ('infilling accuracy', infill(1.), 'accuracy')) if adapt else ():
       try:
         short, adapted = arms.adapt(run, workdir / f'adapted-{name.split()[0]}', result, objective, adapt, adapt_lr)
-        values[name] = arms.score(short, adapted, objective)[metric]
+        values[name] = finite(name, arms.score(short, adapted, objective)[metric])
       except train.NotFinite as error:
         left_out[name] = f'adapted from --adapt_lr={adapt_lr}, {error}'
     spent = arms.spending(run, equal if run.stages else 'steps', mesh)
   curve = [(spent(step) / spent(run.steps), value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
   write(workdir, values, curve, left_out)
+
+
+def finite(name: str, value: float) -> float:
+  if not math.isfinite(value):
+    raise train.NotFinite(f'its {name} is {value}; lower the learning rate')
+  return value
 
 
 def write(workdir: pathlib.Path, values: dict[str, float], curve: list[tuple[float, float]], left_out: dict[str, str]

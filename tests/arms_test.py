@@ -283,6 +283,22 @@ def test_stages_cost_what_they_read(script, tmp_path):
       arms.equal([plain, late], 'seconds', 1., mesh)
 
 
+def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(arms.launch, 'start', lambda function, knobs, *_, **more: (
+      function(**knobs), arms.train.Result(8, 0, None, None, None, {'bits_per_byte': float('nan')}, True, None)))
+  assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
+
+
+def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
+  score = arms.score
+  monkeypatch.setattr(arms, 'score', lambda run, *rest: {
+      **score(run, *rest), **({'bits_per_byte': float('nan')} if run.seed else {})})
+  results = compared(script, tmp_path, 'a: ; b: lr=0.1', seeds=2)
+  for found in results.values():
+    assert 'bits/byte' in found[0]['values'] and found[1]['left_out'] == {
+        'result': 'its bits/byte is nan; lower the learning rate'}
+
+
 def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):
   monkeypatch.setattr(arms.launch, 'start', lambda function, knobs, *_, **more: (
       function(**knobs), arms.train.Result(2, 0, None, None, None, {'bits_per_byte': 1.}, False, None)))

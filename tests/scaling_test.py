@@ -66,9 +66,9 @@ def test_products_are_counted_where_they_run():
   with pytest.raises(ValueError, match='in a loop whose turns are not known'):
     flops.count(lambda n, a, b: jax.lax.fori_loop(0, n, lambda i, t: t + product(a, b).sum(), 0.), np.int32(3), a, b)
   x, w, sizes = jnp.zeros((7, 4)), jnp.zeros((3, 4, 5)), jnp.int32([2, 3, 2])
-  grouped = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()   # noqa: E731
+  grouped = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()
   assert flops.count(jax.grad(grouped, (0, 1)), x, w) == 3 * 2 * 7 * 4 * 5   # each row meets one of the three
-  noisy = lambda n: jax.debug.print('{}', n)   # noqa: E731
+  noisy = lambda n: jax.debug.print('{}', n)
   assert flops.counter(noisy, np.int32(0))(np.int32(0)) == 0
   kernel = jnp.zeros((3, 3, 4, 8))
   image = jnp.zeros((2, 10, 10, 4))
