@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 
-from lm import arms, atomic, comparison, launch, plot, sharding, side_by_side, train
+from lm import arms, atomic, comparison, launch, plot, sharding, train
 from lm.data.source import Source
 from lm.describe import describe
 from lm.objectives.infill import infill
@@ -132,7 +132,7 @@ def times(sooner: comparison.Interval | None) -> str:
 
 def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '',
             seeds: int = 5, equal: str = 'steps', budget: float | None = None, adapt: int = 0, adapt_lr: float = 1e-3,
-            seeds_together: str = 'auto', mesh: str | None = None) -> dict[str, list[dict]]:
+            mesh: str | None = None) -> dict[str, list[dict]]:
   """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
   if seeds < 2:
     raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
@@ -155,17 +155,6 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
     arms.begin(workdir, 'compare.json', asked)
   print(f'equal {equal}: {amount:,.4g} each; ' + ', '.join(f'{arm.name} {arm.knobs["steps"]:,} steps' for arm in found))
   missing = {arm.name: [seed for seed in range(seeds) if not told(workdir, arm, seed).exists()] for arm in found}
-  for arm in found:
-    fresh = [seed for seed in missing[arm.name] if arms.fresh(workdir, arm, seed)]
-    if together(arm, fresh, devices, seeds_together):
-      print(f'\n--- {arm.name}, seeds {", ".join(map(str, fresh))} side by side', flush=True)
-      with jax.set_mesh(devices):
-        try:
-          for done in arms.go_together(workdir, arm, fresh, devices):
-            finish(*done, devices, equal, adapt, adapt_lr)
-        except train.NotFinite as error:
-          print(f'{error}. Which seeds have a result is found in turn')
-      missing[arm.name] = [seed for seed in missing[arm.name] if not told(workdir, arm, seed).exists()]
   for seed in range(seeds):   # by seed, so that a comparison that is stopped has pairs
     for i, arm in enumerate(found):
       if seed in missing[arm.name]:
@@ -177,24 +166,6 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
   results = {arm.name: [json.loads(told(workdir, arm, seed).read_text()) for seed in range(seeds)] for arm in found}
   report(results, workdir, f'share of {amount:,.4g} {equal}')
   return results
-
-
-def together(arm: arms.Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh, asked: str) -> bool:
-  """Whether to train the seeds of an arm in one program: where that is faster, which is told."""
-  run = arm.make()
-  if asked == 'never' or len(seeds) < 2:
-    return False
-  if not side_by_side.fits(run) or jax.process_count() > 1:
-    if asked == 'always':
-      print(f'{arm.name}: its seeds are trained in turn; side by side go runs of one process without stages, patience, '
-            'guard and augmentation', flush=True)
-    return False
-  with jax.set_mesh(mesh):
-    gain = side_by_side.faster(run, seeds)
-  chosen = asked == 'always' or gain > 1.05
-  print(f'{arm.name}: {len(seeds)} seeds side by side in one program take {1 / gain:.2f} of the time that they take in '
-        f'turn; they are trained {"side by side" if chosen else "in turn"}', flush=True)
-  return chosen
 
 
 def steps_once(study: pathlib.Path, begun: bool, found: list[arms.Arm], equal: str, budget: float | None,
@@ -233,7 +204,7 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
 
 def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seeds: int = 5,
          equal: Literal['steps', 'tokens', 'flops', 'seconds'] = 'steps', budget: float | None = None, adapt: int = 0,
-         adapt_lr: float = 1e-3, seeds_together: Literal['auto', 'always', 'never'] = 'auto',
+         adapt_lr: float = 1e-3,
          workdir: pathlib.Path = pathlib.Path('runs/compare'), mesh: str | None = None) -> None:
   """Compares arms.
 
@@ -246,12 +217,11 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
     budget: how much of it each arm gets; none for what the first arm takes as it is.
     adapt: steps of next-token prediction, and of infilling, after which all arms are scored too; 0 for none.
     adapt_lr: the rate at which these begin.
-    seeds_together: train all seeds of an arm in one program, where that is faster, or always, or never.
     workdir: where the runs live; one that was stopped goes on from there.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
   """
   compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,
-          budget=budget, adapt=adapt, adapt_lr=adapt_lr, seeds_together=seeds_together, mesh=mesh)
+          budget=budget, adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,6 @@
 A study is a folder: `<study>/<name>/seed-<n>` is the workdir of a run, as any other; runs whose data are the same share
 `<study>/data-<...>/data`, by links. What is done is not done again.
 """
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, side_by_side, track, train
+from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, track, train
 from lm.data.batches import Room
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -185,25 +184,6 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
   if not result.finished and not left:
     raise KeyboardInterrupt
   return run, workdir, result
-
-
-def go_together(study: pathlib.Path, arm: Arm, seeds: Sequence[int], mesh: jax.sharding.Mesh
-                ) -> list[tuple[train.Run, pathlib.Path, train.Result]]:
-  """As `go` of each seed, in one program: see `side_by_side`. All are `fresh`."""
-  workdirs = [study / arm.name / f'seed-{seed}' for seed in seeds]
-  script = pathlib.Path(inspect.getfile(arm.function)).name
-  with contextlib.ExitStack() as claims:
-    for seed, workdir in zip(seeds, workdirs):
-      link(workdir, shared(study, arm.make()) / 'data')
-      claims.enter_context(records.claim(workdir, script))
-      launch.record(arm.function, arm.knobs, workdir, mesh, seed=seed)
-    results = side_by_side.go(arm.make(), seeds, workdirs, mesh)
-  return [(arm.make(seed), workdir, result) for seed, workdir, result in zip(seeds, workdirs, results)]
-
-
-def fresh(study: pathlib.Path, arm: Arm, seed: int) -> bool:
-  """Whether nothing of a run was saved."""
-  return not any((study / arm.name / f'seed-{seed}' / 'checkpoints').glob('[0-9]*'))
 
 
 def shared(study: pathlib.Path, run: train.Run) -> pathlib.Path:

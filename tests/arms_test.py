@@ -44,7 +44,7 @@ class Causal(Bigram):
 
 
 def compared(script, study, text, **more):
-  settings = {'seeds': 3, 'seeds_together': 'never', **more}
+  settings = {'seeds': 3, **more}
   return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **settings)
 
 
@@ -238,9 +238,8 @@ def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_
     assert not list(tmp_path.glob('*/seed-*')) and not (tmp_path / settings).exists()
 
 
-@pytest.mark.parametrize('together', ['never', pytest.param('always', marks=pytest.mark.slow)])
-def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch, together):
-  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2, 'seeds_together': together}
+def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
+  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2}
   results = compared(script, tmp_path, text, **more)
   out = capsys.readouterr().out
   assert all(result['values'] == {} and 'result' in result['left_out'] for result in results['wild'])
@@ -249,20 +248,6 @@ def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, 
   assert (tmp_path / 'compare.png').exists()
   monkeypatch.setattr(arms, 'go', None)   # nothing is trained again
   assert compared(script, tmp_path, text, **more) == results
-
-
-def test_seeds_side_by_side_that_were_killed_after_they_were_saved_are_not_trained_again(script, tmp_path, monkeypatch):
-  study, text, finish, trained = tmp_path / 'study', 'a: ; b: lr=0.1', compare.finish, []
-
-  def killed(*_):
-    raise KeyboardInterrupt
-  monkeypatch.setattr(compare, 'finish', killed)
-  with pytest.raises(KeyboardInterrupt):
-    compared(script, study, text, seeds=2, seeds_together='always')
-  monkeypatch.setattr(compare, 'finish', lambda *args: trained.append(args[2].start) or finish(*args))
-  results = compared(script, study, text, seeds=2, seeds_together='always')
-  assert trained == [0, 0, 6, 6]   # b anew, side by side; a from its end
-  assert [len(result['curve']) for result in results['a']] == [3, 3]
 
 
 def test_stages_cost_what_they_read(script, tmp_path):
