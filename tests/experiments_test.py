@@ -16,7 +16,10 @@ from lm import launch, pretrained, sharding, track, train, trained
 from lm.data import corpora, puzzles, tokenizer
 from lm.models import transformer
 
-FOLDER = pathlib.Path(__file__).parents[1] / 'experiments'
+ROOT = pathlib.Path(__file__).parents[1]
+# By name: the experiments and the benchmarks, without what the benchmarks share.
+SCRIPTS = {path.stem: path for folder in ('experiments', 'experiments/benchmarks')
+           for path in sorted((ROOT / folder).glob('*.py')) if path.stem != 'interleaved'}
 # Flags that make each experiment tiny.
 TINY = {
     'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
@@ -42,15 +45,15 @@ TOOLS = {
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'noise_scale': ['--batches=8', '--rows=4', '--best'],
-    'benchmark': [],
-    'benchmark_objectives': ['--only=distillation', '--shape=tiny'],
-    'benchmark_optimizers': ['--only=soap', '--shape=tiny'],
+    'training': [],
+    'objective_costs': ['--only=distillation', '--shape=tiny'],
+    'optimizer_costs': ['--only=soap', '--shape=tiny'],
     'schedules': ['--only=steps', '--milestones=3,4'],
     'compare': ['--arms=a: ; b: lr=1', '--equal=flops'],
     'optimizers': ['--seeds=2'],
     'sweep': ['--knobs=lr=1,2', '--method=random'],
     'scaling': ['--budgets=1,2'],
-    'benchmark_hf': ['--families=gpt2,bert,t5'],
+    'huggingface': ['--families=gpt2,bert,t5'],
 }
 
 
@@ -60,11 +63,11 @@ load = importlib.import_module
 @pytest.fixture(scope='module')
 def scripts():
   """All of them imported in this process."""
-  return {path.stem: load(path.stem) for path in sorted(FOLDER.glob('*.py'))}
+  return {name: load(name) for name in SCRIPTS}
 
 
 def names(experiments: bool) -> list[str]:
-  has = {path.stem: re.search(r'^def experiment\(', path.read_text(), re.MULTILINE) for path in FOLDER.glob('*.py')}
+  has = {name: re.search(r'^def experiment\(', path.read_text(), re.MULTILINE) for name, path in SCRIPTS.items()}
   return sorted(name for name, found in has.items() if bool(found) is experiments)
 
 
@@ -153,7 +156,7 @@ def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scrip
 
 @pytest.mark.parametrize('name', names(experiments=True) + names(experiments=False))
 def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
-  module, text = scripts[name], (FOLDER / f'{name}.py').read_text()
+  module, text = scripts[name], SCRIPTS[name].read_text()
   assert name in TINY or name in TOOLS, f'give {name} a line in one of the tables'
   functions = [getattr(module, function) for function in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
   functions += [launch._train] if 'launch.run(' in text else []
@@ -163,7 +166,7 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
   assert not stop.value.code and module.__doc__.split('\n')[0] in out
   arguments = launch._argument_help(functions[0])
   assert set(arguments) <= {p.name for p in launch._keywords(functions[0])}   # no flag is described that is not there
-  assert f'python experiments/{name}.py' in module.__doc__
+  assert f'python {SCRIPTS[name].relative_to(ROOT)}' in module.__doc__
   for example in re.findall(r'--(\w+)', module.__doc__):
     assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'
   if name in TOOLS or 'launch.run(' in text:

@@ -1,9 +1,9 @@
 """The fit finds the law that made the points, as wide as they leave it; FLOPs are those of the formulas."""
-import benchmark
-import benchmark_optimizers
+import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimizer_costs
 import pytest
 from train_test import RUN, on
 
@@ -78,7 +78,7 @@ def test_products_are_counted_where_they_run():
 
 
 def test_updates_cost_what_their_formulas_say():
-  mesh, shape = on('1x1'), benchmark.SHAPES['tiny']
+  mesh, shape = on('1x1'), interleaved.SHAPES['tiny']
   make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,
                                             100, shape.batch)
   model = transformer.gpt2(*shape[:4], shape.length)
@@ -86,7 +86,7 @@ def test_updates_cost_what_their_formulas_say():
     cost = lambda optimizer: arms.cost(make(optimizer(lambda step: 0.1), model), 'flops', mesh)
     plain = cost(optim.adamw)
     for name, optimizer in {'muon': optim.muon, 'soap': optim.soap}.items():
-      assert cost(optimizer) - plain == pytest.approx(benchmark_optimizers.products(name, shape))
+      assert cost(optimizer) - plain == pytest.approx(optimizer_costs.products(name, shape))
     # Sophia's second derivative is counted at every tenth step: at all of them, where the step is not known.
     sophia = make(optim.sophia(lambda step: 0.1), model)
     always = flops.count(train.make_step(sophia), jax.eval_shape(lambda: train.init(sophia)),

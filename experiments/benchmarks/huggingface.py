@@ -1,6 +1,6 @@
 """How fast are Hugging Face models here, beside `transformers`? Scoring, a row a family; decoding; import; on this CPU.
 
-  python experiments/benchmark_hf.py --what=scoring --families=gpt2,llama
+  python experiments/benchmarks/huggingface.py --what=scoring --families=gpt2,llama
 
 Models are random and made on the spot. Scoring: texts of 8 to 512 tokens under 4 layers x 512, float32; transformers
 gets them sorted by length, in padded batches of 8. BERT reads the texts unmasked, in one pass, and is asked for each
@@ -16,8 +16,10 @@ import tempfile
 import types
 from typing import Any, Literal, get_args
 
-from lm import launch, race  # nothing heavy here: what an arm imports counts in its memory and in its start
-from lm.race import Made
+import interleaved
+from interleaved import Prepared
+
+from lm import launch  # nothing heavy here: what an arm imports counts in its memory and its start-up time
 
 What = Literal['scoring', 'decoding', 'import']
 Kind = Literal['gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3',
@@ -134,7 +136,7 @@ class InPlace:
     return self.model.apply(params, batch._replace(tokens=batch.targets))
 
 
-def ours_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Made:
+def ours_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Prepared:
   model, params = ours(folder)
   import jax
   import numpy as np
@@ -149,7 +151,7 @@ def ours_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Made:
           {'weights': sum(x.size for x in jax.tree.leaves(params))})
 
 
-def transformers_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Made:
+def transformers_scoring(folder: pathlib.Path, kind: Kind, number: int) -> Prepared:
   torch, transformers = pytorch()
   model = getattr(transformers, CLASSES.get(kind, 'AutoModelForCausalLM')).from_pretrained(
       folder, dtype=torch.float32).eval()
@@ -186,7 +188,7 @@ def prompts(batch: int) -> Any:
   return ids
 
 
-def ours_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Made:
+def ours_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Prepared:
   model, params = ours(folder)
   import jax
   import numpy as np
@@ -206,7 +208,7 @@ def ours_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Made:
   return go, {'weights': sum(x.size for x in jax.tree.leaves(params))}
 
 
-def transformers_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Made:
+def transformers_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Prepared:
   torch, transformers = pytorch()
   model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
   ids = torch.from_numpy(prompts(batch)).long()
@@ -218,7 +220,7 @@ def transformers_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> 
   return go, {'weights': sum(p.numel() for p in model.parameters())}
 
 
-def ours_import(folder: pathlib.Path) -> Made:
+def ours_import(folder: pathlib.Path) -> Prepared:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import import_hf
 
@@ -228,11 +230,11 @@ def ours_import(folder: pathlib.Path) -> Made:
   return go, {}
 
 
-def ours_open(folder: pathlib.Path) -> Made:
+def ours_open(folder: pathlib.Path) -> Prepared:
   return (lambda: ours(folder) and None), {}
 
 
-def transformers_open(folder: pathlib.Path) -> Made:
+def transformers_open(folder: pathlib.Path) -> Prepared:
   torch, transformers = pytorch()
 
   def go():
@@ -244,8 +246,8 @@ def transformers_open(folder: pathlib.Path) -> Made:
 
 def scoring(folder: pathlib.Path, kind: Kind, number: int, rounds: int) -> str:
   """Measures a family; gives its line of the table."""
-  race.made(new_model, kind, folder)
-  found = race.race(f'scoring, {kind}', {
+  interleaved.in_process(new_model, kind, folder)
+  found = interleaved.compare(f'scoring, {kind}', {
       'ours': (ours_scoring, folder, kind, number), 'transformers': (transformers_scoring, folder, kind, number)},
       count(kind, number), rounds, 1)
   if len(found) < 2:
@@ -256,12 +258,12 @@ def scoring(folder: pathlib.Path, kind: Kind, number: int, rounds: int) -> str:
 
 
 def decoding(folder: pathlib.Path, rounds: int, new_tokens: int) -> None:
-  each = race.made(new_decoder, folder)
+  each = interleaved.in_process(new_decoder, folder)
   for batch in (1, 8):
     # Of a step, on average: new tokens find the prompt and half of themselves in the cache.
     size = (folder / 'model.safetensors').stat().st_size + batch * (PROMPT + new_tokens // 2) * each
-    found = race.race(f'decoding, batch {batch}', {
-        'ours': (ours_decoding, folder, batch, new_tokens), 'read': (race.read_memory, size, new_tokens),
+    found = interleaved.compare(f'decoding, batch {batch}', {
+        'ours': (ours_decoding, folder, batch, new_tokens), 'read': (interleaved.read_memory, size, new_tokens),
         'transformers': (transformers_decoding, folder, batch, new_tokens)}, batch * new_tokens, rounds, 1)
     if len(found) == 3:
       limit = found.pop('read').rate
@@ -271,11 +273,11 @@ def decoding(folder: pathlib.Path, rounds: int, new_tokens: int) -> None:
 
 
 def importing(folder: pathlib.Path, rounds: int) -> None:
-  race.made(new_large_model, folder)
+  interleaved.in_process(new_large_model, folder)
   size = (folder / 'model.safetensors').stat().st_size
-  found = race.race(f'import of {size / 1e9:.2f} GB', {
+  found = interleaved.compare(f'import of {size / 1e9:.2f} GB', {
       'import': (ours_import, folder), 'open': (ours_open, folder), 'transformers': (transformers_open, folder),
-      'read': (race.read_file, folder / 'model.safetensors')}, size // 10 ** 6, rounds, 1, 'MB')
+      'read': (interleaved.read_file, folder / 'model.safetensors')}, size // 10 ** 6, rounds, 1, 'MB')
   print('  peak memory, of the file:', ', '.join(f'{name} {x.peak * 1e9 / size:.2f}x' for name, x in found.items()))
 
 
@@ -291,7 +293,7 @@ def benchmark(*, what: list[What] = get_args(What), families: list[Kind] = get_a
   """
   if min(number, rounds, new_tokens) < 1:
     raise ValueError(f'--number={number}, --rounds={rounds} and --new_tokens={new_tokens} must be 1 or more')
-  race.machine('jax', 'jaxlib', 'torch', 'transformers')
+  interleaved.machine('jax', 'jaxlib', 'torch', 'transformers')
   with tempfile.TemporaryDirectory() as temporary:
     root = pathlib.Path(temporary)
     lines = [scoring(root / kind, kind, number, rounds) for kind in (families if 'scoring' in what else ())]

@@ -1,6 +1,6 @@
 """What does an optimizer cost? The update alone, and the training step that it is part of, in milliseconds.
 
-  python experiments/benchmark_optimizers.py --shape=large --rounds=5 --steps=10
+  python experiments/benchmarks/optimizer_costs.py --shape=large --rounds=5 --steps=10
 
 Each of the two, of each optimizer, is a process of its own; they take turns, in both orders, and medians count. Steps
 are averaged over tens, since SOAP and Sophia do more at every tenth. Leave the machine alone meanwhile. For Linux.
@@ -12,29 +12,34 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import benchmark
-import benchmark_objectives
-import pretrain
+import interleaved
+from interleaved import SHAPES, Prepared, Shape, tokens
 
-from lm import launch, race  # nothing heavy here: it counts in the start of each process
+from lm import launch  # nothing heavy here: it counts in the start-up time of each process
+
+Optimizer = Literal['adamw', 'adam', 'nadamw', 'rmsprop', 'sgd', 'adafactor', 'lion', 'adan', 'muon', 'soap', 'sophia',
+                    'schedule_free']
 
 
-def made(name: str, shape: benchmark.Shape) -> race.Made:
+def prepared(name: str, shape: Shape) -> Prepared:
   """An arm: the training step of an optimizer, or, of 'adamw/update', its update of gradients that are there."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
+  import numpy as np
   import optax
 
-  from lm import sharding, train
+  from lm import optim, sharding, train
+  from lm.data.batches import Batch
   from lm.models import transformer
   from lm.objectives.next_token import next_token
   jax.set_mesh(sharding.make_mesh())
   name, _, alone = name.partition('/')
-  optimizer = pretrain.optimised(name, lambda step: 1e-4, 1., None, (), 0., 0., 0.)
+  optimizer = getattr(optim, name)(lambda step: 1e-4, clip=1.)
   model = transformer.gpt2(*shape[:4], shape.length)
   run = train.Run(model, next_token(), None, optimizer, steps=1, batch=shape.batch)
-  held = benchmark_objectives.batches_of(benchmark_objectives.Row(run.objective, model), shape)(0)
-  held = sharding.shard_rows(held, jax.sharding.get_mesh())
+  ids = tokens(shape.vocab, shape.batch, shape.length + 1)
+  held = sharding.shard_rows(Batch(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, np.float32)),
+                             jax.sharding.get_mesh())
   state, start = jax.jit(lambda: train.init(run))(), time.perf_counter()
 
   def loss(params):
@@ -60,13 +65,13 @@ def made(name: str, shape: benchmark.Shape) -> race.Made:
   return go, facts
 
 
-def matrices(shape: benchmark.Shape) -> Iterator[tuple[int, int]]:
+def matrices(shape: Shape) -> Iterator[tuple[int, int]]:
   """Of all layers: inputs and outputs."""
   w = shape.width
   return iter([(w, w)] * 4 * shape.layers + [(w, 4 * w), (4 * w, w)] * shape.layers)
 
 
-def products(name: str, shape: benchmark.Shape) -> float:
+def products(name: str, shape: Shape) -> float:
   """Floating-point operations of the matrix products in an update, by formula, on average over steps."""
   def muon(m, n):   # five times X X^T, its square, and that times X, of the shorter side
     m, n = sorted((m, n))
@@ -78,14 +83,14 @@ def products(name: str, shape: benchmark.Shape) -> float:
   return sum(formula(m, n) for m, n in matrices(shape)) if formula else 0.
 
 
-def model_products(shape: benchmark.Shape) -> float:
+def model_products(shape: Shape) -> float:
   """Those of a model's step: 6 a weight and token, and the scores of attention with the values, causal."""
   weights = sum(m * n for m, n in matrices(shape)) + shape.vocab * shape.width
   attention = 6 * shape.layers * shape.width * shape.length   # two products, of half the keys, three times
   return shape.batch * shape.length * (6 * weights + attention)
 
 
-def main(*, only: list[pretrain.Optimizer] = (), shape: Literal['tiny', 'small', 'large'] = 'large', rounds: int = 5,
+def main(*, only: list[Optimizer] = (), shape: Literal['tiny', 'small', 'large'] = 'large', rounds: int = 5,
          steps: int = 10) -> None:
   """Prints a table.
 
@@ -95,11 +100,11 @@ def main(*, only: list[pretrain.Optimizer] = (), shape: Literal['tiny', 'small',
   """
   if rounds < 1 or steps < 1 or steps % 10:
     raise ValueError(f'--rounds={rounds} must be 1 or more, and --steps={steps} a multiple of 10')
-  race.machine('jax', 'jaxlib', 'optax')
-  size = benchmark.SHAPES[shape]
-  names = [name for name in typing.get_args(pretrain.Optimizer) if name == 'adamw' or name in only or not only]
+  interleaved.machine('jax', 'jaxlib', 'optax')
+  size = SHAPES[shape]
+  names = [name for name in typing.get_args(Optimizer) if name == 'adamw' or name in only or not only]
   arms = [name + part for name in names for part in ('', '/update')]
-  taken = benchmark_objectives.take_turns(made, arms, size, rounds, steps)
+  taken = interleaved.take_turns(prepared, arms, size, rounds, steps)
   whole = model_products(size)
   print(f'{shape}, {rounds} rounds of {steps} steps of {size.batch} x {size.length} tokens; the model takes '
         f'{whole / 1e9:,.0f} GFLOP a step\n\noptimizer        step ms  update ms   share (of rounds)  step / adamw  '

@@ -5,28 +5,29 @@ import re
 import subprocess
 import sys
 
+import interleaved
 import jax
 import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, race, sharding
+from lm import launch, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = ROOT / 'experiments' / 'benchmark.py'
+SCRIPT = ROOT / 'experiments' / 'benchmarks' / 'training.py'
 
 
 @pytest.fixture(scope='module')
 def benchmark():
-  import benchmark as module
+  import training as module
   return module
 
 
 def test_flags(benchmark):
-  (values,), _ = launch.parse([benchmark.benchmark], ['benchmark.py', '--what=training,pipeline', '--shape=large'])
+  (values,), _ = launch.parse([benchmark.benchmark], ['training.py', '--what=training,pipeline', '--shape=large'])
   assert values['what'] == ['training', 'pipeline'] and values['shape'] == 'large'
   with pytest.raises(flags.Error, match=re.escape('training | startup')):
-    launch.parse([benchmark.benchmark], ['benchmark.py', '--what=flying'])
+    launch.parse([benchmark.benchmark], ['training.py', '--what=flying'])
   with pytest.raises(ValueError, match='--rounds=0'):
     benchmark.benchmark(rounds=0)
 
@@ -34,25 +35,25 @@ def test_flags(benchmark):
 def test_both_arms_of_decoding_write_the_same_text(tmp_path):
   pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  import benchmark_hf
+  import huggingface
   config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
                                    eos_token_id=None, pad_token_id=0)
   transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
   with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
     (ours, _), (theirs, _) = (make(tmp_path, 3, 7) for make in (
-        benchmark_hf.ours_decoding, benchmark_hf.transformers_decoding))
+        huggingface.ours_decoding, huggingface.transformers_decoding))
     assert ours() == theirs() > 0
 
 
 def test_what_is_missing_is_told(capsys):
-  assert race.machine('jax', 'no-such-package') == {'no-such-package'}
+  assert interleaved.machine('jax', 'no-such-package') == {'no-such-package'}
   assert f'jax {jax.__version__}' in capsys.readouterr().out
 
 
 def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
   seen = []
   monkeypatch.setattr(np, 'max', lambda part: seen.append(part.nbytes))
-  go, _ = race.read_memory(4_000, 3)
+  go, _ = interleaved.read_memory(4_000, 3)
   go()
   assert sum(seen) == 12_000
 
@@ -71,12 +72,12 @@ def test_ours_is_measured():
 
 
 def test_each_objective_of_the_table_is_made_examples_of_and_traced():
-  import benchmark_objectives as module
   import jax
   import numpy as np
+  import objective_costs as module
 
   from lm import train
-  shape = module.benchmark.SHAPES['tiny']
+  shape = interleaved.SHAPES['tiny']
   for row in module.rows(shape).values():
     batch = module.batches_of(row, shape)(0)
     stored = {name: np.zeros((*batch.tokens.shape, *more), dtype) for name, (dtype, more) in row.columns.items()}

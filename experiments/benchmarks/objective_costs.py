@@ -1,23 +1,21 @@
 """What does an objective cost, beside next-token prediction? A training step by token seen, and the making of examples.
 
-  python experiments/benchmark_objectives.py --shape=small --rounds=5
+  python experiments/benchmarks/objective_costs.py --shape=small --rounds=5
 
 Each objective is a process of its own; they take turns, in both orders, and medians count. Leave the machine alone
 meanwhile. For Linux. An objective more is a line in `rows`.
 """
-import contextlib
 import dataclasses
 import itertools
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import benchmark
+from interleaved import SHAPES, Prepared, Shape, documents, take_turns
 
-from lm import launch, race  # nothing heavy here: it counts in the start of each process
+from lm import launch  # nothing heavy here: it counts in the start-up time of each process
 
 BATCHES = 4   # different ones, that a step of training takes in turn
 
@@ -35,7 +33,7 @@ class Row:
   source_length: int | None = None
 
 
-def rows(shape: benchmark.Shape) -> dict[str, Row]:
+def rows(shape: Shape) -> dict[str, Row]:
   """The table, by name; the first is what the others are compared with."""
   from lm import train
   from lm.data.tokenizer import sentinels
@@ -99,13 +97,13 @@ class Records:
     return {Pair: lambda: Pair(one, one), Rated: lambda: Rated(one, i % 2 == 0, one)}.get(self._kind, lambda: one)()
 
 
-def batches_of(row: Row, shape: benchmark.Shape) -> Any:
+def batches_of(row: Row, shape: Shape) -> Any:
   import numpy as np
 
   from lm.data.batches import Special
   from lm.data.packing import Packed
   from lm.data.stream import Stream
-  objective, store = row.objective, benchmark.documents(shape.vocab)
+  objective, store = row.objective, documents(shape.vocab)
   special = Special(1, 2, shape.vocab, tuple(range(3, 3 + len(objective.control))))
   data = {'store': store} if objective.needs is np.ndarray else {
       'records': Records(objective.needs, store, shape.length)}
@@ -118,14 +116,14 @@ def seen(batch: Any) -> int:
   return sum(int((x > 0).sum()) for x in (batch.segments, batch.source_segments) if x is not None)
 
 
-def making(name: str, shape: benchmark.Shape) -> race.Made:
+def making(name: str, shape: Shape) -> Prepared:
   """Makes examples, on one core."""
   batches, steps = batches_of(rows(shape)[name], shape), itertools.count()
   count = statistics.mean(seen(batches(step)) for step in range(BATCHES))
   return lambda: batches(next(steps)) and None, {'seen': count}
 
 
-def training(name: str, shape: benchmark.Shape) -> race.Made:
+def training(name: str, shape: Shape) -> Prepared:
   """Takes steps on batches that are there."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
@@ -154,21 +152,6 @@ def training(name: str, shape: benchmark.Shape) -> race.Made:
   return go, facts
 
 
-def take_turns(make: Callable[..., race.Made], names: list[str], shape: benchmark.Shape, rounds: int, steps: int
-               ) -> dict[str, tuple[list[float], dict[str, float]]]:
-  """For each name, seconds a token seen, by round, and its facts."""
-  taken: dict[str, list[float]] = {name: [] for name in names}
-  with contextlib.ExitStack() as stack:
-    os.environ |= dict.fromkeys(race.CACHES, stack.enter_context(tempfile.TemporaryDirectory()))
-    pools = {name: stack.enter_context(race.process()) for name in names}
-    facts = {name: pool.submit(race.prepare, time.time(), make, name, shape).result() for name, pool in pools.items()}
-    for number in range(rounds):
-      for name in names[::-1 if number % 2 else 1]:
-        seconds, *_ = pools[name].submit(race.measure, steps).result()
-        taken[name].append(seconds / steps / facts[name]['seen'])
-  return {name: (taken[name], facts[name]) for name in names}
-
-
 def main(*, only: list[str] = (), shape: Literal['tiny', 'small', 'large'] = 'small', rounds: int = 5,
          steps: int = 4) -> None:
   """Prints a table.
@@ -179,7 +162,7 @@ def main(*, only: list[str] = (), shape: Literal['tiny', 'small', 'large'] = 'sm
   """
   if rounds < 1 or steps < 1 or steps % BATCHES:
     raise ValueError(f'--rounds={rounds} must be 1 or more, and --steps={steps} a multiple of {BATCHES}')
-  size = benchmark.SHAPES[shape]
+  size = SHAPES[shape]
   first, *others = rows(size)
   if unknown := [name for name in only if name not in (first, *others)]:
     raise ValueError(f'--only={unknown[0]} is none of {", ".join((first, *others))}')

@@ -1,11 +1,10 @@
-"""How fast is this on the CPU of this machine, beside PyTorch? Training, start-up, data; decoding: benchmark_hf.py.
+"""How fast is this on the CPU of this machine, beside PyTorch? Training, start-up, data; decoding: huggingface.py.
 
-  python experiments/benchmark.py --what=training --shape=large --precision=bfloat16
+  python experiments/benchmarks/training.py --what=training --shape=large --precision=bfloat16
 
 Each arm is a process of its own. They get ready one after the other, then take turns, in both orders; the median
 counts. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]', and a C++ compiler.
 """
-import collections
 import itertools
 import math
 import os
@@ -16,21 +15,12 @@ import sys
 import tempfile
 import time
 import timeit
-import types
 from typing import Any, Literal, get_args
 
-from lm import launch, race  # nothing heavy here: what an arm imports counts in its memory and in its start
-from lm.race import Made
+import interleaved
+from interleaved import SHAPES, Prepared, Shape, documents, tokens
 
-# Of a GPT-2, and of the batch that it trains on.
-Shape = collections.namedtuple('Shape', 'vocab width layers heads batch length')
-SHAPES = {'tiny': Shape(512, 64, 2, 2, 2, 32), 'small': Shape(8192, 384, 6, 6, 16, 256),
-          'large': Shape(50257, 768, 12, 12, 4, 256)}
-
-
-def tokens(vocab: int, *shape: int) -> Any:
-  import numpy as np
-  return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
+from lm import launch  # nothing heavy here: what an arm imports counts in its memory and its start-up time
 
 
 def ours(shape: Shape, precision: str) -> Any:
@@ -44,7 +34,7 @@ def ours(shape: Shape, precision: str) -> Any:
   return transformer.gpt2(*shape[:4], shape.length, dtype=jax.numpy.dtype(precision))
 
 
-def ours_training(shape: Shape, precision: str) -> Made:
+def ours_training(shape: Shape, precision: str) -> Prepared:
   model = ours(shape, precision)
   import jax
   import numpy as np
@@ -70,17 +60,7 @@ def ours_training(shape: Shape, precision: str) -> Made:
   return go, facts
 
 
-def documents(vocab: int) -> Any:
-  """Random tokens on disk, about as many documents and as long as those of Python's library."""
-  import numpy as np
-  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
-  with tempfile.TemporaryFile() as file:   # the map outlives it
-    stored = np.memmap(file, np.uint16, 'w+', shape=int(offsets[-1]))
-  stored[:] = tokens(vocab, len(stored))
-  return types.SimpleNamespace(tokens=stored, offsets=offsets)
-
-
-def ours_pipeline(shape: Shape) -> Made:
+def ours_pipeline(shape: Shape) -> Prepared:
   """Packs documents into rows."""
   from lm.data.batches import Special
   from lm.data.stream import Stream
@@ -98,7 +78,7 @@ def pytorch() -> Any:
   return torch
 
 
-def torch_training(shape: Shape, precision: str, compiled: bool) -> Made:
+def torch_training(shape: Shape, precision: str, compiled: bool) -> Prepared:
   """The same in PyTorch, with its fused attention: measured faster than the model in transformers."""
   torch = pytorch()
   nn, functional, width = torch.nn, torch.nn.functional, shape.width
@@ -149,15 +129,15 @@ def torch_training(shape: Shape, precision: str, compiled: bool) -> Made:
 def startup(shape: Shape) -> None:
   """Prints what a user waits for: medians of three, and the first step with nothing and with all in the cache."""
   print('\nstart-up, seconds')
-  pretrain = str(pathlib.Path(__file__).with_name('pretrain.py'))
+  pretrain = str(pathlib.Path(__file__).parents[1] / 'pretrain.py')
   for command in (['-c', 'import jax'], ['-c', 'import lm.train'], [pretrain, '--help']):
     run = lambda command=command: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     print(f'{statistics.median(timeit.repeat(run, number=1, repeat=3)):8.2f}  python {" ".join(command)}', flush=True)
   with tempfile.TemporaryDirectory() as folder:
-    os.environ |= dict.fromkeys(race.CACHES, folder)
+    os.environ |= dict.fromkeys(interleaved.CACHES, folder)
     for name in ('first step', 'first step, from the cache'):
-      with race.process() as pool:
-        facts = pool.submit(race.prepare, time.time(), ours_training, shape, 'float32').result()
+      with interleaved.process() as pool:
+        facts = pool.submit(interleaved.prepare, time.time(), ours_training, shape, 'float32').result()
       print(f'{facts["first"]:8.2f}  {name}', flush=True)
 
 
@@ -178,18 +158,18 @@ def benchmark(*, what: list[What] = get_args(What), arms: list[Arm] = get_args(A
   """
   if min(rounds, steps) < 1:
     raise ValueError(f'--rounds={rounds} and --steps={steps} must be 1 or more')
-  if missing := race.machine('jax', 'jaxlib', 'flax', 'torch'):
+  if missing := interleaved.machine('jax', 'jaxlib', 'flax', 'torch'):
     print(f"without {' and '.join(sorted(missing))}, which are not installed (pip install 'lm[benchmark]')")
   size = SHAPES[shape]
   kept = lambda named: {arm: named[arm] for arm in named if arm in arms and arm.partition('_')[0] not in missing}
   if 'training' in what:
-    race.race(f'training, {shape}, {precision}', kept({
+    interleaved.compare(f'training, {shape}, {precision}', kept({
         'ours': (ours_training, size, precision), 'torch_eager': (torch_training, size, precision, False),
         'torch_compile': (torch_training, size, precision, True)}), size.batch * size.length, rounds, steps)
   if 'startup' in what:
     startup(size)
   if 'pipeline' in what:
-    race.race('packing, one core', {'ours': (ours_pipeline, size)}, size.batch * size.length, rounds, 500)
+    interleaved.compare('packing, one core', {'ours': (ours_pipeline, size)}, size.batch * size.length, rounds, 500)
 
 
 if __name__ == '__main__':

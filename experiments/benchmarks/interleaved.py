@@ -1,6 +1,7 @@
-"""A race of arms: each is a process of its own; they get ready one after the other, then take turns in both orders.
+"""Interleaved measurement: each arm of a benchmark is a process; all prepare in turn, then alternate in both orders.
 
-For Linux. An arm is a function that returns a `Made`; what it imports counts in its memory and in its start.
+Alternation spreads the noise of a shared machine over all arms. For Linux. An arm is made by a function that returns a
+`Prepared`; what that function imports counts in the memory and the start-up time of its arm.
 """
 import collections
 import concurrent.futures
@@ -17,11 +18,16 @@ import statistics
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# The sizes of a GPT-2 and of the batch that it trains on.
+Shape = collections.namedtuple('Shape', 'vocab width layers heads batch length')
+SHAPES = {'tiny': Shape(512, 64, 2, 2, 2, 32), 'small': Shape(8192, 384, 6, 6, 16, 256),
+          'large': Shape(50257, 768, 12, 12, 4, 256)}
 CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
-Made = tuple[Callable[[], Any], dict[str, float]]   # a step, which may give a loss; facts for the table
+Prepared = tuple[Callable[[], Any], dict[str, float]]   # a step, which may return a loss; facts for the table
 
 
 def end_with_parent() -> None:
@@ -34,17 +40,17 @@ process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiproc
 _step: Callable[[], Any]   # of the arm whose process this is
 
 
-class Result(NamedTuple):
+class Measurement(NamedTuple):
   rate: float   # units a second, the median of rounds
   cpu: float    # units a second of its threads on a processor: of use where others use the machine too
   loss: float   # of the first step
   peak: float   # GB
 
 
-def made(make: Callable[..., Any], *args: Any) -> Any:
-  """What `make` gives, in a process that ends."""
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+  """Returns `function(*args)`, computed in a process of its own, which then ends."""
   with process() as pool:
-    return pool.submit(make, *args).result()
+    return pool.submit(function, *args).result()
 
 
 def peak() -> float:
@@ -63,7 +69,7 @@ def measure(steps: int) -> tuple[float, float, float]:
   return time.perf_counter() - start, time.process_time() - busy, peak()
 
 
-def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, float]:
+def prepare(started: float, make: Callable[..., Prepared], *args: Any) -> dict[str, float]:
   """In an arm's process: makes it, and does two steps."""
   global _step
   try:
@@ -81,7 +87,7 @@ def prepare(started: float, make: Callable[..., Made], *args: Any) -> dict[str, 
           'peak': peak()}
 
 
-def read_memory(size: int, times: int) -> Made:
+def read_memory(size: int, times: int) -> Prepared:
   """An arm that reads so many bytes, as often, in as many threads as there are cores: no product can be faster."""
   import numpy as np
   threads = len(os.sched_getaffinity(0))
@@ -90,7 +96,7 @@ def read_memory(size: int, times: int) -> Made:
   return lambda: [list(pool.map(np.max, parts)) for _ in range(times)] and None, {}
 
 
-def read_file(path: pathlib.Path) -> Made:
+def read_file(path: pathlib.Path) -> Prepared:
   """An arm that reads a file into memory."""
   import numpy as np
   return lambda: np.fromfile(path, np.uint8) is None or None, {}
@@ -105,8 +111,8 @@ def machine(*packages: str) -> set[str]:
   return {*packages} - {*versions}
 
 
-def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int, unit: str = 'tokens'
-         ) -> dict[str, Result]:
+def compare(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int, unit: str = 'tokens'
+            ) -> dict[str, Measurement]:
   """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last.
 
   Returns those that did not fail.
@@ -137,5 +143,35 @@ def race(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int
           f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
           f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
           .replace('nan', '  -'), flush=True)
-  return {name: Result(*(count * steps / statistics.median(times) for times in (seconds, busy)), facts['loss'],
+  return {name: Measurement(*(count * steps / statistics.median(times) for times in (seconds, busy)), facts['loss'],
                        max(facts['peak'], *memory)) for name, (seconds, busy, memory, facts) in rows.items()}
+
+
+def tokens(vocab: int, *shape: int) -> Any:
+  import numpy as np
+  return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
+
+
+def documents(vocab: int) -> Any:
+  """Random tokens on disk, about as many documents and as long as those of Python's library."""
+  import numpy as np
+  offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
+  with tempfile.TemporaryFile() as file:   # the map outlives it
+    stored = np.memmap(file, np.uint16, 'w+', shape=int(offsets[-1]))
+  stored[:] = tokens(vocab, len(stored))
+  return types.SimpleNamespace(tokens=stored, offsets=offsets)
+
+
+def take_turns(make: Callable[..., Prepared], names: list[str], shape: Shape, rounds: int, steps: int
+               ) -> dict[str, tuple[list[float], dict[str, float]]]:
+  """Returns for each name its seconds for a token seen, a number a round, and its facts."""
+  seconds_by_name: dict[str, list[float]] = {name: [] for name in names}
+  with contextlib.ExitStack() as stack:
+    os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))
+    pools = {name: stack.enter_context(process()) for name in names}
+    facts = {name: pool.submit(prepare, time.time(), make, name, shape).result() for name, pool in pools.items()}
+    for number in range(rounds):
+      for name in names[::-1 if number % 2 else 1]:
+        seconds, *_ = pools[name].submit(measure, steps).result()
+        seconds_by_name[name].append(seconds / steps / facts[name]['seen'])
+  return {name: (seconds_by_name[name], facts[name]) for name in names}
