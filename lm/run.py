@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import optim
+from lm import optim, sharding
 from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.data.stages import Schedule, Stage
@@ -165,7 +165,7 @@ def _accumulate(function: Callable, params: Any, batch: Batch, key: jax.Array, p
     return function(params, batch, key)
 
   def split(x):   # row i goes to part i % parts, so that each device keeps its rows
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    return jnp.moveaxis(sharding.split_axis(x, 0, (x.shape[0] // parts, parts)), 1, 0)
 
   def add(total, xs):
     part, key = xs

@@ -60,11 +60,24 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return x if layout is None else jax.sharding.reshard(x, layout)
 
 
-def reshape(x: jax.Array, axes: str) -> jax.Array:
-  """`x` with its heads and their size (the two before last, or the first two) as one axis, `F` of `axes`."""
-  at = axes.index('F')
-  shape = x.shape[:at] + (x.shape[at] * x.shape[at + 1],) + x.shape[at + 2:]
-  return jax.lax.reshape(x, shape, out_sharding=spec(axes))
+def split_axis(x: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
+  """`x` with an axis as two of these sizes, of which the first is laid out as the axis was."""
+  # The layout is given: `jnp.reshape` drops the mesh axis of an axis of size 1.
+  return _reshape(x, x.shape[:axis] + sizes + x.shape[axis + 1:], lambda spec: (*spec[:axis + 1], None,
+                                                                                *spec[axis + 1:]))
+
+
+def merge_axes(x: jax.Array, axis: int) -> jax.Array:
+  """`x` with an axis and the next one, which is not split, as one axis, laid out as the first."""
+  shape = x.shape[:axis] + (x.shape[axis] * x.shape[axis + 1],) + x.shape[axis + 2:]
+  return _reshape(x, shape, lambda spec: spec[:axis + 1] + spec[axis + 2:])
+
+
+def _reshape(x, shape, layout):
+  if jax.sharding.get_abstract_mesh().empty:
+    return x.reshape(shape)
+  spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:x.ndim]
+  return jax.lax.reshape(x, shape, out_sharding=P(*layout(spec)))
 
 
 def gathered(axes: str) -> P | None:

@@ -77,10 +77,10 @@ class SigmoidGroupRouter(nn.Module):
     correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros)
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
     if self.groups > 1:
-      by_group = corrected.reshape(*corrected.shape[:2], self.groups, -1)
+      by_group = sharding.split_axis(corrected, 2, (self.groups, experts // self.groups))
       best = jnp.sum(jax.lax.top_k(by_group, min(2, by_group.shape[-1]))[0], axis=-1)
       chosen = jnp.any(jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups, dtype=bool), axis=-2)
-      corrected = jnp.where(chosen[..., None], by_group, -jnp.inf).reshape(corrected.shape)
+      corrected = sharding.merge_axes(jnp.where(chosen[..., None], by_group, -jnp.inf), 2)
     chosen = jax.lax.top_k(corrected, self.top_k)[1]
     weights = jnp.sum(jax.nn.one_hot(chosen, experts) * scores[:, :, None], axis=-1)
     if self.renormalize:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import sharding
+
 
 class Scaling(Protocol):
   """Changes the frequencies of `Rotary`; `attention` multiplies sine and cosine."""
@@ -106,7 +108,7 @@ class Rotary:
     x, rest = x_BTNH[..., :size].astype(jnp.float32), x_BTNH[..., size:]
     if self.interleaved:
       a, b = x[..., ::2], x[..., 1::2]
-      turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+      turned = sharding.merge_axes(jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1), 3)
     else:
       a, b = jnp.split(x, 2, axis=-1)
       turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -79,8 +79,7 @@ def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, 
   chunk = jax.checkpoint(lambda xs: function(head(xs[0]), *xs[1:]))
 
   def whole(x):
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(len(x), -1, *x.shape[3:])[:, :hidden_BTD.shape[1]]
+    return sharding.merge_axes(jnp.moveaxis(x, 0, 1), 1)[:, :hidden_BTD.shape[1]]
   return jax.tree.map(whole, jax.lax.map(chunk, _chunks(hidden_BTD, head, args)))
 
 
@@ -122,7 +121,7 @@ def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
 
   def cut(x):
     x = jnp.pad(x, [(0, 0), (0, -time % c)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, -1, c, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(sharding.split_axis(x, 1, (x.shape[1] // c, c)), 1, 0)
   return tuple(map(cut, (hidden_BTD, *args)))
 
 
@@ -159,8 +158,7 @@ def _forward(token_loss, hidden_BTD, head, args, whole):
 
   zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
   (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks, whole), zero), chunks)
-  batch, time, width = hidden_BTD.shape
-  hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(batch, -1, width)[:, :time]
+  hidden_grad = sharding.merge_axes(jnp.moveaxis(hidden_grad, 0, 1), 1)[:, :hidden_BTD.shape[1]]
   return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
 
 
