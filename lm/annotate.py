@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import atomic, interfaces, sharding
+from lm.data import dataset
 from lm.data.batches import Batch, Batches
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -52,8 +53,16 @@ class Annotated:
   def kind(self) -> type:
     return self.data.kind
 
-  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = ()) -> 'Opened':
-    return Opened(self, self.data.open(workdir, control=control), self.folder or workdir / 'data' / 'columns')
+  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: dataset.Check = dataset.unchecked
+           ) -> 'Opened':
+    data = self.data.open(workdir, control=control,
+                          check=lambda data, tokenizer: check(self.fingerprint(data), tokenizer))
+    return Opened(self, data, self.folder or workdir / 'data' / 'columns')
+
+  def fingerprint(self, data: str) -> str:
+    """The fingerprint of the annotated data, by that of the data."""
+    facts = [data, describe(self.model.model), describe(self.model.load)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
   def load_tokenizer(self, workdir: pathlib.Path) -> Any:
     return self.data.load_tokenizer(workdir)
@@ -76,8 +85,7 @@ class Opened:
 
   @property
   def fingerprint(self) -> str:
-    facts = [self.data.fingerprint, describe(self.annotated.model.model), describe(self.annotated.model.load)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return self.annotated.fingerprint(self.data.fingerprint)
 
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True) -> Batches:
     """The batches of the data, with the columns, which are computed where they are not there; tells its progress."""
@@ -143,7 +151,7 @@ class _Stored:
       except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error}); delete {folder}, and it is made again') from None
       if lines := differences(made_of, self._made_of):
-        raise ValueError(f'{folder} was made of something else; choose another workdir, or delete it\n  '
+        raise ValueError(f'{folder} was made of something else; choose another --workdir\n  '
                          + '\n  '.join(lines))
 
   def write(self) -> dict[str, np.memmap] | None:

@@ -207,6 +207,14 @@ class Checkpoints:
                     'intact)') from error
 
 
+def stored_facts(folder: str | os.PathLike) -> dict | None:
+  """The facts of the newest checkpoint in a folder that can be read; None if there are none. Nothing is written."""
+  if not os.path.isdir(folder):
+    return None
+  with Checkpoints(folder, create=False) as checkpoints:
+    return checkpoints.facts()
+
+
 def check(stored: Any, now: Any) -> None:
   """Raises Mismatch, with a line for each difference between two JSON trees."""
   if lines := differences(stored, now):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -14,6 +15,27 @@ def differences(stored: Any, now: Any) -> list[str]:
   old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
   return [f'{name}: {old.get(name, "absent")} before, {new.get(name, "absent")} now'
           for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def fingerprint(params: Any) -> str:
+  """A hash of a tree of arrays: their names, shapes, dtypes and bits. It is the same on any mesh."""
+  sums = jax.tree_util.tree_leaves_with_path(_checksums(params))
+  facts = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in
+           jax.tree_util.tree_leaves_with_path(params)]
+  facts += [(jax.tree_util.keystr(path), int(number)) for path, number in sums]
+  return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(params: Any) -> Any:
+  """For each array a sum of its bits, mixed with their places, modulo 2 ** 32: the order of adding does not count."""
+  def checksum(x):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
+    for axis in range(x.ndim):
+      place = jnp.arange(x.shape[axis], dtype=jnp.uint32).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+      bits = (bits ^ bits >> 15) * jnp.uint32(0x9E3779B1) + place
+    return jnp.sum((bits ^ bits >> 16) * jnp.uint32(0x85EBCA6B), dtype=jnp.uint32)
+  return jax.tree.map(checksum, params)
 
 
 def describe(value: Any) -> Any:

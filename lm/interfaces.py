@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import jax
 
 from lm.data.batches import Batch, Batches
+from lm.data.dataset import Check, unchecked
 from lm.objectives.objective import Objective
 
 
@@ -28,7 +29,8 @@ class Data(Protocol):
   source_length: int | None   # of a row of sources, for an encoder
   kind: type                  # what it holds, of `batches.KINDS`
   columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
-  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = ()) -> Opened: ...
+  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: Check = unchecked) -> Opened: ...
+  def load_tokenizer(self, workdir: pathlib.Path) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,9 @@ class Run:
 
   `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
   reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
-  Training starts from what `start(model)` gives, where that is not None, in place of new parameters. `constants` are
-  parameters that stay as they are. The text of training, not of validation, goes through `augment`.
+  Training starts from what `start(model)` gives, where that is not None, in place of new parameters; these, or those of
+  constants, are for the tokenizer with the fingerprint `start_tokenizer`, where that is given, and another is refused.
+  `constants` are parameters that stay as they are. The text of training, not of validation, goes through `augment`.
   Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
   evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
   steps that spike.
@@ -47,6 +48,7 @@ class Run:
   save_every: int = 1000
   keep: int = 2
   start: Callable[[Model], Any] | None = None
+  start_tokenizer: str | None = None
   constants: tuple[Constants, ...] = ()
   augment: tuple[Augmentation, ...] = ()
   stages: tuple[Stage, ...] = ()
@@ -210,12 +212,15 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
                                                      sharding=NamedSharding(mesh, P('data'))), row)
 
 
-def identity(run: Run, data: Opened) -> dict[str, Any]:
-  """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data."""
+def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
+  """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data.
+
+  `data` and `tokenizer` are their fingerprints.
+  """
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
   more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
-          'data': data.fingerprint, **constants, **more}
+          'data': data, 'tokenizer': tokenizer, **constants, **more}
 
 
 def check_vocabulary(run: Run, data: Opened) -> None:

@@ -13,6 +13,7 @@ from lm import averaging, checkpoint, evaluate, records, sharding, track
 from lm.data.augment import augmented
 from lm.data.batches import Batch
 from lm.data.stages import Staged
+from lm.describe import fingerprint
 from lm.interfaces import Constants, Opened
 from lm.interrupt import Interrupt
 from lm.run import (
@@ -34,8 +35,8 @@ from lm.run import (
 
 # What other rooms know by this one.
 __all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'check_vocabulary', 'identity',
-           'make_step', 'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state', 'load_constants',
-           'with_constants']
+           'result_step', 'make_step', 'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state',
+           'load_constants', 'with_constants']
 
 
 class Result(NamedTuple):
@@ -65,19 +66,20 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   """
   phases = track.Phases()
   check(run, mesh)
+  stored = checkpoint.stored_facts(workdir / 'checkpoints')
   with phases('prepare data'):
-    data = run.data.open(workdir, control=run.objective.control)
+    data = run.data.open(workdir, control=run.objective.control, check=functools.partial(_check_data, run, stored))
     check_vocabulary(run, data)
     # Before signals are caught: what data computes first may take long, and is gone on from.
     goal = augmented(run.objective, run.augment, data.tokenizer)
     batches = (Staged(data.batches('train', goal, run.batch, run.seed), run.schedule),
                data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
-  facts = identity(run, data)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
     with phases('restore or initialise'):
       constants = load_constants(run)
-      state, start = _restore(run, mesh, checkpoints, facts)
+      state, start = _restore(run, mesh, checkpoints)
     records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
+    facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
     loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
@@ -86,7 +88,26 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     return loop.go(state, start)
 
 
-def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
+def _check_data(run: Run, stored: Any, data: str, tokenizer: str) -> None:
+  """ValueError, before anything is made of the data, where the checkpoint in the workdir is of another run.
+
+  Where there is none: where the parameters that training starts from are for another tokenizer.
+  """
+  if stored is not None:
+    checkpoint.check({name: value for name, value in stored.items() if name != 'parameters'},
+                     identity(run, data, tokenizer))
+  elif run.start_tokenizer not in (None, tokenizer):
+    raise ValueError(f'the parameters to start from are for another tokenizer (fingerprint {run.start_tokenizer}) than '
+                     f'that of this run (fingerprint {tokenizer}): take theirs, or start from them all the same by '
+                     '--init_ignore_tokenizer')
+
+
+def result_step(run: Run, checkpoints: checkpoint.Checkpoints, best: bool = False) -> int | None:
+  """The checkpoint that is the result of a run: the best one of a run with patience, or on demand; None: the newest."""
+  return checkpoints.best_step() if best or run.patience is not None else None
+
+
+def _restore(run, mesh, checkpoints) -> tuple[State, int]:
   if not checkpoints.steps():
     if run.start is None:
       # Seeds are arguments, so that all have the same program, which is compiled once.
@@ -94,7 +115,6 @@ def _restore(run, mesh, checkpoints, facts) -> tuple[State, int]:
     params = run.start(run.model)
     begun = jax.jit(lambda params: begin(run, params)._replace(params=None))(params)
     return jax.block_until_ready(begun)._replace(params=params), 0
-  checkpoint.check(checkpoints.facts(), facts)
   restored = checkpoints.restore(abstract_state(run, mesh))
   return restored.state, restored.step
 
@@ -156,8 +176,8 @@ class _Loop:
       return self._result(state, start, step, ended)
 
   def _result(self, state: State, start: int, step: int, ended: bool) -> Result:
-    best = self.checkpoints.best_step()
-    if ended and self.run.patience is not None and best not in (None, step):
+    best = result_step(self.run, self.checkpoints)
+    if ended and best not in (None, step):
       early = '' if step == self.run.steps else 'stopped early, '
       print(f'{early}at step {step}; the best checkpoint, of step {best}, is the result')
       with self.phases('restore or initialise'):
@@ -207,5 +227,6 @@ class _Loop:
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:
       with self.tracker.pause(), self.phases('checkpoint'):
-        self.checkpoints.save(step, state, self.facts, self.metrics['loss'] if self.evaluated == step else None)
+        self.checkpoints.save(step, state, {**self.facts, 'parameters': fingerprint(state.params)},
+                              self.metrics['loss'] if self.evaluated == step else None)
       self.saved = step

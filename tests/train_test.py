@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from lm import checkpoint, evaluate, optim, schedules, sharding, track, train
+from lm.data import dataset
 from lm.data.batches import Batch, special
 from lm.data.stream import Stream
 from lm.data.tokenizer import Bytes
@@ -58,8 +59,12 @@ class Data:
 
   source_length, kind, columns = None, np.ndarray, types.MappingProxyType({})
 
-  def open(self, workdir, control=()):
+  def open(self, workdir, control=(), check=dataset.unchecked):
+    check(self.fingerprint, self.tokenizer.fingerprint)
     return self
+
+  def load_tokenizer(self, workdir):
+    return self.tokenizer
 
   @property
   def tokens(self):

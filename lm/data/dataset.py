@@ -15,6 +15,14 @@ from lm.data.source import Source
 from lm.data.stream import Stream
 from lm.describe import describe, differences
 
+# Is given the fingerprints of the data and of its tokenizer before anything is written, and raises where they are not
+# those that are wanted.
+Check = Callable[[str, str], Any]
+
+
+def unchecked(data: str, tokenizer: str) -> None:
+  """Accepts any data."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -38,8 +46,8 @@ class Text:
   kind = np.ndarray
   columns = types.MappingProxyType({})
 
-  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = ()
-           ) -> 'Opened':
+  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
+           check: Check = unchecked) -> 'Opened':
     """Trains the tokenizer and tokenises, unless that is done. `control` names tokens that the objective needs.
 
     Raises ValueError if the folder has something of other settings, the text is empty, or the tokenizer lacks a control
@@ -48,7 +56,8 @@ class Text:
     folder = self._folder(workdir)
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     documents = lambda: clean.clean(self.source.splits['train'], self.rules)
-    found = open_tokenizer(folder, self.tokenizer, made_of, documents, progress)
+    found = open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
+        store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), tokens.fingerprint))
     special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
     return Opened(stores, found, self.length, self.source_length)
@@ -62,11 +71,12 @@ class Text:
 
 
 def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, made_of: Mapping[str, Any],
-                   documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any]
-                   ) -> tokenizer.Tokenizer:
+                   documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any],
+                   check: Callable[[tokenizer.Tokenizer], Any]) -> tokenizer.Tokenizer:
   """The tokenizer in `folder`: saved there or, where a function is given, trained on `documents()`; unless it is there.
 
-  Raises ValueError if it was made with other settings: another tokenizer, or of something else.
+  `check` is called with it before it is written. Raises ValueError if the one that is there was made with other
+  settings: another tokenizer, or of something else.
   """
   settings, trains = folder / 'tokenizer' / 'settings.json', callable(given)
   wanted = {'tokenizer': describe(given) if trains else given.fingerprint, **made_of}
@@ -75,12 +85,15 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
     if trains:
       progress('training the tokenizer')
       found = given([d for d in documents() if isinstance(d, str)])
+    check(found)
     found.save(settings.parent)
     atomic.write(settings, json.dumps(wanted))
   elif lines := differences(made_with, wanted):
-    raise ValueError(f'{folder} was made with other settings; choose another folder, or delete this one\n  '
+    raise ValueError(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
-  return tokenizer.load(settings.parent)
+  found = tokenizer.load(settings.parent)
+  check(found)
+  return found
 
 
 def _read(settings: pathlib.Path) -> dict | None:

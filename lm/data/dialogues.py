@@ -49,8 +49,8 @@ class Dialogues:
   source_length = None
   columns = types.MappingProxyType({})
 
-  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = ()
-           ) -> 'Opened':
+  def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
+           check: dataset.Check = dataset.unchecked) -> 'Opened':
     """Trains the tokenizer and makes tokens, unless that is done. `control` names tokens that the objective needs.
 
     Raises ValueError if the folder has something of other settings, a record is of another shape, or the tokenizer
@@ -58,10 +58,12 @@ class Dialogues:
     """
     folder = self._folder(workdir)
     made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
-    found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress)
+    encoder_of = lambda tokens: _Encoder(tokens, self.kind, self.template, self.keys)
+    found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress, lambda tokens: check(
+        store.fingerprint(store.settings(self.source, encoder_of(tokens), ()), 'train'), tokens.fingerprint))
     special(found, control)
     self.template.check(found)
-    encoder = _Encoder(found, self.kind, self.template, self.keys)
+    encoder = encoder_of(found)
     return Opened(store.build(folder / 'tokens', self.source, encoder, (), progress=progress), found, self.kind,
                   self.length, progress)
 

@@ -51,7 +51,7 @@ class Store:
     if split not in manifest['splits']:
       raise ValueError(f'{folder} has no split {split!r}, only {", ".join(manifest["splits"])}')
     self.manifest = manifest['splits'][split]
-    self.fingerprint = hashlib.sha256(json.dumps([manifest['settings'], split]).encode()).hexdigest()[:16]
+    self.fingerprint = fingerprint(manifest['settings'], split)
     path, dtype = self._folder / split / 'tokens.bin', np.dtype(self.manifest['dtype'])
     expected = self.manifest['tokens'] * dtype.itemsize
     if (size := path.stat().st_size) != expected:
@@ -78,6 +78,17 @@ class Store:
     return Store, (self._folder, self._split)
 
 
+def settings(source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule]) -> dict[str, Any]:
+  """What a store is made of, as its manifest has it."""
+  return {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': tokenizer.fingerprint,
+          'rules': [_identity(rule) for rule in rules]}
+
+
+def fingerprint(made_of: dict[str, Any], split: str) -> str:
+  """The fingerprint of a split of the store with these settings."""
+  return hashlib.sha256(json.dumps([made_of, split]).encode()).hexdigest()[:16]
+
+
 def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule] = clean.DEFAULT,
           workers: int = 0, progress: Callable[[str], Any] = print) -> dict[str, Store]:
   """One `Store` a split: built, gone on with, or only opened if it is there.
@@ -94,12 +105,11 @@ def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules
     OSError: the folder cannot be written.
   """
   folder = pathlib.Path(folder)
-  settings = {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': tokenizer.fingerprint,
-              'rules': [_identity(rule) for rule in rules]}
-  if not _finished(folder, settings):  # asked again under the lock: only a build needs to write
+  made_of = settings(source, tokenizer, rules)
+  if not _finished(folder, made_of):  # asked again under the lock: only a build needs to write
     with _lock(folder, progress):
-      if not _finished(folder, settings):
-        _Build(folder, source, tokenizer, rules, workers, progress, settings).run()
+      if not _finished(folder, made_of):
+        _Build(folder, source, tokenizer, rules, workers, progress, made_of).run()
   return {split: Store(folder, split) for split in source.splits}
 
 
