@@ -3,6 +3,7 @@
 A step is a folder `<folder>/<step>`: the arrays of the state, and JSON facts about them (position in the data,
 fingerprints, a description of the model). Nothing is ever deleted but the steps that the last `keep` have outlived.
 """
+import errno
 import functools
 import json
 import math
@@ -267,6 +268,7 @@ def _reason(error: Exception) -> str:
   """One line of an error: TensorStore appends its whole specification, and puts the cause last."""
   text = re.split(r' \[(?:tensorstore_spec|source locations)=', str(error))[0]
   text = ' '.join(text.split()) or type(error).__name__
+  text = f'the disk is full: {text}' if os.strerror(errno.ENOSPC) in text else text
   return text if len(text) < 300 else f'{text[:80]} ... {text[-200:]}'
 
 

@@ -18,7 +18,6 @@ import signal
 import sys
 import textwrap
 import threading
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -114,15 +113,11 @@ def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
     except BrokenPipeError:   # who reads, such as head, has enough
       os._exit(141)
     except Exception as error:
-      if 'RESOURCE_EXHAUSTED' in str(error) and not debug:
-        error = MemoryError(f'the devices have no memory for this; a smaller model or batch, more --accumulate or more '
-                            f'devices need less ({str(error).splitlines()[0][:200]})')
-      told = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
-      if told and not debug and not _raised_in_a_library(error):
-        print(f'error: {error}  (--debug shows where)', file=sys.stderr, flush=True)
-      else:
-        traceback.print_exc()
-      _exit(1)
+      try:
+        from lm import failures
+        failures.report(error, debug)
+      finally:   # the exit that a cluster needs
+        _exit(1)
 
 
 @contextlib.contextmanager
@@ -136,13 +131,6 @@ def _interruptible() -> Iterator[None]:
     yield
   finally:
     signal.signal(signal.SIGINT, former)
-
-
-def _raised_in_a_library(error: Exception) -> bool:
-  """A ValueError out of JAX or Flax is a bug here, not a bad input: it keeps its traceback."""
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  ours = frame.f_globals.get('__name__', '').partition('.')[0] == 'lm'
-  return isinstance(error, ValueError) and not ours and '-packages' in frame.f_code.co_filename
 
 
 def _exit(code: int) -> None:

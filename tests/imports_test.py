@@ -20,7 +20,7 @@ ROOMS = (
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
     'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'guard', 'generate', 'speculative', 'evaluate', 'noise',
     'diffusion', 'interfaces', 'run', 'train', 'lora', 'annotate', 'budget', 'plan', 'doctor', 'pretrained', 'trained',
-    'flops', 'comparison', 'scaling', 'search', 'launch',
+    'flops', 'comparison', 'scaling', 'search', 'failures', 'launch',
     'arms')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
