@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from lm import generate, launch, pretrained, sharding, speculative, trained
+from lm import generate, launch, pretrained, seeds, sharding, speculative, trained
 from lm.data import turns
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.objectives.objective import causal_prompt
@@ -50,6 +50,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+  seeds.check(seed)
   if n < 1:
     raise ValueError(f'--n={n} must be at least 1')
   if n > 1 and sampling.greedy:

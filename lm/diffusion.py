@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from lm import sharding
+from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.generate import Sampling, process, streams
@@ -118,7 +118,7 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
     tokens[row, start:longest], segments[row, :start] = [tokenizer.bos_id, *ids], 0
     positions[row, start:] = np.arange(longest + length - start)
   batch = Batch(tokens, positions=positions, segments=segments, bidirectional=np.ones(tokens.shape, bool))
-  made = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), jax.random.key(seed), how=how,
+  made = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), how=how,
                             length=length, mask=masked, vocab=tokenizer.vocab_size))
   return [_text(tokenizer, ids, row) for ids, row in zip(texts, made)]
 
@@ -154,7 +154,7 @@ def log_likelihood(model: Any, params: Any, texts: Sequence[np.ndarray], mask: i
       continue
     width = min(max(16, 1 << (len(ids) - 1).bit_length()), model.max_length)   # few different ones
     rows = -(-min(max(positions // width, 1), draws) // data) * data
-    rng = np.random.default_rng([seed, text])
+    rng = seeds.generator(seed, text)
     counts = 1 + ((np.arange(draws) + rng.random()) * (n / draws)).astype(int)
     for begin in range(0, draws, rows):
       tokens, segments = np.zeros((2, rows, width), np.int32)

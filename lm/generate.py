@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from lm import sharding
+from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.models.transformer import Cache, Model, Output
@@ -204,7 +204,7 @@ def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
     seen[row, batch.tokens[row, column]] = True
   ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
   params = model.unstack(params)
-  state = _prefill(model, params, batch, seen, stream, jax.random.key(seed), ends,
+  state = _prefill(model, params, batch, seen, stream, seeds.key(seed), ends,
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(texts), None]
   for left in range(max_tokens - 1, 0, -CHUNK):

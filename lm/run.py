@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import optim, sharding
+from lm import optim, seeds, sharding
 from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.data.stages import Schedule, Stage
@@ -59,8 +59,7 @@ class Run:
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
-    if not 0 <= self.seed < 2 ** 63:
-      raise ValueError(f'seed={self.seed} is not between 0 and 2 ** 63')
+    seeds.check(self.seed)
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
       raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
     if self.patience is not None and not 0 < self.patience < -(-self.steps // self.evaluate_every):
@@ -84,7 +83,7 @@ class State(NamedTuple):
 
 def init(run: Run, key: jax.Array | None = None) -> State:
   """The state before the first step; call it inside `jax.jit`. The key is by default that of the run's seed."""
-  params = run.model.init(jax.random.fold_in(jax.random.key(run.seed) if key is None else key, 0))
+  params = run.model.init(jax.random.fold_in(seeds.key(run.seed) if key is None else key, 0))
   return begin(run, params)
 
 
@@ -129,7 +128,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
       loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, with_constants(params, constants), batch, key)
       return loss_sum, (weight_sum, sums)
 
-    key = jax.random.key(run.seed) if key is None else key
+    key = seeds.key(run.seed) if key is None else key
     key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
     totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
     (loss_sum, (weight_sum, sums)), grads = totals

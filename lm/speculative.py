@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from lm import sharding
+from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.generate import CHUNK, Sampling, process, streams
@@ -219,7 +219,7 @@ class SelfSpeculation:
       raise ValueError(f'repetition_penalty={sampling.repetition_penalty} is not supported with drafts; leave one out')
     ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
     params, stop = model.unstack(params), width + max_tokens - 1   # the slot of the last token
-    state = _prefill(model, params, batch, streams(texts, rows, tokenizer.bos_id), jax.random.key(seed), ends,
+    state = _prefill(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), ends,
                      slots=-(-(stop + 2 + 2 * drafts) // 64) * 64, drafts=drafts, **how)
     shown, told, before = [width] * len(texts), _told(state), (self.passes, self.accepted)
     while True:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import averaging, checkpoint, evaluate, records, sharding, track
+from lm import averaging, checkpoint, evaluate, records, seeds, sharding, track
 from lm.data.augment import augmented
 from lm.data.batches import Batch
 from lm.data.stages import Staged
@@ -111,7 +111,7 @@ def _restore(run, mesh, checkpoints) -> tuple[State, int]:
   if not checkpoints.steps():
     if run.start is None:
       # Seeds are arguments, so that all have the same program, which is compiled once.
-      return jax.block_until_ready(jax.jit(functools.partial(init, run))(jax.random.key(run.seed))), 0
+      return jax.block_until_ready(jax.jit(functools.partial(init, run))(seeds.key(run.seed))), 0
     params = run.start(run.model)
     begun = jax.jit(lambda params: begin(run, params)._replace(params=None))(params)
     return jax.block_until_ready(begun)._replace(params=params), 0
@@ -133,7 +133,7 @@ class _Loop:
 
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
-    train_step, pending, key = make_step(run), None, jax.random.key(run.seed)
+    train_step, pending, key = make_step(run), None, seeds.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start,
                        devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lm import seeds
 from lm.data.vocabulary import Tokenizer
 
 Array = Any   # NumPy on the host, JAX on the devices
@@ -257,7 +258,7 @@ class Batches(abc.ABC):
   def _order(self) -> Callable[[int], np.ndarray]:
     """The order of the rows of an epoch; a batch spans two epochs at most, or is larger than either."""
     return functools.lru_cache(maxsize=2)(lambda epoch: np.arange(self.rows_per_epoch) if self.seed is None else
-                                          np.random.default_rng([self.seed, epoch, 1]).permutation(self.rows_per_epoch))
+                                          seeds.generator(self.seed, epoch, 1).permutation(self.rows_per_epoch))
 
   def __call__(self, step: int, rows: range | None = None) -> Batch:
     """The batch of a step, or only some of its rows (those that a host owns): NumPy arrays."""

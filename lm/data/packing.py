@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lm import seeds
 from lm.data.batches import Batches, Row
 
 
@@ -54,7 +55,7 @@ class Packed(Batches):
     if not len(fitting):
       raise ValueError(f'none of {len(self.records)} records fits a row of {self.length} positions; raise the length')
     if self.seed is not None:   # of equal sizes, the company is drawn
-      fitting = np.random.default_rng([self.seed]).permutation(fitting)
+      fitting = seeds.generator(self.seed).permutation(fitting)
     return [[int(fitting[i]) for i in row] for row in best_fit(self._taken[fitting].tolist(), self.length)]
 
   @property

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lm import seeds
 from lm.data.batches import Batches, Room, Row
 
 
@@ -81,7 +82,7 @@ class Stream(Batches):
 
   def _documents(self, epoch: int) -> _Epoch:
     count = len(self.store.offsets) - 1
-    order = np.arange(count) if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(count)
+    order = np.arange(count) if self.seed is None else seeds.generator(self.seed, epoch).permutation(count)
     sizes = np.diff(self.store.offsets)[order] + 2 - self._ahead + self._gap
     return _Epoch(order, np.concatenate([[0], np.cumsum(sizes)]))
 

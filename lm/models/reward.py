@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import sharding
+from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.models import layers as parts
 from lm.models.transformer import Cache, Model, Transformer
@@ -38,5 +38,5 @@ class Reward(Model):
   @nn.nowrap
   def start(self, load: Callable[[Any], Any], seed: int = 0) -> Any:
     """Parameters of which those of the decoder are `load(decoder)`; the score's are new."""
-    new = jax.jit(lambda: {'score': self.init(jax.random.key(seed))['score']})()
+    new = jax.jit(lambda: {'score': self.init(seeds.key(seed))['score']})()
     return {**new, 'decoder': load(self.decoder)}
