@@ -15,9 +15,14 @@ from jax.sharding import PartitionSpec as P
 Mask = Callable[[Any], Any]
 
 
-def _paths(params: Any) -> Any:
+def map_with_path(function: Callable[..., Any], params: Any, *others: Any) -> Any:
+  """`jax.tree.map` of a function that is given the path of each leaf first."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'), params)
+      lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator='/'), *leaves), params, *others)
+
+
+def _paths(params: Any) -> Any:
+  return map_with_path(lambda path, _: path, params)
 
 
 def _matches(pattern: str, paths: Any) -> Any:
@@ -46,33 +51,44 @@ def matching(*patterns: str) -> Mask:
 def decayed(params: Any) -> Any:
   """True for matrices and tables, False for vectors, such as biases and the scales of norms: what weight decay is for.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), params)
+  return map_with_path(lambda path, _: not is_vector(path), params)
 
 
 def hidden(params: Any) -> Any:
-  """True for the matrices inside blocks: neither embeddings, nor heads, nor vectors."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: is_hidden(path), params)
+  """True for the matrices inside blocks, adapters of theirs included: neither embeddings, nor heads, nor vectors."""
+  return map_with_path(is_hidden, params)
 
 
-def is_hidden(path: tuple) -> bool:
-  return is_stacked(path) and _is_matrix(path)
+# What the axes of a weight mean is read from its name, and from these lists alone.
+_VECTORS = 'bias', 'scale', 'sinks', 'correction'                            # names that end so
+_TO_HEADS = 'query', 'key', 'value', 'query_up', 'key_up', 'value_up'        # [..., in, heads, size]
+_FROM_HEADS = 'out',                                                         # [..., heads, size, out]
 
 
-def _is_matrix(path: tuple) -> bool:
-  return not str(path[-1].key).endswith(('bias', 'scale', 'sinks', 'correction'))
+def is_vector(path: str) -> bool:
+  return path.endswith(_VECTORS)
 
 
-def is_stacked(path: tuple) -> bool:
-  """Whether a leaf has layers as its first axis."""
-  return path[0].key in ('blocks', 'depths')
+def is_stacked(path: str) -> bool:
+  """Whether a leaf has layers as its first axis: it lies in blocks, whatever these are a part of."""
+  return not {'blocks', 'depths'}.isdisjoint(path.split('/')[:-1])
 
 
-def matrix_axes(path: tuple, leaf: Any) -> tuple[int, int]:
-  """Where the axes of a block's matrix begin that its inputs have, after layers and experts, and those of its outputs.
+def is_hidden(path: str, leaf: Any) -> bool:
+  """Whether a leaf is a matrix of each layer."""
+  return is_stacked(path) and not is_vector(path) and leaf.ndim > 2
+
+
+def matrix_axes(path: str, leaf: Any) -> tuple[int, int]:
+  """Where the axes of a matrix begin that its inputs have, after layers and experts, and those of its outputs.
+
+  Of the adapters of a matrix, A has its inputs and B its outputs; the other axis of each is the rank.
   """
-  if path[-1].key in ('gate', 'up', 'down'):   # after the layers, experts may come
-    return leaf.ndim - 2, leaf.ndim - 1
-  return 1, leaf.ndim - 1 if path[-1].key == 'out' else 2   # attention's output reads heads x head size
+  *above, name = path.split('/')
+  owner = above[-1] if above and name in ('A', 'B', 'kernel') else name
+  inputs = 2 if owner in _FROM_HEADS and name != 'B' else 1
+  outputs = 2 if owner in _TO_HEADS and name != 'A' else 1
+  return leaf.ndim - outputs - inputs, leaf.ndim - outputs
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -15,14 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import interfaces, train
+from lm import groups, interfaces, train
 from lm.models.layers import LowRank
 
 MATCH = ('*attention/*', '*feed_forward/*')
-# Never adapted: vectors, and what chooses experts.
-_FIXED = ('bias', 'scale', 'sinks', 'correction', 'router', 'shared_gate')
-# [..., in, heads, size]; 'out' is [..., heads, size, out], and all others are [..., in, out].
-_TO_HEADS = ('query', 'key', 'value', 'query_up', 'key_up', 'value_up')
+_FIXED = ('router', 'shared_gate')   # never adapted, as vectors are not: what chooses experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +60,11 @@ class Adapted:
       node = tree
       for part in above:
         node = node.setdefault(part, {})
-      node[name] = self._adapter(next(keys), name, leaf)
+      node[name] = self._adapter(next(keys), path, leaf)
     return {'adapters': tree}
 
-  def _adapter(self, key, name, leaf):
-    leading, inputs = _axes(name, leaf)
+  def _adapter(self, key, path, leaf):
+    leading, inputs = groups.matrix_axes(path, leaf)
     into, out = leaf.shape[:inputs], leaf.shape[inputs:]
     bound = math.prod(into[leading:]) ** -0.5
     a = jax.random.uniform(key, (*into, self.rank), minval=-bound, maxval=bound)
@@ -104,17 +101,12 @@ def _merge(tree: Any) -> Any:
   return jax.tree.map(merge, tree, is_leaf=_is_adapted)
 
 
-def _axes(name: str, leaf: Any) -> tuple[int, int]:
-  """Where the input axes of a matrix begin, after layers and experts, and where they end."""
-  outputs, inputs = (2 if name in _TO_HEADS else 1), (2 if name == 'out' else 1)
-  return leaf.ndim - outputs - inputs, leaf.ndim - outputs
-
-
 def _matrices(shapes: Any, match: Sequence[str]) -> dict[str, Any]:
   """The leaves that match, by path."""
   leaves = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-  leaves = {path: leaf for path, leaf in leaves.items() if leaf.ndim > 1 and not path.endswith(_FIXED)}
+  leaves = {path: leaf for path, leaf in leaves.items() if leaf.ndim > 1 and not groups.is_vector(path)
+            and not path.endswith(_FIXED)}
   for pattern in match or ('',):
     if not fnmatch.filter(leaves, pattern):
       raise ValueError(f'the adapters are for {pattern!r}, which no matrix of the model matches; it has '

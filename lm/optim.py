@@ -134,7 +134,7 @@ def _relative(bound: float) -> optax.GradientTransformation:
       axes = tuple(range(int(groups.is_stacked(path)), update.ndim))
       size = lambda x: jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
       return update / jnp.maximum(1, size(update) / bound) * jnp.maximum(1e-3, size(param))
-    return jax.tree_util.tree_map_with_path(leaf, updates, params)
+    return groups.map_with_path(leaf, updates, params)
   return optax.stateless(update)
 
 
@@ -183,7 +183,7 @@ def adan(rate: Rate, weight_decay: float = 0.02, b1: float = 0.98, b2: float = 0
 
 def muon(rate: Rate, weight_decay: float = 0.1, rest: float = 1., b1: float = 0.9, b2: float = 0.95,
          clip: float | None = 1., decays: groups.Mask = groups.hidden) -> optax.GradientTransformation:
-  """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices inside blocks; Adam for all else.
+  """Muon (Jordan et al. 2024): Nesterov's momentum, orthogonalised, for the matrices inside blocks; NAdam for all else.
 
   Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both;
   all else is updated at `rest` times it. A matrix is orthogonalised whole: its shards are gathered on each device, and
@@ -204,11 +204,11 @@ def muon(rate: Rate, weight_decay: float = 0.1, rest: float = 1., b1: float = 0.
 def _dimension_numbers(params: Any) -> Any:
   """For each weight of a block, stacked over layers, which axes are the input's and the output's; None for the rest."""
   def axes(path, leaf):
-    if not groups.is_hidden(path):
+    if not groups.is_hidden(path, leaf):
       return None
     first, output = groups.matrix_axes(path, leaf)
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, output)), tuple(range(output, leaf.ndim)))
-  return jax.tree_util.tree_map_with_path(axes, params)
+  return groups.map_with_path(axes, params)
 
 
 def soap(rate: Rate, weight_decay: float = 0.1, b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8,

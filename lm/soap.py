@@ -42,7 +42,7 @@ def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precond
 
   def init(params):
     return SoapState(jnp.int32(0), optax.tree.zeros_like(params), optax.tree.zeros_like(params),
-                     jax.tree_util.tree_map_with_path(functools.partial(_no_bases, max_dim), params))
+                     groups.map_with_path(functools.partial(_no_bases, max_dim), params))
 
   def update(updates, state, params=None):
     del params
@@ -62,7 +62,7 @@ def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precond
       bases = tuple(basis and _followed(basis, x, b2, stage) for basis, x in sides) or bases
       return _Leaf(_like(step, grad), _like(v, square), bases)
 
-    leaves = jax.tree_util.tree_map_with_path(leaf, updates, mean, state.square, state.bases)
+    leaves = groups.map_with_path(leaf, updates, mean, state.square, state.bases)
     pick = lambda name: jax.tree.map(lambda x: getattr(x, name), leaves, is_leaf=lambda x: isinstance(x, _Leaf))
     return pick('step'), SoapState(state.count + 1, mean, pick('square'), pick('bases'))
 
@@ -78,14 +78,14 @@ class _Leaf(NamedTuple):
 _multiply = functools.partial(jnp.matmul, precision='highest')   # bases have to stay orthogonal
 
 
-def _no_bases(max_dim: int, path: tuple, leaf: jax.Array) -> tuple[Basis | None, Basis | None]:
-  if not groups.is_hidden(path):
+def _no_bases(max_dim: int, path: str, leaf: jax.Array) -> tuple[Basis | None, Basis | None]:
+  if not groups.is_hidden(path, leaf):
     return None, None
   *leading, rows, columns = jax.eval_shape(functools.partial(_as_matrices, path), leaf).shape
   return tuple(None if n > max_dim else Basis(*jnp.zeros((2, *leading, n, n))) for n in (rows, columns))
 
 
-def _as_matrices(path: tuple, x: jax.Array) -> jax.Array:
+def _as_matrices(path: str, x: jax.Array) -> jax.Array:
   """A weight of a block as [layers, ..., inputs, outputs], whole on each device."""
   first, output = groups.matrix_axes(path, x)
   return groups.whole(x).reshape(*x.shape[:first], math.prod(x.shape[first:output]), math.prod(x.shape[output:]))

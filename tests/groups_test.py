@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from lm import groups, optim, train
-from lm.models import transformer
+from lm import groups, lora, optim, train
+from lm.models import reward, transformer
 
 PARAMS = {'embedding': np.ones((3, 2), 'f4'), 'blocks': {'0': {'up': np.ones((1, 2, 2), 'f4')}},
           'norm': {'scale': np.ones(2, 'f4')}}
@@ -108,3 +108,39 @@ def test_rates_are_no_schedule_and_have_to_be_numbers():
   for text in ('embedding', '=2', 'a=b', 'a='):
     with pytest.raises(ValueError, match=f'{text!r} is not of the form pattern=factor'):
       groups.parsed((text,))
+
+
+LLAMA = transformer.llama(16, 8, 2, heads=2, kv_heads=1, hidden=12)
+
+
+def two_steps(make, params):
+  """The second step with gradients that depend on the shape, the size and the order of an array alone."""
+  optimizer = make(lambda step: 0.1, weight_decay=0.5, clip=None)
+  state = optimizer.init(params)
+  for i in range(2):
+    grads = jax.tree.map(lambda p, i=i: np.random.default_rng(i).normal(size=p.size).astype('f4').reshape(p.shape),
+                         params)
+    updates, state = jax.jit(optimizer.update)(grads, state, params)
+  return flat(updates)
+
+
+@pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
+def test_adapters_are_updated_as_the_matrices_that_they_are(make):
+  params = jax.tree.map(lambda x: np.ones(x.shape, 'f4'),
+                        jax.eval_shape(lora.Adapted(LLAMA, 3, 6.).init, jax.random.key(0)))
+  assert all(jax.tree.leaves(groups.decayed(params))) and all(jax.tree.leaves(groups.hidden(params)))
+  for path, found in two_steps(make, params).items():
+    # A is [layers, inputs, rank], B is [layers, rank, outputs], once heads and their size are one axis.
+    matrix = (2, -1, 3) if path.endswith('/A') else (2, 3, -1)
+    expected = two_steps(make, {'blocks': {'0': {'up': np.ones(found.shape, 'f4').reshape(matrix)}}})
+    np.testing.assert_allclose(found.reshape(matrix), expected['blocks/0/up'], atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
+def test_a_decoder_inside_a_reward_model_is_updated_as_it_is_alone(make):
+  params = jax.tree.map(lambda x: np.ones(x.shape, 'f4'),
+                        jax.eval_shape(reward.Reward(LLAMA).init, jax.random.key(0)))
+  inside, alone = two_steps(make, params), two_steps(make, params['decoder'])
+  assert inside.keys() == {'score', *(f'decoder/{path}' for path in alone)}
+  for path, expected in alone.items():
+    np.testing.assert_allclose(inside[f'decoder/{path}'], expected, atol=1e-6, err_msg=path)

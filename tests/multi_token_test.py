@@ -12,9 +12,10 @@ from lm.data import tokenizer
 from lm.data.batches import Batch
 from lm.models import layers as parts
 from lm.models import multi_token, transformer
-from lm.objectives import objective
+from lm.objectives import losses, objective
 from lm.objectives.multi_token import multi_token as multi_token_loss
 from lm.objectives.next_token import next_token
+from lm.objectives.unlikelihood import unlikelihood
 
 VOCAB, WIDTH, TIME = 24, 16, 8
 TRUNK = transformer.llama(VOCAB, WIDTH, 1, heads=4, kv_heads=2, hidden=12, max_length=TIME, tied=False, dropout=0.1)
@@ -37,8 +38,8 @@ def packed_batch():
   return Batch(tokens, targets, rng.uniform(0.5, 2, (4, TIME)).astype('f4') * (segments > 0), positions, segments)
 
 
-def sums_of(model, params, batch, key=None, weight=0.3):
-  return multi_token_loss(next_token(), weight).loss(model.apply, params, batch, key)
+def sums_of(model, params, batch, key=None, weight=0.3, goal=None):
+  return multi_token_loss(goal or next_token(), weight).loss(model.apply, params, batch, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,6 +113,27 @@ def test_the_loss_is_that_of_the_equations(kind):
   assert float(weight) == pytest.approx(batch.weights.sum(), rel=1e-6)
   plain = next_token().loss(TRUNK.apply, params, batch, None)[2]
   assert {name: float(sums[name]) for name in plain} == pytest.approx({n: float(x) for n, x in plain.items()}, rel=1e-6)
+
+
+@pytest.mark.parametrize('make', [lambda token_loss: next_token(token_loss=token_loss),
+                                  lambda token_loss: unlikelihood(next_token(), 0., token_loss=token_loss)])
+def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):
+  model, batch = multi_token.parallel(TRUNK, 2), packed_batch()
+  params = random_params(model)
+  goal = make(losses.token_loss(losses.nll, losses.smoothing(0.2), losses.z_loss(0.1)))
+  out = jax.jit(model.apply)(params, batch)
+  loss = jax.jit(functools.partial(sums_of, model, goal=goal))(params, batch)[0]
+  expected = 0.
+  for k, hidden in enumerate([out.hidden, *out.ahead]):
+    logits = np.asarray(out.head(hidden), 'f8')
+    log_z = np.log(np.exp(logits).sum(-1))
+    for b in range(4):
+      for i in range(TIME - k):
+        if batch.segments[b, i] == batch.segments[b, i + k] > 0:
+          shares = 0.8 * np.eye(VOCAB)[batch.targets[b, i + k]] + 0.2 / VOCAB
+          cost = shares @ (log_z[b, i] - logits[b, i]) + 0.1 * log_z[b, i] ** 2
+          expected += batch.weights[b, i + k] * cost * (0.3 / 2 if k else 1)
+  assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_depths_it_is_next_token_prediction_bit_for_bit():

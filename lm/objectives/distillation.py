@@ -91,7 +91,7 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
                                      (batch.targets, batch.weights, taught.hidden), (taught.head,))
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
     loss_sum, sums = over_vocabulary(with_stored, outputs.hidden, outputs.head, args)
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:

@@ -24,17 +24,20 @@ def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
     L = L_0 + weight/D sum_k L_k,   L_k = -1/W sum_i w_{i+k} log p_k(target_{i+k} | tokens up to i + k),
 
   W is the denominator of `objective`, such as `next_token()`, whose targets must be the tokens that follow. The last k
-  positions of a segment have no target at depth k, and count in W all the same, as in eq. 24. DeepSeek-V3 had a weight
+  positions of a segment have no target at depth k, and count in W all the same, as in eq. 24. Where the `token_loss` of
+  `objective` is another than -log p, it is that of the depths too. DeepSeek-V3 had a weight
   of 0.3, and 0.1 in the last third; with weight = D all losses count alike (Gloeckle et al. 2024).
 
   The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.multi_token`). `nll` and `correct`
   are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
   """
+  token_loss = objective.token_loss or cross_entropy
+
   def loss(apply, params, batch, key):
     outputs = apply(params, batch, key=key)
     loss_sum, weight_sum, sums = objective.loss(lambda *args, **kwargs: outputs, params, batch, key)
     for depth, hidden in enumerate(outputs.ahead, 1):
-      more, found = over_vocabulary(cross_entropy, hidden, outputs.head, shifted(batch, depth))
+      more, found = over_vocabulary(token_loss, hidden, outputs.head, shifted(batch, depth))
       loss_sum = loss_sum + weight / len(outputs.ahead) * more
       sums = sums | {f'depth_{depth}/nll': (found['nll'], found['tokens']),
                      f'depth_{depth}/accuracy': (found['correct'], found['tokens'])}

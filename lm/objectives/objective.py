@@ -36,6 +36,8 @@ class Objective:
   sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets; a
   metric of the objective's own is a pair `name: (sum, count)`.
 
+  `token_loss` is what a target costs by itself, for losses of more targets that are added, such as further tokens.
+
   `prompt` marks in a batch of prompts what is read bidirectionally, as in training; None: the objective does not teach
   to write from left to right.
   """
@@ -44,6 +46,7 @@ class Objective:
   needs: type = np.ndarray
   control: tuple[str, ...] = ()
   prompt: Callable[[Batch], Batch] | None = causal_prompt
+  token_loss: TokenLoss | None = None   # None: cross_entropy
 
 
 def token_mean(batch: Batch) -> jax.Array:
@@ -179,4 +182,4 @@ def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = n
     loss_sum, sums = over_vocabulary(token_loss, outputs.hidden, outputs.head, (batch.targets, batch.weights))
     return loss_sum, denominator(batch), sums
 
-  return Objective(forms, loss, needs, control, prompt)
+  return Objective(forms, loss, needs, control, prompt, token_loss)

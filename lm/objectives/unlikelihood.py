@@ -59,4 +59,4 @@ def unlikelihood(objective: Objective, alpha: float = 1., denominator: Callable[
     loss_sum, sums = over_vocabulary(both, outputs.hidden, outputs.head, args, whole)
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
