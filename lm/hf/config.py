@@ -1,5 +1,6 @@
 """A `config.json` read field by field, so that nothing in it is ignored; rotary positions and sizes, both ways."""
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -7,24 +8,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
+from absl import logging
 
+from lm.hf import fields
 from lm.models import rotary
 
 _REQUIRED = object()
 _TYPES = 'full_attention', 'sliding_attention'
-# What does not change what a model computes: training, generation, bookkeeping.
-_ASIDE = {
-    'architectures', 'model_type', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', 'bos_token_id',
-    'eos_token_id', 'pad_token_id', 'sep_token_id', 'cls_token_id', 'mask_token_id', 'unk_token_id',
-    'decoder_start_token_id', 'initializer_range', 'initializer_factor', '_name_or_path', 'attention_dropout',
-    'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'hidden_dropout_prob', 'attention_probs_dropout_prob',
-    'classifier_dropout', 'embd_dropout', 'dropout_rate', 'summary_type', 'summary_use_proj', 'summary_activation',
-    'summary_first_dropout', 'summary_proj_to_labels', 'id2label', 'label2id', 'problem_type', 'return_dict',
-    'output_attentions', 'output_hidden_states', 'output_router_logits', 'router_aux_loss_coef',
-    'router_jitter_noise', 'gradient_checkpointing', 'task_specific_params', 'auto_map', 'tokenizer_class',
-    '_attn_implementation', '_attn_implementation_autoset', 'cache_implementation', 'attn_implementation',
-    'unsloth_version', 'unsloth_fixed', 'finetuning_task', 'prefix', 'n_ctx', 'ep_size',
-}
 
 
 class Config:
@@ -34,7 +24,7 @@ class Config:
   """
 
   def __init__(self, values: dict[str, Any], where: str = 'config.json'):
-    self._values, self._where, self._asked = values, where, set()
+    self._values, self._where, self._asked, self._unread = values, where, set(), []
 
   def defaults(self, values: dict[str, Any]) -> None:
     """Sets what the class of `transformers` gives to fields that are absent; null is not absent."""
@@ -79,6 +69,12 @@ class Config:
     if value is not None and not any(value == s and type(value) is type(s) for s in supported):
       self.refuse(name, value, 'only ' + (' or '.join(map(repr, supported)) or 'null'))
 
+  def unread(self, name: str, *values: Any) -> None:
+    """A field that no implementation of the family reads: noted at one of these values, refused at another."""
+    self.only(name, *values)
+    if self.has(name):
+      self._unread.append(name)
+
   def refuse(self, name: str, value: Any, supported: str) -> NoReturn:
     raise ValueError(f'{self._where}: {name}={value!r} is not supported ({supported})')
 
@@ -91,10 +87,22 @@ class Config:
     return self._values.get(name) is not None
 
   def finish(self) -> None:
+    """Refuses what was not asked for, and notes in one line what was left unread."""
     for name, value in self._values.items():
-      if name not in self._asked and name not in _ASIDE and value is not None:
+      if name in fields.NEUTRAL and name not in self._asked:
+        self.only(name, *fields.NEUTRAL[name])
+      elif name not in self._asked and name not in fields.ASIDE and value is not None:
         raise ValueError(f'{self._where}: {repr(name)[1:-1]}={value!r} is a field that is not known here, and may '
                          'change what the model computes; remove it if it does not')
+    if self._unread:
+      _note(f'{self._where}: fields that no implementation reads: '
+            + ', '.join(f'{name}={self._values[name]!r}' for name in self._unread))
+
+
+@functools.cache
+def _note(line: str) -> None:
+  """Logs it once: a config is read several times on the way to a model."""
+  logging.warning('%s', line)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

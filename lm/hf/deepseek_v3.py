@@ -27,7 +27,6 @@ def model(c: Config) -> transformer.Transformer:
     c.only(name, supported)
   for name, kind in _ASIDE.items():
     c.get(name, kind, None)
-  c.only('pretraining_tp', *range(1, 65))   # how the same product was once split
   width, eps, first = c.size('hidden_size'), c.get('rms_norm_eps', float, 1e-6), c.get('first_k_dense_replace', int)
   attention, max_length = _attention(c), c.size('max_position_embeddings')
   dense, sparse = parts.FeedForward(c.size('intermediate_size')), _experts(c)

@@ -15,6 +15,7 @@ def model(c: Config) -> transformer.Transformer:
   c.only('hidden_activation', 'gelu_pytorch_tanh')
   c.only('hidden_act', 'gelu_pytorch_tanh')
   c.only('use_bidirectional_attention', False)
+  c.unread('sliding_window_size', c.get('sliding_window', int, None))   # of the larger models
   rotary, scale = rope(c, s.max_length, s.head_size), c.size('query_pre_attn_scalar') ** -0.5
   def norm():
     return parts.RMSNorm(s.eps, offset=1.)

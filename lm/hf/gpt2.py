@@ -21,6 +21,8 @@ def model(c: Config) -> transformer.Transformer:
   for name, supported in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False),
                           ('reorder_and_upcast_attn', False), ('add_cross_attention', False)):
     c.only(name, supported)
+  c.unread('n_special', 0)   # of the first files
+  c.unread('predict_special_tokens', True)
   def norm():
     return parts.LayerNorm(c.get('layer_norm_epsilon', float, 1e-5))
   block = parts.Block(attend.Attention(heads, heads, width // heads, bias=True),

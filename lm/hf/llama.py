@@ -11,7 +11,9 @@ from lm.models import stack, transformer
 def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
-  c.only('pretraining_tp', *range(1, 65))   # how the same product was once split
+  c.unread('is_llama_config', True)   # of SmolLM 2, from nanotron
+  c.unread('rope_interleaved', False)
+  c.unread('activation', 'swiglu')   # of Falcon 3
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rope(c, s.max_length, s.head_size),
                                bias=c.get('attention_bias', bool, False))
   feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))

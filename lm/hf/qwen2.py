@@ -12,6 +12,7 @@ def model(c: Config) -> transformer.Transformer:
   c.defaults({'num_key_value_heads': 32, 'sliding_window': 4096, 'max_window_layers': 28})
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
+  c.unread('use_mrope', False)   # of Qwen 2.5's base models
   rotary, first = rope(c, s.max_length, s.head_size), c.get('max_window_layers', int)
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary, bias=True, out_bias=False,

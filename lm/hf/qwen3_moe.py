@@ -12,6 +12,9 @@ def model(c: Config) -> transformer.Transformer:
   c.defaults({'num_key_value_heads': 4, 'sliding_window': 4096})
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
+  c.unread('shared_expert_intermediate_size', 0)   # of Qwen 3 Coder
+  c.unread('qkv_bias', False)
+  c.unread('use_qk_norm', True)
   window = c.size('sliding_window', None)
   if not c.get('use_sliding_window', bool, False):
     window = None

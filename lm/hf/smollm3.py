@@ -17,6 +17,8 @@ def model(c: Config) -> transformer.Transformer:
   turns = c.get('no_rope_layers', list, [(i + 1) % interval != 0 for i in range(s.layers)])   # despite its name
   if len(turns) < s.layers or not all(turn in (0, 1) for turn in turns):
     c.refuse('no_rope_layers', turns, f'0 or 1 for each of {s.layers} layers')
+  if not c.get('use_sliding_window', bool, False):
+    c.size('max_window_layers', None)   # of windows that there are not
   def block(turn, window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary if turn else None,
                                  bias=c.get('attention_bias', bool, False), scores=attend.Scores(window=window))
