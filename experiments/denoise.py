@@ -134,8 +134,6 @@ def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached on the held-out text, and snippets of it that are filled in."""
-  if not result.finished:
-    return
   data, rng = result.data, np.random.default_rng(0)
   step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
   held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)

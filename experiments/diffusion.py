@@ -50,8 +50,6 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what a byte of held-out text costs, and completions of prompts."""
-  if not result.finished:
-    return
   tokens, bound = result.data.tokenizer, 'at most ' if run.objective.control else ''
   step = evaluate.make_step(run.model.apply, run.objective, tokens.byte_lengths())
   held_out = result.data.batches('validation', run.objective, run.batch, seed=None, repeat=False)

@@ -89,16 +89,13 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Trains the same student on the text alone, for as many steps; prints what all of them reach on held-out text."""
-  if not result.finished:
-    return
   teacher = run.constants[0] if run.constants else run.data.model
   text = run.data if run.constants else run.data.data
   print('\nthe same student, from the text alone')
   alone = train.train(dataclasses.replace(run, objective=next_token(), constants=(),
                                           data=dataclasses.replace(text, folder=workdir / 'data')),
                       workdir / 'text_alone', result.mesh)
-  if not alone.finished:
-    return
+  alone.raise_if_stopped()
   arms = {'teacher': (teacher.model, result.params.get('teacher') or teacher.load(teacher.model)),
           'student, distilled': (run.model, result.params), 'student, from the text': (run.model, alone.params)}
   batches = alone.data.batches('validation', next_token(), run.batch, seed=None, repeat=False,

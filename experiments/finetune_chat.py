@@ -78,8 +78,6 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints how many held-out questions are answered exactly as in their records, before and after; and some answers."""
-  if not result.finished:
-    return
   data, room = run.data, run.data.length // 2
   speaker = turns.Conversation(result.data.tokenizer, data.template)
   asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)

@@ -105,8 +105,6 @@ def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[n
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what the suffix is worth, and some middles."""
-  if not result.finished:
-    return
   tokens, params = result.data.tokenizer, result.params
   ids, bos = [tokens.control_id(name) for name in NAMES], np.int32([tokens.bos_id])
   empty = np.zeros(0, np.int32)

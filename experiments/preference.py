@@ -94,8 +94,6 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what the held-out pairs say, and how the model answers before and after."""
-  if not result.finished:
-    return
   print('held out: ' + ', '.join(f'{name.removeprefix("preference/")} {value:.4f}' for name, value in
                                  result.metrics.items() if name.startswith('preference/')))
   data = getattr(run.data, 'data', run.data)

@@ -42,8 +42,6 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached, beside file compressors; draws the curve; lets the model write."""
-  if not result.finished:
-    return
   data, phases = result.data, result.phases
   with phases('evaluate'):
     step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())

@@ -169,20 +169,11 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
        watch: Callable[[int, dict[str, float]], bool] | None = None) -> tuple[train.Run, pathlib.Path, train.Result]:
   """Trains an arm, from where it was left, in a workdir of its own.
 
-  KeyboardInterrupt where it was asked to stop, but by `watch`.
+  KeyboardInterrupt where a signal stopped it.
   """
-  left = False
-
-  def watching(step, metrics):
-    nonlocal left
-    left = watch is not None and watch(step, metrics)
-    return left
-
   workdir = study / arm.name / f'seed-{seed}'
   link(workdir, shared(study, arm.make()) / 'data')
-  run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watching)
-  if not result.finished and not left:
-    raise KeyboardInterrupt
+  run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watch)
   return run, workdir, result
 
 
@@ -262,8 +253,7 @@ def adapt(run: train.Run, workdir: pathlib.Path, result: train.Result, objective
                     steps, run.evaluate_batches, steps, 1, start=lambda model: jax.tree.map(jnp.copy, result.params))
   link(workdir, workdir.parent / 'data')
   found = train.train(short, workdir, result.mesh)
-  if not found.finished:
-    raise KeyboardInterrupt
+  found.raise_if_stopped()
   return short, found
 
 

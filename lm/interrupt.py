@@ -7,14 +7,23 @@ import threading
 import jax
 
 
+class Stopped(KeyboardInterrupt):
+  """A signal stopped a run before its end. A program then ends with the exit code `code`, 128 + the signal."""
+
+  def __init__(self, number: int):
+    super().__init__(f'stopped by signal {number}')
+    self.code = 128 + number
+
+
 class Interrupt(contextlib.AbstractContextManager):
   """Turns the first SIGINT or SIGTERM into a question, `asked(step)`; the second one ends the process.
 
-  In a cluster, SIGTERM to any process (a preemption) is for JAX's preemption service, by which all stop at one step.
+  `signal` is then its number. In a cluster, SIGTERM to any process (a preemption) is for JAX's preemption service, by
+  which all stop at one step.
   """
 
   def __enter__(self):
-    self._asked = False
+    self.signal: int | None = None
     self._former = {}
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -26,9 +35,9 @@ class Interrupt(contextlib.AbstractContextManager):
 
   def _handle(self, number, frame):
     del frame
-    if self._asked:
+    if self.signal:
       os._exit(128 + number)
-    self._asked = True
+    self.signal = number
     os.write(2, b'\nstopping after this step, to save; once more ends at once\n')   # print is not safe in a handler
 
   def asked(self, step: int) -> bool:
@@ -36,4 +45,4 @@ class Interrupt(contextlib.AbstractContextManager):
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+    return self.signal is not None

@@ -4,7 +4,8 @@
   if __name__ == '__main__': launch.run(experiment)
 
 Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `T | None` (the
-word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 130 interrupted.
+word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 128 + the
+number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
 """
 import contextlib
 import dataclasses
@@ -28,7 +29,7 @@ from absl import flags
 
 
 def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None) -> None:
-  """Trains the `train.Run` that `experiment` returns, in `--workdir`; then calls `then(run, workdir, result)`."""
+  """Trains the `train.Run` that `experiment` returns, in `--workdir`; calls `then(run, workdir, result)` at its end."""
   with _program(experiment, _train) as (knobs, shared):
     _train(experiment, knobs, then, **shared)
 
@@ -65,9 +66,10 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
 def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
           init: pathlib.Path | None = None, seed: int = 0, then: Callable[..., None] | None = None,
           watch: Callable[..., bool] | None = None) -> tuple[Any, Any]:
-  """Trains the run of an experiment in a workdir, on a mesh, with a record of it there; `then(run, result)` follows.
+  """Trains the run of an experiment in a workdir, on a mesh, with a record of it there.
 
-  Returns the run and its result; see `train.train`.
+  Calls `then(run, result)` at its end. Returns the run and its result, see `train.train`. Raises `interrupt.Stopped`
+  where a signal stopped it.
   """
   import jax
 
@@ -82,6 +84,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     configured = lora.start_from(configured, from_init)
     record(experiment, knobs, workdir, mesh, init, seed)
     result = train.train(configured, workdir, mesh, watch)
+    result.raise_if_stopped()
     if then:
       then(configured, result)
   return configured, result
@@ -108,7 +111,9 @@ def _program(*functions: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
     try:
       _cache_compilations()
       yield values
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+      if code := getattr(error, 'code', None):   # interrupt.Stopped, which all processes of a cluster raise at one step
+        sys.exit(code)
       _exit(130)
     except BrokenPipeError:   # who reads, such as head, has enough
       os._exit(141)

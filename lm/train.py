@@ -3,6 +3,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from lm.data.batches import Batch
 from lm.data.stages import Staged
 from lm.describe import fingerprint
 from lm.interfaces import Constants, Opened
-from lm.interrupt import Interrupt
+from lm.interrupt import Interrupt, Stopped
 from lm.run import (
   Run,
   State,
@@ -49,6 +50,12 @@ class Result(NamedTuple):
   metrics: dict[str, float]   # of the last evaluation
   finished: bool
   phases: track.Phases
+  signal: int | None = None   # that stopped it
+
+  def raise_if_stopped(self) -> None:
+    """Raises Stopped, a KeyboardInterrupt, where a signal stopped the run before its end."""
+    if self.signal:
+      raise Stopped(self.signal)
 
 
 class NotFinite(FloatingPointError):
@@ -130,6 +137,7 @@ class _Loop:
     self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
+    self.signal: int | None = None
 
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
@@ -152,7 +160,8 @@ class _Loop:
           if new:
             jax.block_until_ready(state)
         self.checkpoints.check_for_errors()
-        stop, ended = self.interrupt.asked(step), step == run.steps
+        stopped, ended = self.interrupt.asked(step), step == run.steps
+        stop = stopped
         evaluates = ended or step % run.evaluate_every == 0
         if stop or evaluates or step % run.save_every == 0:
           with self.phases('train'):
@@ -170,6 +179,7 @@ class _Loop:
             self._save(step, state)
           ended = ended or self.out_of_patience(step)
         if stop and not ended:
+          self.signal = (self.interrupt.signal or signal.SIGTERM) if stopped else None   # the latter in a cluster
           print(f'left at step {step} of {run.steps}' if left else
                 f'stopped at step {step} of {run.steps}: the same command goes on from there')
           break
@@ -184,7 +194,8 @@ class _Loop:
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
     if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
       self._evaluate(state)
-    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases)
+    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases,
+                  self.signal)
 
   def _params(self, state: State) -> Any:
     return with_constants(averaging.evaluated(state.opt_state, state.params), self.constants)

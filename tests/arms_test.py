@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import signal
 
 import compare
 import pytest
@@ -285,7 +286,7 @@ def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
 
 
 def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):
-  monkeypatch.setattr(arms.launch, 'start', lambda function, knobs, *_, **more: (
-      function(**knobs), arms.train.Result(2, 0, None, None, None, {'bits_per_byte': 1.}, False, None)))
+  monkeypatch.setattr(arms.train, 'train', lambda *_: arms.train.Result(
+      2, 0, None, None, None, {'bits_per_byte': 1.}, False, None, signal.SIGTERM))
   with pytest.raises(KeyboardInterrupt):
     swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')

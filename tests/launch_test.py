@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ import pytest
 from absl import flags
 
 from lm import launch, records
+from lm.train import Result
 
 
 def experiment(*, layers: int = 12, lr: float = 1e-3, tied: bool = True, norm: Literal['rms', 'layer'] = 'rms',
@@ -112,6 +114,9 @@ class Run:
   model: None = None
 
 
+RESULT = Result(0, 0, None, None, None, {}, True, {})
+
+
 @pytest.fixture
 def program(monkeypatch, tmp_path):
   """Runs an experiment in this process with a stand-in for lm.train; returns its exit code."""
@@ -120,7 +125,7 @@ def program(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'lm.train', train := types.ModuleType('lm.train'))
   monkeypatch.setattr(lm, 'train', train, raising=False)
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
-  train.train = lambda run, workdir, mesh, watch: calls.append((run, workdir, mesh)) or 'result'
+  train.train = lambda run, workdir, mesh, watch: calls.append((run, workdir, mesh)) or go.result
 
   def go(function, *argv, then=None):
     monkeypatch.setattr(sys, 'argv', ['script.py', f'--workdir={tmp_path / "run"}', *argv])
@@ -130,7 +135,7 @@ def program(monkeypatch, tmp_path):
       return stop.code
     return 0
 
-  go.calls, go.workdir = calls, tmp_path / 'run'
+  go.calls, go.workdir, go.result = calls, tmp_path / 'run', RESULT
   return go
 
 
@@ -145,7 +150,7 @@ def test_run_trains_records_and_calls_then(program):
   assert program(build, '--width=8', '--seed=3', '--mesh=4x2', then=lambda *arguments: seen.append(arguments)) == 0
   (run, workdir, mesh), = program.calls
   assert run == Run(8, seed=3) and workdir == program.workdir and dict(mesh.shape) == {'data': 4, 'model': 2}
-  assert seen == [(run, workdir, 'result')]
+  assert seen == [(run, workdir, RESULT)]
   assert program(build) == 0
   first, second = json.loads((workdir / 'run.json').read_text())
   assert first['knobs'] == {'width': 8} and first['seed'] == 3 and first['mesh'] == {'data': 4, 'model': 2}
@@ -169,6 +174,14 @@ def test_a_bug_keeps_its_traceback(program, capsys, bug):
 
   assert program(broken) == 1
   assert 'Traceback' in (text := capsys.readouterr().err) and 'in broken' in text
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_a_signal_stopped_ends_with_its_code_and_is_not_reported(program, capsys, number, code):
+  seen = []
+  program.result = RESULT._replace(finished=False, signal=number)
+  assert program(build, then=lambda *arguments: seen.append(arguments)) == code
+  assert not seen and capsys.readouterr().err == '' and (program.workdir / 'run.json').exists()
 
 
 def test_an_interrupt_is_quiet(program, capsys):

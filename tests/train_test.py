@@ -332,7 +332,7 @@ if __name__ == '__main__':
 """
 
 
-def test_sigterm_saves_exits_well_and_the_run_goes_on(tmp_path):
+def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
   (tmp_path / 'program.py').write_text(PROGRAM)
   here = pathlib.Path(__file__).parent
   environment = os.environ | {'PYTHONPATH': f'{here}:{here.parent}', 'XDG_CACHE_HOME': str(tmp_path),
@@ -342,9 +342,29 @@ def test_sigterm_saves_exits_well_and_the_run_goes_on(tmp_path):
     first = next(line for line in process.stdout if line.startswith('step '))
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-  assert process.returncode == 0, err
+  assert process.returncode == 143, err
   step = int(re.search(r'stopped at step (\d+) of 1000000', out)[1])
   assert first and steps_kept(tmp_path / 'run') == [step] and 'Traceback' not in err
   result = go(tmp_path / 'run', steps=step + 2, save_every=10 ** 9, evaluate_every=10 ** 9)
   assert result.step == step + 2 and list(logged(tmp_path / 'run')) == list(range(1, step + 3))
   assert json.loads((tmp_path / 'run' / 'run.json').read_text())[0]['knobs'] == {'steps': 1_000_000}
+
+
+def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, monkeypatch):
+  def asked(self, step):
+    self.signal = signal.SIGINT if step == 2 else None
+    return step == 2
+  monkeypatch.setattr(Interrupt, 'asked', asked)
+  result = go(tmp_path)
+  assert (result.signal, result.finished) == (signal.SIGINT, False)
+  with pytest.raises(KeyboardInterrupt) as stop:
+    result.raise_if_stopped()
+  assert stop.value.code == 130
+  result = go(tmp_path)
+  assert result.signal is None and result.finished
+  result.raise_if_stopped()
+  mesh = on('2x1')
+  with jax.set_mesh(mesh):
+    left = train.train(dataclasses.replace(RUN, evaluate_every=1), tmp_path / 'left', mesh, lambda step, metrics: True)
+  assert (left.signal, left.finished, left.step) == (None, False, 1)
+  left.raise_if_stopped()
