@@ -30,7 +30,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     run, rows = loaded.run, loaded.run.batch if rows is None else rows
     if rows < 1 or rows % devices.shape['data']:
       raise ValueError(f'--rows={rows} is not a multiple of the {devices.shape["data"]} devices of the mesh axis data')
-    data = run.data.open(workdir, control=run.objective.control)
+    data = loaded.open_data(run.objective.control)
     read, first = data.batches('train', run.objective, rows, run.seed), run.schedule.rows_before(loaded.step) // rows
     names = jax.eval_shape(loaded.model.init, jax.random.key(0))
     constants = {name: value for name, value in loaded.params.items() if name not in names}

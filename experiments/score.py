@@ -73,7 +73,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       (show if jsonl is None else show_all)(loaded, texts, sources, bos)
       return
     run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
-    data = run.data.open(workdir)
+    data = loaded.open_data()
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
     step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer.byte_lengths())

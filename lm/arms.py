@@ -5,7 +5,6 @@ A study is a folder: `<study>/<name>/seed-<n>` is the workdir of a run, as any o
 """
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, track, train
+from lm import atomic, budget, evaluate, flops, launch, lora, optim, records, schedules, scripts, track, train
 from lm.data.batches import Room
 from lm.describe import describe, differences
 from lm.objectives.objective import Objective
@@ -47,16 +46,10 @@ def experiment(script: pathlib.Path) -> Callable[..., train.Run]:
   """The function `experiment` of a script. FileNotFoundError or ValueError where there is none."""
   if not script.is_file():
     raise FileNotFoundError(f'there is no script {script}; --experiment takes a file such as experiments/pretrain.py')
-  if (spec := importlib.util.spec_from_file_location(script.stem, script)) is None:
-    raise ValueError(f'{script} is no script of Python; --experiment takes a file such as experiments/pretrain.py')
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
+  scripts.trust(script)
   if (folder := str(script.resolve().parent)) not in sys.path:
     sys.path.insert(0, folder)   # as for a script that is run
-  spec.loader.exec_module(module)
-  if not callable(found := getattr(module, 'experiment', None)):
-    raise ValueError(f'{script} has no function `experiment` that returns a run')
-  return found
+  return scripts.function(script, 'experiment')
 
 
 def knobs(function: Callable[..., Any], text: str) -> dict[str, Any]:
@@ -68,7 +61,7 @@ def knobs(function: Callable[..., Any], text: str) -> dict[str, Any]:
     words = [word if word.startswith('--') else f'--{word}' for word in shlex.split(text)]
   except ValueError as error:
     raise ValueError(f'knobs {text.strip()!r}: {error}') from None
-  if help := [word for word in words if word.lstrip('-') in ('help', 'helpfull', 'debug')]:
+  if help := [word for word in words if word.lstrip('-').partition('=')[0] in ('help', 'helpfull', 'debug', 'script')]:
     raise ValueError(f'{help[0]} is no knob of an experiment')
   try:
     (found,), _ = launch.parse([function], ['', *words])

@@ -10,7 +10,6 @@ number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
 import contextlib
 import dataclasses
 import difflib
-import functools
 import inspect
 import os
 import pathlib
@@ -41,15 +40,16 @@ def tool(function: Callable[..., None]) -> None:
 
 
 def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable[..., None] | None, *,
-           workdir: pathlib.Path | None = None, init: pathlib.Path | None = None, seed: int = 0,
-           mesh: str | None = None, coordinator_address: str | None = None, num_processes: int | None = None,
-           process_id: int | None = None):
+           workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
+           init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
+           coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None):
   """A run in its workdir. The keyword-only parameters are the flags that every run shares.
 
   Args:
     workdir: where the run lives; one that was stopped goes on from there. Without it: runs/<name of the script>.
-    init: start from the parameters of another run's workdir, of a Hugging Face folder, or of an imported one; adapters
-      lie on them.
+    init: start from the result of another run's workdir, from a Hugging Face folder, an imported one or an id on the
+      hub; adapters lie on it.
+    init_ignore_tokenizer: start from it also where this run has another tokenizer.
     seed: fixes the data order, the initialisation and the losses.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
     coordinator_address: host:port of process 0, in a cluster that is not found by itself.
@@ -60,12 +60,13 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
   cluster.join(coordinator_address, num_processes, process_id)
   workdir = workdir or pathlib.Path('runs', pathlib.Path(inspect.getfile(experiment)).stem)
   start(experiment, knobs, workdir, sharding.make_mesh(mesh), init, seed,
-        then and (lambda configured, result: then(configured, workdir, result)))
+        then and (lambda configured, result: then(configured, workdir, result)),
+        init_ignore_tokenizer=init_ignore_tokenizer)
 
 
 def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
           init: pathlib.Path | None = None, seed: int = 0, then: Callable[..., None] | None = None,
-          watch: Callable[..., bool] | None = None) -> tuple[Any, Any]:
+          watch: Callable[..., bool] | None = None, init_ignore_tokenizer: bool = False) -> tuple[Any, Any]:
   """Trains the run of an experiment in a workdir, on a mesh, with a record of it there.
 
   Calls `then(run, result)` at its end. Returns the run and its result, see `train.train`. Raises `interrupt.Stopped`
@@ -73,15 +74,18 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import lora, records, train
+  from lm import lora, records, train, trained
+  init = init.resolve() if init is not None and init.exists() else init   # else an id on the hub
+  if 'init' in inspect.signature(experiment).parameters:
+    knobs = {**knobs, 'init': init}
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     knobs = records.settle(knobs, records.read(workdir))
-    configured, from_init = dataclasses.replace(experiment(**knobs), seed=seed), None
-    if init is not None:
-      from lm import pretrained
-      from_init = functools.partial(pretrained.start, init)
-    configured = lora.start_from(configured, from_init)
+    configured = dataclasses.replace(experiment(**knobs), seed=seed)
+    if init is None:
+      configured = lora.start_from(configured, None)
+    else:
+      configured = trained.start_from(configured, str(init), init_ignore_tokenizer)
     record(experiment, knobs, workdir, mesh, init, seed)
     result = train.train(configured, workdir, mesh, watch)
     result.raise_if_stopped()
@@ -148,7 +152,11 @@ def _exit(code: int) -> None:
 
 
 def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
-  """The keyword arguments of each function, and `--debug`; flags.Error, in one line, for a bad flag."""
+  """The keyword arguments of each function, and `--debug`; flags.Error, in one line, for a bad flag.
+
+  Scripts named by `--script` may be executed from then on, see `scripts`. A function may have the flag --init of every
+  run too, which both are given.
+  """
   # Not the global FLAGS: there, two experiments in one process could not both have a flag `lr`.
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
@@ -157,6 +165,7 @@ def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str]) -> tuple
       _define(values, function, parameter)
   for name in ('debug', 'help', 'helpfull'):
     flags.DEFINE_bool(name, False, '', flag_values=values)
+  flags.DEFINE_flag(flags.Flag(_Parser(tuple[pathlib.Path, ...]), None, 'script', (), ' '), flag_values=values)
   unknown = values(argv, known_only=True)
   if values['help'].value or values['helpfull'].value:
     print(_help(functions, argv[0]) + ('\n\n' + flags.FLAGS.get_help() if values['helpfull'].value else ''))
@@ -171,6 +180,12 @@ def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str]) -> tuple
   for parameter in [p for function in functions for p in _keywords(function)]:
     if parameter.default is parameter.empty and not values[parameter.name].present:
       raise flags.Error(f'--{parameter.name} is required: {values[parameter.name].parser.allowed}')
+  if values['script'].value:
+    from lm import scripts
+    try:
+      scripts.trust(*values['script'].value)
+    except FileNotFoundError as error:
+      raise flags.Error(f'flag --script: {error}') from None
   return [{p.name: values[p.name].value for p in _keywords(f)} for f in functions], values['debug'].value
 
 
@@ -180,6 +195,8 @@ def _keywords(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _define(values: flags.FlagValues, function: Callable[..., Any], parameter: inspect.Parameter) -> None:
   name, hints = parameter.name, typing.get_type_hints(function)
+  if name == 'init' and name in values and parameter.default is None:
+    return
   if name in values or name not in hints:
     raise TypeError(f'{function.__qualname__}: {name} has no type, or is the name of a flag that every run has')
   default = None if parameter.default is parameter.empty else parameter.default
@@ -273,6 +290,7 @@ def _help(functions: Sequence[Callable[..., Any]], script: str) -> str:
       default = 'required' if parameter.default is parameter.empty else f'default {_written(parameter.default)}'
       lines += _entry(parameter.name, f'{note}({_allowed(hints[parameter.name])}; {default})')
   return '\n'.join([*lines, '', 'Always:', *_entry('debug', 'show the traceback of every error'),
+                    *_entry('script', 'the scripts of runs to open that are not beside this one; they are executed'),
                     *_entry('helpfull', "this, and absl's own flags")])
 
 

@@ -130,17 +130,17 @@ def _no_base(model: Any) -> Any:
   raise ValueError('adapters are trained on the parameters of a model, and there are none; give them with --init')
 
 
-def start_from(run: train.Run, start: Callable[[Any], Callable[[Any], Any]] | None) -> train.Run:
-  """The run from parameters that `start(model)(model)` gives: its own, or those under its adapters.
+def start_from(run: train.Run, start: Callable[[Any], Any] | None) -> train.Run:
+  """The run from parameters that `start(model)` gives: its own, or those under its adapters.
 
   ValueError for adapters without parameters under them.
   """
   if not isinstance(run.model, Adapted):
-    return run if start is None else dataclasses.replace(run, start=start(run.model))
+    return run if start is None else dataclasses.replace(run, start=start)
   base = next(constant for constant in run.constants if constant.name == 'base')
   if start is None:
     return run if base.load is not _no_base else _no_base(base.model)
-  loaded = dataclasses.replace(base, load=start(base.model))
+  loaded = dataclasses.replace(base, load=start)
   return dataclasses.replace(run, constants=tuple(loaded if c is base else c for c in run.constants))
 
 

@@ -1,21 +1,21 @@
 """Models that others trained: a Hugging Face folder, or what was imported from one; and parameters to start from."""
 import dataclasses
-import functools
+import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint, lora, records
+from lm import checkpoint
 from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
-from lm.describe import describe, differences
+from lm.describe import describe, differences, fingerprint
 from lm.hf import files, weights
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.multi_token import MultiToken
@@ -67,6 +67,10 @@ def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizer.Tokenizer:
   if found.vocab_size > model.vocab:
     raise ValueError(f'{folder}: the tokenizer has {found.vocab_size} tokens, the weights only {model.vocab}; they are '
                      'not of one model')
+  facts = checkpoint.stored_facts(folder / 'checkpoints') or {}
+  if facts.get('tokenizer', found.fingerprint) != found.fingerprint:
+    raise ValueError(f'{folder}: the tokenizer (fingerprint {found.fingerprint}) is not the one that was imported '
+                     f'(fingerprint {facts["tokenizer"]}); import the model anew')
   return found
 
 
@@ -88,6 +92,9 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
       restored = saved.restore_params(_abstract(model), dtypes=lambda stored: dtype or stored)
     if restored is None:
       raise FileNotFoundError(f'{folder} holds no checkpoint')
+    if lines := differences(restored.facts['model'], describe(model)):
+      raise ValueError(f'the config.json of {folder} is not of the model that was imported; import it anew\n  '
+                       + '\n  '.join(lines[:6]))
     return restored.state
   model, family = weights.open_model(folder)
   with files.Weights(folder) as found:
@@ -113,45 +120,60 @@ def save(name: str, folder: pathlib.Path) -> Pretrained:
   loaded = load(name)
   folder.mkdir(parents=True, exist_ok=True)
   with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
-    saved.save(0, {'params': loaded.params}, {'model': describe(loaded.model)})
+    saved.save(0, {'params': loaded.params},
+               {'model': describe(loaded.model), 'tokenizer': loaded.tokenizer.fingerprint,
+                'parameters': fingerprint(loaded.params)})
   for path in (*loaded.folder.glob('*.model'), *(loaded.folder / name for name in _SIDE)):
     if path.is_file():
       shutil.copyfile(path, folder / path.name)
   return loaded
 
 
-def start(path: pathlib.Path, model: Any) -> Callable[[Any], Any]:
-  """For `train.Run.start`: parameters of a run's workdir, of a Hugging Face folder or of an imported one, in float32.
+def check_shapes(name: str, theirs: Any, ours: Any) -> None:
+  """ValueError where the parameters of two models differ in shape, naming the first that do."""
+  shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
+             for p, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))}
+            for model in (theirs, ours)]
+  if lines := differences(*shapes):
+    lines = [line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4]]
+    raise ValueError(f'{name} does not fit the model of this run:\n  ' + '\n  '.join(lines))
 
-  Checked at once, without reading them: FileNotFoundError where there is nothing of the kind, ValueError where a
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+  """Gives the parameters of a Hugging Face folder or of an imported one, in float32; `start` makes it."""
+  folder: pathlib.Path
+  parameters: str | None   # their fingerprint
+
+  def __call__(self, model: Any) -> Any:
+    del model
+    return _params(self.folder, jnp.float32)
+
+
+def start(folder: pathlib.Path, model: Any) -> Parameters:
+  """For `train.Run.start`: parameters of a Hugging Face folder or of an imported one, in float32.
+
+  Checked at once, without reading them: FileNotFoundError where there is nothing of the kind, ValueError where the
   folder's model is of another shape, naming the first differences.
   """
-  if records.read(path):
-    return functools.partial(_of_run, path)
-  theirs, ours = (jax.eval_shape(lambda m=m: m.init(jax.random.key(0))) for m in (open_model(path), model))
-  shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
-             for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for tree in (theirs, ours)]
-  if lines := differences(*shapes):
-    told = (line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4])
-    raise ValueError(f'{path} does not fit the model of this run:\n  ' + '\n  '.join(told))
-  return functools.partial(_of_folder, path)
+  check_shapes(str(folder), open_model(folder), model)
+  if (folder / 'checkpoints').is_dir():
+    parameters = (checkpoint.stored_facts(folder / 'checkpoints') or {}).get('parameters')
+  else:
+    parameters = _fingerprint(folder)
+  return Parameters(folder.resolve(), parameters)
 
 
-def _of_folder(folder: pathlib.Path, model: Any) -> Any:
-  del model
-  return _params(folder, jnp.float32)
-
-
-def _of_run(workdir: pathlib.Path, model: Any) -> Any:
-  with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as saved:
-    if (saved.facts() or {}).get('model', {}).get('class') == lora.Adapted.__name__:
-      raise ValueError(f'{workdir} holds adapters, without the parameters under them; start from their sum: python '
-                       f'experiments/export_hf.py --workdir={workdir} --out=...')
-    restored = saved.restore_params(_abstract(model))
-  if restored is None:
-    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  return restored.state
+def _fingerprint(folder: pathlib.Path) -> str:
+  """A hash of the names, shapes and dtypes of the tensors in a folder, and of values at 16 places of each."""
+  digest = hashlib.sha256()
+  with files.Weights(folder) as tensors:
+    for name in sorted(tensors):
+      values = tensors[name].reshape(-1)
+      digest.update(repr((name, tensors[name].shape, str(values.dtype))).encode())
+      for place in np.linspace(0, values.size, 16, endpoint=False, dtype=int).tolist():
+        digest.update(values[place:place + 64].tobytes())
+  return digest.hexdigest()[:16]
 
 
 def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any = None,

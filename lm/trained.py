@@ -1,67 +1,115 @@
-"""A trained run, opened again from its workdir."""
+"""A trained run, opened again from its workdir, with all that belongs to its parameters; and what to start from."""
 import dataclasses
-import functools
-import importlib.util
 import pathlib
-import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import averaging, checkpoint, lora, pretrained, records, train
+from lm import averaging, checkpoint, lora, pretrained, records, scripts, train
 from lm.data import tokenizer, turns
+from lm.describe import describe, differences
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
+  """A run with the parameters that are its result. `facts` are those of the checkpoint."""
   run: train.Run
   model: Any
   params: Any
   tokenizer: Any
   step: int
   workdir: pathlib.Path
+  facts: Mapping[str, Any]
+
+  def open_data(self, control: tuple[str, ...] = ()) -> Any:
+    """The data of the run. ValueError, before anything is made, where it is not what the run was trained on."""
+    def check(data, tokenizer):
+      _compare(self.workdir, self.facts, {'data': data, 'tokenizer': tokenizer})
+    return self.run.data.open(self.workdir, control=control, check=check)
 
 
 def load(workdir: pathlib.Path, best: bool = False) -> Trained:
-  """The newest checkpoint of a run, or the best by validation loss, as of one with patience; on the mesh that is set.
+  """The result of a run: its newest checkpoint, or the best by validation loss; on the mesh that is set.
 
-  The parameters are those to evaluate: the average, where the optimizer keeps one. Adapters are merged into their
-  matrices. FileNotFoundError where there is no run, no checkpoint, or the script is gone.
+  The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
+  keeps one. Adapters are merged into their matrices. Raises as `open_run`.
   """
-  run = open_run(workdir)
-  mesh = jax.sharding.get_mesh()
-  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    step, abstract = checkpoints.best_step() if best or run.patience else None, train.abstract_state(run, mesh)
-    if averaging.averages(abstract.opt_state):
-      restored = checkpoints.restore(abstract, step)
-      if restored is not None:
-        restored = restored._replace(state=averaging.evaluated(restored.state.opt_state, restored.state.params))
-    else:
-      restored = checkpoints.restore_params(abstract.params, step)
-  if restored is None:
-    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  model, params = lora.merged(run.model, train.with_constants(restored.state, train.load_constants(run)))
-  return Trained(run, model, params, run.data.load_tokenizer(workdir), restored.step, workdir)
+  return _read(_open(workdir, best))
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
   """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read.
 
-  FileNotFoundError where there is none that began to train, or the script is gone.
+  FileNotFoundError where there is no run, none that began to train, or its script is not there or may not be executed
+  (see `scripts`).
   """
-  found = records.read(workdir)
-  if not found:
+  recorded = records.read(workdir)
+  if not recorded:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  accepted = [record for record in found if 'data' in record]   # not the tries that were refused
+  accepted = [record for record in recorded if 'data' in record]   # not the tries that were refused
   if not accepted:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  knobs = records.settle(accepted[-1]['knobs'], accepted)
-  run = dataclasses.replace(_function(accepted[-1])(**knobs), seed=accepted[-1]['seed'])
-  if isinstance(run.model, lora.Adapted) and (init := accepted[-1].get('init')):   # else its checkpoints have it all
-    run = lora.start_from(run, functools.partial(pretrained.start, pathlib.Path(init)))
+  record = accepted[-1]
+  script = scripts.locate(record, workdir)
+  with scripts.importable(script):
+    make = scripts.function(script, record['function'])
+    if typing.get_type_hints(make).get('return', train.Run) is not train.Run:
+      raise ValueError(f'{record["function"]} of {script} returns no run; the run.json of {workdir} is wrong')
+    run = dataclasses.replace(make(**records.settle(record['knobs'], accepted)), seed=record['seed'])
+  if isinstance(run.model, lora.Adapted) and record.get('init'):   # else its checkpoints have it all
+    run = start_from(run, record['init'], ignore_tokenizer=True)
   return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """A run that is what its checkpoint was trained with, before parameters are read; `chosen` is None for the newest."""
+  run: train.Run
+  tokenizer: Any
+  chosen: int | None
+  step: int
+  facts: Mapping[str, Any]
+  workdir: pathlib.Path
+
+
+def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
+  """ValueError where the model, the tokenizer or what lies under adapters is not what the checkpoint was made with."""
+  run = open_run(workdir)
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    chosen = train.result_step(run, checkpoints, best)
+    step, facts = max(checkpoints.steps(), default=0) if chosen is None else chosen, checkpoints.facts(chosen)
+  if facts is None:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  tokens = run.data.load_tokenizer(workdir)
+  now = {'model': describe(run.model), 'tokenizer': tokens.fingerprint}
+  if isinstance(run.model, lora.Adapted):
+    now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
+    facts = {**facts, 'constants': {'base': facts.get('constants', {}).get('base')}}
+  _compare(workdir, facts, now)
+  return _Opened(run, tokens, chosen, step, facts, workdir)
+
+
+def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  if lines := differences({name: facts[name] for name in now if name in facts},
+                          {name: value for name, value in now.items() if name in facts}):
+    raise checkpoint.Mismatch(f'{workdir} was trained with something else than what belongs to it now; go back to what '
+                              'its script, tokenizer, data or base were\n  ' + '\n  '.join(lines[:6]))
+
+
+def _read(opened: _Opened) -> Trained:
+  run, workdir, abstract = opened.run, opened.workdir, train.abstract_state(opened.run, jax.sharding.get_mesh())
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    if averaging.averages(abstract.opt_state):
+      restored = checkpoints.restore(abstract, opened.chosen)
+      params = averaging.evaluated(restored.state.opt_state, restored.state.params)
+    else:
+      restored = checkpoints.restore_params(abstract.params, opened.chosen)
+      params = restored.state
+  model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
+  return Trained(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
 
 
 class Base(NamedTuple):
@@ -79,38 +127,41 @@ def base(name: str, dtype: Any = jnp.float32) -> Base:
   """
   folder = pathlib.Path(name).expanduser()
   if records.read(folder):
-    run = open_run(folder)
-    with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
-      step = max(saved.steps(), default=0)
-    return Base(lora.plain(run.model), run.data.load_tokenizer(folder), chat_template(run.data),
-                functools.partial(_params, folder, step))
+    opened = _open(folder)
+    return Base(lora.plain(opened.run.model), opened.tokenizer, chat_template(opened.run.data),
+                StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, dtype)
   tokens = pretrained.open_tokenizer(folder, model)
   return Base(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
 
 
-def _params(workdir: pathlib.Path, step: int, model: Any) -> Any:
-  """A run's parameters, without a teacher's. The step tells them apart from those of the run when it has gone on."""
-  del step
-  found = load(workdir).params
-  return {name: found[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+@dataclasses.dataclass(frozen=True)
+class StoredResult:
+  """Gives the parameters of a run's result, without a teacher's; the fields say which they are."""
+  workdir: pathlib.Path
+  step: int
+  parameters: str | None   # their fingerprint in the checkpoint
+
+  def __call__(self, model: Any) -> Any:
+    loaded = load(self.workdir)
+    if loaded.step != self.step:
+      raise OSError(f'step {self.step} of {self.workdir} cannot be read any more, the run is at step {loaded.step}')
+    return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+
+
+def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
+  """The run from the result of a run's workdir, or from a Hugging Face or imported folder; adapters lie on it.
+
+  Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
+  naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
+  """
+  given = base(init)
+  pretrained.check_shapes(init, given.model, lora.plain(run.model))
+  of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
+  return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
 
 
 def chat_template(data: Any) -> turns.Template | None:
   """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
   return getattr(getattr(data, 'data', data), 'template', None)
-
-
-def _function(record: dict[str, Any]):
-  """The experiment of a record: from the file that ran, or one of its name beside the script that runs now."""
-  paths = [pathlib.Path(record['path']), pathlib.Path(sys.argv[0]).resolve().parent / record['script']]
-  path = next((p for p in paths if p.is_file()), None)
-  if path is None:
-    raise FileNotFoundError(f'the script of the run, {record["script"]}, is neither at {paths[0]} nor at {paths[1]}; '
-                            'copy it to one of them')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module   # dataclasses and `inspect` look the module up
-  spec.loader.exec_module(module)
-  return getattr(module, record['function'])

@@ -43,5 +43,16 @@ def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_fla
   assert told['knobs'] == {'distance': 2, 'layers': 1, 'width': 64, 'steps': 40, 'lr': 0.03}
 
 
+def test_its_run_is_opened_by_other_programs_where_its_script_is_named(folder):
+  run(folder, '--layers=1', '--width=64', '--steps=2')
+  score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'
+  command = [sys.executable, *score]
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == 1 and f'name it: --script={folder}/far.py' in done.stderr and done.stderr.count('\n') == 1
+  done = subprocess.run([*command, '--script=far.py'], cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0 and 'bits a byte' in done.stdout, done.stderr
+
+
 def test_help_tells_the_flags_of_an_experiment(folder):
   assert re.search(r'--distance +\(whole number; default 2\)', run(folder, '--help'))

@@ -211,7 +211,7 @@ def test_arms_are_runs_of_their_own(script, tmp_path):
   with pytest.raises(FileNotFoundError, match='there is no script'):
     arms.experiment(tmp_path / 'none.py')
   (tmp_path / 'empty.py').write_text('')
-  with pytest.raises(ValueError, match='has no function `experiment`'):
+  with pytest.raises(ValueError, match="defines no function 'experiment'"):
     arms.experiment(tmp_path / 'empty.py')
 
 

@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 
 from lm import launch, pretrained, sharding, track, train, trained
+from lm import scripts as lm_scripts
 from lm.data import corpora, puzzles, tokenizer
 from lm.models import transformer
 
@@ -62,7 +63,8 @@ load = importlib.import_module
 
 @pytest.fixture(scope='module')
 def scripts():
-  """All of them imported in this process."""
+  """All of them imported in this process, and named as those whose runs are opened."""
+  lm_scripts.trust(*SCRIPTS.values())
   return {name: load(name) for name in SCRIPTS}
 
 

@@ -1,16 +1,21 @@
 """What belongs together is opened together: parameters, tokenizer, model and script of a run."""
 import dataclasses
 import functools
+import json
+import pathlib
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 from train_test import RUN, TEXTS, go, saved, steps_kept
 
-from lm import describe, sharding, train
+from lm import checkpoint, describe, evaluate, launch, scripts, sharding, train, trained
 from lm.data import dataset, tokenizer
 from lm.data.source import Source
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def snapshot(folder):
@@ -68,6 +73,198 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
 
 def test_a_checkpoint_tells_the_fingerprints_of_its_tokenizer_and_parameters(tmp_path):
   go(tmp_path, steps=2)
-  facts = train.checkpoint.stored_facts(tmp_path / 'checkpoints')
+  facts = checkpoint.stored_facts(tmp_path / 'checkpoints')
   assert facts['tokenizer'] == RUN.data.tokenizer.fingerprint
   assert facts['parameters'] == describe.fingerprint(saved(tmp_path)[1].params) and steps_kept(tmp_path) == [2]
+
+
+SCRIPT = '''
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import neighbour
+from lm import averaging, lora, optim, schedules, train
+from lm.data import dataset, tokenizer
+from lm.data.source import Source
+from lm.objectives.next_token import next_token
+
+def activation(x):
+  return jax.nn.relu(x)
+
+@dataclasses.dataclass(frozen=True)
+class Small(neighbour.Bigram):
+  activation: Callable = activation
+
+  def apply(self, params, batch, **options):   # with adapters or without
+    plain = {name: value.merged() if hasattr(value, 'merged') else value for name, value in params.items()}
+    return super().apply(plain, batch, **options)
+
+def experiment(*, width: int = 8, lr: float = 0.03, steps: int = 4, names: int = 2, average: float = 0.,
+               free: bool = False, patience: int | None = None, lora_rank: int = 0) -> train.Run:
+  source = Source('numbers', {'train': neighbour.TEXTS, 'validation': neighbour.TEXTS[:9]}, 'texts')
+  names = tokenizer.Bytes(tuple(f'<|{i}|>' for i in range(names)))
+  rate = schedules.warmup_constant(lr, steps, 1)
+  optimizer = optim.schedule_free(rate) if free else optim.adam(rate)
+  run = train.Run(Small(width, vocab=264), next_token(), dataset.Text(source, names, 16, ()),
+                  averaging.averaged(optimizer, average) if average else optimizer, steps, batch=8,
+                  evaluate_every=1 if patience else steps, evaluate_batches=2, patience=patience, keep=5)
+  return lora.adapt(run, lora_rank, match=('head',))
+
+def tool(*, out: str) -> None:
+  pathlib.Path(out).write_text('written')
+'''
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+  """A script `small.py` and its neighbour in a folder of theirs; `program(workdir, **knobs)` trains it."""
+  folder = tmp_path / 'project'
+  folder.mkdir()
+  (folder / 'small.py').write_text(SCRIPT)
+  (folder / 'neighbour.py').write_text('from train_test import TEXTS, Bigram\n')
+  monkeypatch.setattr(scripts, '_named', [])
+  monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
+  monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
+  mesh = sharding.make_mesh('2x1', jax.devices()[:2])
+
+  def go(name, init=None, ignore=False, **knobs):
+    function = scripts.function(folder / 'small.py', 'experiment')
+    (knobs,), _ = launch.parse([function], ['small.py', *(f'--{name}={value}' for name, value in knobs.items())])
+    return launch.start(function, knobs, tmp_path / name, mesh, init, init_ignore_tokenizer=ignore)[1]
+
+  go.folder, go.mesh = folder, mesh
+  with jax.set_mesh(mesh):
+    yield go
+
+
+def loss_of(program, opened):
+  run = opened.run
+  step = evaluate.make_step(opened.model.apply, run.objective, opened.tokenizer.byte_lengths())
+  data = opened.open_data().batches('validation', run.objective, run.batch, repeat=False)
+  return evaluate.evaluate(step, opened.params, data, program.mesh, 2)['loss']
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
+  result = program('run')
+  sys.modules.pop('neighbour')
+  opened = trained.load(tmp_path / 'run')
+  assert same(opened.params, result.params) and str(program.folder) not in sys.path
+  assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-6)
+
+
+def test_an_edited_script_is_refused_by_all_that_open_the_run(program, tmp_path):
+  program('run')
+  path = program.folder / 'small.py'
+  path.write_text(SCRIPT.replace('def activation(x)', 'def gelu(x)').replace('= activation', '= gelu'))
+  for opens in (trained.load, lambda path: trained.base(str(path)), lambda path: program('other', path)):
+    with pytest.raises(ValueError, match=r"activation: 'activation' before, 'gelu' now"):
+      opens(tmp_path / 'run')
+
+
+def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
+  program('run')
+  tokenizer.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
+  for opens in (trained.load, lambda path: trained.base(str(path))):
+    with pytest.raises(ValueError, match=f'tokenizer: .{tokenizer.Bytes(("<|0|>", "<|1|>")).fingerprint}. before'):
+      opens(tmp_path / 'run')
+
+
+def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_demand(program, tmp_path):
+  expected = program('run').params
+  with pytest.raises(ValueError, match='for another tokenizer .*--init_ignore_tokenizer'):
+    program('other', tmp_path / 'run', names=3)
+  assert not (tmp_path / 'other' / 'data').exists()
+  result = program('meant', tmp_path / 'run', ignore=True, names=3, lr=1e-30)
+  assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), expected, result.params))
+  program('same', tmp_path / 'run')
+  with pytest.raises(ValueError, match=r'run does not fit the model of this run:\n.*8.* there, .*32.* in this run'):
+    program('wider', tmp_path / 'run', width=32)
+
+
+@pytest.mark.parametrize('knobs', [{'average': 0.9}, {'free': 'true'}, {'patience': 1, 'lr': 0.5, 'steps': 6}],
+                         ids=['average', 'schedule_free', 'patience'])
+def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs):
+  result = program('run', **knobs)
+  with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', create=False) as checkpoints:
+    newest = checkpoints.restore_params(train.abstract_state(trained.open_run(tmp_path / 'run'), program.mesh).params)
+    assert checkpoints.best_step() != max(checkpoints.steps()) or 'patience' not in knobs
+  assert not same(newest.state, result.params)
+  opened, base = trained.load(tmp_path / 'run'), trained.base(str(tmp_path / 'run'))
+  assert same(opened.params, result.params) and same(base.start(base.model), result.params)
+  started = program('next', tmp_path / 'run', lr=1e-30, steps=2)   # from there, and stays there
+  assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), started.params, result.params))
+
+
+def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monkeypatch):
+  program('base')
+  monkeypatch.chdir(tmp_path)
+  result = program('adapters', pathlib.Path('base'), lora_rank=2)
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  opened = trained.load(tmp_path / 'adapters')   # a relative --init opens from anywhere
+  assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-5)
+  assert same(trained.base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
+  program('base', steps=5)
+  for again in (lambda: trained.load(tmp_path / 'adapters'),
+                lambda: program('adapters', tmp_path / 'base', lora_rank=2, steps=6)):
+    with pytest.raises(ValueError, match='base.load.step: 4 before, 5 now'):
+      again()
+
+
+def test_adapters_are_refused_on_a_base_that_was_trained_anew(program, tmp_path):
+  program('base')
+  program('adapters', tmp_path / 'base', lora_rank=2)
+  shutil.rmtree(tmp_path / 'base')
+  program('base', lr=0.02)
+  with pytest.raises(ValueError, match='base.load.parameters: .* before, .* now'):
+    trained.load(tmp_path / 'adapters')
+
+
+def record(workdir, **changes):
+  path = workdir / 'run.json'
+  path.write_text(json.dumps([{**json.loads(path.read_text())[-1], **changes}]))
+
+
+def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tmp_path, monkeypatch):
+  program('run')
+  workdir, mark = tmp_path / 'run', tmp_path / 'mark'
+  bad = f'import pathlib; pathlib.Path({str(mark)!r}).write_text("executed")'
+  for folder in (tmp_path / 'evil', workdir):
+    folder.mkdir(exist_ok=True)
+    (folder / 'evil.py').write_text(bad)
+    record(workdir, script='evil.py', path=str(folder / 'evil.py'), function='experiment')
+    with pytest.raises(FileNotFoundError, match=f'--script={folder}/evil.py'):
+      trained.load(workdir)
+  scripts.trust(workdir / 'evil.py')   # inside of a workdir, not even so
+  with pytest.raises(FileNotFoundError, match='must not lie in the workdir'):
+    trained.load(workdir)
+  for name in ('../evil/evil.py', str(tmp_path / 'evil/evil.py'), None):
+    record(workdir, script=name)
+    with pytest.raises(ValueError, match='names no script'):
+      trained.load(workdir)
+  record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
+  with pytest.raises(ValueError, match='tool of .*small.py returns no run'):
+    trained.load(workdir)
+  record(workdir, function='activation')
+  record(workdir, function='pathlib')
+  with pytest.raises(ValueError, match="defines no function 'pathlib'"):
+    trained.load(workdir)
+  assert not mark.exists()
+
+
+def test_a_script_elsewhere_is_opened_where_it_is_named(program, tmp_path, monkeypatch):
+  result = program('run')
+  monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
+  (tmp_path / 'score.py').write_text('')
+  with pytest.raises(FileNotFoundError, match=f'if you trust it, name it: --script={program.folder}/small.py'):
+    trained.load(tmp_path / 'run')
+  launch.parse([], ['score.py', f'--script={program.folder}/small.py'])
+  assert same(trained.load(tmp_path / 'run').params, result.params)
+  with pytest.raises(launch.flags.Error, match='flag --script: there is no script'):
+    launch.parse([], ['score.py', '--script=/no/such.py'])

@@ -101,7 +101,7 @@ def run(texts, **changes):
                    optim.adam(schedules.warmup_constant(1e-3, 4, 1)), steps=2, batch=2, evaluate_batches=1, **changes)
 
 
-def test_a_run_starts_from_a_folder_and_another_from_that_run(folder, params, tmp_path):
+def test_a_run_starts_from_a_folder(folder, params, tmp_path):
   (tmp_path / 'texts').mkdir()
   for i in range(60):
     (tmp_path / 'texts' / f'{i}.txt').write_text(f'text {i} of some ' + 'words ' * (i % 9 + 5))
@@ -117,8 +117,6 @@ def test_a_run_starts_from_a_folder_and_another_from_that_run(folder, params, tm
     assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3, from there
     train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
     assert len(seen) == 1                             # a run that goes on does so from its own checkpoint
-    (tmp_path / 'run' / 'run.json').write_text(json.dumps([{'script': 'x.py', 'knobs': {}}]))
-    assert same(pretrained.start(tmp_path / 'run', MODEL)(MODEL), result.params)
 
 
 @pytest.mark.parametrize('name,value,message', [
