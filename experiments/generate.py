@@ -28,7 +28,7 @@ def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversati
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
-         chat: bool = False, draft: int = 0, mesh: str | None = None) -> None:
+         chat: bool = False, bos: bool | None = None, draft: int = 0, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -47,6 +47,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
     chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
+    bos: begin the prompt with bos, or with --nobos not; none does as the model's own tokenizer or chat template does.
     draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -61,12 +62,15 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     if mark is None:
       raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text from '
                        'left to right; take one that was trained with another objective, such as next_token')
+    if bos is not None and isinstance(loaded.model, EncoderDecoder):
+      raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
     tokens = speaker(loaded) if chat else loaded.tokenizer
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
-                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark, draft=drafting):
+                                  max_tokens=max_tokens, stop=stop, seed=seed, mark=mark, draft=drafting,
+                                  bos=bos):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

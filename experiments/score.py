@@ -24,7 +24,7 @@ from lm.models.encoder_decoder import EncoderDecoder
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
           source: str | None = None, source_key: str | None = None, split: str | None = None, context: int = 0,
-          bos: bool = True, windows: bool = False, best: bool = False, mesh: str | None = None) -> None:
+          bos: bool | None = None, windows: bool = False, best: bool = False, mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
 
   An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
@@ -41,7 +41,8 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     source_key: the field of a line that holds the source.
     split: train or validation.
     context: positions before each window of a split that are read again, for context.
-    bos: begin the text as a document begins; without it, as in transformers' loss, the first token is not scored.
+    bos: begin the text with bos, or with --nobos not: then its first token is not scored. None does as the model's own
+      tokenizer does, and begins a text as its documents began under a run.
     windows: score a text that is longer than the model's context in windows, half overlapping.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
@@ -70,7 +71,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
                            'the next one; --split gives the loss of its objective')
       if loaded.model.causal and not windows:
         check_lengths(loaded, texts)
-      (show if jsonl is None else show_all)(loaded, texts, sources, bos)
+      (show if jsonl is None else show_all)(loaded, texts, sources, begins(loaded, bos))
       return
     run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
     data = loaded.open_data()
@@ -84,14 +85,14 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       print(f'{name:14} {value:.4f}')
 
 
-def check(model: Any, has_source: bool, bos: bool) -> None:
+def check(model: Any, has_source: bool, bos: bool | None) -> None:
   """ValueError where flags do not go with the kind of model."""
   if isinstance(model, EncoderDecoder) and not has_source:
     raise ValueError('an encoder-decoder scores a text given its source: give --source (of --jsonl, --source_key)')
   if not isinstance(model, EncoderDecoder) and has_source:
     raise ValueError('--source and --source_key are for an encoder-decoder, such as T5, which this model is not')
-  if isinstance(model, EncoderDecoder | Encoder) and not bos:
-    raise ValueError('--nobos is for decoders; this model scores the first token too')
+  if isinstance(model, EncoderDecoder | Encoder) and bos is not None:
+    raise ValueError(f'--{"" if bos else "no"}bos is for decoders; this model scores the first token too')
   if isinstance(model, Encoder):
     print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
 
@@ -104,6 +105,18 @@ def check_lengths(loaded: trained.Trained | pretrained.Pretrained, texts: Sequen
         raise ValueError(f'text {i} of {len(texts)} has {len(ids):,} tokens, and the model reads '
                          f'{loaded.model.max_length:,} at once: score a part of it, or give --windows, by which each '
                          'token is given at least half of that before it')
+
+
+def begins(loaded: trained.Trained | pretrained.Pretrained, bos: bool | None) -> bool:
+  """Whether a text is scored after bos; of a decoder, a line tells it."""
+  tokenizer = loaded.tokenizer
+  if not isinstance(loaded.model, EncoderDecoder | Encoder):
+    whose = 'as the tokenizer does' if bos is None else 'as asked for'
+    bos = tokenizer.adds_bos if bos is None else bos
+    name = next(name for name in tokenizer.control_names if tokenizer.control_id(name) == tokenizer.bos_id)
+    print(f'{name} is put in front of a text, {whose}' if bos else
+          f'no {name} is put in front of a text, {whose}: its first token is not scored')
+  return bos is not False
 
 
 class Scored(NamedTuple):

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer import Cache, Model, Output
 
 CHUNK = 16   # tokens made between two looks at the text: few enough to read along, enough to hide the call
@@ -165,11 +166,19 @@ def _decode(model, params, state: _State, limit, ends, *, sampling, vocab) -> tu
   return state, sharding.constrain(made, '--')
 
 
-def _prompts(model: Model, texts: Sequence[np.ndarray], tokenizer: Tokenizer) -> Batch:
-  """One row a text, and as many more as the mesh needs."""
+def _prompts(model: Model, texts: Sequence[np.ndarray], tokenizer: Tokenizer, adds_bos: bool = True) -> Batch:
+  """One row a text, after bos with `adds_bos`, and as many more as the mesh needs."""
   mesh = jax.sharding.get_abstract_mesh()
   multiple = 1 if mesh.empty else mesh.shape['data']
-  return model.prompt(texts, -(-len(texts) // multiple) * multiple, tokenizer.bos_id, tokenizer.eos_id)
+  return model.prompt(texts, -(-len(texts) // multiple) * multiple, tokenizer.bos_id, tokenizer.eos_id,
+                      adds_bos)
+
+
+def _begins(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
+  """A prompt that begins with bos, or does not; None: as it was encoded, or as the tokenizer's rule says."""
+  has = len(ids) > 0 and ids[0] == tokenizer.bos_id
+  wanted = has or tokenizer.adds_bos if bos is None else bos
+  return ids if has == wanted else np.int32([tokenizer.bos_id, *ids]) if wanted else ids[1:]
 
 
 def _check(model: Model, tokenizer: Tokenizer, batch: Batch, max_tokens: int) -> None:
@@ -187,7 +196,7 @@ def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
   """The random stream of each row, uint32: of its text and how many equal ones stand before it."""
   found, copies = np.zeros(rows, np.uint32), collections.Counter()
   for row, ids in enumerate(texts):
-    known = np.int32([bos, *ids]).tobytes()
+    known = np.int32(ids if len(ids) and ids[0] == bos else [bos, *ids]).tobytes()
     found[row] = zlib.crc32(known, copies[known])
     copies[known] += 1
   return found
@@ -265,14 +274,15 @@ class _Text:
 
 def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
            *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None) -> Iterator[list[str]]:
+           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None
+           ) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
-  A document begins with bos, so bos is put in front of each prompt; an encoder-decoder reads the prompt as its source,
-  and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
-  strings, or after `max_tokens` tokens. Pieces hold whole characters. With `mark=objective.prompt`, prompts are read as
-  in training. With a `draft`, several tokens may come of one forward pass (see `speculative`). On a mesh, call it
-  inside `jax.set_mesh`.
+  A prompt begins with bos where `tokenizer.adds_bos`, or as `bos` says, and where it is empty; an encoder-decoder reads
+  the prompt as its source, and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before
+  the first of the `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. With
+  `mark=objective.prompt`, prompts are read as in training. With a `draft`, several tokens may come of one forward pass
+  (see `speculative`). On a mesh, call it inside `jax.set_mesh`.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
@@ -283,10 +293,12 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   if not prompts:
     return
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
-  batch = _prompts(model, encoded, tokenizer)
+  if not isinstance(model, EncoderDecoder):
+    encoded = [_begins(ids, tokenizer, bos) for ids in encoded]
+  batch = _prompts(model, encoded, tokenizer, adds_bos=False)
   _check(model, tokenizer, batch, max_tokens)
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
-  texts = [_Text(tokenizer, ids[1:], stop) for ids in before]   # without bos
+  texts = [_Text(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
   make = _tokens if draft is None else draft.tokens
   for made in make(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
@@ -297,17 +309,18 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
 
 def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
              *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None) -> list[str]:
+             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None
+             ) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
   pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark,
-                  draft=draft)
+                  draft=draft, bos=bos)
   return [''.join(column) for column in zip(*pieces)]
 
 
 def tokens(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], sampling=Sampling(), *,
            max_tokens: int = 128, seed: int = 0, mark: Callable[[Batch], Batch] = lambda batch: batch
            ) -> list[np.ndarray]:
-  """As `generate`, from token ids (without bos) to token ids (without the eos that ends them)."""
+  """As `generate`, from token ids (bos is put in front) to token ids (without the eos that ends them)."""
   _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
   made = list(_tokens(model, params, prompts, mark(batch), tokenizer, sampling, max_tokens, seed))
   return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in np.concatenate(made, axis=1)]

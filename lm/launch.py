@@ -200,7 +200,8 @@ def _define(values: flags.FlagValues, function: Callable[..., Any], parameter: i
   if name in values or name not in hints:
     raise TypeError(f'{function.__qualname__}: {name} has no type, or is the name of a flag that every run has')
   default = None if parameter.default is parameter.empty else parameter.default
-  flags.DEFINE_flag(flags.Flag(_Parser(hints[name]), None, name, default, ' ', boolean=hints[name] is bool,
+  switch = hints[name] in (bool, bool | None)   # that --noNAME turns off
+  flags.DEFINE_flag(flags.Flag(_Parser(hints[name]), None, name, default, ' ', boolean=switch,
                                allow_using_method_names=True), flag_values=values)
 
 

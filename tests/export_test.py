@@ -39,7 +39,8 @@ def both(request, tmp_path_factory):
 def check_same(both, text):
   ours, theirs, _ = both
   ids = ours.encode(text).tolist()
-  assert theirs(text).input_ids == ids
+  assert theirs(text).input_ids == [ours.bos_id, *ids]
+  assert theirs(text, add_special_tokens=False).input_ids == ids
   assert theirs.decode(ids) == text
 
 
@@ -67,6 +68,7 @@ def test_separators_and_the_file_itself_are_kept(both):
   ours, theirs, folder = both
   assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (ours.vocab_size, ours.bos_id, ours.eos_id)
   again = tokenizer.load(folder)
+  assert again.adds_bos and ours.adds_bos
   assert (again.bos_id, again.eos_id, again.control_names) == (ours.bos_id, ours.eos_id, ours.control_names)
   np.testing.assert_array_equal(again.byte_lengths()[again.encode(TEXT)], ours.byte_lengths()[ours.encode(TEXT)])
   export.export(again, folder / 'again')
@@ -78,7 +80,8 @@ def test_with_a_chat_template_control_tokens_are_parsed_as_ours_are(tmp_path):
   export.export(ours, tmp_path, '{{ messages[0].content }}\n')
   theirs, text = opened(tmp_path), '<|user|> hi <|end|><s> <unk> <0x41>'
   assert theirs.chat_template == '{{ messages[0].content }}\n'
-  assert theirs(text).input_ids == ours.parse(text)[0].tolist() != ours.encode(text).tolist()
+  ids = theirs(text, add_special_tokens=False).input_ids
+  assert ids == ours.parse(text)[0].tolist() != ours.encode(text).tolist()
 
 
 def test_unigram_scores_add_up_exactly():

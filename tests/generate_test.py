@@ -19,7 +19,7 @@ PROMPTS = ['def f(x):', '', 'a longer prompt, 27 bytes.', 'def f(x):']
 
 class Bytes:
   """UTF-8, one token a byte."""
-  vocab_size, bos_id, eos_id = 258, 256, 257
+  vocab_size, bos_id, eos_id, adds_bos = 258, 256, 257, True
 
   @property
   def eos_ids(self):

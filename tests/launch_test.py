@@ -221,3 +221,10 @@ def test_programs_exit_with_a_code_and_one_line(tmp_path, argument, code, out, e
                         capture_output=True, text=True)
   assert done.returncode == code and done.stdout.strip() == out.replace('CACHE', str(tmp_path))
   assert done.stderr.startswith(err) and done.stderr.count('\n') == (1 if err else 0)
+
+
+@pytest.mark.parametrize('argv, expected', [([], None), (['--bos'], True), (['--nobos'], False), (['--bos=none'], None)])
+def test_a_switch_may_be_left_to_the_program(argv, expected):
+  def main(*, bos: bool | None = None):
+    del bos
+  assert launch.parse([main], ['', *argv])[0] == [{'bos': expected}]

@@ -1,4 +1,5 @@
 """Templates without Jinja against the same in Jinja; templates of others without generation blocks; a chat."""
+import dataclasses
 import json
 
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ from lm.data import chat, tokenizer, turns
 from lm.data.tokenizer import Bytes
 
 pytest.importorskip('jinja2')
-TURNS = ('{% for m in messages %}<|{{ m.role }}|>{% if m.role == "assistant" %}'
+TURNS = ('{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{% if m.role == "assistant" %}'
          '{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}'
          '{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}')
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
@@ -20,7 +21,7 @@ MARKED = CHATML.replace("{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + 
                         "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
                         "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}")
 FORGETFUL = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].upper())")
-JINJA, UNMARKED, BLOCKS = chat.Template(TURNS), chat.Template(CHATML), chat.Template(MARKED)
+JINJA, UNMARKED, BLOCKS = chat.Template(TURNS, {'bos_token': '<s>'}), chat.Template(CHATML), chat.Template(MARKED)
 CONTROL = ('<|im_start|>', '<|im_end|>', *tokenizer.CONTROL)
 MESSAGES = st.lists(st.fixed_dictionaries({
     'role': st.sampled_from(turns._ROLES),
@@ -79,6 +80,11 @@ def test_a_conversation_goes_on_as_its_dialogue_does(template, tokens):
   assert speaker.decode(ids[said]) == 'yo'
 
 
-def test_a_conversation_that_begins_with_bos_gets_it_once(tokens):
+def test_the_template_of_a_conversation_decides_whether_it_begins_with_bos(tokens):
   template = chat.Template('{{ bos_token }}' + CHATML, {'bos_token': '<s>'})
-  assert tokens.bos_id not in turns.Conversation(tokens, template).encode_batch(['hi'])[0]
+  without = dataclasses.replace(tokens, adds_bos=False)
+  for each, of, begins in ((template, without, True), (UNMARKED, tokens, False), (turns.Plain(), tokens, True),
+                           (turns.Plain(), without, False), (turns.Turns(), without, False)):
+    speaker = turns.Conversation(of, each)
+    ids, = speaker.encode_batch(['hi'])
+    assert ids.tolist().count(tokens.bos_id) == begins == (ids[0] == tokens.bos_id) and not speaker.adds_bos

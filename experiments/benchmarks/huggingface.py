@@ -197,8 +197,8 @@ def ours_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> Prepared
   params, ids = model.unstack(params), list(prompts(batch)[:, 1:])
   # Stands for a tokenizer: an end that is never chosen, and a character an id, from 256 on.
   tokenizer = types.SimpleNamespace(
-      vocab_size=model.vocab, bos_id=0, eos_id=-1, eos_ids=(-1,), encode_batch=lambda texts: ids,
-      decode=lambda ids: ''.join(chr(256 + i) for i in ids))
+      vocab_size=model.vocab, bos_id=0, eos_id=-1, eos_ids=(-1,), adds_bos=True,
+      encode_batch=lambda texts: ids, decode=lambda ids: ''.join(chr(256 + i) for i in ids))
 
   def go():
     made = generate.generate(model, params, tokenizer, [''] * batch, generate.Sampling(0.), max_tokens=new_tokens)

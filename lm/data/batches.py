@@ -18,7 +18,7 @@ Array = Any   # NumPy on the host, JAX on the devices
 
 
 class Dialogue(NamedTuple):
-  """Tokens with bos, and which of them are to be learned: what an assistant said, or the answer to a prompt."""
+  """Tokens, and which of them are to be learned: what an assistant said, or the answer to a prompt."""
   tokens: np.ndarray   # int32 [n]
   asked: np.ndarray    # bool [n]
 

@@ -56,18 +56,23 @@ class Text:
     folder = self._folder(workdir)
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     documents = lambda: clean.clean(self.source.splits['train'], self.rules)
-    found = open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
-        store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), tokens.fingerprint))
+    found = begun(open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
+        store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), tokens.fingerprint)))
     special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
     return Opened(stores, found, self.length, self.source_length)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
-    return tokenizer.load(self._folder(workdir) / 'tokenizer')
+    return begun(tokenizer.load(self._folder(workdir) / 'tokenizer'))
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
+
+
+def begun(found: tokenizer.Tokenizer) -> tokenizer.Tokenizer:
+  """The tokenizer of a model of documents, each of which begins with bos, whatever the rule was before."""
+  return found if found.adds_bos else dataclasses.replace(found, adds_bos=True)
 
 
 def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, made_of: Mapping[str, Any],

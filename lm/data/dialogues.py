@@ -26,8 +26,9 @@ from lm.describe import describe
 class Dialogues:
   """Dialogues (`kind=Dialogue`), pairs of a preferred and another one (`Pair`), or rated ones (`Rated`).
 
-  A dialogue begins with bos. Asked is what the assistant says, with the token that ends it: all that it says, or only
-  the answer where a prompt is given by itself. A record longer than a row is left out, and a line tells how many.
+  A dialogue begins as its template writes it. Asked is what the assistant says, with the token that ends it: all that
+  it says, or only the answer where a prompt is given by itself. A record longer than a row is left out, and a line
+  tells how many.
 
   Args:
     source: records of JSON, in one of the shapes of `messages`.
@@ -181,7 +182,8 @@ class _Encoder:
 
   @property
   def fingerprint(self) -> str:
-    facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys)]
+    facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys),
+             *([] if self.tokenizer.adds_bos else ['no bos'])]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
   def encode_batch(self, records: Sequence[str]) -> list[np.ndarray]:
@@ -206,6 +208,4 @@ class _Encoder:
 
   def _made(self, prompt: messages.Messages, answer: messages.Messages) -> np.ndarray:
     ids, asked = self.template.encode(self.tokenizer, [*prompt, *answer], first=len(prompt))
-    if not len(ids) or ids[0] != self.tokenizer.bos_id:
-      ids, asked = np.r_[self.tokenizer.bos_id, ids], np.r_[False, asked]
     return 2 * ids + asked

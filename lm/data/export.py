@@ -15,8 +15,8 @@ _BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': F
 def export(tokenizer: Tokenizer, folder: str | os.PathLike, chat_template: str | None = None) -> None:
   """Writes tokenizer.json and tokenizer_config.json, and chat_template.jinja where there is one.
 
-  transformers then encodes any text of valid Unicode to the ids of `encode`, adds no bos or eos, and decodes those ids
-  to the text. With a chat template, text that spells a control token becomes that token there, as in our `parse`: the
+  transformers then encodes any text of valid Unicode to the ids of `encode`, after bos where `tokenizer.adds_bos`, and
+  decodes those ids to the text. With a chat template, text that spells a control token becomes that token there, as in our `parse`: the
   template needs it. Of ids that no text has, two kinds decode differently: unknown (to its name), and bytes that are no
   UTF-8 (to another number of U+FFFD). A tokenizer.json that was loaded is written as it was.
 
@@ -120,4 +120,13 @@ def _json(tokenizer: Tokenizer, model: dict, pre_tokenizer: dict | None, decoder
   added = [{'id': tokenizer.control_id(name), 'content': name, **flags, 'special': True}
            for name in tokenizer.control_names]
   return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
-          'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}
+          'pre_tokenizer': pre_tokenizer, 'post_processor': _bos_first(tokenizer) if tokenizer.adds_bos else None,
+          'decoder': decoder, 'model': model}
+
+
+def _bos_first(tokenizer: Tokenizer) -> dict[str, Any]:
+  bos = {'SpecialToken': {'id': tokenizer.bos, 'type_id': 0}}
+  first, second = ({'Sequence': {'id': name, 'type_id': 0}} for name in 'AB')
+  token = {'id': tokenizer.bos, 'ids': [tokenizer.bos_id], 'tokens': [tokenizer.bos]}
+  return {'type': 'TemplateProcessing', 'single': [bos, first], 'pair': [bos, first, second],
+          'special_tokens': {tokenizer.bos: token}}

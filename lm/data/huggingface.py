@@ -22,6 +22,7 @@ class HuggingFace(vocabulary.Base):
   bos: str
   eos: str
   ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+  adds_bos: bool = dataclasses.field(default=True, compare=False)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
@@ -62,6 +63,13 @@ class HuggingFace(vocabulary.Base):
   @functools.cached_property
   def _control(self) -> dict[str, int]:
     return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
+  @functools.cached_property
+  def front(self) -> tuple[int, ...]:
+    """The ids that the file itself puts in front of a text (its post-processor)."""
+    encoded = self._parser.encode('a')
+    added = [*encoded.special_tokens_mask, 0]
+    return tuple(encoded.ids[:added.index(0)])
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     for text in texts:

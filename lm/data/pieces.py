@@ -25,6 +25,7 @@ class SentencePiece(vocabulary.Base):
   bos: str
   eos: str
   ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+  adds_bos: bool = dataclasses.field(default=True, compare=False)
 
   @functools.cached_property
   def _processor(self) -> Any:

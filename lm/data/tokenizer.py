@@ -95,6 +95,9 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
     bos, eos: names of the separators. By default what the files beside it say (separators.json, else
       tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json; of several eos the first,
       the others end a text too), else what is custom. Of an encoder-decoder, bos is what its decoder starts with.
+
+  Whether a text begins with bos is decided as transformers does: by the post-processor of a tokenizer.json, by
+  add_bos_token in the tokenizer_config.json beside other files. A .model without one is of documents that do.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -123,7 +126,8 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
                        'name them, load(path, bos=..., eos=...)')
     tokenizer = kind(data, (bos or eos)[0], (eos or bos)[0])
     _ = tokenizer.bos_id, tokenizer.eos_id  # raises where a name is none of its own
-    tokenizer = dataclasses.replace(tokenizer, ends=_ends(path.parent, tokenizer.vocab_size))
+    tokenizer = dataclasses.replace(tokenizer, ends=_ends(path.parent, tokenizer.vocab_size),
+                                    adds_bos=_adds_bos(path, tokenizer))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return tokenizer
@@ -168,6 +172,20 @@ def _ends(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
     if (ids := _json(folder / f'{file}.json').get(name)) not in (None, []):
       return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocab)
   return ()
+
+
+def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
+  """Whether a text begins with bos by the rule of the files; ValueError where it begins with another token."""
+  if (rule := _json(path.parent / 'separators.json').get('adds_bos')) is not None:
+    return rule
+  if path.name == 'tokenizer.json':
+    front = tokenizer.front
+    if front not in ((), (tokenizer.bos_id,)):
+      raise ValueError(f'its post-processor puts the tokens {front} in front of a text, and bos is '
+                       f'{tokenizer.bos_id}: name the one that a text begins with, load(path, bos=...)')
+    return bool(front)
+  config = path.parent / 'tokenizer_config.json'
+  return bool(_json(config).get('add_bos_token')) if config.is_file() else path.suffix == '.model'
 
 
 def _gpt2(folder: pathlib.Path) -> str:

@@ -20,7 +20,8 @@ class Template(Protocol):
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int32 [T], and which of them are to be learned, bool [T]: what the assistant said from message `first` on,
-    and the token that ends it. With `add_generation_prompt`, up to where the assistant is to speak next."""
+    and the token that ends it. With `add_generation_prompt`, up to where the assistant is to speak next. These are all
+    the ids: no bos is put in front of them."""
 
   def check(self, tokens: Tokenizer) -> None:
     """ValueError where the tokenizer lacks a control token of the template."""
@@ -31,12 +32,15 @@ class Template(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-  """<|user|>hello<|end|><|assistant|>hi<|end|>, with control tokens of `vocabulary.CONTROL`: no text can spell them."""
+  """<s><|user|>hello<|end|><|assistant|>hi<|end|>, with control tokens of `vocabulary.CONTROL`: no text can spell them.
+
+  It begins with bos where a text of the tokenizer does.
+  """
   end: str = '<|end|>'
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:
-    ids, said = [], []
+    ids, said = _begin(tokens)
     for i, (role, content) in enumerate(map(_read, messages)):
       written = tokens.encode(content)
       ids += [[tokens.control_id(f'<|{role}|>')], written, [tokens.control_id(self.end)]]
@@ -54,13 +58,16 @@ class Turns:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """No template: what is said is text, with `between` after each message that the assistant did not write, else eos."""
+  """No template: what is said is text, with `between` after each message that the assistant did not write, else eos.
+
+  It begins with bos where a text of the tokenizer does.
+  """
   between: str = ''
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:
     del add_generation_prompt   # there is none
-    ids, said = [], []
+    ids, said = _begin(tokens)
     for i, (role, content) in enumerate(map(_read, messages)):
       answer = role == 'assistant'
       written = tokens.encode(content if answer else content + self.between)
@@ -78,6 +85,11 @@ class Plain:
 _ROLES = ('system', 'user', 'assistant')
 
 
+def _begin(tokens: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  bos = [tokens.bos_id] if tokens.adds_bos else []
+  return [np.int32(bos)], [np.zeros(len(bos), bool)]
+
+
 def _read(message: Mapping[str, Any]) -> tuple[str, str]:
   role, content = message.get('role'), message.get('content')
   if role not in _ROLES or not isinstance(content, str):
@@ -91,11 +103,12 @@ class Conversation:
   tokenizer: Tokenizer
   template: Template
 
+  adds_bos = False   # the template writes it, or not
+
   def encode_batch(self, prompts: Sequence[str | Messages]) -> list[np.ndarray]:
-    """Ids up to where the assistant speaks, without bos."""
+    """Ids up to where the assistant speaks, bos included where the template begins with it."""
     said = [[{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    encoded = [self.template.encode(self.tokenizer, messages, add_generation_prompt=True)[0] for messages in said]
-    return [ids[1:] if len(ids) and ids[0] == self.tokenizer.bos_id else ids for ids in encoded]
+    return [self.template.encode(self.tokenizer, messages, add_generation_prompt=True)[0] for messages in said]
 
   @property
   def eos_ids(self) -> tuple[int, ...]:

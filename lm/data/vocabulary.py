@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
     """`eos_id`, and other tokens that a model ends its text with, such as the end of a turn of chat."""
 
   @property
+  def adds_bos(self) -> bool:
+    """Whether a text by itself begins with bos, by the tokenizer's own rule: ours do, of others their files say it."""
+
+  @property
   def fingerprint(self) -> str: ...
 
   def encode(self, text: str) -> np.ndarray:
@@ -89,7 +93,8 @@ CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
 class Base:
   """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names.
 
-  `ends`, ids that end a text beside eos, are of generation alone: they do not count where tokenizers are compared.
+  `ends`, ids that end a text beside eos, and `adds_bos` are of generation and scoring: `encode` does not read them, so
+  they do not count where tokenizers are compared.
   """
 
   @property
@@ -171,7 +176,7 @@ class Bytes(Base):
   """UTF-8 bytes as ids 0..255, then bos, eos and the control tokens."""
   control: tuple[str, ...] = CONTROL
 
-  bos, eos, ends = '<s>', '</s>', ()
+  bos, eos, ends, adds_bos = '<s>', '</s>', (), True
 
   def __post_init__(self):
     object.__setattr__(self, 'control', tuple(self.control))
@@ -202,7 +207,7 @@ def utf8(text: str) -> bytes:
 
 
 def write_separators(folder: str | os.PathLike, tokenizer: Any) -> None:
-  named = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'ends')}
+  named = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'ends', 'adds_bos')}
   write(folder, 'separators.json', json.dumps(named).encode())
 
 

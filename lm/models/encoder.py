@@ -121,7 +121,8 @@ class Encoder(Model):
     return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None)
 
   @nn.nowrap
-  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
+             ) -> Batch:
     raise ValueError('an encoder such as BERT predicts masked tokens and writes no text; take a decoder, such as '
                      'GPT-2, or an encoder-decoder, such as T5')
 

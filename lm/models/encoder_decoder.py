@@ -208,8 +208,10 @@ class EncoderDecoder(Model):
     return {**params, 'blocks': {**blocks, 'decoder': stack.unstacked(self.decoder, blocks['decoder'])}}
 
   @nn.nowrap
-  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
+             ) -> Batch:
     """As `transformer.Model.prompt`. Here: a text and eos are the source, bos is what starts the decoder."""
+    del adds_bos
     source, segments = np.zeros((2, rows, prompt_width(texts)), np.int32)
     for row, ids in enumerate(texts):
       source[row, :len(ids) + 1], segments[row, :len(ids) + 1] = [*ids, eos], 1

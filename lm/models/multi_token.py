@@ -140,8 +140,9 @@ class MultiToken:
     x, cache = self.module.apply({'params': tree}, hidden_BTD, previous_BTD, ahead, positions_BT, visible, cache, key)
     return x, self.trunk.norm.apply({'params': params['norm']}, x), cache
 
-  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
-    return self.trunk.prompt(texts, rows, bos, eos)
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
+             ) -> Batch:
+    return self.trunk.prompt(texts, rows, bos, eos, adds_bos)
 
   def unstack(self, params: Any) -> Any:
     """As `transformer.Transformer.unstack`, depths too."""

@@ -80,18 +80,21 @@ class Model(nn.Module):
     return super().apply({'params': params}, batch, key=key, cache=cache)
 
   @nn.nowrap
-  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int) -> Batch:
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
+             ) -> Batch:
     """What is read before the first token is written, in NumPy: the last column is of the tokens that are continued.
 
-    Here: bos and the text, padded on the left. `rows` beyond those of the texts are empty.
+    Here: bos, with `adds_bos` or where there is no text, and the text, padded on the left. `rows` beyond those of the
+    texts are empty.
     """
     del eos
-    longest = 1 + max(map(len, texts))
-    width = max(min(prompt_width(texts), self.max_length), longest)
+    texts = [np.int32([bos, *ids]) if adds_bos or not len(ids) else ids for ids in texts]
+    longest = max(map(len, texts))
+    width = max(min(prompt_width([ids[1:] for ids in texts]), self.max_length), longest)
     tokens, positions, segments = np.zeros((3, rows, width), np.int32)
     for row, ids in enumerate(texts):
-      span = row, slice(width - len(ids) - 1, None)
-      tokens[span], positions[span], segments[span] = [bos, *ids], np.arange(len(ids) + 1), 1
+      span = row, slice(width - len(ids), None)
+      tokens[span], positions[span], segments[span] = ids, np.arange(len(ids)), 1
     return Batch(tokens, positions=positions, segments=segments)
 
 
