@@ -17,6 +17,7 @@ from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
 from lm.describe import describe, differences, fingerprint
 from lm.hf import files, weights
+from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.multi_token import MultiToken
 
@@ -194,6 +195,6 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
     for path in (*kept, *(like.glob('*.model') if like else ())):
       shutil.copyfile(path, new / path.name)
     if not (new / 'tokenizer.json').is_file() and not (new / 'vocab.json').is_file():
-      tokenizer_export.export(tokens, new)
+      tokenizer_export.export(tokens, new, begins=not isinstance(model, Encoder | EncoderDecoder))
     if not (new / 'generation_config.json').is_file():
       (new / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')

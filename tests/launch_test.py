@@ -223,7 +223,8 @@ def test_programs_exit_with_a_code_and_one_line(tmp_path, argument, code, out, e
   assert done.stderr.startswith(err) and done.stderr.count('\n') == (1 if err else 0)
 
 
-@pytest.mark.parametrize('argv, expected', [([], None), (['--bos'], True), (['--nobos'], False), (['--bos=none'], None)])
+@pytest.mark.parametrize('argv, expected', [
+    ([], None), (['--bos'], True), (['--nobos'], False), (['--bos=none'], None)])
 def test_a_switch_may_be_left_to_the_program(argv, expected):
   def main(*, bos: bool | None = None):
     del bos

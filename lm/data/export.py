@@ -12,13 +12,15 @@ from lm.data.vocabulary import Bytes, Tokenizer
 _BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
 
 
-def export(tokenizer: Tokenizer, folder: str | os.PathLike, chat_template: str | None = None) -> None:
+def export(tokenizer: Tokenizer, folder: str | os.PathLike, chat_template: str | None = None, *,
+           begins: bool = True) -> None:
   """Writes tokenizer.json and tokenizer_config.json, and chat_template.jinja where there is one.
 
-  transformers then encodes any text of valid Unicode to the ids of `encode`, after bos where `tokenizer.adds_bos`, and
-  decodes those ids to the text. With a chat template, text that spells a control token becomes that token there, as in our `parse`: the
-  template needs it. Of ids that no text has, two kinds decode differently: unknown (to its name), and bytes that are no
-  UTF-8 (to another number of U+FFFD). A tokenizer.json that was loaded is written as it was.
+  transformers then encodes any text of valid Unicode to the ids of `encode`, after bos with `begins` (encoders and
+  encoder-decoders place it elsewhere), and decodes those ids to the text. With a chat template, text that spells a
+  control token becomes that token there, as in our `parse`: the template needs it. Of ids that no text has, two kinds
+  decode differently: unknown (to its name), and bytes that are no UTF-8 (to another number of U+FFFD). A tokenizer.json
+  that was loaded is written as it was.
 
   BPE is compared on random texts, not proven: of pairs equally good SentencePiece joins the leftmost, tokenizers the
   one that comes first in its list, which could differ where one piece is made in two ways side by side. A unigram
@@ -32,8 +34,9 @@ def export(tokenizer: Tokenizer, folder: str | os.PathLike, chat_template: str |
     case HuggingFace():
       text = tokenizer.model
     case Bytes() | SentencePiece():
-      text = json.dumps(_bytes(tokenizer) if isinstance(tokenizer, Bytes) else _sentencepiece(tokenizer),
-                        ensure_ascii=False)
+      form = _bytes(tokenizer) if isinstance(tokenizer, Bytes) else _sentencepiece(tokenizer)
+      form['post_processor'] = _bos_first(tokenizer) if begins and tokenizer.adds_bos else None
+      text = json.dumps(form, ensure_ascii=False)
     case _:
       raise ValueError(f'{type(tokenizer).__name__} has no form as tokenizer.json')
   name = {i: name for name in tokenizer.control_names for i in [tokenizer.control_id(name)]}
@@ -120,7 +123,7 @@ def _json(tokenizer: Tokenizer, model: dict, pre_tokenizer: dict | None, decoder
   added = [{'id': tokenizer.control_id(name), 'content': name, **flags, 'special': True}
            for name in tokenizer.control_names]
   return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
-          'pre_tokenizer': pre_tokenizer, 'post_processor': _bos_first(tokenizer) if tokenizer.adds_bos else None,
+          'pre_tokenizer': pre_tokenizer, 'post_processor': None,
           'decoder': decoder, 'model': model}
 
 

@@ -178,6 +178,8 @@ def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
   """Whether a text begins with bos by the rule of the files; ValueError where it begins with another token."""
   if (rule := _json(path.parent / 'separators.json').get('adds_bos')) is not None:
     return rule
+  if _json(path.parent / 'config.json').get('is_encoder_decoder'):   # bos is the start of what the decoder writes
+    return False
   if path.name == 'tokenizer.json':
     front = tokenizer.front
     if front not in ((), (tokenizer.bos_id,)):
