@@ -75,8 +75,8 @@ class Adapted:
     return {'A': jax.sharding.reshard(a, P(*layout[:inputs], None)),
             'B': jax.sharding.reshard(b, P(*layout[:leading], None, *layout[inputs:]))}
 
-  def apply(self, params: Any, batch: Any, *, key: jax.Array | None = None, cache: Any = None) -> Any:
-    return self.model.apply(self._beside(params['base'], params['adapters']), batch, key=key, cache=cache)
+  def apply(self, params: Any, batch: Any, *, key: jax.Array | None = None, cache: Any = None, taps: Any = ()) -> Any:
+    return self.model.apply(self._beside(params['base'], params['adapters']), batch, key=key, cache=cache, taps=taps)
 
   def _beside(self, base, adapters):
     """The base with a LowRank in place of each adapted leaf."""

@@ -26,6 +26,7 @@ from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.generate import CHUNK, Sampling, process, streams
 from lm.models.attention import Visible, write
+from lm.models.context import Context
 from lm.models.multi_token import MultiToken
 from lm.models.transformer import Cache
 
@@ -111,8 +112,8 @@ def _draft(model: MultiToken, params: Any, head: Any, state: _State, sampling: S
   visible = Visible(segments, key_segments, None, positions, key_positions, index - n)
   tokens, previous, drafted, caches = state.tokens_BS, state.hidden, [], []
   for k in range(1, drafts + 1):
-    previous, hidden, cache = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k), positions,
-                                          visible, state.depths[k - 1])
+    previous, hidden, cache, _ = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k),
+                                             Context(positions, visible), state.depths[k - 1])
     q, token = _by_row(functools.partial(propose, 1 + k), head(hidden[:, -1:]), state.stream_B, index - first,
                        key=state.key)
     tokens = write(tokens, token[:, None], index + k)

@@ -11,6 +11,7 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import kernels, stack, transformer
 from lm.models import layers as parts
+from lm.models.context import Aux
 from lm.models.kernels import Drop, Scores, Visible, attend
 
 TIME, RATE = 200, 0.3   # two blocks of queries
@@ -120,8 +121,8 @@ class Adds(nn.Module):
   """A block that adds its weight."""
 
   @nn.compact
-  def __call__(self, x, positions, visible, cache=None, key=None):
-    return x + parts.weight(self, 'step', '-', (1,), nn.initializers.ones)[None, None], cache
+  def __call__(self, x, context, cache=None):
+    return x + parts.weight(self, 'step', '-', (1,), nn.initializers.ones)[None, None], cache, Aux()
 
 
 class Other(Adds):

@@ -10,6 +10,7 @@ import pytest
 from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention, latent, layers, rotary, stack, transformer
+from lm.models.context import Context
 
 ROWS, TIME, WIDTH, HEADS, RANK, NOPE, ROPE, VALUE = 4, 7, 16, 4, 8, 5, 4, 3
 FULL = latent.LatentAttention(HEADS, 8, RANK, NOPE, ROPE, VALUE, rotary.Rotary(50., interleaved=True))
@@ -34,7 +35,7 @@ def shapes(module):
   def init():
     x, positions = jnp.zeros((ROWS, 1, WIDTH)), jnp.zeros((ROWS, 1), jnp.int32)
     x, positions = sharding.constrain(x, 'BTD'), sharding.constrain(positions, 'BT')
-    return module.init(jax.random.key(0), x, positions, attention.Visible())['params']
+    return module.init(jax.random.key(0), x, Context(positions, attention.Visible()))['params']
   return jax.eval_shape(init)
 
 
@@ -52,7 +53,7 @@ def run(module, params, x, dy):
   def apply(params, x):
     segments, positions = (sharding.constrain(jnp.asarray(a), 'BT') for a in (SEGMENTS, POSITIONS))
     x = sharding.constrain(x, 'BTD')
-    return module.apply({'params': params}, x, positions, attention.Visible(segments, segments))[0]
+    return module.apply({'params': params}, x, Context(positions, attention.Visible(segments, segments)))[0]
 
   y, back = jax.vjp(apply, params, x)
   return y, *back(sharding.constrain(dy, 'BTD'))
@@ -168,7 +169,7 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
       params = jax.device_put(params, jax.tree.map(
           lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
           jax.eval_shape(lm.init, jax.random.key(0))))
-    step = jit(lambda params, batch, cache: lm.apply(params, batch, cache=cache)[::2])
+    step = jit(lambda params, batch, cache: lm.apply(params, batch, cache=cache)[:3:2])
     cache, outputs, at = jit(lambda: lm.init_cache(ROWS, TIME + 3))(), [], 0
     assert [x.shape for x in jax.tree.leaves(cache.layers)] == [(ROWS, TIME + 3, RANK + ROPE)] * 2
     for size in chunks:
@@ -227,7 +228,7 @@ def test_deepseek_v3_is_that_of_transformers(query_rank, yarn):
     ours = ours.clone(rotary=rotary.Rotary(50., interleaved=True, scaling=rotary.Yarn(40., 64, 1.)),
                       scores=attention.Scores(scale=float(scale)))
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, shapes(ours))
-  actual = jit(lambda params: ours.apply({'params': params}, x, jnp.asarray(positions, jnp.int32),
-                                         attention.Visible())[0])(params)
+  actual = jit(lambda params: ours.apply({'params': params}, x, Context(
+      jnp.asarray(positions, jnp.int32), attention.Visible()))[0])(params)
   assert 0.1 < np.abs(expected).max() < 50
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)

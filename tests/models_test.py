@@ -11,6 +11,7 @@ import pytest
 from lm.data.batches import Batch
 from lm.models import attention, stack, transformer
 from lm.models import layers as parts
+from lm.models.context import Aux, Context
 
 VOCAB, ROWS, TIME, THETA = 24, 3, 8, 100.
 LLAMA = transformer.llama(VOCAB, 16, 2, heads=4, kv_heads=2, hidden=12, max_length=TIME, theta=THETA, tied=False)
@@ -107,7 +108,7 @@ def mean_loss(model, params, batch):
 
 
 forward = jit(lambda model, params, batch: model.apply(params, batch).hidden, static_argnums=0)
-decode = jit(lambda model, params, batch, cache: model.apply(params, batch, cache=cache)[::2], static_argnums=0)
+decode = jit(lambda model, params, batch, cache: model.apply(params, batch, cache=cache)[:3:2], static_argnums=0)
 loss_and_grads = jit(jax.value_and_grad(mean_loss, argnums=1), static_argnums=0)
 
 
@@ -190,7 +191,7 @@ def test_scanned_layers_equal_unrolled_ones():
     x = params['embedding'][batch.tokens] + params['positions'][positions]
     for i, block in enumerate(GPT2.layers):
       layer = jax.tree.map(operator.itemgetter(i), params['blocks']['0'])
-      x, _ = block.apply({'params': layer}, x, positions, attention.Visible())
+      x, *_ = block.apply({'params': layer}, x, Context(positions, attention.Visible()))
     return GPT2.norm.apply({'params': params['norm']}, x)
 
   assert_close(forward(GPT2, params, batch), jit(unrolled)(params), 1e-6)
@@ -277,9 +278,9 @@ class Coin(nn.Module):
   """A block that adds twos and zeros."""
 
   @nn.compact
-  def __call__(self, x, positions, visible, cache=None, key=None):
+  def __call__(self, x, context, cache=None):
     scale = parts.weight(self, 'scale', '-', (1,), nn.initializers.ones)
-    return x + parts.dropout(jnp.broadcast_to(scale[None, None], x.shape), 0.5, key), cache
+    return x + parts.dropout(jnp.broadcast_to(scale[None, None], x.shape), 0.5, context.key), cache, Aux()
 
 
 class Same(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 from lm import optim, sharding
 from lm.data.batches import Batch
 from lm.models import attention, grouped, layers, moe, stack, transformer
+from lm.models.context import Context
 
 ROWS, TIME, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 8
 # These programs are run once or twice: optimising them takes longer than running them.
@@ -23,6 +24,7 @@ KINDS = {
     'deepseek': moe.Experts(moe.SigmoidGroupRouter(3, 4, 2, 2.5), EXPERTS, HIDDEN, shared=layers.FeedForward(16)),
     'llama4': moe.Experts(moe.SigmoidRouter(1), EXPERTS, HIDDEN, weight_inputs=True, shared=layers.FeedForward(16)),
 }
+CONTEXT = Context(None, attention.Visible())
 EACH = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -35,7 +37,7 @@ def on(shape):
 
 def shapes(module):
   x = jnp.zeros((ROWS, 1, WIDTH))
-  return jax.eval_shape(lambda: module.init(jax.random.key(0), sharding.constrain(x, 'BTD'))['params'])
+  return jax.eval_shape(lambda: module.init(jax.random.key(0), sharding.constrain(x, 'BTD'), CONTEXT)['params'])
 
 
 def random_params(module, scale=0.5):
@@ -50,7 +52,7 @@ def inputs(seed=1):
 def run(module, params, x, dy):
   """The output, and the gradients of <output, dy> by parameters and x."""
   def apply(params, x):
-    return module.apply({'params': params}, sharding.constrain(x, 'BTD'))
+    return module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
 
   y, back = jax.vjp(apply, params, x)
   return y, *back(sharding.constrain(dy, 'BTD'))
@@ -142,7 +144,7 @@ def test_output_and_gradients_are_those_of_numpy(kind):
 def test_the_correction_changes_the_choice_but_not_the_weights():
   module = KINDS['deepseek'].router
   x, params = inputs()[0], random_params(module_with_experts(module))['router']
-  route = jit(lambda params: module.apply({'params': params}, x, EXPERTS))
+  route = jit(lambda params: module.apply({'params': params}, x, EXPERTS, CONTEXT)[:2])
   plain, _ = route({**params, 'correction': np.zeros(EXPERTS, 'f4')})
   same, _ = route({**params, 'correction': np.full(EXPERTS, 7, 'f4')})
   np.testing.assert_array_equal(same, plain)
@@ -228,7 +230,7 @@ def test_a_model_decodes_as_it_reads_and_packed_documents_do_not_leak():
   whole, other, cache = read(packed), read(changed), lm.init_cache(2, TIME)
   np.testing.assert_allclose(other[1, 3:], whole[1, 3:], rtol=0, atol=1e-6)
   assert np.all(np.any(np.abs(other[1, :3] - whole[1, :3]) > 0.05, axis=-1))
-  step = jit(lambda batch, cache: lm.apply(params, batch, cache=cache)[::2])
+  step = jit(lambda batch, cache: lm.apply(params, batch, cache=cache)[:3:2])
   for t in range(TIME):
     hidden, cache = step(jax.tree.map(lambda a, t=t: a[:, t:t + 1], packed), cache)
     assert_close(hidden[:, 0], whole[:, t], 1e-5)
@@ -288,7 +290,7 @@ def parity(theirs, module, params, tensors, output=lambda out: out):
   params = params(**{name: theirs.state_dict()[key].numpy() for name, key in tensors.items()})
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, shapes(module))
   assert 0.1 < np.abs(expected).max() < 30
-  actual = jit(lambda p: module.apply({'params': p}, jnp.asarray(x)))(params)
+  actual = jit(lambda p: module.apply({'params': p}, jnp.asarray(x), CONTEXT)[0])(params)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 

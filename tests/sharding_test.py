@@ -14,6 +14,7 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention, rotary, stack, transformer
 from lm.models import layers as parts
+from lm.models.context import Aux
 from lm.objectives.next_token import next_token
 
 MESHES = ['1x1', '8x1', '4x2', '2x4']
@@ -99,8 +100,9 @@ def test_loss_dropout_and_gradients_are_the_same_on_every_mesh(shape, without_me
 class FeedForwardBlock(nn.Module):
 
   @nn.compact
-  def __call__(self, x, *args):
-    return parts.FeedForward(8, out_std=0.01, name='feed_forward')(x), None
+  def __call__(self, x, context, cache=None):
+    y, aux = parts.FeedForward(8, out_std=0.01, name='feed_forward')(x, context)
+    return y, None, aux
 
 
 def test_initial_parameters_are_the_same_bytes_on_every_mesh():
@@ -154,18 +156,25 @@ class FlaxBlock(nn.Module):
     return x + nn.Dense(x.shape[-1])(nn.gelu(y))
 
 
-class OwnBlock(nn.Module):
-  """How a block of stock layers joins in: its parameters are one, and the compiler lays out what it computes."""
+class OwnFeedForward(nn.Module):
+  """How a module of stock layers joins in: its parameters are one, and the compiler lays out what it computes."""
 
   @nn.compact
-  def __call__(self, x, *args):
+  def __call__(self, x, context):
     block = FlaxBlock(parent=None)
     params = self.param('flax', lambda key: block.init(key, jnp.zeros((1, 1, x.shape[-1])))['params'])
     apply = lambda params, x: block.apply({'params': params}, x)
     if sharding.spec('') is not None:
       apply = jax.sharding.auto_axes(apply, out_sharding=sharding.spec('BTD'))
-    y = apply(params, x)
-    return (y, args[2] if len(args) > 2 else None) if args else y   # a block, or the feed-forward of one
+    return apply(params, x), Aux()
+
+
+class OwnBlock(OwnFeedForward):
+  """The same as a whole block, which keeps no cache."""
+
+  def __call__(self, x, context, cache=None):
+    y, aux = super().__call__(x, context)
+    return y, cache, aux
 
 
 def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
@@ -174,7 +183,7 @@ def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
   expected = on_mesh(model, None, params, batch, None)
   assert all(np.any(g != 0) for g in jax.tree.leaves(expected))
   assert_same(on_mesh(model, '8x1', params, batch, None), expected)
-  inside = MODEL.clone(blocks=stack.stacks([block.clone(feed_forward=OwnBlock()) for block in MODEL.layers]))
+  inside = MODEL.clone(blocks=stack.stacks([block.clone(feed_forward=OwnFeedForward()) for block in MODEL.layers]))
   with on('8x1'):
     loss, grads = jax.eval_shape(functools.partial(loss_and_grads, inside),
                                  *place(inside, random_params(inside), batch), jax.random.key(0))

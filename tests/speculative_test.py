@@ -82,7 +82,7 @@ class Tables(transformer.Model):
     return transformer.Output(jnp.zeros((*batch.tokens.shape, 1)), head, cache)
 
   def depth(self, params, k, hidden, *args):
-    return hidden + 1, hidden + 1, 0
+    return hidden + 1, hidden + 1, 0, None
 
 
 class Five(Bytes):

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.models import layers
+from lm.models.context import Context
 from lm.models.kernels import Scores, Visible, attend
 from lm.models.rotary import Rotary
 
@@ -42,9 +42,11 @@ class LayerCache(NamedTuple):
   k_BKSH: jax.Array
   v_BKSH: jax.Array
 
-  def append(self, index: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> 'LayerCache':
-    """With T new keys and values from slot `index` on."""
-    return LayerCache(*(write(old, new.swapaxes(1, 2), index, 2) for old, new in zip(self, (k_BTKH, v_BTKH))))
+  def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: Scores,
+             sinks_N: jax.Array | None = None) -> tuple[jax.Array, 'LayerCache']:
+    """Adds T keys and values from slot `visible.start` on; what the queries make of all, and the new cache."""
+    cache = LayerCache(*(write(old, new.swapaxes(1, 2), visible.start, 2) for old, new in zip(self, (k_BTKH, v_BTKH))))
+    return attend(q_BTNH, *cache, visible, scores, sinks_N), cache
 
 
 def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: int, size: int, bias: bool,
@@ -87,7 +89,9 @@ class Attention(nn.Module):
   query_std: float | None = None   # None: as `std`
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: Visible, cache: LayerCache | None = None, key=None):
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
+    """The output [B, T, D] and the new cache, None without one; as all modules that a block calls `attention`."""
+    positions_BT, visible = context.positions_BT, context.visible
     std = self.std if self.query_std is None else self.query_std
     q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, std)
     k = project(self, 'key', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
@@ -104,11 +108,13 @@ class Attention(nn.Module):
       q, k = normalise(q, k)
     if self.temperature is not None:
       q = (q * self.temperature(positions_BT)[:, :, None, None]).astype(q.dtype)
-    q, k, v = checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value')
+    q, k, v = context.name('query', q), context.name('key', k), context.name('value', v)
     sinks = layers.weight(self, 'sinks', 'N', (self.heads,), nn.initializers.zeros) if self.sinks else None
-    if cache is not None:
-      k, v = cache = cache.append(visible.start, k, v)
-    y = attend(q, k, v, visible, self.scores, sinks, key)
+    if cache is None:
+      y = attend(q, k, v, visible, self.scores, sinks, context.key)
+    else:
+      y, cache = cache.attend(q, k, v, visible, self.scores, sinks)
+    y = context.tap('attended', y)
     return output(self, y, x_BTD.shape[-1], self.bias if self.out_bias is None else self.out_bias, self.out_std), cache
 
   @nn.nowrap

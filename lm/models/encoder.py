@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
+from lm.models.context import Aux, Context, Taps
 from lm.models.transformer import Head, Model, Output
 
 
@@ -32,11 +32,13 @@ class PostNormBlock(nn.Module):
   dropout: float = 0.
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: attend.Visible, cache: Any = None, key=None):
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    y, cache = self.attention(x_BTD, positions_BT, visible, cache, keys[2])
-    x_BTD = checkpoint_name(self.attention_norm(x_BTD + parts.dropout(y, self.dropout, keys[0])), 'residual')
-    return self.feed_forward_norm(x_BTD + parts.dropout(self.feed_forward(x_BTD), self.dropout, keys[1])), cache
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any, Aux]:
+    keys = context.keys(3)
+    y, cache = self.attention(x_BTD, context.with_key(keys[2]), cache)
+    x_BTD = context.name('residual', self.attention_norm(x_BTD + parts.dropout(y, self.dropout, keys[0])))
+    y, aux = self.feed_forward(x_BTD, context)
+    y = self.feed_forward_norm(x_BTD + parts.dropout(y, self.dropout, keys[1]))
+    return context.tap('output', y), cache, aux
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['transform_DX', 'bias_X', 'norm', 'words', 'bias_V'],
@@ -84,7 +86,7 @@ class Encoder(Model):
     return stack.layers(self.blocks)
 
   @nn.compact
-  def __call__(self, batch: Batch, key=None, cache: None = None) -> Output:
+  def __call__(self, batch: Batch, key=None, cache: None = None, taps: Taps = ()) -> Output:
     if cache is not None:
       raise ValueError('an encoder has no cache: what comes later changes all that came before')
     if batch.tokens.shape[1] > self.max_length:
@@ -107,18 +109,20 @@ class Encoder(Model):
     x = parts.lookup(embedding, batch.tokens) + rows('positions', self.max_length, positions)
     x = x + rows('types', self.types, jnp.zeros_like(batch.tokens) if batch.types is None else batch.types)
     x = parts.dropout(self.norm(x), self.dropout, keys[0])
-    args = positions, attend.Visible(batch.segments, batch.segments, None, positions, positions)
+    visible = attend.Visible(batch.segments, batch.segments, None, positions, positions)
+    context = Context(positions, visible, taps=taps)
     if self.has_variable('params', 'blocks'):
       params = self.get_variable('params', 'blocks')
     else:
-      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, *args))
-    x = stack.run(self.blocks, params, x, *args, key=keys[1], remat=self.remat)
+      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, context))
+    x, aux, readings = stack.run(self.blocks, params, x, context.with_key(keys[1]), remat=self.remat)
     norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
             'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
     transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype)
     transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
     bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
-    return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None)
+    return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None,
+                  aux, readings)
 
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True

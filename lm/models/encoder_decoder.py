@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.data.batches import Batch
@@ -21,6 +20,7 @@ from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.attention import LayerCache, Visible
+from lm.models.context import Aux, Context, Source, Taps
 from lm.models.transformer import Head, Model, Output, prompt_width
 
 
@@ -34,8 +34,9 @@ class CrossAttention(nn.Module):
   query_std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD, memory_BSD, visible: Visible, cache: LayerCache | None = None, key=None):
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
     """`cache` holds the keys and values of the memory, which is then not read."""
+    memory_BSD, visible = context.source
     q = attend.project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, False, self.query_std)
     if cache is None:
       k, v = (attend.project(self, name, memory_BSD, 'KH', self.heads, self.head_size, False, self.std)
@@ -43,8 +44,8 @@ class CrossAttention(nn.Module):
       cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     if visible.start is not None:   # decoding
       k, v = cache
-    y = attend.attend(checkpoint_name(q, 'query'), checkpoint_name(k, 'key'), checkpoint_name(v, 'value'), visible,
-                      self.scores, key=key)
+    q, k, v = context.name('cross_query', q), context.name('cross_key', k), context.name('cross_value', v)
+    y = context.tap('cross_attended', attend.attend(q, k, v, visible, self.scores, key=context.key))
     return attend.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
 
 
@@ -65,18 +66,22 @@ class DecoderBlock(nn.Module):
   dropout: float = 0.
 
   @nn.compact
-  def __call__(self, x_BTD, visible: Visible, memory_BSD, seen_source: Visible, cache: DecoderCache | None = None,
-               key=None):
-    keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: DecoderCache | None = None
+               ) -> tuple[jax.Array, DecoderCache | None, Aux]:
+    keys = context.keys(5)
     tokens, source = (None, None) if cache is None else cache
-    y, tokens = self.attention(self.attention_norm(x_BTD), None, visible, tokens, keys[3])
-    x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[0]), 'residual')
-    source = source if memory_BSD is None else None   # a new source
-    y, source = self.cross_attention(self.cross_attention_norm(x_BTD), memory_BSD, seen_source, source, keys[4])
-    x_BTD = checkpoint_name(x_BTD + parts.dropout(y, self.dropout, keys[1]), 'residual')
-    y = self.feed_forward(self.feed_forward_norm(x_BTD))
+    y, tokens = self.attention(self.attention_norm(x_BTD), context.with_key(keys[3]), tokens)
+    x_BTD = context.name('residual', x_BTD + parts.dropout(y, self.dropout, keys[0]))
+    source = source if context.source.memory_BSD is None else None   # a new source
+    y, source = self.cross_attention(self.cross_attention_norm(x_BTD), context.with_key(keys[4]), source)
+    x_BTD = context.name('cross_residual', x_BTD + parts.dropout(y, self.dropout, keys[1]))
+    y, aux = self.feed_forward(self.feed_forward_norm(x_BTD), context)
     cache = None if cache is None else DecoderCache(tokens, source)
-    return x_BTD + parts.dropout(y, self.dropout, keys[2]), cache
+    return context.tap('output', x_BTD + parts.dropout(y, self.dropout, keys[2])), cache, aux
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype: Any) -> DecoderCache:
+    return DecoderCache(self.attention.init_cache(batch_size, slots, dtype), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,9 @@ class Cache(NamedTuple):
   index: jax.Array
 
 
+_OF_ENCODER = 'encoder/'   # taps of the encoder's activations have names that begin so
+
+
 class EncoderDecoder(Model):
   """T5 (Raffel et al. 2020): encodes `batch.source`, and decodes `batch.tokens`, the first of which starts it.
 
@@ -136,7 +144,7 @@ class EncoderDecoder(Model):
   max_length = sys.maxsize   # distances have no end
 
   @nn.compact
-  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Output:
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
       raise ValueError('an encoder-decoder reads batch.source; with a cache, the first batch has it')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
@@ -153,30 +161,36 @@ class EncoderDecoder(Model):
       blocks = self.get_variable('params', 'blocks')
     else:
       blocks = self.param('blocks', lambda rng: self._init_blocks(rng, x))
-    memory = None
+    memory, aux, readings = None, Aux(), {}
+    decoder_taps = tuple((name, tap) for name, tap in taps if not name.startswith(_OF_ENCODER))
     if batch.source is not None:
       places = jnp.arange(batch.source.shape[1])
       visible = Visible(batch.source_segments, batch.source_segments, bias_NTS=self._bias('encoder', places, places))
-      memory = stack.run(self.encoder, blocks['encoder'], embed(batch.source, keys[1]), None, visible, key=keys[2],
-                         remat=self.remat)
+      encoder_taps = tuple((name.removeprefix(_OF_ENCODER), tap) for name, tap in taps if name.startswith(_OF_ENCODER))
+      memory, aux, read = stack.run(self.encoder, blocks['encoder'], embed(batch.source, keys[1]),
+                                    Context(None, visible, keys[2], taps=encoder_taps), remat=self.remat)
+      readings = {_OF_ENCODER + name: reading for name, reading in read.items()}
       memory = parts.dropout(self.encoder_norm(memory), self.dropout, keys[3])
     if cache is None:
       places = jnp.arange(x.shape[1])
       visible = Visible(batch.segments, batch.segments, bias_NTS=self._bias('decoder', places, places))
-      x = stack.run(self.decoder, blocks['decoder'], x, visible, memory, _of_source(batch, batch.source_segments),
-                    key=keys[4], remat=self.remat)
+      context = Context(None, visible, keys[4], Source(memory, _of_source(batch, batch.source_segments)),
+                        taps=decoder_taps)
+      x, decoder_aux, read = stack.run(self.decoder, blocks['decoder'], x, context, remat=self.remat)
     else:
-      x, cache = self._cached(blocks['decoder'], x, batch, memory, cache)
+      x, cache, decoder_aux, read = self._cached(blocks['decoder'], x, batch, memory, cache, decoder_taps)
+    aux, readings = aux.plus(decoder_aux), {**readings, **read}
     x = parts.dropout(self.decoder_norm(x), self.dropout, keys[5])
     if self.tied:
-      return Output(x * jnp.asarray(self.width ** -0.5, x.dtype), Head(embedding), cache)
+      return Output(x * jnp.asarray(self.width ** -0.5, x.dtype), Head(embedding), cache, aux, readings)
     init = nn.initializers.normal(self.width ** -0.5)
-    return Output(x, Head(parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)), cache)
+    head = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
+    return Output(x, Head(head), cache, aux, readings)
 
   def _init_blocks(self, rng, x):
     keys = jax.random.split(rng)
-    return {'encoder': stack.init(self.encoder, keys[0], x, None, Visible()),
-            'decoder': stack.init(self.decoder, keys[1], x, Visible(), x, Visible())}
+    return {'encoder': stack.init(self.encoder, keys[0], x, Context(None, Visible())),
+            'decoder': stack.init(self.decoder, keys[1], x, Context(None, Visible(), source=Source(x, Visible())))}
 
   def _bias(self, name, queries_T, keys_S):
     """[N, T, S] for the encoder or the decoder."""
@@ -186,7 +200,7 @@ class EncoderDecoder(Model):
     buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
     return table.at[buckets].get(out_sharding=sharding.spec('TSN')).transpose(2, 0, 1)
 
-  def _cached(self, params, x, batch, memory, cache):
+  def _cached(self, params, x, batch, memory, cache, taps):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
     filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
     bias = self._bias('decoder', cache.index + jnp.arange(x.shape[1]), jnp.arange(filled.shape[1]))
@@ -195,11 +209,9 @@ class EncoderDecoder(Model):
     if memory is not None:
       sources = jnp.ones_like(batch.source) if batch.source_segments is None else batch.source_segments
     seen_source = _of_source(batch, sources)._replace(start=jnp.int32(0))
-    layers = []
-    for block, tree, layer in zip(stack.layers(self.decoder), stack.unstacked(self.decoder, params), cache.layers):
-      x, layer = block.apply({'params': tree}, x, visible, memory, seen_source, layer)
-      layers.append(layer)
-    return x, Cache(tuple(layers), filled, sources, cache.index + batch.tokens.shape[1])
+    context = Context(None, visible, source=Source(memory, seen_source), taps=taps)
+    x, layers, aux, readings = stack.run_cached(self.decoder, params, x, context, cache.layers)
+    return x, Cache(layers, filled, sources, cache.index + batch.tokens.shape[1]), aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
@@ -221,8 +233,7 @@ class EncoderDecoder(Model):
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
     """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
-    layers = tuple(DecoderCache(block.attention.init_cache(batch_size, slots, self.dtype), None)
-                   for block in stack.layers(self.decoder))
+    layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
     return Cache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None, jnp.int32(0))
 
 

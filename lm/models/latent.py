@@ -5,10 +5,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.models import attention, layers
+from lm.models.context import Context
 from lm.models.rotary import Rotary
 
 
@@ -16,9 +16,12 @@ class LatentCache(NamedTuple):
   """The latent of keys and values, then the rotated key that all heads share: C = `key_value_rank + rope_size`."""
   latent_BSC: jax.Array
 
-  def append(self, index: jax.Array, latent_BTC: jax.Array) -> 'LatentCache':
-    """With T new ones from slot `index` on."""
-    return LatentCache(attention.write(self.latent_BSC, latent_BTC, index))
+  def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: attention.Visible, scores: attention.Scores
+             ) -> tuple[jax.Array, 'LatentCache']:
+    """Adds T latents from slot `visible.start` on; the mean of all [B, T, N, C] for each query, and the new cache."""
+    cache = LatentCache(attention.write(self.latent_BSC, latent_BTC, visible.start))
+    seen = cache.latent_BSC[:, None]
+    return attention.attend(q_BTNC, seen, seen, visible, scores), cache
 
 
 class LatentAttention(nn.Module):
@@ -45,7 +48,8 @@ class LatentAttention(nn.Module):
   out_std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: attention.Visible, cache: LatentCache | None = None, key=None):
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: LatentCache | None = None):
+    positions_BT, visible = context.positions_BT, context.visible
     scores = self.scores
     if scores.scale is None:
       scores = dataclasses.replace(scores, scale=(self.nope_size + self.rope_size) ** -0.5)
@@ -60,17 +64,16 @@ class LatentAttention(nn.Module):
     value_up = self._up('value_up', self.value_size, x_BTD.dtype)
     if cache is None:
       k = layers.einsum('BTD,DNH->BTNH', latent, key_up)
-      v = checkpoint_name(layers.einsum('BTD,DNH->BTNH', latent, value_up), 'value')
-      q = checkpoint_name(jnp.concatenate([q, q_rope], axis=-1), 'query')
+      v = context.name('value', layers.einsum('BTD,DNH->BTNH', latent, value_up))
+      q = context.name('query', jnp.concatenate([q, q_rope], axis=-1))
       shared = sharding.constrain(jnp.broadcast_to(k_rope, q_rope.shape), 'BTNH')
-      k = checkpoint_name(jnp.concatenate([k, shared], axis=-1), 'key')
-      y = attention.attend(q, k, v, visible, scores, key=key)
+      k = context.name('key', jnp.concatenate([k, shared], axis=-1))
+      y = attention.attend(q, k, v, visible, scores, key=context.key)
     else:
-      cache = cache.append(visible.start, jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1))
       q = jnp.concatenate([layers.einsum('BTNH,RNH->BTNR', q, key_up), q_rope], axis=-1)
-      seen = cache.latent_BSC[:, None]
-      y = attention.attend(q, seen, seen, visible, scores)[..., :self.key_value_rank]
-      y = layers.einsum('BTNR,RNH->BTNH', y, value_up)
+      y, cache = cache.attend(q, jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1), visible, scores)
+      y = layers.einsum('BTNR,RNH->BTNH', y[..., :self.key_value_rank], value_up)
+    y = context.tap('attended', y)
     return attention.output(self, y, x_BTD.shape[-1], self.bias, self.out_std), cache
 
   def _query(self, x):

@@ -7,17 +7,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
+from lm.models.context import Aux, Context
 
 Initializer = Callable[..., jax.Array]
 
 # What the backward pass may keep, for `jax.checkpoint`: the results of matrix products that it reads again, and what
 # attention gives. The rest (norms, activations, rotations) is cheaper to compute again than to write and read.
 keep_products = jax.checkpoint_policies.save_only_these_names(
-    'query', 'key', 'value', 'attended', 'residual', 'up', 'gate')
+    'query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key', 'cross_value',
+    'cross_residual')
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight', 'a', 'b'], meta_fields=['scale'])
@@ -176,23 +177,26 @@ class FeedForward(nn.Module):
   out_std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
+    """The output [B, T, D], and what the module reports; as all feed-forward modules."""
     width = x_BTD.shape[-1]
 
     def up(name):
       w = weight(self, name, 'DF', (width, self.hidden), nn.initializers.normal(self.std), x_BTD.dtype)
       y = einsum('BTD,DF->BTF', x_BTD, w)
-      return checkpoint_name(add_bias(self, name + '_bias', 'F', y) if self.bias else y, name)
+      return context.name(name, add_bias(self, name + '_bias', 'F', y) if self.bias else y)
 
     y = self.activation(up('gate'), up('up')) if self.gated else self.activation(up('up'))
     down = weight(self, 'down', 'FD', (self.hidden, width), nn.initializers.normal(self.out_std), y.dtype)
     y = einsum('BTF,FD->BTD', y, down)
-    return add_bias(self, 'down_bias', '-', y) if self.bias else y
+    return add_bias(self, 'down_bias', '-', y) if self.bias else y, Aux()
 
 
 class Block(nn.Module):
   """Residual block: x + out_norm(attention(norm(x))), then the same with `feed_forward`; a norm may be None.
 
+  As all blocks, it is called as `block(x_BTD, context, cache) -> (x_BTD, cache, aux)`, and `init_cache` makes the cache
+  that it is given while it decodes: a tree of arrays that all begin with the axis B. Without a cache, it returns None.
   Pre-norm has the first norm of each, post-norm (OLMo 2) the second, a sandwich (Gemma 2) both.
   """
   attention: nn.Module
@@ -204,13 +208,18 @@ class Block(nn.Module):
   dropout: float = 0.
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), positions_BT, visible, cache, keys[2])
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any, Aux]:
+    keys = context.keys(3)
+    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), context.with_key(keys[2]), cache)
     y = _normalised(self.attention_out_norm, y)
-    x_BTD = checkpoint_name(x_BTD + dropout(y, self.dropout, keys[0]), 'residual')
-    y = _normalised(self.feed_forward_out_norm, self.feed_forward(_normalised(self.feed_forward_norm, x_BTD)))
-    return x_BTD + dropout(y, self.dropout, keys[1]), cache
+    x_BTD = context.name('residual', x_BTD + dropout(y, self.dropout, keys[0]))
+    y, aux = self.feed_forward(_normalised(self.feed_forward_norm, x_BTD), context)
+    y = _normalised(self.feed_forward_out_norm, y)
+    return context.tap('output', x_BTD + dropout(y, self.dropout, keys[1])), cache, aux
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype: Any) -> Any:
+    return self.attention.init_cache(batch_size, slots, dtype)
 
 
 class ParallelBlock(nn.Module):
@@ -222,11 +231,16 @@ class ParallelBlock(nn.Module):
   dropout: float = 0.
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: Any, cache: Any = None, key=None):
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    y, cache = self.attention(self.attention_norm(x_BTD), positions_BT, visible, cache, keys[2])
-    z = self.feed_forward(self.feed_forward_norm(x_BTD))
-    return x_BTD + dropout(y, self.dropout, keys[0]) + dropout(z, self.dropout, keys[1]), cache
+  def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any, Aux]:
+    keys = context.keys(3)
+    y, cache = self.attention(self.attention_norm(x_BTD), context.with_key(keys[2]), cache)
+    z, aux = self.feed_forward(self.feed_forward_norm(x_BTD), context)
+    x_BTD = x_BTD + dropout(y, self.dropout, keys[0]) + dropout(z, self.dropout, keys[1])
+    return context.tap('output', x_BTD), cache, aux
+
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype: Any) -> Any:
+    return self.attention.init_cache(batch_size, slots, dtype)
 
 
 def _normalised(norm: nn.Module | None, x: jax.Array) -> jax.Array:

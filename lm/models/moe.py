@@ -5,6 +5,7 @@ expert takes all the rows that choose it.
 """
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models import grouped, layers
+from lm.models.context import Aux, Context
 
 
 def _logits(module: nn.Module, x_BTD: jax.Array, experts: int, std: float, bias: bool = False) -> jax.Array:
@@ -22,6 +24,65 @@ def _logits(module: nn.Module, x_BTD: jax.Array, experts: int, std: float, bias:
   with jax.default_matmul_precision('highest'):
     logits = layers.einsum('BTD,DX->BTX', x_BTD.astype(jnp.float32), w)
   return layers.add_bias(module, 'router_bias', '-', logits) if bias else logits
+
+
+class Routing(NamedTuple):
+  """What a router decides for each token."""
+  weights: jax.Array    # [B, T, k], float32, of the chosen experts
+  chosen: jax.Array     # [B, T, k], int32
+  scores: jax.Array     # [B, T, E], float32, nonnegative, of all experts: what balancing makes equal
+  correction: jax.Array | None = None   # [E], what was added to the scores for the choice alone
+
+  def loads(self, mask_BT: jax.Array) -> jax.Array:
+    """[B, E]: how many tokens of each row chose an expert."""
+    chose = jnp.sum(jax.nn.one_hot(self.chosen, self.scores.shape[-1]), axis=2)
+    return jnp.sum(jnp.where(mask_BT[..., None], chose, 0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchBalance:
+  """coefficient * E * sum_e f_e p_e, f_e being the choices of expert e a token, p_e its mean probability in the batch.
+
+  Fedus et al. 2021 (arXiv:2101.03961, eq. 4), for k experts a token as in `transformers`: k * coefficient where all
+  experts are chosen equally often.
+  """
+  coefficient: float = 0.01
+
+  def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:
+    tokens = jnp.maximum(jnp.sum(mask_BT), 1)
+    p = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+    p = jnp.sum(jnp.where(mask_BT[..., None], p, 0), axis=(0, 1)) / tokens
+    return self.coefficient * p.size * jnp.sum(jnp.sum(routing.loads(mask_BT), axis=0) / tokens * p)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceBalance:
+  """As `SwitchBalance` of each row by itself, over k, averaged over rows (DeepSeek-AI 2024, DeepSeek-V3, eq. 17)."""
+  coefficient: float = 1e-4
+
+  def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:
+    tokens = jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True), 1)
+    p = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+    p = jnp.sum(jnp.where(mask_BT[..., None], p, 0), axis=1) / tokens
+    k, experts = routing.chosen.shape[-1], p.shape[-1]
+    return self.coefficient * jnp.mean(jnp.sum(experts / k * routing.loads(mask_BT) / tokens * p, axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasBalance:
+  """No loss of its own, but a gradient of the router's correction: an expert's share of the choices above the mean.
+
+  Wang et al. 2024 (arXiv:2408.15664): the correction of an expert that is chosen too often falls at each step by a
+  fixed rate, and rises where it is chosen too rarely; `optim.balanced` takes such steps, of the sign of this gradient.
+  """
+
+  def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:
+    if routing.correction is None:
+      raise ValueError('BiasBalance moves the correction of a router, which this one has not: take SigmoidGroupRouter')
+    loads = jnp.sum(routing.loads(mask_BT), axis=0)
+    excess = jax.lax.stop_gradient(loads / jnp.maximum(jnp.sum(loads), 1) - 1 / loads.size)
+    linear = jnp.sum(routing.correction * excess)
+    return linear - jax.lax.stop_gradient(linear)   # zero, whose gradient is the excess
 
 
 class SoftmaxRouter(nn.Module):
@@ -35,13 +96,13 @@ class SoftmaxRouter(nn.Module):
   std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    """Weights [B, T, k], float32, and experts [B, T, k], int32; as all routers."""
-    logits = _logits(self, x_BTD, experts, self.std, self.bias)
+  def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
+    logits = context.tap('router', _logits(self, x_BTD, experts, self.std, self.bias))
+    scores = jax.nn.softmax(logits)
     if self.renormalize:
       logits, chosen = jax.lax.top_k(logits, self.top_k)
-      return jax.nn.softmax(logits), chosen
-    return tuple(jax.lax.top_k(jax.nn.softmax(logits), self.top_k))
+      return Routing(jax.nn.softmax(logits), chosen, scores)
+    return Routing(*jax.lax.top_k(scores, self.top_k), scores)
 
 
 class SigmoidRouter(nn.Module):
@@ -50,9 +111,10 @@ class SigmoidRouter(nn.Module):
   std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    logits, chosen = jax.lax.top_k(_logits(self, x_BTD, experts, self.std), self.top_k)
-    return jax.nn.sigmoid(logits), chosen
+  def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
+    logits = context.tap('router', _logits(self, x_BTD, experts, self.std))
+    best, chosen = jax.lax.top_k(logits, self.top_k)
+    return Routing(jax.nn.sigmoid(best), chosen, jax.nn.sigmoid(logits))
 
 
 class SigmoidGroupRouter(nn.Module):
@@ -69,11 +131,11 @@ class SigmoidGroupRouter(nn.Module):
   std: float = 0.02
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
     if experts % self.groups or self.top_k > experts // self.groups * self.top_groups:
       raise ValueError(f'{experts} experts in groups={self.groups}, of which top_groups={self.top_groups} may be '
                        f'chosen, do not give top_k={self.top_k}')
-    scores = jax.nn.sigmoid(_logits(self, x_BTD, experts, self.std))
+    scores = jax.nn.sigmoid(context.tap('router', _logits(self, x_BTD, experts, self.std)))
     correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros)
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
     if self.groups > 1:
@@ -85,7 +147,7 @@ class SigmoidGroupRouter(nn.Module):
     weights = jnp.sum(jax.nn.one_hot(chosen, experts) * scores[:, :, None], axis=-1)
     if self.renormalize:
       weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return weights * self.scale, chosen
+    return Routing(weights * self.scale, chosen, scores, correction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +165,9 @@ class Experts(nn.Module):
   """The sum of w_e * down_e(activation(gate_e(x), up_e(x))) over the experts e that `router` chooses with weight w_e.
 
   With `weight_inputs`, the weight multiplies x instead (Llama 4). `shared` is added for every token (Dai et al. 2024),
-  times the sigmoid of a projection of x with `shared_gate` (Qwen2-MoE).
+  times the sigmoid of a projection of x with `shared_gate` (Qwen2-MoE). `balance` are losses that training adds, of the
+  routing and of which tokens [B, T] are not padding. The metric `router/violation` is how far the load of the most
+  chosen expert is above the mean, as a share of the mean (MaxVio in Wang et al. 2024), averaged over layers.
   """
   router: nn.Module
   experts: int
@@ -115,9 +179,10 @@ class Experts(nn.Module):
   shared_gate: bool = False
   std: float = 0.02
   out_std: float = 0.02
+  balance: tuple[Callable[[Routing, jax.Array], jax.Array], ...] = ()
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
     width, init = x_BTD.shape[-1], nn.initializers.normal
     into, out = (self.experts, width, self.hidden), (self.experts, self.hidden, width)
     params = {'gate': layers.weight(self, 'gate', 'EDF', into, init(self.std), x_BTD.dtype),
@@ -127,7 +192,8 @@ class Experts(nn.Module):
       biases = {'gate_bias': self.hidden, 'up_bias': self.hidden, 'down_bias': width}
       params |= {name: layers.weight(self, name, 'E-', (self.experts, size), nn.initializers.zeros)
                  for name, size in biases.items()}
-    weights, chosen = self.router(x_BTD, self.experts)
+    routing = self.router(x_BTD, self.experts, context)
+    weights, chosen, aux = routing.weights, routing.chosen, self._aux(routing, context.visible.segments_BT)
     if sharding.spec('B') is None:
       y = self._local(params, x_BTD, weights, chosen)
     else:
@@ -136,12 +202,19 @@ class Experts(nn.Module):
           params, x_BTD, weights, chosen)
     y = y.astype(x_BTD.dtype)
     if self.shared is None:
-      return y
-    shared = self.shared(x_BTD)
+      return y, aux
+    shared, _ = self.shared(x_BTD, context)
     if self.shared_gate:
       w = layers.weight(self, 'shared_gate', 'DX', (width, 1), init(self.std), x_BTD.dtype)
       shared = shared * jax.nn.sigmoid(layers.einsum('BTD,DX->BTX', x_BTD, w))
-    return y + shared
+    return y + shared, aux
+
+  def _aux(self, routing, segments_BT):
+    mask = jnp.ones(routing.chosen.shape[:2], bool) if segments_BT is None else segments_BT > 0
+    loads = jnp.sum(routing.loads(mask), axis=0)
+    violation = jnp.max(loads) * loads.size / jnp.maximum(jnp.sum(loads), 1) - 1
+    losses = [balance(routing, mask) for balance in self.balance]
+    return Aux(sum(losses[1:], losses[0]) if losses else None, {'router/violation': (violation, jnp.float32(1))})
 
   def _on_shard(self, params, x, weights, chosen):
     """Rows of this shard of `data`, with the experts of this shard of `model`."""

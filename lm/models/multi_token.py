@@ -3,7 +3,7 @@
 Depth k = 1, 2, ... predicts, at position i, token i + k + 1; the trunk is depth 0. Shape legend: `transformer.py`.
 """
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
+from lm.models.context import Aux, Context, Taps
 from lm.models.transformer import Cache, Head, Transformer
 
 
@@ -27,8 +28,8 @@ class ParallelHead(nn.Module):
   block: nn.Module
 
   @nn.compact
-  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, positions_BT, visible, cache=None, key=None):
-    return self.block(hidden_BTD, positions_BT, visible, cache, key)
+  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
+    return self.block(hidden_BTD, context, cache)
 
 
 class SequentialModule(nn.Module):
@@ -41,12 +42,12 @@ class SequentialModule(nn.Module):
   token_norm: nn.Module
 
   @nn.compact
-  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, positions_BT, visible, cache=None, key=None):
+  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
     both = jnp.concatenate([self.hidden_norm(previous_BTD), self.token_norm(ahead_BTD)], axis=-1)
     shape = both.shape[-1], previous_BTD.shape[-1]   # the letter C, for both widths, is split over nothing
     merge = parts.weight(self, 'merge', 'CD', shape, nn.initializers.normal(shape[0] ** -0.5), both.dtype)
     x_BTD = parts.einsum('BTC,CD->BTD', both, merge)
-    return self.block(x_BTD, positions_BT, visible, cache, key)
+    return self.block(x_BTD, context, cache)
 
 
 class Output(NamedTuple):
@@ -54,6 +55,8 @@ class Output(NamedTuple):
   hidden: jax.Array
   head: Head
   cache: Cache | None
+  aux: Aux
+  readings: Mapping[str, Any]
   ahead: tuple[jax.Array, ...]
 
 
@@ -97,11 +100,16 @@ class MultiToken:
     x = sharding.constrain(jnp.zeros((rows, 1, self.trunk.width), self.trunk.dtype), 'BTD')
     positions = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), 'BT')
     visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)
-    return params | {'depths': stack.init(self._stacks, jax.random.fold_in(key, 1), x, x, x, positions, visible)}
+    context = Context(positions, visible)
+    return params | {'depths': stack.init(self._stacks, jax.random.fold_in(key, 1), x, x, x, context)}
 
-  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
-    """As `transformer.Model.apply`. With a `cache`, the trunk alone; with dropout, the trunk's is as it is alone."""
-    out = self.trunk.apply(params, batch, key=key, cache=cache)
+  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
+            taps: Taps = ()) -> Output:
+    """As `transformer.Model.apply`. With a `cache`, the trunk alone; with dropout, the trunk's is as it is alone.
+
+    Taps are of the trunk.
+    """
+    out = self.trunk.apply(params, batch, key=key, cache=cache, taps=taps)
     ahead: list[jax.Array] = []
     if cache is not None or not self.depths:
       return Output(*out, ())
@@ -114,22 +122,23 @@ class MultiToken:
 
     def module(k, params, hidden, previous, tokens):
       dropout = None if key is None else jax.random.fold_in(key, k)
-      return self.depth(params, k, hidden, previous, tokens, positions, visible, key=dropout)[:2]
+      x, normalised, _, aux = self.depth(params, k, hidden, previous, tokens, Context(positions, visible, dropout))
+      return x, normalised, aux
 
     if self.trunk.remat is not None:
       module = jax.checkpoint(module, policy=self.trunk.remat, static_argnums=0)
-    previous = out.hidden
+    previous, aux = out.hidden, out.aux
     for k in range(1, self.depths + 1):
-      previous, hidden = module(k, params, out.hidden, previous, _ahead(batch, k))
+      previous, hidden, more = module(k, params, out.hidden, previous, _ahead(batch, k))
       ahead.append(hidden)
-    return Output(*out, tuple(ahead))
+      aux = aux.plus(more)
+    return Output(*out._replace(aux=aux), tuple(ahead))
 
   def depth(self, params: Any, k: int, hidden_BTD: jax.Array, previous_BTD: jax.Array, tokens_BT: jax.Array,
-            positions_BT: jax.Array, visible: attend.Visible, cache: Any = None, key: jax.Array | None = None
-            ) -> tuple[jax.Array, jax.Array, Any]:
+            context: Context, cache: Any = None) -> tuple[jax.Array, jax.Array, Any, Aux]:
     """Depth k alone, from the trunk's hidden states, those of depth k - 1, and the tokens k further (-1: none).
 
-    Returns its hidden states, the same normalised (the head makes logits of them), and its cache.
+    Returns its hidden states, the same normalised (the head makes logits of them), its cache, and what it reports.
     """
     table = sharding.gather(params['embedding'].astype(self.trunk.dtype), 'VD')
     ahead = parts.lookup(table, jnp.maximum(tokens_BT, 0))
@@ -137,8 +146,8 @@ class MultiToken:
       ahead = ahead * jnp.asarray(self.trunk.embedding_scale, ahead.dtype)
     ahead = jnp.where(tokens_BT[..., None] < 0, 0, ahead)
     tree = stack.unstacked(self._stacks, params['depths'])[k - 1]
-    x, cache = self.module.apply({'params': tree}, hidden_BTD, previous_BTD, ahead, positions_BT, visible, cache, key)
-    return x, self.trunk.norm.apply({'params': params['norm']}, x), cache
+    x, cache, aux = self.module.apply({'params': tree}, hidden_BTD, previous_BTD, ahead, context, cache)
+    return x, self.trunk.norm.apply({'params': params['norm']}, x), cache, aux
 
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
@@ -155,7 +164,7 @@ class MultiToken:
 
   def init_depth_caches(self, batch_size: int, slots: int) -> tuple[Any, ...]:
     """One for each depth."""
-    return tuple(self.module.block.attention.init_cache(batch_size, slots, self.trunk.dtype)
+    return tuple(self.module.block.init_cache(batch_size, slots, self.trunk.dtype)
                  for _ in range(self.depths))
 
 

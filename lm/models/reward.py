@@ -1,5 +1,5 @@
 """A reward model: a decoder that also scores the text up to each token (Ouyang et al. 2022, arXiv:2203.02155)."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.models import layers as parts
+from lm.models.context import Aux, Taps
 from lm.models.transformer import Cache, Model, Transformer
 
 
@@ -16,6 +17,8 @@ class Scored(NamedTuple):
   hidden: jax.Array        # [B, T, D]
   head: Callable[[jax.Array], jax.Array]
   cache: Cache | None
+  aux: Aux
+  readings: Mapping[str, Any]
   scores: jax.Array        # [B, T], float32
 
 
@@ -28,8 +31,8 @@ class Reward(Model):
     return self.decoder.max_length
 
   @nn.compact
-  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Scored:
-    out = self.decoder(batch, key, cache)
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Scored:
+    out = self.decoder(batch, key, cache, taps)
     width = self.decoder.width
     score = parts.weight(self, 'score', '-', (width,), nn.initializers.normal((width + 1) ** -0.5))
     return Scored(*out, jnp.einsum('BTD,D->BT', out.hidden.astype(jnp.float32), score,

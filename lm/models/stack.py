@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
+from lm.models.context import Aux, Context, Taps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,31 +92,81 @@ def _init(block, x, args, key):
   return block.init(key, x, *args)['params']
 
 
-def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, *args: Any, key: jax.Array | None = None,
-        remat: Callable[..., bool] | None = None, dropout: LayerDropout | None = None) -> jax.Array:
-  """Applies the blocks: `block(x, *args, cache, key) -> (x, cache)`, without a cache, each with a key of its own.
+def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
+        remat: Callable[..., bool] | None = None, dropout: LayerDropout | None = None
+        ) -> tuple[jax.Array, Aux, dict[str, Any]]:
+  """Applies the blocks, without a cache; each has a key of its own, split from that of the context.
 
-  `remat` says what the backward pass may keep of a layer, as in `jax.checkpoint_policies`; None keeps everything.
-  `dropout` leaves layers out where there is a key; ValueError if its rates are not as many as the layers.
+  Returns x, what the blocks report in sum, and what taps have read, by name, stacked over the layers that have the
+  activation. `remat` says what the backward pass may keep of a layer, as in `jax.checkpoint_policies`; None keeps
+  everything. `dropout` leaves layers out where there is a key.
+
+  Raises:
+    ValueError: the rates of `dropout` are not as many as the layers, or no layer has an activation that is tapped.
   """
-  drops = _drops(stacks, dropout, key)
+  drops = _drops(stacks, dropout, context.key)
 
-  def layer(block, params, x, key):
-    return block.apply({'params': params}, x, *args, None, key)[0]   # no cache
+  def layer(block, params, x, context):
+    x, _, aux, readings = _apply(block, params, x, context)
+    return x, aux, readings
 
   if remat is not None:
     layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
 
   def repeat(stack, x, xs):
-    trees, keys, drops = xs
+    trees, keys, drops, numbers = xs
+    reports = []
     for i, block in enumerate(stack.pattern):
-      y = layer(block, trees[i], x, None if keys is None else keys[i])
+      own = dataclasses.replace(context, key=None if keys is None else keys[i],
+                                layer=None if numbers is None else numbers[i])
+      y, *report = layer(block, trees[i], x, own)
       x = y if drops is None else dropout(x, y, drops[0][i], drops[1][i])
-    return x, None
+      reports.append(report)
+    return x, reports
 
-  for (stack, keys), trees, stack_drops in zip(_split(stacks, key), _trees(stacks, params), drops):
-    x = jax.lax.scan(functools.partial(repeat, stack), x, (trees, keys, stack_drops))[0]
-  return x
+  total, readings, first = Aux(), [], 0
+  for (stack, keys), trees, stack_drops in zip(_split(stacks, context.key), _trees(stacks, params), drops):
+    count = stack.repeats * len(stack.pattern)
+    numbers = first + jnp.arange(count).reshape(stack.repeats, -1) if context.taps else None
+    x, reports = jax.lax.scan(functools.partial(repeat, stack), x, (trees, keys, stack_drops, numbers))
+    for aux, _ in reports:
+      total = total.plus(jax.tree.map(lambda each: jnp.sum(each, axis=0), aux))
+    read = [reading for _, reading in reports]
+    readings += [jax.tree.map(operator.itemgetter(i), read[j]) for i in range(stack.repeats) for j in range(len(read))]
+    first += count
+  return x, total, _stacked(context.taps, readings)
+
+
+def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, caches: tuple[Any, ...]
+               ) -> tuple[jax.Array, tuple[Any, ...], Aux, dict[str, Any]]:
+  """As `run`, one layer after the other, each with its cache; returns the new caches too.
+
+  It is no scan, which would copy each layer's weights and cache at every step: half of the time on CPU.
+  """
+  new, total, readings = [], Aux(), []
+  for i, (block, tree, cache) in enumerate(zip(layers(stacks), unstacked(stacks, params), caches)):
+    x, cache, aux, read = _apply(block, tree, x, dataclasses.replace(context, layer=jnp.int32(i)), cache)
+    new.append(cache)
+    total = total.plus(aux)
+    readings.append(read)
+  return x, tuple(new), total, _stacked(context.taps, readings)
+
+
+def _apply(block, params, x, context, cache=None):
+  """A layer: x, its cache, what it reports, and what taps have read in it."""
+  readings: dict[str, Any] = {}
+  x, cache, aux = block.apply({'params': params}, x, dataclasses.replace(context, readings=readings), cache)
+  return x, cache, aux, readings
+
+
+def _stacked(taps: Taps, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """{name: what its tap has read, stacked over layers}; without those that read nothing."""
+  known = {name for reading in readings for name in reading}
+  if unknown := [name for name, _ in taps if name not in known]:
+    raise ValueError(f'there is a tap of {unknown[0]!r}, and no layer has an activation of that name')
+  stacked = {name: jax.tree.map(lambda *each: jnp.stack(each), *(r[name] for r in readings if name in r))
+             for name in sorted(known)}
+  return {name: reading for name, reading in stacked.items() if reading is not None}
 
 
 def _drops(stacks: Stacks, dropout: LayerDropout | None, key: jax.Array | None) -> list[tuple | None]:

@@ -6,7 +6,7 @@ the sharding table use the same letters.
 """
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from lm.data.batches import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
+from lm.models.context import Aux, Context, Taps
 from lm.models.rotary import Rotary
 
 
@@ -43,7 +44,7 @@ class Head:
 
 class Cache(NamedTuple):
   """Keys and values of the tokens seen so far. Row b sees slot s where `segments_BS[b, s]` is its own segment."""
-  layers: tuple[Any, ...]  # what each attention's `init_cache` gives
+  layers: tuple[Any, ...]  # what each block's `init_cache` gives
   segments_BS: jax.Array   # 0: empty or padding
   positions_BS: jax.Array
   index: jax.Array         # slots that are filled, the same for all rows; or [B], of each (what lies after is not seen)
@@ -53,6 +54,8 @@ class Output(NamedTuple):
   hidden: jax.Array        # [B, T, D]
   head: Callable[[jax.Array], jax.Array]
   cache: Cache | None
+  aux: Aux = Aux()         # what the blocks report, in sum
+  readings: Mapping[str, Any] = {}   # of taps, by name, stacked over layers
 
 
 def prompt_width(texts: Sequence[np.ndarray]) -> int:
@@ -72,12 +75,15 @@ class Model(nn.Module):
     return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap
-  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None) -> Output:
+  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
+            taps: Taps = ()) -> Output:
     """Runs on `batch` (tokens; positions and segments where rows are packed or padded).
 
-    Dropout is on where there is a `key`. With a `cache`, the batch continues what the cache holds.
+    Dropout is on where there is a `key`. With a `cache`, the batch continues what the cache holds. `taps` read or
+    replace activations of the blocks, by name: query, key, value, attended, residual (after attention), gate, up,
+    router and output (of the block), where the blocks have them; see `context.Tap`.
     """
-    return super().apply({'params': params}, batch, key=key, cache=cache)
+    return super().apply({'params': params}, batch, key=key, cache=cache, taps=taps)
 
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
@@ -125,7 +131,7 @@ class Transformer(Model):
     return stack.layers(self.blocks)
 
   @nn.compact
-  def __call__(self, batch: Batch, key=None, cache: Cache | None = None) -> Output:
+  def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Output:
     if batch.tokens.shape[1] > self.max_length:
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
                        'raise its length or shorten the input')
@@ -146,24 +152,25 @@ class Transformer(Model):
       table = parts.weight(self, 'positions', 'PD', (self.max_length, self.width), init, self.dtype)
       x = x + table.at[positions].get(out_sharding=sharding.spec('BTD'))
     x = parts.dropout(x, self.dropout, keys[0])
-    x, cache = self._blocks(x, positions, batch, cache, keys[1])
+    x, cache, aux, readings = self._blocks(x, positions, batch, cache, keys[1], taps)
     x = self.norm(x)
     if not self.tied:
       embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
-    return Output(x, Head(embedding, self.softcap), cache)
+    return Output(x, Head(embedding, self.softcap), cache, aux, readings)
 
-  def _blocks(self, x, positions, batch, cache, key):
+  def _blocks(self, x, positions, batch, cache, key, taps):
     visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional, positions, positions)
+    context = Context(positions, visible, key, taps=taps)
     if self.has_variable('params', 'blocks'):
       params = self.get_variable('params', 'blocks')
     else:
-      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, positions, visible))
+      params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, Context(positions, visible)))
     if cache is not None:
-      return self._cached(params, x, positions, batch, cache)
-    return stack.run(self.blocks, params, x, positions, visible, key=key, remat=self.remat,
-                     dropout=self.layer_dropout), None
+      return self._cached(params, x, positions, batch, cache, taps)
+    x, aux, readings = stack.run(self.blocks, params, x, context, self.remat, self.layer_dropout)
+    return x, None, aux, readings
 
-  def _cached(self, params, x, positions, batch, cache):
+  def _cached(self, params, x, positions, batch, cache, taps):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
     filled = attend.write(cache.segments_BS, segments, cache.index)
     key_positions = attend.write(cache.positions_BS, positions, cache.index)
@@ -171,12 +178,9 @@ class Transformer(Model):
     if batch.bidirectional is not None:   # of the new tokens: what came before is seen anyway
       bidirectional = attend.write(jnp.zeros_like(filled, bool), batch.bidirectional, cache.index)
     visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
-    layers = []
-    # Not a scan: it would copy each layer's weights and cache at every step, half of the time on CPU.
-    for block, tree, layer in zip(self.layers, stack.unstacked(self.blocks, params), cache.layers):
-      x, layer = block.apply({'params': tree}, x, positions, visible, layer)
-      layers.append(layer)
-    return x, Cache(tuple(layers), filled, key_positions, cache.index + batch.tokens.shape[1])
+    context = Context(positions, visible, taps=taps)
+    x, layers, aux, readings = stack.run_cached(self.blocks, params, x, context, cache.layers)
+    return x, Cache(layers, filled, key_positions, cache.index + batch.tokens.shape[1]), aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
@@ -189,7 +193,7 @@ class Transformer(Model):
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
     """An empty cache with `slots` slots a row."""
-    layers = tuple(block.attention.init_cache(batch_size, slots, self.dtype) for block in self.layers)
+    layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in self.layers)
     empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
     return Cache(layers, empty, empty, jnp.int32(0))
 
