@@ -125,7 +125,19 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
            key: jax.Array | None = None):
     def loss(params, batch, key):
-      loss_sum, weight_sum, sums = run.objective.loss(run.model.apply, with_constants(params, constants), batch, key)
+      reports = []
+
+      def apply(*args, **kwargs):
+        outputs = run.model.apply(*args, **kwargs)
+        reports.append(outputs.aux)
+        return outputs
+
+      loss_sum, weight_sum, sums = run.objective.loss(apply, with_constants(params, constants), batch, key)
+      if reports:
+        aux = functools.reduce(lambda total, other: total.plus(other), reports)
+        sums = {**sums, **aux.metrics}
+        if aux.loss is not None:   # it is a mean: the mean over parts of a batch weighs it as it weighs their losses
+          loss_sum, sums['auxiliary_loss'] = loss_sum + weight_sum * aux.loss, (aux.loss, jnp.float32(1))
       return loss_sum, (weight_sum, sums)
 
     key = seeds.key(run.seed) if key is None else key
