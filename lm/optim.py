@@ -294,3 +294,21 @@ def penalised(optimizer: optax.GradientTransformation, l1: float = 0., l2: float
 
   add = optax.GradientTransformation(init, lambda updates, state, params: (penalty(updates, params), state))
   return optax.chain(add, optimizer)
+
+
+def balanced(optimizer: optax.GradientTransformation, rate: float = 1e-3) -> optax.GradientTransformation:
+  """The optimizer, but for the corrections of routers, which move by `rate` against the sign of their gradient.
+
+  With `moe.BiasBalance` this is the balancing without a loss of Wang et al. 2024 (arXiv:2408.15664). Corrections count
+  neither for the clipping of the optimizer nor for its decay.
+
+  Raises:
+    ValueError: there is no correction among the parameters, when the state is made.
+  """
+  def labels(params):
+    named = groups.map_with_path(lambda path, _: 'correction' if path.endswith('/correction') else 'other', params)
+    if 'correction' not in jax.tree.leaves(named):
+      raise ValueError('no router of this model has a correction to balance experts with; take SigmoidGroupRouter, or '
+                       'leave out `balanced`')
+    return named
+  return optax.partition({'other': optimizer, 'correction': optax.sign_sgd(rate)}, labels)

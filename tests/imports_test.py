@@ -16,7 +16,7 @@ ROOMS = (
     'data/stream', 'data/packing', 'data/dataset', 'data/dialogues', 'models/kernels', 'models/context',
     'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',
-    'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
+    'hf/fields', 'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
     'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'guard', 'generate', 'speculative', 'evaluate', 'noise',
     'diffusion', 'interfaces', 'run', 'train', 'lora', 'annotate', 'budget', 'plan', 'doctor', 'pretrained', 'trained',
