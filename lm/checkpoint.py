@@ -1,7 +1,8 @@
 """Checkpoints on Orbax: asynchronous, atomic, restored onto any mesh; what is damaged or does not fit is named.
 
-A step is a folder `<folder>/<step>`: the arrays of the state, and JSON facts about them (position in the data,
-fingerprints, a description of the model). Nothing is ever deleted but the steps that the last `keep` have outlived.
+A step is a folder `<folder>/<step>`: the arrays of the state, JSON facts about them (position in the data,
+fingerprints, a description of the model), and checksums of the files of both. Nothing is ever deleted but the steps
+that the last `keep` have outlived.
 """
 import errno
 import functools
@@ -14,8 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
+from lm import integrity
 from lm.describe import differences
 
 Tree = Any
@@ -55,7 +60,9 @@ class Checkpoints:
     self._ocp, self._keep, self._keep_best = ocp, keep, keep_best
     self._damaged: dict[int, str] = {}  # step: why
     self._manager = ocp.CheckpointManager(
-        self.folder, options=ocp.CheckpointManagerOptions(create=False, preservation_policy=self),
+        self.folder, options=ocp.CheckpointManagerOptions(
+            create=False, preservation_policy=self,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)),
         item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()})
     self._metrics: dict[int, float | None] = {}
     for step in self.steps():
@@ -82,7 +89,7 @@ class Checkpoints:
     self._set_damaged_aside()
     if (last := max(self.steps(), default=-1)) >= step:
       raise ValueError(f'step {step} cannot be saved after step {last} of {self.folder}: to go back, use a new folder')
-    self._metrics[step] = metric
+    self._metrics[step], self._saving = metric, step
     ocp, chunks = self._ocp, jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), state)
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, chunks, ocdbt_target_data_file_size=FILE),
                               facts=ocp.args.JsonSave(document))
@@ -132,7 +139,8 @@ class Checkpoints:
   def restore(self, abstract_state: Tree, step: int | None = None) -> Restored | None:
     """Reads into the structure and shardings, on any mesh, of `abstract_state`, a tree of `jax.ShapeDtypeStruct`.
 
-    Without `step`: the newest that can be read, with a warning naming those that cannot; None if there are none.
+    Without `step`: the newest that is whole and whose parameters are finite, with a warning naming the newer ones that
+    are not; None if there are none.
     Raises Mismatch if a leaf is missing or differs in shape or dtype (Orbax casts without a word), OSError if `step`
     is not there, or nothing can be read.
     """
@@ -147,9 +155,26 @@ class Checkpoints:
     found = self._newest_readable(step, functools.partial(self._read, {'params': abstract_params}, 'params.', dtypes))
     return found and found._replace(state=found.state['params'])
 
+  def _write_checksums(self) -> None:
+    """Called when the files of a step are written, before the folder gets its name; raises as the save does."""
+    unfinished = [*self.folder.glob(f'{self._saving}.orbax-checkpoint-tmp*')]
+    for folder in unfinished or [self.folder / str(self._saving)]:   # where folders cannot be renamed, it has its name
+      if jax.process_index() == 0:
+        integrity.write_checksums(folder, ['state', 'facts'])
+
+  def _check_checksums(self, step: int) -> None:
+    """Raises ValueError if a file of a step has changed; each process reads its share of the files."""
+    share = slice(jax.process_index(), None, jax.process_count())
+    names = integrity.changed(self.folder / str(step), share=share)
+    count = int(np.sum(multihost_utils.process_allgather(np.int32(len(names)))))   # all processes fall back together
+    if count:
+      raise ValueError(f'{count} of its files are missing, or are not as they were written'
+                       + ''.join(f', {name}' for name in names[:2]))
+
   def _read(self, abstract: Tree, prefix: str, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
+    self._check_checksums(step)
     ocp, path, document = self._ocp, self.folder / str(step), self._read_facts(step)
-    _check_files(path / 'state', prefix)
+    integrity.check_arrays(path / 'state', prefix)
     found = _named(self._manager.item_metadata(step).state.tree)
     found = {name: leaf for name, leaf in found.items() if name.startswith(prefix)}
     lines = differences(*({name: f'{"" if dtypes else leaf.dtype}{list(leaf.shape)}' for name, leaf in leaves.items()}
@@ -162,9 +187,14 @@ class Checkpoints:
     if dtypes:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(found[_name(path)].dtype)), abstract)
     args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
-    return Restored(self._manager.restore(step, args=ocp.args.Composite(state=args)).state, document['facts'], step)
+    state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+    if not all_finite([leaf for name, leaf in _named(state).items() if name.startswith('params')]):
+      raise ValueError('its parameters are not finite')
+    return Restored(state, document['facts'], step)
 
   def _read_facts(self, step: int) -> dict:
+    if names := integrity.changed(self.folder / str(step), 'facts/'):
+      raise ValueError(f'{", ".join(names)} is not as it was written')
     document = self._manager.restore(step, args=self._ocp.args.Composite(facts=self._ocp.args.JsonRestore())).facts
     if not isinstance(document, dict) or document.keys() != {'facts', 'metric'}:
       raise ValueError('its facts are incomplete')
@@ -216,6 +246,17 @@ def stored_facts(folder: str | os.PathLike) -> dict | None:
     return checkpoints.facts()
 
 
+def all_finite(tree: Tree) -> bool:
+  """Whether no number of a tree of arrays is infinite or NaN."""
+  return bool(_all_finite(tree))
+
+
+@jax.jit
+def _all_finite(tree: Tree) -> jax.Array:
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.array(leaves, bool))
+
+
 def check(stored: Any, now: Any) -> None:
   """Raises Mismatch, with a line for each difference between two JSON trees."""
   if lines := differences(stored, now):
@@ -234,24 +275,6 @@ def _name(path: tuple) -> str:
 def _named(tree: Tree) -> dict[str, Any]:
   """{'params.w': leaf, ...} of a tree of arrays, or of Orbax's metadata of one."""
   return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _check_files(folder: Any, prefix: str) -> None:
-  """Raises if metadata, the index of the arrays or the end of a chunk is bad: of each chunk it reads one byte.
-
-  Orbax finds the same, but in parallel reads, which it abandons at the first error and which print a trace each.
-  """
-  import tensorstore
-  for path in [folder / '_METADATA', *folder.glob('array_metadatas/*')]:
-    json.loads(path.read_text())
-  base = str(folder) if '://' in str(folder) else f'file://{folder}'
-  store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base}/'}).result()
-  keys = [key for key in store.list().result() if key.startswith(prefix.encode())]
-  if not keys:
-    raise FileNotFoundError('the index of the arrays is missing')
-  for key, read in [(key, store.read(key, byte_range=slice(-1, None))) for key in keys]:
-    if not read.result().value:
-      raise FileNotFoundError(f'a file that holds {key.decode()} is missing')
 
 
 def _check_writable(folder: Any) -> None:

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A line may import from the lines before it, and within a folder from the files named before.
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
-    'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'scripts', 'records', 'hf/files',
+    'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'integrity', 'scripts', 'records', 'hf/files',
     'data/source', 'data/mixture', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',
     'data/turns', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages', 'data/puzzles',
@@ -25,7 +25,7 @@ ROOMS = (
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
 DOORS = {
-    'flax': {'models/'}, 'orbax': {'checkpoint'}, 'tensorstore': {'checkpoint'}, 'matplotlib': {'plot'},
+    'flax': {'models/'}, 'orbax': {'checkpoint'}, 'tensorstore': {'integrity'}, 'matplotlib': {'plot'},
     'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/corpora'}, 'pyarrow': {'data/corpora'},
     'zstandard': {'data/corpora'}, 'ftfy': {'data/clean'}, 'jieba': {'data/clean'}, 'stopwordsiso': {'data/clean'},
     'huggingface_hub': {'pretrained'}, 'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
