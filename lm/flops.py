@@ -4,8 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+_UNKNOWN_LOOP = ('the program multiplies matrices in a loop whose turns are not known before it runs, so its FLOPs '
+                 'cannot be counted; compare by steps, tokens or seconds')
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:
@@ -31,6 +35,61 @@ def counter(function: Callable[..., Any], *args: Any) -> Callable[..., float]:
   return lambda *args: _jaxpr(jaxpr.jaxpr, list(map(known, jax.tree.leaves(args))))[0]
 
 
+def training(function: Callable[..., Any], params: Any, *args: Any) -> float:
+  """The operations of `function(params, *args)` and of its gradient with respect to `params`, none of them twice.
+
+  Those of a model, without what its program computes again to save memory: each matrix product of the function counts
+  once, and once more for each of its two factors that depends on `params`. `args` may be abstract.
+
+  Raises:
+    ValueError: as in `counter`.
+  """
+  jaxpr = jax.make_jaxpr(function)(params, *args).jaxpr
+  trained = len(jax.tree.leaves(params))
+  return _training(jaxpr, [i < trained for i in range(len(jaxpr.invars))])[0]
+
+
+def _training(jaxpr, depend: Sequence[bool]) -> tuple[float, list[bool]]:
+  """Operations, and which outputs depend on the parameters, given which inputs do."""
+  values, total = dict(zip(jaxpr.invars, depend, strict=True)), 0.
+  read = lambda v: not isinstance(v, core.Literal) and values.get(v, False)
+  for equation in jaxpr.eqns:
+    operations, outputs = _differentiated(equation, list(map(read, equation.invars)))
+    total += operations
+    values.update(zip(equation.outvars, outputs))
+  return total, list(map(read, jaxpr.outvars))
+
+
+def _differentiated(equation, depend: Sequence[bool]) -> tuple[float, Sequence[bool]]:
+  name, params, inner = equation.primitive.name, equation.params, _inner(equation)
+  if name == 'scan':
+    # Its inputs are constants, what it carries, and stacks; its outputs what it carries, and stacks.
+    stacks = lambda outer, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
+    carries = len(equation.outvars) - stacks(equation.outvars, inner[0].outvars)
+    last = len(depend) - stacks(equation.invars, inner[0].invars)
+    first = last - carries
+    while True:   # until what the loop carries depends on no more
+      operations, outputs = _training(inner[0], depend)
+      carried = [a or b for a, b in zip(depend[first:last], outputs)]
+      if carried == depend[first:last]:
+        return params['length'] * operations, outputs
+      depend = [*depend[:first], *carried, *depend[last:]]
+  if name == 'cond':
+    operations, outputs = zip(*(_training(branch, depend[1:]) for branch in inner))
+    return max(operations), list(map(any, zip(*outputs)))
+  if name == 'while':
+    if any(_training(jaxpr, [False] * len(jaxpr.invars))[0] for jaxpr in inner):
+      raise ValueError(_UNKNOWN_LOOP)
+  elif inner and len(inner[0].invars) == len(depend):   # a sum of scattered values has a program of one sum
+    operations, outputs = _training(inner[0], depend)
+    return operations * (params['mesh'].size if name == 'shard_map' else 1), outputs
+  real = any(depend) and name != 'stop_gradient'
+  outputs = [real and jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
+  shapes = [v.aval.shape for v in equation.invars]
+  operations = _products(name, params, shapes, equation.outvars[0].aval.shape) if equation.outvars else 0.
+  return operations * (1 + sum(depend[:2])), outputs
+
+
 def _jaxpr(jaxpr, known: Sequence[Any] | None = None) -> tuple[float, list[Any]]:
   """Operations, and the scalars that come out, given inputs; None is what is not known."""
   values, total = dict(zip(jaxpr.invars, known or ())), 0.
@@ -45,20 +104,17 @@ def _jaxpr(jaxpr, known: Sequence[Any] | None = None) -> tuple[float, list[Any]]
 
 
 def _equation(equation, inputs: Sequence[Any]) -> tuple[float, Sequence[Any]]:
-  name, params = equation.primitive.name, equation.params
-  inner = [getattr(value, 'jaxpr', value) for key, value in params.items()
-           if hasattr(getattr(value, 'jaxpr', value), 'eqns') and not key.startswith(('fwd', 'bwd', 'jvp', 'cond_'))]
+  name, params, inner = equation.primitive.name, equation.params, _inner(equation)
   if name == 'jit':
     return _jaxpr(inner[0], inputs)
   if name == 'cond':
     index, *rest = inputs
-    costs = [_jaxpr(branch.jaxpr, rest)[0] for branch in params['branches']]
+    costs = [_jaxpr(branch, rest)[0] for branch in inner]
     return max(costs) if index is None else costs[min(max(int(index), 0), len(costs) - 1)], ()
   if inner:
     operations = sum(_jaxpr(jaxpr)[0] for jaxpr in inner)
     if name == 'while' and operations:
-      raise ValueError('the program multiplies matrices in a loop whose turns are not known before it runs, so its '
-                       'FLOPs cannot be counted; compare by steps, tokens or seconds')
+      raise ValueError(_UNKNOWN_LOOP)
     times = params['length'] if name == 'scan' else params['mesh'].size if name == 'shard_map' else 1   # of one device
     return times * operations, ()
   if not equation.outvars or equation.effects:
@@ -67,6 +123,13 @@ def _equation(equation, inputs: Sequence[Any]) -> tuple[float, Sequence[Any]]:
     found = equation.primitive.bind(*inputs, **params)
     return 0., found if equation.primitive.multiple_results else [found]
   return _products(name, params, [v.aval.shape for v in equation.invars], equation.outvars[0].aval.shape), ()
+
+
+def _inner(equation) -> list[Any]:
+  """The programs in a program's equation that are run: those of a derivative of its own are not."""
+  values = [value for key, parameter in equation.params.items() if not key.startswith(('fwd', 'bwd', 'jvp', 'cond_'))
+            for value in (parameter if isinstance(parameter, tuple) else (parameter,))]
+  return [jaxpr for jaxpr in (getattr(value, 'jaxpr', value) for value in values) if hasattr(jaxpr, 'eqns')]
 
 
 def _products(name: str, params: dict[str, Any], shapes: Sequence[tuple[int, ...]], out: tuple[int, ...]) -> float:

@@ -1,6 +1,7 @@
 """What a training run is: a `Run`, its state, and a step of it. Other rooms know these by `train`."""
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import optim, seeds, sharding
+from lm import flops, optim, seeds, sharding
 from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.data.stages import Schedule, Stage
@@ -221,6 +222,25 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   parts = run.data.length // length
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
                                                      sharding=NamedSharding(mesh, P('data'))), row)
+
+
+def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | None = None) -> float:
+  """Of a model's training, for the MFU: without the optimizer, and without what the backward pass computes again.
+
+  With batches as `abstract_batch` has them. Attention counts the blocks of scores that causality leaves to compute.
+  ValueError for a model whose products cannot be counted.
+  """
+  # Of devices on which all products are JAX's own: those in loops of CPUs and in fused attention cannot be counted.
+  device = jax.sharding.AbstractDevice('TPU v4', 1, 'tpu')
+  mesh = sharding.abstract_mesh('x'.join(map(str, mesh.shape.values())), device)
+
+  def loss(params, batch, constants):
+    return run.objective.loss(run.model.apply, with_constants(params, constants), batch, None)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    batch = abstract_batch(run, mesh, shape)
+    params = jax.eval_shape(lambda: run.model.init(jax.random.key(0)))
+    return flops.training(loss, params, batch, abstract_constants(run)) / math.prod(batch.tokens.shape)
 
 
 def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def make_mesh(shape: str | None = None, devices=None) -> jax.sharding.Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
 
 
-def abstract_mesh(shape: str) -> jax.sharding.AbstractMesh:
-  """A mesh without devices, on which full-size programs are lowered."""
-  return jax.sharding.AbstractMesh(tuple(int(n) for n in shape.split('x')), AXES, axis_types=(AxisType.Explicit,) * 2)
+def abstract_mesh(shape: str, device: jax.sharding.AbstractDevice | None = None) -> jax.sharding.AbstractMesh:
+  """A mesh without devices, on which full-size programs are lowered; for another kind of device where it is given."""
+  return jax.sharding.AbstractMesh(tuple(int(n) for n in shape.split('x')), AXES, axis_types=(AxisType.Explicit,) * 2,
+                                   abstract_device=device)
 
 
 def platform() -> str:

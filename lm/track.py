@@ -122,15 +122,16 @@ class Tracker(contextlib.AbstractContextManager):
     folder: the workdir.
     total_steps: the last step.
     tokens_before: how many tokens the run has read when it is at a step; without it there is no throughput.
-    flops_per_token: of a training step, forward and backward; without it there is no MFU.
+    flops_per_token: of a step, forward and backward, given its number; without it there is no MFU.
     devices: that the run uses, for the MFU; default all.
     step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
     every: seconds between lines where the output is not a terminal; evaluations always get one.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
-               flops_per_token: float | None = None, devices: Sequence[Any] | None = None, step: int = 0,
-               every: float = 15.0, output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+               flops_per_token: Callable[[int], float] | None = None, devices: Sequence[Any] | None = None,
+               step: int = 0, every: float = 15.0, output: TextIO | None = None,
+               clock: Callable[[], float] = time.monotonic):
     self.throughput = Throughput(tokens_before or (lambda step: 0), total_steps, clock=clock)
     self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
     self._devices = jax.devices() if devices is None else devices
@@ -157,7 +158,7 @@ class Tracker(contextlib.AbstractContextManager):
       self.throughput.update(step)
       if speed := self.throughput.tokens_per_second:
         metrics['tokens_per_second'] = speed
-        if self._flops and (utilisation := mfu(self._flops, speed, self._devices)):
+        if self._flops and (utilisation := mfu(self._flops(step), speed, self._devices)):
           metrics['mfu'] = utilisation
     if self._jsonl is None:
       return

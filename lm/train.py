@@ -26,6 +26,7 @@ from lm.run import (
   begin,
   check,
   check_vocabulary,
+  flops_per_token,
   identity,
   init,
   load_constants,
@@ -126,6 +127,21 @@ def _restore(run, mesh, checkpoints) -> tuple[State, int]:
   return restored.state, restored.step
 
 
+def _flops_by_step(run: Run, mesh: jax.sharding.Mesh, devices: list[Any]) -> Callable[[int], float] | None:
+  """FLOPs of a token in each step, by its number; None where there is no MFU, which is said unless devices are CPUs."""
+  unknown = sorted({device.device_kind for device in devices if track.peak_flops(device) is None})
+  try:
+    if not unknown:
+      flops = {shape: flops_per_token(run, mesh, shape) for shape in run.schedule.shapes()}
+      return lambda step: flops[run.schedule.shape(step - 1)]
+    reason = f'the peak FLOP/s of {", ".join(unknown)} is not known; add it in lm/track.py'
+  except ValueError as error:
+    reason = str(error)
+  if unknown != ['cpu']:
+    print(f'no MFU is shown: {reason}')
+  return None
+
+
 class _Loop:
   """The loop of `train`: its parts, so that each fits on a screen."""
 
@@ -141,9 +157,11 @@ class _Loop:
 
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
+    devices = list(self.mesh.devices.flat)
     train_step, pending, key = make_step(run), None, seeds.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start,
-                       devices=list(self.mesh.devices.flat)) as self.tracker, ThreadPoolExecutor(1) as reader:
+                       flops_per_token=_flops_by_step(run, self.mesh, devices),
+                       devices=devices) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
       ended = step >= run.steps or self.out_of_patience(step)
       following = reader.submit(self._read, start)
