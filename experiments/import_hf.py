@@ -21,7 +21,7 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
     loaded = pretrained.save(model, out)
   size = sum(x.size for x in jax.tree.leaves(loaded.params))
   print(f'{size:,} parameters, {len(loaded.model.layers)} layers, {loaded.tokenizer.vocab_size:,} tokens: {out}\n'
-        f'start from it: python experiments/pretrain.py --model={out} --init={out} --text=... --workdir=...')
+        f'start from it: python experiments/pretrain.py --init={out} --text=... --workdir=...')
 
 
 if __name__ == '__main__':

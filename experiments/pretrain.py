@@ -7,17 +7,19 @@ Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; sever
 """
 import functools
 import math
+import pathlib
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm import averaging, groups, guard, launch, lora, optim, pretrained, schedules, train
+from lm import averaging, groups, guard, launch, lora, optim, schedules, train, trained
 from lm.data import augment, clean, corpora, dataset, source, stages, tokenizer
 from lm.data.mixture import mixture
 from lm.models import layers as parts
-from lm.models import multi_token, mup, stack, transformer
+from lm.models import multi_token, mup
+from lm.models.shape import Shape
 from lm.objectives import losses
 from lm.objectives import multi_token as multi_token_objective
 from lm.objectives import objective as objectives
@@ -147,12 +149,14 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
                weights: tuple[float, ...] = (), validation: float = 0.05, stop_words: str | None = None,
-               model: str | None = None, tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] = 'bpe',
-               tokenizer_file: str | None = None, vocab: int = 8192, length: int = 512,
-               architecture: Literal['llama', 'gpt2'] = 'llama',
-               layers: int = 6, width: int = 384, heads: int = 6, kv_heads: int | None = None, dropout: float = 0.,
-               embedding_dropout: float | None = None, attention_dropout: float = 0., layer_dropout: float = 0.,
-               stochastic_depth: float = 0.,
+               init: pathlib.Path | None = None, model: str | None = None,
+               tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] | None = None,
+               tokenizer_file: str | None = None, vocab: int | None = None, length: int | None = None,
+               architecture: Literal['llama', 'gpt2'] | None = None, layers: int | None = None,
+               width: int | None = None, heads: int | None = None, kv_heads: int | None = None,
+               dropout: float | None = None, embedding_dropout: float | None = None,
+               attention_dropout: float | None = None, layer_dropout: float | None = None,
+               stochastic_depth: float | None = None,
                precision: Literal['float32', 'bfloat16'] = 'float32',
                remat: Literal['products', 'none', 'full'] = 'products',
                objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
@@ -184,11 +188,19 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     weights: share of each corpus in a mixture, in the order text, jsonl, parquet, tfds.
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
-    model: take architecture and tokenizer from this Hugging Face or imported folder, in place of the flags of shape
-      from vocab to stochastic_depth; for the parameters see --init.
+    init: start from the result of another run's workdir, from a Hugging Face folder, an imported one or an id on the
+      hub; adapters lie on it. It gives the tokenizer, but where a flag of one is given, and the shape, but where a flag
+      of shape is given.
+    model: take architecture and tokenizer from a run's workdir, a Hugging Face or imported folder or an id on the hub,
+      and not the parameters, which --init gives. Goes with no flag of shape or of a tokenizer.
+    tokenizer_kind: of the tokenizer that is trained; by default bpe. Bytes are not trained.
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
-    vocab: tokens of the tokenizer that is trained, and of the model.
-    length: positions a row.
+    vocab: tokens of the tokenizer that is trained, and of the model; by default 8192.
+    length: positions a row; by default 512, or what the model reads at once, if that is less.
+    architecture: the first flag of shape; by default llama.
+    layers: by default 6.
+    width: by default 384.
+    heads: by default 6.
     dropout: share of what each branch of a layer adds that is zeroed, and of the embedding.
     embedding_dropout: of the embedding; none for that of dropout.
     attention_dropout: of the probabilities of attention.
@@ -236,37 +248,34 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     lora_alpha: adapters are scaled by it over the rank; none for twice the rank.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
-  folder = pretrained.locate(model) if model else None
-  decoder = pretrained.open_model(folder, jnp.dtype(precision)) if folder else None
-  if folder and not isinstance(decoder, transformer.Transformer):
-    raise ValueError(f'--model={model} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
+  given = lambda **flags: {name: value for name, value in flags.items() if value is not None}
+  shape = given(architecture=architecture, layers=layers, width=width, heads=heads, kv_heads=kv_heads, dropout=dropout,
+                embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, layer_dropout=layer_dropout,
+                stochastic_depth=stochastic_depth)
+  of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab)
+  decoder, tokens, size = trained.origin(model, init, shape, of_tokens, jnp.dtype(precision))
+  vocab, shape = vocab or size or 8192, Shape(**shape)
+  length = length or min(512, decoder.max_length if decoder else 512)
   goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)
   more = [name for name in goal.control if name not in tokenizer.CONTROL]   # the tokenizer is made with these
   names = {'control': (*tokenizer.CONTROL, *more)} if more else {}
-  if tokenizer_file or folder:
-    tokens = tokenizer.load(tokenizer_file or folder)
-  elif tokenizer_kind == 'bytes':
+  if tokenizer_file:
+    tokens = tokenizer.load(tokenizer_file)
+  elif tokens is None and tokenizer_kind == 'bytes':
     tokens = tokenizer.Bytes(**names)
+  elif tokens is None:
+    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind or 'bpe', **names)
+  policy = {'products': parts.keep_products, 'none': None, 'full': jax.checkpoint_policies.nothing_saveable}[remat]
+  base = {'base_width': mup_width or shape.width,
+          'base_layers': mup_layers or shape.layers} if mup_width or mup_layers else {}
+  if base and (decoder or shape.architecture != 'llama' or optimizer in ('sgd', 'muon', 'adafactor')):
+    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, its shape '
+                     'given by flags, not by --model or --init, and an optimizer that steps as adamw does; not for '
+                     f'{shape.architecture} with {optimizer}')
+  if decoder:
+    decoder = decoder.clone(dtype=jnp.dtype(precision), remat=policy)
   else:
-    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind, **names)
-  if layer_dropout and stochastic_depth:
-    raise ValueError(f'--layer_dropout={layer_dropout} and --stochastic_depth={stochastic_depth} both leave layers '
-                     'out; give one of them')
-  left_out = (stack.layer_drop(layers, layer_dropout) if layer_dropout else
-              stack.stochastic_depth(layers, stochastic_depth) if stochastic_depth else None)
-  shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': heads, 'max_length': length, 'dropout': dropout,
-           'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout, 'layer_dropout': left_out,
-           'dtype': jnp.dtype(precision), 'remat': {
-               'products': parts.keep_products, 'none': None,
-               'full': jax.checkpoint_policies.nothing_saveable}[remat]}
-  base = {'base_width': mup_width or width, 'base_layers': mup_layers or layers} if mup_width or mup_layers else {}
-  if base and (folder or architecture != 'llama' or optimizer in ('sgd', 'muon', 'adafactor')):
-    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, without '
-                     f'--model, and an optimizer that steps as adamw does; not for {architecture} with {optimizer}')
-  if folder:
-    decoder = decoder.clone(remat=shape['remat'])
-  else:
-    decoder = transformer.gpt2(**shape) if architecture == 'gpt2' else transformer.llama(**shape, kv_heads=kv_heads)
+    decoder = shape.decoder(vocab, length, jnp.dtype(precision), policy)
     decoder = mup.parametrised(decoder, **base) if base else decoder
   if predict_ahead:
     if objective != 'next_token':
@@ -276,7 +285,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     goal = multi_token_objective.multi_token(goal, ahead_weight)
   rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
   if rates or base:
-    rate = groups.Rates(rate, groups.parsed(rates), mup.rates(width, layers, **base) if base else ())
+    rate = groups.Rates(rate, groups.parsed(rates), mup.rates(shape.width, shape.layers, **base) if base else ())
   run = train.Run(
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),

@@ -75,9 +75,9 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   import jax
 
   from lm import lora, records, train, trained
-  init = init.resolve() if init is not None and init.exists() else init   # else an id on the hub
-  if 'init' in inspect.signature(experiment).parameters:
-    knobs = {**knobs, 'init': init}
+  init = init or knobs.get('init')
+  init = init.resolve() if init and init.exists() else init   # else an id on the hub
+  knobs = {**knobs, 'init': init} if 'init' in knobs else knobs
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     knobs = records.settle(knobs, records.read(workdir))

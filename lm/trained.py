@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from lm import averaging, checkpoint, lora, pretrained, records, scripts, train
 from lm.data import tokenizer, turns
 from lm.describe import describe, differences
+from lm.models.multi_token import MultiToken
+from lm.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,26 @@ class StoredResult:
     if loaded.step != self.step:
       raise OSError(f'step {self.step} of {self.workdir} cannot be read any more, the run is at step {loaded.step}')
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+
+
+def origin(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Mapping[str, Any], dtype: Any
+           ) -> tuple[Transformer | None, Any, int | None]:
+  """The decoder, tokenizer and size of the vocabulary that `--model` gives, or else `--init`; None without both.
+
+  The decoder is None where flags of `shape` are given in its place, the tokenizer where flags of it are. ValueError
+  where they are given beside `--model`, which decides on both, or what it names is no decoder.
+  """
+  if not model and not init:
+    return None, None, None
+  source, flags = f'--model={model}' if model else f'--init={init}', [*shape.items(), *tokenizer.items()]
+  if model and flags:
+    raise ValueError(f'{source} gives the shape and the tokenizer, and --{flags[0][0]}={flags[0][1]} is given too; '
+                     'leave one of them out')
+  given = base(model or str(init), dtype)
+  decoder = given.model.trunk if isinstance(given.model, MultiToken) else given.model
+  if not isinstance(decoder, Transformer):
+    raise ValueError(f'{source} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
+  return None if shape else decoder, None if tokenizer else given.tokenizer, decoder.vocab
 
 
 def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:

@@ -110,5 +110,5 @@ def test_train_depends_on_interfaces():
 def test_flax_is_needed_by_nothing_but_models():
   needs = {name for name in MODULES if any(used.startswith('models/') for used in rooms_used(ast.walk(tree(name))))}
   rest = {name for name in needs if not name.startswith(('models/', 'hf/'))}
-  assert rest <= {'generate', 'speculative', 'diffusion', 'plan', 'doctor', 'pretrained', 'lora'}
+  assert rest <= {'generate', 'speculative', 'diffusion', 'plan', 'doctor', 'pretrained', 'trained', 'lora'}
 

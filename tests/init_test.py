@@ -1,0 +1,117 @@
+"""What `pretrain.py` starts from gives its tokenizer and its shape too, or is refused where they do not go together."""
+import argparse
+import inspect
+import pathlib
+
+import jax
+import numpy as np
+import pretrain
+import pytest
+
+from lm import launch, lora, pretrained, scripts, sharding, trained
+from lm.data import tokenizer
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+def knobs(*argv):
+  (found, shared), _ = launch.parse([pretrain.experiment, launch._train], ['pretrain.py', '--validation=0.3', *argv])
+  return {'knobs': found, 'init': shared['init'], 'init_ignore_tokenizer': shared['init_ignore_tokenizer']}
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  with jax.set_mesh(mesh := sharding.make_mesh('1x1', jax.devices()[:1])):
+    yield mesh
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, mesh):
+  """A run with a tokenizer and a shape of its own, an import of it, and texts of two kinds."""
+  folder = tmp_path_factory.mktemp('init')
+  for name, module in (('old', argparse), ('new', inspect)):
+    (folder / name).mkdir()
+    lines = inspect.getsource(module).splitlines(keepends=True)
+    for i in range(0, 800, 20):
+      (folder / name / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
+  scripts.trust(pathlib.Path(pretrain.__file__))
+  launch.start(pretrain.experiment, workdir=folder / 'run', mesh=mesh, **knobs(
+      f'--text={folder}/old/*.txt', '--vocab=500', '--layers=1', '--width=16', '--heads=2', '--length=16', '--batch=4',
+      '--steps=2', '--warmup=1', '--precision=bfloat16'))
+  loaded = trained.load(folder / 'run')
+  pretrained.write(folder / 'hf', loaded.model, loaded.params, loaded.tokenizer)
+  pretrained.save(str(folder / 'hf'), folder / 'imported')
+  return folder
+
+
+@pytest.mark.parametrize('source', ['run', 'hf', 'imported'])
+def test_init_gives_parameters_tokenizer_and_shape(folder, source):
+  if source != 'run':
+    pytest.importorskip('tokenizers')
+  loaded, texts = trained.load(folder / 'run'), f'--text={folder}/new/*.txt'
+  given = trained.base(str(folder / source))
+  for flag in ('init', 'model'):
+    run = pretrain.experiment(**knobs(texts, f'--{flag}={folder / source}')['knobs'])
+    assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
+    assert run.data.length == run.model.max_length == 16 and run.model.dtype == np.float32
+    shapes = lambda model: jax.tree.map(lambda x: x.shape, jax.eval_shape(model.init, jax.random.key(0)))
+    assert shapes(run.model) == shapes(loaded.model)
+  text = 'new text of old words'
+  assert np.array_equal(run.data.tokenizer.encode(text), loaded.tokenizer.encode(text))
+  started = trained.start_from(run, str(folder / source)).start(run.model)
+  assert jax.tree.all(jax.tree.map(np.array_equal, started, loaded.params))
+
+
+def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):
+  flags = f'--init={folder}/run', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'
+  for own in ('--vocab=480', '--tokenizer_kind=bytes'):
+    with pytest.raises(ValueError, match='for another tokenizer .*--init_ignore_tokenizer'):
+      launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **knobs(*flags, own))
+    assert not (tmp_path / 'run' / 'data').exists()
+  settings = knobs(*flags, '--vocab=480', '--init_ignore_tokenizer')
+  run, result = launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **settings)
+  assert result.finished and run.start_tokenizer is None and run.model.vocab == 500
+  assert trained.load(tmp_path / 'run').tokenizer.vocab_size == 480
+
+
+def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder):
+  flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
+  run = pretrain.experiment(**knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
+  assert (run.model.width, run.model.vocab) == (32, 500)
+  assert run.data.tokenizer == trained.load(folder / 'run').tokenizer
+  with pytest.raises(ValueError, match='run does not fit the model of this run'):
+    trained.start_from(run, str(folder / 'run'))
+  for own in ('--width=32', '--vocab=480', '--dropout=0.1', '--tokenizer_kind=bytes'):
+    with pytest.raises(ValueError, match=f'--model=.* gives the shape and the tokenizer, and {own} is given too'):
+      pretrain.experiment(**knobs(f'--model={folder}/run', flags[1], own)['knobs'])
+
+
+def test_adapters_take_the_shape_of_what_they_lie_on(folder):
+  run = pretrain.experiment(**knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')['knobs'])
+  started = trained.start_from(run, str(folder / 'run'))
+  assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
+
+
+def test_an_import_is_opened_with_what_it_came_with(folder, tmp_path):
+  pytest.importorskip('tokenizers')
+  pretrained.save(str(folder / 'hf'), tmp_path / 'imported')
+  path = tmp_path / 'imported' / 'config.json'
+  path.write_text(path.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.1').replace(
+      '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+  with pytest.raises(ValueError, match='config.json of .* is not of the model that was imported'):
+    pretrained.load(str(tmp_path / 'imported'))
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    (tmp_path / 'imported' / name).unlink(missing_ok=True)
+  tokenizer.Bytes(('<|x|>',)).save(tmp_path / 'imported')
+  with pytest.raises(ValueError, match='is not the one that was imported'):
+    trained.base(str(tmp_path / 'imported'))
+
+
+def test_weights_that_changed_in_place_are_others(folder, tmp_path):
+  loaded = trained.load(folder / 'run')
+  prints = []
+  for scale in (1., 1.001, 1.):
+    params = jax.tree.map(lambda x, scale=scale: scale * x, loaded.params)
+    pretrained.write(tmp_path / f'{len(prints)}', loaded.model, params, loaded.tokenizer)
+    prints.append(pretrained.start(tmp_path / f'{len(prints)}', loaded.model).parameters)
+  assert prints[0] == prints[2] != prints[1]
