@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.data import tokenizer
+from lm.data import tokenizer, vocabulary
 from lm.data.render import Renderer
 
 Records = Sequence[Mapping[str, Any]]
 _MARK = f'\ue000{secrets.token_hex(8)}\ue001'
-_NAMES = re.compile(r'<\|[^|<>\s]+\|>|<(?:start|end)_of_\w+>')   # what templates write that must be one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Template:
   def check(self, tokens: tokenizer.Tokenizer) -> None:
     """ValueError where the template writes control tokens that the tokenizer lacks: they would be read as text."""
     text = self.render([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    refuse_missing(dict.fromkeys(_NAMES.findall(text)), tokens)
+    refuse_missing(dict.fromkeys(vocabulary.MARK.findall(text)), tokens)
 
   def ends(self, tokens: tokenizer.Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer, beside those that the tokenizer's files name."""

@@ -4,19 +4,24 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from lm.data import source, vocabulary
 
+_BYTE = re.compile('<0x[0-9A-F]{2}>')
+_SECRET = f'\ue000{secrets.token_hex(8)}\ue001'   # no text has it
+
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(vocabulary.Base):
   """A tokenizer of the `tokenizers` library, by the text of its tokenizer.json and the names of bos and eos in it.
 
-  What the file adds around a text (post-processor), cuts (truncation) or fills up (padding) is left out.
+  What the file adds around a text (post-processor), cuts (truncation) or fills up (padding) is left out. Its control
+  tokens are those that it calls special, and those named like marks of a template (`vocabulary.MARK`).
   """
   model: str = dataclasses.field(repr=False)
   bos: str
@@ -25,36 +30,33 @@ class HuggingFace(vocabulary.Base):
   adds_bos: bool = dataclasses.field(default=True, compare=False)
 
   @functools.cached_property
+  def _original(self) -> Any:
+    return _opened(self.model)
+
+  @functools.cached_property
   def _tokenizer(self) -> Any:
-    return self._opened(True)
+    """For text: it has no control tokens."""
+    return _opened(literal(self.model, set(self._control)))
 
   @functools.cached_property
   def _parser(self) -> Any:
-    return self._opened(False)
-
-  def _opened(self, control_is_text: bool) -> Any:
-    module = source.require('tokenizers', 'tokenizers')
-    try:
-      tokenizer = module.Tokenizer.from_str(self.model)
-    except Exception as error:  # the library raises no narrower class
-      raise ValueError(f'this is no tokenizer.json: {error}') from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = control_is_text
-    return tokenizer
+    """For text that spells control tokens on purpose."""
+    return _opened(literal(self.model, set()))
 
   @functools.cached_property
   def _table(self) -> list[bytes]:
-    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    added = self._tokenizer.get_added_tokens_decoder()
-    byte = byte_level() if '"ByteLevel"' in self.model else None
+    vocabulary = self._original.get_vocab(with_added_tokens=True)
+    added = self._original.get_added_tokens_decoder()
+    form = json.loads(self.model)
+    byte = byte_level() if _has(form, 'ByteLevel') else None
+    fallback = form['model'].get('byte_fallback') or _has(form, 'ByteFallback')
     table = [b''] * (1 + max(vocabulary.values()))
     for name, i in vocabulary.items():
       if i in added:
-        table[i] = b'' if added[i].special else name.encode()
-      elif byte:
+        table[i] = b'' if name in self._control else name.encode()
+      elif byte and not (fallback and _BYTE.fullmatch(name)):
         table[i] = b''.join(byte.get(c, c.encode()) for c in name)
-      elif re.fullmatch('<0x[0-9A-F]{2}>', name):
+      elif fallback and _BYTE.fullmatch(name):
         table[i] = bytes([int(name[3:5], 16)])
       else:
         table[i] = name.removeprefix('##').replace('▁', ' ').encode()
@@ -62,12 +64,13 @@ class HuggingFace(vocabulary.Base):
 
   @functools.cached_property
   def _control(self) -> dict[str, int]:
-    return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+    return {token.content: i for i, token in self._original.get_added_tokens_decoder().items()
+            if token.special or vocabulary.MARK.fullmatch(token.content)}
 
   @functools.cached_property
   def front(self) -> tuple[int, ...]:
     """The ids that the file itself puts in front of a text (its post-processor)."""
-    encoded = self._parser.encode('a')
+    encoded = self._original.encode('a')
     added = [*encoded.special_tokens_mask, 0]
     return tuple(encoded.ids[:added.index(0)])
 
@@ -85,11 +88,66 @@ class HuggingFace(vocabulary.Base):
     return np.array(found.ids, np.int32), spans
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return self._tokenizer.decode(self._checked(ids))
+    control = set(self._control.values())
+    return self._original.decode([i for i in self._checked(ids) if i not in control])
 
   def save(self, folder: str | os.PathLike) -> None:
     vocabulary.write(folder, 'tokenizer.json', self.model.encode())
     vocabulary.write_separators(folder, self)
+
+
+def _opened(model: str) -> Any:
+  module = source.require('tokenizers', 'tokenizers')
+  try:
+    tokenizer = module.Tokenizer.from_str(model)
+  except Exception as error:  # the library raises no narrower class
+    raise ValueError(f'this is no tokenizer.json: {error}') from None
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
+
+
+def _has(form: Mapping[str, Any], kind: str) -> bool:
+  """Whether the pre-tokenizer or the decoder of a tokenizer.json is of a kind, or has a part that is."""
+  parts = [form.get('pre_tokenizer'), form.get('decoder')]
+  for part in parts:
+    if isinstance(part, dict):
+      if part.get('type') == kind:
+        return True
+      parts += [*part.get('pretokenizers', ()), *part.get('decoders', ())]
+  return False
+
+
+def literal(model: str, control: Set[str]) -> str:
+  """The tokenizer.json without ways from a text to the names in `control`, or from '<0x41>' to the byte it names.
+
+  A control token keeps its id under a name that nobody can know, so that neither added tokens nor the vocabulary match
+  it. Pieces of bytes keep their names, by which the library looks them up: what makes them of text is left out.
+  """
+  form = json.loads(model)
+  inner = form['model']
+  words = inner['vocab'] if isinstance(inner['vocab'], dict) else dict(inner['vocab'])
+  has_bytes = any(map(_BYTE.fullmatch, words)) and (inner.get('byte_fallback') or _has(form, 'ByteFallback'))
+  if not control and not has_bytes:
+    return model
+  names = {name: f'{_SECRET}{i}' for i, name in enumerate(sorted(control))}
+  renamed = lambda name: names.get(name, name)
+  for token in form.get('added_tokens', ()):
+    token['content'] = renamed(token['content'])
+  inner['vocab'] = ({renamed(name): i for name, i in words.items()} if isinstance(inner['vocab'], dict) else
+                    [[renamed(name), score] for name, score in inner['vocab']])
+  if isinstance(inner.get('unk_token'), str):
+    inner['unk_token'] = renamed(inner['unk_token'])
+  if 'merges' in inner:
+    pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in inner['merges']]
+    inner['merges'] = [pair for pair in pairs if not control.intersection((*pair, ''.join(pair)))
+                       and not (has_bytes and _BYTE.fullmatch(''.join(pair)))]
+  if has_bytes and ('merges' not in inner or inner.get('ignore_merges')):   # these look for whole words
+    cut = {'type': 'Split', 'pattern': {'Regex': '<(?=0x[0-9A-F]{2}>)'}, 'behavior': 'Isolated', 'invert': False}
+    parts = [part for part in (form.get('pre_tokenizer'), cut) if part]
+    form['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': parts}
+  form['post_processor'] = None
+  return json.dumps(form)
 
 
 def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, int], prefix_space: bool) -> str:

@@ -18,8 +18,9 @@ _SAMPLING = threading.Lock()
 class SentencePiece(vocabulary.Base):
   """A SentencePiece model (arXiv:1808.06226), by the bytes of its .model file and the names of bos and eos in it.
 
-  A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix) is made lossless: it is
-  decoded by its table of bytes, and '▁', which SentencePiece takes for a space, is encoded by its three bytes.
+  A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix, a piece for a space) is made
+  lossless: it is decoded by its table of bytes, and '▁', which SentencePiece takes for a space, is encoded by its three
+  bytes. Pieces that are named like marks of a template (`vocabulary.MARK`) are control tokens.
   """
   model: bytes = dataclasses.field(repr=False)
   bos: str
@@ -31,9 +32,11 @@ class SentencePiece(vocabulary.Base):
   def _processor(self) -> Any:
     import sentencepiece as module
     try:
-      return module.SentencePieceProcessor(model_proto=self.model)
+      opened = module.SentencePieceProcessor(model_proto=self.model)
     except RuntimeError as error:
       raise ValueError(f'this is no SentencePiece model: {error}') from None
+    changed = protobuf.as_control(self.model, vocabulary.MARK.fullmatch)
+    return opened if changed == self.model else module.SentencePieceProcessor(model_proto=changed)
 
   @functools.cached_property
   def _table(self) -> list[bytes]:
@@ -60,10 +63,12 @@ class SentencePiece(vocabulary.Base):
   def _space(self) -> np.ndarray | None:
     """The ids of the bytes of '▁' if the model is lossless."""
     probe = '  A\t Ａ①\r\n ﬁe\u0301\u200b\u3000 \0İ \n '
-    if self._processor.normalize(probe) != probe.replace(' ', '▁'):
+    if protobuf.maps_characters(self.model) or self._processor.normalize(probe) != probe.replace(' ', '▁'):
       return None
-    ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in '▁'.encode()]
-    return np.array(ids, np.int32) if all(map(self._processor.is_byte, ids)) else None
+    if self._processor.is_unknown(self._processor.piece_to_id('▁')):   # a space would be spelled like '▁', in bytes
+      return None
+    ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
+    return np.array([ids[byte] for byte in '▁'.encode()], np.int32) if all(map(self._processor.is_byte, ids)) else None
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     for text in texts:

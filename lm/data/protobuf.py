@@ -5,29 +5,33 @@ would need protobuf, and two libraries in one process that both bring them have 
 """
 import dataclasses
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 UNIGRAM, BPE = 1, 2
 # Sums of multiples of 1/16 are exact in float32 up to 2**20, so that paths of equal score are equal in any library.
 EXACT = 16
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
   name: str
   score: float
-  score_at: int  # where in the file its 4 bytes are
+  score_at: int  # where in the file its 4 bytes are; 0: nowhere, for 0.
   type: int      # NORMAL, ...
+  type_at: int   # where in the file that is; 0: nowhere, for NORMAL
 
 
 def pieces(model: bytes) -> list[Piece]:
   found = []
   for number, start, end in _fields(model, 0, len(model)):
     if number == 1:
-      at = {n: (a, b) for n, a, b in _fields(model, start, end)}
-      score = struct.unpack('<f', model[slice(*at[2])])[0]
-      found.append(Piece(model[slice(*at[1])].decode(), score, at[2][0], model[at[3][0]] if 3 in at else NORMAL))
+      spans = {n: (a, b) for n, a, b in _fields(model, start, end)}
+      score_at, type_at = (spans.get(n, (0,))[0] for n in (2, 3))
+      score = struct.unpack_from('<f', model, score_at)[0] if score_at else 0.
+      found.append(Piece(model[slice(*spans[1])].decode(), score, score_at, model[type_at] if type_at else NORMAL,
+                         type_at))
   return found
 
 
@@ -35,6 +39,21 @@ def kind(model: bytes) -> int:
   """UNIGRAM, BPE, or a number that we do not use."""
   settings = next(((a, b) for number, a, b in _fields(model, 0, len(model)) if number == 2), (0, 0))
   return next((model[a] for number, a, _ in _fields(model, *settings) if number == 3), UNIGRAM)
+
+
+def maps_characters(model: bytes) -> bool:
+  """Whether a text is normalised by a table of characters before it is cut."""
+  specs = [(a, b) for number, a, b in _fields(model, 0, len(model)) if number == 3]
+  return any(b > a for spec in specs for number, a, b in _fields(model, *spec) if number == 2)
+
+
+def as_control(model: bytes, matches: Callable[[str], Any]) -> bytes:
+  """The model with those user-defined pieces as control tokens whose names match: no text has them then."""
+  data = bytearray(model)
+  for piece in pieces(model):
+    if piece.type == USER_DEFINED and matches(piece.name):
+      data[piece.type_at] = CONTROL
+  return bytes(data)
 
 
 def ends(encoded: bytes) -> list[int]:
@@ -48,7 +67,8 @@ def rounded(model: bytes) -> bytes:
   """The model with every score a multiple of 1/EXACT."""
   data = bytearray(model)
   for piece in pieces(model):
-    struct.pack_into('<f', data, piece.score_at, round(piece.score * EXACT) / EXACT)
+    if piece.score_at:
+      struct.pack_into('<f', data, piece.score_at, round(piece.score * EXACT) / EXACT)
   return bytes(data)
 
 

@@ -37,7 +37,8 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
     vocab: tokens in all: 256 bytes, unknown, bos, eos, the control tokens, then pieces.
     kind: 'bpe' (arXiv:1508.07909), or 'unigram' (arXiv:1804.10959), whose training takes 50 times as long.
     control: names of the control tokens to keep room for.
-    character_coverage: share of the characters met that get a piece; the rest are spelled in bytes.
+    character_coverage: share of the characters met that get a piece; the rest are spelled in bytes. A space and a tab
+      are always pieces.
     sample_bytes: train on whole documents drawn at random up to this size; by default 16 MB (bpe) or 1.5 MB (unigram).
 
   Raises:
@@ -56,7 +57,7 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
         sentence_iterator=iter(sample), model_writer=model, model_type=kind, vocab_size=vocab,
         control_symbols=list(control), character_coverage=character_coverage, byte_fallback=True,
         normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+        allow_whitespace_only_pieces=True, split_by_unicode_script=False, required_chars='▁\t',
         max_sentence_length=8 * _PIECE, minloglevel=2,
         num_threads=8)  # a constant: unigram sums its counts by thread, in floating point
   except RuntimeError as error:

@@ -90,6 +90,10 @@ CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
            '<|R|>', '<|S|>', '<|X|>')
 
 
+# What templates write to mark a turn: one token, also where a file adds it as plain text (special=false).
+MARK = re.compile(r'<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>')
+
+
 class Base:
   """What tokenizers share. They give `_table`, id -> bytes, and `_control`, name -> id; `bos` and `eos` are names.
 
