@@ -85,7 +85,11 @@ def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
     step, facts = max(checkpoints.steps(), default=0) if chosen is None else chosen, checkpoints.facts(chosen)
   if facts is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
-  tokens = run.data.load_tokenizer(workdir)
+  try:
+    tokens = run.data.load_tokenizer(workdir)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is not there ({error}); copy it back, or give the '
+                            'command that trained the run again, which makes it of the same text') from None
   now = {'model': describe(run.model), 'tokenizer': tokens.fingerprint}
   if isinstance(run.model, lora.Adapted):
     now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
@@ -122,10 +126,10 @@ class Base(NamedTuple):
   start: Callable[[Any], Any]
 
 
-def base(name: str, dtype: Any = jnp.float32) -> Base:
+def base(name: str, dtype: Any = jnp.float32, with_tokenizer: bool = True) -> Base:
   """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
 
-  FileNotFoundError where there is nothing of the kind.
+  A folder may lack a tokenizer where none is wanted. FileNotFoundError where there is nothing of the kind.
   """
   folder = pathlib.Path(name).expanduser()
   if records.read(folder):
@@ -134,7 +138,7 @@ def base(name: str, dtype: Any = jnp.float32) -> Base:
                 StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, dtype)
-  tokens = pretrained.open_tokenizer(folder, model)
+  tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
   return Base(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
 
 
@@ -147,8 +151,11 @@ class StoredResult:
 
   def __call__(self, model: Any) -> Any:
     loaded = load(self.workdir)
-    if loaded.step != self.step:
-      raise OSError(f'step {self.step} of {self.workdir} cannot be read any more, the run is at step {loaded.step}')
+    if loaded.step > self.step:
+      raise ValueError(f'{self.workdir} has gone on from step {self.step} to {loaded.step} meanwhile; start again')
+    if loaded.step < self.step:
+      raise OSError(f'step {self.step} of {self.workdir} cannot be read, only step {loaded.step}; to start from that '
+                    f'one, move {self.workdir}/checkpoints/{self.step} away')
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
 
@@ -165,7 +172,7 @@ def origin(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Ma
   if model and flags:
     raise ValueError(f'{source} gives the shape and the tokenizer, and --{flags[0][0]}={flags[0][1]} is given too; '
                      'leave one of them out')
-  given = base(model or str(init), dtype)
+  given = base(model or str(init), dtype, with_tokenizer=not tokenizer)
   decoder = given.model.trunk if isinstance(given.model, MultiToken) else given.model
   if not isinstance(decoder, Transformer):
     raise ValueError(f'{source} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
@@ -178,7 +185,7 @@ def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> tra
   Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
   naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
   """
-  given = base(init)
+  given = base(init, with_tokenizer=not ignore_tokenizer)
   pretrained.check_shapes(init, given.model, lora.plain(run.model))
   of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
   return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)

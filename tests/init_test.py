@@ -74,6 +74,17 @@ def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp
   assert trained.load(tmp_path / 'run').tokenizer.vocab_size == 480
 
 
+def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path):
+  loaded = trained.load(folder / 'run')
+  pretrained.write(tmp_path / 'hf', loaded.model, loaded.params, loaded.tokenizer)
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+    (tmp_path / 'hf' / name).unlink(missing_ok=True)
+  run = pretrain.experiment(**knobs(f'--init={tmp_path}/hf', f'--text={folder}/new/*.txt', '--vocab=480')['knobs'])
+  with pytest.raises(FileNotFoundError, match='there is no such tokenizer'):
+    trained.start_from(run, str(tmp_path / 'hf'))
+  assert trained.start_from(run, str(tmp_path / 'hf'), ignore_tokenizer=True).start is not None
+
+
 def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
   run = pretrain.experiment(**knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])

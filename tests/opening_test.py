@@ -97,9 +97,9 @@ def activation(x):
 class Small(neighbour.Bigram):
   activation: Callable = activation
 
-  def apply(self, params, batch, **options):   # with adapters or without
+  def apply(self, params, batch, *, key=None, cache=None, taps=()):   # with adapters or without
     plain = {name: value.merged() if hasattr(value, 'merged') else value for name, value in params.items()}
-    return super().apply(plain, batch, **options)
+    return super().apply(plain, batch, key=key)
 
 def experiment(*, width: int = 8, lr: float = 0.03, steps: int = 4, names: int = 2, average: float = 0.,
                free: bool = False, patience: int | None = None, lora_rank: int = 0) -> train.Run:
@@ -173,6 +173,32 @@ def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   for opens in (trained.load, lambda path: trained.base(str(path))):
     with pytest.raises(ValueError, match=f'tokenizer: .{tokenizer.Bytes(("<|0|>", "<|1|>")).fingerprint}. before'):
       opens(tmp_path / 'run')
+
+
+def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
+  result = program('run')
+  shutil.rmtree(tmp_path / 'run' / 'data')
+  with pytest.raises(FileNotFoundError, match='the tokenizer of the run in .* is not there .*command that trained'):
+    trained.load(tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'data').exists()
+  program('run')
+  assert same(trained.load(tmp_path / 'run').params, result.params)
+
+
+def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_was(program, tmp_path):
+  program('run')
+  program('run', steps=6)
+  base = trained.base(str(tmp_path / 'run'))
+  for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'state').rglob('d/*'):
+    file.write_bytes(b'')
+  with pytest.raises(OSError, match='step 6 of .* cannot be read, only step 4; .* move .*/checkpoints/6 away'):
+    base.start(base.model)
+  (tmp_path / 'run' / 'checkpoints' / '6').rename(tmp_path / '6')
+  base = trained.base(str(tmp_path / 'run'))
+  assert base.start.step == 4
+  program('run', steps=7)
+  with pytest.raises(ValueError, match='gone on from step 4 to 7 meanwhile'):
+    base.start(base.model)
 
 
 def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_demand(program, tmp_path):
