@@ -179,6 +179,23 @@ def test_what_goes_out_is_what_came_in(opened, transformers, version, record_pro
   record_property('T5ForConditionalGeneration/back', 'same')
 
 
+def test_an_untied_model_whose_tables_are_one_in_the_files_is_read(transformers, tmp_path):
+  """As transformers 5 saves what it has begun or trained with `tie_word_embeddings` false."""
+  config = transformers.T5Config(**V11)
+  theirs = transformers.T5ForConditionalGeneration(config).eval()
+  theirs.save_pretrained(tmp_path / 'in')
+  with files.Weights(tmp_path / 'in') as found:
+    assert 'lm_head.weight' not in found
+  model, params = load(tmp_path / 'in')
+  assert not model.tied
+  batch = make_batch()
+  expected = call(theirs, batch).logits.detach().numpy()
+  assert np.abs(forward(model, params, batch) - expected)[batch.segments > 0].max() <= 1e-4 * np.abs(expected).max()
+  weights.write(tmp_path / 'out', model, params, extra={'decoder_start_token_id': 0})
+  again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / 'out')
+  np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), expected)
+
+
 @versions
 def test_every_switch_of_a_config_matters_or_is_refused(opened, version, tmp_path):
   _, model, params, folder = opened(version)

@@ -93,5 +93,7 @@ FAMILY = names.Family(
     ignored=lambda name: name == 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
     copies=lambda model: dict.fromkeys(
         ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight'), 'shared.weight'),
+    # Transformers 5 writes one table for the two of an untied model where they are equal.
+    older=lambda name: 'shared.weight' if name == 'lm_head.weight' else name,
     stacks=lambda model: [(f'{name}.block.{{}}.', ('blocks', name), getattr(model, name))
                           for name in ('encoder', 'decoder')])
