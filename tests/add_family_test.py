@@ -11,7 +11,8 @@ FILE = '''"""StarCoder 2 (Lozhkov et al. 2024): Llama with LayerNorm, biases, an
 import jax
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -38,7 +39,7 @@ def config(model: transformer.Transformer) -> dict:
   attention = model.layers[0].attention
   return {**Sizes.of(model).config(), 'norm_epsilon': model.norm.eps, 'hidden_act': 'gelu_pytorch_tanh',
           'use_bias': True, 'sliding_window': attention.scores.window,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 def layer(block: parts.Block) -> list[names.Map]:

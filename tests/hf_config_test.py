@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm.hf import weights
-from lm.hf.config import Config, rope
+from lm.hf.config import Config
+from lm.hf.rope import rope
 from lm.models import rotary
 
 LLAMA = {'architectures': ['LlamaForCausalLM'], 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4,

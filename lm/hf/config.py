@@ -1,4 +1,4 @@
-"""A `config.json` read field by field, so that nothing in it is ignored; rotary positions and sizes, both ways."""
+"""A `config.json` read field by field, so that nothing in it is ignored; sizes and windows, both ways."""
 import dataclasses
 import functools
 import json
@@ -7,14 +7,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 from absl import logging
 
 from lm.hf import fields
-from lm.models import rotary
 
 _REQUIRED = object()
-_TYPES = 'full_attention', 'sliding_attention'
+TYPES = 'full_attention', 'sliding_attention'
 
 
 class Config:
@@ -158,82 +156,6 @@ class Sizes:
             'tie_word_embeddings': self.tied}
 
 
-def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -> rotary.Scaling | None:
-  """The scaling of rotary positions that `rope_parameters` has."""
-  match named:
-    case 'default':
-      return None
-    case 'linear':
-      return rotary.Linear(r.get('factor', float))
-    case 'llama3':
-      return rotary.Llama3(r.get('factor', float), r.get('low_freq_factor', float),
-                           r.get('high_freq_factor', float), original)
-    case 'yarn':
-      factor = r.get('factor', float, max_length / original)
-      scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
-      attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
-      turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
-      return rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
-                         r.get('truncate', bool, True))
-    case 'longrope':
-      factor = r.get('factor', float, max_length / original)
-      attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
-      short, long = (tuple(map(float, r.get(name, list))) for name in ('short_factor', 'long_factor'))
-      if not len(short) == len(long) == size // 2:
-        r.refuse('short_factor', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
-      return rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
-    case _:
-      return r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
-
-
-def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
-         interleaved: bool = False, part: float | None = None) -> rotary.Rotary:
-  """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
-
-  `kind` chooses where the parameters differ by type of layer, of which older files scale 'full_attention' alone.
-  `part` is of a head, which turns, by default; None for families that turn all of it.
-  """
-  r, full = c.inner('rope_parameters'), kind != 'sliding_attention'
-  if full:
-    theta = c.get('rope_theta', float, theta)
-  if r is None:
-    r = c.inner('rope_scaling') if full else None
-  elif kind is not None:
-    types = {name: r.inner(name) for name in _TYPES}
-    r.finish()
-    r = types[kind]
-  r = r or Config({})
-  theta = r.get('rope_theta', float, theta)
-  named = r.get('rope_type', str, None) or r.get('type', str, 'default')
-  r.only('type', named)
-  if part is None:
-    c.only('partial_rotary_factor', 1., 1)
-    r.only('partial_rotary_factor', 1., 1)
-  part = r.get('partial_rotary_factor', float, c.get('partial_rotary_factor', float, part or 1.))
-  size = int(head_size * part)
-  if size < 2 or size % 2:
-    c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
-  # Phi 3 has it outside too, and that is what counts.
-  original = c.size('original_max_position_embeddings', r.size('original_max_position_embeddings', max_length))
-  try:
-    scaling = _scaling(r, named, original, max_length, size)
-  except ArithmeticError as error:
-    raise ValueError(f'rope_parameters do not add up to {named} scaling: {error}') from None
-  r.finish()
-  found = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
-  if not (size < 2 ** 16 and theta > 0 and _finite(found, size)):
-    c.refuse('rope_parameters', rope_config(found, head_size), 'frequencies that are finite, of a head of some hundred')
-  return found
-
-
-def _finite(found: rotary.Rotary, size: int) -> bool:
-  try:
-    with np.errstate(all='ignore'):
-      return bool(np.isfinite(found.frequencies(size)).all())
-  except (ArithmeticError, ValueError):
-    return False
-
-
 def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | None = None) -> list[int | None]:
   """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`.
 
@@ -241,12 +163,12 @@ def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | 
   """
   window = c.get('sliding_window', int, None)
   window = None if window == none else c.size('sliding_window', None)
-  types = c.get('layer_types', list, [_TYPES[window is not None and sliding(i)] for i in range(layers)])
-  if len(types) != layers or not all(t in _TYPES for t in types):
-    c.refuse('layer_types', types, f'{layers} of {" or ".join(_TYPES)}')
-  if window is None and _TYPES[1] in types:
-    c.refuse('sliding_window', window, f'a number, for layer_types has {_TYPES[1]}')
-  return [window if t == _TYPES[1] else None for t in types]
+  types = c.get('layer_types', list, [TYPES[window is not None and sliding(i)] for i in range(layers)])
+  if len(types) != layers or not all(t in TYPES for t in types):
+    c.refuse('layer_types', types, f'{layers} of {" or ".join(TYPES)}')
+  if window is None and TYPES[1] in types:
+    c.refuse('sliding_window', window, f'a number, for layer_types has {TYPES[1]}')
+  return [window if t == TYPES[1] else None for t in types]
 
 
 def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
@@ -254,42 +176,11 @@ def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> 
   used = c.get('use_sliding_window', bool, False)
   found = windows(c, layers, lambda i: used and sliding(i), None if used else 0)
   if any(found) and not used:
-    c.refuse('use_sliding_window', used, f'true, for layer_types has {_TYPES[1]}')
+    c.refuse('use_sliding_window', used, f'true, for layer_types has {TYPES[1]}')
   return found
 
 
 def windows_config(model: Any) -> dict[str, Any]:
   """`sliding_window` and `layer_types` of `model`."""
   found = [block.attention.scores.window for block in model.layers]
-  return {'sliding_window': next(filter(None, found), None), 'layer_types': [_TYPES[w is not None] for w in found]}
-
-
-def mscale(factor: float, scale: float) -> float:
-  """How much YaRN raises attention."""
-  return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.
-
-
-def rope_config(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
-  """`rope_parameters` for `r`."""
-  found: dict[str, Any] = {'rope_theta': r.theta, 'rope_type': 'default'}
-  if r.size is not None:
-    found['partial_rotary_factor'] = r.size / head_size
-  match r.scaling:
-    case rotary.Linear(factor):
-      found |= {'rope_type': 'linear', 'factor': factor}
-    case rotary.Llama3(factor, low, high, original):
-      found |= {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low, 'high_freq_factor': high,
-                'original_max_position_embeddings': original}
-    case rotary.Yarn(factor, original, attention, fast, slow, truncate):
-      found |= {'rope_type': 'yarn', 'factor': factor, 'original_max_position_embeddings': original,
-                'attention_factor': attention, 'beta_fast': fast, 'beta_slow': slow, 'truncate': truncate}
-    case rotary.LongRope(short, long, original, attention):
-      found |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
-                'original_max_position_embeddings': original, 'attention_factor': attention}
-  return found
-
-
-def typed_rope_config(model: Any) -> dict[str, Any]:
-  """`rope_parameters` by type of layer."""
-  return {_TYPES[a.scores.window is not None]: rope_config(a.rotary, a.head_size)
-          for a in (block.attention for block in model.layers)}
+  return {'sliding_window': next(filter(None, found), None), 'layer_types': [TYPES[w is not None] for w in found]}

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from lm.hf import experts, names
-from lm.hf.config import Config, mscale, rope, rope_config
+from lm.hf.config import Config
+from lm.hf.rope import mscale, older_fields, parameters, rope
 from lm.models import attention as attend
 from lm.models import latent, moe, stack, transformer
 from lm.models import layers as parts
@@ -80,7 +81,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'max_position_embeddings': model.max_length, 'rms_norm_eps': model.norm.eps,
           'tie_word_embeddings': model.tied, 'first_k_dense_replace': len(dense), 'num_nextn_predict_layers': 0,
           'hidden_act': 'silu', 'rope_interleave': attention.rotary.interleaved,
-          'rope_parameters': _rope_config(attention), **(_experts_config(sparse) if sparse else {})}
+          **older_fields(_parameters(attention)), **(_experts_config(sparse) if sparse else {})}
 
 
 def _experts_config(sparse: moe.Experts) -> dict[str, Any]:
@@ -91,9 +92,9 @@ def _experts_config(sparse: moe.Experts) -> dict[str, Any]:
           'norm_topk_prob': router.renormalize}
 
 
-def _rope_config(attention: latent.LatentAttention) -> dict[str, Any]:
+def _parameters(attention: latent.LatentAttention) -> dict[str, Any]:
   """With the `mscale_all_dim` that raises the scores as they are raised; to nine digits, which takes rounding away."""
-  found, scale = rope_config(attention.rotary, attention.rope_size), attention.scores.scale
+  found, scale = parameters(attention.rotary, attention.rope_size), attention.scores.scale
   if scale is None or not isinstance(attention.rotary.scaling, Yarn) or attention.rotary.scaling.factor <= 1:
     return found
   raised = math.sqrt(scale * (attention.nope_size + attention.rope_size) ** 0.5) - 1

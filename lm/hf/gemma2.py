@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config, windows, windows_config
+from lm.hf.config import Config, Sizes, windows, windows_config
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -35,7 +36,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   return {**Sizes.of(model).config(), **windows_config(model), 'hidden_activation': 'gelu_pytorch_tanh',
           'attention_bias': attention.bias, 'query_pre_attn_scalar': round(attention.scores.scale ** -2),
           'attn_logit_softcapping': attention.scores.softcap, 'final_logit_softcapping': model.softcap,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Gemma2ForCausalLM', 'gemma2', model, config, names.llama_layer, names.llama_rest)

@@ -3,7 +3,8 @@ layer, whose positions turn slower. Of files that see images too, the language m
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, typed_rope_config, windows, windows_config
+from lm.hf.config import Config, Sizes, windows, windows_config
+from lm.hf.rope import rope, typed_rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -42,7 +43,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   attention = model.layers[0].attention
   return {**Sizes.of(model).config(), **windows_config(model), 'hidden_activation': 'gelu_pytorch_tanh',
           'attention_bias': attention.bias, 'query_pre_attn_scalar': round(attention.scores.scale ** -2),
-          'final_logit_softcapping': model.softcap, 'rope_parameters': typed_rope_config(model)}
+          'final_logit_softcapping': model.softcap, **typed_rope_config(model, 'rope_local_base_freq')}
 
 
 FAMILY = names.Family('Gemma3ForCausalLM', 'gemma3_text', model, config, names.llama_layer, names.llama_rest)

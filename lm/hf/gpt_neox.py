@@ -5,7 +5,8 @@ import jax
 import numpy as np
 
 from lm.hf import names
-from lm.hf.config import Config, rope, rope_config
+from lm.hf.config import Config
+from lm.hf.rope import older_fields, parameters, rope
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -46,7 +47,14 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'max_position_embeddings': model.max_length, 'hidden_act': names_of[block.feed_forward.activation],
           'layer_norm_eps': model.norm.eps, 'attention_bias': block.attention.bias,
           'use_parallel_residual': isinstance(block, parts.ParallelBlock), 'tie_word_embeddings': model.tied,
-          'rope_parameters': rope_config(block.attention.rotary, block.attention.head_size)}
+          **_rope_config(block.attention)}
+
+
+def _rope_config(attention: attend.Attention) -> dict[str, Any]:
+  """Under older names of this family too, which turns a quarter of a head where a file does not say how much."""
+  r = {'partial_rotary_factor': 1., **parameters(attention.rotary, attention.head_size)}
+  return {'rope_parameters': r, 'rotary_emb_base': r['rope_theta'], 'rotary_pct': r['partial_rotary_factor'],
+          'rope_scaling': older_fields(r)['rope_scaling']}
 
 
 def layer(block: parts.Block | parts.ParallelBlock) -> list[names.Map]:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from lm.hf import experts, names
-from lm.hf.config import Config, Sizes, rope, rope_config, windows, windows_config
+from lm.hf.config import Config, Sizes, windows, windows_config
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import moe, rotary, stack, transformer
@@ -45,7 +46,13 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   return {**Sizes.of(model).config(), **windows_config(model), 'hidden_act': 'silu', 'attention_bias': attention.bias,
           'num_local_experts': mixture.experts, 'num_experts_per_tok': mixture.router.top_k,
           'swiglu_limit': mixture.activation.limit, 'swiglu_alpha': mixture.activation.alpha,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **_rope_config(attention)}
+
+
+def _rope_config(attention: attend.Attention) -> dict[str, Any]:
+  """No scaling is said in words: this family scales where a file says nothing of it."""
+  found = rope_config(attention.rotary, attention.head_size)
+  return found | {'rope_scaling': found['rope_scaling'] or {'rope_type': 'default'}}
 
 
 def feed_forward(mixture: moe.Experts) -> Iterator[names.Map]:

@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -26,7 +27,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   block = model.layers[0]
   return {**Sizes.of(model).config(), 'hidden_act': 'silu', 'attention_bias': block.attention.bias,
           'mlp_bias': block.feed_forward.bias,
-          'rope_parameters': rope_config(block.attention.rotary, block.attention.head_size)}
+          **rope_config(block.attention.rotary, block.attention.head_size)}
 
 
 FAMILY = names.Family('LlamaForCausalLM', 'llama', model, config, names.llama_layer, names.llama_rest)

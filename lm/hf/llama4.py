@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import moe, stack, transformer
@@ -91,7 +92,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'attn_temperature_tuning': temperature is not None, **tuned,
           'attention_chunk_size': next(filter(None, chunks), None),
           'layer_types': [_TYPES[chunk is not None] for chunk in chunks],
-          'rope_parameters': rope_config(turning.rotary or Rotary(), turning.head_size)}
+          **rope_config(turning.rotary or Rotary(), turning.head_size)}
 
 
 def layer(block: parts.Block) -> list[names.Map]:

@@ -3,7 +3,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lm.hf import experts, names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import moe, stack, transformer
@@ -26,7 +27,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   attention, mixture = model.layers[0].attention, experts.first(model)
   return {**Sizes.of(model).config(), 'hidden_act': 'silu', 'sliding_window': attention.scores.window,
           'num_local_experts': mixture.experts, 'num_experts_per_tok': mixture.router.top_k,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 def feed_forward(mixture: moe.Experts) -> Iterator[names.Map]:

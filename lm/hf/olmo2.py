@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -23,7 +24,7 @@ def model(c: Config) -> transformer.Transformer:
 def config(model: transformer.Transformer) -> dict[str, Any]:
   attention = model.layers[0].attention
   return {**Sizes.of(model).config(), 'hidden_act': 'silu', 'attention_bias': attention.bias,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Olmo2ForCausalLM', 'olmo2', model, config, names.llama_layer, names.llama_rest)

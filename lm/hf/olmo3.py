@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, typed_rope_config, windows, windows_config
+from lm.hf.config import Config, Sizes, windows, windows_config
+from lm.hf.rope import rope, typed_rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -14,7 +15,8 @@ def model(c: Config) -> transformer.Transformer:
   c.defaults({'rms_norm_eps': 1e-5, 'sliding_window': 4096})
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
-  c.only('rope_theta', _THETA, int(_THETA))   # releases of transformers differ in what it means for windows
+  if not c.has('rope_parameters'):   # releases of transformers differ in what it means for windows
+    c.only('rope_theta', _THETA, int(_THETA))
   full, local = (rope(c, s.max_length, s.head_size, _THETA, kind) for kind in ('full_attention', 'sliding_attention'))
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, full if window is None else local,
@@ -28,7 +30,7 @@ def model(c: Config) -> transformer.Transformer:
 
 def config(model: transformer.Transformer) -> dict[str, Any]:
   return {**Sizes.of(model).config(), **windows_config(model), 'hidden_act': 'silu',
-          'attention_bias': model.layers[0].attention.bias, 'rope_parameters': typed_rope_config(model)}
+          'attention_bias': model.layers[0].attention.bias, **typed_rope_config(model)}
 
 
 FAMILY = names.Family('Olmo3ForCausalLM', 'olmo3', model, config, names.llama_layer, names.llama_rest)

@@ -4,7 +4,8 @@ from typing import Any
 import numpy as np
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import longrope_attention, older_fields, parameters, rope
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import rotary, stack, transformer
@@ -29,10 +30,19 @@ def model(c: Config) -> transformer.Transformer:
 
 def config(model: transformer.Transformer) -> dict[str, Any]:
   attention = model.layers[0].attention
-  r = rope_config(attention.rotary, attention.head_size)
   return {**Sizes.of(model).config(), 'hidden_act': 'silu', 'sliding_window': attention.scores.window,
-          'rope_parameters': r,
-          'original_max_position_embeddings': r.get('original_max_position_embeddings', model.max_length)}
+          'original_max_position_embeddings': model.max_length, **_rope_config(attention, model.max_length)}
+
+
+def _rope_config(attention: attend.Attention, max_length: int) -> dict[str, Any]:
+  """Older readers take three fields of scaling, from which the rest follows; where it does not, they get none."""
+  found, scaling = older_fields(parameters(attention.rotary, attention.head_size)), attention.rotary.scaling
+  if isinstance(scaling, rotary.LongRope):
+    found['rope_scaling'] = None
+    if scaling.attention == longrope_attention(max_length / scaling.original, scaling.original):
+      found['rope_scaling'] = {'type': 'longrope', 'short_factor': list(scaling.short),
+                               'long_factor': list(scaling.long)}
+  return found
 
 
 def layer(block: parts.Block) -> list[names.Map]:

@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
+from lm.hf.config import Config, Sizes, optional_windows, windows_config
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -26,7 +27,7 @@ def model(c: Config) -> transformer.Transformer:
 def config(model: transformer.Transformer) -> dict[str, Any]:
   attention, windows = model.layers[0].attention, windows_config(model)
   return {**Sizes.of(model).config(), **windows, 'use_sliding_window': windows['sliding_window'] is not None,
-          'hidden_act': 'silu', 'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          'hidden_act': 'silu', **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Qwen2ForCausalLM', 'qwen2', model, config, names.llama_layer, names.llama_rest)

@@ -3,7 +3,8 @@ tokens share; windows on every other of the lower layers."""
 from typing import Any
 
 from lm.hf import experts, names
-from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
+from lm.hf.config import Config, Sizes, optional_windows, windows_config
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import moe, stack, transformer
@@ -35,7 +36,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'num_experts': mixture.experts, 'num_experts_per_tok': mixture.router.top_k,
           'norm_topk_prob': mixture.router.renormalize, 'moe_intermediate_size': mixture.hidden,
           'shared_expert_intermediate_size': mixture.shared.hidden,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Qwen2MoeForCausalLM', 'qwen2_moe', model, config, experts.qwen_layer, names.llama_rest)

@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import names
-from lm.hf.config import Config, Sizes, optional_windows, rope, rope_config, windows_config
+from lm.hf.config import Config, Sizes, optional_windows, windows_config
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
@@ -27,7 +28,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   attention, windows = model.layers[0].attention, windows_config(model)
   return {**Sizes.of(model).config(), **windows, 'use_sliding_window': windows['sliding_window'] is not None,
           'hidden_act': 'silu', 'attention_bias': attention.bias,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Qwen3ForCausalLM', 'qwen3', model, config, names.llama_layer, names.llama_rest)

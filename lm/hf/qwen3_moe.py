@@ -2,7 +2,8 @@
 from typing import Any
 
 from lm.hf import experts, names
-from lm.hf.config import Config, Sizes, rope, rope_config
+from lm.hf.config import Config, Sizes
+from lm.hf.rope import rope, rope_config
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import moe, stack, transformer
@@ -38,7 +39,7 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'attention_bias': attention.bias, 'num_experts': mixture.experts,
           'num_experts_per_tok': mixture.router.top_k, 'norm_topk_prob': mixture.router.renormalize,
           'moe_intermediate_size': mixture.hidden,
-          'rope_parameters': rope_config(attention.rotary, attention.head_size)}
+          **rope_config(attention.rotary, attention.head_size)}
 
 
 FAMILY = names.Family('Qwen3MoeForCausalLM', 'qwen3_moe', model, config, experts.qwen_layer, names.llama_rest)
