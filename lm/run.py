@@ -18,6 +18,7 @@ from lm.data.augment import Augmentation, augmented
 from lm.data.batches import KINDS, Batch, Special, template
 from lm.data.stages import Schedule, Stage
 from lm.describe import describe
+from lm.gradient import Gradient, accumulate, accumulated
 from lm.guard import Guard
 from lm.interfaces import Constants, Data, Model, Opened
 from lm.objectives.objective import Objective
@@ -34,7 +35,7 @@ class Run:
   `constants` are parameters that stay as they are. The text of training, not of validation, goes through `augment`.
   Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
   evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
-  steps that spike.
+  steps that spike. `gradient` computes the gradient of a step, see there.
   """
   model: Model
   objective: Objective
@@ -55,6 +56,7 @@ class Run:
   stages: tuple[Stage, ...] = ()
   patience: int | None = None
   guard: Guard | None = None
+  gradient: Gradient = accumulated
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -143,8 +145,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
 
     key = seeds.key(run.seed) if key is None else key
     key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-    totals = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, key, run.accumulate)
-    (loss_sum, (weight_sum, sums)), grads = totals
+    (loss_sum, (weight_sum, sums)), grads = run.gradient(loss, state.params, batch, key, run.accumulate)
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
     share = 1 / weight_sum   # a factor, which XLA makes a part of what reads the gradients; a division it writes down
     grads = jax.tree.map(lambda g: g * share, grads)
@@ -152,7 +153,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # nothing of a part is kept for its gradient
     updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
         grads, state.opt_state, state.params, value=mean,
-        obj_fn=lambda params: _mean(_accumulate(part, params, batch, key, run.accumulate)))
+        obj_fn=lambda params: _mean(accumulate(part, params, batch, key, run.accumulate)))
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)
     metrics = {'loss': mean, 'grad_norm': norm,
                'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
@@ -171,23 +172,6 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
 def _mean(sums):
   loss_sum, (weight_sum, _) = sums
   return loss_sum / jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
-
-
-def _accumulate(function: Callable, params: Any, batch: Batch, key: jax.Array, parts: int):
-  """Sums of `function(params, part, key)` over the parts of a batch, one part at a time."""
-  if parts == 1:
-    return function(params, batch, key)
-
-  def split(x):   # row i goes to part i % parts, so that each device keeps its rows
-    return jnp.moveaxis(sharding.split_axis(x, 0, (x.shape[0] // parts, parts)), 1, 0)
-
-  def add(total, xs):
-    part, key = xs
-    return jax.tree.map(jnp.add, total, function(params, part, key)), None
-
-  stacked = jax.tree.map(split, batch), jax.random.split(key, parts)
-  zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], stacked)))
-  return jax.lax.scan(add, zero, stacked)[0]
 
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
@@ -250,6 +234,8 @@ def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
   """
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
   more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
+  if run.gradient is not accumulated:
+    more['gradient'] = describe(run.gradient)
   return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
           'data': data, 'tokenizer': tokenizer, **constants, **more}
 

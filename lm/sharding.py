@@ -5,6 +5,8 @@ The mesh has two axes: `data` splits the batch, and the weights at rest (fully s
 shape legend in `models/transformer.py`. The axes are explicit: a wrong sharding is a type error.
 """
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -44,15 +46,22 @@ def platform() -> str:
 def spec(axes: str) -> P | None:
   """The sharding of a tensor with these axes: `spec('BTD') == P('data', None, None)`; None where no mesh is set.
 
-  A mesh axis is used once, by the first letter that asks: a weight's D is split over `data`, an activation's is not.
+  None also inside a `shard_map`, where each device computes what it holds by itself. A mesh axis is used once, by the
+  first letter that asks: a weight's D is split over `data`, an activation's is not.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  if not _is_laid_out():
     return None
   taken: list[str | None] = []
   for letter in axes:
     axis = TABLE.get(letter)
     taken.append(None if axis in taken else axis)
   return P(*taken)
+
+
+def _is_laid_out() -> bool:
+  """Whether tensors have shardings: there is a mesh, and it is not taken apart by a `shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and not mesh.are_all_axes_manual
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
@@ -75,7 +84,7 @@ def merge_axes(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _reshape(x, shape, layout):
-  if jax.sharding.get_abstract_mesh().empty:
+  if not _is_laid_out():
     return x.reshape(shape)
   spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:x.ndim]
   return jax.lax.reshape(x, shape, out_sharding=P(*layout(spec)))
@@ -111,3 +120,24 @@ def local_rows(rows: int, mesh: jax.sharding.Mesh) -> range:
 def shard_rows(batch, mesh: jax.sharding.Mesh):
   """A tree of this process's rows `[b, ...]` of a global batch `[B, ...]`, on the devices."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P('data')), x), batch)
+
+
+def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:
+  """Sums of `function(whole, *rows)` over devices: each is given all of one tree, and its rows of the others.
+
+  Rows are split over all devices of the mesh where these divide them, else over those that split batches. Sums are
+  laid out as `whole` where they have its structure: (sums, tree like whole) is what the function returns.
+  """
+  if not _is_laid_out():
+    return function(whole, *rows)
+  mesh, layouts = jax.sharding.get_abstract_mesh(), jax.tree.map(lambda x: jax.typeof(x).sharding.spec, whole)
+  axes = AXES if jax.tree.leaves(rows)[0].shape[0] % math.prod(mesh.shape.values()) == 0 else AXES[:1]
+
+  def local(whole, *rows):
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), function(whole, *rows))
+
+  everywhere = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), whole)
+  rows = jax.tree.map(lambda x: jax.sharding.reshard(x, P(axes)), rows)
+  specs = jax.tree.map(lambda _: P(), everywhere), *jax.tree.map(lambda _: P(axes), rows)
+  sums, tree = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(everywhere, *rows)
+  return sums, jax.tree.map(jax.sharding.reshard, tree, layouts)

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models.context import Aux, Context
@@ -98,8 +97,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     held = (tokens >= 0) & (tokens < table.shape[0])
     return jax.lax.psum(jnp.where(held[..., None], table[jnp.where(held, tokens, 0)], 0), 'model')
 
-  return jax.shard_map(local, in_specs=(P('model', None), P('data', None)), out_specs=P('data', None, None))(
-      table_VD, tokens_BT)
+  specs = sharding.spec('V-'), sharding.spec('BT')
+  return jax.shard_map(local, in_specs=specs, out_specs=sharding.spec('BTD'))(table_VD, tokens_BT)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
