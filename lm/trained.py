@@ -1,5 +1,6 @@
 """A trained run, opened again from its workdir, with all that belongs to its parameters; and what to start from."""
 import dataclasses
+import inspect
 import pathlib
 import typing
 from collections.abc import Callable, Mapping
@@ -60,7 +61,15 @@ def open_run(workdir: pathlib.Path) -> train.Run:
     make = scripts.function(script, record['function'])
     if typing.get_type_hints(make).get('return', train.Run) is not train.Run:
       raise ValueError(f'{record["function"]} of {script} returns no run; the run.json of {workdir} is wrong')
-    run = dataclasses.replace(make(**records.settle(record['knobs'], accepted)), seed=record['seed'])
+    knobs = records.settle(record['knobs'], accepted)
+    flags = [name for name, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [name for name in knobs if name not in flags]:
+      raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
+                       '(any more); go back to the script that trained it')
+    try:
+      run = dataclasses.replace(make(**knobs), seed=record['seed'])
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
   if isinstance(run.model, lora.Adapted) and record.get('init'):   # else its checkpoints have it all
     run = start_from(run, record['init'], ignore_tokenizer=True)
   return run

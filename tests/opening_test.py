@@ -277,7 +277,10 @@ def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tm
   record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
   with pytest.raises(ValueError, match='tool of .*small.py returns no run'):
     trained.load(workdir)
-  record(workdir, function='activation')
+  for changes in ({'function': 'activation', 'knobs': {'x': 1}}, {'function': 'experiment', 'knobs': {'old': 1}}):
+    record(workdir, **changes)
+    with pytest.raises(ValueError, match=r'which .*small.py does not have \(any more\)'):
+      trained.load(workdir)
   record(workdir, function='pathlib')
   with pytest.raises(ValueError, match="defines no function 'pathlib'"):
     trained.load(workdir)
