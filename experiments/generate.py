@@ -27,7 +27,7 @@ def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversati
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
-         max_tokens: int = 128, stop: tuple[str, ...] = (), n: int = 1, seed: int = 0, best: bool = False,
+         max_tokens: int = 128, stop: launch.Texts = (), n: int = 1, seed: int = 0, best: bool = False,
          chat: bool = False, bos: bool | None = None, draft: int = 0, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
@@ -41,7 +41,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     min_p: draw among tokens of at least this share of the greatest probability; 0 among all.
     repetition_penalty: above 1, makes tokens that are already in the text less likely.
     max_tokens: the most tokens to write.
-    stop: the text ends before any of these.
+    stop: the text ends before any of these, of which each is a flag of its own: --stop=, --stop=END.
     n: completions to write.
     seed: of the draws.
     mesh: the devices as DATAxMODEL; none puts all of them on data.

@@ -3,8 +3,8 @@
   def experiment(*, layers: int = 12, lr: float = 1e-3): return train.Run(...)
   if __name__ == '__main__': launch.run(experiment)
 
-Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `T | None` (the
-word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 128 + the
+Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `Texts` (the flag is
+given once for each), `T | None` (the word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 128 + the
 number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
 """
 import contextlib
@@ -25,6 +25,9 @@ from typing import Any
 
 import absl.logging  # noqa: F401  (defines --v and its kin)
 from absl import flags
+
+# The type of a flag whose values are whole texts, commas included: `--stop=, --stop=END`.
+Texts = typing.NewType('Texts', tuple)
 
 
 def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None) -> None:
@@ -200,6 +203,9 @@ def _define(values: flags.FlagValues, function: Callable[..., Any], parameter: i
   if name in values or name not in hints:
     raise TypeError(f'{function.__qualname__}: {name} has no type, or is the name of a flag that every run has')
   default = None if parameter.default is parameter.empty else parameter.default
+  if hints[name] is Texts:
+    flags.DEFINE_flag(flags.MultiFlag(_Parser(str), None, name, default, ' '), flag_values=values)
+    return
   switch = hints[name] in (bool, bool | None)   # that --noNAME turns off
   flags.DEFINE_flag(flags.Flag(_Parser(hints[name]), None, name, default, ' ', boolean=switch,
                                allow_using_method_names=True), flag_values=values)
@@ -266,7 +272,7 @@ def _allowed(kind: Any) -> str:
     return ','.join(map(_allowed, inner))
   if origin in (list, tuple):
     return '{0},{0},...'.format(_allowed(inner[0]))
-  words = {int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path'}
+  words = {Texts: 'text, the flag once for each', int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path'}
   if kind not in words:
     raise TypeError(f'{kind} cannot be a flag; use int, float, bool, str, Path, Literal, list, tuple or T | None')
   return words[kind]

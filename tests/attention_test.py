@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm import sharding
 from lm.models.attention import Scores, Visible, attend
 
 TIME = 300   # of three blocks
@@ -64,3 +65,58 @@ def test_values_and_gradients_are_those_of_the_plain_formula(seen, scores, sinks
   for name, actual, expected in zip(('y', 'dq', 'dk', 'dv', 'dsinks'), *both(*inputs)):
     assert np.abs(expected).max() > 1e-3, name
     np.testing.assert_allclose(actual, expected, atol=2e-5 * max(1, np.abs(expected).max()), err_msg=name)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+  """On what is taken for a GPU; the options of each call of the fused kernel, which XLA computes here."""
+  calls, compute = [], jax.nn.dot_product_attention
+
+  def stand_in(*arrays, implementation, **options):
+    calls.append({'implementation': implementation, **options})
+    return compute(*arrays, **options)
+
+  monkeypatch.setattr(sharding, 'platform', lambda: 'cuda')
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+  return calls
+
+
+def half(*sizes, dtype=jnp.bfloat16):
+  """Queries, keys and values of these head sizes, of two heads for one key."""
+  keys = jax.random.split(jax.random.key(3), 3)
+  return tuple(jax.random.normal(key, (2, TIME, heads, size), dtype)
+               for key, heads, size in zip(keys, (4, 2, 2), sizes))
+
+
+@pytest.mark.parametrize('seen', SEEN)
+@pytest.mark.parametrize('scores', [Scores(), Scores(window=20), Scores(0.3), Scores(causal=False), Scores(chunk=64)],
+                         ids=str)
+def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, seen):
+  if scores.chunk is not None and seen != 'packed':
+    pytest.skip('chunks are of positions')
+  q, k, v = half(16, 16, 16)
+  actual = attend(q, k, v, SEEN[seen], scores)
+  assert [call['implementation'] for call in fused] == ['cudnn']
+  masks = fused[0]['mask'] is None, scores == Scores(window=None, scale=scores.scale, causal=scores.causal)
+  assert masks[0] == (masks[1] and seen == 'causal')   # cuDNN is quickest without one
+  if scores.causal:
+    expected = plain(*(x.astype(jnp.float32) for x in (q, k, v)), SEEN[seen], scores, None)
+    real = np.ones((2, TIME), bool) if SEEN[seen].segments_BT is None else SEEN[seen].segments_BT > 0
+    np.testing.assert_allclose(np.float32(actual)[real], np.asarray(expected)[real], atol=0.03)
+
+
+@pytest.mark.parametrize('arrays, scores, sinks, bias', [
+    (half(16, 16, 16), Scores(softcap=1.5), False, False), (half(16, 16, 16), Scores(), True, False),
+    (half(16, 16, 16), Scores(), False, True), (half(16, 16, 24), Scores(), False, False),
+    (half(12, 12, 12), Scores(), False, False), (half(16, 16, 16, dtype=jnp.float32), Scores(), False, False)],
+    ids=['softcap', 'sinks', 'bias', 'values of another size', 'heads of 12', 'float32'])
+def test_what_the_fused_kernel_cannot_compute_is_not_given_to_it(fused, arrays, scores, sinks, bias):
+  visible = Visible(bias_NTS=jnp.ones((4, TIME, TIME))) if bias else Visible()
+  actual = attend(*arrays, visible, scores, jnp.ones(4) if sinks else None)
+  assert not fused and actual.shape == (2, TIME, 4, arrays[2].shape[-1])
+
+
+def test_another_platform_has_no_fused_kernel(fused, monkeypatch):
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  attend(*half(16, 16, 16), Visible())
+  assert not fused

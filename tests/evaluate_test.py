@@ -175,3 +175,11 @@ def test_compressors_are_those_of_the_command_line():
   assert all(0 < primed < 0.8 * alone for alone, primed in found.values())
   again = evaluate.compress(training[-400:], training)   # all is known already: hardly anything is left to say
   assert max(again['gzip -9'][1], again['xz -9'][1]) < 0.5
+
+
+def test_gzip_is_primed_with_the_end_of_the_training_text():
+  rng = np.random.default_rng(1)
+  text, other = (rng.integers(97, 123, size=n).astype(np.uint8).tobytes() for n in (4000, 60_000))
+  primed = {where: evaluate.compress(text, training)['gzip -9'][1]
+            for where, training in (('end', other + text), ('begin', text + other), ('nowhere', other))}
+  assert primed['end'] < 0.1 * primed['nowhere'] and primed['begin'] == pytest.approx(primed['nowhere'], rel=0.02)

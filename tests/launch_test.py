@@ -70,6 +70,14 @@ def test_a_bad_flag_is_one_line_that_names_it_and_what_is_allowed(argument, part
   assert all(part in str(error.value) for part in parts) and '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('argv, texts', [
+    ((), []), (('--stop=,',), [',']), (('--stop=a,b', '--stop= c', '--stop', ''), ['a,b', ' c', ''])])
+def test_a_text_keeps_its_commas(argv, texts):
+  def stops(*, stop: launch.Texts = ()): ...
+
+  assert list(parse(*argv, function=stops)['stop']) == texts
+
+
 def test_a_parameter_without_default_is_required():
   def required(*, path: pathlib.Path): ...
 

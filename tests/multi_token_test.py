@@ -136,11 +136,13 @@ def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):
   assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_depths_it_is_next_token_prediction_bit_for_bit():
+def test_without_depths_it_is_next_token_prediction():
   model, batch, key = multi_token.sequential(TRUNK, 0), packed_batch(), jax.random.key(5)
   params = random_params(model)
   plain = jax.jit(jax.value_and_grad(lambda p: next_token().loss(TRUNK.apply, p, batch, key)[0]))
-  jax.tree.map(np.testing.assert_array_equal, loss_and_grads(model, params, batch, key), plain(params))
+  # Two programs: to rounding, as two compilations may add in another order.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
+               loss_and_grads(model, params, batch, key), plain(params))
 
 
 @KINDS
