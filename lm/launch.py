@@ -4,8 +4,8 @@
   if __name__ == '__main__': launch.run(experiment)
 
 Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `Texts` (the flag is
-given once for each), `T | None` (the word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad input, 2 bad flags, 128 + the
-number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
+given once for each), `T | None` (the word `none`). Without a default a flag is required. Exit codes: 0 done, 1 bad
+input, 2 bad flags, 128 + the number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
 """
 import contextlib
 import dataclasses
@@ -272,7 +272,8 @@ def _allowed(kind: Any) -> str:
     return ','.join(map(_allowed, inner))
   if origin in (list, tuple):
     return '{0},{0},...'.format(_allowed(inner[0]))
-  words = {Texts: 'text, the flag once for each', int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path'}
+  words = {int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path',
+           Texts: 'text, the flag once for each'}
   if kind not in words:
     raise TypeError(f'{kind} cannot be a flag; use int, float, bool, str, Path, Literal, list, tuple or T | None')
   return words[kind]

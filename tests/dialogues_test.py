@@ -74,7 +74,7 @@ def test_what_two_transcripts_share_is_the_prompt(tmp_path):
   assert shown(pair.chosen) == before + 'D<|END|>' and shown(pair.rejected) == before + 'B<|END|>'
 
 
-def test_rated_dialogues_go_with_the_next_answer(tmp_path):
+def test_rated_dialogues_go_with_an_answer_to_the_next_prompt(tmp_path):
   rows = [{'prompt': 'a', 'completion': 'b', 'label': True}, {'messages': [USER('cc'), SAYS('dd')], 'label': False},
           {'prompt': [USER('e')], 'completion': [SAYS('fff')], 'label': True}]
   records = opened(tmp_path, rows, Rated)[0].records('train')
@@ -96,6 +96,27 @@ def test_unpaired_answers_never_go_with_an_answer_to_their_own_prompt(tmp_path):
     number = talk.split('q')[1][0]
     assert ('GOOD' if good else 'BAD') + number in talk and f'q{number}<' in mismatched
     assert f'GOOD{number}' not in mismatched and f'BAD{number}' not in mismatched
+
+
+@pytest.mark.parametrize('prompts', ['aab', 'aabbaa', 'abab', 'aaab', 'baaa', 'abbba', 'abcabc', 'aabbccddaa'])
+def test_a_mismatched_answer_is_to_another_prompt_and_all_are_in_turn(tmp_path, prompts):
+  rows = [{'prompt': prompt, 'completion': f'{prompt}{i:02}', 'label': i % 2 == 0} for i, prompt in enumerate(prompts)]
+  records = opened(tmp_path, rows, Rated)[0].records('train')
+  partners = records.partners
+  assert all(prompts[i] != prompts[j] for i, j in enumerate(partners))
+  for i, partner in enumerate(partners):
+    assert shown(records[i].mismatched).endswith(f'{prompts[partner]}{partner:02}'.upper() + '<|END|>')
+    assert records.positions[i] == sum(len(x.tokens) - 1 for x in (records[i].dialogue, records[i].mismatched))
+  assert len(set(partners.tolist())) > 1
+  assert prompts != 'aabbccddaa' or len(set(partners.tolist())) == 8   # of runs of two, both answers
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_answers_to_one_prompt_alone_are_refused(tmp_path, count):
+  rows = [{'prompt': 'a', 'completion': str(i), 'label': True} for i in range(count)]
+  data, _ = opened(tmp_path, rows, Rated)
+  with pytest.raises(ValueError, match=f'train: all of its {count} rated records have the same prompt'):
+    data.batches('train', preference.kto(), 2)
 
 
 def test_plain_is_prompt_completion_and_eos(tmp_path):

@@ -106,7 +106,7 @@ class Opened:
     return self.stores['train'].fingerprint
 
   def records(self, split: str) -> 'Records':
-    return Records(self.stores[split], self.kind, self.tokenizer.vocab_size)
+    return Records(split, self.stores[split], self.kind, self.tokenizer.vocab_size)
 
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True) -> Packed:
     """See `Packed`. ValueError where no record fits a row, or the objective needs other data."""
@@ -122,9 +122,10 @@ class Opened:
 
 
 class Records:
-  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, whose mismatched answer is the next's."""
+  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, with the answer of record `partners[i]`."""
 
-  def __init__(self, stored: store.Store, kind: type, vocab: int):
+  def __init__(self, split: str, stored: store.Store, kind: type, vocab: int):
+    self._split = split
     self._tokens, self._offsets = np.asarray(stored.tokens), np.asarray(stored.offsets)
     self._kind, self._vocab = kind, vocab
 
@@ -141,8 +142,8 @@ class Records:
     first, second = self._tokens[start:mark], self._tokens[mark + 1:end]
     if self._kind is Pair:
       return Pair(_dialogue(first), _dialogue(second))
-    after = (i + 1) % len(self)
-    other = self._tokens[self._marks[after] + 1:self._offsets[after + 1]]
+    partner = self.partners[i]
+    other = self._tokens[self._marks[partner] + 1:self._offsets[partner + 1]]
     good = bool(self._tokens[mark] - 2 * self._vocab)
     return Rated(_dialogue(np.concatenate([first, second])), good, _dialogue(np.concatenate([first, other])))
 
@@ -161,7 +162,26 @@ class Records:
       return sizes - 3
     prompts = self._marks - self._offsets[:-1]
     answers = sizes - prompts - 1
-    return 2 * prompts + answers + np.roll(answers, -1) - 2
+    return 2 * prompts + answers + answers[self.partners] - 2
+
+  @functools.cached_property
+  def partners(self) -> np.ndarray:
+    """Of each rated record, the number of one with another prompt: of those that follow, in turn.
+
+    ValueError where all prompts are the same.
+    """
+    numbers: dict[bytes, int] = {}
+    spans = zip(self._offsets, self._marks)
+    prompts = np.array([numbers.setdefault(self._tokens[a:b].tobytes(), len(numbers)) for a, b in spans], int)
+    starts = np.flatnonzero(prompts != np.roll(prompts, 1))   # of runs of records with the same prompt
+    if not len(starts):
+      raise ValueError(f'{self._split}: all of its {len(self)} rated records have the same prompt, and each is '
+                       'compared with an answer to another; give, or hold out, records of two prompts at least')
+    sizes, records = np.diff(starts, append=starts[0] + len(self)), np.arange(len(self))
+    run = np.searchsorted(starts, records, 'right') - 1   # -1, the last, goes on at the beginning
+    following = (run + 1) % len(starts)
+    place = (records - starts[run]) % len(self)
+    return (starts[following] + place % sizes[following]) % len(self)
 
 
 def _dialogue(values: np.ndarray) -> Dialogue:
@@ -183,7 +203,8 @@ class _Encoder:
   @property
   def fingerprint(self) -> str:
     facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys),
-             *([] if self.tokenizer.adds_bos else ['no bos'])]
+             *([] if self.tokenizer.adds_bos else ['no bos']),
+             *(['mismatched of another prompt'] if self.kind is Rated else [])]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
   def encode_batch(self, records: Sequence[str]) -> list[np.ndarray]:
