@@ -122,7 +122,7 @@ class Opened:
 
 
 class Records:
-  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, with the answer of record `partners[i]`."""
+  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, mismatched as `partners` says."""
 
   def __init__(self, split: str, stored: store.Store, kind: type, vocab: int):
     self._split = split
