@@ -169,10 +169,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                weight_decay: float | None = None, decay: tuple[str, ...] = (), rates: tuple[str, ...] = (),
                l1: float = 0., l2: float = 0., average: float = 0., mup_width: int = 0, mup_layers: int = 0,
                clip: float | None = 1., spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
-               batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
-               accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
-               patience: int | None = None, save_every: int = 500, keep: int = 2, lora_rank: int = 0,
-               lora_alpha: float | None = None) -> train.Run:
+               batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (), accumulate: int = 1,
+               evaluate_every: int = 250, evaluate_batches: int | None = 20, patience: int | None = None,
+               save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
