@@ -24,7 +24,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
       raise ValueError('it is no list of records')
   except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error}); delete it, or choose another --workdir') from None
+    raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or choose another --workdir') from None
   return found
 
 

@@ -218,7 +218,7 @@ def _finished(folder: pathlib.Path, settings: dict) -> bool:
     if differ := [key for key in settings if found['settings'].get(key) != settings[key]]:
       raise ValueError(f'{folder} has a store of other settings: ' + '; '.join(
           f'{key} {found["settings"].get(key)} there, {settings[key]} here' for key in differ)
-          + '; choose another folder or delete this one')
+          + '; go back to these settings, or choose another folder')
     if name == 'manifest.json':
       return True
   return False
