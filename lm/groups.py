@@ -117,7 +117,7 @@ class Rates:
     ValueError: for a factor that is negative or not finite; for a pattern that matches nothing, when an optimizer makes
       its state.
   """
-  schedule: Callable[[jax.Array], jax.Array]
+  schedule: Callable[[jax.Array], jax.Array] | float
   factors: Factors = ()
   updates: Factors = ()
 

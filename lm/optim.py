@@ -1,9 +1,9 @@
 """Optimizers, on Optax: one function each.
 
-Each takes a learning rate (a schedule, see `lm.schedules`, or `groups.Rates`, of several) and keeps its present value
-in its state, where `learning_rate` finds it. `clip` bounds the global norm of the gradient. `weight_decay` is decoupled
-(Loshchilov and Hutter 2019): params -= rate * (update + weight_decay * params), for the parameters that the mask
-`decays` is true for. To add an optimizer, give `chain` what makes an update of a gradient.
+Each takes a learning rate (a number, a schedule, see `lm.schedules`, or `groups.Rates`, of several) and keeps its
+present value in its state, where `learning_rate` finds it. `clip` bounds the global norm of the gradient.
+`weight_decay` is decoupled (Loshchilov and Hutter 2019): params -= rate * (update + weight_decay * params), for the
+parameters that the mask `decays` is true for. To add an optimizer, give `chain` what makes an update of a gradient.
 """
 import math
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from lm import groups
 from lm.schedules import Schedule
 from lm.soap import scale_by_soap
 
-Rate = Schedule | groups.Rates
+Rate = float | Schedule | groups.Rates
 
 
 class _Scheduled(NamedTuple):
@@ -61,7 +61,17 @@ def chain(rate: Rate, clip: float | None, *transforms: optax.GradientTransformat
   rates = rate if isinstance(rate, groups.Rates) else groups.Rates(rate)
   scaled, step = ((_multiplied(factors),) if factors else () for factors in (rates.updates, rates.factors))
   return optax.chain(*_clipping(clip), *transforms, *scaled, *_decay(weight_decay, decays), *step,
-                     _descend(rates.schedule))
+                     _descend(_schedule(rates)))
+
+
+def _schedule(rate: Rate) -> Schedule:
+  """The schedule of a rate; a number is constant."""
+  schedule = rate.schedule if isinstance(rate, groups.Rates) else rate
+  if callable(schedule):
+    return schedule
+  if not 0 < schedule < math.inf:
+    raise ValueError(f'a learning rate of {schedule} is not positive and finite')
+  return lambda step: jnp.full_like(step, schedule, jnp.float32)
 
 
 def _clipping(clip: float | None) -> tuple[optax.GradientTransformation, ...]:
@@ -268,7 +278,7 @@ def schedule_free(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: fl
   """
   base = chain(rate, None, optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
                weight_decay=weight_decay, decays=decays)
-  schedule = rate.schedule if isinstance(rate, groups.Rates) else rate
+  schedule = _schedule(rate)
   free = optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1)   # its first step is number 1
   return optax.chain(*_clipping(clip), free)
 

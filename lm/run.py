@@ -135,7 +135,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
         reports.append(outputs.aux)
         return outputs
 
-      loss_sum, weight_sum, sums = run.objective.loss(apply, with_constants(params, constants), batch, key)
+      loss_sum, weight_sum, sums = _checked(run.objective.loss(apply, with_constants(params, constants), batch, key))
       if reports:
         aux = functools.reduce(lambda total, other: total.plus(other), reports)
         sums = {**sums, **aux.metrics}
@@ -167,6 +167,17 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     return new, metrics
 
   return step
+
+
+def _checked(result: Any) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:
+  """What the loss of an objective returned; ValueError where that is not what `Objective` asks for."""
+  match result:
+    case (loss, weight, {'nll': _, 'tokens': _, 'correct': _}) if jnp.shape(loss) == jnp.shape(weight) == ():
+      return result
+  values = result if isinstance(result, tuple) else (result,)
+  kinds = [str(sorted(x)) if isinstance(x, dict) else f'an array {list(jnp.shape(x))}' for x in values]
+  raise ValueError(f'the loss of the objective returned {", ".join(kinds)}; return (loss_sum, weight_sum, sums): two '
+                   "scalars, whose quotient is the loss, and a dict of sums over targets: 'nll', 'tokens', 'correct'")
 
 
 def _mean(sums):

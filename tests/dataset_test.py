@@ -96,3 +96,18 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, before,
   assert str(tmp_path) in str(error.value)
   assert files == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   assert text.open(tmp_path, lambda line: None).fingerprint == first.fingerprint
+
+
+def test_a_list_of_texts_is_a_corpus(tmp_path):
+  texts = [f'{i} and {i * i} and so on' for i in range(60)]
+  opened = dataset.Text([*texts, ' '], Bytes(), 16, rules=()).open(tmp_path, lambda line: None)
+  kept = {split: [opened.tokenizer.decode(store[i]) for i in range(len(store))]
+          for split, store in opened.stores.items()}
+  assert sorted(kept['train'] + kept['validation']) == sorted(texts) and 0 < len(kept['validation']) < 20
+  sources = [dataset.Text(documents, Bytes(), 16).source for documents in (texts, tuple(texts), texts[::-1])]
+  assert sources[0].fingerprint == sources[1].fingerprint != sources[2].fingerprint
+  for wrong in ('books/*.txt', iter(texts), 3):
+    with pytest.raises(ValueError, match='no sequence of documents; give a list of texts, or a corpus'):
+      dataset.Text(wrong, Bytes(), 16)
+  with pytest.raises(ValueError, match='document 1 is of type bytes'):
+    dataset.Text(['a', b'b'], Bytes(), 16).open(tmp_path / 'bytes', lambda line: None)

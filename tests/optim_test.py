@@ -207,6 +207,25 @@ def test_the_state_tells_the_rate_of_the_last_update(make):
     assert float(optim.learning_rate(state)) == rate
 
 
+@pytest.mark.parametrize('make', OPTIMIZERS)
+def test_a_number_is_a_constant_rate(make):
+  def steps(rate):
+    optimizer = optax.with_extra_args_support(make(rate))
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for grad in GRADS:
+      updates, state = optimizer.update(grad, state, params, obj_fn=loss)
+      params = optax.apply_updates(params, updates)
+      assert float(optim.learning_rate(state)) == np.float32(0.1)
+    return params
+
+  expected = steps(lambda step: jnp.float32(0.1))
+  for rate in (0.1, groups.Rates(0.1)):
+    jax.tree.map(np.testing.assert_array_equal, steps(rate), expected)
+  for rate in (0., -1., float('nan')):
+    with pytest.raises(ValueError, match=f'a learning rate of {rate} is not positive'):
+      make(rate)
+
+
 def test_an_optimizer_that_keeps_no_rate_has_none():
   assert optim.learning_rate(optax.adam(1e-3).init(PARAMS)) is None
 

@@ -368,3 +368,16 @@ def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, mo
     left = train.train(dataclasses.replace(RUN, evaluate_every=1), tmp_path / 'left', mesh, lambda step, metrics: True)
   assert (left.signal, left.finished, left.step) == (None, False, 1)
   left.raise_if_stopped()
+
+
+@pytest.mark.parametrize('result, kind', [
+    (lambda loss, weight, sums: loss, r'an array \[\]'),
+    (lambda loss, weight, sums: (loss, weight), r'an array \[\], an array \[\]'),
+    (lambda loss, weight, sums: (loss, weight, {'nll': loss}), r"an array \[\], an array \[\], \['nll'\]"),
+    (lambda loss, weight, sums: (loss[None], weight, sums), r'an array \[1\], an array \[\], .*')])
+def test_a_loss_that_returns_something_else_says_so_at_once(result, kind, tmp_path):
+  def loss(*args):
+    return result(*RUN.objective.loss(*args))
+  with pytest.raises(ValueError, match=f'the loss of the objective returned {kind}; return .loss_sum, weight_sum, '):
+    go(tmp_path, objective=dataclasses.replace(RUN.objective, loss=loss))
+  assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import numpy as np
 from lm import atomic
 from lm.data import clean, store, tokenizer
 from lm.data.batches import Objective, special
-from lm.data.source import Source
+from lm.data.source import Source, texts
 from lm.data.stream import Stream
 from lm.describe import describe, differences
 
@@ -29,14 +29,14 @@ class Text:
   """Text to train on; `open` makes what is missing and opens the rest.
 
   Args:
-    source: the documents.
+    source: the documents, as a `Source`, or as a sequence of texts, of which one in twenty is held out.
     tokenizer: one, or a function that trains one on the cleaned training documents.
     length: T, positions a row.
     rules: cleaning, see `clean`.
     folder: where the tokenizer and the tokenised text are kept; None: in the workdir.
     source_length: S, positions a row that an encoder reads, for objectives that make sources.
   """
-  source: Source
+  source: Source | Sequence[str]
   tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
   length: int
   rules: Sequence[clean.Rule] = clean.DEFAULT
@@ -45,6 +45,10 @@ class Text:
 
   kind = np.ndarray
   columns = types.MappingProxyType({})
+
+  def __post_init__(self):
+    if not isinstance(self.source, Source | None):
+      object.__setattr__(self, 'source', texts(self.source))
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
            check: Check = unchecked) -> 'Opened':

@@ -57,6 +57,29 @@ def lazy(corpus: Callable[..., Source]) -> Callable[..., Source]:
   return put_off
 
 
+def texts(documents: Sequence[str], validation: float = 0.05) -> Source:
+  """Texts that are at hand, each a document: a list, or what has a length and is indexed as a list.
+
+  Raises ValueError for a single text, and for what is no sequence; at first use, for a document that is not text.
+  """
+  if isinstance(documents, str) or not (hasattr(documents, '__getitem__') and hasattr(documents, '__len__')):
+    raise ValueError(f'{documents!r:.80} is no sequence of documents; give a list of texts, or a corpus, such as '
+                     "corpora.text('books/*.txt')")
+  return _texts(documents, validation)
+
+
+@lazy
+def _texts(documents, validation):
+  state = hashlib.blake2b(repr(('texts', validation)).encode(), digest_size=16)
+  for i in range(len(documents)):
+    if not isinstance(documents[i], str):
+      raise ValueError(f'document {i} is of type {type(documents[i]).__name__}; give texts, of type str')
+    state.update(digest(documents[i]))
+  rows = lambda: ((0, i, documents[i]) for i in range(len(documents)) if documents[i].strip())
+  read = lambda _, i: documents[i]
+  return Source('texts', split(rows, read, validation, 'texts', collections.Counter()), state.hexdigest())
+
+
 @lazy
 def sample(corpus: Source, documents: int) -> Source:
   """So many documents of the train split, drawn at random, and all of the others; fewer documents are among more.
