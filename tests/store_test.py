@@ -160,7 +160,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch, finished, setting, ch
     build(folder, rules=rules)
   before = contents(folder)
   there = json.loads((folder / ('manifest.json' if finished else 'unfinished.json')).read_text())
-  with pytest.raises(ValueError, match=f'other settings: {setting} .* there, .* here; choose another folder or') as e:
+  with pytest.raises(ValueError, match=f'other settings: {setting} .* there, .* here; go back') as e:
     build(folder, **{'rules': rules} | change)
   assert str(there['settings'][setting]) in str(e.value) and contents(folder) == before
 
