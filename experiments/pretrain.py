@@ -250,7 +250,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                 embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, layer_dropout=layer_dropout,
                 stochastic_depth=stochastic_depth)
   of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab)
-  decoder, tokens, size = trained.origin(model, init, shape, of_tokens, jnp.dtype(precision))
+  decoder, tokens, size = trained.decoder_and_tokenizer(model, init, shape, of_tokens, jnp.dtype(precision))
   vocab, shape = vocab or size or 8192, Shape(**shape)
   length = length or min(512, decoder.max_length if decoder else 512)
   goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)

@@ -168,8 +168,8 @@ class StoredResult:
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
 
-def origin(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Mapping[str, Any], dtype: Any
-           ) -> tuple[Transformer | None, Any, int | None]:
+def decoder_and_tokenizer(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Mapping[str, Any],
+                          dtype: Any) -> tuple[Transformer | None, Any, int | None]:
   """The decoder, tokenizer and size of the vocabulary that `--model` gives, or else `--init`; None without both.
 
   The decoder is None where flags of `shape` are given in its place, the tokenizer where flags of it are. ValueError
