@@ -135,7 +135,7 @@ def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached on the held-out text, and snippets of it that are filled in."""
   data, rng = result.data, np.random.default_rng(0)
-  step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+  step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
   held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
   metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
   documents = data.stores['validation']

@@ -51,7 +51,7 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what a byte of held-out text costs, and completions of prompts."""
   tokens, bound = result.data.tokenizer, 'at most ' if run.objective.control else ''
-  step = evaluate.make_step(run.model.apply, run.objective, tokens.byte_lengths())
+  step = evaluate.make_step(run.model.apply, run.objective, tokens)
   held_out = result.data.batches('validation', run.objective, run.batch, seed=None, repeat=False)
   metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
   length = run.data.length // 2

@@ -104,7 +104,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   seconds = {name: phases.phases.get('train', 0) / max(phases.step - phases.start - 1, 1)
              for name, phases in zip(list(arms)[1:], (result, alone))}
   for name, (model, params) in arms.items():
-    step = evaluate.make_step(model.apply, next_token(), alone.data.tokenizer.byte_lengths())
+    step = evaluate.make_step(model.apply, next_token(), alone.data.tokenizer)
     metrics = evaluate.evaluate(step, params, batches, result.mesh)
     print(f'  {name:22}{metrics["bits_per_byte"]:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
           f'{seconds.get(name, float("nan")):10.3f}'.replace('nan', '  -'))

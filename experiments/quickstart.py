@@ -44,7 +44,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached, beside file compressors; draws the curve; lets the model write."""
   data, phases = result.data, result.phases
   with phases('evaluate'):
-    step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+    step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
     held_out = data.batches('validation', run.objective, run.batch, seed=None, repeat=False,
                             context=run.data.length // 2)
     metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)

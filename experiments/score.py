@@ -59,6 +59,9 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   if jsonl is not None:
     texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
     sources = corpora.jsonl(jsonl, source_key, validation=0.).splits['train'] if source_key else None
+  empty = None if split or sources else next((i for i, each in enumerate(texts, 1) if not each), None)
+  if empty:   # given a source, how an empty text ends is scored
+    raise ValueError(f'text {empty} of {len(texts)} is empty: there is nothing to score; leave it out')
   if model:   # before the weights, which take long
     check(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
@@ -77,7 +80,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     data = loaded.open_data()
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
-    step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer.byte_lengths())
+    step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer)
     # Only documents have a context; what was stored of rows is stored of those of seed 0, as in training.
     order = {'seed': None, 'context': context} if context else {'seed': 0}
     batches = data.batches(split, run.objective, rows, repeat=False, **order)
@@ -128,8 +131,8 @@ class Scored(NamedTuple):
 def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
            bos: bool) -> list[Scored]:
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
-  begin, end = [tokenizer.bos_id] * bos, [tokenizer.eos_id]
-  ids = [np.int32([*begin, *found]) for found in tokenizer.encode_batch(texts)]
+  begin, end, encoded = [tokenizer.bos_id] * bos, [tokenizer.eos_id], tokenizer.encode_batch(texts)
+  ids = [np.int32([*begin, *found]) for found in encoded]
   if isinstance(model, Encoder):
     ids = [np.int32([*found, *end]) for found in ids]
     scores = evaluate.pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
@@ -139,19 +142,17 @@ def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str]
     scores = evaluate.log_probabilities(model, params, ids, sources=read)
   else:
     scores = evaluate.log_probabilities(model, params, ids)
-  unscored = ['' if bos else tokenizer.decode(found[:1]) for found in ids]
-  return [Scored(found[1:1 + len(of)].tolist(), of, len(text.encode()) - len(first.encode()))
-          for text, first, found, of in zip(texts, unscored, ids, scores)]
+  sizes = [int(tokenizer.sizes(text, found)[not bos:].sum()) if len(found) else 0
+           for text, found in zip(texts, encoded)]
+  return [Scored(found[1:1 + len(of)].tolist(), of, size) for found, of, size in zip(ids, scores, sizes)]
 
 
 def show(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
          bos: bool) -> None:
   """Prints a line a token, and the sums."""
-  if not texts[0]:
-    raise ValueError('there is no text to score: it is empty')
   found, = scored(loaded, texts, sources, bos)
   if not found.tokens:
-    raise ValueError('there is nothing to score in the text: it has no token, or one token after --nobos')
+    raise ValueError('there is nothing to score in the text: it has one token, and no bos before it; give --bos')
   names = {loaded.tokenizer.control_id(name): name for name in loaded.tokenizer.control_names}
   print('log p     token')
   for token, value in zip(found.tokens, found.scores):
@@ -168,9 +169,12 @@ def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[st
     some = slice(begin, begin + 256)
     for text, found in zip(texts[some], scored(loaded, texts[some], sources and sources[some], bos)):
       nll, count = -float(np.sum(found.scores, dtype=np.float64)), len(found.scores)
-      print(f'{count:8,} {nll / max(count, 1):7.4f} {nll / np.log(2) / max(found.size, 1):12.4f}  {text[:60]!r}')
+      loss = f'{nll / count:7.4f} {nll / np.log(2) / max(found.size, 1):12.4f}' if count else f'{"-":>7} {"-":>12}'
+      print(f'{count:8,} {loss}  {text[:60]!r}')
       everything.append(found.scores)
       whole += found.size
+  if not sum(map(len, everything)):
+    raise ValueError('there is nothing to score: each text has one token, and no bos before it; give --bos')
   print(f'\n{len(texts):,} texts: {told(everything, whole)}')
 
 

@@ -231,7 +231,7 @@ def _as_json(settings: Any) -> Any:
 
 def score(run: train.Run, result: train.Result, objective: Objective) -> dict[str, float]:
   """Metrics of `objective` over the whole validation split: with half a row of context, where that is possible."""
-  step = evaluate.make_step(run.model.apply, objective, result.data.tokenizer.byte_lengths())
+  step = evaluate.make_step(run.model.apply, objective, result.data.tokenizer)
   plain = all(form.room == Room() for form in objective.forms)
   context = {'context': run.data.length // 2} if plain else {}
   held_out = result.data.batches('validation', objective, run.batch, seed=None if plain else 0, repeat=False, **context)

@@ -8,6 +8,7 @@ from jax.experimental import multihost_utils
 
 from lm import evaluate, sharding, train
 from lm.data.batches import Batch
+from lm.data.vocabulary import Bytes
 
 
 def empty_batch(run: train.Run) -> Batch:
@@ -29,7 +30,7 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
   train.check(run, mesh)
   batch = empty_batch(run)
   state, step, constants = jax.jit(lambda: train.init(run))(), train.make_step(run), train.load_constants(run)
-  evaluation = evaluate.make_step(run.model.apply, run.objective, np.ones(1, np.int32))
+  evaluation = evaluate.make_step(run.model.apply, run.objective, Bytes())
   times = []
   for _ in range(4):
     start = time.monotonic()

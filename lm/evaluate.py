@@ -10,17 +10,22 @@ import numpy as np
 from lm import sharding
 from lm.data.batches import Batch, Batches
 from lm.data.packing import best_fit
+from lm.data.tokenizer import Tokenizer
 from lm.objectives.objective import Objective, target_log_probabilities
 
 
-def make_step(apply: Callable[..., Any], objective: Objective, byte_lengths: np.ndarray) -> Callable:
+def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
   """A jitted `(params, batch) -> sums` over a batch, without dropout.
 
-  Beside the objective's own sums: `loss`, `weight`, and `bytes`, UTF-8 bytes of the targets (`byte_lengths[V]` each).
+  Beside the objective's own sums: `loss`, `weight`, and `bytes`, UTF-8 bytes of the text that the targets stand for:
+  the token after bos has no space that the tokenizer put in front of it.
   """
+  byte_lengths, bos, prefix = tokenizer.byte_lengths(), tokenizer.bos_id, tokenizer.prefix_bytes
+
   def step(params, batch: Batch):
     loss, weight, sums = objective.loss(apply, params, batch, None)
     lengths = jnp.asarray(byte_lengths, jnp.int32).at[batch.targets].get(out_sharding=sharding.spec('BT'))
+    lengths = jnp.where(batch.tokens == bos, jnp.maximum(lengths - prefix, 0), lengths)
     return {'loss': loss, 'weight': weight, 'bytes': jnp.sum(jnp.where(batch.weights > 0, lengths, 0)), **sums}
   return jax.jit(step)
 

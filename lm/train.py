@@ -150,7 +150,7 @@ class _Loop:
     self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
     self.batches, self.held_out = batches
     self.shapes: set[tuple[int, int]] = set()   # that were compiled
-    self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer.byte_lengths())
+    self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
     self.signal: int | None = None

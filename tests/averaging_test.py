@@ -94,7 +94,7 @@ def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimize
   average = jax.tree.map(np.asarray, averaging.evaluated(state.opt_state, state.params))
   assert not same(average, state.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, result.params)
-  step = evaluate.make_step(run.model.apply, run.objective, run.data.tokenizer.byte_lengths())
+  step = evaluate.make_step(run.model.apply, run.objective, run.data.tokenizer)
   held_out = run.data.batches('validation', run.objective, run.batch, repeat=False)
   with jax.set_mesh(result.mesh):
     losses = [evaluate.evaluate(step, params, held_out, result.mesh, 20)['loss'] for params in (average, state.params)]

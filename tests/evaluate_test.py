@@ -51,7 +51,7 @@ def measure(data, table, mesh='1x1', rows=4, denominator=objective.token_mean, l
   mesh = sharding.make_mesh(mesh, jax.devices()[:eval(mesh.replace('x', '*'))])
   run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
-    step = evaluate.make_step(Bigram().apply, run, data.tokenizer.byte_lengths())
+    step = evaluate.make_step(Bigram().apply, run, data.tokenizer)
     batches = data.batches('validation', run, rows, repeat=False, **options)
     return evaluate.evaluate(step, jnp.asarray(table), batches, mesh, limit)
 
@@ -114,7 +114,7 @@ def test_nothing_to_evaluate_is_refused(data):
 
   mesh = sharding.make_mesh('1x1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match='nothing to evaluate'):
-    step = evaluate.make_step(Bigram().apply, next_token(), data.tokenizer.byte_lengths())
+    step = evaluate.make_step(Bigram().apply, next_token(), data.tokenizer)
     evaluate.evaluate(step, jnp.zeros((V, V)), Unasked(), mesh)
 
 

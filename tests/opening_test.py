@@ -141,7 +141,7 @@ def program(tmp_path, monkeypatch):
 
 def loss_of(program, opened):
   run = opened.run
-  step = evaluate.make_step(opened.model.apply, run.objective, opened.tokenizer.byte_lengths())
+  step = evaluate.make_step(opened.model.apply, run.objective, opened.tokenizer)
   data = opened.open_data().batches('validation', run.objective, run.batch, repeat=False)
   return evaluate.evaluate(step, opened.params, data, program.mesh, 2)['loss']
 

@@ -87,6 +87,10 @@ class HuggingFace(vocabulary.Base):
     spans[:, 0] = np.minimum(spans[:, 0], np.r_[0, spans[:, 1]][:-1])
     return np.array(found.ids, np.int32), spans
 
+  def _ends(self, text: str, ids: np.ndarray) -> np.ndarray:
+    offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+    return np.array([len(text[:end].encode()) for _, end in offsets], int)
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     control = set(self._control.values())
     return self._original.decode([i for i in self._checked(ids) if i not in control])

@@ -59,8 +59,16 @@ class Tokenizer(Protocol):
   def byte_lengths(self) -> np.ndarray:
     """[vocab_size] int32: UTF-8 bytes of text each token stands for; 0 for control, unknown and unused tokens.
 
-    Over a document they add up to its length if the tokenizer is lossless. Normalising ones (T5) count their own text.
+    Over a document they add up to its length if the tokenizer is lossless; with `prefix_bytes` more, if it only puts a
+    space in front. Normalising ones (T5) count their own text.
     """
+
+  @property
+  def prefix_bytes(self) -> int:
+    """Bytes of the space that the tokenizer puts in front of a text: 1, or 0 where it puts none."""
+
+  def sizes(self, text: str, ids: np.ndarray) -> np.ndarray:
+    """[len(ids)] int: bytes of the text's own UTF-8 that each token of `encode(text)` stands for; they add up to it."""
 
   def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Text that spells control tokens on purpose (a chat template's): ids, and which characters each is of, [n, 2].
@@ -138,6 +146,21 @@ class Base:
 
   def byte_lengths(self) -> np.ndarray:
     return np.array([len(piece) for piece in self._table], np.int32)
+
+  @functools.cached_property
+  def prefix_bytes(self) -> int:
+    return int(b''.join([self._table[i] for i in self.encode('a')]) == b' a')
+
+  def sizes(self, text: str, ids: np.ndarray) -> np.ndarray:
+    pieces, own = [self._table[i] for i in ids], text.encode()
+    joined = b''.join(pieces)
+    if joined in (own, b' ' + own):
+      ends = np.cumsum([len(piece) for piece in pieces], dtype=int) - (len(joined) - len(own))
+    else:   # a text that is normalised, or has no tokens for all of it
+      ends = self._ends(text, ids)
+    ends = np.maximum.accumulate(np.maximum(ends, 0))
+    ends[-1:] = len(own)
+    return np.diff(ends, prepend=0)
 
   def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     names = '|'.join(map(re.escape, sorted(self._control, key=len, reverse=True)))
