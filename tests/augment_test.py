@@ -214,3 +214,10 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
       go(dataclasses.replace(run, steps=2, augment=(TokenDropout(0.4),)))
     with pytest.raises(ValueError, match='of kind Bytes writes a text in one way'):
       go(dataclasses.replace(run, augment=(augment.SubwordSampling(),)))
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.15, 0.5])
+def test_the_share_that_is_deleted_is_rounded_to_the_nearest(rate):
+  for n in range(4, 120):
+    left = SpanDeletion(rate).text(np.arange(n), np.random.default_rng(n), None)
+    assert abs(n - len(left) - rate * n) <= 0.5 + 1e-9 or len(left) == 3

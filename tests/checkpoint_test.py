@@ -362,3 +362,9 @@ def test_a_kill_during_a_save_loses_that_save_alone(tmp_path):
     np.testing.assert_array_equal(restored.state['x'], np.arange(8))
     checkpoints.save(2, {'x': jnp.arange(4)}, {'n': 'anew'})
   assert checkpoint.Checkpoints(tmp_path).facts(2) == {'n': 'anew'}
+
+
+def test_the_best_is_the_last_among_equals(tmp_path, mesh):
+  checkpoints = fill(tmp_path, mesh, range(1, 6), [2., 1., 1., 3., 2.], keep=1)
+  assert checkpoints.best_step() == 3 and checkpoints.steps() == [3, 5] and checkpoints.best_metric() == 1
+  checkpoints.close()

@@ -13,10 +13,13 @@ if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11
   AS_SHIPPED = {'xla_cpu_use_fusion_emitters': True}
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+hypothesis.settings.register_profile('fixed', derandomize=True)   # what is found is found again
+hypothesis.settings.load_profile('fixed')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny programs run once: they take longer to optimise than to run.
 jax.config.update('jax_disable_most_optimizations', True)

@@ -372,3 +372,16 @@ def test_a_prompt_is_marked_as_examples_are():
   np.testing.assert_array_equal(objective.prompt(batch).bidirectional[0], example.bidirectional[:cut])
   assert prefix.prefix().prompt(batch).bidirectional.all()
   assert infill.infill().prompt(batch) is batch and masked.masked().prompt is None
+
+
+@pytest.mark.parametrize('mean', [2, 3, 8, 64])
+def test_counts_are_rounded_as_t5_rounds_them(mean):
+  """Half to even, as Python's own `round`; one at least, and some text between spans."""
+  for density in (0.15, 0.25, 0.5):
+    for tokens in range(2, 700):
+      noise = min(max(round(tokens * density), 1), tokens - 1)
+      spans = min(max(round(noise / mean), 1), noise, tokens - noise)
+      assert span_corruption.counts(tokens, density, mean) == (noise, spans)
+  halves = {2: (20, 5, 2), 8: (80, 20, 2), 64: (640, 160, 2)}   # 2.5 spans are two
+  for mean_length, (tokens, noise, spans) in halves.items():
+    assert span_corruption.counts(tokens, 0.25, mean_length) == (noise, spans)

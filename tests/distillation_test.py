@@ -2,6 +2,9 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -284,3 +287,27 @@ def test_what_does_not_fit_is_told_before_anything_runs():
   other = Bytes(('<|mask|>',))
   with pytest.raises(ValueError, match=f'{V} tokens, fingerprint {TOKENIZER.fingerprint}.*{other.fingerprint}'):
     distillation.check_tokenizers(TOKENIZER, other)
+
+
+@pytest.mark.parametrize('stored', [0, 4])
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_experiment_minimises_the_divergence_that_it_is_asked_for(kind, stored, monkeypatch):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'experiments')
+  distill = importlib.import_module('distill')
+  base = types.SimpleNamespace(model=TAUGHT, start=None, tokenizer=TOKENIZER)
+  monkeypatch.setattr(distill, 'open_teacher', lambda name: base)
+  made = distill.experiment(kind=kind, beta=0.3, temperature=1.5, stored_top_k=stored).objective
+  params = parameters()
+  columns = jax.jit(functools.partial(TopK(stored, VOCAB, 1.5), TEACHER.apply))(
+      params['teacher'], batch_of()) if stored else None
+  loss, _ = jax.jit(functools.partial(loss_of, made))(params, batch_of(columns))
+  expected, _ = closed_form(KINDS[kind][1], params, batch_of(), 1.5, 0., stored or None)
+  assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+class Taught(Linear):
+  """A teacher whose student is made by its vocabulary."""
+  vocab = VOCAB
+
+
+TAUGHT = Taught(TEACHER.width)

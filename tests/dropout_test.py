@@ -11,7 +11,7 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.models import kernels, stack, transformer
 from lm.models import layers as parts
-from lm.models.context import Aux
+from lm.models.context import Aux, Context
 from lm.models.kernels import Drop, Scores, Visible, attend
 
 TIME, RATE = 200, 0.3   # two blocks of queries
@@ -202,3 +202,27 @@ def test_layers_that_are_not_left_out_change_no_program():
 def test_rates_that_cannot_be_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+class Gives(nn.Module):
+  """A branch that gives a number."""
+  value: float
+
+  @nn.compact
+  def __call__(self, x, context, cache=None):
+    y = jnp.full(x.shape, self.value)
+    return (y, Aux()) if self.value < 10 else (y, cache)   # of feed-forward, of attention
+
+
+@pytest.mark.parametrize('block', [parts.Block, parts.ParallelBlock])
+def test_each_branch_of_a_block_is_dropped_by_a_mask_of_its_own(block):
+  x, rate = jnp.zeros((8, 32, 64)), 0.25
+  module = block(Gives(30.), Gives(3.), Same(), Same(), dropout=rate)
+  y = np.asarray(module.apply({}, x, Context(None, Visible(), jax.random.key(0)))[0]) * (1 - rate)
+  attention, feed_forward = np.round(y / 30).astype(int), np.round((y - 30 * np.round(y / 30)) / 3).astype(int)
+  np.testing.assert_allclose(y, 30 * attention + 3 * feed_forward, rtol=1e-5)
+  error = 5 / np.sqrt(y.size)
+  assert set(np.unique(attention)) == set(np.unique(feed_forward)) == {0, 1}
+  for kept in (attention, feed_forward):
+    assert np.mean(kept) == pytest.approx(1 - rate, abs=error)
+  assert abs(np.corrcoef(attention.ravel(), feed_forward.ravel())[0, 1]) < error

@@ -41,3 +41,10 @@ def test_a_bias_in_half_precision_gets_the_sum_of_all_positions():
   params = Biased().init(jax.random.key(0), y)
   grads = jax.grad(lambda p: jnp.sum(Biased().apply(p, y).astype(jnp.float32)))(params)
   assert (grads['params']['bias'] == 8 * 1024).all()
+
+
+@pytest.mark.parametrize('offset', [0., 0.5, 1.])
+def test_a_norm_starts_as_the_plain_one_whatever_is_added_to_its_scale(offset):
+  norm, x = layers.RMSNorm(offset=offset), np.float32([[3., -1., 2.], [10., 0., 5.]])
+  y, _ = norm.init_with_output(jax.random.key(0), x)
+  np.testing.assert_allclose(y, x / np.sqrt((x ** 2).mean(-1, keepdims=True)), rtol=1e-5)

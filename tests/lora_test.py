@@ -206,3 +206,18 @@ def test_parameters_that_a_run_is_given_lie_under_adapters():
   assert lora.start_from(configured(), None).start is None
   with pytest.raises(ValueError, match='give them with --init'):
     lora.start_from(lora.adapt(configured(), 2), None)
+
+
+def test_adapters_start_in_the_range_of_a_linear_layer_of_their_inputs():
+  """Of three layers and of any number of heads: layers are no inputs, heads and their size both are."""
+  inputs = {'query': 16, 'key': 16, 'value': 16, 'out': 4 * 4, 'gate': 16, 'up': 16, 'down': 24}
+  for path, x in paths(load(lora.Adapted(MODEL, 8, 6.))).items():
+    *_, name, part = path.split('/')
+    if part == 'A':
+      bound = inputs[name] ** -0.5
+      assert x.shape[0] == 3 and 0.95 * bound < np.abs(x).max() <= bound, path
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given():
+  run = train.Run(MODEL, next_token(), None, optim.adamw(1e-3), steps=1, batch=1)
+  assert [lora.adapt(run, rank, alpha).model.alpha for rank, alpha in ((4, None), (8, None), (4, 3.))] == [8, 16, 3]

@@ -12,7 +12,7 @@ import pytest
 
 from lm import groups, optim, sharding, train
 from lm.data.batches import Batch
-from lm.models import mup, stack, transformer
+from lm.models import kernels, mup, stack, transformer
 from lm.objectives.next_token import next_token
 
 VOCAB, STEPS, RATE = 64, 4, 2e-3
@@ -139,3 +139,14 @@ def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_
   finally:
     jax.config.update('jax_disable_most_optimizations', True)
   assert best[64] == best[256] == 1.6e-2
+
+
+@pytest.mark.parametrize('size', [8, 16, 64, 256])
+def test_scores_of_aligned_queries_and_keys_do_not_grow_with_the_size_of_a_head(size):
+  """They are 8 q k / H: entries of one eighth and one give 1 at any H."""
+  model = mup.parametrised(transformer.llama(16, 2 * size, 1, heads=2), 128, 1)
+  scores = model.layers[0].attention.scores
+  key = jnp.stack([jnp.ones((1, 2, size)), jnp.zeros((1, 2, size))], axis=1)
+  value = jnp.stack([jnp.ones((1, 2, size)), jnp.zeros((1, 2, size))], axis=1)
+  share = kernels.attend(jnp.full((1, 2, 2, size), 1 / 8), key, value, kernels.Visible(), scores)[0, 1, 0, 0]
+  assert float(share) == pytest.approx(1 / (1 + np.exp(-1)), rel=1e-5)

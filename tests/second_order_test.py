@@ -173,3 +173,18 @@ def test_soap_goes_the_same_way_on_a_mesh():
       updates, state = update(split(block(grads[i])), state, params)
       params = jax.block_until_ready(jax.tree.map(jnp.add, params, updates))
       np.testing.assert_allclose(of(params), of(expected), atol=1e-4)
+
+
+def test_signs_differ_by_estimate_and_by_parameter():
+  """Of a Hessian that is not diagonal, one estimate is wrong, and the mean of many right."""
+  hessian = np.float32([[2., 1.], [1., 3.]])
+  loss = lambda params: sum(p @ hessian @ p / 2 for p in params.values())
+  params, estimate, found = {'a': jnp.zeros(2), 'b': jnp.zeros(2)}, optim.hutchinson(), []
+  state, update = estimate.init(params), jax.jit(lambda state: estimate.update(None, state, params, obj_fn=loss))
+  for _ in range(200):
+    values, state = update(state)
+    found.append([values['a'], values['b']])
+  found = np.array(found)   # of each parameter 2 + 1, 3 + 1, or 2 - 1, 3 - 1
+  assert set(found[:, 0, 0].tolist()) == {1., 3.} and set(found[:, 1, 1].tolist()) == {2., 4.}
+  np.testing.assert_allclose(found.mean(0), [[2, 3], [2, 3]], atol=5 / np.sqrt(200))
+  assert abs(np.corrcoef(found[:, 0, 0], found[:, 1, 0])[0, 1]) < 5 / np.sqrt(200)
