@@ -43,10 +43,12 @@ class Checkpoints:
   """The checkpoints of one run; as a context manager, it waits for the save under way.
 
   Keeps the last `keep` steps and, with `keep_best`, the one of the lowest metric. `create=False` is for readers: the
-  folder has to exist. Raises OSError at once where the folder cannot be made, written to, or found.
+  folder has to exist. Metrics compare where the facts have the same `objective`: the best step is of those whose is
+  that of the newest, or `objective`. Raises OSError at once where the folder cannot be made, written to, or found.
   """
 
-  def __init__(self, folder: str | os.PathLike, keep: int = 3, keep_best: bool = True, create: bool = True):
+  def __init__(self, folder: str | os.PathLike, keep: int = 3, keep_best: bool = True, create: bool = True,
+               objective: Any = None):
     import orbax.checkpoint as ocp  # here, not at the top: it takes half a second
     from etils import epath
     if keep < 1:
@@ -64,12 +66,14 @@ class Checkpoints:
             create=False, preservation_policy=self,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)),
         item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()})
-    self._metrics: dict[int, float | None] = {}
+    self._objective = objective
+    self._metrics: dict[int, tuple[float | None, Any]] = {}   # with the objective that it is of
     for step in self.steps():
       try:
-        self._metrics[step] = self._read_facts(step)['metric']
+        document = self._read_facts(step)
+        self._metrics[step] = document['metric'], document['facts'].get('objective')
       except Exception:  # damage is told when the step is read, not here
-        self._metrics[step] = None
+        self._metrics[step] = None, None
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -89,7 +93,7 @@ class Checkpoints:
     self._set_damaged_aside()
     if (last := max(self.steps(), default=-1)) >= step:
       raise ValueError(f'step {step} cannot be saved after step {last} of {self.folder}: to go back, use a new folder')
-    self._metrics[step], self._saving = metric, step
+    self._metrics[step], self._saving = (metric, document['facts'].get('objective')), step
     ocp, chunks = self._ocp, jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), state)
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, chunks, ocdbt_target_data_file_size=FILE),
                               facts=ocp.args.JsonSave(document))
@@ -115,14 +119,17 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of the lowest metric, the last among equals; None if none has a metric."""
-    scored = {n: metric for n in reversed(self.steps())
-              if (metric := self._metrics.get(n)) is not None and math.isfinite(metric)}
+    steps = self.steps()
+    of = {n: self._metrics.get(n, (None, None)) for n in reversed(steps)}
+    objective = self._objective or (of[steps[-1]][1] if steps else None)
+    scored = {n: metric for n, (metric, other) in of.items()
+              if metric is not None and math.isfinite(metric) and other == objective}
     return min(scored, key=scored.get, default=None)
 
   def best_metric(self) -> float:
     """Infinite if no step has a metric."""
     step = self.best_step()
-    return math.inf if step is None else self._metrics[step]
+    return math.inf if step is None else self._metrics[step][0]
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     """Orbax's PreservationPolicy. With its own `BestN`, one damaged metrics file keeps the folder from opening."""

@@ -2,6 +2,8 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,11 +40,13 @@ def _checksums(params: Any) -> Any:
   return jax.tree.map(checksum, params)
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any, inside: bool = False) -> Any:
   """JSON, the same in every process: classes with the fields that they compare, functions by name, arrays by hash.
 
-  Of a function that another made (a schedule) it tells the name, not the numbers inside: describe those too.
+  Of a function that another made (a schedule) it tells the name, and the values that it has from there only with
+  `inside`.
   """
+  recur = functools.partial(describe, inside=inside)
   match value:
     case None | bool() | int() | float() | str():
       return value
@@ -56,11 +60,14 @@ def describe(value: Any) -> Any:
     case np.ndarray() | jax.Array():
       return f'{value.dtype}{list(value.shape)} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]}'
     case Mapping():
-      return {str(key): describe(item) for key, item in value.items()}
+      return {str(key): recur(item) for key, item in value.items()}
     case functools.partial():
-      return {'partial': describe(value.func), 'args': describe(value.args), **describe(value.keywords)}
+      return {'partial': recur(value.func), 'args': recur(value.args), **recur(value.keywords)}
     case list() | tuple() if not hasattr(value, '_fields'):
-      return [describe(item) for item in value]
+      return [recur(item) for item in value]
+    case types.FunctionType() if inside and (values := inspect.getclosurevars(value).nonlocals):
+      others = {name: item for name, item in values.items() if item is not value}   # it may call itself
+      return {'function': value.__qualname__, **recur(others)}
   if isinstance(value, tuple):
     names = value._fields
   elif dataclasses.is_dataclass(value):
@@ -69,7 +76,7 @@ def describe(value: Any) -> Any:
   else:
     text = getattr(value, '__qualname__', None) or repr(value)
     return type(value).__qualname__ if ' at 0x' in text else text
-  return {'class': type(value).__qualname__, **{name: describe(getattr(value, name)) for name in names}}
+  return {'class': type(value).__qualname__, **{name: recur(getattr(value, name)) for name in names}}
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

@@ -239,7 +239,7 @@ def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | 
 
 
 def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
-  """What may not change between a checkpoint and a run that goes on from it: the model, and the order of the data.
+  """What may not change between a checkpoint and a run that goes on from it: the model, what it learns, in which order.
 
   `data` and `tokenizer` are their fingerprints.
   """
@@ -247,8 +247,8 @@ def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
   more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
   if run.gradient is not accumulated:
     more['gradient'] = describe(run.gradient)
-  return {'model': describe(run.model), 'batch': run.batch, 'length': run.data.length, 'seed': run.seed,
-          'data': data, 'tokenizer': tokenizer, **constants, **more}
+  return {'model': describe(run.model), 'objective': describe(run.objective, inside=True), 'batch': run.batch,
+          'length': run.data.length, 'seed': run.seed, 'data': data, 'tokenizer': tokenizer, **constants, **more}
 
 
 def check_vocabulary(run: Run, data: Opened) -> None:

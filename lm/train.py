@@ -1,6 +1,7 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
 import contextlib
 import functools
+import json
 import math
 import pathlib
 import signal
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import averaging, checkpoint, evaluate, records, seeds, sharding, track
+from lm import averaging, checkpoint, evaluate, optim, records, seeds, sharding, track
 from lm.data.augment import augmented
 from lm.data.batches import Batch
 from lm.data.stages import Staged
@@ -64,10 +65,11 @@ class NotFinite(FloatingPointError):
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
-          watch: Callable[[int, dict[str, float]], bool] | None = None) -> Result:
+          watch: Callable[[int, dict[str, float]], bool] | None = None, new_objective: bool = False) -> Result:
   """Trains to `run.steps`, from the newest checkpoint in `workdir` if there is one. `mesh` is the one that is set.
 
-  `watch(step, metrics)` is told of each evaluation, and stops training where it returns True.
+  `watch(step, metrics)` is told of each evaluation, and stops training where it returns True. With `new_objective` the
+  checkpoint may be of another objective; the best checkpoint is then the best by the new one.
   SIGINT or SIGTERM: saves after the present step and returns; a second one ends the process at once. NotFinite if a
   loss is; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or
   does not go on from what the workdir holds.
@@ -76,34 +78,46 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   check(run, mesh)
   stored = checkpoint.stored_facts(workdir / 'checkpoints')
   with phases('prepare data'):
-    data = run.data.open(workdir, control=run.objective.control, check=functools.partial(_check_data, run, stored))
+    data = run.data.open(workdir, control=run.objective.control,
+                         check=functools.partial(_check_data, run, stored, new_objective))
     check_vocabulary(run, data)
     # Before signals are caught: what data computes first may take long, and is gone on from.
     goal = augmented(run.objective, run.augment, data.tokenizer)
     batches = (Staged(data.batches('train', goal, run.batch, run.seed), run.schedule),
                data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
-  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep) as checkpoints, Interrupt() as interrupt:
+  facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
+  with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, objective=facts['objective']) as checkpoints,
+        Interrupt() as interrupt):
     with phases('restore or initialise'):
       constants = load_constants(run)
       state, start = _restore(run, mesh, checkpoints)
+    planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
     records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
-    facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
     loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
     if start >= run.steps:
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start and not loop.out_of_patience(start):
       print(f'going on from step {start}')
+      if planned != run.steps and (rate := optim.learning_rate(state.opt_state)) is not None:
+        loop.former = planned, float(rate)
     return loop.go(state, start)
 
 
-def _check_data(run: Run, stored: Any, data: str, tokenizer: str) -> None:
+def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:
   """ValueError, before anything is made of the data, where the checkpoint in the workdir is of another run.
 
   Where there is none: where the parameters that training starts from are for another tokenizer.
   """
   if stored is not None:
-    checkpoint.check({name: value for name, value in stored.items() if name != 'parameters'},
-                     identity(run, data, tokenizer))
+    stored, now = ({name: value for name, value in facts.items()
+                    if name != 'parameters' and not (new_objective and name == 'objective')}
+                   for facts in (stored, identity(run, data, tokenizer)))
+    try:
+      checkpoint.check(stored, now)
+    except checkpoint.Mismatch as error:
+      if {**stored, 'objective': now['objective']} == json.loads(json.dumps(now)):
+        raise checkpoint.Mismatch(f'{error}\nOr go on with the other objective by --new_objective') from None
+      raise
   elif run.start_tokenizer not in (None, tokenizer):
     raise ValueError(f'the parameters to start from are for another tokenizer (fingerprint {run.start_tokenizer}) than '
                      f'that of this run (fingerprint {tokenizer}): take theirs, or start from them all the same by '
@@ -154,6 +168,7 @@ class _Loop:
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
     self.signal: int | None = None
+    self.former: tuple[int, float] | None = None   # where they have changed: the steps before, the last rate
 
   def go(self, state: State, start: int) -> Result:
     run, step = self.run, start
@@ -240,6 +255,7 @@ class _Loop:
       return
     step, metrics = pending[0], {name: float(value) for name, value in pending[1].items()}
     self.tracker.log(step, metrics)
+    self._tell_jump(step, metrics.get('learning_rate', 0.))
     guard = self.run.guard
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
@@ -247,6 +263,13 @@ class _Loop:
     if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
       raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
                       f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')
+
+  def _tell_jump(self, step: int, rate: float) -> None:
+    """Prints a line, at the first step of a run whose end has moved, where the learning rate is not what it was."""
+    if self.former and abs(rate - self.former[1]) > 0.05 * self.former[1]:
+      print(f'the learning rate jumps from {self.former[1]:.2g} to {rate:.2g} at step {step}: its schedule was made '
+            f'for {self.former[0]:,} steps, and is now for {self.run.steps:,}')
+    self.former = None
 
   def _evaluate(self, state: State) -> None:
     with self.tracker.pause(), self.phases('validate'):

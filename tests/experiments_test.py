@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, pretrained, sharding, track, train, trained
+from lm import arguments, launch, pretrained, sharding, track, train, trained
 from lm import scripts as lm_scripts
 from lm.data import corpora, puzzles, tokenizer
 from lm.models import transformer
@@ -128,7 +128,7 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
 
 
 def defaults(module, name: str, texts) -> train.Run:
-  keywords = launch._keywords(module.experiment)
+  keywords = arguments.keywords(module.experiment)
   knobs = {p.name: p.default for p in keywords}
   if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
     knobs['steps'] = 1000
@@ -166,8 +166,8 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
     launch.parse(functions, [f'{name}.py', '--help'])
   out = capsys.readouterr().out
   assert not stop.value.code and module.__doc__.split('\n')[0] in out
-  arguments = launch._argument_help(functions[0])
-  assert set(arguments) <= {p.name for p in launch._keywords(functions[0])}   # no flag is described that is not there
+  described = arguments.argument_help(functions[0])
+  assert set(described) <= {p.name for p in arguments.keywords(functions[0])}   # no flag is described that is not there
   assert f'python {SCRIPTS[name].relative_to(ROOT)}' in module.__doc__
   for example in re.findall(r'--(\w+)', module.__doc__):
     assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'

@@ -128,12 +128,13 @@ RESULT = Result(0, 0, None, None, None, {}, True, {})
 @pytest.fixture
 def program(monkeypatch, tmp_path):
   """Runs an experiment in this process with a stand-in for lm.train; returns its exit code."""
-  import lm.lora  # of which the stand-in knows nothing
+  import lm.resume
+  import lm.trained  # of which the stand-in knows nothing
   calls = []
   monkeypatch.setitem(sys.modules, 'lm.train', train := types.ModuleType('lm.train'))
   monkeypatch.setattr(lm, 'train', train, raising=False)
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
-  train.train = lambda run, workdir, mesh, watch: calls.append((run, workdir, mesh)) or go.result
+  train.train = lambda run, workdir, mesh, watch, new_objective: calls.append((run, workdir, mesh)) or go.result
 
   def go(function, *argv, then=None):
     monkeypatch.setattr(sys, 'argv', ['script.py', f'--workdir={tmp_path / "run"}', *argv])
