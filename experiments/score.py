@@ -7,6 +7,7 @@
   python experiments/score.py --model=google-bert/bert-base-uncased --text="Once upon a time"
   python experiments/score.py --model=t5-small --source="translate English to German: Hello" --text="Hallo"
 """
+import codecs
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   if source is not None and text is None and file is None or source_key and jsonl is None:
     raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
-    text = file.read_text('utf-8', errors='replace')
+    text = read(file)
   texts, sources = [text], None if source is None else [source]
   if jsonl is not None:
     texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
@@ -86,6 +87,18 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     batches = data.batches(split, run.objective, rows, repeat=False, **order)
     for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
+
+
+def read(file: pathlib.Path) -> str:
+  """The text of a file as it is, line ends included; ValueError where it is no UTF-8."""
+  data = file.read_bytes()
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    name = 'UTF-16' if utf16 else 'ENCODING'
+    raise ValueError(f'{file} is no UTF-8 (byte {data[error.start]:#04x} at {error.start:,})'
+                     f'{", but UTF-16" if utf16 else ""}: convert it with iconv -f {name} -t UTF-8') from None
 
 
 def check(model: Any, has_source: bool, bos: bool | None) -> None:

@@ -6,6 +6,7 @@
 A completion is a function of (seed, prompt, how many equal prompts stand before it): not of its company in the batch.
 Shapes: the legend in `models/transformer.py`.
 """
+import codecs
 import collections
 import dataclasses
 import functools
@@ -254,10 +255,19 @@ class _Text:
     if self.done:
       return ''
     old, new = self._decode()
-    text = self._release(new[len(old):].rstrip('\ufffd'))
+    text = self._release(self._whole(new[len(old):]))
     if not self.done:   # no stop string
       text, self.done = text + self._held, True
     return text
+
+  def _whole(self, text: str) -> str:
+    """The last text without the U+FFFD of an incomplete character; one that the model wrote stays."""
+    if not text.endswith('\ufffd'):
+      return text
+    complete = codecs.getincrementaldecoder('utf-8')('replace').decode(
+        self._tokenizer.decode_bytes(self._ids[self._shown:]))
+    written = len(complete) - len(complete.rstrip('\ufffd'))
+    return text[:len(text.rstrip('\ufffd')) + written]
 
   def _decode(self) -> tuple[str, str]:
     """The text of the last piece, and of it with all that came since: what a token reads as depends on those before."""

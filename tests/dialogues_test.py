@@ -67,6 +67,18 @@ def test_pairs_of_all_shapes(tmp_path, record, keys):
   assert records.positions.tolist() == [sum(len(x.tokens) - 1 for x in records[0])]
 
 
+def test_text_that_begins_like_a_transcript_is_text(tmp_path):
+  from lm.data import messages
+  read = lambda kind=Dialogue, **row: messages.read(json.dumps(row), kind)
+  for text in ('Human: Homo sapiens', 'Assistant: me', 'Human: a\n\nAssistant: b'):
+    assert read(prompt='Name a species', completion=text) == ([USER('Name a species')], ([SAYS(text)],), None)
+    assert read(prompt=text, completion='c').prompt == [USER(text)]
+    assert read(Pair, prompt='p', chosen=text, rejected='no') == ([USER('p')], ([SAYS(text)], [SAYS('no')]), None)
+  whole = 'Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
+  for kind, row in ((Dialogue, {'completion': 'd'}), (Pair, {'chosen': 'd', 'rejected': 'e'})):
+    assert read(kind, prompt=whole, **row).prompt == [USER('a'), SAYS('b'), USER('c')]
+
+
 def test_what_two_transcripts_share_is_the_prompt(tmp_path):
   talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
   pair = opened(tmp_path, [{'chosen': talk + ' d', 'rejected': talk + ' b'}], Pair)[0].records('train')[0]

@@ -28,8 +28,11 @@ class Bytes:
   def encode_batch(self, texts):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
+  def decode_bytes(self, ids):
+    return bytes(int(i) for i in ids if i < 256)
+
   def decode(self, ids):
-    return bytes(int(i) for i in ids if i < 256).decode(errors='replace')
+    return self.decode_bytes(ids).decode(errors='replace')
 
 
 class Words(Bytes):
@@ -212,6 +215,14 @@ def test_pieces_are_whole_characters_and_join_to_the_text():
   assert ''.join(pieces) == text and '\ufffd' not in ''.join(pieces) and len(list(filter(None, pieces))) == len(text)
   assert ''.join(text_of('🙂🙂'.encode()[:-1])) == '🙂'   # an unfinished character
   assert ''.join(text_of(b'a\xffb')) == 'a\ufffdb'        # bytes that are none
+
+
+@pytest.mark.parametrize('data, shown', [
+    ('the sign \ufffd'.encode(), 'the sign \ufffd'), ('\ufffd'.encode(), '\ufffd'), (b'caf\xc3', 'caf'),
+    ('\ufffd\ufffd'.encode() + b'\xe2\x82', '\ufffd\ufffd'), (b'a\xf0\x9f\x98', 'a'), ('€'.encode(), '€')])
+def test_a_replacement_character_that_was_written_stays_and_that_of_half_a_character_does_not(data, shown):
+  text = generate._Text(Bytes(), np.zeros(0, np.int32), ())
+  assert ''.join([*(text.push(byte) for byte in data), text.end()]) == shown
 
 
 def test_a_completion_keeps_the_space_after_its_prompt():

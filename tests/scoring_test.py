@@ -256,3 +256,13 @@ def test_what_a_kind_of_model_cannot_do_is_refused(folders):
   for kind in ('bert', 't5'):
     with pytest.raises(ValueError, match=f'--model=.*{kind} is no decoder'):
       pretrain.experiment(model=str(folders / kind), text='no such file')
+
+
+def test_a_file_is_scored_as_it_is(tmp_path):
+  (tmp_path / 'crlf.txt').write_bytes(b'a\r\nb\r\n')
+  assert score.read(tmp_path / 'crlf.txt') == 'a\r\nb\r\n'
+  for data, message in (('hello'.encode('utf-16'), 'no UTF-8 .*but UTF-16: convert it with iconv -f UTF-16'),
+                        (b'caf\xe9', r'no UTF-8 \(byte 0xe9 at 3\): convert it')):
+    (tmp_path / 'bad.txt').write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+      score.score(model='none', file=tmp_path / 'bad.txt')

@@ -4,7 +4,11 @@
   {"messages": [{"role": "user", "content": "..."}, ...]}      also {"from": "human", "value": "..."}
   {"prompt": "...", "chosen": "...", "rejected": "..."}
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}     transcripts, or messages: they begin alike
+  {"prompt": "\\n\\nHuman: ...\\n\\nAssistant:", "completion": "..."}     a transcript up to the answer
   {"prompt": "...", "completion": "...", "label": true}        also {"messages": ..., "label": true}
+
+A text is read as a transcript only where all that was said before it, or in it, is in one: a prompt or an answer that
+begins with "Human:" by itself is text.
 """
 import dataclasses
 import json
@@ -61,7 +65,10 @@ def _dialogue(row: dict, keys: Keys) -> Record:
 
 
 def _pair(row: dict, keys: Keys) -> Record:
-  chosen, rejected = (_messages(row, key, 'assistant') for key in (keys.chosen, keys.rejected))
+  sides = keys.chosen, keys.rejected
+  chosen, rejected = transcripts = [_transcript(row.get(key)) for key in sides]
+  if keys.prompt in row or not all(transcripts):
+    chosen, rejected = (_messages(row, key, 'assistant') for key in sides)
   if chosen and rejected and chosen[0]['role'] == rejected[0]['role'] == 'assistant' and keys.prompt in row:
     return Record(_messages(row, keys.prompt, 'user'), (chosen, rejected))
   # Whole conversations; they differ in the last message, at least.
@@ -85,18 +92,31 @@ def _rated(row: dict, keys: Keys) -> Record:
 
 
 def _messages(row: dict, key: str, role: str | None = None) -> Messages:
-  """Of a field that holds messages, a transcript or, where a `role` is given, what that one said."""
+  """Of a field that holds messages, a transcript or, where a `role` is given, what that one said.
+
+  What the user said may be a transcript up to where the assistant answers.
+  """
   value: Any = row.get(key)
-  if isinstance(value, str) and re.match(r'\s*(Human|Assistant):', value):
-    _, *parts = re.split(r'(?:^\s*|\n\n)(Human|Assistant): ?', value)
-    return [{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': text.strip()}
-            for who, text in zip(parts[::2], parts[1::2])]
+  transcript = _transcript(value)
+  if role is None and transcript:
+    return transcript
+  if role == 'user' and transcript and transcript[-1] == {'role': 'assistant', 'content': ''}:
+    return transcript[:-1]
   if isinstance(value, str) and role:
     return [{'role': role, 'content': value}]
   if not isinstance(value, list) or not value:
     expected = 'messages' if role is None else 'text, nor messages'
     raise ValueError(f'{key!r} holds no {expected}; its fields are {", ".join(row)}')
   return [_message(message, key) for message in value]
+
+
+def _transcript(value: Any) -> Messages:
+  """The turns of "Human: ...\n\nAssistant: ..."; none where the value is no such text."""
+  if not isinstance(value, str) or not re.match(r'\s*Human:', value) or '\n\nAssistant:' not in value:
+    return []
+  _, *parts = re.split(r'(?:^\s*|\n\n)(Human|Assistant): ?', value)
+  return [{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': text.strip()}
+          for who, text in zip(parts[::2], parts[1::2])]
 
 
 def _message(message: Any, key: str) -> dict[str, str]:

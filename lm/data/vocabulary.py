@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text; control tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
 
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    """The UTF-8 of the tokens, also where a character is incomplete; control tokens have none."""
+
   def byte_lengths(self) -> np.ndarray:
     """[vocab_size] int32: UTF-8 bytes of text each token stands for; 0 for control, unknown and unused tokens.
 
@@ -141,8 +144,11 @@ class Base:
                      'SentencePiece one, bpe or unigram')
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     table = self._table
-    return b''.join([table[i] for i in self._checked(ids)]).decode('utf-8', 'replace')
+    return b''.join([table[i] for i in self._checked(ids)])
 
   def byte_lengths(self) -> np.ndarray:
     return np.array([len(piece) for piece in self._table], np.int32)
