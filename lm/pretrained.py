@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
-from lm import checkpoint
+from lm import checkpoint, sharding
 from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
 from lm.describe import describe, differences, fingerprint
@@ -104,10 +102,7 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
 
 def _abstract(model: Any) -> Any:
   mesh = jax.sharding.get_mesh()
-
-  def layout(spec):   # over an empty mesh, Orbax would end the process
-    return SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
-  return jax.tree.map(lambda s: s.update(sharding=layout(s.sharding.spec if s.sharding else P())),
+  return jax.tree.map(lambda s: s.update(sharding=sharding.layout(mesh, s.sharding and s.sharding.spec)),
                       jax.eval_shape(model.init, jax.random.key(0)))
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import flops, optim, seeds, sharding
@@ -98,7 +97,7 @@ def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
   """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
   def placed(s):
     # A constant, such as the step, carries no sharding.
-    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, s.sharding.spec if s.sharding else P()))
+    return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.layout(mesh, s.sharding and s.sharding.spec))
   return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
 
 
@@ -187,6 +186,7 @@ def _mean(sums):
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
+  sharding.require(mesh)
   parts = mesh.shape['data'] * run.accumulate
   shapes = run.schedule.shapes()
   if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
@@ -216,7 +216,7 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   rows, length = shape or (run.batch, run.data.length)
   parts = run.data.length // length
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
-                                                     sharding=NamedSharding(mesh, P('data'))), row)
+                                                     sharding=sharding.layout(mesh, P('data'))), row)
 
 
 def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | None = None) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ('data', 'model')
@@ -111,15 +111,29 @@ def check(axes: str, sizes: tuple[int, ...], name: str) -> None:
                        f'does not divide; choose another --mesh or size')
 
 
+def layout(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, partition: P | None) -> jax.sharding.Sharding:
+  """How an array lies on a mesh; None lies whole on each device. With an empty mesh, where none is set: on one device.
+  """
+  if mesh.empty:   # of which a NamedSharding would end the process when it is used
+    return SingleDeviceSharding(jax.local_devices()[0])
+  return NamedSharding(mesh, P() if partition is None else partition)
+
+
+def require(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+  """ValueError where no mesh is set, for what needs one."""
+  if mesh.empty:
+    raise ValueError('no mesh is set: call it in "with jax.set_mesh(sharding.make_mesh()) as mesh:"')
+
+
 def local_rows(rows: int, mesh: jax.sharding.Mesh) -> range:
   """The rows of a global batch that this process's devices hold."""
-  slices = [i[0] for i in NamedSharding(mesh, P('data')).addressable_devices_indices_map((rows,)).values()]
+  slices = [i[0] for i in layout(mesh, P('data')).addressable_devices_indices_map((rows,)).values()]
   return range(min(s.start or 0 for s in slices), max(rows if s.stop is None else s.stop for s in slices))
 
 
 def shard_rows(batch, mesh: jax.sharding.Mesh):
   """A tree of this process's rows `[b, ...]` of a global batch `[B, ...]`, on the devices."""
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P('data')), x), batch)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, P('data')), x), batch)
 
 
 def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:

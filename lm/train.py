@@ -75,6 +75,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   does not go on from what the workdir holds.
   """
   phases = track.Phases()
+  sharding.require(jax.sharding.get_mesh())
   check(run, mesh)
   stored = checkpoint.stored_facts(workdir / 'checkpoints')
   with phases('prepare data'):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import sharding
 from lm.describe import describe
 from lm.hf import (
     bert,
@@ -213,10 +214,7 @@ def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, d
       release()
     return array
 
-  mesh = jax.sharding.get_mesh()
-  if mesh.empty:
-    return jax.block_until_ready(jnp.asarray(read((slice(None),) * len(leaf.shape))))
-  layout = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+  layout = sharding.layout(jax.sharding.get_mesh(), leaf.sharding and leaf.sharding.spec)
   return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, layout, read))
 
 
