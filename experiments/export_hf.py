@@ -20,15 +20,17 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
     model: an imported folder, in place of a run.
     out: the folder to make.
     dtype: of the weights, if not theirs: a run's are float32, an imported model's those of its files.
-    like: the folder that a run was started from, whose tokenizer files and chat template it takes over.
+    like: the folder whose family, tokenizer files and generation config it takes over; by default the one that the run
+      was started from.
     best: take the best checkpoint by validation loss, not the newest.
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype),
-                     like or (loaded.folder if model else None))
+    like = like or (loaded.folder if model else trained.first_folder(loaded.run, loaded.tokenizer))
+    pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
+                     None if model else trained.chat_template(loaded.run.data))
   print(f'written: {out}; open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 
 

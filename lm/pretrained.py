@@ -15,6 +15,7 @@ from lm.data import chat, source, tokenizer, turns
 from lm.data import export as tokenizer_export
 from lm.describe import describe, differences, fingerprint
 from lm.hf import files, weights
+from lm.hf.config import read
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.multi_token import MultiToken
@@ -173,23 +174,45 @@ def _fingerprint(folder: pathlib.Path) -> str:
 
 
 def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any = None,
-          like: pathlib.Path | None = None) -> None:
+          like: pathlib.Path | None = None, template: turns.Template | None = None) -> None:
   """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open; whole or not at all.
 
-  `like` is the folder that the model was imported from, whose tokenizer, chat template and generation config it keeps.
-  Of a model that predicts further tokens, its trunk is written.
+  `like` is the folder that the model was imported from, whose family, tokenizer, chat template and generation config it
+  keeps. With a `template`, that is the chat template, and generation ends where it ends an answer too. Of a model that
+  predicts further tokens, its trunk is written. ValueError where the tokenizer of `like` is another one.
   """
   model = model.trunk if isinstance(model, MultiToken) else model
+  if like and (theirs := tokenizer.load(like).fingerprint) != tokens.fingerprint:
+    raise ValueError(f'the tokenizer of {like} (fingerprint {theirs}) is not that of the model (fingerprint '
+                     f'{tokens.fingerprint}): give the folder that the model was started from')
   with files.new_folder(folder) as new:
-    ids = {'bos_token_id': tokens.bos_id,
-           'eos_token_id': tokens.eos_id if len(tokens.eos_ids) == 1 else list(tokens.eos_ids)}
-    if isinstance(model, EncoderDecoder):   # transformers shifts labels by these
-      ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
-    weights.write(new, model, params, dtype=dtype, extra=ids)
+    config = read(like / 'config.json') if like and (like / 'config.json').is_file() else {}
+    ids = _token_ids(model, tokens, config, template)
+    families = [weights.family_of(config)] if config else []
+    weights.write(new, model, params, [*families, *weights.FAMILIES], dtype, ids)
     kept = [path for name in _SIDE if name != 'config.json' and like and (path := like / name).is_file()]
     for path in (*kept, *(like.glob('*.model') if like else ())):
       shutil.copyfile(path, new / path.name)
-    if not (new / 'tokenizer.json').is_file() and not (new / 'vocab.json').is_file():
-      tokenizer_export.export(tokens, new, begins=not isinstance(model, Encoder | EncoderDecoder))
-    if not (new / 'generation_config.json').is_file():
-      (new / 'generation_config.json').write_text(json.dumps(ids, indent=2) + '\n')
+    jinja = template and template.jinja(tokens)
+    if not like:
+      tokenizer_export.export(tokens, new, jinja, begins=not isinstance(model, Encoder | EncoderDecoder))
+    elif jinja and jinja != chat.sources(like).get('default'):
+      (new / 'chat_template.jinja').write_text(jinja, 'utf-8', newline='')
+    generation = read(new / 'generation_config.json') if (new / 'generation_config.json').is_file() else ids
+    if not (new / 'generation_config.json').is_file() or template:
+      ends = {'eos_token_id': ids['eos_token_id']}
+      (new / 'generation_config.json').write_text(json.dumps({**generation, **ends}, indent=2) + '\n')
+
+
+def _token_ids(model: Any, tokens: Any, config: dict[str, Any], template: turns.Template | None) -> dict[str, Any]:
+  """The ids of control tokens in config.json, that of padding as `config` has it."""
+  ends = list(dict.fromkeys((*tokens.eos_ids, *(template.ends(tokens) if template else ()))))
+  ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends}
+  pad = config.get('pad_token_id', (config.get('text_config') or {}).get('pad_token_id'))
+  if isinstance(model, EncoderDecoder):   # transformers shifts labels by these
+    ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
+  elif isinstance(pad, int) and 0 <= pad < model.vocab:
+    ids['pad_token_id'] = pad
+  elif '<|pad|>' in tokens.control_names:
+    ids['pad_token_id'] = tokens.control_id('<|pad|>')
+  return ids

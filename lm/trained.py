@@ -200,6 +200,17 @@ def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> tra
   return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
 
 
+def first_folder(run: train.Run, tokens: tokenizer.Tokenizer) -> pathlib.Path | None:
+  """The Hugging Face or imported folder that a run was started from, be it by way of other runs; None where there is
+  none any more, or its tokenizer is not `tokens`."""
+  start = next((c.load for c in run.constants if c.name == 'base'), run.start)
+  if isinstance(start, StoredResult):
+    return first_folder(open_run(start.workdir), tokens) if records.read(start.workdir) else None
+  if not isinstance(start, pretrained.Parameters) or not start.folder.is_dir():
+    return None
+  return start.folder if tokenizer.load(start.folder).fingerprint == tokens.fingerprint else None
+
+
 def chat_template(data: Any) -> turns.Template | None:
   """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
   return getattr(getattr(data, 'data', data), 'template', None)

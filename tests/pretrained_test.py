@@ -1,6 +1,7 @@
 """Models of others come in, are trained on, and go out; without torch."""
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
-from lm import optim, pretrained, schedules, sharding, train
+from lm import optim, pretrained, schedules, sharding, train, trained
 from lm.data import corpora, dataset
 from lm.data.batches import Batch
 from lm.data.tokenizer import Bytes
@@ -201,6 +203,29 @@ def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, m
     return str(tmp_path)
   monkeypatch.setattr(hub, 'snapshot_download', download)
   assert pretrained.locate('some/model') == tmp_path and fetched == held[:4]
+
+
+def test_a_tokenizer_that_has_no_other_form_goes_out_as_the_file_it_came_in(tmp_path):
+  """A folder with only tokenizer.model, which changes text: imported, trained from, written."""
+  model_file = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(['anna bert carl dora'] * 9), model_writer=model_file, vocab_size=300, model_type='bpe',
+      byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
+  model = MODEL.clone(vocab=300)
+  weights.write(tmp_path / 'in', model, jax.jit(model.init)(jax.random.key(0)))
+  (tmp_path / 'in' / 'tokenizer.model').write_bytes(model_file.getvalue())
+  tokens = pretrained.save(str(tmp_path / 'in'), tmp_path / 'imported').tokenizer
+  started = run(tmp_path, start=pretrained.start(tmp_path / 'imported', model))
+  assert trained.first_folder(started, tokens) == tmp_path / 'imported'   # which `export_hf` takes the files of
+  assert trained.first_folder(started, TOKENIZER) is None
+  export_hf.main(model=str(tmp_path / 'imported'), out=tmp_path / 'out')
+  assert not (tmp_path / 'out' / 'tokenizer.json').exists()
+  assert pretrained.load(str(tmp_path / 'out')).tokenizer.fingerprint == tokens.fingerprint
+  params = jax.jit(model.init)(jax.random.key(0))
+  with pytest.raises(ValueError, match='--like'):
+    pretrained.write(tmp_path / 'alone', model, params, tokens)
+  with pytest.raises(ValueError, match='is not that of the model'):
+    pretrained.write(tmp_path / 'other', model, params, TOKENIZER, like=tmp_path / 'in')
 
 
 def test_several_ends_go_out_and_come_back(params, tmp_path):

@@ -100,9 +100,18 @@ class Template:
     refuse_missing(dict.fromkeys(vocabulary.MARK.findall(text)), tokens)
 
   def ends(self, tokens: tokenizer.Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer, beside those that the tokenizer's files name."""
+    """The control token that the template writes at the end of an answer; none where it writes or shows none."""
+    try:
+      ids, said = self.encode(tokens, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+    except ValueError:   # as it does not show where an answer is
+      return ()
+    control = {tokens.control_id(name) for name in tokens.control_names}
+    return tuple(i for i in ids[said][-1:].tolist() if i in control)
+
+  def jinja(self, tokens: tokenizer.Tokenizer) -> str:
+    """The template as Hugging Face folders have it."""
     del tokens
-    return ()
+    return self.source
 
   def _render(self, messages, add_generation_prompt, tools, marks):
     if not messages:

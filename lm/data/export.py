@@ -66,7 +66,8 @@ def _sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
   characters = {piece.name for piece in pieces if piece.type == protobuf.NORMAL and len(piece.name) == 1}
   if not tokenizer.lossless:
     raise ValueError('this SentencePiece model changes text (normalisation, a space put before it, ...), which '
-                     'tokenizer.json would not do alike; use the tokenizer.json that was published with it')
+                     'tokenizer.json would not do alike; export with --like, the folder that it came from, whose files '
+                     'are kept')
   if bad := [piece.name for piece in pieces
              if piece.type not in (protobuf.NORMAL, protobuf.UNKNOWN, protobuf.CONTROL, protobuf.BYTE)
              or piece.type == protobuf.NORMAL and not characters.issuperset(piece.name)]:

@@ -3,6 +3,8 @@
 A template, as `chat.Template` is one, has `encode`, `check` and `ends`; see there.
 """
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +30,9 @@ class Template(Protocol):
 
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer, beside the tokenizer's `eos_ids`."""
+
+  def jinja(self, tokens: Tokenizer) -> str:
+    """The template as Hugging Face folders have it: what `encode` writes, as text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Turns:
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     return (tokens.control_id(self.end),)
 
+  def jinja(self, tokens: Tokenizer) -> str:
+    turn = f"{{{{ '<|' + message['role'] + '|>' + message['content'] + {json.dumps(self.end)} }}}}"
+    return (f'{_bos(tokens)}{{% for message in messages %}}{turn}{{% endfor %}}'
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
@@ -81,6 +91,10 @@ class Plain:
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     return ()
 
+  def jinja(self, tokens: Tokenizer) -> str:
+    end = f"(eos_token if message['role'] == 'assistant' else {json.dumps(self.between)})"
+    return f"{_bos(tokens)}{{% for message in messages %}}{{{{ message['content'] + {end} }}}}{{% endfor %}}"
+
 
 _ROLES = ('system', 'user', 'assistant')
 
@@ -88,6 +102,10 @@ _ROLES = ('system', 'user', 'assistant')
 def _begin(tokens: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
   bos = [tokens.bos_id] if tokens.adds_bos else []
   return [np.int32(bos)], [np.zeros(len(bos), bool)]
+
+
+def _bos(tokens: Tokenizer) -> str:
+  return '{{ bos_token }}' if tokens.adds_bos else ''
 
 
 def _read(message: Mapping[str, Any]) -> tuple[str, str]:
@@ -110,7 +128,7 @@ class Conversation:
     said = [[{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     return [self.template.encode(self.tokenizer, messages, add_generation_prompt=True)[0] for messages in said]
 
-  @property
+  @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.template.ends(self.tokenizer))))
 
