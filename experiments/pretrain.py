@@ -32,7 +32,7 @@ from lm.objectives.ul2 import MODES, ul2
 
 
 def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None,
-           tfds: str | None, key: str, weights: tuple[float, ...], validation: float) -> source.Source:
+           tfds: str | None, key: str, weights: tuple[float, ...], repeat: bool, validation: float) -> source.Source:
   """The source, or mixture of sources, that the flags name."""
   flags = {'text': text, 'jsonl': jsonl, 'parquet': parquet, 'tfds': tfds}
   for name, given in {**flags, 'separator': separator}.items():
@@ -52,10 +52,12 @@ def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl:
     raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
   if weights and len(weights) != len(sources):
     raise ValueError(f'{written} has {len(weights)} numbers for {len(sources)} corpora')
-  if not all(0 < weight < float('inf') for weight in weights):
-    raise ValueError(f'{written}: each must be above 0; leave out the flag of a corpus that is not wanted')
+  if not all(0 <= weight < float('inf') for weight in weights) or weights and not any(weights):
+    raise ValueError(f'{written}: each must be above 0, or 0 for a corpus that is left out')
+  if not repeat and len(sources) < 2:
+    raise ValueError('--repeat=false is for a mixture of several corpora; lower --steps to read one corpus once')
   if len(sources) > 1:
-    return mixture(list(zip(sources, weights or (1.,) * len(sources))))
+    return mixture(list(zip(sources, weights or (1.,) * len(sources))), repeat)
   return sources[0] if sources else corpora.python_library(validation)
 
 
@@ -148,7 +150,8 @@ def augmentations(token_dropout: float, span_deletion: float, shuffle: float, su
 def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
-               weights: tuple[float, ...] = (), validation: float = 0.05, stop_words: str | None = None,
+               weights: tuple[float, ...] = (), repeat: bool = True, validation: float = 0.05,
+               stop_words: str | None = None,
                init: pathlib.Path | None = None, model: str | None = None,
                tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] | None = None,
                tokenizer_file: str | None = None, vocab: int | None = None, length: int | None = None,
@@ -182,7 +185,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     parquet: Parquet files, a glob pattern.
     tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
     key: the field that holds the text, in all but plain text.
-    weights: share of each corpus in a mixture, in the order text, jsonl, parquet, tfds.
+    weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
+    repeat: of a mixture, a corpus that ends begins anew; otherwise a run that is longer is refused.
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
     init: start from the result of another run's workdir, from a Hugging Face folder, an imported one or an id on the
@@ -285,7 +289,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     rate = groups.Rates(rate, groups.parsed(rates), mup.rates(shape.width, shape.layers, **base) if base else ())
   run = train.Run(
       model=decoder, objective=goal,
-      data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, validation),
+      data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, repeat,
+                               validation),
                         tokens, length, rules),
       optimizer=optimised(optimizer, rate, clip, weight_decay, decay, l1, l2, average),
       augment=augmentations(token_dropout, span_deletion, shuffle, subword_sampling),

@@ -84,8 +84,11 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     check_vocabulary(run, data)
     # Before signals are caught: what data computes first may take long, and is gone on from.
     goal = augmented(run.objective, run.augment, data.tokenizer)
-    batches = (Staged(data.batches('train', goal, run.batch, run.seed), run.schedule),
-               data.batches('validation', run.objective, run.batch, seed=0, repeat=False))
+    rows = data.batches('train', goal, run.batch, run.seed)
+    for line in rows.summary(run.schedule.rows_before(run.steps)):
+      print(line)
+    held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
+    batches = Staged(rows, run.schedule), held_out
   facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, objective=facts['objective']) as checkpoints,
         Interrupt() as interrupt):

@@ -1,6 +1,5 @@
-"""Corpora: every document once, in one split, whatever the format; exact mixtures; errors that say what to do."""
+"""Corpora: every document once, in one split, whatever the format; errors that say what to do."""
 import dataclasses
-import fractions
 import gzip
 import json
 import shutil
@@ -10,8 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lm.data import corpora
 from lm.data.mixture import mixture
@@ -208,22 +205,6 @@ def listed(name, size, split='train'):
   return Source(name, {split: [f'{name}{i}' for i in range(size)]}, name)
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.floats(0.01, 5)), min_size=1, max_size=6))
-@settings(max_examples=100, deadline=None)
-def test_mixture_is_exact_at_every_prefix(parts):
-  sources = [(listed(chr(97 + i), size), weight) for i, (size, weight) in enumerate(parts)]
-  documents = list(mixture(sources).splits['train'])
-  share = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]
-  share = [s / sum(share) for s in share]
-  taken = [0] * len(parts)
-  for n, document in enumerate(documents, 1):
-    which = ord(document[0]) - 97
-    assert document == f'{document[0]}{taken[which]}'  # each source in its own order, without a gap
-    taken[which] += 1
-    assert all(abs(t - n * s) < 1 for t, s in zip(taken, share))
-  assert any(t == size for t, (size, _) in zip(taken, parts))  # and it stops only where one is used up
-
-
 def test_a_sample_draws_from_the_train_split_alone_and_fewer_are_among_more():
   both = Source('both', {'train': [f'a{i}' for i in range(100)], 'validation': ['b0', 'b1']}, 'print')
   few, more = (sample(both, n) for n in (10, 30))
@@ -235,36 +216,6 @@ def test_a_sample_draws_from_the_train_split_alone_and_fewer_are_among_more():
   for n in (0, 101):
     with pytest.raises(ValueError, match=f'{n} documents cannot be drawn from the 100 of both'):
       len(sample(both, n).splits['train'])
-
-
-def test_mixture_at_seven_to_three():
-  mixed = mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
-  documents = mixed.splits['train']
-  assert sum(d.startswith('b') for d in documents[:160]) == 48  # what Grain's MapDataset.mix gives
-  assert len(documents) in (1428, 1429)  # 1000 / 0.7
-  assert documents[1400:1410] == list(documents)[1400:1410] and len(set(documents)) == len(documents)
-  assert mixed.fingerprint != mixture([(listed('a', 1000), 0.6), (listed('b', 1000), 0.4)]).fingerprint
-  with pytest.raises(ValueError, match=r'weights \[1, 0\] must be positive'):
-    mixture([(listed('a', 1), 1), (listed('b', 1), 0)])
-
-
-def test_mixture_joins_counts_and_common_splits(tmp_path):
-  bad = corpora.text(write_texts(tmp_path, [b'good', b'bad \xff']), validation=0, encoding_errors='replace')
-  both = Source('s', {'train': ['x', 'y'], 'validation': ['z']}, 's')
-  mixed = mixture([(both, 1), (bad, 1)])
-  assert list(mixed.splits) == ['train'] and len(mixed.splits['train']) == 4
-  assert mixed.counts == {'invalid UTF-8 repaired': 1}
-
-
-def test_a_mixture_notes_what_it_used():
-  mixed = mixture([(listed('a', 1000), 0.7), (listed('b', 1000), 0.3)])
-  size = len(mixed.splits['train'])
-  assert mixed.notes == ['train: used 1,000 of 1,000 documents of a',
-                         f'train: used {size - 1000} of 1,000 documents of b']
-  nested = mixture([(mixed, 1), (listed('c', 10), 1)])
-  used = sum(d.startswith('c') for d in nested.splits['train'])
-  assert used in (9, 10) and nested.notes[:2] == mixed.notes
-  assert nested.notes[3] == f'train: used {used} of 10 documents of c'
 
 
 @pytest.fixture(scope='module')

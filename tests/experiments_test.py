@@ -259,7 +259,8 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     ([f'--{name}='], f'--{name}= is empty, perhaps an unset shell variable')
     for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator')] + [
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
-    (['--text=a', '--tfds=b', '--weights=1,0'], '--weights=1.0,0.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0: each must be above 0'),
+    (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
     (['--text=a', '--tfds=b', '--weights=-1,1'], '--weights=-1.0,1.0: each must be above 0'),
     (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
     (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),

@@ -10,11 +10,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
     'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'integrity', 'scripts', 'arguments', 'records', 'hf/files',
-    'data/source', 'data/mixture', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
+    'data/source', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',
     'data/turns', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages', 'data/puzzles',
-    'data/stream', 'data/packing', 'data/dataset', 'data/dialogues', 'models/kernels', 'models/context',
-    'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
+    'data/stream', 'data/mixture', 'data/packing', 'data/dataset', 'data/dialogues', 'models/kernels',
+    'models/context', 'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',
     'hf/fields', 'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',

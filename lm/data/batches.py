@@ -213,6 +213,11 @@ class Row:
     self.at, self.source_at, self.segments = end, source_end, self.segments + count
 
 
+def generator(seed: int | None, row: int) -> np.random.Generator:
+  """The random numbers of a row. Philox: a stream of its own for each, at the cost of making it."""
+  return np.random.Generator(np.random.Philox(key=[seed or 0, row]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches(abc.ABC):
   """Base of what makes batches: rows of an epoch in a new order each epoch, `rows` of them a step.
@@ -250,6 +255,11 @@ class Batches(abc.ABC):
     stored = {name: values[:1] for name, values in (self.stored or {}).items()}
     return row._replace(columns={**(row.columns or {}), **stored} or None)
 
+  def summary(self, rows: int) -> list[str]:
+    """What so many rows read, a line for each source where there are several. ValueError where they are not there."""
+    del rows
+    return []
+
   @property
   def steps_per_epoch(self) -> int:
     return -(-self.rows_per_epoch // self.rows)
@@ -273,9 +283,7 @@ class Batches(abc.ABC):
     for i, place in enumerate(places):
       if place is not None:
         epoch, index = (0, place[1]) if self.stored is not None else place
-        # Philox: a stream of its own for each row, at the cost of making it.
-        rng = np.random.Generator(np.random.Philox(key=[self.seed or 0, epoch * self.rows_per_epoch + index]))
-        self._fill(Row(batch, i), epoch, index, rng)
+        self._fill(Row(batch, i), epoch, index, generator(self.seed, epoch * self.rows_per_epoch + index))
         for name, values in (self.stored or {}).items():
           batch.columns[name][i] = values[index]
     return batch

@@ -1,5 +1,6 @@
 """A corpus with a tokenizer: from documents to batches."""
 import dataclasses
+import hashlib
 import json
 import pathlib
 import types
@@ -10,8 +11,9 @@ import numpy as np
 
 from lm import atomic
 from lm.data import clean, store, tokenizer
-from lm.data.batches import Objective, special
-from lm.data.source import Source, texts
+from lm.data.batches import Batches, Objective, special
+from lm.data.mixture import Mixed
+from lm.data.source import Mixing, Source, texts
 from lm.data.stream import Stream
 from lm.describe import describe, differences
 
@@ -61,10 +63,11 @@ class Text:
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     documents = lambda: clean.clean(self.source.splits['train'], self.rules)
     found = begun(open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
-        store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), tokens.fingerprint)))
+        _fingerprint(store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), self.source.mixing),
+        tokens.fingerprint)))
     special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
-    return Opened(stores, found, self.length, self.source_length)
+    return Opened(stores, found, self.length, self.source_length, self.source.mixing)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
@@ -113,6 +116,11 @@ def _read(settings: pathlib.Path) -> dict | None:
     return None
 
 
+def _fingerprint(train: str, mixing: Mixing | None) -> str:
+  """Of the data of training: of its store, and of the weights of a mixture."""
+  return train if mixing is None else hashlib.sha256(f'{train} {mixing.weights}'.encode()).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
   """Tokenised text, by split."""
@@ -120,16 +128,25 @@ class Opened:
   tokenizer: tokenizer.Tokenizer
   length: int
   source_length: int | None = None
+  mixing: Mixing | None = None
 
   @property
   def fingerprint(self) -> str:
-    return self.stores['train'].fingerprint
+    return _fingerprint(self.stores['train'].fingerprint, self.mixing)
 
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True,
-              context: int = 0) -> Stream:
-    """See `Stream`."""
-    return Stream(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
-                  self.source_length, store=self.stores[split], context=context)
+              context: int = 0) -> Batches:
+    """See `Stream`. Where training repeats a mixture, its sources are read by weight: see `Mixed`."""
+    settings = (objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
+                self.source_length)
+    if self.mixing is None or split != 'train' or not repeat:
+      return Stream(*settings, store=self.stores[split], context=context)
+    parts = self.stores[split].parts()
+    for source, part in zip(self.mixing.sources, parts):
+      if len(part.offsets) < 2:
+        raise ValueError(f'{source.name}: no document of it is in {split}, for all were dropped (the second of two '
+                         'equal ones is); give it the weight 0')
+    return Mixed(*settings, mixing=self.mixing, streams=tuple(Stream(*settings, store=part) for part in parts))
 
   def text(self, split: str) -> str:
     """All documents of a split, cleaned, one after the other."""

@@ -1,5 +1,11 @@
-"""Corpora mixed by weight, exactly."""
+"""Sources mixed by weight: shares of the tokens that training reads, exact at every row.
+
+A mixture is first a source like any other, all documents of one source after all of another; its `mixing` says how the
+rows of training are to be taken from them. `Mixed` takes them.
+"""
+import array
 import collections
+import dataclasses
 import fractions
 import functools
 import math
@@ -8,71 +14,148 @@ from collections.abc import Sequence
 import numpy as np
 
 from lm.data import source
+from lm.data.batches import Batch, Batches, Row, blank, generator
 from lm.data.source import Source
+from lm.data.stream import Stream
 
 
-def mixture(parts: Sequence[tuple[Source, float]]) -> Source:
-  """Sources interleaved in exact proportion to their weights: of the first n documents of a split, each source has
-  given its share to within less than one document, for every n (Tijdeman, "The chairman assignment problem", 1980).
+def mixture(parts: Sequence[tuple[Source, float]], repeat: bool = True) -> Source:
+  """Sources of which each gives its weight's share of the tokens of training.
 
-  A split ends where a source would have to give a document that it does not have, as Grain's `MapDataset.mix` does;
-  none is repeated. It has the splits that all sources have.
+  A source that ends begins anew or, without `repeat`, a run that is longer than the first source to end is refused.
+  A weight of 0 leaves a source out. Validation reads all held-out documents of all sources, once. A mixture has the
+  splits that all of its sources have.
+
+  Raises ValueError for weights that are no shares.
   """
-  if not parts or any(not weight > 0 or math.isinf(weight) for _, weight in parts):
-    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} must be positive, one source at least')
-  exact = [fractions.Fraction(weight).limit_denominator(10**9) for _, weight in parts]  # 0.7 is 7/10, 1/3 is 1/3
-  scale = math.lcm(*(weight.denominator for weight in exact))
-  weights = [int(weight * scale) for weight in exact]
-  weights = [weight // math.gcd(*weights) for weight in weights]
-  if not all(weights):
-    raise ValueError(f'mixture: weights {[weight for _, weight in parts]} differ by more than a factor of a billion')
-  return _interleaved([part for part, _ in parts], weights)
+  given = [weight for _, weight in parts]
+  if not all(0 <= weight < math.inf for weight in given) or not any(given):
+    raise ValueError(f'mixture: weights {given} must be 0 or positive, one of them positive at least')
+  parts = [(part, fractions.Fraction(weight).limit_denominator(10**12)) for part, weight in parts if weight]
+  if not all(weight for _, weight in parts):
+    raise ValueError(f'mixture: weights {given} differ by more than a factor of a trillion')
+  return _joined(parts, repeat) if len(parts) > 1 else parts[0][0]
 
 
 @source.lazy
-def _interleaved(parts, weights):
+def _joined(parts, repeat):
+  flat = []   # a mixture of mixtures is one of all their sources
+  for part, weight in parts:
+    inner = part.mixing
+    flat += [(part, weight)] if inner is None else [
+        (one, weight * fractions.Fraction(own, sum(inner.weights))) for one, own in zip(inner.sources, inner.weights)]
+  sources = tuple(part for part, _ in flat)
+  scale = math.lcm(*(weight.denominator for _, weight in flat))
+  weights = [int(weight * scale) for _, weight in flat]
+  mixing = source.Mixing(sources, tuple(weight // math.gcd(*weights) for weight in weights), repeat)
   counts, notes = collections.Counter(), []
 
-  def interleave(split, sequences):  # -> a sequence of (source, document)
-    sizes, period = [len(s) for s in sequences], sum(weights)
+  def places(sequences):
     counts.clear()
-    for part in parts:
+    sizes = [len(sequence) for sequence in sequences]   # reads what was not read
+    for part in sources:
       counts.update(part.counts)
       notes.extend(note for note in part.notes if note not in notes)
-    # One period repeats for ever; of a longer one only as much is made as the sources last.
-    limit = min(period, *(-(-(size + 1) * period // weight) for size, weight in zip(sizes, weights)))
-    order, ranks = _schedule(weights, limit)
-    cycles = min(size // weight for size, weight in zip(sizes, weights))
-    left = np.array([size - cycles * weight for size, weight in zip(sizes, weights)])
-    over = np.flatnonzero(ranks >= left[order])
-    rest = int(over[0]) if len(over) else limit
-    length = cycles * period + rest
-    for part, weight, size, more in zip(parts, weights, sizes, np.bincount(order[:rest], minlength=len(parts))):
-      notes.append(f'{split}: used {cycles * weight + more:,} of {size:,} documents of {part.name}')
+    ends = np.cumsum(sizes)
 
-    def address(n):
-      cycle, n = divmod(n, period)
-      return order[n], cycle * weights[order[n]] + ranks[n]
-    return source.Documents(lambda: range(length), address)
+    def place(n):
+      which = int(np.searchsorted(ends, n, side='right'))
+      return sequences[which], n - int(ends[which]) + sizes[which]
+    return source.Documents(lambda: range(int(ends[-1])), place)
 
   splits = {}
-  for split in [s for s in parts[0].splits if all(s in part.splits for part in parts)]:
-    sequences = [part.splits[split] for part in parts]
-    splits[split] = source.Documents(functools.partial(interleave, split, sequences),
-                                    lambda at, s=sequences: s[at[0]][at[1]])
-  identity = repr([('mixture', part.fingerprint, weight) for part, weight in zip(parts, weights)])
-  return Source('+'.join(part.name for part in parts), splits, source.digest(identity).hex(),
-                ', '.join(dict.fromkeys(part.license for part in parts)), counts, notes)
+  for split in [split for split in sources[0].splits if all(split in part.splits for part in sources)]:
+    sequences = [part.splits[split] for part in sources]
+    splits[split] = source.Documents(functools.partial(places, sequences), lambda place: place[0][place[1]])
+  identity = repr(['mixture', *(part.fingerprint for part in sources)])
+  return Source('+'.join(part.name for part in sources), splits, source.digest(identity).hex(),
+                ', '.join(dict.fromkeys(part.license for part in sources)), counts, notes, mixing)
 
 
-def _schedule(weights: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-  """(which source, which of its documents) at each position. Document j of a source with share w is due in the window
-  [floor(j/w), ceil((j+1)/w)): the earliest due goes first, which keeps every window, as the shares sum to one."""
-  period, taken = sum(weights), [0] * len(weights)
-  order, ranks = np.empty(length, np.int32), np.empty(length, np.int64)
-  for n in range(length):
-    _, i = min((-(-(taken[i] + 1) * period // weight), i)
-               for i, weight in enumerate(weights) if taken[i] * period < (n + 1) * weight)
-    order[n], ranks[n] = i, taken[i]
-    taken[i] += 1
-  return order, ranks
+class Turns:
+  """Which source gives row n, and how many it gave before.
+
+  Of the first n rows, each source has given its share to within less than one (Tijdeman, "The chairman assignment
+  problem", 1980): row j of a source with share w is due in the window [floor(j/w), ceil((j+1)/w)), and the earliest
+  due goes first, which keeps every window, as the shares sum to one. The order repeats after the sum of the weights.
+  """
+
+  def __init__(self, weights: Sequence[int]):
+    self._weights, self._period = weights, sum(weights)
+    self._taken = [0] * len(weights)
+    self._order, self._ranks = array.array('H'), array.array('q')
+
+  def __call__(self, n: int) -> tuple[int, int]:
+    cycle, place = divmod(n, self._period)
+    for i in range(len(self._order), place + 1):
+      self._extend(i)
+    which = self._order[place]
+    return which, cycle * self._weights[which] + self._ranks[place]
+
+  def _extend(self, n: int) -> None:
+    taken, period = self._taken, self._period
+    _, which = min((-(-(taken[i] + 1) * period // weight), i) for i, weight in enumerate(self._weights)
+                   if taken[i] * period < (n + 1) * weight)
+    self._order.append(which)
+    self._ranks.append(taken[which])
+    taken[which] += 1
+
+  def counts(self, rows: int) -> list[int]:
+    """How many of the first rows each source gives."""
+    cycles, remainder = divmod(rows, self._period)
+    if remainder:
+      self(remainder - 1)
+    return [cycles * weight + self._order[:remainder].count(i) for i, weight in enumerate(self._weights)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(Batches):
+  """Rows of several streams in turn, by weight; each goes through epochs of its own, without an end.
+
+  Args:
+    mixing: of the sources, whose names and weights are used.
+    streams: one for each source.
+  """
+  mixing: source.Mixing = dataclasses.field(kw_only=True)
+  streams: tuple[Stream, ...] = dataclasses.field(kw_only=True)
+
+  def __post_init__(self):
+    if self.stored is not None:
+      raise ValueError('columns are stored for rows that are the same in every epoch, and a mixture has none: give one '
+                       'corpus alone')
+
+  @functools.cached_property
+  def _turns(self) -> Turns:
+    return Turns(self.mixing.weights)
+
+  @property
+  def rows_per_epoch(self) -> int:
+    """Rows in which every source is read once, at least."""
+    total = sum(self.mixing.weights)
+    return max(math.ceil(stream.rows_in(1) * total / weight)
+               for stream, weight in zip(self.streams, self.mixing.weights))
+
+  def __call__(self, step: int, rows: range | None = None) -> Batch:
+    rows = range(self.rows) if rows is None else rows
+    batch = blank(self._empty, len(rows))
+    for i, n in enumerate(rows):
+      n += step * self.rows
+      which, rank = self._turns(n)
+      self.streams[which].fill_endless(Row(batch, i), rank, generator(self.seed, n))
+    return batch
+
+  def _fill(self, row, epoch, index, rng):
+    raise TypeError('rows of a mixture belong to no epoch of the whole')
+
+  def summary(self, rows: int) -> list[str]:
+    total, lines = sum(self.mixing.weights), []
+    for part, weight, stream, count in zip(self.mixing.sources, self.mixing.weights, self.streams,
+                                           self._turns.counts(rows)):
+      last = math.floor(stream.rows_in(1)) * total // weight   # by then it has given no more than it has
+      if rows > last and not self.mixing.repeat:
+        raise ValueError(f'{part.name} ends after {last // self.rows:,} steps, and this run has more: lower --steps, '
+                         'or let a corpus that ends begin anew')
+      offsets = stream.store.offsets
+      lines.append(f'{part.name}: {len(offsets) - 1:,} documents, {int(offsets[-1] - offsets[0]):,} tokens, '
+                   f'{weight / total:.4g} of what is read, {count / stream.rows_in(1):.2f} epochs in this run')
+    return lines

@@ -25,10 +25,19 @@ _END = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
+class Mixing:
+  """How the rows of training are taken from several sources: see `mixture`. Weights are whole numbers."""
+  sources: 'tuple[Source, ...]'
+  weights: tuple[int, ...]
+  repeat: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """Documents in splits.
 
   Attributes:
+    mixing: of a mixture, whose splits hold the documents of one source after those of another.
     counts: what reading met, as 'invalid UTF-8 dropped': 2, once a split has been used.
     notes: lines to tell of what has been used, likewise.
   """
@@ -38,6 +47,7 @@ class Source:
   license: str = dataclasses.field(default_factory=lambda: 'unknown')  # a class attribute would hide what is put off
   counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, compare=False)
   notes: list[str] = dataclasses.field(default_factory=list, compare=False)
+  mixing: Mixing | None = dataclasses.field(default_factory=lambda: None)
 
   def __getattr__(self, name):  # only of a source that is put off, once: see `lazy`
     if name not in Source.__dataclass_fields__ or '_make' not in vars(self):
@@ -87,6 +97,9 @@ def sample(corpus: Source, documents: int) -> Source:
   ValueError, at first use, where there are not so many.
   """
   counts, notes = collections.Counter(), []
+
+  if corpus.mixing is not None:
+    raise ValueError(f'{corpus.name} is a mixture, whose weights are not kept: draw documents of its sources')
 
   def drawn():
     count = len(train := corpus.splits['train'])

@@ -12,13 +12,14 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,8 +75,19 @@ class Store:
     i %= len(self)
     return self.tokens[self.offsets[i]:self.offsets[i + 1]]
 
+  def parts(self) -> list['Part']:
+    """The documents of each source that a mixture was made of; all of them, where it was none."""
+    ends = [0, *self.manifest.get('ends', [len(self)])]
+    return [Part(self.tokens, self.offsets[start:end + 1]) for start, end in itertools.pairwise(ends)]
+
   def __reduce__(self):  # workers map the files themselves
     return Store, (self._folder, self._split)
+
+
+class Part(NamedTuple):
+  """Some documents of a store: number i is tokens[offsets[i]:offsets[i + 1]]."""
+  tokens: np.ndarray
+  offsets: np.ndarray
 
 
 def settings(source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule]) -> dict[str, Any]:
@@ -163,15 +175,19 @@ class _Build:
 
   def _split(self, split: str, deduplicate: clean.Deduplicate) -> None:
     documents, counts = self.source.splits[split], self.state['splits'][split]
-    rest = (documents[i] for i in range(counts['read'], len(documents)))
     start = told = time.monotonic()
-    before = counts['bytes']
-    for group in _groups(clean.clean(rest, self.rules, self.workers, deduplicate)):
-      self._append(split, group)
-      if (now := time.monotonic()) - told > 10:
-        told = now
-        self.progress(f'{split}: {counts["read"]:,} of {len(documents):,} documents, '
-                      f'{_size((counts["bytes"] - before) / (now - start))}/s')
+    before, ends = counts['bytes'], counts.setdefault('ends', [])
+    mixing = self.source.mixing
+    sizes = [len(part.splits[split]) for part in mixing.sources] if mixing else [len(documents)]
+    for end in itertools.islice(itertools.accumulate(sizes), len(ends), None):
+      unread = (documents[i] for i in range(counts['read'], end))
+      for group in _groups(clean.clean(unread, self.rules, self.workers, deduplicate)):
+        self._append(split, group)
+        if (now := time.monotonic()) - told > 10:
+          told = now
+          self.progress(f'{split}: {counts["read"]:,} of {len(documents):,} documents, '
+                        f'{_size((counts["bytes"] - before) / (now - start))}/s')
+      ends.append(counts['documents'])
     dropped = ', '.join(f'{n:,} {reason}' for reason, n in counts['dropped'].items()) or 'none'
     if not counts['documents']:
       raise ValueError(f'{self.source.name}: no document is left in {split} of {counts["read"]:,} read; '

@@ -69,7 +69,7 @@ class Stream(Batches):
   def _size(self) -> int:
     """Of the stream of an epoch."""
     count = len(self.store.offsets) - 1
-    return int(self.store.offsets[-1]) + count * (2 - self._ahead + self._gap)
+    return int(self.store.offsets[-1] - self.store.offsets[0]) + count * (2 - self._ahead + self._gap)
 
   @functools.cached_property
   def rows_per_epoch(self) -> int:
@@ -78,7 +78,7 @@ class Stream(Batches):
 
   @functools.cached_property
   def _epoch(self):
-    return functools.lru_cache(maxsize=2)(self._documents)
+    return functools.lru_cache(maxsize=3)(self._documents)   # so many may a turn through endless rows touch
 
   def _documents(self, epoch: int) -> _Epoch:
     count = len(self.store.offsets) - 1
@@ -87,10 +87,44 @@ class Stream(Batches):
     return _Epoch(order, np.concatenate([[0], np.cumsum(sizes)]))
 
   def _fill(self, row: Row, epoch: int, index: int, rng: np.random.Generator) -> None:
-    order = self._epoch(epoch)
     turn, which = divmod(index, len(self.objective.forms))
     begin, stop = (int(turn * self._turn[-1] + self._turn[which + i]) for i in (0, 1))
-    start, stop = max(begin - self.context, 0), min(stop, self._size)
+    first = max(begin - self.context, 0)
+    self._add(row, epoch, first, min(stop, self._size), which, rng)
+    row.batch.weights[row.i, :begin - first] = 0
+
+  def rows_in(self, epochs: float) -> float:
+    """How many rows of `fill_endless` so many epochs are."""
+    return epochs * self._size * len(self.objective.forms) / int(self._turn[-1])
+
+  def fill_endless(self, row: Row, n: int, rng: np.random.Generator) -> None:
+    """Fills row n of epochs that follow one another without a gap, so that each row has as many tokens as any other.
+
+    As many turns of the forms as an epoch has are shuffled together.
+    """
+    turn, which = divmod(n, len(self.objective.forms))
+    window, place = divmod(turn, self._turns_together)
+    turn = window * self._turns_together + int(self._turn_order(window)[place])
+    begin, stop = (int(turn * self._turn[-1] + self._turn[which + i]) for i in (0, 1))
+    while begin < stop:
+      epoch, start = divmod(begin, self._size)
+      end = min(start + stop - begin, self._size)
+      self._add(row, epoch, start, end, which, rng)
+      begin += end - start
+
+  @functools.cached_property
+  def _turns_together(self) -> int:
+    return -(-self._size // int(self._turn[-1]))
+
+  @functools.cached_property
+  def _turn_order(self):
+    count = self._turns_together
+    return functools.lru_cache(maxsize=2)(lambda window: np.arange(count) if self.seed is None else
+                                          seeds.generator(self.seed, window, 1).permutation(count))
+
+  def _add(self, row: Row, epoch: int, start: int, stop: int, which: int, rng: np.random.Generator) -> None:
+    """Adds the examples of what lies between two places of the stream of an epoch, in a form."""
+    order = self._epoch(epoch)
     document = int(np.searchsorted(order.ends, start, side='right')) - 1
     example = self.objective.forms[which].example
     while start < stop:
@@ -100,7 +134,6 @@ class Stream(Batches):
         piece = self._piece(int(order.documents[document]), first, last + self._ahead)
         row.add(example(piece, rng, self.special))
       document, start = document + 1, end
-    row.batch.weights[row.i, :begin - max(begin - self.context, 0)] = 0
 
   def _piece(self, document: int, start: int, stop: int) -> np.ndarray:
     """Tokens `start` to `stop` of a document with its bos and eos."""
