@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lm.data import chat, corpora, dialogues, messages, puzzles, turns
@@ -206,7 +206,14 @@ def held(rows, tmp) -> dialogues.Opened:
   return opened(tmp, [{'prompt': f'{i} {p}', 'completion': c} for i, (p, c) in enumerate(rows)], length=40)[0]
 
 
+# Prompt and answer of n letters take n + 6 positions: rows that are full, of one and of two records; too long by one.
+EDGES = [('a' * 17, 'b' * n) for n in (17, 16, 18)] + [(a * 7, b * 7) for a in 'abc' for b in 'abc'] + [('', '')]
+
+
 @given(rows=records, size=st.integers(1, 4), seed=st.sampled_from([None, 0, 7]))
+@example(rows=EDGES, size=1, seed=None)
+@example(rows=EDGES, size=4, seed=7)
+@example(rows=EDGES[:1], size=2, seed=0)
 @settings(max_examples=25, deadline=None)
 def test_an_epoch_has_each_record_once_and_hosts_the_same_bytes(rows, size, seed, tmp_path_factory):
   data = held(rows, tmp_path_factory.mktemp('made'))
