@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -27,12 +26,14 @@ Tree = Any
 # Bytes of a chunk of an array, and of a file of chunks. A file fills up in memory before it is written: Orbax's own are
 # of 2 GB, in chunks as large as a shard, which takes as much memory again, and is slower to write and to read.
 CHUNK, FILE = 1 << 22, 1 << 24
+_METRIC = 'metric.json'   # in the folder of a step that was evaluated after it was saved
 
 
 class Restored(NamedTuple):
   state: Tree
   facts: dict
   step: int
+  records: list   # what was logged of the step
 
 
 class Mismatch(ValueError):
@@ -55,7 +56,7 @@ class Checkpoints:
       raise ValueError(f'keep={keep}: keep the last checkpoint at least')
     self.folder = epath.Path(folder).expanduser().resolve()
     if create:
-      _check_writable(self.folder)
+      integrity.check_writable(self.folder)
     elif not self.folder.is_dir():
       raise FileNotFoundError(f'no checkpoints: there is no folder {self.folder}')
     logging.get_absl_logger().addFilter(_is_news)
@@ -72,6 +73,9 @@ class Checkpoints:
       try:
         document = self._read_facts(step)
         self._metrics[step] = document['metric'], document['facts'].get('objective')
+        later = self.folder / str(step) / _METRIC
+        if later.exists():
+          self._metrics[step] = tuple(json.loads(later.read_text()))
       except Exception:  # damage is told when the step is read, not here
         self._metrics[step] = None, None
 
@@ -81,14 +85,16 @@ class Checkpoints:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def save(self, step: int, state: Tree, facts: Mapping, metric: float | None = None) -> None:
+  def save(self, step: int, state: Tree, facts: Mapping, metric: float | None = None, records: Sequence = ()) -> None:
     """Starts to save a tree of arrays; they are copied on return, so `state` may be donated.
 
-    The `metric` is what the best step is the lowest of (validation loss); None or not finite is never the best.
+    The `metric` is what the best step is the lowest of (validation loss); None or not finite is never the best. The
+    `records` of the step, JSON, come back with the state.
     Raises OSError if this save, or the one before it, cannot be written: earlier checkpoints are intact.
     """
     metric = None if metric is None else float(metric)
-    document = json.loads(json.dumps({'facts': facts, 'metric': metric}))  # a copy, which the caller cannot change
+    # A copy, which the caller cannot change.
+    document = json.loads(json.dumps({'facts': facts, 'metric': metric, 'records': records}))
     self.wait()
     self._set_damaged_aside()
     if (last := max(self.steps(), default=-1)) >= step:
@@ -116,6 +122,17 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
+
+  def metric(self, step: int) -> float | None:
+    """The metric of a step; None if it has none."""
+    return self._metrics.get(step, (None, None))[0]
+
+  def set_metric(self, step: int, metric: float) -> None:
+    """Gives a step its metric where it was saved without one."""
+    text = json.dumps([metric, self._objective])
+    self._metrics[step] = tuple(json.loads(text))
+    if jax.process_index() == 0:
+      self._write(lambda: (self.folder / str(step) / _METRIC).write_text(text))
 
   def best_step(self) -> int | None:
     """The step of the lowest metric, the last among equals; None if none has a metric."""
@@ -195,15 +212,15 @@ class Checkpoints:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(found[_name(path)].dtype)), abstract)
     args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
     state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-    if not all_finite([leaf for name, leaf in _named(state).items() if name.startswith('params')]):
-      raise ValueError('its parameters are not finite')
-    return Restored(state, document['facts'], step)
+    if not integrity.all_finite([leaf for name, leaf in _named(state).items() if name.startswith('params')]):
+      raise ValueError('the norm of its parameters is not finite')
+    return Restored(state, document['facts'], step, document.get('records', []))
 
   def _read_facts(self, step: int) -> dict:
     if names := integrity.changed(self.folder / str(step), 'facts/'):
       raise ValueError(f'{", ".join(names)} is not as it was written')
     document = self._manager.restore(step, args=self._ocp.args.Composite(facts=self._ocp.args.JsonRestore())).facts
-    if not isinstance(document, dict) or document.keys() != {'facts', 'metric'}:
+    if not isinstance(document, dict) or not document.keys() >= {'facts', 'metric'}:
       raise ValueError('its facts are incomplete')
     return document
 
@@ -253,17 +270,6 @@ def stored_facts(folder: str | os.PathLike) -> dict | None:
     return checkpoints.facts()
 
 
-def all_finite(tree: Tree) -> bool:
-  """Whether no number of a tree of arrays is infinite or NaN."""
-  return bool(_all_finite(tree))
-
-
-@jax.jit
-def _all_finite(tree: Tree) -> jax.Array:
-  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.all(jnp.array(leaves, bool))
-
-
 def check(stored: Any, now: Any) -> None:
   """Raises Mismatch, with a line for each difference between two JSON trees."""
   if lines := differences(stored, now):
@@ -282,16 +288,6 @@ def _name(path: tuple) -> str:
 def _named(tree: Tree) -> dict[str, Any]:
   """{'params.w': leaf, ...} of a tree of arrays, or of Orbax's metadata of one."""
   return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _check_writable(folder: Any) -> None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f'.write-probe-{os.getpid()}'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    raise OSError(f'checkpoints cannot be written to {folder}: {_reason(error)}') from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Evaluation: of a model over fixed batches, of a text, and what file compressors make of the same."""
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,10 @@ def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokeni
 
 
 def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.Mesh,
-             limit: int | None = None) -> dict[str, float]:
+             limit: int | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
   """Metrics over all of `batches`, or the first `limit` of them: each target counts the same.
+
+  None where `stop`, which is called before each batch, returns True.
 
   Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
   the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
@@ -40,10 +43,14 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   """
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
-  total = None
+  total, count = None, 0
   # Sums of the batch before are read while the next one runs.
-  for sums in _one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh)) for i in range(steps)):
+  for sums in _one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh))
+                          for i in itertools.takewhile(lambda _: not stop(), range(steps))):
+    count += 1
     total = jax.tree.map(lambda x: np.float64(x), sums) if total is None else jax.tree.map(np.add, total, sums)
+  if count < steps:
+    return None
   if total['tokens'] == 0:
     raise ValueError('nothing to evaluate: the batches hold no targets')
   nll = total['nll'] / total['tokens']

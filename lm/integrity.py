@@ -1,14 +1,18 @@
-"""Whether the files of a folder are as they were written: by checksums in it, and what else can be seen of arrays.
+"""Whether what is stored can be relied on: files are as they were written, by checksums, and numbers are finite.
 
 CRC-32 (zlib) finds every error of up to 32 bits in a row, and of others all but one in 4 billion. It is the fastest
 checksum of the standard library; against someone who changes a file on purpose there is no defence in any checksum that
 lies beside it.
 """
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 FILE = 'checksums.json'
 _BLOCK = 1 << 22   # bytes read at a time
@@ -67,6 +71,32 @@ def check_arrays(folder: Any, prefix: str) -> None:
   for key, read in [(key, store.read(key, byte_range=slice(-1, None))) for key in keys]:
     if not read.result().value:
       raise FileNotFoundError(f'a file that holds {key.decode()} is missing')
+
+
+def check_writable(folder: Any) -> None:
+  """Makes a folder; OSError, with its path, where that or writing to it is not possible."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.write-probe-{os.getpid()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise OSError(f'checkpoints cannot be written to {folder}: {error}') from error
+
+
+def all_finite(tree: Any) -> bool:
+  """Whether the norm of each array is finite in float32: no number is infinite, NaN, or beyond some 1e19.
+
+  Parameters of that size are ruined as well: the next loss is not finite, though they are.
+  """
+  return bool(_all_finite(tree))
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32)))
+             for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.all(jnp.isfinite(jnp.array(squares)))
 
 
 def _files(folder: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,19 @@ def add(workdir: pathlib.Path, **facts: Any) -> None:
   if jax.process_index() == 0:
     *earlier, present = read(workdir) or [{}]
     _write(workdir, [*earlier, {**present, **facts}])
+
+
+@contextlib.contextmanager
+def kept(workdir: pathlib.Path) -> Iterator[None]:
+  """Writes the records again, and says so, where they are gone at the end: without them a run cannot be opened."""
+  before = read(workdir)
+  try:
+    yield
+  finally:
+    path = workdir / 'run.json'
+    if before and jax.process_index() == 0 and workdir.is_dir() and not path.exists():
+      _write(workdir, before)
+      print(f'{path} was deleted while the run trained; it is written again', file=sys.stderr, flush=True)
 
 
 def _write(workdir: pathlib.Path, found: list[dict[str, Any]]) -> None:

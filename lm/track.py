@@ -7,8 +7,10 @@ import collections
 import contextlib
 import json
 import math
+import os
 import pathlib
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,13 +127,14 @@ class Tracker(contextlib.AbstractContextManager):
     flops_per_token: of a step, forward and backward, given its number; without it there is no MFU.
     devices: that the run uses, for the MFU; default all.
     step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
+    records: of that step, as the checkpoint has them: what the file has lost of them is put back.
     every: seconds between lines where the output is not a terminal; evaluations always get one.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
                flops_per_token: Callable[[int], float] | None = None, devices: Sequence[Any] | None = None,
-               step: int = 0, every: float = 15.0, output: TextIO | None = None,
-               clock: Callable[[], float] = time.monotonic):
+               step: int = 0, records: Sequence[Mapping[str, Any]] = (), every: float = 15.0,
+               output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
     self.throughput = Throughput(tokens_before or (lambda step: 0), total_steps, clock=clock)
     self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
     self._devices = jax.devices() if devices is None else devices
@@ -139,13 +142,13 @@ class Tracker(contextlib.AbstractContextManager):
     self._live = self._output.isatty()
     self._latest: dict[str, float] = {}
     self._begin, self._printed, self._pending = clock(), -math.inf, False
-    self._jsonl = self._tensorboard = None
+    self._records = list(records)
+    self._path, self._jsonl = folder / 'metrics.jsonl', None
     if jax.process_index() == 0:
-      import tensorboardX  # 0.2 s: not for --help
       folder.mkdir(parents=True, exist_ok=True)
-      _truncate(folder / 'metrics.jsonl', step)
-      self._jsonl = (folder / 'metrics.jsonl').open('a')
-      self._tensorboard = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step and step + 1)
+      self._repair(step)
+      self._jsonl = self._path.open('a')
+      self._tensorboard = _TensorBoard(folder / 'tensorboard', step and step + 1)
 
   def pause(self) -> contextlib.AbstractContextManager[None]:
     """Around evaluation and checkpoints: not training time."""
@@ -165,13 +168,18 @@ class Tracker(contextlib.AbstractContextManager):
     # JSON has no inf and NaN: null keeps every line readable by every tool.
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     seconds = round(self._clock() - self._begin, 3)
-    self._jsonl.write(json.dumps({'step': step, 'seconds': seconds, **finite}, allow_nan=False) + '\n')
-    self._jsonl.flush()
-    for name in metrics:
-      if finite[name] is not None:
-        self._tensorboard.add_scalar(name, finite[name], step)
+    record = {'step': step, 'seconds': seconds, **finite}
+    self._records = [*self.records(step), record]
+    with atomic.naming(self._path):
+      self._jsonl.write(json.dumps(record, allow_nan=False) + '\n')
+      self._jsonl.flush()
+    self._tensorboard.write(step, {name: value for name, value in finite.items() if value is not None})
     self._latest.update(metrics)
     self._print(step, milestone=any(name.startswith('validation/') for name in metrics))
+
+  def records(self, step: int) -> list[Mapping[str, Any]]:
+    """What was logged of a step, of the last one that was logged."""
+    return [record for record in self._records if record['step'] == step]
 
   def line(self, step: int) -> str:
     """What the terminal shows."""
@@ -189,28 +197,74 @@ class Tracker(contextlib.AbstractContextManager):
     if self._live:  # '\x1b[K' clears what is left of a longer line
       line = f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K'
     print(line, end='' if self._pending else '\n', file=self._output, flush=True)
+    self._tensorboard.flush()
 
   def __exit__(self, *error: Any) -> None:
     if self._pending:
       print(file=self._output)
     if self._jsonl is not None:
-      self._jsonl.close()
-      self._tensorboard.close()
+      with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():   # not an error after an error
+        try:
+          self._tensorboard.close()
+        finally:
+          self._jsonl.close()
+
+  def _repair(self, step: int) -> None:
+    """Leaves out what cannot be read, and what comes after a step; puts back what the file has lost of that step."""
+    kept, damaged = _read(self._path) if self._path.exists() else ([], 0)
+    kept = [record for record in kept if step > 0 and record['step'] <= step]
+    lost = [record for record in self.records(step) if record not in kept]
+    if damaged:
+      print(f'{self._path}: {damaged} lines could not be read, and are left out', file=self._output, flush=True)
+    atomic.write(self._path, ''.join(json.dumps(record) + '\n' for record in (*kept, *lost)))
+
+
+class _TensorBoard:
+  """Scalars for TensorBoard, in a new file; written where they are logged, so that a full disk is an error there."""
+
+  def __init__(self, folder: pathlib.Path, purge_step: int):
+    from tensorboardX import proto, record_writer, summary  # 0.2 s: not for --help
+    self._event, self._scalar = proto.event_pb2.Event, summary.scalar
+    self._path = folder / f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    with atomic.naming(self._path):
+      folder.mkdir(parents=True, exist_ok=True)
+      self._file = record_writer.RecordWriter(str(self._path))
+    self._add(file_version='brain.Event:2')
+    if purge_step:   # TensorBoard hides what earlier files have from this step on
+      self._add(step=purge_step, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+      self._add(step=step, summary=self._scalar(name, value))
+
+  def _add(self, **fields: Any) -> None:
+    with atomic.naming(self._path):
+      self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+  def flush(self) -> None:
+    with atomic.naming(self._path):
+      self._file.flush()
+
+  def close(self) -> None:
+    with atomic.naming(self._path):
+      self._file.close()
 
 
 def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics file. A last line that a kill cut short is left out."""
-  records = []
-  for line in metrics_jsonl.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      records.append(json.loads(line))
-  return records
+  """The records of a metrics file. Lines that are damaged, such as one that a kill cut short, are left out."""
+  return _read(metrics_jsonl)[0]
 
 
-def _truncate(metrics_jsonl: pathlib.Path, step: int) -> None:
-  if metrics_jsonl.exists():
-    kept = [json.dumps(r) + '\n' for r in read_metrics(metrics_jsonl) if step > 0 and r['step'] <= step]
-    atomic.write(metrics_jsonl, ''.join(kept))
+def _read(metrics_jsonl: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The records, and the number of lines that are none."""
+  lines, records = metrics_jsonl.read_bytes().splitlines(), []
+  for line in lines:
+    with contextlib.suppress(ValueError):   # no UTF-8, or no JSON
+      record = json.loads(line)
+      numbers = isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
+      if numbers and isinstance(record.get('step'), int):
+        records.append(record)
+  return records, len(lines) - len(records)
 
 
 def _short(number: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm import averaging, checkpoint, evaluate, optim, records, seeds, sharding, track
+from lm import averaging, checkpoint, evaluate, integrity, optim, records, seeds, sharding, track
 from lm.data.augment import augmented
 from lm.data.batches import Batch
 from lm.data.stages import Staged
@@ -70,9 +70,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
 
   `watch(step, metrics)` is told of each evaluation, and stops training where it returns True. With `new_objective` the
   checkpoint may be of another objective; the best checkpoint is then the best by the new one.
-  SIGINT or SIGTERM: saves after the present step and returns; a second one ends the process at once. NotFinite if a
-  loss is; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or
-  does not go on from what the workdir holds.
+  SIGINT, SIGTERM or SIGHUP: saves after the present step, or amid a validation, which is made again when the run goes
+  on, and returns; a second one ends the process at once. NotFinite if a loss is, or if parameters that were to be saved
+  are; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or does
+  not go on from what the workdir holds.
   """
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
@@ -94,17 +95,18 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
         Interrupt() as interrupt):
     with phases('restore or initialise'):
       constants = load_constants(run)
-      state, start = _restore(run, mesh, checkpoints)
+      state, start, logged = _restore(run, mesh, checkpoints)
     planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
     records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
     loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
-    if start >= run.steps:
+    if start >= run.steps and not loop.awaits_validation(start):
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start and not loop.out_of_patience(start):
       print(f'going on from step {start}')
       if planned != run.steps and (rate := optim.learning_rate(state.opt_state)) is not None:
         loop.former = planned, float(rate)
-    return loop.go(state, start)
+    with records.kept(workdir):
+      return loop.go(state, start, logged)
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:
@@ -133,16 +135,17 @@ def result_step(run: Run, checkpoints: checkpoint.Checkpoints, best: bool = Fals
   return checkpoints.best_step() if best or run.patience is not None else None
 
 
-def _restore(run, mesh, checkpoints) -> tuple[State, int]:
+def _restore(run, mesh, checkpoints) -> tuple[State, int, list]:
+  """The state to go on from, its step, and what was logged of that step."""
   if not checkpoints.steps():
     if run.start is None:
       # Seeds are arguments, so that all have the same program, which is compiled once.
-      return jax.block_until_ready(jax.jit(functools.partial(init, run))(seeds.key(run.seed))), 0
+      return jax.block_until_ready(jax.jit(functools.partial(init, run))(seeds.key(run.seed))), 0, []
     params = run.start(run.model)
     begun = jax.jit(lambda params: begin(run, params)._replace(params=None))(params)
-    return jax.block_until_ready(begun)._replace(params=params), 0
+    return jax.block_until_ready(begun)._replace(params=params), 0, []
   restored = checkpoints.restore(abstract_state(run, mesh))
-  return restored.state, restored.step
+  return restored.state, restored.step, restored.records
 
 
 def _flops_by_step(run: Run, mesh: jax.sharding.Mesh, devices: list[Any]) -> Callable[[int], float] | None:
@@ -171,20 +174,24 @@ class _Loop:
     self.evaluate_step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
-    self.signal: int | None = None
     self.former: tuple[int, float] | None = None   # where they have changed: the steps before, the last rate
 
-  def go(self, state: State, start: int) -> Result:
+  def go(self, state: State, start: int, logged: list) -> Result:
     run, step = self.run, start
     devices = list(self.mesh.devices.flat)
     train_step, pending, key = make_step(run), None, seeds.key(run.seed)
-    with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start,
+    with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=_flops_by_step(run, self.mesh, devices),
                        devices=devices) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
-      ended = step >= run.steps or self.out_of_patience(step)
+      stopped = left = False
+      if self.awaits_validation(start):
+        stopped, left = self._validate(start, state)
+        if not stopped:
+          self.checkpoints.set_metric(start, self.metrics['loss'])
+      ended = not (stopped or left) and (step >= run.steps or self.out_of_patience(step))
       following = reader.submit(self._read, start)
-      while not ended:
+      while not (ended or stopped or left):
         batch = sharding.shard_rows(following.result(), self.mesh)
         following = reader.submit(self._read, step + 1)
         new = self._compiles(step)
@@ -198,31 +205,38 @@ class _Loop:
             jax.block_until_ready(state)
         self.checkpoints.check_for_errors()
         stopped, ended = self.interrupt.asked(step), step == run.steps
-        stop = stopped
-        evaluates = ended or step % run.evaluate_every == 0
-        if stop or evaluates or step % run.save_every == 0:
+        evaluates = self._evaluates(step)
+        if stopped or evaluates or step % run.save_every == 0:
           with self.phases('train'):
             self._report(pending)    # never save, nor judge, what is not finite
+            self._check_finite(step, state)
           pending = None
-          improved = left = False
-          if evaluates:
-            self._evaluate(state)
-            self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
-            self.evaluated = step
-            improved = run.patience is not None and self.metrics['loss'] < self.checkpoints.best_metric()
-            left = self.watch is not None and self.watch(step, self.metrics)
-            stop = stop or left
-          if stop or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
+          improved = False
+          if evaluates and not stopped:
+            best = self.checkpoints.best_metric()
+            stopped, left = self._validate(step, state)
+            improved = not stopped and run.patience is not None and self.metrics['loss'] < best
+          if stopped or left or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
             self._save(step, state)
-          ended = ended or self.out_of_patience(step)
-        if stop and not ended:
-          self.signal = (self.interrupt.signal or signal.SIGTERM) if stopped else None   # the latter in a cluster
-          print(f'left at step {step} of {run.steps}' if left else
-                f'stopped at step {step} of {run.steps}: the same command goes on from there')
-          break
-      return self._result(state, start, step, ended)
+          ended = not stopped and (ended or self.out_of_patience(step))
+      return self._result(state, start, step, ended, stopped, left)
 
-  def _result(self, state: State, start: int, step: int, ended: bool) -> Result:
+  def _evaluates(self, step: int) -> bool:
+    return step == self.run.steps or step % self.run.evaluate_every == 0
+
+  def awaits_validation(self, step: int) -> bool:
+    """Whether the checkpoint of a step was saved without the validation that is due there: a signal cut it short."""
+    return step > 0 and self._evaluates(step) and self.checkpoints.metric(step) is None
+
+  def _validate(self, step: int, state: State) -> tuple[bool, bool]:
+    """Evaluates a step and logs it. Returns whether a signal cut that short, and whether `watch` wants to stop."""
+    if not self._evaluate(step, state):
+      return True, False
+    self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
+    self.evaluated = step
+    return False, self.watch is not None and self.watch(step, self.metrics)
+
+  def _result(self, state: State, start: int, step: int, ended: bool, stopped: bool, left: bool) -> Result:
     best = result_step(self.run, self.checkpoints)
     if ended and best not in (None, step):
       early = '' if step == self.run.steps else 'stopped early, '
@@ -230,9 +244,14 @@ class _Loop:
       with self.phases('restore or initialise'):
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
     if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
-      self._evaluate(state)
-    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases,
-                  self.signal)
+      stopped = not self._evaluate(step, state)
+    number = None
+    if stopped:
+      ended, number = False, self.interrupt.signal or signal.SIGTERM   # the latter in a cluster
+      print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there')
+    elif left and not ended:
+      print(f'left at step {step} of {self.run.steps}')
+    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases, number)
 
   def _params(self, state: State) -> Any:
     return with_constants(averaging.evaluated(state.opt_state, state.params), self.constants)
@@ -263,10 +282,10 @@ class _Loop:
     guard = self.run.guard
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
-                      f'more than {guard.most}; the checkpoints up to step {self.saved} are good. Lower the rate')
+                      f'more than {guard.most}; {self._kept()}. Lower the learning rate')
     if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
       raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
-                      f'the checkpoints up to step {self.saved} are good. Lower the learning rate, or warm up longer')
+                      f'{self._kept()}. Lower the learning rate, or warm up longer')
 
   def _tell_jump(self, step: int, rate: float) -> None:
     """Prints a line, at the first step of a run whose end has moved, where the learning rate is not what it was."""
@@ -275,14 +294,27 @@ class _Loop:
             f'for {self.former[0]:,} steps, and is now for {self.run.steps:,}')
     self.former = None
 
-  def _evaluate(self, state: State) -> None:
+  def _check_finite(self, step: int, state: State) -> None:
+    """Raises NotFinite where the update of a step, which its loss does not show, has ruined the parameters."""
+    if not integrity.all_finite(state.params):
+      raise NotFinite(f'step {step}: the update made parameters whose norm is not finite; {self._kept()}. '
+                      'Lower the learning rate, or warm up longer')
+
+  def _kept(self) -> str:
+    return f'the checkpoint of step {self.saved} is good' if self.saved else 'no checkpoint was saved before'
+
+  def _evaluate(self, step: int, state: State) -> bool:
+    """Whether it was done: a signal cuts it short."""
     with self.tracker.pause(), self.phases('validate'):
-      self.metrics = evaluate.evaluate(self.evaluate_step, self._params(state), self.held_out, self.mesh,
-                                       self.run.evaluate_batches)
+      metrics = evaluate.evaluate(self.evaluate_step, self._params(state), self.held_out, self.mesh,
+                                  self.run.evaluate_batches, lambda: self.interrupt.asked(step))
+    if metrics is not None:
+      self.metrics = metrics
+    return metrics is not None
 
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:
       with self.tracker.pause(), self.phases('checkpoint'):
         self.checkpoints.save(step, state, {**self.facts, 'parameters': fingerprint(state.params)},
-                              self.metrics['loss'] if self.evaluated == step else None)
+                              self.metrics['loss'] if self.evaluated == step else None, self.tracker.records(step))
       self.saved = step

@@ -101,8 +101,8 @@ def test_train_depends_on_interfaces():
   """No model, corpus, objective or optimizer: of `optim` only the reading of a learning rate."""
   nodes = [node for name in ('run', 'train') for node in ast.walk(tree(name))]
   assert rooms_used(nodes) <= {'seeds', 'sharding', 'describe', 'data/batches', 'objectives/objective', 'optim',
-                               'data/augment', 'data/stages', 'checkpoint', 'track', 'averaging', 'guard', 'gradient',
-                               'records', 'interfaces', 'interrupt', 'evaluate', 'flops', 'run'}
+                               'data/augment', 'data/stages', 'checkpoint', 'integrity', 'track', 'averaging', 'guard',
+                               'gradient', 'records', 'interfaces', 'interrupt', 'evaluate', 'flops', 'run'}
   used = {node.attr for node in nodes
           if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'optim'}
   assert used <= {'learning_rate'}

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from failures_test import files_of
 
 from lm import plot, track
 
@@ -54,6 +55,42 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
   with tracker(tmp_path):
     assert steps(tmp_path) == []
   assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_what_the_file_lost_of_the_step_is_put_back_and_damaged_lines_are_told(tmp_path):
+  with tracker(tmp_path) as t:
+    for step in range(1, 6):
+      t.log(step, {'loss': step / 3, 'other': math.nan})
+    t.log(5, {'validation/loss': 2.})
+    records = json.loads(json.dumps(t.records(5)))   # as a checkpoint gives them back
+  assert len(records) == 2 and not t.records(4)
+  path = tmp_path / 'metrics.jsonl'
+  before = path.read_bytes()
+  lines = before.splitlines(keepends=True)
+  damage = [b'{"step": 2, "loss": "\xff"}\n', b'12\n', b'[]\n', b'{"step": 3, "loss": "high"}\n', b'{"loss": 1}\n',
+            b'\0\0']
+  path.write_bytes(b''.join([*lines[:2], *damage[:3], *lines[2:4], *damage[3:], lines[4][:9]]))
+  assert [row['step'] for row in track.read_metrics(path)] == [1, 2, 3, 4]
+  output = io.StringIO()
+  with tracker(tmp_path, output, step=5, records=records):
+    assert path.read_bytes() == before and output.getvalue() == f'{path}: 6 lines could not be read, and are left out\n'
+  with tracker(tmp_path, output, step=5, records=records):
+    assert path.read_bytes() == before and output.getvalue().count('\n') == 1   # nothing is there twice
+
+
+def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
+  with pytest.raises(OSError, match='File too large.*metrics.jsonl') as error, files_of(4000), tracker(tmp_path) as t:
+    for step in range(1000):
+      t.log(step, {'loss': 1.})
+  assert error.value.filename == str(tmp_path / 'metrics.jsonl')
+  with (pytest.raises(OSError, match='File too large.*tensorboard') as error, files_of(4000),
+        tracker(tmp_path, every=0.) as t):
+    t._jsonl.close()
+    t._jsonl = io.StringIO()
+    for step in range(1000):
+      t.log(step, {'loss': 1.})
+  assert error.value.__context__.filename is None   # of the write, not of another error while that was dealt with
+  assert not list(tmp_path.glob('*.new'))
 
 
 def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):

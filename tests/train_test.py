@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import pty
 import re
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, evaluate, optim, schedules, sharding, track, train
+from lm import checkpoint, evaluate, optim, records, schedules, sharding, track, train
 from lm.data import dataset
 from lm.data.batches import Batch, special
 from lm.data.stream import Stream
 from lm.data.tokenizer import Bytes
+from lm.guard import Guard
 from lm.interrupt import Interrupt
 from lm.models import layers, transformer
 from lm.objectives import objective
@@ -224,14 +226,89 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
   step = next(step for step in range(20) if (batches(step).tokens == ord('Z')).any()) + 1
   assert step > 2
   changes = {'save_every': save_every, 'evaluate_every': evaluate_every, 'keep': 20}
+  said = f'the checkpoint of step {step - 1} is good' if kept else 'no checkpoint was saved before'
   for _ in range(2):   # the second time it goes on from what was saved
-    with pytest.raises(train.NotFinite, match=rf'step {step}: .* step {step - 1 if kept else 0} are good'):
+    with pytest.raises(train.NotFinite, match=rf'step {step}: .*; {said}. Lower'):
       go(tmp_path, run, **changes)
   assert steps_kept(tmp_path) == (list(range(1, step)) if kept else [])
   if kept:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(tmp_path, run)[1]))
   assert [logged(tmp_path)[n] is None for n in range(1, step + 1)] == [False] * (step - 1) + [True]
   assert not {row['step'] for row in track.read_metrics(tmp_path / 'metrics.jsonl')} - set(range(1, step + 1))
+
+
+@pytest.mark.parametrize('guard', [None, Guard(window=8, most=4)])
+def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
+  """The loss of a step is finite, and what the step makes of the parameters is not."""
+  optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but no loss is after that
+  changes = {'optimizer': optimizer, 'save_every': 1, 'keep': 9, 'guard': guard}
+  for _ in range(2):   # the second time it goes on from what was saved
+    with pytest.raises(train.NotFinite, match='step 3: the update .* the checkpoint of step 2 is good'):
+      go(tmp_path, **changes)
+    assert steps_kept(tmp_path) == [1, 2] and not logged(tmp_path, 'validation/loss')
+  with pytest.raises(train.NotFinite, match='step 1: the update .* no checkpoint was saved before'):
+    go(tmp_path / 'at once', **{**changes, 'optimizer': optim.sgd(lambda step: 1e38)})
+
+
+def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, capsys):
+  workdir = stopped(2)
+  with jax.set_mesh(on('2x1')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore(train.abstract_state(RUN, on('2x1')))
+    ruined = jax.tree.map(lambda x: x * np.float32(np.nan), restored.state.params)
+    checkpoints.save(4, restored.state._replace(params=ruined), restored.facts)
+  assert go(workdir).finished and 'going on from step 2' in capsys.readouterr().out
+  assert same(saved(workdir)[1], saved(whole)[1]) and logged(workdir) == logged(whole)
+  assert len([path for path in (workdir / 'checkpoints').iterdir() if path.name.startswith('4.damaged')]) == 1
+
+
+def stop_in_validation(monkeypatch, at):
+  """A signal comes when the second batch of the validation at a step is asked for."""
+  calls = []
+
+  def asked(self, step):
+    calls.append(step)
+    return calls.count(at) == 3
+  monkeypatch.setattr(Interrupt, 'asked', asked)
+
+
+@pytest.mark.parametrize('at', [3, 6])
+def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, monkeypatch, at, capsys):
+  with monkeypatch.context() as patch:
+    stop_in_validation(patch, at)
+    result = go(tmp_path)
+  assert (result.step, result.finished, result.signal) == (at, False, signal.SIGTERM)
+  assert f'stopped at step {at} of 6: the same command goes on' in capsys.readouterr().out
+  assert steps_kept(tmp_path)[-1] == at and at not in logged(tmp_path, 'validation/loss')
+  result = go(tmp_path)
+  assert result.finished and 'finished' not in capsys.readouterr().out
+  assert result.metrics['loss'] == logged(tmp_path, 'validation/loss')[6]
+  assert [track.read_metrics(folder / 'metrics.jsonl')[-1].keys() for folder in (tmp_path, whole)][0] >= {
+      'validation/loss'}
+  assert logged(tmp_path) == logged(whole) and same(saved(tmp_path)[1], saved(whole)[1])
+  assert logged(tmp_path, 'validation/loss') == logged(whole, 'validation/loss')
+  best = [checkpoint.Checkpoints(folder / 'checkpoints', create=False).best_metric() for folder in (tmp_path, whole)]
+  assert best[0] == best[1]
+
+
+def test_a_damaged_log_is_repaired_from_what_the_checkpoint_knows(whole, stopped, capsys):
+  workdir = stopped(4)
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  assert json.loads(lines[-1])['step'] == 4
+  path.write_bytes(lines[0] + b'{"step": 9, "loss": \xff}\n12\n' + b''.join(lines[1:-1]) + lines[-1][:20])
+  assert go(workdir).finished
+  assert f'{path}: 3 lines could not be read' in capsys.readouterr().out
+  assert logged(workdir) == logged(whole) and list(logged(workdir)) == [1, 2, 3, 4, 5, 6]
+  assert logged(workdir, 'validation/loss') == logged(whole, 'validation/loss')
+
+
+def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path, capsys):
+  records.start(tmp_path, script='a.py', knobs={'lr': 1})
+  mesh = on('2x1')
+  with jax.set_mesh(mesh):
+    train.train(RUN, tmp_path, mesh, lambda step, metrics: (tmp_path / 'run.json').unlink(missing_ok=True))
+  assert 'run.json was deleted' in capsys.readouterr().err
+  assert records.read(tmp_path) == [{'script': 'a.py', 'knobs': {'lr': 1}, 'data': 'fingerprint', 'steps': 6}]
 
 
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
@@ -306,7 +383,7 @@ def test_the_schedule_and_the_key_follow_the_step(whole):
   np.testing.assert_allclose([rates[n] for n in range(1, 7)], [0.05 / 3, 0.1 / 3] + [0.05] * 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_is_a_question_and_the_second_the_end(monkeypatch, capfd, number):
   ended = []
   monkeypatch.setattr(os, '_exit', ended.append)
@@ -330,6 +407,34 @@ def experiment(*, steps: int = 1_000_000):
 if __name__ == '__main__':
   launch.run(experiment)
 """
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with Interrupt() as interrupt:
+      signal.raise_signal(signal.SIGHUP)
+      assert not interrupt.asked(1)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path):
+  """To write to it is an error from then on, of which the run must not die."""
+  program = ('import fcntl, sys, termios, time; from lm.interrupt import Interrupt\n'
+             'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
+             'with Interrupt() as interrupt:\n'
+             '  print("ready", flush=True)\n'
+             '  while not interrupt.asked(1): time.sleep(0.01)\n'
+             '  print("stopped", flush=True); open(sys.argv[1], "w").write(str(interrupt.signal))')
+  ours, theirs = pty.openpty()
+  with subprocess.Popen([sys.executable, '-c', program, str(tmp_path / 'signal')], stdin=theirs, stdout=theirs,
+                        stderr=theirs, start_new_session=True, cwd=pathlib.Path(__file__).parents[1]) as process:
+    os.close(theirs)
+    assert b'ready' in os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+  assert (tmp_path / 'signal').read_text() == str(int(signal.SIGHUP))
 
 
 def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
