@@ -174,12 +174,18 @@ def test_no_json_is_refused_with_its_line(tmp_path):
     data.open(tmp_path / 'run', lambda line: None)
 
 
-@pytest.mark.parametrize('template', [turns.Turns(), chat.Template(
-    '{% for m in messages %}{% generation %}<|end|>{{ m.content }}{% endgeneration %}{% endfor %}')])
-def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(tmp_path, template):
-  pytest.importorskip('jinja2')
+def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r'writes .*<\|end\|>, no control token'):
-    opened(tmp_path, [{'prompt': 'a', 'completion': 'b'}], template=template, tokenizer=Bytes(('<|user|>',)))
+    opened(tmp_path, [{'prompt': 'a', 'completion': 'b'}], template=turns.Turns(), tokenizer=Bytes(('<|user|>',)))
+
+
+def test_a_template_whose_turns_are_plain_text_trains_and_says_so(tmp_path):
+  pytest.importorskip('jinja2')
+  template = chat.Template('{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}{% endgeneration %}'
+                           '{% endfor %}')
+  data, lines = opened(tmp_path, [{'prompt': 'a', 'completion': 'b'}], template=template, tokenizer=Bytes(()))
+  assert len(data.records('train')) == 1
+  assert 'marks the end of answers with no token' in lines[0] and '<|user|>, <|assistant|> as plain text' in lines[0]
 
 
 def test_text_cannot_spell_control_tokens(tmp_path):

@@ -1,6 +1,7 @@
 """Templates without Jinja against the same in Jinja; templates of others without generation blocks; a chat."""
 import dataclasses
 import json
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -60,12 +61,30 @@ def test_a_template_that_does_not_show_where_answers_are_is_refused(tokens, mess
     chat.Template(source).encode(tokens, messages)
 
 
-def test_control_tokens_of_a_template_must_be_the_tokenizers(tokens):
-  UNMARKED.check(tokens)
-  turns.Turns().check(tokens)
-  for template in (UNMARKED, turns.Turns()):
-    with pytest.raises(ValueError, match='would be read as text'):
-      template.check(Bytes(('<|im_start|>',)))
+ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}")
+
+
+def test_our_template_needs_its_control_tokens(tokens):
+  assert turns.Turns().check(tokens) == ''
+  with pytest.raises(ValueError, match='would be read as text'):
+    turns.Turns().check(Bytes(('<|im_start|>',)))
+
+
+@pytest.mark.parametrize('source, control, note', [
+    (CHATML, CONTROL, ''), (MARKED, CONTROL, ''),
+    (CHATML, ('<|im_end|>',), 'writes <|im_start|> as plain text'),
+    (CHATML, ('<|im_start|>',), 'marks the end of answers with no token of .*; .* writes <|im_end|> as plain text'),
+    (ZEPHYR, (), 'writes <|user|>, <|assistant|> as plain text'),
+    (ZEPHYR.replace('eos_token', "(eos_token if loop.index0 < 2 else '')"), CONTROL,
+     'the end of the last answer with')])
+def test_what_a_template_does_not_mark_is_told_and_it_trains(source, control, note):
+  template, tokens = chat.Template(source, {'eos_token': '</s>'}), Bytes(control)
+  found = template.check(tokens)
+  assert re.search(note, found) if note else not found
+  assert ('marks the end' in found) == ('the end' in note)
+  ids, said = template.encode(tokens, TALK[:2])
+  assert tokens.decode(ids[said]).startswith('yo')
 
 
 @pytest.mark.parametrize('template', [turns.Turns(), UNMARKED, turns.Plain('\n')])

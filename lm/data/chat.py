@@ -94,10 +94,26 @@ class Template:
       spans.append((len(before), max(len(before), len(shown if shown.endswith(tuple(control)) else after))))
     return spans
 
-  def check(self, tokens: tokenizer.Tokenizer) -> None:
-    """ValueError where the template writes control tokens that the tokenizer lacks: they would be read as text."""
-    text = self.render([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    refuse_missing(dict.fromkeys(vocabulary.MARK.findall(text)), tokens)
+  def check(self, tokens: tokenizer.Tokenizer) -> str:
+    """What is to be known of the template with a tokenizer: which ends of answers no token marks, and which marks are
+    plain text; nothing where all are tokens. ValueError where it cannot be rendered."""
+    talk = [{'role': role, 'content': role} for role in ('user', 'assistant')]
+    text = self.render(talk)
+    try:
+      ids, said = self.encode(tokens, talk * 2)
+    except ValueError:   # of one turn, or it does not show where earlier answers are
+      ids, said = self.encode(tokens, talk)
+    control = np.isin(ids, [tokens.control_id(name) for name in tokens.control_names])
+    starts, ends = (np.flatnonzero(np.diff(said, prepend=False, append=False)).reshape(-1, 2).T)
+    marked = [bool(control[start:end].any()) for start, end in zip(starts, ends)]   # of each answer
+    notes = []
+    if not all(marked):
+      which = 'answers' if not any(marked) else 'the last answer' if marked[0] else 'answers before the last'
+      notes.append(f'the chat template marks the end of {which} with no token of the tokenizer: the model learns no '
+                   'token to stop at there')
+    if plain := [name for name in dict.fromkeys(vocabulary.MARK.findall(text)) if name not in tokens.control_names]:
+      notes.append(f'the chat template writes {", ".join(plain)} as plain text, which a message can spell too')
+    return '; '.join(notes)
 
   def ends(self, tokens: tokenizer.Tokenizer) -> tuple[int, ...]:
     """The control token that the template writes at the end of an answer; none where it writes or shows none."""

@@ -63,7 +63,8 @@ class Dialogues:
     found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress, lambda tokens: check(
         store.fingerprint(store.settings(self.source, encoder_of(tokens), ()), 'train'), tokens.fingerprint))
     special(found, control)
-    self.template.check(found)
+    if note := self.template.check(found):
+      progress(note)
     encoder = encoder_of(found)
     return Opened(store.build(folder / 'tokens', self.source, encoder, (), progress=progress), found, self.kind,
                   self.length, progress)

@@ -25,8 +25,8 @@ class Template(Protocol):
     and the token that ends it. With `add_generation_prompt`, up to where the assistant is to speak next. These are all
     the ids: no bos is put in front of them."""
 
-  def check(self, tokens: Tokenizer) -> None:
-    """ValueError where the tokenizer lacks a control token of the template."""
+  def check(self, tokens: Tokenizer) -> str:
+    """What is to be known of the template with a tokenizer, in a line; ValueError where they do not go together."""
 
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer, beside the tokenizer's `eos_ids`."""
@@ -54,8 +54,9 @@ class Turns:
       ids, said = [*ids, [tokens.control_id('<|assistant|>')]], [*said, [False]]
     return np.concatenate(ids).astype(np.int32), np.concatenate(said).astype(bool)
 
-  def check(self, tokens: Tokenizer) -> None:
+  def check(self, tokens: Tokenizer) -> str:
     chat.refuse_missing([*(f'<|{role}|>' for role in _ROLES), self.end], tokens)
+    return ''
 
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     return (tokens.control_id(self.end),)
@@ -85,8 +86,8 @@ class Plain:
       said.append(np.full(len(written) + answer, answer and i >= first))
     return np.concatenate(ids).astype(np.int32), np.concatenate(said).astype(bool)
 
-  def check(self, tokens: Tokenizer) -> None:
-    pass
+  def check(self, tokens: Tokenizer) -> str:
+    return ''
 
   def ends(self, tokens: Tokenizer) -> tuple[int, ...]:
     return ()
