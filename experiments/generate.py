@@ -1,8 +1,10 @@
-"""Write text with a trained run or a Hugging Face model, as it comes.
+r"""Write text with a trained run or a Hugging Face model, as it comes.
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
   python experiments/generate.py --workdir=runs/ahead --prompt="def " --draft=2
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd"
+  python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --best_of=8 \
+    --reward=runs/reward
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
@@ -10,9 +12,10 @@ import sys
 
 import jax
 
-from lm import generate, launch, pretrained, seeds, sharding, speculative, trained
+from lm import generate, launch, pretrained, rewards, seeds, sharding, speculative, trained
 from lm.data import turns
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
 
 
@@ -28,7 +31,8 @@ def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversati
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int = 128, stop: launch.Texts = (), n: int = 1, seed: int = 0, best: bool = False,
-         chat: bool = False, bos: bool | None = None, draft: int = 0, mesh: str | None = None) -> None:
+         chat: bool = False, bos: bool | None = None, draft: int = 0,
+         best_of: int = 0, reward: pathlib.Path | None = None, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -48,24 +52,38 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     best: take the best checkpoint by validation loss, not the newest.
     chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
     bos: begin the prompt with bos, or with --nobos not; none does as the model's own tokenizer or chat template does.
+    best_of: writes so many completions, and shows the --n that the reward model prefers.
+    reward: the workdir of that model, see preference.py.
     draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   seeds.check(seed)
   if n < 1:
     raise ValueError(f'--n={n} must be at least 1')
-  if n > 1 and sampling.greedy:
-    raise ValueError(f'--n={n} completions would all be equal at --temperature=0; leave one of the two out')
+  if (best_of > 0) != (reward is not None) or 0 < best_of < n:
+    raise ValueError(f'--best_of={best_of} --reward={reward}: the best of so many answers, at least --n={n}, by the '
+                     'reward model in a workdir; give both flags, or none')
+  if max(n, best_of) > 1 and sampling.greedy:
+    raise ValueError(f'{max(n, best_of)} completions would all be equal at --temperature=0; leave out either this '
+                     'flag, or --n and --best_of')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
     if mark is None:
       raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text from '
                        'left to right; take one that was trained with another objective, such as next_token')
+    if isinstance(loaded.model, Reward):
+      raise ValueError(f'{workdir} is a reward model, which writes no text; it chooses among what another writes: '
+                       f'--workdir=... --best_of=8 --reward={workdir}')
     if bos is not None and isinstance(loaded.model, EncoderDecoder):
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
     tokens = speaker(loaded) if chat else loaded.tokenizer
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
+    if reward is not None:
+      texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
+                                max_tokens=max_tokens, mark=mark, bos=bos)
+      show_best(trained.load(reward), prompt, texts, n, shown)
+      return
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
@@ -80,6 +98,15 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     if drafting:
       print(f'drafts: {drafting.acceptance:.1%} accepted, {drafting.tokens_per_pass:.2f} tokens a forward pass',
             file=sys.stderr)
+
+
+def show_best(judge: trained.Trained, prompt: str, texts: list[str], count: int, shown: str) -> None:
+  """Prints the `count` texts of the highest rewards, the best first, after what is `shown` before each."""
+  template = trained.chat_template(judge.run.data)
+  values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)
+  for place, i in enumerate(sorted(range(len(texts)), key=lambda i: -values[i])[:count]):
+    print(('' if place == 0 else f'\n{"-" * 80}\n') + shown + texts[i])
+    print(f'reward {values[i]:.4f}, number {place + 1} of {len(texts)}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,8 @@
   python experiments/score.py --workdir=runs/quickstart --split=validation
   python experiments/score.py --model=gpt2 --jsonl='texts/*.jsonl'
   python experiments/score.py --model=google-bert/bert-base-uncased --text="Once upon a time"
+  python experiments/score.py --workdir=runs/reward --source="Reverse abcd" --text="dcba"
+  python experiments/score.py --workdir=runs/reward --pairs='pairs/*.jsonl'
   python experiments/score.py --model=t5-small --source="translate English to German: Hello" --text="Hallo"
 """
 import codecs
@@ -15,21 +17,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm import evaluate, launch, pretrained, sharding, trained
+from lm import evaluate, launch, pretrained, rewards, sharding, trained
 from lm.data import corpora
 from lm.data.tokenizer import mask_id
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.reward import Reward
 
 
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
-          source: str | None = None, source_key: str | None = None, split: str | None = None, context: int = 0,
-          bos: bool | None = None, windows: bool = False, best: bool = False, mesh: str | None = None) -> None:
+          source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
+          context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
+          mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
 
   An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
-  pseudo-log-likelihoods.
+  pseudo-log-likelihoods. A reward model gives a text its reward, as an answer to --source where there is one.
 
   Args:
     workdir: of the run.
@@ -38,9 +42,11 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     file: a text file to score.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern; a line is a text.
     key: the field of a line that holds the text.
-    source: what the encoder of an encoder-decoder reads, such as a text to translate; the text is the translation.
+    source: what the encoder of an encoder-decoder reads, such as a text to translate; the text is the translation. Of a
+      reward model, the prompt.
     source_key: the field of a line that holds the source.
     split: train or validation.
+    pairs: files of JSON lines with a prompt, a chosen and a rejected answer each, as a reward model learns from them.
     context: positions before each window of a split that are read again, for context.
     bos: begin the text with bos, or with --nobos not: then its first token is not scored. None does as the model's own
       tokenizer does, and begins a text as its documents began under a run.
@@ -48,8 +54,8 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
-  if sum(given is not None for given in (text, file, jsonl, split)) != 1:
-    raise ValueError('give one of --text, --file, --jsonl and --split')
+  if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
+    raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
   if source is not None and text is None and file is None or source_key and jsonl is None:
@@ -60,13 +66,19 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   if jsonl is not None:
     texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
     sources = corpora.jsonl(jsonl, source_key, validation=0.).splits['train'] if source_key else None
-  empty = None if split or sources else next((i for i, each in enumerate(texts, 1) if not each), None)
+  empty = None if split or pairs or sources else next((i for i, each in enumerate(texts, 1) if not each), None)
   if empty:   # given a source, how an empty text ends is scored
     raise ValueError(f'text {empty} of {len(texts)} is empty: there is nothing to score; leave it out')
   if model:   # before the weights, which take long
     check(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    if split is None and isinstance(loaded.model, Reward):
+      show_rewards(loaded, pairs, texts, sources, bos)
+      return
+    if pairs is not None:
+      raise ValueError(f'--pairs is for reward models, and {model or workdir} is none; "experiments/preference.py '
+                       '--method=reward" makes one')
     if split is None:
       if not model:
         check(loaded.model, sources is not None, bos)
@@ -87,6 +99,29 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     batches = data.batches(split, run.objective, rows, repeat=False, **order)
     for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
+
+
+def show_rewards(loaded: trained.Trained, pairs: str | None, texts: Sequence[str], sources: Sequence[str] | None,
+                 bos: bool | None) -> None:
+  """Prints the reward of each text, as an answer to its source, or of both answers of each pair."""
+  if bos is not None:
+    raise ValueError(f'--{"" if bos else "no"}bos: how a text begins for a reward model is a part of its template; '
+                     'leave it out')
+  judge = rewards.Judge(loaded.model, loaded.params, loaded.tokenizer, trained.chat_template(loaded.run.data))
+  if pairs is None:
+    print('  reward  text')
+    for begin in range(0, len(texts), 256):
+      some = slice(begin, begin + 256)
+      prompts = [''] * len(texts[some]) if sources is None else sources[some]
+      for text, value in zip(texts[some], judge.answers(prompts, texts[some])):
+        print(f'{value:8.4f}  {text[:100]!r}')
+    return
+  records = corpora.jsonl(pairs, None, validation=0.).splits['train']
+  given = judge.pairs(list(records), loaded.run.data.keys)
+  print('  chosen  rejected')
+  for chosen, rejected in zip(*given):
+    print(f'{chosen:8.4f}  {rejected:8.4f}{"" if chosen > rejected else "  wrong"}')
+  print(f'\n{len(records):,} pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}')
 
 
 def read(file: pathlib.Path) -> str:

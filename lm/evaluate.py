@@ -39,7 +39,8 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
 
   Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
   the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
-  the objective's own metrics.
+  the objective's own metrics. Where targets stand for no text, as those of a reward model, there is no `nll`,
+  `perplexity` and `bits_per_byte`.
   """
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
@@ -55,12 +56,12 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
     raise ValueError('nothing to evaluate: the batches hold no targets')
   nll = total['nll'] / total['tokens']
   own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
-  with np.errstate(over='ignore'):   # of a model that has diverged
-    perplexity = np.exp(nll)
+  text = {}
+  if total['bytes']:
+    with np.errstate(over='ignore'):   # of a model that has diverged
+      text = {'nll': nll, 'perplexity': np.exp(nll), 'bits_per_byte': total['nll'] / np.log(2) / total['bytes']}
   return {name: float(value) for name, value in {
-      'loss': total['loss'] / total['weight'], 'nll': nll, 'perplexity': perplexity,
-      'bits_per_byte': total['nll'] / np.log(2) / max(total['bytes'], 1),
-      'accuracy': total['correct'] / total['tokens'], **own}.items()}
+      'loss': total['loss'] / total['weight'], **text, 'accuracy': total['correct'] / total['tokens'], **own}.items()}
 
 
 @functools.partial(jax.jit, static_argnames='apply')

@@ -108,8 +108,12 @@ class Throughput:
 
 _SHOWN: dict[str, Callable[[float], str]] = {
     'loss': 'loss {:.3f}'.format,
+    'preference/accuracy': '{:.0%} right'.format,
+    'preference/margin': 'margin {:.3f}'.format,
     'validation/loss': 'val {:.3f}'.format,
     'validation/bits_per_byte': '{:.3f} bits/byte'.format,
+    'validation/preference/accuracy': 'val {:.0%} right'.format,
+    'validation/preference/margin': 'val margin {:.3f}'.format,
     'learning_rate': lambda value: 'lr ' + f'{value:.1e}'.replace('e-0', 'e-').replace('e+00', ''),
     'skipped': '{:.0f} skipped'.format,
     'tokens_per_second': lambda value: f'{_short(value)} tok/s',

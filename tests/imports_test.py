@@ -20,7 +20,7 @@ ROOMS = (
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
     'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'guard', 'gradient', 'generate', 'speculative',
     'evaluate', 'noise', 'diffusion', 'interfaces', 'flops', 'run', 'train', 'lora', 'annotate', 'budget', 'plan',
-    'doctor', 'pretrained', 'trained', 'comparison', 'scaling', 'search', 'failures', 'resume',
+    'doctor', 'pretrained', 'trained', 'rewards', 'comparison', 'scaling', 'search', 'failures', 'resume',
     'launch', 'arms')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.

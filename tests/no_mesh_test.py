@@ -38,7 +38,7 @@ run = trained.load(folder / 'run')
 texts = [np.array(run.tokenizer.encode('number 7 and'))]
 np.save(folder / 'scores.npy', evaluate.log_probabilities(run.model, run.params, texts)[0])
 assert len(generate.tokens(run.model, run.params, run.tokenizer, texts, max_tokens=3)[0]) <= 3
-step = evaluate.make_step(run.model.apply, run.run.objective, run.tokenizer.byte_lengths())
+step = evaluate.make_step(run.model.apply, run.run.objective, run.tokenizer)
 batches = run.open_data().batches('validation', run.run.objective, 4, repeat=False)
 assert evaluate.evaluate(step, run.params, batches, jax.sharding.get_mesh())['loss'] > 0
 base = trained.base(str(folder / 'run'))

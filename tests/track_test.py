@@ -147,6 +147,16 @@ def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
   assert live.count('\n') == 2 and live.count('\r') == 101 and live.endswith('\n')
 
 
+def test_a_line_shows_margin_and_accuracy_of_preferences(tmp_path):
+  with tracker(tmp_path, output := io.StringIO()) as t:
+    t.log(1, {'loss': 0.7, 'preference/accuracy': 0.25, 'preference/margin': -0.5})
+    t.log(1, {'validation/loss': 0.6, 'validation/preference/accuracy': 0.75, 'validation/preference/margin': 1.25})
+  line = output.getvalue().splitlines()[-1]
+  for text in ('loss 0.700', '25% right', 'margin -0.500', 'val 0.600', 'val 75% right', 'val margin 1.250'):
+    assert text in line
+  assert 'bits/byte' not in line
+
+
 @pytest.mark.parametrize('number, text', [
     (0.5, '0.5'), (999, '999'), (999.9, '1k'), (412_300, '412k'), (1.25e6, '1.25M'), (3e9, '3G')])
 def test_speeds_are_short(number, text):
