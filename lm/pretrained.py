@@ -129,8 +129,8 @@ def save(name: str, folder: pathlib.Path) -> Pretrained:
 def check_shapes(name: str, theirs: Any, ours: Any) -> None:
   """ValueError where the parameters of two models differ in shape, naming the first that do."""
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
-             for p, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0)))}
-            for model in (theirs, ours)]
+             for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (jax.eval_shape(lambda model=model: model.init(jax.random.key(0))) for model in (theirs, ours))]
   if lines := differences(*shapes):
     lines = [line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4]]
     raise ValueError(f'{name} does not fit the model of this run:\n  ' + '\n  '.join(lines))
