@@ -58,7 +58,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
   plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
-  print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)\n')
+  print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)')
+  print(f'this model reads {evaluate.reading(held_out)}; val and score.py --split=validation give it no such context\n')
   print('             alone  primed with the training text')
   for name, (alone, primed) in others.items():
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')

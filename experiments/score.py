@@ -97,6 +97,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     # Only documents have a context; what was stored of rows is stored of those of seed 0, as in training.
     order = {'seed': None, 'context': context} if context else {'seed': 0}
     batches = data.batches(split, run.objective, rows, repeat=False, **order)
+    print(f'{split}: {evaluate.reading(batches)}')
     for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
 

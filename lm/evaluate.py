@@ -64,6 +64,16 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
       'loss': total['loss'] / total['weight'], **text, 'accuracy': total['correct'] / total['tokens'], **own}.items()}
 
 
+def reading(batches: Batches, limit: int | None = None) -> str:
+  """What `evaluate` reads, in words; losses of other rows or of another context differ."""
+  total, context = batches.steps_per_epoch, getattr(batches, 'context', None)
+  count = f'all {total:,}' if limit is None or limit >= total else f'the first {limit:,} of {total:,}'
+  rows = f'{count} batches of {batches.rows} rows of {batches.length} positions'
+  if context:
+    return f'{rows}, of which {context} repeat the row before'
+  return rows if context is None else f'{rows}, each without the text before it'
+
+
 @functools.partial(jax.jit, static_argnames='apply')
 def _log_probabilities(apply, params, batch: Batch, asked_BP: jax.Array | None = None) -> jax.Array:
   """Of each target; with `asked_BP`, targets are of these columns, [B, P]."""

@@ -24,10 +24,11 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
   rows = track.read_metrics(metrics_jsonl)
   top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
   steps, losses = series('loss')
-  top.plot(steps, losses, color='tab:blue', alpha=0.25, linewidth=0.8)
-  top.plot(steps, _smooth(losses, half=len(losses) // 60), color='tab:blue', linewidth=1.6, label='training')
+  top.plot(steps, losses, _marker(losses), color='tab:blue', alpha=0.25, linewidth=0.8)
+  top.plot(steps, _smooth(losses, half=len(losses) // 60), _marker(losses), color='tab:blue', linewidth=1.6,
+           label='training')
   top.plot(*series('validation/loss'), 'o-', color='tab:orange', markersize=4, linewidth=1.2, label='validation')
-  bottom.plot(*series('learning_rate'), color='tab:green', linewidth=1.6)
+  bottom.plot(*series('learning_rate'), _marker(losses), color='tab:green', linewidth=1.6)
   top.set(ylabel='loss (nats per token)', title=metrics_jsonl.resolve().parent.name)
   bottom.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
   bottom.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
@@ -50,25 +51,31 @@ def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib
 
 def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
-  """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined."""
-  if (figure := _figure(png, (11, 5))) is None:
+  """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined.
+
+  A curve of one evaluation is a point with its range; where no arm has a curve, there are final values alone.
+  """
+  has_curves = any(all(runs) and len(runs) for runs in curves.values())
+  if (figure := _figure(png, (11 if has_curves else 6, 5))) is None:
     return
-  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if has_curves else (None, figure.subplots())
   for i, (name, runs) in enumerate(curves.items()):
     color = f'C{i % 10}'
     points = [dict(run) for run in runs]
     shared = sorted(set.intersection(*(set(p) for p in points))) if points else []
     if shared:
       columns = [[p[x] for p in points] for x in shared]
-      left.plot(shared, [sum(c) / len(c) for c in columns], color=color, linewidth=1.6, label=name)
-      left.fill_between(shared, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, linewidth=0)
+      low, high = list(map(min, columns)), list(map(max, columns))
+      left.plot(shared, [sum(c) / len(c) for c in columns], _marker(shared), color=color, linewidth=1.6, label=name)
+      left.fill_between(shared, low, high, color=color, alpha=0.2, linewidth=0 if len(shared) > 1 else 2)
     right.plot([i] * len(finals[name]), finals[name], 'o', color=color, markersize=5, alpha=0.8)
   for pair in zip(*finals.values()):
     right.plot(range(len(pair)), pair, color='0.7', linewidth=0.7, zorder=0)
   right.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
-  left.set(xlabel=compute, ylabel='validation bits per byte')
   right.set(ylabel=metric)
-  _finish(figure, png, (left, right))
+  if left is not None:
+    left.set(xlabel=compute, ylabel='validation bits per byte')
+  _finish(figure, png, [axes for axes in (left, right) if axes is not None])
 
 
 def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,
@@ -138,6 +145,11 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
   axes.plot([d], [outcome], '*', color='black', markersize=11, label='outcome')
   axes.set(xscale='log', xlabel='D (tokens)', ylabel='validation loss (nats per token)')
   _finish(figure, png, (axes,))
+
+
+def _marker(values: Sequence[float]) -> str:
+  """The format of a curve: a line of one point would not be seen."""
+  return 'o' if len(values) == 1 else '-'
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:

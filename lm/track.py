@@ -145,6 +145,7 @@ class Tracker(contextlib.AbstractContextManager):
     self._output = sys.stdout if output is None else output
     self._live = self._output.isatty()
     self._latest: dict[str, float] = {}
+    self._validated: int | None = None   # the step of what is latest of `validation/`
     self._begin, self._printed, self._pending = clock(), -math.inf, False
     self._records = list(records)
     self._path, self._jsonl = folder / 'metrics.jsonl', None
@@ -179,15 +180,19 @@ class Tracker(contextlib.AbstractContextManager):
       self._jsonl.flush()
     self._tensorboard.write(step, {name: value for name, value in finite.items() if value is not None})
     self._latest.update(metrics)
-    self._print(step, milestone=any(name.startswith('validation/') for name in metrics))
+    milestone = any(name.startswith('validation/') for name in metrics)
+    self._validated = step if milestone else self._validated
+    self._print(step, milestone)
 
   def records(self, step: int) -> list[Mapping[str, Any]]:
     """What was logged of a step, of the last one that was logged."""
     return [record for record in self._records if record['step'] == step]
 
   def line(self, step: int) -> str:
-    """What the terminal shows."""
-    parts = [f'step {step}/{self._total}', *(show(self._latest[k]) for k, show in _SHOWN.items() if k in self._latest)]
+    """What the terminal shows; validation where it is of this step."""
+    shown = [name for name in _SHOWN if name in self._latest
+             and (step == self._validated or not name.startswith('validation/'))]
+    parts = [f'step {step}/{self._total}', *(_SHOWN[name](self._latest[name]) for name in shown)]
     eta = self.throughput.eta
     return '  '.join(parts if eta is None or step >= self._total else [*parts, f'ETA {_duration(eta)}'])
 

@@ -89,6 +89,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     for line in rows.summary(run.schedule.rows_before(run.steps)):
       print(line)
     held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
+    print(f'val: {evaluate.reading(held_out, run.evaluate_batches)}')
     batches = Staged(rows, run.schedule), held_out
   facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, objective=facts['objective']) as checkpoints,

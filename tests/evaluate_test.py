@@ -183,3 +183,14 @@ def test_gzip_is_primed_with_the_end_of_the_training_text():
   primed = {where: evaluate.compress(text, training)['gzip -9'][1]
             for where, training in (('end', other + text), ('begin', text + other), ('nowhere', other))}
   assert primed['end'] < 0.1 * primed['nowhere'] and primed['begin'] == pytest.approx(primed['nowhere'], rel=0.02)
+
+
+def test_what_is_read_is_told(data):
+  first = data.batches('validation', next_token(), 2, repeat=False)
+  total = first.steps_per_epoch
+  rows = f'batches of 2 rows of {first.length} positions'
+  assert evaluate.reading(first) == f'all {total} {rows}, each without the text before it'
+  assert evaluate.reading(first, 1).startswith(f'the first 1 of {total} batches')
+  after = data.batches('validation', next_token(), 2, repeat=False, context=4)
+  assert evaluate.reading(after, 10 ** 6).startswith(f'all {after.steps_per_epoch} batches')
+  assert evaluate.reading(after).endswith('of which 4 repeat the row before')

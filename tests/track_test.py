@@ -141,6 +141,7 @@ def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
 
   lines = train(io.StringIO()).splitlines()
   assert [int(line.split()[1].split('/')[0]) for line in lines] == [1, 16, 31, 46, 50, 66, 81, 96, 100]
+  assert [i for i, line in enumerate(lines) if 'val' in line or 'byte' in line] == [4, 8]   # only where it is new
   assert lines[4] == 'step 50/100  loss 3.214  val 3.500  1.402 bits/byte  lr 6.0e-4  100 tok/s  ETA 0:50'
   assert 'ETA' not in lines[-1]
   live = train(Terminal())  # one of the 102 comes at the same instant as another
@@ -210,3 +211,18 @@ def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('curve', [[(1., 3.)], [(0.5, 3.2), (1., 3.)], []], ids=['one evaluation', 'two', 'none'])
+def test_a_comparison_shows_each_arm_however_few_its_evaluations(tmp_path, curve, monkeypatch):
+  pytest.importorskip('matplotlib')
+  figures = []
+  monkeypatch.setattr(plot, '_finish', lambda figure, png, panels: figures.append((figure, panels)))
+  curves = {name: [[(x, y + seed + i) for x, y in curve] for seed in range(2)] for i, name in enumerate('ab')}
+  plot.comparison(tmp_path / 'compare.png', curves, {'a': [3., 4.], 'b': [4., 5.]}, 'bits/byte', 'share')
+  (_, panels), = figures
+  assert len(panels) == (2 if curve else 1)
+  for axes in panels:
+    assert axes.get_lines()
+    for line in axes.get_lines():
+      assert len(line.get_xdata()) > 1 or line.get_marker() == 'o'
