@@ -122,6 +122,35 @@ def _has(form: Mapping[str, Any], kind: str) -> bool:
   return False
 
 
+def with_added(model: str, tokens: Mapping[int, Mapping[str, Any]]) -> str:
+  """The tokenizer.json with more added tokens, by id; the text itself where it has them all.
+
+  Raises ValueError where transformers would give one another id: that of its name, or else the next one.
+  """
+  if not tokens:
+    return model
+  form = json.loads(model)
+  if not isinstance(form, dict) or 'vocab' not in form.get('model', {}):
+    return model   # no tokenizer.json: what opens it says so
+  words = form['model']['vocab']
+  ids = words if isinstance(words, dict) else {name: i for i, (name, _) in enumerate(words)}
+  known, changed = {token['content']: token for token in form.setdefault('added_tokens', [])}, False
+  for i, token in sorted(tokens.items()):
+    name, old = token['content'], known.get(token['content'])
+    following = max(len(ids), *(1 + each['id'] for each in known.values())) if known else len(ids)
+    expected = old['id'] if old else ids.get(name, following)
+    if i != expected:
+      raise ValueError(f'the files beside it add {name!r} as token {i}, and transformers would give it the id '
+                       f'{expected}')
+    if old is None:
+      known[name] = dict(token)
+      form['added_tokens'].append(known[name])
+      changed = True
+    elif old['special'] != token['special']:
+      old['special'], changed = token['special'], True
+  return json.dumps(form, ensure_ascii=False) if changed else model
+
+
 def literal(model: str, control: Set[str]) -> str:
   """The tokenizer.json without ways from a text to the names in `control`, or from '<0x41>' to the byte it names.
 

@@ -20,13 +20,15 @@ class SentencePiece(vocabulary.Base):
 
   A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix, a piece for a space) is made
   lossless: it is decoded by its table of bytes, and '▁', which SentencePiece takes for a space, is encoded by its three
-  bytes. Pieces that are named like marks of a template (`vocabulary.MARK`) are control tokens.
+  bytes. Where it puts a space in front of a text, `parse` does so after each control token too if `legacy`, as older
+  files have it. Pieces that are named like marks of a template (`vocabulary.MARK`) are control tokens.
   """
   model: bytes = dataclasses.field(repr=False)
   bos: str
   eos: str
   ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   adds_bos: bool = dataclasses.field(default=True, compare=False)
+  legacy: bool = dataclasses.field(default=True, compare=False)
 
   @functools.cached_property
   def _processor(self) -> Any:
@@ -54,6 +56,10 @@ class SentencePiece(vocabulary.Base):
   def _control(self) -> dict[str, int]:
     model = self._processor
     return {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+
+  @functools.cached_property
+  def _inner(self) -> 'SentencePiece':
+    return self if self.legacy else dataclasses.replace(self, model=self.model + protobuf.NO_PREFIX)
 
   @property
   def lossless(self) -> bool:

@@ -5,12 +5,13 @@ would need protobuf, and two libraries in one process that both bring them have 
 """
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 UNIGRAM, BPE = 1, 2
 # Sums of multiples of 1/16 are exact in float32 up to 2**20, so that paths of equal score are equal in any library.
 EXACT = 16
+NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])   # after a model: its normaliser puts no space in front of a text
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
@@ -20,7 +21,6 @@ class Piece:
   score: float
   score_at: int  # where in the file its 4 bytes are; 0: nowhere, for 0.
   type: int      # NORMAL, ...
-  type_at: int   # where in the file that is; 0: nowhere, for NORMAL
 
 
 def pieces(model: bytes) -> list[Piece]:
@@ -30,8 +30,7 @@ def pieces(model: bytes) -> list[Piece]:
       spans = {n: (a, b) for n, a, b in _fields(model, start, end)}
       score_at, type_at = (spans.get(n, (0,))[0] for n in (2, 3))
       score = struct.unpack_from('<f', model, score_at)[0] if score_at else 0.
-      found.append(Piece(model[slice(*spans[1])].decode(), score, score_at, model[type_at] if type_at else NORMAL,
-                         type_at))
+      found.append(Piece(model[slice(*spans[1])].decode(), score, score_at, model[type_at] if type_at else NORMAL))
   return found
 
 
@@ -49,11 +48,51 @@ def maps_characters(model: bytes) -> bool:
 
 def as_control(model: bytes, matches: Callable[[str], Any]) -> bytes:
   """The model with those user-defined pieces as control tokens whose names match: no text has them then."""
-  data = bytearray(model)
-  for piece in pieces(model):
-    if piece.type == USER_DEFINED and matches(piece.name):
-      data[piece.type_at] = CONTROL
-  return bytes(data)
+  return _retyped(model, {i: CONTROL for i, piece in enumerate(pieces(model))
+                          if piece.type == USER_DEFINED and matches(piece.name)})
+
+
+def with_added(model: bytes, names: Mapping[int, str], special: Collection[int]) -> bytes:
+  """The model with more pieces, by id: control tokens, or user-defined ones that are found whole in a text.
+
+  Raises ValueError where transformers would give one another id: that of its name, or else the next one.
+  """
+  known = pieces(model)
+  types = {i: CONTROL if i in special else USER_DEFINED for i in names}
+  place, following = {piece.name: i for i, piece in enumerate(known)}, len(known)
+  for i, name in sorted(names.items()):
+    expected = place.get(name, following)
+    if i != expected:
+      raise ValueError(f'the files beside it add {name!r} as token {i}, and transformers would give it the id '
+                       f'{expected}')
+    following = max(following, i + 1)
+  more = b''.join(_field(1, _field(1, name.encode()) + bytes([3 << 3, types[i]]))
+                  for i, name in sorted(names.items()) if i >= len(known))
+  changed = {i: types[i] for i in names if i < len(known) and known[i].type in (NORMAL, USER_DEFINED)}
+  return _retyped(model, changed) + more
+
+
+def _retyped(model: bytes, types: Mapping[int, int]) -> bytes:
+  """The model with other types of some of its pieces: of a field that is there twice, the last counts."""
+  if not types:
+    return model
+  parts, i = [], 0
+  for number, start, end in _fields(model, 0, len(model)):
+    if number == 1:
+      parts.append(_field(1, model[start:end] + (bytes([3 << 3, types[i]]) if i in types else b'')))
+      i += 1
+    else:
+      parts.append(_field(number, model[start:end]))
+  return b''.join(parts)
+
+
+def _field(number: int, data: bytes) -> bytes:
+  """A field whose value is bytes, or a message."""
+  size, length = len(data), b''
+  while size >= 0x80:
+    length += bytes([size & 0x7F | 0x80])
+    size >>= 7
+  return bytes([number << 3 | 2]) + length + bytes([size]) + data
 
 
 def ends(encoded: bytes) -> list[int]:

@@ -98,7 +98,9 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
       the others end a text too), else what is custom. Of an encoder-decoder, bos is what its decoder starts with.
 
   Whether a text begins with bos is decided as transformers does: by the post-processor of a tokenizer.json, by
-  add_bos_token in the tokenizer_config.json beside other files. A .model without one is of documents that do.
+  add_bos_token in the tokenizer_config.json beside other files. A .model without one is of documents that do. Tokens
+  that tokenizer_config.json (added_tokens_decoder) or added_tokens.json add to a vocabulary are added, and refused at
+  ids where transformers would not put them.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -115,9 +117,13 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
     if path.name in ('vocab.json', 'merges.txt'):
       kind, data = HuggingFace, _gpt2(path.parent)
     elif path.suffix == '.json':
-      kind, data = HuggingFace, path.read_bytes().decode()
+      kind, data = HuggingFace, huggingface.with_added(path.read_bytes().decode(), _added(path.parent))
     else:
       kind, data = SentencePiece, path.read_bytes()
+      if tokens := _added(path.parent):
+        _ = kind(data, '', '')._processor   # raises where it is no model
+        data = protobuf.with_added(data, {i: token['content'] for i, token in tokens.items()},
+                                   {i for i, token in tokens.items() if token['special']})
     control = kind(data, '', '')._control
     first = lambda given, side, names: [given] if given else [
         name for name in (*_named(path.parent, side, control), *names) if name in control]
@@ -129,6 +135,8 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
     _ = tokenizer.bos_id, tokenizer.eos_id  # raises where a name is none of its own
     tokenizer = dataclasses.replace(tokenizer, ends=_ends(path.parent, tokenizer.vocab_size),
                                     adds_bos=_adds_bos(path, tokenizer))
+    if isinstance(tokenizer, SentencePiece):
+      tokenizer = dataclasses.replace(tokenizer, legacy=_legacy(path.parent))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return tokenizer
@@ -189,6 +197,26 @@ def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
     return bool(front)
   config = path.parent / 'tokenizer_config.json'
   return bool(_json(config).get('add_bos_token')) if config.is_file() else path.suffix == '.model'
+
+
+def _added(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+  """The tokens that files of a folder add to the vocabulary, by id, as tokenizer.json lists them."""
+  config = _json(folder / 'tokenizer_config.json')
+  flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+  if (decoder := config.get('added_tokens_decoder')) is not None:
+    return {int(i): {'id': int(i), 'special': False, **flags, **token} for i, token in decoder.items()}
+  more = [*(config.get('additional_special_tokens') or ()), *(config.get('extra_special_tokens') or ())]
+  special = {*special_tokens(folder).values(), *(each['content'] if isinstance(each, dict) else each for each in more)}
+  return {i: {'id': i, 'content': name, 'special': name in special, **flags, 'normalized': name not in special}
+          for name, i in _json(folder / 'added_tokens.json').items()}
+
+
+def _legacy(folder: pathlib.Path) -> bool:
+  """Whether a space is put in front of the text after each control token too, and not only where all of it begins."""
+  if (rule := _json(folder / 'separators.json').get('legacy')) is not None:
+    return rule
+  config = _json(folder / 'tokenizer_config.json')
+  return config.get('legacy', not config.get('tokenizer_class', '').startswith(('Llama', 'CodeLlama')))
 
 
 def _gpt2(folder: pathlib.Path) -> str:

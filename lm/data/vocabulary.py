@@ -172,9 +172,17 @@ class Base:
     names = '|'.join(map(re.escape, sorted(self._control, key=len, reverse=True)))
     parts = re.split(f'({names})', text)
     starts = np.cumsum([0, *map(len, parts)])
-    found = [np.array([self._control[x]], np.int32) if x in self._control else self.encode(x) for x in parts]
-    spans = [np.array([[0, len(x)]]) if x in self._control else self._spans(x, ids) for x, ids in zip(parts, found)]
+    readers = [self, *[self._inner] * (len(parts) - 1)]
+    found = [np.array([self._control[x]], np.int32) if x in self._control else reader.encode(x)
+             for x, reader in zip(parts, readers)]
+    spans = [np.array([[0, len(x)]]) if x in self._control else reader._spans(x, ids)
+             for x, ids, reader in zip(parts, found, readers)]
     return np.concatenate(found), np.concatenate([span + start for span, start in zip(spans, starts)])
+
+  @property
+  def _inner(self) -> 'Base':
+    """What reads the text after a control token."""
+    return self
 
   def _spans(self, text: str, ids: np.ndarray) -> np.ndarray:
     ends = self._ends(text, ids)
@@ -240,7 +248,8 @@ def utf8(text: str) -> bytes:
 
 
 def write_separators(folder: str | os.PathLike, tokenizer: Any) -> None:
-  named = {name: getattr(tokenizer, name) for name in ('bos', 'eos', 'ends', 'adds_bos')}
+  names = ('bos', 'eos', 'ends', 'adds_bos', 'legacy')
+  named = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
   write(folder, 'separators.json', json.dumps(named).encode())
 
 
