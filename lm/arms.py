@@ -53,12 +53,15 @@ def experiment(script: pathlib.Path) -> Callable[..., train.Run]:
 
 
 def knobs(function: Callable[..., Any], text: str) -> dict[str, Any]:
-  """Those in 'lr=1e-3 optimizer=adam' (quoted as in a shell), read as the script's flags; the rest at their defaults.
+  """Those in 'lr=1e-3 optimizer=adam', read as the script's flags; the rest at their defaults. Words with spaces are
+  quoted, as in a shell; a backslash is one, as in a flag.
 
   ValueError for a knob that does not exist, with the nearest one, or a value that is none.
   """
   try:
-    words = [word if word.startswith('--') else f'--{word}' for word in shlex.split(text)]
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, '', ''   # a backslash is one, as in a flag
+    words = [word if word.startswith('--') else f'--{word}' for word in lexer]
   except ValueError as error:
     raise ValueError(f'knobs {text.strip()!r}: {error}') from None
   if help := [word for word in words if word.lstrip('-').partition('=')[0] in ('help', 'helpfull', 'debug', 'script')]:

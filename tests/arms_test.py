@@ -9,7 +9,7 @@ import pytest
 import scaling
 import sweep
 
-from lm import arms, search
+from lm import arms, launch, search
 from lm.data import stages
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -290,3 +290,18 @@ def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(scri
       2, 0, None, None, None, {'bits_per_byte': 1.}, False, None, signal.SIGTERM))
   with pytest.raises(KeyboardInterrupt):
     swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')
+
+
+def test_knobs_mean_what_they_mean_as_flags(tmp_path):
+  """Backslashes too: text was once cut at every 'nn'."""
+  def experiment(*, separator: str = '', pattern: str = ''):
+    del separator, pattern
+  for written in (r'\n\n', r'\t', 'a\\\\b', r'C:\new', '#', "it's"):
+    (flags,), _ = launch.parse([experiment], ['x', f'--separator={written}'])
+    quoted = f'"{written}"' if "'" in written else f"'{written}'"
+    for text in (f'separator={quoted}', *([f'separator={written}'] if "'" not in written else [])):
+      assert arms.knobs(experiment, text) == flags, written
+  (one,) = arms.arms(experiment, r'cut: separator=\n\n pattern="a b"')
+  assert one.knobs == {'separator': r'\n\n', 'pattern': 'a b'}
+  with pytest.raises(ValueError, match='quotation'):
+    arms.knobs(experiment, 'separator="a')

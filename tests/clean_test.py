@@ -41,7 +41,7 @@ def test_unicode_reads_back_any_text_decoded_as_latin_1():
 def test_control_characters():
   rule = clean.ControlCharacters()
   assert rule('a\r\nb\rc\td\n') == 'a\nb\nc\td\n'
-  assert rule('\ufeff\x00a\x0cb\x7f\x9f') == 'ab'
+  assert rule('\ufeff\x00a\x08b\x7f\x9f') == 'ab'
   assert rule('\x1b[31;1mred\x1b[0m') == 'red'
   assert rule('👩\u200d💻 می\u200cخواهم') == '👩\u200d💻 می\u200cخواهم'  # joiners are letters' business, not control
 
@@ -133,3 +133,23 @@ def test_duplicates_are_shared_between_splits():
 def test_an_error_in_a_worker_is_raised_here():
   with pytest.raises(AttributeError, match='NoneType'):
     list(clean.clean(['a', None], workers=2))
+
+
+@pytest.mark.parametrize('mark', ['\f', '\v', '\x1c', '\x1d', '\x1e', '\x1f', '\x85'])
+def test_what_ends_a_line_or_a_page_joins_no_words(mark):
+  assert clean.ControlCharacters()(f'one{mark}two') == 'one\ntwo'
+
+
+@given(st.text(st.characters(codec='utf-8'), min_size=1, max_size=1500), st.data())
+@settings(max_examples=50, deadline=None)
+def test_texts_that_differ_in_any_one_character_are_kept(text, data):
+  place = data.draw(st.integers(0, len(text) - 1))
+  other = data.draw(st.one_of(st.just(text[place].swapcase()), st.characters(codec='utf-8')))
+  changed = text[:place] + other + text[place + 1:]
+  results = list(clean.clean([text, changed, text], rules=()))
+  assert results[2] == clean.Drop('duplicate') and (results[1] == changed) == (changed != text)
+
+
+def test_texts_that_differ_late_or_in_case_alone_are_kept():
+  texts = ['x' * 200_000 + 'a', 'x' * 200_000 + 'b', 'Case', 'case', 'caf\u00e9', 'cafe\u0301', ' a', 'a']
+  assert list(clean.clean(texts, rules=())) == texts

@@ -117,10 +117,11 @@ def test_separator_cuts_files(tmp_path):
 
 def test_an_empty_split_is_an_error(tmp_path):
   (tmp_path / 'one.txt').write_text('alone')
+  alone = corpora.text(str(tmp_path / 'one.txt'), separator='|')
   with pytest.raises(ValueError, match='none of 1 documents fell into the validation split'):
-    len(corpora.text(str(tmp_path / 'one.txt')).splits['train'])
+    len(alone.splits['train'])
   with pytest.raises(ValueError, match=r'another share \(--validation\), or cut .* \(--separator, such as \\n\\n\)'):
-    len(corpora.text(str(tmp_path / 'one.txt')).splits['validation'])
+    len(alone.splits['validation'])
   (tmp_path / 'blank.txt').write_text(' \n')
   with pytest.raises(ValueError, match='^blank: there is no document in it; give files that hold some text$'):
     len(corpora.text(str(tmp_path / 'blank.txt')).splits['train'])
@@ -267,8 +268,45 @@ def test_building_again_from_other_files_is_refused(tmp_path, builder, capsys):
   shutil.rmtree(tmp_path / 'tfds')
   builder.build(pattern=two, data_dir=tmp_path / 'tfds')
   assert len(everything(corpora.tfds(str(tmp_path / 'tfds')))) == 100
-  (tmp_path / 'alone.txt').write_text('alone')
+  (tmp_path / 'alone.txt').write_text('a')
   for pattern in ('none*', 'alone.txt'):
     with pytest.raises((ValueError, FileNotFoundError)):
       builder.build(pattern=str(tmp_path / pattern), data_dir=tmp_path / 'new' / 'tfds')
   assert not (tmp_path / 'new').exists()
+
+
+def test_a_name_that_exists_is_that_file_and_patterns_come_after(tmp_path):
+  for name in ('data[1].txt', 'data1.txt', 'data2.txt'):
+    (tmp_path / name).write_text(name)
+  assert source_files(tmp_path, 'data[1].txt') == ['data[1].txt']
+  assert source_files(tmp_path, 'data[12].txt') == ['data1.txt', 'data2.txt']
+
+
+def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path):
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'a' / 'one.txt').write_text('one')
+  (tmp_path / 'a' / 'loop').symlink_to(tmp_path / 'a', target_is_directory=True)
+  (tmp_path / 'b.txt').symlink_to(tmp_path / 'a' / 'one.txt')
+  (tmp_path / 'c.txt').write_text('one')   # another file, of the same text
+  assert source_files(tmp_path, '**/*.txt') == ['b.txt', 'c.txt']
+
+
+def source_files(folder, pattern):
+  from lm.data import source
+  return [path.relative_to(folder).as_posix() for path in source.matching(f'{folder}/{pattern}')]
+
+
+@pytest.mark.parametrize('text', ['\n'.join(f'line {i} of a long text' for i in range(300)), 'word ' * 1000, 'x' * 500])
+def test_of_one_text_alone_the_last_part_is_held_out(tmp_path, text):
+  (tmp_path / 'one.txt').write_text(text)
+  splits = corpora.text(str(tmp_path / 'one.txt'), validation=0.1).splits
+  (train,), (held_out,) = splits['train'], splits['validation']
+  assert train + held_out == text
+  assert 0.08 < len(held_out) / len(text) <= 0.1 and (train[-1] in '\n ' or 'x' in text)
+
+
+@pytest.mark.parametrize('text, message', [('', 'there is no document in it'), ('a', 'its 1 characters are too few')])
+def test_one_text_that_cannot_be_cut_is_refused(tmp_path, text, message):
+  (tmp_path / 'one.txt').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    len(corpora.text(str(tmp_path / 'one.txt'), validation=0.1).splits['train'])

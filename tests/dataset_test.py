@@ -90,6 +90,7 @@ def test_training_cut_short_is_done_again(tmp_path):
 def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, before, changes, named):
   text = dataset.Text(SOURCE, before, 16)
   first = text.open(tmp_path, lambda line: None)
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)   # of a run that was trained on it
   files = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   with pytest.raises(ValueError, match=named) as error:
     dataclasses.replace(text, **changes).open(tmp_path, lambda line: None)
@@ -111,3 +112,26 @@ def test_a_list_of_texts_is_a_corpus(tmp_path):
       dataset.Text(wrong, Bytes(), 16)
   with pytest.raises(ValueError, match='document 1 is of type bytes'):
     dataset.Text(['a', b'b'], Bytes(), 16).open(tmp_path / 'bytes', lambda line: None)
+
+
+def test_data_on_which_nothing_was_trained_is_made_anew_when_settings_change(tmp_path):
+  def opened(**changes):
+    source = Source('s', {'train': ['one two', 'three'], 'validation': ['four']}, **changes)
+    lines = []
+    return dataset.Text(source, Bytes(), 8).open(tmp_path, lines.append), lines
+  first, _ = opened(fingerprint='a')
+  second, _ = opened(fingerprint='b')
+  assert first.fingerprint != second.fingerprint and opened(fingerprint='b')[0].fingerprint == second.fingerprint
+  (tmp_path / 'checkpoints' / '5').mkdir(parents=True)
+  with pytest.raises(ValueError, match='source s b there, s a here'):
+    opened(fingerprint='a')
+  assert opened(fingerprint='b')[0].text('train') == 'one twothree'
+
+
+def test_a_tokenizer_on_which_nothing_was_trained_is_made_anew(tmp_path):
+  source = Source('s', {'train': ['one two'], 'validation': ['four']}, 'a')
+  open_with = lambda tokens, lines: dataset.Text(source, tokens, 8).open(tmp_path, lines.append)
+  open_with(Bytes(), [])
+  lines, other = [], Bytes(control=('<|mask|>',))
+  assert open_with(other, lines).tokenizer.control_names == other.control_names
+  assert 'was made with other settings, and nothing was trained on it: it is made anew' in lines[0]

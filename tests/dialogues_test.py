@@ -261,8 +261,10 @@ def test_compressed_lines_are_read_and_made_once(tmp_path):
     data2.open(tmp_path / 'run', lines.append)
   assert data.open(tmp_path / 'run', lines.append).fingerprint == first.fingerprint and not lines
   assert len(first.records('train')) + len(first.records('validation')) == 30
+  plain = dialogues.Dialogues(data.source, B, 32, template=turns.Plain())
+  (tmp_path / 'run' / 'checkpoints' / '1').mkdir(parents=True)
   with pytest.raises(ValueError, match='other settings'):
-    dialogues.Dialogues(data.source, B, 32, template=turns.Plain()).open(tmp_path / 'run', lambda line: None)
+    plain.open(tmp_path / 'run', lambda line: None)
 
 
 def test_the_objective_must_want_what_there_is(tmp_path):

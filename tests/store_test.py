@@ -238,3 +238,11 @@ def test_wide_vocabularies_and_documents_without_tokens(tmp_path):
   train = build(tmp_path, source, Wide())['train']
   assert train.tokens.dtype == np.uint32 and train[0][0] == 69_000 + ord('a')
   assert train.manifest['dropped'] == {'no tokens': 1} and train.manifest['bytes'] == 17
+
+
+def test_a_store_of_nothing_is_no_obstacle(tmp_path):
+  """What was refused for it had no document stays behind, and the corrected command works."""
+  empty = dataclasses.replace(SOURCE, fingerprint='empty', splits={'train': [''], 'validation': ['']})
+  with pytest.raises(ValueError, match='no document is left'):
+    store.build(tmp_path, empty, BYTES)
+  assert len(store.build(tmp_path, SOURCE, BYTES)['validation']) == 4

@@ -43,14 +43,15 @@ class Unicode:
 
 @dataclasses.dataclass(frozen=True)
 class ControlCharacters:
-  r"""Removes control characters but \n and \t, terminal escapes, byte-order marks; \r\n and \r become \n."""
+  r"""Removes control characters but \n and \t, terminal escapes, byte-order marks; ends of lines, pages become \n."""
 
   def __call__(self, document: str) -> str:
     if '\r' in document:
       document = document.replace('\r\n', '\n').replace('\r', '\n')
-    return _CONTROL.sub('', document)
+    return _CONTROL.sub('', _BREAK.sub('\n', document))
 
 
+_BREAK = re.compile('[\x0b\x0c\x1c-\x1f\x85]')   # white space to Python too: without it, words would be joined
 _CONTROL = re.compile('\x1b\\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]')
 
 

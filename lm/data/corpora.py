@@ -71,6 +71,8 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
          encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict') -> Source:
   r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
 
+  Of one file alone that is not cut, the last part is held out, from the start of a line on.
+
   A file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD ('replace') or left out
   ('drop'); `counts` of the source says how many.
   """
@@ -96,9 +98,11 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 
   counts, name = collections.Counter(), source.title(pattern)
   documents, read = source.shards(load, len(files), counts)
-  return Source(name, source.split(documents, read, validation, name, counts),
-                source.fingerprint(source.relative(files), 'text', validation, separator, encoding_errors),
-                counts=counts)
+  alone = len(files) == 1 and not separator and validation
+  splits = (source.ends(lambda: load(0, counts), validation, name, counts) if alone else
+            source.split(documents, read, validation, name, counts))
+  return Source(name, splits, source.fingerprint(source.relative(files), 'text', validation, separator,
+                                                 encoding_errors), counts=counts)
 
 
 @source.lazy

@@ -62,11 +62,12 @@ class Text:
     folder = self._folder(workdir)
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     documents = lambda: clean.clean(self.source.splits['train'], self.rules)
+    renew = self.folder is None and untrained(workdir)
     found = begun(open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
         _fingerprint(store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), self.source.mixing),
-        tokens.fingerprint)))
+        tokens.fingerprint), renew))
     special(found, control)
-    stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress)
+    stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress, renew=renew)
     return Opened(stores, found, self.length, self.source_length, self.source.mixing)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
@@ -84,15 +85,19 @@ def begun(found: tokenizer.Tokenizer) -> tokenizer.Tokenizer:
 
 def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, made_of: Mapping[str, Any],
                    documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any],
-                   check: Callable[[tokenizer.Tokenizer], Any]) -> tokenizer.Tokenizer:
+                   check: Callable[[tokenizer.Tokenizer], Any], renew: bool = False) -> tokenizer.Tokenizer:
   """The tokenizer in `folder`: saved there or, where a function is given, trained on `documents()`; unless it is there.
 
   `check` is called with it before it is written. Raises ValueError if the one that is there was made with other
-  settings: another tokenizer, or of something else.
+  settings, another tokenizer or of something else, and is not to be renewed.
   """
   settings, trains = folder / 'tokenizer' / 'settings.json', callable(given)
   wanted = {'tokenizer': describe(given) if trains else given.fingerprint, **made_of}
-  if (made_with := _read(settings)) is None:
+  made_with = _read(settings)
+  lines = [] if made_with is None else differences(made_with, wanted)
+  if made_with is None or lines and renew:
+    if lines:
+      progress(f'{folder} was made with other settings, and nothing was trained on it: it is made anew')
     found = given
     if trains:
       progress('training the tokenizer')
@@ -100,12 +105,17 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
     check(found)
     found.save(settings.parent)
     atomic.write(settings, json.dumps(wanted))
-  elif lines := differences(made_with, wanted):
+  elif lines:
     raise ValueError(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
   found = tokenizer.load(settings.parent)
   check(found)
   return found
+
+
+def untrained(workdir: pathlib.Path) -> bool:
+  """Whether nothing was trained on the data in a workdir, nor can be elsewhere: it may be made anew."""
+  return not (workdir / 'data').is_symlink() and not any((workdir / 'checkpoints').glob('[0-9]*'))
 
 
 def _read(settings: pathlib.Path) -> dict | None:

@@ -59,15 +59,16 @@ class Dialogues:
     """
     folder = self._folder(workdir)
     made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
+    renew = self.folder is None and dataset.untrained(workdir)
     encoder_of = lambda tokens: _Encoder(tokens, self.kind, self.template, self.keys)
     found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress, lambda tokens: check(
-        store.fingerprint(store.settings(self.source, encoder_of(tokens), ()), 'train'), tokens.fingerprint))
+        store.fingerprint(store.settings(self.source, encoder_of(tokens), ()), 'train'), tokens.fingerprint), renew)
     special(found, control)
     if note := self.template.check(found):
       progress(note)
     encoder = encoder_of(found)
-    return Opened(store.build(folder / 'tokens', self.source, encoder, (), progress=progress), found, self.kind,
-                  self.length, progress)
+    stores = store.build(folder / 'tokens', self.source, encoder, (), progress=progress, renew=renew)
+    return Opened(stores, found, self.kind, self.length, progress)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""

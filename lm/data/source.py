@@ -167,8 +167,7 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
     for split, addresses in found.items():
       if not addresses:
         if not any(map(len, found.values())):
-          met = ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
-          raise ValueError(f'{name}: there is no document in it{met and f" ({met})"}; give files that hold some text')
+          raise ValueError(f'{name}: there is no document in it{_met(counts)}; give files that hold some text')
         raise ValueError(f'{name}: none of {sum(map(len, found.values())) // 2} documents fell into the {split} split '
                          f'with validation={validation}; choose another share (--validation), or cut text files into '
                          r'more documents (--separator, such as \n\n)')
@@ -177,17 +176,57 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
   return {split: Documents(lambda split=split: rows()[split], lambda row: read(*row.tolist())) for split in names}
 
 
+def ends(load: Callable[[], list[str]], validation: float, name: str, counts: collections.Counter
+         ) -> dict[str, Sequence[str]]:
+  """One document in two: its last part, of a share `validation`, is held out. It begins a line or, without one, a word.
+
+  Raises ValueError, at first use, where there is no document or it is too short.
+  """
+  if not 0 < validation < 1:
+    raise ValueError(f'validation={validation} is not a fraction in (0, 1)')
+
+  @functools.cache
+  def parts():
+    counts.clear()
+    if not (documents := load()):
+      raise ValueError(f'{name}: there is no document in it{_met(counts)}; give files that hold some text')
+    document, = documents
+    place = int(len(document) * (1 - validation))
+    starts = [document.find(end, place - 1) + 1 for end in ('\n', ' ')]
+    place = next((start for start in starts if start and document[start:].strip()), place)
+    if not document[:place].strip() or not document[place:].strip():
+      raise ValueError(f'{name}: its {len(document)} characters are too few to hold out a share of {validation} '
+                       'of them; give more text, or another --validation')
+    return {'train': document[:place], 'validation': document[place:]}
+
+  return {split: Documents(lambda split=split: parts() and [split], lambda split: parts()[split])
+          for split in ('train', 'validation')}
+
+
+def _met(counts: collections.Counter) -> str:
+  met = ', '.join(f'{n:,} {what}' for what, n in counts.items() if n)
+  return met and f' ({met})'
+
+
 def digest(document: str) -> bytes:
   return hashlib.blake2b(document.encode('utf-8', 'surrogatepass'), digest_size=16).digest()
 
 
 def matching(pattern: str) -> list[pathlib.Path]:
-  """The files that match a glob pattern, sorted; FileNotFoundError where none does."""
-  files = [pathlib.Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+  """The file of this name or, where there is none, those that match it as a glob pattern, sorted.
+
+  A file that links lead to in several ways is there once, by the shortest of them. FileNotFoundError where none is.
+  """
+  name = os.path.expanduser(pattern)
+  paths = [name] if os.path.isfile(name) else filter(os.path.isfile, glob.glob(name, recursive=True))
+  by_file = {}
+  for path in sorted(paths, key=lambda path: (len(path), path)):
+    by_file.setdefault(os.path.realpath(path), pathlib.Path(path))
+  files = sorted(by_file.values())
   if not files:
     below = '' if os.path.isabs(os.path.expanduser(pattern)) else f' in {os.getcwd()}'
     raise FileNotFoundError(f'no file matches {pattern!r}{below}; ** stands for folders of any depth')
-  return sorted(files)
+  return files
 
 
 def unescaped(separator: str) -> str:

@@ -102,7 +102,7 @@ def fingerprint(made_of: dict[str, Any], split: str) -> str:
 
 
 def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule] = clean.DEFAULT,
-          workers: int = 0, progress: Callable[[str], Any] = print) -> dict[str, Store]:
+          workers: int = 0, progress: Callable[[str], Any] = print, renew: bool = False) -> dict[str, Store]:
   """One `Store` a split: built, gone on with, or only opened if it is there.
 
   Duplicates are dropped across splits, train last, so that no document of another split is in train. Processes that
@@ -111,16 +111,17 @@ def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules
   Args:
     workers: processes for cleaning (see `clean.clean`); encoding has its own threads.
     progress: told one line now and then, and one at the end of each split.
+    renew: whether a store of other settings is built anew; one without a document always is.
 
   Raises:
-    ValueError: the folder has a store of other settings, or no document is left of a split.
+    ValueError: the folder has a store of other settings, which is not to be renewed, or no document is left of a split.
     OSError: the folder cannot be written.
   """
   folder = pathlib.Path(folder)
   made_of = settings(source, tokenizer, rules)
-  if not _finished(folder, made_of):  # asked again under the lock: only a build needs to write
+  if not _finished(folder, made_of, renew):  # asked again under the lock: only a build needs to write
     with _lock(folder, progress):
-      if not _finished(folder, made_of):
+      if not _finished(folder, made_of, renew, discard=True):
         _Build(folder, source, tokenizer, rules, workers, progress, made_of).run()
   return {split: Store(folder, split) for split in source.splits}
 
@@ -226,12 +227,20 @@ class _Deduplicate(clean.Deduplicate):
     self._seen.update(digests[i:i + _DIGEST] for i in range(0, len(digests), _DIGEST))
 
 
-def _finished(folder: pathlib.Path, settings: dict) -> bool:
-  """Whether the folder has a finished store. Raises ValueError if what it has was made with other settings."""
+def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard: bool = False) -> bool:
+  """Whether the folder has a finished store.
+
+  Raises ValueError if what it has was made with other settings, unless that is without a document or to be renewed:
+  then it counts as none, and `discard` makes it none.
+  """
   for name in ('manifest.json', 'unfinished.json'):
     if (found := _read(folder / name)) is None:
       continue
     if differ := [key for key in settings if found['settings'].get(key) != settings[key]]:
+      if renew or not any(counts['documents'] for counts in found['splits'].values()):
+        if discard:
+          (folder / name).unlink()
+        continue
       raise ValueError(f'{folder} has a store of other settings: ' + '; '.join(
           f'{key} {found["settings"].get(key)} there, {settings[key]} here' for key in differ)
           + '; go back to these settings, or choose another folder')
