@@ -1,4 +1,5 @@
 """Folders that `transformers` wrote, with the logits that it computes: they hold where there is no torch."""
+import json
 import pathlib
 
 import jax
@@ -21,7 +22,9 @@ def test_logits_are_those_that_transformers_computed(folder, tmp_path):
   with files.Weights(folder) as found:
     params = weights.load_params(model, family, found, jnp.float32)
     assert np.std(expected['logits']) > 0.3
-    assert np.abs(forward(model, params, Batch(expected['tokens'])) - expected['logits']).max() <= 1e-4
+    source = expected['source'] if 'source' in expected else None
+    actual = forward(model, params, Batch(expected['tokens'], source=source))
+    assert np.abs(actual - expected['logits']).max() <= 1e-4
     weights.write(tmp_path / 'out', model, params, [family], jnp.bfloat16)
     with files.Weights(tmp_path / 'out') as goes:
       assert set(found) == set(goes)
@@ -41,5 +44,11 @@ def test_experts_are_read_into_the_shards_of_a_mesh():
       assert jax.tree.all(jax.tree.map(np.array_equal, split, params))
 
 
-def test_all_fixtures_are_there():
-  assert {folder.name for folder in FOLDERS} == {'gpt2', 'llama', 'gemma3', 'deepseek_v3', 'llama4'}
+def test_every_family_has_a_fixture_whose_norms_have_an_epsilon_of_its_own():
+  """Files that see images have the language model of one that has."""
+  configs = [json.loads((folder / 'config.json').read_text()) for folder in FOLDERS]
+  assert {family.architecture for family in weights.FAMILIES if family.config.__name__ == 'config' and not (
+      family.architecture.endswith('Generation') and family.stacks is None)} == {
+          architecture for config in configs for architecture in config['architectures']}
+  names = ('rms_norm_eps', 'layer_norm_eps', 'layer_norm_epsilon')
+  assert all(0.01 in [config.get(name) for name in names] for config in configs)
