@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_rows import forward
+from hf_rows import forward, jit
 
 from lm import sharding
 from lm.data.batches import Batch
@@ -22,7 +22,7 @@ def test_logits_are_those_that_transformers_computed(folder, tmp_path):
   with files.Weights(folder) as found:
     params = weights.load_params(model, family, found, jnp.float32)
     assert np.std(expected['logits']) > 0.3
-    source = expected['source'] if 'source' in expected else None
+    source = expected.get('source')
     actual = forward(model, params, Batch(expected['tokens'], source=source))
     assert np.abs(actual - expected['logits']).max() <= 1e-4
     weights.write(tmp_path / 'out', model, params, [family], jnp.bfloat16)
@@ -30,6 +30,33 @@ def test_logits_are_those_that_transformers_computed(folder, tmp_path):
       assert set(found) == set(goes)
       for name in found:
         np.testing.assert_array_equal(goes[name].view(np.uint16), found[name].view(np.uint16), err_msg=name)
+
+
+def load(name):
+  folder = FOLDERS[0].with_name(name)
+  model, family = weights.open_model(folder)
+  with files.Weights(folder) as found:
+    return model, weights.load_params(model, family, found, jnp.float32), np.load(folder / 'expected.npz')
+
+
+def test_a_text_as_long_as_the_original_context_has_the_short_factors():
+  model, params, expected = load('phi3')
+  actual = forward(model, params, Batch(expected['tokens'][:, :20]))
+  assert np.abs(actual - expected['short']).max() <= 1e-4
+  assert np.abs(actual - expected['logits'][:, :20]).max() > 1e-2   # where one token more would have the long ones
+
+
+@pytest.mark.parametrize('name, length', [('llama4', 32), ('mistral', 32), ('gemma3', 32), ('phi3', 20)])
+def test_decoding_with_a_cache_gives_those_logits_too(name, length):
+  """Across the ends of chunks and windows, and up to where stretched positions would change."""
+  model, params, expected = load(name)
+  step, cache, logits = jit(model.apply), model.init_cache(1, length), []
+  for start in range(0, length, 4):
+    out = step(params, Batch(expected['tokens'][:, start:start + 4]), cache=cache)
+    cache = out.cache
+    logits.append(out.head(out.hidden))
+  whole = expected['short' if name == 'phi3' else 'logits']
+  assert np.abs(np.concatenate(logits, axis=1) - whole).max() <= 1e-4
 
 
 def test_experts_are_read_into_the_shards_of_a_mesh():
