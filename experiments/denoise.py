@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lm import budget, evaluate, generate, launch, optim, pretrained, schedules, sharding, train
+from lm import evaluate, generate, launch, optim, pretrained, schedules, sharding, train
 from lm.data import corpora, dataset, tokenizer
 from lm.data.batches import Batch
 from lm.models import encoder, encoder_decoder
@@ -51,7 +51,8 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
 
   Args:
     model: take shape and tokenizer from this folder of a T5, or for masked of a BERT; for the parameters see --init.
-    minutes: of training, where there are no steps; the steps that fit are measured first.
+    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
+      the machine becomes slower.
     steps: a fixed number instead; on a finished run, a larger one goes on.
     vocab: tokens of the SentencePiece tokenizer.
     length: positions that the encoder reads.
@@ -80,13 +81,12 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   data = dataset.Text(corpora.python_library(), tokens or train_tokenizer, max(asked, default=length),
                       source_length=None if masks else length)
 
-  def make(steps: int) -> train.Run:
-    return train.Run(
-        model=network, objective=goal, data=data,
-        optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
-        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
-
-  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
+  return train.Run(
+      model=network, objective=goal, data=data,
+      optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
+      minutes=minutes if fitted else None)
 
 
 def fill_spans(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:

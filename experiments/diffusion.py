@@ -11,7 +11,7 @@ import functools
 import pathlib
 from typing import Literal
 
-from lm import budget, diffusion, evaluate, generate, launch, optim, schedules, train
+from lm import diffusion, evaluate, generate, launch, optim, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.diffusion import masked_diffusion
@@ -27,7 +27,8 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
 
   Args:
     objective: what is predicted; next tokens by the same model, for comparison.
-    minutes: of training, where there are no steps; the steps that fit are measured first.
+    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
+      the machine becomes slower.
     steps: a fixed number instead; on a finished run, a larger one goes on.
     vocab: tokens of the SentencePiece tokenizer.
     length: positions a row.
@@ -35,17 +36,16 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  def make(steps: int) -> train.Run:
-    schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
-    return train.Run(
-        model=transformer.llama(vocab, width, layers, heads, max_length=length),
-        objective=masked_diffusion() if objective == 'diffusion' else next_token(),
-        data=dataset.Text(corpora.python_library(),
-                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
-        optimizer=optim.muon(schedule, rest=embedding_rate),
-        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
-
-  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
+  schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
+  return train.Run(
+      model=transformer.llama(vocab, width, layers, heads, max_length=length),
+      objective=masked_diffusion() if objective == 'diffusion' else next_token(),
+      data=dataset.Text(corpora.python_library(),
+                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+      optimizer=optim.muon(schedule, rest=embedding_rate),
+      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
+      minutes=minutes if fitted else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import budget, generate, launch, optim, schedules, sharding, train
+from lm import generate, launch, optim, schedules, sharding, train
 from lm.data import corpora, dataset, tokenizer
 from lm.data.batches import Batch
 from lm.models import transformer
@@ -36,7 +36,8 @@ def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0
   """Trains a small decoder.
 
   Args:
-    minutes: of training, where there are no steps; the steps that fit are measured first.
+    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
+      the machine becomes slower.
     steps: a fixed number instead; on a finished run, a larger one goes on.
     rate: share of the pieces whose middle comes last.
     spm: share of those that begin with the suffix.
@@ -46,16 +47,15 @@ def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  def make(steps: int) -> train.Run:
-    return train.Run(
-        model=transformer.llama(vocab, width, layers, heads, max_length=length),
-        objective=infill(rate, spm),
-        data=dataset.Text(corpora.python_library(),
-                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
-        optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
-        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
-
-  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
+  return train.Run(
+      model=transformer.llama(vocab, width, layers, heads, max_length=length),
+      objective=infill(rate, spm),
+      data=dataset.Text(corpora.python_library(),
+                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+      optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
+      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
+      minutes=minutes if fitted else None)
 
 
 class Case(NamedTuple):

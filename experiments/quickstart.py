@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import budget, evaluate, generate, launch, optim, plot, schedules, train
+from lm import evaluate, generate, launch, optim, plot, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -19,7 +19,8 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
   """Trains a small decoder.
 
   Args:
-    minutes: of training, where there are no steps; the steps that fit are measured first.
+    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
+      the machine becomes slower.
     steps: a fixed number instead; on a finished run, a larger one goes on.
     vocab: tokens of the SentencePiece tokenizer.
     length: positions a row.
@@ -27,17 +28,16 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  def make(steps: int) -> train.Run:
-    schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
-    return train.Run(
-        model=transformer.llama(vocab, width, layers, heads, max_length=length),
-        objective=next_token(),
-        data=dataset.Text(corpora.python_library(),
-                          functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
-        optimizer=optim.muon(schedule, rest=embedding_rate),
-        steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1))
-
-  return budget.fit(make, minutes, evaluations=8) if steps is None else make(steps)
+  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
+  schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
+  return train.Run(
+      model=transformer.llama(vocab, width, layers, heads, max_length=length),
+      objective=next_token(),
+      data=dataset.Text(corpora.python_library(),
+                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+      optimizer=optim.muon(schedule, rest=embedding_rate),
+      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
+      minutes=minutes if fitted else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -65,7 +65,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')
   print(f'  this model         {metrics["bits_per_byte"]:.3f}   perplexity {metrics["perplexity"]:.2f} a token, '
         f'{metrics["accuracy"]:.1%} of tokens right\n')
-  print(f'{run.steps * run.batch * run.data.length:,} tokens in {run.steps} steps; seconds: '
+  taken = run.steps - result.left_out
+  print(f'{taken * run.batch * run.data.length:,} tokens in {taken} steps; seconds: '
         + ', '.join(f'{name} {seconds:.0f}' for name, seconds in phases.items()))
   if trained := phases.get('train'):   # by what was trained now, but for the first step, which compiles
     steps = result.step - result.start - 1

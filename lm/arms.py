@@ -139,7 +139,7 @@ def equal(found: list[Arm], unit: str, amount: float | None, mesh: jax.sharding.
     counts = [budget.fit(lambda steps, arm=arm: arm.make(steps=steps), amount / 60).steps for arm in found]
     return list(map(fitted, found, counts)), amount
   if amount is None:
-    first = found[0].make()
+    first = budget.planned(found[0].make, ())
     amount = spending(first, unit, mesh)(first.steps)
   counts = []
   for arm in found:

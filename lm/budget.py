@@ -1,6 +1,8 @@
 """How many steps fit a time budget on this machine."""
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +21,11 @@ def empty_batch(run: train.Run) -> Batch:
   return sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
 
 
-def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10) -> train.Run:
+def fit(make: Callable[[int], train.Run], minutes: float) -> train.Run:
   """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
 
-  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set.
+  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set. ValueError
+  where the minutes are not positive.
   """
   if not 0 < minutes < 1e6:
     raise ValueError(f'minutes={minutes} is not between 0 and a million')
@@ -39,6 +42,27 @@ def fit(make: Callable[[int], train.Run], minutes: float, evaluations: int = 10)
     state = jax.block_until_ready(step(state, batch, constants)[0])
     times.append((middle - start, time.monotonic() - middle))
   evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
-  steps = max(int((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training), 10)
-  steps = multihost_utils.broadcast_one_to_all(np.int32(min(steps, 2 ** 31 - 1)))   # one clock decides in a cluster
-  return make(int(steps))
+  steps = _at_least(60 * minutes / training)
+  evaluations = steps // make(steps).evaluate_every
+  steps = _at_least((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training)
+  return make(int(multihost_utils.broadcast_one_to_all(np.int32(steps))))   # one clock decides in a cluster
+
+
+def _at_least(steps: float, least: int = 10) -> int:
+  return min(max(int(steps), least), 2 ** 31 - 1)
+
+
+def planned(make: Callable[..., train.Run], recorded: Sequence[Mapping[str, Any]]) -> train.Run:
+  """The run of an experiment; where it is given minutes and no steps, with as many steps as fit.
+
+  `make(**knobs)` makes it. Steps are measured once: those in the records of earlier starts, oldest first, stay, and
+  follow where the minutes have changed.
+  """
+  run = make()
+  earlier = next((record for record in reversed(recorded) if 'steps' in record), None)
+  if run.minutes is None:
+    return run
+  if earlier is None:
+    return dataclasses.replace(fit(lambda steps: make(steps=steps), run.minutes), minutes=run.minutes)
+  steps = round(earlier['steps'] * run.minutes / (earlier.get('minutes') or run.minutes))
+  return dataclasses.replace(make(steps=max(steps, 1)), minutes=run.minutes)

@@ -273,7 +273,9 @@ def stored_facts(folder: str | os.PathLike) -> dict | None:
 def check(stored: Any, now: Any) -> None:
   """Raises Mismatch, with a line for each difference between two JSON trees."""
   if lines := differences(stored, now):
-    raise Mismatch('the checkpoint is of another run: go back to its settings, or use a new folder' + _listed(lines))
+    meant = ', or go on all the same by --new_objective' if all(line.startswith('objective') for line in lines) else ''
+    raise Mismatch(f'the checkpoint is of another run: go back to its settings, or use a new folder{meant}'
+                   + _listed(lines))
 
 
 def _listed(lines: Sequence[str], most: int = 6) -> str:

@@ -79,7 +79,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import lora, records, resume, train, trained
+  from lm import budget, lora, records, resume, train, trained
   init = init or knobs.get('init')
   init = init.resolve() if init and init.exists() else init   # else an id on the hub
   knobs = {**knobs, 'init': init} if 'init' in knobs else knobs
@@ -94,8 +94,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
 
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
-    knobs = records.settle(knobs, records.read(workdir))
-    configured = build()
+    configured = budget.planned(build, records.read(workdir))
     resume.check_start(settled, workdir, build)
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.naming(settled, workdir, build):

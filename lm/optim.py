@@ -55,6 +55,12 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
   return optax.tree_utils.tree_get(opt_state, 'learning_rate', filtering=lambda _, x: isinstance(x, jax.Array))
 
 
+def advanced(opt_state: Any, steps: int) -> Any:
+  """The state of an optimizer whose schedules are so many steps further."""
+  scheduled = lambda x: isinstance(x, (_Scheduled, optax.ScaleByScheduleState))
+  return jax.tree.map(lambda x: x._replace(count=x.count + steps) if scheduled(x) else x, opt_state, is_leaf=scheduled)
+
+
 def chain(rate: Rate, clip: float | None, *transforms: optax.GradientTransformation, weight_decay: float = 0.,
           decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
   """An optimizer: clips the gradient, makes an update of it, adds weight decay, and goes down at the rate."""

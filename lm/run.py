@@ -34,7 +34,8 @@ class Run:
   `constants` are parameters that stay as they are. The text of training, not of validation, goes through `augment`.
   Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
   evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
-  steps that spike. `gradient` computes the gradient of a step, see there.
+  steps that spike. With `minutes`, steps are left out where they would take longer; `launch` finds how many fit where
+  an experiment's knob `steps` is None. `gradient` computes the gradient of a step, see there.
   """
   model: Model
   objective: Objective
@@ -55,6 +56,7 @@ class Run:
   stages: tuple[Stage, ...] = ()
   patience: int | None = None
   guard: Guard | None = None
+  minutes: float | None = None
   gradient: Gradient = accumulated
 
   def __post_init__(self):
@@ -62,6 +64,8 @@ class Run:
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
     seeds.check(self.seed)
+    if self.minutes is not None and not 0 < self.minutes < 1e6:
+      raise ValueError(f'minutes={self.minutes} is not between 0 and a million')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
       raise ValueError(f'evaluate_batches={self.evaluate_batches} is not positive; None evaluates all')
     if self.patience is not None and not 0 < self.patience < -(-self.steps // self.evaluate_every):
@@ -91,6 +95,11 @@ def init(run: Run, key: jax.Array | None = None) -> State:
 
 def begin(run: Run, params: Any) -> State:
   return State(jnp.int32(0), params, run.optimizer.init(params), run.guard and run.guard.init())
+
+
+def advance(state: State, steps: int) -> State:
+  """The state as if so many steps had been taken, of which none changed the parameters."""
+  return state._replace(step=state.step + steps, opt_state=optim.advanced(state.opt_state, steps))
 
 
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:

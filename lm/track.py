@@ -87,6 +87,10 @@ class Throughput:
     finally:
       self._paused += 0.0 if self._begin is None else self._clock() - start
 
+  def skip(self, steps: int) -> None:
+    """So many steps are left out: they are no speed."""
+    self._marks = collections.deque(((step + steps, now) for step, now in self._marks), self._marks.maxlen)
+
   @property
   def tokens_per_second(self) -> float | None:
     """None before two updates."""

@@ -1,11 +1,10 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
 import contextlib
 import functools
-import json
 import math
 import pathlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,12 +17,14 @@ from lm.data.stages import Staged
 from lm.describe import fingerprint
 from lm.interfaces import Constants, Opened
 from lm.interrupt import Interrupt, Stopped
+from lm.pace import Pace
 from lm.run import (
   Run,
   State,
   abstract_batch,
   abstract_constants,
   abstract_state,
+  advance,
   begin,
   check,
   check_vocabulary,
@@ -53,6 +54,7 @@ class Result(NamedTuple):
   finished: bool
   phases: track.Phases
   signal: int | None = None   # that stopped it
+  left_out: int = 0           # steps, to keep to the minutes of the run
 
   def raise_if_stopped(self) -> None:
     """Raises Stopped, a KeyboardInterrupt, where a signal stopped the run before its end."""
@@ -98,7 +100,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
       constants = load_constants(run)
       state, start, logged = _restore(run, mesh, checkpoints)
     planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
-    records.add(workdir, data=data.fingerprint, steps=run.steps)   # accepted: what opens the run later goes by this
+    # Accepted: what opens the run later goes by this.
+    records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
     loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
     if start >= run.steps and not loop.awaits_validation(start):
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
@@ -119,12 +122,7 @@ def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer
     stored, now = ({name: value for name, value in facts.items()
                     if name != 'parameters' and not (new_objective and name == 'objective')}
                    for facts in (stored, identity(run, data, tokenizer)))
-    try:
-      checkpoint.check(stored, now)
-    except checkpoint.Mismatch as error:
-      if {**stored, 'objective': now['objective']} == json.loads(json.dumps(now)):
-        raise checkpoint.Mismatch(f'{error}\nOr go on with the other objective by --new_objective') from None
-      raise
+    checkpoint.check(stored, now)
   elif run.start_tokenizer not in (None, tokenizer):
     raise ValueError(f'the parameters to start from are for another tokenizer (fingerprint {run.start_tokenizer}) than '
                      f'that of this run (fingerprint {tokenizer}): take theirs, or start from them all the same by '
@@ -185,6 +183,8 @@ class _Loop:
                        flops_per_token=_flops_by_step(run, self.mesh, devices),
                        devices=devices) as self.tracker, ThreadPoolExecutor(1) as reader:
       self.saved = self.start = start
+      self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, (run.evaluate_every, run.save_every),
+                                       start)
       stopped = left = False
       if self.awaits_validation(start):
         stopped, left = self._validate(start, state)
@@ -197,7 +197,7 @@ class _Loop:
         following = reader.submit(self._read, step + 1)
         new = self._compiles(step)
         with self.phases('compile and first step' if new else 'train'):
-          with self.tracker.pause() if new else contextlib.nullcontext():
+          with self._paused() if new else contextlib.nullcontext():
             state, metrics = train_step(state, batch, self.constants, key)
           step += 1
           self._report(pending)      # of the step before, while this one runs
@@ -205,6 +205,11 @@ class _Loop:
           if new:
             jax.block_until_ready(state)
         self.checkpoints.check_for_errors()
+        if self.pace and (skipped := self.pace.after(step) - step):
+          self._report(pending)
+          pending, step, state = None, step + skipped, advance(state, skipped)
+          self.tracker.throughput.skip(skipped)
+          following = reader.submit(self._read, step)
         stopped, ended = self.interrupt.asked(step), step == run.steps
         evaluates = self._evaluates(step)
         if stopped or evaluates or step % run.save_every == 0:
@@ -244,6 +249,9 @@ class _Loop:
       print(f'{early}at step {step}; the best checkpoint, of step {best}, is the result')
       with self.phases('restore or initialise'):
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
+    left_out = self.pace.left_out if self.pace else 0
+    if ended and left_out:
+      print(f'{left_out:,} of {step:,} steps were left out, to keep to the time: the machine became slower')
     if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
       stopped = not self._evaluate(step, state)
     number = None
@@ -252,7 +260,14 @@ class _Loop:
       print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there')
     elif left and not ended:
       print(f'left at step {step} of {self.run.steps}')
-    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases, number)
+    return Result(step, start, self._params(state), self.data, self.mesh, self.metrics, ended, self.phases, number,
+                  left_out)
+
+  @contextlib.contextmanager
+  def _paused(self) -> Iterator[None]:
+    """Time inside is no time of training."""
+    with self.tracker.pause(), self.pace.pause() if self.pace else contextlib.nullcontext():
+      yield
 
   def _params(self, state: State) -> Any:
     return with_constants(averaging.evaluated(state.opt_state, state.params), self.constants)

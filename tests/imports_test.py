@@ -18,7 +18,7 @@ ROOMS = (
     'models/transformer', 'models/*',
     'hf/fields', 'hf/config', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
-    'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'guard', 'gradient', 'generate', 'speculative',
+    'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'pace', 'guard', 'gradient', 'generate', 'speculative',
     'evaluate', 'noise', 'diffusion', 'interfaces', 'flops', 'run', 'train', 'lora', 'annotate', 'budget', 'plan',
     'doctor', 'pretrained', 'trained', 'rewards', 'comparison', 'scaling', 'search', 'failures', 'resume',
     'launch', 'arms')
@@ -102,10 +102,10 @@ def test_train_depends_on_interfaces():
   nodes = [node for name in ('run', 'train') for node in ast.walk(tree(name))]
   assert rooms_used(nodes) <= {'seeds', 'sharding', 'describe', 'data/batches', 'objectives/objective', 'optim',
                                'data/augment', 'data/stages', 'checkpoint', 'integrity', 'track', 'averaging', 'guard',
-                               'gradient', 'records', 'interfaces', 'interrupt', 'evaluate', 'flops', 'run'}
+                               'gradient', 'records', 'interfaces', 'interrupt', 'pace', 'evaluate', 'flops', 'run'}
   used = {node.attr for node in nodes
           if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'optim'}
-  assert used <= {'learning_rate'}
+  assert used <= {'learning_rate', 'advanced'}
 
 
 def test_flax_is_needed_by_nothing_but_models():

@@ -120,6 +120,8 @@ class Run:
   width: int
   seed: int = 0
   model: None = None
+  minutes: None = None
+  start: None = None
 
 
 RESULT = Result(0, 0, None, None, None, {}, True, {})
@@ -128,6 +130,7 @@ RESULT = Result(0, 0, None, None, None, {}, True, {})
 @pytest.fixture
 def program(monkeypatch, tmp_path):
   """Runs an experiment in this process with a stand-in for lm.train; returns its exit code."""
+  import lm.budget
   import lm.resume
   import lm.trained  # of which the stand-in knows nothing
   calls = []
