@@ -34,10 +34,10 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
                messages: str = 'messages', validation: float = 0.05, plain: str | None = None,
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
                tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320, length: int = 256,
-               layers: int = 3, width: int = 128, heads: int = 4,
+               allow_left_out: bool = False, layers: int = 3, width: int = 128, heads: int = 4,
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lora_rank: int = 0, lr: float = 2e-3,
-               weight_decay: float = 0.01, warmup: int = 50, steps: int = 600, batch: int = 16, accumulate: int = 1,
-               evaluate_every: int = 200, save_every: int = 200) -> train.Run:
+               weight_decay: float = 0.01, warmup: int | None = None, steps: int = 600, batch: int = 16,
+               accumulate: int = 1, evaluate_every: int = 200, save_every: int = 200) -> train.Run:
   r"""Fine-tunes a decoder on dialogues.
 
   Args:
@@ -45,16 +45,19 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     prompt: the field with what is asked, a text or messages.
     completion: the field with what is to be learned, a text or messages.
     messages: the field with a whole dialogue, where a line has one.
-    validation: share of the records that is held out.
+    validation: share of the records that is held out, above 0.
     plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
     model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
       template are used too; none begins from nothing, with the tokenizer and the shape of the flags.
     tokenizer: bytes, or one that is trained on the records.
     vocab: tokens of the model, and of the tokenizer that is trained.
     length: positions a row; longer records are left out.
+    allow_left_out: train also where half of the records or more are left out.
+    warmup: steps of linear warm-up; none for 50, or a twelfth of the steps where that is less.
     denominator: what a loss is divided by, targets or dialogues.
     lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
+  corpora.check_validation(validation)
   base = trained.base(model, jnp.dtype(precision)) if model else None
   if base:
     tokens, template = base.tokenizer, base.template or turns.Turns()
@@ -68,9 +71,11 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
       model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
                                                       dtype=jnp.dtype(precision)),
       objective=supervised(getattr(objective, denominator)),
-      data=dialogues.Dialogues(records, tokens, length, template=template,
+      data=dialogues.Dialogues(records, tokens, length, template=template, allow_left_out=allow_left_out,
                                keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
-      optimizer=optim.adamw(schedules.warmup_cosine(lr, steps, warmup), weight_decay=weight_decay),
+      optimizer=optim.adamw(
+          schedules.warmup_cosine(lr, steps, min(50, steps // 12) if warmup is None else warmup),
+          weight_decay=weight_decay),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=base and base.start)
   return lora.adapt(run, lora_rank)

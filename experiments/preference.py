@@ -37,8 +37,9 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
                chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
                label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
+               allow_left_out: bool = False,
                beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
-               lr: float = 1e-4, warmup: int = 10, steps: int = 40, batch: int = 8, accumulate: int = 1,
+               lr: float = 1e-4, warmup: int | None = None, steps: int = 40, batch: int = 8, accumulate: int = 1,
                evaluate_every: int = 20, save_every: int = 100) -> train.Run:
   r"""Trains on preferences.
 
@@ -50,8 +51,10 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     completion: the field with the answer that is rated, with --label.
     label: the field that says whether an answer is good, for kto; none takes both answers of pairs.
     plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
-    validation: share of the records that is held out.
+    validation: share of the records that is held out, above 0.
     length: positions a row; longer records are left out.
+    allow_left_out: train also where half of the records or more are left out.
+    warmup: steps of linear warm-up; none for 10, or a quarter of the steps where that is less.
     beta: how far the model may go from its reference, or the scale of its rewards; none is the method's own.
     smoothing: share of pairs that are thought to be the wrong way round, for cdpo.
     gamma: the margin that simpo asks for.
@@ -64,6 +67,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
+  corpora.check_validation(validation)
   base = trained.base(model, jnp.dtype(precision))
   template = base.template or turns.Turns()
   if plain is not None:
@@ -72,7 +76,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.preferences()
   if method == 'kto' and not label:
     records = said.unpaired(records, keys)
-  data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys)
+  data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
+                                   allow_left_out=allow_left_out)
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
     data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                               preference.reference)
@@ -86,7 +91,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   scores = method == 'reward'
   run = train.Run(
       model=Reward(base.model) if scores else base.model, objective=objective, data=data,
-      optimizer=optim.adamw(schedules.warmup_linear(lr, steps, warmup), weight_decay=0.),
+      optimizer=optim.adamw(
+          schedules.warmup_linear(lr, steps, min(10, steps // 4) if warmup is None else warmup), weight_decay=0.),
       steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
       start=(lambda model: model.start(base.start)) if scores else base.start)
   return lora.adapt(run, lora_rank)

@@ -40,8 +40,7 @@ def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl:
       raise ValueError(f'--{name}={given} is empty, perhaps an unset shell variable; leave it out or give it a value')
   if separator and not text:
     raise ValueError(f'--separator={separator} cuts the files of --text, which is not given')
-  if not 0 < validation < 1:
-    raise ValueError(f'--validation={validation} is not a share between 0 and 1')
+  corpora.check_validation(validation)
   make = {'text': lambda: corpora.text(text, validation, separator and source.unescaped(separator), encoding_errors),
           'jsonl': lambda: corpora.jsonl(jsonl, key, validation),
           'parquet': lambda: corpora.parquet(parquet, key, validation),
@@ -167,14 +166,15 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                control: tuple[str, ...] = (), token_dropout: float = 0., span_deletion: float = 0., shuffle: float = 0.,
                subword_sampling: float = 0., predict_ahead: int = 0,
                ahead_modules: Literal['sequential', 'parallel'] = 'sequential', ahead_weight: float = 0.3,
-               optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine', warmup: int = 100,
-               cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
-               weight_decay: float | None = None, decay: tuple[str, ...] = (), rates: tuple[str, ...] = (),
-               l1: float = 0., l2: float = 0., average: float = 0., mup_width: int = 0, mup_layers: int = 0,
-               clip: float | None = 1., spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
-               batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (), accumulate: int = 1,
-               evaluate_every: int = 250, evaluate_batches: int | None = 20, patience: int | None = None,
-               save_every: int = 500, keep: int = 2, lora_rank: int = 0, lora_alpha: float | None = None) -> train.Run:
+               optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine',
+               warmup: int | None = None, cooldown: int | None = None, milestones: tuple[int, ...] = (),
+               drop: float = 0.1, weight_decay: float | None = None, decay: tuple[str, ...] = (),
+               rates: tuple[str, ...] = (), l1: float = 0., l2: float = 0., average: float = 0., mup_width: int = 0,
+               mup_layers: int = 0, clip: float | None = 1., spike_guard: float | None = None, steps: int = 2000,
+               batch: int = 16, batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
+               accumulate: int = 1, evaluate_every: int = 250, evaluate_batches: int | None = 20,
+               patience: int | None = None, save_every: int = 500, keep: int = 2, lora_rank: int = 0,
+               lora_alpha: float | None = None) -> train.Run:
   r"""Pretrains a decoder.
 
   Args:
@@ -225,7 +225,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
     ahead_weight: of the mean of their losses.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
-    warmup: steps of linear warm-up; one_cycle has none.
+    warmup: steps of linear warm-up, none for 100, or a tenth of the steps where that is less; one_cycle has none.
     cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
     milestones: steps at which the schedule called steps falls.
     drop: what is then left of its rate.
@@ -284,6 +284,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
         decoder, predict_ahead)
     goal = multi_token_objective.multi_token(goal, ahead_weight)
+  warmup = min(100, steps // 10) if warmup is None else warmup
   rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
   if rates or base:
     rate = groups.Rates(rate, groups.parsed(rates), mup.rates(shape.width, shape.layers, **base) if base else ())

@@ -43,6 +43,7 @@ def build(*, pattern: str, data_dir: pathlib.Path, separator: str | None = None,
     separator: what separates documents within a file, such as \n\n (two newlines; \t is a tab).
     validation: share of the documents that goes into the validation split.
   """
+  corpora.check_validation(validation)
   source = corpora.text(pattern, validation, separator and unescaped(separator))
   sizes = {split: len(documents) for split, documents in source.splits.items()}  # read before a folder is made
   builder = LocalText(source=source, data_dir=data_dir, file_format='array_record')  # needs no TensorFlow

@@ -1,6 +1,7 @@
 """Dialogues from records of JSON: what is read, asked, kept, packed and refused."""
 import gzip
 import json
+import re
 import time
 
 import numpy as np
@@ -196,12 +197,31 @@ def test_text_cannot_spell_control_tokens(tmp_path):
 
 def test_what_asks_nothing_is_dropped_and_too_long_is_left_out_and_told(tmp_path):
   rows = [{'messages': [USER('a')]}, {'prompt': 'b', 'completion': 'c'}, {'prompt': 'd' * 90, 'completion': 'e'}]
-  data, lines = opened(tmp_path, rows)
+  data, lines = opened(tmp_path, rows, allow_left_out=True)
   assert any('dropped: 1 no tokens' in line for line in lines) and len(data.records('train')) == 2
   batches = data.batches('train', supervised(), rows=2)
-  assert batches.rows_per_epoch == 1 and lines[-1].startswith('train: 1 of 2 records are left out')
+  assert batches.rows_per_epoch == 1 and lines[-1].startswith('warning: train: 1 of 2 records are left out')
   with pytest.raises(ValueError, match='none of 1 records fits a row of 64'):
     opened(tmp_path / 'b', rows[2:])[0].batches('train', supervised(), rows=2)
+
+
+@pytest.mark.parametrize('long, outcome', [(9, 'told'), (10, 'warned'), (49, 'warned'), (50, 'refused')])
+def test_records_that_are_too_long_are_told_warned_of_or_refused_by_their_share(tmp_path, long, outcome):
+  records = [{'prompt': f'{i:03}' + 'd' * (100 + i if i < long else 0), 'completion': 'e'} for i in range(100)]
+  data, lines = opened(tmp_path, records)
+  if outcome == 'refused':
+    with pytest.raises(ValueError, match='train: 50 of 100 records .* give --allow_left_out') as error:
+      data.batches('train', supervised(), rows=2)
+    lines.append(str(error.value))
+    data, lines_allowed = opened(tmp_path, records, allow_left_out=True)
+    assert data.batches('train', supervised(), rows=2).left_out == 50 and 'warning' in lines_allowed[-1]
+  else:
+    assert data.batches('train', supervised(), rows=2).left_out == long
+    assert lines[-1].startswith('warning: ') == (outcome == 'warned')
+  if outcome != 'told':   # and the lengths that it names keep what it says
+    for share, length in zip((0.9, 0.99), re.findall(r'--length=(\d+)', lines[-1])):
+      kept = 100 - opened(tmp_path, records, length=int(length))[0].batches('train', supervised(), rows=2).left_out
+      assert kept >= 100 * share
 
 
 records = st.lists(st.tuples(st.text('abc', max_size=20), st.text('abc', max_size=20)), min_size=1, max_size=25,

@@ -286,3 +286,11 @@ def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, m
   with jax.set_mesh(sharding.make_mesh()):
     loaded = trained.load(tmp_path / 'run')
   assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
+
+
+@pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])
+def test_no_validation_is_refused_clearly_and_few_steps_need_no_other_flag(scripts, name):
+  with pytest.raises(ValueError, match='--validation=0.0 is not a share between 0 and 1; every run is validated'):
+    scripts[name].experiment(validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
+  if name != 'preference':   # which starts from a model
+    assert scripts[name].experiment(steps=3).steps == 3

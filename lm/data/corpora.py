@@ -237,6 +237,13 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
                 info.as_proto.redistribution_info.license or 'unknown', counts)
 
 
+def check_validation(share: float) -> None:
+  """ValueError where there would be no text to train on, or none to be validated on."""
+  if not 0 < share < 1:
+    raise ValueError(f'--validation={share} is not a share between 0 and 1; every run is validated, so hold out a '
+                     'little, such as --validation=0.01')
+
+
 def _prepared(name: str, data_dir: str | None) -> Any:
   """The TFDS builder of a prepared data set; ValueError, in one line, says where none is."""
   import tensorflow_datasets as library

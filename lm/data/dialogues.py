@@ -38,6 +38,7 @@ class Dialogues:
     template: how messages become tokens.
     keys: how the fields are named.
     folder: where the tokenizer and the tokens are kept; None: in the workdir.
+    allow_left_out: whether training may go on where half of the records or more are left out.
   """
   source: Source
   tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
@@ -46,6 +47,7 @@ class Dialogues:
   template: turns.Template = turns.Turns()
   keys: messages.Keys = messages.Keys()
   folder: pathlib.Path | None = None
+  allow_left_out: bool = dataclasses.field(default=False, compare=False)
 
   source_length = None
   columns = types.MappingProxyType({})
@@ -68,7 +70,7 @@ class Dialogues:
       progress(note)
     encoder = encoder_of(found)
     stores = store.build(folder / 'tokens', self.source, encoder, (), progress=progress, renew=renew)
-    return Opened(stores, found, self.kind, self.length, progress)
+    return Opened(stores, found, self.kind, self.length, progress, self.allow_left_out)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
@@ -102,6 +104,7 @@ class Opened:
   kind: type
   length: int
   progress: Callable[[str], Any] = print
+  allow_left_out: bool = False
 
   @property
   def fingerprint(self) -> str:
@@ -118,8 +121,14 @@ class Opened:
                     records=self.records(split))
     rows_per_epoch = packed.rows_per_epoch
     if packed.left_out:
-      self.progress(f'{split}: {packed.left_out:,} of {len(packed.records):,} records are left out, longer than a row '
-                    f'of {self.length} positions; the rest fill {rows_per_epoch:,} rows')
+      share = packed.left_out / len(packed.records)
+      line = (f'{split}: {packed.left_out:,} of {len(packed.records):,} records are left out, longer than a row of '
+              f'{self.length} positions')
+      lengths = f'--length={packed.length_for(0.9)} keeps 90 % of them, --length={packed.length_for(0.99)} keeps 99 %'
+      if share >= 0.5 and not self.allow_left_out:
+        raise ValueError(f'{line}; {lengths}. To train on the few that fit, give --allow_left_out')
+      line = f'{line}; the others fill {rows_per_epoch:,} rows'
+      self.progress(f'warning: {line}; {lengths}' if share >= 0.1 else line)
     return packed
 
 

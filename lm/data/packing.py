@@ -49,11 +49,16 @@ class Packed(Batches):
   def left_out(self) -> int:
     return int((self._taken > self.length).sum())
 
+  def length_for(self, share: float) -> int:
+    """The length of rows that a share of the records fits."""
+    return int(np.quantile(self._taken, share, method='higher'))
+
   @functools.cached_property
   def _packed(self) -> list[list[int]]:
     fitting = np.flatnonzero(self._taken <= self.length)
     if not len(fitting):
-      raise ValueError(f'none of {len(self.records)} records fits a row of {self.length} positions; raise the length')
+      raise ValueError(f'none of {len(self.records)} records fits a row of {self.length} positions; --length='
+                       f'{self.length_for(0.9)} keeps 90 % of them, --length={self.length_for(0.99)} keeps 99 %')
     if self.seed is not None:   # of equal sizes, the company is drawn
       fitting = seeds.generator(self.seed).permutation(fitting)
     return [[int(fitting[i]) for i in row] for row in best_fit(self._taken[fitting].tolist(), self.length)]
