@@ -15,6 +15,7 @@ A line holds messages, or a prompt and its completion. What is learned is what t
 """
 import functools
 import pathlib
+import shlex
 from typing import Literal
 
 import jax.numpy as jnp
@@ -100,7 +101,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'\n> {question[-1]["content"]}')
     for name, text in (('before', before), ('after', after), ('record', answer)):
       print(f'{name:6}  {text[:200]!r}')
-  print(f'\nmore: python experiments/generate.py --workdir={workdir} --chat --prompt="Reverse abcd"')
+  prompt = shlex.quote(asked[0][0][-1]['content'])
+  print(f'\nmore: python experiments/generate.py --workdir={workdir} --chat --prompt={prompt}')
 
 
 if __name__ == '__main__':

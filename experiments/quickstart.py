@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import evaluate, generate, launch, optim, plot, schedules, train
+from lm import evaluate, generate, launch, optim, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -57,7 +57,6 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
                                 max_tokens=min(96, room)) if room > 0 else []
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
-  plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
   print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)')
   print(f'this model reads {evaluate.reading(held_out)}; val and score.py --split=validation give it no such context\n')
   print('             alone  primed with the training text')

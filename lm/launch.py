@@ -23,6 +23,8 @@ from absl import flags
 from lm.arguments import Texts as Texts
 from lm.arguments import parse, require
 
+SHOWN = 'loss', 'perplexity', 'bits_per_byte', 'accuracy'   # of the metrics of a run, at its end
+
 
 def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None) -> None:
   """Trains the `train.Run` that `experiment` returns, in `--workdir`; calls `then(run, workdir, result)` at its end."""
@@ -79,11 +81,11 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import budget, lora, records, resume, train, trained
+  from lm import budget, lora, plot, records, resume, train, trained
   init = init or knobs.get('init')
   init = init.resolve() if init and init.exists() else init   # else an id on the hub
   knobs = {**knobs, 'init': init} if 'init' in knobs else knobs
-  settled = settled or resume.UNCHANGED
+  program, settled = settled is not None, settled or resume.UNCHANGED   # or a trial of a study
 
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own = {'init': init} if 'init' in knobs else {}
@@ -100,6 +102,13 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     with resume.naming(settled, workdir, build):
       result = train.train(configured, workdir, mesh, watch, new_objective)
     result.raise_if_stopped()
+    if program and result.finished and jax.process_index() == 0:
+      if (workdir / 'metrics.jsonl').exists():
+        plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
+      values = ', '.join(f'{name} {value:.4g}' for name, value in result.metrics.items() if name in SHOWN)
+      print(f'held out: {values}; saved in {workdir}: checkpoints, metrics.jsonl, curve.png')
+      if then is None:
+        print(f'next: python experiments/generate.py --workdir={workdir} --prompt=...')
     if then:
       then(configured, result)
   return configured, result

@@ -102,6 +102,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
     # Accepted: what opens the run later goes by this.
     records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    axes = ' x '.join(f'{length} {name}' for name, length in mesh.shape.items())
+    print(f'{size:,} parameters to train on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); '
+          f'{run.schedule.tokens_before(run.steps):,} positions in {run.steps:,} steps; saved in {workdir}')
     loop = _Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
     if start >= run.steps and not loop.awaits_validation(start):
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
