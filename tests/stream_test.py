@@ -190,3 +190,14 @@ def test_the_loss_of_packed_rows_is_that_of_their_pieces_by_themselves(make):
     (packed, tokens, _), (single, count, _) = loss(batch), loss(alone)
   assert tokens == count == weights.sum()
   np.testing.assert_allclose(packed, single, rtol=1e-5)
+
+
+def test_which_documents_share_a_row_differs_by_epoch():
+  """Not the order of the rows alone."""
+  batches = rows_of(documents([6] * 40), 32, 1)
+
+  def company(epoch):
+    rows = (batches.compose([(epoch, i)]) for i in range(batches.rows_per_epoch))
+    return {frozenset(((row.tokens[row.tokens > 1] - 2) // 6).tolist()) for row in rows}
+  first, second = company(0), company(1)
+  assert company(0) == first and len(first & second) <= len(first) // 4
