@@ -67,6 +67,9 @@ class Annotated:
   def load_tokenizer(self, workdir: pathlib.Path) -> Any:
     return self.data.load_tokenizer(workdir)
 
+  def verify(self, workdir: pathlib.Path) -> list[str]:
+    return self.data.verify(workdir)
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:

@@ -1,8 +1,22 @@
 """Many hosts as one."""
 import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def process_0_first(what: str) -> Iterator[None]:
+  """Lets process 0 run a block before the others, which then find what it made, where they share its disk."""
+  if jax.process_index() > 0:
+    multihost_utils.sync_global_devices(what)
+  try:
+    yield
+  finally:   # also after an error: the others come to the same one, rather than wait
+    if jax.process_index() == 0:
+      multihost_utils.sync_global_devices(what)
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -47,7 +47,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
            settled: Any = None, /, *, workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
            coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-           new_objective: bool = False):
+           new_objective: bool = False, verify: bool = False):
   """A run in its workdir. The keyword-only parameters are the flags that every run shares.
 
   Args:
@@ -61,19 +61,20 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
     num_processes: how many there are in that cluster.
     process_id: which of them this one is.
     new_objective: go on from a checkpoint of another objective; the best checkpoint is then the best by this one.
+    verify: first compare all bytes of the tokenised data with their checksums.
   """
   from lm import cluster, sharding
   cluster.join(coordinator_address, num_processes, process_id)
   workdir = workdir or pathlib.Path('runs', pathlib.Path(inspect.getfile(experiment)).stem)
   start(experiment, knobs, workdir, sharding.make_mesh(mesh), init, seed,
         then and (lambda configured, result: then(configured, workdir, result)),
-        init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, settled=settled)
+        init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, settled=settled, verify=verify)
 
 
 def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
           init: pathlib.Path | None = None, seed: int = 0, then: Callable[..., None] | None = None,
           watch: Callable[..., bool] | None = None, init_ignore_tokenizer: bool = False,
-          new_objective: bool = False, settled: Any = None) -> tuple[Any, Any]:
+          new_objective: bool = False, settled: Any = None, verify: bool = False) -> tuple[Any, Any]:
   """Trains the run of an experiment in a workdir, on a mesh, with a record of it there.
 
   `settled` are the flags of a program, see `resume`. Calls `then(run, result)` at its end. Returns the run and its
@@ -98,6 +99,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     configured = budget.planned(build, records.read(workdir))
     resume.check_start(settled, workdir, build)
+    if verify and (without := configured.data.verify(workdir)):
+      print(f'not verified, since it has no checksums: {", ".join(without)}')
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.naming(settled, workdir, build):
       result = train.train(configured, workdir, mesh, watch, new_objective)

@@ -1,10 +1,13 @@
 """Opening a corpus: made once, opened afterwards, never mixed with another."""
 import dataclasses
+import threading
 from collections.abc import Sequence
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
-from lm.data import clean, dataset
+from lm.data import clean, dataset, tokenizer
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
 from lm.objectives.next_token import next_token
@@ -135,3 +138,60 @@ def test_a_tokenizer_on_which_nothing_was_trained_is_made_anew(tmp_path):
   lines, other = [], Bytes(control=('<|mask|>',))
   assert open_with(other, lines).tokenizer.control_names == other.control_names
   assert 'was made with other settings, and nothing was trained on it: it is made anew' in lines[0]
+
+
+def test_processes_that_begin_at_once_train_one_tokenizer(tmp_path):
+  """Threads, for each of which the lock is another's."""
+  trained, lines, both = [], [], threading.Barrier(2)
+
+  def train(documents):
+    trained.append(list(documents))
+    return Bytes(('<|a|>',))
+
+  def go():
+    both.wait(timeout=60)
+    opened.append(dataset.Text(SOURCE, train, 16).open(tmp_path, lines.append).tokenizer)
+
+  opened = []
+  threads = [threading.Thread(target=go) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(trained) == 1 and lines.count('training the tokenizer') == 1 and opened[0] == opened[1]
+
+
+@pytest.mark.parametrize('process, fails', [(0, False), (1, False), (0, True), (1, True)])
+def test_in_a_cluster_process_0_makes_the_tokenizer_while_the_others_wait(tmp_path, monkeypatch, process, fails):
+  events = []
+
+  def train(documents):
+    events.append('trained')
+    if fails:
+      raise ValueError('too little text')
+    return Bytes()
+
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.append('met'))
+  text = dataset.Text(SOURCE, train, 16)
+  if fails:
+    with pytest.raises(ValueError, match='too little'):
+      text.open(tmp_path, lambda line: None)
+  else:
+    text.open(tmp_path, lambda line: None)
+  assert events == (['trained', 'met'] if process == 0 else ['met', 'trained'])   # none is on this one's disk
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+  trainer = lambda documents: tokenizer.train_sentencepiece(documents, 330)
+  text = dataset.Text(SOURCE, trainer, 16)
+  text.open(tmp_path, lambda line: None)
+  path = tmp_path / 'data' / 'tokenizer' / 'tokenizer.model'
+  data = path.read_bytes()
+  place = data.index(b'document') if b'document' in data else data.index(b'ha')
+  path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1:])
+  for use in (lambda: text.open(tmp_path, lambda line: None), lambda: text.load_tokenizer(tmp_path)):
+    with pytest.raises(ValueError, match='tokenizer is damaged: its tokenizer has the fingerprint .* was written'):
+      use()
+  path.write_bytes(data)
+  text.open(tmp_path, lambda line: None)

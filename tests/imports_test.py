@@ -9,10 +9,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A line may import from the lines before it, and within a folder from the files named before.
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
-    'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'integrity', 'scripts', 'arguments', 'records', 'hf/files',
+    'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'locks', 'integrity', 'scripts', 'arguments', 'records',
+    'hf/files',
     'data/source', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',
-    'data/turns', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages', 'data/puzzles',
+    'data/turns', 'data/stored', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages',
+    'data/puzzles',
     'data/stream', 'data/mixture', 'data/packing', 'data/dataset', 'data/dialogues', 'models/kernels',
     'models/context', 'models/layers', 'models/stack', 'models/rotary', 'models/attention', 'models/grouped',
     'models/transformer', 'models/*',

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,58 @@ def test_truncated_files_are_noticed(tmp_path, file):
   path = tmp_path / 'train' / file
   path.write_bytes(path.read_bytes()[:-2])
   with pytest.raises(ValueError, match=file):
+    build(tmp_path)
+
+
+def damaged(folder, file, change):
+  path = folder / 'train' / file
+  values = np.load(path) if file == 'offsets.npy' else np.fromfile(path, np.uint16)
+  change(values)
+  np.save(path, values) if file == 'offsets.npy' else values.tofile(path)
+
+
+def put(place, value):
+  return lambda values: values.__setitem__(place, value)
+
+
+@pytest.mark.parametrize('file, change, said', [
+    ('tokens.bin', put(7, BYTES.vocab_size), f'the id {BYTES.vocab_size}, of a vocabulary of {BYTES.vocab_size}'),
+    ('tokens.bin', put(-1, 65_535), 'the id 65535'), ('offsets.npy', put(0, 5), 'offsets'),
+    ('offsets.npy', put(3, 10 ** 6), 'offsets'), ('offsets.npy', put(3, -1), 'offsets'),
+    ('offsets.npy', put(-1, 3), 'offsets')])
+def test_ids_and_offsets_that_cannot_be_are_noticed_at_opening(tmp_path, file, change, said):
+  build(tmp_path)
+  damaged(tmp_path, file, change)
+  with pytest.raises(ValueError, match=f'{file} is damaged.*{said}.*delete {tmp_path}, and it is made again'):
+    build(tmp_path)
+
+
+@pytest.mark.parametrize('file, change', [('tokens.bin', put(slice(0, 9), 0)), ('tokens.bin', put(20, 65)),
+                                          ('offsets.npy', lambda values: put(3, values[3] + 1)(values))])
+def test_any_other_damage_is_noticed_by_checksums(tmp_path, file, change):
+  build(tmp_path)
+  assert store.verify(tmp_path) == [] == store.verify(tmp_path / 'absent')
+  damaged(tmp_path, file, change)
+  build(tmp_path)
+  with pytest.raises(ValueError, match=f'train/{file} is not as it was written'):
+    store.verify(tmp_path)
+
+
+def test_a_store_without_checksums_opens_and_is_told(tmp_path):
+  build(tmp_path)
+  manifest = json.loads((tmp_path / 'manifest.json').read_text())
+  for counts in manifest['splits'].values():
+    del counts['checksums']
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  assert len(build(tmp_path)['train']) == 20 and store.verify(tmp_path) == list(manifest['splits'])
+
+
+@pytest.mark.parametrize('names', [['train/tokens.bin'], ['train/offsets.npy'], ['train']])
+def test_what_is_missing_from_a_store_is_named(tmp_path, names):
+  build(tmp_path)
+  for name in names:
+    shutil.rmtree(tmp_path / name) if name == 'train' else (tmp_path / name).unlink()
+  with pytest.raises(FileNotFoundError, match=f'{names[0]}.* is missing from a finished store: delete {tmp_path}'):
     build(tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import atomic
+from lm import atomic, cluster, locks
 from lm.data import clean, store, tokenizer
 from lm.data.batches import Batches, Objective, special
 from lm.data.mixture import Mixed
@@ -72,7 +72,11 @@ class Text:
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
-    return begun(tokenizer.load(self._folder(workdir) / 'tokenizer'))
+    return begun(load_tokenizer(self._folder(workdir) / 'tokenizer'))
+
+  def verify(self, workdir: pathlib.Path) -> list[str]:
+    """See `store.verify`."""
+    return store.verify(self._folder(workdir) / 'tokens')
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
@@ -93,22 +97,38 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
   """
   settings, trains = folder / 'tokenizer' / 'settings.json', callable(given)
   wanted = {'tokenizer': describe(given) if trains else given.fingerprint, **made_of}
-  made_with = _read(settings)
-  lines = [] if made_with is None else differences(made_with, wanted)
-  if made_with is None or lines and renew:
-    if lines:
+
+  def differing() -> list[str] | None:
+    made_with = _read(settings) or {}
+    return differences({k: v for k, v in made_with.items() if k != 'fingerprint'}, wanted) if made_with else None
+
+  def missing() -> bool:
+    lines = differing()
+    return lines is None or bool(lines) and renew
+
+  def make():
+    if differing():
       progress(f'{folder} was made with other settings, and nothing was trained on it: it is made anew')
     found = given
     if trains:
       progress('training the tokenizer')
       found = given([d for d in documents() if isinstance(d, str)])
     check(found)
+    settings.unlink(missing_ok=True)   # until the new one is whole, there is none
     found.save(settings.parent)
-    atomic.write(settings, json.dumps(wanted))
-  elif lines:
+    saved = tokenizer.load(settings.parent)
+    atomic.write(settings, json.dumps({**wanted, 'fingerprint': saved.fingerprint}))
+
+  with cluster.process_0_first('tokenizer'):
+    if missing():   # asked again under the lock: only what is to be made needs it
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      with locks.turn(folder.parent, f'waiting for the process that makes {settings.parent}', progress):
+        if missing():
+          make()
+  if lines := differing():
     raise ValueError(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
-  found = tokenizer.load(settings.parent)
+  found = load_tokenizer(settings.parent)
   check(found)
   return found
 
@@ -116,6 +136,15 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
 def untrained(workdir: pathlib.Path) -> bool:
   """Whether nothing was trained on the data in a workdir, nor can be elsewhere: it may be made anew."""
   return not (workdir / 'data').is_symlink() and not any((workdir / 'checkpoints').glob('[0-9]*'))
+
+
+def load_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
+  """The tokenizer that `open_tokenizer` saved in a folder. ValueError if its files are not as they were then."""
+  found, stored = tokenizer.load(folder), (_read(folder / 'settings.json') or {}).get('fingerprint')
+  if stored not in (None, found.fingerprint):
+    raise ValueError(f'{folder} is damaged: its tokenizer has the fingerprint {found.fingerprint}, and {stored} was '
+                     'written; put the files that were written there back')
+  return found
 
 
 def _read(settings: pathlib.Path) -> dict | None:

@@ -74,7 +74,11 @@ class Dialogues:
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
     """The tokenizer that `open` made."""
-    return tokenizer.load(self._folder(workdir) / 'tokenizer')
+    return dataset.load_tokenizer(self._folder(workdir) / 'tokenizer')
+
+  def verify(self, workdir: pathlib.Path) -> list[str]:
+    """See `store.verify`."""
+    return store.verify(self._folder(workdir) / 'tokens')
 
   def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
     """The first records of a split but for their answers, and these (chosen, or good), to see what a model says."""

@@ -10,8 +10,6 @@ each file counts. Whatever kills the build, the next one cuts the files there an
 import collections
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -19,14 +17,17 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lm import atomic
+from lm import atomic, locks
 from lm.data import clean
 from lm.data.source import Source, digest
+from lm.data.stored import Part, Store, checksums, fingerprint, read_json, verify
 from lm.data.tokenizer import Tokenizer
+
+__all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
 
 _FORMAT = 1
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000  # committed together; lost at most, when killed
@@ -34,71 +35,10 @@ _DIGEST = 16  # bytes, of `digest`
 _NO_TOKENS = 'no tokens'  # why a document is dropped of which normalisation leaves nothing
 
 
-class Store:
-  """One split, open for reading. Opening checks the sizes of the files and reads none of them.
-
-  Attributes:
-    tokens: [total] uint16 or uint32, memory-mapped.
-    offsets: [documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]].
-    manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped, by reason.
-    fingerprint: of source, rules, tokenizer and split.
-  """
-
-  def __init__(self, folder: str | os.PathLike, split: str):
-    self._folder, self._split = pathlib.Path(folder), split
-    manifest = _read(self._folder / 'manifest.json')
-    if manifest is None:
-      raise FileNotFoundError(f'{folder}: there is no finished store; make it with store.build')
-    if split not in manifest['splits']:
-      raise ValueError(f'{folder} has no split {split!r}, only {", ".join(manifest["splits"])}')
-    self.manifest = manifest['splits'][split]
-    self.fingerprint = fingerprint(manifest['settings'], split)
-    path, dtype = self._folder / split / 'tokens.bin', np.dtype(self.manifest['dtype'])
-    expected = self.manifest['tokens'] * dtype.itemsize
-    if (size := path.stat().st_size) != expected:
-      raise ValueError(f'{path} has {size} bytes, and {expected} were written: delete {folder} and build it again')
-    self.tokens = np.memmap(path, dtype, 'r')
-    path = path.with_name('offsets.npy')
-    try:
-      self.offsets = np.load(path, mmap_mode='r')
-    except (ValueError, EOFError) as error:
-      raise ValueError(f'{path} is damaged ({error}): delete {folder} and build it again') from None
-    if len(self.offsets) != len(self) + 1 or self.offsets[-1] != len(self.tokens):
-      raise ValueError(f'{path} does not fit the manifest: delete {folder} and build it again')
-
-  def __len__(self) -> int:
-    return self.manifest['documents']
-
-  def __getitem__(self, i: int) -> np.ndarray:
-    if not -len(self) <= i < len(self):
-      raise IndexError(f'document {i} of {len(self)}')
-    i %= len(self)
-    return self.tokens[self.offsets[i]:self.offsets[i + 1]]
-
-  def parts(self) -> list['Part']:
-    """The documents of each source that a mixture was made of; all of them, where it was none."""
-    ends = [0, *self.manifest.get('ends', [len(self)])]
-    return [Part(self.tokens, self.offsets[start:end + 1]) for start, end in itertools.pairwise(ends)]
-
-  def __reduce__(self):  # workers map the files themselves
-    return Store, (self._folder, self._split)
-
-
-class Part(NamedTuple):
-  """Some documents of a store: number i is tokens[offsets[i]:offsets[i + 1]]."""
-  tokens: np.ndarray
-  offsets: np.ndarray
-
-
 def settings(source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule]) -> dict[str, Any]:
   """What a store is made of, as its manifest has it."""
   return {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': tokenizer.fingerprint,
           'rules': [_identity(rule) for rule in rules]}
-
-
-def fingerprint(made_of: dict[str, Any], split: str) -> str:
-  """The fingerprint of a split of the store with these settings."""
-  return hashlib.sha256(json.dumps([made_of, split]).encode()).hexdigest()[:16]
 
 
 def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule] = clean.DEFAULT,
@@ -120,10 +60,16 @@ def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules
   folder = pathlib.Path(folder)
   made_of = settings(source, tokenizer, rules)
   if not _finished(folder, made_of, renew):  # asked again under the lock: only a build needs to write
-    with _lock(folder, progress):
+    with contextlib.ExitStack() as stack:
+      with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locks.turn(folder / 'lock', f'waiting for the process that builds {folder}', progress))
       if not _finished(folder, made_of, renew, discard=True):
         _Build(folder, source, tokenizer, rules, workers, progress, made_of).run()
-  return {split: Store(folder, split) for split in source.splits}
+  stores = {split: Store(folder, split) for split in source.splits}
+  for opened in stores.values():
+    opened.check(tokenizer.vocab_size)
+  return stores
 
 
 @dataclasses.dataclass
@@ -141,7 +87,7 @@ class _Build:
     self.dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
     splits = sorted(self.source.splits, key=lambda split: (split == 'train', split))
     empty = {'read': 0, 'documents': 0, 'tokens': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name}
-    self.state = _read(self.folder / 'unfinished.json') or {
+    self.state = read_json(self.folder / 'unfinished.json') or {
         'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
     with _writing(self.folder):
       seen = b''.join([self._resume(split) for split in splits])
@@ -153,6 +99,8 @@ class _Build:
       for split in splits:
         lengths = np.fromfile(self.folder / split / 'lengths.partial', np.int64)
         np.save(self.folder / split / 'offsets.npy', np.concatenate([[0], np.cumsum(lengths)]))
+      for split in splits:
+        self.state['splits'][split]['checksums'] = checksums(self.folder, split)
       atomic.write(self.folder / 'manifest.json', json.dumps(self.state, indent=1))
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
@@ -234,7 +182,7 @@ def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard
   then it counts as none, and `discard` makes it none.
   """
   for name in ('manifest.json', 'unfinished.json'):
-    if (found := _read(folder / name)) is None:
+    if (found := read_json(folder / name)) is None:
       continue
     if differ := [key for key in settings if found['settings'].get(key) != settings[key]]:
       if renew or not any(counts['documents'] for counts in found['splits'].values()):
@@ -275,23 +223,6 @@ def _size(n: float) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: pathlib.Path, progress: Callable[[str], Any]) -> Iterator[None]:
-  """Held by one process at a time, and let go of when it dies."""
-  with _writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / 'lock', os.O_CREAT | os.O_WRONLY)
-  try:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      progress(f'waiting for the process that builds {folder}')
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(file)
-
-
-@contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
@@ -305,11 +236,3 @@ def _append(path: pathlib.Path, data: bytes) -> None:
     f.write(data)
     f.flush()
     os.fsync(f.fileno())
-
-
-def _read(path: pathlib.Path) -> dict | None:
-  try:
-    return json.loads(path.read_text()) if path.exists() else None
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None
-

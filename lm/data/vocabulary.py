@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lm import atomic
+
 
 class Tokenizer(Protocol):
   """What the other rooms know of a tokenizer."""
@@ -256,4 +258,4 @@ def write_separators(folder: str | os.PathLike, tokenizer: Any) -> None:
 def write(folder: str | os.PathLike, name: str, data: bytes) -> None:
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / name).write_bytes(data)
+  atomic.write(folder / name, data)
