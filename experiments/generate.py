@@ -30,9 +30,9 @@ def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversati
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
-         max_tokens: int = 128, stop: launch.Texts = (), n: int = 1, seed: int = 0, best: bool = False,
-         chat: bool = False, bos: bool | None = None, draft: int = 0,
-         best_of: int = 0, reward: pathlib.Path | None = None, mesh: str | None = None) -> None:
+         max_tokens: int | None = None, window: bool = False, stop: launch.Texts = (), n: int = 1, seed: int = 0,
+         best: bool = False, chat: bool = False, bos: bool | None = None, draft: int = 0, best_of: int = 0,
+         reward: pathlib.Path | None = None, mesh: str | None = None) -> None:
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
@@ -44,7 +44,8 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     top_p: draw among the fewest tokens whose probabilities reach this sum; 1 among all.
     min_p: draw among tokens of at least this share of the greatest probability; 0 among all.
     repetition_penalty: above 1, makes tokens that are already in the text less likely.
-    max_tokens: the most tokens to write.
+    max_tokens: the most tokens to write; none writes 128, or as many as the context of the model has room for.
+    window: go on past the context; where it is full, the last half of it is read again.
     stop: the text ends before any of these, of which each is a flag of its own: --stop=, --stop=END.
     n: completions to write.
     seed: of the draws.
@@ -78,17 +79,20 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     if bos is not None and isinstance(loaded.model, EncoderDecoder):
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
     tokens = speaker(loaded) if chat else loaded.tokenizer
+    room = generate.room(loaded.model, tokens, [prompt], bos)
+    if max_tokens is None and not window and room < generate.DEFAULT:
+      print(f'up to {room} tokens, to the end of the context; --window goes on past it', file=sys.stderr)
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
     if reward is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
-                                max_tokens=max_tokens, mark=mark, bos=bos)
+                                max_tokens=max_tokens, mark=mark, bos=bos, window=window)
       show_best(trained.load(reward), prompt, texts, n, shown)
       return
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
                                   max_tokens=max_tokens, stop=stop, seed=seed, mark=mark, draft=drafting,
-                                  bos=bos):
+                                  bos=bos, window=window):
       print(pieces[0] if begun else shown + pieces[0], end='', flush=True)   # the first is shown as it is written
       begun = True
       rest = [text + piece for text, piece in zip(rest, pieces)]

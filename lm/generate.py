@@ -8,9 +8,7 @@ Shapes: the legend in `models/transformer.py`.
 """
 import codecs
 import collections
-import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -24,85 +22,16 @@ from lm import seeds, sharding
 from lm.data.batches import Batch
 from lm.data.tokenizer import Tokenizer
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.models.rotary import LongRope
 from lm.models.transformer import Cache, Model, Output
+from lm.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, process
 
+__all__ = ['Sampling', 'penalize', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process', 'stream', 'generate', 'tokens',
+           'room']
+
+PLAIN = Sampling()
+DEFAULT = 128   # tokens to write where nothing else is said and there is room
 CHUNK = 16   # tokens made between two looks at the text: few enough to read along, enough to hide the call
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How a token is drawn. The filters apply in the order of vLLM: penalty, temperature, min_p, top_k, top_p.
-
-  Args:
-    temperature: divides the logits; 0 takes the most probable token (as below 1e-5; below 0.01 acts as 0.01).
-    top_k: keeps the k most probable tokens, and ties of the last; 0 (or -1) keeps all.
-    top_p: keeps the smallest set of tokens whose mass reaches p (Holtzman et al. 2020); 1 keeps all.
-    min_p: keeps tokens of at least this share of the greatest probability (Nguyen et al. 2024); 0 keeps all.
-    repetition_penalty: makes tokens of prompt and output less likely (Keskar et al. 2019); 1 does nothing.
-  """
-  temperature: float = 1.
-  top_k: int = 0
-  top_p: float = 1.
-  min_p: float = 0.
-  repetition_penalty: float = 1.
-
-  def __post_init__(self):
-    for name, valid, allowed in (
-        ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more'),
-        ('top_k', self.top_k >= -1 and self.top_k % 1 == 0, 'a whole number, 0 (off) or more'),
-        ('top_p', 0 < self.top_p <= 1, 'more than 0 and at most 1 (off)'),
-        ('min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1'),
-        ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'more than 0; 1 is off')):
-      if not valid:
-        raise ValueError(f'{name}={getattr(self, name)} must be {allowed}')
-
-  @property
-  def greedy(self) -> bool:
-    return self.temperature < 1e-5
-
-
-# Filters: float32 logits [B, V] -> logits, at -inf where a token is ruled out.
-
-
-def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-  """Divides the positive logits of seen tokens by `penalty`, multiplies the negative ones by it."""
-  return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
-
-
-def keep_min_p(logits_BV: jax.Array, share: float) -> jax.Array:
-  """Rules out tokens less probable than `share` times the most probable one."""
-  return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + math.log(share), logits_BV, -jnp.inf)
-
-
-def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-  """Rules out tokens below the k-th greatest logit; its ties stay."""
-  least = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
-  return jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
-
-
-def keep_top_p(logits_BV: jax.Array, mass: float) -> jax.Array:
-  """Rules out the least probable tokens that together hold at most 1 - `mass`; of ties, the earlier ids first."""
-  order = jnp.argsort(logits_BV, axis=-1)
-  ascending = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1))
-  dropped = (jnp.cumsum(ascending, -1) <= 1 - mass).at[:, -1].set(False)
-  return jnp.where(jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False), -jnp.inf, logits_BV)
-
-
-def process(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
-  """The logits that tokens are drawn from. `seen_BV`: tokens of prompt and output, where there is a penalty."""
-  logits = logits_BV.astype(jnp.float32)
-  if sampling.repetition_penalty != 1:
-    logits = penalize(logits, seen_BV, sampling.repetition_penalty)
-  if sampling.greedy:   # the filters keep the most probable token
-    return logits
-  logits = logits / max(sampling.temperature, 0.01)
-  if sampling.min_p > 0:
-    logits = keep_min_p(logits, sampling.min_p)
-  if sampling.top_k > 0:
-    logits = keep_top_k(logits, sampling.top_k)
-  if sampling.top_p < 1:
-    logits = keep_top_p(logits, sampling.top_p)
-  return logits
 
 
 # Decoding.
@@ -142,13 +71,14 @@ def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, ends: jax.
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
-def _prefill(model, params, batch: Batch, seen_BV, stream_B, key, ends, *, sampling, vocab, slots) -> _State:
-  """Reads prompts into a new cache of `slots` slots and draws the first token. Empty rows are done."""
+def _prefill(model, params, batch: Batch, seen_BV, stream_B, key, ends, step, *, sampling, vocab, slots) -> _State:
+  """Reads prompts into a new cache of `slots` slots and draws the token after them, number `step`. Empty rows are done.
+  """
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
   seen = None if seen_BV is None else sharding.constrain(seen_BV, 'B-')
   state = _State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], batch.segments[:, -1] == 0, seen,
-                 sharding.constrain(stream_B, 'B'), key, jnp.int32(0))
+                 sharding.constrain(stream_B, 'B'), key, step)
   return _draw(state, out, sampling, vocab, ends)
 
 
@@ -182,15 +112,24 @@ def _begins(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarr
   return ids if has == wanted else np.int32([tokenizer.bos_id, *ids]) if wanted else ids[1:]
 
 
-def _check(model: Model, tokenizer: Tokenizer, batch: Batch, max_tokens: int) -> None:
+def _check(model: Model, tokenizer: Tokenizer, batch: Batch, max_tokens: int | None, window: bool = False) -> int:
+  """The tokens to write; None: `DEFAULT`, or what the context has room for. ValueError where it cannot be done."""
+  longest = int((batch.segments > 0).sum(1).max())
+  if max_tokens is None:
+    max_tokens = DEFAULT if window else max(min(DEFAULT, model.max_length - longest), 1)
   if max_tokens < 1:
     raise ValueError(f'max_tokens={max_tokens} must be at least 1')
+  if window and (isinstance(model, EncoderDecoder) or longest >= model.max_length):
+    raise ValueError('window=True goes on past the context of decoders alone, and leaves room for a token after a '
+                     f'prompt; this one has {longest} tokens of {model.max_length} that the model can place')
   if tokenizer.vocab_size > model.vocab:
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab}; '
                      'use the tokenizer that the model was trained with')
-  if (longest := int((batch.segments > 0).sum(1).max())) + max_tokens > model.max_length:
+  if longest + max_tokens > model.max_length and not window:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
-                     f'{model.max_length} that the model can place; shorten one of them')
+                     f'{model.max_length} that the model can place; shorten one of them, or go on past the context '
+                     'with a window (--window)')
+  return max_tokens
 
 
 def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
@@ -204,22 +143,66 @@ def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
 
 
 def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-            sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
-  """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos."""
+            sampling: Sampling, max_tokens: int, seed: int, stream: np.ndarray | None = None, step: int = 0
+            ) -> Iterator[np.ndarray]:
+  """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos.
+
+  `stream` and `step` are those of texts that go on, which have so many new tokens already.
+  """
   rows, width = batch.tokens.shape
-  stream, seen = streams(texts, rows, tokenizer.bos_id), None
+  stream, seen = streams(texts, rows, tokenizer.bos_id) if stream is None else stream, None
   if sampling.repetition_penalty != 1:
     seen = np.zeros((rows, model.vocab), bool)
     row, column = np.nonzero(batch.segments)
     seen[row, batch.tokens[row, column]] = True
   ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
   params = model.unstack(params)
-  state = _prefill(model, params, batch, seen, stream, seeds.key(seed), ends,
+  state = _prefill(model, params, batch, seen, stream, seeds.key(seed), ends, np.int32(step),
                    slots=-(-(width + max_tokens) // 64) * 64, **how)
   yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(texts), None]
   for left in range(max_tokens - 1, 0, -CHUNK):
     state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), ends, **how)
     yield np.asarray(made)[:len(texts), :left]
+
+
+def _original_context(model: Model) -> int | None:
+  """The tokens from which on the rotary positions of the whole text are others (LongRoPE); None where they stay."""
+  rotaries = [getattr(getattr(block, 'attention', None), 'rotary', None) for block in getattr(model, 'layers', ())]
+  scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
+  return min((scaling.original for scaling in scalings if isinstance(scaling, LongRope)), default=None)
+
+
+def _reread(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
+            sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
+  """As `_tokens`, of texts with all control tokens, which are read again where a cache cannot go on.
+
+  That is at the token with which a text passes LongRoPE's original context, as in transformers' `generate`; and where
+  the context is full: then the last half of the text, after its bos, is the text.
+  """
+  original, step, stream = _original_context(model), 0, None
+  texts, prompts = list(texts), [len(ids) for ids in texts]
+  while step < max_tokens:
+    if max(map(len, texts)) >= model.max_length:
+      if batch.bidirectional is not None:
+        raise ValueError('a prompt that is read bidirectionally cannot be left behind; leave out the window')
+      half = model.max_length // 2
+      texts = [ids if len(ids) <= half else np.r_[ids[:int(ids[0] == tokenizer.bos_id)], ids[-half:]] for ids in texts]
+    if step:
+      bidirectional = batch.bidirectional
+      batch = _prompts(model, texts, tokenizer, adds_bos=False)
+      if bidirectional is not None:   # of the prompts alone, as they were read at first
+        columns = batch.positions < np.array([*prompts, *[0] * (len(batch.tokens) - len(texts))])[:, None]
+        batch = batch._replace(bidirectional=columns & (batch.segments > 0))
+    else:
+      stream = streams(texts, len(batch.tokens), tokenizer.bos_id)
+    passes = [original + 1 - len(ids) for ids in texts if original is not None and len(ids) <= original]
+    count = min(max_tokens - step, model.max_length - max(map(len, texts)), *passes)
+    pieces = []
+    for piece in _tokens(model, params, texts, batch, tokenizer, sampling, count, seed, stream, step):
+      pieces.append(piece)
+      yield piece
+    texts = [np.r_[ids, row].astype(np.int32) for ids, row in zip(texts, np.concatenate(pieces, axis=1))]
+    step += count
 
 
 class Draft(Protocol):
@@ -282,17 +265,31 @@ class _Text:
     return text
 
 
-def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-           *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None
-           ) -> Iterator[list[str]]:
+def _encoded(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None
+             ) -> tuple[list[np.ndarray], Batch]:
+  encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
+  if not isinstance(model, EncoderDecoder):
+    encoded = [_begins(ids, tokenizer, bos) for ids in encoded]
+  return encoded, _prompts(model, encoded, tokenizer, adds_bos=False)
+
+
+def room(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None = None) -> int:
+  """The tokens that the context has room for after the longest of the prompts."""
+  return model.max_length - int((_encoded(model, tokenizer, prompts, bos)[1].segments > 0).sum(1).max())
+
+
+def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = PLAIN,
+           *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
+           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
+           window: bool = False) -> Iterator[list[str]]:
   """Completions of all prompts, piece by piece: each item holds the next piece (perhaps empty) of each completion.
 
   A prompt begins with bos where `tokenizer.adds_bos`, or as `bos` says, and where it is empty; an encoder-decoder reads
   the prompt as its source, and bos starts what it writes. A completion ends at any of the tokenizer's `eos_ids`, before
-  the first of the `stop` strings, or after `max_tokens` tokens. Pieces hold whole characters. With
-  `mark=objective.prompt`, prompts are read as in training. With a `draft`, several tokens may come of one forward pass
-  (see `speculative`). On a mesh, call it inside `jax.set_mesh`.
+  the first of the `stop` strings, or after `max_tokens` tokens: None are 128, or as many as the context has room for,
+  see `room`. With a `window`, it goes on past the context: where that is full, the last half of it is read again.
+  Pieces hold whole characters. With `mark=objective.prompt`, prompts are read as in training. With a `draft`, several
+  tokens may come of one forward pass (see `speculative`). On a mesh, call it inside `jax.set_mesh`.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
@@ -302,14 +299,14 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
   if not prompts:
     return
-  encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
-  if not isinstance(model, EncoderDecoder):
-    encoded = [_begins(ids, tokenizer, bos) for ids in encoded]
-  batch = _prompts(model, encoded, tokenizer, adds_bos=False)
-  _check(model, tokenizer, batch, max_tokens)
+  encoded, batch = _encoded(model, tokenizer, prompts, bos)
+  max_tokens = _check(model, tokenizer, batch, max_tokens, window)
+  if window and draft is not None:
+    raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [_Text(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
-  make = _tokens if draft is None else draft.tokens
+  make = _tokens if isinstance(model, EncoderDecoder) else _reread
+  make = make if draft is None else draft.tokens
   for made in make(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
     if all(text.done for text in texts):
@@ -317,20 +314,23 @@ def stream(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   yield [text.end() for text in texts]
 
 
-def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = Sampling(),
-             *, max_tokens: int = 128, stop: Sequence[str] = (), seed: int = 0,
-             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None
-             ) -> list[str]:
+def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = PLAIN,
+             *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
+             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
+             window: bool = False) -> list[str]:
   """The completion of each prompt, without the prompt; see `stream`."""
   pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark,
-                  draft=draft, bos=bos)
+                  draft=draft, bos=bos, window=window)
   return [''.join(column) for column in zip(*pieces)]
 
 
-def tokens(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray], sampling=Sampling(), *,
-           max_tokens: int = 128, seed: int = 0, mark: Callable[[Batch], Batch] = lambda batch: batch
+def tokens(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray],
+           sampling: Sampling = PLAIN, *, max_tokens: int | None = None, seed: int = 0, mark: Callable[[Batch], Batch] = lambda batch: batch
            ) -> list[np.ndarray]:
   """As `generate`, from token ids (bos is put in front) to token ids (without the eos that ends them)."""
-  _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
-  made = list(_tokens(model, params, prompts, mark(batch), tokenizer, sampling, max_tokens, seed))
+  max_tokens = _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
+  make = _tokens
+  if not isinstance(model, EncoderDecoder):
+    make, prompts = _reread, [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]
+  made = list(make(model, params, prompts, mark(batch), tokenizer, sampling, max_tokens, seed))
   return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in np.concatenate(made, axis=1)]

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generate_test import GREEDY, PROMPTS, Bytes, make, tokens_of
+from generate_test import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
 
+from lm import generate
 from lm.data.batches import Batch
-from lm.models import transformer
+from lm.models import stack, transformer
+from lm.models.rotary import LongRope, Rotary
 
 model_of = functools.cache(make)
 
@@ -58,3 +60,64 @@ def test_what_is_written_fits_the_cache(slots):
 
   made = tokens_of(Counts(), None, [''], GREEDY, slots - 16, tokenizer=Six())
   assert made.shape == (1, slots - 16) and (made == 1).all()
+
+
+def best_next(model, params, text):
+  out = model.apply(params, Batch(np.int32([text])))
+  return int(np.argmax(out.head(out.hidden)[0, -1, :Bytes.vocab_size]))
+
+
+def test_text_past_the_original_context_is_that_of_full_forwards():
+  """LongRoPE: other frequencies for the whole of a text that passes it, so its keys are made anew."""
+  model, params = model_of(transformer.llama, tied=False)
+  rotary = Rotary(100., scaling=LongRope((1.,) * 4, (3., 5., 9., 20.), 24, 1.1))
+  block = model.layers[0]
+  block = block.clone(attention=block.attention.clone(rotary=rotary))
+  model = model.clone(blocks=stack.stacks([block] * 2))
+  prompts = [np.int32([*text.encode()]) for text in PROMPTS[:3]]   # 9, 1 and 28 tokens with bos
+  made = generate.tokens(model, params, Bytes(), prompts, GREEDY, max_tokens=30)
+  passed = 0
+  for prompt, row in zip(prompts, made):
+    text = [256, *prompt]
+    for token in row:
+      padded = np.pad(np.int32(text), (0, 64 - len(text)))[None]
+      segments = (np.arange(64) < len(text)).astype('i4')[None]
+      logits = full(model)(params, padded, segments)[0, len(text) - 1, :Bytes.vocab_size]
+      assert token == np.argmax(logits), len(text)
+      text.append(int(token))
+    passed += len(text) > 26 > len(prompt) + 2
+  assert passed == 2
+
+
+@functools.lru_cache
+def full(model):
+  return jax.jit(lambda params, tokens, segments: (lambda out: out.head(out.hidden))(
+      model.apply(params, Batch(tokens, positions=jnp.arange(64)[None], segments=segments))))
+
+
+def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
+  model, params = make(transformer.gpt2)
+  model = model.clone(max_length=24)
+  params = {**params, 'positions': params['positions'][:24]}
+
+  class Endless(Bytes):
+    eos_id = 999
+
+  tokenizer, prompt = Endless(), 'def f(x):'
+  assert generate.room(model, tokenizer, [prompt]) == 14
+  ids = [np.int32([*prompt.encode()])]
+  made, = generate.tokens(model, params, tokenizer, ids, GREEDY)
+  assert len(made) == 14
+  with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
+    generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=15)
+  text = [256, *ids[0]]
+  batch = generate._prompts(model, [np.int32(text)], tokenizer, adds_bos=False)
+  made = np.concatenate([*generate._reread(model, params, [np.int32(text)], batch, tokenizer, GREEDY, 40, 0)], axis=1)
+  read = list(text)
+  for token in made[0]:
+    if len(read) >= 24:
+      read = [256, *read[-12:]]
+    assert token == best_next(model, params, read)
+    read.append(int(token))
+  assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
+      ''.join(text_of(made[0], tokenizer, prompt=ids[0]))]

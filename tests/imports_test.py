@@ -20,7 +20,8 @@ ROOMS = (
     'models/transformer', 'models/*',
     'hf/fields', 'hf/config', 'hf/rope', 'hf/names', 'hf/experts', 'hf/*', 'hf/weights',
     'objectives/objective', 'objectives/span_corruption', 'objectives/*', 'groups', 'schedules', 'soap', 'optim',
-    'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'pace', 'guard', 'gradient', 'generate', 'speculative',
+    'averaging', 'checkpoint', 'track', 'plot', 'interrupt', 'pace', 'guard', 'gradient', 'sampling', 'generate',
+    'speculative',
     'evaluate', 'noise', 'diffusion', 'interfaces', 'flops', 'run', 'train', 'lora', 'annotate', 'budget', 'plan',
     'doctor', 'pretrained', 'trained', 'rewards', 'comparison', 'scaling', 'search', 'failures', 'resume',
     'launch', 'arms')
