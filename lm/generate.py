@@ -201,8 +201,9 @@ def _reread(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
     for piece in _tokens(model, params, texts, batch, tokenizer, sampling, count, seed, stream, step):
       pieces.append(piece)
       yield piece
-    texts = [np.r_[ids, row].astype(np.int32) for ids, row in zip(texts, np.concatenate(pieces, axis=1))]
     step += count
+    if step < max_tokens:
+      texts = [np.r_[ids, row].astype(np.int32) for ids, row in zip(texts, np.concatenate(pieces, axis=1))]
 
 
 class Draft(Protocol):
@@ -325,8 +326,8 @@ def generate(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[
 
 
 def tokens(model: Model, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray],
-           sampling: Sampling = PLAIN, *, max_tokens: int | None = None, seed: int = 0, mark: Callable[[Batch], Batch] = lambda batch: batch
-           ) -> list[np.ndarray]:
+           sampling: Sampling = PLAIN, *, max_tokens: int | None = None, seed: int = 0,
+           mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[np.ndarray]:
   """As `generate`, from token ids (bos is put in front) to token ids (without the eos that ends them)."""
   max_tokens = _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
   make = _tokens
