@@ -34,8 +34,9 @@ QUESTIONS = 100   # of the held-out ones, that are put to the model before and a
 def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: str = 'completion',
                messages: str = 'messages', validation: float = 0.05, plain: str | None = None,
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
-               tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320, length: int = 256,
-               allow_left_out: bool = False, layers: int = 3, width: int = 128, heads: int = 4,
+               tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
+               character_coverage: float | None = None, length: int = 256, allow_left_out: bool = False,
+               layers: int = 3, width: int = 128, heads: int = 4,
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lora_rank: int = 0, lr: float = 2e-3,
                weight_decay: float = 0.01, warmup: int | None = None, steps: int = 600, batch: int = 16,
                accumulate: int = 1, evaluate_every: int = 200, save_every: int = 200) -> train.Run:
@@ -52,6 +53,8 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
       template are used too; none begins from nothing, with the tokenizer and the shape of the flags.
     tokenizer: bytes, or one that is trained on the records.
     vocab: tokens of the model, and of the tokenizer that is trained.
+    character_coverage: share of the text whose characters have a token each, from 0.98 to 1, by default 0.9995; rarer
+      ones are spelled in bytes.
     length: positions a row; longer records are left out.
     allow_left_out: train also where half of the records or more are left out.
     warmup: steps of linear warm-up; none for 50, or a twelfth of the steps where that is less.
@@ -59,11 +62,14 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
   corpora.check_validation(validation)
+  coverage = {} if character_coverage is None else {'character_coverage': character_coverage}
+  if coverage and (model or tokenizer == 'bytes'):
+    raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
   base = trained.base(model, jnp.dtype(precision)) if model else None
   if base:
     tokens, template = base.tokenizer, base.template or turns.Turns()
   else:
-    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
+    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
     tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, turns.Turns()
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))

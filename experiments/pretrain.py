@@ -153,7 +153,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                stop_words: str | None = None,
                init: pathlib.Path | None = None, model: str | None = None,
                tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] | None = None,
-               tokenizer_file: str | None = None, vocab: int | None = None, length: int | None = None,
+               tokenizer_file: str | None = None, vocab: int | None = None, character_coverage: float | None = None,
+               length: int | None = None,
                architecture: Literal['llama', 'gpt2'] | None = None, layers: int | None = None,
                width: int | None = None, heads: int | None = None, kv_heads: int | None = None,
                dropout: float | None = None, embedding_dropout: float | None = None,
@@ -197,6 +198,8 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     tokenizer_kind: of the tokenizer that is trained; by default bpe. Bytes are not trained.
     tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
     vocab: tokens of the tokenizer that is trained, and of the model; by default 8192.
+    character_coverage: share of the text whose characters have a token each, from 0.98 to 1, by default 0.9995; rarer
+      ones are spelled in bytes. Lower it for Chinese text and a small vocabulary.
     length: positions a row; by default 512, or what the model reads at once, if that is less.
     architecture: the first flag of shape; by default llama.
     layers: by default 6.
@@ -253,19 +256,23 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   shape = given(architecture=architecture, layers=layers, width=width, heads=heads, kv_heads=kv_heads, dropout=dropout,
                 embedding_dropout=embedding_dropout, attention_dropout=attention_dropout, layer_dropout=layer_dropout,
                 stochastic_depth=stochastic_depth)
-  of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab)
+  of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab,
+                    character_coverage=character_coverage)
   decoder, tokens, size = trained.decoder_and_tokenizer(model, init, shape, of_tokens, jnp.dtype(precision))
   vocab, shape = vocab or size or 8192, Shape(**shape)
   length = length or min(512, decoder.max_length if decoder else 512)
   goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)
   more = [name for name in goal.control if name not in tokenizer.CONTROL]   # the tokenizer is made with these
   names = {'control': (*tokenizer.CONTROL, *more)} if more else {}
+  if character_coverage is not None and (tokenizer_file or tokenizer_kind == 'bytes'):
+    raise ValueError(f'--character_coverage={character_coverage} is for a tokenizer that is trained; leave it out')
   if tokenizer_file:
     tokens = tokenizer.load(tokenizer_file)
   elif tokens is None and tokenizer_kind == 'bytes':
     tokens = tokenizer.Bytes(**names)
   elif tokens is None:
-    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind or 'bpe', **names)
+    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind or 'bpe',
+                               **names, **given(character_coverage=character_coverage))
   policy = {'products': parts.keep_products, 'none': None, 'full': jax.checkpoint_policies.nothing_saveable}[remat]
   base = {'base_width': mup_width or shape.width,
           'base_layers': mup_layers or shape.layers} if mup_width or mup_layers else {}

@@ -1,7 +1,9 @@
 """Where tokenizers come from: `train_sentencepiece` on text, `load` from files of any kind, `Bytes()`."""
+import collections
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -37,8 +39,8 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
     vocab: tokens in all: 256 bytes, unknown, bos, eos, the control tokens, then pieces.
     kind: 'bpe' (arXiv:1508.07909), or 'unigram' (arXiv:1804.10959), whose training takes 50 times as long.
     control: names of the control tokens to keep room for.
-    character_coverage: share of the characters met that get a piece; the rest are spelled in bytes. A space and a tab
-      are always pieces.
+    character_coverage: share of the text whose characters get a piece each, of 0.98 to 1; the rarer ones are spelled
+      in bytes. A space and a tab are always pieces.
     sample_bytes: train on whole documents drawn at random up to this size; by default 16 MB (bpe) or 1.5 MB (unigram).
 
   Raises:
@@ -47,6 +49,9 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
   sizes = {'bpe': 16_000_000, 'unigram': 1_500_000}
   if kind not in sizes:
     raise ValueError(f'kind={kind!r} is neither bpe nor unigram')
+  if not 0.98 <= character_coverage <= 1:
+    raise ValueError(f'character_coverage={character_coverage} is not a share between 0.98 and 1, which are the bounds '
+                     'of SentencePiece')
   from sentencepiece import SentencePieceTrainer as trainer
   model = io.BytesIO()
   sample = _sample(documents, sizes[kind] if sample_bytes is None else sample_bytes)
@@ -65,7 +70,7 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
       raise ValueError(f'vocab={vocab} is more than the text supports: at most {found[1]}') from None
     if found := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
       raise ValueError(f'vocab={vocab} is too small: bytes, control tokens and the characters met take {found[1]}; '
-                       'raise it') from None
+                       f'raise it{_fewer_characters(sample, vocab - 259 - len(control))}') from None
     raise ValueError(f'SentencePiece cannot train: {error}') from None
   # Unigram's scores are rounded, by less than 0.04 nats, so that tokenizer.json files can have the same ids.
   return SentencePiece(protobuf.rounded(model.getvalue()) if kind == 'unigram' else model.getvalue(), '<s>', '</s>')
@@ -85,6 +90,16 @@ def _sample(documents: Iterable[str], size: int) -> list[str]:
     if size <= 0:
       break
   return sample
+
+
+def _fewer_characters(sample: Iterable[str], room: int) -> str:
+  """Advice to spell more of the characters in bytes, where `room` pieces are enough for 98 % of the text."""
+  counts = sorted(collections.Counter(''.join(sample)).values(), reverse=True)
+  share = sum(counts[:room - 4]) / sum(counts)   # of a space, a tab, and what is lost in rounding
+  if room < 5 or share < 0.98:
+    return ''
+  return (f', or spell rare characters in bytes (--character_coverage={math.floor(share * 1e4) / 1e4} of pretrain.py '
+          'and finetune_chat.py)')
 
 
 def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None) -> Tokenizer:
