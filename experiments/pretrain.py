@@ -42,9 +42,9 @@ def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl:
     raise ValueError(f'--separator={separator} cuts the files of --text, which is not given')
   corpora.check_validation(validation)
   make = {'text': lambda: corpora.text(text, validation, separator and source.unescaped(separator), encoding_errors),
-          'jsonl': lambda: corpora.jsonl(jsonl, key, validation),
-          'parquet': lambda: corpora.parquet(parquet, key, validation),
-          'tfds': lambda: corpora.tfds(tfds, key, validation)}
+          'jsonl': lambda: corpora.jsonl(jsonl, key, validation, encoding_errors),
+          'parquet': lambda: corpora.parquet(parquet, key, validation, encoding_errors),
+          'tfds': lambda: corpora.tfds(tfds, key, validation, encoding_errors=encoding_errors)}
   sources = [make[name]() for name, given in flags.items() if given]
   written = f'--weights={",".join(map(str, weights))}'
   if weights and len(sources) < 2:
@@ -181,7 +181,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   Args:
     text: files of text, a glob pattern (** for folders below).
     separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
-    encoding_errors: what happens to text that is no UTF-8, an error, repair, or dropping the document.
+    encoding_errors: what happens to text of any corpus that is no UTF-8, an error, repair, or dropping the document.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
     parquet: Parquet files, a glob pattern.
     tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.

@@ -178,7 +178,7 @@ def test_parquet(tmp_path):
   assert source.splits['train'][::-1] == list(source.splits['train'])[::-1]
   with pytest.raises(ValueError, match=r"a\.parquet: no column='text'; it has body, n"):
     _ = corpora.parquet(f'{tmp_path}/*.parquet').splits
-  with pytest.raises(ValueError, match="column='n' holds int, not strings"):
+  with pytest.raises(ValueError, match="column='n' holds int64, not strings"):
     len(corpora.parquet(f'{tmp_path}/*.parquet', column='n').splits['train'])
 
 

@@ -9,9 +9,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A line may import from the lines before it, and within a folder from the files named before.
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
-    'seeds', 'sharding', 'describe', 'cluster', 'atomic', 'locks', 'integrity', 'scripts', 'arguments', 'records',
+    'seeds', 'sharding', 'describe', 'parsing', 'cluster', 'atomic', 'locks', 'integrity', 'scripts', 'arguments',
+    'records',
     'hf/files',
-    'data/source', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
+    'data/source', 'data/prepared', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',
     'data/turns', 'data/stored', 'data/store', 'data/batches', 'data/augment', 'data/stages', 'data/messages',
     'data/puzzles',
@@ -29,7 +30,7 @@ ROOMS = (
 # Who may import what is not ours and not everyone's, at the top or inside a function.
 DOORS = {
     'flax': {'models/'}, 'orbax': {'checkpoint'}, 'tensorstore': {'integrity'}, 'matplotlib': {'plot'},
-    'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/corpora'}, 'pyarrow': {'data/corpora'},
+    'tensorboardX': {'track'}, 'tensorflow_datasets': {'data/prepared'}, 'pyarrow': {'data/corpora'},
     'zstandard': {'data/corpora'}, 'ftfy': {'data/clean'}, 'jieba': {'data/clean'}, 'stopwordsiso': {'data/clean'},
     'huggingface_hub': {'pretrained'}, 'tokenizers': {'data/huggingface'}, 'jinja2': {'data/render'},
     'sentencepiece': {'data/pieces', 'data/tokenizer'},   # to read, to train

@@ -13,6 +13,7 @@ import numpy as np
 
 from lm.data import tokenizer, vocabulary
 from lm.data.render import Renderer
+from lm.parsing import json_value
 
 Records = Sequence[Mapping[str, Any]]
 _MARK = f'\ue000{secrets.token_hex(8)}\ue001'
@@ -169,7 +170,7 @@ def sources(folder: str | os.PathLike) -> dict[str, str]:
     found['default'] = path.read_bytes().decode()
   if not found and (path := folder / 'tokenizer_config.json').is_file():
     try:
-      legacy = json.loads(path.read_bytes()).get('chat_template') or {}
+      legacy = json_value(path.read_bytes()).get('chat_template') or {}
       found = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None

@@ -6,7 +6,6 @@ import ast
 import collections
 import functools
 import gzip
-import json
 import os
 import pathlib
 import re
@@ -14,10 +13,14 @@ import shutil
 import sysconfig
 import tempfile
 import weakref
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from lm.data import source
+from lm.data.prepared import prepared
 from lm.data.source import Source
+from lm.parsing import Decoder, json_value
+
+Errors = Literal['strict', 'replace', 'drop']   # see `Decoder`
 
 
 @source.lazy
@@ -45,13 +48,10 @@ def python_library(validation: float = 0.05) -> Source:
   files = dict(sorted(files.items()))
   names = list(files)
 
+  decode = Decoder('replace')   # a few files of old say that they are Latin-1
+
   def load(i, counts):
-    document = files[names[i]].read_bytes()
-    try:
-      document = document.decode()
-    except UnicodeDecodeError:  # a few files of old say that they are Latin-1
-      counts['invalid UTF-8 repaired'] += 1
-      document = document.decode(errors='replace')
+    document = decode(files[names[i]].read_bytes(), names[i], counts)
     if names[i] == 'stdlib/pydoc_data/topics.py':  # one dictionary {topic: text}, written by Sphinx
       topics = next(node.value for node in ast.parse(document).body if isinstance(node, ast.Assign))
       return [text for _, text in sorted(ast.literal_eval(topics).items())]
@@ -68,7 +68,7 @@ def python_library(validation: float = 0.05) -> Source:
 
 @source.lazy
 def text(pattern: str, validation: float = 0.05, separator: str | None = None,
-         encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict') -> Source:
+         encoding_errors: Errors = 'strict') -> Source:
   r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
 
   Of one file alone that is not cut, the last part is held out, from the start of a line on.
@@ -76,22 +76,12 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
   A file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD ('replace') or left out
   ('drop'); `counts` of the source says how many.
   """
-  if encoding_errors not in ('strict', 'replace', 'drop'):
-    raise ValueError(f"encoding_errors={encoding_errors!r} is none of 'strict', 'replace', 'drop'")
-  files = source.matching(pattern)
+  decode, files = Decoder(encoding_errors), source.matching(pattern)
 
   def load(i, counts):
-    data = files[i].read_bytes()
-    try:
-      document = data.decode()
-    except UnicodeDecodeError as error:
-      if encoding_errors == 'strict':
-        raise ValueError(f"{files[i]}: byte {error.start} is not UTF-8; convert the file, or give "
-                         "encoding_errors='replace' or 'drop'") from None
-      counts['invalid UTF-8 repaired' if encoding_errors == 'replace' else 'invalid UTF-8 dropped'] += 1
-      if encoding_errors == 'drop':
-        return []
-      document = data.decode(errors='replace')
+    document = decode(files[i].read_bytes(), str(files[i]), counts)
+    if document is None:
+      return []
     if not separator:
       return [document] if document.strip() else []
     return [part for part in document.replace('\r\n', '\n').split(separator) if part.strip()]
@@ -106,7 +96,8 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 
 
 @source.lazy
-def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05) -> Source:
+def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
+          encoding_errors: Errors = 'strict') -> Source:
   """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
 
   Without a key, a document is the JSON of the line itself: a record, as `dialogues` reads them.
@@ -114,9 +105,10 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05) -> S
   Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives.
 
   Raises:
-    ValueError: at first use, naming file and line, where a line is not JSON or has no string under `key`.
+    ValueError: at first use, naming file and line, where a line is not UTF-8 (but see `Decoder`), is not JSON or has no
+      string under `key`.
   """
-  files = source.matching(pattern)
+  decode, files = Decoder(encoding_errors), source.matching(pattern)
 
   @functools.cache
   def plain(i):
@@ -142,17 +134,19 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05) -> S
       offset = 0
       with plain(i).open('rb') as lines:
         for number, line in enumerate(lines, 1):
-          if line.strip():
-            yield i, offset, parse(line, f'{files[i]}:{number}')
+          if line.strip() and (document := parse(line, f'{files[i]}:{number}', counts)) is not None:
+            yield i, offset, document
           offset += len(line)
 
-  def parse(line, where):
+  def parse(line, where, counts):
+    if (text := decode(line, where, counts)) is None:
+      return None
     try:
-      row = json.loads(line.decode())
+      row = json_value(text)
     except ValueError as error:
-      raise ValueError(f'{where}: not JSON in UTF-8: {error}') from None
+      raise ValueError(f'{where}: not JSON: {error}') from None
     if key is None and isinstance(row, dict):
-      return line.decode().strip()
+      return text.strip()
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
       has = f'keys {", ".join(row)}' if isinstance(row, dict) else type(row).__name__
       raise ValueError(f'{where}: ' + ('no record {...}' if key is None else f'no string under key={key!r}')
@@ -162,19 +156,24 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05) -> S
   def read(i, offset):
     with plain(i).open('rb') as lines:
       lines.seek(offset)
-      return parse(lines.readline(), f'{files[i]} at byte {offset}')
+      return parse(lines.readline(), f'{files[i]} at byte {offset}', collections.Counter())
 
   counts, name = collections.Counter(), source.title(pattern)
   return Source(name, source.split(documents, read, validation, name, counts),
-                source.fingerprint(source.relative(files), 'jsonl', validation, key), counts=counts)
+                source.fingerprint(source.relative(files), 'jsonl', validation, key,
+                                   *_besides(encoding_errors)), counts=counts)
 
 
 @source.lazy
-def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Source:
-  """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted."""
+def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encoding_errors: Errors = 'strict') -> Source:
+  """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted.
+
+  ValueError, at first use, names file and row, counted from 0, where a string is not UTF-8; but see `Decoder`.
+  """
+  import pyarrow as pa
   import pyarrow.parquet as pq
-  files = source.matching(pattern)
-  groups = []
+  decode, files = Decoder(encoding_errors), source.matching(pattern)
+  groups = []   # (file, row group, its first row)
   for path in files:
     try:
       file = pq.ParquetFile(path)
@@ -183,33 +182,40 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05) -> Sou
     with file:
       if column not in file.schema_arrow.names:
         raise ValueError(f'{path}: no column={column!r}; it has {", ".join(file.schema_arrow.names)}')
-      groups += [(path, group) for group in range(file.num_row_groups)]
+      sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+      groups += [(path, group, sum(sizes[:group])) for group in range(len(sizes))]
 
   def load(i, counts):
-    path, group = groups[i]
+    path, group, first = groups[i]
     with pq.ParquetFile(path) as file:
-      rows = file.read_row_group(group, [column]).column(column).to_pylist()
-    strings = [row for row in rows if row is not None]
-    if wrong := [row for row in strings if not isinstance(row, str)]:
-      raise ValueError(f'{path}: column={column!r} holds {type(wrong[0]).__name__}, not strings')
-    counts['null dropped'] += len(rows) - len(strings)
-    return strings
+      values = file.read_row_group(group, [column]).column(column)
+    counts['null dropped'] += values.null_count
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if values.null_count == len(values):
+      return []
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+      raise ValueError(f'{path}: column={column!r} holds {kind}, not strings')
+    rows = enumerate(values.cast(kind).cast(pa.large_binary()).to_pylist(), first)   # pyarrow's own decoding is strict
+    decoded = [decode(data, f'{path}: row {row}', counts) for row, data in rows if data is not None]
+    return [text for text in decoded if text is not None]
 
   counts, name = collections.Counter(), source.title(pattern)
   documents, read = source.shards(load, len(groups), counts)
   return Source(name, source.split(documents, read, validation, name, counts),
-                source.fingerprint(source.relative(files), 'parquet', validation, column), counts=counts)
+                source.fingerprint(source.relative(files), 'parquet', validation, column,
+                                   *_besides(encoding_errors)), counts=counts)
 
 
 @source.lazy
-def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None) -> Source:
+def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None,
+         encoding_errors: Errors = 'strict') -> Source:
   """A TensorFlow Datasets corpus, read without TensorFlow: a folder that holds one, or a name such as 'lm1b', which is
   downloaded and prepared if it is not yet in `data_dir` (tfds's own, if None).
 
   Its own validation (else test) split is used; `validation` cuts a set that has a train split alone, by hash.
   `experiments/tfds_builder.py` shows how a corpus is added to TFDS.
   """
-  builder = _prepared(name, data_dir)
+  builder, decode = prepared(name, data_dir), Decoder(encoding_errors)
   info = builder.info
   if info.file_format not in type(info.file_format).with_random_access():
     raise ValueError(f'tfds: {name} was prepared as {info.file_format.value}, which cannot be read at random; delete '
@@ -219,13 +225,23 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
   if 'train' not in info.splits:
     raise ValueError(f'tfds: {name} has no train split; it has {", ".join(info.splits)}')
 
-  def decode(example):
-    if not isinstance(example[key], bytes | str):
-      raise ValueError(f'tfds: feature key={key!r} of {name} is {type(example[key]).__name__}, not text')
-    return example[key].decode() if isinstance(example[key], bytes) else example[key]
+  def documents(split):
+    examples = functools.cache(functools.partial(builder.as_data_source, split))
 
-  own = {split: source.Documents(functools.partial(builder.as_data_source, split), decode) for split in info.splits}
+    def read(i, counts):
+      value = examples()[i][key]
+      if not isinstance(value, bytes | str):
+        raise ValueError(f'tfds: feature key={key!r} of {name} is {type(value).__name__}, not text')
+      return value if isinstance(value, str) else decode(value, f'tfds: {name}, split {split}, row {i}', counts)
+
+    def rows():   # read before their time only where one may be left out or repaired
+      everything = range(len(examples()))
+      return everything if encoding_errors == 'strict' else [i for i in everything if read(i, counts) is not None]
+
+    return source.Documents(rows, lambda i: read(i, collections.Counter()))
+
   counts = collections.Counter()
+  own = {split: documents(split) for split in info.splits}
   held_out = next((split for split in ('validation', 'valid', 'dev', 'test') if split in own), None)
   if held_out:
     splits = {'train': own['train'], 'validation': own[held_out]}
@@ -233,8 +249,13 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
     rows = lambda: ((0, i, document) for i, document in enumerate(own['train']))
     splits = source.split(rows, lambda _, i: own['train'][i], validation, name, counts)
   files = {path.name: path for path in sorted(builder.data_path.iterdir()) if path.is_file()}
-  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key),
+  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key, *_besides(encoding_errors)),
                 info.as_proto.redistribution_info.license or 'unknown', counts)
+
+
+def _besides(encoding_errors: Errors) -> tuple[str, ...]:
+  """What a fingerprint has of it: nothing where it changes nothing."""
+  return () if encoding_errors == 'strict' else (encoding_errors,)
 
 
 def check_validation(share: float) -> None:
@@ -242,35 +263,6 @@ def check_validation(share: float) -> None:
   if not 0 < share < 1:
     raise ValueError(f'--validation={share} is not a share between 0 and 1; every run is validated, so hold out a '
                      'little, such as --validation=0.01')
-
-
-def _prepared(name: str, data_dir: str | None) -> Any:
-  """The TFDS builder of a prepared data set; ValueError, in one line, says where none is."""
-  import tensorflow_datasets as library
-  path = pathlib.Path(name).expanduser()
-  looked = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
-  try:
-    below = ('', '*/', '*/*/', '*/*/*/')  # data_dir/name/config/version
-    found = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
-    if len(found) > 1:
-      raise ValueError(f'it holds several data sets, give one of {", ".join(map(str, found))}')
-    if found:
-      return library.builder_from_directory(found[0])
-    if path.is_absolute() or name.startswith(('~', '.')):
-      raise ValueError('no prepared data set is in this folder (no dataset_info.json)')
-    builder = library.builder(name, data_dir=looked)
-    if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow
-      builder = library.builder(name, data_dir=looked, file_format='array_record')
-      builder.download_and_prepare()
-    return builder
-  except ImportError:
-    raise
-  except library.core.DatasetNotFoundError:
-    raise ValueError(f'tfds: no data set {name!r} in data_dir={looked} nor in the catalogue (tensorflow.org/datasets/'
-                     f'catalog), nor a prepared one in the folder {path.absolute()}; give the path of one') from None
-  except Exception as error:  # tfds has many kinds, and tells them in paragraphs
-    raise ValueError(f'tfds: {name!r}: {(str(error).split(chr(10) * 2)[0] or type(error).__name__).strip()}'
-                     .replace('\n', ' ')) from error
 
 
 def _unzst(packed: BinaryIO, unpacked: BinaryIO) -> None:

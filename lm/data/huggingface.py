@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lm.data import source, vocabulary
+from lm.parsing import json_value
 
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
 _SECRET = f'\ue000{secrets.token_hex(8)}\ue001'   # no text has it
@@ -47,7 +48,7 @@ class HuggingFace(vocabulary.Base):
   def _table(self) -> list[bytes]:
     vocabulary = self._original.get_vocab(with_added_tokens=True)
     added = self._original.get_added_tokens_decoder()
-    form = json.loads(self.model)
+    form = json_value(self.model)
     byte = byte_level() if _has(form, 'ByteLevel') else None
     fallback = form['model'].get('byte_fallback') or _has(form, 'ByteFallback')
     table = [b''] * (1 + max(vocabulary.values()))
@@ -129,7 +130,7 @@ def with_added(model: str, tokens: Mapping[int, Mapping[str, Any]]) -> str:
   """
   if not tokens:
     return model
-  form = json.loads(model)
+  form = json_value(model)
   if not isinstance(form, dict) or 'vocab' not in form.get('model', {}):
     return model   # no tokenizer.json: what opens it says so
   words = form['model']['vocab']
@@ -157,7 +158,7 @@ def literal(model: str, control: Set[str]) -> str:
   A control token keeps its id under a name that nobody can know, so that neither added tokens nor the vocabulary match
   it. Pieces of bytes keep their names, by which the library looks them up: what makes them of text is left out.
   """
-  form = json.loads(model)
+  form = json_value(model)
   inner = form['model']
   words = inner['vocab'] if isinstance(inner['vocab'], dict) else dict(inner['vocab'])
   has_bytes = any(map(_BYTE.fullmatch, words)) and (inner.get('byte_fallback') or _has(form, 'ByteFallback'))
@@ -192,7 +193,7 @@ def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, in
     added: ids of control tokens beyond the vocabulary, of added_tokens.json.
     prefix_space: whether a text starts with a space that it does not have (RoBERTa's option).
   """
-  ids = json.loads(names)
+  ids = json_value(names)
   if missing := byte_level().keys() - ids:
     raise ValueError(f'no byte-level vocabulary: it lacks {len(missing)} of 256 bytes')
   if any(name.endswith('</w>') for name in ids):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from lm.data import source
 from lm.data.batches import Dialogue, Pair, Rated
 from lm.data.source import Source
+from lm.parsing import json_value
 
 Messages = list[dict[str, str]]
 _ROLES = {'human': 'user', 'gpt': 'assistant', 'system': 'system', 'user': 'user', 'assistant': 'assistant'}
@@ -47,7 +48,7 @@ def read(record: str, kind: type, keys: Keys = Keys()) -> Record:
   Raises ValueError, with the record, where it is of another shape.
   """
   try:
-    row = json.loads(record)
+    row = json_value(record)
     if not isinstance(row, dict):
       raise ValueError('it is no record {...}')
     return {Dialogue: _dialogue, Pair: _pair, Rated: _rated}[kind](row, keys)

@@ -2,7 +2,6 @@
 import collections
 import dataclasses
 import io
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ from lm.data import huggingface, protobuf, vocabulary
 from lm.data.huggingface import HuggingFace
 from lm.data.pieces import SentencePiece
 from lm.data.vocabulary import CONTROL, Bytes, Tokenizer, sentinels
+from lm.parsing import json_value
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
            'train_sentencepiece', 'mask_id']
@@ -128,7 +128,7 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
     raise FileNotFoundError(f'{path}: there is no such tokenizer; give a .model file, a tokenizer.json or their folder')
   try:
     if path.name == 'bytes.json':
-      return Bytes(tuple(json.loads(path.read_bytes())['control']))
+      return Bytes(tuple(json_value(path.read_bytes())['control']))
     if path.name in ('vocab.json', 'merges.txt'):
       kind, data = HuggingFace, _gpt2(path.parent)
     elif path.suffix == '.json':
@@ -252,7 +252,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    value = json.loads(path.read_bytes())
+    value = json_value(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is no JSON: {error}') from None
   return value if isinstance(value, dict) else {}

@@ -1,7 +1,6 @@
 """A `config.json` read field by field, so that nothing in it is ignored; sizes and windows, both ways."""
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 from lm.hf import fields
+from lm.parsing import json_value
 
 _REQUIRED = object()
 TYPES = 'full_attention', 'sliding_attention'
@@ -106,8 +106,8 @@ def _note(line: str) -> None:
 def read(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object from a file; ValueError if it holds none."""
   try:
-    values = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
+    values = json_value(path.read_bytes())
+  except ValueError as error:
     raise ValueError(f'{path} is not JSON: {error}') from None
   if not isinstance(values, dict):
     raise ValueError(f'{path} holds no JSON object')
