@@ -15,12 +15,11 @@ A line holds messages, or a prompt and its completion. What is learned is what t
 """
 import functools
 import pathlib
-import shlex
 from typing import Literal
 
 import jax.numpy as jnp
 
-from lm import generate, launch, lora, optim, schedules, train, trained
+from lm import generate, launch, lora, optim, outcome, schedules, train, trained
 from lm.data import corpora, dialogues, puzzles, source, turns
 from lm.data import messages as said
 from lm.data import tokenizer as tokenizers
@@ -107,8 +106,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'\n> {question[-1]["content"]}')
     for name, text in (('before', before), ('after', after), ('record', answer)):
       print(f'{name:6}  {text[:200]!r}')
-  prompt = shlex.quote(asked[0][0][-1]['content'])
-  print(f'\nmore: python experiments/generate.py --workdir={workdir} --chat --prompt={prompt}')
+  print(f'\nnext: {outcome.command("generate", workdir, chat=True, prompt=asked[0][0][-1]["content"])}')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import evaluate, generate, launch, optim, schedules, train
+from lm import evaluate, generate, launch, optim, outcome, schedules, train
 from lm.data import corpora, dataset, tokenizer
 from lm.models import transformer
 from lm.objectives.next_token import next_token
@@ -71,7 +71,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     steps = result.step - result.start - 1
     print(f'{steps * run.batch * run.data.length / trained:,.0f} tokens a second')
   print(f'\nwritten to {workdir}: curve.png, metrics.jsonl, tensorboard, run.json, checkpoints, data/tokenizer, '
-        f'data/tokens\nmore: python experiments/generate.py --workdir={workdir} --prompt="def " --temperature=0.8')
+        f'data/tokens\nnext: {outcome.command("generate", workdir, prompt="def ", temperature=0.8)}')
 
 
 if __name__ == '__main__':

@@ -23,8 +23,6 @@ from absl import flags
 from lm.arguments import Texts as Texts
 from lm.arguments import parse, require
 
-SHOWN = 'loss', 'perplexity', 'bits_per_byte', 'accuracy'   # of the metrics of a run, at its end
-
 
 def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None) -> None:
   """Trains the `train.Run` that `experiment` returns, in `--workdir`; calls `then(run, workdir, result)` at its end."""
@@ -82,7 +80,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import budget, lora, plot, records, resume, train, trained
+  from lm import budget, lora, outcome, records, resume, train, trained
   init = init or knobs.get('init')
   init = init.resolve() if init and init.exists() else init   # else an id on the hub
   knobs = {**knobs, 'init': init} if 'init' in knobs else knobs
@@ -105,13 +103,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     with resume.naming(settled, workdir, build):
       result = train.train(configured, workdir, mesh, watch, new_objective)
     result.raise_if_stopped()
-    if program and result.finished and jax.process_index() == 0:
-      if (workdir / 'metrics.jsonl').exists():
-        plot.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
-      values = ', '.join(f'{name} {value:.4g}' for name, value in result.metrics.items() if name in SHOWN)
-      print(f'held out: {values}; saved in {workdir}: checkpoints, metrics.jsonl, curve.png')
-      if then is None:
-        print(f'next: python experiments/generate.py --workdir={workdir} --prompt=...')
+    if program and result.finished:
+      outcome.show(configured, workdir, result, script, sample=then is None)   # a report has samples of its own
     if then:
       then(configured, result)
   return configured, result

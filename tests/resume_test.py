@@ -75,8 +75,9 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   code, out, err = program('--steps=6', '--lr=0.01', '--evaluate_every=3')
   size = f'{2 * 16 * Bytes().vocab_size:,}'
   assert re.search(size + r' parameters to train on 8 cpu \(8 data x 1 model\); 768 positions in 6 steps;', out)
-  assert re.search(r'held out: loss \d\S+, .*; saved in .*/run: checkpoints.*\nnext: python experiments/generate.py '
-                   r'--workdir=\S+/run', out)
+  assert re.search(r'\none epoch is [\d,]+ tokens; this run reads [\d,]+ tokens, \d\S* epochs\n', out)
+  assert re.search(r'held out: loss \d\S+, .*; saved in .*/run: checkpoints.*\nnext: python experiments/score.py '
+                   r'--workdir=\S+/run --split=validation --script=\S+/small.py\n', out)
   assert (code, err) == (0, '') and steps_kept(tmp_path / 'run') == [2, 4, 6]
   assert re.search(r'flags that the run in .* has: --name=b --letters=\S+ --tags=d,e --width=16 --seed=3\n', out)
   assert 'changed: --lr=0.01 (before 0.03) --steps=6 (before 4) --evaluate_every=3 (before 2)\n' in out

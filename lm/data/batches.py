@@ -257,8 +257,8 @@ class Batches(abc.ABC):
 
   def summary(self, rows: int) -> list[str]:
     """What so many rows read, a line for each source where there are several. ValueError where they are not there."""
-    del rows
-    return []
+    return [f'one epoch is {self.rows_per_epoch:,} rows; this run reads {rows:,} rows, '
+            f'{rows / self.rows_per_epoch:.3g} epochs']
 
   @property
   def steps_per_epoch(self) -> int:

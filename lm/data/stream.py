@@ -93,6 +93,10 @@ class Stream(Batches):
     self._add(row, epoch, first, min(stop, self._size), which, rng)
     row.batch.weights[row.i, :begin - first] = 0
 
+  def summary(self, rows: int) -> list[str]:
+    tokens, epochs = int(self.store.offsets[-1] - self.store.offsets[0]), rows / self.rows_per_epoch
+    return [f'one epoch is {tokens:,} tokens; this run reads {_rounded(tokens * epochs)} tokens, {epochs:.3g} epochs']
+
   def rows_in(self, epochs: float) -> float:
     """How many rows of `fill_endless` so many epochs are."""
     return epochs * self._size * len(self.objective.forms) / int(self._turn[-1])
@@ -147,3 +151,11 @@ class Stream(Batches):
     if stop == last - first + 2:
       piece[-1] = self.special.eos
     return piece
+
+
+def _rounded(count: float) -> str:
+  """1,234 or 7.7M."""
+  for unit, name in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M')):
+    if count >= unit:
+      return f'{count / unit:.1f}{name}'
+  return f'{count:,.0f}'
