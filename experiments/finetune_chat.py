@@ -15,6 +15,7 @@ A line holds messages, or a prompt and its completion. What is learned is what t
 """
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ QUESTIONS = 100   # of the held-out ones, that are put to the model before and a
 
 
 def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: str = 'completion',
-               messages: str = 'messages', validation: float = 0.05, plain: str | None = None,
+               messages: str = 'messages', answer: str | None = None, validation: float = 0.05,
+               plain: str | None = None,
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
                tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
                character_coverage: float | None = None, length: int = 256, allow_left_out: bool = False,
@@ -46,6 +48,8 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     prompt: the field with what is asked, a text or messages.
     completion: the field with what is to be learned, a text or messages.
     messages: the field with a whole dialogue, where a line has one.
+    answer: what of an answer is compared with that of the record, after training, a regular expression with one group,
+      such as '#### (.*)'; none for whole answers.
     validation: share of the records that is held out, above 0.
     plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
     model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
@@ -77,7 +81,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
       model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
                                                       dtype=jnp.dtype(precision)),
       objective=supervised(getattr(objective, denominator)),
-      data=dialogues.Dialogues(records, tokens, length, template=template, allow_left_out=allow_left_out,
+      data=dialogues.Dialogues(records, tokens, length, template=template, allow_left_out=allow_left_out, answer=answer,
                                keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
       optimizer=optim.adamw(
           schedules.warmup_cosine(lr, steps, min(50, steps // 12) if warmup is None else warmup),
@@ -88,25 +92,43 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints how many held-out questions are answered exactly as in their records, before and after; and some answers."""
+  """Prints how many held-out questions are answered as in their records, before and after; and some answers."""
   data, room = run.data, run.data.length // 2
   speaker = turns.Conversation(result.data.tokenizer, data.template)
   asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:
+    print(f'no held-out question is put to the model: of the first {QUESTIONS} records, none has a question and an '
+          f'answer of less than {room} tokens, half of --length={data.length}')
     return
   model, learned = lora.merged(run.model, result.params)
   replies = {}
   for name, params in (('before', lora.begun(run, result.params)), ('after', learned)):
     replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
                                       generate.Sampling(temperature=0), max_tokens=room)
-    right = sum(puzzles.solution(reply) == puzzles.solution(answer) for reply, (_, answer) in zip(replies[name], asked))
-    print(f'{name}: {right} of {len(asked)} held-out questions are answered exactly as their records say')
+    print(f'{name}: {score(data, [answer for _, answer in asked], replies[name])}')
   for (question, answer), before, after in list(zip(asked, replies['before'], replies['after']))[:4]:
     print(f'\n> {question[-1]["content"]}')
     for name, text in (('before', before), ('after', after), ('record', answer)):
       print(f'{name:6}  {text[:200]!r}')
   print(f'\nnext: {outcome.command("generate", workdir, chat=True, prompt=asked[0][0][-1]["content"])}')
+
+
+def score(data: dialogues.Dialogues, answers: Sequence[str], replies: Sequence[str]) -> str:
+  """A line that says how many replies are the answers of their records, or agree with them in what `data.answer` finds.
+
+  A record in which that finds nothing is not counted; a reply in which it finds nothing is wrong.
+  """
+  pairs = [(data.essence(puzzles.solution(answer)), data.essence(puzzles.solution(reply)))
+           for answer, reply in zip(answers, replies)]
+  right = sum(expected is not None and reply == expected for expected, reply in pairs)
+  if data.answer is None:
+    return f'{right} of {len(pairs)} held-out questions are answered exactly as their records say'
+  without = sum(expected is None for expected, _ in pairs)
+  line = f'{right} of {len(pairs) - without} held-out questions are answered as their records say'
+  missing = sum(expected is not None and reply is None for expected, reply in pairs)
+  line += f', by what --answer={data.answer} finds; it finds nothing in {missing} of these replies'
+  return line + (f', and nothing in {without} more records, which are not counted' if without else '')
 
 
 if __name__ == '__main__':

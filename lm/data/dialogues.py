@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,6 +40,9 @@ class Dialogues:
     keys: how the fields are named.
     folder: where the tokenizer and the tokens are kept; None: in the workdir.
     allow_left_out: whether training may go on where half of the records or more are left out.
+    answer: a regular expression with one group, which finds what counts of an answer, see `essence`; None: all of it.
+
+  Raises ValueError where `answer` is none with one group.
   """
   source: Source
   tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
@@ -48,18 +52,41 @@ class Dialogues:
   keys: messages.Keys = messages.Keys()
   folder: pathlib.Path | None = None
   allow_left_out: bool = dataclasses.field(default=False, compare=False)
+  answer: str | None = dataclasses.field(default=None, compare=False)
 
   source_length = None
   columns = types.MappingProxyType({})
+
+  def __post_init__(self):
+    if self.answer is None:
+      return
+    try:
+      groups = re.compile(self.answer).groups
+    except re.error as error:
+      raise ValueError(f'--answer={self.answer} is no regular expression: {error}') from None
+    if groups != 1:
+      raise ValueError(f'--answer={self.answer} has {groups} groups; put parentheses around what counts, and only '
+                       "there, as in '#### (.*)'; (?:...) is no group")
+
+  def essence(self, answer: str) -> str | None:
+    """What counts of an answer: what `self.answer` finds first, without spaces around it; None if it finds nothing."""
+    if self.answer is None:
+      return answer
+    match = re.search(self.answer, answer)
+    return match[1].strip() if match and match[1] is not None else None
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
            check: dataset.Check = dataset.unchecked) -> 'Opened':
     """Trains the tokenizer and makes tokens, unless that is done. `control` names tokens that the objective needs.
 
-    Raises ValueError if the folder has something of other settings, a record is of another shape, or the tokenizer
-    lacks a control token; OSError if it cannot be written.
+    Raises ValueError if the folder has something of other settings, a record is of another shape, `self.answer` finds
+    nothing, or the tokenizer lacks a control token; OSError if it cannot be written.
     """
     folder = self._folder(workdir)
+    answers = [answer for _, answer in self.questions('validation', 100)] if self.answer else []
+    if answers and all(self.essence(answer) is None for answer in answers):
+      raise ValueError(f'--answer={self.answer} finds nothing in the first {len(answers)} held-out answers, such as '
+                       f'{answers[0][-100:]!r}; give a pattern that finds what counts in them')
     made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     renew = self.folder is None and dataset.untrained(workdir)
     encoder_of = lambda tokens: _Encoder(tokens, self.kind, self.template, self.keys)
