@@ -56,13 +56,13 @@ def planned(make: Callable[..., train.Run], recorded: Sequence[Mapping[str, Any]
   """The run of an experiment; where it is given minutes and no steps, with as many steps as fit.
 
   `make(**knobs)` makes it. Steps are measured once: those in the records of earlier starts, oldest first, stay, and
-  follow where the minutes have changed.
+  follow where the minutes have changed. Steps of a start without minutes are no measure.
   """
   run = make()
   earlier = next((record for record in reversed(recorded) if 'steps' in record), None)
   if run.minutes is None:
     return run
-  if earlier is None:
+  if earlier is None or earlier.get('minutes', run.minutes) is None:
     return dataclasses.replace(fit(lambda steps: make(steps=steps), run.minutes), minutes=run.minutes)
-  steps = round(earlier['steps'] * run.minutes / (earlier.get('minutes') or run.minutes))
+  steps = round(earlier['steps'] * run.minutes / earlier.get('minutes', run.minutes))
   return dataclasses.replace(make(steps=max(steps, 1)), minutes=run.minutes)

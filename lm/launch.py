@@ -96,6 +96,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     configured = budget.planned(build, records.read(workdir))
+    resume.check_minutes(settled, configured)
     resume.check_start(settled, workdir, build)
     if verify and (without := configured.data.verify(workdir)):
       print(f'not verified, since it has no checksums: {", ".join(without)}')

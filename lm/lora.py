@@ -76,7 +76,10 @@ class Adapted:
             'B': jax.sharding.reshard(b, P(*layout[:leading], None, *layout[inputs:]))}
 
   def apply(self, params: Any, batch: Any, *, key: jax.Array | None = None, cache: Any = None, taps: Any = ()) -> Any:
-    return self.model.apply(self._beside(params['base'], params['adapters']), batch, key=key, cache=cache, taps=taps)
+    params = self._beside(params['base'], params['adapters'])
+    if not taps:   # which not every model takes
+      return self.model.apply(params, batch, key=key, cache=cache)
+    return self.model.apply(params, batch, key=key, cache=cache, taps=taps)
 
   def _beside(self, base, adapters):
     """The base with a LowRank in place of each adapted leaf."""

@@ -19,12 +19,13 @@ class Flags:
   """The values of a program's flags: of the experiment, and of every run.
 
   `kept` are those that come from the run in the workdir and are no defaults, `changed` those that were given another
-  value than that run has: name: (before, now).
+  value than that run has: name: (before, now). `given` are the names of those that the command line has.
   """
   knobs: Mapping[str, Any]
   shared: Mapping[str, Any]
   kept: Mapping[str, Any]
   changed: Mapping[str, tuple[Any, Any]]
+  given: frozenset[str] = frozenset()
 
   def lines(self, workdir: pathlib.Path) -> list[str]:
     """What comes from the run and what was changed, to be printed."""
@@ -42,7 +43,7 @@ def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdi
   script, given = pathlib.Path(inspect.getfile(experiment)).name, knobs.given | shared.given
   accepted = [record for record in records.read(workdir) if 'data' in record and record.get('script') == script]
   if not accepted:
-    return Flags(knobs, shared, {}, {})
+    return Flags(knobs, shared, {}, {}, given)
   parameters = inspect.signature(experiment).parameters
   hints = typing.get_type_hints(experiment) | {'init': pathlib.Path | None, 'seed': int}
   record = {**accepted[-1]['knobs'], **{name: accepted[-1].get(name) for name in ('seed', 'init')}}
@@ -55,7 +56,7 @@ def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdi
   return Flags({**knobs, **{name: value for name, value in kept.items() if name in parameters}},
                {**shared, **{name: value for name, value in kept.items() if name in shared}},
                {name: value for name, value in kept.items() if value != defaults[name]},
-               {name: (before[name], value) for name, value in now.items() if value != before[name]})
+               {name: (before[name], value) for name, value in now.items() if value != before[name]}, given)
 
 
 UNCHANGED = Flags({}, {}, {}, {})
@@ -81,6 +82,13 @@ def check_start(flags: Flags, workdir: pathlib.Path, build: Callable[..., train.
     return
   if parts := _parts(flags.changed, build, lambda run: {'start': describe(run.start, inside=True)}):
     raise ValueError(_refusal(flags, parts, workdir))
+
+
+def check_minutes(flags: Flags, run: train.Run) -> None:
+  """ValueError where minutes are given to a run that has a fixed number of steps, which would ignore them."""
+  if 'minutes' in flags.given and run.minutes is None:
+    raise ValueError(f'--minutes={written(flags.knobs["minutes"])} is given, and the run has a fixed number of steps, '
+                     f'--steps={run.steps}; leave --minutes out, or give --steps=none beside it')
 
 
 def _refusal(flags: Flags, parts: Mapping[str, set[str]], workdir: pathlib.Path) -> str:

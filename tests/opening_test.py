@@ -97,7 +97,7 @@ def activation(x):
 class Small(neighbour.Bigram):
   activation: Callable = activation
 
-  def apply(self, params, batch, *, key=None, cache=None, taps=()):   # with adapters or without
+  def apply(self, params, batch, *, key=None, cache=None):
     plain = {name: value.merged() if hasattr(value, 'merged') else value for name, value in params.items()}
     return super().apply(plain, batch, key=key)
 

@@ -104,6 +104,8 @@ def test_minutes_are_planned_once_and_follow_where_they_change(monkeypatch):
   record = {'steps': 50, 'minutes': 3.}
   assert budget.planned(make, ({'steps': 7, 'minutes': 3.}, record, {})).steps == 50
   assert budget.planned(functools.partial(make, 6.), (record,)).steps == 100
-  assert budget.planned(functools.partial(make, 6.), ({'steps': 50, 'minutes': None},)).steps == 50
+  assert budget.planned(functools.partial(make, 6.), ({'steps': 50},)).steps == 50
   fixed = budget.planned(functools.partial(make, 3., 20), (record,))
   assert (fixed.steps, fixed.minutes, len(measured)) == (20, None, 2)
+  timed = budget.planned(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))   # no measure
+  assert (timed.steps, timed.minutes, measured[2:]) == (30, 6., [6.])

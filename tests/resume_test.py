@@ -5,7 +5,7 @@ import sys
 import pytest
 from train_test import logged, steps_kept
 
-from lm import arms, checkpoint, launch, records, schedules
+from lm import arms, budget, checkpoint, launch, records, schedules, scripts
 from lm.data.tokenizer import Bytes
 from lm.describe import describe
 from lm.objectives import losses, objective
@@ -18,10 +18,11 @@ SCRIPT = '''
 import dataclasses, pathlib
 from typing import Literal
 import jax
-from lm import optim, schedules, train
+from lm import lora, optim, schedules, train
 from lm.data import dataset
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
+from lm.models import transformer
 from lm.objectives import losses
 from lm.objectives.next_token import next_token
 from train_test import TEXTS, Bigram
@@ -34,16 +35,21 @@ class Scaled:
 
 def experiment(*, name: str, letters: pathlib.Path | None = None, tags: tuple[str, ...] = (), width: int = 8,
                batch: int = 8, label_smoothing: float = 0., scale: float = 0., lr: float = 0.03, cosine: bool = False,
-               optimizer: Literal['adam', 'sgd'] = 'adam', steps: int = 4, evaluate_every: int = 2, keep: int = 9
+               optimizer: Literal['adam', 'sgd'] = 'adam', steps: int | None = 4, minutes: float = 3.,
+               evaluate_every: int = 2, keep: int = 9, lora_rank: int = 0, decoder: bool = False
                ) -> train.Run:
+  fitted, steps = steps is None, 1000 if steps is None else steps
   documents = [text + name + (letters.read_text() if letters else '') + ''.join(tags) for text in TEXTS]
   source = Source('numbers', {'train': documents, 'validation': documents[:9]}, documents[0])
   data = dataset.Text(source, Bytes(), 16, ())
   rate = (schedules.warmup_cosine if cosine else schedules.warmup_constant)(lr, steps, 1)
   smoothed = losses.token_loss(losses.nll, losses.smoothing(label_smoothing))
-  return train.Run(Bigram(width, vocab=Bytes().vocab_size), next_token(token_loss=smoothed), data,
-                   {'adam': optim.adam, 'sgd': optim.sgd}[optimizer](rate), steps, batch, evaluate_every=evaluate_every,
-                   save_every=2, keep=keep, start=Scaled(scale) if scale else None)
+  vocab = Bytes().vocab_size
+  model = transformer.llama(vocab, width, 1, heads=2, max_length=16) if decoder else Bigram(width, vocab=vocab)
+  run = train.Run(model, next_token(token_loss=smoothed), data,
+                  {'adam': optim.adam, 'sgd': optim.sgd}[optimizer](rate), steps, batch, evaluate_every=evaluate_every,
+                  save_every=2, keep=keep, start=Scaled(scale) if scale else None, minutes=minutes if fitted else None)
+  return lora.adapt(run, lora_rank)
 '''
 
 
@@ -55,8 +61,8 @@ def program(tmp_path, monkeypatch, capsys):
   function = arms.experiment(path)
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
 
-  def go(*argv):
-    monkeypatch.setattr(sys, 'argv', ['small.py', f'--workdir={tmp_path / "run"}', '--mesh=8x1', *argv])
+  def go(*argv, workdir='run'):
+    monkeypatch.setattr(sys, 'argv', ['small.py', f'--workdir={tmp_path / workdir}', '--mesh=8x1', *argv])
     code = 0
     try:
       launch.run(function)
@@ -98,6 +104,44 @@ def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):
     assert '--steps' not in err and '--lr' not in err and '--new_objective' not in err
   assert steps_kept(tmp_path / 'run') == kept
   assert program('--steps=6')[0] == 0   # what was refused is not the run's
+
+
+def test_minutes_beside_a_fixed_number_of_steps_are_refused_until_they_count(program, tmp_path, monkeypatch):
+  monkeypatch.setattr(budget, 'fit', lambda make, minutes: make(6))
+  code, _, err = program('--name=b', '--minutes=5', '--steps=4')
+  assert code == 1 and '--minutes=5.0 is given, and the run has a fixed number of steps, --steps=4;' in err
+  assert program('--name=b', '--steps=4')[0] == 0
+  assert '--minutes=5.0 is given' in program('--minutes=5')[2] and steps_kept(tmp_path / 'run') == [2, 4]
+  assert program('--minutes=5', '--steps=none')[0] == 0 and steps_kept(tmp_path / 'run') == [2, 4, 6]
+  assert (record := records.read(tmp_path / 'run')[-1])['minutes'] == 5 and record['steps'] == 6
+  code, out, _ = program('--minutes=10')
+  assert code == 0 and steps_kept(tmp_path / 'run')[-1] == 12   # twice the time
+
+
+def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path):
+  scripts.trust(tmp_path / 'small.py')
+  assert program('--name=b', '--lr=0.3', workdir='base')[0] == 0
+  given = '--name=b', f'--init={tmp_path}/base'
+  assert program(*given, '--steps=8', workdir='whole')[0] == program(*given)[0] == 0
+  code, out, err = program('--steps=8')
+  assert (code, err) == (0, '') and f'--init={tmp_path}/base' in out
+  assert logged(tmp_path / 'run') == logged(tmp_path / 'whole')
+  assert logged(tmp_path / 'run')[1] < logged(tmp_path / 'base')[1] - 0.1   # it did start from there
+  code, _, err = program('--init=none', '--steps=12')
+  assert code == 1 and f'--init is {tmp_path}/base there, not none. Leave it out' in err
+
+
+def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
+  scripts.trust(tmp_path / 'small.py')
+  sizes = '--name=b', '--decoder', '--steps=2'
+  assert program(*sizes, workdir='base')[0] == 0
+  assert program(*sizes, f'--init={tmp_path}/base', '--lora_rank=2')[0] == 0
+  code, out, err = program('--steps=4')
+  assert (code, err) == (0, '') and steps_kept(tmp_path / 'run') == [2, 4]
+  assert list(logged(tmp_path / 'run')) == [1, 2, 3, 4]
+  assert f'--init={tmp_path}/base' in out and '--lora_rank=2' in out and 'going on from step 2' in out
+  code, _, err = program('--lora_rank=0')
+  assert code == 1 and '--lora_rank is 2 there, not 0. Leave it out' in err
 
 
 def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(program, tmp_path):
