@@ -213,7 +213,7 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
     with pytest.raises(checkpoint.Mismatch, match=r'augment\.0\.rate: 0\.5 before, 0\.4 now'):
       go(dataclasses.replace(run, steps=2, augment=(TokenDropout(0.4),)))
     with pytest.raises(ValueError, match='of kind Bytes writes a text in one way'):
-      go(dataclasses.replace(run, augment=(augment.SubwordSampling(),)))
+      go(dataclasses.replace(run, augment=(augment.SubwordSampling(),)), workdir=tmp_path / 'other')
 
 
 @pytest.mark.parametrize('rate', [0.1, 0.15, 0.5])

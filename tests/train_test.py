@@ -308,7 +308,8 @@ def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path,
   with jax.set_mesh(mesh):
     train.train(RUN, tmp_path, mesh, lambda step, metrics: (tmp_path / 'run.json').unlink(missing_ok=True))
   assert 'run.json was deleted' in capsys.readouterr().err
-  assert records.read(tmp_path) == [{'script': 'a.py', 'knobs': {'lr': 1}, 'data': 'fingerprint', 'steps': 6}]
+  assert records.read(tmp_path) == [{'script': 'a.py', 'knobs': {'lr': 1}, 'data': 'fingerprint', 'steps': 6,
+                                     'minutes': None}]
 
 
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
