@@ -4,7 +4,7 @@
       --common='layers=2 width=128 heads=2 vocab=2048 length=256 batch=8 steps=300' --seeds=5
 
 The first arm is the one that the others are compared with. Of each arm: bits per byte of the whole validation text, the
-difference by pairs of seeds, how much sooner the better one is where the other ends, and a verdict, all with intervals.
+difference by pairs of seeds, the speed-up to the baseline's final loss, and a verdict, all with intervals.
 Arms that do not learn to predict the next token are brought to it, all arms alike, by --adapt steps.
 """
 import json
@@ -102,7 +102,8 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   names = having(names, results, metric)
   values = {name: [result['values'][metric] for result in results[name]] for name in names}
   has_curves = metric == 'bits/byte'
-  titles = ['arm', metric, f'difference to {names[0]}', *(['where the other ends'] if has_curves else []), 'verdict']
+  speed_up = ["speed-up to the baseline's final loss"] if has_curves else []
+  titles = ['arm', metric, f'difference to {names[0]}', *speed_up, 'verdict']
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for name in names:
     own = comparison.interval(values[name])
@@ -127,7 +128,7 @@ def having(names: Sequence[str], results: dict[str, list[dict]], metric: str) ->
 def times(sooner: comparison.Interval | None) -> str:
   if sooner is None:
     return ''
-  return f'{sooner.mean:.2f}x as soon [{sooner.low:.2f}, {sooner.high:.2f}]'
+  return f'{sooner.mean:.2f}x [{sooner.low:.2f}, {sooner.high:.2f}]'
 
 
 def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path = SCRIPT, common: str = '',

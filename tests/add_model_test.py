@@ -1,4 +1,4 @@
-"""To add a model variant is to write a block: the README's, which trains, and writes what a full forward pass says."""
+"""The block of docs/extend.md trains, and decodes as its full forward pass says."""
 import pathlib
 import re
 
@@ -10,11 +10,11 @@ from lm import groups
 from lm.data.batches import Batch
 from lm.objectives.next_token import next_token
 
-README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 
 
 def test_a_block_in_a_file_of_its_own_trains_and_decodes():
-  text, = re.findall(r'^```python\n(# rezero.py.*?)^```', README, re.DOTALL | re.MULTILINE)
+  text, = re.findall(r'^```python\n(# rezero.py.*?)^```', (DOCS / 'extend.md').read_text(), re.DOTALL | re.MULTILINE)
   names = {'__name__': 'rezero'}
   exec(compile(text, 'rezero.py', 'exec'), names)
   model = names['model'](16, 8, 2, 2, 8)
@@ -34,8 +34,11 @@ def test_a_block_in_a_file_of_its_own_trains_and_decodes():
   np.testing.assert_allclose(np.concatenate([out.hidden, last.hidden], axis=1), full, atol=1e-5)
 
 
-def test_commands_of_the_readme_train_in_folders_of_their_own():
-  commands = re.findall(r'python experiments/(\w+)\.py((?:\\\n|(?<=;)\n|[^\n])*)', README)
+def test_commands_of_the_documentation_train_in_folders_of_their_own():
+  text = ''.join(path.read_text() for path in sorted(DOCS.glob('*.md')))
+  # One that goes on with a run has no flag but its workdir.
+  every = re.findall(r'^python experiments/(\w+)\.py((?:\\\n|(?<=;)\n|[^\n])*)', text, re.MULTILINE)
+  commands = [(script, flags) for script, flags in every if flags != ' --workdir=runs/books']
   trains = {'pretrain', 'distill', 'finetune_chat', 'preference', 'denoise', 'diffusion', 'infill', 'quickstart',
             'sweep', 'compare', 'mup', 'optimizers', 'overfit', 'scaling'}
   folders = [(re.findall(r'--workdir=(\S+)', flags) or [f'runs/{script}'])[0] for script, flags in commands

@@ -1,4 +1,4 @@
-"""To add an objective is to write one file: the README's, trained by the README's experiment, with its flags."""
+"""To add an objective is to write one file: that of docs/extend.md, trained by the experiment there, with its flags."""
 import json
 import os
 import pathlib
@@ -14,9 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path):
-  """The files that the README shows, and a book: a cycle of 64 letters, where what is two away is certain."""
+  """The files that docs/extend.md shows, and a book: a cycle of 64 letters, where what is two away is certain."""
   for name in ('skip.py', 'far.py'):
-    text, = re.findall(rf'^```python\n(# {name}.*?)^```', (ROOT / 'README.md').read_text(), re.DOTALL | re.MULTILINE)
+    page = (ROOT / 'docs/extend.md').read_text()
+    text, = re.findall(rf'^```python\n(# {name}.*?)^```', page, re.DOTALL | re.MULTILINE)
     (tmp_path / name).write_text(text)
   (tmp_path / 'books').mkdir()
   letters = ''.join(map(chr, np.random.default_rng(0).permutation(np.arange(48, 112))))

@@ -1,4 +1,4 @@
-"""To add an optimizer is to write one function: the README's, trained by the README's experiment, with its flags."""
+"""The optimizer of docs/extend.md is one function, trained by the experiment there, with its flags."""
 import json
 import os
 import pathlib
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_an_optimizer_in_a_file_of_its_own_is_trained_by_flags(tmp_path):
-  text, = re.findall(r'^```python\n(# sign.py.*?)^```', (ROOT / 'README.md').read_text(), re.DOTALL | re.MULTILINE)
+  text, = re.findall(r'^```python\n(# sign.py.*?)^```', (ROOT / 'docs/extend.md').read_text(), re.DOTALL | re.MULTILINE)
   (tmp_path / 'sign.py').write_text(text)
   (tmp_path / 'books').mkdir()
   letters = ''.join(map(chr, np.random.default_rng(0).permutation(np.arange(48, 112))))   # a cycle
