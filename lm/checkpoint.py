@@ -4,12 +4,10 @@ A step is a folder `<folder>/<step>`: the arrays of the state, JSON facts about 
 fingerprints, a description of the model), and checksums of the files of both. Nothing is ever deleted but the steps
 that the last `keep` have outlived.
 """
-import errno
 import functools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -236,7 +234,7 @@ class Checkpoints:
       except (Mismatch, MemoryError, jax.errors.JaxRuntimeError):  # the files are well
         raise
       except Exception as error:  # missing, truncated and garbled files show as errors of every type
-        self._damaged[candidate] = _reason(error)
+        self._damaged[candidate] = integrity.reason(error)
         logging.warning('checkpoint %s is damaged: %s', self.folder / str(candidate), self._damaged[candidate])
     if tried:
       raise OSError(f'no checkpoint to read in {self.folder}: ' + '; '.join(
@@ -258,8 +256,8 @@ class Checkpoints:
       write()
     except Exception as error:  # a full disk is a ValueError of TensorStore
       self._manager.reload()  # its list has the failed step, and lacks those about to be deleted
-      raise OSError(f'a checkpoint could not be written to {self.folder}: {_reason(error)} (the earlier ones are '
-                    'intact)') from error
+      raise OSError(f'a checkpoint could not be written to {self.folder}: {integrity.reason(error)} (the earlier '
+                    'ones are intact)') from error
 
 
 def stored_facts(folder: str | os.PathLike) -> dict | None:
@@ -290,14 +288,6 @@ def _name(path: tuple) -> str:
 def _named(tree: Tree) -> dict[str, Any]:
   """{'params.w': leaf, ...} of a tree of arrays, or of Orbax's metadata of one."""
   return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _reason(error: Exception) -> str:
-  """One line of an error: TensorStore appends its whole specification, and puts the cause last."""
-  text = re.split(r' \[(?:tensorstore_spec|source locations)=', str(error))[0]
-  text = ' '.join(text.split()) or type(error).__name__
-  text = f'the disk is full: {text}' if os.strerror(errno.ENOSPC) in text else text
-  return text if len(text) < 300 else f'{text[:80]} ... {text[-200:]}'
 
 
 def _is_news(record: Any) -> bool:

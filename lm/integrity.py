@@ -4,8 +4,10 @@ CRC-32 (zlib) finds every error of up to 32 bits in a row, and of others all but
 checksum of the standard library; against someone who changes a file on purpose there is no defence in any checksum that
 lies beside it.
 """
+import errno
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,3 +108,11 @@ def _files(folder: Any) -> Iterator[Any]:
       yield from _files(path)
     else:
       yield path
+
+
+def reason(error: Exception) -> str:
+  """One line of an error: TensorStore appends its whole specification, and puts the cause last."""
+  text = re.split(r' \[(?:tensorstore_spec|source locations)=', str(error))[0]
+  text = ' '.join(text.split()) or type(error).__name__
+  text = f'the disk is full: {text}' if os.strerror(errno.ENOSPC) in text else text
+  return text if len(text) < 300 else f'{text[:80]} ... {text[-200:]}'

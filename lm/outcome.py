@@ -55,8 +55,8 @@ def _write(run: train.Run, result: train.Result) -> tuple[str, str] | None:
   """The first words of a held-out document, and what the model writes after them; None where it does not write."""
   model, params = lora.merged(run.model, result.params)
   held_out = getattr(result.data, 'stores', {}).get('validation')   # which data of other kinds need not have
-  if run.objective.prompt is None or run.data.kind is not np.ndarray or held_out is None or (
-      not isinstance(model, Transformer | MultiToken)):
+  if not isinstance(model, Transformer | MultiToken) or run.objective.prompt is None or (
+      run.data.kind is not np.ndarray or held_out is None):
     return None
   tokens = result.data.tokenizer
   prompt = _first_words(tokens.decode(held_out[0][:48]))

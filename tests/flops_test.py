@@ -8,7 +8,7 @@ import pytest
 from one_row_test import DECODER, LENGTH, configured
 from train_test import RUN, go, logged, on
 
-from lm import arms, flops, run, track, train
+from lm import arms, flops, loop, run, track, train
 from lm.data.stages import Stage
 from lm.objectives.next_token import next_token
 
@@ -83,7 +83,7 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
 def test_short_rows_of_a_warm_up_cost_what_they_cost():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
   with jax.set_mesh(on('1x1')):
-    cost = train._flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('1x1'), [device])
+    cost = loop.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('1x1'), [device])
   short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
   assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
 
@@ -91,5 +91,5 @@ def test_short_rows_of_a_warm_up_cost_what_they_cost():
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
 def test_an_unknown_device_is_told_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
-  assert train._flops_by_step(RUN, on('2x1'), [device, device]) is None
+  assert loop.flops_by_step(RUN, on('2x1'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

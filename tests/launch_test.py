@@ -12,7 +12,7 @@ import jax
 import pytest
 from absl import flags
 
-from lm import launch, records
+from lm import launch, records, train
 from lm.train import Result
 
 
@@ -120,6 +120,7 @@ class Run:
   width: int
   seed: int = 0
   model: None = None
+  data = types.SimpleNamespace(kind=None)
   minutes: None = None
   start: None = None
 
@@ -129,15 +130,11 @@ RESULT = Result(0, 0, None, None, None, {}, True, {})
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-  """Runs an experiment in this process with a stand-in for lm.train; returns its exit code."""
-  import lm.budget
-  import lm.resume
-  import lm.trained  # of which the stand-in knows nothing
+  """Runs an experiment in this process with a stand-in for training; returns its exit code."""
   calls = []
-  monkeypatch.setitem(sys.modules, 'lm.train', train := types.ModuleType('lm.train'))
-  monkeypatch.setattr(lm, 'train', train, raising=False)
   monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
-  train.train = lambda run, workdir, mesh, watch, new_objective: calls.append((run, workdir, mesh)) or go.result
+  monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective:
+                      calls.append((run, workdir, mesh)) or go.result)
 
   def go(function, *argv, then=None):
     monkeypatch.setattr(sys, 'argv', ['script.py', f'--workdir={tmp_path / "run"}', *argv])

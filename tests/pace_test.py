@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from train_test import RUN, go, logged, same, saved, steps_kept
 
-from lm import budget, optim, pace, schedules, train
+from lm import budget, loop, optim, pace, schedules
 from lm.interrupt import Interrupt
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -65,7 +65,7 @@ def timed(monkeypatch):
         raise InterruptedError('as if killed')
       return False
     monkeypatch.setattr(Interrupt, 'asked', asked)
-    monkeypatch.setattr(train, 'Pace', functools.partial(pace.Pace, clock=clock))
+    monkeypatch.setattr(loop, 'Pace', functools.partial(pace.Pace, clock=clock))
     return go(workdir, **run), clock.now
   train_it.run, train_it.steps = run, []
   return train_it

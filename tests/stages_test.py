@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from train_test import RUN, Data, go, logged, on, same, saved
 
-from lm import track, train
+from lm import loop, track, train
 from lm.data.batches import Batch
 from lm.data.stages import Schedule, Stage, Staged, cut, stages
 from lm.models import transformer
@@ -98,8 +98,8 @@ def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys
 
 
 def test_a_program_is_compiled_once_for_a_shape(tmp_path, monkeypatch):
-  made, original = [], train.make_step
-  monkeypatch.setattr(train, 'make_step', lambda run: made.append(original(run)) or made[-1])
+  made, original = [], loop.make_step
+  monkeypatch.setattr(loop, 'make_step', lambda run: made.append(original(run)) or made[-1])
   go(tmp_path, stages=(Stage(2, 4, 8), Stage(4, 8, 16), Stage(5, 4, 8)))
   assert made[-1]._cache_size() == 2
 

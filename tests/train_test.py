@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint, evaluate, optim, records, schedules, sharding, track, train
+from lm import checkpoint, evaluate, loop, optim, records, schedules, sharding, track, train
 from lm.data import dataset
 from lm.data.batches import Batch, special
 from lm.data.stream import Stream
@@ -314,7 +314,7 @@ def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path,
 
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
   made = []
-  for module in (train, evaluate):
+  for module in (loop, evaluate):
     original = module.make_step
     monkeypatch.setattr(module, 'make_step', lambda *args, f=original: made.append(f(*args)) or made[-1])
   for steps in (4, 8):   # new, and restored
@@ -331,7 +331,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
 def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, changes, named):
   files = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
-  monkeypatch.setattr(train._Loop, 'go', None)   # nothing is trained
+  monkeypatch.setattr(loop.Loop, 'go', None)   # nothing is trained
   with pytest.raises(checkpoint.Mismatch, match=named):
     go(whole, steps=10, **changes)
   assert files == {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
