@@ -1,7 +1,6 @@
 """Stores: what goes in comes out, once; a build killed anywhere ends in the same bytes; other settings are refused."""
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -79,37 +78,6 @@ def test_opened_again_without_reading_the_source(tmp_path):
   copy = pickle.loads(pickle.dumps(first['train']))
   np.testing.assert_array_equal(copy.tokens, first['train'].tokens)
   assert len(pickle.dumps(first['train'])) < 500  # names, not tokens
-
-
-class Killed(BaseException):
-  pass
-
-
-def die_at(n, calls, function, *args):
-  if next(calls) == n:
-    raise Killed
-  return function(*args)
-
-
-def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
-  build(tmp_path / 'whole')
-  expected = contents(tmp_path / 'whole')
-  for n in itertools.count():
-    folder, calls = tmp_path / str(n), itertools.count()
-    with monkeypatch.context() as patch:
-      for name in ('fsync', 'replace'):
-        patch.setattr(os, name, functools.partial(die_at, n, calls, getattr(os, name)))
-      try:
-        build(folder)
-      except Killed:
-        assert not (folder / 'manifest.json').exists()
-        with pytest.raises(FileNotFoundError, match='no finished store'):
-          store.Store(folder, 'train')
-      else:
-        break
-    build(folder)
-    assert contents(folder) == expected, n
-  assert n > 20
 
 
 def test_killed_for_good_it_resumes(tmp_path):
