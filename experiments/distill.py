@@ -23,7 +23,8 @@ from typing import Any, Literal
 import jax
 
 from lm import annotate, evaluate, launch, optim, pretrained, schedules, train, trained
-from lm.data import corpora, dataset
+from lm.data import dataset
+from lm.data.corpus_flags import corpus
 from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
@@ -44,10 +45,14 @@ def open_teacher(name: str) -> trained.Base:
 
 def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
                kind: Literal['forward', 'reverse', 'js'] = 'forward', beta: float = 0.5, temperature: float = 1.,
-               hard: float = 0., stored_top_k: int = 0, text: str | None = None, length: int = 256, layers: int = 1,
-               width: int = 64, heads: int = 2, batch: int = 8, steps: int = 500, lr: float = 0.015,
+               hard: float = 0., stored_top_k: int = 0, text: str | None = None, separator: str | None = None,
+               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', jsonl: str | None = None,
+               parquet: str | None = None, tfds: str | None = None, key: str = 'text',
+               weights: tuple[float, ...] = (), repeat: bool = True, validation: float = 0.05,
+               decompressed_limit: float = 64., length: int = 256,
+               layers: int = 1, width: int = 64, heads: int = 2, batch: int = 8, steps: int = 500, lr: float = 0.015,
                embedding_rate: float = 4.) -> train.Run:
-  """Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
+  r"""Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
 
   Args:
     teacher: a run's workdir, a Hugging Face folder or an imported one.
@@ -58,11 +63,23 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     temperature: divides the logits of both.
     hard: weight of the text's own next tokens in the loss.
     stored_top_k: ask the teacher once, and store so many of its likeliest tokens; 0 asks at each step.
-    text: files of text, a glob pattern; without it, Python's own library.
+    text: files of text, a glob pattern (** for folders below); without any corpus, Python's own library.
+    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
+    encoding_errors: what happens to text of any corpus that is no UTF-8, an error, repair, or dropping the document.
+    jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
+    parquet: Parquet files, a glob pattern.
+    tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
+    key: the field that holds the text, in all but plain text.
+    weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
+    repeat: of a mixture, a corpus that ends begins anew; otherwise a run that is longer is refused.
+    validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
+    decompressed_limit: GiB that a compressed file may unpack to.
     length: positions a row.
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
+  source = corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, repeat, validation,
+                  decompressed_limit)
   base = open_teacher(teacher)
   constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
@@ -73,7 +90,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     distillation.check_tokenizers(tokens, pretrained.open_tokenizer(folder, model))
   else:
     model = transformer.llama(constants.model.vocab, width, layers, heads, max_length=length)
-  data = dataset.Text(corpora.text(text) if text else corpora.python_library(), tokens, length)
+  data = dataset.Text(source, tokens, length)
   if stored_top_k:
     stored = distillation.TopK(stored_top_k, constants.model.vocab, temperature)
     objective = distillation.distil_stored(next_token(), stored, divergence, hard)

@@ -32,7 +32,9 @@ QUESTIONS = 100   # of the held-out ones, that are put to the model before and a
 
 
 def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: str = 'completion',
-               messages: str = 'messages', answer: str | None = None, validation: float = 0.05,
+               messages: str = 'messages',
+               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
+               answer: str | None = None, validation: float = 0.05,
                plain: str | None = None,
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
                tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
@@ -50,6 +52,8 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     messages: the field with a whole dialogue, where a line has one.
     answer: what of an answer is compared with that of the record, after training, a regular expression with one group,
       such as '#### (.*)'; none for whole answers.
+    encoding_errors: what happens to a line that is no UTF-8, an error, repair, or dropping it.
+    decompressed_limit: GiB that a compressed file may unpack to.
     validation: share of the records that is held out, above 0.
     plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
     model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
@@ -76,7 +80,9 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, turns.Turns()
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))
-  records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.dialogues()
+  records = puzzles.dialogues()
+  if jsonl:
+    records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
   run = train.Run(
       model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
                                                       dtype=jnp.dtype(precision)),

@@ -37,7 +37,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
                chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
                label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
-               allow_left_out: bool = False,
+               allow_left_out: bool = False, encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
+               decompressed_limit: float = 64.,
                beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
                lr: float = 1e-4, warmup: int | None = None, steps: int = 40, batch: int = 8, accumulate: int = 1,
                evaluate_every: int = 20, save_every: int = 100) -> train.Run:
@@ -51,6 +52,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     completion: the field with the answer that is rated, with --label.
     label: the field that says whether an answer is good, for kto; none takes both answers of pairs.
     plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
+    encoding_errors: what happens to a line that is no UTF-8, an error, repair, or dropping it.
+    decompressed_limit: GiB that a compressed file may unpack to.
     validation: share of the records that is held out, above 0.
     length: positions a row; longer records are left out.
     allow_left_out: train also where half of the records or more are left out.
@@ -73,7 +76,9 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if plain is not None:
     template = turns.Plain(source.unescaped(plain))
   keys = said.Keys(prompt=prompt, completion=completion, chosen=chosen, rejected=rejected, label=label or 'label')
-  records = corpora.jsonl(jsonl, None, validation) if jsonl else puzzles.preferences()
+  records = puzzles.preferences()
+  if jsonl:
+    records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
   if method == 'kto' and not label:
     records = said.unpaired(records, keys)
   data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,

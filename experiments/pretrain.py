@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from lm import averaging, groups, guard, launch, lora, optim, schedules, train, trained
-from lm.data import augment, clean, corpora, dataset, source, stages, tokenizer
-from lm.data.mixture import mixture
+from lm.data import augment, clean, dataset, stages, tokenizer
+from lm.data.corpus_flags import corpus
 from lm.models import layers as parts
 from lm.models import multi_token, mup
 from lm.models.shape import Shape
@@ -29,35 +29,6 @@ from lm.objectives.next_token import next_token
 from lm.objectives.prefix import prefix
 from lm.objectives.span_corruption import DECODER, span_corruption
 from lm.objectives.ul2 import MODES, ul2
-
-
-def corpus(text: str | None, separator: str | None, encoding_errors: str, jsonl: str | None, parquet: str | None,
-           tfds: str | None, key: str, weights: tuple[float, ...], repeat: bool, validation: float) -> source.Source:
-  """The source, or mixture of sources, that the flags name."""
-  flags = {'text': text, 'jsonl': jsonl, 'parquet': parquet, 'tfds': tfds}
-  for name, given in {**flags, 'separator': separator}.items():
-    if given == '' or given and name != 'separator' and not given.strip():
-      raise ValueError(f'--{name}={given} is empty, perhaps an unset shell variable; leave it out or give it a value')
-  if separator and not text:
-    raise ValueError(f'--separator={separator} cuts the files of --text, which is not given')
-  corpora.check_validation(validation)
-  make = {'text': lambda: corpora.text(text, validation, separator and source.unescaped(separator), encoding_errors),
-          'jsonl': lambda: corpora.jsonl(jsonl, key, validation, encoding_errors),
-          'parquet': lambda: corpora.parquet(parquet, key, validation, encoding_errors),
-          'tfds': lambda: corpora.tfds(tfds, key, validation, encoding_errors=encoding_errors)}
-  sources = [make[name]() for name, given in flags.items() if given]
-  written = f'--weights={",".join(map(str, weights))}'
-  if weights and len(sources) < 2:
-    raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
-  if weights and len(weights) != len(sources):
-    raise ValueError(f'{written} has {len(weights)} numbers for {len(sources)} corpora')
-  if not all(0 <= weight < float('inf') for weight in weights) or weights and not any(weights):
-    raise ValueError(f'{written}: each must be above 0, or 0 for a corpus that is left out')
-  if not repeat and len(sources) < 2:
-    raise ValueError('--repeat=false is for a mixture of several corpora; lower --steps to read one corpus once')
-  if len(sources) > 1:
-    return mixture(list(zip(sources, weights or (1.,) * len(sources))), repeat)
-  return sources[0] if sources else corpora.python_library(validation)
 
 
 def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int, noise: float,
@@ -150,7 +121,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
                jsonl: str | None = None, parquet: str | None = None, tfds: str | None = None, key: str = 'text',
                weights: tuple[float, ...] = (), repeat: bool = True, validation: float = 0.05,
-               stop_words: str | None = None,
+               decompressed_limit: float = 64., stop_words: str | None = None,
                init: pathlib.Path | None = None, model: str | None = None,
                tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] | None = None,
                tokenizer_file: str | None = None, vocab: int | None = None, character_coverage: float | None = None,
@@ -189,6 +160,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
     repeat: of a mixture, a corpus that ends begins anew; otherwise a run that is longer is refused.
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
+    decompressed_limit: GiB that a compressed file may unpack to.
     stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
     init: start from the result of another run's workdir, from a Hugging Face folder, an imported one or an id on the
       hub; adapters lie on it. It gives the tokenizer, but where a flag of one is given, and the shape, but where a flag
@@ -298,7 +270,7 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   run = train.Run(
       model=decoder, objective=goal,
       data=dataset.Text(corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, repeat,
-                               validation),
+                               validation, decompressed_limit),
                         tokens, length, rules),
       optimizer=optimised(optimizer, rate, clip, weight_decay, decay, l1, l2, average),
       augment=augmentations(token_dropout, span_deletion, shuffle, subword_sampling),

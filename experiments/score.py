@@ -12,7 +12,7 @@
 import codecs
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
           source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
           context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
+          encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
           mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
 
@@ -51,6 +52,8 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     bos: begin the text with bos, or with --nobos not: then its first token is not scored. None does as the model's own
       tokenizer does, and begins a text as its documents began under a run.
     windows: score a text that is longer than the model's context in windows, half overlapping.
+    encoding_errors: what happens to a line of JSON that is no UTF-8, an error, repair, or dropping it.
+    decompressed_limit: GiB that a compressed file may unpack to.
     mesh: the devices as DATAxMODEL; none puts all of them on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
@@ -62,10 +65,10 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
     text = read(file)
+  read_json = lambda pattern, key: corpora.jsonl(pattern, key, 0., encoding_errors, decompressed_limit).splits['train']
   texts, sources = [text], None if source is None else [source]
   if jsonl is not None:
-    texts = corpora.jsonl(jsonl, key, validation=0.).splits['train']
-    sources = corpora.jsonl(jsonl, source_key, validation=0.).splits['train'] if source_key else None
+    texts, sources = read_json(jsonl, key), read_json(jsonl, source_key) if source_key else None
   empty = None if split or pairs or sources else next((i for i, each in enumerate(texts, 1) if not each), None)
   if empty:   # given a source, how an empty text ends is scored
     raise ValueError(f'text {empty} of {len(texts)} is empty: there is nothing to score; leave it out')
@@ -74,7 +77,8 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else trained.load(workdir, best)
     if split is None and isinstance(loaded.model, Reward):
-      show_rewards(loaded, pairs, texts, sources, bos)
+      records = None if pairs is None else read_json(pairs, None)
+      show_rewards(loaded, records, texts, sources, bos)
       return
     if pairs is not None:
       raise ValueError(f'--pairs is for reward models, and {model or workdir} is none; "experiments/preference.py '
@@ -102,14 +106,14 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       print(f'{name:14} {value:.4f}')
 
 
-def show_rewards(loaded: trained.Trained, pairs: str | None, texts: Sequence[str], sources: Sequence[str] | None,
-                 bos: bool | None) -> None:
+def show_rewards(loaded: trained.Trained, records: Sequence[str] | None, texts: Sequence[str],
+                 sources: Sequence[str] | None, bos: bool | None) -> None:
   """Prints the reward of each text, as an answer to its source, or of both answers of each pair."""
   if bos is not None:
     raise ValueError(f'--{"" if bos else "no"}bos: how a text begins for a reward model is a part of its template; '
                      'leave it out')
   judge = rewards.Judge(loaded.model, loaded.params, loaded.tokenizer, trained.chat_template(loaded.run.data))
-  if pairs is None:
+  if records is None:
     print('  reward  text')
     for begin in range(0, len(texts), 256):
       some = slice(begin, begin + 256)
@@ -117,7 +121,6 @@ def show_rewards(loaded: trained.Trained, pairs: str | None, texts: Sequence[str
       for text, value in zip(texts[some], judge.answers(prompts, texts[some])):
         print(f'{value:8.4f}  {text[:100]!r}')
     return
-  records = corpora.jsonl(pairs, None, validation=0.).splits['train']
   given = judge.pairs(list(records), loaded.run.data.keys)
   print('  chosen  rejected')
   for chosen, rejected in zip(*given):

@@ -1,17 +1,18 @@
 """Adds text files to TensorFlow Datasets, as a data set `local_text` with splits train and validation (seconds).
 
-  python experiments/tfds_builder.py --pattern='books/**/*.txt' --data_dir=tfds
+  python experiments/tfds_builder.py --text='books/**/*.txt' --data_dir=tfds
 
 `corpora.tfds('tfds/local_text')` is then the corpus, also where this file is not; the flag `tfds` of pretrain.py takes
 the same folder.
 """
 import pathlib
+from typing import Literal
 
 import tensorflow_datasets as tfds
 
 from lm import launch
-from lm.data import corpora
-from lm.data.source import Source, unescaped
+from lm.data.corpus_flags import corpus
+from lm.data.source import Source
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
@@ -34,22 +35,32 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
       yield key, {'text': document}
 
 
-def build(*, pattern: str, data_dir: pathlib.Path, separator: str | None = None, validation: float = 0.05):
+def build(*, data_dir: pathlib.Path, text: str | None = None, separator: str | None = None,
+          encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', jsonl: str | None = None,
+          parquet: str | None = None, key: str = 'text', validation: float = 0.05,
+          decompressed_limit: float = 64.):
   r"""Prepares the data set.
 
   Args:
-    pattern: files of text, a glob pattern (** for folders below).
     data_dir: the folder to keep it in, as local_text/1.0.0.
-    separator: what separates documents within a file, such as \n\n (two newlines; \t is a tab).
+    text: files of text, a glob pattern (** for folders below); or of --jsonl or --parquet.
+    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
+    encoding_errors: what happens to text that is no UTF-8, an error, repair, or dropping the document.
+    jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
+    parquet: Parquet files, a glob pattern.
+    key: the field that holds the text, in all but plain text.
     validation: share of the documents that goes into the validation split.
+    decompressed_limit: GiB that a compressed file may unpack to.
   """
-  corpora.check_validation(validation)
-  source = corpora.text(pattern, validation, separator and unescaped(separator))
+  if sum(pattern is not None for pattern in (text, jsonl, parquet)) != 1:
+    raise ValueError('a data set is built from files of one kind; give one of --text, --jsonl and --parquet')
+  source = corpus(text, separator, encoding_errors, jsonl, parquet, None, key, (), True, validation,
+                  decompressed_limit)
   sizes = {split: len(documents) for split, documents in source.splits.items()}  # read before a folder is made
   builder = LocalText(source=source, data_dir=data_dir, file_format='array_record')  # needs no TensorFlow
   if (builder.info.metadata or {}).get('source') != source.fingerprint:
     raise ValueError(f'{builder.data_path} was made from other files or settings; delete it to make it from '
-                     f'{pattern!r}, or choose another --data_dir')
+                     f'{source.name}, or choose another --data_dir')
   builder.download_and_prepare()
   for name, size in sizes.items():
     print(f'{name}: {size} documents in {builder.data_path}')

@@ -33,7 +33,7 @@ class Decoder:
       return data.decode()
     except UnicodeDecodeError as error:
       if self.errors == 'strict':
-        raise ValueError(f'{where}: byte {error.start} is not UTF-8; convert the file, or give '
-                         "encoding_errors='replace' or 'drop'") from None
+        raise ValueError(f'{where}: byte {error.start} is not UTF-8; convert the file, or repair or leave '
+                         'out such text by --encoding_errors=replace or drop') from None
     counts['invalid UTF-8 repaired' if self.errors == 'replace' else 'invalid UTF-8 dropped'] += 1
     return data.decode(errors='replace') if self.errors == 'replace' else None

@@ -44,7 +44,7 @@ TOOLS = {
     'score': ['--text=something', '--source=some', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
-    'tfds_builder': ['--pattern=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
+    'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'noise_scale': ['--batches=8', '--rows=4', '--best'],
     'training': [],
     'objective_costs': ['--only=distillation', '--shape=tiny'],

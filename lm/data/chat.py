@@ -159,7 +159,8 @@ def refuse_missing(names: Iterable[str], tokens: tokenizer.Tokenizer) -> None:
   if missing := [name for name in names if name not in tokens.control_names]:
     raise ValueError(f'the chat template writes {", ".join(missing)}, no control token of the tokenizer, which would '
                      f'be read as text; its control tokens are {", ".join(tokens.control_names[:12])}. Take the '
-                     'template of this tokenizer, or no template')
+                     'template of this tokenizer, or write texts without one (--plain, of finetune_chat.py and '
+                     'preference.py)')
 
 
 def sources(folder: str | os.PathLike) -> dict[str, str]:

@@ -21,6 +21,7 @@ from lm.data.source import Source
 from lm.parsing import Decoder, json_value
 
 Errors = Literal['strict', 'replace', 'drop']   # see `Decoder`
+GIB = 1 << 30
 
 
 @source.lazy
@@ -97,16 +98,17 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 
 @source.lazy
 def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
-          encoding_errors: Errors = 'strict') -> Source:
+          encoding_errors: Errors = 'strict', decompressed_limit: float = 64.) -> Source:
   """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
 
   Without a key, a document is the JSON of the line itself: a record, as `dialogues` reads them.
 
-  Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives.
+  Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives; each of them
+  to `decompressed_limit` GiB at most.
 
   Raises:
     ValueError: at first use, naming file and line, where a line is not UTF-8 (but see `Decoder`), is not JSON or has no
-      string under `key`.
+      string under `key`; or naming a file that unpacks to more than the limit.
   """
   decode, files = Decoder(encoding_errors), source.matching(pattern)
 
@@ -118,12 +120,13 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
     weakref.finalize(read, shutil.rmtree, folder, ignore_errors=True)
     path = pathlib.Path(folder, files[i].stem)
     try:
-      with files[i].open('rb') as packed, path.open('wb') as unpacked:
+      with files[i].open('rb') as packed, path.open('wb') as file:
+        unpacked = _Limited(file, files[i], decompressed_limit)
         if files[i].suffix == '.gz':
           shutil.copyfileobj(gzip.GzipFile(fileobj=packed), unpacked, 1 << 20)
         else:
           _unzst(packed, unpacked)
-    except ImportError:
+    except (ImportError, _TooLarge):
       raise
     except Exception as error:  # gzip and zstandard have their own kinds, none of which names the file
       raise OSError(f'{files[i]}: cannot be unpacked: {error}') from error
@@ -265,11 +268,29 @@ def check_validation(share: float) -> None:
                      'little, such as --validation=0.01')
 
 
-def _unzst(packed: BinaryIO, unpacked: BinaryIO) -> None:
+class _TooLarge(ValueError):
+  pass
+
+
+class _Limited:
+  """A file that takes no more than so many GiB; `source` is what is unpacked into it."""
+
+  def __init__(self, file: BinaryIO, source: pathlib.Path, limit: float):
+    self._file, self._source, self._limit, self._room = file, source, limit, limit * GIB
+
+  def write(self, data: bytes) -> int:
+    self._room -= len(data)
+    if self._room < 0:
+      raise _TooLarge(f'{self._source} unpacks to more than {self._limit:g} GiB; if that is right, raise the limit '
+                      'with --decompressed_limit')
+    return self._file.write(data)
+
+
+def _unzst(packed: BinaryIO, unpacked: _Limited) -> None:
   """zstandard's own stream reader takes a file that was cut short for a whole one; this raises EOFError."""
   zstandard = source.require('zstandard', 'zstd')
   frame = None
-  while chunk := packed.read(1 << 20):
+  while chunk := packed.read(1 << 13):   # which may unpack to 30,000 times as much, in memory
     while chunk:
       frame = frame or zstandard.ZstdDecompressor().decompressobj()
       unpacked.write(frame.decompress(chunk))
