@@ -38,7 +38,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 def build(*, data_dir: pathlib.Path, text: str | None = None, separator: str | None = None,
           encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', jsonl: str | None = None,
           parquet: str | None = None, key: str = 'text', validation: float = 0.05,
-          decompressed_limit: float = 64.):
+          decompressed_limit: float = 64.) -> None:
   r"""Prepares the data set.
 
   Args:

@@ -95,7 +95,13 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
 
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
-    configured = budget.planned(build, records.read(workdir))
+    try:
+      configured = budget.planned(build, records.read(workdir))
+    except FileNotFoundError as error:
+      if init is None or not any((workdir / 'checkpoints').glob('[0-9]*')):
+        raise
+      raise FileNotFoundError(f'{error}. The run in {workdir} started from there; where it trains all parameters, its '
+                              'own checkpoints have them, and --init=none goes on without it') from None
     resume.check_minutes(settled, configured)
     resume.check_start(settled, workdir, build)
     if verify and (without := configured.data.verify(workdir)):

@@ -22,17 +22,17 @@ SLACK = 0.01   # of all steps: so much later than planned is no reason to leave 
 class Pace:
   """Decides which steps to leave out, of `steps` that were planned for so many `seconds`.
 
-  It decides a hundred times in a run, or ten times between stops, by the clock of process 0. No multiple of one of
-  `stops` is left out, for what is done after it. `start` is the step to go on from; the time between the last decision
-  before it and the end of the earlier process is not counted.
+  It decides a hundred times in a run, or ten times between stops where that is more often, but no more than a thousand
+  times, by the clock of process 0. No multiple of one of `stops` is left out, for what is done after it. `start` is the
+  step to go on from; the time between the last decision before it and the end of the earlier process is not counted.
   """
 
   def __init__(self, workdir: pathlib.Path, steps: int, seconds: float, stops: tuple[int, ...], start: int = 0,
                clock: Callable[[], float] = time.monotonic):
     self._path, self._clock, self._stops = workdir / 'pace.json', clock, stops
     self._steps, self._seconds = steps, seconds
-    self._every = max(min(steps // 100, *(stop // 10 for stop in stops)), 1)
-    plan, rows = json.loads(self._path.read_text()) if self._path.exists() else (None, [])
+    self._every = max(min(steps // 100, *(stop // 10 for stop in stops)), steps // 1000, 1)
+    plan, rows = _read(self._path)
     same = plan == [steps, seconds]
     self._rows = [row for row in rows if same or row[1] <= start]   # [step, the step to go on from, seconds by then]
     passed = [row for row in self._rows if row[1] <= start]
@@ -74,3 +74,15 @@ class Pace:
     if jax.process_count() > 1:
       due = int(multihost_utils.broadcast_one_to_all(np.int32(due)))
     return [step, due, round(spent, 3)]
+
+
+def _read(path: pathlib.Path) -> tuple[list | None, list]:
+  """What was planned, and the decisions; None and none where there is no such file, or it is damaged."""
+  try:
+    plan, rows = json.loads(path.read_text())
+    return plan, [[int(step), int(to), float(seconds)] for step, to, seconds in rows]
+  except FileNotFoundError:
+    return None, []
+  except (ValueError, TypeError) as error:
+    print(f'{path} is damaged ({error}); which steps to leave out is decided anew')
+    return None, []

@@ -42,7 +42,7 @@ def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdi
   """
   script, given = pathlib.Path(inspect.getfile(experiment)).name, knobs.given | shared.given
   accepted = [record for record in records.read(workdir) if 'data' in record and record.get('script') == script]
-  if not accepted:
+  if not accepted or not any((workdir / 'checkpoints').glob('[0-9]*')):   # what never saved is begun anew
     return Flags(knobs, shared, {}, {}, given)
   parameters = inspect.signature(experiment).parameters
   hints = typing.get_type_hints(experiment) | {'init': pathlib.Path | None, 'seed': int}

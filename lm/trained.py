@@ -59,8 +59,9 @@ def open_run(workdir: pathlib.Path) -> train.Run:
   script = scripts.locate(record, workdir)
   with scripts.importable(script):
     make = scripts.function(script, record['function'])
-    if typing.get_type_hints(make).get('return', train.Run) is not train.Run:
-      raise ValueError(f'{record["function"]} of {script} returns no run; the run.json of {workdir} is wrong')
+    if typing.get_type_hints(make).get('return') is not train.Run:   # nothing else may be called: see `scripts`
+      raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
+                       f'it, unless the run.json of {workdir} is wrong')
     knobs = records.settle(record['knobs'], accepted)
     flags = [name for name, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
     if unknown := [name for name in knobs if name not in flags]:

@@ -161,8 +161,9 @@ def test_a_weight_of_zero_leaves_a_source_out_and_weights_are_checked(novels_and
   for weights in ((0, 0), (-1, 1), (float('nan'), 1), (float('inf'), 1)):
     with pytest.raises(ValueError, match='must be 0 or positive'):
       mixture(list(zip(novels_and_poems, weights)))
-  with pytest.raises(ValueError, match='factor of a trillion'):
-    mixture([(novels, 1e-13), (poems, 1)])
+  assert mixture([(novels, 1e-13), (poems, 1)]).mixing.weights == (1, 10 ** 6)   # no period is longer than that
+  assert mixture([(novels, 0.61803398875), (poems, 0.38196601125)]).mixing.weights == (309017, 190983)
+  assert mixture([(novels, 0.3), (poems, 0.7)]).mixing.weights == (3, 7)
 
 
 def test_mixtures_of_mixtures_keep_their_shares_and_their_common_splits(novels_and_poems):

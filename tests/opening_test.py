@@ -275,7 +275,7 @@ def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tm
     with pytest.raises(ValueError, match='names no script'):
       trained.load(workdir)
   record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
-  with pytest.raises(ValueError, match='tool of .*small.py returns no run'):
+  with pytest.raises(ValueError, match='tool of .*small.py does not say that it returns a run'):
     trained.load(workdir)
   for changes in ({'function': 'activation', 'knobs': {'x': 1}}, {'function': 'experiment', 'knobs': {'old': 1}}):
     record(workdir, **changes)

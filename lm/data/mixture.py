@@ -18,22 +18,24 @@ from lm.data.batches import Batch, Batches, Row, blank, generator
 from lm.data.source import Source
 from lm.data.stream import Stream
 
+MILLION = 10 ** 6
+
 
 def mixture(parts: Sequence[tuple[Source, float]], repeat: bool = True) -> Source:
   """Sources of which each gives its weight's share of the tokens of training.
 
   A source that ends begins anew or, without `repeat`, a run that is longer than the first source to end is refused.
-  A weight of 0 leaves a source out. Validation reads all held-out documents of all sources, once. A mixture has the
-  splits that all of its sources have.
+  A weight of 0 leaves a source out. Shares with more than six digits are rounded to a millionth, and to no less than
+  that. Validation reads all held-out documents of all sources, once. A mixture has the splits that all of its sources
+  have.
 
   Raises ValueError for weights that are no shares.
   """
   given = [weight for _, weight in parts]
   if not all(0 <= weight < math.inf for weight in given) or not any(given):
     raise ValueError(f'mixture: weights {given} must be 0 or positive, one of them positive at least')
-  parts = [(part, fractions.Fraction(weight).limit_denominator(10**12)) for part, weight in parts if weight]
-  if not all(weight for _, weight in parts):
-    raise ValueError(f'mixture: weights {given} differ by more than a factor of a trillion')
+  # As they are written: 0.3 is 3 / 10.
+  parts = [(part, fractions.Fraction(str(weight))) for part, weight in parts if weight]
   return _joined(parts, repeat) if len(parts) > 1 else parts[0][0]
 
 
@@ -45,9 +47,7 @@ def _joined(parts, repeat):
     flat += [(part, weight)] if inner is None else [
         (one, weight * fractions.Fraction(own, sum(inner.weights))) for one, own in zip(inner.sources, inner.weights)]
   sources = tuple(part for part, _ in flat)
-  scale = math.lcm(*(weight.denominator for _, weight in flat))
-  weights = [int(weight * scale) for _, weight in flat]
-  mixing = source.Mixing(sources, tuple(weight // math.gcd(*weights) for weight in weights), repeat)
+  mixing = source.Mixing(sources, _whole([weight for _, weight in flat]), repeat)
   counts, notes = collections.Counter(), []
 
   def places(sequences):
@@ -70,6 +70,18 @@ def _joined(parts, repeat):
   identity = repr(['mixture', *(part.fingerprint for part in sources)])
   return Source('+'.join(part.name for part in sources), splits, source.digest(identity).hex(),
                 ', '.join(dict.fromkeys(part.license for part in sources)), counts, notes, mixing)
+
+
+def _whole(weights: Sequence[fractions.Fraction]) -> tuple[int, ...]:
+  """Whole numbers with the same shares, as small as possible; of a sum near a million where they would be larger.
+
+  The order of rows repeats after their sum, and is computed up to there.
+  """
+  scale, total = math.lcm(*(weight.denominator for weight in weights)), sum(weights)
+  whole = [int(weight * scale) for weight in weights]
+  if sum(whole) // math.gcd(*whole) > MILLION:
+    whole = [max(round(weight / total * MILLION), 1) for weight in weights]
+  return tuple(weight // math.gcd(*whole) for weight in whole)
 
 
 class Turns:
