@@ -193,7 +193,9 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
       why = {seed: result['left_out'][metric] for seed, result in enumerate(found) if metric in result['left_out']}
       lines += ['', f'{name} has no {metric}, for {len(why)} of its seeds; seed {min(why)}: {why[min(why)]}']
   count = len(results[names[0]])
-  lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together.']
+  lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together. '
+            'Bits/byte are of the whole validation text, read with half a row before it where rows allow it; curves '
+            'are of the evaluations during training, which read rows as they are.']
   print('\n'.join(lines))
   atomic.write(workdir / 'compare.md', '\n'.join(lines[1:]) + '\n')
   metric = max(metrics, key=lambda metric: len(having(names, results, metric)), default='')   # that most arms have

@@ -188,10 +188,12 @@ def argument_help(function: Callable[..., Any]) -> dict[str, str]:
 def help_text(functions: Sequence[Callable[..., Any]], script: str) -> str:
   about = inspect.getdoc(inspect.getmodule(functions[0])) or inspect.getdoc(functions[0]) or ''
   lines = [f'usage: python {script} [--flag=value ...]', '', about.split('\n\n')[0]]
+  shown: set[str] = set()   # a flag of every run may be one of the function's own too
   for title, function in zip(('Flags', 'Flags of every run'), functions):
     lines += ['', f'{title}:']
     hints, notes = typing.get_type_hints(function), argument_help(function)
-    for parameter in keywords(function):
+    for parameter in [parameter for parameter in keywords(function) if parameter.name not in shown]:
+      shown.add(parameter.name)
       note = f'{notes[parameter.name].rstrip(".")}. ' if parameter.name in notes else ''
       default = 'required' if parameter.default is parameter.empty else f'default {written(parameter.default)}'
       lines += _entry(parameter.name, f'{note}({_allowed(hints[parameter.name])}; {default})')

@@ -11,6 +11,7 @@ import jax
 
 from lm import checkpoint, records, train
 from lm.arguments import Values, restored, written
+from lm.data.stored import OtherSettings
 from lm.describe import describe, differences
 
 
@@ -70,7 +71,7 @@ def naming(flags: Flags, workdir: pathlib.Path, build: Callable[..., train.Run])
   """
   try:
     yield
-  except checkpoint.Mismatch as error:
+  except (checkpoint.Mismatch, OtherSettings) as error:
     if parts := _parts(flags.changed, build, _portrait):
       raise ValueError(_refusal(flags, parts, workdir)) from error
     raise

@@ -201,6 +201,10 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
     raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
                      f'{mesh.shape["data"]} devices of the mesh axis data')
+  longest = getattr(run.model, 'max_length', math.inf)   # of models that place tokens
+  if run.data.length > longest:
+    raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model can place; '
+                     f'give --length={longest} or less')
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
                      f'{KINDS[run.data.kind]}; choose another of either')

@@ -15,9 +15,9 @@ from typing import Any
 _named: list[pathlib.Path] = []   # by the user of this process
 
 
-def trust(*scripts: pathlib.Path) -> None:
+def trust(*scripts: str | pathlib.Path) -> None:
   """Lets scripts be executed to open the runs that they made. FileNotFoundError where one is not there."""
-  for script in scripts:
+  for script in map(pathlib.Path, scripts):
     if not script.is_file():
       raise FileNotFoundError(f'there is no script {script}; give the path of the one that made the run')
     _named.append(script.resolve())

@@ -34,13 +34,13 @@ class Trained:
     return self.run.data.open(self.workdir, control=control, check=check)
 
 
-def load(workdir: pathlib.Path, best: bool = False) -> Trained:
+def load(workdir: str | pathlib.Path, best: bool = False) -> Trained:
   """The result of a run: its newest checkpoint, or the best by validation loss; on the mesh that is set.
 
   The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
   keeps one. Adapters are merged into their matrices. Raises as `open_run`.
   """
-  return _read(_open(workdir, best))
+  return _read(_open(pathlib.Path(workdir), best))
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:

@@ -277,9 +277,11 @@ def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tm
   record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
   with pytest.raises(ValueError, match='tool of .*small.py does not say that it returns a run'):
     trained.load(workdir)
-  for changes in ({'function': 'activation', 'knobs': {'x': 1}}, {'function': 'experiment', 'knobs': {'old': 1}}):
+  for changes, message in (({'function': 'activation', 'knobs': {'x': 1}}, 'activation of .*small.py does not say'),
+                           ({'function': 'experiment', 'knobs': {'old': 1}},
+                            r'which .*small.py does not have \(any more\)')):
     record(workdir, **changes)
-    with pytest.raises(ValueError, match=r'which .*small.py does not have \(any more\)'):
+    with pytest.raises(ValueError, match=message):
       trained.load(workdir)
   record(workdir, function='pathlib')
   with pytest.raises(ValueError, match="defines no function 'pathlib'"):

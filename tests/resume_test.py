@@ -1,11 +1,14 @@
 """A workdir knows the flags of its run: what may change does, and what may not is refused by its name."""
+import dataclasses
 import re
 import sys
 
+import jax
 import pytest
-from train_test import logged, steps_kept
+from train_test import RUN, logged, on, steps_kept
 
-from lm import arms, budget, checkpoint, launch, records, schedules, scripts
+from lm import arms, budget, checkpoint, launch, records, resume, schedules, scripts
+from lm.data.stored import OtherSettings
 from lm.data.tokenizer import Bytes
 from lm.describe import describe
 from lm.objectives import losses, objective
@@ -175,3 +178,14 @@ def test_an_objective_is_described_with_the_numbers_that_its_functions_hold():
   assert described() not in others and others[0] != others[1] != others[2]
   schedule = schedules.warmup_constant(1., 9, 2)
   assert describe(schedule) == describe(schedules.warmup_constant(2., 9, 2))   # by name, where not asked
+
+
+def test_stored_data_of_other_settings_is_refused_by_the_flag_that_changed(tmp_path):
+  flags = resume.Flags({}, {}, {}, {'length': (16, 8), 'lr': (0.1, 0.2)})
+
+  def build(length=8, lr=0.2):
+    return dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, length=length))
+
+  with jax.set_mesh(on('1x1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
+       resume.naming(flags, tmp_path, build):
+    raise OtherSettings('data was made with other settings')

@@ -119,7 +119,7 @@ def test_throughput_counts_the_tokens_that_were_read():
     ({'stages': (Stage(2, 3, 16),)}, 'batch=3 is not a multiple of 2'),
     ({'stages': (Stage(2, 0, 16),)}, 'a stage of 0 rows'), ({'stages': (Stage(7, 8, 8),)}, 'step 7, beyond the 6'),
     ({'stages': (Stage(3, 8, 8), Stage(2, 8, 4))}, 'stages end at steps 3, 2'),
-    ({'model': transformer.llama(260, 8, 1, 2, max_length=8)}, '16 tokens are more than the 8')])
+    ({'model': transformer.llama(260, 8, 1, 2, max_length=8)}, '16 positions .* --length=8 or less')])
 def test_stages_that_do_not_fit_are_refused_before_anything_is_compiled(tmp_path, monkeypatch, changes, named):
   monkeypatch.setattr(train, '_restore', None)
   with pytest.raises(ValueError, match=named):

@@ -341,7 +341,7 @@ def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, change
     ({'batch': 6, 'accumulate': 2}, 'batch=6 is not a multiple of 4'),
     ({'model': Bigram(vocab=256)}, '260 tokens.*256'), ({'steps': 0}, 'steps=0'),
     ({'evaluate_every': 0}, 'evaluate_every=0'), ({'accumulate': -1}, 'accumulate=-1'),
-    ({'model': transformer.llama(V, 8, 1, 2, max_length=8)}, '16 tokens are more than the 8')])
+    ({'model': transformer.llama(V, 8, 1, 2, max_length=8)}, '16 positions .* --length=8 or less')])
 def test_what_does_not_fit_together_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, changes, named):
   monkeypatch.setattr(train, '_restore', None)
   with pytest.raises(ValueError, match=named):

@@ -14,6 +14,7 @@ from lm.data import clean, store, tokenizer
 from lm.data.batches import Batches, Objective, special
 from lm.data.mixture import Mixed
 from lm.data.source import Mixing, Source, texts
+from lm.data.stored import OtherSettings
 from lm.data.stream import Stream
 from lm.describe import describe, differences
 
@@ -126,7 +127,7 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
         if missing():
           make()
   if lines := differing():
-    raise ValueError(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
+    raise OtherSettings(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
   found = load_tokenizer(settings.parent)
   check(found)

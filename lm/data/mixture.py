@@ -166,7 +166,7 @@ class Mixed(Batches):
       last = math.floor(stream.rows_in(1)) * total // weight   # by then it has given no more than it has
       if rows > last and not self.mixing.repeat:
         raise ValueError(f'{part.name} ends after {last // self.rows:,} steps, and this run has more: lower --steps, '
-                         'or let a corpus that ends begin anew')
+                         'or let a corpus that ends begin anew (--repeat)')
       offsets = stream.store.offsets
       lines.append(f'{part.name}: {len(offsets) - 1:,} documents, {int(offsets[-1] - offsets[0]):,} tokens, '
                    f'{weight / total:.4g} of what is read, {count / stream.rows_in(1):.2f} epochs in this run')

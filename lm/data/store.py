@@ -24,7 +24,7 @@ import numpy as np
 from lm import atomic, locks
 from lm.data import clean
 from lm.data.source import Source, digest
-from lm.data.stored import Part, Store, checksums, fingerprint, read_json, verify
+from lm.data.stored import OtherSettings, Part, Store, checksums, fingerprint, read_json, verify
 from lm.data.tokenizer import Tokenizer
 
 __all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
@@ -189,7 +189,7 @@ def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard
         if discard:
           (folder / name).unlink()
         continue
-      raise ValueError(f'{folder} has a store of other settings: ' + '; '.join(
+      raise OtherSettings(f'{folder} has a store of other settings: ' + '; '.join(
           f'{key} {found["settings"].get(key)} there, {settings[key]} here' for key in differ)
           + '; go back to these settings, or choose another folder')
     if name == 'manifest.json':

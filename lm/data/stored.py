@@ -10,6 +10,11 @@ import numpy as np
 
 from lm import integrity
 
+
+class OtherSettings(ValueError):
+  """What is stored was made with other settings, and is needed by what was trained on it."""
+
+
 FILES = ('tokens.bin', 'offsets.npy')
 _BLOCK, _BLOCKS = 1 << 20, 1 << 11   # tokens that are compared at a time; of more blocks, some are left out
 
