@@ -56,7 +56,7 @@ def test_what_is_read_is_stacked_over_layers_and_the_same_with_a_cache():
   assert out.readings.keys() == set(NAMES)
   assert out.readings['query'].shape == (len(GPT2.layers), ROWS, TIME, heads, size)
   last = GPT2.norm.apply({'params': params['norm']}, out.readings['output'][-1])
-  np.testing.assert_array_equal(last, out.hidden)
+  np.testing.assert_allclose(last, out.hidden, atol=1e-6)   # the norm is compiled twice
   cached = GPT2.apply(params, batch, cache=GPT2.init_cache(ROWS, TIME), taps=taps)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(cached.readings), dict(out.readings))
 
