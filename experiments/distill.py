@@ -71,7 +71,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
     key: the field that holds the text, in all but plain text.
     weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
-    repeat: of a mixture, a corpus that ends begins anew; otherwise a run that is longer is refused.
+    repeat: of a mixture, a corpus that ends begins anew; otherwise training stops where the first one ends.
     validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
     decompressed_limit: GiB that a compressed file may unpack to.
     length: positions a row.

@@ -1,4 +1,6 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
+import bisect
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -57,6 +59,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     # Before signals are caught: what data computes first may take long, and is gone on from.
     goal = augmented(run.objective, run.augment, data.tokenizer)
     rows = data.batches('train', goal, run.batch, run.seed)
+    run = _until_the_end(run, rows)
     for line in rows.summary(run.schedule.rows_before(run.steps)):
       print(line)
     held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
@@ -81,6 +84,19 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
         loop.former = planned, float(rate)
     with records.kept(workdir):
       return loop.go(state, start, logged)
+
+
+def _until_the_end(run: Run, rows: Any) -> Run:
+  """The run, with as many steps as there are rows for; ValueError where there are none for a single step."""
+  if (end := rows.end()) is None or run.schedule.rows_before(run.steps) <= end[0]:
+    return run
+  steps = bisect.bisect_right(range(run.steps + 1), end[0], key=run.schedule.rows_before) - 1
+  if not steps:
+    raise ValueError(f'{end[1]} has too little text for one step of {run.schedule.shape(0)[0]} rows; lower --batch, or '
+                     'let a corpus that ends begin anew (--repeat)')
+  print(f'training stops at step {steps:,} of {run.steps:,}, where {end[1]} ends; the schedule is the one of '
+        f'{run.steps:,} steps')
+  return dataclasses.replace(run, steps=steps)
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:

@@ -1,4 +1,5 @@
 """Mixtures: shares of tokens, exact in every prefix; sources that begin anew; the held-out text of all, once."""
+import dataclasses
 import fractions
 import itertools
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_test import SPECIAL, documents, pairs_in, pairs_of, stacked
+from train_test import RUN, go
 
 from lm.data import corpora, dataset, store
 from lm.data.batches import Form, Room
@@ -145,12 +147,20 @@ def test_weights_are_part_of_the_data_but_not_of_the_store(tmp_path, novels_and_
   assert opened(tmp_path / 'even', mixture(list(zip(novels_and_poems, (2, 2))))).fingerprint == first.fingerprint
 
 
-def test_without_repeating_a_run_that_is_too_long_is_refused(tmp_path, novels_and_poems):
-  batches = opened(tmp_path, mixture(list(zip(novels_and_poems, (0.3, 0.7))), repeat=False)
-                   ).batches('train', next_token(), 10)
-  with pytest.raises(ValueError, match='p ends after 9 steps, and this run has more: lower --steps'):
-    batches.summary(100)
-  assert len(batches.summary(90)) == 2
+def test_without_repeating_training_stops_where_the_first_source_ends(tmp_path, novels_and_poems, capsys):
+  once = mixture(list(zip(novels_and_poems, (0.3, 0.7))), repeat=False)
+  rows, name = opened(tmp_path, once).batches('train', next_token(), 10).end()
+  assert 90 <= rows < 100 and name == 'p'
+  again = mixture(list(zip(novels_and_poems, (0.3, 0.7))))
+  assert opened(tmp_path / 'again', again).batches('train', next_token(), 10).end() is None
+  run = dataclasses.replace(RUN, data=dataset.Text(once, BYTES, 32, rules=()), batch=8, steps=20, evaluate_every=50,
+                            save_every=50, model=dataclasses.replace(RUN.model, vocab=BYTES.vocab_size))
+  result = go(tmp_path / 'run', run)
+  assert result.finished and result.step == rows // 8
+  assert f'training stops at step {rows // 8} of 20, where p ends' in capsys.readouterr().out
+  assert go(tmp_path / 'run', run).start == rows // 8   # nothing is left to do
+  with pytest.raises(ValueError, match='p has too little text for one step of 800 rows'):
+    go(tmp_path / 'large', dataclasses.replace(run, batch=800))
 
 
 def test_a_weight_of_zero_leaves_a_source_out_and_weights_are_checked(novels_and_poems):

@@ -256,9 +256,13 @@ class Batches(abc.ABC):
     return row._replace(columns={**(row.columns or {}), **stored} or None)
 
   def summary(self, rows: int) -> list[str]:
-    """What so many rows read, a line for each source where there are several. ValueError where they are not there."""
+    """What so many rows read, a line for each source where there are several."""
     return [f'one epoch is {self.rows_per_epoch:,} rows; this run reads {rows:,} rows, '
             f'{rows / self.rows_per_epoch:.3g} epochs']
+
+  def end(self) -> tuple[int, str] | None:
+    """How many rows there are, and the name of the source that then ends; None where rows have no end."""
+    return None
 
   @property
   def steps_per_epoch(self) -> int:

@@ -24,7 +24,7 @@ MILLION = 10 ** 6
 def mixture(parts: Sequence[tuple[Source, float]], repeat: bool = True) -> Source:
   """Sources of which each gives its weight's share of the tokens of training.
 
-  A source that ends begins anew or, without `repeat`, a run that is longer than the first source to end is refused.
+  A source that ends begins anew or, without `repeat`, training stops at the step at which the first source ends.
   A weight of 0 leaves a source out. Shares with more than six digits are rounded to a millionth, and to no less than
   that. Validation reads all held-out documents of all sources, once. A mixture has the splits that all of its sources
   have.
@@ -159,14 +159,17 @@ class Mixed(Batches):
   def _fill(self, row, epoch, index, rng):
     raise TypeError('rows of a mixture belong to no epoch of the whole')
 
+  def end(self) -> tuple[int, str] | None:
+    if self.mixing.repeat:
+      return None
+    total = sum(self.mixing.weights)   # by then a source has given no more than it has
+    return min((math.floor(stream.rows_in(1)) * total // weight, part.name) for part, weight, stream in zip(
+        self.mixing.sources, self.mixing.weights, self.streams))
+
   def summary(self, rows: int) -> list[str]:
     total, lines = sum(self.mixing.weights), []
     for part, weight, stream, count in zip(self.mixing.sources, self.mixing.weights, self.streams,
                                            self._turns.counts(rows)):
-      last = math.floor(stream.rows_in(1)) * total // weight   # by then it has given no more than it has
-      if rows > last and not self.mixing.repeat:
-        raise ValueError(f'{part.name} ends after {last // self.rows:,} steps, and this run has more: lower --steps, '
-                         'or let a corpus that ends begin anew (--repeat)')
       offsets = stream.store.offsets
       lines.append(f'{part.name}: {len(offsets) - 1:,} documents, {int(offsets[-1] - offsets[0]):,} tokens, '
                    f'{weight / total:.4g} of what is read, {count / stream.rows_in(1):.2f} epochs in this run')
