@@ -4,6 +4,7 @@ import gzip
 import importlib
 import pathlib
 import re
+import tempfile
 
 import pytest
 import tfds_builder
@@ -66,7 +67,8 @@ def test_scripts_that_read_records_have_the_flags_of_their_files(name):
 
 
 @pytest.mark.parametrize('suffix', ['gz', 'zst'])
-def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix):
+def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
   line, path = b'{"text": "' + b'a' * 100_000 + b'"}\n', tmp_path / f'bomb.jsonl.{suffix}'
   compress = gzip.compress if suffix == 'gz' else pytest.importorskip('zstandard').ZstdCompressor().compress
   path.write_bytes(compress(20 * line))
@@ -74,6 +76,7 @@ def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix):
   assert len(corpora.jsonl(str(path), validation=0., decompressed_limit=size).splits['train']) == 20
   with pytest.raises(ValueError, match=rf'{path} unpacks to more than .* GiB; .* --decompressed_limit'):
     len(corpora.jsonl(str(path), validation=0., decompressed_limit=0.99 * size).splits['train'])
+  assert sum(file.stat().st_size for file in tmp_path.rglob('bomb.jsonl')) <= 20 * len(line)   # of the first one alone
 
 
 def test_a_data_set_is_built_from_files_of_one_kind(tmp_path):

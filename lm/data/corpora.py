@@ -127,6 +127,7 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
         else:
           _unzst(packed, unpacked)
     except (ImportError, _TooLarge):
+      path.unlink(missing_ok=True)   # what was unpacked may fill the disk
       raise
     except Exception as error:  # gzip and zstandard have their own kinds, none of which names the file
       raise OSError(f'{files[i]}: cannot be unpacked: {error}') from error
