@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from lm import evaluate, sharding, train
+from lm import cluster, evaluate, sharding, train
 from lm.data.batches import Batch
 from lm.data.vocabulary import Bytes
 
@@ -45,7 +44,7 @@ def fit(make: Callable[[int], train.Run], minutes: float) -> train.Run:
   steps = _at_least(60 * minutes / training)
   evaluations = steps // make(steps).evaluate_every
   steps = _at_least((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training)
-  return make(int(multihost_utils.broadcast_one_to_all(np.int32(steps))))   # one clock decides in a cluster
+  return make(cluster.agreed(steps))   # one clock decides in a cluster
 
 
 def _at_least(steps: float, least: int = 10) -> int:
@@ -59,9 +58,11 @@ def planned(make: Callable[..., train.Run], recorded: Sequence[Mapping[str, Any]
   follow where the minutes have changed. Steps of a start without minutes are no measure.
   """
   run = make()
-  earlier = next((record for record in reversed(recorded) if 'steps' in record), None)
+  earlier = next(({name: record[name] for name in ('steps', 'minutes') if name in record}
+                  for record in reversed(recorded) if 'steps' in record), None)
   if run.minutes is None:
     return run
+  earlier = cluster.agreed(earlier)   # all processes measure, or none
   if earlier is None or earlier.get('minutes', run.minutes) is None:
     return dataclasses.replace(fit(lambda steps: make(steps=steps), run.minutes), minutes=run.minutes)
   steps = round(earlier['steps'] * run.minutes / earlier.get('minutes', run.minutes))

@@ -1,9 +1,12 @@
 """Many hosts as one."""
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -17,6 +20,15 @@ def process_0_first(what: str) -> Iterator[None]:
   finally:   # also after an error: the others come to the same one, rather than wait
     if jax.process_index() == 0:
       multihost_utils.sync_global_devices(what)
+
+
+def agreed(value: Any) -> Any:
+  """The value of process 0, in all of them: JSON. All processes call it, also where their disks hold different files."""
+  if jax.process_count() == 1:
+    return value
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(data, size))))
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:

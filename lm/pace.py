@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from lm import atomic
+from lm import atomic, cluster
 
 SLACK = 0.01   # of all steps: so much later than planned is no reason to leave steps out
 
@@ -32,7 +30,7 @@ class Pace:
     self._path, self._clock, self._stops = workdir / 'pace.json', clock, stops
     self._steps, self._seconds = steps, seconds
     self._every = max(min(steps // 100, *(stop // 10 for stop in stops)), steps // 1000, 1)
-    plan, rows = _read(self._path)
+    plan, rows = cluster.agreed(_read(self._path))   # else some would decide where others know the decision
     same = plan == [steps, seconds]
     self._rows = [row for row in rows if same or row[1] <= start]   # [step, the step to go on from, seconds by then]
     passed = [row for row in self._rows if row[1] <= start]
@@ -71,9 +69,7 @@ class Pace:
     due = int(self._steps * spent / self._seconds)
     late = due - step > SLACK * self._steps
     due = min(due, self._steps, *(-(-step // stop) * stop for stop in self._stops)) if late else step
-    if jax.process_count() > 1:
-      due = int(multihost_utils.broadcast_one_to_all(np.int32(due)))
-    return [step, due, round(spent, 3)]
+    return cluster.agreed([step, due, round(spent, 3)])
 
 
 def _read(path: pathlib.Path) -> tuple[list | None, list]:

@@ -3,8 +3,10 @@ import dataclasses
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from train_test import RUN, go, logged, same, saved, steps_kept
 
 from lm import budget, loop, optim, pace, schedules
@@ -45,6 +47,25 @@ def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
     assert 950 < time < 1030 + 10 * slow and taken[:begin] == list(range(begin))
     gaps = np.diff(taken)
     assert gaps.max() < 20 * slow   # the schedule goes faster; it does not break off
+
+
+def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
+  """The collectives of process 0, whose workdir holds decisions, are those of process 1, whose workdir is empty."""
+  whole = walk(tmp_path / '0', lambda step: 3. if step > 300 else 1., until=600)[1]
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  record = {'steps': 50, 'minutes': 3.}
+  make = lambda steps=1000: dataclasses.replace(RUN, steps=steps, minutes=3.)
+  monkeypatch.setattr(budget, 'fit', lambda make, minutes: pytest.fail('one process measures by itself'))
+  sent = []
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.append(value) or value)
+  steps = walk(tmp_path / '0', lambda step: 1., start=200)[1]
+  assert budget.planned(make, (record,)).steps == 50
+  assert steps[:len(whole) - 200] == [step for step in whole if step >= 200]
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.pop(0))
+  assert walk(tmp_path / '1', lambda step: 9., start=200)[1] == steps
+  assert budget.planned(make, ()).steps == 50
+  assert not sent and not (tmp_path / '1' / 'pace.json').exists()
 
 
 @pytest.fixture
