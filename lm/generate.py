@@ -143,11 +143,12 @@ def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
 
 
 def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-            sampling: Sampling, max_tokens: int, seed: int, stream: np.ndarray | None = None, step: int = 0
-            ) -> Iterator[np.ndarray]:
+            sampling: Sampling, max_tokens: int, seed: int, stream: np.ndarray | None = None, step: int = 0,
+            whole: Sequence[np.ndarray] = ()) -> Iterator[np.ndarray]:
   """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos.
 
-  `stream` and `step` are those of texts that go on, which have so many new tokens already.
+  `stream` and `step` are those of texts that go on, which have so many new tokens already. `whole` are the texts with
+  what was left behind of them: a penalty is for all of their tokens.
   """
   rows, width = batch.tokens.shape
   stream, seen = streams(texts, rows, tokenizer.bos_id) if stream is None else stream, None
@@ -155,6 +156,8 @@ def _tokens(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
     seen = np.zeros((rows, model.vocab), bool)
     row, column = np.nonzero(batch.segments)
     seen[row, batch.tokens[row, column]] = True
+    for row, ids in enumerate(whole):
+      seen[row, ids] = True
   ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
   params = model.unstack(params)
   state = _prefill(model, params, batch, seen, stream, seeds.key(seed), ends, np.int32(step),
@@ -180,7 +183,8 @@ def _reread(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
   the context is full: then the last half of the text, after its bos, is the text.
   """
   original, step, stream = _original_context(model), 0, None
-  texts, prompts = list(texts), [len(ids) for ids in texts]
+  whole, prompts = list(texts), [len(ids) for ids in texts]
+  texts = whole
   while step < max_tokens:
     if max(map(len, texts)) >= model.max_length:
       if batch.bidirectional is not None:
@@ -198,12 +202,13 @@ def _reread(model: Model, params: Any, texts: Sequence[np.ndarray], batch: Batch
     passes = [original + 1 - len(ids) for ids in texts if original is not None and len(ids) <= original]
     count = min(max_tokens - step, model.max_length - max(map(len, texts)), *passes)
     pieces = []
-    for piece in _tokens(model, params, texts, batch, tokenizer, sampling, count, seed, stream, step):
+    for piece in _tokens(model, params, texts, batch, tokenizer, sampling, count, seed, stream, step, whole):
       pieces.append(piece)
       yield piece
     step += count
     if step < max_tokens:
-      texts = [np.r_[ids, row].astype(np.int32) for ids, row in zip(texts, np.concatenate(pieces, axis=1))]
+      new = np.concatenate(pieces, axis=1)
+      texts, whole = ([np.r_[ids, row].astype(np.int32) for ids, row in zip(rows, new)] for rows in (texts, whole))
 
 
 class Draft(Protocol):

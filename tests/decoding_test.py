@@ -119,5 +119,8 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
       read = [256, *read[-12:]]
     assert token == best_next(model, params, read)
     read.append(int(token))
+  never = generate.Sampling(temperature=0, repetition_penalty=1e9)   # no token again, also of what was left behind
+  made_once = generate._reread(model, params, [np.int32(text)], batch, tokenizer, never, 60, 0)
+  assert len({*text, *np.concatenate([*made_once], axis=1)[0].tolist()}) == len({*text}) + 60
   assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
       ''.join(text_of(made[0], tokenizer, prompt=ids[0]))]
