@@ -40,13 +40,16 @@ def _checksums(params: Any) -> Any:
   return jax.tree.map(checksum, params)
 
 
-def describe(value: Any, inside: bool = False) -> Any:
+def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> Any:
   """JSON, the same in every process: classes with the fields that they compare, functions by name, arrays by hash.
 
   Of a function that another made (a schedule) it tells the name, and the values that it has from there only with
-  `inside`.
+  `inside`. Of what it is inside of itself, such as a function that calls itself, the name. `above` are the ids of
+  what the value is inside of.
   """
-  recur = functools.partial(describe, inside=inside)
+  if id(value) in above:
+    return getattr(value, '__qualname__', type(value).__qualname__)
+  recur = functools.partial(describe, inside=inside, above=(*above, id(value)))
   match value:
     case None | bool() | int() | float() | str():
       return value

@@ -59,6 +59,25 @@ def test_differences_are_named_by_their_path():
     checkpoint.check(stored, of(8, (5, 8)))
 
 
+def test_a_description_ends_where_what_it_is_of_contains_itself():
+  def pair(rate):
+    def even(n):
+      return n == 0 or odd(n - 1)
+
+    def odd(n):
+      return n != 0 and even(n - 1) * rate
+    return even
+  described = describe(pair(2), inside=True)
+  name = described['function'].removesuffix('even')
+  assert described == {'function': f'{name}even', 'odd': {'function': f'{name}odd', 'even': f'{name}even', 'rate': 2}}
+  assert differences(described, describe(pair(3), inside=True)) == ['odd.rate: 2 before, 3 now']
+  ring = [1]
+  ring.append(ring)
+  assert describe(ring) == [1, 'list']
+  shared = (1, 2)
+  assert describe([shared, {'again': shared}]) == [[1, 2], {'again': [1, 2]}]   # twice, but not inside of itself
+
+
 def test_a_description_is_the_same_in_every_process_and_needs_no_orbax():
   expression = ('describe([optax.adamw(1e-3), optax.cosine_decay_schedule(1., 5), jax.nn.gelu, object(), '
                 'functools.partial(jax.jit), np.float32, np.ones(2), jax.sharding.PartitionSpec("x"), {1: (2,)}])')
