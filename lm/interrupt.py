@@ -8,6 +8,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from lm import exits
+
 
 class Stopped(KeyboardInterrupt):
   """A signal stopped a run before its end. A program then ends with the exit code `code`, 128 + the signal."""
@@ -42,7 +44,7 @@ class Interrupt(contextlib.AbstractContextManager):
   def _handle(self, number, frame):
     del frame
     if self.signal:
-      os._exit(128 + number)
+      exits.at_once(128 + number)
     self.signal = number
     if number not in (signal.SIGINT, signal.SIGTERM):   # the terminal is gone: to write there would be an error
       nothing = os.open(os.devnull, os.O_WRONLY)

@@ -20,6 +20,7 @@ from typing import Any
 import absl.logging  # noqa: F401  (defines --v and its kin)
 from absl import flags
 
+from lm import exits
 from lm.arguments import Texts as Texts
 from lm.arguments import parse, require
 
@@ -161,7 +162,7 @@ def _interruptible() -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  former = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'\ninterrupted\n'), os._exit(130)))
+  former = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'\ninterrupted\n'), exits.at_once(130)))
   try:
     yield
   finally:
@@ -172,8 +173,7 @@ def _exit(code: int) -> None:
   jax = sys.modules.get('jax')
   if jax and jax.distributed.is_initialized():
     # An ordinary exit would wait minutes for the other processes, which wait for this one in a collective.
-    sys.stdout.flush()
-    os._exit(code)
+    exits.at_once(code)
   sys.exit(code)
 
 
