@@ -23,7 +23,7 @@ def process_0_first(what: str) -> Iterator[None]:
 
 
 def agreed(value: Any) -> Any:
-  """The value of process 0, in all of them: JSON. All processes call it, also where their disks hold different files."""
+  """The value (JSON) of process 0, in all processes, which all call it: also where their disks hold other files."""
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. A line may import from the lines before it, and within a folder from the files named before.
 # 'room/*' stands for the files of a folder that are not named, which do not import one another.
 ROOMS = (
-    'exits', 'seeds', 'sharding', 'describe', 'parsing', 'cluster', 'atomic', 'locks', 'integrity', 'scripts', 'arguments',
-    'records',
+    'exits', 'seeds', 'sharding', 'describe', 'parsing', 'cluster', 'atomic', 'locks', 'integrity', 'scripts',
+    'arguments', 'records',
     'hf/files',
     'data/source', 'data/prepared', 'data/corpora', 'data/clean', 'data/protobuf', 'data/vocabulary',
     'data/pieces', 'data/huggingface', 'data/tokenizer', 'data/export', 'data/render', 'data/chat',

@@ -220,13 +220,13 @@ if __name__ == '__main__': launch.tool(function)
 
 
 @pytest.mark.parametrize('argument, code, out, err', [
-    ('--n=2', 0, '2 CACHE/lm/jax False', ''), ('--n=0', 1, '', 'error: n is 0'), ('--m=0', 2, '', 'error: unknown flag'),
-    ('--n=3', 130, 'a line', '\ninterrupted')
+    ('--n=2', 0, '2 CACHE/lm/jax False', ''), ('--n=0', 1, '', 'error: n is 0'),
+    ('--m=0', 2, '', 'error: unknown flag'), ('--n=3', 130, 'a line', '\ninterrupted'),
 ])
 def test_programs_exit_with_a_code_and_one_line(tmp_path, argument, code, out, err):
   (tmp_path / 'script.py').write_text(SCRIPT)
   root = str(pathlib.Path(__file__).parents[1])
-  environment = {k: v for k, v in os.environ.items() if not k.startswith('JAX_COMPILATION')}
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_COMPILATION', 'PYTHONUNBUFFERED'))}
   environment |= {'PYTHONPATH': root, 'XDG_CACHE_HOME': str(tmp_path)}
   done = subprocess.run([sys.executable, '-W', 'error', str(tmp_path / 'script.py'), argument], env=environment,
                         capture_output=True, text=True)
