@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from lm.data import clean, dataset, tokenizer
+from lm.data import clean, dataset, dialogues, tokenizer
 from lm.data.source import Source
 from lm.data.tokenizer import Bytes
 from lm.objectives.next_token import next_token
@@ -195,3 +195,15 @@ def test_a_damaged_tokenizer_is_refused(tmp_path):
       use()
   path.write_bytes(data)
   text.open(tmp_path, lambda line: None)
+
+
+def test_the_bytes_of_texts_and_of_dialogues_are_verified(tmp_path):
+  talk = Source('talk', {'train': ['{"prompt": "a", "completion": "b"}'] * 9}, 'fingerprint')
+  for data in (dataset.Text(SOURCE, Bytes(), 16), dialogues.Dialogues(talk, Bytes(), 16)):
+    workdir = tmp_path / type(data).__name__
+    data.open(workdir, lambda line: None)
+    assert data.verify(workdir) == []
+    path = workdir / 'data' / 'tokens' / 'train' / 'tokens.bin'
+    path.write_bytes(path.read_bytes()[:-1] + b'\x01')
+    with pytest.raises(ValueError, match=f'{path} is not as it was written'):
+      data.verify(workdir)

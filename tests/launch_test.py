@@ -193,6 +193,21 @@ def test_a_run_that_a_signal_stopped_ends_with_its_code_and_is_not_reported(prog
   assert not seen and capsys.readouterr().err == '' and (program.workdir / 'run.json').exists()
 
 
+def test_data_is_verified_on_demand_before_anything_is_trained(program, capsys):
+  def damaged(workdir):
+    raise ValueError(f'{workdir.name} is damaged')
+
+  def experiment(*, bad: bool = False):
+    verify = damaged if bad else lambda workdir: ['validation']
+    return type('Run', (Run,), {'data': types.SimpleNamespace(kind=None, verify=verify)})(4)
+
+  assert program(experiment, '--bad') == 0 and len(program.calls) == 1
+  assert program(experiment, '--bad', '--verify') == 1 and len(program.calls) == 1
+  assert capsys.readouterr().err.startswith('error: run is damaged')
+  assert program(experiment, '--bad=false', '--verify') == 0
+  assert 'not verified, since it has no checksums: validation' in capsys.readouterr().out
+
+
 def test_an_interrupt_is_quiet(program, capsys):
   def interrupted(*, width: int = 1):
     raise KeyboardInterrupt

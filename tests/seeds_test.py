@@ -1,4 +1,5 @@
 """Every seed from 0 to 2 ** 63 is another one, in keys, orders of data and what runs make of them."""
+import ast
 import importlib
 import itertools
 import pathlib
@@ -12,6 +13,7 @@ from lm import generate, seeds, train
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 
+ROOT = pathlib.Path(__file__).parents[1]
 WIDE = [0, 1, 2 ** 31, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 33, 2 ** 62, 2 ** 63 - 1]
 
 
@@ -45,7 +47,7 @@ def test_a_seed_out_of_range_is_refused_by_its_value(seed):
 
 
 def test_generate_refuses_a_seed_before_it_opens_anything(tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / 'experiments')
+  monkeypatch.syspath_prepend(ROOT / 'experiments')
   with pytest.raises(ValueError, match='seed=-1 is not a whole number'):
     importlib.import_module('generate').main(workdir=tmp_path / 'absent', seed=-1)
 
@@ -68,3 +70,14 @@ def test_texts_of_wide_seeds_differ():
   with jax.set_mesh(jax.make_mesh((1, 1), ('data', 'model'), axis_types=(jax.sharding.AxisType.Explicit,) * 2)):
     texts = [generate.generate(model, params, Data.tokenizer, [''], max_tokens=12, seed=seed) for seed in (0, 2 ** 32)]
   assert texts[0] != texts[1]
+
+
+def test_keys_and_generators_of_a_seed_are_made_in_one_place():
+  """What is given a seed elsewhere would cut it, or take the seed and an epoch for another seed."""
+  for path in [*(ROOT / 'lm').rglob('*.py'), *(ROOT / 'experiments').glob('*.py')]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and path.stem != 'seeds':
+        constant, called = all(isinstance(value, ast.Constant) for value in node.args), ast.unparse(node.func)
+        assert constant or not called.endswith(('random.key', 'random.PRNGKey')), (path.name, node.lineno)
+        whole = constant or isinstance(node.args[0], ast.Name)   # one number, of any size
+        assert whole or not called.endswith('default_rng'), (path.name, node.lineno)

@@ -10,6 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from failures_test import files_of
 
 from lm.data import tokenizer
 
@@ -78,6 +79,13 @@ def test_saved_loaded_and_pickled(lossless, tmp_path):
     assert other == lossless and other.fingerprint == lossless.fingerprint
     assert (other.bos_id, other.eos_id, other.vocab_size) == (lossless.bos_id, lossless.eos_id, lossless.vocab_size)
     np.testing.assert_array_equal(other.encode(TEXT), lossless.encode(TEXT))
+
+
+def test_a_save_that_fails_leaves_the_tokenizer_that_was_there(lossless, tmp_path):
+  lossless.save(tmp_path)
+  with files_of(10), pytest.raises(OSError, match='File too large'):
+    lossless.save(tmp_path)
+  assert tokenizer.load(tmp_path) == lossless
 
 
 def test_errors_say_what_to_do(lossless):

@@ -83,13 +83,14 @@ def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
     for step in range(1000):
       t.log(step, {'loss': 1.})
   assert error.value.filename == str(tmp_path / 'metrics.jsonl')
-  with (pytest.raises(OSError, match='File too large.*tensorboard') as error, files_of(4000),
-        tracker(tmp_path, every=0.) as t):
-    t._jsonl.close()
-    t._jsonl = io.StringIO()
-    for step in range(1000):
-      t.log(step, {'loss': 1.})
-  assert error.value.__context__.filename is None   # of the write, not of another error while that was dealt with
+  for every in (0., 1e9):   # where it is flushed at each line, and where a buffer is full
+    with (pytest.raises(OSError, match='File too large.*tensorboard') as error, files_of(4000),
+          tracker(tmp_path, every=every) as t):
+      t._jsonl.close()
+      t._jsonl = io.StringIO()
+      for step in range(1000):
+        t.log(step, {'loss': 1.})
+    assert error.value.__context__.filename is None   # of the write, not of another error while that was dealt with
   assert not list(tmp_path.glob('*.new'))
 
 
