@@ -20,6 +20,7 @@ class Guard:
   """Skips a step whose loss, or gradient norm, is above the mean of the last `window` by more than `sigma` of their
   standard deviations, or is not finite: as OLMo-core's SkipStepOptimizer, on the devices, without waiting for them.
 
+  A step that is skipped changes neither parameters nor the state of the optimizer; its schedules go on with the step.
   It begins when half of a window was seen; what is not finite is skipped from the start. Spikes count among the last
   steps, but for those that are not finite, so that a loss which stays higher is accepted in the end. Training stops
   where more than `most` of a window were skipped: what goes wrong then is no spike.

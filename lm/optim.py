@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import ScheduleFreeState
 
 from lm import groups
 from lm.schedules import Schedule
@@ -57,8 +58,16 @@ def learning_rate(opt_state: Any) -> jax.Array | None:
 
 def advanced(opt_state: Any, steps: int) -> Any:
   """The state of an optimizer whose schedules are so many steps further."""
-  scheduled = lambda x: isinstance(x, (_Scheduled, optax.ScaleByScheduleState))
-  return jax.tree.map(lambda x: x._replace(count=x.count + steps) if scheduled(x) else x, opt_state, is_leaf=scheduled)
+  def further(x):
+    match x:
+      case _Scheduled() | optax.ScaleByScheduleState():
+        return x._replace(count=x.count + steps)
+      case ScheduleFreeState():   # it reads the rate, for the weight of a step in the average
+        return x._replace(step_count=x.step_count + steps, base_optimizer_state=advanced(x.base_optimizer_state, steps))
+    return x
+
+  scheduled = lambda x: isinstance(x, (_Scheduled, optax.ScaleByScheduleState, ScheduleFreeState))
+  return jax.tree.map(further, opt_state, is_leaf=scheduled)
 
 
 def chain(rate: Rate, clip: float | None, *transforms: optax.GradientTransformation, weight_decay: float = 0.,

@@ -170,7 +170,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
       metrics['learning_rate'] = rate
     if run.guard is not None:
       taken, seen = run.guard.judge(state.seen, mean, norm)
-      new = jax.tree.map(functools.partial(jnp.where, taken), new, state._replace(step=new.step))._replace(seen=seen)
+      new = jax.tree.map(functools.partial(jnp.where, taken), new, advance(state, 1))._replace(seen=seen)
       metrics |= {'skipped': seen.total, 'skipped_lately': jnp.sum(seen.skipped)}
     return new, metrics
 

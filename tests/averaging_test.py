@@ -1,5 +1,6 @@
 """Averages of parameters against their closed forms, and which parameters are evaluated."""
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -56,6 +57,16 @@ def test_schedule_free_is_the_paper_s():
       np.testing.assert_allclose(evaluated[k], x[k], rtol=1e-4, atol=1e-5)
       np.testing.assert_allclose(y[k], (1 - b1) * z[k] + b1 * x[k], rtol=1e-4, atol=1e-5)
     assert averaging.averages(state) and float(optim.learning_rate(state)) == pytest.approx(lr)
+
+
+def test_steps_left_out_are_no_part_of_a_schedule_free_average():
+  """The next step has the rate of its number, in the step and as its weight; those between have none."""
+  optimizer = optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None)
+  _, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+  _, state = optimizer.update(PARAMS, optim.advanced(state, 5), PARAMS)
+  assert float(optim.learning_rate(state)) == pytest.approx(0.7)   # of step 6
+  get = functools.partial(optax.tree_utils.tree_get, state)
+  assert float(get('max_lr')) == pytest.approx(0.7) and float(get('weight_sum')) == pytest.approx(0.1**2 + 0.7**2)
 
 
 def test_what_has_no_average_evaluates_its_parameters():

@@ -118,9 +118,10 @@ class Spiking(Bigram):
 # Sums of the batches, one for each step, in whatever order the data comes.
 SUMS = [int(RUN.data.batches('train', RUN.objective, RUN.batch, RUN.seed)(step).tokens.sum()) for step in range(30)]
 SPIKES = [step + 1 for step in range(30) if SUMS[step] in (SUMS[9], SUMS[27])]
+RATE = schedules.warmup_linear(0.1, 100, 2)
 SPIKING = dataclasses.replace(RUN, model=Spiking(dropout=0., sums=(SUMS[9], SUMS[27])), steps=30, evaluate_every=30,
                               save_every=30,
-                              optimizer=optim.sgd(schedules.warmup_constant(0.1, 100, 2), momentum=0.9))
+                              optimizer=optim.sgd(RATE, momentum=0.9))
 
 
 def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
@@ -131,7 +132,9 @@ def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
   assert [step for step in range(2, 31) if skipped[step] > skipped[step - 1]] == SPIKES and skipped[30] == 2
   step, state = saved(tmp_path, SPIKING, guard=guard)
   assert step == 30 and int(state.seen.total) == 2
-  assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 28
+  assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 30   # of the schedule, which goes by the step
+  rates = logged(tmp_path, 'learning_rate')
+  np.testing.assert_allclose(list(rates.values()), [float(RATE(step - 1)) for step in rates], rtol=1e-6)
 
 
 @pytest.mark.slow
