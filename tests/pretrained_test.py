@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lm import optim, pretrained, schedules, sharding, train, trained
-from lm.data import corpora, dataset
+from lm import annotate, optim, pretrained, schedules, sharding, train, trained
+from lm.data import corpora, dataset, dialogues, source, turns
 from lm.data.batches import Batch
 from lm.data.tokenizer import Bytes
 from lm.hf import files, weights
@@ -234,6 +234,21 @@ def test_several_ends_go_out_and_come_back(params, tmp_path):
   tokens = dataclasses.replace(pretrained.load(str(tmp_path / 'first')).tokenizer, ends=(7, 9))
   pretrained.write(tmp_path / 'out', MODEL, params, tokens)
   assert pretrained.load(str(tmp_path / 'out')).tokenizer.eos_ids == (TOKENIZER.eos_id, 7, 9)
+
+
+@pytest.mark.parametrize('annotated', [False, True])
+def test_a_run_of_dialogues_goes_out_with_its_template_and_its_ends(tmp_path, monkeypatch, annotated):
+  """Also where the data is annotated, as that of preferences is."""
+  tokens, template = Bytes(), turns.Turns()
+  data = dialogues.Dialogues(source.Source('talk', {}, 'f'), tokens, 32, template=template)
+  start = dataclasses.replace(run(tmp_path), data=annotate.Annotated(data, None, {}, None) if annotated else data)
+  model = transformer.llama(tokens.vocab_size, 16, 1, 2, max_length=32)
+  params = jax.jit(model.init)(jax.random.key(0))
+  loaded = trained.Trained(start, model, params, tokens, 1, tmp_path, {})
+  monkeypatch.setattr(trained, 'load', lambda folder, best: loaded)
+  export_hf.main(workdir=tmp_path / 'run', out=tmp_path / 'out')
+  assert pretrained.folder_template(tmp_path / 'out').source == template.jinja(tokens)
+  assert pretrained.load(str(tmp_path / 'out')).tokenizer.eos_ids == (tokens.eos_id, *template.ends(tokens))
 
 
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):

@@ -326,6 +326,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
 @pytest.mark.parametrize('changes, named', [
     ({'model': Bigram(width=16)}, r'model\.width: 8 before, 16 now'), ({'batch': 16}, 'batch: 8 before, 16 now'),
     ({'seed': 1}, 'seed: 0 before, 1 now'),
+    ({'objective': next_token(objective.sequence_mean)}, 'objective.*token_mean.* before, .*sequence_mean.* now'),
     ({'data': Data(fingerprint='other')}, "data: 'fingerprint' before, 'other' now"),
     ({'data': Data(length=8)}, 'length: 16 before, 8 now'),
     ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
