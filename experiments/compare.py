@@ -101,8 +101,10 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   sign = -1 if 'accuracy' in metric else 1
   names = having(names, results, metric)
   values = {name: [result['values'][metric] for result in results[name]] for name in names}
-  has_curves = metric == 'bits/byte'
-  speed_up = ["speed-up to the baseline's final loss"] if has_curves else []
+  sooner = {name: times(comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))
+            for name in names[1:] if metric == 'bits/byte'}
+  has_speed_up = any(sooner.values())   # none is, of curves of one evaluation
+  speed_up = ["speed-up to the baseline's final loss"] if has_speed_up else []
   titles = ['arm', metric, f'difference to {names[0]}', *speed_up, 'verdict']
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for name in names:
@@ -113,10 +115,8 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
     verdict = comparison.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
     low, high = sorted((sign * verdict.difference.low, sign * verdict.difference.high))
     difference = comparison.Interval(sign * verdict.difference.mean, low, high)
-    sooner = []
-    if has_curves:
-      sooner = [times(comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))]
-    lines.append(f'| {" | ".join([name, str(own), str(difference), *sooner, str(verdict)])} |')
+    columns = [name, str(own), str(difference), *([sooner[name]] if has_speed_up else []), str(verdict)]
+    lines.append(f'| {" | ".join(columns)} |')
   return lines
 
 

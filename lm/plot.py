@@ -53,7 +53,7 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
   """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined.
 
-  A curve of one evaluation is a point with its range; where no arm has a curve, there are final values alone.
+  Curves are over shares of the compute. A curve of one evaluation is a point with its range; where no arm has a curve, there are final values alone.
   """
   has_curves = any(all(runs) and len(runs) for runs in curves.values())
   if (figure := _figure(png, (11 if has_curves else 6, 5))) is None:
@@ -74,7 +74,7 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   right.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
   right.set(ylabel=metric)
   if left is not None:
-    left.set(xlabel=compute, ylabel='validation bits per byte')
+    left.set(xlabel=compute, xlim=(0, 1.02), ylabel='validation bits per byte')   # no share is above 1
   _finish(figure, png, [axes for axes in (left, right) if axes is not None])
 
 

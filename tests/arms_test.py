@@ -305,3 +305,13 @@ def test_knobs_mean_what_they_mean_as_flags(tmp_path):
   assert one.knobs == {'separator': r'\n\n', 'pattern': 'a b'}
   with pytest.raises(ValueError, match='quotation'):
     arms.knobs(experiment, 'separator="a')
+
+
+def test_a_table_tells_of_a_speed_up_only_where_there_is_one():
+  def lines(curve):
+    results = {name: [{'values': {'bits/byte': value + seed}, 'curve': curve, 'left_out': {}} for seed in range(2)]
+               for name, value in (('a', 3.), ('b', 2.5))}
+    return compare.table(['a', 'b'], results, 'bits/byte')
+  once, twice = lines([(1., 3.)]), lines([(0.5, 4.), (1., 3.)])
+  assert 'speed-up' not in once[0] and '|  |' not in once[-1] and once[-1].count('|') == once[0].count('|') == 5
+  assert 'speed-up' in twice[0] and '1.00x' in twice[-1] and twice[-1].count('|') == twice[0].count('|') == 6

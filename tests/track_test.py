@@ -223,6 +223,7 @@ def test_a_comparison_shows_each_arm_however_few_its_evaluations(tmp_path, curve
   plot.comparison(tmp_path / 'compare.png', curves, {'a': [3., 4.], 'b': [4., 5.]}, 'bits/byte', 'share')
   (_, panels), = figures
   assert len(panels) == (2 if curve else 1)
+  assert not curve or (panels[0].get_xlim()[0] == 0 and 1 < panels[0].get_xlim()[1] < 1.04)   # shares, none above 1
   for axes in panels:
     assert axes.get_lines()
     for line in axes.get_lines():
