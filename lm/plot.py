@@ -53,7 +53,8 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
   """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined.
 
-  Curves are over shares of the compute. A curve of one evaluation is a point with its range; where no arm has a curve, there are final values alone.
+  Curves are over shares of the compute. One of a single evaluation is a point with its range; where no arm has a curve,
+  there are final values alone.
   """
   has_curves = any(all(runs) and len(runs) for runs in curves.values())
   if (figure := _figure(png, (11 if has_curves else 6, 5))) is None:

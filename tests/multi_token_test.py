@@ -13,6 +13,8 @@ from lm.data.batches import Batch
 from lm.models import layers as parts
 from lm.models import multi_token, transformer
 from lm.objectives import losses, objective
+from lm.objectives.diffusion import masked_diffusion
+from lm.objectives.distillation import distil
 from lm.objectives.multi_token import multi_token as multi_token_loss
 from lm.objectives.next_token import next_token
 from lm.objectives.unlikelihood import unlikelihood
@@ -116,7 +118,7 @@ def test_the_loss_is_that_of_the_equations(kind):
 
 
 @pytest.mark.parametrize('make', [lambda token_loss: next_token(token_loss=token_loss),
-                                  lambda token_loss: unlikelihood(next_token(), 0., token_loss=token_loss)])
+                                  lambda token_loss: unlikelihood(next_token(token_loss=token_loss), 0.)])
 def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):
   model, batch = multi_token.parallel(TRUNK, 2), packed_batch()
   params = random_params(model)
@@ -134,6 +136,18 @@ def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):
           cost = shares @ (log_z[b, i] - logits[b, i]) + 0.1 * log_z[b, i] ** 2
           expected += batch.weights[b, i + k] * cost * (0.3 / 2 if k else 1)
   assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('outer', [unlikelihood, lambda goal: distil(goal, TRUNK.apply)],
+                         ids=['unlikelihood', 'distil'])
+def test_a_loss_is_replaced_only_where_nothing_of_it_is_lost(outer):
+  for goal in (multi_token_loss(next_token()), unlikelihood(next_token()), distil(next_token(), TRUNK.apply),
+               masked_diffusion()):
+    with pytest.raises(ValueError, match='other parts, such as further tokens'):
+      outer(goal)
+  batch, params = packed_batch(), random_params(multi_token.parallel(TRUNK, 0))
+  weight = outer(next_token(objective.sequence_mean)).loss(TRUNK.apply, {**params, 'teacher': params}, batch, None)[1]
+  assert float(weight) == float(objective.sequence_mean(batch)) != float(batch.weights.sum())
 
 
 def test_without_depths_it_is_next_token_prediction():

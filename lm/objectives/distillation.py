@@ -22,11 +22,9 @@ from lm import sharding
 from lm.data.batches import Batch
 from lm.objectives.objective import (
     Objective,
-    TokenLoss,
     by_position,
-    cross_entropy,
     over_vocabulary,
-    token_mean,
+    targets_of,
 )
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -61,22 +59,23 @@ class JensenShannon:
 
 
 def distil(objective: Objective, teacher: Callable[..., Any], divergence: Divergence = forward_kl,
-           temperature: float = 1., hard: float = 0., token_loss: TokenLoss = cross_entropy,
-           denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+           temperature: float = 1., hard: float = 0.) -> Objective:
   """The examples of `objective`, learned from a teacher that is asked at every step.
 
   Logits of both are made a chunk of positions at a time (see `over_vocabulary`); nothing of the teacher is
   differentiated. The metric `divergence` is D(p_T, q_T) in nats a target.
 
   Args:
-    objective: any whose loss is one of the targets of its examples.
+    objective: any whose loss is one of the targets of its examples alone (see `targets_of`).
     teacher: `apply` of the teacher's model, whose parameters are `params['teacher']`.
     temperature: T, above 0.
-    hard: weight of `token_loss` on the targets themselves, from 0 to below 1.
+    hard: weight of its `token_loss` on the targets themselves, from 0 to below 1.
 
   Raises:
-    ValueError: when it is traced, if teacher and student have different numbers of logits.
+    ValueError: if the loss of `objective` has other parts; when it is traced, if teacher and student have different
+      numbers of logits.
   """
+  token_loss, denominator = targets_of(objective)
   mix = _mix(divergence, temperature, hard, token_loss)
 
   def with_teacher(logits, targets, weights, hidden, head):
@@ -91,7 +90,7 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
                                      (batch.targets, batch.weights, taught.hidden), (taught.head,))
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss, denominator=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +125,8 @@ class TopK:
     return by_position(best, outputs.hidden, outputs.head)
 
 
-def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = forward_kl, hard: float = 0.,
-                  token_loss: TokenLoss = cross_entropy,
-                  denominator: Callable[[Batch], jax.Array] = token_mean) -> Objective:
+def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = forward_kl, hard: float = 0.
+                  ) -> Objective:
   """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
 
   D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
@@ -139,6 +137,7 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   Raises:
     ValueError: when it is traced, if the data has no such columns, or the student another number of logits.
   """
+  token_loss, denominator = targets_of(objective)
   mix = _mix(divergence, stored.temperature, hard, token_loss)
 
   def with_stored(logits, targets, weights, ids, log_probs):
@@ -158,7 +157,7 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
     loss_sum, sums = over_vocabulary(with_stored, outputs.hidden, outputs.head, args)
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss, denominator=None)
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:

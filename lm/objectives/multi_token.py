@@ -43,4 +43,4 @@ def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
                      f'depth_{depth}/accuracy': (found['correct'], found['tokens'])}
     return loss_sum, weight_sum, sums
 
-  return dataclasses.replace(objective, loss=loss)
+  return dataclasses.replace(objective, loss=loss, denominator=None)

@@ -37,6 +37,7 @@ class Objective:
   metric of the objective's own is a pair `name: (sum, count)`.
 
   `token_loss` is what a target costs by itself, for losses of more targets that are added, such as further tokens.
+  `denominator` is what the sum of these is divided by; None where the loss is another than that, see `targets_of`.
 
   `prompt` marks in a batch of prompts what is read bidirectionally, as in training; None: the objective does not teach
   to write from left to right.
@@ -47,6 +48,7 @@ class Objective:
   control: tuple[str, ...] = ()
   prompt: Callable[[Batch], Batch] | None = causal_prompt
   token_loss: TokenLoss | None = None   # None: cross_entropy
+  denominator: Callable[[Batch], jax.Array] | None = dataclasses.field(default=None, compare=False)
 
 
 def token_mean(batch: Batch) -> jax.Array:
@@ -182,4 +184,16 @@ def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = n
     loss_sum, sums = over_vocabulary(token_loss, outputs.hidden, outputs.head, (batch.targets, batch.weights))
     return loss_sum, denominator(batch), sums
 
-  return Objective(forms, loss, needs, control, prompt, token_loss)
+  return Objective(forms, loss, needs, control, prompt, token_loss, denominator)
+
+
+def targets_of(objective: Objective) -> tuple[TokenLoss, Callable[[Batch], jax.Array]]:
+  """The token loss and the denominator of an objective whose loss is made of these alone.
+
+  For what puts another loss in the place of its loss. ValueError where that has other parts, which would be lost.
+  """
+  if objective.denominator is None:
+    raise ValueError('the loss of this objective is not that of the targets of its examples alone: it has other parts, '
+                     'such as further tokens, repetition or a teacher, that a loss in its place would leave out. Take '
+                     'a plain objective; further tokens are added last, as in multi_token(unlikelihood(next_token()))')
+  return objective.token_loss or cross_entropy, objective.denominator

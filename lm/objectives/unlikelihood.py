@@ -1,13 +1,11 @@
 """Unlikelihood: what was said before becomes less likely, so that a model repeats itself less."""
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lm import sharding
-from lm.data.batches import Batch
-from lm.objectives.objective import Objective, TokenLoss, cross_entropy, over_vocabulary, token_mean
+from lm.objectives.objective import Objective, over_vocabulary, targets_of
 
 
 def _first_of_segment(tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -33,14 +31,15 @@ def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
                        out_specs=rows, check_vma=False)(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
 
 
-def unlikelihood(objective: Objective, alpha: float = 1., denominator: Callable[[Batch], jax.Array] = token_mean,
-                 token_loss: TokenLoss = cross_entropy) -> Objective:
+def unlikelihood(objective: Objective, alpha: float = 1.) -> Objective:
   """A token objective with a loss of repetition beside its `token_loss` (Welleck et al. 2020, arXiv:1908.04319).
 
   L = token_loss - alpha sum_t w_t sum_{c in C_t} log(1 - p_t(c)), where C_t are the tokens of the segment up to
   position t, each once, without the target of t: the token-level loss. The metric `unlikelihood` is its mean over
-  targets. Of `objective` stays how examples are made.
+  targets. ValueError for an objective whose loss is another than that of its targets (see `targets_of`).
   """
+  token_loss, denominator = targets_of(objective)
+
   def both(logits, targets, weights, segments, places, tokens_BS, segments_BS, first_BS):
     loss, sums = token_loss(logits, targets, weights)
     seen = places[..., None] >= jnp.arange(tokens_BS.shape[1])[None, None]
@@ -59,4 +58,4 @@ def unlikelihood(objective: Objective, alpha: float = 1., denominator: Callable[
     loss_sum, sums = over_vocabulary(both, outputs.hidden, outputs.head, args, whole)
     return loss_sum, denominator(batch), sums
 
-  return dataclasses.replace(objective, loss=loss, token_loss=token_loss)
+  return dataclasses.replace(objective, loss=loss, token_loss=token_loss, denominator=None)
