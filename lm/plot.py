@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lm import track
+from lm import atomic, track
 
 
 def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
@@ -175,7 +175,8 @@ def _finish(figure: Any, png: pathlib.Path, panels: Sequence[Any]) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
       axes.legend(frameon=False)
-  figure.savefig(png)
+  with atomic.naming(png):
+    figure.savefig(png)
 
 
 def _number(value: Any) -> float | None:

@@ -1,11 +1,15 @@
 """What `pretrain.py` starts from gives its tokenizer and its shape too, or is refused where they do not go together."""
 import argparse
+import dataclasses
 import inspect
 import pathlib
 import shutil
 
+import finetune_chat
 import jax
+import jax.numpy as jnp
 import numpy as np
+import preference
 import pretrain
 import pytest
 
@@ -61,6 +65,21 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   assert np.array_equal(run.data.tokenizer.encode(text), loaded.tokenizer.encode(text))
   started = trained.start_from(run, str(folder / source)).start(run.model)
   assert jax.tree.all(jax.tree.map(np.array_equal, started, loaded.params))
+
+
+def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
+  name = str(folder / 'run')
+  assert trained.base(name).model == trained.load(folder / 'run').model   # bfloat16, its own
+  for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
+    chat = finetune_chat.experiment(model=name, precision=dtype.name)
+    aligned = preference.experiment(model=name, precision=dtype.name)
+    assert chat.model.dtype == aligned.model.dtype == aligned.data.model.model.dtype == dtype
+
+  @dataclasses.dataclass
+  class Fixed:
+    pass
+  with pytest.raises(ValueError, match='class Fixed cannot be made to compute in bfloat16; leave out --precision'):
+    trained._computing_in(Fixed(), jnp.bfloat16)
 
 
 def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):

@@ -10,6 +10,7 @@ each file counts. Whatever kills the build, the next one cuts the files there an
 import collections
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -227,7 +228,8 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise OSError(error.errno, f'cannot write the store: {error.strerror}; free space or choose another folder',
+    number = error.errno or errno.ENOSPC   # NumPy gives none where a write is cut short
+    raise OSError(number, f'cannot write the store: {os.strerror(number)}; free space or choose another folder',
                   str(folder)) from error
 
 
