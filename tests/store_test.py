@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import threading
 
 import numpy as np
 import pytest
+from failures_test import files_of
 
 from lm.data import clean, store, tokenizer
 from lm.data.source import Source
@@ -222,13 +222,11 @@ def test_writing_errors_are_clear(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(OSError, match='cannot write the store: Not a directory; free space or choose another folder'):
     build(tmp_path / 'file' / 'store')
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-  try:
-    with pytest.raises(OSError, match='cannot write the store: File too large'):
-      build(tmp_path / 'full')
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  with files_of(200), pytest.raises(OSError, match=f'cannot write the store: File too large.*{tmp_path}/full'):
+    build(tmp_path / 'full')
+  with (pytest.raises(OSError, match=f'cannot write the store: No space left on device.*{tmp_path}'), files_of(300),
+        store._writing(tmp_path)):
+    np.save(tmp_path / 'offsets.npy', np.arange(1000))   # as many as fit, and an error without a number
   assert len(build(tmp_path / 'full')['train']) == 20
 
 

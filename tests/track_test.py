@@ -212,6 +212,8 @@ def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+  with files_of(4000), pytest.raises(OSError, match='File too large.*curve.png'):
+    plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
 
 
 @pytest.mark.parametrize('curve', [[(1., 3.)], [(0.5, 3.2), (1., 3.)], []], ids=['one evaluation', 'two', 'none'])
