@@ -136,20 +136,35 @@ class Base(NamedTuple):
   start: Callable[[Any], Any]
 
 
-def base(name: str, dtype: Any = jnp.float32, with_tokenizer: bool = True) -> Base:
+def base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> Base:
   """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
 
-  A folder may lack a tokenizer where none is wanted. FileNotFoundError where there is nothing of the kind.
+  The model computes in `dtype`; None: in that of the run, or float32. A folder may lack a tokenizer where none is
+  wanted. FileNotFoundError where there is nothing of the kind, ValueError for a model that has another dtype for good.
   """
   folder = pathlib.Path(name).expanduser()
   if records.read(folder):
     opened = _open(folder)
-    return Base(lora.plain(opened.run.model), opened.tokenizer, chat_template(opened.run.data),
+    model = lora.plain(opened.run.model)
+    model = model if dtype is None else _computing_in(model, dtype)
+    return Base(model, opened.tokenizer, chat_template(opened.run.data),
                 StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
   folder = pretrained.locate(name)
-  model = pretrained.open_model(folder, dtype)
+  model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
   tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
   return Base(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
+
+
+def _computing_in(model: Any, dtype: Any) -> Any:
+  """The model of a run, whose computation has another dtype."""
+  if isinstance(model, MultiToken):
+    return dataclasses.replace(model, trunk=_computing_in(model.trunk, dtype))
+  if hasattr(model, 'dtype') and hasattr(model, 'clone'):
+    return model.clone(dtype=dtype)
+  if jnp.dtype(dtype) != getattr(model, 'dtype', jnp.float32):
+    raise ValueError(f'a model of class {type(model).__name__} cannot be made to compute in {jnp.dtype(dtype).name}; '
+                     'leave out --precision')
+  return model
 
 
 @dataclasses.dataclass(frozen=True)
