@@ -301,6 +301,7 @@ def test_knobs_mean_what_they_mean_as_flags(tmp_path):
     quoted = f'"{written}"' if "'" in written else f"'{written}'"
     for text in (f'separator={quoted}', *([f'separator={written}'] if "'" not in written else [])):
       assert arms.knobs(experiment, text) == flags, written
+    assert arms.knobs(experiment, sweep.written({'separator': written})) == flags, written
   (one,) = arms.arms(experiment, r'cut: separator=\n\n pattern="a b"')
   assert one.knobs == {'separator': r'\n\n', 'pattern': 'a b'}
   with pytest.raises(ValueError, match='quotation'):

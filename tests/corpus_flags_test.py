@@ -17,8 +17,8 @@ ALWAYS = {'debug', 'help', 'helpfull', 'script'}
 GIT = {'abbrev', 'always', 'dirty', 'exclude'}   # flags of git
 
 
-def advised(path: pathlib.Path) -> set[str]:
-  """Flags in the strings of a file: not in docstrings, nor in commands of scripts."""
+def strings(path: pathlib.Path) -> list[str]:
+  """The strings of a file, but for docstrings; of an f-string, what is written in it."""
   tree = ast.parse(path.read_text())
   documented = {id(node.body[0].value) for node in ast.walk(tree)
                 if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and isinstance(node.body[0], ast.Expr)}
@@ -27,7 +27,12 @@ def advised(path: pathlib.Path) -> set[str]:
            for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
   texts += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
             and id(node) not in documented | parts]
-  texts = [text for text in texts if not re.search(r'\b[a-z_]+\.py --', text)]
+  return texts
+
+
+def advised(path: pathlib.Path) -> set[str]:
+  """Flags in the strings of a file, but for commands of scripts."""
+  texts = [text for text in strings(path) if not re.search(r'\b[a-z_]+\.py --', text)]
   return {name for text in texts for name in re.findall(r'(?<![\w-])--([a-z][a-z_]*)', text)}
 
 
@@ -59,6 +64,15 @@ def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name
   for module in ('corpora', 'source'):
     assert advised(ROOT / 'lm/data' / f'{module}.py') <= SCRIPTS[name]
   assert {'text', 'jsonl', 'parquet', 'key'} | advised(ROOT / 'lm/parsing.py') <= SCRIPTS[name]
+
+
+@pytest.mark.parametrize('module', ['parsing', *(f'data/{name}' for name in (
+    'corpora', 'source', 'stored', 'store', 'prepared', 'dialogues', 'corpus_flags'))])
+def test_a_flag_is_advised_as_a_flag_is_written(module):
+  """Not as an argument in Python, encoding_errors='replace'."""
+  names = '|'.join(sorted(set().union(*SCRIPTS.values())))
+  for text in strings(ROOT / 'lm' / f'{module}.py'):
+    assert not re.search(rf"(?<![\w-])({names})='", text), text
 
 
 @pytest.mark.parametrize('name', ['finetune_chat', 'preference', 'score'])

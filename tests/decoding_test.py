@@ -1,13 +1,15 @@
 """Decoding with a cache: as long as its slots last, and no longer."""
 import functools
+import types
 
+import generate as generate_script
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from generate_test import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
 
-from lm import generate
+from lm import generate, pretrained
 from lm.data.batches import Batch
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
@@ -124,3 +126,19 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
   assert len({*text, *np.concatenate([*made_once], axis=1)[0].tolist()}) == len({*text}) + 60
   assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
       ''.join(text_of(made[0], tokenizer, prompt=ids[0]))]
+
+
+def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
+  model, params = make(transformer.gpt2)
+  model, params = model.clone(max_length=24), {**params, 'positions': params['positions'][:24]}
+  opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes())
+  monkeypatch.setattr(pretrained, 'load', lambda name: opened)
+
+  def said(**flags):
+    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='8x1', **flags)
+    return capsys.readouterr().err
+  line = said()
+  assert line == 'up to 14 tokens, to the end of the context; --window goes on past it\n'
+  assert said(window=True) == said(max_tokens=14) == ''
+  with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
+    said(max_tokens=15)

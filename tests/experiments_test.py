@@ -204,7 +204,7 @@ def test_pretrain_names_control_tokens(scripts):
 def test_every_method_of_preference_fits_together(method, scripts, small):
   mesh = sharding.abstract_mesh('4x2')
   with jax.sharding.use_abstract_mesh(mesh):
-    (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}'])
+    (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
     train.check(scripts['preference'].experiment(**knobs), mesh)
 
 

@@ -48,3 +48,20 @@ def test_a_norm_starts_as_the_plain_one_whatever_is_added_to_its_scale(offset):
   norm, x = layers.RMSNorm(offset=offset), np.float32([[3., -1., 2.], [10., 0., 5.]])
   y, _ = norm.init_with_output(jax.random.key(0), x)
   np.testing.assert_allclose(y, x / np.sqrt((x ** 2).mean(-1, keepdims=True)), rtol=1e-5)
+
+
+X = np.random.default_rng(0).normal(1, 3, (2, 5, 96)).astype('f4')
+PARTS = {
+    'RMSNorm': (layers.RMSNorm(1e-6), lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)),
+    'LayerNorm': (layers.LayerNorm(1e-6), lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + 1e-6)),
+    'gate': (lambda x: layers.silu_gated(x, x[::-1]), lambda x: x / (1 + np.exp(-x)) * x[::-1])}
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_a_part_in_float32_is_that_of_float64_but_for_rounding(name):
+  """Errors of a part are magnified by the layers after it."""
+  part, formula = PARTS[name]
+  y = part.init_with_output(jax.random.key(0), X)[0] if isinstance(part, layers.nn.Module) else part(X)
+  assert y.dtype == jnp.float32
+  np.testing.assert_allclose(y, formula(np.float64(X)), rtol=1e-6, atol=1e-6)

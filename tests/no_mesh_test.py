@@ -30,7 +30,8 @@ NOTEBOOK = '''
 import pathlib, sys
 import jax
 import numpy as np
-from lm import evaluate, generate, scripts, train, trained
+from lm import evaluate, generate, pretrained, rewards, scripts, train, trained
+from lm.models import reward
 
 folder = pathlib.Path(sys.argv[1])
 scripts.trust(folder / 'small_experiment.py')
@@ -41,6 +42,10 @@ assert len(generate.tokens(run.model, run.params, run.tokenizer, texts, max_toke
 step = evaluate.make_step(run.model.apply, run.run.objective, run.tokenizer)
 batches = run.open_data().batches('validation', run.run.objective, 4, repeat=False)
 assert evaluate.evaluate(step, run.params, batches, jax.sharding.get_mesh())['loss'] > 0
+judge = reward.Reward(run.model)
+assert np.isfinite(rewards.rewards(judge, judge.init(jax.random.key(0)), texts)).all()
+pretrained.write(folder / 'hf', run.model, run.params, run.tokenizer)
+jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / 'hf')).params, run.params)
 base = trained.base(str(folder / 'run'))
 jax.tree.map(np.testing.assert_array_equal, base.start(base.model), run.params)
 try:

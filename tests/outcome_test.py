@@ -12,7 +12,7 @@ import pretrain
 import pytest
 import score
 
-from lm import launch, outcome
+from lm import launch, outcome, plot
 from lm.data import store
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -62,9 +62,13 @@ def test_pretrain_writes_a_sample_and_the_next_command_runs(program, texts, tmp_
   assert program(*argv).startswith(prompt)
 
 
-def test_a_model_that_does_not_write_is_scored_next(program, texts):
+def test_a_model_that_does_not_write_is_scored_next(program, texts, tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(plot, 'curve', lambda *paths: drawn.append(paths))
   out = program('pretrain.py', *texts, *TINY, '--steps=2', '--evaluate_batches=1', '--objective=masked')
   assert 'goes on from' not in out
+  assert drawn == [(tmp_path / 'a run/metrics.jsonl', tmp_path / 'a run/curve.png')]
+  assert '\nval: the first 1 of ' in out
   argv = shlex.split(re.search(r'^next: python (.*)$', out, re.MULTILINE)[1])
   (flags,), _ = launch.parse([score.score], argv)
   assert argv[0] == 'experiments/score.py' and flags.given == {'workdir', 'split'}

@@ -69,3 +69,16 @@ def test_products_depend_on_the_distance_alone(rotary):
     return jnp.vdot(rotary(q, jnp.array([[at]])), rotary(k, jnp.array([[to]])))
   np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
   assert abs(product(7, 3) - product(7, 4)) > 1e-3
+
+
+def test_longrope_in_float32_is_that_of_float64_but_for_the_rounding_of_angles():
+  rotary = Rotary(1e4, scaling=LongRope((1.,) * 16, tuple(np.linspace(1.1, 30, 16)), 512, 1.19))
+  x = np.random.default_rng(0).normal(size=(1, 768, 1, 32)).astype('f4')
+  positions = np.arange(768)[None]
+  angles = positions[..., None] / (1e4 ** (np.arange(16) / 16) * np.linspace(1.1, 30, 16))
+  a, b = np.split(np.float64(x[:, :, 0]), 2, axis=-1)
+  expected = 1.19 * np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)],
+                                   -1)
+  error = np.abs(np.asarray(rotary(x, jnp.asarray(positions)))[:, :, 0] - expected)
+  # An angle of 700 is known to 2 ** -15, a small one to more.
+  assert error.max() < 3e-4 and error[:, :64].max() < 2e-5 and error[:, :, 8:16].max() < 2e-6
