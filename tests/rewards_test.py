@@ -71,7 +71,9 @@ def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, op
   assert lines[-1] == f'9 pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}'
   assert sum('wrong' in line for line in lines) == sum(given.chosen <= given.rejected)
   score.score(workdir=opened / 'reward', split='validation', mesh='8x1')
-  metrics = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('validation: all 1 batches of 8 rows of 64 positions')
+  metrics = dict(line.split() for line in lines if len(line.split()) == 2)
   assert float(metrics['preference/accuracy']) == pytest.approx(given.accuracy, abs=1e-4)
   assert float(metrics['preference/margin']) == pytest.approx(given.margin, abs=2e-3)
   assert not {'bits_per_byte', 'perplexity', 'nll'} & set(metrics)
