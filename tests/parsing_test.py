@@ -115,3 +115,22 @@ def test_config_and_template_that_are_nested_too_deep_are_named(tmp_path):
     (tmp_path / name).write_text(json.dumps({'a': 1})[:-1] + ', "b": ' + DEEP + '}')
     with pytest.raises(ValueError, match=rf'{name}.*nested too deep'):
       open_it()
+
+
+def test_half_of_a_surrogate_pair_is_no_text_either(tmp_path):
+  """Spelled by an escape of JSON; a whole pair, and the letters of an escape, are text."""
+  lines = [r'{"text": "a \ud83d\ude00 \\ud800"}', r'{"text": "b \uD800!"}', r'{"text": "c", "more": ["\udfff"]}']
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  read = lambda key, errors: corpora.jsonl(str(tmp_path / 'a.jsonl'), key, 0, errors)
+  good = 'a \U0001f600 \\ud800'
+  for errors, texts, records in (
+      ('strict', [good, 'b \ud800!', 'c'], None),   # which cleaning repairs
+      ('replace', [good, 'b \ufffd!', 'c'], [lines[0], '{"text": "b \ufffd!"}', '{"text": "c", "more": ["\ufffd"]}']),
+      ('drop', [good, 'c'], lines[:1])):
+    assert list(read('text', errors).splits['train']) == texts
+    source = read(None, errors)
+    if records is None:
+      with pytest.raises(ValueError, match=r"a\.jsonl:2: '\\ud800' is half of a surrogate pair.*--encoding_errors"):
+        list(source.splits['train'])
+    else:
+      assert list(source.splits['train']) == records and sum(source.counts.values()) == 2
