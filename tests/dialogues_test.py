@@ -74,7 +74,8 @@ def test_text_that_begins_like_a_transcript_is_text(tmp_path):
   for text in ('Human: Homo sapiens', 'Assistant: me', 'Human: a\n\nAssistant: b'):
     assert read(prompt='Name a species', completion=text) == ([USER('Name a species')], ([SAYS(text)],), None)
     assert read(prompt=text, completion='c').prompt == [USER(text)]
-    assert read(Pair, prompt='p', chosen=text, rejected='no') == ([USER('p')], ([SAYS(text)], [SAYS('no')]), None)
+    for other in ('no', f'{text}!'):
+      assert read(Pair, prompt='p', chosen=text, rejected=other) == ([USER('p')], ([SAYS(text)], [SAYS(other)]), None)
   whole = 'Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
   for kind, row in ((Dialogue, {'completion': 'd'}), (Pair, {'chosen': 'd', 'rejected': 'e'})):
     assert read(kind, prompt=whole, **row).prompt == [USER('a'), SAYS('b'), USER('c')]
@@ -113,12 +114,13 @@ def test_unpaired_answers_never_go_with_an_answer_to_their_own_prompt(tmp_path):
 
 @pytest.mark.parametrize('prompts', ['aab', 'aabbaa', 'abab', 'aaab', 'baaa', 'abbba', 'abcabc', 'aabbccddaa'])
 def test_a_mismatched_answer_is_to_another_prompt_and_all_are_in_turn(tmp_path, prompts):
-  rows = [{'prompt': prompt, 'completion': f'{prompt}{i:02}', 'label': i % 2 == 0} for i, prompt in enumerate(prompts)]
+  answers = [f'{prompt}{i:02}{"x" * i}' for i, prompt in enumerate(prompts)]
+  rows = [{'prompt': prompt, 'completion': answer, 'label': True} for prompt, answer in zip(prompts, answers)]
   records = opened(tmp_path, rows, Rated)[0].records('train')
   partners = records.partners
   assert all(prompts[i] != prompts[j] for i, j in enumerate(partners))
   for i, partner in enumerate(partners):
-    assert shown(records[i].mismatched).endswith(f'{prompts[partner]}{partner:02}'.upper() + '<|END|>')
+    assert shown(records[i].mismatched).endswith(answers[partner].upper() + '<|END|>')
     assert records.positions[i] == sum(len(x.tokens) - 1 for x in (records[i].dialogue, records[i].mismatched))
   assert len(set(partners.tolist())) > 1
   assert prompts != 'aabbccddaa' or len(set(partners.tolist())) == 8   # of runs of two, both answers

@@ -8,6 +8,7 @@ import sys
 import types
 from typing import Literal
 
+import generate
 import jax
 import pytest
 from absl import flags
@@ -75,7 +76,8 @@ def test_a_bad_flag_is_one_line_that_names_it_and_what_is_allowed(argument, part
 def test_a_text_keeps_its_commas(argv, texts):
   def stops(*, stop: launch.Texts = ()): ...
 
-  assert list(parse(*argv, function=stops)['stop']) == texts
+  for function in (stops, generate.main):   # of which the second is a script
+    assert list(parse(*argv, function=function)['stop']) == texts
 
 
 def test_a_parameter_without_default_is_required():

@@ -266,3 +266,8 @@ def test_a_file_is_scored_as_it_is(tmp_path):
     (tmp_path / 'bad.txt').write_bytes(data)
     with pytest.raises(ValueError, match=message):
       score.score(model='none', file=tmp_path / 'bad.txt')
+
+
+def test_a_text_of_one_token_without_bos_has_no_score(folders):
+  with pytest.raises(ValueError, match='it has one token, and no bos before it; give --bos'):
+    score.score(model=str(folders / 'gpt2'), text='b', bos=False)
