@@ -173,6 +173,10 @@ def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   for opens in (trained.load, lambda path: trained.base(str(path))):
     with pytest.raises(ValueError, match=f'{tokenizer.Bytes(("<|0|>", "<|1|>")).fingerprint} was written'):
       opens(tmp_path / 'run')
+  (tmp_path / 'run' / 'data' / 'tokenizer' / 'settings.json').unlink()   # the checkpoint knows it too
+  for opens in (trained.load, lambda path: trained.base(str(path))):
+    with pytest.raises(ValueError, match="tokenizer: '.*' before, '.*' now"):
+      opens(tmp_path / 'run')
 
 
 def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
