@@ -35,7 +35,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
                messages: str = 'messages',
                encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
                answer: str | None = None, validation: float = 0.05,
-               plain: str | None = None,
+               plain: launch.AnyText | None = None,
                model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
                tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
                character_coverage: float | None = None, length: int = 256, allow_left_out: bool = False,

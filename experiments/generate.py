@@ -61,6 +61,10 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
   seeds.check(seed)
   if n < 1:
     raise ValueError(f'--n={n} must be at least 1')
+  if max_tokens is not None and max_tokens < 1 or '' in stop:
+    raise ValueError(f'--max_tokens={max_tokens} must be at least 1, and no --stop may be empty')
+  if min(draft, best_of) < 0:
+    raise ValueError(f'--draft={draft} and --best_of={best_of} must be 0 or more')
   if (best_of > 0) != (reward is not None) or 0 < best_of < n:
     raise ValueError(f'--best_of={best_of} --reward={reward}: the best of so many answers, at least --n={n}, by the '
                      'reward model in a workdir; give both flags, or none')

@@ -36,9 +36,9 @@ BASE = 'runs/finetune_chat'
 def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,
                precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
                chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
-               label: str | None = None, plain: str | None = None, validation: float = 0.05, length: int = 256,
-               allow_left_out: bool = False, encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict',
-               decompressed_limit: float = 64.,
+               label: str | None = None, plain: launch.AnyText | None = None, validation: float = 0.05,
+               length: int = 256, allow_left_out: bool = False,
+               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
                beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
                lr: float = 1e-4, warmup: int | None = None, steps: int = 40, batch: int = 8, accumulate: int = 1,
                evaluate_every: int = 20, save_every: int = 100) -> train.Run:

@@ -49,6 +49,8 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
     case 'masked':
       return masked(noise, *control[:1], **how)
     case 'span_corruption':
+      if not mean_span >= 1:
+        raise ValueError(f'--mean_span={mean_span} is not 1 token at least')
       return span_corruption(noise, mean_span, DECODER, control or sentinels(noise / mean_span), **how)
     case 'ul2':
       return ul2(sentinels=control[:-3] or sentinels(0.5 / 3), modes=control[-3:] or MODES, **how)
@@ -231,6 +233,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab,
                     character_coverage=character_coverage)
   decoder, tokens, size = trained.decoder_and_tokenizer(model, init, shape, of_tokens, jnp.dtype(precision))
+  for name, value in given(vocab=vocab, length=length).items():
+    if value < 1:
+      raise ValueError(f'--{name}={value} is not positive; leave it out, or give it 1 at least')
   vocab, shape = vocab or size or 8192, Shape(**shape)
   length = length or min(512, decoder.max_length if decoder else 512)
   goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)

@@ -1,7 +1,8 @@
 """The keyword-only parameters of a function -> flags of a program.
 
 Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `Texts` (the flag is
-given once for each), `T | None` (the word `none`). Without a default a flag is required.
+given once for each), `T | None` (the word `none`). Without a default a flag is required. A text that may be none is not
+empty, unless it is an `AnyText`: an empty one mostly comes from a shell variable that is not set.
 """
 import difflib
 import inspect
@@ -18,6 +19,7 @@ from absl import flags
 
 # The type of a flag whose values are whole texts, commas included: `--stop=, --stop=END`.
 Texts = typing.NewType('Texts', tuple)
+AnyText = typing.NewType('AnyText', str)
 
 
 class Values(dict[str, Any]):
@@ -121,13 +123,16 @@ class _Parser(flags.ArgumentParser):
     try:
       return _convert(self.kind, argument)
     except (ValueError, KeyError):
-      raise ValueError(f'expected {self.allowed}') from None
+      unset = '' if argument.strip() else '; it is empty, perhaps an unset shell variable'
+      raise ValueError(f'expected {self.allowed}{unset}') from None
 
 
 def _convert(kind: Any, text: str) -> Any:
   """`text` as a value of type `kind`; ValueError if it is none."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
+    if _not_none(inner) is str and not text:
+      raise ValueError('it is empty')
     return None if text.strip().lower() == 'none' else _convert(_not_none(inner), text)
   if origin is typing.Literal:
     return {str(choice): choice for choice in inner}[text.strip()]
@@ -135,7 +140,7 @@ def _convert(kind: Any, text: str) -> Any:
     items = text.split(',') if text else []
     fixed = origin is tuple and inner[-1] is not Ellipsis
     return origin(_convert(k, item) for k, item in zip(inner if fixed else inner[:1] * len(items), items, strict=True))
-  text = text if kind is str else text.strip()   # a prompt may end in a space
+  text = text if kind in (str, AnyText) else text.strip()   # a prompt may end in a space
   if kind is bool:
     return flags.BooleanParser().parse(text)
   if kind is int:
@@ -171,7 +176,7 @@ def _allowed(kind: Any) -> str:
   if origin in (list, tuple):
     return '{0},{0},...'.format(_allowed(inner[0]))
   words = {int: 'whole number', float: 'number', bool: 'true | false', str: 'text', pathlib.Path: 'path',
-           Texts: 'text, the flag once for each'}
+           AnyText: 'text', Texts: 'text, the flag once for each'}
   if kind not in words:
     raise TypeError(f'{kind} cannot be a flag; use int, float, bool, str, Path, Literal, list, tuple or T | None')
   return words[kind]

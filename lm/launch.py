@@ -21,6 +21,7 @@ import absl.logging  # noqa: F401  (defines --v and its kin)
 from absl import flags
 
 from lm import exits
+from lm.arguments import AnyText as AnyText
 from lm.arguments import Texts as Texts
 from lm.arguments import parse, require
 

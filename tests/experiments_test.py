@@ -256,8 +256,13 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', [
-    ([f'--{name}='], f'--{name}= is empty, perhaps an unset shell variable')
-    for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator')] + [
+    ([f'--{name}='], rf'flag --{name}=: expected .* \| none; it is empty, perhaps an unset shell variable')
+    for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator', 'model', 'init', 'tokenizer_file', 'stop_words')] + [
+    ([f'--{name}={value}'], f'--{name}={value} is not positive')
+    for name in ('vocab', 'length') for value in (0, -1)] + [
+    (['--text= '], '--text=  is empty'), (['--objective=span_corruption', '--mean_span=0'], '--mean_span=0.0 is not 1'),
+    (['--predict_ahead=1', '--ahead_weight=-1'], 'weight=-1.0: it must be at least 0'),
+    (['--z_loss=inf'], 'a z-loss of inf'),
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
     (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0: each must be above 0'),
     (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
@@ -265,10 +270,19 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
     (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),
     (['--text=a', '--validation=0'], '--validation=0.0 is not a share between 0 and 1')])
-def test_pretrain_refuses_flags_that_name_no_corpus(scripts, argv, message):
-  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
-  with pytest.raises(ValueError, match=message):
+def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
+  with pytest.raises((ValueError, flags.Error), match=message):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
     scripts['pretrain'].experiment(**knobs)
+
+
+@pytest.mark.parametrize('flags_given, message', [
+    ({'max_tokens': 0}, '--max_tokens=0 must be'), ({'stop': ('END', '')}, 'no --stop may be empty'),
+    ({'draft': -1}, '--draft=-1 '), ({'best_of': -1}, '--best_of=-1 '), ({'n': 0}, '--n=0'),
+    ({'top_k': -2}, 'top_k=-2')])
+def test_generate_refuses_values_that_mean_nothing_before_a_model_is_read(scripts, flags_given, message):
+  with pytest.raises(ValueError, match=message):
+    scripts['generate'].main(**flags_given, workdir=pathlib.Path('not there'))
 
 
 def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, monkeypatch, capsys):

@@ -257,3 +257,12 @@ def test_a_switch_may_be_left_to_the_program(argv, expected):
   def main(*, bos: bool | None = None):
     del bos
   assert launch.parse([main], ['', *argv])[0] == [{'bos': expected}]
+
+
+def test_a_text_that_may_be_none_is_empty_only_where_that_is_meant():
+  def main(*, name: str | None = None, prompt: str = 'a', between: launch.AnyText | None = None):
+    del name, prompt, between
+  assert launch.parse([main], ['', '--prompt=', '--between='])[0] == [{'name': None, 'prompt': '', 'between': ''}]
+  assert launch.parse([main], ['', '--name=none', '--between=none'])[0][0]['between'] is None
+  with pytest.raises(flags.Error, match=r'--name=: expected text \| none; it is empty, perhaps an unset'):
+    launch.parse([main], ['', '--name='])

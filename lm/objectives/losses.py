@@ -1,4 +1,5 @@
 """Parts of a token loss: `token_loss(nll, smoothing(0.1), z_loss(1e-4))` is what objectives take as `token_loss`."""
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ def smoothing(epsilon: float) -> Part:
 
 def z_loss(coefficient: float) -> Part:
   """coefficient * (log sum_v exp(z_v))^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5)."""
-  if not coefficient >= 0:
-    raise ValueError(f'a z-loss of {coefficient} must be at least 0')
+  if not 0 <= coefficient < math.inf:
+    raise ValueError(f'a z-loss of {coefficient} must be at least 0, and finite')
   return lambda scores: coefficient * jnp.square(scores.log_z_BT + scores.highest_BT)
 
 

@@ -1,5 +1,6 @@
 """Multi-token prediction: at each position, the tokens further ahead too."""
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
   The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.multi_token`). `nll` and `correct`
   are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
   """
+  if not 0 <= weight < math.inf:
+    raise ValueError(f'further tokens of weight={weight}: it must be at least 0, and finite')
   token_loss = objective.token_loss or cross_entropy
 
   def loss(apply, params, batch, key):
