@@ -66,7 +66,7 @@ def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script,
   out = capsys.readouterr().out
   assert trained == [('slow', 0), ('fast', 0), ('slow', 1), ('fast', 1), ('fast', 1), ('slow', 2), ('fast', 2)]
   assert 'equal steps: 6 each; slow 6 steps, fast 6 steps' in first
-  assert re.search(r'\| fast \|.*\dx \[.*\| better \|', out)
+  assert re.search(r'\| fast \|.*\dx \[.*\| better \|', out) and 'read with half a row before it' in out
   slow, fast = ([result['values']['bits/byte'] for result in results[name]] for name in ('slow', 'fast'))
   assert max(fast) < min(slow) and len(set(slow)) == 3   # seeds differ
   assert compared(script, study, text) == results and len(trained) == 7

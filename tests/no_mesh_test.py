@@ -45,7 +45,9 @@ assert evaluate.evaluate(step, run.params, batches, jax.sharding.get_mesh())['lo
 judge = reward.Reward(run.model)
 assert np.isfinite(rewards.rewards(judge, judge.init(jax.random.key(0)), texts)).all()
 pretrained.write(folder / 'hf', run.model, run.params, run.tokenizer)
-jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / 'hf')).params, run.params)
+pretrained.save(str(folder / 'hf'), folder / 'imported')
+for name in ('hf', 'imported'):
+  jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / name)).params, run.params)
 base = trained.base(str(folder / 'run'))
 jax.tree.map(np.testing.assert_array_equal, base.start(base.model), run.params)
 try:
