@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import atomic, interfaces, sharding
+from lm import atomic, integrity, interfaces, sharding
 from lm.data import dataset
 from lm.data.batches import Batch, Batches
 from lm.describe import describe, differences
@@ -57,7 +57,10 @@ class Annotated:
            ) -> 'Opened':
     data = self.data.open(workdir, control=control,
                           check=lambda data, tokenizer: check(self.fingerprint(data), tokenizer))
-    return Opened(self, data, self.folder or workdir / 'data' / 'columns')
+    return Opened(self, data, self._folder(workdir))
+
+  def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return self.folder or workdir / 'data' / 'columns'
 
   def fingerprint(self, data: str) -> str:
     """The fingerprint of the annotated data, by that of the data."""
@@ -68,7 +71,15 @@ class Annotated:
     return self.data.load_tokenizer(workdir)
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
-    return self.data.verify(workdir)
+    without = self.data.verify(workdir)
+    for path in sorted(self._folder(workdir).glob('*/columns.json')):
+      stored = _read(path)
+      if 'checksums' in stored:
+        integrity.compare({path.with_name(name): number for name, number in stored['checksums'].items()},
+                          f'delete {path.parent}, and it is made again')
+      else:   # of before there were any, or not finished
+        without = [*without, str(path.parent)]
+    return without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +159,8 @@ class _Stored:
     self.folder, self._shapes, self._made_of = folder, shapes, dict(made_of)
     self.rows_done = 0
     if (path := folder / 'columns.json').exists():
-      try:
-        found = json.loads(path.read_text())
-        self.rows_done, made_of = found['rows_done'], found['made_of']
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({error}); delete {folder}, and it is made again') from None
+      stored = _read(path)
+      self.rows_done, made_of = stored['rows_done'], stored['made_of']
       if lines := differences(made_of, self._made_of):
         raise ValueError(f'{folder} was made of something else; choose another --workdir\n  '
                          + '\n  '.join(lines))
@@ -169,10 +177,24 @@ class _Stored:
     if arrays is not None:
       for array in arrays.values():
         array.flush()
-      atomic.write(self.folder / 'columns.json', json.dumps({'rows_done': rows, 'made_of': self._made_of}))
+      facts = {'rows_done': rows, 'made_of': self._made_of}
+      if all(rows == shape[0] for _, shape in self._shapes.values()):
+        facts['checksums'] = {f'{name}.npy': integrity.checksum(self.folder / f'{name}.npy') for name in arrays}
+      atomic.write(self.folder / 'columns.json', integrity.sealed(facts))
     self.rows_done = rows
 
   def read(self) -> dict[str, np.memmap]:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'columns in {os.fspath(self.folder)}')
     return {name: np.load(self.folder / f'{name}.npy', mmap_mode='r') for name in self._shapes}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """What `columns.json` says; ValueError, with its path, where it is damaged."""
+  try:
+    stored, _ = integrity.unsealed(path.read_text())
+    if not {'rows_done', 'made_of'} <= stored.keys():
+      raise ValueError('it does not say how many rows are done, or of what')
+    return stored
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None

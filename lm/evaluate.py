@@ -18,16 +18,21 @@ from lm.objectives.objective import Objective, target_log_probabilities
 def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
   """A jitted `(params, batch) -> sums` over a batch, without dropout.
 
-  Beside the objective's own sums: `loss`, `weight`, and `bytes`, UTF-8 bytes of the text that the targets stand for:
-  the token after bos has no space that the tokenizer put in front of it.
+  Beside the objective's own sums: `loss`, `weight`, `spelled`, bytes of the targets by the tokenizer's table, and,
+  where they are known, `bytes`, UTF-8 bytes of the text that the targets stand for: by the batches, see
+  `Batches.with_bytes`, or by the table of a lossless tokenizer.
   """
-  byte_lengths, bos, prefix = tokenizer.byte_lengths(), tokenizer.bos_id, tokenizer.prefix_bytes
+  byte_lengths, lossless = tokenizer.byte_lengths(), tokenizer.lossless
 
   def step(params, batch: Batch):
     loss, weight, sums = objective.loss(apply, params, batch, None)
-    lengths = jnp.asarray(byte_lengths, jnp.int32).at[batch.targets].get(out_sharding=sharding.spec('BT'))
-    lengths = jnp.where(batch.tokens == bos, jnp.maximum(lengths - prefix, 0), lengths)
-    return {'loss': loss, 'weight': weight, 'bytes': jnp.sum(jnp.where(batch.weights > 0, lengths, 0)), **sums}
+    total = lambda sizes: jnp.sum(jnp.where(batch.weights > 0, sizes, 0))
+    spelled = total(jnp.asarray(byte_lengths, jnp.int32).at[batch.targets].get(out_sharding=sharding.spec('BT')))
+    if 'bytes' in (batch.columns or {}):
+      sums = {'bytes': total(batch.columns['bytes']), **sums}
+    elif lossless:
+      sums = {'bytes': spelled, **sums}
+    return {'loss': loss, 'weight': weight, 'spelled': spelled, **sums}
   return jax.jit(step)
 
 
@@ -40,8 +45,10 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
   the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
   the objective's own metrics. Where targets stand for no text, as those of a reward model, there is no `nll`,
-  `perplexity` and `bits_per_byte`.
+  `perplexity` and `bits_per_byte`; nor is there `bits_per_byte` where it is not known which bytes they stand for: the
+  tokenizer is not lossless, and targets are other than the text in its order, or the data is of before this was stored.
   """
+  batches = batches.with_bytes()
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
   total, count = None, 0
@@ -57,9 +64,11 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   nll = total['nll'] / total['tokens']
   own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
   text = {}
-  if total['bytes']:
+  if total['spelled']:
     with np.errstate(over='ignore'):   # of a model that has diverged
-      text = {'nll': nll, 'perplexity': np.exp(nll), 'bits_per_byte': total['nll'] / np.log(2) / total['bytes']}
+      text = {'nll': nll, 'perplexity': np.exp(nll)}
+    if total.get('bytes'):
+      text['bits_per_byte'] = total['nll'] / np.log(2) / total['bytes']
   return {name: float(value) for name, value in {
       'loss': total['loss'] / total['weight'], **text, 'accuracy': total['correct'] / total['tokens'], **own}.items()}
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 FILE = 'checksums.json'
+_SEAL = 'checksum'   # of what else a sealed JSON file says
 _BLOCK = 1 << 22   # bytes read at a time
 
 
@@ -55,6 +56,43 @@ def checksum(path: Any) -> int:
     while block := f.read(_BLOCK):
       number = zlib.crc32(block, number)
   return number
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+  """JSON with a checksum of what it says, for `unsealed`."""
+  return json.dumps({**values, _SEAL: _checksum_of(values)}, indent=1)
+
+
+def unsealed(text: str) -> tuple[dict[str, Any], bool]:
+  """What JSON says, and whether it is sealed; ValueError where that is not what was sealed, or no JSON object."""
+  values = json.loads(text)
+  if not isinstance(values, dict):
+    raise ValueError('it is no JSON object')
+  seal = values.pop(_SEAL, None)
+  if seal not in (None, _checksum_of(values)):
+    raise ValueError('it is not as it was written')
+  return values, seal is not None
+
+
+def is_sealed(path: Any) -> bool:
+  """Whether a JSON file is there and sealed; ValueError, with its path, where it is damaged."""
+  try:
+    return path.exists() and unsealed(path.read_text())[1]
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error})') from None
+
+
+def compare(checksums: Mapping[Any, int], advice: str) -> None:
+  """ValueError, with all their paths and advice, where files are missing, or have other checksums than these."""
+  with ThreadPoolExecutor(8) as pool:
+    intact = pool.map(lambda path: path.exists() and checksum(path) == checksums[path], checksums)
+    if names := [str(path) for path, good in zip(checksums, intact) if not good]:
+      said = 'is not as it was written' if len(names) == 1 else 'are not as they were written'
+      raise ValueError(f'{", ".join(names)} {said}: {advice}')
+
+
+def _checksum_of(values: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(values).encode())
 
 
 def check_arrays(folder: Any, prefix: str) -> None:

@@ -31,7 +31,7 @@ class Data(Protocol):
   columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
   def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: Check = unchecked) -> Opened: ...
   def load_tokenizer(self, workdir: pathlib.Path) -> Any: ...
-  def verify(self, workdir: pathlib.Path) -> list[str]: ...   # see `store.verify`
+  def verify(self, workdir: pathlib.Path) -> list[str]: ...   # see `dataset.verify`
 
 
 @dataclasses.dataclass(frozen=True)

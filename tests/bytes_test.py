@@ -1,4 +1,8 @@
 """Bits a byte are over the text's own UTF-8, whatever a tokenizer makes of it."""
+import dataclasses
+import json
+import pathlib
+import tempfile
 import types
 
 import hypothesis
@@ -9,11 +13,17 @@ import pytest
 import score
 from bos_test import byte_level, piece_model
 
-from lm import evaluate, pretrained, sharding
-from lm.data import corpora, dataset, tokenizer
+from lm import evaluate, integrity, pretrained, sharding
+from lm.data import corpora, dataset, store, tokenizer
 from lm.data.huggingface import HuggingFace
+from lm.data.source import Source
 from lm.models import transformer
+from lm.objectives.diffusion import masked_diffusion
+from lm.objectives.infill import infill
+from lm.objectives.masked import masked
 from lm.objectives.next_token import next_token
+from lm.objectives.prefix import prefix
+from lm.objectives.span_corruption import span_corruption
 
 tokenizers = pytest.importorskip('tokenizers')
 
@@ -100,3 +110,73 @@ def test_nothing_to_score_is_refused(lines, bos, message, tmp_path):
   (tmp_path / 'a.jsonl').write_text(''.join(f'{{"text": "{line}"}}\n' for line in lines))
   with pytest.raises(ValueError, match=message):
     score.score(model=str(tmp_path / 'model'), jsonl=str(tmp_path / 'a.jsonl'), bos=bos)
+
+
+def counts_alone(objective):
+  """The objective with a loss of nothing, whose targets are counted."""
+  zero, one = np.float32(0), np.float32(1)
+  return dataclasses.replace(objective, loss=lambda apply, params, batch, key: (
+      zero, one, {'nll': one, 'tokens': one, 'correct': zero}))
+
+
+def opened(texts, folder, t, length, source_length=None):
+  """The texts as they are, each a document, in batches."""
+  made = store.build(folder, Source('texts', {'train': texts}, repr(texts)), t, (), progress=lambda line: None)
+  return dataset.Opened(made, t, length, source_length)
+
+
+@pytest.fixture(scope='module', params=['next_token', 'prefix', 'masked', 'diffusion'])
+def in_place(request, kind):
+  """An objective that asks for every token of a document, and its step."""
+  control = kind.control_names[-1]   # any one: nothing is read here
+  objective = counts_alone({
+      'next_token': next_token, 'prefix': lambda: prefix(lambda n, rng: 1), 'masked': lambda: masked(1., control),
+      'diffusion': lambda: masked_diffusion(mask=control)}[request.param]())
+  return objective, evaluate.make_step(None, objective, kind)
+
+
+@hypothesis.given(st.lists(st.text(st.sampled_from('anberT é好😀①\n'), min_size=1, max_size=12), min_size=1, max_size=4,
+                           unique=True), st.integers(0, 1))
+@hypothesis.settings(max_examples=6, deadline=None)
+def test_bytes_of_targets_add_up_to_the_documents(kind, in_place, texts, part):
+  objective, step = in_place
+  hypothesis.assume(any(len(kind.encode(text)) for text in texts))
+  size = sum(len(text.encode()) for text in texts if len(kind.encode(text)))
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+    data = opened(texts, pathlib.Path(folder), kind, 5)   # so that rows cut the documents
+    batches = data.batches('train', objective, 2, repeat=False).with_bytes()
+    assert sum(int(step(None, batches(i))['bytes']) for i in range(batches.steps_per_epoch)) == size
+
+
+@pytest.mark.parametrize('objective, source_length', [
+    (span_corruption(sentinels=('</s>',)), 16), (infill(1., names=('<s>', '</s>', '</s>')), None)],
+    ids=['span corruption', 'infill'])
+@pytest.mark.parametrize('name', ['prefix', 'bytes'])
+def test_bits_per_byte_are_not_said_where_bytes_are_not_known(objective, source_length, name, tmp_path):
+  """Of 'a', span corruption asks for '<0>', '▁a': a space that the text does not have, after another token than bos."""
+  t = KINDS[name]()
+  with jax.set_mesh(mesh := sharding.make_mesh('1x1', jax.devices()[:1])):
+    data = opened(['a', 'anna'], tmp_path, t, 16, source_length)
+    objective = counts_alone(objective)
+    metrics = evaluate.evaluate(evaluate.make_step(None, objective, t), None,
+                                data.batches('train', objective, 2, repeat=False), mesh)
+  assert ('bits_per_byte' in metrics) == t.lossless == (name == 'bytes') and 'perplexity' in metrics
+
+
+def test_a_store_that_does_not_have_the_bytes_says_so(tmp_path):
+  source, lines = Source('texts', {'train': ['anna'], 'validation': ['bert']}, 'x'), []
+  data = dataset.Text(source, KINDS['prefix'](), 16, rules=())
+  data.open(tmp_path, progress=lines.append)
+  assert not any('no bits per byte' in line for line in lines)
+  path = tmp_path / 'data' / 'tokens' / 'manifest.json'
+  manifest, _ = integrity.unsealed(path.read_text())
+  for counts in manifest['splits'].values():
+    del counts['sizes']
+  path.write_text(json.dumps(manifest))
+  batches = data.open(tmp_path, progress=lines.append).batches('train', next_token(), 1, repeat=False)
+  assert 'no bits per byte' in lines[-1] and batches.with_bytes() is batches
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_who_is_lossless(name):
+  assert KINDS[name]().lossless == (name in ('bytes', 'byte-level'))

@@ -109,6 +109,9 @@ def test_nothing_to_evaluate_is_refused(data):
   class Unasked:
     rows, steps_per_epoch = batches.rows, batches.steps_per_epoch
 
+    def with_bytes(self):
+      return self
+
     def __call__(self, step, rows):
       return batches(step, rows)._replace(weights=np.zeros((len(rows), batches.length), np.float32))
 

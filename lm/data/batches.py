@@ -121,11 +121,13 @@ class Form(NamedTuple):
   A piece is of what the objective needs: a dialogue, a pair, or, of documents, an int32 array of the tokens of one, or
   of a part of it, bos and eos included; `ahead`, with the token that follows the part (the pieces of a document then
   share one token, as next-token prediction needs it), which does not count in n of `Room`. A piece may be as short as
-  one token, and an example may be empty.
+  one token, and an example may be empty. `in_place` says that the targets are the tokens of the piece in their order,
+  but the first if `ahead`: then the bytes of the text that each stands for are known of any tokenizer.
   """
   example: Callable[[Any, np.random.Generator, Special], Example]
   room: Room = Room()
   ahead: bool = False
+  in_place: bool = False
 
 
 def sample(kind: type, tokens: int, token: int) -> Any:
@@ -263,6 +265,13 @@ class Batches(abc.ABC):
   def end(self) -> tuple[int, str] | None:
     """How many rows there are, and the name of the source that then ends; None where rows have no end."""
     return None
+
+  def with_bytes(self) -> 'Batches':
+    """These, with a column `bytes` where the table of the tokenizer does not say it, and the text is known.
+
+    Those are bytes of the text's own UTF-8 that each target stands for.
+    """
+    return self
 
   @property
   def steps_per_epoch(self) -> int:

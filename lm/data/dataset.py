@@ -1,7 +1,7 @@
 """A corpus with a tokenizer: from documents to batches."""
+import contextlib
 import dataclasses
 import hashlib
-import json
 import pathlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import atomic, cluster, locks
+from lm import atomic, cluster, integrity, locks
 from lm.data import clean, store, tokenizer
 from lm.data.batches import Batches, Objective, special
 from lm.data.mixture import Mixed
@@ -69,6 +69,8 @@ class Text:
         tokens.fingerprint), renew))
     special(found, control)
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress, renew=renew)
+    if not found.lossless and any(opened.sizes is None for opened in stores.values()):
+      progress(f'{folder / "tokens"} does not say how many bytes its tokens stand for: no bits per byte are shown')
     return Opened(stores, found, self.length, self.source_length, self.source.mixing)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
@@ -76,8 +78,8 @@ class Text:
     return begun(load_tokenizer(self._folder(workdir) / 'tokenizer'))
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
-    """See `store.verify`."""
-    return store.verify(self._folder(workdir) / 'tokens')
+    """See `verify`."""
+    return verify(self._folder(workdir))
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
@@ -101,7 +103,8 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
 
   def differing() -> list[str] | None:
     made_with = _read(settings) or {}
-    return differences({k: v for k, v in made_with.items() if k != 'fingerprint'}, wanted) if made_with else None
+    facts = {name: value for name, value in made_with.items() if name not in ('fingerprint', 'checksums')}
+    return differences(facts, wanted) if made_with else None
 
   def missing() -> bool:
     lines = differing()
@@ -117,8 +120,15 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
     check(found)
     settings.unlink(missing_ok=True)   # until the new one is whole, there is none
     found.save(settings.parent)
-    saved = tokenizer.load(settings.parent)
-    atomic.write(settings, json.dumps({**wanted, 'fingerprint': saved.fingerprint}))
+    _record(settings, wanted, tokenizer.load(settings.parent))
+
+  def adopt():
+    saved = load_tokenizer(settings.parent)
+    check(saved)
+    progress(f'{settings.parent} was written without checksums; its tokenizer has the fingerprint {saved.fingerprint}, '
+             'by which it is known from now on')
+    with contextlib.suppress(OSError):   # another user's folder: nothing is noted there
+      _record(settings, wanted, saved)
 
   with cluster.process_0_first('tokenizer'):
     if missing():   # asked again under the lock: only what is to be made needs it
@@ -126,6 +136,8 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
       with locks.turn(folder.parent, f'waiting for the process that makes {settings.parent}', progress):
         if missing():
           make()
+    elif not differing() and 'checksums' not in (_read(settings) or {}):
+      adopt()
   if lines := differing():
     raise OtherSettings(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
@@ -140,20 +152,46 @@ def untrained(workdir: pathlib.Path) -> bool:
 
 
 def load_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
-  """The tokenizer that `open_tokenizer` saved in a folder. ValueError if its files are not as they were then."""
-  found, stored = tokenizer.load(folder), (_read(folder / 'settings.json') or {}).get('fingerprint')
-  if stored not in (None, found.fingerprint):
-    raise ValueError(f'{folder} is damaged: its tokenizer has the fingerprint {found.fingerprint}, and {stored} was '
-                     'written; put the files that were written there back')
-  return found
+  """The tokenizer that `open_tokenizer` saved in a folder. ValueError if its files are not as they were then.
+
+  Of folders of before there were checksums, only the fingerprint is compared, if there is one.
+  """
+  facts, advice = _read(folder / 'settings.json') or {}, 'put what was written there back'
+  integrity.compare({folder / name: number for name, number in facts.get('checksums', {}).items()}, advice)
+  saved = tokenizer.load(folder)
+  if facts.get('fingerprint') not in (None, saved.fingerprint):
+    raise ValueError(f'{folder} is damaged: its tokenizer has the fingerprint {saved.fingerprint}, and '
+                     f'{facts["fingerprint"]} was written; {advice}')
+  return saved
+
+
+def verify(folder: pathlib.Path) -> list[str]:
+  """Compares all bytes of a tokenizer and of the text in its tokens with their checksums. Returns what has none.
+
+  ValueError, with the paths, where files are not as they were written.
+  """
+  path, without = folder / 'tokenizer' / 'settings.json', []
+  if facts := _read(path):
+    load_tokenizer(path.parent)
+    without = [] if 'checksums' in facts else [str(path.parent)]
+  return [*without, *store.verify(folder / 'tokens')]
+
+
+def _record(settings: pathlib.Path, made_of: Mapping[str, Any], saved: tokenizer.Tokenizer) -> None:
+  """Says, beside a tokenizer, what it was made of and which files it is; written last."""
+  checksums = {path.name: integrity.checksum(path) for path in sorted(settings.parent.iterdir())
+               if path.is_file() and path != settings and path.suffix != '.new'}
+  atomic.write(settings, integrity.sealed({**made_of, 'fingerprint': saved.fingerprint, 'checksums': checksums}))
 
 
 def _read(settings: pathlib.Path) -> dict | None:
-  """None if the tokenizer was not made, or not to the end."""
+  """None if the tokenizer was not made, or not to the end; ValueError, with the path, if the file is damaged."""
   try:
-    return json.loads(settings.read_text())
-  except (FileNotFoundError, ValueError):
+    return integrity.unsealed(settings.read_text())[0]
+  except FileNotFoundError:
     return None
+  except ValueError as error:
+    raise ValueError(f'{settings} is damaged ({error}); put what was written there back') from None
 
 
 def _fingerprint(train: str, mixing: Mixing | None) -> str:

@@ -104,8 +104,8 @@ class Dialogues:
     return dataset.load_tokenizer(self._folder(workdir) / 'tokenizer')
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
-    """See `store.verify`."""
-    return store.verify(self._folder(workdir) / 'tokens')
+    """See `dataset.verify`."""
+    return dataset.verify(self._folder(workdir))
 
   def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
     """The first records of a split but for their answers, and these (chosen, or good), to see what a model says."""
@@ -237,6 +237,8 @@ class _Encoder:
   kind: type
   template: turns.Template
   keys: messages.Keys
+
+  lossless = True   # nobody counts the bytes of its documents, which are JSON
 
   @property
   def vocab_size(self) -> int:

@@ -64,6 +64,12 @@ class HuggingFace(vocabulary.Base):
     return table
 
   @functools.cached_property
+  def lossless(self) -> bool:
+    strips = any(token.lstrip or token.rstrip for token in self._original.get_added_tokens_decoder().values()
+                 if token.content not in self._control)
+    return json_value(self.model).get('normalizer') is None and not strips and super().lossless
+
+  @functools.cached_property
   def _control(self) -> dict[str, int]:
     return {token.content: i for i, token in self._original.get_added_tokens_decoder().items()
             if token.special or vocabulary.MARK.fullmatch(token.content)}

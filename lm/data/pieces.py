@@ -68,8 +68,8 @@ class SentencePiece(vocabulary.Base):
   @functools.cached_property
   def _space(self) -> np.ndarray | None:
     """The ids of the bytes of '▁' if the model is lossless."""
-    probe = '  A\t Ａ①\r\n ﬁe\u0301\u200b\u3000 \0İ \n '
-    if protobuf.maps_characters(self.model) or self._processor.normalize(probe) != probe.replace(' ', '▁'):
+    spelled = vocabulary.PROBE.replace(' ', '▁')
+    if protobuf.maps_characters(self.model) or self._processor.normalize(vocabulary.PROBE) != spelled:
       return None
     if self._processor.is_unknown(self._processor.piece_to_id('▁')):   # a space would be spelled like '▁', in bytes
       return None

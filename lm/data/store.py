@@ -3,6 +3,8 @@
   folder/manifest.json         settings, and per split the counts; written last: without it the store is unfinished
   folder/<split>/tokens.bin    all documents end to end, no bos or eos; uint16, or uint32 beyond 65,536 tokens
   folder/<split>/offsets.npy   [documents + 1] int64
+  folder/<split>/sizes.npy     [n, 2] int64, if the tokenizer is not lossless: places in tokens.bin, and how many bytes
+                               of its text the token there stands for, if its table says otherwise
 
 While it is built, documents are appended in groups, and `unfinished.json`, replaced after each group, says how much of
 each file counts. Whatever kills the build, the next one cuts the files there and goes on; same bytes in the end.
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import atomic, locks
+from lm import atomic, integrity, locks
 from lm.data import clean
 from lm.data.source import Source, digest
 from lm.data.stored import OtherSettings, Part, Store, checksums, fingerprint, read_json, verify
@@ -87,7 +89,8 @@ class _Build:
   def run(self) -> None:
     self.dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
     splits = sorted(self.source.splits, key=lambda split: (split == 'train', split))
-    empty = {'read': 0, 'documents': 0, 'tokens': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name}
+    empty = {'read': 0, 'documents': 0, 'tokens': 0, 'largest': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name,
+             **({} if self.tokenizer.lossless else {'sizes': 0})}
     self.state = read_json(self.folder / 'unfinished.json') or {
         'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
     with _writing(self.folder):
@@ -100,9 +103,12 @@ class _Build:
       for split in splits:
         lengths = np.fromfile(self.folder / split / 'lengths.partial', np.int64)
         np.save(self.folder / split / 'offsets.npy', np.concatenate([[0], np.cumsum(lengths)]))
+        if 'sizes' in self.state['splits'][split]:
+          sizes = np.fromfile(self.folder / split / 'sizes.partial', np.int64)
+          np.save(self.folder / split / 'sizes.npy', sizes.reshape(-1, 2))
       for split in splits:
         self.state['splits'][split]['checksums'] = checksums(self.folder, split)
-      atomic.write(self.folder / 'manifest.json', json.dumps(self.state, indent=1))
+      atomic.write(self.folder / 'manifest.json', integrity.sealed(self.state))
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
     for line in self.source.notes:
@@ -116,7 +122,8 @@ class _Build:
     folder.mkdir(exist_ok=True)
     digests = counts['documents'] + counts['dropped'].get(_NO_TOKENS, 0)
     for name, size in (('tokens.bin', counts['tokens'] * self.dtype.itemsize),
-                       ('lengths.partial', counts['documents'] * 8), ('digests.partial', digests * _DIGEST)):
+                       ('lengths.partial', counts['documents'] * 8), ('digests.partial', digests * _DIGEST),
+                       *([('sizes.partial', counts['sizes'] * 16)] if 'sizes' in counts else [])):
       with open(folder / name, 'ab') as f:
         if f.tell() < size:
           raise ValueError(f'{folder / name} has lost committed data: delete {self.folder} and build it again')
@@ -160,12 +167,29 @@ class _Build:
       _append(folder / 'tokens.bin', b''.join(tokens.astype(self.dtype).tobytes() for tokens in encoded))
       _append(folder / 'lengths.partial', lengths.tobytes())
       _append(folder / 'digests.partial', b''.join(map(digest, kept)))
+      if 'sizes' in counts:
+        sizes = _other_sizes(self.tokenizer, kept, encoded, counts['tokens'])
+        _append(folder / 'sizes.partial', sizes.tobytes())
+        counts['sizes'] += len(sizes)
+      if 'largest' in counts:
+        counts['largest'] = max(counts['largest'], *(int(tokens.max(initial=0)) for tokens in encoded), 0)
       counts['read'] += len(group)
       counts['documents'] += len(lengths)
       counts['tokens'] += int(lengths.sum())
       counts['bytes'] += sum(len(document.encode()) for document, tokens in zip(kept, encoded) if len(tokens))
       counts['dropped'] = dict(sorted((reason, n) for reason, n in dropped.items() if n))
       atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
+
+
+def _other_sizes(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[np.ndarray], start: int) -> np.ndarray:
+  """[n, 2] int64: places of tokens, counted from `start`, whose bytes are not those of the table; and their bytes."""
+  table, parts = tokenizer.byte_lengths(), [np.zeros((0, 2), np.int64)]
+  for text, ids in zip(texts, encoded):
+    sizes = tokenizer.sizes(text, ids)
+    places = np.flatnonzero(sizes != table[ids])
+    parts.append(np.stack([start + places, sizes[places]], 1))
+    start += len(ids)
+  return np.concatenate(parts)
 
 
 class _Deduplicate(clean.Deduplicate):

@@ -15,8 +15,7 @@ class OtherSettings(ValueError):
   """What is stored was made with other settings, and is needed by what was trained on it."""
 
 
-FILES = ('tokens.bin', 'offsets.npy')
-_BLOCK, _BLOCKS = 1 << 20, 1 << 11   # tokens that are compared at a time; of more blocks, some are left out
+_BLOCK, _READ = 1 << 20, 1 << 31   # tokens that are compared at a time, and that are read at opening at most
 
 
 class Store:
@@ -25,6 +24,8 @@ class Store:
   Attributes:
     tokens: [total] uint16 or uint32, memory-mapped.
     offsets: [documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]].
+    sizes: [n, 2] int64, memory-mapped: places of tokens that stand for other bytes of the text than the tokenizer's
+      table says, and how many; None of a tokenizer that is lossless, and where it was not stored.
     manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped, by reason.
     fingerprint: of source, rules, tokenizer and split.
   """
@@ -40,29 +41,40 @@ class Store:
     self.fingerprint = fingerprint(manifest['settings'], split)
     path, dtype = self._folder / split / 'tokens.bin', np.dtype(self.manifest['dtype'])
     advice = f'delete {folder}, and it is made again from the text'
+    self.sizes = None
     expected = self.manifest['tokens'] * dtype.itemsize
     try:
       size, path = path.stat().st_size, path.with_name('offsets.npy')
       self.offsets = np.load(path, mmap_mode='r')
+      if 'sizes' in self.manifest:
+        path = path.with_name('sizes.npy')
+        self.sizes = np.load(path, mmap_mode='r')
+        if self.sizes.shape != (self.manifest['sizes'], 2):
+          raise ValueError(f'{len(self.sizes)} rows, and {self.manifest["sizes"]} were written')
     except FileNotFoundError:
       raise FileNotFoundError(f'{path} is missing from a finished store: {advice}') from None
     except (ValueError, EOFError) as error:
       raise ValueError(f'{path} is damaged ({error}): {advice}') from None
     if size != expected:
       raise ValueError(f'{path.with_name("tokens.bin")} has {size} bytes, and {expected} were written: {advice}')
+    path = path.with_name('offsets.npy')
     self.tokens = np.memmap(path.with_name('tokens.bin'), dtype, 'r')
     ends = len(self.offsets) == len(self) + 1 and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
     if not ends or np.any(self.offsets[1:] < self.offsets[:-1]):
       raise ValueError(f'{path} is damaged (its offsets do not fit the manifest, or fall): {advice}')
 
   def check(self, vocabulary: int) -> None:
-    """Raises ValueError where an id is beyond a vocabulary. Of a long store it reads some GB, evenly spread."""
-    blocks = -(-len(self.tokens) // _BLOCK)
-    for block in range(0, blocks, max(blocks // _BLOCKS, 1)):
-      largest = int(self.tokens[block * _BLOCK:(block + 1) * _BLOCK].max(initial=0))
-      if largest >= vocabulary:
-        raise ValueError(f'{self._folder / self._split / "tokens.bin"} is damaged: it has the id {largest}, of a '
-                         f'vocabulary of {vocabulary}: delete {self._folder}, and it is made again from the text')
+    """Raises ValueError where an id is beyond a vocabulary: the largest that was written, or one that is there now.
+
+    All ids are read of a store of up to 2**31 tokens. Of a larger one, those of a document are compared when it is
+    read, see `Stream`; `verify` reads all.
+    """
+    tokens = self.tokens if len(self.tokens) <= _READ else self.tokens[:0]
+    largest = max(self.manifest.get('largest', 0), *(
+        int(tokens[start:start + _BLOCK].max(initial=0)) for start in range(0, len(tokens), _BLOCK)), 0)
+    if largest >= vocabulary:
+      raise ValueError(f'{self._folder / self._split / "tokens.bin"} is damaged: it has the id {largest}, of a '
+                       f'vocabulary of {vocabulary}: delete {self._folder}, and it is made again from the text')
 
   def __len__(self) -> int:
     return self.manifest['documents']
@@ -86,28 +98,30 @@ class Part(NamedTuple):
   """Some documents of a store: number i is tokens[offsets[i]:offsets[i + 1]]."""
   tokens: np.ndarray
   offsets: np.ndarray
+  sizes: np.ndarray | None = None
 
 
 def checksums(folder: pathlib.Path, split: str) -> dict[str, int]:
-  """The checksums of the files of a split."""
-  return {name: integrity.checksum(folder / split / name) for name in FILES}
+  """The checksums of the files of a split that is finished."""
+  return {path.name: integrity.checksum(path) for path in sorted((folder / split).iterdir())
+          if path.suffix in ('.bin', '.npy')}
 
 
 def verify(folder: pathlib.Path) -> list[str]:
-  """Compares all bytes of a store with the checksums in its manifest. Returns the splits that have none.
+  """Compares all bytes of a store with the checksums in its manifest. Returns what has none.
 
-  ValueError, with the path, where a file is not as it was written; splits of an unfinished store are not there yet.
+  ValueError, with all paths, where files are not as they were written; splits of an unfinished store are not there yet.
   """
-  manifest, without = read_json(folder / 'manifest.json') or {'splits': {}}, []
+  path = folder / 'manifest.json'
+  if (manifest := read_json(path)) is None:
+    return []
+  without = [] if integrity.is_sealed(path) else [str(path)]
   for split, counts in manifest['splits'].items():
     if 'checksums' not in counts:
-      without.append(split)
-      continue
-    Store(folder, split)
-    for name, number in checksums(folder, split).items():
-      if number != counts['checksums'][name]:
-        raise ValueError(f'{folder / split / name} is not as it was written: delete {folder}, and it is made again '
-                         'from the text')
+      without.append(str(folder / split))
+  integrity.compare({folder / split / name: number for split, counts in manifest['splits'].items()
+                     for name, number in counts.get('checksums', {}).items()},
+                    f'delete {folder}, and it is made again from the text')
   return without
 
 
@@ -118,6 +132,6 @@ def fingerprint(made_of: dict[str, Any], split: str) -> str:
 
 def read_json(path: pathlib.Path) -> dict | None:
   try:
-    return json.loads(path.read_text()) if path.exists() else None
+    return integrity.unsealed(path.read_text())[0] if path.exists() else None
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None

@@ -6,13 +6,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lm import seeds
-from lm.data.batches import Batches, Room, Row
+from lm.data.batches import Batch, Batches, Room, Row
 
 
 class Documents(Protocol):
-  """Tokenised documents one after the other: document i is `tokens[offsets[i]:offsets[i + 1]]`."""
+  """Tokenised documents one after the other: document i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+  `sizes` is [n, 2], places in `tokens` and how many bytes of its text the token there stands for: of those that the
+  table of the tokenizer does not say it of. None where it is not known. Only evaluation reads it.
+  """
   tokens: np.ndarray
   offsets: np.ndarray
+  sizes: np.ndarray | None
 
 
 class _Epoch(NamedTuple):
@@ -34,9 +39,11 @@ class Stream(Batches):
     store: the documents.
     context: positions at the start of a row that repeat the end of the row before and weigh nothing: in evaluation,
       every target then has at least so many positions before it, unless its document begins later.
+    counts_bytes: whether batches have the column of `with_bytes`.
   """
   store: Documents = dataclasses.field(kw_only=True)
   context: int = dataclasses.field(default=0, kw_only=True)
+  counts_bytes: bool = dataclasses.field(default=False, kw_only=True)
 
   def __post_init__(self):
     if not 0 <= self.context < self.length:
@@ -136,16 +143,53 @@ class Stream(Batches):
       first, last = max(start - offset - self._gap, 0), end - offset - self._gap
       if last > first:
         piece = self._piece(int(order.documents[document]), first, last + self._ahead)
-        row.add(example(piece, rng, self.special))
+        made = example(piece, rng, self.special)
+        if self.counts_bytes:
+          sizes = self._bytes(int(order.documents[document]), first + self._ahead, last + self._ahead)
+          made = made._replace(columns={**(made.columns or {}), 'bytes': sizes})
+        row.add(made)
       document, start = document + 1, end
 
+  def with_bytes(self) -> 'Stream':
+    tokenizer = self.special.tokenizer
+    if tokenizer is None or tokenizer.lossless or not all(form.in_place for form in self.objective.forms):
+      return self
+    return self if self.store.sizes is None else dataclasses.replace(self, counts_bytes=True)
+
+  @functools.cached_property
+  def _empty(self) -> Batch:
+    row = super()._empty
+    if not self.counts_bytes:
+      return row
+    return row._replace(columns={**(row.columns or {}), 'bytes': np.zeros((1, self.length), np.int32)})
+
+  @functools.cached_property
+  def _byte_lengths(self) -> np.ndarray:
+    return self.special.tokenizer.byte_lengths()
+
+  def _bytes(self, document: int, start: int, stop: int) -> np.ndarray:
+    """The bytes of the text that tokens `start` to `stop` of a document stand for: bos and eos for none."""
+    first, last = int(self.store.offsets[document]), int(self.store.offsets[document + 1])
+    sizes = np.zeros(stop - start, np.int32)
+    begin, end = first + max(start, 1) - 1, first + min(stop - 1, last - first)   # of the text, in all tokens
+    if end > begin:
+      text = self._byte_lengths[self.store.tokens[begin:end]]
+      low, high = np.searchsorted(self.store.sizes[:, 0], [begin, end])
+      places, values = self.store.sizes[low:high].T
+      text[places - begin] = values
+      sizes[begin - first + 1 - start:end - first + 1 - start] = text
+    return sizes
+
   def _piece(self, document: int, start: int, stop: int) -> np.ndarray:
-    """Tokens `start` to `stop` of a document with its bos and eos."""
+    """Tokens `start` to `stop` of a document with its bos and eos; ValueError where an id is none of the vocabulary."""
     first, last = int(self.store.offsets[document]), int(self.store.offsets[document + 1])
     piece = np.empty(stop - start, np.int32)
     low, high = max(start, 1), min(stop, last - first + 1)
     if high > low:
-      piece[low - start:high - start] = self.store.tokens[first + low - 1:first + high - 1]
+      piece[low - start:high - start] = text = self.store.tokens[first + low - 1:first + high - 1]
+      if (largest := int(text.max())) >= self.special.vocab:
+        raise ValueError(f'document {document} of the stored tokens is damaged: it has the id {largest}, of a '
+                         f'vocabulary of {self.special.vocab}; --verify says which files are not as they were written')
     if start == 0:
       piece[0] = self.special.bos
     if stop == last - first + 2:

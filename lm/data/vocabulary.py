@@ -64,13 +64,13 @@ class Tokenizer(Protocol):
   def byte_lengths(self) -> np.ndarray:
     """[vocab_size] int32: UTF-8 bytes of text each token stands for; 0 for control, unknown and unused tokens.
 
-    Over a document they add up to its length if the tokenizer is lossless; with `prefix_bytes` more, if it only puts a
-    space in front. Normalising ones (T5) count their own text.
+    Over a document they add up to its length if the tokenizer is lossless. One that puts a space in front of a text
+    counts that too, and normalising ones (T5) count their own text: see `sizes`.
     """
 
   @property
-  def prefix_bytes(self) -> int:
-    """Bytes of the space that the tokenizer puts in front of a text: 1, or 0 where it puts none."""
+  def lossless(self) -> bool:
+    """Whether the tokens of any text spell its own bytes, no more and no fewer."""
 
   def sizes(self, text: str, ids: np.ndarray) -> np.ndarray:
     """[len(ids)] int: bytes of the text's own UTF-8 that each token of `encode(text)` stands for; they add up to it."""
@@ -102,6 +102,9 @@ CONTROL = ('<|pad|>', '<|mask|>', '<|prefix|>', '<|middle|>', '<|suffix|>',
            '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', *sentinels(32),
            '<|R|>', '<|S|>', '<|X|>')
 
+
+# Text that tokenizers which put a space in front, normalise, or lack characters do not spell as it is.
+PROBE = '  A\t Ａ①\r\n ﬁe\u0301\u200b\u3000 \0İ \n '
 
 # What templates write to mark a turn: one token, also where a file adds it as plain text (special=false).
 MARK = re.compile(r'<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>')
@@ -156,8 +159,9 @@ class Base:
     return np.array([len(piece) for piece in self._table], np.int32)
 
   @functools.cached_property
-  def prefix_bytes(self) -> int:
-    return int(b''.join([self._table[i] for i in self.encode('a')]) == b' a')
+  def lossless(self) -> bool:
+    spelled = lambda text: b''.join([self._table[i] for i in self.encode(text)])
+    return all(spelled(text) == text.encode() for text in ('a', PROBE))   # some put a space in front where none is
 
   def sizes(self, text: str, ids: np.ndarray) -> np.ndarray:
     pieces, own = [self._table[i] for i in ids], text.encode()
@@ -219,7 +223,7 @@ class Bytes(Base):
   """UTF-8 bytes as ids 0..255, then bos, eos and the control tokens."""
   control: tuple[str, ...] = CONTROL
 
-  bos, eos, ends, adds_bos = '<s>', '</s>', (), True
+  bos, eos, ends, adds_bos, lossless = '<s>', '</s>', (), True, True
 
   def __post_init__(self):
     object.__setattr__(self, 'control', tuple(self.control))

@@ -59,5 +59,5 @@ def masked_diffusion(denominator: Callable[[Batch], jax.Array] = token_mean, mas
     return loss_sum, denominator(batch), {'nll': loss_sum, 'tokens': tokens, 'correct': sums['correct'],
                                           'accuracy': (sums['correct'], sums['tokens'])}
 
-  form = Form(dialogue if needs is Dialogue else document)
+  form = Form(dialogue if needs is Dialogue else document, in_place=needs is not Dialogue)
   return Objective((form,), loss, needs, control=(mask,), prompt=None)   # `lm.diffusion` writes, in any order

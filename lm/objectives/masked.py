@@ -31,4 +31,5 @@ def masked(rate: float = 0.15, mask: str = '<|mask|>', shares: tuple[float, floa
       tokens[other] = rng.integers(special.vocab, size=len(other))
     return Example(tokens, piece, weights, np.ones(len(piece), bool))
 
-  return token_objective(Form(example), control=(mask,), denominator=denominator, token_loss=token_loss, prompt=None)
+  return token_objective(Form(example, in_place=True), control=(mask,), denominator=denominator, token_loss=token_loss,
+                         prompt=None)

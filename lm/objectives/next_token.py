@@ -20,4 +20,4 @@ def next_token(denominator: Callable[[Batch], jax.Array] = token_mean, token_los
 
   `denominator` is `token_mean` or `sequence_mean` (see `objective`).
   """
-  return token_objective(Form(example, ahead=True), denominator=denominator, token_loss=token_loss)
+  return token_objective(Form(example, ahead=True, in_place=True), denominator=denominator, token_loss=token_loss)

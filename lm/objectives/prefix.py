@@ -35,5 +35,5 @@ def prefix(split: Split = uniform, denominator: Callable[[Batch], jax.Array] = t
     seen, places = max(split(size, rng), 1), np.arange(size)
     return Example(piece[:-1], piece[1:], (places >= seen - 1).astype(np.float32), places < seen)
 
-  return token_objective(Form(example, ahead=True), denominator=denominator, token_loss=token_loss,
+  return token_objective(Form(example, ahead=True, in_place=True), denominator=denominator, token_loss=token_loss,
                          prompt=bidirectional_prompt)
