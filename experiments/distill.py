@@ -123,7 +123,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for name, (model, params) in arms.items():
     step = evaluate.make_step(model.apply, next_token(), alone.data.tokenizer)
     metrics = evaluate.evaluate(step, params, batches, result.mesh)
-    print(f'  {name:22}{metrics["bits_per_byte"]:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
+    bits = metrics.get('bits_per_byte', float('nan'))   # data of before bytes were stored does not say it
+    print(f'  {name:22}{bits:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
           f'{seconds.get(name, float("nan")):10.3f}'.replace('nan', '  -'))
 
 

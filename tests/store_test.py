@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from failures_test import files_of
 
-from lm.data import clean, store, tokenizer
+from lm.data import clean, dataset, store, stored, tokenizer
 from lm.data.source import Source
+from lm.objectives.next_token import next_token
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = [f'document {i}: é{"x" * (i % 7)}' for i in range(23)]
@@ -170,6 +171,18 @@ def test_ids_and_offsets_that_cannot_be_are_noticed_at_opening(tmp_path, file, c
   damaged(tmp_path, file, change)
   with pytest.raises(ValueError, match=f'{file} is damaged.*{said}.*delete {tmp_path}, and it is made again'):
     build(tmp_path)
+
+
+def test_of_a_huge_store_the_largest_id_that_was_written_is_compared_and_others_as_they_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(stored, '_READ', 0)
+  train = build(tmp_path)['train']
+  assert train.manifest['largest'] == int(train.tokens.max())
+  with pytest.raises(ValueError, match=f'has the id {train.manifest["largest"]}, of a vocabulary of 97'):
+    train.check(97)
+  damaged(tmp_path, 'tokens.bin', put(7, BYTES.vocab_size))
+  stream = dataset.Opened(build(tmp_path), BYTES, 16).batches('train', next_token(), 4, seed=None)
+  with pytest.raises(ValueError, match=f'document 0 of .* the id {BYTES.vocab_size}, .*; --verify says which files'):
+    stream(0)
 
 
 @pytest.mark.parametrize('file, change', [('tokens.bin', put(slice(0, 9), 0)), ('tokens.bin', put(20, 65)),
