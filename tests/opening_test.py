@@ -171,7 +171,7 @@ def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   program('run')
   tokenizer.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
   for opens in (trained.load, lambda path: trained.base(str(path))):
-    with pytest.raises(ValueError, match=f'{tokenizer.Bytes(("<|0|>", "<|1|>")).fingerprint} was written'):
+    with pytest.raises(ValueError, match='bytes.json is not as it was written: put what'):
       opens(tmp_path / 'run')
   (tmp_path / 'run' / 'data' / 'tokenizer' / 'settings.json').unlink()   # the checkpoint knows it too
   for opens in (trained.load, lambda path: trained.base(str(path))):
