@@ -18,12 +18,14 @@ def check_round_trip(t, text):
 @hypothesis.given(missing=st.sets(st.sampled_from(' \t\n▁aä<0x4'), max_size=3),
                   text=st.text(st.sampled_from(' \t\n▁aäb<0x4>好'), max_size=12))
 @hypothesis.example({' ', '▁'}, 'a b')   # what SentencePiece writes for a space is as good as one
+@hypothesis.example({' ', '\t'}, ' \t')
 @hypothesis.settings(max_examples=12, deadline=None)
 def test_what_the_training_text_lacks_comes_back(kind, missing, text):
   alphabet, rng = sorted({*' \t\n▁aä<0x4bc'} - missing), np.random.default_rng(0)
   documents = [''.join(rng.choice(alphabet, 60)) for _ in range(40)]
   t = tokenizer.train_sentencepiece(documents, 290, kind, control=('<|mask|>',))
   assert t.lossless
+  assert not any(map(t._processor.is_byte, t.encode(' \t').tolist()))   # these are always pieces
   for each in (text, 'a b', ' \t', '▁ ▁', '好'):
     check_round_trip(t, each)
 
