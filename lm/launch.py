@@ -61,7 +61,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
     num_processes: how many there are in that cluster.
     process_id: which of them this one is.
     new_objective: go on from a checkpoint of another objective; the best checkpoint is then the best by this one.
-    verify: first compare all bytes of the tokenised data with their checksums.
+    verify: first compare all files of the data (tokenizer, tokens, columns) with their checksums.
   """
   from lm import cluster, sharding
   cluster.join(coordinator_address, num_processes, process_id)
