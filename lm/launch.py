@@ -82,28 +82,37 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import budget, lora, outcome, records, resume, train, trained
+  from lm import budget, checkpoint, lora, outcome, records, resume, train, trained
   init = init or knobs.get('init')
   init = init.resolve() if init and init.exists() else init   # else an id on the hub
   knobs = {**knobs, 'init': init} if 'init' in knobs else knobs
   program, settled = settled is not None, settled or resume.UNCHANGED   # or a trial of a study
+
+  def resumes() -> bool:
+    return checkpoint.stored_facts(workdir / 'checkpoints') is not None
 
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own = {'init': init} if 'init' in knobs else {}
     configured = dataclasses.replace(experiment(**{**knobs, **changes, **own}), seed=seed)
     if init is None:
       return lora.start_from(configured, None)
-    return trained.start_from(configured, str(init), init_ignore_tokenizer)
+    try:
+      return trained.start_from(configured, str(init), init_ignore_tokenizer)
+    except OSError:   # it is gone, or the hub is
+      if 'init' in settled.changed or isinstance(configured.model, lora.Adapted) or not resumes():
+        raise
+      return configured   # its checkpoints have all parameters
 
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     try:
       configured = budget.planned(build, records.read(workdir))
     except FileNotFoundError as error:
-      if init is None or not any((workdir / 'checkpoints').glob('[0-9]*')):
+      if init is None or not resumes():
         raise
-      raise FileNotFoundError(f'{error}. The run in {workdir} started from there; where it trains all parameters, its '
-                              'own checkpoints have them, and --init=none goes on without it') from None
+      raise FileNotFoundError(f'{error}. The run in {workdir} started from there, and still reads there what lies '
+                              'under its adapters, or its shape and tokenizer: put it back. Where flags give shape '
+                              'and tokenizer, --init=none goes on without it') from None
     resume.check_minutes(settled, configured)
     resume.check_start(settled, workdir, build)
     if verify and (without := configured.data.verify(workdir)):

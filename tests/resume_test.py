@@ -132,6 +132,11 @@ def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path
   assert logged(tmp_path / 'run')[1] < logged(tmp_path / 'base')[1] - 0.1   # it did start from there
   code, _, err = program('--init=none', '--steps=12')
   assert code == 1 and f'--init is {tmp_path}/base there, not none. Leave it out' in err
+  (tmp_path / 'base').rename(tmp_path / 'away')
+  assert program('--steps=10')[0] == 0 and steps_kept(tmp_path / 'run')[-1] == 10   # its checkpoints have it all
+  assert records.read(tmp_path / 'run')[-1]['init'] == f'{tmp_path}/base'
+  code, _, err = program(f'--init={tmp_path}/other', '--steps=12')
+  assert code == 1 and f'{tmp_path}/other' in err and steps_kept(tmp_path / 'run')[-1] == 10
 
 
 def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
@@ -145,6 +150,9 @@ def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
   assert f'--init={tmp_path}/base' in out and '--lora_rank=2' in out and 'going on from step 2' in out
   code, _, err = program('--lora_rank=0')
   assert code == 1 and '--lora_rank is 2 there, not 0. Leave it out' in err
+  (tmp_path / 'base').rename(tmp_path / 'away')
+  code, _, err = program('--steps=6')
+  assert code == 1 and 'what lies under its adapters' in err and 'put it back' in err
 
 
 def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(program, tmp_path):
