@@ -51,7 +51,8 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
                weights: tuple[float, ...] = (), repeat: bool = True, validation: float = 0.05,
                decompressed_limit: float = 64., length: int = 256,
                layers: int = 1, width: int = 64, heads: int = 2, batch: int = 8, steps: int = 500, lr: float = 0.015,
-               embedding_rate: float = 4.) -> train.Run:
+               embedding_rate: float = 4., evaluate_every: int | None = None, save_every: int | None = None
+               ) -> train.Run:
   r"""Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
 
   Args:
@@ -77,6 +78,8 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     length: positions a row.
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
+    evaluate_every: steps between evaluations; none for a quarter of the steps.
+    save_every: steps between checkpoints; none for a quarter of the steps.
   """
   source = corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, repeat, validation,
                   decompressed_limit)
@@ -99,9 +102,10 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     objective = distillation.distil(next_token(), constants.model.apply, divergence, temperature, hard)
     taught = constants,
   schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
+  quarter = max(steps // 4, 1)
   return train.Run(model=model, objective=objective, data=data, optimizer=optim.muon(schedule, rest=embedding_rate),
-                   steps=steps, batch=batch, evaluate_every=max(steps // 4, 1), evaluate_batches=4,
-                   save_every=max(steps // 4, 1), constants=taught)
+                   steps=steps, batch=batch, evaluate_every=quarter if evaluate_every is None else evaluate_every,
+                   evaluate_batches=4, save_every=quarter if save_every is None else save_every, constants=taught)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -247,6 +247,14 @@ def test_pretrain_regularises_by_flags(scripts):
       make(*argv)
 
 
+def test_a_distillation_is_evaluated_and_saved_as_its_flags_say(scripts, monkeypatch):
+  teacher = trained.Base(transformer.llama(300, 16, 1, heads=2, max_length=16), tokenizer.Bytes(), None, None)
+  monkeypatch.setattr(scripts['distill'], 'open_teacher', lambda name: teacher)
+  for flags_given, expected in ({}, (125, 125)), ({'evaluate_every': 7, 'save_every': 9}, (7, 9)):
+    run = scripts['distill'].experiment(length=16, width=16, **flags_given)
+    assert (run.evaluate_every, run.save_every) == expected
+
+
 def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
   (tmp_path / 'plays.txt').write_text('\n\n'.join(f'speech {i}' for i in range(200)))
   argv = ['pretrain.py', f'--text={tmp_path}/plays.txt', r'--separator=\n\n', '--validation=0.3']
