@@ -15,16 +15,19 @@ from typing import Any, Literal
 
 import jax
 
-from lm import arms, atomic, comparison, launch, plot, sharding, train
-from lm.data.source import Source
-from lm.describe import describe
+from lm import launch, sharding, train
+from lm.data.text.source import Source
 from lm.objectives.infill import infill
 from lm.objectives.next_token import next_token
+from lm.studies import costs, statistics, variants
+from lm.studies import runs as arms
+from lm.workdir import atomic, figures
+from lm.workdir.describe import describe
 
 SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
 
 
-def check(found: Sequence[arms.Arm], adapt: int) -> list[train.Run]:
+def check(found: Sequence[variants.Arm], adapt: int) -> list[train.Run]:
   """The runs; ValueError where they have no common yardstick."""
   runs = [arm.make() for arm in found]
   for arm, run in zip(found, runs):
@@ -55,7 +58,7 @@ def is_next_token(run: train.Run) -> bool:
   return run.objective.forms == next_token().forms
 
 
-def told(study: pathlib.Path, arm: arms.Arm, seed: int) -> pathlib.Path:
+def told(study: pathlib.Path, arm: variants.Arm, seed: int) -> pathlib.Path:
   return study / arm.name / f'seed-{seed}' / 'final.json'
 
 
@@ -76,7 +79,7 @@ def finish(run: train.Run, workdir: pathlib.Path, result: train.Result, mesh: ja
         values[name] = finite(name, arms.score(short, adapted, objective)[metric])
       except train.NotFinite as error:
         left_out[name] = f'adapted from --adapt_lr={adapt_lr}, {error}'
-    spent = arms.spending(run, equal if run.stages else 'steps', mesh)
+    spent = costs.spending(run, equal if run.stages else 'steps', mesh)
   curve = [(spent(step) / spent(run.steps), value) for step, value in arms.curve(workdir)] if is_next_token(run) else []
   write(workdir, values, curve, left_out)
 
@@ -101,20 +104,20 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   sign = -1 if 'accuracy' in metric else 1
   names = having(names, results, metric)
   values = {name: [result['values'][metric] for result in results[name]] for name in names}
-  sooner = {name: times(comparison.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))
+  sooner = {name: times(statistics.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))
             for name in names[1:] if metric == 'bits/byte'}
   has_speed_up = any(sooner.values())   # none is, of curves of one evaluation
   speed_up = ["speed-up to the baseline's final loss"] if has_speed_up else []
   titles = ['arm', metric, f'difference to {names[0]}', *speed_up, 'verdict']
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for name in names:
-    own = comparison.interval(values[name])
+    own = statistics.interval(values[name])
     if name == names[0]:
       lines.append(f'| {name} | {own} ' + '| ' * (len(titles) - 2) + '|')
       continue
-    verdict = comparison.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
+    verdict = statistics.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
     low, high = sorted((sign * verdict.difference.low, sign * verdict.difference.high))
-    difference = comparison.Interval(sign * verdict.difference.mean, low, high)
+    difference = statistics.Interval(sign * verdict.difference.mean, low, high)
     columns = [name, str(own), str(difference), *([sooner[name]] if has_speed_up else []), str(verdict)]
     lines.append(f'| {" | ".join(columns)} |')
   return lines
@@ -125,7 +128,7 @@ def having(names: Sequence[str], results: dict[str, list[dict]], metric: str) ->
   return [name for name in names if all(metric in result['values'] for result in results[name])]
 
 
-def times(sooner: comparison.Interval | None) -> str:
+def times(sooner: statistics.Interval | None) -> str:
   if sooner is None:
     return ''
   return f'{sooner.mean:.2f}x [{sooner.low:.2f}, {sooner.high:.2f}]'
@@ -139,8 +142,8 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
     raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
   if adapt < 0 or not 0 < adapt_lr < math.inf:
     raise ValueError(f'--adapt={adapt} steps from --adapt_lr={adapt_lr}: steps are 0 or more, a rate is above 0')
-  function = arms.experiment(experiment)
-  found = arms.arms(function, arms_text, common)
+  function = variants.experiment(experiment)
+  found = variants.arms(function, arms_text, common)
   if len(found) < 2:
     raise ValueError(f'--arms names {found[0].name} alone; a comparison has two arms at least')
   devices = sharding.make_mesh(mesh)
@@ -169,14 +172,14 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
   return results
 
 
-def steps_once(study: pathlib.Path, begun: bool, found: list[arms.Arm], equal: str, budget: float | None,
-               mesh: jax.sharding.Mesh) -> tuple[list[arms.Arm], float]:
-  """As `arms.equal`; what was found when the study was begun (seconds are measured) stays."""
+def steps_once(study: pathlib.Path, begun: bool, found: list[variants.Arm], equal: str, budget: float | None,
+               mesh: jax.sharding.Mesh) -> tuple[list[variants.Arm], float]:
+  """As `costs.equal`; what was found when the study was begun (seconds are measured) stays."""
   path = study / 'steps.json'
   if begun:
     before = json.loads(path.read_text())
     return [arm.with_steps(before['steps'][arm.name]) for arm in found], before['amount']
-  found, amount = arms.equal(found, equal, budget, mesh)
+  found, amount = costs.equal(found, equal, budget, mesh)
   atomic.write(path, json.dumps({'amount': amount, 'steps': {arm.name: arm.knobs['steps'] for arm in found}}))
   return found, amount
 
@@ -200,7 +203,7 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
   atomic.write(workdir / 'compare.md', '\n'.join(lines[1:]) + '\n')
   metric = max(metrics, key=lambda metric: len(having(names, results, metric)), default='')   # that most arms have
   if names := having(names, results, metric):
-    plot.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
+    figures.comparison(workdir / 'compare.png', {name: [r['curve'] for r in results[name]] for name in names},
                     {name: [r['values'][metric] for r in results[name]] for name in names}, metric, compute)
   print(f'\nwritten to {workdir}: compare.md, {"compare.png, " if names else ""}and a folder for each arm and seed')
 

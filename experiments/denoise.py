@@ -18,29 +18,33 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lm import evaluate, generate, launch, optim, pretrained, schedules, sharding, train
-from lm.data import corpora, dataset, tokenizer
-from lm.data.batches import Batch
+from lm import generate, launch, optim, sharding, train
+from lm.data import dataset, tokenizers
+from lm.data.batch import Batch
+from lm.data.text import corpora
+from lm.hf import pretrained
 from lm.models import encoder, encoder_decoder
-from lm.objectives import span_corruption as spans
+from lm.objectives import span_corruption
 from lm.objectives.masked import masked
 from lm.objectives.objective import Objective
 from lm.objectives.ul2 import ul2
+from lm.optim import schedules
+from lm.train import validation
 
 SNIPPETS, SIZE = 64, 96   # held-out ones to fill in, and their tokens
 
 
-def learned(name: str, tokens: tokenizer.Tokenizer | None, length: int) -> Objective:
+def learned(name: str, tokens: tokenizers.Tokenizer | None, length: int) -> Objective:
   """The objective, by the control tokens that a given tokenizer has for it, else by ours."""
-  known = tokens.control_names if tokens else tokenizer.CONTROL
+  known = tokens.control_names if tokens else tokenizers.CONTROL
   if name == 'masked':
     return masked(mask=next((mask for mask in ('[MASK]', '<mask>') if mask in known), '<|mask|>'))
   extra = tuple(f'<extra_id_{i}>' for i in range(100)) if '<extra_id_0>' in known else ()
   if name == 'ul2':   # T5 has no tokens for modes: its last sentinels
     names = {'sentinels': extra[:-3], 'modes': extra[-3:]} if extra else {
-        'sentinels': tokenizer.sentinels(max(32, length // 4 + 1))}
-    return ul2(layout=spans.ENCODER_DECODER, **names)
-  return spans.span_corruption(sentinels=extra or tokenizer.sentinels(max(32, length // 16)))
+        'sentinels': tokenizers.sentinels(max(32, length // 4 + 1))}
+    return ul2(layout=span_corruption.ENCODER_DECODER, **names)
+  return span_corruption.span_corruption(sentinels=extra or tokenizers.sentinels(max(32, length // 16)))
 
 
 def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span_corruption',
@@ -62,7 +66,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
     embedding_rate: how much faster the embedding learns.
   """
   folder = pretrained.locate(model) if model else None
-  tokens, masks = tokenizer.load(folder) if folder else None, objective == 'masked'
+  tokens, masks = tokenizers.load(folder) if folder else None, objective == 'masked'
   if folder:
     network = pretrained.open_model(folder)
     if not isinstance(network, encoder.Encoder if masks else encoder_decoder.EncoderDecoder):
@@ -73,8 +77,8 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   else:
     network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
   goal = learned(objective, tokens, length)
-  more = [name for name in goal.control if name not in tokenizer.CONTROL]
-  train_tokenizer = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, control=(*tokenizer.CONTROL, *more))
+  more = [name for name in goal.control if name not in tokenizers.CONTROL]
+  train_tokenizer = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *more))
   # As many positions for the targets as a full row of sources asks for.
   rooms = [] if masks else [form.room for form in goal.forms]
   asked = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
@@ -95,7 +99,8 @@ def fill_spans(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
   modes = control[-3:] if len(run.objective.forms) > 1 else ()
   ids = np.int32([tokens.control_id(name) for name in control[:len(control) - len(modes)]])
   begin = np.int32([tokens.control_id(name) for name in modes[:1]])   # the regular mode
-  pairs = [spans.corrupt(snippet, spans.noise_mask(SIZE, 0.15, 3., rng), ids) for snippet in snippets]
+  pairs = [span_corruption.corrupt(snippet, span_corruption.noise_mask(SIZE, 0.15, 3., rng),
+                                   ids) for snippet in snippets]
   written = generate.tokens(run.model, result.params, tokens, [np.append(begin, source) for source, _ in pairs],
                             generate.Sampling(0.), max_tokens=48)
 
@@ -135,9 +140,9 @@ def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached on the held-out text, and snippets of it that are filled in."""
   data, rng = result.data, np.random.default_rng(0)
-  step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
+  step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
   held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
-  metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+  metrics = validation.evaluate(step, result.params, held_out, result.mesh)
   documents = data.stores['validation']
   large = [i for i in range(len(documents)) if len(documents[i]) > SIZE]
   if large:

@@ -11,11 +11,15 @@ import functools
 import pathlib
 from typing import Literal
 
-from lm import diffusion, evaluate, generate, launch, optim, schedules, train
-from lm.data import corpora, dataset, tokenizer
+from lm import generate, launch, optim, train
+from lm.data import dataset, tokenizers
+from lm.data.text import corpora
+from lm.generate import unmask
 from lm.models import transformer
 from lm.objectives.diffusion import masked_diffusion
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.train import validation
 
 PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
 
@@ -42,7 +46,7 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
       model=transformer.llama(vocab, width, layers, heads, max_length=length),
       objective=masked_diffusion() if objective == 'diffusion' else next_token(),
       data=dataset.Text(corpora.python_library(),
-                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+                        functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.muon(schedule, rest=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
       minutes=minutes if fitted else None)
@@ -51,13 +55,13 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion', m
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what a byte of held-out text costs, and completions of prompts."""
   tokens, bound = result.data.tokenizer, 'at most ' if run.objective.control else ''
-  step = evaluate.make_step(run.model.apply, run.objective, tokens)
+  step = validation.make_step(run.model.apply, run.objective, tokens)
   held_out = result.data.batches('validation', run.objective, run.batch, seed=None, repeat=False)
-  metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+  metrics = validation.evaluate(step, result.params, held_out, result.mesh)
   length = run.data.length // 2
   if run.objective.control:
-    samples = diffusion.generate(run.model, result.params, tokens, PROMPTS,
-                                 diffusion.Denoising(length // 2, 4, sampling=generate.Sampling(0.8)), length=length)
+    samples = unmask.generate(run.model, result.params, tokens, PROMPTS,
+                                 unmask.Denoising(length // 2, 4, sampling=generate.Sampling(0.8)), length=length)
   else:
     samples = generate.generate(run.model, result.params, tokens, PROMPTS, generate.Sampling(0.8), max_tokens=length)
   for prompt, sample in zip(PROMPTS, samples):

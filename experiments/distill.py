@@ -22,22 +22,26 @@ from typing import Any, Literal
 
 import jax
 
-from lm import annotate, evaluate, launch, optim, pretrained, schedules, train, trained
+from lm import launch, load, optim, train
 from lm.data import dataset
-from lm.data.corpus_flags import corpus
+from lm.data.text.corpus_flags import corpus
+from lm.evaluate import annotate
+from lm.hf import pretrained
 from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.train import validation
 
 QUICKSTART = 'runs/quickstart'
 
 
-def open_teacher(name: str) -> trained.Base:
+def open_teacher(name: str) -> load.BaseModel:
   """The decoder of a run's workdir, of a Hugging Face folder or of an imported one."""
   if name == QUICKSTART and not pathlib.Path(name).exists():
     raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
                             'or name another by --teacher')
-  found = trained.base(name)
+  found = load.base(name)
   if not isinstance(found.model, transformer.Transformer):
     raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
   return found
@@ -125,8 +129,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   seconds = {name: phases.phases.get('train', 0) / max(phases.step - phases.start - 1, 1)
              for name, phases in zip(list(arms)[1:], (result, alone))}
   for name, (model, params) in arms.items():
-    step = evaluate.make_step(model.apply, next_token(), alone.data.tokenizer)
-    metrics = evaluate.evaluate(step, params, batches, result.mesh)
+    step = validation.make_step(model.apply, next_token(), alone.data.tokenizer)
+    metrics = validation.evaluate(step, params, batches, result.mesh)
     bits = metrics.get('bits_per_byte', float('nan'))   # data of before bytes were stored does not say it
     print(f'  {name:22}{bits:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
           f'{seconds.get(name, float("nan")):10.3f}'.replace('nan', '  -'))

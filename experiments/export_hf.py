@@ -7,7 +7,8 @@ from typing import Literal
 
 import jax
 
-from lm import launch, pretrained, sharding, trained
+from lm import launch, load, sharding
+from lm.hf import pretrained
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: pathlib.Path,
@@ -27,10 +28,10 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
   with jax.set_mesh(sharding.make_mesh()):
-    loaded = pretrained.load(model) if model else trained.load(workdir, best)
-    like = like or (loaded.folder if model else trained.first_folder(loaded.run, loaded.tokenizer))
+    loaded = pretrained.load(model) if model else load.load(workdir, best)
+    like = like or (loaded.folder if model else load.first_folder(loaded.run, loaded.tokenizer))
     pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
-                     None if model else trained.chat_template(loaded.run.data))
+                     None if model else load.chat_template(loaded.run.data))
   print(f'written: {out}; open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 
 

@@ -20,13 +20,16 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from lm import generate, launch, lora, optim, outcome, schedules, train, trained
-from lm.data import corpora, dialogues, puzzles, source, turns
-from lm.data import messages as said
-from lm.data import tokenizer as tokenizers
+from lm import generate, launch, load, lora, optim, train
+from lm.data import tokenizers
+from lm.data.chat import conversation, dialogues
+from lm.data.chat import messages as said
+from lm.data.text import corpora, puzzles, source
+from lm.launch import outcome
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.supervised import supervised
+from lm.optim import schedules
 
 QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
 
@@ -72,14 +75,14 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
   coverage = {} if character_coverage is None else {'character_coverage': character_coverage}
   if coverage and (model or tokenizer == 'bytes'):
     raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
-  base = trained.base(model, jnp.dtype(precision)) if model else None
+  base = load.base(model, jnp.dtype(precision)) if model else None
   if base:
-    tokens, template = base.tokenizer, base.template or turns.Turns()
+    tokens, template = base.tokenizer, base.template or conversation.Turns()
   else:
     new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
-    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, turns.Turns()
+    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, conversation.Turns()
   if plain is not None:
-    template = turns.Plain(source.unescaped(plain))
+    template = conversation.Plain(source.unescaped(plain))
   records = puzzles.dialogues()
   if jsonl:
     records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
@@ -100,7 +103,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints how many held-out questions are answered as in their records, before and after; and some answers."""
   data, room = run.data, run.data.length // 2
-  speaker = turns.Conversation(result.data.tokenizer, data.template)
+  speaker = conversation.Conversation(result.data.tokenizer, data.template)
   asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:

@@ -12,20 +12,23 @@ import sys
 
 import jax
 
-from lm import generate, launch, pretrained, rewards, seeds, sharding, speculative, trained
-from lm.data import turns
+from lm import generate, launch, load, seeds, sharding
+from lm.data.chat import conversation
+from lm.evaluate import rewards
+from lm.generate import speculative
+from lm.hf import pretrained
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
 
 
-def speaker(loaded: trained.Trained | pretrained.Pretrained) -> turns.Conversation:
+def speaker(loaded: load.Trained | pretrained.Pretrained) -> conversation.Conversation:
   """The tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
-  found = (trained.chat_template(loaded.run.data) if isinstance(loaded, trained.Trained) else
+  found = (load.chat_template(loaded.run.data) if isinstance(loaded, load.Trained) else
            pretrained.folder_template(loaded.folder))
   if found is None:
     raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
-  return turns.Conversation(loaded.tokenizer, found)
+  return conversation.Conversation(loaded.tokenizer, found)
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
@@ -72,7 +75,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     raise ValueError(f'{max(n, best_of)} completions would all be equal at --temperature=0; leave out either this '
                      'flag, or --n and --best_of')
   with jax.set_mesh(sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    loaded = pretrained.load(model) if model else load.load(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
     if mark is None:
       raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text from '
@@ -90,7 +93,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     if reward is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
                                 max_tokens=max_tokens, mark=mark, bos=bos, window=window)
-      show_best(trained.load(reward), prompt, texts, n, shown)
+      show_best(load.load(reward), prompt, texts, n, shown)
       return
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
@@ -108,9 +111,9 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
             file=sys.stderr)
 
 
-def show_best(judge: trained.Trained, prompt: str, texts: list[str], count: int, shown: str) -> None:
+def show_best(judge: load.Trained, prompt: str, texts: list[str], count: int, shown: str) -> None:
   """Prints the `count` texts of the highest rewards, the best first, after what is `shown` before each."""
-  template = trained.chat_template(judge.run.data)
+  template = load.chat_template(judge.run.data)
   values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)
   for place, i in enumerate(sorted(range(len(texts)), key=lambda i: -values[i])[:count]):
     print(('' if place == 0 else f'\n{"-" * 80}\n') + shown + texts[i])

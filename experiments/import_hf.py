@@ -6,7 +6,8 @@ import pathlib
 
 import jax
 
-from lm import launch, pretrained, sharding
+from lm import launch, sharding
+from lm.hf import pretrained
 
 
 def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import generate, launch, optim, schedules, sharding, train
-from lm.data import corpora, dataset, tokenizer
-from lm.data.batches import Batch
+from lm import generate, launch, optim, sharding, train
+from lm.data import dataset, tokenizers
+from lm.data.batch import Batch
+from lm.data.text import corpora
 from lm.models import transformer
 from lm.objectives.infill import NAMES, arrange, infill
+from lm.optim import schedules
 
 CASES = 512   # of each kind
 
@@ -52,7 +54,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0
       model=transformer.llama(vocab, width, layers, heads, max_length=length),
       objective=infill(rate, spm),
       data=dataset.Text(corpora.python_library(),
-                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+                        functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
       minutes=minutes if fitted else None)
@@ -64,7 +66,7 @@ class Case(NamedTuple):
   suffix: np.ndarray
 
 
-def cases(documents: Any, tokens: tokenizer.Tokenizer, room: int, lines: bool) -> list[Case]:
+def cases(documents: Any, tokens: tokenizers.Tokenizer, room: int, lines: bool) -> list[Case]:
   """Places in documents, at random: a token, or the rest of a line of 2 to 16 tokens; with as much on both sides."""
   rng, found, side = np.random.default_rng(0), [], room // 2
   ends = np.array(['\n' in tokens.decode([i]) for i in range(tokens.vocab_size)])

@@ -15,10 +15,13 @@ from typing import Literal
 
 from sweep import sweep
 
-from lm import groups, launch, optim, plot, schedules, train
-from lm.data import corpora, dataset, tokenizer
+from lm import launch, optim, train
+from lm.data import dataset, tokenizers
+from lm.data.text import corpora
 from lm.models import mup, transformer
 from lm.objectives.next_token import next_token
+from lm.optim import groups, schedules
+from lm.workdir import figures
 
 
 def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: int = 64, layers: int = 2,
@@ -45,7 +48,7 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
     model = transformer.llama(**shape, tied=False)
   return train.Run(
       model=model, objective=next_token(),
-      data=dataset.Text(corpora.python_library(), functools.partial(tokenizer.train_sentencepiece, vocab=vocab),
+      data=dataset.Text(corpora.python_library(), functools.partial(tokenizers.train_sentencepiece, vocab=vocab),
                         length),
       optimizer=optim.adamw(rate, weight_decay, eps=1e-12), steps=steps, batch=batch,
       evaluate_every=steps, save_every=steps)
@@ -75,7 +78,7 @@ def transfer(*, widths: tuple[int, ...] = (64, 128, 256, 512),
     best = [min(panels[name][f'width {width}'], key=lambda point: point[1]) for name in panels]
     lines.append(f'| {width} | ' + ' | '.join(f'{lr:g} ({loss:.3f} bits/byte)' for lr, loss in best) + ' |')
   print('\nthe best learning rate\n\n' + '\n'.join(lines))
-  plot.lines(workdir / 'mup.png', panels, 'learning rate', 'validation bits per byte', log=True)
+  figures.lines(workdir / 'mup.png', panels, 'learning rate', 'validation bits per byte', log=True)
   print(f'\nwritten to {workdir}: mup.png, and a folder for each run')
 
 

@@ -9,7 +9,8 @@ import time
 
 import jax
 
-from lm import launch, noise, sharding, trained
+from lm import launch, load, sharding
+from lm.train import noise_scale
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: int = 64, rows: int | None = None,
@@ -26,7 +27,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
   if batches < 3:
     raise ValueError(f'--batches={batches}: an interval needs 3 at least')
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = trained.load(workdir, best)
+    loaded = load.load(workdir, best)
     run, rows = loaded.run, loaded.run.batch if rows is None else rows
     if rows < 1 or rows % devices.shape['data']:
       raise ValueError(f'--rows={rows} is not a multiple of the {devices.shape["data"]} devices of the mesh axis data')
@@ -34,7 +35,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     read, first = data.batches('train', run.objective, rows, run.seed), run.schedule.rows_before(loaded.step) // rows
     names = jax.eval_shape(loaded.model.init, jax.random.key(0))
     constants = {name: value for name, value in loaded.params.items() if name not in names}
-    gradient = noise.gradient_of(loaded.model.apply, run.objective, constants)
+    gradient = noise_scale.gradient_of(loaded.model.apply, run.objective, constants)
     begin = shown = time.monotonic()
 
     def progress(done: int) -> None:
@@ -43,7 +44,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
         shown = time.monotonic()
         print(f'{done} of {2 * batches} gradients, {shown - begin:.0f} s', flush=True)
 
-    found = noise.noise_scale(
+    found = noise_scale.noise_scale(
         gradient, {name: loaded.params[name] for name in names},
         lambda i: sharding.shard_rows(read(first + i, sharding.local_rows(rows, devices)), devices), batches, progress)
   print(f'step {loaded.step}: noise scale {found.tokens:,.0f} tokens (95 %: {found.low:,.0f} to {found.high:,.0f}); '

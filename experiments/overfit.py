@@ -13,10 +13,15 @@ import pathlib
 
 import jax
 
-from lm import arms, launch, optim, plot, schedules, sharding, train
-from lm.data import augment, corpora, dataset, source, tokenizer
+from lm import launch, optim, sharding, train
+from lm.data import dataset, tokenizers
+from lm.data.rows import augment
+from lm.data.text import corpora, source
 from lm.models import stack, transformer
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.studies import runs, variants
+from lm.workdir import figures
 
 ARMS = ('plain: ; weight decay: weight_decay=1; L2: l2=1e-3; dropout: dropout=0.2 attention_dropout=0.2; '
         'augmentation: token_dropout=0.15; early stopping: patience=3; 4x data: documents=64')
@@ -52,7 +57,7 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, lay
                               layer_dropout=stack.stochastic_depth(layers, stochastic_depth)),
       objective=next_token(),
       data=dataset.Text(source.sample(corpora.python_library(), documents),
-                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+                        functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.penalised(optim.adamw(rate, weight_decay=weight_decay), l2=l2), steps=steps, batch=batch,
       evaluate_every=evaluate_every, evaluate_batches=10, patience=patience,
       augment=tuple(make(value) for make, value in made if value))
@@ -68,25 +73,25 @@ def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
     seed: of all runs.
     workdir: where the runs live; what was stopped goes on from there.
   """
-  found, mesh = arms.arms(arms.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
+  found, mesh = variants.arms(variants.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
   with jax.set_mesh(mesh):
     for arm in found:   # what does not go together says so before anything runs
       train.check(arm.make(seed), mesh)
-    begun = [arms.begun(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
-    arms.open_data(workdir, found)
+    begun = [runs.begun(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
+    runs.open_data(workdir, found)
   for arm, was in zip(found, begun):
     if not was:
-      arms.begin(workdir / arm.name, 'arm.json', arm.knobs)
+      runs.begin(workdir / arm.name, 'arm.json', arm.knobs)
   curves = {}
   lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']
   for i, arm in enumerate(found):
     print(f'\n--- run {i + 1} of {len(found)}: {arm.name}', flush=True)
-    _, folder, _ = arms.go(workdir, arm, seed, mesh)
-    curves[arm.name] = arms.curve(folder)
+    _, folder, _ = runs.go(workdir, arm, seed, mesh)
+    curves[arm.name] = runs.curve(folder)
     step, best = min(curves[arm.name], key=lambda point: point[1])
     lines.append(f'| {arm.name} | {best:.3f} | {step} | {curves[arm.name][-1][1]:.3f} |')
   print('\n' + '\n'.join(lines))
-  plot.lines(workdir / 'overfit.png', {'validation': curves}, 'step', 'bits per byte')
+  figures.lines(workdir / 'overfit.png', {'validation': curves}, 'step', 'bits per byte')
   print(f'\nwritten to {workdir}: overfit.png, and a folder for each run')
 
 

@@ -22,12 +22,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lm import annotate, generate, launch, lora, optim, schedules, train, trained
-from lm.data import corpora, dialogues, puzzles, source, turns
-from lm.data import messages as said
-from lm.data.batches import Pair, Rated
+from lm import generate, launch, load, lora, optim, train
+from lm.data.batch import Pair, Rated
+from lm.data.chat import conversation, dialogues, messages
+from lm.data.text import corpora, puzzles, source
+from lm.evaluate import annotate
 from lm.models.reward import Reward
 from lm.objectives import preference
+from lm.optim import schedules
 
 QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
 BASE = 'runs/finetune_chat'
@@ -71,16 +73,16 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
   corpora.check_validation(validation)
-  base = trained.base(model, jnp.dtype(precision))
-  template = base.template or turns.Turns()
+  base = load.base(model, jnp.dtype(precision))
+  template = base.template or conversation.Turns()
   if plain is not None:
-    template = turns.Plain(source.unescaped(plain))
-  keys = said.Keys(prompt=prompt, completion=completion, chosen=chosen, rejected=rejected, label=label or 'label')
+    template = conversation.Plain(source.unescaped(plain))
+  keys = messages.Keys(prompt=prompt, completion=completion, chosen=chosen, rejected=rejected, label=label or 'label')
   records = puzzles.preferences()
   if jsonl:
     records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
   if method == 'kto' and not label:
-    records = said.unpaired(records, keys)
+    records = messages.unpaired(records, keys)
   data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
                                    allow_left_out=allow_left_out)
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
@@ -110,7 +112,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   data = getattr(run.data, 'data', run.data)
   if isinstance(run.model, Reward):
     return
-  speaker, room = turns.Conversation(result.data.tokenizer, data.template), data.length // 2
+  speaker, room = conversation.Conversation(result.data.tokenizer, data.template), data.length // 2
   asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import averaging, groups, guard, launch, lora, optim, schedules, train, trained
-from lm.data import augment, clean, dataset, stages, tokenizer
-from lm.data.corpus_flags import corpus
+from lm import launch, load, lora, optim, train
+from lm.data import dataset, tokenizers
+from lm.data.rows import augment, stages
+from lm.data.text import clean
+from lm.data.text.corpus_flags import corpus
 from lm.models import layers as parts
-from lm.models import multi_token, mup
+from lm.models import mup, prediction_heads
 from lm.models.shape import Shape
-from lm.objectives import losses
-from lm.objectives import multi_token as multi_token_objective
+from lm.objectives import losses, multi_token
 from lm.objectives import objective as objectives
 from lm.objectives.infill import NAMES, infill
 from lm.objectives.masked import masked
@@ -29,6 +30,8 @@ from lm.objectives.next_token import next_token
 from lm.objectives.prefix import prefix
 from lm.objectives.span_corruption import DECODER, span_corruption
 from lm.objectives.ul2 import MODES, ul2
+from lm.optim import averaging, groups, schedules
+from lm.train import guard
 
 
 def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int, noise: float,
@@ -41,7 +44,7 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
          'token_loss': losses.token_loss(losses.nll, *more) if more else objectives.cross_entropy}
 
   def sentinels(rate):   # of a row's positions, a span takes 1 / rate tokens and two sentinels
-    return tokenizer.sentinels(max(32, math.ceil(length / (1 / rate + 2))))
+    return tokenizers.sentinels(max(32, math.ceil(length / (1 / rate + 2))))
 
   match name:
     case 'prefix':
@@ -232,23 +235,23 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                 stochastic_depth=stochastic_depth)
   of_tokens = given(tokenizer_kind=tokenizer_kind, tokenizer_file=tokenizer_file, vocab=vocab,
                     character_coverage=character_coverage)
-  decoder, tokens, size = trained.decoder_and_tokenizer(model, init, shape, of_tokens, jnp.dtype(precision))
+  decoder, tokens, size = load.decoder_and_tokenizer(model, init, shape, of_tokens, jnp.dtype(precision))
   for name, value in given(vocab=vocab, length=length).items():
     if value < 1:
       raise ValueError(f'--{name}={value} is not positive; leave it out, or give it 1 at least')
   vocab, shape = vocab or size or 8192, Shape(**shape)
   length = length or min(512, decoder.max_length if decoder else 512)
   goal = learned(objective, denominator, label_smoothing, z_loss, length, noise, mean_span, infill_rate, control)
-  more = [name for name in goal.control if name not in tokenizer.CONTROL]   # the tokenizer is made with these
-  names = {'control': (*tokenizer.CONTROL, *more)} if more else {}
+  more = [name for name in goal.control if name not in tokenizers.CONTROL]   # the tokenizer is made with these
+  names = {'control': (*tokenizers.CONTROL, *more)} if more else {}
   if character_coverage is not None and (tokenizer_file or tokenizer_kind == 'bytes'):
     raise ValueError(f'--character_coverage={character_coverage} is for a tokenizer that is trained; leave it out')
   if tokenizer_file:
-    tokens = tokenizer.load(tokenizer_file)
+    tokens = tokenizers.load(tokenizer_file)
   elif tokens is None and tokenizer_kind == 'bytes':
-    tokens = tokenizer.Bytes(**names)
+    tokens = tokenizers.Bytes(**names)
   elif tokens is None:
-    tokens = functools.partial(tokenizer.train_sentencepiece, vocab=vocab, kind=tokenizer_kind or 'bpe',
+    tokens = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, kind=tokenizer_kind or 'bpe',
                                **names, **given(character_coverage=character_coverage))
   policy = {'products': parts.keep_products, 'none': None, 'full': jax.checkpoint_policies.nothing_saveable}[remat]
   base = {'base_width': mup_width or shape.width,
@@ -265,9 +268,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   if predict_ahead:
     if objective != 'next_token':
       raise ValueError(f'--predict_ahead={predict_ahead} goes with --objective=next_token, not with {objective}')
-    decoder = {'sequential': multi_token.sequential, 'parallel': multi_token.parallel}[ahead_modules](
+    decoder = {'sequential': prediction_heads.sequential, 'parallel': prediction_heads.parallel}[ahead_modules](
         decoder, predict_ahead)
-    goal = multi_token_objective.multi_token(goal, ahead_weight)
+    goal = multi_token.multi_token(goal, ahead_weight)
   warmup = min(100, steps // 10) if warmup is None else warmup
   rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
   if rates or base:

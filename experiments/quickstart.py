@@ -5,10 +5,15 @@
 import functools
 import pathlib
 
-from lm import evaluate, generate, launch, optim, outcome, schedules, train
-from lm.data import corpora, dataset, tokenizer
+from lm import generate, launch, optim, train
+from lm.data import dataset, tokenizers
+from lm.data.text import corpora
+from lm.evaluate import compression
+from lm.launch import outcome
 from lm.models import transformer
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.train import validation
 
 PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
 
@@ -34,7 +39,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
       model=transformer.llama(vocab, width, layers, heads, max_length=length),
       objective=next_token(),
       data=dataset.Text(corpora.python_library(),
-                        functools.partial(tokenizer.train_sentencepiece, vocab=vocab), length),
+                        functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.muon(schedule, rest=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
       minutes=minutes if fitted else None)
@@ -44,13 +49,13 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached, beside file compressors; draws the curve; lets the model write."""
   data, phases = result.data, result.phases
   with phases('evaluate'):
-    step = evaluate.make_step(run.model.apply, run.objective, data.tokenizer)
+    step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
     held_out = data.batches('validation', run.objective, run.batch, seed=None, repeat=False,
                             context=run.data.length // 2)
-    metrics = evaluate.evaluate(step, result.params, held_out, result.mesh)
+    metrics = validation.evaluate(step, result.params, held_out, result.mesh)
   with phases('compress'):
     text, training_text = (data.text(split).encode() for split in ('validation', 'train'))
-    others = evaluate.compress(text, training_text)
+    others = compression.compress(text, training_text)
   with phases('sample'):
     room = run.data.length - 1 - max(map(len, data.tokenizer.encode_batch(PROMPTS)))
     samples = generate.generate(run.model, result.params, data.tokenizer, PROMPTS, generate.Sampling(0.8, top_p=0.95),
@@ -58,7 +63,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
   print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)')
-  print(f'this model reads {evaluate.reading(held_out)}; val and score.py --split=validation give it no such context\n')
+  print(f'this model reads {validation.reading(held_out)}; val and score.py --split=validation give it no such '
+        'context\n')
   print('             alone  primed with the training text')
   for name, (alone, primed) in others.items():
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')

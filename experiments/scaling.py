@@ -15,7 +15,10 @@ import pathlib
 import jax
 import numpy as np
 
-from lm import arms, atomic, launch, plot, scaling, sharding, train
+from lm import launch, sharding, train
+from lm.studies import costs, scaling, variants
+from lm.studies import runs as arms
+from lm.workdir import atomic, figures
 
 SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
 SIZES = 'width=32 heads=1; width=64 heads=1; width=96 heads=2; width=128 heads=2'
@@ -40,13 +43,13 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     workdir: where the runs live; one that was stopped goes on from there.
     mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
   """
-  function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
+  function, devices = variants.experiment(experiment), sharding.make_mesh(mesh)
   written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]
   if len(set(written)) < 2 or len(set(budgets)) < 2 or len(set(written)) * len(set(budgets)) < 6:
     raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not fix a law of 5 numbers; give 2 '
                      'of each at least, and 6 runs in all')
   rungs = [(size, steps) for size in written for steps in sorted(budgets)]
-  runs = [arms.Arm(name(size, steps), function, arms.knobs(function, f'{common} {size} steps={steps}'))
+  runs = [variants.Arm(name(size, steps), function, variants.knobs(function, f'{common} {size} steps={steps}'))
           for size, steps in [*rungs, (next_size, next_budget)]]
   with jax.set_mesh(devices):
     places = [place(arm.make(seed), devices) for arm in runs]
@@ -74,7 +77,7 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
   lines.append(f'outcome: {outcome:.4f}, {inside} the interval')
   print('\n' + '\n'.join(lines[-2:]))
   atomic.write(workdir / 'scaling.md', '\n'.join(lines) + '\n')
-  plot.scaling(workdir / 'scaling.png', points, law, (*places[-1], *predicted), outcome)
+  figures.scaling(workdir / 'scaling.png', points, law, (*places[-1], *predicted), outcome)
   print(f'\nwritten to {workdir}: scaling.md, scaling.png, and a folder for each run')
 
 
@@ -84,11 +87,11 @@ def name(size: str, steps: int) -> str:
 
 def place(run: train.Run, mesh: jax.sharding.Mesh) -> tuple[float, float]:
   """(N, D): FLOPs a token over 6, and tokens."""
-  plain = arms.cost(run, 'flops', mesh, optimizer=False)
-  return plain / arms.cost(run, 'tokens', mesh) / 6, float(run.schedule.tokens_before(run.steps))
+  plain = costs.cost(run, 'flops', mesh, optimizer=False)
+  return plain / costs.cost(run, 'tokens', mesh) / 6, float(run.schedule.tokens_before(run.steps))
 
 
-def loss(study: pathlib.Path, arm: arms.Arm, seed: int, mesh: jax.sharding.Mesh) -> float:
+def loss(study: pathlib.Path, arm: variants.Arm, seed: int, mesh: jax.sharding.Mesh) -> float:
   """Nats a token on the validation split; trained, unless it was."""
   told = study / arm.name / f'seed-{seed}' / 'final.json'
   if not told.exists():

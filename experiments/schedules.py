@@ -24,7 +24,7 @@ def main(*, only: list[pretrain.Schedule] = (), lr: float = 1e-3, steps: int = 2
   """
   import jax
 
-  from lm import plot
+  from lm.workdir import figures as plot
   names = only or typing.get_args(pretrain.Schedule)
   milestones = milestones or (steps // 2, steps * 3 // 4)
   rates = {name: jax.jit(pretrain.scheduled(name, lr, steps, warmup,

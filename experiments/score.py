@@ -17,12 +17,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from lm import evaluate, launch, pretrained, rewards, sharding, trained
-from lm.data import corpora
-from lm.data.tokenizer import mask_id
+from lm import evaluate, launch, load, sharding
+from lm.data.text import corpora
+from lm.data.tokenizers.folder import mask_id
+from lm.evaluate import rewards
+from lm.hf import pretrained
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.reward import Reward
+from lm.train import validation
 
 
 def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
@@ -75,7 +78,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   if model:   # before the weights, which take long
     check(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else trained.load(workdir, best)
+    loaded = pretrained.load(model) if model else load.load(workdir, best)
     if split is None and isinstance(loaded.model, Reward):
       records = None if pairs is None else read_json(pairs, None)
       show_rewards(loaded, records, texts, sources, bos)
@@ -97,22 +100,22 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     data = loaded.open_data()
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
-    step = evaluate.make_step(loaded.model.apply, run.objective, loaded.tokenizer)
+    step = validation.make_step(loaded.model.apply, run.objective, loaded.tokenizer)
     # Only documents have a context; what was stored of rows is stored of those of seed 0, as in training.
     order = {'seed': None, 'context': context} if context else {'seed': 0}
     batches = data.batches(split, run.objective, rows, repeat=False, **order)
-    print(f'{split}: {evaluate.reading(batches)}')
-    for name, value in evaluate.evaluate(step, loaded.params, batches, devices).items():
+    print(f'{split}: {validation.reading(batches)}')
+    for name, value in validation.evaluate(step, loaded.params, batches, devices).items():
       print(f'{name:14} {value:.4f}')
 
 
-def show_rewards(loaded: trained.Trained, records: Sequence[str] | None, texts: Sequence[str],
+def show_rewards(loaded: load.Trained, records: Sequence[str] | None, texts: Sequence[str],
                  sources: Sequence[str] | None, bos: bool | None) -> None:
   """Prints the reward of each text, as an answer to its source, or of both answers of each pair."""
   if bos is not None:
     raise ValueError(f'--{"" if bos else "no"}bos: how a text begins for a reward model is a part of its template; '
                      'leave it out')
-  judge = rewards.Judge(loaded.model, loaded.params, loaded.tokenizer, trained.chat_template(loaded.run.data))
+  judge = rewards.Judge(loaded.model, loaded.params, loaded.tokenizer, load.chat_template(loaded.run.data))
   if records is None:
     print('  reward  text')
     for begin in range(0, len(texts), 256):
@@ -152,7 +155,7 @@ def check(model: Any, has_source: bool, bos: bool | None) -> None:
     print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
 
 
-def check_lengths(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str]) -> None:
+def check_lengths(loaded: load.Trained | pretrained.Pretrained, texts: Sequence[str]) -> None:
   """ValueError where a text, with bos, is longer than the model can read at once."""
   for begin in range(0, len(texts), 256):
     for i, ids in enumerate(loaded.tokenizer.encode_batch(texts[begin:begin + 256]), begin + 1):
@@ -162,7 +165,7 @@ def check_lengths(loaded: trained.Trained | pretrained.Pretrained, texts: Sequen
                          'token is given at least half of that before it')
 
 
-def begins(loaded: trained.Trained | pretrained.Pretrained, bos: bool | None) -> bool:
+def begins(loaded: load.Trained | pretrained.Pretrained, bos: bool | None) -> bool:
   """Whether a text is scored after bos; of a decoder, a line tells it."""
   tokenizer = loaded.tokenizer
   if not isinstance(loaded.model, EncoderDecoder | Encoder):
@@ -180,7 +183,7 @@ class Scored(NamedTuple):
   size: int             # UTF-8 bytes that they stand for
 
 
-def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+def scored(loaded: load.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
            bos: bool) -> list[Scored]:
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
   begin, end, encoded = [tokenizer.bos_id] * bos, [tokenizer.eos_id], tokenizer.encode_batch(texts)
@@ -199,7 +202,7 @@ def scored(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str]
   return [Scored(found[1:1 + len(of)].tolist(), of, size) for found, of, size in zip(ids, scores, sizes)]
 
 
-def show(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+def show(loaded: load.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
          bos: bool) -> None:
   """Prints a line a token, and the sums."""
   found, = scored(loaded, texts, sources, bos)
@@ -212,7 +215,7 @@ def show(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], 
   print(f'\n{told([found.scores], found.size)}')
 
 
-def show_all(loaded: trained.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
+def show_all(loaded: load.Trained | pretrained.Pretrained, texts: Sequence[str], sources: Sequence[str] | None,
              bos: bool) -> None:
   """Prints a line a text, and the sums; a few hundred texts at a time."""
   everything, whole = [], 0

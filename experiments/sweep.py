@@ -13,7 +13,9 @@ from typing import Literal
 
 import jax
 
-from lm import arms, atomic, launch, plot, search, sharding, train
+from lm import launch, sharding, train
+from lm.studies import runs, search, variants
+from lm.workdir import atomic, figures
 
 SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
 
@@ -40,26 +42,26 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
   if trials is not None and trials < 1:
     raise ValueError(f'--trials={trials}: take one at least')
   search.optuna()   # raises
-  function, devices = arms.experiment(experiment), sharding.make_mesh(mesh)
-  found = search.space(knobs, lambda name, value: arms.knobs(function, f'{common} {written({name: value})}')[name])
+  function, devices = variants.experiment(experiment), sharding.make_mesh(mesh)
+  found = search.space(knobs, lambda name, value: variants.knobs(function, f'{common} {written({name: value})}')[name])
   size = search.combinations(found) if method == 'grid' else None
   trials = min(trials or size or 20, size or math.inf)
   first = {name: values.values[0] if isinstance(values, search.Choice) else repr(values.low)
            for name, values in found.items()}
-  arm = arms.Arm('', function, arms.knobs(function, f'{common} {written(first)}'))
+  arm = variants.Arm('', function, variants.knobs(function, f'{common} {written(first)}'))
   with jax.set_mesh(devices):
     train.check(arm.make(seed), devices)
   settings = {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method, 'metric': metric,
               'seed': seed}
-  begun = arms.begun(workdir, 'sweep.json', settings)
+  begun = runs.begun(workdir, 'sweep.json', settings)
   with jax.set_mesh(devices):
-    arms.open_data(workdir, [arm])
+    runs.open_data(workdir, [arm])
   study = search.Study(workdir / 'trials.jsonl', found, method, seed)
   if not begun:
-    arms.begin(workdir, 'sweep.json', settings)
+    runs.begin(workdir, 'sweep.json', settings)
   for asked in study.ask(trials):
     print(f'\n--- trial {asked.number + 1} of {trials}: {written(asked.knobs)}', flush=True)
-    arm = arms.Arm(f'trial-{asked.number}', function, arms.knobs(function, f'{common} {written(asked.knobs)}'))
+    arm = variants.Arm(f'trial-{asked.number}', function, variants.knobs(function, f'{common} {written(asked.knobs)}'))
     try:
       asked.tell(value(arm, asked, metric, workdir, seed, devices))
     except (train.NotFinite, Impossible) as error:
@@ -77,17 +79,17 @@ class Impossible(Exception):
   """Knobs that do not go together."""
 
 
-def value(arm: arms.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path, seed: int, mesh: jax.sharding.Mesh
+def value(arm: variants.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path, seed: int, mesh: jax.sharding.Mesh
           ) -> float:
   try:
     run = arm.make(seed)
     with jax.set_mesh(mesh):
       train.check(run, mesh)
-      arms.open_data(workdir, [arm])
+      runs.open_data(workdir, [arm])
   except ValueError as error:
     raise Impossible(error) from None
   watch = lambda step, metrics: asked.report(-(-step // run.evaluate_every), metrics[metric])
-  found = arms.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
+  found = runs.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
   if not math.isfinite(found):
     raise train.NotFinite(f'its {metric} is {found}')
   return found
@@ -101,7 +103,7 @@ def report(done: list[search.Trial], knobs: search.Space, metric: str, workdir: 
     lines.append(f'| {" | ".join(values)} | {trial.value:.4f} | {how} |')
   print('\n' + '\n'.join(lines))
   atomic.write(workdir / 'sweep.md', '\n'.join(lines) + '\n')
-  plot.sweep(workdir / 'sweep.png', [(t.knobs, t.value, t.pruned) for t in done], metric)
+  figures.sweep(workdir / 'sweep.png', [(t.knobs, t.value, t.pruned) for t in done], metric)
   best = written(done[0].knobs, '--') if math.isfinite(done[0].value) else 'none, no trial has a result'
   print(f'\nthe best: {best}\nwritten to {workdir}: sweep.md, sweep.png, and a folder for each trial')
 

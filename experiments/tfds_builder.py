@@ -11,8 +11,8 @@ from typing import Literal
 import tensorflow_datasets as tfds
 
 from lm import launch
-from lm.data.corpus_flags import corpus
-from lm.data.source import Source
+from lm.data.text.corpus_flags import corpus
+from lm.data.text.source import Source
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):

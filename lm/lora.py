@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import groups, interfaces, train
+from lm import train
 from lm.models.layers import LowRank
+from lm.optim import groups
+from lm.train import interfaces
 
 MATCH = ('*attention/*', '*feed_forward/*')
 _FIXED = ('router', 'shared_gate')   # never adapted, as vectors are not: what chooses experts

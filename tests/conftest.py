@@ -61,9 +61,9 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
   """A function that makes a run of `train_test` stop: asked to, after a step, or dead in the middle of one."""
-  from train_test import go, steps_kept
+  from helpers.runs import go, steps_kept
 
-  from lm.interrupt import Interrupt
+  from lm.train.interrupt import Interrupt
 
   def stop(at, dead=False, **changes):
     def asked(self, step):
@@ -85,7 +85,7 @@ def stopped(tmp_path, monkeypatch):
 @pytest.fixture
 def script(tmp_path):
   """The file of a small experiment, whose runs take a second."""
-  from arms_test import SCRIPT
+  from helpers.study_script import SCRIPT
   path = tmp_path / 'small.py'
   path.write_text(SCRIPT)
   return path

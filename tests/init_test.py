@@ -13,14 +13,16 @@ import preference
 import pretrain
 import pytest
 
-from lm import launch, lora, pretrained, scripts, sharding, trained
-from lm.data import tokenizer
+from lm import launch, load, lora, scripts, sharding
+from lm.data import tokenizers
+from lm.hf import pretrained
+from lm.launch import program as launcher
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def knobs(*argv):
-  (found, shared), _ = launch.parse([pretrain.experiment, launch._train], ['pretrain.py', '--validation=0.3', *argv])
+  (found, shared), _ = launch.parse([pretrain.experiment, launcher._train], ['pretrain.py', '--validation=0.3', *argv])
   return {'knobs': found, 'init': shared['init'], 'init_ignore_tokenizer': shared['init_ignore_tokenizer']}
 
 
@@ -43,7 +45,7 @@ def folder(tmp_path_factory, mesh):
   launch.start(pretrain.experiment, workdir=folder / 'run', mesh=mesh, **knobs(
       f'--text={folder}/old/*.txt', '--vocab=500', '--layers=1', '--width=16', '--heads=2', '--length=16', '--batch=4',
       '--steps=2', '--warmup=1', '--precision=bfloat16'))
-  loaded = trained.load(folder / 'run')
+  loaded = load.load(folder / 'run')
   pretrained.write(folder / 'hf', loaded.model, loaded.params, loaded.tokenizer)
   pretrained.save(str(folder / 'hf'), folder / 'imported')
   return folder
@@ -53,8 +55,8 @@ def folder(tmp_path_factory, mesh):
 def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   if source != 'run':
     pytest.importorskip('tokenizers')
-  loaded, texts = trained.load(folder / 'run'), f'--text={folder}/new/*.txt'
-  given = trained.base(str(folder / source))
+  loaded, texts = load.load(folder / 'run'), f'--text={folder}/new/*.txt'
+  given = load.base(str(folder / source))
   for flag in ('init', 'model'):
     run = pretrain.experiment(**knobs(texts, f'--{flag}={folder / source}')['knobs'])
     assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
@@ -63,13 +65,13 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
     assert shapes(run.model) == shapes(loaded.model)
   text = 'new text of old words'
   assert np.array_equal(run.data.tokenizer.encode(text), loaded.tokenizer.encode(text))
-  started = trained.start_from(run, str(folder / source)).start(run.model)
+  started = load.start_from(run, str(folder / source)).start(run.model)
   assert jax.tree.all(jax.tree.map(np.array_equal, started, loaded.params))
 
 
 def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   name = str(folder / 'run')
-  assert trained.base(name).model == trained.load(folder / 'run').model   # bfloat16, its own
+  assert load.base(name).model == load.load(folder / 'run').model   # bfloat16, its own
   for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
     chat = finetune_chat.experiment(model=name, precision=dtype.name)
     aligned = preference.experiment(model=name, precision=dtype.name)
@@ -79,7 +81,7 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   class Fixed:
     pass
   with pytest.raises(ValueError, match='class Fixed cannot be made to compute in bfloat16; leave out --precision'):
-    trained._computing_in(Fixed(), jnp.bfloat16)
+    load._computing_in(Fixed(), jnp.bfloat16)
 
 
 def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):
@@ -91,27 +93,27 @@ def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp
   settings = knobs(*flags, '--vocab=480', '--init_ignore_tokenizer')
   run, result = launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **settings)
   assert result.finished and run.start_tokenizer is None and run.model.vocab == 500
-  assert trained.load(tmp_path / 'run').tokenizer.vocab_size == 480
+  assert load.load(tmp_path / 'run').tokenizer.vocab_size == 480
 
 
 def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path):
-  loaded = trained.load(folder / 'run')
+  loaded = load.load(folder / 'run')
   pretrained.write(tmp_path / 'hf', loaded.model, loaded.params, loaded.tokenizer)
   for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
     (tmp_path / 'hf' / name).unlink(missing_ok=True)
   run = pretrain.experiment(**knobs(f'--init={tmp_path}/hf', f'--text={folder}/new/*.txt', '--vocab=480')['knobs'])
   with pytest.raises(FileNotFoundError, match='there is no such tokenizer'):
-    trained.start_from(run, str(tmp_path / 'hf'))
-  assert trained.start_from(run, str(tmp_path / 'hf'), ignore_tokenizer=True).start is not None
+    load.start_from(run, str(tmp_path / 'hf'))
+  assert load.start_from(run, str(tmp_path / 'hf'), ignore_tokenizer=True).start is not None
 
 
 def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
   run = pretrain.experiment(**knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
   assert (run.model.width, run.model.vocab) == (32, 500)
-  assert run.data.tokenizer == trained.load(folder / 'run').tokenizer
+  assert run.data.tokenizer == load.load(folder / 'run').tokenizer
   with pytest.raises(ValueError, match='run does not fit the model of this run'):
-    trained.start_from(run, str(folder / 'run'))
+    load.start_from(run, str(folder / 'run'))
   for own in ('--width=32', '--vocab=480', '--dropout=0.1', '--tokenizer_kind=bytes'):
     with pytest.raises(ValueError, match=f'--model=.* gives the shape and the tokenizer, and {own} is given too'):
       pretrain.experiment(**knobs(f'--model={folder}/run', flags[1], own)['knobs'])
@@ -123,12 +125,12 @@ def test_a_run_whose_origin_is_gone_says_so(folder, tmp_path, mesh):
   launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **knobs(*flags))
   (tmp_path / 'base').rename(tmp_path / 'moved')
   with pytest.raises(FileNotFoundError, match='what the run in .*run was made with is not there: .*base is no folder'):
-    trained.load(tmp_path / 'run')
+    load.load(tmp_path / 'run')
 
 
 def test_adapters_take_the_shape_of_what_they_lie_on(folder):
   run = pretrain.experiment(**knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')['knobs'])
-  started = trained.start_from(run, str(folder / 'run'))
+  started = load.start_from(run, str(folder / 'run'))
   assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
 
 
@@ -142,13 +144,13 @@ def test_an_import_is_opened_with_what_it_came_with(folder, tmp_path):
     pretrained.load(str(tmp_path / 'imported'))
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     (tmp_path / 'imported' / name).unlink(missing_ok=True)
-  tokenizer.Bytes(('<|x|>',)).save(tmp_path / 'imported')
+  tokenizers.Bytes(('<|x|>',)).save(tmp_path / 'imported')
   with pytest.raises(ValueError, match='is not the one that was imported'):
-    trained.base(str(tmp_path / 'imported'))
+    load.base(str(tmp_path / 'imported'))
 
 
 def test_weights_that_changed_in_place_are_others(folder, tmp_path):
-  loaded = trained.load(folder / 'run')
+  loaded = load.load(folder / 'run')
   prints = []
   for scale in (1., 1.001, 1.):
     params = jax.tree.map(lambda x, scale=scale: scale * x, loaded.params)

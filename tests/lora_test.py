@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lm import lora, optim, pretrained, schedules, sharding, train
+from lm import lora, optim, sharding, train
 from lm.data import dataset
-from lm.data.batches import Batch
-from lm.data.source import Source
-from lm.data.tokenizer import Bytes
+from lm.data.batch import Batch
+from lm.data.text.source import Source
+from lm.data.tokenizers.folder import Bytes
+from lm.hf import pretrained
 from lm.models import attention as attend
 from lm.models import latent, moe, stack, transformer
 from lm.models import layers as parts
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
 
 TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
 VOCAB, ROWS, TIME = TOKENIZER.vocab_size + 4, 4, 8

@@ -9,11 +9,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from train_test import RUN, TEXTS, go, saved, steps_kept
+from absl import flags
+from helpers.runs import RUN, TEXTS, go, saved, steps_kept
 
-from lm import checkpoint, describe, evaluate, launch, scripts, sharding, train, trained
-from lm.data import dataset, tokenizer
-from lm.data.source import Source
+from lm import launch, load, scripts, sharding, train
+from lm.data import dataset, tokenizers
+from lm.data.text.source import Source
+from lm.train import validation
+from lm.workdir import checkpoint, describe
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -29,7 +32,7 @@ def text(name, documents=TEXTS, control=2):
 
 
 def trained_tokenizer(control, documents):
-  return tokenizer.Bytes(tuple(f'<|{len(documents) + i}|>' for i in range(control)))
+  return tokenizers.Bytes(tuple(f'<|{len(documents) + i}|>' for i in range(control)))
 
 
 def test_a_checkpoint_of_another_run_is_refused_before_anything_is_made(tmp_path):
@@ -85,9 +88,14 @@ from collections.abc import Callable
 
 import jax
 import neighbour
-from lm import averaging, lora, optim, schedules, train
-from lm.data import dataset, tokenizer
-from lm.data.source import Source
+from lm.optim import averaging
+from lm import lora
+from lm import optim
+from lm.optim import schedules
+from lm import train
+from lm.data import dataset
+from lm.data.tokenizers import folder as tokenizer
+from lm.data.text.source import Source
 from lm.objectives.next_token import next_token
 
 def activation(x):
@@ -123,7 +131,7 @@ def program(tmp_path, monkeypatch):
   folder = tmp_path / 'project'
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
-  (folder / 'neighbour.py').write_text('from train_test import TEXTS, Bigram\n')
+  (folder / 'neighbour.py').write_text('from helpers.runs import TEXTS, Bigram\n')
   monkeypatch.setattr(scripts, '_named', [])
   monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
   monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
@@ -141,9 +149,9 @@ def program(tmp_path, monkeypatch):
 
 def loss_of(program, opened):
   run = opened.run
-  step = evaluate.make_step(opened.model.apply, run.objective, opened.tokenizer)
+  step = validation.make_step(opened.model.apply, run.objective, opened.tokenizer)
   data = opened.open_data().batches('validation', run.objective, run.batch, repeat=False)
-  return evaluate.evaluate(step, opened.params, data, program.mesh, 2)['loss']
+  return validation.evaluate(step, opened.params, data, program.mesh, 2)['loss']
 
 
 def same(a, b):
@@ -153,7 +161,7 @@ def same(a, b):
 def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
   result = program('run')
   sys.modules.pop('neighbour')
-  opened = trained.load(tmp_path / 'run')
+  opened = load.load(tmp_path / 'run')
   assert same(opened.params, result.params) and str(program.folder) not in sys.path
   assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-6)
 
@@ -162,19 +170,19 @@ def test_an_edited_script_is_refused_by_all_that_open_the_run(program, tmp_path)
   program('run')
   path = program.folder / 'small.py'
   path.write_text(SCRIPT.replace('def activation(x)', 'def gelu(x)').replace('= activation', '= gelu'))
-  for opens in (trained.load, lambda path: trained.base(str(path)), lambda path: program('other', path)):
+  for opens in (load.load, lambda path: load.base(str(path)), lambda path: program('other', path)):
     with pytest.raises(ValueError, match=r"activation: 'activation' before, 'gelu' now"):
       opens(tmp_path / 'run')
 
 
 def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   program('run')
-  tokenizer.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
-  for opens in (trained.load, lambda path: trained.base(str(path))):
+  tokenizers.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
+  for opens in (load.load, lambda path: load.base(str(path))):
     with pytest.raises(ValueError, match='bytes.json is not as it was written: put what'):
       opens(tmp_path / 'run')
   (tmp_path / 'run' / 'data' / 'tokenizer' / 'settings.json').unlink()   # the checkpoint knows it too
-  for opens in (trained.load, lambda path: trained.base(str(path))):
+  for opens in (load.load, lambda path: load.base(str(path))):
     with pytest.raises(ValueError, match="tokenizer: '.*' before, '.*' now"):
       opens(tmp_path / 'run')
 
@@ -183,22 +191,22 @@ def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
   result = program('run')
   shutil.rmtree(tmp_path / 'run' / 'data')
   with pytest.raises(FileNotFoundError, match='the tokenizer of the run in .* is not there .*command that trained'):
-    trained.load(tmp_path / 'run')
+    load.load(tmp_path / 'run')
   assert not (tmp_path / 'run' / 'data').exists()
   program('run')
-  assert same(trained.load(tmp_path / 'run').params, result.params)
+  assert same(load.load(tmp_path / 'run').params, result.params)
 
 
 def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_was(program, tmp_path):
   program('run')
   program('run', steps=6)
-  base = trained.base(str(tmp_path / 'run'))
+  base = load.base(str(tmp_path / 'run'))
   for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'state').rglob('d/*'):
     file.write_bytes(b'')
   with pytest.raises(OSError, match='step 6 of .* cannot be read, only step 4; .* move .*/checkpoints/6 away'):
     base.start(base.model)
   (tmp_path / 'run' / 'checkpoints' / '6').rename(tmp_path / '6')
-  base = trained.base(str(tmp_path / 'run'))
+  base = load.base(str(tmp_path / 'run'))
   assert base.start.step == 4
   program('run', steps=7)
   with pytest.raises(ValueError, match='gone on from step 4 to 7 meanwhile'):
@@ -222,10 +230,10 @@ def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_
 def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs):
   result = program('run', **knobs)
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', create=False) as checkpoints:
-    newest = checkpoints.restore_params(train.abstract_state(trained.open_run(tmp_path / 'run'), program.mesh).params)
+    newest = checkpoints.restore_params(train.abstract_state(load.open_run(tmp_path / 'run'), program.mesh).params)
     assert checkpoints.best_step() != max(checkpoints.steps()) or 'patience' not in knobs
   assert not same(newest.state, result.params)
-  opened, base = trained.load(tmp_path / 'run'), trained.base(str(tmp_path / 'run'))
+  opened, base = load.load(tmp_path / 'run'), load.base(str(tmp_path / 'run'))
   assert same(opened.params, result.params) and same(base.start(base.model), result.params)
   started = program('next', tmp_path / 'run', lr=1e-30, steps=2)   # from there, and stays there
   assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), started.params, result.params))
@@ -237,11 +245,11 @@ def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monk
   result = program('adapters', pathlib.Path('base'), lora_rank=2)
   (tmp_path / 'elsewhere').mkdir()
   monkeypatch.chdir(tmp_path / 'elsewhere')
-  opened = trained.load(tmp_path / 'adapters')   # a relative --init opens from anywhere
+  opened = load.load(tmp_path / 'adapters')   # a relative --init opens from anywhere
   assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-5)
-  assert same(trained.base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
+  assert same(load.base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
   program('base', steps=5)
-  for again in (lambda: trained.load(tmp_path / 'adapters'),
+  for again in (lambda: load.load(tmp_path / 'adapters'),
                 lambda: program('adapters', tmp_path / 'base', lora_rank=2, steps=6)):
     with pytest.raises(ValueError, match='base.load.step: 4 before, 5 now'):
       again()
@@ -253,7 +261,7 @@ def test_adapters_are_refused_on_a_base_that_was_trained_anew(program, tmp_path)
   shutil.rmtree(tmp_path / 'base')
   program('base', lr=0.02)
   with pytest.raises(ValueError, match='base.load.parameters: .* before, .* now'):
-    trained.load(tmp_path / 'adapters')
+    load.load(tmp_path / 'adapters')
 
 
 def record(workdir, **changes):
@@ -270,26 +278,26 @@ def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tm
     (folder / 'evil.py').write_text(bad)
     record(workdir, script='evil.py', path=str(folder / 'evil.py'), function='experiment')
     with pytest.raises(FileNotFoundError, match=f'--script={folder}/evil.py'):
-      trained.load(workdir)
+      load.load(workdir)
   scripts.trust(workdir / 'evil.py')   # inside of a workdir, not even so
   with pytest.raises(FileNotFoundError, match='must not lie in the workdir'):
-    trained.load(workdir)
+    load.load(workdir)
   for name in ('../evil/evil.py', str(tmp_path / 'evil/evil.py'), None):
     record(workdir, script=name)
     with pytest.raises(ValueError, match='names no script'):
-      trained.load(workdir)
+      load.load(workdir)
   record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
   with pytest.raises(ValueError, match='tool of .*small.py does not say that it returns a run'):
-    trained.load(workdir)
+    load.load(workdir)
   for changes, message in (({'function': 'activation', 'knobs': {'x': 1}}, 'activation of .*small.py does not say'),
                            ({'function': 'experiment', 'knobs': {'old': 1}},
                             r'which .*small.py does not have \(any more\)')):
     record(workdir, **changes)
     with pytest.raises(ValueError, match=message):
-      trained.load(workdir)
+      load.load(workdir)
   record(workdir, function='pathlib')
   with pytest.raises(ValueError, match="defines no function 'pathlib'"):
-    trained.load(workdir)
+    load.load(workdir)
   assert not mark.exists()
 
 
@@ -298,8 +306,8 @@ def test_a_script_elsewhere_is_opened_where_it_is_named(program, tmp_path, monke
   monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
   (tmp_path / 'score.py').write_text('')
   with pytest.raises(FileNotFoundError, match=f'if you trust it, name it: --script={program.folder}/small.py'):
-    trained.load(tmp_path / 'run')
+    load.load(tmp_path / 'run')
   launch.parse([], ['score.py', f'--script={program.folder}/small.py'])
-  assert same(trained.load(tmp_path / 'run').params, result.params)
-  with pytest.raises(launch.flags.Error, match='flag --script: there is no script'):
+  assert same(load.load(tmp_path / 'run').params, result.params)
+  with pytest.raises(flags.Error, match='flag --script: there is no script'):
     launch.parse([], ['score.py', '--script=/no/such.py'])

@@ -13,9 +13,10 @@ from lm.data import dataset
 ROOT = pathlib.Path(__file__).parents[1]
 OPEN = """
 import hashlib, json, pathlib, sys
-from lm import cluster
-from lm.data import dataset, tokenizer
-from lm.data.source import Source
+from lm.sharding import hosts as cluster
+from lm.data import dataset
+from lm.data.tokenizers import folder as tokenizer
+from lm.data.text.source import Source
 from lm.objectives.next_token import next_token
 
 folder, *place = sys.argv[1:]

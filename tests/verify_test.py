@@ -5,14 +5,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from bos_test import piece_model
+from helpers.tokenizers import piece_model
 
-from lm import annotate, integrity, launch, optim, schedules, train
-from lm.data import dataset, tokenizer
-from lm.data.source import Source
+from lm import launch, optim, train
+from lm.data import dataset, tokenizers
+from lm.data.text.source import Source
+from lm.evaluate import annotate
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.workdir import integrity
 
 SOURCE = Source('tiny', {'train': ['anna', 'bert carl ' * 9, 'dora'], 'validation': ['carl anna']}, 'fingerprint')
 FILES = ['tokenizer/settings.json', 'tokenizer/tokenizer.model', 'tokenizer/separators.json', 'tokens/manifest.json',
@@ -31,7 +34,7 @@ def log_probabilities(apply, params, batch):
 
 def experiment(*, steps: int = 1) -> train.Run:
   """Trains on data with all kinds of files: of a tokenizer that is not lossless, with a column."""
-  t = tokenizer.SentencePiece(piece_model(), '<s>', '</s>')
+  t = tokenizers.SentencePiece(piece_model(), '<s>', '</s>')
   model = transformer.llama(304, 16, 1, 1, max_length=16)
   data = annotate.Annotated(dataset.Text(SOURCE, t, 16, rules=()), train.Constants('reference', model, load),
                             {'reference': (np.float32, ())}, log_probabilities)
@@ -46,7 +49,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture
 def program(workdir, monkeypatch, capsys):
   """Runs the experiment once before, then with flags; returns the exit code, what it printed and its errors."""
-  monkeypatch.setattr(launch, '_cache_compilations', lambda: None)
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv):
     monkeypatch.setattr(sys, 'argv', ['verify_test.py', f'--workdir={workdir}', *argv])

@@ -103,8 +103,8 @@ def new_large_model(folder: pathlib.Path) -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from lm import pretrained
-  from lm.data.tokenizer import Bytes
+  from lm.data.tokenizers.folder import Bytes
+  from lm.hf import pretrained
   from lm.models import transformer
   model, rng = transformer.llama(128_256, 2048, 16, 32, kv_heads=8, hidden=8192), np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32).astype(jnp.bfloat16),

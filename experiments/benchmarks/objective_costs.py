@@ -36,8 +36,8 @@ class Row:
 def rows(shape: Shape) -> dict[str, Row]:
   """The table, by name; the first is what the others are compared with."""
   from lm import train
-  from lm.data.tokenizer import sentinels
-  from lm.models import multi_token as further
+  from lm.data.tokenizers.folder import sentinels
+  from lm.models import prediction_heads as further
   from lm.models import transformer
   from lm.objectives import (
       diffusion,
@@ -80,7 +80,7 @@ class Records:
   def __init__(self, kind: type, store: Any, longest: int):
     import numpy as np
 
-    from lm.data.batches import Dialogue
+    from lm.data.batch import Dialogue
     self._kind, self._starts = kind, store.offsets[:-1]
     self._sizes = np.maximum(np.minimum(np.diff(store.offsets), longest // 2), 2)
     self._dialogue = lambda i: Dialogue(
@@ -92,7 +92,7 @@ class Records:
     return len(self._sizes)
 
   def __getitem__(self, i: int) -> Any:
-    from lm.data.batches import Pair, Rated
+    from lm.data.batch import Pair, Rated
     one = self._dialogue(i)
     return {Pair: lambda: Pair(one, one), Rated: lambda: Rated(one, i % 2 == 0, one)}.get(self._kind, lambda: one)()
 
@@ -100,9 +100,9 @@ class Records:
 def batches_of(row: Row, shape: Shape) -> Any:
   import numpy as np
 
-  from lm.data.batches import Special
-  from lm.data.packing import Packed
-  from lm.data.stream import Stream
+  from lm.data.batch import Special
+  from lm.data.rows.packing import Packed
+  from lm.data.rows.stream import Stream
   objective, store = row.objective, documents(shape.vocab)
   special = Special(1, 2, shape.vocab, tuple(range(3, 3 + len(objective.control))))
   data = {'store': store} if objective.needs is np.ndarray else {

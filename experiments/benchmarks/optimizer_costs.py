@@ -29,7 +29,7 @@ def prepared(name: str, shape: Shape) -> Prepared:
   import optax
 
   from lm import optim, sharding, train
-  from lm.data.batches import Batch
+  from lm.data.batch import Batch
   from lm.models import transformer
   from lm.objectives.next_token import next_token
   jax.set_mesh(sharding.make_mesh())

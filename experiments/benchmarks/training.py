@@ -40,7 +40,7 @@ def ours_training(shape: Shape, precision: str) -> Prepared:
   import numpy as np
 
   from lm import optim, sharding, train
-  from lm.data.batches import Batch
+  from lm.data.batch import Batch
   from lm.objectives.next_token import next_token
   optimizer = optim.adamw(lambda step: 1e-3, weight_decay=0.1, b1=0.9, b2=0.95, clip=1.)
   run = train.Run(model, next_token(), None, optimizer, steps=1, batch=shape.batch)
@@ -62,8 +62,8 @@ def ours_training(shape: Shape, precision: str) -> Prepared:
 
 def ours_pipeline(shape: Shape) -> Prepared:
   """Packs documents into rows."""
-  from lm.data.batches import Special
-  from lm.data.stream import Stream
+  from lm.data.batch import Special
+  from lm.data.rows.stream import Stream
   from lm.objectives.next_token import next_token
   steps = itertools.count()
   batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch,

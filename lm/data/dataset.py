@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from lm import atomic, cluster, integrity, locks
-from lm.data import clean, store, tokenizer
-from lm.data.batches import Batches, Objective, special
-from lm.data.mixture import Mixed
-from lm.data.source import Mixing, Source, texts
-from lm.data.stored import OtherSettings
-from lm.data.stream import Stream
-from lm.describe import describe, differences
+from lm.data import store, tokenizers
+from lm.data.batch import Batches, ExampleMaker, special
+from lm.data.rows.stream import Stream
+from lm.data.store_reader import OtherSettings
+from lm.data.text import clean
+from lm.data.text.mixture import Mixed
+from lm.data.text.source import Mixing, Source, texts
+from lm.sharding import hosts
+from lm.workdir import atomic, integrity, locks
+from lm.workdir.describe import describe, differences
 
 # Is given the fingerprints of the data and of its tokenizer before anything is written, and raises where they are not
 # those that are wanted.
@@ -40,7 +42,7 @@ class Text:
     source_length: S, positions a row that an encoder reads, for objectives that make sources.
   """
   source: Source | Sequence[str]
-  tokenizer: tokenizer.Tokenizer | Callable[[Iterable[str]], tokenizer.Tokenizer]
+  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer]
   length: int
   rules: Sequence[clean.Rule] = clean.DEFAULT
   folder: pathlib.Path | None = None
@@ -54,7 +56,7 @@ class Text:
       object.__setattr__(self, 'source', texts(self.source))
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
-           check: Check = unchecked) -> 'Opened':
+           check: Check = unchecked) -> 'OpenText':
     """Trains the tokenizer and tokenises, unless that is done. `control` names tokens that the objective needs.
 
     Raises ValueError if the folder has something of other settings, the text is empty, or the tokenizer lacks a control
@@ -71,9 +73,9 @@ class Text:
     stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress, renew=renew)
     if not found.lossless and any(opened.sizes is None for opened in stores.values()):
       progress(f'{folder / "tokens"} does not say how many bytes its tokens stand for: no bits per byte are shown')
-    return Opened(stores, found, self.length, self.source_length, self.source.mixing)
+    return OpenText(stores, found, self.length, self.source_length, self.source.mixing)
 
-  def load_tokenizer(self, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+  def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer that `open` made."""
     return begun(load_tokenizer(self._folder(workdir) / 'tokenizer'))
 
@@ -85,14 +87,14 @@ class Text:
     return self.folder or workdir / 'data'
 
 
-def begun(found: tokenizer.Tokenizer) -> tokenizer.Tokenizer:
+def begun(found: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
   """The tokenizer of a model of documents, each of which begins with bos, whatever the rule was before."""
   return found if found.adds_bos else dataclasses.replace(found, adds_bos=True)
 
 
-def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, made_of: Mapping[str, Any],
+def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable, made_of: Mapping[str, Any],
                    documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any],
-                   check: Callable[[tokenizer.Tokenizer], Any], renew: bool = False) -> tokenizer.Tokenizer:
+                   check: Callable[[tokenizers.Tokenizer], Any], renew: bool = False) -> tokenizers.Tokenizer:
   """The tokenizer in `folder`: saved there or, where a function is given, trained on `documents()`; unless it is there.
 
   `check` is called with it before it is written. Raises ValueError if the one that is there was made with other
@@ -120,7 +122,7 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
     check(found)
     settings.unlink(missing_ok=True)   # until the new one is whole, there is none
     found.save(settings.parent)
-    _record(settings, wanted, tokenizer.load(settings.parent))
+    _record(settings, wanted, tokenizers.load(settings.parent))
 
   def adopt():
     saved = load_tokenizer(settings.parent)
@@ -130,7 +132,7 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizer.Tokenizer | Callable, 
     with contextlib.suppress(OSError):   # another user's folder: nothing is noted there
       _record(settings, wanted, saved)
 
-  with cluster.process_0_first('tokenizer'):
+  with hosts.process_0_first('tokenizer'):
     if missing():   # asked again under the lock: only what is to be made needs it
       folder.parent.mkdir(parents=True, exist_ok=True)
       with locks.turn(folder.parent, f'waiting for the process that makes {settings.parent}', progress):
@@ -151,14 +153,14 @@ def untrained(workdir: pathlib.Path) -> bool:
   return not (workdir / 'data').is_symlink() and not any((workdir / 'checkpoints').glob('[0-9]*'))
 
 
-def load_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
+def load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   """The tokenizer that `open_tokenizer` saved in a folder. ValueError if its files are not as they were then.
 
   Of folders of before there were checksums, only the fingerprint is compared, if there is one.
   """
   facts, advice = _read(folder / 'settings.json') or {}, 'put what was written there back'
   integrity.compare({folder / name: number for name, number in facts.get('checksums', {}).items()}, advice)
-  saved = tokenizer.load(folder)
+  saved = tokenizers.load(folder)
   if facts.get('fingerprint') not in (None, saved.fingerprint):
     raise ValueError(f'{folder} is damaged: its tokenizer has the fingerprint {saved.fingerprint}, and '
                      f'{facts["fingerprint"]} was written; {advice}')
@@ -177,7 +179,7 @@ def verify(folder: pathlib.Path) -> list[str]:
   return [*without, *store.verify(folder / 'tokens')]
 
 
-def _record(settings: pathlib.Path, made_of: Mapping[str, Any], saved: tokenizer.Tokenizer) -> None:
+def _record(settings: pathlib.Path, made_of: Mapping[str, Any], saved: tokenizers.Tokenizer) -> None:
   """Says, beside a tokenizer, what it was made of and which files it is; written last."""
   checksums = {path.name: integrity.checksum(path) for path in sorted(settings.parent.iterdir())
                if path.is_file() and path != settings and path.suffix != '.new'}
@@ -200,10 +202,10 @@ def _fingerprint(train: str, mixing: Mixing | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenText:
   """Tokenised text, by split."""
   stores: dict[str, store.Store]
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: tokenizers.Tokenizer
   length: int
   source_length: int | None = None
   mixing: Mixing | None = None
@@ -212,7 +214,7 @@ class Opened:
   def fingerprint(self) -> str:
     return _fingerprint(self.stores['train'].fingerprint, self.mixing)
 
-  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True,
+  def batches(self, split: str, objective: ExampleMaker, rows: int, seed: int | None = 0, repeat: bool = True,
               context: int = 0) -> Batches:
     """See `Stream`. Where training repeats a mixture, its sources are read by weight: see `Mixed`."""
     settings = (objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from lm import atomic, integrity, locks
-from lm.data import clean
-from lm.data.source import Source, digest
-from lm.data.stored import OtherSettings, Part, Store, checksums, fingerprint, read_json, verify
-from lm.data.tokenizer import Tokenizer
+from lm.data.store_reader import OtherSettings, Part, Store, checksums, fingerprint, read_json, verify
+from lm.data.text import clean
+from lm.data.text.source import Source, digest
+from lm.data.tokenizers.folder import Tokenizer
+from lm.workdir import atomic, integrity, locks
 
 __all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
 

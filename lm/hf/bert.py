@@ -17,7 +17,7 @@ def model(c: Config) -> encoder.Encoder:
     c.only(name, supported)
   for name in ('fc_size', 'num_attention_heads', 'num_fc_layers', 'size_per_head', 'type'):
     c.get('pooler_' + name, (int, str), None)   # of what is not read here
-  attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.Scores(causal=False))
+  attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.AttentionScores(causal=False))
   feed_forward = parts.FeedForward(c.size('intermediate_size'), encoder.gelu, gated=False, bias=True)
   block = encoder.PostNormBlock(attention, feed_forward, parts.LayerNorm(eps), parts.LayerNorm(eps))
   return encoder.Encoder(c.size('vocab_size'), width, stack.stacks([block] * c.size('num_hidden_layers')),

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 from lm.hf import fields
-from lm.parsing import json_value
+from lm.workdir.parsing import json_value
 
 _REQUIRED = object()
 TYPES = 'full_attention', 'sliding_attention'

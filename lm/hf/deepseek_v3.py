@@ -51,7 +51,8 @@ def _attention(c: Config) -> latent.LatentAttention:
     if not 0 < scale < math.inf:
       c.refuse('mscale_all_dim', raised, 'a number near 1')
   return latent.LatentAttention(heads, rank, c.size('kv_lora_rank'), nope, turning, c.size('v_head_dim'), rotary,
-                                query_norm=None if rank is None else parts.RMSNorm(), scores=attend.Scores(scale),
+                                query_norm=None if rank is None else parts.RMSNorm(),
+                                scores=attend.AttentionScores(scale),
                                 bias=c.get('attention_bias', bool, False))
 
 

@@ -1,5 +1,5 @@
 """Fields of a config.json that no forward pass of any family depends on, from the configs that models are published
-with (`tests/hf_published_test.py` has a table of them)."""
+with (`tests/hf/hf_published_test.py` has a table of them)."""
 
 # Training, generation, bookkeeping: whatever their values are.
 ASIDE = frozenset({

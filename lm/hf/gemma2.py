@@ -21,7 +21,7 @@ def model(c: Config) -> transformer.Transformer:
   def norm():
     return parts.RMSNorm(s.eps, offset=1.)
   def block(window):
-    scores = attend.Scores(scale, c.get('attn_logit_softcapping', float, None), window)
+    scores = attend.AttentionScores(scale, c.get('attn_logit_softcapping', float, None), window)
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary, bias=c.get('attention_bias', bool, False),
                                  scores=scores)
     return parts.Block(attention, parts.FeedForward(s.hidden, parts.gelu_gated), norm(), norm(), norm(), norm())

@@ -31,7 +31,7 @@ def model(c: Config) -> transformer.Transformer:
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, full if window is None else local,
                                  bias=c.get('attention_bias', bool, False), query_norm=norm(), key_norm=norm(),
-                                 scores=attend.Scores(scale, window=window))
+                                 scores=attend.AttentionScores(scale, window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden, parts.gelu_gated), norm(), norm(), norm(), norm())
   blocks = [block(window) for window in windows(c, s.layers, lambda i: (i + 1) % period != 0)]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), norm(), s.max_length, tied=s.tied,

@@ -34,7 +34,7 @@ def model(c: Config) -> transformer.Transformer:
   mixture = moe.Experts(moe.SoftmaxRouter(chosen, bias=True), count, s.hidden, activation, bias=True)
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn, bias=c.get('attention_bias', bool, True),
-                                 scores=attend.Scores(window=window), sinks=True)
+                                 scores=attend.AttentionScores(window=window), sinks=True)
     return parts.Block(attention, mixture, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in windows(c, s.layers, lambda i: i % 2 == 0)]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,

@@ -40,7 +40,7 @@ def model(c: Config) -> transformer.Transformer:
   temperature = attend.Temperature(c.size('floor_scale'), c.get('attn_scale', float))
   if c.choice('attn_temperature_tuning', {True: True, False: False, 4: True}, True):   # 4 in Meta's first files
     attention = attention.clone(temperature=temperature)
-  blocks = [parts.Block((turning if turns[i] else attention).clone(scores=attend.Scores(chunk=chunk)),
+  blocks = [parts.Block((turning if turns[i] else attention).clone(scores=attend.AttentionScores(chunk=chunk)),
                         experts if i in sparse else dense, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
             for i, chunk in enumerate(_chunks(c, turns[:s.layers]))]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,

@@ -15,7 +15,7 @@ def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c, eps=1e-5)
   c.only('hidden_act', 'silu')
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rope(c, s.max_length, s.head_size, 1e6),
-                               scores=attend.Scores(window=c.size('sliding_window', None)))
+                               scores=attend.AttentionScores(window=c.size('sliding_window', None)))
   count = experts.count(c, 8)
   mixture = moe.Experts(moe.SoftmaxRouter(experts.top_k(c, count, 2)), count, s.hidden)
   block = parts.Block(attention, mixture, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))

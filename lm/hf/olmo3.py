@@ -21,7 +21,7 @@ def model(c: Config) -> transformer.Transformer:
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, full if window is None else local,
                                  bias=c.get('attention_bias', bool, False), query_norm=parts.RMSNorm(s.eps, axes='NH'),
-                                 key_norm=parts.RMSNorm(s.eps, axes='KH'), scores=attend.Scores(window=window))
+                                 key_norm=parts.RMSNorm(s.eps, axes='KH'), scores=attend.AttentionScores(window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden), None, None, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in windows(c, s.layers, lambda i: (i + 1) % 4 != 0)]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,

@@ -22,7 +22,7 @@ def model(c: Config) -> transformer.Transformer:
   if not isinstance(turn.scaling, rotary.LongRope | None):
     c.refuse('rope_parameters', turn.scaling, 'default or longrope')
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn,
-                               scores=attend.Scores(window=c.size('sliding_window', None)))
+                               scores=attend.AttentionScores(window=c.size('sliding_window', None)))
   block = parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   return transformer.Transformer(s.vocab, s.width, stack.stacks([block] * s.layers), parts.RMSNorm(s.eps),
                                  s.max_length, tied=s.tied)

@@ -17,7 +17,7 @@ def model(c: Config) -> transformer.Transformer:
   rotary, first = rope(c, s.max_length, s.head_size), c.get('max_window_layers', int)
   def block(window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary, bias=True, out_bias=False,
-                                 scores=attend.Scores(window=window))
+                                 scores=attend.AttentionScores(window=window))
     return parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in optional_windows(c, s.layers, lambda i: i >= first)]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,

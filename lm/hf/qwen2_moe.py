@@ -20,7 +20,7 @@ def model(c: Config) -> transformer.Transformer:
                         shared=parts.FeedForward(c.size('shared_expert_intermediate_size', 5632)))
   def block(window, sparse):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary, bias=c.get('qkv_bias', bool, True),
-                                 out_bias=False, scores=attend.Scores(window=window))
+                                 out_bias=False, scores=attend.AttentionScores(window=window))
     return parts.Block(attention, mixture if sparse else parts.FeedForward(s.hidden), parts.RMSNorm(s.eps),
                        parts.RMSNorm(s.eps))
   windows = optional_windows(c, s.layers, lambda i: i % 2 == 0 and i < below)

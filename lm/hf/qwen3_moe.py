@@ -22,7 +22,7 @@ def model(c: Config) -> transformer.Transformer:
     c.size('max_window_layers', None)   # of windows that there are not
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rope(c, s.max_length, s.head_size),
                                bias=c.get('attention_bias', bool, False), query_norm=parts.RMSNorm(s.eps),
-                               key_norm=parts.RMSNorm(s.eps), scores=attend.Scores(window=window))
+                               key_norm=parts.RMSNorm(s.eps), scores=attend.AttentionScores(window=window))
   count = experts.count(c, 128)
   router = moe.SoftmaxRouter(experts.top_k(c, count, 8), c.get('norm_topk_prob', bool, False))
   dense, mixture = parts.FeedForward(s.hidden), moe.Experts(router, count, c.size('moe_intermediate_size', 768))

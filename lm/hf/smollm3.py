@@ -22,7 +22,8 @@ def model(c: Config) -> transformer.Transformer:
     c.size('max_window_layers', None)   # of windows that there are not
   def block(turn, window):
     attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary if turn else None,
-                                 bias=c.get('attention_bias', bool, False), scores=attend.Scores(window=window))
+                                 bias=c.get('attention_bias', bool, False),
+                                 scores=attend.AttentionScores(window=window))
     feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))
     return parts.Block(attention, feed_forward, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   windows = optional_windows(c, s.layers, lambda i: not turns[i])

@@ -33,7 +33,7 @@ def model(c: Config) -> encoder_decoder.EncoderDecoder:
                                                c.size('relative_attention_max_distance', 128))
 
   def attention(causal):
-    return attend.Attention(heads, heads, size, scores=attend.Scores(1., causal=causal))
+    return attend.Attention(heads, heads, size, scores=attend.AttentionScores(1., causal=causal))
 
   def norm():
     return parts.RMSNorm(eps)

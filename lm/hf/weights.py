@@ -12,34 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.describe import describe
 from lm.hf import (
-    bert,
-    deepseek_v3,
-    files,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    llama,
-    llama4,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    quantized,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-    t5,
+  bert,
+  deepseek_v3,
+  files,
+  gemma2,
+  gemma3,
+  gpt2,
+  gpt_neox,
+  gpt_oss,
+  llama,
+  llama4,
+  mistral,
+  mixtral,
+  olmo2,
+  olmo3,
+  phi3,
+  quantized,
+  qwen2,
+  qwen2_moe,
+  qwen3,
+  qwen3_moe,
+  smollm3,
+  t5,
 )
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map
 from lm.models.transformer import Transformer
+from lm.workdir.describe import describe
 
 # Where several compute what a model does, the first of them writes it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm import sharding
 from lm.models import layers
 from lm.models.context import Context
-from lm.models.kernels import Scores, Visible, attend
+from lm.models.kernels import AttentionScores, Visible, attend
 from lm.models.rotary import Rotary
 
 
@@ -42,7 +42,7 @@ class LayerCache(NamedTuple):
   k_BKSH: jax.Array
   v_BKSH: jax.Array
 
-  def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: Scores,
+  def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: AttentionScores,
              sinks_N: jax.Array | None = None) -> tuple[jax.Array, 'LayerCache']:
     """Adds T keys and values from slot `visible.start` on; what the queries make of all, and the new cache."""
     cache = LayerCache(*(write(old, new.swapaxes(1, 2), visible.start, 2) for old, new in zip(self, (k_BTKH, v_BTKH))))
@@ -82,7 +82,7 @@ class Attention(nn.Module):
   key_norm: nn.Module | None = None
   norms_last: bool = False
   temperature: Callable[[jax.Array], jax.Array] | None = None
-  scores: Scores = Scores()
+  scores: AttentionScores = AttentionScores()
   sinks: bool = False
   std: float = 0.02
   out_std: float = 0.02

@@ -34,7 +34,7 @@ class Aux(NamedTuple):
     return Aux(sum(losses[1:], losses[0]) if losses else None, metrics)
 
 
-class Source(NamedTuple):
+class EncodedSource(NamedTuple):
   """What a decoder's block reads of the encoder: its output, None where a cache has it, and which of it is seen."""
   memory_BSD: jax.Array | None
   visible: Visible
@@ -58,7 +58,7 @@ class Context:
   positions_BT: jax.Array | None
   visible: Visible
   key: jax.Array | None = None
-  source: Source | None = None
+  source: EncodedSource | None = None
   layer: jax.Array | None = None
   taps: Taps = ()
   readings: dict[str, Any] | None = None

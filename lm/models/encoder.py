@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.context import Aux, Context, Taps
-from lm.models.transformer import Head, Model, Output
+from lm.models.transformer import Head, LanguageModel, Output
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ class MaskedHead:
     return logits + parts.row(self.bias_V, logits)
 
 
-class Encoder(Model):
+class Encoder(LanguageModel):
   """BERT (Devlin et al. 2019): embeds words, positions and types, normalises, runs the layers.
 
   The blocks' attention is one that is not causal. The outputs' hidden states are those of the last layer; their head
@@ -136,7 +136,7 @@ def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12
   """BERT (Devlin et al. 2019), uncased and base by default: feed-forward of 4 times the width, exact GELU, biases."""
   if width < 1 or heads < 1 or width % heads:
     raise ValueError(f'heads={heads} does not divide width={width}')
-  attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.Scores(causal=False))
+  attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.AttentionScores(causal=False))
   block = PostNormBlock(attention, parts.FeedForward(4 * width, gelu, gated=False, bias=True), parts.LayerNorm(1e-12),
                         parts.LayerNorm(1e-12), dropout)
   return Encoder(vocab, width, stack.stacks([block] * layers), parts.LayerNorm(1e-12), max_length, dropout=dropout,

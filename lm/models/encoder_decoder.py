@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.attention import LayerCache, Visible
-from lm.models.context import Aux, Context, Source, Taps
-from lm.models.transformer import Head, Model, Output, prompt_width
+from lm.models.context import Aux, Context, EncodedSource, Taps
+from lm.models.transformer import Head, LanguageModel, Output, prompt_width
 
 
 class CrossAttention(nn.Module):
   """Attention from the decoder to what the encoder made of the source (Vaswani et al. 2017), without biases."""
   heads: int
   head_size: int
-  scores: attend.Scores = attend.Scores(1., causal=False)
+  scores: attend.AttentionScores = attend.AttentionScores(1., causal=False)
   std: float = 0.02
   out_std: float = 0.02
   query_std: float = 0.02
@@ -111,7 +111,7 @@ class RelativePositions:
     return found if causal else found + count * (later > 0)
 
 
-class Cache(NamedTuple):
+class EncoderDecoderCache(NamedTuple):
   """What `apply` has read so far, as in `transformer.Cache`; a batch with a source begins, those without continue."""
   layers: tuple[DecoderCache, ...]
   segments_BS: jax.Array
@@ -122,7 +122,7 @@ class Cache(NamedTuple):
 _OF_ENCODER = 'encoder/'   # taps of the encoder's activations have names that begin so
 
 
-class EncoderDecoder(Model):
+class EncoderDecoder(LanguageModel):
   """T5 (Raffel et al. 2020): encodes `batch.source`, and decodes `batch.tokens`, the first of which starts it.
 
   Scores have a learned bias for how far a key is from the query, shared by all layers of the encoder, another by those
@@ -144,7 +144,7 @@ class EncoderDecoder(Model):
   max_length = sys.maxsize   # distances have no end
 
   @nn.compact
-  def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Output:
+  def __call__(self, batch: Batch, key=None, cache: EncoderDecoderCache | None = None, taps: Taps = ()) -> Output:
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
       raise ValueError('an encoder-decoder reads batch.source; with a cache, the first batch has it')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
@@ -174,7 +174,7 @@ class EncoderDecoder(Model):
     if cache is None:
       places = jnp.arange(x.shape[1])
       visible = Visible(batch.segments, batch.segments, bias_NTS=self._bias('decoder', places, places))
-      context = Context(None, visible, keys[4], Source(memory, _of_source(batch, batch.source_segments)),
+      context = Context(None, visible, keys[4], EncodedSource(memory, _of_source(batch, batch.source_segments)),
                         taps=decoder_taps)
       x, decoder_aux, read = stack.run(self.decoder, blocks['decoder'], x, context, remat=self.remat)
     else:
@@ -190,7 +190,8 @@ class EncoderDecoder(Model):
   def _init_blocks(self, rng, x):
     keys = jax.random.split(rng)
     return {'encoder': stack.init(self.encoder, keys[0], x, Context(None, Visible())),
-            'decoder': stack.init(self.decoder, keys[1], x, Context(None, Visible(), source=Source(x, Visible())))}
+            'decoder': stack.init(self.decoder, keys[1], x,
+                                  Context(None, Visible(), source=EncodedSource(x, Visible())))}
 
   def _bias(self, name, queries_T, keys_S):
     """[N, T, S] for the encoder or the decoder."""
@@ -209,9 +210,9 @@ class EncoderDecoder(Model):
     if memory is not None:
       sources = jnp.ones_like(batch.source) if batch.source_segments is None else batch.source_segments
     seen_source = _of_source(batch, sources)._replace(start=jnp.int32(0))
-    context = Context(None, visible, source=Source(memory, seen_source), taps=taps)
+    context = Context(None, visible, source=EncodedSource(memory, seen_source), taps=taps)
     x, layers, aux, readings = stack.run_cached(self.decoder, params, x, context, cache.layers)
-    return x, Cache(layers, filled, sources, cache.index + batch.tokens.shape[1]), aux, readings
+    return x, EncoderDecoderCache(layers, filled, sources, cache.index + batch.tokens.shape[1]), aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
@@ -222,7 +223,7 @@ class EncoderDecoder(Model):
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
-    """As `transformer.Model.prompt`. Here: a text and eos are the source, bos is what starts the decoder."""
+    """As `transformer.LanguageModel.prompt`. Here: a text and eos are the source, bos is what starts the decoder."""
     del adds_bos
     source, segments = np.zeros((2, rows, prompt_width(texts)), np.int32)
     for row, ids in enumerate(texts):
@@ -231,10 +232,11 @@ class EncoderDecoder(Model):
                  source=source, source_segments=segments)
 
   @nn.nowrap
-  def init_cache(self, batch_size: int, slots: int) -> Cache:
+  def init_cache(self, batch_size: int, slots: int) -> EncoderDecoderCache:
     """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
-    return Cache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None, jnp.int32(0))
+    return EncoderDecoderCache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None,
+                               jnp.int32(0))
 
 
 def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:
@@ -260,7 +262,8 @@ def t5(vocab: int = 32128, width: int = 512, layers: int = 6, heads: int = 8, he
   std, out_std, query_std = width ** -0.5, (heads * head_size) ** -0.5, (width * head_size) ** -0.5
 
   def attention(causal):
-    return attend.Attention(heads, heads, head_size, scores=attend.Scores(1., causal=causal), std=std, out_std=out_std,
+    return attend.Attention(heads, heads, head_size, scores=attend.AttentionScores(1., causal=causal), std=std,
+                            out_std=out_std,
                             query_std=query_std)
 
   cross = CrossAttention(heads, head_size, std=std, out_std=out_std, query_std=query_std)

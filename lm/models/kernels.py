@@ -26,7 +26,7 @@ class Visible(NamedTuple):
   start: jax.Array | None = None
   bias_NTS: jax.Array | None = None
 
-  def mask(self, queries: slice, keys: slice, scores: 'Scores') -> jax.Array:
+  def mask(self, queries: slice, keys: slice, scores: 'AttentionScores') -> jax.Array:
     """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
     first = jnp.reshape(0 if self.start is None else self.start, (-1, 1, 1))
     distance = (jnp.arange(queries.start, queries.stop)[None, :, None] + first
@@ -45,7 +45,7 @@ class Visible(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class AttentionScores:
   """What a query makes of its keys: cap * tanh(scale q k / cap), of the last `window` keys, itself among them.
 
   `scale` is 1 / sqrt(H) where it is None. With `chunk`, a query sees only keys of its own chunk of so many positions.
@@ -64,7 +64,7 @@ class Scores:
       raise ValueError(f'dropout={self.dropout} of attention is not in [0, 1)')
 
 
-class Drop(NamedTuple):
+class AttentionDropout(NamedTuple):
   """Which probabilities are zeroed: each row and head, by its place in the whole batch, draws from the key."""
   key: jax.Array
   rows_B: jax.Array
@@ -86,7 +86,7 @@ class Drop(NamedTuple):
     return jnp.where(bits >= dropped, 1 / (1 - dropped / 2 ** 16), 0.)
 
 
-def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: Scores = Scores(),
+def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: AttentionScores = AttentionScores(),
            sinks_N: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
   """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
 
@@ -97,14 +97,14 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
   drop = None
   if key is not None and scores.dropout and visible.start is None:
     places = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
-    drop = Drop(key, *places)
+    drop = AttentionDropout(key, *places)
   local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, sinks_N, visible, drop)
   heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
   start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
   restrictions = Visible(rows, rows, rows, rows, rows, start, sharding.spec('NTS'))
-  drops = None if drop is None else Drop(P(), sharding.spec('B'), sharding.spec('N'))
+  drops = None if drop is None else AttentionDropout(P(), sharding.spec('B'), sharding.spec('N'))
   specs = heads, keys, keys, sharding.spec('N'), restrictions, drops
   return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k, v, sinks_N, visible, drop)
 
@@ -144,8 +144,9 @@ def _attend(scores, q, k, v, sinks, visible, drop=None):
   return checkpoint_name(y, 'attended')
 
 
-def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: Scores = Scores(),
-              sinks_N: jax.Array | None = None, drop: Drop | None = None) -> jax.Array:
+def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible,
+              scores: AttentionScores = AttentionScores(),
+              sinks_N: jax.Array | None = None, drop: AttentionDropout | None = None) -> jax.Array:
   """Attention a block of queries at a time, whose scores are never kept and never computed above the diagonal.
 
   The backward pass computes them again from the outputs and the logarithms of the softmax's denominators (Dao et al.
@@ -155,7 +156,7 @@ def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: 
   return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible, drop))
 
 
-def _blocks(time: int, keys: int, visible: Visible, scores: Scores) -> list[tuple[slice, slice]]:
+def _blocks(time: int, keys: int, visible: Visible, scores: AttentionScores) -> list[tuple[slice, slice]]:
   """Blocks of queries, each with the keys that it may see."""
   block = max(128, -(-time // 16))   # so that a long row is not a long program
   ends = [(start, min(start + block, time)) for start in range(0, time, block)]

@@ -16,7 +16,8 @@ class LatentCache(NamedTuple):
   """The latent of keys and values, then the rotated key that all heads share: C = `key_value_rank + rope_size`."""
   latent_BSC: jax.Array
 
-  def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: attention.Visible, scores: attention.Scores
+  def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: attention.Visible,
+             scores: attention.AttentionScores
              ) -> tuple[jax.Array, 'LatentCache']:
     """Adds T latents from slot `visible.start` on; the mean of all [B, T, N, C] for each query, and the new cache."""
     cache = LatentCache(attention.write(self.latent_BSC, latent_BTC, visible.start))
@@ -42,7 +43,7 @@ class LatentAttention(nn.Module):
   rotary: Rotary = Rotary(interleaved=True)
   query_norm: nn.Module | None = layers.RMSNorm()
   key_value_norm: nn.Module | None = layers.RMSNorm()
-  scores: attention.Scores = attention.Scores()
+  scores: attention.AttentionScores = attention.AttentionScores()
   bias: bool = False
   std: float = 0.02
   out_std: float = 0.02

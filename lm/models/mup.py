@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from lm.models import stack, transformer
 
 
-class Decoder(transformer.Transformer):
+class MupDecoder(transformer.Transformer):
   """A decoder whose head starts at zero."""
 
   @nn.nowrap
@@ -39,7 +39,7 @@ class Decoder(transformer.Transformer):
     return {**params, 'head': jnp.zeros_like(params['head'])}
 
 
-def parametrised(model: transformer.Transformer, base_width: int, base_layers: int) -> Decoder:
+def parametrised(model: transformer.Transformer, base_width: int, base_layers: int) -> MupDecoder:
   """A `transformer.llama`, or a decoder like it, untied, with the initial sizes and the scores above."""
   width, layers = model.width, len(model.layers)
   _, d = _ratios(width, layers, base_width, base_layers)
@@ -54,7 +54,7 @@ def parametrised(model: transformer.Transformer, base_width: int, base_layers: i
 
   fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ('parent', 'name')}
   blocks = stack.stacks([scaled(block) for block in model.layers])
-  return Decoder(**{**fields, 'blocks': blocks, 'tied': False, 'std': 1.})
+  return MupDecoder(**{**fields, 'blocks': blocks, 'tied': False, 'std': 1.})
 
 
 def rates(width: int, layers: int, base_width: int, base_layers: int) -> tuple[tuple[str, float], ...]:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lm import seeds, sharding
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.models import layers as parts
 from lm.models.context import Aux, Taps
-from lm.models.transformer import Cache, Model, Transformer
+from lm.models.transformer import Cache, LanguageModel, Transformer
 
 
 class Scored(NamedTuple):
@@ -22,7 +22,7 @@ class Scored(NamedTuple):
   scores: jax.Array        # [B, T], float32
 
 
-class Reward(Model):
+class Reward(LanguageModel):
   """A decoder, whose parameters are `decoder`, with one more row of weights, `score`: the score is hidden . score."""
   decoder: Transformer
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
@@ -63,7 +63,7 @@ def prompt_width(texts: Sequence[np.ndarray]) -> int:
   return max(16, 1 << max(map(len, texts)).bit_length())
 
 
-class Model(nn.Module):
+class LanguageModel(nn.Module):
   """Base of models: Flax modules whose parameters are an explicit tree."""
   causal = True   # what comes after a token does not change its output, unless the batch says so
 
@@ -104,7 +104,7 @@ class Model(nn.Module):
     return Batch(tokens, positions=positions, segments=segments)
 
 
-class Transformer(Model):
+class Transformer(LanguageModel):
   """Embeds, runs the layers, normalises.
 
   The parameters `blocks` hold a tree for each block of each stack, `'0'` and so on, stacked over its repeats. `remat`
@@ -222,7 +222,7 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
   out_std = 0.02 / (2 * layers) ** 0.5
   rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
   size = _head_size(width, heads, rates, vocab=vocab, layers=layers, max_length=max_length)
-  attention = attend.Attention(heads, heads, size, bias=True, scores=attend.Scores(dropout=attention_dropout),
+  attention = attend.Attention(heads, heads, size, bias=True, scores=attend.AttentionScores(dropout=attention_dropout),
                                out_std=out_std)
   feed_forward = parts.FeedForward(4 * width, jax.nn.gelu, gated=False, bias=True, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.LayerNorm(), parts.LayerNorm(), dropout=dropout)
@@ -249,7 +249,8 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
     raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
   std = width ** -0.5
   out_std = std / (2 * layers) ** 0.5
-  attention = attend.Attention(heads, kv_heads, size, Rotary(theta), scores=attend.Scores(dropout=attention_dropout),
+  attention = attend.Attention(heads, kv_heads, size, Rotary(theta),
+                               scores=attend.AttentionScores(dropout=attention_dropout),
                                std=std, out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout=dropout)

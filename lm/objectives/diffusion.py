@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.batches import Batch, Dialogue, Example, Form, Special
+from lm.data.batch import Batch, Dialogue, Example, Form, Special
 from lm.objectives.objective import Objective, cross_entropy, over_vocabulary, token_mean
 
 
@@ -60,4 +60,4 @@ def masked_diffusion(denominator: Callable[[Batch], jax.Array] = token_mean, mas
                                           'accuracy': (sums['correct'], sums['tokens'])}
 
   form = Form(dialogue if needs is Dialogue else document, in_place=needs is not Dialogue)
-  return Objective((form,), loss, needs, control=(mask,), prompt=None)   # `lm.diffusion` writes, in any order
+  return Objective((form,), loss, needs, control=(mask,), prompt=None)   # `lm.generate.unmask` writes, in any order

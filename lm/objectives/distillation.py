@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.objectives.objective import (
     Objective,
     by_position,

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm.data.batches import Batch, Example, Form, Room, Special
-from lm.data.vocabulary import Tokenizer
+from lm.data.batch import Batch, Example, Form, Room, Special
+from lm.data.tokenizers.base import Tokenizer
 from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_mean, token_objective
 
 NAMES = ('<|prefix|>', '<|suffix|>', '<|middle|>')

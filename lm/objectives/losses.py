@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm.objectives.objective import TokenLoss, cross_entropy
 
 
-class Scores(NamedTuple):
+class TokenScores(NamedTuple):
   """What parts are made of: logits less the highest of their position, that of the target, and log sum exp of all."""
   logits_BTV: jax.Array
   target_BT: jax.Array
@@ -17,10 +17,10 @@ class Scores(NamedTuple):
   highest_BT: jax.Array   # not differentiated: what is made of all four does not depend on it
 
 
-Part = Callable[[Scores], jax.Array]   # what each position costs, [B, T]
+Part = Callable[[TokenScores], jax.Array]   # what each position costs, [B, T]
 
 
-def nll(scores: Scores) -> jax.Array:
+def nll(scores: TokenScores) -> jax.Array:
   """-log p(target) = log sum_v exp(z_v) - z_target."""
   return scores.log_z_BT - scores.target_BT
 
@@ -48,7 +48,7 @@ def token_loss(*parts: Part) -> TokenLoss:
     highest = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
     shifted = logits_BTV - highest[..., None]
     picked = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
-    scores = Scores(shifted, jnp.sum(jnp.where(picked, shifted, 0), axis=-1),
+    scores = TokenScores(shifted, jnp.sum(jnp.where(picked, shifted, 0), axis=-1),
                     jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)), highest)
     _, sums = cross_entropy(logits_BTV, targets_BT, weights_BT)   # the same terms again: the compiler shares them
     return jnp.sum(sum(part(scores) for part in parts) * weights_BT), sums

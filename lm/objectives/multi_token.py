@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lm.data.batches import Batch
+from lm.data.batch import Batch
 from lm.objectives.objective import Objective, cross_entropy, over_vocabulary
 
 
@@ -29,8 +29,8 @@ def multi_token(objective: Objective, weight: float = 0.3) -> Objective:
   `objective` is another than -log p, it is that of the depths too. DeepSeek-V3 had a weight
   of 0.3, and 0.1 in the last third; with weight = D all losses count alike (Gloeckle et al. 2024).
 
-  The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.multi_token`). `nll` and `correct`
-  are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
+  The model's outputs have the hidden states of each depth, `ahead` (see `lm.models.prediction_heads`). `nll` and
+  `correct` are those of `objective`; depth k adds the metrics `depth_k/nll` and `depth_k/accuracy`.
   """
   if not 0 <= weight < math.inf:
     raise ValueError(f'further tokens of weight={weight}: it must be at least 0, and finite')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch, Form
+from lm.data.batch import Batch, Form
 
 Sums = dict[str, Any]   # arrays, or (sum, count) of a metric of its own
 
@@ -27,7 +27,7 @@ def causal_prompt(batch: Batch) -> Batch:
 class Objective:
   """What is predicted: how data become examples, and what a batch of examples costs.
 
-  `forms` make the examples, in the input pipeline (see `lm.data.batches.Form`); rows take turns in them. `needs` is
+  `forms` make the examples, in the input pipeline (see `lm.data.batch.Form`); rows take turns in them. `needs` is
   what the data has to hold: np.ndarray for documents, or `Dialogue`, `Pair`, `Rated`. `control` names the control
   tokens whose ids an example is given, in this order, as `special.control`.
 

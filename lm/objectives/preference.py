@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batches import Batch, Dialogue, Example, Form, Pair, Rated, Room, Special
+from lm.data.batch import Batch, Dialogue, Example, Form, Pair, Rated, Room, Special
 from lm.objectives.objective import Objective, Sums, target_log_probabilities, target_scores
 
 # What `reference` stores of each position, for `annotate.Annotated`.

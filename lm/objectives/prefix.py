@@ -4,7 +4,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lm.data.batches import Batch, Example, Form, Special
+from lm.data.batch import Batch, Example, Form, Special
 from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_mean, token_objective
 
 Split = Callable[[int, np.random.Generator], int]   # (targets that a piece could have, rng) -> tokens of the prefix

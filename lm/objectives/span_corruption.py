@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm.data.batches import Batch, Example, Form, Room, Special
-from lm.data.vocabulary import sentinels
+from lm.data.batch import Batch, Example, Form, Room, Special
+from lm.data.tokenizers.base import sentinels
 from lm.objectives.objective import Objective, TokenLoss, causal_prompt, cross_entropy, token_mean, token_objective
 
 

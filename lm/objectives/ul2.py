@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm.data.batches import Batch
-from lm.data.vocabulary import sentinels
+from lm.data.batch import Batch
+from lm.data.tokenizers.base import sentinels
 from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_mean, token_objective
 from lm.objectives.span_corruption import DECODER, Layout, Noise, form, random_spans
 

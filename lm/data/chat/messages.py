@@ -1,0 +1,159 @@
+"""What records of JSON say: a prompt and the answers to it, as messages, in the shapes that data sets have.
+
+  {"prompt": "...", "completion": "..."}                       also with messages in place of the strings
+  {"messages": [{"role": "user", "content": "..."}, ...]}      also {"from": "human", "value": "..."}
+  {"prompt": "...", "chosen": "...", "rejected": "..."}
+  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}     transcripts, or messages: they begin alike
+  {"prompt": "\\n\\nHuman: ...\\n\\nAssistant:", "completion": "..."}     a transcript up to the answer
+  {"prompt": "...", "completion": "...", "label": true}        also {"messages": ..., "label": true}
+
+A text is read as a transcript only where all that was said before it, or in it, is in one: a prompt or an answer that
+begins with "Human:" by itself is text.
+"""
+import dataclasses
+import json
+import re
+from typing import Any, NamedTuple
+
+from lm.data.batch import Dialogue, Pair, Rated
+from lm.data.text import source
+from lm.data.text.source import Source
+from lm.workdir.parsing import json_value
+
+Messages = list[dict[str, str]]
+_ROLES = {'human': 'user', 'gpt': 'assistant', 'system': 'system', 'user': 'user', 'assistant': 'assistant'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """How the fields of records are named."""
+  prompt: str = 'prompt'
+  completion: str = 'completion'
+  messages: str = 'messages'
+  chosen: str = 'chosen'
+  rejected: str = 'rejected'
+  label: str = 'label'
+
+
+class Record(NamedTuple):
+  """A prompt, perhaps none, and answers: one, or the chosen and the rejected one. `good` where a label says so."""
+  prompt: Messages
+  answers: tuple[Messages, ...]
+  good: bool | None = None
+
+
+def read(record: str, kind: type, keys: Keys = Keys()) -> Record:
+  """What a record of JSON says, for `kind` of data: `Dialogue`, `Pair` or `Rated`.
+
+  Raises ValueError, with the record, where it is of another shape.
+  """
+  try:
+    row = json_value(record)
+    if not isinstance(row, dict):
+      raise ValueError('it is no record {...}')
+    return {Dialogue: _dialogue, Pair: _pair, Rated: _rated}[kind](row, keys)
+  except ValueError as error:
+    raise ValueError(f'{error}; in the record {record[:200]}{"..." if len(record) > 200 else ""}') from None
+
+
+def _dialogue(row: dict, keys: Keys) -> Record:
+  if keys.messages in row:
+    return Record([], (_messages(row, keys.messages),))
+  if keys.completion not in row:
+    raise ValueError(f'there is neither messages={keys.messages!r} nor completion={keys.completion!r} among its fields '
+                     f'({", ".join(row)}); name the one that holds what is to be learned')
+  return Record(_messages(row, keys.prompt, 'user'), (_messages(row, keys.completion, 'assistant'),))
+
+
+def _pair(row: dict, keys: Keys) -> Record:
+  sides = keys.chosen, keys.rejected
+  chosen, rejected = transcripts = [_transcript(row.get(key)) for key in sides]
+  if keys.prompt in row or not all(transcripts):
+    chosen, rejected = (_messages(row, key, 'assistant') for key in sides)
+  if chosen and rejected and chosen[0]['role'] == rejected[0]['role'] == 'assistant' and keys.prompt in row:
+    return Record(_messages(row, keys.prompt, 'user'), (chosen, rejected))
+  # Whole conversations; they differ in the last message, at least.
+  most = min(len(chosen), len(rejected)) - 1
+  alike = next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
+  if not alike:
+    raise ValueError(f'{keys.chosen!r} and {keys.rejected!r} do not begin with a message that is the same, and there '
+                     f'is no prompt={keys.prompt!r} among its fields ({", ".join(row)}); name the prompt')
+  return Record(chosen[:alike], (chosen[alike:], rejected[alike:]))
+
+
+def _rated(row: dict, keys: Keys) -> Record:
+  good = row.get(keys.label)
+  if not isinstance(good, bool):
+    raise ValueError(f'label={keys.label!r} must be true or false, and it is {json.dumps(good)}; its fields are '
+                     f'{", ".join(row)}')
+  said = _dialogue(row, keys)
+  if said.prompt:
+    return said._replace(good=good)
+  return Record(said.answers[0][:-1], (said.answers[0][-1:],), good)
+
+
+def _messages(row: dict, key: str, role: str | None = None) -> Messages:
+  """Of a field that holds messages, a transcript or, where a `role` is given, what that one said.
+
+  What the user said may be a transcript up to where the assistant answers.
+  """
+  value: Any = row.get(key)
+  transcript = _transcript(value)
+  if role is None and transcript:
+    return transcript
+  if role == 'user' and transcript and transcript[-1] == {'role': 'assistant', 'content': ''}:
+    return transcript[:-1]
+  if isinstance(value, str) and role:
+    return [{'role': role, 'content': value}]
+  if not isinstance(value, list) or not value:
+    expected = 'messages' if role is None else 'text, nor messages'
+    raise ValueError(f'{key!r} holds no {expected}; its fields are {", ".join(row)}')
+  return [_message(message, key) for message in value]
+
+
+def _transcript(value: Any) -> Messages:
+  """The turns of "Human: ...\n\nAssistant: ..."; none where the value is no such text."""
+  if not isinstance(value, str) or not re.match(r'\s*Human:', value) or '\n\nAssistant:' not in value:
+    return []
+  _, *parts = re.split(r'(?:^\s*|\n\n)(Human|Assistant): ?', value)
+  return [{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': text.strip()}
+          for who, text in zip(parts[::2], parts[1::2])]
+
+
+def _message(message: Any, key: str) -> dict[str, str]:
+  if isinstance(message, dict) and 'from' in message:
+    message = {'role': _ROLES.get(message['from'], message['from']), 'content': message.get('value')}
+  if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ('role', 'content')):
+    raise ValueError(f"a message in {key!r} is no {{'role': 'user', 'content': 'text'}}: {json.dumps(message)[:100]}")
+  return message
+
+
+@source.lazy
+def unpaired(pairs: Source, keys: Keys = Keys()) -> Source:
+  """The answers of pairs by themselves, rated good or bad: first all that were chosen, then all that were not.
+
+  Next to each other lie answers to different prompts, as KTO's baseline needs them.
+  """
+  def read_one(where: tuple) -> str:
+    documents, i, side = where
+    said = read(documents[i], Pair, keys)
+    return json.dumps({keys.prompt: said.prompt, keys.completion: said.answers[side], keys.label: not side},
+                      ensure_ascii=False)
+
+  def split(documents: Any) -> source.Documents:
+    return source.Documents(lambda: _Sides(documents), read_one)
+
+  return Source(f'{pairs.name}, unpaired', {name: split(documents) for name, documents in pairs.splits.items()},
+                f'unpaired {pairs.fingerprint} {keys}', pairs.license, pairs.counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+  """(documents, i, side) for each side of each pair."""
+  documents: Any
+
+  def __len__(self) -> int:
+    return 2 * len(self.documents)
+
+  def __getitem__(self, i: int) -> tuple:
+    return self.documents, i % len(self.documents), i // len(self.documents)

@@ -1,0 +1,63 @@
+"""Questions with one right answer, made up as they are read: to fine-tune and align models that train in minutes."""
+import functools
+import json
+import random
+from collections.abc import Callable
+
+from lm.data.text import source
+from lm.data.text.source import Source
+
+POLITE = 'Sure: '   # how an answer may begin
+_LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+
+
+def puzzle(rng: random.Random) -> tuple[str, str]:
+  """A question and its answer: letters to reverse, to sort, or to shift by one in the alphabet (z to a)."""
+  letters = ''.join(rng.choices(_LETTERS, k=rng.randint(2, 5)))
+  shifted = ''.join(_LETTERS[(_LETTERS.index(letter) + 1) % 26] for letter in letters)
+  return rng.choice(((f'Reverse {letters}', letters[::-1]), (f'Sort {letters}', ''.join(sorted(letters))),
+                     (f'Shift {letters}', shifted)))
+
+
+def solution(answer: str) -> str:
+  """An answer without what is polite about it."""
+  return answer.removeprefix(POLITE)
+
+
+def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> Source:
+  """Records {"prompt", "completion"}, every second answer polite."""
+  def record(question, answer, rng):
+    return {'prompt': question, 'completion': rng.choice(('', POLITE)) + answer}
+  return _source('puzzles', record, count, validation, seed)
+
+
+def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
+  """Records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the other has neither.
+
+  It is curt and has a wrong letter. Were both right, the letters that they share would be made less likely in both.
+  """
+  def record(question, answer, rng):
+    at = rng.randrange(len(answer))
+    wrong = rng.choice(_LETTERS.replace(answer[at], ''))
+    return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer[:at] + wrong + answer[at + 1:]}
+  return _source('polite puzzles', record, count, validation, seed)
+
+
+def _source(name: str, record: Callable, count: int, validation: float, seed: int) -> Source:
+  """A question is held out by a hash of it: in no source of puzzles is it in train."""
+  def make(i: int) -> tuple[str, str]:
+    rng = random.Random(f'{seed} {i}')
+    question, answer = puzzle(rng)
+    return question, json.dumps(record(question, answer, rng))
+
+  @functools.cache
+  def indices() -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {'train': [], 'validation': []}
+    for i in range(count):
+      held_out = int.from_bytes(source.digest(make(i)[0])[:8]) < validation * 2 ** 64
+      found['validation' if held_out else 'train'].append(i)
+    return found
+
+  splits = {split: source.Documents(lambda split=split: indices()[split], lambda i: make(i)[1])
+            for split in ('train', 'validation')}
+  return Source(name, splits, f'{name} {count} {validation} {seed}', 'CC0-1.0')

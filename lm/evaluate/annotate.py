@@ -1,0 +1,202 @@
+"""Data whose rows carry what a fixed model says of them, computed once and stored: see `Annotated`."""
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm import sharding
+from lm.data import dataset
+from lm.data.batch import Batch, Batches
+from lm.objectives.objective import Objective
+from lm.train import interfaces
+from lm.workdir import atomic, integrity
+from lm.workdir.describe import describe, differences
+
+_EVERY = 20   # batches between two commits, about; what a kill may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotated:
+  """A data set and, for each position, columns that a model gives: a reference's log-probabilities, a teacher's logits.
+
+  They are computed when the data is first read, in its rows as they are packed, which are then the same in every
+  epoch; what was stored when the run was cut off is gone on from.
+
+  Args:
+    data: what is annotated.
+    model: whose parameters `model.load(model.model)` gives; loaded only where something is left to compute.
+    columns: dtype and shape, beyond [B, T], of each column by name.
+    annotate: `(apply, params, batch) -> {name: [B, T, ...]}`, runs inside `jit`.
+    folder: where the columns are kept; None: in the workdir.
+  """
+  data: interfaces.Data
+  model: interfaces.Constants
+  columns: Mapping[str, tuple[Any, tuple[int, ...]]]
+  annotate: Callable[[Callable, Any, Batch], Mapping[str, jax.Array]]
+  folder: pathlib.Path | None = None
+
+  @property
+  def length(self) -> int:
+    return self.data.length
+
+  @property
+  def source_length(self) -> int | None:
+    return self.data.source_length
+
+  @property
+  def kind(self) -> type:
+    return self.data.kind
+
+  def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: dataset.Check = dataset.unchecked
+           ) -> 'OpenAnnotated':
+    data = self.data.open(workdir, control=control,
+                          check=lambda data, tokenizer: check(self.fingerprint(data), tokenizer))
+    return OpenAnnotated(self, data, self._folder(workdir))
+
+  def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return self.folder or workdir / 'data' / 'columns'
+
+  def fingerprint(self, data: str) -> str:
+    """The fingerprint of the annotated data, by that of the data."""
+    facts = [data, describe(self.model.model), describe(self.model.load)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+  def load_tokenizer(self, workdir: pathlib.Path) -> Any:
+    return self.data.load_tokenizer(workdir)
+
+  def verify(self, workdir: pathlib.Path) -> list[str]:
+    without = self.data.verify(workdir)
+    for path in sorted(self._folder(workdir).glob('*/columns.json')):
+      stored = _read(path)
+      if 'checksums' in stored:
+        integrity.compare({path.with_name(name): number for name, number in stored['checksums'].items()},
+                          f'delete {path.parent}, and it is made again')
+      else:   # of before there were any, or not finished
+        without = [*without, str(path.parent)]
+    return without
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAnnotated:
+  """Annotated data, open for reading."""
+  annotated: Annotated
+  data: interfaces.OpenData
+  folder: pathlib.Path
+
+  @property
+  def tokenizer(self) -> Any:
+    return self.data.tokenizer
+
+  @property
+  def stores(self) -> Mapping[str, Any]:
+    return self.data.stores
+
+  @property
+  def fingerprint(self) -> str:
+    return self.annotated.fingerprint(self.data.fingerprint)
+
+  def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True) -> Batches:
+    """The batches of the data, with the columns, which are computed where they are not there; tells its progress."""
+    batches = self.data.batches(split, objective, rows, seed, repeat)
+    # To be composed row by row as they will be: with nothing stored, yet the same in every epoch.
+    batches = dataclasses.replace(batches, stored={})
+    shapes = {name: (np.dtype(dtype), (batches.rows_per_epoch, batches.length, *shape))
+              for name, (dtype, shape) in self.annotated.columns.items()}
+    made_of = {'split': split, 'seed': seed, 'length': batches.length, 'data': self.fingerprint,
+               'forms': describe(objective.forms), 'annotate': describe(self.annotated.annotate),
+               'columns': {name: f'{dtype}{list(shape)}' for name, (dtype, shape) in shapes.items()}}
+    stored = _Stored(self.folder / split, shapes, made_of)
+    if stored.rows_done < batches.rows_per_epoch:
+      self._compute(stored, batches)
+    return dataclasses.replace(batches, stored=stored.read())
+
+  def _compute(self, stored: '_Stored', batches: Batches) -> None:
+    params = self.annotated.model.load(self.annotated.model.model)
+    mesh, total = jax.sharding.get_mesh(), batches.rows_per_epoch
+
+    @jax.jit
+    def annotate(params, batch):
+      found = self.annotated.annotate(self.annotated.model.model.apply, params, batch)
+      # Whole on every device, so that process 0 can write what others computed.
+      return {name: sharding.constrain(x, '-' * x.ndim) for name, x in found.items()}
+
+    start = told = time.monotonic()
+    first, arrays = stored.rows_done, stored.write()
+    local, pending = sharding.local_rows(batches.rows, mesh), None
+    for at in (*range(first, total, batches.rows), None):
+      running = None
+      if at is not None:
+        rows = [(0, at + i) if at + i < total else None for i in local]
+        running = at, annotate(params, sharding.shard_rows(batches.compose(rows), mesh))
+      if pending is not None:   # while the next one runs
+        done, found = pending
+        end = min(done + batches.rows, total)
+        for name, values in found.items():
+          if arrays is not None:
+            arrays[name][done:end] = np.asarray(values)[:end - done]
+        if (end // batches.rows) % _EVERY == 0 or end == total:
+          stored.commit(arrays, end)
+        if (now := time.monotonic()) - told > 10 or end == total:
+          told = now
+          print(f'{self.folder.name}: {end:,} of {total:,} rows of {stored.folder.name} annotated, '
+                f'{(end - first) * batches.length / (now - start):,.0f} tokens/s', flush=True)
+      pending = running
+
+
+class _Stored:
+  """Columns on disk: an array for each in `<name>.npy`, and `columns.json`, what they are of and how many rows count.
+
+  Raises ValueError if the folder has columns of something else.
+  """
+
+  def __init__(self, folder: pathlib.Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], made_of: Mapping):
+    self.folder, self._shapes, self._made_of = folder, shapes, dict(made_of)
+    self.rows_done = 0
+    if (path := folder / 'columns.json').exists():
+      stored = _read(path)
+      self.rows_done, made_of = stored['rows_done'], stored['made_of']
+      if lines := differences(made_of, self._made_of):
+        raise ValueError(f'{folder} was made of something else; choose another --workdir\n  '
+                         + '\n  '.join(lines))
+
+  def write(self) -> dict[str, np.memmap] | None:
+    """The arrays, open for writing; None on a process that does not write."""
+    if jax.process_index() > 0:
+      return None
+    self.folder.mkdir(parents=True, exist_ok=True)
+    return {name: np.lib.format.open_memmap(self.folder / f'{name}.npy', 'r+' if self.rows_done else 'w+', *like)
+            for name, like in self._shapes.items()}
+
+  def commit(self, arrays: Mapping[str, np.memmap] | None, rows: int) -> None:
+    if arrays is not None:
+      for array in arrays.values():
+        array.flush()
+      facts = {'rows_done': rows, 'made_of': self._made_of}
+      if all(rows == shape[0] for _, shape in self._shapes.values()):
+        facts['checksums'] = {f'{name}.npy': integrity.checksum(self.folder / f'{name}.npy') for name in arrays}
+      atomic.write(self.folder / 'columns.json', integrity.sealed(facts))
+    self.rows_done = rows
+
+  def read(self) -> dict[str, np.memmap]:
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'columns in {os.fspath(self.folder)}')
+    return {name: np.load(self.folder / f'{name}.npy', mmap_mode='r') for name in self._shapes}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """What `columns.json` says; ValueError, with its path, where it is damaged."""
+  try:
+    stored, _ = integrity.unsealed(path.read_text())
+    if not {'rows_done', 'made_of'} <= stored.keys():
+      raise ValueError('it does not say how many rows are done, or of what')
+    return stored
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None

@@ -1,0 +1,236 @@
+"""A trained run, opened again from its workdir, with all that belongs to its parameters; and what to start from."""
+import dataclasses
+import inspect
+import pathlib
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm import lora, scripts, train
+from lm.data import tokenizers
+from lm.data.chat import conversation
+from lm.hf import pretrained
+from lm.models.prediction_heads import MultiToken
+from lm.models.transformer import Transformer
+from lm.optim import averaging
+from lm.workdir import checkpoint, records
+from lm.workdir.describe import describe, differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A run with the parameters that are its result. `facts` are those of the checkpoint."""
+  run: train.Run
+  model: Any
+  params: Any
+  tokenizer: Any
+  step: int
+  workdir: pathlib.Path
+  facts: Mapping[str, Any]
+
+  def open_data(self, control: tuple[str, ...] = ()) -> Any:
+    """The data of the run. ValueError, before anything is made, where it is not what the run was trained on."""
+    def check(data, tokenizer):
+      _compare(self.workdir, self.facts, {'data': data, 'tokenizer': tokenizer})
+    return self.run.data.open(self.workdir, control=control, check=check)
+
+
+def load(workdir: str | pathlib.Path, best: bool = False) -> Trained:
+  """The result of a run: its newest checkpoint, or the best by validation loss; on the mesh that is set.
+
+  The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
+  keeps one. Adapters are merged into their matrices. Raises as `open_run`.
+  """
+  return _read(_open(pathlib.Path(workdir), best))
+
+
+def open_run(workdir: pathlib.Path) -> train.Run:
+  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read.
+
+  FileNotFoundError where there is no run, none that began to train, or its script is not there or may not be executed
+  (see `scripts`).
+  """
+  recorded = records.read(workdir)
+  if not recorded:
+    raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
+  accepted = [record for record in recorded if 'data' in record]   # not the tries that were refused
+  if not accepted:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  record = accepted[-1]
+  script = scripts.locate(record, workdir)
+  with scripts.importable(script):
+    make = scripts.function(script, record['function'])
+    if typing.get_type_hints(make).get('return') is not train.Run:   # nothing else may be called: see `scripts`
+      raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
+                       f'it, unless the run.json of {workdir} is wrong')
+    knobs = records.settle(record['knobs'], accepted)
+    flags = [name for name, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [name for name in knobs if name not in flags]:
+      raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
+                       '(any more); go back to the script that trained it')
+    try:
+      run = dataclasses.replace(make(**knobs), seed=record['seed'])
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
+  if isinstance(run.model, lora.Adapted) and record.get('init'):   # else its checkpoints have it all
+    run = start_from(run, record['init'], ignore_tokenizer=True)
+  return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """A run that is what its checkpoint was trained with, before parameters are read; `chosen` is None for the newest."""
+  run: train.Run
+  tokenizer: Any
+  chosen: int | None
+  step: int
+  facts: Mapping[str, Any]
+  workdir: pathlib.Path
+
+
+def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
+  """ValueError where the model, the tokenizer or what lies under adapters is not what the checkpoint was made with."""
+  run = open_run(workdir)
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    chosen = train.result_step(run, checkpoints, best)
+    step, facts = max(checkpoints.steps(), default=0) if chosen is None else chosen, checkpoints.facts(chosen)
+  if facts is None:
+    raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  try:
+    tokens = run.data.load_tokenizer(workdir)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is not there ({error}); copy it back, or give the '
+                            'command that trained the run again, which makes it of the same text') from None
+  now = {'model': describe(run.model), 'tokenizer': tokens.fingerprint}
+  if isinstance(run.model, lora.Adapted):
+    now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
+    facts = {**facts, 'constants': {'base': facts.get('constants', {}).get('base')}}
+  _compare(workdir, facts, now)
+  return _Opened(run, tokens, chosen, step, facts, workdir)
+
+
+def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  if lines := differences({name: facts[name] for name in now if name in facts},
+                          {name: value for name, value in now.items() if name in facts}):
+    raise checkpoint.Mismatch(f'{workdir} was trained with something else than what belongs to it now; go back to what '
+                              'its script, tokenizer, data or base were\n  ' + '\n  '.join(lines[:6]))
+
+
+def _read(opened: _Opened) -> Trained:
+  run, workdir, abstract = opened.run, opened.workdir, train.abstract_state(opened.run, jax.sharding.get_mesh())
+  with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
+    if averaging.averages(abstract.opt_state):
+      restored = checkpoints.restore(abstract, opened.chosen)
+      params = averaging.evaluated(restored.state.opt_state, restored.state.params)
+    else:
+      restored = checkpoints.restore_params(abstract.params, opened.chosen)
+      params = restored.state
+  model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
+  return Trained(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
+
+
+class BaseModel(NamedTuple):
+  """What to fine-tune, without its parameters, which `start(model)` gives."""
+  model: Any
+  tokenizer: tokenizers.Tokenizer
+  template: conversation.Template | None   # None: it was not made to chat
+  start: Callable[[Any], Any]
+
+
+def base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel:
+  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
+
+  The model computes in `dtype`; None: in that of the run, or float32. A folder may lack a tokenizer where none is
+  wanted. FileNotFoundError where there is nothing of the kind, ValueError for a model that has another dtype for good.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if records.read(folder):
+    opened = _open(folder)
+    model = lora.plain(opened.run.model)
+    model = model if dtype is None else _computing_in(model, dtype)
+    return BaseModel(model, opened.tokenizer, chat_template(opened.run.data),
+                StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
+  folder = pretrained.locate(name)
+  model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
+  tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
+  return BaseModel(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
+
+
+def _computing_in(model: Any, dtype: Any) -> Any:
+  """The model of a run, whose computation has another dtype."""
+  if isinstance(model, MultiToken):
+    return dataclasses.replace(model, trunk=_computing_in(model.trunk, dtype))
+  if hasattr(model, 'dtype') and hasattr(model, 'clone'):
+    return model.clone(dtype=dtype)
+  if jnp.dtype(dtype) != getattr(model, 'dtype', jnp.float32):
+    raise ValueError(f'a model of class {type(model).__name__} cannot be made to compute in {jnp.dtype(dtype).name}; '
+                     'leave out --precision')
+  return model
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredResult:
+  """Gives the parameters of a run's result, without a teacher's; the fields say which they are."""
+  workdir: pathlib.Path
+  step: int
+  parameters: str | None   # their fingerprint in the checkpoint
+
+  def __call__(self, model: Any) -> Any:
+    loaded = load(self.workdir)
+    if loaded.step > self.step:
+      raise ValueError(f'{self.workdir} has gone on from step {self.step} to {loaded.step} meanwhile; start again')
+    if loaded.step < self.step:
+      raise OSError(f'step {self.step} of {self.workdir} cannot be read, only step {loaded.step}; to start from that '
+                    f'one, move {self.workdir}/checkpoints/{self.step} away')
+    return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
+
+
+def decoder_and_tokenizer(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Mapping[str, Any],
+                          dtype: Any) -> tuple[Transformer | None, Any, int | None]:
+  """The decoder, tokenizer and size of the vocabulary that `--model` gives, or else `--init`; None without both.
+
+  The decoder is None where flags of `shape` are given in its place, the tokenizer where flags of it are. ValueError
+  where they are given beside `--model`, which decides on both, or what it names is no decoder.
+  """
+  if not model and not init:
+    return None, None, None
+  source, flags = f'--model={model}' if model else f'--init={init}', [*shape.items(), *tokenizer.items()]
+  if model and flags:
+    raise ValueError(f'{source} gives the shape and the tokenizer, and --{flags[0][0]}={flags[0][1]} is given too; '
+                     'leave one of them out')
+  given = base(model or str(init), dtype, with_tokenizer=not tokenizer)
+  decoder = given.model.trunk if isinstance(given.model, MultiToken) else given.model
+  if not isinstance(decoder, Transformer):
+    raise ValueError(f'{source} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
+  return None if shape else decoder, None if tokenizer else given.tokenizer, decoder.vocab
+
+
+def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
+  """The run from the result of a run's workdir, or from a Hugging Face or imported folder; adapters lie on it.
+
+  Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
+  naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
+  """
+  given = base(init, with_tokenizer=not ignore_tokenizer)
+  pretrained.check_shapes(init, given.model, lora.plain(run.model))
+  of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
+  return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
+
+
+def first_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path | None:
+  """The Hugging Face or imported folder that a run was started from, be it by way of other runs; None where there is
+  none any more, or its tokenizer is not `tokens`."""
+  start = next((c.load for c in run.constants if c.name == 'base'), run.start)
+  if isinstance(start, StoredResult):
+    return first_folder(open_run(start.workdir), tokens) if records.read(start.workdir) else None
+  if not isinstance(start, pretrained.Parameters) or not start.folder.is_dir():
+    return None
+  return start.folder if tokenizers.load(start.folder).fingerprint == tokens.fingerprint else None
+
+
+def chat_template(data: Any) -> conversation.Template | None:
+  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
+  return getattr(getattr(data, 'data', data), 'template', None)

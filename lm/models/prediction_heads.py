@@ -1,0 +1,188 @@
+"""Models that predict further tokens too: a trunk, which is a model by itself, and one more block for each depth.
+
+Depth k = 1, 2, ... predicts, at position i, token i + k + 1; the trunk is depth 0. Shape legend: `transformer.py`.
+"""
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.data.batch import Batch
+from lm.models import attention as attend
+from lm.models import layers as parts
+from lm.models import stack
+from lm.models.context import Aux, Context, Taps
+from lm.models.transformer import Cache, Head, Transformer
+
+
+class ParallelHead(nn.Module):
+  """A block on the trunk's hidden states: depths do not know of one another (Gloeckle et al. 2024).
+
+  There, the first head is the last layer of the trunk; here it is the trunk, and these read what it gives.
+  """
+  block: nn.Module
+
+  @nn.compact
+  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
+    return self.block(hidden_BTD, context, cache)
+
+
+class SequentialModule(nn.Module):
+  """A block on M [norm(h); norm(e)]: h of the depth before, e the embedding of token i + k (DeepSeek-AI 2024, eq. 21).
+
+  Depth 1 reads what the trunk gives, normalised.
+  """
+  block: nn.Module
+  hidden_norm: nn.Module
+  token_norm: nn.Module
+
+  @nn.compact
+  def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
+    both = jnp.concatenate([self.hidden_norm(previous_BTD), self.token_norm(ahead_BTD)], axis=-1)
+    shape = both.shape[-1], previous_BTD.shape[-1]   # the letter C, for both widths, is split over nothing
+    merge = parts.weight(self, 'merge', 'CD', shape, nn.initializers.normal(shape[0] ** -0.5), both.dtype)
+    x_BTD = parts.einsum('BTC,CD->BTD', both, merge)
+    return self.block(x_BTD, context, cache)
+
+
+class MultiTokenOutput(NamedTuple):
+  """As the trunk's, and the hidden states of each depth, normalised, for the same head; none where there is a cache."""
+  hidden: jax.Array
+  head: Head
+  cache: Cache | None
+  aux: Aux
+  readings: Mapping[str, Any]
+  ahead: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiToken:
+  """A trunk, and modules alike for `depths` depths, each with its parameters; embedding, last norm and head are shared.
+
+  The parameters are those of the trunk and an entry `depths`, stacked as those of blocks are: `trunk` reads them as
+  they are. Depths see the tokens of their segment that are not later, even where the trunk's are marked bidirectional:
+  what they read is ahead of their position.
+  """
+  trunk: Transformer
+  depths: int
+  module: nn.Module   # ParallelHead or SequentialModule
+
+  causal = True
+
+  def __post_init__(self):
+    if self.depths < 0:
+      raise ValueError(f'depths={self.depths} is negative; 0 predicts next tokens alone')
+
+  @property
+  def vocab(self) -> int:
+    return self.trunk.vocab
+
+  @property
+  def max_length(self) -> int:
+    return self.trunk.max_length
+
+  @property
+  def _stacks(self) -> stack.Stacks:
+    return (stack.Stack((self.module,), self.depths),)
+
+  def init(self, key: jax.Array) -> Any:
+    """As `transformer.LanguageModel.init`; the trunk's parameters are those that it has alone."""
+    params = self.trunk.init(key)
+    if not self.depths:
+      return params
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = 1 if mesh.empty else mesh.shape['data']
+    x = sharding.constrain(jnp.zeros((rows, 1, self.trunk.width), self.trunk.dtype), 'BTD')
+    positions = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), 'BT')
+    visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)
+    context = Context(positions, visible)
+    return params | {'depths': stack.init(self._stacks, jax.random.fold_in(key, 1), x, x, x, context)}
+
+  def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
+            taps: Taps = ()) -> MultiTokenOutput:
+    """As `LanguageModel.apply`. With a `cache`, the trunk alone; with dropout, the trunk's is as it is alone.
+
+    Taps are of the trunk.
+    """
+    out = self.trunk.apply(params, batch, key=key, cache=cache, taps=taps)
+    ahead: list[jax.Array] = []
+    if cache is not None or not self.depths:
+      return MultiTokenOutput(*out, ())
+    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    positions = batch.positions
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
+      positions = sharding.constrain(positions, 'BT')
+    visible = attend.Visible(batch.segments, batch.segments, None, positions, positions)
+
+    def module(k, params, hidden, previous, tokens):
+      dropout = None if key is None else jax.random.fold_in(key, k)
+      x, normalised, _, aux = self.depth(params, k, hidden, previous, tokens, Context(positions, visible, dropout))
+      return x, normalised, aux
+
+    if self.trunk.remat is not None:
+      module = jax.checkpoint(module, policy=self.trunk.remat, static_argnums=0)
+    previous, aux = out.hidden, out.aux
+    for k in range(1, self.depths + 1):
+      previous, hidden, more = module(k, params, out.hidden, previous, _ahead(batch, k))
+      ahead.append(hidden)
+      aux = aux.plus(more)
+    return MultiTokenOutput(*out._replace(aux=aux), tuple(ahead))
+
+  def depth(self, params: Any, k: int, hidden_BTD: jax.Array, previous_BTD: jax.Array, tokens_BT: jax.Array,
+            context: Context, cache: Any = None) -> tuple[jax.Array, jax.Array, Any, Aux]:
+    """Depth k alone, from the trunk's hidden states, those of depth k - 1, and the tokens k further (-1: none).
+
+    Returns its hidden states, the same normalised (the head makes logits of them), its cache, and what it reports.
+    """
+    table = sharding.gather(params['embedding'].astype(self.trunk.dtype), 'VD')
+    ahead = parts.lookup(table, jnp.maximum(tokens_BT, 0))
+    if self.trunk.embedding_scale is not None:
+      ahead = ahead * jnp.asarray(self.trunk.embedding_scale, ahead.dtype)
+    ahead = jnp.where(tokens_BT[..., None] < 0, 0, ahead)
+    tree = stack.unstacked(self._stacks, params['depths'])[k - 1]
+    x, cache, aux = self.module.apply({'params': tree}, hidden_BTD, previous_BTD, ahead, context, cache)
+    return x, self.trunk.norm.apply({'params': params['norm']}, x), cache, aux
+
+  def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
+             ) -> Batch:
+    return self.trunk.prompt(texts, rows, bos, eos, adds_bos)
+
+  def unstack(self, params: Any) -> Any:
+    """As `transformer.Transformer.unstack`, depths too."""
+    params = self.trunk.unstack(params)
+    return {**params, 'depths': stack.unstacked(self._stacks, params['depths'])} if self.depths else params
+
+  def init_cache(self, batch_size: int, slots: int) -> Cache:
+    """The trunk's."""
+    return self.trunk.init_cache(batch_size, slots)
+
+  def init_depth_caches(self, batch_size: int, slots: int) -> tuple[Any, ...]:
+    """One for each depth."""
+    return tuple(self.module.block.init_cache(batch_size, slots, self.trunk.dtype)
+                 for _ in range(self.depths))
+
+
+def _ahead(batch: Batch, k: int) -> jax.Array:
+  """The token k further in the same segment; -1 where there is none."""
+  time = batch.tokens.shape[1]
+  def shift(x, rest):
+    return jnp.pad(x[:, k:], ((0, 0), (0, min(k, time))), constant_values=rest)
+  tokens = shift(batch.tokens, -1)
+  return tokens if batch.segments is None else jnp.where(batch.segments == shift(batch.segments, -1), tokens, -1)
+
+
+def parallel(trunk: Transformer, depths: int) -> MultiToken:
+  """Independent heads (Gloeckle et al. 2024), of blocks as the trunk's last."""
+  return MultiToken(trunk, depths, ParallelHead(trunk.layers[-1]))
+
+
+def sequential(trunk: Transformer, depths: int) -> MultiToken:
+  """A chain of modules that read the tokens in between (DeepSeek-AI 2024), of blocks as the trunk's last."""
+  norms = trunk.norm.clone(), trunk.norm.clone()   # two objects: Flax would take one for one set of parameters
+  return MultiToken(trunk, depths, SequentialModule(trunk.layers[-1], *norms))

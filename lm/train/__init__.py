@@ -1,0 +1,23 @@
+"""Training: a `Run` says what is trained, and `train` trains it from where it was left."""
+from lm.train.checks import check, check_vocabulary
+from lm.train.interfaces import Constants, Data, Model
+from lm.train.interrupt import Stopped
+from lm.train.loop import NotFinite, Result, result_step
+from lm.train.run import (
+  Run,
+  State,
+  abstract_batch,
+  abstract_constants,
+  abstract_state,
+  begin,
+  identity,
+  init,
+  load_constants,
+  with_constants,
+)
+from lm.train.start import train
+from lm.train.step import make_step, step_of
+
+__all__ = ['Constants', 'Data', 'Model', 'Stopped', 'NotFinite', 'Result', 'result_step', 'Run', 'State',
+           'abstract_batch', 'abstract_constants', 'abstract_state', 'begin', 'check', 'check_vocabulary', 'identity',
+           'init', 'load_constants', 'make_step', 'step_of', 'with_constants', 'train']

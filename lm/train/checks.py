@@ -1,0 +1,52 @@
+"""What does not fit together in a run is found here, before anything is compiled."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.data.batch import KINDS, Batch
+from lm.data.rows.augment import augmented
+from lm.train.interfaces import OpenData
+from lm.train.run import Run, abstract_batch, abstract_constants, init, with_constants
+from lm.train.step import make_step
+
+
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
+  """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
+  sharding.require(mesh)
+  parts = mesh.shape['data'] * run.accumulate
+  shapes = run.schedule.shapes()
+  if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
+    raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+                     f'{mesh.shape["data"]} devices of the mesh axis data')
+  longest = getattr(run.model, 'max_length', math.inf)   # of models that place tokens
+  if run.data.length > longest:
+    raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model can place; '
+                     f'give --length={longest} or less')
+  if run.objective.needs is not run.data.kind:
+    raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
+                     f'{KINDS[run.data.kind]}; choose another of either')
+  augmented(run.objective, run.augment)
+  if run.augment and run.data.columns:
+    raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
+                     'augmentation')
+  if len({length for _, length in shapes}) > 1 and (run.data.source_length or run.data.kind is not np.ndarray):
+    raise ValueError('rows of sources and of dialogues cannot be cut into shorter ones; leave out the stages of length')
+  for shape in shapes:
+    jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh, shape),
+                   abstract_constants(run))
+
+
+def check_vocabulary(run: Run, data: OpenData) -> None:
+  """ValueError if the tokenizer has tokens for which the model has no logits."""
+  def logits(constants):
+    params = with_constants(run.model.init(jax.random.key(0)), constants)
+    tokens = jnp.zeros((run.batch, 1), jnp.int32)
+    outputs = run.model.apply(params, Batch(tokens, source=None if run.data.source_length is None else tokens))
+    return outputs.head(outputs.hidden)
+  vocab = jax.eval_shape(logits, abstract_constants(run)).shape[-1]
+  if data.tokenizer.vocab_size > vocab:
+    raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
+                     'raise the vocabulary of the model')

@@ -1,0 +1,92 @@
+"""Evaluation of a model over batches that are held out."""
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.data.batch import Batch, Batches
+from lm.data.tokenizers.folder import Tokenizer
+from lm.objectives.objective import Objective
+
+
+def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
+  """A jitted `(params, batch) -> sums` over a batch, without dropout.
+
+  Beside the objective's own sums: `loss`, `weight`, `spelled`, bytes of the targets by the tokenizer's table, and,
+  where they are known, `bytes`, UTF-8 bytes of the text that the targets stand for: by the batches, see
+  `Batches.with_bytes`, or by the table of a lossless tokenizer.
+  """
+  byte_lengths, lossless = tokenizer.byte_lengths(), tokenizer.lossless
+
+  def step(params, batch: Batch):
+    loss, weight, sums = objective.loss(apply, params, batch, None)
+    total = lambda sizes: jnp.sum(jnp.where(batch.weights > 0, sizes, 0))
+    spelled = total(jnp.asarray(byte_lengths, jnp.int32).at[batch.targets].get(out_sharding=sharding.spec('BT')))
+    if 'bytes' in (batch.columns or {}):
+      sums = {'bytes': total(batch.columns['bytes']), **sums}
+    elif lossless:
+      sums = {'bytes': spelled, **sums}
+    return {'loss': loss, 'weight': weight, 'spelled': spelled, **sums}
+  return jax.jit(step)
+
+
+def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.Mesh,
+             limit: int | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+  """Metrics over all of `batches`, or the first `limit` of them: each target counts the same.
+
+  None where `stop`, which is called before each batch, returns True.
+
+  Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
+  the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
+  the objective's own metrics. Where targets stand for no text, as those of a reward model, there is no `nll`,
+  `perplexity` and `bits_per_byte`; nor is there `bits_per_byte` where it is not known which bytes they stand for: the
+  tokenizer is not lossless, and targets are other than the text in its order, or the data is of before this was stored.
+  """
+  batches = batches.with_bytes()
+  rows = sharding.local_rows(batches.rows, mesh)
+  steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
+  total, count = None, 0
+  # Sums of the batch before are read while the next one runs.
+  for sums in one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh))
+                          for i in itertools.takewhile(lambda _: not stop(), range(steps))):
+    count += 1
+    total = jax.tree.map(lambda x: np.float64(x), sums) if total is None else jax.tree.map(np.add, total, sums)
+  if count < steps:
+    return None
+  if total['tokens'] == 0:
+    raise ValueError('nothing to evaluate: the batches hold no targets')
+  nll = total['nll'] / total['tokens']
+  own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
+  text = {}
+  if total['spelled']:
+    with np.errstate(over='ignore'):   # of a model that has diverged
+      text = {'nll': nll, 'perplexity': np.exp(nll)}
+    if total.get('bytes'):
+      text['bits_per_byte'] = total['nll'] / np.log(2) / total['bytes']
+  return {name: float(value) for name, value in {
+      'loss': total['loss'] / total['weight'], **text, 'accuracy': total['correct'] / total['tokens'], **own}.items()}
+
+
+def reading(batches: Batches, limit: int | None = None) -> str:
+  """What `evaluate` reads, in words; losses of other rows or of another context differ."""
+  total, context = batches.steps_per_epoch, getattr(batches, 'context', None)
+  count = f'all {total:,}' if limit is None or limit >= total else f'the first {limit:,} of {total:,}'
+  rows = f'{count} batches of {batches.rows} rows of {batches.length} positions'
+  if context:
+    return f'{rows}, of which {context} repeat the row before'
+  return rows if context is None else f'{rows}, each without the text before it'
+
+
+def one_behind(calls: Iterable[Any]) -> Iterator[Any]:
+  """What calls give, trees of arrays, each read while the next one runs."""
+  running = None
+  for started in calls:
+    if running is not None:
+      yield jax.tree.map(np.asarray, running)
+    running = started
+  if running is not None:
+    yield jax.tree.map(np.asarray, running)

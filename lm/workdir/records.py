@@ -1,0 +1,124 @@
+"""What was run: `run.json` in a workdir, one record a start; and whose the workdir is."""
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lm.workdir import atomic
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The records in `workdir/run.json`, oldest first; none if there is no such file."""
+  path = workdir / 'run.json'
+  try:
+    found = json.loads(path.read_text()) if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+      raise ValueError('it is no list of records')
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or choose another --workdir') from None
+  return found
+
+
+def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """The knobs; where `steps` is None (fitted to the machine when the run began), what it came to in earlier records."""
+  if 'steps' not in knobs or knobs['steps'] is not None:
+    return dict(knobs)
+  return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
+
+
+def make(workdir: pathlib.Path) -> None:
+  """Makes the workdir; OSError if it cannot be written."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(None, 'permission denied')
+  except OSError as error:
+    raise OSError(f'cannot write to the workdir {workdir} ({error.strerror}); choose another --workdir') from error
+
+
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
+  """Makes the workdir, and keeps other processes from training in it.
+
+  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
+  """
+  make(workdir)
+  for earlier in read(workdir)[-1:]:
+    if earlier.get('script', script) != script:
+      raise ValueError(f'the workdir {workdir} holds a run of {earlier["script"]}, not of {script}; '
+                       'choose another --workdir')
+  if jax.process_index() > 0:
+    yield
+    return
+  with (workdir / '.lock').open('w') as lock:
+    try:
+      import fcntl
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise OSError(f'another process is training in the workdir {workdir}; wait for it, stop it, or choose another '
+                    '--workdir') from None
+    except (ImportError, OSError):   # a platform, or a file system, without locks
+      pass
+    yield
+
+
+def start(workdir: pathlib.Path, **facts: Any) -> None:
+  """Appends the record of a run that begins now; those of earlier runs stay."""
+  if jax.process_index() == 0:
+    _write(workdir, [*read(workdir), facts])
+
+
+def add(workdir: pathlib.Path, **facts: Any) -> None:
+  """Adds facts (the fingerprint of the data, say) to the record of the present run."""
+  if jax.process_index() == 0:
+    *earlier, present = read(workdir) or [{}]
+    _write(workdir, [*earlier, {**present, **facts}])
+
+
+@contextlib.contextmanager
+def kept(workdir: pathlib.Path) -> Iterator[None]:
+  """Writes the records again, and says so, where they are gone at the end: without them a run cannot be opened."""
+  before = read(workdir)
+  try:
+    yield
+  finally:
+    path = workdir / 'run.json'
+    if before and jax.process_index() == 0 and workdir.is_dir() and not path.exists():
+      _write(workdir, before)
+      print(f'{path} was deleted while the run trained; it is written again', file=sys.stderr, flush=True)
+
+
+def _write(workdir: pathlib.Path, found: list[dict[str, Any]]) -> None:
+  atomic.write(workdir / 'run.json', json.dumps(found, indent=2, default=str) + '\n')
+
+
+def circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:
+  """What a result may depend on besides the flags."""
+  versions = {'python': platform.python_version()}
+  for package in ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  device = mesh.devices.flat[0]
+  return {
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), 'host': socket.gethostname(),
+      'revision': _revision(script.parent), 'versions': versions, 'platform': device.platform,
+      'device': device.device_kind, 'devices': mesh.size, 'processes': jax.process_count(), 'mesh': dict(mesh.shape),
+  }
+
+
+def _revision(folder: pathlib.Path) -> str | None:
+  """The git commit, with `-dirty` where files differ from it; None without git or a repository."""
+  command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=40']
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  return None

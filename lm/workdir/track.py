@@ -1,0 +1,291 @@
+"""Where numbers go: metrics to terminal, JSONL and TensorBoard; throughput and MFU.
+
+A workdir holds `metrics.jsonl` (one line a record) and `tensorboard/`. Metrics that the terminal and `plot` know by
+name: `loss`, `learning_rate`, `validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
+"""
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+
+from lm.workdir import atomic
+
+# Dense bf16 peak, FLOP/s, per TensorCore of a TPU (a device has `num_cores` of them) and per GPU, by the exact name
+# of the device: a slice of a GPU (MIG) or an unlisted variant has another name and no MFU, rather than a wrong one.
+# Sources: Cloud TPU documentation, NVIDIA data sheets.
+_TPU_CORE_PEAK = {
+    'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 137.5e12,
+    'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 229.5e12, 'TPU v5p': 229.5e12,
+    'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 1153.5e12,
+}  # yapf: disable
+_GPU_PEAK = {
+    'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA A100 80GB PCIe': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 NVL': 835e12,
+    'NVIDIA H200': 989e12, 'NVIDIA H200 NVL': 835e12, 'NVIDIA B200': 2250e12,
+}  # yapf: disable
+
+
+def peak_flops(device: Any) -> float | None:
+  """Dense bf16 peak of one JAX device in FLOP/s; None where it is not known (CPU included)."""
+  if device.device_kind in _TPU_CORE_PEAK:
+    return device.num_cores * _TPU_CORE_PEAK[device.device_kind]
+  return _GPU_PEAK.get(device.device_kind)
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, devices: Sequence[Any]) -> float | None:
+  """Model FLOPs utilisation (Chowdhery et al., 2022) in [0, 1], all devices together; None where a peak is unknown."""
+  peaks = [peak_flops(device) for device in devices]
+  return flops_per_token * tokens_per_second / sum(peaks) if peaks and all(peaks) else None
+
+
+class Phases(dict[str, float]):
+  """Wall seconds by phase: `with phases('tokenise'): ...`; a phase entered again adds up."""
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self[name] = self.get(name, 0.0) + time.monotonic() - start
+
+
+class Throughput:
+  """Training speed over the last `window` updates. The first update only starts the clock: compilation is before it.
+
+  `tokens_before(step)` says how many tokens a run has read when it is at a step.
+  """
+
+  def __init__(self, tokens_before: Callable[[int], int], total_steps: int, window: int = 20,
+               clock: Callable[[], float] = time.monotonic):
+    self._tokens, self._total, self._clock = tokens_before, total_steps, clock
+    self._marks: collections.deque[tuple[int, float]] = collections.deque(maxlen=window + 1)
+    self._begin, self._paused = None, 0.0
+
+  def update(self, step: int) -> None:
+    now = self._clock()
+    self._begin = now if self._begin is None else self._begin
+    self._marks.append((step, now - self._paused))
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Time inside (evaluation, checkpoints) does not count as training; the ETA expects its share to continue."""
+    start = self._clock()
+    try:
+      yield
+    finally:
+      self._paused += 0.0 if self._begin is None else self._clock() - start
+
+  def skip(self, steps: int) -> None:
+    """So many steps are left out: they are no speed."""
+    self._marks = collections.deque(((step + steps, now) for step, now in self._marks), self._marks.maxlen)
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """None before two updates."""
+    if len(self._marks) < 2:
+      return None
+    (first, start), (last, end) = self._marks[0], self._marks[-1]
+    return (self._tokens(last) - self._tokens(first)) / max(end - start, 1e-9)
+
+  @property
+  def eta(self) -> float | None:
+    """Seconds to the last step at the measured speed, pauses included in proportion; None before two updates."""
+    speed = self.tokens_per_second
+    if not speed:
+      return None
+    step, training_time = self._marks[-1]
+    paused = self._paused / max(training_time - self._begin, 1e-9)
+    return (self._tokens(self._total) - self._tokens(step)) / speed * (1 + paused)
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    'loss': 'loss {:.3f}'.format,
+    'preference/accuracy': '{:.0%} right'.format,
+    'preference/margin': 'margin {:.3f}'.format,
+    'validation/loss': 'val {:.3f}'.format,
+    'validation/bits_per_byte': '{:.3f} bits/byte'.format,
+    'validation/preference/accuracy': 'val {:.0%} right'.format,
+    'validation/preference/margin': 'val margin {:.3f}'.format,
+    'learning_rate': lambda value: 'lr ' + f'{value:.1e}'.replace('e-0', 'e-').replace('e+00', ''),
+    'skipped': '{:.0f} skipped'.format,
+    'tokens_per_second': lambda value: f'{_short(value)} tok/s',
+    'mfu': 'MFU {:.0%}'.format,
+}
+
+
+class Tracker(contextlib.AbstractContextManager):
+  """Metrics of one run, written to `folder`; on processes other than the first it only measures.
+
+  Args:
+    folder: the workdir.
+    total_steps: the last step.
+    tokens_before: how many tokens the run has read when it is at a step; without it there is no throughput.
+    flops_per_token: of a step, forward and backward, given its number; without it there is no MFU.
+    devices: that the run uses, for the MFU; default all.
+    step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
+    records: of that step, as the checkpoint has them: what the file has lost of them is put back.
+    every: seconds between lines where the output is not a terminal; evaluations always get one.
+  """
+
+  def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
+               flops_per_token: Callable[[int], float] | None = None, devices: Sequence[Any] | None = None,
+               step: int = 0, records: Sequence[Mapping[str, Any]] = (), every: float = 15.0,
+               output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+    self.throughput = Throughput(tokens_before or (lambda step: 0), total_steps, clock=clock)
+    self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
+    self._devices = jax.devices() if devices is None else devices
+    self._output = sys.stdout if output is None else output
+    self._live = self._output.isatty()
+    self._latest: dict[str, float] = {}
+    self._validated: int | None = None   # the step of what is latest of `validation/`
+    self._begin, self._printed, self._pending = clock(), -math.inf, False
+    self._records = list(records)
+    self._path, self._jsonl = folder / 'metrics.jsonl', None
+    if jax.process_index() == 0:
+      folder.mkdir(parents=True, exist_ok=True)
+      self._repair(step)
+      self._jsonl = self._path.open('a')
+      self._tensorboard = _TensorBoard(folder / 'tensorboard', step and step + 1)
+
+  def pause(self) -> contextlib.AbstractContextManager[None]:
+    """Around evaluation and checkpoints: not training time."""
+    return self.throughput.pause()
+
+  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    """One record. A record with `loss` is of a training step, and counts for the throughput."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    if 'loss' in metrics:
+      self.throughput.update(step)
+      if speed := self.throughput.tokens_per_second:
+        metrics['tokens_per_second'] = speed
+        if self._flops and (utilisation := mfu(self._flops(step), speed, self._devices)):
+          metrics['mfu'] = utilisation
+    if self._jsonl is None:
+      return
+    # JSON has no inf and NaN: null keeps every line readable by every tool.
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    seconds = round(self._clock() - self._begin, 3)
+    record = {'step': step, 'seconds': seconds, **finite}
+    self._records = [*self.records(step), record]
+    with atomic.naming(self._path):
+      self._jsonl.write(json.dumps(record, allow_nan=False) + '\n')
+      self._jsonl.flush()
+    self._tensorboard.write(step, {name: value for name, value in finite.items() if value is not None})
+    self._latest.update(metrics)
+    milestone = any(name.startswith('validation/') for name in metrics)
+    self._validated = step if milestone else self._validated
+    self._print(step, milestone)
+
+  def records(self, step: int) -> list[Mapping[str, Any]]:
+    """What was logged of a step, of the last one that was logged."""
+    return [record for record in self._records if record['step'] == step]
+
+  def line(self, step: int) -> str:
+    """What the terminal shows; validation where it is of this step."""
+    shown = [name for name in _SHOWN if name in self._latest
+             and (step == self._validated or not name.startswith('validation/'))]
+    parts = [f'step {step}/{self._total}', *(_SHOWN[name](self._latest[name]) for name in shown)]
+    eta = self.throughput.eta
+    return '  '.join(parts if eta is None or step >= self._total else [*parts, f'ETA {_duration(eta)}'])
+
+  def _print(self, step: int, milestone: bool) -> None:
+    now = self._clock()
+    if not milestone and now - self._printed < (0.2 if self._live else self._every):
+      return
+    self._printed = now
+    self._pending = self._live and not milestone
+    line = self.line(step)
+    if self._live:  # '\x1b[K' clears what is left of a longer line
+      line = f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K'
+    print(line, end='' if self._pending else '\n', file=self._output, flush=True)
+    self._tensorboard.flush()
+
+  def __exit__(self, *error: Any) -> None:
+    if self._pending:
+      print(file=self._output)
+    if self._jsonl is not None:
+      with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():   # not an error after an error
+        try:
+          self._tensorboard.close()
+        finally:
+          self._jsonl.close()
+
+  def _repair(self, step: int) -> None:
+    """Leaves out what cannot be read, and what comes after a step; puts back what the file has lost of that step."""
+    kept, damaged = _read(self._path) if self._path.exists() else ([], 0)
+    kept = [record for record in kept if step > 0 and record['step'] <= step]
+    lost = [record for record in self.records(step) if record not in kept]
+    if damaged:
+      print(f'{self._path}: {damaged} lines could not be read, and are left out', file=self._output, flush=True)
+    atomic.write(self._path, ''.join(json.dumps(record) + '\n' for record in (*kept, *lost)))
+
+
+class _TensorBoard:
+  """Scalars for TensorBoard, in a new file; written where they are logged, so that a full disk is an error there."""
+
+  def __init__(self, folder: pathlib.Path, purge_step: int):
+    from tensorboardX import proto, record_writer, summary  # 0.2 s: not for --help
+    self._event, self._scalar = proto.event_pb2.Event, summary.scalar
+    self._path = folder / f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    with atomic.naming(self._path):
+      folder.mkdir(parents=True, exist_ok=True)
+      self._file = record_writer.RecordWriter(str(self._path))
+    self._add(file_version='brain.Event:2')
+    if purge_step:   # TensorBoard hides what earlier files have from this step on
+      self._add(step=purge_step, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+      self._add(step=step, summary=self._scalar(name, value))
+
+  def _add(self, **fields: Any) -> None:
+    with atomic.naming(self._path):
+      self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+  def flush(self) -> None:
+    with atomic.naming(self._path):
+      self._file.flush()
+
+  def close(self) -> None:
+    with atomic.naming(self._path):
+      self._file.close()
+
+
+def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a metrics file. Lines that are damaged, such as one that a kill cut short, are left out."""
+  return _read(metrics_jsonl)[0]
+
+
+def _read(metrics_jsonl: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """The records, and the number of lines that are none."""
+  lines, records = metrics_jsonl.read_bytes().splitlines(), []
+  for line in lines:
+    with contextlib.suppress(ValueError):   # no UTF-8, or no JSON
+      record = json.loads(line)
+      numbers = isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
+      if numbers and isinstance(record.get('step'), int):
+        records.append(record)
+  return records, len(lines) - len(records)
+
+
+def _short(number: float) -> str:
+  unit = min(max(int(f'{number:.2e}'.partition('e')[2]) // 3, 0), 3)  # of the rounded number: 999.9 is 1k
+  return f'{number / 1000**unit:.3g}{("", "k", "M", "G")[unit]}'
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

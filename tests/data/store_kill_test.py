@@ -1,0 +1,71 @@
+"""A store that is killed at any write, and built again, has the same bytes as one that was not; whatever is in it."""
+import functools
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+from helpers.stores import BYTES, SOURCE, Wide, build, contents, small_groups  # noqa: F401
+
+from lm.data import store
+from lm.data.text.source import Source
+
+SHORT = [f'short {i}' for i in range(6)]             # `Wide` makes no tokens of them
+LONG = [f'a longer document {i}' for i in range(6)]
+
+
+class Killed(BaseException):
+  pass
+
+
+def die_at(n, calls, function, *args):
+  if next(calls) == n:
+    raise Killed
+  return function(*args)
+
+
+def is_killed(n, monkeypatch, folder, *settings):
+  """Builds a store up to its write number n; whether there was such a write."""
+  calls = itertools.count()
+  with monkeypatch.context() as patch:
+    for name in ('fsync', 'replace'):
+      patch.setattr(os, name, functools.partial(die_at, n, calls, getattr(os, name)))
+    try:
+      build(folder, *settings)
+    except Killed:
+      return True
+  return False
+
+
+def kill_at_any_write(tmp_path, monkeypatch, *settings):
+  """Builds a store as often as it writes, killed at one write more each time, and again; returns how often that was."""
+  monkeypatch.setattr(os, 'fsync', lambda file: None)   # no power is lost here
+  build(tmp_path / 'whole', *settings)
+  n = 0
+  while is_killed(n, monkeypatch, folder := tmp_path / str(n), *settings):
+    assert not (folder / 'manifest.json').exists()
+    with pytest.raises(FileNotFoundError, match='no finished store'):
+      store.Store(folder, 'train')
+    build(folder, *settings)
+    assert contents(folder) == contents(tmp_path / 'whole'), n
+    n += 1
+  return n
+
+
+def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
+  assert kill_at_any_write(tmp_path, monkeypatch, SOURCE, BYTES) > 20
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_of_documents_without_tokens_too_duplicates_are_known_after_a_kill(tmp_path, monkeypatch, seed):
+  """Documents of which nothing is left, others, and repetitions of both, in any order, also across splits."""
+  rng = np.random.default_rng(seed)
+  draw = lambda count: rng.choice([*SHORT, *LONG], count).tolist()
+  # The second group of train repeats what is before and behind a document without tokens in the first.
+  train = [SHORT[0], LONG[0], SHORT[1], LONG[1], LONG[2], LONG[2], LONG[1], SHORT[0], *draw(9)]
+  source = Source('toy', {'train': train, 'validation': [SHORT[2], LONG[3], *draw(5)]}, str(seed))
+  assert kill_at_any_write(tmp_path, monkeypatch, source, Wide()) > 20
+  counts = json.loads((tmp_path / 'whole/manifest.json').read_text())['splits']
+  assert sum(split['documents'] for split in counts.values()) <= len(LONG)   # each once in all splits
+  assert all(counts['train']['dropped'][reason] >= 2 for reason in ('no tokens', 'duplicate'))

@@ -1,0 +1,100 @@
+"""A message that advises a flag names one that the script has."""
+import ast
+import gzip
+import importlib
+import pathlib
+import re
+import tempfile
+
+import pytest
+import tfds_builder
+
+from lm.data.text import corpora
+from lm.launch import arguments
+from lm.launch import program as launcher
+
+ROOT = pathlib.Path(__file__).parents[3]
+ALWAYS = {'debug', 'help', 'helpfull', 'script'}
+GIT = {'abbrev', 'always', 'dirty', 'exclude'}   # flags of git
+
+
+def strings(path: pathlib.Path) -> list[str]:
+  """The strings of a file, but for docstrings; of an f-string, what is written in it."""
+  tree = ast.parse(path.read_text())
+  documented = {id(node.body[0].value) for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and isinstance(node.body[0], ast.Expr)}
+  parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+  texts = [''.join(part.value for part in node.values if isinstance(part, ast.Constant))
+           for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+  texts += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and id(node) not in documented | parts]
+  return texts
+
+
+def advised(path: pathlib.Path) -> set[str]:
+  """Flags in the strings of a file, but for commands of scripts."""
+  texts = [text for text in strings(path) if not re.search(r'\b[a-z_]+\.py --', text)]
+  return {name for text in texts for name in re.findall(r'(?<![\w-])--([a-z][a-z_]*)', text)}
+
+
+def flags_of(path: pathlib.Path) -> set[str]:
+  """The flags of a script; that a flag is off is written with `no` before it."""
+  module, text = importlib.import_module(path.stem), path.read_text()
+  functions = [getattr(module, name) for name in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
+  functions += [module.experiment] if hasattr(module, 'experiment') else []   # whose flags others take as knobs
+  functions += [launcher._train] if 'launch.run(' in text else []
+  names = {parameter.name for function in functions for parameter in arguments.keywords(function)}
+  return names | {'no' + name for name in names} | ALWAYS
+
+
+SCRIPTS = {path.stem: flags_of(path) for path in sorted((ROOT / 'experiments').glob('*.py'))}
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_script_advises_flags_of_its_own(name):
+  assert advised(ROOT / 'experiments' / f'{name}.py') <= SCRIPTS[name]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'lm').rglob('*.py')), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_that_a_module_advises_is_one_of_a_script(path):
+  assert advised(path) - GIT - {'flag', 'name'} <= set().union(*SCRIPTS.values())
+
+
+@pytest.mark.parametrize('name', ['pretrain', 'distill', 'tfds_builder'])
+def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name):
+  for module in ('corpora', 'source'):
+    assert advised(ROOT / 'lm/data' / f'{module}.py') <= SCRIPTS[name]
+  assert {'text', 'jsonl', 'parquet', 'key'} | advised(ROOT / 'lm/workdir/parsing.py') <= SCRIPTS[name]
+
+
+@pytest.mark.parametrize('module', ['parsing', *(f'data/{name}' for name in (
+    'corpora', 'source', 'stored', 'store', 'prepared', 'dialogues', 'corpus_flags'))])
+def test_a_flag_is_advised_as_a_flag_is_written(module):
+  """Not as an argument in Python, encoding_errors='replace'."""
+  names = '|'.join(sorted(set().union(*SCRIPTS.values())))
+  for text in strings(ROOT / 'lm' / f'{module}.py'):
+    assert not re.search(rf"(?<![\w-])({names})='", text), text
+
+
+@pytest.mark.parametrize('name', ['finetune_chat', 'preference', 'score'])
+def test_scripts_that_read_records_have_the_flags_of_their_files(name):
+  assert {'encoding_errors', 'decompressed_limit'} <= SCRIPTS[name]
+
+
+@pytest.mark.parametrize('suffix', ['gz', 'zst'])
+def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  line, path = b'{"text": "' + b'a' * 100_000 + b'"}\n', tmp_path / f'bomb.jsonl.{suffix}'
+  compress = gzip.compress if suffix == 'gz' else pytest.importorskip('zstandard').ZstdCompressor().compress
+  path.write_bytes(compress(20 * line))
+  size = 20 * len(line) / corpora.GIB
+  assert len(corpora.jsonl(str(path), validation=0., decompressed_limit=size).splits['train']) == 20
+  with pytest.raises(ValueError, match=rf'{path} unpacks to more than .* GiB; .* --decompressed_limit'):
+    len(corpora.jsonl(str(path), validation=0., decompressed_limit=0.99 * size).splits['train'])
+  assert sum(file.stat().st_size for file in tmp_path.rglob('bomb.jsonl')) <= 20 * len(line)   # of the first one alone
+
+
+def test_a_data_set_is_built_from_files_of_one_kind(tmp_path):
+  for given in ({}, {'text': 'a', 'jsonl': 'b'}):
+    with pytest.raises(ValueError, match='give one of --text, --jsonl and --parquet'):
+      tfds_builder.build(data_dir=tmp_path, **given)

@@ -1,0 +1,110 @@
+"""Rewards: of texts in any company, of pairs as training computes them, and the best of several answers."""
+import dataclasses
+import json
+
+import generate as generate_script
+import jax
+import numpy as np
+import pytest
+import score
+
+from lm import load, sharding
+from lm.data.chat import conversation, dialogues, messages
+from lm.data.text.source import Source
+from lm.data.tokenizers.folder import Bytes
+from lm.evaluate import rewards
+from lm.models import reward, transformer
+from lm.objectives import preference
+from lm.objectives.next_token import next_token
+
+TOKENS = Bytes()
+PAIRS = [json.dumps({'prompt': f'q{i}', 'chosen': 'yes ' * (i % 4 + 1), 'rejected': 'no' * i}) for i in range(1, 10)]
+MODEL = reward.Reward(transformer.llama(TOKENS.vocab_size, 16, 1, 2, max_length=64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """As much of a run as is asked for."""
+  data: dialogues.Dialogues
+  objective: object = preference.reward()
+  batch: int = 4
+
+
+@pytest.fixture(scope='module')
+def judge():
+  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype('f4'),
+                          jax.eval_shape(MODEL.init, jax.random.key(0)))
+    yield rewards.Judge(MODEL, params, TOKENS, conversation.Turns())
+
+
+@pytest.fixture
+def opened(judge, tmp_path, monkeypatch):
+  """What `trained.load` gives for a folder: the reward model, or a decoder of the same data."""
+  source = Source('pairs', {'train': [PAIRS[0].replace('q1', 'other')], 'validation': PAIRS}, 'p')
+  data = dialogues.Dialogues(source, TOKENS, 64, preference.Pair)
+  runs = {'reward': load.Trained(Run(data), MODEL, judge.params, TOKENS, 1, tmp_path, {}),
+          'decoder': load.Trained(Run(data, next_token()), MODEL.decoder, judge.params['decoder'], TOKENS, 1,
+                                     tmp_path, {})}
+  monkeypatch.setattr(load, 'load', lambda workdir, best=False: runs[workdir.name])
+  monkeypatch.setattr(load.Trained, 'open_data', lambda self: data.open(tmp_path, lambda line: None))
+  return tmp_path
+
+
+def test_a_reward_is_the_score_at_the_last_token_in_any_company(judge):
+  texts = [np.random.default_rng(n).integers(0, 256, n).astype('i4') for n in (3, 40, 64, 1, 17, 16)]
+  together = rewards.rewards(MODEL, judge.params, texts, positions=64)
+  rows = reward.Batch(np.stack([np.pad(text, (0, 64 - len(text))) for text in texts]))   # what follows is not seen
+  scores = np.asarray(jax.jit(MODEL.apply)(judge.params, rows).scores)
+  np.testing.assert_allclose(together, [row[len(text) - 1] for text, row in zip(texts, scores)], atol=1e-4)
+  for bad in ([], range(65)):
+    with pytest.raises(ValueError, match=f'texts of {len(bad)} to .*1 to 64'):
+      rewards.rewards(MODEL, judge.params, [np.array(bad, 'i4')])
+
+
+def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, opened, capsys):
+  given = judge.pairs(PAIRS, messages.Keys())
+  assert 0 < given.accuracy < 1
+  (opened / 'pairs.jsonl').write_text('\n'.join(PAIRS))
+  score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='8x1')
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[-1] == f'9 pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}'
+  assert sum('wrong' in line for line in lines) == sum(given.chosen <= given.rejected)
+  score.score(workdir=opened / 'reward', split='validation', mesh='8x1')
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('validation: all 1 batches of 8 rows of 64 positions')
+  metrics = dict(line.split() for line in lines if len(line.split()) == 2)
+  assert float(metrics['preference/accuracy']) == pytest.approx(given.accuracy, abs=1e-4)
+  assert float(metrics['preference/margin']) == pytest.approx(given.margin, abs=2e-3)
+  assert not {'bits_per_byte', 'perplexity', 'nll'} & set(metrics)
+
+
+def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):
+  expected = judge.answers(['q1', ''], ['yes', 'yes'])
+  for source, value in zip(('q1', None), expected):
+    score.score(workdir=opened / 'reward', text='yes', source=source, mesh='8x1')
+    assert capsys.readouterr().out.splitlines()[-1].split() == [f'{value:.4f}', "'yes'"]
+  assert expected[0] != expected[1]
+  with pytest.raises(ValueError, match='--pairs is for reward models'):
+    score.score(workdir=opened / 'decoder', pairs='x', mesh='8x1')
+
+
+def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, capsys):
+  options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': '8x1', 'chat': True}
+  generate_script.main(**options, n=8)
+  answers = capsys.readouterr().out.removesuffix('\n').split(f'\n\n{"-" * 80}\n')
+  generate_script.main(**options, n=2, best_of=8, reward=opened / 'reward')
+  shown = capsys.readouterr()
+  values = judge.answers(['q1'] * 8, answers)
+  assert shown.out.split(f'\n\n{"-" * 80}\n')[0] == answers[int(np.argmax(values))]
+  assert [line.split()[1].rstrip(',') for line in shown.err.splitlines()] == [
+      f'{value:.4f}' for value in sorted(values, reverse=True)[:2]]
+  for wrong, message in (({'best_of': 8}, 'give both flags'), ({'reward': opened / 'reward'}, 'give both flags'),
+                         ({'best_of': 2, 'n': 3, 'reward': opened / 'reward'}, 'at least --n=3')):
+    with pytest.raises(ValueError, match=message):
+      generate_script.main(**options, **wrong)
+  with pytest.raises(ValueError, match='is a reward model, which writes no text'):
+    generate_script.main(**{**options, 'workdir': opened / 'reward'})
+  with pytest.raises(ValueError, match='no reward model'):
+    generate_script.main(**options, best_of=2, reward=opened / 'decoder')

@@ -1,0 +1,91 @@
+"""The benchmark measures ours, where there is no PyTorch too."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import interleaved
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from lm import launch, sharding
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / 'experiments' / 'benchmarks' / 'training.py'
+
+
+@pytest.fixture(scope='module')
+def benchmark():
+  import training as module
+  return module
+
+
+def test_flags(benchmark):
+  (values,), _ = launch.parse([benchmark.benchmark], ['training.py', '--what=training,pipeline', '--shape=large'])
+  assert values['what'] == ['training', 'pipeline'] and values['shape'] == 'large'
+  with pytest.raises(flags.Error, match=re.escape('training | startup')):
+    launch.parse([benchmark.benchmark], ['training.py', '--what=flying'])
+  with pytest.raises(ValueError, match='--rounds=0'):
+    benchmark.benchmark(rounds=0)
+
+
+def test_both_arms_of_decoding_write_the_same_text(tmp_path):
+  torch = pytest.importorskip('torch')
+  torch.manual_seed(0)
+  transformers = pytest.importorskip('transformers')
+  import huggingface
+  config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
+                                   eos_token_id=None, pad_token_id=0)
+  transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+  with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
+    (ours, _), (theirs, _) = (make(tmp_path, 3, 7) for make in (
+        huggingface.ours_decoding, huggingface.transformers_decoding))
+    assert ours() == theirs() > 0
+
+
+def test_what_is_missing_is_told(capsys):
+  assert interleaved.machine('jax', 'no-such-package') == {'no-such-package'}
+  assert f'jax {jax.__version__}' in capsys.readouterr().out
+
+
+def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
+  seen = []
+  monkeypatch.setattr(np, 'max', lambda part: seen.append(part.nbytes))
+  go, _ = interleaved.read_memory(4_000, 3)
+  go()
+  assert sum(seen) == 12_000
+
+
+@pytest.mark.slow
+def test_ours_is_measured():
+  flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  done = subprocess.run([sys.executable, SCRIPT, *flags.split()], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = re.findall(r'^  ours +([\d,]+) +1.00 .* ([\d,]+)$', done.stdout, re.MULTILINE)
+  # Weights by hand: 512 tokens and 32 positions of width 64, 2 layers, the last norm. The pipeline has none.
+  weights = (512 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
+  assert [int(number.replace(',', '')) for _, number in rows] == [weights, 0]
+  assert all(int(rate.replace(',', '')) > 0 for rate, _ in rows)
+
+
+def test_each_objective_of_the_table_is_made_examples_of_and_traced():
+  import jax
+  import numpy as np
+  import objective_costs as module
+
+  from lm import train
+  shape = interleaved.SHAPES['tiny']
+  for row in module.rows(shape).values():
+    batch = module.batches_of(row, shape)(0)
+    stored = {name: np.zeros((*batch.tokens.shape, *more), dtype) for name, (dtype, more) in row.columns.items()}
+    run = train.Run(row.model, row.objective, None, None, steps=1, batch=shape.batch, constants=row.constants)
+    params = {**jax.eval_shape(row.model.init, jax.random.key(0)), **train.abstract_constants(run)}
+    given = batch._replace(columns={**(batch.columns or {}), **stored} or None)
+    loss, weight, sums = jax.eval_shape(lambda *args, row=row: row.objective.loss(row.model.apply, *args, None), params,
+                                        given)
+    assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
+    assert 0 < module.seen(batch) <= 2 * batch.tokens.size

@@ -1,0 +1,324 @@
+"""Every experiment runs, small, and is lowered at its own size for hardware that is not here; every tool starts."""
+import argparse
+import functools
+import importlib
+import inspect
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from lm import launch, sharding, train
+from lm import load as trained
+from lm import scripts as lm_scripts
+from lm.data import tokenizers
+from lm.data.text import corpora, puzzles
+from lm.hf import pretrained
+from lm.launch import arguments
+from lm.launch import program as launcher
+from lm.models import transformer
+from lm.workdir import track
+
+ROOT = pathlib.Path(__file__).parents[2]
+# By name: the experiments and the benchmarks, without what the benchmarks share.
+SCRIPTS = {path.stem: path for folder in ('experiments', 'experiments/benchmarks')
+           for path in sorted((ROOT / folder).glob('*.py')) if path.stem != 'interleaved'}
+# Flags that make each experiment tiny.
+TINY = {
+    'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
+                 '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1', '--evaluate_every=1',
+                 '--evaluate_batches=1'],
+    'finetune_chat': ['--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1'],
+    'preference': ['--length=64', '--batch=8', '--steps=2', '--warmup=1'],
+    'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
+                '--steps=2'],
+    'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'overfit': ['--steps=2', '--documents=8', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2',
+                '--batch=8', '--dropout=0.1', '--subword_sampling=0.1', '--token_dropout=0.1'],
+    'mup': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=32', '--batch=8'],
+    'quickstart': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+}
+# What a tool is asked for beside --help: flags that it must understand.
+TOOLS = {
+    'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b', '--draft=1'],
+    'score': ['--text=something', '--source=some', '--best'],
+    'import_hf': ['--model=a/b', '--out=/nowhere'],
+    'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
+    'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
+    'noise_scale': ['--batches=8', '--rows=4', '--best'],
+    'training': [],
+    'objective_costs': ['--only=distillation', '--shape=tiny'],
+    'optimizer_costs': ['--only=soap', '--shape=tiny'],
+    'schedules': ['--only=steps', '--milestones=3,4'],
+    'compare': ['--arms=a: ; b: lr=1', '--equal=flops'],
+    'optimizers': ['--seeds=2'],
+    'sweep': ['--knobs=lr=1,2', '--method=random'],
+    'scaling': ['--budgets=1,2'],
+    'huggingface': ['--families=gpt2,bert,t5'],
+}
+
+
+load = importlib.import_module
+
+
+@pytest.fixture(scope='module')
+def scripts():
+  """All of them imported in this process, and named as those whose runs are opened."""
+  lm_scripts.trust(*SCRIPTS.values())
+  return {name: load(name) for name in SCRIPTS}
+
+
+def names(experiments: bool) -> list[str]:
+  has = {name: re.search(r'^def experiment\(', path.read_text(), re.MULTILINE) for name, path in SCRIPTS.items()}
+  return sorted(name for name, found in has.items() if bool(found) is experiments)
+
+
+@pytest.fixture(scope='module')
+def start(scripts, tmp_path_factory):
+  """A folder with a small run of finetune_chat, which preference starts from."""
+  folder = tmp_path_factory.mktemp('start')
+  (knobs,), _ = launch.parse([scripts['finetune_chat'].experiment], ['finetune_chat.py', *TINY['finetune_chat']])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(puzzles, 'dialogues', functools.partial(puzzles.dialogues, 300))
+    launcher._train(scripts['finetune_chat'].experiment, knobs, None, workdir=folder / 'runs/finetune_chat')
+  return folder
+
+
+@pytest.fixture
+def small(start, monkeypatch):
+  """What the experiments find: few puzzles, and something to start from."""
+  for name in ('dialogues', 'preferences'):
+    monkeypatch.setattr(puzzles, name, functools.partial(getattr(puzzles, name), 300))
+  monkeypatch.chdir(start)
+
+
+@pytest.fixture
+def texts(tmp_path):
+  folder = tmp_path / 'texts'
+  folder.mkdir()
+  lines = inspect.getsource(argparse).splitlines(keepends=True)
+  for i in range(0, len(lines), 20):
+    (folder / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
+  model = transformer.llama(264, 16, 1, heads=4, max_length=1024)   # of its own, what a student learns from
+  params = jax.jit(model.init)(jax.random.key(0))
+  pretrained.write(folder / 'teacher', model, params, tokenizers.Bytes(('<|bos|>', '<|eos|>')))
+  return folder
+
+
+# Those that are like another one, and lowered below.
+LIKE_ANOTHER = ('denoise', 'diffusion', 'infill', 'mup', 'overfit')
+
+
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in LIKE_ANOTHER else ())
+                                  for name in names(experiments=True)])
+def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
+  assert name in TINY, f'give {name} the flags that make it tiny'
+  monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
+  argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
+  (knobs, shared), debug = launch.parse([scripts[name].experiment, launcher._train], argv)
+  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  assert not debug and shared['workdir'] is None
+  with jax.set_mesh(mesh):
+    result = train.train(scripts[name].experiment(**knobs), tmp_path / 'run', mesh)
+  assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
+  rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  # A new model knows nothing, and not less.
+  assert len(losses) == 2 and losses[0] < 1.1 * np.log(scripts[name].experiment(**knobs).model.vocab)
+
+
+def defaults(module, name: str, texts) -> train.Run:
+  keywords = arguments.keywords(module.experiment)
+  knobs = {p.name: p.default for p in keywords}
+  if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
+    knobs['steps'] = 1000
+  if 'teacher' in knobs:   # it would be of a run
+    knobs['teacher'] = str(texts / 'teacher')
+  return module.experiment(**knobs)
+
+
+@pytest.mark.parametrize('shape', [pytest.param('8x1', marks=pytest.mark.slow), '4x2'])
+@pytest.mark.parametrize('name', names(experiments=True))
+def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
+  mesh = sharding.abstract_mesh(shape)
+  with jax.sharding.use_abstract_mesh(mesh):
+    run = defaults(scripts[name], name, texts)
+    train.check(run, mesh)
+    state = train.abstract_state(run, mesh)
+    inputs = state, train.abstract_batch(run, mesh), train.abstract_constants(run)
+    lowered = train.make_step(run).trace(*inputs).lower(lowering_platforms=('tpu',))
+  assert f'num_partitions = {mesh.size}' in lowered.as_text()[:400]
+  new, metrics = lowered.out_info
+  described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert described(new) == described(state) and metrics['loss'].shape == ()
+  split = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1 and any(leaf.sharding.spec)]
+  whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert sum(leaf.size for leaf in split) > 0.98 * whole   # at rest, hardly a parameter is held twice
+
+
+@pytest.mark.parametrize('name', names(experiments=True) + names(experiments=False))
+def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
+  module, text = scripts[name], SCRIPTS[name].read_text()
+  assert name in TINY or name in TOOLS, f'give {name} a line in one of the tables'
+  functions = [getattr(module, function) for function in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
+  functions += [launcher._train] if 'launch.run(' in text else []
+  with pytest.raises(SystemExit) as stop:
+    launch.parse(functions, [f'{name}.py', '--help'])
+  out = capsys.readouterr().out
+  assert not stop.value.code and module.__doc__.split('\n')[0] in out
+  described = arguments.argument_help(functions[0])
+  assert set(described) <= {p.name for p in arguments.keywords(functions[0])}   # no flag is described that is not there
+  assert f'python {SCRIPTS[name].relative_to(ROOT)}' in module.__doc__
+  for example in re.findall(r'--(\w+)', module.__doc__):
+    assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'
+  if name in TOOLS or 'launch.run(' in text:
+    launch.parse(functions, [f'{name}.py', *TINY.get(name, TOOLS.get(name))])
+  with pytest.raises(flags.Error, match='unknown flag --nosuchflag'):
+    launch.parse(functions, [f'{name}.py', '--nosuchflag=1'])
+  assert sys.modules.get('tensorflow') is None
+
+
+@pytest.mark.parametrize('name', ['prefix', 'masked', 'span_corruption', 'ul2', 'infill'])
+def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
+  flag = f'--objective={name}', '--label_smoothing=0.1', '--z_loss=1e-4', f'--text={texts}/*.txt'
+  argv = ['pretrain.py', *TINY['pretrain'][1:], *flag]
+  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
+  run = scripts['pretrain'].experiment(**knobs)
+  assert set(run.objective.control) <= set(run.data.tokenizer.control_names)
+  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    train.check(run, mesh)
+
+
+def test_pretrain_names_control_tokens(scripts):
+  def make(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  assert make('--objective=masked', '--control=[MASK]').objective.control == ('[MASK]',)
+  assert make('--objective=ul2', '--control=a,b,c').objective.control[-3:] == ('a', 'b', 'c')
+  with pytest.raises(ValueError, match='--control=a names tokens, of which --objective=next_token needs none'):
+    make('--control=a')
+
+
+@pytest.mark.parametrize('method', ['cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'])
+def test_every_method_of_preference_fits_together(method, scripts, small):
+  mesh = sharding.abstract_mesh('4x2')
+  with jax.sharding.use_abstract_mesh(mesh):
+    (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
+    train.check(scripts['preference'].experiment(**knobs), mesh)
+
+
+def test_preference_says_how_to_make_what_it_starts_from(scripts, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(FileNotFoundError, match='make it with "python experiments/finetune_chat.py"'):
+    scripts['preference'].experiment()
+
+
+@pytest.mark.slow
+def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, small, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+  monkeypatch.setattr(scripts['preference'], 'QUESTIONS', 2)
+  workdir = f'--workdir={tmp_path}/run'
+  monkeypatch.setattr(sys, 'argv', ['preference.py', *TINY['preference'], '--method=kto', workdir])
+  launch.run(scripts['preference'].experiment, scripts['preference'].report)
+  out = capsys.readouterr().out
+  assert re.search(r'held out: .*accuracy', out) and re.search(r'after: \d of 2 answers are exactly', out)
+  monkeypatch.setattr(sys, 'argv', ['generate.py', workdir, '--chat', '--prompt=hi', '--max_tokens=4'])
+  launch.tool(scripts['generate'].main)
+  assert not capsys.readouterr().out.startswith('hi')
+
+
+def test_pretrain_regularises_by_flags(scripts):
+  def make(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  run = make('--dropout=0.1', '--embedding_dropout=0', '--attention_dropout=0.2', '--stochastic_depth=0.6',
+             '--shuffle=1', '--token_dropout=0.3', '--batch_warmup=200:4,500:8', '--length_warmup=300:64')
+  block = run.model.layers[0]
+  assert (run.model.dropout, block.dropout, block.attention.scores.dropout) == (0., 0.1, 0.2)
+  np.testing.assert_allclose(run.model.layer_dropout.rates, np.arange(1, 7) / 10)
+  assert [type(a).__name__ for a in run.augment] == ['Shuffle', 'TokenDropout'] and run.augment[1].rate == 0.3
+  assert [run.schedule.shape(step) for step in (0, 200, 300, 500)] == [(32, 64), (64, 64), (8, 512), (16, 512)]
+  assert make().augment == make().stages == () and make().model.layer_dropout is None
+  for argv, message in ((('--layer_dropout=0.1', '--stochastic_depth=0.1'), 'give one of them'),
+                        (('--batch_warmup=200',), r'--batch_warmup=200 is not of the kind'),
+                        (('--length_warmup=300:64,200:8',), 'end at steps 300, 200')):
+    with pytest.raises(ValueError, match=message):
+      make(*argv)
+
+
+def test_a_distillation_is_evaluated_and_saved_as_its_flags_say(scripts, monkeypatch):
+  teacher = trained.BaseModel(transformer.llama(300, 16, 1, heads=2, max_length=16), tokenizers.Bytes(), None, None)
+  monkeypatch.setattr(scripts['distill'], 'open_teacher', lambda name: teacher)
+  for flags_given, expected in ({}, (125, 125)), ({'evaluate_every': 7, 'save_every': 9}, (7, 9)):
+    run = scripts['distill'].experiment(length=16, width=16, **flags_given)
+    assert (run.evaluate_every, run.save_every) == expected
+
+
+def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
+  (tmp_path / 'plays.txt').write_text('\n\n'.join(f'speech {i}' for i in range(200)))
+  argv = ['pretrain.py', f'--text={tmp_path}/plays.txt', r'--separator=\n\n', '--validation=0.3']
+  (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
+  splits = scripts['pretrain'].experiment(**knobs).data.source.splits
+  assert sum(map(len, splits.values())) == 200 and 40 < len(splits['validation']) < 80
+
+
+@pytest.mark.parametrize('argv, message', [
+    ([f'--{name}='], rf'flag --{name}=: expected .* \| none; it is empty, perhaps an unset shell variable')
+    for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator', 'model', 'init', 'tokenizer_file', 'stop_words')] + [
+    ([f'--{name}={value}'], f'--{name}={value} is not positive')
+    for name in ('vocab', 'length') for value in (0, -1)] + [
+    (['--text= '], '--text=  is empty'), (['--objective=span_corruption', '--mean_span=0'], '--mean_span=0.0 is not 1'),
+    (['--predict_ahead=1', '--ahead_weight=-1'], 'weight=-1.0: it must be at least 0'),
+    (['--z_loss=inf'], 'a z-loss of inf'),
+    (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
+    (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0: each must be above 0'),
+    (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
+    (['--text=a', '--tfds=b', '--weights=-1,1'], '--weights=-1.0,1.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
+    (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),
+    (['--text=a', '--validation=0'], '--validation=0.0 is not a share between 0 and 1')])
+def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
+  with pytest.raises((ValueError, flags.Error), match=message):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    scripts['pretrain'].experiment(**knobs)
+
+
+@pytest.mark.parametrize('flags_given, message', [
+    ({'max_tokens': 0}, '--max_tokens=0 must be'), ({'stop': ('END', '')}, 'no --stop may be empty'),
+    ({'draft': -1}, '--draft=-1 '), ({'best_of': -1}, '--best_of=-1 '), ({'n': 0}, '--n=0'),
+    ({'top_k': -2}, 'top_k=-2')])
+def test_generate_refuses_values_that_mean_nothing_before_a_model_is_read(scripts, flags_given, message):
+  with pytest.raises(ValueError, match=message):
+    scripts['generate'].main(**flags_given, workdir=pathlib.Path('not there'))
+
+
+def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+
+  def pretrain(*argv):
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], '--workdir=run', *argv])
+    launch.run(scripts['pretrain'].experiment)
+  pretrain('--text=texts/*.txt')
+  texts.rename(tmp_path / 'moved')
+  with pytest.raises(SystemExit):
+    pretrain('--text=texts/*.txt', '--width=32')   # recorded, but it did not train
+  assert f"no file matches 'texts/*.txt' in {tmp_path};" in capsys.readouterr().err
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = trained.load(tmp_path / 'run')
+  assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
+
+
+@pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])
+def test_no_validation_is_refused_clearly_and_few_steps_need_no_other_flag(scripts, name):
+  with pytest.raises(ValueError, match='--validation=0.0 is not a share between 0 and 1; every run is validated'):
+    scripts[name].experiment(validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
+  if name != 'preference':   # which starts from a model
+    assert scripts[name].experiment(steps=3).steps == 3

@@ -1,0 +1,147 @@
+"""Decoding with a cache: as long as its slots last, and no longer."""
+import functools
+import types
+
+import generate as generate_script
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.decoders import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
+
+from lm import generate
+from lm.data.batch import Batch
+from lm.generate import text as text_module
+from lm.hf import pretrained
+from lm.models import stack, transformer
+from lm.models.rotary import LongRope, Rotary
+
+model_of = functools.cache(make)
+
+
+@pytest.mark.parametrize('slots', [63, 64, 65, 129])
+def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
+  """Prompts take 32 slots (the longest has 28 tokens), and the cache is made in steps of 64."""
+  model, params = model_of(transformer.gpt2)
+  count = slots - 32
+  made = tokens_of(model, params, PROMPTS, GREEDY, count)
+
+  @jax.jit
+  def forward(params, tokens):
+    out = model.apply(params, Batch(tokens))
+    return out.head(out.hidden)
+
+  rows = [[Bytes.bos_id, *prompt.encode(), *row] for prompt, row in zip(PROMPTS, made)]
+  logits = forward(params, np.stack([np.pad(row, (0, 128 - len(row))) for row in np.array(rows, object)]).astype('i4'))
+  assert max(map(len, rows)) <= model.max_length
+  for row, given, text in zip(made, logits, rows):
+    best = np.argmax(given[:, :Bytes.vocab_size], axis=-1)[len(text) - count - 1:len(text) - 1]
+    end = np.argmax(row == Bytes.eos_id) + 1 if Bytes.eos_id in row else count
+    np.testing.assert_array_equal(row[:end], best[:end])
+
+
+class Counts(transformer.LanguageModel):
+  """Writes 1 as long as what it has read fits its cache, and 2 after that."""
+  vocab: int = 6
+  max_length: int = 1024
+
+  def unstack(self, params):
+    return params
+
+  def init_cache(self, batch_size, slots):
+    return jnp.int32(slots)
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    free = cache - batch.tokens.shape[1]
+    token = jnp.where(free < 0, 2, 1)
+    return transformer.Output(batch.tokens, lambda h: jnp.broadcast_to(jax.nn.one_hot(token, 6), (*h.shape, 6)), free)
+
+
+@pytest.mark.parametrize('slots', [17, 63, 64, 65, 66, 127, 128, 129, 130, 193])
+def test_what_is_written_fits_the_cache(slots):
+  class Six(Bytes):
+    vocab_size, bos_id, eos_id = 6, 0, 77   # never ends
+
+  made = tokens_of(Counts(), None, [''], GREEDY, slots - 16, tokenizer=Six())
+  assert made.shape == (1, slots - 16) and (made == 1).all()
+
+
+def best_next(model, params, text):
+  out = model.apply(params, Batch(np.int32([text])))
+  return int(np.argmax(out.head(out.hidden)[0, -1, :Bytes.vocab_size]))
+
+
+def test_text_past_the_original_context_is_that_of_full_forwards():
+  """LongRoPE: other frequencies for the whole of a text that passes it, so its keys are made anew."""
+  model, params = model_of(transformer.llama, tied=False)
+  rotary = Rotary(100., scaling=LongRope((1.,) * 4, (3., 5., 9., 20.), 24, 1.1))
+  block = model.layers[0]
+  block = block.clone(attention=block.attention.clone(rotary=rotary))
+  model = model.clone(blocks=stack.stacks([block] * 2))
+  prompts = [np.int32([*text.encode()]) for text in PROMPTS[:3]]   # 9, 1 and 28 tokens with bos
+  made = generate.tokens(model, params, Bytes(), prompts, GREEDY, max_tokens=30)
+  passed = 0
+  for prompt, row in zip(prompts, made):
+    text = [256, *prompt]
+    for token in row:
+      padded = np.pad(np.int32(text), (0, 64 - len(text)))[None]
+      segments = (np.arange(64) < len(text)).astype('i4')[None]
+      logits = full(model)(params, padded, segments)[0, len(text) - 1, :Bytes.vocab_size]
+      assert token == np.argmax(logits), len(text)
+      text.append(int(token))
+    passed += len(text) > 26 > len(prompt) + 2
+  assert passed == 2
+
+
+@functools.lru_cache
+def full(model):
+  return jax.jit(lambda params, tokens, segments: (lambda out: out.head(out.hidden))(
+      model.apply(params, Batch(tokens, positions=jnp.arange(64)[None], segments=segments))))
+
+
+def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
+  model, params = make(transformer.gpt2)
+  model = model.clone(max_length=24)
+  params = {**params, 'positions': params['positions'][:24]}
+
+  class Endless(Bytes):
+    eos_id = 999
+
+  tokenizer, prompt = Endless(), 'def f(x):'
+  assert generate.room(model, tokenizer, [prompt]) == 14
+  ids = [np.int32([*prompt.encode()])]
+  made, = generate.tokens(model, params, tokenizer, ids, GREEDY)
+  assert len(made) == 14
+  with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
+    generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=15)
+  text = [256, *ids[0]]
+  batch = text_module._prompts(model, [np.int32(text)], tokenizer, adds_bos=False)
+  made = np.concatenate([*text_module._reread(model, params, [np.int32(text)], batch, tokenizer, GREEDY, 40, 0)],
+                        axis=1)
+  read = list(text)
+  for token in made[0]:
+    if len(read) >= 24:
+      read = [256, *read[-12:]]
+    assert token == best_next(model, params, read)
+    read.append(int(token))
+  never = generate.Sampling(temperature=0, repetition_penalty=1e9)   # no token again, also of what was left behind
+  made_once = text_module._reread(model, params, [np.int32(text)], batch, tokenizer, never, 60, 0)
+  assert len({*text, *np.concatenate([*made_once], axis=1)[0].tolist()}) == len({*text}) + 60
+  assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
+      ''.join(text_of(made[0], tokenizer, prompt=ids[0]))]
+
+
+def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
+  model, params = make(transformer.gpt2)
+  model, params = model.clone(max_length=24), {**params, 'positions': params['positions'][:24]}
+  opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes())
+  monkeypatch.setattr(pretrained, 'load', lambda name: opened)
+
+  def said(**flags):
+    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='8x1', **flags)
+    return capsys.readouterr().err
+  line = said()
+  assert line == 'up to 14 tokens, to the end of the context; --window goes on past it\n'
+  assert said(window=True) == said(max_tokens=14) == ''
+  with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
+    said(max_tokens=15)

@@ -1,0 +1,333 @@
+"""Masked diffusion on a distribution that can be enumerated: the bound, its estimates, and what the sampler draws."""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import sharding
+from lm.data import tokenizers
+from lm.data.batch import Batch, Dialogue, Row, Special, blank, template
+from lm.generate import Sampling, unmask
+from lm.models import transformer
+from lm.objectives.diffusion import masked_diffusion
+from lm.objectives.objective import sequence_mean
+
+BOS, MASK, VOCAB, LENGTH = 3, 4, 3, 3
+SPECIAL = Special(BOS, 9, 10, (MASK,))
+RNG = np.random.default_rng(0)
+JOINT = RNG.dirichlet(np.full(VOCAB ** LENGTH, 0.3)).reshape((VOCAB,) * LENGTH).astype('f4')
+TEXTS = list(itertools.product(range(VOCAB), repeat=LENGTH))
+
+
+class Exact(transformer.LanguageModel):
+  """After bos, p(token at i | tokens that are no masks) of the joint distribution, its only parameter."""
+  vocab: int = 8
+  max_length: int = 16
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    def row(tokens):
+      start = jnp.argmax(tokens == BOS) + 1
+      at = jax.lax.dynamic_slice(tokens, (start,), (LENGTH,))
+      agrees = (at[:, None] == MASK) | (at[:, None] == jnp.arange(VOCAB)[None])
+      others = jnp.where(jnp.eye(LENGTH, dtype=bool)[..., None], True, agrees[None])
+      tables = jnp.einsum('abc,na,nb,nc->nabc', params, *jnp.moveaxis(others.astype('f4'), 1, 0))
+      p = jnp.stack([tables[i].sum(tuple({0, 1, 2} - {i})) for i in range(LENGTH)])
+      return jax.lax.dynamic_update_slice(jnp.ones((len(tokens), VOCAB)), p, (start, 0))
+    p = jax.vmap(row)(batch.tokens)
+    logits = jnp.log(jnp.pad(p / p.sum(-1, keepdims=True), ((0, 0), (0, 0), (0, 8 - VOCAB))))
+    return transformer.Output(jnp.maximum(logits, -1e9), jax.tree_util.Partial(lambda hidden: hidden), None)
+
+
+class Three:
+  """Words 0, 1, 2."""
+  vocab_size, bos_id, eos_id, eos_ids = 5, BOS, 9, (9,)
+
+  def encode_batch(self, texts):
+    return [np.int32([int(c) for c in text]) for text in texts]
+
+  def decode(self, ids):
+    return ''.join(map(str, ids))
+
+  def control_id(self, name):
+    return {'<|mask|>': MASK}[name]
+
+
+def loss_of(apply, params, batch):
+  loss, weight, sums = masked_diffusion().loss(apply, params, batch, None)
+  return loss, weight, sums
+
+
+def every_set(text):
+  """A row for each set of masks of bos and a text, with its probability where l is uniform and the set of l too."""
+  tokens, weights, shares = [], [], []
+  for n in range(1, LENGTH + 1):
+    sets = list(itertools.combinations(range(LENGTH), n))
+    for places in sets:
+      masked, importance = np.int32([BOS, *text]), np.zeros(LENGTH + 1, np.float32)
+      masked[1 + np.array(places)], importance[1 + np.array(places)] = MASK, LENGTH / n
+      tokens.append(masked)
+      weights.append(importance)
+      shares.append(1 / LENGTH / len(sets))
+  return np.stack(tokens), np.stack(weights), np.array(shares)
+
+
+def expected_bound(params):
+  """Of each text, in nats, exactly: the loss of the objective over all sets."""
+  @jax.jit
+  def one(tokens, importance, target):
+    asked = jnp.arange(LENGTH + 1)[None] > 0
+    batch = Batch(tokens[None], target[None], asked.astype('f4'), columns={'importance': importance[None]})
+    return loss_of(Exact().apply, params, batch)[0]
+
+  found = []
+  for text in TEXTS:
+    tokens, weights, shares = every_set(text)
+    losses = jax.vmap(one, in_axes=(0, 0, None))(tokens, weights, jnp.int32([BOS, *text]))
+    found.append(float(np.dot(shares, losses)))
+  return np.array(found)
+
+
+def test_the_expected_loss_bounds_the_likelihood_and_is_it_where_the_conditionals_are_exact():
+  nll = -np.log(JOINT.ravel())
+  bound = expected_bound(JOINT)
+  np.testing.assert_allclose(bound, nll, rtol=2e-5)
+  other = np.random.default_rng(1).dirichlet(np.full(27, 2.)).reshape(3, 3, 3).astype('f4')
+  np.testing.assert_allclose(expected_bound(other), -np.log(other.ravel()), rtol=2e-5)
+  p = JOINT.ravel()
+  assert np.dot(p, bound) + 0.05 < np.dot(p, expected_bound(other))   # a wrong model's is looser
+
+
+class Wrong(Exact):
+  """The conditionals of no joint distribution: sharper than exact, where nothing or one token is masked."""
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    out = super().apply(params, batch)
+    few = (batch.tokens == MASK).sum(1)[:, None, None] < 2
+    return out._replace(hidden=jax.nn.log_softmax(jnp.where(few, 2., 1.) * out.hidden))
+
+
+def test_conditionals_that_do_not_agree_give_a_looser_bound():
+  """Jensen: the likelihood under a random order is at least as large as the bound says."""
+  orders = np.zeros(9)
+  apply = jax.jit(lambda tokens: jax.nn.softmax(Wrong().apply(JOINT, Batch(tokens[None])).hidden[0]))
+  for n, text in enumerate(TEXTS[:9]):
+    for order in itertools.permutations(range(LENGTH)):
+      tokens, p = np.int32([BOS, MASK, MASK, MASK]), 1.
+      for i in order:
+        p *= float(apply(tokens)[1 + i, text[i]])   # waits: JAX may read the array itself, which changes next
+        tokens[1 + i] = text[i]
+      orders[n] += p / 6
+  model = Wrong()
+  bounds = unmask.log_likelihood(model, JOINT, [np.int32([BOS, *text]) for text in TEXTS[:9]], MASK, draws=1024)
+  assert (bounds < np.log(orders) + 0.05).all() and (bounds < np.log(orders) - 0.05).any()
+
+
+def test_the_likelihood_of_a_text_is_estimated():
+  texts = [np.int32([BOS, *text]) for text in TEXTS[:6]]
+  found = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=512)
+  np.testing.assert_allclose(found, np.log(JOINT.ravel()[:6]), atol=0.15)
+  with jax.set_mesh(sharding.make_mesh('8x1')):
+    again = unmask.log_likelihood(Exact(), JOINT, texts[:1], MASK, draws=512)
+  np.testing.assert_allclose(again, found[:1], rtol=1e-5)
+  given = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, given=3)   # one token, given all others
+  table = JOINT[0, 0] / JOINT[0, 0].sum()
+  np.testing.assert_allclose(given[:3], np.log(table), rtol=1e-4)
+  assert unmask.log_likelihood(Exact(), JOINT, [np.int32([BOS])], MASK).tolist() == [0]
+  with pytest.raises(ValueError, match='17 tokens is more than the 16'):
+    unmask.log_likelihood(Exact(), JOINT, [np.zeros(17, np.int32)], MASK)
+
+
+# Examples.
+
+
+def test_masks_are_a_set_of_each_size_alike_and_weigh_as_many():
+  form, = masked_diffusion().forms
+  tokens, rng = np.int32([BOS, 0, 1, 2, 0]), np.random.default_rng(0)
+  sizes, places, importance = np.zeros(5), np.zeros(5), np.zeros(5)
+  for _ in range(4000):
+    example = form.example(tokens, rng, SPECIAL)
+    masked = example.tokens == MASK
+    assert (example.tokens[~masked] == tokens[~masked]).all() and (example.targets == tokens).all()
+    assert example.weights.tolist() == [0, 1, 1, 1, 1] and example.bidirectional.all()
+    np.testing.assert_array_equal(example.columns['importance'], np.float32(masked * 4 / masked.sum()))
+    sizes[masked.sum()] += 1
+    places += masked
+    importance += example.columns['importance']
+  assert sizes[0] == 0 and places[0] == 0
+  np.testing.assert_allclose(sizes[1:] / 4000, 1 / 4, atol=0.03)
+  np.testing.assert_allclose(places[1:] / 4000, 2.5 / 4, atol=0.03)   # the mean share of l
+  np.testing.assert_allclose(importance[1:] / 4000, 1, atol=0.06)     # so that each token counts once
+
+
+def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
+  form, = masked_diffusion().forms
+  rng = np.random.default_rng(0)
+  assert any(form.example(np.int32([0, 1]), rng, SPECIAL).tokens[0] == MASK for _ in range(20))
+  empty = form.example(np.int32([BOS]), rng, SPECIAL)
+  assert empty.weights.tolist() == [0] and empty.columns['importance'].tolist() == [0] and empty.tokens[0] == BOS
+  assert masked_diffusion().control == ('<|mask|>',)
+  assert masked_diffusion().prompt is None   # it does not learn to write from left to right
+
+
+def test_of_a_dialogue_what_is_asked_for_is_masked():
+  objective = masked_diffusion(needs=Dialogue)
+  asked = np.array([False, False, True, True])
+  for seed in range(20):
+    piece = Dialogue(np.int32([BOS, 0, 1, 2]), asked)
+    example = objective.forms[0].example(piece, np.random.default_rng(seed), SPECIAL)
+    assert (example.tokens[:2] == [BOS, 0]).all() and (example.tokens == MASK).any()
+    assert example.weights.tolist() == [0, 0, 1, 1] and objective.needs is Dialogue
+
+
+# The loss of a model.
+
+MODEL = transformer.llama(8, 8, 2, heads=2, hidden=8, max_length=8)
+
+
+def examples(documents):
+  form, = masked_diffusion().forms
+  return [form.example(tokens, np.random.default_rng(n), SPECIAL) for n, tokens in enumerate(documents)]
+
+
+def batch_of(groups, width=8):
+  """A row for each group of examples."""
+  batch = template(masked_diffusion(), SPECIAL, width)
+  batch = blank(batch, len(groups))
+  for i, group in enumerate(groups):
+    row = Row(batch, i)
+    for example in group:
+      row.add(example)
+  return batch
+
+
+def placed(model, tree):
+  """As a run lays them out on the mesh that is set."""
+  return jax.tree.map(lambda value, like: jax.device_put(value, jax.sharding.NamedSharding(
+      jax.sharding.get_mesh(), like.sharding.spec)), tree, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@functools.cache
+def params():
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
+                      jax.eval_shape(MODEL.init, jax.random.key(0)))
+
+
+value_and_grad = jax.jit(jax.value_and_grad(lambda p, batch: loss_of(MODEL.apply, p, batch)[0]))
+
+
+def test_packed_equals_unpacked_and_gradients_are_finite_differences():
+  a, b = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
+  (together, grads), (apart, other) = (value_and_grad(params(), batch_of(groups))
+                                       for groups in ([[a, b], []], [[a], [b]]))
+  assert float(together) == pytest.approx(float(apart), rel=1e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grads, other)
+  direction = jax.tree.map(lambda x: np.random.default_rng(2).normal(size=x.shape).astype('f4'), params())
+  shift = lambda h: jax.tree.map(lambda x, d: x + h * d, params(), direction)
+  slope = (value_and_grad(shift(1e-3), batch_of([[a, b], []]))[0]
+           - value_and_grad(shift(-1e-3), batch_of([[a, b], []]))[0]) / 2e-3
+  expected = sum(np.vdot(np.asarray(g), d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
+  assert float(slope) == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_sums_count_tokens_and_estimate_nats():
+  rows = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
+  batch = batch_of([rows, []])
+  loss, weight, sums = loss_of(MODEL.apply, params(), batch)
+  out = MODEL.apply(params(), batch)
+  nll = -jax.nn.log_softmax(out.head(out.hidden))[0, np.arange(8), batch.targets[0]]
+  masked = batch.tokens[0] == MASK
+  expected = sum(nll[i] * (3 / masked[:4].sum() if i < 4 else 4 / masked[4:].sum()) for i in np.flatnonzero(masked))
+  assert float(loss) == pytest.approx(float(expected), rel=1e-5) and float(sums['nll']) == float(loss)
+  assert float(weight) == 7 == float(sums['tokens']) and float(sums['accuracy'][1]) == masked.sum()
+  assert float(masked_diffusion(sequence_mean).loss(MODEL.apply, params(), batch, None)[1]) == 2
+
+
+def test_the_loss_is_the_same_on_a_mesh():
+  a, b = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
+  batch = batch_of([[a, b], [b]])
+  expected, grads = value_and_grad(params(), batch)
+  with jax.set_mesh(sharding.make_mesh('2x2', jax.devices()[:4])):
+    found, other = value_and_grad(placed(MODEL, params()), sharding.shard_rows(batch, jax.sharding.get_mesh()))
+  assert float(found) == pytest.approx(float(expected), rel=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), grads, other)
+
+
+# The sampler.
+
+DRAWS = 4096
+
+
+def draw(how, prompts=('',) * DRAWS, length=LENGTH, seed=0):
+  return unmask.generate(Exact(), JOINT, Three(), list(prompts), how, length=length, seed=seed)
+
+
+def chi_square(counts, p):
+  expected = counts.sum() * p
+  assert counts[expected == 0].sum() == 0
+  few = expected < 5   # together, as the test needs it
+  counts, expected = (np.append(x[~few], x[few].sum()) for x in (counts, expected))
+  return np.square(counts - expected)[expected > 0] @ (1 / expected[expected > 0]), (expected > 0).sum() - 1
+
+
+@pytest.mark.parametrize('blocks', [1, 3], ids=['any order', 'left to right'])
+def test_one_token_at_a_time_draws_the_exact_distribution(blocks):
+  how = unmask.Denoising(3, blocks, unmask.random)
+  found = np.array([int(text, 3) for text in draw(how)])
+  value, degrees = chi_square(np.bincount(found, minlength=27), JOINT.ravel().astype('f8'))
+  assert value < degrees + 3.7 * np.sqrt(2 * degrees)   # 1 in 1000 and less
+  assert len(set(draw(how, seed=1)[:50])) > 1 and draw(how, seed=1)[:50] != draw(how)[:50]
+
+
+def test_all_tokens_at_once_are_drawn_apart():
+  found = np.array([[int(c) for c in text] for text in draw(unmask.Denoising(1))])
+  apart = np.einsum('i,j,k->ijk', *(JOINT.sum(axis) for axis in ((1, 2), (0, 2), (0, 1))))
+  value, degrees = chi_square(np.bincount(found @ [9, 3, 1], minlength=27), apart.ravel() / apart.sum())
+  assert value < degrees + 3.7 * np.sqrt(2 * degrees)
+
+
+def test_low_confidence_keeps_the_most_probable_token_each_time():
+  """Greedy: by hand, the token whose marginal is the largest first, then given it."""
+  text, = draw(unmask.Denoising(3, sampling=Sampling(0.)), [''])
+  known = {}
+  for _ in range(3):
+    index = tuple(known.get(i, slice(None)) for i in range(3))
+    table = JOINT[index]
+    free = [i for i in range(3) if i not in known]
+    marginals = {i: table.sum(tuple(set(range(len(free))) - {n})) / table.sum() for n, i in enumerate(free)}
+    best = max(free, key=lambda i: marginals[i].max())
+    known[best] = int(marginals[best].argmax())
+  assert text == ''.join(str(known[i]) for i in range(3))
+
+
+def test_prompts_are_kept_and_a_completion_does_not_depend_on_its_company():
+  model, words = transformer.llama(320, 16, 1, heads=2, hidden=16, max_length=32), tokenizers.Bytes()
+  rng = np.random.default_rng(3)
+  weights = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
+                         jax.eval_shape(model.init, jax.random.key(0)))
+  how = unmask.Denoising(4, 2)
+  make = functools.partial(unmask.generate, model, weights, words, how=how, length=8, seed=1)
+  together = make(['ab', '', 'ab', 'a longer one'])
+  assert together[0] == make(['ab'])[0] != together[2] and together[1] == make([''])[0]
+  with jax.set_mesh(sharding.make_mesh('2x2', jax.devices()[:4])):
+    assert unmask.generate(model, placed(model, weights), words, ['ab', '', 'ab'], how, length=8,
+                              seed=1) == together[:3]
+
+
+def test_a_completion_ends_at_eos():
+  assert unmask._text(Three(), np.int32([1, 2]), np.array([0, 1, 9, 2])) == '01'
+
+
+def test_bad_requests_are_refused_in_words():
+  for error, how, length in [('steps=3 are not a positive multiple of blocks=2', lambda: unmask.Denoising(3, 2), 3),
+                             ('repetition_penalty=2', lambda: unmask.Denoising(sampling=Sampling(
+                                 repetition_penalty=2.)), 3),
+                             ('length=3 must be a multiple of blocks=2', lambda: unmask.Denoising(2, 2), 3),
+                             ('at least steps=4', lambda: unmask.Denoising(4), 3),
+                             ('length=16 are more than the 16', lambda: unmask.Denoising(1), 16)]:
+    with pytest.raises(ValueError, match=error):
+      draw(how(), [''], length)
+  assert draw(unmask.Denoising(1), []) == []

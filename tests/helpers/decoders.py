@@ -1,0 +1,56 @@
+"""Small decoders, and plain decoding to compare with."""
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lm import generate
+from lm.generate import text as text_module
+from lm.models import transformer
+
+GREEDY = generate.Sampling(temperature=0)
+
+PROMPTS = ['def f(x):', '', 'a longer prompt, 27 bytes.', 'def f(x):']
+
+
+class Bytes:
+  """UTF-8, one token a byte."""
+  vocab_size, bos_id, eos_id, adds_bos = 258, 256, 257, True
+
+  @property
+  def eos_ids(self):
+    return (self.eos_id,)
+
+  def encode_batch(self, texts):
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+  def decode_bytes(self, ids):
+    return bytes(int(i) for i in ids if i < 256)
+
+  def decode(self, ids):
+    return self.decode_bytes(ids).decode(errors='replace')
+
+
+def make(family=transformer.llama, mesh=None, **kwargs):
+  """A tiny random model whose logits are far enough apart that greedy text varies; its vocabulary is padded."""
+  model = family(264, 32, 2, 4, max_length=128, **kwargs)
+  rng = np.random.default_rng(0)
+
+  def value(path, like):   # to compile the initialiser would take longer
+    x = rng.normal(0, 0.03 if 'bias' in path[-1].key else 0.6, like.shape).astype(np.float32)
+    return jax.device_put(x, mesh and NamedSharding(mesh, like.sharding.spec))
+
+  return model, jax.tree.map_with_path(value, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
+  """Token by token, [prompts, n]."""
+  tokenizer = tokenizer or Bytes()
+  ids = tokenizer.encode_batch(prompts)
+  batch = text_module._prompts(model, ids, tokenizer)
+  return np.concatenate(list(text_module._tokens(model, params, ids, batch, tokenizer, sampling, n, seed)), axis=1)
+
+
+def text_of(ids, tokenizer=None, prompt=(), stop=()):
+  """Pieces of a text, one a token, then the end."""
+  text = text_module._Text(tokenizer or Bytes(), np.int32(prompt), stop)
+  return [text.push(i) for i in ids] + [text.end()]

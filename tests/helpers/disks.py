@@ -1,0 +1,14 @@
+"""Files and their sizes."""
+import contextlib
+import resource
+
+
+@contextlib.contextmanager
+def files_of(size: int):
+  """No file may grow past so many bytes: a write fails in the kernel, as on a full disk."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,0 +1,71 @@
+"""Encoders and encoder-decoders of files: what they compute, and its gradients."""
+import functools
+
+import jax
+import numpy as np
+
+from lm import sharding
+from lm.hf import files, weights
+from lm.objectives.next_token import next_token
+
+# These programs run once: optimising them takes longer.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+
+forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(model.apply(params, batch)),
+              static_argnums=0)
+
+
+def load(folder):
+  model, found = weights.open_model(folder)
+  with files.Weights(folder) as tensors:
+    return model, weights.load_params(model, found, tensors)
+
+
+def loss_and_grads(model, params, batch, key=None):
+  def mean_loss(params):
+    loss, weight, _ = next_token().loss(model.apply, params, batch, key)
+    return loss / weight
+  return jax.value_and_grad(mean_loss)(params)
+
+
+def random_params(model):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype('f4'),
+                      jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def assert_same(actual, expected, tolerance=5e-6):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (np.abs(b).max() + 0.01)),
+               actual, expected)
+
+
+def gradients(theirs, model, family, folder, tmp_path):
+  """Those of torch, as a tree of ours: written and read as weights are."""
+  found = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+  with files.Weights(folder) as saved:
+    assert found.keys() == saved.keys()
+  files.write(tmp_path, {name: (g.shape, g.dtype, lambda g=g: g) for name, g in found.items()})
+  with files.Weights(tmp_path) as read:
+    return weights.load_params(model, family, read)
+
+
+def kept(model, params, batch):
+  """How many numbers the backward pass is given."""
+  backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, batch).hidden, p)[1], params)
+  return sum(x.size for x in jax.tree.leaves(backward))
+
+
+def on_mesh(model, shape, batch, key=None):
+  """The loss and the gradients, weights laid out as the table says."""
+  mesh = sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])])
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec), shapes)
+    inputs = jax.device_put(random_params(model), layouts), sharding.shard_rows(batch, mesh)
+    return jax.tree.map(np.asarray, jit(functools.partial(loss_and_grads, model))(*inputs, key))
+
+
+def repeated(batch):
+  """As many rows as a mesh has devices."""
+  return jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)

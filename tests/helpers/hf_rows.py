@@ -1,0 +1,43 @@
+"""Batches of documents and the logits of a model on them, as the tests of Hugging Face models share them; no torch."""
+import functools
+
+import jax
+import numpy as np
+
+from lm.data.batch import Batch
+
+VOCAB = 96
+# These programs run once: optimising them takes longer.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(model.apply(params, batch)),
+              static_argnums=0)
+
+
+def rows(*documents, pads=(0, 0)):
+  """A batch [2, 64] of rows of documents, each row after padding: one shape, so that one program runs it."""
+  tokens, segments, positions = np.zeros((3, 2, 64), np.int32)
+  for row, (found, at) in enumerate(zip(documents, pads)):
+    for segment, document in enumerate(found, 1):
+      place = row, slice(at, at + len(document))
+      tokens[place], segments[place], positions[place] = document, segment, np.arange(len(document))
+      at += len(document)
+  return Batch(tokens, segments=segments, positions=positions)
+
+
+def mean_loss(logits, tokens):
+  """Of the next token, nats."""
+  logits = np.asarray(logits, np.float64)[:, :-1]
+  chosen = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+  return float((np.log(np.exp(logits).sum(-1)) - chosen).mean())
+
+
+def small(record, row, column, difference, bound=1e-4):
+  """Asserts that it is; the worst of a row and column is in the table that `pytest --rows` prints."""
+  worst = float(np.abs(difference).max())
+  record(f'{row}/{column}', worst)
+  assert worst <= bound
+
+
+def random_tokens(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, VOCAB, shape, np.int32)

@@ -1,0 +1,29 @@
+"""Inputs of losses, and comparisons of their values and gradients."""
+import contextlib
+import functools
+
+import jax
+import numpy as np
+
+from lm import sharding
+
+ROWS, TIME, WIDTH, VOCAB = 8, 8, 4, 64
+
+# These programs are run once or twice: optimising them takes longer than running them.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+
+
+def on(shape):
+  return contextlib.nullcontext() if shape is None else jax.set_mesh(sharding.make_mesh(shape))
+
+
+def make_inputs():
+  rng = np.random.default_rng(0)
+  weights = rng.uniform(0.5, 2, (ROWS, TIME)) * (rng.uniform(size=(ROWS, TIME)) < 0.7)
+  return (rng.normal(size=(ROWS, TIME, WIDTH)).astype('f4'), rng.normal(size=(VOCAB, WIDTH)).astype('f4'),
+          rng.integers(0, VOCAB, (ROWS, TIME)).astype('i4'), weights.astype('f4'))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+  np.testing.assert_allclose(np.asarray(actual, 'f8'), expected, rtol=0, atol=tolerance * np.abs(expected).max())

@@ -1,0 +1,42 @@
+"""Small stores, and what is in them."""
+import dataclasses
+
+import pytest
+
+from lm.data import store, tokenizers
+from lm.data.text import clean
+from lm.data.text.source import Source
+
+TRAIN = [f'document {i}: é{"x" * (i % 7)}' for i in range(23)]
+
+TRAIN[5], TRAIN[9], TRAIN[20] = TRAIN[3], '  ', 'held out 1 '  # of train, of nothing, of validation once it is cleaned
+
+SOURCE = Source('toy', {'train': TRAIN, 'validation': [f'held out {i}' for i in range(4)]}, 'abc')
+
+BYTES = tokenizers.Bytes()
+
+
+def quiet(line):
+  pass
+
+
+def build(folder, source=SOURCE, tok=BYTES, rules=clean.DEFAULT, **options):
+  return store.build(folder, source, tok, rules, **{'progress': quiet} | options)
+
+
+def contents(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+  monkeypatch.setattr(store, '_GROUP_DOCUMENTS', 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(tokenizers.Bytes):
+  """Ids beyond 16 bits."""
+  vocab_size = 70_000
+
+  def encode_batch(self, texts):
+    return [ids + 69_000 if len(ids) > 10 else ids[:0] for ids in super().encode_batch(texts)]

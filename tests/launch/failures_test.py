@@ -1,0 +1,119 @@
+"""Each kind of error is raised for real, and a program says of it what its user needs: one line, or the traceback."""
+import errno
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.disks import files_of
+
+from lm import launch
+from lm.data import tokenizers
+from lm.launch import failures
+from lm.workdir import atomic
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+  """A folder on a disk of 200 kB."""
+  folder = tmp_path / 'small'
+  folder.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', folder], capture_output=True)
+  if mounted.returncode:
+    pytest.skip(f'only root can mount a small disk: {mounted.stderr.decode().strip()}')
+  yield folder
+  subprocess.run(['umount', '-l', folder], check=True)
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+  """What a program prints that runs a function, by `launch`; its exit code is 1."""
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+
+  def run(function, *argv):
+    def program():
+      function()
+
+    monkeypatch.setattr(sys, 'argv', ['script.py', *argv])
+    with pytest.raises(SystemExit) as stop:
+      launch.tool(program)
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+  return run
+
+
+MEMORY = [lambda: jnp.zeros(1 << 45), jax.jit(lambda: jnp.zeros(1 << 45)), lambda: np.zeros(1 << 58)]
+
+
+@pytest.mark.parametrize('exhaust', MEMORY, ids=['array', 'program', 'host'])
+def test_memory_that_is_short_is_called_memory(fails, exhaust):
+  line = fails(exhaust)
+  assert line.count('\n') == 1 and 'memory for this; a smaller model or batch' in line and ' allocat' in line
+  assert 'Traceback' in fails(exhaust, '--debug')
+
+
+def test_a_full_disk_is_called_a_full_disk_and_named(fails, full_disk):
+  path = full_disk / 'facts.json'
+  line = fails(lambda: atomic.write(path, 'x' * 300_000))
+  assert line.count('\n') == 1 and f'error: the disk is full: {path} could not be written; free space' in line
+  assert not list(full_disk.iterdir())   # nothing unfinished stays
+  atomic.write(path, 'x' * 1000)
+
+
+def test_a_file_that_may_not_grow_is_named(fails, tmp_path):
+  with files_of(2000):
+    line = fails(lambda: atomic.write(tmp_path / 'facts.json', 'x' * 3000))
+  assert line.count('\n') == 1 and f'allowed: {tmp_path / "facts.json"} could not be written' in line
+  assert failures.explain(OSError(errno.EDQUOT, 'Disk quota exceeded', 'a/b')).startswith(
+      'the quota of the disk is used up: a/b')
+
+
+def test_a_full_disk_in_a_checkpoint_is_no_lack_of_memory(fails, full_disk):
+  from lm.workdir import checkpoint
+
+  def save():
+    with checkpoint.Checkpoints(full_disk) as checkpoints:
+      checkpoints.save(1, {'x': jax.random.normal(jax.random.key(0), (300, 300))}, {})
+
+  line = fails(save)
+  assert f'error: a checkpoint could not be written to {full_disk}' in line and 'disk is full' in line
+  assert 'memory' not in line and 'Traceback' not in line
+
+
+def test_bad_input_is_one_line(fails, tmp_path):
+  for function in (lambda: tokenizers.load(tmp_path / 'absent'), lambda: tokenizers.Bytes().decode([1000]),
+                   lambda: jax.eval_shape(lambda x: tokenizers.Bytes().decode([1000]), 1.),
+                   lambda: (tmp_path / 'absent').read_text(), lambda: int('x'), lambda: __import__('absent')):
+    assert fails(function).count('\n') == 1
+
+
+# The first loses all of JAX's frames, and its last one is that of this file, as that of an error which we raise.
+@pytest.mark.parametrize('bug', [
+    lambda: jax.lax.scan(lambda c, x: (c, x), 0, (jnp.zeros(2), jnp.zeros(3))),
+    lambda: jax.vmap(lambda x: x)(3.), lambda: jnp.concatenate([]),
+    lambda: {}['key'], lambda: jax.jit(lambda x: x.reshape(2, 2))(jnp.zeros(3))])
+def test_what_a_library_raises_keeps_its_traceback(fails, bug):
+  assert 'Traceback' in (text := fails(bug)) and pathlib.Path(__file__).name in text
+
+
+def test_not_a_number_found_by_jax_keeps_its_traceback(fails):
+  with jax.debug_nans(True):
+    assert 'Traceback' in fails(lambda: jnp.log(jnp.float32(-1)))
+
+
+def test_the_exit_is_reached_where_telling_fails(fails, monkeypatch):
+  monkeypatch.setattr(failures, 'explain', lambda error: 1 / 0)
+  fails(lambda: int('x'))
+
+
+def test_unfinished_files_of_processes_that_are_gone_are_removed(tmp_path):
+  with subprocess.Popen([sys.executable, '-c', '']) as gone:
+    gone.wait()
+  names = [f'a.json.{gone.pid}.new', 'a.json.1.new', *(f'{name}.{gone.pid}.new' for name in ('b.json', 'xa.json'))]
+  for name in names:
+    (tmp_path / name).touch()
+  atomic.write(tmp_path / 'a.json', '{}')
+  assert {path.name for path in tmp_path.iterdir()} == {'a.json', *names[1:]}

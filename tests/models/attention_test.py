@@ -1,0 +1,126 @@
+"""Attention in blocks: values and gradients are those of the plain formula, whatever is seen."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import sharding
+from lm.models.attention import AttentionScores, Visible, attend
+
+TIME = 300   # of three blocks
+
+
+def plain(q, k, v, visible, scores, sinks):
+  """All scores at once."""
+  groups = q.shape[2] // k.shape[2]
+  k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+  s = jnp.einsum('BTNH,BSNH->BNTS', q, k) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+  if scores.softcap is not None:
+    s = scores.softcap * jnp.tanh(s / scores.softcap)
+  t = np.arange(q.shape[1])
+  seen = jnp.broadcast_to((t[:, None] >= t[None])[None], (len(q), TIME, TIME))
+  if visible.bidirectional_BS is not None:
+    seen = seen | visible.bidirectional_BS[:, None]
+  if scores.window is not None:
+    seen = seen & (abs(t[:, None] - t[None]) < scores.window)[None]
+  if scores.chunk is not None:
+    chunk = visible.positions_BT // scores.chunk
+    seen = seen & (chunk[:, :, None] == chunk[:, None])
+  if visible.segments_BT is not None:
+    seen = seen & (visible.segments_BT[:, :, None] == visible.segments_BT[:, None])
+  s = jnp.where(seen[:, None], s, -jnp.inf)
+  if sinks is not None:
+    s = jnp.concatenate([s, jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))], axis=-1)
+  return jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(s)[..., :TIME], v)
+
+
+PACKED = np.repeat([[1, 2, 3], [1, 2, 0]], [140, 90, 70], axis=1).astype(np.int32)
+POSITIONS = np.concatenate([np.arange(n) for n in (140, 90, 70)]).astype(np.int32)[None].repeat(2, axis=0)
+SEEN = {
+    'causal': Visible(),
+    'packed': Visible(PACKED, PACKED, None, POSITIONS, POSITIONS),
+    'prefix': Visible(bidirectional_BS=np.arange(TIME)[None].repeat(2, 0) < np.array([[30], [170]])),
+}
+
+
+@pytest.mark.parametrize('seen', SEEN)
+@pytest.mark.parametrize('scores, sinks', [
+    (AttentionScores(), False), (AttentionScores(window=2), True), (AttentionScores(window=200), False),
+    (AttentionScores(chunk=64), False),
+    (AttentionScores(softcap=1.5), True), (AttentionScores(0.3, 1.5, 50), False),
+    (AttentionScores(0.3, 1.5, 50, 64), True)], ids=str)
+def test_values_and_gradients_are_those_of_the_plain_formula(seen, scores, sinks):
+  if scores.chunk is not None and seen != 'packed':
+    pytest.skip('chunks are of positions')
+  keys = jax.random.split(jax.random.key(0), 5)
+  q, k = jax.random.normal(keys[0], (2, TIME, 4, 16)) * 2, jax.random.normal(keys[1], (2, TIME, 2, 16))
+  v, dy = jax.random.normal(keys[2], (2, TIME, 2, 24)), jax.random.normal(keys[3], (2, TIME, 4, 24))
+  inputs = (q, k, v, jax.random.normal(keys[4], (4,)) * 2) if sinks else (q, k, v)
+
+  @jax.jit
+  def both(*inputs):
+    def of(function):
+      y, pull = jax.vjp(lambda q, k, v, s=None: function(q, k, v, SEEN[seen], scores, s), *inputs)
+      return y, *pull(dy)
+    return of(attend), of(lambda q, k, v, visible, scores, s: plain(q, k, v, visible, scores, s))
+
+  for name, actual, expected in zip(('y', 'dq', 'dk', 'dv', 'dsinks'), *both(*inputs)):
+    assert np.abs(expected).max() > 1e-3, name
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * max(1, np.abs(expected).max()), err_msg=name)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+  """On what is taken for a GPU; the options of each call of the fused kernel, which XLA computes here."""
+  calls, compute = [], jax.nn.dot_product_attention
+
+  def stand_in(*arrays, implementation, **options):
+    calls.append({'implementation': implementation, **options})
+    return compute(*arrays, **options)
+
+  monkeypatch.setattr(sharding, 'platform', lambda: 'cuda')
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+  return calls
+
+
+def half(*sizes, dtype=jnp.bfloat16):
+  """Queries, keys and values of these head sizes, of two heads for one key."""
+  keys = jax.random.split(jax.random.key(3), 3)
+  return tuple(jax.random.normal(key, (2, TIME, heads, size), dtype)
+               for key, heads, size in zip(keys, (4, 2, 2), sizes))
+
+
+@pytest.mark.parametrize('seen', SEEN)
+@pytest.mark.parametrize('scores', [AttentionScores(), AttentionScores(window=20), AttentionScores(0.3),
+                                    AttentionScores(causal=False), AttentionScores(chunk=64)],
+                         ids=str)
+def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, seen):
+  if scores.chunk is not None and seen != 'packed':
+    pytest.skip('chunks are of positions')
+  q, k, v = half(16, 16, 16)
+  actual = attend(q, k, v, SEEN[seen], scores)
+  assert [call['implementation'] for call in fused] == ['cudnn']
+  masks = fused[0]['mask'] is None, scores == AttentionScores(window=None, scale=scores.scale, causal=scores.causal)
+  assert masks[0] == (masks[1] and seen == 'causal')   # cuDNN is quickest without one
+  if scores.causal:
+    expected = plain(*(x.astype(jnp.float32) for x in (q, k, v)), SEEN[seen], scores, None)
+    real = np.ones((2, TIME), bool) if SEEN[seen].segments_BT is None else SEEN[seen].segments_BT > 0
+    np.testing.assert_allclose(np.float32(actual)[real], np.asarray(expected)[real], atol=0.03)
+
+
+@pytest.mark.parametrize('arrays, scores, sinks, bias', [
+    (half(16, 16, 16), AttentionScores(softcap=1.5), False, False), (half(16, 16, 16), AttentionScores(), True, False),
+    (half(16, 16, 16), AttentionScores(), False, True), (half(16, 16, 24), AttentionScores(), False, False),
+    (half(12, 12, 12), AttentionScores(), False, False),
+    (half(16, 16, 16, dtype=jnp.float32), AttentionScores(), False, False)],
+    ids=['softcap', 'sinks', 'bias', 'values of another size', 'heads of 12', 'float32'])
+def test_what_the_fused_kernel_cannot_compute_is_not_given_to_it(fused, arrays, scores, sinks, bias):
+  visible = Visible(bias_NTS=jnp.ones((4, TIME, TIME))) if bias else Visible()
+  actual = attend(*arrays, visible, scores, jnp.ones(4) if sinks else None)
+  assert not fused and actual.shape == (2, TIME, 4, arrays[2].shape[-1])
+
+
+def test_another_platform_has_no_fused_kernel(fused, monkeypatch):
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  attend(*half(16, 16, 16), Visible())
+  assert not fused

@@ -1,0 +1,387 @@
+"""Mixtures of experts: against NumPy in float64, on every mesh, and against the modules of `transformers`."""
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.experts import EXPERTS, HIDDEN, KINDS, ROWS, TIME, WIDTH
+
+from lm import optim, sharding
+from lm.data.batch import Batch
+from lm.models import attention, grouped, layers, moe, stack, transformer
+from lm.models.context import Context
+
+# These programs are run once or twice: optimising them takes longer than running them.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
+                                                   'xla_llvm_disable_expensive_passes': True})
+CONTEXT = Context(None, attention.Visible())
+EACH = pytest.mark.parametrize('kind', KINDS)
+
+
+def on(shape):
+  """Sets a mesh of the first devices; none for None."""
+  if shape is None:
+    return contextlib.nullcontext()
+  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
+
+
+def shapes(module):
+  x = jnp.zeros((ROWS, 1, WIDTH))
+  return jax.eval_shape(lambda: module.init(jax.random.key(0), sharding.constrain(x, 'BTD'), CONTEXT)['params'])
+
+
+def random_params(module, scale=0.5):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype('f4'), shapes(module))
+
+
+def inputs(seed=1):
+  return np.random.default_rng(seed).normal(size=(2, ROWS, TIME, WIDTH)).astype('f4')
+
+
+def run(module, params, x, dy):
+  """The output, and the gradients of <output, dy> by parameters and x."""
+  def apply(params, x):
+    return module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
+
+  y, back = jax.vjp(apply, params, x)
+  return y, *back(sharding.constrain(dy, 'BTD'))
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def feed_forward(p, x, activation=lambda gate, up: gate * sigmoid(gate) * up):
+  gate, up = (x @ p[n] + p.get(n + '_bias', 0) for n in ('gate', 'up'))
+  return activation(gate, up) @ p['down'] + p.get('down_bias', 0)
+
+
+def clamped(gate, up):
+  gate, up = np.minimum(gate, 2), np.clip(up, -2, 2)
+  return gate * sigmoid(1.5 * gate) * (up + 1)
+
+
+def route(kind, p, x):
+  """One token's experts and weights, by hand."""
+  logits = x @ p['router'] + p.get('router_bias', 0)
+  softmax = np.exp(logits - logits.max())
+  softmax = softmax / softmax.sum()
+  best = lambda scores, k: np.argsort(-scores)[:k]
+  if kind in ('mixtral', 'gpt_oss'):
+    chosen = best(logits, 2 if kind == 'mixtral' else 3)
+    return chosen, softmax[chosen] / softmax[chosen].sum()
+  if kind == 'qwen2':
+    return best(logits, 4), softmax[best(logits, 4)]
+  if kind == 'llama4':
+    return best(logits, 1), sigmoid(logits[best(logits, 1)])
+  corrected = sigmoid(logits) + p['correction']
+  groups = best(np.sort(corrected.reshape(4, 2)).sum(-1), 2)
+  chosen = best(np.where(np.isin(np.arange(EXPERTS) // 2, groups), corrected, -np.inf), 3)
+  return chosen, 2.5 * sigmoid(logits)[chosen] / sigmoid(logits)[chosen].sum()
+
+
+def reference(kind, p, x):
+  """A token at a time, an expert at a time."""
+  y = np.zeros_like(x)
+  own = [{n: p[n][e] for n in p if n.startswith(('gate', 'up', 'down'))} for e in range(EXPERTS)]
+  for at in np.ndindex(x.shape[:-1]):
+    for expert, w in zip(*route(kind, p['router'], x[at])):
+      if kind == 'llama4':
+        y[at] += feed_forward(own[expert], w * x[at])
+      else:
+        y[at] += w * feed_forward(own[expert], x[at], *([clamped] if kind == 'gpt_oss' else []))
+    if 'shared' in p:
+      gate = sigmoid(x[at] @ p['shared_gate']) if 'shared_gate' in p else 1
+      y[at] += gate * feed_forward(p['shared'], x[at])
+  return y
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+  """Within `tolerance` of the largest entry."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * (np.abs(expected).max() + 1e-3))
+
+
+@functools.cache
+def without_mesh(kind):
+  return jax.tree.map(np.asarray, jit(functools.partial(run, KINDS[kind]))(random_params(KINDS[kind]), *inputs()))
+
+
+@EACH
+def test_output_and_gradients_are_those_of_numpy(kind):
+  params, (x, dy) = random_params(KINDS[kind]), inputs()
+  y, dparams, dx = without_mesh(kind)
+  leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, (params, x)))
+  assert_close(y, reference(kind, *tree.unflatten(leaves)))
+  rng = np.random.default_rng(2)
+  for i, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path((dparams, dx))):
+    grad, size = np.asarray(grad), np.linalg.norm(grad)
+    assert (size == 0) == (getattr(path[-1], 'key', None) == 'correction'), path
+    if size == 0:
+      continue
+    for _ in range(2):
+      direction = rng.normal(size=grad.shape)
+
+      def moved(by, i=i, direction=direction):
+        near = [*leaves[:i], leaves[i] + by * direction, *leaves[i + 1:]]
+        return np.sum(reference(kind, *tree.unflatten(near)) * dy)
+
+      slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
+      assert abs(np.sum(grad * direction) - slope) < 2e-5 * size * np.sqrt(grad.size), path
+
+
+def test_the_correction_changes_the_choice_but_not_the_weights():
+  module = KINDS['deepseek'].router
+  x, params = inputs()[0], random_params(module_with_experts(module))['router']
+  route = jit(lambda params: module.apply({'params': params}, x, EXPERTS, CONTEXT)[:2])
+  plain, _ = route({**params, 'correction': np.zeros(EXPERTS, 'f4')})
+  same, _ = route({**params, 'correction': np.full(EXPERTS, 7, 'f4')})
+  np.testing.assert_array_equal(same, plain)
+  weights, chosen = route({**params, 'correction': np.eye(EXPERTS, dtype='f4')[5] * 50})
+  assert np.all(np.any(np.asarray(chosen) == 5, axis=-1))
+  np.testing.assert_allclose(np.sum(weights, axis=-1), 2.5, rtol=1e-5)
+
+
+def module_with_experts(router):
+  return moe.Experts(router, EXPERTS, HIDDEN)
+
+
+@pytest.mark.parametrize('kind,shape', [('gpt_oss', '1x1'), ('deepseek', '4x2'), ('gpt_oss', '2x4')])
+def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape):
+  expected = without_mesh(kind)
+  with on(shape):
+    layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
+                           shapes(KINDS[kind]))
+    params = jax.device_put(random_params(KINDS[kind]), layouts)
+    actual = jit(functools.partial(run, KINDS[kind]))(params, *inputs())
+    jax.tree.map(functools.partial(assert_close, tolerance=5e-6), actual, expected)
+
+
+def test_experts_are_split_over_model_and_their_matrices_over_data():
+  P = jax.sharding.PartitionSpec
+  with on('2x4'):
+    specs = {k: x.sharding.spec for k, x in shapes(KINDS['gpt_oss']).items() if k != 'router'}
+  assert specs == {'gate': P('model', 'data', None), 'up': P('model', 'data', None), 'down': P('model', None, 'data'),
+                   'gate_bias': P('model', None), 'up_bias': P('model', None), 'down_bias': P('model', None)}
+  with on('1x8'), pytest.raises(ValueError, match='gate: its axis E has size 4, which the mesh axis model=8'):
+    shapes(KINDS['mixtral'].clone(experts=4))
+
+
+@pytest.mark.parametrize('sizes', [[0, 300, 0, 0], [1, 0, 250, 9], [100, 90, 80, 30], [0, 0, 0, 0]],
+                         ids=['all_one', 'unequal', 'near', 'none'])
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_products_of_groups_equal_the_loop_over_groups(sizes, platform, monkeypatch):
+  """Blocks of rows on CPU, `ragged_dot` elsewhere; rows of no group are void."""
+  monkeypatch.setattr(sharding, 'platform', lambda: platform)
+  rng = np.random.default_rng(3)
+  rows, total = 310, sum(sizes)
+  x, w, dy = (rng.normal(size=s).astype('f4') for s in ((rows, 5), (4, 5, 7), (rows, 7)))
+  dy[total:] = 0
+
+  def and_grads(x, w, sizes):
+    y, back = jax.vjp(lambda x, w: grouped.product(jnp.float32, x, w, sizes), x, w)
+    return y[:total], *back(dy)
+
+  y, dx, dw = jit(and_grads)(x, w, np.array(sizes, 'i4'))
+  group = np.repeat(np.arange(4), sizes)
+  assert_close(y, np.einsum('rd,rdf->rf', x[:total], w[group])) if total else None
+  assert_close(dx[:total], np.einsum('rf,rdf->rd', dy[:total], w[group])) if total else None
+  assert_close(dw, [x[:total][group == e].T.astype('f8') @ dy[:total][group == e] for e in range(4)])
+
+
+@pytest.mark.parametrize('shape', [None, '2x4'])
+def test_an_expert_may_have_all_tokens_and_others_none(shape):
+  module, (x, _) = KINDS['gpt_oss'].clone(router=moe.SoftmaxRouter(1, bias=True)), inputs()
+  params = random_params(module)
+  params['router']['router_bias'] += 100 * np.eye(EXPERTS, dtype='f4')[3]
+  only = {k: np.float64(v[3]) for k, v in params.items() if k != 'router'}
+  with on(shape):
+    y, grads, _ = jit(functools.partial(run, module))(params, x, np.ones_like(x))
+    assert_close(y, feed_forward(only, np.float64(x), clamped))
+    for name in ('gate', 'up', 'down', 'up_bias'):
+      assert [e for e in range(EXPERTS) if np.any(np.asarray(grads[name])[e])] == [3]
+
+
+def model(kind, **changes):
+  block = layers.Block(attention.Attention(2, 2, 4), KINDS[kind], layers.RMSNorm(), layers.RMSNorm())
+  lm = transformer.Transformer(16, WIDTH, stack.stacks([block] * 2), layers.RMSNorm(), TIME, **changes)
+  rng = np.random.default_rng(0)
+  return lm, jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32),
+                          jax.eval_shape(lm.init, jax.random.key(0)))
+
+
+def test_a_model_decodes_as_it_reads_and_packed_documents_do_not_leak():
+  lm, params = model('deepseek')
+  tokens = np.random.default_rng(1).integers(0, 16, (2, TIME)).astype('i4')
+  read = jit(lambda batch: lm.apply(params, batch).hidden)
+  packed = Batch(tokens, segments=np.array([[1] * TIME, [1, 1, 1, 2, 2, 2]], 'i4'))
+  changed = packed._replace(tokens=np.where([[False], [True]] & (packed.segments == 1), (tokens + 5) % 16, tokens))
+  whole, other, cache = read(packed), read(changed), lm.init_cache(2, TIME)
+  np.testing.assert_allclose(other[1, 3:], whole[1, 3:], rtol=0, atol=1e-6)
+  assert np.all(np.any(np.abs(other[1, :3] - whole[1, :3]) > 0.05, axis=-1))
+  step = jit(lambda batch, cache: lm.apply(params, batch, cache=cache)[:3:2])
+  for t in range(TIME):
+    hidden, cache = step(jax.tree.map(lambda a, t=t: a[:, t:t + 1], packed), cache)
+    assert_close(hidden[:, 0], whole[:, t], 1e-5)
+
+
+@pytest.mark.slow
+def test_remat_changes_nothing_and_keeps_the_products_that_it_names():
+  batch = Batch(np.arange(2 * TIME).reshape(2, TIME).astype('i4') % 16)
+  lean, params = model('mixtral')
+
+  def kept(policy):
+    lm = lean.clone(remat=policy)
+    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: lm.apply(p, batch).hidden, p)[1], params)
+    return sum(x.size for x in jax.tree.leaves(backward))
+
+  assert kept(jax.checkpoint_policies.nothing_saveable) < kept(lean.remat) < kept(None)
+  grads = [jit(jax.grad(lambda p, lm=lm: jnp.sum(jnp.sin(lm.apply(p, batch).hidden))))(params)
+           for lm in (lean, lean.clone(remat=None))]
+  jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *grads)
+
+
+def test_bfloat16_computes_near_float32():
+  params, (x, dy) = random_params(KINDS['mixtral']), inputs()
+  low = jit(functools.partial(run, KINDS['mixtral']))(params, x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16))
+  exact = jit(functools.partial(run, KINDS['mixtral']))(params, np.float32(x.astype(jnp.bfloat16)), dy)
+  assert low[0].dtype == low[2].dtype == jnp.bfloat16
+  assert {g.dtype for g in jax.tree.leaves(low[1])} == {jnp.dtype('float32')}
+  jax.tree.map(functools.partial(assert_close, tolerance=0.03), jax.tree.map(lambda a: a.astype('f4'), low), exact)
+
+
+def test_muon_orthogonalises_each_experts_matrices_and_no_vector_decays():
+  params = {'blocks': {'0': {'feed_forward': random_params(KINDS['gpt_oss']) | {'router': random_params(
+      KINDS['deepseek'])['router']}}}}
+  params = jax.tree.map(lambda x: np.stack([x, -2 * x]), params)
+  grads = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype('f4'), params)
+  grads['blocks']['0']['feed_forward']['router']['correction'] *= 0
+  muon = optim.muon(lambda step: 1., weight_decay=0.25, clip=None)
+  updates = jit(lambda: muon.update(grads, muon.init(params), params)[0])()['blocks']['0']['feed_forward']
+  own = params['blocks']['0']['feed_forward']
+  for name in ('gate', 'up', 'down'):
+    for matrix in (-updates[name] - 0.25 * own[name]).reshape(-1, *own[name].shape[2:]):
+      singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+      assert np.all((singular > 0.6) & (singular < 1.3)), singular
+  np.testing.assert_array_equal(updates['router']['correction'], 0)
+
+
+def parity(theirs, module, params, tensors, output=lambda out: out):
+  """Both on the same x, with torch's random weights."""
+  import torch
+  rng = np.random.default_rng(0)
+  with torch.no_grad():
+    for tensor in theirs.state_dict().values():
+      tensor.copy_(torch.from_numpy(np.asarray(rng.normal(size=tuple(tensor.shape)) * 0.3)))
+  x = inputs()[0]
+  with torch.no_grad():
+    expected = output(theirs.eval()(torch.from_numpy(x))).numpy().reshape(x.shape)
+  params = params(**{name: theirs.state_dict()[key].numpy() for name, key in tensors.items()})
+  assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, shapes(module))
+  assert 0.1 < np.abs(expected).max() < 30
+  actual = jit(lambda p: module.apply({'params': p}, jnp.asarray(x), CONTEXT)[0])(params)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+def halves(gate_up):
+  """[E, 2F, D] of torch as two [E, D, F]."""
+  gate, up = np.split(gate_up.swapaxes(1, 2), 2, axis=-1)
+  return {'gate': gate, 'up': up}
+
+
+def linear(gate, up, down):
+  return {'gate': gate.T, 'up': up.T, 'down': down.T}
+
+
+STACKED = {'gate_up': 'experts.gate_up_proj', 'down': 'experts.down_proj'}
+
+
+def shared_tensors(name):
+  return {'s_' + n: f'{name}.{n}_proj.weight' for n in ('gate', 'up', 'down')}
+
+
+@pytest.fixture
+def hf():
+  pytest.importorskip('torch')
+  return pytest.importorskip('transformers')
+
+
+@pytest.mark.filterwarnings('default')
+def test_mixtral_is_that_of_transformers(hf):
+  from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Theirs
+  config = hf.MixtralConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
+                            num_experts_per_tok=2)
+  config._experts_implementation = 'eager'
+  parity(Theirs(config), KINDS['mixtral'], lambda router, gate_up, down: {
+      'router': {'router': router.T}, **halves(gate_up), 'down': down.swapaxes(1, 2)},
+         {'router': 'gate.weight', **STACKED})
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('renormalize', [False, True])
+def test_qwen3_moe_is_that_of_transformers(hf, renormalize):
+  from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock as Theirs
+  config = hf.Qwen3MoeConfig(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
+                             num_experts_per_tok=3, norm_topk_prob=renormalize)
+  config._experts_implementation = 'eager'
+  parity(Theirs(config), moe.Experts(moe.SoftmaxRouter(3, renormalize), EXPERTS, HIDDEN),
+         lambda router, gate_up, down: {'router': {'router': router.T}, **halves(gate_up),
+                                        'down': down.swapaxes(1, 2)},
+         {'router': 'gate.weight', **STACKED})
+
+
+@pytest.mark.filterwarnings('default')
+def test_qwen2_moe_is_that_of_transformers(hf):
+  from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock as Theirs
+  config = hf.Qwen2MoeConfig(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=16,
+                             num_experts=EXPERTS, num_experts_per_tok=4, norm_topk_prob=False)
+  config._experts_implementation = 'eager'
+  parity(Theirs(config), KINDS['qwen2'], lambda router, gate_up, down, s_gate, s_up, s_down, gate: {
+      'router': {'router': router.T}, **halves(gate_up), 'down': down.swapaxes(1, 2), 'shared_gate': gate.T,
+      'shared': linear(s_gate, s_up, s_down)},
+         {'router': 'gate.weight', 'gate': 'shared_expert_gate.weight', **STACKED, **shared_tensors('shared_expert')})
+
+
+@pytest.mark.filterwarnings('default')
+def test_gpt_oss_is_that_of_transformers(hf):
+  from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP as Theirs
+  config = hf.GptOssConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
+                           num_experts_per_tok=3)
+  config._experts_implementation = 'eager'
+  parity(Theirs(config), KINDS['gpt_oss'].clone(activation=moe.ClampedGated()),
+         lambda router, router_bias, gate_up, gate_up_bias, down, down_bias: {
+             'router': {'router': router.T, 'router_bias': router_bias}, 'gate': gate_up[..., ::2],
+             'up': gate_up[..., 1::2], 'gate_bias': gate_up_bias[..., ::2], 'up_bias': gate_up_bias[..., 1::2],
+             'down': down, 'down_bias': down_bias},
+         {'router': 'router.weight', 'router_bias': 'router.bias', **STACKED,
+          'gate_up_bias': 'experts.gate_up_proj_bias', 'down_bias': 'experts.down_proj_bias'}, lambda out: out[0])
+
+
+@pytest.mark.filterwarnings('default')
+def test_deepseek_v3_is_that_of_transformers(hf):
+  from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE as Theirs
+  config = hf.DeepseekV3Config(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, n_shared_experts=2,
+                               n_routed_experts=EXPERTS, num_experts_per_tok=3, n_group=4, topk_group=2)
+  config._experts_implementation = 'eager'
+  parity(Theirs(config), KINDS['deepseek'].clone(shared=layers.FeedForward(2 * HIDDEN)),
+         lambda router, correction, gate_up, down, s_gate, s_up, s_down: {
+             'router': {'router': router.T, 'correction': correction}, **halves(gate_up),
+             'down': down.swapaxes(1, 2), 'shared': linear(s_gate, s_up, s_down)},
+         {'router': 'gate.weight', 'correction': 'gate.e_score_correction_bias', **STACKED,
+          **shared_tensors('shared_experts')})
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_llama4_is_that_of_transformers(hf, top_k):
+  from transformers.models.llama4.modeling_llama4 import Llama4TextMoe as Theirs
+  config = hf.Llama4TextConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
+                               num_experts_per_tok=top_k)
+  parity(Theirs(config), KINDS['llama4'].clone(router=moe.SigmoidRouter(top_k), shared=layers.FeedForward(HIDDEN)),
+         lambda router, gate_up, down, s_gate, s_up, s_down: {
+             'router': {'router': router.T}, 'gate': gate_up[..., :HIDDEN], 'up': gate_up[..., HIDDEN:],
+             'down': down, 'shared': linear(s_gate, s_up, s_down)},
+         {'router': 'router.weight', **STACKED, **shared_tensors('shared_expert')}, lambda out: out[0])

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: against a masked loss of dialogues by themselves, in NumPy; prompts only condition."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import sharding
+from lm.data.batch import Batch, Dialogue, Special
+from lm.data.rows.packing import Packed
+from lm.models import transformer
+from lm.objectives.objective import sequence_mean
+from lm.objectives.supervised import supervised
+
+V, T, SPECIAL = 16, 24, Special(0, 1, 16, ())
+
+
+class Held(list):
+  """Dialogues in memory."""
+  @property
+  def positions(self):
+    return np.array([len(x.tokens) - 1 for x in self])
+
+
+def dialogues() -> Held:
+  """Of several turns, some of one token."""
+  rng, found = np.random.default_rng(0), Held()
+  for n in (2, 3, 7, 12, 20, 24, 5, 9):
+    asked = np.r_[False, rng.uniform(size=n - 1) < 0.5, True]
+    found.append(Dialogue(np.r_[0, rng.integers(2, V, n)].astype(np.int32), asked))
+  return found
+
+
+def batch_of(records=None) -> Batch:
+  return Packed(supervised(), SPECIAL, T, 4, records=records or dialogues(), repeat=False)(0)
+
+
+def log_softmax(x):
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize('shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('denominator, by', [(None, 'tokens'), (sequence_mean, 'dialogues')])
+def test_the_loss_is_the_masked_loss_of_the_dialogues_by_themselves(shape, denominator, by):
+  model = transformer.llama(V, 8, 1, heads=2, hidden=8, max_length=T)
+  made, records = supervised(*[denominator] if denominator else []), dialogues()
+  devices = jax.devices()[:int(np.prod([int(n) for n in shape.split('x')]))]
+  with jax.set_mesh(sharding.make_mesh(shape, devices)):
+    params = jax.jit(lambda: jax.tree.map(lambda x: 9 * x, model.init(jax.random.key(0))))()
+    loss, weight, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch_of())
+    alone = Batch(np.stack([np.pad(x.tokens[:-1], (0, T + 1 - len(x.tokens))) for x in records]))
+    outputs = jax.jit(lambda p, b: (lambda out: out.head(out.hidden))(model.apply(p, b)))(params, alone)
+  lp = log_softmax(np.asarray(outputs, np.float64))
+  nll = -sum(lp[i, j - 1, x.tokens[j]] for i, x in enumerate(records) for j in np.flatnonzero(x.asked))
+  count = sum(int(x.asked.sum()) for x in records)
+  assert float(loss) == pytest.approx(nll, rel=1e-5) and float(sums['nll']) == pytest.approx(nll, rel=1e-5)
+  assert sums['tokens'] == count and weight == (count if by == 'tokens' else len(records))
+
+
+def test_prompts_have_no_loss_and_no_gradient_of_their_own():
+  batch = batch_of()
+  logits = np.random.default_rng(1).normal(size=(*batch.tokens.shape, V)).astype('f4')
+  apply = lambda logits, batch, key: transformer.Output(logits, transformer.Head(jnp.eye(V)), None)
+
+  @jax.value_and_grad
+  def loss(logits, batch):
+    total, count, _ = supervised().loss(apply, logits, batch, None)
+    return total / count
+  value, grad = loss(logits, batch)
+  asked = batch.weights > 0
+  assert 0 < asked.sum() < (batch.segments > 0).sum()
+  assert not np.asarray(grad)[~asked].any()
+  expected = (np.exp(log_softmax(logits)) - np.eye(V)[batch.targets]) / asked.sum()
+  np.testing.assert_allclose(np.asarray(grad)[asked], expected[asked], atol=1e-6)
+  targets = np.where(asked, batch.targets, (batch.targets + 3) % V)
+  assert loss(logits, batch._replace(targets=targets))[0] == value
+  assert loss(np.where(asked[..., None], logits, 7 * logits[:, ::-1]), batch)[0] == value
+
+
+def test_what_is_asked_is_what_the_dialogue_says():
+  for dialogue in dialogues():
+    example = supervised().forms[0].example(dialogue, np.random.default_rng(0), SPECIAL)
+    asked = {(int(t), int(x)) for t, x, w in zip(np.arange(T), example.targets, example.weights) if w}
+    assert asked == {(j - 1, int(dialogue.tokens[j])) for j in np.flatnonzero(dialogue.asked)}
+    assert example.weights.dtype == np.float32 and set(example.weights) <= {0, 1}

@@ -1,0 +1,84 @@
+"""The flags of optimisation of pretrain.py: each optimizer and schedule is made, and what does not fit says so."""
+import sys
+import typing
+
+import jax
+import numpy as np
+import optax
+import pretrain
+import pytest
+
+from lm import optim
+from lm.optim import averaging
+
+SHAPE = {'vocab': 320, 'tokenizer_kind': 'bytes', 'length': 16, 'layers': 1, 'width': 16, 'heads': 2, 'steps': 40,
+         'warmup': 4}
+PARAMS = {'embedding': np.ones((4, 2), 'f4'), 'norm': {'scale': np.ones(2, 'f4')}}
+
+
+@pytest.fixture(autouse=True)
+def no_corpus(monkeypatch):
+  monkeypatch.setattr(pretrain, 'corpus', lambda *flags: None)
+
+
+def step(**flags):
+  """A step from gradients of ones, and the state after it."""
+  optimizer = optax.with_extra_args_support(pretrain.experiment(**SHAPE, **flags).optimizer)
+  return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, obj_fn=lambda params: params['embedding'].sum())
+
+
+@pytest.mark.parametrize('name', typing.get_args(pretrain.Optimizer))
+def test_every_optimizer_has_its_name(name):
+  updates, state = step(optimizer=name)
+  assert float(optim.learning_rate(state)) == pytest.approx(1e-3 / 5)
+  assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+  assert averaging.averages(state) == (name == 'schedule_free')
+
+
+@pytest.mark.parametrize('flags,last', [
+    ({'schedule': 'cosine'}, 1e-4), ({'schedule': 'constant'}, 1e-3), ({'schedule': 'linear'}, 0.),
+    ({'schedule': 'inverse_sqrt'}, 1e-3 * (4 / 40) ** 0.5), ({'schedule': 'stable_decay'}, 0.),
+    ({'schedule': 'one_cycle', 'cooldown': 10}, 4e-9),
+    ({'schedule': 'steps', 'milestones': (10, 20), 'drop': 0.5}, 2.5e-4)])
+def test_every_schedule_has_its_name(flags, last):
+  known = {'cooldown': None, 'milestones': (), 'drop': 0.1} | flags
+  made = pretrain.scheduled(known.pop('schedule'), 1e-3, 40, 4, **known)
+  assert float(made(np.int32(40))) == pytest.approx(last, abs=1e-9)
+
+
+def test_decay_rates_penalties_and_averages_come_from_flags():
+  plain, _ = step(optimizer='sgd', weight_decay=0.5, decay=('norm/*',), rates=('emb*=4', '*=0.5'), clip=None)
+  np.testing.assert_allclose(plain['embedding'], -2e-4 * 2, rtol=1e-5)
+  np.testing.assert_allclose(plain['norm']['scale'], -2e-4 * 0.5 * 1.5, rtol=1e-5)
+  updates, state = step(optimizer='sgd', l1=0.25, l2=0.5, average=0.9, clip=None)
+  np.testing.assert_allclose(updates['embedding'], -2e-4 * 1.75, rtol=1e-5)
+  np.testing.assert_allclose(updates['norm']['scale'], -2e-4, rtol=1e-5)
+  assert averaging.averages(state)
+
+
+@pytest.mark.parametrize('flags,message', [
+    ({'cooldown': 5}, '--cooldown=5 is for .* not for cosine'), ({'milestones': (5,)}, '--milestones=5 goes with'),
+    ({'schedule': 'steps'}, 'the schedule is steps'), ({'rates': ('embedding',)}, "'embedding' is not of the form"),
+    ({'optimizer': 'adam', 'weight_decay': 0.1}, '--optimizer=adam has no weight decay'),
+    ({'schedule': 'stable_decay', 'cooldown': 37}, 'a decay of 37 steps after a warm-up of 4 does not fit'),
+    ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
+    ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
+    ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'the decay 1.0 of a moving average'),
+    ({'mup_width': 8, 'optimizer': 'muon'}, 'not for llama with muon'), ({'mup_width': -8}, 'base_width=-8 is not'),
+    ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
+def test_flags_that_do_not_fit_say_so(flags, message):
+  with pytest.raises(ValueError, match=message):
+    step(**flags)
+
+
+def test_schedules_are_drawn(tmp_path, monkeypatch, capsys):
+  import schedules
+  schedules.main(steps=20, warmup=2, png=tmp_path / 'all.png')
+  schedules.main(only=['steps'], steps=20, warmup=2, milestones=(5, 9), png=tmp_path / 'one.png')
+  sizes = [path.read_bytes() for path in (tmp_path / 'all.png', tmp_path / 'one.png')]
+  assert all(image.startswith(b'\x89PNG') for image in sizes) and len(sizes[0]) > len(sizes[1])
+  with pytest.raises(ValueError, match='a warm-up of 30 steps does not fit'):
+    schedules.main(only=['cosine'], steps=20, warmup=30, png=tmp_path / 'none.png')
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  schedules.main(only=['cosine'], steps=20, warmup=2, png=tmp_path / 'none.png')
+  assert 'no none.png: matplotlib is missing' in capsys.readouterr().out and not (tmp_path / 'none.png').exists()

@@ -1,0 +1,290 @@
+"""Comparisons, sweeps and ladders of a small experiment: resumed, refused, and what they find."""
+import dataclasses
+import json
+import re
+import signal
+
+import compare
+import pytest
+import scaling
+import sweep
+
+from lm import launch
+from lm.data.rows import stages
+from lm.studies import costs, runs, search, variants
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+def compared(script, study, text, **more):
+  settings = {'seeds': 3, **more}
+  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **settings)
+
+
+def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):
+  text, study, trained, went = 'slow: lr=1e-3; fast: lr=0.1', tmp_path / 'study', [], runs.go
+
+  def go(study, arm, seed, mesh):
+    trained.append((arm.name, seed))
+    if len(trained) == 4:
+      raise KeyboardInterrupt
+    return went(study, arm, seed, mesh)
+
+  monkeypatch.setattr(runs, 'go', go)
+  with pytest.raises(KeyboardInterrupt):
+    compared(script, study, text)
+  first = capsys.readouterr().out
+  results = compared(script, study, text)
+  out = capsys.readouterr().out
+  assert trained == [('slow', 0), ('fast', 0), ('slow', 1), ('fast', 1), ('fast', 1), ('slow', 2), ('fast', 2)]
+  assert 'equal steps: 6 each; slow 6 steps, fast 6 steps' in first
+  assert re.search(r'\| fast \|.*\dx \[.*\| better \|', out) and 'read with half a row before it' in out
+  slow, fast = ([result['values']['bits/byte'] for result in results[name]] for name in ('slow', 'fast'))
+  assert max(fast) < min(slow) and len(set(slow)) == 3   # seeds differ
+  assert compared(script, study, text) == results and len(trained) == 7
+  assert len(list(study.glob('data-*'))) == 1 and (study / 'compare.png').stat().st_size > 10_000
+  assert (study / 'compare.md').read_text().strip() in out
+  with pytest.raises(ValueError, match=r"begun with other settings.*\n +arms.fast.lr: 0.1 before, 0.2 now"):
+    compared(script, study, 'slow: lr=1e-3; fast: lr=0.2')
+
+
+def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'one: ; two: ', seeds=2)
+  assert results['one'] == results['two']
+  assert '0.0000 [0.0000, 0.0000] | 1.00x [1.00, 1.00] | not distinguishable |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('equal,budget,steps', [
+    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), ('flops', 16, (16, 2))])
+def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
+  function = variants.experiment(script)
+  found = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
+  mesh = compare.sharding.make_mesh('8x1')
+  with compare.jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
+    a_step = 6 * 8 * found[0].make().model.vocab * 8 * 16
+    given, _ = costs.equal(found, equal, a_step * budget if equal == 'flops' else budget, mesh)
+  assert tuple(arm.knobs['steps'] for arm in given) == steps
+
+
+@pytest.mark.slow
+def test_an_adaptation_that_diverges_is_left_out(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'a: ; b: lr=0.1', seeds=2, adapt=3, adapt_lr=1e38)
+  assert all(set(result['values']) == {'bits/byte'} for found in results.values() for result in found)
+  out = capsys.readouterr().out
+  assert '| b | ' in out and 'b has no infilling accuracy, for 2 of its seeds; seed 0: adapted from --adapt_lr' in out
+
+
+@pytest.mark.slow
+def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys):
+  results = compared(script, tmp_path / 'study', 'next: ; prefix: objective=prefix', seeds=2, adapt=3)
+  assert set(results['next'][0]['values']) == {'bits/byte', 'adapted bits/byte', 'infilling accuracy'}
+  assert set(results['prefix'][0]['values']) == {'adapted bits/byte', 'infilling accuracy'}
+  out = capsys.readouterr().out
+  assert '| prefix | ' in out and 'adapted bits/byte' in out and 'infilling accuracy' in out
+
+
+@pytest.mark.parametrize('text,message', [
+    ('a: ; b: lrr=1', r'unknown flag --lrr; the nearest is --lr'),
+    ('a: ; b: lr=fast', r'expected number'),
+    ('a: ; a: lr=1', "arm 'a: lr=1': write 'name: knob=value"), ('a: ; lr=1', "arm 'lr=1'"),
+    (' ; ', 'there are no arms'), ('a: ', '--arms names a alone'),
+    ('a: ; b: corpus=b', 'b and a have no common yardstick: they are validated on different text'),
+    ('a: ; b: encoder=true', 'b has no common yardstick'),
+    ('a: ; b: objective=prefix', 'adapted to it for some steps')])
+def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    compared(script, tmp_path / 'study', text)
+  assert not (tmp_path / 'study').exists()
+
+
+def swept(script, study, **more):
+  return sweep.sweep(experiment=script, workdir=study, mesh='8x1', **more)
+
+
+def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, capsys):
+  settings = {'knobs': 'lr=1e-3,0.1; batch=8,16', 'common': 'steps=4'}
+  done = swept(script, tmp_path / 'study', **settings)
+  assert len(done) == 4 and [t.value for t in done] == sorted(t.value for t in done) and done[0].knobs['lr'] == '0.1'
+  assert {(t.knobs['lr'], t.knobs['batch']) for t in done} == {(a, b) for a in ('1e-3', '0.1') for b in ('8', '16')}
+  assert 'the best: --lr=0.1' in capsys.readouterr().out and (tmp_path / 'study' / 'sweep.png').exists()
+  assert swept(script, tmp_path / 'study', **settings) == done and '--- trial' not in capsys.readouterr().out
+  with pytest.raises(ValueError, match='begun with other settings'):
+    swept(script, tmp_path / 'study', knobs='lr=1e-3,0.2; batch=8,16', common='steps=4')
+
+
+@pytest.mark.slow
+def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_path, monkeypatch):
+  settings = {'knobs': 'lr=1e-4:0.3:log; optimizer=adam,sgd', 'method': 'halving', 'trials': 7, 'common': 'steps=8'}
+  went, seen = runs.go, []
+
+  def go(study, arm, seed, mesh, watch):
+    seen.append(arm)
+    if len(seen) == 3:
+      raise KeyboardInterrupt
+    return went(study, arm, seed, mesh, watch)
+
+  monkeypatch.setattr(runs, 'go', go)
+  with pytest.raises(KeyboardInterrupt):
+    swept(script, tmp_path / 'study', **settings)
+  done = swept(script, tmp_path / 'study', **settings)
+  assert (seen[2].name, seen[2].knobs) == (seen[3].name, seen[3].knobs) and len(done) == 7 == len(seen) - 1
+  assert len({arm.knobs['lr'] for arm in seen}) == 7   # what was drawn before is not drawn again
+  pruned = [t.pruned for t in done]
+  assert any(pruned) and not all(pruned) and pruned == sorted(pruned)
+  assert len(list((tmp_path / 'study').glob('trial-*'))) == 7
+
+
+@pytest.mark.slow
+def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
+  done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
+  assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
+  done = swept(script, tmp_path / 'other', knobs='vocab=400,3; lr=0.1,-1')
+  assert [trial.value == float('inf') for trial in done] == [False, True, True, True]
+  out = capsys.readouterr().out
+  assert 'learning rate -1.0 is not positive' in out and 'the model only 3' in out
+
+
+@pytest.mark.parametrize('knobs,message', [
+    ('lrr=1,2', 'unknown flag --lrr; the nearest is --lr'), ('lr', "knob 'lr': write"), ('', 'no knobs to search'),
+    ('lr=1;lr=2', 'each once'), ('lr=1:2:exp', 'write'), ('lr=2:1', 'a range goes up'),
+    ('lr=0:1:log', 'begins above 0'), ('optimizer=adam:sgd', 'optimizer is no number'),
+    ('batch=8,x', 'expected whole number'),
+    ('lr=1e-3:1e-1', 'a grid needs the values of lr')])
+def test_knobs_that_cannot_be_searched_say_so(script, tmp_path, knobs, message):
+  with pytest.raises(ValueError, match=message):
+    swept(script, tmp_path / 'study', knobs=knobs)
+  assert not list((tmp_path / 'study').glob('trial-*'))
+
+
+def test_whole_ranges_give_whole_numbers():
+  found = search.space('width=2:9; lr=1e-3:1:log', lambda name, value: int(value) if name == 'width' else float(value))
+  assert found == {'width': search.Range(2, 9), 'lr': search.Range(1e-3, 1., True)}
+  assert type(found['width'].low) is int
+
+
+@pytest.mark.slow
+def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
+  scaling.ladder(sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
+                 common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='8x1')
+  out = capsys.readouterr().out
+  predicted, outcome = out.index('predicted for width=32-16'), out.index('--- run 7 of 7')
+  assert predicted < outcome < out.index('outcome: ')
+  told = (tmp_path / 'study' / 'scaling.md').read_text()
+  losses = [json.loads(p.read_text())['nll'] for p in (tmp_path / 'study').glob('*/seed-0/final.json')]
+  assert len(losses) == 7 and all(f'{loss:.4f}' in told for loss in losses) and 'L = ' in told
+  with pytest.raises(ValueError, match='2 sizes at 1 budgets do not fix a law'):
+    scaling.ladder(sizes='width=4; width=8', budgets=(4,), experiment=script, workdir=tmp_path / 'other')
+
+
+def test_arms_are_runs_of_their_own(script, tmp_path):
+  arm = variants.arms(variants.experiment(script), "one: tags='a b',c", 'lr=0.5')[0]
+  assert arm.knobs['tags'] == ('a b', 'c') and arm.knobs['lr'] == 0.5
+  assert (arm.make(3, steps=4).seed, arm.make(3, steps=4).steps, arm.make().seed, arm.make().steps) == (3, 4, 0, 6)
+  with pytest.raises(FileNotFoundError, match='there is no script'):
+    variants.experiment(tmp_path / 'none.py')
+  (tmp_path / 'empty.py').write_text('')
+  with pytest.raises(ValueError, match="defines no function 'experiment'"):
+    variants.experiment(tmp_path / 'empty.py')
+
+
+def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
+  study, text = tmp_path / 'study', 'a: ; b: lr=0.1'
+  with pytest.raises(ValueError, match='--equal=seconds needs a --budget above 0'):
+    compared(script, study, text, equal='seconds')
+  with pytest.raises(ValueError, match='b gets 1 steps, and a warm-up of 1 steps does not fit'):
+    compared(script, study, 'a: ; b: batch=48', equal='tokens')
+  assert set(compared(script, study, text, seeds=2)) == {'a', 'b'}   # by other settings than those
+  with pytest.raises(ValueError, match='a grid needs the values of lr'):
+    swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1')
+  assert len(swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1', method='random', trials=1)) == 1
+
+
+def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_path):
+  studies = {'compare.json': lambda common: compared(script, tmp_path, 'a: ; b: ', common=common),
+             'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
+             'scaling.json': lambda common: scaling.ladder(
+                 sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
+                 common=common, experiment=script, workdir=tmp_path, mesh='8x1')}
+  for settings, study in studies.items():
+    with pytest.raises(ValueError, match='the model only 3'):
+      study('vocab=3')
+    assert not list(tmp_path.glob('*/seed-*')) and not (tmp_path / settings).exists()
+
+
+def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
+  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2}
+  results = compared(script, tmp_path, text, **more)
+  out = capsys.readouterr().out
+  assert all(result['values'] == {} and 'result' in result['left_out'] for result in results['wild'])
+  assert 'wild has no result, for 2 of its seeds; seed 0: step ' in (tmp_path / 'compare.md').read_text()
+  assert '| arm | bits/byte | difference to good |' in out and '| wild |' not in out
+  assert (tmp_path / 'compare.png').exists()
+  monkeypatch.setattr(runs, 'go', None)   # nothing is trained again
+  assert compared(script, tmp_path, text, **more) == results
+
+
+def test_stages_cost_what_they_read(script, tmp_path):
+  class Staged(variants.Arm):
+    def make(self, seed=0, **knobs):
+      run = super().make(seed, **knobs)
+      return dataclasses.replace(run, stages=stages.stages([(4, 8)], [], run.batch, run.data.length))
+  plain, late = variants.arms(variants.experiment(script), 'plain: ; late: batch=16 steps=8')
+  late = Staged(late.name, late.function, late.knobs)
+  mesh = compare.sharding.make_mesh('8x1')
+  with compare.jax.set_mesh(mesh):
+    for unit in ('tokens', 'flops'):
+      spent = costs.spending(late.make(), unit, mesh)
+      assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
+      given, amount = costs.equal([plain.with_steps(12), late], unit, None, mesh)
+      assert [arm.knobs['steps'] for arm in given] == [12, 8] and amount == spent(8)
+    with pytest.raises(ValueError, match='late begins with smaller ones'):
+      costs.equal([plain, late], 'seconds', 1., mesh)
+
+
+def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **more: (
+      function(**knobs), runs.train.Result(8, 0, None, None, None, {'bits_per_byte': float('nan')}, True, None)))
+  assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
+
+
+def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
+  score = runs.score
+  monkeypatch.setattr(runs, 'score', lambda run, *rest: {
+      **score(run, *rest), **({'bits_per_byte': float('nan')} if run.seed else {})})
+  results = compared(script, tmp_path, 'a: ; b: lr=0.1', seeds=2)
+  for found in results.values():
+    assert 'bits/byte' in found[0]['values'] and found[1]['left_out'] == {
+        'result': 'its bits/byte is nan; lower the learning rate'}
+
+
+def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(runs.train, 'train', lambda *_: runs.train.Result(
+      2, 0, None, None, None, {'bits_per_byte': 1.}, False, None, signal.SIGTERM))
+  with pytest.raises(KeyboardInterrupt):
+    swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')
+
+
+def test_knobs_mean_what_they_mean_as_flags(tmp_path):
+  """Backslashes too: text was once cut at every 'nn'."""
+  def experiment(*, separator: str = '', pattern: str = ''):
+    del separator, pattern
+  for written in (r'\n\n', r'\t', 'a\\\\b', r'C:\new', '#', "it's"):
+    (flags,), _ = launch.parse([experiment], ['x', f'--separator={written}'])
+    quoted = f'"{written}"' if "'" in written else f"'{written}'"
+    for text in (f'separator={quoted}', *([f'separator={written}'] if "'" not in written else [])):
+      assert variants.knobs(experiment, text) == flags, written
+    assert variants.knobs(experiment, sweep.written({'separator': written})) == flags, written
+  (one,) = variants.arms(experiment, r'cut: separator=\n\n pattern="a b"')
+  assert one.knobs == {'separator': r'\n\n', 'pattern': 'a b'}
+  with pytest.raises(ValueError, match='quotation'):
+    variants.knobs(experiment, 'separator="a')
+
+
+def test_a_table_tells_of_a_speed_up_only_where_there_is_one():
+  def lines(curve):
+    results = {name: [{'values': {'bits/byte': value + seed}, 'curve': curve, 'left_out': {}} for seed in range(2)]
+               for name, value in (('a', 3.), ('b', 2.5))}
+    return compare.table(['a', 'b'], results, 'bits/byte')
+  once, twice = lines([(1., 3.)]), lines([(0.5, 4.), (1., 3.)])
+  assert 'speed-up' not in once[0] and '|  |' not in once[-1] and once[-1].count('|') == once[0].count('|') == 5
+  assert 'speed-up' in twice[0] and '1.00x' in twice[-1] and twice[-1].count('|') == twice[0].count('|') == 6

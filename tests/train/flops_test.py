@@ -1,0 +1,98 @@
+"""FLOPs of training against closed forms, on meshes; and the MFU in the log of a run."""
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from helpers.every_run import DECODER, LENGTH, configured
+from helpers.runs import RUN, go, logged, on
+
+from lm import train
+from lm.data.rows.stages import Stage
+from lm.objectives.next_token import next_token
+from lm.studies import costs
+from lm.train import flops, loop, run
+from lm.workdir import track
+
+HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multiplications of a token of `DECODER`
+
+
+@pytest.mark.parametrize('name, forward_and_backward', [
+    ('next_token', 6 * (HEAD + MATRICES + SCORES)),
+    ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape the forward pass alone
+    ('reward', 6 * (MATRICES + SCORES + 8))])
+def test_a_token_costs_what_the_matrices_that_it_meets_say(name, forward_and_backward):
+  for mesh in ('1x1', '4x2'):
+    with jax.set_mesh(on(mesh)):
+      assert run.flops_per_token(configured(name), on(mesh)) == forward_and_backward
+
+
+def test_what_is_computed_again_does_not_count():
+  with jax.set_mesh(on('1x1')):
+    both = [run.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
+                                on('1x1'))
+            for remat in (None, jax.checkpoint_policies.nothing_saveable)]
+  assert both[0] == both[1]
+
+
+def test_only_factors_that_are_trained_have_gradients():
+  w, frozen, x = np.zeros((4, 5), 'f4'), np.zeros((5, 6), 'f4'), np.zeros((3, 4), 'f4')
+
+  def once(w, x, frozen):
+    return (x @ w) @ frozen
+
+  products = 2 * 3 * 4 * 5, 2 * 3 * 5 * 6
+  expected = 2 * products[0] + 2 * products[1]
+  assert flops.training(once, w, x, frozen) == expected
+  assert flops.training(jax.jit(jax.checkpoint(once)), w, x, frozen) == expected
+  assert flops.training(lambda *args: once(*map(jax.lax.stop_gradient, args)), w, x, frozen) == sum(products)
+
+  def repeated(w, x):   # depends on w from the second turn on
+    return jax.lax.scan(lambda y, _: (y @ w, None), x, None, 7)[0]
+
+  square = np.zeros((4, 4), 'f4')
+  assert flops.training(repeated, square, x) == 7 * 3 * 2 * 3 * 4 * 4
+  chosen = lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ x.T @ x)
+  assert flops.training(chosen, square, x) == 2 * 2 * 3 * 4 * 4
+  with pytest.raises(ValueError, match='in a loop whose turns are not known'):
+    flops.training(lambda w, x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ w, x), square, x)
+
+
+def test_a_program_costs_the_same_on_every_mesh():
+  """That of all devices together, also where it is written for one of them, as attention is."""
+  configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()
+  for mesh in ('1x1', '8x1', '4x2'):
+    with jax.set_mesh(on(mesh)):
+      loss = lambda params, batch: next_token().loss(DECODER.apply, params, batch, None)
+      params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, on(mesh))
+      counted.add((costs.cost(configuration, 'flops', on(mesh), optimizer=False), flops.training(loss, params, batch)))
+  (step, training), = counted
+  assert training == 6 * (HEAD + MATRICES + SCORES) * 8 * LENGTH
+  assert step == training + SCORES * 8 * LENGTH   # the backward pass makes attention's scores again
+
+
+def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
+  peak = 1e9
+  go(tmp_path / 'unknown', evaluate_batches=1)
+  assert not logged(tmp_path / 'unknown', 'mfu') and 'MFU' not in capsys.readouterr().out   # a CPU has none
+  monkeypatch.setitem(track._GPU_PEAK, 'cpu', peak)
+  go(tmp_path / 'known', evaluate_batches=1)
+  speed, mfu = (logged(tmp_path / 'known', name) for name in ('tokens_per_second', 'mfu'))
+  head = 6 * RUN.model.vocab * RUN.model.width   # all that this model multiplies
+  assert speed and mfu == pytest.approx({step: head * value / (2 * peak) for step, value in speed.items()})
+
+
+def test_short_rows_of_a_warm_up_cost_what_they_cost():
+  device = types.SimpleNamespace(device_kind='NVIDIA H200')
+  with jax.set_mesh(on('1x1')):
+    cost = loop.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('1x1'), [device])
+  short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
+  assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
+
+
+@pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
+def test_an_unknown_device_is_told_once(kind, capsys):
+  device = types.SimpleNamespace(device_kind=kind, num_cores=1)
+  assert loop.flops_by_step(RUN, on('2x1'), [device, device]) is None
+  assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

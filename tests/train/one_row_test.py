@@ -1,0 +1,51 @@
+"""A batch, or a part of it, that is one row for each device: every objective, every kind of model, on meshes."""
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers.every_run import CASES, DECODER, LENGTH, VOCAB, configured
+from helpers.runs import RUN, Bigram, on
+
+from lm import sharding, train
+from lm.data.batch import KINDS, Batch
+from lm.objectives import (
+  next_token,
+)
+from lm.train import noise_scale
+
+
+def test_the_cases_are_of_every_kind_of_data():
+  assert {made.needs for _, made in CASES.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize('name, mesh, accumulate', [
+    *((name, '1x1', 1) for name in CASES), *((name, '2x1', 2) for name in ('next_token', 'experts', 'dpo')),
+    ('experts', '1x2', 1)])
+def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
+  with jax.set_mesh(on(mesh)):
+    train.check(configured(name, batch=accumulate * on(mesh).shape['data'], accumulate=accumulate), on(mesh))
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '1x2', '2x1'])
+def test_parts_of_one_row_add_up_to_the_batch(mesh):
+  run = dataclasses.replace(RUN, model=Bigram(dropout=0., vocab=VOCAB), batch=4)
+  rng = np.random.default_rng(0)
+  batch = Batch(*rng.integers(0, VOCAB, (2, 4, LENGTH)).astype('i4'), rng.uniform(0.5, 2, (4, LENGTH)).astype('f4'))
+  losses = []
+  with jax.set_mesh(on(mesh)):
+    rows = sharding.shard_rows(batch, on(mesh))
+    for accumulate in (1, 4 // on(mesh).shape['data']):
+      state, step = jax.jit(lambda: train.init(run))(), train.make_step(dataclasses.replace(run, accumulate=accumulate))
+      for _ in range(2):
+        state, metrics = step(state, rows)
+        losses += [float(metrics['loss']), float(metrics['grad_norm'])]
+  assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
+
+
+def test_the_noise_scale_reads_one_row():
+  with jax.set_mesh(on('1x1')):
+    gradient = noise_scale.gradient_of(DECODER.apply, next_token.next_token(), {})
+    shapes = jax.eval_shape(gradient, jax.eval_shape(DECODER.init, jax.random.key(0)),
+                            train.abstract_batch(configured('next_token', batch=1), on('1x1')))
+  assert shapes[1].shape == ()

@@ -1,0 +1,134 @@
+"""A run keeps to its minutes: on a slow machine it leaves steps out, and does so again when it goes on."""
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers.runs import RUN, go, logged, same, saved, steps_kept
+from jax.experimental import multihost_utils
+
+from lm import optim
+from lm.optim import schedules
+from lm.train import budget, loop, pace
+from lm.train.interrupt import Interrupt
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+class Clock:
+  now = 0.
+
+  def __call__(self):
+    return self.now
+
+
+def walk(workdir, seconds_of, steps=1000, seconds=1000., stops=(125,), start=0, until=None):
+  """(the time by the end, the steps that were taken) where the step n takes `seconds_of(n)`."""
+  clock = Clock()
+  workdir.mkdir(exist_ok=True)
+  run, step, taken = pace.Pace(workdir, steps, seconds, stops, start, clock), start, []
+  while step < (until or steps):
+    clock.now += seconds_of(step)
+    taken.append(step)
+    later = run.after(step + 1)
+    assert later == step + 1 or not any(step + 1 <= stop * n < later for stop in stops for n in range(steps))
+    step = later
+  assert run.left_out == step - start - len(taken)
+  return clock.now, taken
+
+
+@pytest.mark.parametrize('slow', [1.5, 6.])
+def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
+  assert walk(tmp_path / 'quiet', lambda step: 1.005) == (pytest.approx(1005), list(range(1000)))
+  assert walk(tmp_path / 'fast', lambda step: 0.5)[1] == list(range(1000))
+  for begin, stop in ((0, 125), (300, 10), (900, 250)):
+    workdir = tmp_path / str(begin)
+    time, taken = walk(workdir, lambda step, begin=begin: 1. if step < begin else slow, stops=(stop,))
+    assert 950 < time < 1030 + 10 * slow and taken[:begin] == list(range(begin))
+    gaps = np.diff(taken)
+    assert gaps.max() < 20 * slow   # the schedule goes faster; it does not break off
+
+
+def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
+  """The collectives of process 0, whose workdir holds decisions, are those of process 1, whose workdir is empty."""
+  whole = walk(tmp_path / '0', lambda step: 3. if step > 300 else 1., until=600)[1]
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  record = {'steps': 50, 'minutes': 3.}
+  make = lambda steps=1000: dataclasses.replace(RUN, steps=steps, minutes=3.)
+  monkeypatch.setattr(budget, 'fit', lambda make, minutes: pytest.fail('one process measures by itself'))
+  sent = []
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.append(value) or value)
+  steps = walk(tmp_path / '0', lambda step: 1., start=200)[1]
+  assert budget.planned(make, (record,)).steps == 50
+  assert steps[:len(whole) - 200] == [step for step in whole if step >= 200]
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.pop(0))
+  assert walk(tmp_path / '1', lambda step: 9., start=200)[1] == steps
+  assert budget.planned(make, ()).steps == 50
+  assert not sent and not (tmp_path / '1' / 'pace.json').exists()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+  """A run of 48 steps in 48 seconds by a clock of its own: from the 10th on they take three seconds each, or less."""
+  run = {'steps': 48, 'minutes': 48 / 60, 'evaluate_every': 16, 'save_every': 8, 'keep': 99,
+         'optimizer': optim.adam(schedules.warmup_linear(0.05, 48, 3))}
+
+  def train_it(workdir, slow=3., dies=None):
+    clock, seen = Clock(), train_it.steps
+    seen.clear()
+
+    def asked(self, step):
+      if step not in seen:   # it is asked more than once where a validation is
+        clock.now += slow if step > 10 else 1.
+        seen.append(step)
+      if step == dies:
+        raise InterruptedError('as if killed')
+      return False
+    monkeypatch.setattr(Interrupt, 'asked', asked)
+    monkeypatch.setattr(loop, 'Pace', functools.partial(pace.Pace, clock=clock))
+    return go(workdir, **run), clock.now
+  train_it.run, train_it.steps = run, []
+  return train_it
+
+
+def test_a_run_ends_in_its_time_with_its_schedule_at_the_end(timed, tmp_path, capsys):
+  result, time = timed(tmp_path)
+  assert result.finished and result.step == 48 and time < 48 + 2 * 3 and 15 < result.left_out < 30
+  assert f'{result.left_out} of 48 steps were left out' in capsys.readouterr().out
+  rates = logged(tmp_path, 'learning_rate')
+  assert len(rates) == 48 - result.left_out and list(logged(tmp_path, 'validation/loss')) == [16, 32, 48]
+  schedule = schedules.warmup_linear(0.05, 48, 3)
+  np.testing.assert_allclose(list(rates.values()), [float(schedule(step - 1)) for step in rates], rtol=1e-5)
+  assert steps_kept(tmp_path) == [8, 16, 24, 32, 40, 48]
+
+
+def test_a_run_that_goes_on_leaves_out_the_same_steps(timed, tmp_path):
+  whole, _ = timed(tmp_path / 'whole')
+  with pytest.raises(InterruptedError):
+    timed(tmp_path / 'parts', dies=max(step for step in timed.steps if step < 32))
+  decided = json.loads((tmp_path / 'parts' / 'pace.json').read_text())[1]
+  (tmp_path / 'parts' / 'pace.json').write_text((tmp_path / 'whole' / 'pace.json').read_text())
+  result, _ = timed(tmp_path / 'parts', slow=1.)   # a fast machine: what was decided stays
+  assert result.left_out == whole.left_out and any(to > step for step, to, _ in decided)
+  assert logged(tmp_path / 'parts') == logged(tmp_path / 'whole')
+  assert same(*(saved(tmp_path / name, **timed.run)[1] for name in ('parts', 'whole')))
+
+
+def test_minutes_are_planned_once_and_follow_where_they_change(monkeypatch):
+  measured = []
+  monkeypatch.setattr(budget, 'fit', lambda make, minutes: measured.append(minutes) or make(30))
+
+  def make(minutes=3., steps=None):   # as an experiment does of its knobs
+    return dataclasses.replace(RUN, steps=1000 if steps is None else steps, minutes=minutes if steps is None else None)
+  assert budget.planned(make, ()).steps == 30 and budget.planned(make, ()).minutes == 3. and measured == [3., 3.]
+  record = {'steps': 50, 'minutes': 3.}
+  assert budget.planned(make, ({'steps': 7, 'minutes': 3.}, record, {})).steps == 50
+  assert budget.planned(functools.partial(make, 6.), (record,)).steps == 100
+  assert budget.planned(functools.partial(make, 6.), ({'steps': 50},)).steps == 50
+  fixed = budget.planned(functools.partial(make, 3., 20), (record,))
+  assert (fixed.steps, fixed.minutes, len(measured)) == (20, None, 2)
+  timed = budget.planned(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))   # no measure
+  assert (timed.steps, timed.minutes, measured[2:]) == (30, 6., [6.])

@@ -1,0 +1,403 @@
+"""Training goes on after any stop as if there had been none, is the same on any mesh, and says what is wrong."""
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers.runs import RUN, Bigram, Data, V, go, logged, on, same, saved, steps_kept
+
+from lm import evaluate, optim, sharding, train
+from lm.data.batch import Batch
+from lm.models import transformer
+from lm.objectives import objective
+from lm.objectives.next_token import next_token
+from lm.train import loop
+from lm.train.guard import Guard
+from lm.train.interrupt import Interrupt
+from lm.workdir import checkpoint, records, track
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The workdir of a run without a stop."""
+  workdir = tmp_path_factory.mktemp('whole')
+  result = go(workdir)
+  assert result.finished and result.step == 6
+  return workdir
+
+
+@pytest.mark.parametrize('at, dead', [(3, False), (5, True)])
+def test_resumed_is_uninterrupted(whole, stopped, at, dead, capsys):
+  workdir = stopped(at, dead)
+  assert go(workdir).finished
+  assert f'going on from step {4 if dead else 3}' in capsys.readouterr().out
+  (step, state), (_, expected) = saved(workdir), saved(whole)
+  assert step == 6 and same(state, expected)
+  assert logged(workdir) == logged(whole) and list(logged(workdir)) == [1, 2, 3, 4, 5, 6]
+  assert logged(workdir, 'validation/loss') == logged(whole, 'validation/loss')
+  assert list(logged(workdir, 'validation/loss')) == [3, 6]
+
+
+def test_a_run_goes_on_on_another_mesh(whole, stopped):
+  workdir = stopped(3, mesh='8x1')
+  go(workdir, mesh='4x2')
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), saved(workdir), saved(whole))
+  np.testing.assert_allclose([*logged(workdir).values()], [*logged(whole).values()], rtol=1e-5)
+
+
+def test_a_restored_state_is_laid_out_as_a_new_one(whole):
+  for mesh in ('8x1', '4x2'):
+    with jax.set_mesh(on(mesh)):
+      new = jax.eval_shape(lambda: train.init(RUN)).params
+      laid_out = jax.jit(lambda: train.init(RUN))()
+      with checkpoint.Checkpoints(whole / 'checkpoints', create=False) as checkpoints:
+        restored = checkpoints.restore(train.abstract_state(RUN, on(mesh))).state
+      alike = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), laid_out, restored)
+      assert all(jax.tree.leaves(alike)) and not restored.params['head'].is_fully_replicated
+      assert new['head'].sharding.spec == restored.params['head'].sharding.spec
+
+
+@pytest.mark.parametrize('mesh', ['1x1', '8x1', '4x2'])
+def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
+  go(tmp_path, mesh=mesh)
+  np.testing.assert_allclose([*logged(tmp_path).values()], [*logged(whole).values()], rtol=1e-5)
+  found, expected = logged(tmp_path, 'validation/loss'), logged(whole, 'validation/loss')
+  np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
+
+
+def one_step(run, mesh, batch, state=None):
+  """State and metrics after a step, in NumPy, from a new state or the one given."""
+  with jax.set_mesh(on(mesh)):
+    state = jax.jit(lambda: train.init(run))() if state is None else jax.device_put(state, jax.tree.map(
+        lambda s: s.sharding, train.abstract_state(run, on(mesh))))
+    before = jax.tree.map(np.array, state)
+    return before, jax.tree.map(np.asarray, train.make_step(run)(state, sharding.shard_rows(batch, on(mesh))))
+
+
+def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
+  model = transformer.llama(V, width=16, layers=1, heads=4, kv_heads=2, hidden=16, max_length=16, dropout=0.1)
+  run = dataclasses.replace(RUN, model=model, optimizer=optim.sgd(lambda step: 0.1))
+  batch = Data().batches('train', run.objective, 8)(0)
+  state, single = one_step(run, '1x1', batch)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+               one_step(run, '4x2', batch, state)[1], single)
+
+
+@pytest.mark.parametrize('denominator', [objective.token_mean, objective.sequence_mean])
+def test_accumulation_is_one_large_batch(denominator):
+  rng = np.random.default_rng(0)
+  batch = Data().batches('train', next_token(), 8)(0)
+  uneven = rng.random(batch.weights.shape) ** 4 * 3 * rng.integers(2, size=(8, 1))   # rows that count for nothing, too
+  batch = batch._replace(weights=(uneven * batch.weights).astype(np.float32))
+  run = dataclasses.replace(RUN, model=Bigram(dropout=0.), objective=next_token(denominator),
+                            optimizer=optim.sgd(lambda step: 1.))
+  state, whole = one_step(run, '2x1', batch)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+               one_step(dataclasses.replace(run, accumulate=4), '2x1', batch, state)[1], whole)
+
+
+def test_parts_of_a_step_drop_out_differently():
+  run = dataclasses.replace(RUN, model=Bigram(dropout=0.5), optimizer=optim.sgd(lambda step: 0.), accumulate=2)
+  one = Data().batches('train', next_token(), 4)(0)
+  twice = Batch(*(None if x is None else np.repeat(x, 2, axis=0) for x in one))   # row i goes to part i % 2
+  losses = []
+  for batch, r in ((twice, run), (one, dataclasses.replace(run, batch=4, accumulate=1))):
+    with jax.set_mesh(on('1x1')):
+      state, step = jax.jit(lambda r=r: train.init(r))(), train.make_step(r)
+      for _ in range(2):
+        state, metrics = step(state, sharding.shard_rows(batch, on('1x1')))
+        losses.append(float(metrics['loss']))
+  assert len(set(losses)) == 4   # nor is any step the same as another
+
+
+def explosive():
+  """An objective that is infinite where the text has a Z."""
+  finite = next_token()
+
+  def loss(apply, params, batch, key):
+    loss_sum, weight_sum, sums = finite.loss(apply, params, batch, key)
+    return loss_sum / (1 - (batch.tokens == ord('Z')).any()), weight_sum, sums
+  return dataclasses.replace(finite, loss=loss)
+
+
+@pytest.mark.parametrize('save_every, evaluate_every, kept', [(1, 100, -1), (100, 100, None), (100, 1, None)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, save_every, evaluate_every, kept):
+  run = dataclasses.replace(RUN, batch=2, objective=explosive(), steps=20)
+  batches = run.data.batches('train', run.objective, 2)
+  step = next(step for step in range(20) if (batches(step).tokens == ord('Z')).any()) + 1
+  assert step > 2
+  changes = {'save_every': save_every, 'evaluate_every': evaluate_every, 'keep': 20}
+  said = f'the checkpoint of step {step - 1} is good' if kept else 'no checkpoint was saved before'
+  for _ in range(2):   # the second time it goes on from what was saved
+    with pytest.raises(train.NotFinite, match=rf'step {step}: .*; {said}. Lower'):
+      go(tmp_path, run, **changes)
+  assert steps_kept(tmp_path) == (list(range(1, step)) if kept else [])
+  if kept:
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(tmp_path, run)[1]))
+  assert [logged(tmp_path)[n] is None for n in range(1, step + 1)] == [False] * (step - 1) + [True]
+  assert not {row['step'] for row in track.read_metrics(tmp_path / 'metrics.jsonl')} - set(range(1, step + 1))
+
+
+@pytest.mark.parametrize('guard', [None, Guard(window=8, most=4)])
+def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
+  """The loss of a step is finite, and what the step makes of the parameters is not."""
+  optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but no loss is after that
+  changes = {'optimizer': optimizer, 'save_every': 1, 'keep': 9, 'guard': guard}
+  for _ in range(2):   # the second time it goes on from what was saved
+    with pytest.raises(train.NotFinite, match='step 3: the update .* the checkpoint of step 2 is good'):
+      go(tmp_path, **changes)
+    assert steps_kept(tmp_path) == [1, 2] and not logged(tmp_path, 'validation/loss')
+  with pytest.raises(train.NotFinite, match='step 1: the update .* no checkpoint was saved before'):
+    go(tmp_path / 'at once', **{**changes, 'optimizer': optim.sgd(lambda step: 1e38)})
+
+
+def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, capsys):
+  workdir = stopped(2)
+  with jax.set_mesh(on('2x1')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore(train.abstract_state(RUN, on('2x1')))
+    ruined = jax.tree.map(lambda x: x * np.float32(np.nan), restored.state.params)
+    checkpoints.save(4, restored.state._replace(params=ruined), restored.facts)
+  assert go(workdir).finished and 'going on from step 2' in capsys.readouterr().out
+  assert same(saved(workdir)[1], saved(whole)[1]) and logged(workdir) == logged(whole)
+  assert len([path for path in (workdir / 'checkpoints').iterdir() if path.name.startswith('4.damaged')]) == 1
+
+
+def stop_in_validation(monkeypatch, at):
+  """A signal comes when the second batch of the validation at a step is asked for."""
+  calls = []
+
+  def asked(self, step):
+    calls.append(step)
+    return calls.count(at) == 3
+  monkeypatch.setattr(Interrupt, 'asked', asked)
+
+
+@pytest.mark.parametrize('at', [3, 6])
+def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, monkeypatch, at, capsys):
+  with monkeypatch.context() as patch:
+    stop_in_validation(patch, at)
+    result = go(tmp_path)
+  assert (result.step, result.finished, result.signal) == (at, False, signal.SIGTERM)
+  assert f'stopped at step {at} of 6: the same command goes on' in capsys.readouterr().out
+  assert steps_kept(tmp_path)[-1] == at and at not in logged(tmp_path, 'validation/loss')
+  result = go(tmp_path)
+  assert result.finished and 'finished' not in capsys.readouterr().out
+  assert result.metrics['loss'] == logged(tmp_path, 'validation/loss')[6]
+  assert [track.read_metrics(folder / 'metrics.jsonl')[-1].keys() for folder in (tmp_path, whole)][0] >= {
+      'validation/loss'}
+  assert logged(tmp_path) == logged(whole) and same(saved(tmp_path)[1], saved(whole)[1])
+  assert logged(tmp_path, 'validation/loss') == logged(whole, 'validation/loss')
+  best = [checkpoint.Checkpoints(folder / 'checkpoints', create=False).best_metric() for folder in (tmp_path, whole)]
+  assert best[0] == best[1]
+
+
+def test_a_damaged_log_is_repaired_from_what_the_checkpoint_knows(whole, stopped, capsys):
+  workdir = stopped(4)
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  assert json.loads(lines[-1])['step'] == 4
+  path.write_bytes(lines[0] + b'{"step": 9, "loss": \xff}\n12\n' + b''.join(lines[1:-1]) + lines[-1][:20])
+  assert go(workdir).finished
+  assert f'{path}: 3 lines could not be read' in capsys.readouterr().out
+  assert logged(workdir) == logged(whole) and list(logged(workdir)) == [1, 2, 3, 4, 5, 6]
+  assert logged(workdir, 'validation/loss') == logged(whole, 'validation/loss')
+
+
+def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path, capsys):
+  records.start(tmp_path, script='a.py', knobs={'lr': 1})
+  mesh = on('2x1')
+  with jax.set_mesh(mesh):
+    train.train(RUN, tmp_path, mesh, lambda step, metrics: (tmp_path / 'run.json').unlink(missing_ok=True))
+  assert 'run.json was deleted' in capsys.readouterr().err
+  assert records.read(tmp_path) == [{'script': 'a.py', 'knobs': {'lr': 1}, 'data': 'fingerprint', 'steps': 6,
+                                     'minutes': None}]
+
+
+def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
+  made = []
+  for module in (loop, evaluate):
+    original = module.make_step
+    monkeypatch.setattr(module, 'make_step', lambda *args, f=original: made.append(f(*args)) or made[-1])
+  for steps in (4, 8):   # new, and restored
+    made.clear()
+    go(tmp_path, steps=steps, evaluate_every=1, save_every=1)
+    assert sorted(step._cache_size() for step in made)[-2:] == [1, 1] and sum(step._cache_size() for step in made) == 2
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'model': Bigram(width=16)}, r'model\.width: 8 before, 16 now'), ({'batch': 16}, 'batch: 8 before, 16 now'),
+    ({'seed': 1}, 'seed: 0 before, 1 now'),
+    ({'objective': next_token(objective.sequence_mean)}, 'objective.*token_mean.* before, .*sequence_mean.* now'),
+    ({'data': Data(fingerprint='other')}, "data: 'fingerprint' before, 'other' now"),
+    ({'data': Data(length=8)}, 'length: 16 before, 8 now'),
+    ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
+def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, changes, named):
+  files = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
+  monkeypatch.setattr(loop.Loop, 'go', None)   # nothing is trained
+  with pytest.raises(checkpoint.Mismatch, match=named):
+    go(whole, steps=10, **changes)
+  assert files == {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'batch': 6, 'accumulate': 2}, 'batch=6 is not a multiple of 4'),
+    ({'model': Bigram(vocab=256)}, '260 tokens.*256'), ({'steps': 0}, 'steps=0'),
+    ({'evaluate_every': 0}, 'evaluate_every=0'), ({'accumulate': -1}, 'accumulate=-1'),
+    ({'model': transformer.llama(V, 8, 1, 2, max_length=8)}, '16 positions .* --length=8 or less')])
+def test_what_does_not_fit_together_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, changes, named):
+  monkeypatch.setattr('lm.train.start._restore', None)
+  with pytest.raises(ValueError, match=named):
+    go(tmp_path, **changes)
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, capsys, whole):
+  go(tmp_path, steps=4)
+  capsys.readouterr()
+  again = go(tmp_path, steps=4)
+  assert 'finished' in (text := capsys.readouterr().out) and '--steps' in text
+  assert again.finished and again.step == 4 and steps_kept(tmp_path) == [2, 4]
+  assert again.metrics['loss'] == logged(tmp_path, 'validation/loss')[4]   # once in the file, though evaluated again
+  go(tmp_path)
+  assert same(saved(tmp_path)[1], saved(whole)[1]) and logged(tmp_path) == logged(whole)
+  assert go(tmp_path, steps=3).finished   # fewer steps than there were: finished as well
+
+
+def test_validation_is_over_the_same_text_every_time(stopped):
+  """With parameters that stay, so does the loss: dropout is off, and a part of the text is always the same part."""
+  changes = {'optimizer': optax.set_to_zero(), 'evaluate_every': 1, 'evaluate_batches': 1}
+  workdir = stopped(3, **changes)
+  go(workdir, steps=8, **changes)
+  losses = logged(workdir, 'validation/loss')
+  assert len(losses) == 8 and len(set(losses.values())) == 1
+  assert RUN.data.batches('validation', RUN.objective, 8).steps_per_epoch > 1
+  assert not any('learning_rate' in row for row in track.read_metrics(workdir / 'metrics.jsonl'))
+
+
+def test_the_best_checkpoint_stays_beside_the_last(tmp_path, monkeypatch):
+  losses = itertools.chain([3., 1., 2., 4., 2., 5.])
+  monkeypatch.setattr(evaluate, 'evaluate', lambda *args: {'loss': next(losses)})
+  go(tmp_path, evaluate_every=1, save_every=1, keep=1)
+  assert steps_kept(tmp_path) == [2, 6]
+
+
+def test_the_schedule_and_the_key_follow_the_step(whole):
+  rates = logged(whole, 'learning_rate')
+  np.testing.assert_allclose([rates[n] for n in range(1, 7)], [0.05 / 3, 0.1 / 3] + [0.05] * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_is_a_question_and_the_second_the_end(monkeypatch, capfd, number):
+  ended = []
+  monkeypatch.setattr(os, '_exit', ended.append)
+  before = signal.getsignal(number)
+  with Interrupt() as interrupt:
+    assert not interrupt.asked(1)
+    signal.raise_signal(number)
+    assert interrupt.asked(2) and not ended and 'to save' in capfd.readouterr().err
+    signal.raise_signal(number)
+    assert ended == [128 + number]
+  assert signal.getsignal(number) is before
+
+
+PROGRAM = """
+import pathlib, sys
+import train_test as t
+from lm import launch
+def experiment(*, steps: int = 1_000_000):
+  import dataclasses
+  return dataclasses.replace(t.RUN, steps=steps, save_every=10 ** 9, evaluate_every=10 ** 9)
+if __name__ == '__main__':
+  launch.run(experiment)
+"""
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with Interrupt() as interrupt:
+      signal.raise_signal(signal.SIGHUP)
+      assert not interrupt.asked(1)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path):
+  """To write to it is an error from then on, of which the run must not die."""
+  program = ('import fcntl, sys, termios, time; from lm.train.interrupt import Interrupt\n'
+             'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
+             'with Interrupt() as interrupt:\n'
+             '  print("ready", flush=True)\n'
+             '  while not interrupt.asked(1): time.sleep(0.01)\n'
+             '  print("stopped", flush=True); open(sys.argv[1], "w").write(str(interrupt.signal))')
+  ours, theirs = pty.openpty()
+  with subprocess.Popen([sys.executable, '-c', program, str(tmp_path / 'signal')], stdin=theirs, stdout=theirs,
+                        stderr=theirs, start_new_session=True, cwd=pathlib.Path(__file__).parents[2]) as process:
+    os.close(theirs)
+    assert b'ready' in os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+  assert (tmp_path / 'signal').read_text() == str(int(signal.SIGHUP))
+
+
+def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
+  (tmp_path / 'program.py').write_text(PROGRAM)
+  here = pathlib.Path(__file__).parent
+  environment = os.environ | {'PYTHONPATH': f'{here}:{here.parent}', 'XDG_CACHE_HOME': str(tmp_path),
+                              'PYTHONUNBUFFERED': '1', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  command = [sys.executable, '-W', 'error', str(tmp_path / 'program.py'), f'--workdir={tmp_path / "run"}']
+  with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    first = next(line for line in process.stdout if line.startswith('step '))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+  assert process.returncode == 143, err
+  step = int(re.search(r'stopped at step (\d+) of 1000000', out)[1])
+  assert first and steps_kept(tmp_path / 'run') == [step] and 'Traceback' not in err
+  result = go(tmp_path / 'run', steps=step + 2, save_every=10 ** 9, evaluate_every=10 ** 9)
+  assert result.step == step + 2 and list(logged(tmp_path / 'run')) == list(range(1, step + 3))
+  assert json.loads((tmp_path / 'run' / 'run.json').read_text())[0]['knobs'] == {'steps': 1_000_000}
+
+
+def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, monkeypatch):
+  def asked(self, step):
+    self.signal = signal.SIGINT if step == 2 else None
+    return step == 2
+  monkeypatch.setattr(Interrupt, 'asked', asked)
+  result = go(tmp_path)
+  assert (result.signal, result.finished) == (signal.SIGINT, False)
+  with pytest.raises(KeyboardInterrupt) as stop:
+    result.raise_if_stopped()
+  assert stop.value.code == 130
+  result = go(tmp_path)
+  assert result.signal is None and result.finished
+  result.raise_if_stopped()
+  mesh = on('2x1')
+  with jax.set_mesh(mesh):
+    left = train.train(dataclasses.replace(RUN, evaluate_every=1), tmp_path / 'left', mesh, lambda step, metrics: True)
+  assert (left.signal, left.finished, left.step) == (None, False, 1)
+  left.raise_if_stopped()
+
+
+@pytest.mark.parametrize('result, kind', [
+    (lambda loss, weight, sums: loss, r'an array \[\]'),
+    (lambda loss, weight, sums: (loss, weight), r'an array \[\], an array \[\]'),
+    (lambda loss, weight, sums: (loss, weight, {'nll': loss}), r"an array \[\], an array \[\], \['nll'\]"),
+    (lambda loss, weight, sums: (loss[None], weight, sums), r'an array \[1\], an array \[\], .*')])
+def test_a_loss_that_returns_something_else_says_so_at_once(result, kind, tmp_path):
+  def loss(*args):
+    return result(*RUN.objective.loss(*args))
+  with pytest.raises(ValueError, match=f'the loss of the objective returned {kind}; return .loss_sum, weight_sum, '):
+    go(tmp_path, objective=dataclasses.replace(RUN.objective, loss=loss))
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,371 @@
+"""Checkpoints: same bytes on any mesh, nothing lost to damage, kills and full disks, and no silent cast."""
+import logging
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm.workdir import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class State(NamedTuple):
+  step: Any
+  params: Any
+  opt_state: Any
+
+
+def make_mesh(*shape):
+  return jax.make_mesh(shape, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2,
+                       devices=jax.devices()[:np.prod(shape)])
+
+
+def make_state(mesh, seed=0, step=1):
+  rng = np.random.default_rng(seed)
+  put = lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    params = {'w': put(P('data', 'model'), rng.normal(size=(64, 256)).astype('f4')),
+              'h': {'b': put(P('data'), jnp.asarray(rng.normal(size=16), jnp.bfloat16))}}
+    optimizer = optax.adamw(1e-3)
+    updates, opt_state = optimizer.update(params, optimizer.init(params), params)
+    return State(put(P(), np.int32(step)), optax.apply_updates(params, updates), opt_state)
+
+
+def abstract(state, mesh):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
+                      state)
+
+
+def same_bytes(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return make_mesh(8, 1)
+
+
+@pytest.fixture
+def warned():
+  """Lines that absl logs: its logger may not propagate to pytest's."""
+  lines = []
+  handler = logging.Handler()
+  handler.emit = lambda record: lines.append(record.getMessage())
+  absl_logging.get_absl_logger().addHandler(handler)
+  yield lines
+  absl_logging.get_absl_logger().removeHandler(handler)
+
+
+def fill(folder, mesh, steps=(10, 20), metrics=None, **kwargs):
+  with checkpoint.Checkpoints(folder, **kwargs) as checkpoints:
+    for i, step in enumerate(steps):
+      checkpoints.save(step, make_state(mesh, step, step), {'seen': step}, metrics and metrics[i])
+  return checkpoint.Checkpoints(folder, **kwargs)
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8), (1, 1)])
+def test_restores_the_same_bytes_onto_any_mesh(tmp_path, mesh, shape):
+  facts = {'data': {'position': 7, 'fingerprint': 'a"é'}, 'sizes': [1, 2.5, None, True], 'empty': {}}
+  state = make_state(mesh)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(abstract(state, mesh)) is None
+    checkpoints.save(1, state, facts)
+    wanted = abstract(state, make_mesh(*shape))
+    restored = checkpoints.restore(wanted)
+  assert (restored.facts, restored.step) == (facts, 1)
+  assert isinstance(restored.state, State)
+  assert same_bytes(restored.state, state)
+  assert [x.sharding for x in jax.tree.leaves(restored.state)] == [x.sharding for x in jax.tree.leaves(wanted)]
+
+
+def test_restores_params_alone(tmp_path, mesh):
+  checkpoints = fill(tmp_path, mesh)
+  state = make_state(mesh, 10, 10)
+  wanted = abstract(state, make_mesh(1, 1)).params
+  restored = checkpoints.restore_params(wanted, step=10)
+  assert same_bytes(restored.state, state.params)
+  assert restored.facts == checkpoints.facts(10) == {'seen': 10}
+  with pytest.raises(checkpoint.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' before, absent now"):
+    checkpoints.restore_params({'w': wanted['w']})
+
+
+def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
+  checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
+  wanted = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
+  with pytest.raises(checkpoint.Mismatch, match='bfloat16'):
+    checkpoints.restore_params(wanted, step=10)
+  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: stored).state, params)
+  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: jnp.float32).state,
+                    jax.tree.map(lambda x: x.astype(jnp.float32), params))
+  wanted['w'] = wanted['w'].update(shape=(64, 255))
+  with pytest.raises(checkpoint.Mismatch, match=r'params\.w: .\[64, 256\]. before, .\[64, 255\]. now'):
+    checkpoints.restore_params(wanted, 10, lambda stored: stored)
+
+
+def test_arrays_are_written_in_small_files(tmp_path):
+  """Each of which is held in memory before."""
+  x = np.random.default_rng(0).integers(0, 256, (6, 1 << 20, 12)).astype(np.uint8)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'x': jnp.asarray(x)}, {})
+    checkpoints.wait()
+    assert np.array_equal(checkpoints.restore({'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}).state['x'], x)
+  sizes = [path.stat().st_size for path in tmp_path.rglob('*') if path.is_file()]
+  assert sum(sizes) > 0.99 * x.size and max(sizes) < 1 << 25
+
+
+def test_a_state_may_be_donated_after_save(tmp_path, mesh):
+  x = jax.device_put(np.random.default_rng(0).normal(size=(2048, 2048)).astype('f4'), NamedSharding(mesh, P('data')))
+  before, wanted = np.array(x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  step = jax.jit(lambda x: x + 1, donate_argnums=0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {'x': x}, {})
+    for _ in range(5):
+      x = step(x)
+    restored = checkpoints.restore({'x': wanted}).state['x']
+  np.testing.assert_array_equal(restored, before)
+
+
+@pytest.mark.parametrize('keep_best', [True, False])
+def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
+  losses = [5, 1, None, float('nan'), 1.5, 2, 3]
+  checkpoints = fill(tmp_path, mesh, range(1, 8), losses, keep=2, keep_best=keep_best)
+  assert checkpoints.steps() == ([2, 6, 7] if keep_best else [6, 7])
+  assert sorted(os.listdir(tmp_path)) == [str(n) for n in checkpoints.steps()]
+  assert checkpoints.best_step() == (2 if keep_best else 6)
+  checkpoints.save(8, make_state(mesh), {}, metric=0.5)  # a reopened folder knows the metrics of the earlier steps
+  checkpoints.close()
+  assert checkpoints.steps() == [7, 8]
+  assert checkpoints.best_step() == 8
+
+
+@pytest.mark.parametrize('change, line', [
+    (lambda s: s._replace(params={**s.params, 'w': s.params['w'].update(dtype=jnp.bfloat16)}),
+     "params.w: 'float32[64, 256]' before, 'bfloat16[64, 256]' now"),
+    (lambda s: s._replace(params={**s.params, 'w': s.params['w'].update(shape=(64, 128))}),
+     "params.w: 'float32[64, 256]' before, 'float32[64, 128]' now"),
+    (lambda s: s._replace(params={**s.params, 'new': s.params['w']}),
+     "params.new: absent before, 'float32[64, 256]' now"),
+    (lambda s: s._replace(opt_state=()), 'holds the state of another optimizer'),
+], ids=['dtype', 'shape', 'new', 'another optimizer'])
+def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
+  checkpoints = fill(tmp_path, mesh)
+  with pytest.raises(checkpoint.Mismatch, match=re.escape(line)):
+    checkpoints.restore(change(abstract(make_state(mesh), mesh)))
+  assert not warned  # a whole checkpoint of another model is not a damaged one
+
+
+# The files of a step, by kind. Orbax leaves files of its own that nothing reads: those are not here.
+KINDS = {'facts/metadata', 'state/_METADATA', 'state/array_metadatas/*', 'state/manifest.ocdbt', 'state/d/*',
+         'state/ocdbt.process_0/d/*'}
+
+
+def halve(path):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize('damage', [halve, lambda path: path.write_bytes(b''), pathlib.Path.unlink],
+                         ids=['halved', 'empty', 'missing'])
+def test_falls_back_from_a_damaged_step_and_says_so(tmp_path, mesh, warned, damage, capfd):
+  fill(tmp_path / 'whole', mesh)
+  asked, older, newer = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10), make_state(mesh, 20, 20)
+  fallen = set()
+  for kind in sorted(KINDS):
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
+    for path in (tmp_path / 'run' / '20').glob(kind):
+      damage(path)
+    restored = checkpoint.Checkpoints(tmp_path / 'run').restore(asked)
+    assert same_bytes(restored.state, {10: older, 20: newer}[restored.step])
+    assert len(warned) == (restored.step == 10)  # one line
+    if warned:
+      assert f'{tmp_path}/run/20 is damaged: ' in warned.pop()
+      fallen.add(kind)
+    shutil.rmtree(tmp_path / 'run')
+  assert fallen == KINDS
+  assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, mesh, warned):
+  fill(tmp_path / 'whole', mesh)
+  wanted, older = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10)
+  rng = np.random.default_rng(0)
+  for kind in sorted(KINDS):
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
+    for path in (tmp_path / 'run' / '20').glob(kind):
+      data = bytearray(path.read_bytes())
+      data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+      path.write_bytes(data)
+      restored = checkpoint.Checkpoints(tmp_path / 'run').restore(wanted)
+      assert restored.step == 10 and same_bytes(restored.state, older)
+      name = path.relative_to(tmp_path / 'run' / '20')
+      assert len(warned) == 1 and 'as it was written' in warned[0].replace('they were', 'it was')
+      assert str(name) in warned.pop()
+      assert checkpoint.Checkpoints(tmp_path / 'run').facts() == {'seen': 10 if kind.startswith('facts') else 20}
+      warned.clear()
+      path.write_bytes((tmp_path / 'whole' / '20' / name).read_bytes())
+    shutil.rmtree(tmp_path / 'run')
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path, mesh, warned):
+  fill(tmp_path, mesh)
+  (tmp_path / '20' / 'checksums.json').unlink()
+  restored = checkpoint.Checkpoints(tmp_path).restore(abstract(make_state(mesh), mesh))
+  assert restored.step == 20 and same_bytes(restored.state, make_state(mesh, 20, 20)) and not warned
+
+
+@pytest.mark.parametrize('number', [np.inf, np.nan, 1e30])
+def test_parameters_that_are_not_finite_are_never_restored(tmp_path, mesh, warned, number):
+  state = make_state(mesh, 20, 20)
+  w = np.array(state.params['w'])
+  w[63, 255] = number
+  ruined = state._replace(params={**state.params, 'w': jax.device_put(w, state.params['w'].sharding)})
+  infinite = state._replace(step=state.step * np.inf)   # of what is no parameter, an optimizer may keep such numbers
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    checkpoints.save(5, infinite, {})
+    checkpoints.save(20, ruined._replace(step=infinite.step), {})
+  wanted = abstract(infinite, mesh)
+  assert checkpoint.Checkpoints(tmp_path).restore(wanted).step == 5
+  assert checkpoint.Checkpoints(tmp_path).restore_params(wanted.params).step == 5
+  assert len(warned) == 2 and '20 is damaged: the norm of its parameters is not finite' in warned[0]
+
+
+def test_goes_on_over_a_damaged_step(tmp_path, mesh, warned):
+  fill(tmp_path, mesh, [10, 20, 30], keep=3)
+  for step, path in (20, 'state/_METADATA'), (30, 'facts/metadata'):
+    (tmp_path / str(step) / path).write_text('{')
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    assert checkpoints.facts() == {'seen': 20}
+    assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
+    assert [line.split(' is ')[0].rsplit('/')[-1] for line in warned] == ['30', '20']  # each once
+    assert sorted(os.listdir(tmp_path)) == ['10', '20', '30']  # reading changes nothing
+    checkpoints.save(20, make_state(mesh), {'seen': 'anew'})
+  names = sorted(os.listdir(tmp_path))
+  assert [name.split('-')[0] for name in names] == ['10', '20', '20.damaged', '30.damaged']
+  assert checkpoint.Checkpoints(tmp_path).facts() == {'seen': 'anew'}
+
+
+def test_never_starts_from_scratch_when_all_are_damaged(tmp_path, mesh):
+  fill(tmp_path, mesh)
+  for step in '10', '20':
+    shutil.rmtree(tmp_path / step / 'state')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  asked = abstract(make_state(mesh), mesh)
+  for _ in range(2):
+    with pytest.raises(OSError, match='step 20 is damaged: .*step 10 is damaged: .*nothing was deleted'):
+      checkpoints.restore(asked)
+  assert sorted(os.listdir(tmp_path)) == ['10', '20']
+  with pytest.raises(FileNotFoundError, match=r'no step 15 in .*\[10, 20\]'):
+    checkpoints.restore(asked, step=15)
+
+
+def test_an_asked_step_is_not_replaced(tmp_path, mesh):
+  checkpoints = fill(tmp_path, mesh)
+  (tmp_path / '20/facts/metadata').unlink()
+  with pytest.raises(OSError, match='step 20 is damaged'):
+    checkpoints.facts(20)
+
+
+def test_leaves_what_is_not_its_own(tmp_path, mesh):
+  for name in 'notes', '5.orbax-checkpoint-tmp', '7.damaged-20250101-000000', '009', 'x1':
+    (tmp_path / name).mkdir()
+  (tmp_path / '3').write_text('a file')
+  before = set(os.listdir(tmp_path))
+  checkpoints = fill(tmp_path, mesh, range(10, 15), keep=1)
+  assert checkpoints.steps() == [14]
+  assert set(os.listdir(tmp_path)) == before | {'14'}
+
+
+def test_refuses_to_go_back_and_bad_arguments(tmp_path, mesh):
+  checkpoints = fill(tmp_path, mesh)
+  for step in 20, 15:
+    with pytest.raises(ValueError, match=f'step {step} cannot be saved after step 20 '):
+      checkpoints.save(step, make_state(mesh), {})
+  with pytest.raises(TypeError, match='JSON'):
+    checkpoints.save(30, make_state(mesh), {'a': object()})
+  with pytest.raises(ValueError, match='keep=0'):
+    checkpoint.Checkpoints(tmp_path, keep=0)
+  with pytest.raises(FileNotFoundError, match='no folder .*absent'):
+    checkpoint.Checkpoints(tmp_path / 'absent', create=False)
+  assert not (tmp_path / 'absent').exists()
+  (tmp_path / 'file').write_text('')
+  for path in tmp_path / 'file', tmp_path / 'file' / 'in' / 'the way':
+    with pytest.raises(OSError, match=f'checkpoints cannot be written to {path}'):
+      checkpoint.Checkpoints(path)
+
+
+def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, capfd):
+  """The writing thread fails as it does on a full disk."""
+  from orbax.checkpoint._src.serialization import ocdbt_utils
+  real = ocdbt_utils.merge_ocdbt_per_process_files
+
+  async def full(*args, **kwargs):
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code='28'] "
+                     "[tensorstore_spec='{}']")
+
+  state = make_state(mesh)
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, state, {'n': 1})
+    checkpoints.wait()
+    monkeypatch.setattr(ocdbt_utils, 'merge_ocdbt_per_process_files', full)
+    for raiser in checkpoints.wait, lambda: checkpoints.save(3, state, {}), lambda: checkpoints.restore(state):
+      checkpoints.save(2, state, {'n': 2})
+      with pytest.raises(OSError, match=f'could not be written to {tmp_path}: .*No space left') as caught:
+        raiser()
+      assert 'tensorstore_spec' not in str(caught.value)
+      assert checkpoints.steps() == [1]
+    checkpoints.save(2, state, {'n': 2})
+    with pytest.raises(OSError, match='No space left'):
+      while True:
+        checkpoints.check_for_errors()
+    assert same_bytes(checkpoints.restore(abstract(state, mesh)).state, state)
+    monkeypatch.setattr(ocdbt_utils, 'merge_ocdbt_per_process_files', real)
+    checkpoints.save(2, state, {'n': 2})
+  assert checkpoint.Checkpoints(tmp_path).facts() == {'n': 2}
+  assert '1' not in os.listdir(tmp_path)
+  assert 'Traceback' not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_a_kill_during_a_save_loses_that_save_alone(tmp_path):
+  program = textwrap.dedent('''
+      import os, signal, sys
+      import jax, jax.numpy as jnp
+      from lm.workdir import checkpoint
+      from lm.workdir import describe
+      checkpoints = checkpoint.Checkpoints(sys.argv[1])
+      checkpoints.save(1, {'x': jnp.arange(8)}, {'n': 1})
+      checkpoints.wait()
+      checkpoints.save(2, {'x': jax.random.normal(jax.random.key(0), (4096, 4096))}, {'n': 2})
+      os.kill(os.getpid(), signal.SIGKILL)
+  ''')
+  run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=60)
+  assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+  assert '2.orbax-checkpoint-tmp' in os.listdir(tmp_path)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    restored = checkpoints.restore({'x': jax.ShapeDtypeStruct((8,), jnp.int32)})
+    assert (restored.step, restored.facts) == (1, {'n': 1})
+    np.testing.assert_array_equal(restored.state['x'], np.arange(8))
+    checkpoints.save(2, {'x': jnp.arange(4)}, {'n': 'anew'})
+  assert checkpoint.Checkpoints(tmp_path).facts(2) == {'n': 'anew'}
+
+
+def test_the_best_is_the_last_among_equals(tmp_path, mesh):
+  checkpoints = fill(tmp_path, mesh, range(1, 6), [2., 1., 1., 3., 2.], keep=1)
+  assert checkpoints.best_step() == 3 and checkpoints.steps() == [3, 5] and checkpoints.best_metric() == 1
+  checkpoints.close()

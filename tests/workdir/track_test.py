@@ -1,0 +1,233 @@
+import io
+import json
+import math
+import sys
+import types
+
+import pytest
+from helpers.disks import files_of
+
+from lm.workdir import figures as plot
+from lm.workdir import track
+
+
+class Clock:
+  now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def tracker(folder, output=None, **options):
+  return track.Tracker(folder, options.pop('total', 100), output=output or io.StringIO(), devices=[], **options)
+
+
+def steps(folder):
+  return [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+
+def test_every_record_is_a_line_of_strict_json_at_once(tmp_path):
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  with tracker(tmp_path) as t:
+    t.log(1, {'loss': 2.5, 'gradient_norm': math.inf, 'other': math.nan})
+    (record,) = [json.loads(line, parse_constant=refuse)
+                 for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert record['loss'] == 2.5 and record['gradient_norm'] is None and record['other'] is None
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+  with tracker(tmp_path) as t:
+    for step in range(1, 8):
+      t.log(step, {'loss': step})
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 8, "lo')  # killed here
+  with tracker(tmp_path, step=5) as t:
+    for step in range(6, 10):
+      t.log(step, {'loss': step})
+  assert steps(tmp_path) == list(range(1, 10))
+  with tracker(tmp_path):
+    assert steps(tmp_path) == []
+  assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_what_the_file_lost_of_the_step_is_put_back_and_damaged_lines_are_told(tmp_path):
+  with tracker(tmp_path) as t:
+    for step in range(1, 6):
+      t.log(step, {'loss': step / 3, 'other': math.nan})
+    t.log(5, {'validation/loss': 2.})
+    records = json.loads(json.dumps(t.records(5)))   # as a checkpoint gives them back
+  assert len(records) == 2 and not t.records(4)
+  path = tmp_path / 'metrics.jsonl'
+  before = path.read_bytes()
+  lines = before.splitlines(keepends=True)
+  damage = [b'{"step": 2, "loss": "\xff"}\n', b'12\n', b'[]\n', b'{"step": 3, "loss": "high"}\n', b'{"loss": 1}\n',
+            b'\0\0']
+  path.write_bytes(b''.join([*lines[:2], *damage[:3], *lines[2:4], *damage[3:], lines[4][:9]]))
+  assert [row['step'] for row in track.read_metrics(path)] == [1, 2, 3, 4]
+  output = io.StringIO()
+  with tracker(tmp_path, output, step=5, records=records):
+    assert path.read_bytes() == before and output.getvalue() == f'{path}: 6 lines could not be read, and are left out\n'
+  with tracker(tmp_path, output, step=5, records=records):
+    assert path.read_bytes() == before and output.getvalue().count('\n') == 1   # nothing is there twice
+
+
+def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
+  with pytest.raises(OSError, match='File too large.*metrics.jsonl') as error, files_of(4000), tracker(tmp_path) as t:
+    for step in range(1000):
+      t.log(step, {'loss': 1.})
+  assert error.value.filename == str(tmp_path / 'metrics.jsonl')
+  for every in (0., 1e9):   # where it is flushed at each line, and where a buffer is full
+    with (pytest.raises(OSError, match='File too large.*tensorboard') as error, files_of(4000),
+          tracker(tmp_path, every=every) as t):
+      t._jsonl.close()
+      t._jsonl = io.StringIO()
+      for step in range(1000):
+        t.log(step, {'loss': 1.})
+    assert error.value.__context__.filename is None   # of the write, not of another error while that was dealt with
+  assert not list(tmp_path.glob('*.new'))
+
+
+def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
+  from tensorboardX import proto
+  with tracker(tmp_path, step=5) as t:
+    t.log(6, {'loss': 1.5})
+  data = next((tmp_path / 'tensorboard').glob('events*')).read_bytes()
+  events, at = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
+  while at < len(data):
+    size = int.from_bytes(data[at:at + 8], 'little')
+    events.append(proto.event_pb2.Event.FromString(data[at + 12:at + 12 + size]))
+    at += size + 16
+  assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == [('loss', 1.5, 6)]
+  started = [e.step for e in events if e.HasField('session_log')]
+  assert started == [6]
+
+
+def test_throughput_leaves_out_compilation_and_pauses_and_the_eta_follows(tmp_path):
+  clock = Clock()
+  speed = track.Throughput(lambda step: 1000 * step, total_steps=100, window=4, clock=clock)
+  clock.now += 60  # compilation
+  speed.update(1)
+  assert speed.tokens_per_second is None and speed.eta is None
+  for step in range(2, 11):
+    clock.now += 0.5
+    speed.update(step)
+  assert speed.tokens_per_second == pytest.approx(2000) and speed.eta == pytest.approx(45)
+  for step in range(11, 15):  # slower: the window forgets
+    clock.now += 2
+    speed.update(step)
+  assert speed.tokens_per_second == pytest.approx(500) and speed.eta == pytest.approx(86 * 2)
+  with speed.pause():
+    clock.now += 12.5  # as long as the training since step 1
+  speed.update(14)
+  assert speed.eta == pytest.approx(86 * 2 * 2)
+
+
+def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
+  def train(output):
+    clock = Clock()
+    with tracker(tmp_path, output, clock=clock, tokens_before=lambda step: 100 * step, every=15) as t:
+      for step in range(1, 101):
+        t.log(step, {'loss': 3.2141, 'learning_rate': 6e-4})
+        clock.now += 1
+        if step % 50 == 0:
+          t.log(step, {'validation/loss': 3.5, 'validation/bits_per_byte': 1.402})
+    return output.getvalue()
+
+  lines = train(io.StringIO()).splitlines()
+  assert [int(line.split()[1].split('/')[0]) for line in lines] == [1, 16, 31, 46, 50, 66, 81, 96, 100]
+  assert [i for i, line in enumerate(lines) if 'val' in line or 'byte' in line] == [4, 8]   # only where it is new
+  assert lines[4] == 'step 50/100  loss 3.214  val 3.500  1.402 bits/byte  lr 6.0e-4  100 tok/s  ETA 0:50'
+  assert 'ETA' not in lines[-1]
+  live = train(Terminal())  # one of the 102 comes at the same instant as another
+  assert live.count('\n') == 2 and live.count('\r') == 101 and live.endswith('\n')
+
+
+def test_a_line_shows_margin_and_accuracy_of_preferences(tmp_path):
+  with tracker(tmp_path, output := io.StringIO()) as t:
+    t.log(1, {'loss': 0.7, 'preference/accuracy': 0.25, 'preference/margin': -0.5})
+    t.log(1, {'validation/loss': 0.6, 'validation/preference/accuracy': 0.75, 'validation/preference/margin': 1.25})
+  line = output.getvalue().splitlines()[-1]
+  for text in ('loss 0.700', '25% right', 'margin -0.500', 'val 0.600', 'val 75% right', 'val margin 1.250'):
+    assert text in line
+  assert 'bits/byte' not in line
+
+
+@pytest.mark.parametrize('number, text', [
+    (0.5, '0.5'), (999, '999'), (999.9, '1k'), (412_300, '412k'), (1.25e6, '1.25M'), (3e9, '3G')])
+def test_speeds_are_short(number, text):
+  assert track._short(number) == text
+
+
+@pytest.mark.parametrize('seconds, text', [(0, '0:00'), (92, '1:32'), (59.7, '1:00'), (3600, '1:00:00')])
+def test_durations(seconds, text):
+  assert track._duration(seconds) == text
+
+
+def device(kind, cores=None):
+  return types.SimpleNamespace(device_kind=kind, **({'num_cores': cores} if cores else {}))
+
+
+def test_mfu_against_published_chips_and_never_a_guess():
+  # Peak of a whole chip, PFLOP/s: a v3 chip is two devices of one core, a v4 chip one device of two, v7x two of one.
+  for chip, peak in [([device('TPU v3', 1)] * 2, 0.123), ([device('TPU v4', 2)], 0.275),
+                     ([device('TPU v4', 1)] * 2, 0.275),
+                     ([device('TPU v5 lite', 1)], 0.197), ([device('TPU7x', 1)] * 2, 2.307),
+                     ([device('NVIDIA H100 80GB HBM3')], 0.989)]:
+    assert track.mfu(6e9, 1e5, chip) == pytest.approx(6e14 / (peak * 1e15))
+  unknown = [device('cpu'), device('TPU v9', 1), device('NVIDIA A100-SXM4-40GB MIG 1g.5gb'), device('NVIDIA H20')]
+  assert all(track.mfu(6e9, 1e5, [d]) is None for d in unknown) and track.mfu(6e9, 1e5, []) is None
+  assert track.mfu(6e9, 1e5, [device('NVIDIA H200'), device('cpu')]) is None
+
+
+def test_phases_add_up():
+  phases = track.Phases()
+  for _ in range(2):
+    with pytest.raises(KeyError), phases('tokenise'):
+      raise KeyError
+  assert list(phases) == ['tokenise'] and 0 < phases['tokenise'] < 1
+
+
+def test_smoothing_does_not_lag():
+  line = [3.0 - 0.1 * i for i in range(50)]
+  assert plot._smooth(line, 7) == pytest.approx(line)
+  flat = plot._smooth([(-1.0)**i for i in range(100)], 10)
+  assert max(abs(v) for v in flat[20:-20]) < 0.1 and plot._smooth([], 3) == []
+
+
+def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
+  with tracker(tmp_path) as t:
+    t.log(1, {'loss': math.nan, 'learning_rate': 1e-3})
+    t.log(2, {'loss': 2.0, 'learning_rate': 1e-3})
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  assert 'lm[plot]' in (line := capsys.readouterr().out) and line.count('\n') == 1
+  monkeypatch.undo()
+  pytest.importorskip('matplotlib')
+  plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+  assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+  with files_of(4000), pytest.raises(OSError, match='File too large.*curve.png'):
+    plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+
+
+@pytest.mark.parametrize('curve', [[(1., 3.)], [(0.5, 3.2), (1., 3.)], []], ids=['one evaluation', 'two', 'none'])
+def test_a_comparison_shows_each_arm_however_few_its_evaluations(tmp_path, curve, monkeypatch):
+  pytest.importorskip('matplotlib')
+  figures = []
+  monkeypatch.setattr(plot, '_finish', lambda figure, png, panels: figures.append((figure, panels)))
+  curves = {name: [[(x, y + seed + i) for x, y in curve] for seed in range(2)] for i, name in enumerate('ab')}
+  plot.comparison(tmp_path / 'compare.png', curves, {'a': [3., 4.], 'b': [4., 5.]}, 'bits/byte', 'share')
+  (_, panels), = figures
+  assert len(panels) == (2 if curve else 1)
+  assert not curve or (panels[0].get_xlim()[0] == 0 and 1 < panels[0].get_xlim()[1] < 1.04)   # shares, none above 1
+  for axes in panels:
+    assert axes.get_lines()
+    for line in axes.get_lines():
+      assert len(line.get_xdata()) > 1 or line.get_marker() == 'o'
