@@ -72,6 +72,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
     lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
   corpora.check_validation(validation)
+  corpora.check_limit(decompressed_limit)
   coverage = {} if character_coverage is None else {'character_coverage': character_coverage}
   if coverage and (model or tokenizer == 'bytes'):
     raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')

@@ -65,6 +65,8 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     gamma: the margin that simpo asks for.
     lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
   """
+  corpora.check_validation(validation)
+  corpora.check_limit(decompressed_limit)
   if label and method != 'kto':
     raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
   if lora_rank and method == 'reward':
@@ -72,7 +74,6 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
-  corpora.check_validation(validation)
   base = load.base(model, jnp.dtype(precision))
   template = base.template or conversation.Turns()
   if plain is not None:

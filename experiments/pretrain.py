@@ -8,7 +8,8 @@ Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; sever
 import functools
 import math
 import pathlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,24 @@ from lm.optim import averaging, groups, schedules
 from lm.train import guard
 
 
-def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int, noise: float,
-            mean_span: float, infill_rate: float, control: tuple[str, ...]) -> objectives.Objective:
+def check_used(flags: Mapping[str, Any], used: bool, by: str) -> None:
+  """ValueError where a flag is given, not None, and has no effect; `by` are the flags that use it."""
+  for name, value in flags.items():
+    if value is not None and not used:
+      raise ValueError(f'--{name}={value} has no effect without {by}; leave it out, or give that too')
+
+
+def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, length: int,
+            noise: float | None, mean_span: float | None, infill_rate: float | None,
+            control: tuple[str, ...]) -> objectives.Objective:
   """The objective that the flags name."""
   if control and name in ('next_token', 'prefix'):
     raise ValueError(f'--control={",".join(control)} names tokens, of which --objective={name} needs none')
+  check_used({'noise': noise}, name in ('masked', 'span_corruption'), '--objective=masked or span_corruption')
+  check_used({'mean_span': mean_span}, name == 'span_corruption', '--objective=span_corruption')
+  check_used({'infill_rate': infill_rate}, name == 'infill', '--objective=infill')
+  noise = 0.15 if noise is None else noise
+  mean_span = 3. if mean_span is None else mean_span
   more = [part(value) for part, value in ((losses.smoothing, label_smoothing), (losses.z_loss, z_loss)) if value]
   how = {'denominator': getattr(objectives, denominator),
          'token_loss': losses.token_loss(losses.nll, *more) if more else objectives.cross_entropy}
@@ -58,7 +72,7 @@ def learned(name: str, denominator: str, label_smoothing: float, z_loss: float, 
     case 'ul2':
       return ul2(sentinels=control[:-3] or sentinels(0.5 / 3), modes=control[-3:] or MODES, **how)
     case 'infill':
-      return infill(infill_rate, names=control or NAMES, **how)
+      return infill(0.5 if infill_rate is None else infill_rate, names=control or NAMES, **how)
   return next_token(**how)
 
 
@@ -68,13 +82,17 @@ Optimizer = Literal['adamw', 'adam', 'nadamw', 'rmsprop', 'sgd', 'adafactor', 'l
 
 
 def scheduled(name: Schedule, lr: float, steps: int, warmup: int, cooldown: int | None, milestones: tuple[int, ...],
-              drop: float) -> schedules.Schedule:
+              drop: float | None) -> schedules.Schedule:
   """The schedule that the flags name."""
   if cooldown is not None and name not in ('stable_decay', 'one_cycle'):
     raise ValueError(f'--cooldown={cooldown} is for --schedule=stable_decay and one_cycle, not for {name}')
   if bool(milestones) != (name == 'steps'):
     raise ValueError(f'--milestones={",".join(map(str, milestones))} goes with --schedule=steps, and that with them; '
                      f'the schedule is {name}')
+  check_used({'drop': drop}, name == 'steps', '--schedule=steps')
+  drop = 0.1 if drop is None else drop
+  if not 0 < drop < 1:
+    raise ValueError(f'--drop={drop} is not a share of the rate between 0 and 1, which is what is left of it')
   cooldown = steps // 5 if cooldown is None else cooldown
   match name:
     case 'stable_decay':
@@ -139,13 +157,14 @@ def experiment(*, text: str | None = None, separator: str | None = None,
                remat: Literal['products', 'none', 'full'] = 'products',
                objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token',
                denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', label_smoothing: float = 0.,
-               z_loss: float = 0., noise: float = 0.15, mean_span: float = 3., infill_rate: float = 0.5,
+               z_loss: float = 0., noise: float | None = None, mean_span: float | None = None,
+               infill_rate: float | None = None,
                control: tuple[str, ...] = (), token_dropout: float = 0., span_deletion: float = 0., shuffle: float = 0.,
                subword_sampling: float = 0., predict_ahead: int = 0,
-               ahead_modules: Literal['sequential', 'parallel'] = 'sequential', ahead_weight: float = 0.3,
+               ahead_modules: Literal['sequential', 'parallel'] | None = None, ahead_weight: float | None = None,
                optimizer: Optimizer = 'adamw', lr: float = 1e-3, schedule: Schedule = 'cosine',
                warmup: int | None = None, cooldown: int | None = None, milestones: tuple[int, ...] = (),
-               drop: float = 0.1, weight_decay: float | None = None, decay: tuple[str, ...] = (),
+               drop: float | None = None, weight_decay: float | None = None, decay: tuple[str, ...] = (),
                rates: tuple[str, ...] = (), l1: float = 0., l2: float = 0., average: float = 0., mup_width: int = 0,
                mup_layers: int = 0, clip: float | None = 1., spike_guard: float | None = None, steps: int = 2000,
                batch: int = 16, batch_warmup: tuple[str, ...] = (), length_warmup: tuple[str, ...] = (),
@@ -191,9 +210,9 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     denominator: what a loss is divided by, targets or sequences.
     label_smoothing: share of a target's probability that is spread over the vocabulary.
     z_loss: coefficient of the squared log of the softmax's denominator, such as 1e-4.
-    noise: share of the tokens that masked and span_corruption hide.
-    mean_span: tokens of a hidden span, on average.
-    infill_rate: share of the pieces whose middle comes last.
+    noise: share of the tokens that masked and span_corruption hide, by default 0.15.
+    mean_span: tokens of a hidden span of span_corruption, on average, by default 3.
+    infill_rate: share of the pieces whose middle comes last, of infill, by default 0.5.
     control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
       sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
     token_dropout: share of the tokens that are read of which <|mask|> takes the place, while targets stay.
@@ -202,13 +221,14 @@ def experiment(*, text: str | None = None, separator: str | None = None,
     subword_sampling: share of the merges that bpe leaves out, or the exponent of a unigram tokenizer's probabilities;
       it, and the three above, are of training alone.
     predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
-    ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3, or stand side by side.
-    ahead_weight: of the mean of their losses.
+    ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3 (the default), or stand
+      side by side.
+    ahead_weight: of the mean of their losses, by default 0.3.
     remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
     warmup: steps of linear warm-up, none for 100, or a tenth of the steps where that is less; one_cycle has none.
     cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
     milestones: steps at which the schedule called steps falls.
-    drop: what is then left of its rate.
+    drop: the share of its rate that is then left, by default 0.1.
     weight_decay: decoupled; none for what the optimizer has by itself, mostly 0.1.
     decay: patterns of parameters that decay, such as blocks/*; by default matrices (with muon those in blocks).
     rates: pattern=factor, such as embedding=4,*norm/*=0.5; the rate of such parameters is multiplied.
@@ -265,12 +285,14 @@ def experiment(*, text: str | None = None, separator: str | None = None,
   else:
     decoder = shape.decoder(vocab, length, jnp.dtype(precision), policy)
     decoder = mup.parametrised(decoder, **base) if base else decoder
+  check_used({'ahead_modules': ahead_modules, 'ahead_weight': ahead_weight}, predict_ahead > 0, '--predict_ahead')
+  check_used({'lora_alpha': lora_alpha}, lora_rank > 0, '--lora_rank')
   if predict_ahead:
     if objective != 'next_token':
       raise ValueError(f'--predict_ahead={predict_ahead} goes with --objective=next_token, not with {objective}')
-    decoder = {'sequential': prediction_heads.sequential, 'parallel': prediction_heads.parallel}[ahead_modules](
-        decoder, predict_ahead)
-    goal = multi_token.multi_token(goal, ahead_weight)
+    decoder = {'sequential': prediction_heads.sequential, 'parallel': prediction_heads.parallel}[
+        ahead_modules or 'sequential'](decoder, predict_ahead)
+    goal = multi_token.multi_token(goal, 0.3 if ahead_weight is None else ahead_weight)
   warmup = min(100, steps // 10) if warmup is None else warmup
   rate = scheduled(schedule, lr, steps, warmup, cooldown, milestones, drop)
   if rates or base:

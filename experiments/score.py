@@ -62,6 +62,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   """
   if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
     raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
+  corpora.check_limit(decompressed_limit)
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
   if source is not None and text is None and file is None or source_key and jsonl is None:

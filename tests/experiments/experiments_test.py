@@ -276,7 +276,11 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     for name in ('vocab', 'length') for value in (0, -1)] + [
     (['--text= '], '--text=  is empty'), (['--objective=span_corruption', '--mean_span=0'], '--mean_span=0.0 is not 1'),
     (['--predict_ahead=1', '--ahead_weight=-1'], 'weight=-1.0: it must be at least 0'),
-    (['--z_loss=inf'], 'a z-loss of inf'),
+    (['--z_loss=inf'], 'a z-loss of inf'), (['--key='], '--key='),
+    *[(['--schedule=steps', '--milestones=500', f'--drop={value}'], f'--drop={value} is not a share')
+      for value in (2., 0., 1.)],
+    *[([f'--decompressed_limit={value}', '--jsonl=a'], f'--decompressed_limit={value} is not positive')
+      for value in (0., -1.)],
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
     (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0: each must be above 0'),
     (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
@@ -288,6 +292,22 @@ def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
   with pytest.raises((ValueError, flags.Error), match=message):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
     scripts['pretrain'].experiment(**knobs)
+
+
+@pytest.mark.parametrize('flag, users', [
+    ('noise=0.2', ['objective=masked', 'objective=span_corruption']), ('mean_span=2', ['objective=span_corruption']),
+    ('infill_rate=0.5', ['objective=infill']), ('ahead_weight=0.5', ['predict_ahead=1']),
+    ('drop=0.2', ['schedule=steps']), ('ahead_modules=parallel', ['predict_ahead=1']),
+    ('lora_alpha=4', ['lora_rank=2'])])
+def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
+  def build(*argv):
+    (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
+    return scripts['pretrain'].experiment(**knobs)
+  for others in ([], ['--objective=ul2']):
+    with pytest.raises(ValueError, match=f'--{flag}.* has no effect without --{users[0].partition("=")[0]}'):
+      build(f'--{flag}', *others)
+  for user in users:
+    build(f'--{flag}', f'--{user}', *(['--milestones=500'] if 'schedule' in user else []))
 
 
 @pytest.mark.parametrize('flags_given, message', [
@@ -314,6 +334,13 @@ def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, m
   with jax.set_mesh(sharding.make_mesh()):
     loaded = trained.load(tmp_path / 'run')
   assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
+
+
+@pytest.mark.parametrize('name', ['finetune_chat', 'preference', 'distill', 'score'])
+def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(scripts, name):
+  flags_given = {'jsonl': 'not there', 'decompressed_limit': -1.}
+  with pytest.raises(ValueError, match='--decompressed_limit=-1.0 is not positive'):
+    getattr(scripts[name], 'main' if name == 'score' else 'experiment')(**flags_given)
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])

@@ -269,6 +269,12 @@ def check_validation(share: float) -> None:
                      'little, such as --validation=0.01')
 
 
+def check_limit(gibibytes: float) -> None:
+  """ValueError where no compressed file could be unpacked."""
+  if not gibibytes > 0:
+    raise ValueError(f'--decompressed_limit={gibibytes} is not positive; give a number of GiB, by default 64')
+
+
 class _TooLarge(ValueError):
   pass
 

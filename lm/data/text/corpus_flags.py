@@ -11,12 +11,13 @@ def corpus(text: str | None, separator: str | None, encoding_errors: corpora.Err
   ValueError for flags that contradict one another, before any file is read.
   """
   flags = {'text': text, 'jsonl': jsonl, 'parquet': parquet, 'tfds': tfds}
-  for name, given in {**flags, 'separator': separator}.items():
+  for name, given in {**flags, 'separator': separator, 'key': key}.items():
     if given == '' or given and name != 'separator' and not given.strip():
       raise ValueError(f'--{name}={given} is empty, perhaps an unset shell variable; leave it out or give it a value')
   if separator and not text:
     raise ValueError(f'--separator={separator} cuts the files of --text, which is not given')
   corpora.check_validation(validation)
+  corpora.check_limit(decompressed_limit)
   make = {'text': lambda: corpora.text(text, validation, separator and source.unescaped(separator), encoding_errors),
           'jsonl': lambda: corpora.jsonl(jsonl, key, validation, encoding_errors, decompressed_limit),
           'parquet': lambda: corpora.parquet(parquet, key, validation, encoding_errors),
