@@ -16,12 +16,12 @@ import optax
 import pytest
 from helpers.runs import RUN, Bigram, Data, V, go, logged, on, same, saved, steps_kept
 
-from lm import evaluate, optim, sharding, train
+from lm import optim, sharding, train
 from lm.data.batch import Batch
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
-from lm.train import loop
+from lm.train import loop, validation
 from lm.train.guard import Guard
 from lm.train.interrupt import Interrupt
 from lm.workdir import checkpoint, records, track
@@ -227,7 +227,7 @@ def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path,
 
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
   made = []
-  for module in (loop, evaluate):
+  for module in (loop, validation):
     original = module.make_step
     monkeypatch.setattr(module, 'make_step', lambda *args, f=original: made.append(f(*args)) or made[-1])
   for steps in (4, 8):   # new, and restored
@@ -288,7 +288,7 @@ def test_validation_is_over_the_same_text_every_time(stopped):
 
 def test_the_best_checkpoint_stays_beside_the_last(tmp_path, monkeypatch):
   losses = itertools.chain([3., 1., 2., 4., 2., 5.])
-  monkeypatch.setattr(evaluate, 'evaluate', lambda *args: {'loss': next(losses)})
+  monkeypatch.setattr(validation, 'evaluate', lambda *args: {'loss': next(losses)})
   go(tmp_path, evaluate_every=1, save_every=1, keep=1)
   assert steps_kept(tmp_path) == [2, 6]
 
