@@ -18,9 +18,9 @@ Array = Any   # NumPy on the host, JAX on the devices
 
 
 class Dialogue(NamedTuple):
-  """Tokens, and which of them are to be learned: what an assistant said, or the answer to a prompt."""
-  tokens: np.ndarray   # int32 [n]
-  asked: np.ndarray    # bool [n]
+  """Tokens, and which of them the model learns to write: the messages of the assistant, or the answer to a prompt."""
+  tokens: np.ndarray      # int32 [n]
+  loss_mask: np.ndarray   # bool [n]
 
 
 class Pair(NamedTuple):

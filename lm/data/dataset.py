@@ -11,6 +11,7 @@ import numpy as np
 
 from lm.data import store, tokenizers
 from lm.data.batch import Batches, ExampleMaker, special
+from lm.data.encoding import TextEncoder
 from lm.data.rows.stream import Stream
 from lm.data.store_reader import OtherSettings
 from lm.data.text import clean
@@ -66,18 +67,23 @@ class Text:
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     documents = lambda: clean.clean(self.source.splits['train'], self.rules)
     renew = self.folder is None and untrained(workdir)
-    found = begun(open_tokenizer(folder, self.tokenizer, made_of, documents, progress, lambda tokens: check(
-        _fingerprint(store.fingerprint(store.settings(self.source, tokens, self.rules), 'train'), self.source.mixing),
-        tokens.fingerprint), renew))
-    special(found, control)
-    stores = store.build(folder / 'tokens', self.source, found, self.rules, progress=progress, renew=renew)
-    if not found.lossless and any(opened.sizes is None for opened in stores.values()):
+
+    def check_fingerprints(tokenizer: tokenizers.Tokenizer) -> None:
+      settings = store.settings(self.source, TextEncoder(tokenizer), self.rules)
+      check(_fingerprint(store.fingerprint(settings, 'train'), self.source.mixing), tokenizer.fingerprint)
+
+    tokenizer = with_bos(
+        open_tokenizer(folder, self.tokenizer, made_of, documents, progress, check_fingerprints, renew))
+    special(tokenizer, control)
+    stores = store.build(folder / 'tokens', self.source, TextEncoder(tokenizer), self.rules, progress=progress,
+                         renew=renew)
+    if not tokenizer.lossless and any(opened.sizes is None for opened in stores.values()):
       progress(f'{folder / "tokens"} does not say how many bytes its tokens stand for: no bits per byte are shown')
-    return OpenText(stores, found, self.length, self.source_length, self.source.mixing)
+    return OpenText(stores, tokenizer, self.length, self.source_length, self.source.mixing)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer that `open` made."""
-    return begun(load_tokenizer(self._folder(workdir) / 'tokenizer'))
+    return with_bos(load_tokenizer(self._folder(workdir) / 'tokenizer'))
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
     """See `verify`."""
@@ -87,9 +93,9 @@ class Text:
     return self.folder or workdir / 'data'
 
 
-def begun(found: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """The tokenizer of a model of documents, each of which begins with bos, whatever the rule was before."""
-  return found if found.adds_bos else dataclasses.replace(found, adds_bos=True)
+def with_bos(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """Returns the tokenizer with `adds_bos` set, because the documents of a data set begin with bos."""
+  return tokenizer if tokenizer.adds_bos else dataclasses.replace(tokenizer, adds_bos=True)
 
 
 def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable, made_of: Mapping[str, Any],

@@ -3,11 +3,13 @@
   folder/manifest.json         settings, and per split the counts; written last: without it the store is unfinished
   folder/<split>/tokens.bin    all documents end to end, no bos or eos; uint16, or uint32 beyond 65,536 tokens
   folder/<split>/offsets.npy   [documents + 1] int64
+  folder/<split>/<column>.bin  a column of the encoder: one value per token, or one value per document
   folder/<split>/sizes.npy     [n, 2] int64, if the tokenizer is not lossless: places in tokens.bin, and how many bytes
                                of its text the token there stands for, if its table says otherwise
 
-While it is built, documents are appended in groups, and `unfinished.json`, replaced after each group, says how much of
-each file counts. Whatever kills the build, the next one cuts the files there and goes on; same bytes in the end.
+During a build, documents are appended in groups. After each group `unfinished.json` is replaced; it says how much of
+each file is committed. If the build is killed, the next build truncates the files to that length and continues, and
+the finished store has the same bytes.
 """
 import collections
 import contextlib
@@ -24,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.store_reader import OtherSettings, Part, Store, checksums, fingerprint, read_json, verify
+from lm.data.encoding import Encoded, Encoder
+from lm.data.store_reader import OtherSettings, Part, Store, checksums, column_bytes, fingerprint, read_json, verify
 from lm.data.text import clean
 from lm.data.text.source import Source, digest
-from lm.data.tokenizers.folder import Tokenizer
 from lm.workdir import atomic, integrity, locks
 
 __all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
@@ -35,62 +37,66 @@ __all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
 _FORMAT = 1
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000  # committed together; lost at most, when killed
 _DIGEST = 16  # bytes, of `digest`
-_NO_TOKENS = 'no tokens'  # why a document is dropped of which normalisation leaves nothing
+_NO_TOKENS = 'no tokens'  # the reason for dropping a document that has no tokens
 
 
-def settings(source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule]) -> dict[str, Any]:
-  """What a store is made of, as its manifest has it."""
-  return {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': tokenizer.fingerprint,
+def settings(source: Source, encoder: Encoder, rules: Sequence[clean.Rule]) -> dict[str, Any]:
+  """Returns what decides the contents of a store; its manifest keeps this."""
+  return {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': encoder.fingerprint,
           'rules': [_identity(rule) for rule in rules]}
 
 
-def build(folder: str | os.PathLike, source: Source, tokenizer: Tokenizer, rules: Sequence[clean.Rule] = clean.DEFAULT,
+def build(folder: str | os.PathLike, source: Source, encoder: Encoder, rules: Sequence[clean.Rule] = clean.DEFAULT,
           workers: int = 0, progress: Callable[[str], Any] = print, renew: bool = False) -> dict[str, Store]:
-  """One `Store` a split: built, gone on with, or only opened if it is there.
+  """Returns one `Store` per split. Builds the stores, continues an interrupted build, or opens a finished one.
 
-  Duplicates are dropped across splits, train last, so that no document of another split is in train. Processes that
-  build the same folder take turns; the second one finds it built.
+  Duplicates are dropped across splits, with train last, so that train has no document of another split. Processes that
+  build the same folder take turns, and the later ones open what the first one built.
 
   Args:
-    workers: processes for cleaning (see `clean.clean`); encoding has its own threads.
-    progress: told one line now and then, and one at the end of each split.
-    renew: whether a store of other settings is built anew; one without a document always is.
+    encoder: makes tokens and columns of documents; `encoding.TextEncoder(tokenizer)` for plain text.
+    workers: number of processes for cleaning (see `clean.clean`); encoding has its own threads.
+    progress: is called with a line every ten seconds, and with a line at the end of each split.
+    renew: whether to replace a store that was made with other settings; a store without documents is always replaced.
 
   Raises:
-    ValueError: the folder has a store of other settings, which is not to be renewed, or no document is left of a split.
+    ValueError: the folder has a store of other settings and `renew` is false, or a split has no documents.
     OSError: the folder cannot be written.
   """
   folder = pathlib.Path(folder)
-  made_of = settings(source, tokenizer, rules)
-  if not _finished(folder, made_of, renew):  # asked again under the lock: only a build needs to write
+  made_of = settings(source, encoder, rules)
+  if not _finished(folder, made_of, renew):  # checked again under the lock, which only a build needs
     with contextlib.ExitStack() as stack:
       with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locks.turn(folder / 'lock', f'waiting for the process that builds {folder}', progress))
       if not _finished(folder, made_of, renew, discard=True):
-        _Build(folder, source, tokenizer, rules, workers, progress, made_of).run()
+        _Build(folder, source, encoder, rules, workers, progress, made_of).run()
   stores = {split: Store(folder, split) for split in source.splits}
   for opened in stores.values():
-    opened.check(tokenizer.vocab_size)
+    opened.check(encoder.vocab_size)
   return stores
 
 
 @dataclasses.dataclass
 class _Build:
-  """A build under way. `state` is what is committed: settings, and per split counts that give all file sizes."""
+  """A running build. `state` is what is committed: the settings, and counts per split that give all file sizes."""
   folder: pathlib.Path
   source: Source
-  tokenizer: Tokenizer
+  encoder: Encoder
   rules: Sequence[clean.Rule]
   workers: int
   progress: Callable[[str], Any]
   settings: dict
 
   def run(self) -> None:
-    self.dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    self.dtype = np.dtype(np.uint16 if self.encoder.vocab_size <= 1 << 16 else np.uint32)
     splits = sorted(self.source.splits, key=lambda split: (split == 'train', split))
     empty = {'read': 0, 'documents': 0, 'tokens': 0, 'largest': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name,
-             **({} if self.tokenizer.lossless else {'sizes': 0})}
+             **({'sizes': 0} if self.encoder.has_sizes else {})}
+    if self.encoder.columns:
+      empty['columns'] = {name: {'dtype': np.dtype(column.dtype).name, 'per': column.per}
+                          for name, column in self.encoder.columns.items()}
     self.state = read_json(self.folder / 'unfinished.json') or {
         'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
     with _writing(self.folder):
@@ -113,17 +119,20 @@ class _Build:
         path.unlink()
     for line in self.source.notes:
       self.progress(line)
-    if met := ', '.join(f'{n:,} {what}' for what, n in self.source.counts.items() if n):
-      self.progress(f'{self.source.name}: {met}')
+    if read_counts := ', '.join(f'{n:,} {event}' for event, n in self.source.counts.items() if n):
+      self.progress(f'{self.source.name}: {read_counts}')
 
   def _resume(self, split: str) -> bytes:
-    """Cuts the files of a split to what is committed; returns the digests of its documents so far."""
+    """Truncates the files of a split to what is committed, and returns the digests of its documents so far."""
     folder, counts = self.folder / split, self.state['splits'][split]
     folder.mkdir(exist_ok=True)
     digests = counts['documents'] + counts['dropped'].get(_NO_TOKENS, 0)
-    for name, size in (('tokens.bin', counts['tokens'] * self.dtype.itemsize),
-                       ('lengths.partial', counts['documents'] * 8), ('digests.partial', digests * _DIGEST),
-                       *([('sizes.partial', counts['sizes'] * 16)] if 'sizes' in counts else [])):
+    file_sizes = {'tokens.bin': counts['tokens'] * self.dtype.itemsize, 'lengths.partial': counts['documents'] * 8,
+                  'digests.partial': digests * _DIGEST}
+    if 'sizes' in counts:
+      file_sizes['sizes.partial'] = counts['sizes'] * 16
+    file_sizes |= {f'{name}.bin': column_bytes(column, counts) for name, column in counts.get('columns', {}).items()}
+    for name, size in file_sizes.items():
       with open(folder / name, 'ab') as f:
         if f.tell() < size:
           raise ValueError(f'{folder / name} has lost committed data: delete {self.folder} and build it again')
@@ -132,7 +141,7 @@ class _Build:
 
   def _split(self, split: str, deduplicate: clean.Deduplicate) -> None:
     documents, counts = self.source.splits[split], self.state['splits'][split]
-    start = told = time.monotonic()
+    start = last_report = time.monotonic()
     before, ends = counts['bytes'], counts.setdefault('ends', [])
     mixing = self.source.mixing
     sizes = [len(part.splits[split]) for part in mixing.sources] if mixing else [len(documents)]
@@ -140,8 +149,9 @@ class _Build:
       unread = (documents[i] for i in range(counts['read'], end))
       for group in _groups(clean.clean(unread, self.rules, self.workers, deduplicate)):
         self._append(split, group)
-        if (now := time.monotonic()) - told > 10:
-          told = now
+        now = time.monotonic()
+        if now - last_report > 10:
+          last_report = now
           self.progress(f'{split}: {counts["read"]:,} of {len(documents):,} documents, '
                         f'{_size((counts["bytes"] - before) / (now - start))}/s')
       ends.append(counts['documents'])
@@ -158,42 +168,44 @@ class _Build:
     """Encodes, appends and commits results of cleaning."""
     folder, counts = self.folder / split, self.state['splits'][split]
     kept = [document for document in group if not isinstance(document, clean.Drop)]
-    encoded = self.tokenizer.encode_batch(kept)
+    encoded = self.encoder.encode(kept)
+    stored = [document for document in encoded if len(document.tokens)]
     dropped = collections.Counter(counts['dropped'])
     dropped.update(document.reason for document in group if isinstance(document, clean.Drop))
-    dropped.update(_NO_TOKENS for tokens in encoded if not len(tokens))
-    lengths = np.array([len(tokens) for tokens in encoded if len(tokens)], np.int64)
+    dropped[_NO_TOKENS] += len(encoded) - len(stored)
+    lengths = np.array([len(document.tokens) for document in stored], np.int64)
     with _writing(self.folder):
-      _append(folder / 'tokens.bin', b''.join(tokens.astype(self.dtype).tobytes() for tokens in encoded))
+      _append(folder / 'tokens.bin', b''.join(document.tokens.astype(self.dtype).tobytes() for document in stored))
       _append(folder / 'lengths.partial', lengths.tobytes())
       _append(folder / 'digests.partial', b''.join(map(digest, kept)))
+      for name, column in counts.get('columns', {}).items():
+        _append(folder / f'{name}.bin', b''.join(
+            np.asarray(document.columns[name], column['dtype']).tobytes() for document in stored))
       if 'sizes' in counts:
-        sizes = _other_sizes(self.tokenizer, kept, encoded, counts['tokens'])
+        sizes = _placed_sizes(stored, counts['tokens'])
         _append(folder / 'sizes.partial', sizes.tobytes())
         counts['sizes'] += len(sizes)
       if 'largest' in counts:
-        counts['largest'] = max(counts['largest'], *(int(tokens.max(initial=0)) for tokens in encoded), 0)
+        counts['largest'] = max(counts['largest'], *(int(document.tokens.max()) for document in stored), 0)
       counts['read'] += len(group)
       counts['documents'] += len(lengths)
       counts['tokens'] += int(lengths.sum())
-      counts['bytes'] += sum(len(document.encode()) for document, tokens in zip(kept, encoded) if len(tokens))
+      counts['bytes'] += sum(len(text.encode()) for text, document in zip(kept, encoded) if len(document.tokens))
       counts['dropped'] = dict(sorted((reason, n) for reason, n in dropped.items() if n))
       atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
 
 
-def _other_sizes(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[np.ndarray], start: int) -> np.ndarray:
-  """[n, 2] int64: places of tokens, counted from `start`, whose bytes are not those of the table; and their bytes."""
-  table, parts = tokenizer.byte_lengths(), [np.zeros((0, 2), np.int64)]
-  for text, ids in zip(texts, encoded):
-    sizes = tokenizer.sizes(text, ids)
-    places = np.flatnonzero(sizes != table[ids])
-    parts.append(np.stack([start + places, sizes[places]], 1))
-    start += len(ids)
+def _placed_sizes(documents: Sequence[Encoded], start: int) -> np.ndarray:
+  """The sizes of documents, [n, 2] int64, with places in the tokens of the split; the first document is at `start`."""
+  parts = [np.zeros((0, 2), np.int64)]
+  for document in documents:
+    parts.append(document.sizes + np.array([start, 0]))
+    start += len(document.tokens)
   return np.concatenate(parts)
 
 
 class _Deduplicate(clean.Deduplicate):
-  """Goes on from the digests of a build that was cut off."""
+  """Continues from the digests of an interrupted build."""
 
   def __init__(self, digests: bytes):
     super().__init__()
@@ -201,21 +213,22 @@ class _Deduplicate(clean.Deduplicate):
 
 
 def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard: bool = False) -> bool:
-  """Whether the folder has a finished store.
+  """Whether the folder has a finished store of these settings.
 
-  Raises ValueError if what it has was made with other settings, unless that is without a document or to be renewed:
-  then it counts as none, and `discard` makes it none.
+  A store of other settings raises OtherSettings. With `renew`, or if it has no documents, it counts as missing instead,
+  and `discard` deletes its manifest.
   """
   for name in ('manifest.json', 'unfinished.json'):
-    if (found := read_json(folder / name)) is None:
+    stored = read_json(folder / name)
+    if stored is None:
       continue
-    if differ := [key for key in settings if found['settings'].get(key) != settings[key]]:
-      if renew or not any(counts['documents'] for counts in found['splits'].values()):
+    if different := [key for key in settings if stored['settings'].get(key) != settings[key]]:
+      if renew or not any(counts['documents'] for counts in stored['splits'].values()):
         if discard:
           (folder / name).unlink()
         continue
       raise OtherSettings(f'{folder} has a store of other settings: ' + '; '.join(
-          f'{key} {found["settings"].get(key)} there, {settings[key]} here' for key in differ)
+          f'{key} {stored["settings"].get(key)} there, {settings[key]} here' for key in different)
           + '; go back to these settings, or choose another folder')
     if name == 'manifest.json':
       return True
@@ -235,7 +248,7 @@ def _groups(results: Iterator[str | clean.Drop]) -> Iterator[list[str | clean.Dr
 
 
 def _identity(rule: clean.Rule) -> str:
-  """A function by its name, an object by its repr; ValueError if neither would be the same in another process."""
+  """Returns the name of a function, or the repr of an object; ValueError if it would differ in another process."""
   name = f'{rule.__module__}.{rule.__qualname__}' if hasattr(rule, '__qualname__') else repr(rule)
   if re.search('<lambda>|<locals>| at 0x', name):
     raise ValueError(f'rule {name} has no lasting name to know the store by: make it a function of a module or a '
@@ -252,7 +265,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    number = error.errno or errno.ENOSPC   # NumPy gives none where a write is cut short
+    number = error.errno or errno.ENOSPC   # NumPy's error has no number if the disk is full
     raise OSError(number, f'cannot write the store: {os.strerror(number)}; free space or choose another folder',
                   str(folder)) from error
 

@@ -1,4 +1,4 @@
-"""A store on disk, opened and checked: see `store` for its files, and for how they are made."""
+"""Reads and checks a store. Its files, and how they are written, are described in `store`."""
 import hashlib
 import itertools
 import json
@@ -12,22 +12,24 @@ from lm.workdir import integrity
 
 
 class OtherSettings(ValueError):
-  """What is stored was made with other settings, and is needed by what was trained on it."""
+  """Stored data was made with other settings, and a model may have been trained on it."""
 
 
-_BLOCK, _READ = 1 << 20, 1 << 31   # tokens that are compared at a time, and that are read at opening at most
+_BLOCK = 1 << 20    # tokens that are compared at a time
+_READ = 1 << 31     # a store of more tokens is not read when it is opened
 
 
 class Store:
-  """One split, open for reading. Opening checks the sizes of the files and the offsets, and reads no tokens.
+  """One split, open for reading. Opening checks the offsets and the sizes of the files; it reads no tokens.
 
   Attributes:
     tokens: [total] uint16 or uint32, memory-mapped.
     offsets: [documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]].
-    sizes: [n, 2] int64, memory-mapped: places of tokens that stand for other bytes of the text than the tokenizer's
-      table says, and how many; None of a tokenizer that is lossless, and where it was not stored.
-    manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped, by reason.
-    fingerprint: of source, rules, tokenizer and split.
+    columns: by name, memory-mapped: [total] of a column per token, [documents] of a column per document.
+    sizes: [n, 2] int64, memory-mapped: the places of tokens that stand for another number of bytes of the text than
+      the tokenizer's table says, and that number; None if the tokenizer is lossless, or if sizes were not stored.
+    manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped by reason.
+    fingerprint: of source, rules, encoder and split.
   """
 
   def __init__(self, folder: str | os.PathLike, split: str):
@@ -39,35 +41,29 @@ class Store:
       raise ValueError(f'{folder} has no split {split!r}, only {", ".join(manifest["splits"])}')
     self.manifest = manifest['splits'][split]
     self.fingerprint = fingerprint(manifest['settings'], split)
-    path, dtype = self._folder / split / 'tokens.bin', np.dtype(self.manifest['dtype'])
-    advice = f'delete {folder}, and it is made again from the text'
+    folder, dtype = self._folder / split, np.dtype(self.manifest['dtype'])
+    columns = self.manifest.get('columns', {})
     self.sizes = None
-    expected = self.manifest['tokens'] * dtype.itemsize
-    try:
-      size, path = path.stat().st_size, path.with_name('offsets.npy')
-      self.offsets = np.load(path, mmap_mode='r')
-      if 'sizes' in self.manifest:
-        path = path.with_name('sizes.npy')
-        self.sizes = np.load(path, mmap_mode='r')
-        if self.sizes.shape != (self.manifest['sizes'], 2):
-          raise ValueError(f'{len(self.sizes)} rows, and {self.manifest["sizes"]} were written')
-    except FileNotFoundError:
-      raise FileNotFoundError(f'{path} is missing from a finished store: {advice}') from None
-    except (ValueError, EOFError) as error:
-      raise ValueError(f'{path} is damaged ({error}): {advice}') from None
-    if size != expected:
-      raise ValueError(f'{path.with_name("tokens.bin")} has {size} bytes, and {expected} were written: {advice}')
-    path = path.with_name('offsets.npy')
-    self.tokens = np.memmap(path.with_name('tokens.bin'), dtype, 'r')
+    _check_size(folder / 'tokens.bin', self.manifest['tokens'] * dtype.itemsize)
+    for name, column in columns.items():
+      _check_size(folder / f'{name}.bin', column_bytes(column, self.manifest))
+    self.offsets = _load(folder / 'offsets.npy')
+    if 'sizes' in self.manifest:
+      self.sizes = _load(folder / 'sizes.npy')
+      if self.sizes.shape != (self.manifest['sizes'], 2):
+        raise _damaged(folder / 'sizes.npy',
+                       f'it has {len(self.sizes)} rows, and {self.manifest["sizes"]} were written')
+    self.tokens = np.memmap(folder / 'tokens.bin', dtype, 'r')
+    self.columns = {name: np.memmap(folder / f'{name}.bin', column['dtype'], 'r') for name, column in columns.items()}
     ends = len(self.offsets) == len(self) + 1 and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
     if not ends or np.any(self.offsets[1:] < self.offsets[:-1]):
-      raise ValueError(f'{path} is damaged (its offsets do not fit the manifest, or fall): {advice}')
+      raise _damaged(folder / 'offsets.npy', 'its offsets do not fit the manifest, or fall')
 
   def check(self, vocabulary: int) -> None:
-    """Raises ValueError where an id is beyond a vocabulary: the largest that was written, or one that is there now.
+    """Raises ValueError if an id is not in a vocabulary of this size: when it was written, or in the file now.
 
-    All ids are read of a store of up to 2**31 tokens. Of a larger one, those of a document are compared when it is
-    read, see `Stream`; `verify` reads all.
+    This reads all ids of a store of up to 2**31 tokens. The ids of a larger store are compared when a document is read,
+    see `Stream`; `verify` reads all of them.
     """
     tokens = self.tokens if len(self.tokens) <= _READ else self.tokens[:0]
     largest = max(self.manifest.get('largest', 0), *(
@@ -86,7 +82,7 @@ class Store:
     return self.tokens[self.offsets[i]:self.offsets[i + 1]]
 
   def parts(self) -> list['Part']:
-    """The documents of each source that a mixture was made of; all of them, where it was none."""
+    """Returns the documents of each source of a mixture, or all documents if the source was not a mixture."""
     ends = [0, *self.manifest.get('ends', [len(self)])]
     return [Part(self.tokens, self.offsets[start:end + 1]) for start, end in itertools.pairwise(ends)]
 
@@ -95,22 +91,57 @@ class Store:
 
 
 class Part(NamedTuple):
-  """Some documents of a store: number i is tokens[offsets[i]:offsets[i + 1]]."""
+  """Some documents of a store; document i is tokens[offsets[i]:offsets[i + 1]]."""
   tokens: np.ndarray
   offsets: np.ndarray
   sizes: np.ndarray | None = None
 
 
+def column_bytes(column: dict[str, str], counts: dict[str, Any]) -> int:
+  """The size of a column's file, from the column and the counts of the split, both as in the manifest."""
+  return np.dtype(column['dtype']).itemsize * counts['tokens' if column['per'] == 'token' else 'documents']
+
+
+def _check_size(path: pathlib.Path, expected: int) -> None:
+  try:
+    size = path.stat().st_size
+  except FileNotFoundError:
+    raise _missing(path) from None
+  if size != expected:
+    raise ValueError(f'{path} has {size} bytes, and {expected} were written: {_advice(path)}')
+
+
+def _load(path: pathlib.Path) -> np.ndarray:
+  try:
+    return np.load(path, mmap_mode='r')
+  except FileNotFoundError:
+    raise _missing(path) from None
+  except (ValueError, EOFError) as error:
+    raise _damaged(path, str(error)) from None
+
+
+def _missing(path: pathlib.Path) -> FileNotFoundError:
+  return FileNotFoundError(f'{path} is missing from a finished store: {_advice(path)}')
+
+
+def _damaged(path: pathlib.Path, reason: str) -> ValueError:
+  return ValueError(f'{path} is damaged ({reason}): {_advice(path)}')
+
+
+def _advice(path: pathlib.Path) -> str:
+  return f'delete {path.parents[1]}, and it is made again from the text'
+
+
 def checksums(folder: pathlib.Path, split: str) -> dict[str, int]:
-  """The checksums of the files of a split that is finished."""
+  """Returns the checksums of the files of a finished split, by name."""
   return {path.name: integrity.checksum(path) for path in sorted((folder / split).iterdir())
           if path.suffix in ('.bin', '.npy')}
 
 
 def verify(folder: pathlib.Path) -> list[str]:
-  """Compares all bytes of a store with the checksums in its manifest. Returns what has none.
+  """Compares all bytes of a store with the checksums in its manifest. Returns the paths that have no checksum.
 
-  ValueError, with all paths, where files are not as they were written; splits of an unfinished store are not there yet.
+  Raises ValueError, which names all changed files. An unfinished store is not compared.
   """
   path = folder / 'manifest.json'
   if (manifest := read_json(path)) is None:
@@ -126,7 +157,7 @@ def verify(folder: pathlib.Path) -> list[str]:
 
 
 def fingerprint(made_of: dict[str, Any], split: str) -> str:
-  """The fingerprint of a split of the store with these settings."""
+  """Returns the fingerprint of a split of the store with these settings."""
   return hashlib.sha256(json.dumps([made_of, split]).encode()).hexdigest()[:16]
 
 

@@ -40,7 +40,7 @@ def document(tokens: np.ndarray, rng: np.random.Generator, special: Special) -> 
 
 def dialogue(piece: Dialogue, rng: np.random.Generator, special: Special) -> Example:
   """What is to be learned of a dialogue; the rest is never masked."""
-  return mask_some(piece.tokens, piece.asked, rng, special)
+  return mask_some(piece.tokens, piece.loss_mask, rng, special)
 
 
 def masked_diffusion(denominator: Callable[[Batch], jax.Array] = token_mean, mask: str = '<|mask|>',

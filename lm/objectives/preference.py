@@ -227,7 +227,7 @@ def _segments(first: Dialogue, second: Dialogue) -> Example:
   join = lambda make: np.concatenate([make(first), make(second)])
   sizes = len(first.tokens) - 1, len(second.tokens) - 1
   return Example(join(lambda x: x.tokens[:-1]), join(lambda x: x.tokens[1:]),
-                 np.repeat(np.float32([1, -1]), sizes) * join(lambda x: x.asked[1:]),
+                 np.repeat(np.float32([1, -1]), sizes) * join(lambda x: x.loss_mask[1:]),
                  segments=np.repeat(np.int32([1, 2]), sizes))
 
 

@@ -11,7 +11,7 @@ from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_m
 def example(dialogue: Dialogue, rng: np.random.Generator, special: Special) -> Example:
   """Each token is asked for the one after it, which counts where it is to be learned."""
   del rng, special
-  return Example(dialogue.tokens[:-1], dialogue.tokens[1:], dialogue.asked[1:].astype(np.float32))
+  return Example(dialogue.tokens[:-1], dialogue.tokens[1:], dialogue.loss_mask[1:].astype(np.float32))
 
 
 def supervised(denominator: Callable[[Batch], jax.Array] = token_mean, token_loss: TokenLoss = cross_entropy

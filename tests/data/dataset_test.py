@@ -206,6 +206,7 @@ def test_the_bytes_of_texts_and_of_dialogues_are_verified(tmp_path):
     data.open(workdir, lambda line: None)
     assert data.verify(workdir) == []
     path = workdir / 'data' / 'tokens' / 'train' / 'tokens.bin'
-    path.write_bytes(path.read_bytes()[:-1] + b'\x01')
+    written = path.read_bytes()
+    path.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
     with pytest.raises(ValueError, match=f'{path} is not as it was written'):
       data.verify(workdir)

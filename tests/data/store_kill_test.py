@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers.stores import BYTES, SOURCE, Wide, build, contents, small_groups  # noqa: F401
+from helpers.stores import BYTES, SOURCE, Counted, Wide, build, contents, quiet, small_groups  # noqa: F401
 
 from lm.data import store
 from lm.data.text.source import Source
@@ -25,36 +25,57 @@ def die_at(n, calls, function, *args):
   return function(*args)
 
 
-def is_killed(n, monkeypatch, folder, *settings):
+def is_killed(n, monkeypatch, build):
   """Builds a store up to its write number n; whether there was such a write."""
   calls = itertools.count()
   with monkeypatch.context() as patch:
     for name in ('fsync', 'replace'):
       patch.setattr(os, name, functools.partial(die_at, n, calls, getattr(os, name)))
     try:
-      build(folder, *settings)
+      build()
     except Killed:
       return True
   return False
 
 
-def kill_at_any_write(tmp_path, monkeypatch, *settings):
+def kill_at_any_write(tmp_path, monkeypatch, build):
   """Builds a store as often as it writes, killed at one write more each time, and again; returns how often that was."""
   monkeypatch.setattr(os, 'fsync', lambda file: None)   # no power is lost here
-  build(tmp_path / 'whole', *settings)
+  build(tmp_path / 'whole')
   n = 0
-  while is_killed(n, monkeypatch, folder := tmp_path / str(n), *settings):
+  while is_killed(n, monkeypatch, functools.partial(build, folder := tmp_path / str(n))):
     assert not (folder / 'manifest.json').exists()
     with pytest.raises(FileNotFoundError, match='no finished store'):
       store.Store(folder, 'train')
-    build(folder, *settings)
+    build(folder)
     assert contents(folder) == contents(tmp_path / 'whole'), n
     n += 1
   return n
 
 
 def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
-  assert kill_at_any_write(tmp_path, monkeypatch, SOURCE, BYTES) > 20
+  assert kill_at_any_write(tmp_path, monkeypatch, functools.partial(build, source=SOURCE, tokenizer=BYTES)) > 20
+
+
+def test_columns_of_a_store_that_was_killed_are_those_of_its_documents(tmp_path, monkeypatch):
+  encoder = Counted()
+  assert kill_at_any_write(tmp_path, monkeypatch, lambda folder: store.build(
+      folder, SOURCE, encoder, progress=quiet)) > 20
+  for split in SOURCE.splits:
+    stored = store.Store(tmp_path / 'whole', split)
+    lengths = [len(stored[i]) for i in range(len(stored))]
+    assert stored.columns['length'].tolist() == lengths
+    assert stored.columns['place'].tolist() == [place for length in lengths for place in range(length)]
+  for name in ('place.bin', 'length.bin'):
+    path = tmp_path / 'whole/train' / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=f'{name} has {len(data) - 1} bytes, and {len(data)} were written: delete'):
+      store.Store(tmp_path / 'whole', 'train')
+    path.write_bytes(data[:-1] + b'\xff')
+    with pytest.raises(ValueError, match=f'train/{name} is not as it was written'):
+      store.verify(tmp_path / 'whole')
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -65,7 +86,7 @@ def test_of_documents_without_tokens_too_duplicates_are_known_after_a_kill(tmp_p
   # The second group of train repeats what is before and behind a document without tokens in the first.
   train = [SHORT[0], LONG[0], SHORT[1], LONG[1], LONG[2], LONG[2], LONG[1], SHORT[0], *draw(9)]
   source = Source('toy', {'train': train, 'validation': [SHORT[2], LONG[3], *draw(5)]}, str(seed))
-  assert kill_at_any_write(tmp_path, monkeypatch, source, Wide()) > 20
+  assert kill_at_any_write(tmp_path, monkeypatch, functools.partial(build, source=source, tokenizer=Wide())) > 20
   counts = json.loads((tmp_path / 'whole/manifest.json').read_text())['splits']
   assert sum(split['documents'] for split in counts.values()) <= len(LONG)   # each once in all splits
   assert all(counts['train']['dropped'][reason] >= 2 for reason in ('no tokens', 'duplicate'))

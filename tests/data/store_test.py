@@ -17,6 +17,7 @@ from helpers.disks import files_of
 from helpers.stores import BYTES, SOURCE, TRAIN, Wide, build, contents, small_groups  # noqa: F401  (a fixture of every test)
 
 from lm.data import dataset, store, store_reader, tokenizers
+from lm.data.encoding import TextEncoder
 from lm.data.text import clean
 from lm.data.text.source import Source
 from lm.objectives.next_token import next_token
@@ -251,5 +252,5 @@ def test_a_store_of_nothing_is_no_obstacle(tmp_path):
   """What was refused for it had no document stays behind, and the corrected command works."""
   empty = dataclasses.replace(SOURCE, fingerprint='empty', splits={'train': [''], 'validation': ['']})
   with pytest.raises(ValueError, match='no document is left'):
-    store.build(tmp_path, empty, BYTES)
-  assert len(store.build(tmp_path, SOURCE, BYTES)['validation']) == 4
+    store.build(tmp_path, empty, TextEncoder(BYTES))
+  assert len(store.build(tmp_path, SOURCE, TextEncoder(BYTES))['validation']) == 4

@@ -15,6 +15,7 @@ from helpers.tokenizers import byte_level, piece_model
 
 from lm import sharding
 from lm.data import dataset, store
+from lm.data.encoding import TextEncoder
 from lm.data.text import corpora
 from lm.data.text.source import Source
 from lm.data.tokenizers import folder as tokenizer
@@ -126,7 +127,8 @@ def counts_alone(objective):
 
 def opened(texts, folder, t, length, source_length=None):
   """The texts as they are, each a document, in batches."""
-  made = store.build(folder, Source('texts', {'train': texts}, repr(texts)), t, (), progress=lambda line: None)
+  source = Source('texts', {'train': texts}, repr(texts))
+  made = store.build(folder, source, TextEncoder(t), (), progress=lambda line: None)
   return dataset.OpenText(made, t, length, source_length)
 
 

@@ -1,9 +1,11 @@
 """Small stores, and what is in them."""
 import dataclasses
 
+import numpy as np
 import pytest
 
 from lm.data import store, tokenizers
+from lm.data.encoding import Column, TextEncoder
 from lm.data.text import clean
 from lm.data.text.source import Source
 
@@ -20,8 +22,8 @@ def quiet(line):
   pass
 
 
-def build(folder, source=SOURCE, tok=BYTES, rules=clean.DEFAULT, **options):
-  return store.build(folder, source, tok, rules, **{'progress': quiet} | options)
+def build(folder, source=SOURCE, tokenizer=BYTES, rules=clean.DEFAULT, **options):
+  return store.build(folder, source, TextEncoder(tokenizer), rules, **{'progress': quiet} | options)
 
 
 def contents(folder):
@@ -40,3 +42,15 @@ class Wide(tokenizers.Bytes):
 
   def encode_batch(self, texts):
     return [ids + 69_000 if len(ids) > 10 else ids[:0] for ids in super().encode_batch(texts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(TextEncoder):
+  """Bytes, and beside them the place of each token in its document, and the length of each document."""
+  tokenizer: tokenizers.Tokenizer = BYTES
+
+  columns = {'place': Column(np.dtype(np.int16), 'token'), 'length': Column(np.dtype(np.int64), 'document')}
+
+  def encode(self, documents):
+    return [encoded._replace(columns={'place': np.arange(len(encoded.tokens)), 'length': len(encoded.tokens)})
+            for encoded in super().encode(documents)]

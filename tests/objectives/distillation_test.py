@@ -231,7 +231,7 @@ def test_neither_has_all_its_logits_at_once(monkeypatch):
 def test_forms_needs_and_control_are_those_of_the_objective():
   def answers(dialogue, rng, special):
     return next_token().forms[0].example(dialogue.tokens, rng, special)._replace(
-        weights=dialogue.asked[1:].astype(np.float32))
+        weights=dialogue.loss_mask[1:].astype(np.float32))
   taught = objective.token_objective(Form(answers), needs=Dialogue, control=('<|mask|>',))
   made = distil(taught, TEACHER.apply)
   assert (made.forms, made.needs, made.control) == (taught.forms, Dialogue, ('<|mask|>',))

@@ -91,7 +91,7 @@ def answers(records, batch, logits):
         both = [x for x in record if isinstance(x, Dialogue)]
         if all(np.array_equal(batch.tokens[row, i:j], x.tokens[:-1]) and np.array_equal(batch.targets[row, i:j],
                x.tokens[1:]) for (i, j), x in zip([(a, b), (c, d)], both)):
-          yield record, [np.array([lp[row, i + k - 1, x.tokens[k]] for k in np.flatnonzero(x.asked)])
+          yield record, [np.array([lp[row, i + k - 1, x.tokens[k]] for k in np.flatnonzero(x.loss_mask)])
                          for i, x in zip((a, c), both)]
           break
       else:

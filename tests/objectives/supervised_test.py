@@ -50,8 +50,8 @@ def test_the_loss_is_the_masked_loss_of_the_dialogues_by_themselves(shape, denom
     alone = Batch(np.stack([np.pad(x.tokens[:-1], (0, T + 1 - len(x.tokens))) for x in records]))
     outputs = jax.jit(lambda p, b: (lambda out: out.head(out.hidden))(model.apply(p, b)))(params, alone)
   lp = log_softmax(np.asarray(outputs, np.float64))
-  nll = -sum(lp[i, j - 1, x.tokens[j]] for i, x in enumerate(records) for j in np.flatnonzero(x.asked))
-  count = sum(int(x.asked.sum()) for x in records)
+  nll = -sum(lp[i, j - 1, x.tokens[j]] for i, x in enumerate(records) for j in np.flatnonzero(x.loss_mask))
+  count = sum(int(x.loss_mask.sum()) for x in records)
   assert float(loss) == pytest.approx(nll, rel=1e-5) and float(sums['nll']) == pytest.approx(nll, rel=1e-5)
   assert sums['tokens'] == count and weight == (count if by == 'tokens' else len(records))
 
@@ -80,5 +80,5 @@ def test_what_is_asked_is_what_the_dialogue_says():
   for dialogue in dialogues():
     example = supervised().forms[0].example(dialogue, np.random.default_rng(0), SPECIAL)
     asked = {(int(t), int(x)) for t, x, w in zip(np.arange(T), example.targets, example.weights) if w}
-    assert asked == {(j - 1, int(dialogue.tokens[j])) for j in np.flatnonzero(dialogue.asked)}
+    assert asked == {(j - 1, int(dialogue.tokens[j])) for j in np.flatnonzero(dialogue.loss_mask)}
     assert example.weights.dtype == np.float32 and set(example.weights) <= {0, 1}

@@ -1,7 +1,10 @@
-"""Dialogues, pairs and rated dialogues to train on: records of JSON, once made tokens, then packed into rows.
+"""Data sets of dialogues, pairs and rated dialogues: JSON records, encoded once, then packed into rows.
 
-The tokens lie in a `store.Store`, which knows of none of this: `_Encoder` looks to it like a tokenizer, of which a
-document is the JSON of a record, and an id is 2 * token + asked, or stands between the two parts of a record.
+A `store.Store` keeps the tokens of a record, with these columns beside them:
+
+  loss_mask   bool per token: whether the model learns to write it
+  second      int64 per record: where the second dialogue of a pair begins, or the answer of a rated dialogue
+  good        bool per record: the rating of a rated dialogue
 """
 import dataclasses
 import functools
@@ -11,7 +14,7 @@ import json
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ import numpy as np
 from lm.data import dataset, store, tokenizers
 from lm.data.batch import KINDS, Dialogue, ExampleMaker, Pair, Rated, special
 from lm.data.chat import conversation, messages
+from lm.data.encoding import Column, Encoded
 from lm.data.rows.packing import Packed
 from lm.data.text.source import Source
 from lm.workdir.describe import describe
@@ -26,24 +30,25 @@ from lm.workdir.describe import describe
 
 @dataclasses.dataclass(frozen=True)
 class Dialogues:
-  """Dialogues (`kind=Dialogue`), pairs of a preferred and another one (`Pair`), or rated ones (`Rated`).
+  """Dialogues (`kind=Dialogue`), pairs of a preferred and a rejected dialogue (`Pair`), or rated dialogues (`Rated`).
 
-  A dialogue begins as its template writes it. Asked is what the assistant says, with the token that ends it: all that
-  it says, or only the answer where a prompt is given by itself. A record longer than a row is left out, and a line
-  tells how many.
+  A dialogue begins as its template writes it. The model learns to write the assistant's messages, each with the token
+  that ends it; if the record has a prompt of its own, only the answer to it. Records longer than a row are left out,
+  and a line says how many.
 
   Args:
-    source: records of JSON, in one of the shapes of `messages`.
-    tokenizer: one, or a function that trains one on what is said in the training records.
-    length: T, positions a row.
+    source: JSON records, in one of the shapes of `messages`.
+    tokenizer: a tokenizer, or a function that trains one on the messages of the training records.
+    length: T, positions per row.
     kind: what a record holds.
     template: how messages become tokens.
-    keys: how the fields are named.
+    keys: the names of the fields.
     folder: where the tokenizer and the tokens are kept; None: in the workdir.
-    allow_left_out: whether training may go on where half of the records or more are left out.
-    answer: a regular expression with one group, which finds what counts of an answer, see `essence`; None: all of it.
+    allow_left_out: whether to train if half of the records or more are left out.
+    answer: a regular expression with one group, which matches the part of an answer that counts, see `essence`;
+      None: all of the answer counts.
 
-  Raises ValueError where `answer` is none with one group.
+  Raises ValueError if `answer` is not a regular expression with one group.
   """
   source: Source
   tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer]
@@ -64,13 +69,13 @@ class Dialogues:
     try:
       groups = re.compile(self.answer).groups
     except re.error as error:
-      raise ValueError(f'--answer={self.answer} is no regular expression: {error}') from None
+      raise ValueError(f'--answer={self.answer} is not a regular expression: {error}') from None
     if groups != 1:
-      raise ValueError(f'--answer={self.answer} has {groups} groups; put parentheses around what counts, and only '
-                       "there, as in '#### (.*)'; (?:...) is no group")
+      raise ValueError(f'--answer={self.answer} has {groups} groups, and needs one; put parentheses around the part '
+                       "that counts, as in '#### (.*)'; (?:...) is not a group")
 
   def essence(self, answer: str) -> str | None:
-    """What counts of an answer: what `self.answer` finds first, without spaces around it; None if it finds nothing."""
+    """Returns the first match of `self.answer` in an answer, without surrounding spaces; None if there is no match."""
     if self.answer is None:
       return answer
     match = re.search(self.answer, answer)
@@ -78,30 +83,30 @@ class Dialogues:
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
            check: dataset.Check = dataset.unchecked) -> 'OpenDialogues':
-    """Trains the tokenizer and makes tokens, unless that is done. `control` names tokens that the objective needs.
+    """Trains the tokenizer and encodes the records, unless that is done. The objective needs the tokens `control`.
 
-    Raises ValueError if the folder has something of other settings, a record is of another shape, `self.answer` finds
-    nothing, or the tokenizer lacks a control token; OSError if it cannot be written.
+    Raises ValueError if the folder has data of other settings, a record has another shape, `self.answer` never matches,
+    or the tokenizer lacks a control token; OSError if the folder cannot be written.
     """
     folder = self._folder(workdir)
     answers = [answer for _, answer in self.questions('validation', 100)] if self.answer else []
     if answers and all(self.essence(answer) is None for answer in answers):
       raise ValueError(f'--answer={self.answer} finds nothing in the first {len(answers)} held-out answers, such as '
-                       f'{answers[0][-100:]!r}; give a pattern that finds what counts in them')
+                       f'{answers[0][-100:]!r}; give a pattern that matches the part of them that counts')
     made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     renew = self.folder is None and dataset.untrained(workdir)
-    encoder_of = lambda tokens: _Encoder(tokens, self.kind, self.template, self.keys)
-    found = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress, lambda tokens: check(
-        store.fingerprint(store.settings(self.source, encoder_of(tokens), ()), 'train'), tokens.fingerprint), renew)
-    special(found, control)
-    if note := self.template.check(found):
+    encoder_of = lambda tokenizer: _RecordEncoder(tokenizer, self.kind, self.template, self.keys)
+    tokenizer = dataset.open_tokenizer(
+        folder, self.tokenizer, made_of, self._texts, progress, lambda tokenizer: check(store.fingerprint(
+            store.settings(self.source, encoder_of(tokenizer), ()), 'train'), tokenizer.fingerprint), renew)
+    special(tokenizer, control)
+    if note := self.template.check(tokenizer):
       progress(note)
-    encoder = encoder_of(found)
-    stores = store.build(folder / 'tokens', self.source, encoder, (), progress=progress, renew=renew)
-    return OpenDialogues(stores, found, self.kind, self.length, progress, self.allow_left_out)
+    stores = store.build(folder / 'tokens', self.source, encoder_of(tokenizer), (), progress=progress, renew=renew)
+    return OpenDialogues(stores, tokenizer, self.kind, self.length, progress, self.allow_left_out)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:
-    """The tokenizer that `open` made."""
+    """Returns the tokenizer that `open` saved."""
     return dataset.load_tokenizer(self._folder(workdir) / 'tokenizer')
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
@@ -109,15 +114,18 @@ class Dialogues:
     return dataset.verify(self._folder(workdir))
 
   def questions(self, split: str, count: int) -> list[tuple[messages.Messages, str]]:
-    """The first records of a split but for their answers, and these (chosen, or good), to see what a model says."""
-    found = []
+    """Returns the first `count` records of a split as (messages before the last answer, that answer).
+
+    The answer is the chosen one of a pair; dialogues that are rated bad are left out.
+    """
+    questions = []
     for record in itertools.islice(self.source.splits[split], count):
       prompt, answers, good = messages.read(record, self.kind, self.keys)
-      said = [*prompt, *answers[0]]
-      last = max((i for i, message in enumerate(said) if message['role'] == 'assistant'), default=0)
+      dialogue = [*prompt, *answers[0]]
+      last = max((i for i, message in enumerate(dialogue) if message['role'] == 'assistant'), default=0)
       if last and good is not False:
-        found.append((said[:last], said[last]['content']))
-    return found
+        questions.append((dialogue[:last], dialogue[last]['content']))
+    return questions
 
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data'
@@ -130,7 +138,7 @@ class Dialogues:
 
 @dataclasses.dataclass(frozen=True)
 class OpenDialogues:
-  """Dialogues as tokens, by split."""
+  """Encoded dialogues, by split."""
   stores: dict[str, store.Store]
   tokenizer: tokenizers.Tokenizer
   kind: type
@@ -143,11 +151,11 @@ class OpenDialogues:
     return self.stores['train'].fingerprint
 
   def records(self, split: str) -> 'DialogueStore':
-    return DialogueStore(split, self.stores[split], self.kind, self.tokenizer.vocab_size)
+    return DialogueStore(split, self.stores[split], self.kind)
 
   def batches(self, split: str, objective: ExampleMaker, rows: int, seed: int | None = 0,
               repeat: bool = True) -> Packed:
-    """See `Packed`. ValueError where no record fits a row, or the objective needs other data."""
+    """See `Packed`. Raises ValueError if no record fits a row, or the objective needs other data."""
     if objective.needs is not self.kind:
       raise ValueError(f'the objective learns from {KINDS[objective.needs]}, and these are {KINDS[self.kind]}')
     packed = Packed(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
@@ -166,12 +174,12 @@ class OpenDialogues:
 
 
 class DialogueStore:
-  """The records of a store: number i is a `Dialogue`, a `Pair` or a `Rated`, mismatched as `partners` says."""
+  """The records of a split. Record i is a `Dialogue`, a `Pair` or a `Rated`; see `partners` for what is mismatched."""
 
-  def __init__(self, split: str, stored: store.Store, kind: type, vocab: int):
-    self._split = split
+  def __init__(self, split: str, stored: store.Store, kind: type):
+    self._split, self._kind = split, kind
     self._tokens, self._offsets = np.asarray(stored.tokens), np.asarray(stored.offsets)
-    self._kind, self._vocab = kind, vocab
+    self._columns = {name: np.asarray(column) for name, column in stored.columns.items()}
 
   def __len__(self) -> int:
     return len(self._offsets) - 1
@@ -181,98 +189,101 @@ class DialogueStore:
       raise IndexError(f'record {i} of {len(self)}')
     start, end = self._offsets[i], self._offsets[i + 1]
     if self._kind is Dialogue:
-      return _dialogue(self._tokens[start:end])
-    mark = self._marks[i]
-    first, second = self._tokens[start:mark], self._tokens[mark + 1:end]
+      return self._dialogue(slice(start, end))
+    second = self._seconds[i]
     if self._kind is Pair:
-      return Pair(_dialogue(first), _dialogue(second))
+      return Pair(self._dialogue(slice(start, second)), self._dialogue(slice(second, end)))
     partner = self.partners[i]
-    other = self._tokens[self._marks[partner] + 1:self._offsets[partner + 1]]
-    good = bool(self._tokens[mark] - 2 * self._vocab)
-    return Rated(_dialogue(np.concatenate([first, second])), good, _dialogue(np.concatenate([first, other])))
+    other_answer = slice(self._seconds[partner], self._offsets[partner + 1])
+    return Rated(self._dialogue(slice(start, end)), bool(self._columns['good'][i]),
+                 self._dialogue(slice(start, second), other_answer))
+
+  def _dialogue(self, *spans: slice) -> Dialogue:
+    """The dialogue that consists of these spans of the split's tokens."""
+    join = lambda values: np.concatenate([values[span] for span in spans])
+    return Dialogue(join(self._tokens).astype(np.int32), join(self._columns['loss_mask']))
 
   @functools.cached_property
-  def _marks(self) -> np.ndarray:
-    """Of each record, where what stands between its two parts is."""
-    return np.flatnonzero(self._tokens >= 2 * self._vocab)
+  def _seconds(self) -> np.ndarray:
+    """[n]: where the second part of each record begins in the split's tokens."""
+    return self._offsets[:-1] + self._columns['second']
 
   @functools.cached_property
   def positions(self) -> np.ndarray:
-    """What an example of each takes: the tokens of its dialogues, less one of each."""
+    """[n]: the positions that an example of each record takes, one less per dialogue than it has tokens."""
     sizes = np.diff(self._offsets)
     if self._kind is Dialogue:
       return sizes - 1
     if self._kind is Pair:
-      return sizes - 3
-    prompts = self._marks - self._offsets[:-1]
-    answers = sizes - prompts - 1
-    return 2 * prompts + answers + answers[self.partners] - 2
+      return sizes - 2
+    answers = sizes - self._columns['second']
+    return sizes - answers + sizes + answers[self.partners] - 2
 
   @functools.cached_property
   def partners(self) -> np.ndarray:
-    """Of each rated record, the number of one with another prompt: of those that follow, in turn.
+    """[n]: for each rated record, the number of a record with another prompt, taken in turn from those that follow it.
 
-    ValueError where all prompts are the same.
+    Raises ValueError if all prompts are the same.
     """
     numbers: dict[bytes, int] = {}
-    spans = zip(self._offsets, self._marks)
+    spans = zip(self._offsets, self._seconds)
     prompts = np.array([numbers.setdefault(self._tokens[a:b].tobytes(), len(numbers)) for a, b in spans], int)
     starts = np.flatnonzero(prompts != np.roll(prompts, 1))   # of runs of records with the same prompt
     if not len(starts):
       raise ValueError(f'{self._split}: all of its {len(self)} rated records have the same prompt, and each is '
-                       'compared with an answer to another; give, or hold out, records of two prompts at least')
+                       'compared with an answer to another; give, or hold out, records of at least two prompts')
     sizes, records = np.diff(starts, append=starts[0] + len(self)), np.arange(len(self))
-    run = np.searchsorted(starts, records, 'right') - 1   # -1, the last, goes on at the beginning
+    run = np.searchsorted(starts, records, 'right') - 1   # -1: the last run, which continues at the beginning
     following = (run + 1) % len(starts)
     place = (records - starts[run]) % len(self)
     return (starts[following] + place % sizes[following]) % len(self)
 
 
-def _dialogue(values: np.ndarray) -> Dialogue:
-  return Dialogue((values >> 1).astype(np.int32), (values & 1).astype(bool))
-
-
 @dataclasses.dataclass(frozen=True)
-class _Encoder:
-  """Records of JSON to ints. Of a `Rated`, the two parts are the prompt and the answer."""
+class _RecordEncoder:
+  """A `store.Encoder` of JSON records."""
   tokenizer: tokenizers.Tokenizer
   kind: type
   template: conversation.Template
   keys: messages.Keys
 
-  lossless = True   # nobody counts the bytes of its documents, which are JSON
+  has_sizes = False   # nothing counts the bytes of a JSON record
 
   @property
   def vocab_size(self) -> int:
-    return 2 * self.tokenizer.vocab_size + 2   # the last two stand between parts, before what is bad, or good
+    return self.tokenizer.vocab_size
+
+  @property
+  def columns(self) -> Mapping[str, Column]:
+    columns = {'loss_mask': Column(np.dtype(bool), 'token')}
+    if self.kind is not Dialogue:
+      columns['second'] = Column(np.dtype(np.int64), 'document')
+    if self.kind is Rated:
+      columns['good'] = Column(np.dtype(bool), 'document')
+    return columns
 
   @property
   def fingerprint(self) -> str:
     facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys),
-             *([] if self.tokenizer.adds_bos else ['no bos']),
-             *(['mismatched of another prompt'] if self.kind is Rated else [])]
+             self.tokenizer.adds_bos, list(self.columns)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-  def encode_batch(self, records: Sequence[str]) -> list[np.ndarray]:
-    """Of a record in which nothing is asked, nothing: it is dropped."""
-    return [self._record(record) for record in records]
+  def encode(self, documents: Sequence[str]) -> list[Encoded]:
+    return [self._record(record) for record in documents]
 
-  def _record(self, record: str) -> np.ndarray:
+  def _record(self, record: str) -> Encoded:
+    """A record with a dialogue that has nothing to learn has no tokens, so that the store drops it."""
     prompt, answers, good = messages.read(record, self.kind, self.keys)
     try:
-      made = [self._made(prompt, answer) for answer in answers]
+      parts = [self.template.encode(self.tokenizer, [*prompt, *answer], first=len(prompt)) for answer in answers]
     except ValueError as error:
       raise ValueError(f'{error}; in the record {record[:200]}') from None
-    if not all((values & 1).any() for values in made):
-      return np.zeros(0, np.int32)
-    if self.kind is Dialogue:
-      return made[0]
-    mark = [2 * self.tokenizer.vocab_size + bool(good)]
+    if not all(mask.any() for _, mask in parts):
+      return Encoded(np.zeros(0, np.int32))
+    tokens, mask = (np.concatenate(arrays) for arrays in zip(*parts))
+    columns = {'loss_mask': mask}
+    if self.kind is Pair:
+      columns['second'] = np.int64(len(parts[0][0]))
     if self.kind is Rated:
-      first = int((made[0] & 1).argmax())
-      made = [made[0][:first], made[0][first:]]
-    return np.concatenate([made[0], mark, made[1]])
-
-  def _made(self, prompt: messages.Messages, answer: messages.Messages) -> np.ndarray:
-    ids, asked = self.template.encode(self.tokenizer, [*prompt, *answer], first=len(prompt))
-    return 2 * ids + asked
+      columns |= {'second': np.int64(mask.argmax()), 'good': np.bool_(good)}
+    return Encoded(tokens, columns)

@@ -258,7 +258,7 @@ def test_an_epoch_has_each_record_once_and_hosts_the_same_bytes(rows, size, seed
       assert np.array_equal(a, b) and np.array_equal(a, np.concatenate(parts))
     found += pieces(batch)
   kept = [data.records('train')[i] for i in np.flatnonzero(data.records('train').positions <= 40)]
-  assert sorted(found) == sorted((x.tokens.tolist(), x.asked[1:].tolist()) for x in kept)
+  assert sorted(found) == sorted((x.tokens.tolist(), x.loss_mask[1:].tolist()) for x in kept)
 
 
 def pieces(batch: Batch) -> list[tuple[list[int], list[bool]]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm.data import dataset, store
 from lm.data.batch import Form, Room
+from lm.data.encoding import TextEncoder
 from lm.data.rows.stream import Stream
 from lm.data.text import corpora
 from lm.data.text.mixture import Mixed, SourceOrder, mixture
@@ -205,7 +206,7 @@ def test_a_source_all_of_whose_documents_are_in_another_is_refused(tmp_path):
 def test_a_build_that_is_killed_between_sources_goes_on(tmp_path, monkeypatch, novels_and_poems):
   mixed = mixture(list(zip(novels_and_poems, (1, 1))))
   whole = [[part.offsets.tolist() for part in stored.parts()] for stored in
-           store.build(tmp_path / 'whole', mixed, BYTES, ()).values()]
+           store.build(tmp_path / 'whole', mixed, TextEncoder(BYTES), ()).values()]
   append = store._Build._append
   for kill in itertools.count(1):
     calls = itertools.count(1)
@@ -216,10 +217,10 @@ def test_a_build_that_is_killed_between_sources_goes_on(tmp_path, monkeypatch, n
       append(build, *args)
     monkeypatch.setattr(store._Build, '_append', dying)
     try:
-      store.build(tmp_path / f'{kill}', mixed, BYTES, ())
+      store.build(tmp_path / f'{kill}', mixed, TextEncoder(BYTES), ())
       break
     except KeyboardInterrupt:
       monkeypatch.setattr(store._Build, '_append', append)
-    stores = store.build(tmp_path / f'{kill}', mixed, BYTES, ())
+    stores = store.build(tmp_path / f'{kill}', mixed, TextEncoder(BYTES), ())
     assert [[part.offsets.tolist() for part in stored.parts()] for stored in stores.values()] == whole
   assert kill == 5
