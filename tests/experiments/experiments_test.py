@@ -340,7 +340,7 @@ def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, m
 def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(scripts, name):
   flags_given = {'jsonl': 'not there', 'decompressed_limit': -1.}
   with pytest.raises(ValueError, match='--decompressed_limit=-1.0 is not positive'):
-    getattr(scripts[name], 'main' if name == 'score' else 'experiment')(**flags_given)
+    getattr(scripts[name], 'score' if name == 'score' else 'experiment')(**flags_given)
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])
