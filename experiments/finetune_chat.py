@@ -14,6 +14,7 @@ On records of your own, from a run, a Hugging Face folder or the hub:
 A line holds messages, or a prompt and its completion. What is learned is what the assistant says, and where it ends.
 """
 import functools
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Literal
@@ -92,6 +93,7 @@ def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: 
                                                       dtype=jnp.dtype(precision)),
       objective=supervised(getattr(objective, denominator)),
       data=dialogues.Dialogues(records, tokens, length, template=template, allow_left_out=allow_left_out, answer=answer,
+                               longest=getattr(base and base.model, 'max_length', math.inf),
                                keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
       optimizer=optim.adamw(
           schedules.warmup_cosine(lr, steps, min(50, steps // 12) if warmup is None else warmup),

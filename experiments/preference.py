@@ -16,6 +16,7 @@ On pairs of your own, and another model:
 A line holds a prompt with a chosen and a rejected answer, or two transcripts that begin alike. KTO learns from either
 answer by itself, or from lines with a --label, true or false.
 """
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if method == 'kto' and not label:
     records = messages.unpaired(records, keys)
   data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
-                                   allow_left_out=allow_left_out)
+                                   allow_left_out=allow_left_out, longest=getattr(base.model, 'max_length', math.inf))
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
     data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                               preference.reference)

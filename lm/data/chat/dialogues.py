@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import types
@@ -23,7 +24,7 @@ from lm.data import dataset, store, tokenizers
 from lm.data.batch import KINDS, Dialogue, ExampleMaker, Pair, Rated, special
 from lm.data.chat import conversation, messages
 from lm.data.encoding import Column, Encoded
-from lm.data.rows.packing import Packed
+from lm.data.rows.packing import Packed, check_left_out
 from lm.data.text.source import Source
 from lm.workdir.describe import describe
 
@@ -45,6 +46,7 @@ class Dialogues:
     keys: the names of the fields.
     folder: where the tokenizer and the tokens are kept; None: in the workdir.
     allow_left_out: whether to train if half of the records or more are left out.
+    longest: the length of the longest row that the model reads; advice on `length` goes up to it.
     answer: a regular expression with one group, which matches the part of an answer that counts, see `essence`;
       None: all of the answer counts.
 
@@ -58,6 +60,7 @@ class Dialogues:
   keys: messages.Keys = messages.Keys()
   folder: pathlib.Path | None = None
   allow_left_out: bool = dataclasses.field(default=False, compare=False)
+  longest: float = dataclasses.field(default=math.inf, compare=False)
   answer: str | None = dataclasses.field(default=None, compare=False)
 
   source_length = None
@@ -103,7 +106,7 @@ class Dialogues:
     if note := self.template.check(tokenizer):
       progress(note)
     stores = store.build(folder / 'tokens', self.source, encoder_of(tokenizer), (), progress=progress, renew=renew)
-    return OpenDialogues(stores, tokenizer, self.kind, self.length, progress, self.allow_left_out)
+    return OpenDialogues(stores, tokenizer, self.kind, self.length, progress, self.allow_left_out, self.longest)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:
     """Returns the tokenizer that `open` saved."""
@@ -145,6 +148,7 @@ class OpenDialogues:
   length: int
   progress: Callable[[str], Any] = print
   allow_left_out: bool = False
+  longest: float = math.inf
 
   @property
   def fingerprint(self) -> str:
@@ -159,17 +163,14 @@ class OpenDialogues:
     if objective.needs is not self.kind:
       raise ValueError(f'the objective learns from {KINDS[objective.needs]}, and these are {KINDS[self.kind]}')
     packed = Packed(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
-                    records=self.records(split))
+                    records=self.records(split), longest=self.longest)
     rows_per_epoch = packed.rows_per_epoch
     if packed.left_out:
       share = packed.left_out / len(packed.records)
       line = (f'{split}: {packed.left_out:,} of {len(packed.records):,} records are left out, longer than a row of '
               f'{self.length} positions')
-      lengths = f'--length={packed.length_for(0.9)} keeps 90 % of them, --length={packed.length_for(0.99)} keeps 99 %'
-      if share >= 0.5 and not self.allow_left_out:
-        raise ValueError(f'{line}; {lengths}. To train on the few that fit, give --allow_left_out')
-      line = f'{line}; the others fill {rows_per_epoch:,} rows'
-      self.progress(f'warning: {line}; {lengths}' if share >= 0.1 else line)
+      self.progress(check_left_out(f'{line}; the others fill {rows_per_epoch:,} rows', share, packed.length_advice(),
+                                   self.allow_left_out))
     return packed
 
 

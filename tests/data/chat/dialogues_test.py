@@ -229,6 +229,23 @@ def test_records_that_are_too_long_are_told_warned_of_or_refused_by_their_share(
       assert kept >= 100 * share
 
 
+@pytest.mark.parametrize('longest', [64, 110, 125, 160, 400])
+@pytest.mark.parametrize('length', [16, 64])
+def test_advice_on_the_length_stops_at_what_the_model_reads(tmp_path, length, longest):
+  records = [{'prompt': f'{i:03}' + 'd' * i, 'completion': 'e'} for i in range(100)]
+  kept = lambda length: sum(opened(tmp_path, records)[0].records('train').positions <= length)
+  with pytest.raises(ValueError) as error:   # of what does not fit at all too
+    data, lines = opened(tmp_path, records, length=length, longest=longest)
+    data.batches('train', supervised(), rows=2)
+    raise ValueError(*[line for line in lines if 'left out' in line])
+  advised = [(int(length), int(percent)) for length, percent in
+             re.findall(r'--length=(\d+)[^%]* keeps (\d+) %', str(error.value))]
+  assert all(length < n <= longest and percent <= kept(n) for n, percent in advised)
+  assert bool(advised) != ('too short for this data' in str(error.value))
+  if longest > length:   # else no length helps
+    assert advised[-1][1] == min(kept(longest), 99)
+
+
 records = st.lists(st.tuples(st.text('abc', max_size=20), st.text('abc', max_size=20)), min_size=1, max_size=25,
                    unique=True)
 
