@@ -65,7 +65,14 @@ class Text:
     """
     folder = self._folder(workdir)
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
-    documents = lambda: clean.clean(self.source.splits['train'], self.rules)
+
+    def documents() -> list[str | clean.Drop]:   # to train a tokenizer on, where the splits hold text
+      for split in self.source.splits:
+        if all(isinstance(document, clean.Drop) for document in clean.clean(self.source.splits[split], self.rules)):
+          raise ValueError(f'{self.source.name}: no document is left in {split} of {len(self.source.splits[split]):,} '
+                           'read, after cleaning; give more text')
+      return list(clean.clean(self.source.splits['train'], self.rules))
+
     renew = self.folder is None and untrained(workdir)
 
     def check_fingerprints(tokenizer: tokenizers.Tokenizer) -> None:
@@ -123,8 +130,9 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable,
       progress(f'{folder} was made with other settings, and nothing was trained on it: it is made anew')
     found = given
     if trains:
+      texts = [document for document in documents() if isinstance(document, str)]
       progress('training the tokenizer')
-      found = given([d for d in documents() if isinstance(d, str)])
+      found = given(texts)
     check(found)
     settings.unlink(missing_ok=True)   # until the new one is whole, there is none
     found.save(settings.parent)

@@ -119,6 +119,14 @@ def test_a_list_of_texts_is_a_corpus(tmp_path):
     dataset.Text(['a', b'b'], Bytes(), 16).open(tmp_path / 'bytes', lambda line: None)
 
 
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_split_without_text_is_refused_before_a_tokenizer_is_trained(tmp_path, split):
+  source, lines = dataclasses.replace(SOURCE, splits={**SOURCE.splits, split: ['  \n', '\x07']}), []
+  with pytest.raises(ValueError, match=f'tiny: no document is left in {split} of 2 read'):
+    dataset.Text(source, lambda texts: pytest.fail('trained'), 16).open(tmp_path, lines.append)
+  assert not lines
+
+
 def test_data_on_which_nothing_was_trained_is_made_anew_when_settings_change(tmp_path):
   def opened(**changes):
     source = Source('s', {'train': ['one two', 'three'], 'validation': ['four']}, **changes)

@@ -72,7 +72,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
          encoding_errors: Errors = 'strict') -> Source:
   r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
 
-  Of one file alone that is not cut, the last part is held out, from the start of a line on.
+  Of a few documents, none of which falls into validation, the last part of each is held out, from the start of a line.
 
   A file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD ('replace') or left out
   ('drop'); `counts` of the source says how many.
@@ -89,9 +89,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 
   counts, name = collections.Counter(), source.title(pattern)
   documents, read = source.shards(load, len(files), counts)
-  alone = len(files) == 1 and not separator and validation
-  splits = (source.ends(lambda: load(0, counts), validation, name, counts) if alone else
-            source.split(documents, read, validation, name, counts))
+  splits = source.split(documents, read, validation, name, counts)
   return Source(name, splits, source.fingerprint(source.relative(files), 'text', validation, separator,
                                                  encoding_errors), counts=counts)
 
@@ -163,7 +161,7 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
       return parse(lines.readline(), f'{files[i]} at byte {offset}', collections.Counter())
 
   counts, name = collections.Counter(), source.title(pattern)
-  return Source(name, source.split(documents, read, validation, name, counts),
+  return Source(name, source.split(documents, read, validation, name, counts, divisible=key is not None),
                 source.fingerprint(source.relative(files), 'jsonl', validation, key,
                                    *_besides(encoding_errors)), counts=counts)
 

@@ -1,8 +1,8 @@
 """What a corpus is to the other rooms, a `Source`, and the parts that the functions of `corpora` make one of.
 
 A document belongs to train or to validation by a hash of its text, so no text is in both, and files added later move
-none. Files are listed and fingerprinted when a source is first used; the first use of a split reads them once, for all
-splits.
+none. Only where a split would be empty, since there are so few documents, each document is cut in two. Files are listed
+and fingerprinted when a source is first used; the first use of a split reads them once, for all splits.
 """
 import array
 import collections
@@ -142,19 +142,22 @@ def shards(load: Callable[[int, collections.Counter], list[str]], count: int,
 
 
 def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callable[[int, int], str], validation: float,
-          name: str, counts: collections.Counter, unique: bool = False) -> dict[str, Sequence[str]]:
+          name: str, counts: collections.Counter, unique: bool = False, divisible: bool = True) -> dict[str, Documents]:
   """Splits `documents() -> (a, b, text)` by a hash of the text, in one pass at first use; `read(a, b)` is the text.
 
-  `unique` leaves out the second of two equal texts. Raises ValueError, at first use, where a split comes out empty.
+  Where a split comes out empty, which happens to a few documents, the last part of each document is held out instead:
+  a share `validation` of it. ValueError, at first use, where that leaves a split empty too, or where documents are not
+  `divisible`. `unique` leaves out the second of two equal texts.
   """
   if not 0 <= validation < 1:
     raise ValueError(f'validation={validation} is not a fraction in [0, 1)')
   names = ('train', 'validation') if validation else ('train',)
 
   @functools.cache
-  def rows():
+  def addresses() -> tuple[dict[str, np.ndarray], bool]:
+    """Of the documents of each split, [n, 2]; and whether each split has a part of its documents."""
     counts.clear()
-    found, seen = {split: array.array('q') for split in names}, set()
+    by_hash, seen = {split: array.array('q') for split in names}, set()
     for a, b, document in documents():
       key = digest(document)
       if unique and key in seen:
@@ -163,44 +166,42 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
       if unique:
         seen.add(key)
       held_out = int.from_bytes(key[:8]) < validation * 2**64
-      found['validation' if held_out else 'train'].extend((a, b))
-    for split, addresses in found.items():
-      if not addresses:
-        if not any(map(len, found.values())):
-          raise ValueError(f'{name}: there is no document in it{_met(counts)}; give files that hold some text')
-        raise ValueError(f'{name}: none of {sum(map(len, found.values())) // 2} documents fell into the {split} split '
-                         f'with validation={validation}; choose another share (--validation), or cut text files into '
-                         r'more documents (--separator, such as \n\n)')
-    return {split: np.frombuffer(addresses, np.int64).reshape(-1, 2) for split, addresses in found.items()}
-
-  return {split: Documents(lambda split=split: rows()[split], lambda row: read(*row.tolist())) for split in names}
-
-
-def ends(load: Callable[[], list[str]], validation: float, name: str, counts: collections.Counter
-         ) -> dict[str, Sequence[str]]:
-  """One document in two: its last part, of a share `validation`, is held out. It begins a line or, without one, a word.
-
-  Raises ValueError, at first use, where there is no document or it is too short.
-  """
-  if not 0 < validation < 1:
-    raise ValueError(f'validation={validation} is not a fraction in (0, 1)')
-
-  @functools.cache
-  def parts():
-    counts.clear()
-    if not (documents := load()):
+      by_hash['validation' if held_out else 'train'].extend((a, b))
+    by_split = {split: np.frombuffer(numbers, np.int64).reshape(-1, 2) for split, numbers in by_hash.items()}
+    if all(map(len, by_split.values())):
+      return by_split, False
+    everything = np.concatenate(list(by_split.values()))
+    if not len(everything):
       raise ValueError(f'{name}: there is no document in it{_met(counts)}; give files that hold some text')
-    document, = documents
-    place = int(len(document) * (1 - validation))
-    starts = [document.find(end, place - 1) + 1 for end in ('\n', ' ')]
-    place = next((start for start in starts if start and document[start:].strip()), place)
-    if not document[:place].strip() or not document[place:].strip():
-      raise ValueError(f'{name}: its {len(document)} characters are too few to hold out a share of {validation} '
-                       'of them; give more text, or another --validation')
-    return {'train': document[:place], 'validation': document[place:]}
+    if not divisible:
+      empty = next(split for split, rows in by_split.items() if not len(rows))
+      raise ValueError(f'{name}: none of {len(everything)} records fell into the {empty} split with validation='
+                       f'{validation}; choose another share (--validation), or give more records')
+    is_cut = [_last_part(read(*row), validation) is not None for row in everything.tolist()]
+    if not any(is_cut):
+      longest = max(len(read(*row)) for row in everything.tolist())
+      raise ValueError(f'{name}: its documents ({len(everything)}, the longest of {longest} characters) are too short '
+                       f'to hold out a share of {validation} of each; give more text, or another --validation')
+    counts['documents whose last part is held out'] = sum(is_cut)
+    return {'train': everything, 'validation': everything[is_cut]}, True
 
-  return {split: Documents(lambda split=split: parts() and [split], lambda split: parts()[split])
-          for split in ('train', 'validation')}
+  def read_part(split: str, row: np.ndarray) -> str:
+    document = read(*row.tolist())
+    if not addresses()[1]:
+      return document
+    place = _last_part(document, validation)
+    return document[:place] if split == 'train' else document[place:]
+
+  return {split: Documents(lambda split=split: addresses()[0][split], functools.partial(read_part, split))
+          for split in names}
+
+
+def _last_part(document: str, share: float) -> int | None:
+  """Where the last part begins, with a line or, without one, a word; None where one of the two parts would be blank."""
+  place = int(len(document) * (1 - share))
+  starts = [document.find(end, place - 1) + 1 for end in ('\n', ' ')]
+  place = next((start for start in starts if start and document[start:].strip()), place)
+  return place if document[:place].strip() and document[place:].strip() else None
 
 
 def _met(counts: collections.Counter) -> str:

@@ -1,6 +1,7 @@
 """Corpora: every document once, in one split, whatever the format; errors that say what to do."""
 import dataclasses
 import gzip
+import itertools
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import zstandard
 
 from lm.data.text import corpora
 from lm.data.text.mixture import mixture
-from lm.data.text.source import Source, sample
+from lm.data.text.source import Source, digest, sample, texts
 
 DOCUMENTS = [f'document {i}\nis “nr {i}” 中文' for i in range(200)]
 
@@ -116,12 +117,10 @@ def test_separator_cuts_files(tmp_path):
 
 
 def test_an_empty_split_is_an_error(tmp_path):
-  (tmp_path / 'one.txt').write_text('alone')
-  alone = corpora.text(str(tmp_path / 'one.txt'), separator='|')
-  with pytest.raises(ValueError, match='none of 1 documents fell into the validation split'):
-    len(alone.splits['train'])
-  with pytest.raises(ValueError, match=r'another share \(--validation\), or cut .* \(--separator, such as \\n\\n\)'):
-    len(alone.splits['validation'])
+  (tmp_path / 'one.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')   # a record, which cannot be cut
+  for split in ('train', 'validation'):
+    with pytest.raises(ValueError, match=r'none of 1 records fell into the validation split .* \(--validation\)'):
+      len(corpora.jsonl(str(tmp_path / 'one.jsonl'), None).splits[split])
   (tmp_path / 'blank.txt').write_text(' \n')
   with pytest.raises(ValueError, match='^blank: there is no document in it; give files that hold some text$'):
     len(corpora.text(str(tmp_path / 'blank.txt')).splits['train'])
@@ -129,7 +128,7 @@ def test_an_empty_split_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r'^bad: there is no document in it \(1 invalid UTF-8 dropped\); give'):
     len(corpora.text(str(tmp_path / 'bad.txt'), encoding_errors='drop').splits['train'])
   with pytest.raises(ValueError, match='validation=1.5 is not a fraction'):
-    _ = corpora.text(str(tmp_path / 'one.txt'), validation=1.5).splits
+    _ = corpora.text(str(tmp_path / 'bad.txt'), validation=1.5).splits
 
 
 @pytest.mark.parametrize('make', [corpora.text, corpora.jsonl, corpora.parquet])
@@ -305,7 +304,30 @@ def test_of_one_text_alone_the_last_part_is_held_out(tmp_path, text):
   assert 0.08 < len(held_out) / len(text) <= 0.1 and (train[-1] in '\n ' or 'x' in text)
 
 
-@pytest.mark.parametrize('text, message', [('', 'there is no document in it'), ('a', 'its 1 characters are too few')])
+@pytest.mark.parametrize('count', [1, 2, 3, 5])
+@pytest.mark.parametrize('make', ['text', 'separator', 'jsonl', 'texts', 'mixture'])
+def test_where_no_document_falls_into_validation_the_last_part_of_each_is_held_out(tmp_path, make, count):
+  hashed = lambda text: int.from_bytes(digest(text)[:8]) / 2**64
+  novels = (f'{i}: ' + 'a line of a novel\n' * 50 + 'the end.' for i in itertools.count())
+  documents = list(itertools.islice((text for text in novels if hashed(text) > 0.1), count))
+  short = next(text for text in map(str, range(99)) if hashed(text) > 0.1)   # a character or two, which stay whole
+  for i, text in enumerate([*documents, short]):
+    (tmp_path / f'{i}.txt').write_text(text)
+  (tmp_path / 'all').write_text('|'.join([*documents, short]))
+  (tmp_path / 'all.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in [*documents, short]))
+  other = texts([f'{i} {i}' for i in range(100)], 0.1)
+  splits = {'text': lambda: corpora.text(f'{tmp_path}/*.txt', 0.1),
+            'separator': lambda: corpora.text(f'{tmp_path}/all', 0.1, '|'),
+            'jsonl': lambda: corpora.jsonl(f'{tmp_path}/all.jsonl', 'text', 0.1),
+            'texts': lambda: texts([*documents, short], 0.1),
+            'mixture': lambda: mixture([(corpora.text(f'{tmp_path}/*.txt', 0.1), 1), (other, 1)])}[make]().splits
+  train, held_out = list(splits['train'])[:count + 1], list(splits['validation'])[:count]
+  assert train[-1] == short and [a + b for a, b in zip(train, held_out)] == documents
+  assert all(0 < len(b) <= 0.1 * (len(a) + len(b)) and a.endswith('\n') for a, b in zip(train, held_out))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'there is no document in it'), ('a', r'its documents \(1, the longest of 1 characters\)')])
 def test_one_text_that_cannot_be_cut_is_refused(tmp_path, text, message):
   (tmp_path / 'one.txt').write_text(text)
   with pytest.raises(ValueError, match=message):

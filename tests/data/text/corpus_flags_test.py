@@ -63,12 +63,13 @@ def test_every_flag_that_a_module_advises_is_one_of_a_script(path):
 @pytest.mark.parametrize('name', ['pretrain', 'distill', 'tfds_builder'])
 def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name):
   for module in ('corpora', 'source'):
-    assert advised(ROOT / 'lm/data' / f'{module}.py') <= SCRIPTS[name]
+    assert advised(ROOT / 'lm/data/text' / f'{module}.py') <= SCRIPTS[name]
   assert {'text', 'jsonl', 'parquet', 'key'} | advised(ROOT / 'lm/workdir/parsing.py') <= SCRIPTS[name]
 
 
-@pytest.mark.parametrize('module', ['parsing', *(f'data/{name}' for name in (
-    'corpora', 'source', 'stored', 'store', 'prepared', 'dialogues', 'corpus_flags'))])
+@pytest.mark.parametrize('module', [
+    'workdir/parsing', 'data/store', 'data/store_reader', 'data/chat/dialogues', *(f'data/text/{name}' for name in (
+        'corpora', 'source', 'prepared', 'corpus_flags'))])
 def test_a_flag_is_advised_as_a_flag_is_written(module):
   """Not as an argument in Python, encoding_errors='replace'."""
   names = '|'.join(sorted(set().union(*SCRIPTS.values())))
