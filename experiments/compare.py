@@ -224,7 +224,7 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
     adapt: steps of next-token prediction, and of infilling, after which all arms are scored too; 0 for none.
     adapt_lr: the rate at which these begin.
     workdir: where the runs live; one that was stopped goes on from there.
-    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,
           budget=budget, adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)

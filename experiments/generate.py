@@ -52,7 +52,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     stop: the text ends before any of these, of which each is a flag of its own: --stop=, --stop=END.
     n: completions to write.
     seed: of the draws.
-    mesh: the devices as DATAxMODEL; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
     best: take the best checkpoint by validation loss, not the newest.
     chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
     bos: begin the prompt with bos, or with --nobos not; none does as the model's own tokenizer or chat template does.

@@ -16,7 +16,7 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
   Args:
     model: a folder with config.json and safetensors, or an id on the hub.
     out: the folder to make.
-    mesh: the devices as DATAxMODEL, which together hold the parameters.
+    mesh: the size of each mesh axis, such as data:4,model:2, for the devices that together hold the parameters.
   """
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.save(model, out)

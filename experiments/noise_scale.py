@@ -22,15 +22,16 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     batches: so many gradients are compared, each computed twice.
     rows: of a batch; none for those of the run.
     best: take the best checkpoint by validation loss, not the newest.
-    mesh: the devices as DATAxMODEL; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   if batches < 3:
     raise ValueError(f'--batches={batches}: an interval needs 3 at least')
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = load.load(workdir, best)
     run, rows = loaded.run, loaded.run.batch if rows is None else rows
-    if rows < 1 or rows % devices.shape['data']:
-      raise ValueError(f'--rows={rows} is not a multiple of the {devices.shape["data"]} devices of the mesh axis data')
+    if rows < 1 or rows % sharding.parts('B'):
+      raise ValueError(f'--rows={rows} is not a multiple of {sharding.parts("B")}, the parts of a batch on the mesh '
+                       f'{sharding.mesh_text(devices)}; give another number of rows')
     data = loaded.open_data(run.objective.control)
     read, first = data.batches('train', run.objective, rows, run.seed), run.schedule.rows_before(loaded.step) // rows
     names = jax.eval_shape(loaded.model.init, jax.random.key(0))

@@ -41,7 +41,7 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     experiment: the script whose function `experiment` makes the runs.
     seed: of all runs.
     workdir: where the runs live; one that was stopped goes on from there.
-    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   function, devices = variants.experiment(experiment), sharding.make_mesh(mesh)
   written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]

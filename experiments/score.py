@@ -57,7 +57,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     windows: score a text that is longer than the model's context in windows, half overlapping.
     encoding_errors: what happens to a line of JSON that is no UTF-8, an error, repair, or dropping it.
     decompressed_limit: GiB that a compressed file may unpack to.
-    mesh: the devices as DATAxMODEL; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
   if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
@@ -97,7 +97,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
         check_lengths(loaded, texts)
       (show if jsonl is None else show_all)(loaded, texts, sources, begins(loaded, bos))
       return
-    run, rows = loaded.run, -(-loaded.run.batch // devices.shape['data']) * devices.shape['data']
+    run, rows = loaded.run, sharding.padded_rows(loaded.run.batch)
     data = loaded.open_data()
     if split not in data.stores:
       raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')

@@ -37,7 +37,7 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
     metric: of the validation split, what is to be low.
     seed: of the runs, and of the points.
     workdir: where the runs live; one that was stopped goes on from there.
-    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   if trials is not None and trials < 1:
     raise ValueError(f'--trials={trials}: take one at least')

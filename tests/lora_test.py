@@ -1,5 +1,4 @@
 """Adapters: nothing at first, the chain rule of the full gradient after, small in memory and on disk, merged as is."""
-import contextlib
 import dataclasses
 import functools
 import math
@@ -7,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from helpers.meshes import on
 from jax.sharding import PartitionSpec as P
 
 from lm import lora, optim, sharding, train
@@ -33,12 +33,6 @@ OTHER = MODEL.clone(blocks=stack.stacks([
                 parts.RMSNorm())]))
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
-
-
-def on(shape):
-  if shape is None:
-    return contextlib.nullcontext()
-  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
 
 
 def load(model, seed=7):
@@ -87,7 +81,7 @@ SHAPES = {'attention/query': ('DNH', 1), 'attention/key': ('DKH', 1), 'attention
           'feed_forward/down': ('FD', 1)}
 
 
-@pytest.mark.parametrize('shape', [None, pytest.param('2x2', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('shape', [None, pytest.param('data:2,model:2', marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
   """dA = scale dW B^T, dB = scale A^T dW, on every mesh."""
   with on(shape):
@@ -185,7 +179,7 @@ def configured(**changes):
 
 
 def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
-  with on('1x1'):
+  with on('data:1'):
     mesh, base = jax.sharding.get_mesh(), load(MODEL)
     run = lora.adapt(configured(start=load), 2)
     assert run.start is None and lora.adapt(run, 0) is run

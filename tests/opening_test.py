@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers.meshes import of_first_devices
 from helpers.runs import RUN, TEXTS, go, saved, steps_kept
 
 from lm import launch, load, scripts, sharding, train
@@ -58,8 +59,8 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
   rng = np.random.default_rng(0)
   params = {'w': rng.normal(size=(8, 4)).astype('f4'), 'b': {'c': rng.normal(size=8).astype(jax.numpy.bfloat16)}}
   expected = describe.fingerprint(params)
-  for shape in ('1x1', '8x1', '4x2'):
-    with jax.set_mesh(mesh := sharding.make_mesh(shape, jax.devices()[:eval(shape.replace('x', '*'))])):
+  for shape in ('data:1', 'data:8', 'data:4,model:2'):
+    with jax.set_mesh(mesh := of_first_devices(shape)):
       specs = {'w': jax.P('data', 'model'), 'b': {'c': jax.P('data')}}
       placed = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
       assert describe.fingerprint(placed) == expected
@@ -135,7 +136,7 @@ def program(tmp_path, monkeypatch):
   monkeypatch.setattr(scripts, '_named', [])
   monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
   monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
-  mesh = sharding.make_mesh('2x1', jax.devices()[:2])
+  mesh = sharding.make_mesh('data:2', jax.devices()[:2])
 
   def go(name, init=None, ignore=False, **knobs):
     function = scripts.function(folder / 'small.py', 'experiment')

@@ -77,11 +77,10 @@ def rewards(model: Reward, params: Any, texts: Sequence[np.ndarray], positions: 
     raise ValueError(f'texts of {lengths.min()} to {lengths.max()} tokens: a reward is of 1 to {model.max_length}, '
                      'which the model can place; shorten the prompt or the answer')
   result, order = np.zeros(len(texts), np.float32), np.argsort(-lengths, kind='stable')
-  mesh, start = jax.sharding.get_abstract_mesh(), 0
+  start = 0
   while start < len(texts):
     width = min(max(16, 1 << int(lengths[order[start]] - 1).bit_length()), model.max_length)
-    multiple = 1 if mesh.empty else mesh.shape['data']
-    rows = -(-max(positions // width, 1) // multiple) * multiple
+    rows = sharding.padded_rows(max(positions // width, 1))
     chosen = order[start:start + rows]
     tokens, last = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, i in enumerate(chosen):

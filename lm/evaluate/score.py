@@ -47,9 +47,8 @@ def _rows(lengths: np.ndarray, widths: np.ndarray) -> list[list[int]]:
 
 
 def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[list[int]]]:
-  """As many rows at a time as have about so many positions and the mesh divides, filled up with empty ones."""
-  data = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
-  count = -(-min(max(positions // width, 1), len(rows)) // data) * data
+  """Groups of rows with about `positions` positions each; empty rows fill a group up to what the mesh can split."""
+  count = sharding.padded_rows(min(max(positions // width, 1), len(rows)))
   for begin in range(0, len(rows), count):
     group = rows[begin:begin + count]
     yield group + [[]] * (count - len(group))

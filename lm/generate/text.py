@@ -98,11 +98,8 @@ def _decode(model, params, state: _State, limit, ends, *, sampling, vocab) -> tu
 
 
 def _prompts(model: LanguageModel, texts: Sequence[np.ndarray], tokenizer: Tokenizer, adds_bos: bool = True) -> Batch:
-  """One row a text, after bos with `adds_bos`, and as many more as the mesh needs."""
-  mesh = jax.sharding.get_abstract_mesh()
-  multiple = 1 if mesh.empty else mesh.shape['data']
-  return model.prompt(texts, -(-len(texts) // multiple) * multiple, tokenizer.bos_id, tokenizer.eos_id,
-                      adds_bos)
+  """A row for each text, after bos with `adds_bos`, and empty rows up to what the mesh can split."""
+  return model.prompt(texts, sharding.padded_rows(len(texts)), tokenizer.bos_id, tokenizer.eos_id, adds_bos)
 
 
 def _begins(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:

@@ -109,8 +109,7 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   if (longest := 1 + max(map(len, texts))) + length > model.max_length:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and length={length} are more than the '
                      f'{model.max_length} that the model can place; shorten one of them')
-  data = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1)
-  rows, masked = -(-len(texts) // data) * data, tokenizer.control_id(mask)
+  rows, masked = sharding.padded_rows(len(texts)), tokenizer.control_id(mask)
   tokens, segments = np.full((rows, longest + length), masked, np.int32), np.ones((rows, longest + length), np.int32)
   positions = np.zeros_like(tokens)
   for row, ids in enumerate(texts):   # padded on the left
@@ -148,12 +147,12 @@ def log_likelihood(model: Any, params: Any, texts: Sequence[np.ndarray], mask: i
   """
   if (longest := max(map(len, texts), default=0)) > model.max_length:
     raise ValueError(f'a text of {longest} tokens is more than the {model.max_length} that the model can place')
-  data, found = max(dict(jax.sharding.get_abstract_mesh().shape).get('data', 1), 1), np.zeros(len(texts))
+  found = np.zeros(len(texts))
   for text, ids in enumerate(texts):
     if (n := len(ids) - given) < 1:
       continue
     width = min(max(16, 1 << (len(ids) - 1).bit_length()), model.max_length)   # few different ones
-    rows = -(-min(max(positions // width, 1), draws) // data) * data
+    rows = sharding.padded_rows(min(max(positions // width, 1), draws))
     rng = seeds.generator(seed, text)
     counts = 1 + ((np.arange(draws) + rng.random()) * (n / draws)).astype(int)
     for begin in range(0, draws, rows):

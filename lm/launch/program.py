@@ -56,7 +56,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable
       hub; adapters lie on it.
     init_ignore_tokenizer: start from it also where this run has another tokenizer.
     seed: fixes the data order, the initialisation and the losses.
-    mesh: the devices as DATAxMODEL, such as 8x1; none puts all of them on data.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
     coordinator_address: host:port of process 0, in a cluster that is not found by itself.
     num_processes: how many there are in that cluster.
     process_id: which of them this one is.

@@ -62,7 +62,7 @@ def output(module: nn.Module, y_BTNH: jax.Array, width: int, bias: bool, std: fl
   shape = (*y_BTNH.shape[2:], width)
   out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype)
   # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
-  y = layers.einsum('BTF,FD->BTD', sharding.merge_axes(y_BTNH, 2), sharding.merge_axes(out, 0))
+  y = layers.einsum('BTN,ND->BTD', sharding.merge_axes(y_BTNH, 2), sharding.merge_axes(out, 0))
   return layers.add_bias(module, 'out_bias', '-', y) if bias else y
 
 

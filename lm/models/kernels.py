@@ -91,7 +91,7 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
   """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
 
   Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
-  another H, and a cache that all heads share is whole on every shard of `model`. `sinks` are scores of one more key of
+  another H, and a cache that all heads share is whole wherever heads are split. `sinks` are scores of one more key of
   each head, whose value is zero (Xiao et al. 2024). There is dropout where there is a `key`, the same on any mesh.
   """
   drop = None

@@ -88,14 +88,15 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """Rows of a table whose V axis may be split over `model`: each shard gives the rows that it holds."""
+  """Returns the rows of a table at these tokens, [B, T, D]; where V is split, each shard gives the rows that it holds.
+  """
   if sharding.spec('V') is None:
     return table_VD[tokens_BT]
 
   def local(table, tokens):
-    tokens = tokens - jax.lax.axis_index('model') * table.shape[0]
+    tokens = tokens - sharding.part_index('V') * table.shape[0]
     held = (tokens >= 0) & (tokens < table.shape[0])
-    return jax.lax.psum(jnp.where(held[..., None], table[jnp.where(held, tokens, 0)], 0), 'model')
+    return sharding.sum_of_parts(jnp.where(held[..., None], table[jnp.where(held, tokens, 0)], 0), 'V')
 
   specs = sharding.spec('V-'), sharding.spec('BT')
   return jax.shard_map(local, in_specs=specs, out_specs=sharding.spec('BTD'))(table_VD, tokens_BT)

@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models import grouped, layers
@@ -197,7 +196,7 @@ class Experts(nn.Module):
     if sharding.spec('B') is None:
       y = self._local(params, x_BTD, weights, chosen)
     else:
-      rows, split = sharding.spec('BTD'), {name: P('model') for name in params}
+      rows, split = sharding.spec('BTD'), {name: sharding.spec('E') for name in params}
       y = jax.shard_map(self._on_shard, in_specs=(split, rows, rows, rows), out_specs=rows)(
           params, x_BTD, weights, chosen)
     y = y.astype(x_BTD.dtype)
@@ -217,13 +216,13 @@ class Experts(nn.Module):
     return Aux(sum(losses[1:], losses[0]) if losses else None, {'router/violation': (violation, jnp.float32(1))})
 
   def _on_shard(self, params, x, weights, chosen):
-    """Rows of this shard of `data`, with the experts of this shard of `model`."""
-    def vary(a, axis):   # its gradient is summed over the axis: in float32
-      return jax.lax.pcast(a.astype(jnp.float32), axis, to='varying').astype(a.dtype)
-    params = {name: vary(a, 'data') for name, a in params.items()}
-    x, weights = vary(x, 'model'), vary(weights, 'model')
-    first = jax.lax.axis_index('model') * params['up'].shape[0]
-    return jax.lax.psum(self._local(params, x, weights, chosen - first), 'model')
+    """Computes the rows of this shard with the experts of this shard, and adds what other shards' experts give."""
+    def vary(a, letter):   # the gradient is summed over the shards, in float32
+      return sharding.varying(a.astype(jnp.float32), letter).astype(a.dtype)
+    params = {name: vary(a, 'B') for name, a in params.items()}
+    x, weights = vary(x, 'E'), vary(weights, 'E')
+    first = sharding.part_index('E') * params['up'].shape[0]
+    return sharding.sum_of_parts(self._local(params, x, weights, chosen - first), 'E')
 
   def _local(self, params, x_BTD, weights_BTk, chosen_BTk):
     experts, k, width = params['up'].shape[0], chosen_BTk.shape[-1], x_BTD.shape[-1]

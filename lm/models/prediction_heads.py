@@ -95,8 +95,7 @@ class MultiToken:
     params = self.trunk.init(key)
     if not self.depths:
       return params
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else mesh.shape['data']
+    rows = sharding.parts('B')
     x = sharding.constrain(jnp.zeros((rows, 1, self.trunk.width), self.trunk.dtype), 'BTD')
     positions = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), 'BT')
     visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)

@@ -70,8 +70,7 @@ class LanguageModel(nn.Module):
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
     """Float32 parameters, laid out on the mesh in use. Call it inside `jax.jit`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    tokens = jnp.zeros((1 if mesh.empty else mesh.shape['data'], 1), jnp.int32)
+    tokens = jnp.zeros((sharding.parts('B'), 1), jnp.int32)
     return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.batch import Batch
@@ -209,6 +208,6 @@ def _spread(ids_BTk: jax.Array, values_BTk: jax.Array, vocab: int) -> jax.Array:
 
   if sharding.spec('V') is None:
     return local(ids_BTk, values_BTk, 0, vocab)
-  size = vocab // jax.sharding.get_abstract_mesh().shape['model']
-  return jax.shard_map(lambda *args: local(*args, jax.lax.axis_index('model') * size, size),
-                       in_specs=(P('data'), P('data')), out_specs=P('data', None, 'model'))(ids_BTk, values_BTk)
+  size, rows = vocab // sharding.parts('V'), sharding.spec('B')
+  return jax.shard_map(lambda *args: local(*args, sharding.part_index('V') * size, size), in_specs=(rows, rows),
+                       out_specs=sharding.spec('BTV'))(ids_BTk, values_BTk)

@@ -1,7 +1,6 @@
 """The type of objectives, and the cross-entropy over a vocabulary that most of them are made of."""
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +108,7 @@ def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) ->
   """
   if limit is None:
     limit = max(2 ** 22, 256 * vocab) if sharding.platform() == 'cpu' else max(2 ** 26, 2048 * vocab)
-  mesh = jax.sharding.get_abstract_mesh()
-  row = batch * vocab / (1 if mesh.empty else math.prod(mesh.shape.values()))
+  row = batch * vocab / (sharding.parts('B') * sharding.parts('V'))
   chunks = -(-time // max(1, int(limit // row)))
   return -(-time // chunks)
 

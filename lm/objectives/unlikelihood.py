@@ -16,19 +16,21 @@ def _first_of_segment(tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array
 
 def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
   """-sum over candidates of log(1 - p), [B, T]. Logits may be a shard's part of the vocabulary."""
-  def local(logits, log_z, candidates, tokens, axis=None):
-    tokens = tokens - (0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1])
-    here = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
-    found = jnp.take_along_axis(logits, jnp.clip(tokens, 0, logits.shape[-1] - 1)[:, None], axis=-1)
-    rest = 1 - jnp.exp(jnp.minimum(found - log_z[..., None], 0))
-    cost = -jnp.sum(jnp.where(here, jnp.log(jnp.maximum(rest, 1e-5)), 0), axis=-1)   # bounded, as the authors have it
-    return cost if axis is None else jax.lax.psum(cost, axis)
+  def local(logits, log_z, candidates, tokens):
+    held = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
+    scores = jnp.take_along_axis(logits, jnp.clip(tokens, 0, logits.shape[-1] - 1)[:, None], axis=-1)
+    complement = 1 - jnp.exp(jnp.minimum(scores - log_z[..., None], 0))   # 1 - p, bounded below as the authors do
+    return -jnp.sum(jnp.where(held, jnp.log(jnp.maximum(complement, 1e-5)), 0), axis=-1)
+
+  def on_shard(logits, log_z, candidates, tokens):
+    tokens = tokens - sharding.part_index('V') * logits.shape[-1]
+    return sharding.sum_of_parts(local(logits, log_z, candidates, tokens), 'V')
 
   if sharding.spec('B') is None:
     return local(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
   rows = sharding.spec('BT')
-  return jax.shard_map(lambda *args: local(*args, axis='model'), in_specs=(sharding.spec('BTV'), rows, rows, rows),
-                       out_specs=rows, check_vma=False)(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
+  return jax.shard_map(on_shard, in_specs=(sharding.spec('BTV'), rows, rows, rows), out_specs=rows,
+                       check_vma=False)(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
 
 
 def unlikelihood(objective: Objective, alpha: float = 1.) -> Objective:

@@ -1,4 +1,4 @@
-"""Several devices and hosts: the mesh, and how arrays are laid out on it."""
+"""Several devices and hosts: the mesh, how arrays are laid out on it, and operations across devices."""
 from lm.sharding.axes import (
   abstract_mesh,
   check,
@@ -9,15 +9,19 @@ from lm.sharding.axes import (
   local_rows,
   make_mesh,
   merge_axes,
+  mesh_text,
+  padded_rows,
+  parts,
   platform,
   require,
+  row_layout,
   shard_rows,
   spec,
   split_axis,
-  sum_over_devices,
 )
+from lm.sharding.collectives import part_index, sum_of_parts, sum_over_devices, varying
 from lm.sharding.hosts import join, process_0_first
 
 __all__ = ['abstract_mesh', 'check', 'constrain', 'gather', 'gathered', 'layout', 'local_rows', 'make_mesh',
-           'merge_axes', 'platform', 'require', 'shard_rows', 'spec', 'split_axis', 'sum_over_devices', 'join',
-           'process_0_first']
+           'merge_axes', 'mesh_text', 'padded_rows', 'parts', 'platform', 'require', 'row_layout', 'shard_rows', 'spec',
+           'split_axis', 'part_index', 'sum_of_parts', 'sum_over_devices', 'varying', 'join', 'process_0_first']

@@ -16,11 +16,12 @@ from lm.train.step import make_step
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
   sharding.require(mesh)
-  parts = mesh.shape['data'] * run.accumulate
+  split = sharding.parts('B', mesh)
+  parts = split * run.accumulate
   shapes = run.schedule.shapes()
   if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
     raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
-                     f'{mesh.shape["data"]} devices of the mesh axis data')
+                     f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
   longest = getattr(run.model, 'max_length', math.inf)   # of models that place tokens
   if run.data.length > longest:
     raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model can place; '

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 
 from lm import optim, seeds, sharding
 from lm.data.batch import Batch, Special, template
@@ -135,7 +134,7 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   rows, length = shape or (run.batch, run.data.length)
   parts = run.data.length // length
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
-                                                     sharding=sharding.layout(mesh, P('data'))), row)
+                                                     sharding=sharding.row_layout(mesh)), row)
 
 
 def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | None = None) -> float:
@@ -146,7 +145,7 @@ def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | 
   """
   # Of devices on which all products are JAX's own: those in loops of CPUs and in fused attention cannot be counted.
   device = jax.sharding.AbstractDevice('TPU v4', 1, 'tpu')
-  mesh = sharding.abstract_mesh('x'.join(map(str, mesh.shape.values())), device)
+  mesh = sharding.abstract_mesh(sharding.mesh_text(mesh), device)
 
   def loss(params, batch, constants):
     return run.objective.loss(run.model.apply, with_constants(params, constants), batch, None)

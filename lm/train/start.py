@@ -130,6 +130,5 @@ def _restore(run, mesh, checkpoints) -> tuple[State, int, list]:
 
 def _print_size(run: Run, mesh: jax.sharding.Mesh, state: State, workdir: pathlib.Path) -> None:
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  axes = ' x '.join(f'{length} {name}' for name, length in mesh.shape.items())
-  print(f'{size:,} parameters to train on {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}); '
+  print(f'{size:,} parameters to train on {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.mesh_text(mesh)}); '
         f'{run.schedule.tokens_before(run.steps):,} positions in {run.steps:,} steps; saved in {workdir}')

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 
 from lm import optim, sharding, train
 from lm.data import dataset
@@ -50,23 +51,19 @@ def annotated(function=log_probabilities, model=Bigram(), folder=None) -> annota
                             {'reference': (np.float32, ())}, function, folder)
 
 
-def on(shape):
-  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
-
-
-def batches(workdir, data=None, shape='1x1', split='train', **options):
+def batches(workdir, data=None, shape='data:1', split='train', **options):
   with on(shape):
     return (data or annotated()).open(workdir).batches(split, next_token(), 4, **options)
 
 
 @pytest.fixture
 def table():
-  with on('1x1'):
+  with on('data:1'):
     logits = np.asarray(load(Bigram())['table'], np.float64)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize('shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
 def test_each_position_has_what_the_model_says_of_it_in_every_epoch(tmp_path, table, shape):
   found = batches(tmp_path, shape=shape)
   assert found.steps_per_epoch > 1
@@ -127,6 +124,6 @@ def test_a_run_trains_on_them(tmp_path, table):
 
   run = train.Run(Bigram(), objective.Objective(next_token().forms, loss), annotated(),
                   optim.sgd(schedules.warmup_constant(0.1, 10, 1)), steps=3, batch=4, start=load)
-  with on('2x1'):
+  with on('data:2'):
     result = train.train(run, tmp_path, jax.sharding.get_mesh())
   assert result.finished and result.metrics['loss'] < 1e-9 and result.metrics['gap'] < 1e-9

@@ -49,7 +49,7 @@ def data(tmp_path_factory):
   return dataset.Text(source, TOKENIZER, 12).open(tmp_path_factory.mktemp('data'), progress=lambda line: None)
 
 
-def measure(data, table, mesh='1x1', rows=4, denominator=objective.token_mean, limit=None, **options):
+def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean, limit=None, **options):
   mesh = sharding.make_mesh(mesh, jax.devices()[:eval(mesh.replace('x', '*'))])
   run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
@@ -83,7 +83,8 @@ def by_hand(table):
 
 
 @pytest.mark.parametrize('mesh, rows, options', [
-    ('1x1', 1, {}), ('1x1', 5, {'seed': None}), ('1x1', 16, {'seed': 3}), ('8x1', 8, {}), ('4x2', 8, {'context': 6})])
+    ('data:1', 1, {}), ('data:1', 5, {'seed': None}), ('data:1', 16, {'seed': 3}), ('data:8', 8, {}),
+    ('data:4,model:2', 8, {'context': 6})])
 def test_metrics_are_those_by_hand_for_any_batch_order_context_and_mesh(data, table, by_hand, mesh, rows, options):
   found, (nll, tokens, right, size) = measure(data, table, mesh, rows, **options), by_hand
   expected = {'loss': nll / tokens, 'nll': nll / tokens, 'perplexity': np.exp(nll / tokens),
@@ -117,13 +118,13 @@ def test_nothing_to_evaluate_is_refused(data):
     def __call__(self, step, rows):
       return batches(step, rows)._replace(weights=np.zeros((len(rows), batches.length), np.float32))
 
-  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match='nothing to evaluate'):
     step = validation.make_step(Bigram().apply, next_token(), data.tokenizer)
     validation.evaluate(step, jnp.zeros((V, V)), Unasked(), mesh)
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '8x1'])
+@pytest.mark.parametrize('mesh', ['data:1', 'data:8'])
 @pytest.mark.parametrize('lengths', [[2], [9], [40], [1, 3, 0, 8, 10, 21, 2, 2, 5, 40, 9]], ids=str)
 def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
   texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
@@ -147,7 +148,7 @@ class Counter:
 
 def test_every_token_of_a_long_text_has_half_a_window_before_it():
   lengths = [2, 8, 9, 13, 14, 30]
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     texts = evaluate.log_probabilities(Counter(), None, [np.zeros(length, np.int32) for length in lengths])
   for length, found in zip(lengths, texts, strict=True):
     seen = np.rint(np.log(np.expm1(-found.astype(np.float64))))   # inverts -log(1 + e^t)
@@ -158,7 +159,7 @@ def test_every_token_of_a_long_text_has_half_a_window_before_it():
 def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
   model = transformer.llama(64, 32, 2, 4, max_length=16)
   texts = [np.random.default_rng(length).integers(64, size=length) for length in (40, 5, 17, 3, 9, 9)]
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
     together = evaluate.log_probabilities(model, params, texts, positions=48)
     for tokens, found in zip(texts, together):

@@ -32,7 +32,7 @@ class Run:
 
 @pytest.fixture(scope='module')
 def judge():
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype('f4'),
                           jax.eval_shape(MODEL.init, jax.random.key(0)))
@@ -67,11 +67,11 @@ def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, op
   given = judge.pairs(PAIRS, messages.Keys())
   assert 0 < given.accuracy < 1
   (opened / 'pairs.jsonl').write_text('\n'.join(PAIRS))
-  score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='8x1')
+  score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='data:8')
   lines = capsys.readouterr().out.splitlines()
   assert lines[-1] == f'9 pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}'
   assert sum('wrong' in line for line in lines) == sum(given.chosen <= given.rejected)
-  score.score(workdir=opened / 'reward', split='validation', mesh='8x1')
+  score.score(workdir=opened / 'reward', split='validation', mesh='data:8')
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('validation: all 1 batches of 8 rows of 64 positions')
   metrics = dict(line.split() for line in lines if len(line.split()) == 2)
@@ -83,15 +83,15 @@ def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, op
 def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):
   expected = judge.answers(['q1', ''], ['yes', 'yes'])
   for source, value in zip(('q1', None), expected):
-    score.score(workdir=opened / 'reward', text='yes', source=source, mesh='8x1')
+    score.score(workdir=opened / 'reward', text='yes', source=source, mesh='data:8')
     assert capsys.readouterr().out.splitlines()[-1].split() == [f'{value:.4f}', "'yes'"]
   assert expected[0] != expected[1]
   with pytest.raises(ValueError, match='--pairs is for reward models'):
-    score.score(workdir=opened / 'decoder', pairs='x', mesh='8x1')
+    score.score(workdir=opened / 'decoder', pairs='x', mesh='data:8')
 
 
 def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, capsys):
-  options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': '8x1', 'chat': True}
+  options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': 'data:8', 'chat': True}
   generate_script.main(**options, n=8)
   answers = capsys.readouterr().out.removesuffix('\n').split(f'\n\n{"-" * 80}\n')
   generate_script.main(**options, n=2, best_of=8, reward=opened / 'reward')

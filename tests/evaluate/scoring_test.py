@@ -38,7 +38,7 @@ def random_params(model):
 
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     yield
 
 
@@ -91,7 +91,7 @@ def pairs():
   """(parameters, sources, texts, scores by the logits of each pair alone)"""
   model, rng = MODELS['t5'], np.random.default_rng(0)
   lengths = [(3, 60), (90, 2), (3, 1), (40, 40), (3, 12), (200, 9), (40, 5), (90, 20)]
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))   # whose scores round less than those of random ones
     alone = jax.jit(lambda params, batch: jax.nn.log_softmax((out := model.apply(params, batch)).head(out.hidden)))
     sources, texts = ([rng.integers(V, size=n) for n in side] for side in zip(*lengths))
@@ -103,11 +103,11 @@ def pairs():
   return jax.tree.map(np.asarray, params), sources, texts, scores
 
 
-@pytest.mark.parametrize('mesh_shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
 def test_a_pair_in_company_scores_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
   before = scoring._log_probabilities._cache_size()
-  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == '4x2' else 1])):
+  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
     found = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, 256, sources)
   assert scoring._log_probabilities._cache_size() - before == 1
   for a, b in zip(found, expected, strict=True):
@@ -193,12 +193,12 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
       assert value == pytest.approx(expected, abs=2e-5) and expected < -0.1
 
 
-@pytest.mark.parametrize('mesh_shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
 def test_a_text_in_company_has_the_pseudo_log_probabilities_it_has_alone(mesh_shape):
   model, rng = MODELS['bert'], np.random.default_rng(0)
   params, texts = random_params(model), [rng.integers(V, size=n) for n in (3, 48, 2, 17, 0, 5, 30)]
   alone = [evaluate.pseudo_log_probabilities(model, params, [text], MASK)[0] for text in texts]
-  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == '4x2' else 1])):
+  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
     found = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK, positions=128)
   for a, b, text in zip(found, alone, texts, strict=True):
     assert len(a) == max(len(text) - 2, 0)

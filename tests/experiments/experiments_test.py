@@ -122,7 +122,7 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
   argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
   (knobs, shared), debug = launch.parse([scripts[name].experiment, launcher._train], argv)
-  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   assert not debug and shared['workdir'] is None
   with jax.set_mesh(mesh):
     result = train.train(scripts[name].experiment(**knobs), tmp_path / 'run', mesh)
@@ -143,7 +143,7 @@ def defaults(module, name: str, texts) -> train.Run:
   return module.experiment(**knobs)
 
 
-@pytest.mark.parametrize('shape', [pytest.param('8x1', marks=pytest.mark.slow), '4x2'])
+@pytest.mark.parametrize('shape', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2'])
 @pytest.mark.parametrize('name', names(experiments=True))
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
@@ -191,7 +191,7 @@ def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
   (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
   run = scripts['pretrain'].experiment(**knobs)
   assert set(run.objective.control) <= set(run.data.tokenizer.control_names)
-  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh):
     train.check(run, mesh)
 
@@ -208,7 +208,7 @@ def test_pretrain_names_control_tokens(scripts):
 
 @pytest.mark.parametrize('method', ['cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'])
 def test_every_method_of_preference_fits_together(method, scripts, small):
-  mesh = sharding.abstract_mesh('4x2')
+  mesh = sharding.abstract_mesh('data:4,model:2')
   with jax.sharding.use_abstract_mesh(mesh):
     (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
     train.check(scripts['preference'].experiment(**knobs), mesh)

@@ -138,7 +138,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   monkeypatch.setattr(pretrained, 'load', lambda name: opened)
 
   def said(**flags):
-    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='8x1', **flags)
+    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='data:8', **flags)
     return capsys.readouterr().err
   line = said()
   assert line == 'up to 14 tokens, to the end of the context; --window goes on past it\n'

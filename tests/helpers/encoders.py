@@ -3,6 +3,7 @@ import functools
 
 import jax
 import numpy as np
+from helpers.meshes import of_first_devices
 
 from lm import sharding
 from lm.hf import files, weights
@@ -58,7 +59,7 @@ def kept(model, params, batch):
 
 def on_mesh(model, shape, batch, key=None):
   """The loss and the gradients, weights laid out as the table says."""
-  mesh = sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])])
+  mesh = of_first_devices(shape)
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec), shapes)

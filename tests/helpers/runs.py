@@ -4,6 +4,7 @@ import types
 
 import jax
 import numpy as np
+from helpers.meshes import of_first_devices as on
 
 from lm import optim, sharding, train
 from lm.data import dataset
@@ -73,16 +74,12 @@ RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_con
                 evaluate_every=3, save_every=2, keep=5)
 
 
-def on(mesh: str):
-  return sharding.make_mesh(mesh, jax.devices()[:np.prod([int(n) for n in mesh.split('x')])])
-
-
-def go(workdir, run=RUN, mesh='2x1', **changes) -> train.Result:
+def go(workdir, run=RUN, mesh='data:2', **changes) -> train.Result:
   with jax.set_mesh(on(mesh)):
     return train.train(dataclasses.replace(run, **changes), workdir, on(mesh))
 
 
-def saved(workdir, run=RUN, mesh='2x1', **changes):
+def saved(workdir, run=RUN, mesh='data:2', **changes):
   """(step, state) of the last checkpoint, in NumPy."""
   with jax.set_mesh(on(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
     found = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), on(mesh)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 from helpers.quantized import FP8, GPT_OSS, MXFP4, QWEN, load, make_folder, opened, put, random_fp8, random_mxfp4
 
 from lm import sharding
@@ -78,11 +79,11 @@ def test_a_quantised_folder_is_the_folder_of_the_weights_that_it_stands_for(conf
 
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])
-@pytest.mark.parametrize('mesh', ['1x1', '2x2', '4x2'])
+@pytest.mark.parametrize('mesh', ['data:1', 'data:2,model:2', 'data:4,model:2'])
 def test_each_shard_has_its_part(config, mesh, tmp_path):
   make_folder(tmp_path / 'a', config)
   expected = load(tmp_path / 'a')[1]
-  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:np.prod([int(n) for n in mesh.split('x')])])):
+  with on(mesh):
     params = load(tmp_path / 'a')[1]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, expected)
 
@@ -102,7 +103,7 @@ def test_one_layer_at_a_time_is_dequantised(config, kind, tmp_path, monkeypatch)
   load(tmp_path / 'a')
   whole, sizes[:] = list(sizes), []
   assert len(whole) == (3 * (2 + 1) if kind is quantized.Mxfp4 else 3 * 4 + 2 * 3 * 4 + 3)
-  with jax.set_mesh(sharding.make_mesh('1x2', jax.devices()[:2])):
+  with jax.set_mesh(sharding.make_mesh('model:2', jax.devices()[:2])):
     load(tmp_path / 'a')
   if kind is quantized.Mxfp4:
     assert whole == [4] * 9 and sizes == [2] * 18

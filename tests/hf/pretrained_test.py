@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+from helpers.meshes import on
 
 from lm import load, optim, sharding, train
 from lm.data import dataset
@@ -62,10 +63,9 @@ def test_what_was_exported_opens_as_the_same_model(folder, params):
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '4x2', '2x2'])
+@pytest.mark.parametrize('mesh', ['data:1', 'data:4,model:2', 'data:2,model:2'])
 def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_path, mesh):
-  devices = jax.devices()[:np.prod([int(n) for n in mesh.split('x')])]
-  with jax.set_mesh(sharding.make_mesh(mesh, devices)):
+  with on(mesh):
     direct = pretrained.load(str(folder))
     imported = pretrained.save(str(folder), tmp_path / 'imported')
     again = pretrained.load(str(tmp_path / 'imported'))
@@ -117,7 +117,7 @@ def test_a_run_starts_from_a_folder(folder, params, tmp_path):
     seen.append(pretrained.start(folder, model)(model))
     return seen[-1]
 
-  with jax.set_mesh(mesh := sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
     result = train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.params, params)
     assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3, from there

@@ -1,11 +1,11 @@
 """Multi-head latent attention: against NumPy, the cache against the full forward, every mesh, and `transformers`."""
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 
 from lm import sharding
 from lm.data.batch import Batch
@@ -22,13 +22,6 @@ jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_lev
                                                    'xla_llvm_disable_expensive_passes': True})
 SEGMENTS = np.array([[1] * 7, [1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]], 'i4')
 POSITIONS = np.stack([np.arange(TIME) - np.searchsorted(row, row) for row in SEGMENTS]).astype('i4')
-
-
-def on(shape):
-  """Sets a mesh of the first devices; none for None."""
-  if shape is None:
-    return contextlib.nullcontext()
-  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
 
 
 def shapes(module):
@@ -118,7 +111,7 @@ def test_output_and_gradients_are_those_of_numpy(module):
       assert abs(np.sum(grad * direction) - slope) < 2e-5 * np.linalg.norm(grad) * np.sqrt(grad.size), path
 
 
-@pytest.mark.parametrize('shape', ['1x1', '4x2', '2x4'])
+@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2', 'data:2,model:4'])
 def test_output_and_gradients_are_the_same_on_every_mesh(shape):
   expected = without_mesh(BIASED)
   with on(shape):
@@ -131,7 +124,7 @@ def test_output_and_gradients_are_the_same_on_every_mesh(shape):
 
 def test_heads_are_split_over_model_and_ranks_over_data():
   P = jax.sharding.PartitionSpec
-  with on('2x4'):
+  with on('data:2,model:4'):
     specs = jax.tree.map(lambda x: x.sharding.spec, shapes(FULL))
   heads = P('data', 'model', None)
   assert {k: v for k, v in specs.items() if not k.endswith('norm')} == {
@@ -153,7 +146,7 @@ def model(module):
 
 
 @pytest.mark.parametrize('module,chunks,shape', [
-    (FULL, [1] * TIME, None), (PLAIN, [4, 1, 1, 1], '2x4')], ids=['one_by_one', '2x4'])
+    (FULL, [1] * TIME, None), (PLAIN, [4, 1, 1, 1], 'data:2,model:4')], ids=['one_by_one', 'data:2,model:4'])
 def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
   """Rows of unequal length are padded on the left; the cache has slots to spare."""
   lm, rng = model(module), np.random.default_rng(0)
@@ -182,7 +175,7 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
 
 def test_one_key_head_is_still_decoded_on_a_mesh():
   """A cache that the table splits over a `model` of one device."""
-  with on('4x1'):
+  with on('data:4'):
     lm = model(attention.Attention(4, 1, 4))
     step = lambda: lm.apply(lm.init(jax.random.key(0)), Batch(jnp.zeros((4, 1), jnp.int32)), cache=lm.init_cache(4, 4))
     assert jax.eval_shape(step).hidden.shape == (4, 1, WIDTH)

@@ -17,7 +17,7 @@ def same(x, layer):
   return x, None
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '2x2'])
+@pytest.mark.parametrize('mesh', ['data:1', 'data:2,model:2'])
 def test_an_activation_replaced_by_itself_changes_no_bit(mesh):
   batch = jax.tree.map(lambda x: x[:2], make_batch(True))
 

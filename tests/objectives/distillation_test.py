@@ -1,5 +1,4 @@
 """Distillation: against closed forms in float64, by finite differences, on meshes; what is stored, what is refused."""
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 
 from lm import optim, sharding, train
 from lm.data import dataset
@@ -28,12 +28,6 @@ ROWS, TIME, VOCAB = 4, 8, 32
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
-
-
-def on(shape):
-  if shape is None:
-    return contextlib.nullcontext()
-  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +177,7 @@ def test_gradients_are_finite_where_hardly_anything_is_left(rest):
     assert 0 < value < 0.1 and np.abs(grad).max() < 0.3   # neither is nan
 
 
-@pytest.mark.parametrize('shape', ['2x4', '4x1'])
+@pytest.mark.parametrize('shape', ['data:2,model:4', 'data:4'])
 def test_a_split_vocabulary_changes_nothing(shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   top_k = TopK(3, VOCAB, 2.)
@@ -265,7 +259,7 @@ def test_a_run_learns_from_what_was_stored_and_its_validation_tells_the_divergen
   configured = run(distil_stored(next_token(), top_k), llama())
   teacher = train.Constants('teacher', llama(width=16), load)
   data = annotate.Annotated(configured.data, teacher, top_k.columns, top_k)
-  with on('1x1'):
+  with on('data:1'):
     result = train.train(dataclasses.replace(configured, data=data), tmp_path, jax.sharding.get_mesh())
   assert result.finished and 0 < result.metrics['divergence'] == pytest.approx(result.metrics['loss'], rel=1e-5)
 
@@ -274,7 +268,7 @@ def test_what_does_not_fit_is_told_before_anything_runs():
   teacher, top_k = train.Constants('teacher', llama(300), None), TopK(4, 300)
   fits = run(distil_stored(next_token(), top_k), llama())
   annotated = dataclasses.replace(fits, data=annotate.Annotated(fits.data, teacher, top_k.columns, top_k))
-  with on('1x1'):
+  with on('data:1'):
     for configured, message in (
         (run(distil(next_token(), teacher.model.apply), llama(), constants=(teacher,)), f'for 300 .* student for {V}'),
         (annotated, f'for 300 .* student for {V}'), (fits, 'no columns teacher_ids and teacher_log_probs')):

@@ -28,7 +28,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize('name', LOSSES)
-@pytest.mark.parametrize('shape', [None, '2x4'])
+@pytest.mark.parametrize('shape', [None, 'data:2,model:4'])
 def test_losses_and_gradients_are_those_of_optax(name, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   parts, reference = LOSSES[name]
@@ -98,7 +98,7 @@ def repetition(logits, batch):
   return total, metric
 
 
-@pytest.mark.parametrize('shape, chunk', [(None, TIME), (None, 3), ('8x1', 5), ('2x4', 3)], ids=str)
+@pytest.mark.parametrize('shape, chunk', [(None, TIME), (None, 3), ('data:8', 5), ('data:2,model:4', 3)], ids=str)
 def test_unlikelihood_is_the_formula(shape, chunk, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: chunk)
   hidden, head, _, _ = make_inputs()

@@ -33,7 +33,8 @@ def over_vocabulary(hidden, head, targets, weights):
   return 3 * loss, sums   # a factor, so that the gradient is seen to be that of what is made of the loss
 
 
-@pytest.mark.parametrize('shape,chunk', [(None, 8), (None, 1), (None, 3), ('8x1', 5), ('2x4', 4)], ids=str)
+@pytest.mark.parametrize('shape,chunk', [
+    (None, 8), (None, 1), (None, 3), ('data:8', 5), ('data:2,model:4', 4)], ids=str)
 def test_the_loss_over_chunks_is_the_whole_loss(shape, chunk, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: chunk)
   inputs = make_inputs()
@@ -92,7 +93,7 @@ def test_training_never_holds_all_logits(monkeypatch):
   assert largest == {limit: limit for limit in largest}
 
 
-@pytest.mark.parametrize('shape,devices', [(None, 1), ('8x1', 8), ('2x4', 8)])
+@pytest.mark.parametrize('shape,devices', [(None, 1), ('data:8', 8), ('data:2,model:4', 8)])
 def test_chunks_are_the_fewest_that_fit_a_device_and_nearly_equal(shape, devices):
   with on(shape):
     for batch, time, vocab, limit in [(8, 12, 10, 500), (8, 12, 10, 79), (8, 7, 10, 400), (16, 64, 100, 3200),

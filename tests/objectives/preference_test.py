@@ -155,7 +155,7 @@ def computed(made, batch, logits=LOGITS):
       name: float(x[0] / x[1]) if isinstance(x, tuple) else float(x) for name, x in sums.items()}
 
 
-@pytest.mark.parametrize('shape', [None, '4x2'])
+@pytest.mark.parametrize('shape', [None, 'data:4,model:2'])
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_losses_and_gradients_are_those_of_the_formulas(method, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 7)
@@ -260,7 +260,7 @@ class Toy:
     (OBJECTIVES['dpo'], Pair, 'compares with a reference'), (OBJECTIVES['ipo'], Pair, 'compares with a reference'),
     (OBJECTIVES['kto'], Rated, 'compares with a reference')])
 def test_what_does_not_go_together_is_told_before_training(made, kind, message):
-  mesh = sharding.make_mesh('1x1', jax.devices()[:1])
+  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
     train.check(train.Run(tiny(), made, Toy(kind), ADAM, steps=1, batch=2), mesh)
 
@@ -268,7 +268,7 @@ def test_what_does_not_go_together_is_told_before_training(made, kind, message):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_a_step_is_lowered_on_a_mesh(name):
-  mesh = sharding.abstract_mesh('4x2')
+  mesh = sharding.abstract_mesh('data:4,model:2')
   made = OBJECTIVES[name]
   data = Toy(made.needs, {} if name in ('orpo', 'simpo') else preference.COLUMNS)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -278,11 +278,11 @@ def test_a_step_is_lowered_on_a_mesh(name):
         lowering_platforms=('tpu',))
 
 
-@pytest.mark.parametrize('shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
 def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(shape):
   records, made, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
   batch = packed(records, made)(0)
-  with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:math.prod(map(int, shape.split('x')))])):
+  with on(shape):
     params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0))))()
     loss, count, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch)
     alone = [x.tokens for pair in records for x in pair] + [np.zeros(1, np.int32)] * 2
@@ -300,7 +300,7 @@ def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(
 
 def test_a_reward_model_starts_from_a_decoder():
   model = reward.Reward(tiny())
-  with jax.set_mesh(sharding.make_mesh('1x1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     given = jax.jit(lambda: model.decoder.init(jax.random.key(5)))()
     params = model.start(lambda decoder: given)
     shapes = jax.eval_shape(model.init, jax.random.key(0))

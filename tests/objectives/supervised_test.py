@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 
-from lm import sharding
 from lm.data.batch import Batch, Dialogue, Special
 from lm.data.rows.packing import Packed
 from lm.models import transformer
@@ -38,13 +38,12 @@ def log_softmax(x):
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize('shape', ['1x1', '4x2'])
+@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
 @pytest.mark.parametrize('denominator, by', [(None, 'tokens'), (sequence_mean, 'dialogues')])
 def test_the_loss_is_the_masked_loss_of_the_dialogues_by_themselves(shape, denominator, by):
   model = transformer.llama(V, 8, 1, heads=2, hidden=8, max_length=T)
   made, records = supervised(*[denominator] if denominator else []), dialogues()
-  devices = jax.devices()[:int(np.prod([int(n) for n in shape.split('x')]))]
-  with jax.set_mesh(sharding.make_mesh(shape, devices)):
+  with on(shape):
     params = jax.jit(lambda: jax.tree.map(lambda x: 9 * x, model.init(jax.random.key(0))))()
     loss, weight, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch_of())
     alone = Batch(np.stack([np.pad(x.tokens[:-1], (0, T + 1 - len(x.tokens))) for x in records]))

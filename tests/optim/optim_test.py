@@ -185,7 +185,7 @@ def test_steps_and_states_keep_their_layout_on_a_mesh(make):
   """Steps are split over devices as the parameters are, and the state as it was."""
   optimizer = averaging.averaged(make(schedule), 0.9) if make is not optim.schedule_free else make(schedule)
   optimizer = optim.penalised(optimizer, l1=0.1)
-  with jax.set_mesh(sharding.make_mesh('4x2')):
+  with jax.set_mesh(sharding.make_mesh('data:4,model:2')):
     model = transformer.llama(16, 256, 2, heads=4, max_length=4, tied=False)
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
@@ -231,7 +231,7 @@ def test_an_optimizer_that_keeps_no_rate_has_none():
   assert optim.learning_rate(optax.adam(1e-3).init(PARAMS)) is None
 
 
-@pytest.mark.parametrize('mesh', [None, '4x2'])
+@pytest.mark.parametrize('mesh', [None, 'data:4,model:2'])
 def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mesh):
   with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
     params = jax.jit(transformer.llama(16, 32, 2, heads=4, max_length=4).init)(jax.random.key(0))

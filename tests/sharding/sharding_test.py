@@ -1,5 +1,4 @@
 """The same numbers on any mesh, weights split as the table says, and messages for sizes that cannot be split."""
-import contextlib
 import functools
 
 import flax.linen as nn
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED
+from helpers.meshes import on
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
@@ -17,7 +17,7 @@ from lm.models import layers as parts
 from lm.models.context import Aux
 from lm.objectives.next_token import next_token
 
-MESHES = ['1x1', '8x1', '4x2', '2x4']
+MESHES = ['data:1', 'data:8', 'data:4,model:2', 'data:2,model:4']
 VOCAB, ROWS, TIME = 32, 8, 8
 # Every kind of weight and every part in one program: grouped queries, rotary and learned positions, gates, biases.
 TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # which depends on the length of a text
@@ -29,13 +29,6 @@ MODEL = transformer.Transformer(
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
-
-
-def on(shape):
-  """Sets a mesh of the first devices; none for None."""
-  if shape is None:
-    return contextlib.nullcontext()
-  return jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:np.prod([int(n) for n in shape.split('x')])]))
 
 
 def random_params(model):
@@ -123,7 +116,7 @@ def test_initial_parameters_are_the_same_bytes_on_every_mesh():
 
 
 def test_weights_are_split_as_the_table_says():
-  with on('2x4'):
+  with on('data:2,model:4'):
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
     placed, _ = place(MODEL, random_params(MODEL), packed_batch())
   expected = {
@@ -182,9 +175,9 @@ def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
   params, batch = random_params(model), packed_batch()
   expected = on_mesh(model, None, params, batch, None)
   assert all(np.any(g != 0) for g in jax.tree.leaves(expected))
-  assert_same(on_mesh(model, '8x1', params, batch, None), expected)
+  assert_same(on_mesh(model, 'data:8', params, batch, None), expected)
   inside = MODEL.clone(blocks=stack.stacks([block.clone(feed_forward=OwnFeedForward()) for block in MODEL.layers]))
-  with on('8x1'):
+  with on('data:8'):
     loss, grads = jax.eval_shape(functools.partial(loss_and_grads, inside),
                                  *place(inside, random_params(inside), batch), jax.random.key(0))
   assert loss.shape == ()
@@ -200,7 +193,7 @@ def abstract_inputs(model, mesh, rows, time):
 
 
 def test_gpt2_is_lowered_for_256_devices_that_are_not_there():
-  mesh = sharding.abstract_mesh('64x4')
+  mesh = sharding.abstract_mesh('data:64,model:4')
   model = transformer.gpt2(vocab=50304, dtype=jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
     inputs = abstract_inputs(model, mesh, 128, 1024)
@@ -213,11 +206,12 @@ def test_gpt2_is_lowered_for_256_devices_that_are_not_there():
 
 
 @pytest.mark.parametrize('model,shape,message', [
-    (transformer.gpt2(), '64x4', r'embedding: .* V has size 50257, .* model=4 .*choose another --mesh or size'),
-    (transformer.gpt2(vocab=64), '2x8', r'query: .* N has size 12, .* model=8'),
-    (transformer.gpt2(vocab=64), '512x1', r'embedding: .* D has size 768, .* data=512'),
-    (transformer.llama(64, 32, 1, heads=4, kv_heads=2), '1x4', r'key: .* K has size 2, .* model=4'),
-    (transformer.llama(64, 32, 1, heads=4, hidden=10), '1x4', r'gate: .* F has size 10, .* model=4'),
+    (transformer.gpt2(), 'data:64,model:4',
+     r'embedding: .* V has size 50257, .* model:4; choose another --mesh or size'),
+    (transformer.gpt2(vocab=64), 'data:2,model:8', r'query: .* N has size 12, .* model:8'),
+    (transformer.gpt2(vocab=64), 'data:512', r'embedding: .* D has size 768, .* data:512'),
+    (transformer.llama(64, 32, 1, heads=4, kv_heads=2), 'model:4', r'key: .* K has size 2, .* model:4'),
+    (transformer.llama(64, 32, 1, heads=4, hidden=10), 'model:4', r'gate: .* F has size 10, .* model:4'),
 ], ids=['vocab', 'heads', 'width', 'kv_heads', 'hidden'])
 def test_sizes_that_a_mesh_does_not_divide_say_so(model, shape, message):
   with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)), pytest.raises(ValueError, match=message):
@@ -225,9 +219,15 @@ def test_sizes_that_a_mesh_does_not_divide_say_so(model, shape, message):
 
 
 @pytest.mark.parametrize('shape,message', [
-    ('8', "mesh '8' is not DATAxMODEL.* such as 8x1"), ('axb', "mesh 'axb' is not DATAxMODEL"),
-    ('2x2x2', "'2x2x2' is not"), ('0x8', "'0x8' is not"), ('-1x-8', "'-1x-8' is not"), ('', "'' is not"),
-    ('4x4', "mesh '4x4' needs 16 devices, but there are 8"), ('2x2', 'needs 4 devices, but there are 8'),
+    ('4x2', "mesh '4x2' does not name its axes; write --mesh=data:4,model:2$"),
+    ('8', "the part '8', which is not AXIS:SIZE; write it as in data:8; the axes are data, model$"),
+    ('', "mesh '' has the part ''"), ('data:4,', "the part ''"), ('2x2x2', "the part '2x2x2'"),
+    ('data', "the part 'data'"),
+    ('data:8,modle:1', "the axis 'modle', which does not exist; choose from data, model$"),
+    ('data:4,data:2', 'the axis data twice; give it once$'), ('data:0', "the size '0' for the axis data; give a whole"),
+    ('data:-8', "the size '-8'"), ('data:x', "the size 'x'"), ('model:', "the size ''"),
+    ('data:4,model:4', "mesh 'data:4,model:4' needs 16 devices, but there are 8; give sizes whose product is 8"),
+    ('model:4', "mesh 'model:4' needs 4 devices, but there are 8"),
 ])
 def test_a_bad_mesh_says_so(shape, message):
   with pytest.raises(ValueError, match=message):
@@ -236,13 +236,16 @@ def test_a_bad_mesh_says_so(shape, message):
 
 def test_a_mesh_puts_all_devices_on_data_unless_told():
   assert dict(sharding.make_mesh().shape) == {'data': 8, 'model': 1}
-  assert dict(sharding.make_mesh('2x4').shape) == {'data': 2, 'model': 4}
-  assert dict(sharding.abstract_mesh('64x4').shape) == {'data': 64, 'model': 4}
+  assert dict(sharding.make_mesh('data:2,model:4').shape) == {'data': 2, 'model': 4}
+  assert sharding.make_mesh('model:4, data:2') == sharding.make_mesh('data:2,model:4')   # in any order
+  assert dict(sharding.make_mesh('model:8').shape) == {'data': 1, 'model': 8}
+  assert sharding.mesh_text(sharding.make_mesh('model:4,data:2')) == 'data:2,model:4'
+  assert dict(sharding.abstract_mesh('data:64,model:4').shape) == {'data': 64, 'model': 4}
 
 
 def test_a_mesh_axis_is_used_once_by_the_first_letter():
   assert sharding.spec('BTD') is None
-  with on('4x2'):
+  with on('data:4,model:2'):
     assert sharding.spec('BTD') == P('data', None, None)
     assert sharding.spec('DNH') == P('data', 'model', None)
     assert sharding.spec('VD') == P('model', 'data')
@@ -252,7 +255,7 @@ def test_a_mesh_axis_is_used_once_by_the_first_letter():
 
 def test_rows_of_a_batch_are_split_over_data_in_order():
   rows = np.arange(16 * 3).reshape(16, 3)
-  mesh = sharding.make_mesh('4x2')
+  mesh = sharding.make_mesh('data:4,model:2')
   assert sharding.local_rows(16, mesh) == range(16)
   batch = sharding.shard_rows({'x': rows}, mesh)['x']
   np.testing.assert_array_equal(batch, rows)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 def compared(script, study, text, **more):
   settings = {'seeds': 3, **more}
-  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='8x1', **settings)
+  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
 
 
 def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):
@@ -59,7 +59,7 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = variants.experiment(script)
   found = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
-  mesh = compare.sharding.make_mesh('8x1')
+  mesh = compare.sharding.make_mesh('data:8')
   with compare.jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
     a_step = 6 * 8 * found[0].make().model.vocab * 8 * 16
     given, _ = costs.equal(found, equal, a_step * budget if equal == 'flops' else budget, mesh)
@@ -98,7 +98,7 @@ def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_pa
 
 
 def swept(script, study, **more):
-  return sweep.sweep(experiment=script, workdir=study, mesh='8x1', **more)
+  return sweep.sweep(experiment=script, workdir=study, mesh='data:8', **more)
 
 
 def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_whole_ranges_give_whole_numbers():
 @pytest.mark.slow
 def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   scaling.ladder(sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
-                 common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='8x1')
+                 common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='data:8')
   out = capsys.readouterr().out
   predicted, outcome = out.index('predicted for width=32-16'), out.index('--- run 7 of 7')
   assert predicted < outcome < out.index('outcome: ')
@@ -204,7 +204,7 @@ def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_
              'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
              'scaling.json': lambda common: scaling.ladder(
                  sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
-                 common=common, experiment=script, workdir=tmp_path, mesh='8x1')}
+                 common=common, experiment=script, workdir=tmp_path, mesh='data:8')}
   for settings, study in studies.items():
     with pytest.raises(ValueError, match='the model only 3'):
       study('vocab=3')
@@ -230,7 +230,7 @@ def test_stages_cost_what_they_read(script, tmp_path):
       return dataclasses.replace(run, stages=stages.stages([(4, 8)], [], run.batch, run.data.length))
   plain, late = variants.arms(variants.experiment(script), 'plain: ; late: batch=16 steps=8')
   late = Staged(late.name, late.function, late.knobs)
-  mesh = compare.sharding.make_mesh('8x1')
+  mesh = compare.sharding.make_mesh('data:8')
   with compare.jax.set_mesh(mesh):
     for unit in ('tokens', 'flops'):
       spent = costs.spending(late.make(), unit, mesh)

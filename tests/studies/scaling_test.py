@@ -80,7 +80,7 @@ def test_products_are_counted_where_they_run():
 
 
 def test_updates_cost_what_their_formulas_say():
-  mesh, shape = on('1x1'), interleaved.SHAPES['tiny']
+  mesh, shape = on('data:1'), interleaved.SHAPES['tiny']
   make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,
                                             100, shape.batch)
   model = transformer.gpt2(*shape[:4], shape.length)
@@ -97,7 +97,7 @@ def test_updates_cost_what_their_formulas_say():
 
 
 def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():
-  mesh = on('1x1')
+  mesh = on('data:1')
   with jax.set_mesh(mesh):
     found = costs.cost(RUN, 'flops', mesh)
     head = jax.eval_shape(lambda: train.init(RUN)).params['head'].size

@@ -23,15 +23,15 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
     ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape the forward pass alone
     ('reward', 6 * (MATRICES + SCORES + 8))])
 def test_a_token_costs_what_the_matrices_that_it_meets_say(name, forward_and_backward):
-  for mesh in ('1x1', '4x2'):
+  for mesh in ('data:1', 'data:4,model:2'):
     with jax.set_mesh(on(mesh)):
       assert run.flops_per_token(configured(name), on(mesh)) == forward_and_backward
 
 
 def test_what_is_computed_again_does_not_count():
-  with jax.set_mesh(on('1x1')):
+  with jax.set_mesh(on('data:1')):
     both = [run.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
-                                on('1x1'))
+                                on('data:1'))
             for remat in (None, jax.checkpoint_policies.nothing_saveable)]
   assert both[0] == both[1]
 
@@ -62,7 +62,7 @@ def test_only_factors_that_are_trained_have_gradients():
 def test_a_program_costs_the_same_on_every_mesh():
   """That of all devices together, also where it is written for one of them, as attention is."""
   configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()
-  for mesh in ('1x1', '8x1', '4x2'):
+  for mesh in ('data:1', 'data:8', 'data:4,model:2'):
     with jax.set_mesh(on(mesh)):
       loss = lambda params, batch: next_token().loss(DECODER.apply, params, batch, None)
       params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, on(mesh))
@@ -85,8 +85,8 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
 
 def test_short_rows_of_a_warm_up_cost_what_they_cost():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
-  with jax.set_mesh(on('1x1')):
-    cost = loop.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('1x1'), [device])
+  with jax.set_mesh(on('data:1')):
+    cost = loop.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('data:1'), [device])
   short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
   assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
 
@@ -94,5 +94,5 @@ def test_short_rows_of_a_warm_up_cost_what_they_cost():
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
 def test_an_unknown_device_is_told_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
-  assert loop.flops_by_step(RUN, on('2x1'), [device, device]) is None
+  assert loop.flops_by_step(RUN, on('data:2'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

@@ -20,14 +20,14 @@ def test_the_cases_are_of_every_kind_of_data():
 
 
 @pytest.mark.parametrize('name, mesh, accumulate', [
-    *((name, '1x1', 1) for name in CASES), *((name, '2x1', 2) for name in ('next_token', 'experts', 'dpo')),
-    ('experts', '1x2', 1)])
+    *((name, 'data:1', 1) for name in CASES), *((name, 'data:2', 2) for name in ('next_token', 'experts', 'dpo')),
+    ('experts', 'model:2', 1)])
 def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
   with jax.set_mesh(on(mesh)):
     train.check(configured(name, batch=accumulate * on(mesh).shape['data'], accumulate=accumulate), on(mesh))
 
 
-@pytest.mark.parametrize('mesh', ['1x1', '1x2', '2x1'])
+@pytest.mark.parametrize('mesh', ['data:1', 'model:2', 'data:2'])
 def test_parts_of_one_row_add_up_to_the_batch(mesh):
   run = dataclasses.replace(RUN, model=Bigram(dropout=0., vocab=VOCAB), batch=4)
   rng = np.random.default_rng(0)
@@ -44,8 +44,8 @@ def test_parts_of_one_row_add_up_to_the_batch(mesh):
 
 
 def test_the_noise_scale_reads_one_row():
-  with jax.set_mesh(on('1x1')):
+  with jax.set_mesh(on('data:1')):
     gradient = noise_scale.gradient_of(DECODER.apply, next_token.next_token(), {})
     shapes = jax.eval_shape(gradient, jax.eval_shape(DECODER.init, jax.random.key(0)),
-                            train.abstract_batch(configured('next_token', batch=1), on('1x1')))
+                            train.abstract_batch(configured('next_token', batch=1), on('data:1')))
   assert shapes[1].shape == ()

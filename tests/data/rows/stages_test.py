@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('at, mesh', [(2, '2x1'), (3, '4x1')])
+@pytest.mark.parametrize('at, mesh', [(2, 'data:2'), (3, 'data:4')])
 def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys):
   workdir = stopped(at, stages=STAGES, mesh=mesh)
   capsys.readouterr()
@@ -94,7 +94,7 @@ def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys
                   for step, shape in shapes.items() if step >= at]
   (step, state), (_, expected) = saved(workdir), saved(whole)
   assert step == 6
-  if mesh == '2x1':
+  if mesh == 'data:2':
     assert same(state, expected) and logged(workdir) == logged(whole)
   np.testing.assert_allclose([*logged(workdir).values()], [*logged(whole).values()], rtol=1e-5)
 
@@ -130,7 +130,7 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_compiled(tmp_path
 
 
 def test_every_shape_is_traced_before_training():
-  mesh, traced = on('1x1'), []
+  mesh, traced = on('data:1'), []
 
   @dataclasses.dataclass(frozen=True)
   class Spy(type(RUN.model)):

@@ -1,0 +1,53 @@
+"""Operations across devices, by the letters of tensor axes.
+
+The first three are called inside a `jax.shard_map`, where each device holds its own part of a tensor.
+"""
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from lm.sharding.axes import axes_of, is_laid_out, mesh_axes
+
+
+def part_index(letter: str) -> jax.Array:
+  """Returns which part of a tensor axis this device holds, from 0."""
+  return jax.lax.axis_index(axes_of(letter))
+
+
+def sum_of_parts(x: jax.Array, letter: str) -> jax.Array:
+  """Returns the sum of `x` over the devices that hold the parts of a tensor axis."""
+  return jax.lax.psum(x, axes_of(letter))
+
+
+def varying(x: jax.Array, letters: str) -> jax.Array:
+  """Returns `x`, marked as different on the devices that hold the parts of these tensor axes; outside, `x` as it is.
+
+  The gradient of `x` is then the sum over these devices.
+  """
+  inside = jax.sharding.get_abstract_mesh().manual_axes
+  return jax.lax.pcast(x, axes_of(letters), to='varying') if inside else x
+
+
+def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:
+  """Returns the sum over devices of `function(whole, *rows)`, each device with all of one tree and with its own rows.
+
+  `function` returns (sums, tree), where the tree has the structure of `whole`, and is laid out as `whole` in the
+  result. The rows are split over all devices of the mesh if these divide them, and otherwise as batches are.
+  """
+  if not is_laid_out():
+    return function(whole, *rows)
+  mesh, layouts = jax.sharding.get_abstract_mesh(), jax.tree.map(lambda x: jax.typeof(x).sharding.spec, whole)
+  divides = jax.tree.leaves(rows)[0].shape[0] % math.prod(mesh.shape.values()) == 0
+  axes = mesh_axes() if divides else axes_of('B')
+
+  def local(whole, *rows):
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), function(whole, *rows))
+
+  everywhere = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), whole)
+  rows = jax.tree.map(lambda x: jax.sharding.reshard(x, P(axes)), rows)
+  specs = jax.tree.map(lambda _: P(), everywhere), *jax.tree.map(lambda _: P(axes), rows)
+  sums, tree = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(everywhere, *rows)
+  return sums, jax.tree.map(jax.sharding.reshard, tree, layouts)
