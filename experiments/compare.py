@@ -152,7 +152,7 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
       train.check(run, devices)
     asked = {'experiment': experiment.name, 'arms': {arm.name: arm.knobs for arm in found}, 'equal': equal,
              'budget': budget, 'adapt': adapt, 'adapt_lr': adapt_lr}
-    begun = arms.begun(workdir, 'compare.json', asked)
+    begun = arms.is_continued(workdir, 'compare.json', asked)
     found, amount = steps_once(workdir, begun, found, equal, budget, devices)
     arms.open_data(workdir, found, control=infill().control if adapt else ())
   if not begun:

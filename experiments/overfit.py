@@ -77,7 +77,7 @@ def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
   with jax.set_mesh(mesh):
     for arm in found:   # what does not go together says so before anything runs
       train.check(arm.make(seed), mesh)
-    begun = [runs.begun(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
+    begun = [runs.is_continued(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
     runs.open_data(workdir, found)
   for arm, was in zip(found, begun):
     if not was:

@@ -56,7 +56,7 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     if early := [arm.name for arm in runs if arm.make(seed).patience]:
       raise ValueError(f'{early[0]} has a patience, and a law is of runs that train to their end; leave it out')
   asked = {'experiment': experiment.name, 'common': common, 'seed': seed}
-  begun = arms.begun(workdir, 'scaling.json', asked)
+  begun = arms.is_continued(workdir, 'scaling.json', asked)
   with jax.set_mesh(devices):
     arms.open_data(workdir, runs)
   if not begun:

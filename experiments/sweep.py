@@ -53,7 +53,7 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
     train.check(arm.make(seed), devices)
   settings = {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method, 'metric': metric,
               'seed': seed}
-  begun = runs.begun(workdir, 'sweep.json', settings)
+  begun = runs.is_continued(workdir, 'sweep.json', settings)
   with jax.set_mesh(devices):
     runs.open_data(workdir, [arm])
   study = search.Study(workdir / 'trials.jsonl', found, method, seed)
@@ -79,8 +79,8 @@ class Impossible(Exception):
   """Knobs that do not go together."""
 
 
-def value(arm: variants.Arm, asked: search.Asked, metric: str, workdir: pathlib.Path, seed: int, mesh: jax.sharding.Mesh
-          ) -> float:
+def value(arm: variants.Arm, trial: search.RunningTrial, metric: str, workdir: pathlib.Path, seed: int,
+          mesh: jax.sharding.Mesh) -> float:
   try:
     run = arm.make(seed)
     with jax.set_mesh(mesh):
@@ -88,7 +88,7 @@ def value(arm: variants.Arm, asked: search.Asked, metric: str, workdir: pathlib.
       runs.open_data(workdir, [arm])
   except ValueError as error:
     raise Impossible(error) from None
-  watch = lambda step, metrics: asked.report(-(-step // run.evaluate_every), metrics[metric])
+  watch = lambda step, metrics: trial.report(-(-step // run.evaluate_every), metrics[metric])
   found = runs.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
   if not math.isfinite(found):
     raise train.NotFinite(f'its {metric} is {found}')

@@ -1,7 +1,7 @@
-"""Runs of an experiment with other knobs, beside one another: what comparisons, sweeps and ladders are made of.
+"""The runs of a study: a comparison, a sweep, or a ladder of sizes.
 
-A study is a folder: `<study>/<name>/seed-<n>` is the workdir of a run, as any other; runs whose data are the same share
-`<study>/data-<...>/data`, by links. What is done is not done again.
+A study is a folder. `<study>/<name>/seed-<n>` is the workdir of a run like any other. Runs that read the same data
+share it: each links to `<study>/data-<digest>/data`. A run that is finished is not trained again.
 """
 import hashlib
 import json
@@ -25,10 +25,7 @@ from lm.workdir.describe import describe, differences
 
 def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
        watch: Callable[[int, dict[str, float]], bool] | None = None) -> tuple[train.Run, pathlib.Path, train.Result]:
-  """Trains an arm, from where it was left, in a workdir of its own.
-
-  KeyboardInterrupt where a signal stopped it.
-  """
+  """Trains an arm in its own workdir, from its newest checkpoint. KeyboardInterrupt where a signal stops it."""
   workdir = study / arm.name / f'seed-{seed}'
   link(workdir, shared(study, arm.make()) / 'data')
   run, result = launch.start(arm.function, arm.knobs, workdir, mesh, seed=seed, watch=watch)
@@ -36,24 +33,23 @@ def go(study: pathlib.Path, arm: Arm, seed: int, mesh: jax.sharding.Mesh,
 
 
 def shared(study: pathlib.Path, run: train.Run) -> pathlib.Path:
-  """A folder of the study, one for all runs whose data, but for lengths, is the same; they link to `data` in it."""
-  told = describe(run.data)
-  told = {name: value for name, value in told.items() if name not in ('length', 'source_length')}
-  return study / f'data-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]}'
+  """Returns the folder of the data of a run, which all runs share whose data differ in nothing but lengths."""
+  facts = {name: value for name, value in describe(run.data).items() if name not in ('length', 'source_length')}
+  return study / f'data-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}'
 
 
-def open_data(study: pathlib.Path, found: Sequence[Arm], control: tuple[str, ...] = ()) -> None:
-  """Tokenises what the arms read, where that was not done: what cannot be read says so before anything is trained.
+def open_data(study: pathlib.Path, arms: Sequence[Arm], control: tuple[str, ...] = ()) -> None:
+  """Tokenises the data of the arms, unless that was done before, so that errors in it come before any training.
 
-  `control` names tokens that are needed beside those of the arms' objectives. ValueError or OSError as `Data.open`, and
-  ValueError where a model has too small a vocabulary.
+  `control` names tokens that are needed beside those of the arms' objectives. Raises what `Data.open` raises, and
+  ValueError where the vocabulary of a model is too small.
   """
   opened = {}
-  for run in (arm.make() for arm in found):
-    key = folder, needed = shared(study, run), (*run.objective.control, *control)
-    if key not in opened:
-      opened[key] = run.data.open(folder, control=needed)
-    train.check_vocabulary(run, opened[key])
+  for run in (arm.make() for arm in arms):
+    folder, tokens = shared(study, run), (*run.objective.control, *control)
+    if (folder, tokens) not in opened:
+      opened[folder, tokens] = run.data.open(folder, control=tokens)
+    train.check_vocabulary(run, opened[folder, tokens])
 
 
 def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
@@ -63,10 +59,10 @@ def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
     (workdir / 'data').symlink_to(os.path.relpath(data, workdir), target_is_directory=True)
 
 
-def begun(study: pathlib.Path, name: str, settings: Any) -> bool:
-  """Whether `<study>/<name>` holds these settings, and not none yet: `begin` writes them.
+def is_continued(study: pathlib.Path, name: str, settings: Any) -> bool:
+  """Whether the study was started before, with these settings, which `begin` wrote to `<study>/<name>`.
 
-  ValueError where it holds others, or the study is the workdir of a run; OSError where it cannot be written.
+  ValueError where it was started with others, or is the workdir of a run; OSError where it cannot be written.
   """
   records.make(study)
   if records.read(study):
@@ -79,14 +75,14 @@ def begun(study: pathlib.Path, name: str, settings: Any) -> bool:
   except ValueError:
     raise ValueError(f'{path} is damaged; delete it, or choose another --workdir') from None
   if lines := differences(before, _as_json(settings)):
-    more = [f'... and {len(lines) - 6} more'] if len(lines) > 6 else []
-    raise ValueError(f'{study} was begun with other settings; choose another --workdir, or the same ones\n  '
-                     + '\n  '.join([*lines[:6], *more]))
+    omitted = [f'... and {len(lines) - 6} others'] if len(lines) > 6 else []
+    raise ValueError(f'{study} was started with other settings; choose another --workdir, or give the same settings\n  '
+                     + '\n  '.join([*lines[:6], *omitted]))
   return True
 
 
 def begin(study: pathlib.Path, name: str, settings: Any) -> None:
-  """Writes the settings down, once all that can be checked is: those of a study that was refused are not kept."""
+  """Writes the settings of a study. Call it after all checks, so that a refused study leaves no settings behind."""
   atomic.write(study / name, json.dumps(_as_json(settings), indent=2))
 
 
@@ -95,7 +91,7 @@ def _as_json(settings: Any) -> Any:
 
 
 def score(run: train.Run, result: train.Result, objective: Objective) -> dict[str, float]:
-  """Metrics of `objective` over the whole validation split: with half a row of context, where that is possible."""
+  """Returns metrics of `objective` over the whole validation split, with half a row of context where forms allow it."""
   step = validation.make_step(run.model.apply, objective, result.data.tokenizer)
   plain = all(form.room == Room() for form in objective.forms)
   context = {'context': run.data.length // 2} if plain else {}
@@ -105,17 +101,17 @@ def score(run: train.Run, result: train.Result, objective: Objective) -> dict[st
 
 def adapt(run: train.Run, workdir: pathlib.Path, result: train.Result, objective: Objective, steps: int, rate: float
           ) -> tuple[train.Run, train.Result]:
-  """The run's model, trained on `objective` for some steps more, by AdamW, from `rate` down to 0; in its own folder."""
+  """Trains the result of a run on `objective` for some further steps: AdamW, the rate falls from `rate` to 0."""
   schedule = schedules.warmup_linear(rate, steps, steps // 10)
   short = train.Run(run.model, objective, run.data, optim.adamw(schedule), steps, run.batch, run.accumulate, run.seed,
                     steps, run.evaluate_batches, steps, 1, start=lambda model: jax.tree.map(jnp.copy, result.params))
   link(workdir, workdir.parent / 'data')
-  found = train.train(short, workdir, result.mesh)
-  found.raise_if_stopped()
-  return short, found
+  adapted = train.train(short, workdir, result.mesh)
+  adapted.raise_if_stopped()
+  return short, adapted
 
 
 def curve(workdir: pathlib.Path, name: str = 'validation/bits_per_byte') -> list[tuple[int, float]]:
-  """(step, value) of each evaluation."""
+  """Returns (step, value) of each evaluation."""
   rows = track.read_metrics(workdir / 'metrics.jsonl')
   return [(row['step'], row[name]) for row in rows if row.get(name) is not None]

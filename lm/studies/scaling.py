@@ -25,7 +25,7 @@ Points = Sequence[tuple[float, float, float]]   # (N, D, loss)
 
 
 def fit(points: Points, delta: float = 1e-3, starts: Sequence[Law] = ()) -> Law:
-  """The law that fits best: Huber's loss of the difference of logarithms, by L-BFGS from `starts`, or from many places.
+  """Returns the best fit by the Huber loss of differences of logarithms, with L-BFGS from `starts` or from many points.
 
   ValueError with fewer points than 6, or where all have one N or one D: five numbers are fitted.
   """
@@ -56,10 +56,10 @@ def fit(points: Points, delta: float = 1e-3, starts: Sequence[Law] = ()) -> Law:
   given = [(np.log(law.E), np.log(law.A) - law.alpha * np.log(units[0]), law.alpha,
              np.log(law.B) - law.beta * np.log(units[1]), law.beta) for law in starts]
   bounds = [(-20, low), (-20, 10), (0, 3), (-20, 10), (0, 3)]
-  found = min((optimize.minimize(objective, x, jac=True, method='L-BFGS-B', bounds=bounds,
-                                 options={'maxiter': 2000, 'ftol': 1e-13, 'gtol': 1e-9}) for x in given or places),
-              key=lambda result: result.fun)
-  e, a, alpha, b, beta = found.x
+  best = min((optimize.minimize(objective, x, jac=True, method='L-BFGS-B', bounds=bounds,
+                                options={'maxiter': 2000, 'ftol': 1e-13, 'gtol': 1e-9}) for x in given or places),
+             key=lambda result: result.fun)
+  e, a, alpha, b, beta = best.x
   return Law(float(np.exp(e)), float(np.exp(a + alpha * np.log(units[0]))), float(alpha),
              float(np.exp(b + beta * np.log(units[1]))), float(beta))
 

@@ -1,4 +1,4 @@
-"""Search over the knobs of an experiment, by Optuna, whose journal is a file: what was tried is not tried again."""
+"""Search over the flags of an experiment with Optuna. Its journal is a file, so that a search can be resumed."""
 import csv
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One of several values, as they are written."""
+  """A flag that takes one of several values, given as text."""
   values: tuple[str, ...]
 
   def suggest(self, trial: Any, name: str) -> str:
@@ -20,7 +20,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """A number in [low, high], whole where both are."""
+  """A flag that takes a number in [low, high], an integer if both ends are."""
   low: float
   high: float
   log: bool = False
@@ -34,39 +34,40 @@ Space = dict[str, Choice | Range]
 
 
 def space(text: str, convert: Callable[[str, str], Any]) -> Space:
-  """Of 'lr=1e-4:1e-2:log; batch=8,16,32': choices, or the ends of a range, on a log scale or not. Choices that hold a
-  comma or a colon are quoted, as in "milestones='100,200','150'".
+  """Returns the space that a text describes, as in 'lr=1e-4:1e-2:log; batch=8,16,32'.
 
-  `convert(name, value)` gives what a knob makes of a text, and raises ValueError where there is no such knob.
+  A flag has a range (two ends, and `log` for a logarithmic scale) or a list of values. Values that contain a comma or a
+  colon are quoted, as in "milestones='100,200','150'". `convert(name, value)` returns the value of a flag for its text,
+  and raises ValueError where there is no such flag. ValueError where the text is not of this form.
   """
-  found: Space = {}
+  result: Space = {}
   for part in filter(None, map(str.strip, text.split(';'))):
-    name, given, values = (word.strip() for word in part.partition('='))
-    low, *rest = [values] if "'" in values else values.split(':')
-    if not given or not values or name in found or len(rest) > 2 or rest[1:] not in ([], ['log']):
+    name, equals, values = (word.strip() for word in part.partition('='))
+    low, *range_parts = [values] if "'" in values else values.split(':')
+    if not equals or not values or name in result or len(range_parts) > 2 or range_parts[1:] not in ([], ['log']):
       raise ValueError(f"knob {part!r}: write 'lr=1e-4:1e-2:log' or 'batch=8,16,32', each once, with ; between them; "
                        "quote values that hold , or :, as in name='1,2','3:4'")
-    if not rest:
+    if not range_parts:
       choices = tuple(value.strip() for value in next(csv.reader([values], quotechar="'", skipinitialspace=True)))
       if len(set(choices)) < len(choices):
         raise ValueError(f'knob {part!r}: list each value once')
       for value in choices:
         convert(name, value)
-      found[name] = Choice(choices)
+      result[name] = Choice(choices)
       continue
-    ends = convert(name, low), convert(name, rest[0])
+    ends = convert(name, low), convert(name, range_parts[0])
     if not all(type(end) in (int, float) for end in ends):
       raise ValueError(f'knob {part!r}: {name} is no number, so it has no range; list its values, such as {name}=a,b')
-    if not ends[0] < ends[1] or rest[1:] and ends[0] <= 0 or not math.isfinite(ends[1]):
+    if not ends[0] < ends[1] or range_parts[1:] and ends[0] <= 0 or not math.isfinite(ends[1]):
       raise ValueError(f'knob {part!r}: a range goes up, between finite numbers, and on a log scale begins above 0')
-    found[name] = Range(*ends, log=bool(rest[1:]))
-  if not found:
+    result[name] = Range(*ends, log=bool(range_parts[1:]))
+  if not result:
     raise ValueError("there are no knobs to search; write 'lr=1e-4:1e-2:log; batch=8,16,32'")
-  return found
+  return result
 
 
 def combinations(knobs: Space) -> int:
-  """In a grid; ValueError where a knob is a range."""
+  """Returns the number of points of a grid. ValueError where a flag has a range."""
   if ranges := [name for name, values in knobs.items() if isinstance(values, Range)]:
     raise ValueError(f'a grid needs the values of {", ".join(ranges)}, such as {ranges[0]}=1e-3,3e-3,1e-2; or take '
                      '--method=random')
@@ -82,7 +83,7 @@ class Trial(NamedTuple):
 
 
 def optuna() -> Any:
-  """The library; ImportError, which says how to install it, without it."""
+  """Returns the library. ImportError, which says how to install it, where it is missing."""
   try:
     import optuna
   except ImportError:
@@ -93,8 +94,8 @@ def optuna() -> Any:
 class Study:
   """A search whose trials are in `journal`. `method` is grid, random, or halving.
 
-  Halving (Jamieson and Talwalkar 2016, asynchronously: Li et al. 2020): at evaluation 1, 3, 9, ... a trial goes on only
-  if it is among the best third of those that came so far.
+  Halving (Jamieson and Talwalkar 2016; asynchronous as in Li et al. 2020): at evaluation 1, 3, 9, ... a trial continues
+  only if it is among the best third of the trials that have reached this evaluation.
 
   ImportError without Optuna; ValueError for a grid over a range.
   """
@@ -106,35 +107,36 @@ class Study:
     storage = library.storages.JournalStorage(backend.JournalFileBackend(str(journal)))
     self._optuna, self._knobs = library, knobs
     self._study = library.create_study(storage=storage, study_name='sweep', load_if_exists=True, direction='minimize')
-    # Of a search that goes on, other points than before.
+    # A search that is resumed draws new points.
     self._study.sampler = library.samplers.RandomSampler(seed + len(self._study.trials))
     self.size = combinations(knobs) if method == 'grid' else None
     if method == 'grid':
-      # Not Optuna's GridSampler, which cannot be asked for a trial and told of it.
+      # Optuna's GridSampler does not work with ask and tell.
       for values in itertools.product(*(k.values for k in knobs.values())):
         self._study.enqueue_trial(dict(zip(knobs, values)), skip_if_exists=True)
     self._study.pruner = (library.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
                           if method == 'halving' else library.pruners.NopPruner())
 
-  def ask(self, trials: int) -> Iterator['Asked']:
-    """Trials to run until so many are done; first those that were stopped."""
+  def ask(self, trials: int) -> Iterator['RunningTrial']:
+    """Yields trials to run until so many are finished, first those that were interrupted."""
     states = self._optuna.trial.TrialState
     for stopped in self._study.get_trials(states=[states.RUNNING]):
-      yield Asked(self._study, self._optuna.trial.Trial(self._study, stopped._trial_id), stopped.params, self._knobs)
+      trial = self._optuna.trial.Trial(self._study, stopped._trial_id)
+      yield RunningTrial(self._study, trial, stopped.params, self._knobs)
     while len(self._study.get_trials(states=[states.COMPLETE, states.PRUNED])) < trials:
-      yield Asked(self._study, self._study.ask(), {}, self._knobs)
+      yield RunningTrial(self._study, self._study.ask(), {}, self._knobs)
 
   def done(self) -> list[Trial]:
-    """The best first; those that were pruned last."""
+    """Returns the finished trials: the best first, those that were pruned last."""
     states = self._optuna.trial.TrialState
     trials = self._study.get_trials(states=[states.COMPLETE, states.PRUNED])
-    found = [Trial(t.number, {name: str(value) for name, value in t.params.items()}, t.value,
+    finished = [Trial(t.number, {name: str(value) for name, value in t.params.items()}, t.value,
                    max(t.intermediate_values, default=0), t.state == states.PRUNED) for t in trials]
-    return sorted(found, key=lambda t: (t.pruned, t.value))
+    return sorted(finished, key=lambda t: (t.pruned, t.value))
 
 
-class Asked:
-  """A trial that is run: report values of evaluations, then tell the last."""
+class RunningTrial:
+  """A trial to run: report the value of each evaluation, then tell the last one."""
 
   def __init__(self, study: Any, trial: Any, earlier: dict[str, Any], knobs: Space):
     self._study, self._trial, self.number = study, trial, trial.number
@@ -145,8 +147,8 @@ class Asked:
     self.pruned = False
 
   def report(self, evaluation: int, value: float) -> bool:
-    """Whether to stop: the value of this evaluation, counted from 1, is not among the best so far."""
-    with warnings.catch_warnings():   # one that was reported before the trial was stopped
+    """Whether to stop the trial, since the value of this evaluation (counted from 1) is not among the best so far."""
+    with warnings.catch_warnings():   # of an evaluation that was reported before an interruption
       warnings.simplefilter('ignore')
       self._trial.report(value if math.isfinite(value) else math.inf, evaluation)
     self.pruned = self._trial.should_prune()

@@ -1,4 +1,4 @@
-"""Which of two arms is better, by runs of the same seeds; and whether that can be told. Lower values are better."""
+"""Which of two arms is better, by runs paired by seed, and whether the data suffice to say. Lower is better."""
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-  """A mean and, where there are two values at least, its confidence interval; else it is infinite."""
+  """A mean and its confidence interval, which is infinite for a single value."""
   mean: float
   low: float
   high: float
@@ -25,9 +25,9 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 class Verdict(NamedTuple):
-  """What can be said of an arm beside another."""
-  difference: Interval   # of the arm to the other, over seeds
-  deviation: float       # of a pair's difference, over seeds; nan of one
+  """The result of comparing an arm with another."""
+  difference: Interval   # the arm minus the other, over seeds
+  deviation: float       # standard deviation of a pair's difference, over seeds; nan for one seed
   confidence: float      # of the interval
 
   @property
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
   @property
   def needed(self) -> int | None:
-    """Seeds that would tell a difference of this size; None: it is told, or there is none that can be told."""
+    """How many seeds would show a difference of this size; None where it is shown already, or is zero."""
     if self.word != 'not distinguishable' or math.isnan(self.deviation):
       return None
     return seeds_needed(self.difference.mean, self.deviation, self.confidence)
@@ -49,10 +49,10 @@ class Verdict(NamedTuple):
 
 
 def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, confidence: float = 0.95) -> Verdict:
-  """The verdict on an arm beside another, by final values of runs that are paired by seed.
+  """Compares an arm with another by the final values of their runs, which are paired by seed.
 
-  With several `comparisons`, each interval is wider (Bonferroni), so that all of them hold together with `confidence`.
-  Arms that are the same are told apart in 1 - confidence of trials at most, if differences are about normal.
+  With several `comparisons`, each interval is wider (Bonferroni), so that all of them hold at once with `confidence`.
+  For equal arms, the verdict is wrong with probability 1 - confidence at most, if differences are roughly normal.
 
   ValueError where values are not paired, or not finite.
   """
@@ -70,7 +70,9 @@ def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, co
 
 def seeds_needed(difference: float, deviation: float, confidence: float = 0.95, power: float = 0.8,
                  most: int = 1_000_000) -> int | None:
-  """Pairs by which a paired t-test finds a true difference with probability `power`; None if more than `most`.
+  """Returns how many pairs a paired t-test needs to find a true difference with probability `power`.
+
+  None if it is more than `most`.
 
   `deviation` is the standard deviation of a pair's difference. Exact, by the noncentral t distribution.
   """
@@ -99,7 +101,7 @@ Curve = Sequence[tuple[float, float]]   # (compute, loss), by compute
 
 
 def reached(curve: Curve, loss: float) -> float | None:
-  """The compute at which a curve is first at `loss` or below it, between evaluations on a line; None if it never is."""
+  """Returns the compute at which a curve first reaches `loss`, by linear interpolation; None if it never does."""
   before = None
   for compute, value in curve:
     if value <= loss:
@@ -112,20 +114,19 @@ def reached(curve: Curve, loss: float) -> float | None:
 
 
 def speed_up(arm: Sequence[Curve], other: Sequence[Curve], confidence: float = 0.95) -> Interval | None:
-  """How many times sooner the arm reaches the other's final loss, over seeds, with an interval of its logarithm.
+  """Returns by what factor the arm reaches the other's final loss sooner: a geometric mean over seeds, with interval.
 
-  Below 1 where it is the other that is sooner: the reciprocal of its speed-up. None where neither reaches the other's
-  final loss in some seed, or a curve has fewer than two points.
+  It is below 1 where the other arm is faster: the reciprocal of that arm's speed-up. None where in some seed neither
+  reaches the other's final loss, or where a curve has fewer than two points.
   """
   logs = []
   for a, b in zip(arm, other, strict=True):
     if min(len(a), len(b)) < 2:
       return None
-    if at := reached(a, b[-1][1]):
-      logs.append(math.log(b[-1][0] / at))
-    elif at := reached(b, a[-1][1]):
-      logs.append(-math.log(a[-1][0] / at))
+    if compute := reached(a, b[-1][1]):
+      logs.append(math.log(b[-1][0] / compute))
+    elif compute := reached(b, a[-1][1]):
+      logs.append(-math.log(a[-1][0] / compute))
     else:
       return None
-  found = interval(logs, confidence)
-  return Interval(*(math.exp(min(x, 700.)) for x in found))
+  return Interval(*(math.exp(min(x, 700.)) for x in interval(logs, confidence)))

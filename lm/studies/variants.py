@@ -14,13 +14,13 @@ from lm import launch, lora, scripts, train
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """An experiment with knobs, by a name."""
+  """An experiment with values for its flags (`knobs`), under a name."""
   name: str
   function: Callable[..., train.Run]
   knobs: dict[str, Any]
 
   def make(self, seed: int = 0, **knobs: Any) -> train.Run:
-    """The run with these knobs in place of the arm's own. ValueError for adapters without parameters under them."""
+    """Returns the run; `knobs` replace the arm's own. ValueError for adapters without base parameters."""
     return lora.start_from(dataclasses.replace(self.function(**{**self.knobs, **knobs}), seed=seed), None)
 
   def with_steps(self, steps: int) -> 'Arm':
@@ -38,38 +38,41 @@ def experiment(script: pathlib.Path) -> Callable[..., train.Run]:
 
 
 def knobs(function: Callable[..., Any], text: str) -> dict[str, Any]:
-  """Those in 'lr=1e-3 optimizer=adam', read as the script's flags; the rest at their defaults. Words with spaces are
-  quoted, as in a shell; a backslash is one, as in a flag.
+  """Returns the values of all flags of an experiment, of which `text` sets some, as in 'lr=1e-3 optimizer=adam'.
 
-  ValueError for a knob that does not exist, with the nearest one, or a value that is none.
+  Values that contain spaces are quoted, as in a shell. A backslash stands for itself, as it does in a flag.
+  ValueError for a flag that does not exist, with the name of the nearest one, and for a value that is not valid.
   """
   try:
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-    lexer.whitespace_split, lexer.commenters, lexer.escape = True, '', ''   # a backslash is one, as in a flag
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, '', ''   # a backslash stands for itself
     words = [word if word.startswith('--') else f'--{word}' for word in lexer]
   except ValueError as error:
     raise ValueError(f'knobs {text.strip()!r}: {error}') from None
   if help := [word for word in words if word.lstrip('-').partition('=')[0] in ('help', 'helpfull', 'debug', 'script')]:
     raise ValueError(f'{help[0]} is no knob of an experiment')
   try:
-    (found,), _ = launch.parse([function], ['', *words])
+    (values,), _ = launch.parse([function], ['', *words])
   except flags.Error as error:
-    lists = f'{pathlib.Path(inspect.getfile(function)).name} --help lists all'
-    raise ValueError(str(error).replace('--help lists all', lists)) from None
-  return found
+    complete_list = f'{pathlib.Path(inspect.getfile(function)).name} --help lists all'
+    raise ValueError(str(error).replace('--help lists all', complete_list)) from None
+  return values
 
 
 def arms(function: Callable[..., Any], text: str, common: str = '') -> list[Arm]:
-  """Those in 'adam: optimizer=adam lr=1e-3; muon: optimizer=muon', each with the knobs in `common`."""
-  found = []
+  """Returns the arms that `text` names, as in 'adam: optimizer=adam lr=1e-3; muon: optimizer=muon'.
+
+  All have the flags in `common` too. ValueError where the text names none, or one twice.
+  """
+  result: list[Arm] = []
   for part in filter(str.strip, text.split(';')):
     name, colon, own = part.partition(':')
     name = name.strip()
-    plain = name.isprintable() and not set(name) & set('/|') and not name.startswith('.')
-    if not colon or not name or not plain or name in [arm.name for arm in found]:
+    is_valid = name.isprintable() and not set(name) & set('/|') and not name.startswith('.')
+    if not colon or not name or not is_valid or name in [arm.name for arm in result]:
       raise ValueError(f"arm {part.strip()!r}: write 'name: knob=value knob=value; other: ...', each name once, "
                        'without / and |')
-    found.append(Arm(name, function, knobs(function, f'{common} {own}')))
-  if not found:
+    result.append(Arm(name, function, knobs(function, f'{common} {own}')))
+  if not result:
     raise ValueError("there are no arms; write 'name: knob=value knob=value; other: ...'")
-  return found
+  return result

@@ -108,7 +108,7 @@ def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, caps
   assert {(t.knobs['lr'], t.knobs['batch']) for t in done} == {(a, b) for a in ('1e-3', '0.1') for b in ('8', '16')}
   assert 'the best: --lr=0.1' in capsys.readouterr().out and (tmp_path / 'study' / 'sweep.png').exists()
   assert swept(script, tmp_path / 'study', **settings) == done and '--- trial' not in capsys.readouterr().out
-  with pytest.raises(ValueError, match='begun with other settings'):
+  with pytest.raises(ValueError, match='started with other settings'):
     swept(script, tmp_path / 'study', knobs='lr=1e-3,0.2; batch=8,16', common='steps=4')
 
 
