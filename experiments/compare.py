@@ -11,18 +11,16 @@ import json
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from lm import launch, sharding, train
-from lm.data.text.source import Source
 from lm.objectives.infill import infill
 from lm.objectives.next_token import next_token
 from lm.studies import costs, statistics, variants
 from lm.studies import runs as arms
 from lm.workdir import atomic, figures
-from lm.workdir.describe import describe
 
 SCRIPT = pathlib.Path(__file__).with_name('pretrain.py')
 
@@ -34,8 +32,7 @@ def check(found: Sequence[variants.Arm], adapt: int) -> list[train.Run]:
     if not run.model.causal or run.data.source_length is not None:
       raise ValueError(f'{arm.name} has no common yardstick with other arms: its model does not predict a next token '
                        'from those before it alone; compare decoders')
-    texts = [(describe(getattr(r.data, 'rules', None)), source(r)) for r in (run, runs[0])]
-    if texts[0] != texts[1]:
+    if run.data.text_fingerprint != runs[0].data.text_fingerprint:
       raise ValueError(f'{arm.name} and {found[0].name} have no common yardstick: they are validated on different '
                        'text; give all arms the same corpus')
     if not is_next_token(run) and not adapt:
@@ -47,11 +44,6 @@ def check(found: Sequence[variants.Arm], adapt: int) -> list[train.Run]:
       raise ValueError(f'{arm.name} reads {", ".join(run.data.columns)}, stored with its data for one seed and length; '
                        'compare arms that read text alone')
   return runs
-
-
-def source(run: train.Run) -> Any:
-  found = getattr(run.data, 'source', None)
-  return found.fingerprint if isinstance(found, Source) else describe(found)
 
 
 def is_next_token(run: train.Run) -> bool:

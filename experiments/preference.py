@@ -16,7 +16,6 @@ On pairs of your own, and another model:
 A line holds a prompt with a chosen and a rejected answer, or two transcripts that begin alike. KTO learns from either
 answer by itself, or from lines with a --label, true or false.
 """
-import math
 import pathlib
 from typing import Any, Literal
 
@@ -86,7 +85,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   if method == 'kto' and not label:
     records = messages.unpaired(records, keys)
   data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
-                                   allow_left_out=allow_left_out, longest=getattr(base.model, 'max_length', math.inf))
+                                   allow_left_out=allow_left_out, longest=base.model.max_length)
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
     data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                               preference.reference)
@@ -111,7 +110,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what the held-out pairs say, and how the model answers before and after."""
   print('held out: ' + ', '.join(f'{name.removeprefix("preference/")} {value:.4f}' for name, value in
                                  result.metrics.items() if name.startswith('preference/')))
-  data = getattr(run.data, 'data', run.data)
+  data = run.data
   if isinstance(run.model, Reward):
     return
   speaker, room = conversation.Conversation(result.data.tokenizer, data.template), data.length // 2

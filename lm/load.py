@@ -150,25 +150,13 @@ def base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel
   if records.read(folder):
     opened = _open(folder)
     model = lora.plain(opened.run.model)
-    model = model if dtype is None else _computing_in(model, dtype)
+    model = model if dtype is None else model.with_dtype(dtype)
     return BaseModel(model, opened.tokenizer, chat_template(opened.run.data),
                 StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
   tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
   return BaseModel(model, tokens, pretrained.folder_template(folder), pretrained.start(folder, model))
-
-
-def _computing_in(model: Any, dtype: Any) -> Any:
-  """The model of a run, whose computation has another dtype."""
-  if isinstance(model, MultiToken):
-    return dataclasses.replace(model, trunk=_computing_in(model.trunk, dtype))
-  if hasattr(model, 'dtype') and hasattr(model, 'clone'):
-    return model.clone(dtype=dtype)
-  if jnp.dtype(dtype) != getattr(model, 'dtype', jnp.float32):
-    raise ValueError(f'a model of class {type(model).__name__} cannot be made to compute in {jnp.dtype(dtype).name}; '
-                     'leave out --precision')
-  return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,4 +221,4 @@ def first_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path |
 
 def chat_template(data: Any) -> conversation.Template | None:
   """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
-  return getattr(getattr(data, 'data', data), 'template', None)
+  return data.template

@@ -1,6 +1,5 @@
 """What `pretrain.py` starts from gives its tokenizer and its shape too, or is refused where they do not go together."""
 import argparse
-import dataclasses
 import inspect
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ import preference
 import pretrain
 import pytest
 
-from lm import launch, load, lora, scripts, sharding
+from lm import launch, load, lora, models, scripts, sharding
 from lm.data import tokenizers
 from lm.hf import pretrained
 from lm.launch import program as launcher
@@ -77,11 +76,10 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
     aligned = preference.experiment(model=name, precision=dtype.name)
     assert chat.model.dtype == aligned.model.dtype == aligned.data.model.model.dtype == dtype
 
-  @dataclasses.dataclass
-  class Fixed:
+  class Fixed(models.LanguageModel):
     pass
   with pytest.raises(ValueError, match='class Fixed cannot be made to compute in bfloat16; leave out --precision'):
-    load._computing_in(Fixed(), jnp.bfloat16)
+    Fixed().with_dtype(jnp.bfloat16)
 
 
 def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):

@@ -243,6 +243,8 @@ class Batches(abc.ABC):
   source_length: int | None = None
   stored: Mapping[str, np.ndarray] | None = None
 
+  context = None   # positions at the start of a row that repeat the end of the row before; None: rows are not cut
+
   @property
   @abc.abstractmethod
   def rows_per_epoch(self) -> int: ...

@@ -11,6 +11,7 @@ import numpy as np
 
 from lm.data import store, tokenizers
 from lm.data.batch import Batches, ExampleMaker, special
+from lm.data.chat.messages import Messages
 from lm.data.encoding import TextEncoder
 from lm.data.rows.stream import Stream
 from lm.data.store_reader import OtherSettings
@@ -51,10 +52,21 @@ class Text:
 
   kind = np.ndarray
   columns = types.MappingProxyType({})
+  template = None
 
   def __post_init__(self):
     if not isinstance(self.source, Source | None):
       object.__setattr__(self, 'source', texts(self.source))
+
+  @property
+  def text_fingerprint(self) -> str:
+    """The fingerprint of the cleaned documents, whatever the tokenizer and the length are."""
+    return hashlib.sha256(repr((self.source.fingerprint, describe(self.rules))).encode()).hexdigest()[:16]
+
+  def questions(self, split: str, count: int) -> list[tuple[Messages, str]]:
+    """See `chat.dialogues.Dialogues.questions`: documents have none."""
+    del split, count
+    return []
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
            check: Check = unchecked) -> 'OpenText':

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 from lm import sharding
 from lm.data import dataset
 from lm.data.batch import Batch, Batches
+from lm.data.chat.conversation import Template
+from lm.data.chat.messages import Messages
 from lm.objectives.objective import Objective
 from lm.train import interfaces
 from lm.workdir import atomic, integrity
@@ -54,6 +56,17 @@ class Annotated:
   @property
   def kind(self) -> type:
     return self.data.kind
+
+  @property
+  def template(self) -> Template | None:
+    return self.data.template
+
+  @property
+  def text_fingerprint(self) -> str:
+    return self.data.text_fingerprint
+
+  def questions(self, split: str, count: int) -> list[tuple[Messages, str]]:
+    return self.data.questions(split, count)
 
   def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: dataset.Check = dataset.unchecked
            ) -> 'OpenAnnotated':
@@ -96,7 +109,7 @@ class OpenAnnotated:
     return self.data.tokenizer
 
   @property
-  def stores(self) -> Mapping[str, Any]:
+  def stores(self) -> Mapping[str, Sequence[np.ndarray]]:
     return self.data.stores
 
   @property

@@ -211,7 +211,7 @@ class SelfSpeculation:
              sampling: Sampling, max_tokens: int, seed: int) -> Iterator[list[np.ndarray]]:
     """See `generate.Draft`. ValueError where the model cannot draft so much, or with a repetition penalty."""
     rows, width = batch.tokens.shape
-    depths = getattr(model, 'depths', 0)
+    depths = model.depths
     drafts = depths if self.drafts is None else self.drafts
     if not 1 <= drafts <= min(depths, width // 2):
       raise ValueError(f'drafts={drafts}: this model can draft 1 to {min(depths, width // 2)} tokens'

@@ -23,7 +23,6 @@ from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, process
 from lm.models.encoder_decoder import EncoderDecoder
-from lm.models.rotary import LongRope
 from lm.models.transformer import Cache, LanguageModel, Output
 
 __all__ = ['Sampling', 'penalize', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process', 'stream', 'generate', 'tokens',
@@ -166,13 +165,6 @@ def _tokens(model: LanguageModel, params: Any, texts: Sequence[np.ndarray], batc
     yield np.asarray(made)[:len(texts), :left]
 
 
-def _original_context(model: LanguageModel) -> int | None:
-  """The tokens from which on the rotary positions of the whole text are others (LongRoPE); None where they stay."""
-  rotaries = [getattr(getattr(block, 'attention', None), 'rotary', None) for block in getattr(model, 'layers', ())]
-  scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
-  return min((scaling.original for scaling in scalings if isinstance(scaling, LongRope)), default=None)
-
-
 def _reread(model: LanguageModel, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
   """As `_tokens`, of texts with all control tokens, which are read again where a cache cannot go on.
@@ -180,7 +172,7 @@ def _reread(model: LanguageModel, params: Any, texts: Sequence[np.ndarray], batc
   That is at the token with which a text passes LongRoPE's original context, as in transformers' `generate`; and where
   the context is full: then the last half of the text, after its bos, is the text.
   """
-  original, step, stream = _original_context(model), 0, None
+  original, step, stream = model.original_context, 0, None
   whole, prompts = list(texts), [len(ids) for ids in texts]
   texts = whole
   while step < max_tokens:

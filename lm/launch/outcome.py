@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from lm import generate, lora, train
-from lm.models.prediction_heads import MultiToken
-from lm.models.transformer import Transformer
+from lm.train.interfaces import Decoder
 from lm.workdir import figures
 
 METRICS = 'loss', 'perplexity', 'bits_per_byte', 'accuracy'   # of a run, that are printed
@@ -55,9 +54,9 @@ def _from_here(path: pathlib.Path) -> str:
 def _write(run: train.Run, result: train.Result) -> tuple[str, str] | None:
   """The first words of a held-out document, and what the model writes after them; None where it does not write."""
   model, params = lora.merged(run.model, result.params)
-  held_out = getattr(result.data, 'stores', {}).get('validation')   # which data of other kinds need not have
-  if not isinstance(model, Transformer | MultiToken) or run.objective.prompt is None or (
-      run.data.kind is not np.ndarray or held_out is None):
+  held_out = result.data.stores.get('validation')
+  of_documents = run.data.kind is np.ndarray and run.data.source_length is None
+  if not isinstance(model, Decoder) or run.objective.prompt is None or held_out is None or not of_documents:
     return None
   tokens = result.data.tokenizer
   prompt = _first_words(tokens.decode(held_out[0][:48]))

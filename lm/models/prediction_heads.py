@@ -87,6 +87,14 @@ class MultiToken:
     return self.trunk.max_length
 
   @property
+  def original_context(self) -> int | None:
+    return self.trunk.original_context
+
+  def with_dtype(self, dtype: Any) -> 'MultiToken':
+    """As `LanguageModel.with_dtype`."""
+    return dataclasses.replace(self, trunk=self.trunk.with_dtype(dtype))
+
+  @property
   def _stacks(self) -> stack.Stacks:
     return (stack.Stack((self.module,), self.depths),)
 

@@ -20,7 +20,7 @@ from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.context import Aux, Context, Taps
-from lm.models.rotary import Rotary
+from lm.models.rotary import LongRope, Rotary
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap'])
@@ -65,7 +65,19 @@ def prompt_width(texts: Sequence[np.ndarray]) -> int:
 
 class LanguageModel(nn.Module):
   """Base of models: Flax modules whose parameters are an explicit tree."""
-  causal = True   # what comes after a token does not change its output, unless the batch says so
+  causal = True             # an output depends on its own and earlier tokens alone, unless the batch says otherwise
+  depths = 0                # further tokens that are predicted at each position, see `prediction_heads`
+  original_context = None   # see `Transformer.original_context`
+
+  @nn.nowrap
+  def with_dtype(self, dtype: Any) -> 'LanguageModel':
+    """Returns the model with its computation in another dtype. Raises ValueError if its dtype is fixed to float32."""
+    if any(field.name == 'dtype' for field in dataclasses.fields(self)):
+      return self.clone(dtype=dtype)
+    if jnp.dtype(dtype) != jnp.float32:
+      raise ValueError(f'a model of class {type(self).__name__} cannot be made to compute in {jnp.dtype(dtype).name}; '
+                       'leave out --precision')
+    return self
 
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
@@ -128,6 +140,13 @@ class Transformer(LanguageModel):
   def layers(self) -> tuple[nn.Module, ...]:
     """The block of each layer."""
     return stack.layers(self.blocks)
+
+  @property
+  def original_context(self) -> int | None:
+    """The length of a text, in tokens, beyond which all of its rotary positions differ (LongRoPE); None: none does."""
+    rotaries = [getattr(getattr(block, 'attention', None), 'rotary', None) for block in self.layers]
+    scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
+    return min((scaling.original for scaling in scalings if isinstance(scaling, LongRope)), default=None)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Output:

@@ -1,5 +1,4 @@
 """What does not fit together in a run is found here, before anything is compiled."""
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
     raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
                      f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
-  longest = getattr(run.model, 'max_length', math.inf)   # of models that place tokens
+  longest = run.model.max_length
   if run.data.length > longest:
     raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model can place; '
                      f'give --length={longest} or less')

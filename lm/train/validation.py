@@ -72,8 +72,8 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
 
 
 def reading(batches: Batches, limit: int | None = None) -> str:
-  """What `evaluate` reads, in words; losses of other rows or of another context differ."""
-  total, context = batches.steps_per_epoch, getattr(batches, 'context', None)
+  """Says in words what `evaluate` reads. Losses over other rows, or with another context, are not comparable."""
+  total, context = batches.steps_per_epoch, batches.context
   count = f'all {total:,}' if limit is None or limit >= total else f'the first {limit:,} of {total:,}'
   rows = f'{count} batches of {batches.rows} rows of {batches.length} positions'
   if context:

@@ -29,6 +29,8 @@ class Bigram:
   """A table of logits by the last token."""
   scale: float = 1.
 
+  max_length = 99
+
   def init(self, key):
     return {'table': sharding.constrain(self.scale * jax.random.normal(key, (V, V)), 'V-')}
 

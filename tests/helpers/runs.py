@@ -1,5 +1,6 @@
 """A small run that every test of training shares, and what can be read of it afterwards."""
 import dataclasses
+import math
 import types
 
 import jax
@@ -29,6 +30,8 @@ class Bigram:
   width: int = 8
   dropout: float = 0.1
   vocab: int = V
+
+  max_length = math.inf
 
   def init(self, key):
     make = lambda key: sharding.constrain(0.3 * jax.random.normal(key, (self.vocab, self.width)), 'VD')

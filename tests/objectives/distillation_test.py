@@ -35,6 +35,8 @@ class Linear:
   """Hidden states by the token and its place, and a head: a student or a teacher, of any width."""
   width: int
 
+  max_length = 99
+
   def init(self, key):
     keys = jax.random.split(key)
     return {'x': jax.random.normal(keys[0], (1, TIME, self.width)),

@@ -77,6 +77,11 @@ class Dialogues:
       raise ValueError(f'--answer={self.answer} has {groups} groups, and needs one; put parentheses around the part '
                        "that counts, as in '#### (.*)'; (?:...) is not a group")
 
+  @property
+  def text_fingerprint(self) -> str:
+    """See `dataset.Text.text_fingerprint`."""
+    return self.source.fingerprint
+
   def essence(self, answer: str) -> str | None:
     """Returns the first match of `self.answer` in an answer, without surrounding spaces; None if there is no match."""
     if self.answer is None:
