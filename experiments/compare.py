@@ -32,9 +32,7 @@ def check(found: Sequence[variants.Arm], adapt: int) -> list[train.Run]:
     if not run.model.causal or run.data.source_length is not None:
       raise ValueError(f'{arm.name} has no common yardstick with other arms: its model does not predict a next token '
                        'from those before it alone; compare decoders')
-    if run.data.text_fingerprint != runs[0].data.text_fingerprint:
-      raise ValueError(f'{arm.name} and {found[0].name} have no common yardstick: they are validated on different '
-                       'text; give all arms the same corpus')
+    arms.check_same_text(arm.name, run, found[0].name, runs[0])
     if not is_next_token(run) and not adapt:
       raise ValueError(f'{arm.name} does not learn to predict the next token, so it has no common yardstick with the '
                        'others yet; let all be adapted to it for some steps, such as --adapt=100')
@@ -131,7 +129,7 @@ def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path =
             mesh: str | None = None) -> dict[str, list[dict]]:
   """Results of each arm, a dict a seed; prints the tables and draws `compare.png`."""
   if seeds < 2:
-    raise ValueError(f'--seeds={seeds}: an interval needs 2 at least')
+    raise ValueError(f'--seeds={seeds} is too few for an interval; give --seeds=2 or more')
   if adapt < 0 or not 0 < adapt_lr < math.inf:
     raise ValueError(f'--adapt={adapt} steps from --adapt_lr={adapt_lr}: steps are 0 or more, a rate is above 0')
   function = variants.experiment(experiment)
@@ -188,7 +186,8 @@ def report(results: dict[str, list[dict]], workdir: pathlib.Path, compute: str) 
       why = {seed: result['left_out'][metric] for seed, result in enumerate(found) if metric in result['left_out']}
       lines += ['', f'{name} has no {metric}, for {len(why)} of its seeds; seed {min(why)}: {why[min(why)]}']
   count = len(results[names[0]])
-  lines += ['', f'{count} seeds; [95 % intervals over seeds]; the differences of a table hold together. '
+  lines += ['', f'{count} seeds; [95 % intervals over seeds]; the intervals of a table hold for all of '
+            'its rows at once. '
             'Bits/byte are of the whole validation text, read with half a row before it where rows allow it; curves '
             'are of the evaluations during training, which read rows as they are.']
   print('\n'.join(lines))

@@ -18,11 +18,10 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lm import generate, launch, optim, sharding, train
+from lm import generate, launch, load, optim, sharding, train
 from lm.data import dataset, tokenizers
 from lm.data.batch import Batch
 from lm.data.text import corpora
-from lm.hf import pretrained
 from lm.models import encoder, encoder_decoder
 from lm.objectives import span_corruption
 from lm.objectives.masked import masked
@@ -54,7 +53,8 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   """Trains a small encoder-decoder, or for masked an encoder.
 
   Args:
-    model: take shape and tokenizer from this folder of a T5, or for masked of a BERT; for the parameters see --init.
+    model: take shape and tokenizer from this folder of a T5, or for masked of a BERT, or from a run's workdir; for the
+      parameters see --init.
     minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
       the machine becomes slower.
     steps: a fixed number instead; on a finished run, a larger one goes on.
@@ -65,10 +65,10 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  folder = pretrained.locate(model) if model else None
-  tokens, masks = tokenizers.load(folder) if folder else None, objective == 'masked'
-  if folder:
-    network = pretrained.open_model(folder)
+  base, masks = load.base(model) if model else None, objective == 'masked'
+  tokens = base and base.tokenizer
+  if base:
+    network = base.model
     if not isinstance(network, encoder.Encoder if masks else encoder_decoder.EncoderDecoder):
       raise ValueError(f'--model={model} is no {"encoder, such as BERT" if masks else "encoder-decoder, such as T5"}, '
                        f'which --objective={objective} trains')

@@ -26,7 +26,6 @@ from lm import launch, load, optim, train
 from lm.data import dataset
 from lm.data.text.corpus_flags import corpus
 from lm.evaluate import annotate
-from lm.hf import pretrained
 from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
@@ -61,8 +60,8 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
 
   Args:
     teacher: a run's workdir, a Hugging Face folder or an imported one.
-    student: take the architecture from this Hugging Face folder, in place of the flags of shape; for the parameters
-      see --init.
+    student: take the architecture from this run's workdir, Hugging Face folder or imported one, in place of the flags
+      of shape; for the parameters see --init.
     kind: of divergence, KL(teacher || student), KL(student || teacher), or Jensen-Shannon.
     beta: share of the teacher in the middle of Jensen-Shannon.
     temperature: divides the logits of both.
@@ -92,9 +91,9 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
   if student:
-    folder = pretrained.locate(student)
-    model = pretrained.open_model(folder)
-    distillation.check_tokenizers(tokens, pretrained.open_tokenizer(folder, model))
+    like = load.base(student)
+    model = like.model
+    distillation.check_tokenizers(tokens, like.tokenizer)
   else:
     model = transformer.llama(constants.model.vocab, width, layers, heads, max_length=length)
   data = dataset.Text(source, tokens, length)

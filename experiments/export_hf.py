@@ -9,6 +9,7 @@ import jax
 
 from lm import launch, load, sharding
 from lm.hf import pretrained
+from lm.models.reward import Reward
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: pathlib.Path,
@@ -18,7 +19,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
 
   Args:
     workdir: of a run.
-    model: an imported folder, in place of a run.
+    model: an imported folder, or the workdir of a run, in place of --workdir.
     out: the folder to make.
     dtype: of the weights, if not theirs: a run's are float32, an imported model's those of its files.
     like: the folder whose family, tokenizer files and generation config it takes over; by default the one that the run
@@ -27,8 +28,14 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
+  if model and load.is_run(model):
+    workdir, model = pathlib.Path(model).expanduser(), None
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.load(workdir, best)
+    if isinstance(loaded.model, Reward):
+      raise ValueError(f'{workdir} is a reward model, which is not exported: transformers has no family-independent '
+                       'class for a decoder with one score a text and the template that the score depends on. '
+                       'score.py and generate.py --reward use it where it is')
     like = like or (loaded.folder if model else load.first_folder(loaded.run, loaded.tokenizer))
     pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
                      None if model else load.chat_template(loaded.run.data))

@@ -40,7 +40,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
 
   Args:
     workdir: of the run.
-    model: a Hugging Face folder, an imported one or an id on the hub, in place of a run.
+    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
     prompt: what the text begins with; nothing begins a new document. An encoder-decoder reads it, and writes anew.
     temperature: divides the logits; 0 takes the most probable token each time.
     top_k: draw among the k most probable tokens; 0 among all.
@@ -60,6 +60,8 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     reward: the workdir of that model, see preference.py.
     draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
+  if model and load.is_run(model):
+    workdir, model = pathlib.Path(model).expanduser(), None
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   seeds.check(seed)
   if n < 1:

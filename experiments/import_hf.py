@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from lm import launch, sharding
+from lm import launch, load, sharding
 from lm.hf import pretrained
 
 
@@ -18,6 +18,9 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
     out: the folder to make.
     mesh: the size of each mesh axis, such as data:4,model:2, for the devices that together hold the parameters.
   """
+  if load.is_run(model):
+    raise ValueError(f'--model={model} is the workdir of a run, which needs no import; give it to other scripts as '
+                     'their --init or --model')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.save(model, out)
   size = sum(x.size for x in jax.tree.leaves(loaded.params))

@@ -18,7 +18,9 @@ import jax
 import numpy as np
 
 from lm import evaluate, launch, load, sharding
+from lm.data.rows.packing import check_left_out
 from lm.data.text import corpora
+from lm.data.text.source import Documents
 from lm.data.tokenizers.folder import mask_id
 from lm.evaluate import rewards
 from lm.hf import pretrained
@@ -33,7 +35,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
           source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
           context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
           encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
-          mesh: str | None = None) -> None:
+          allow_left_out: bool = False, mesh: str | None = None) -> None:
   """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
 
   An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
@@ -41,7 +43,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
 
   Args:
     workdir: of the run.
-    model: a Hugging Face folder, an imported one or an id on the hub, in place of a run.
+    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
     text: what to score.
     file: a text file to score.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern; a line is a text.
@@ -57,12 +59,17 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
     windows: score a text that is longer than the model's context in windows, half overlapping.
     encoding_errors: what happens to a line of JSON that is no UTF-8, an error, repair, or dropping it.
     decompressed_limit: GiB that a compressed file may unpack to.
+    allow_left_out: go on also where half of the pairs are left out, as too long, or half of the lines, as empty.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
     best: take the best checkpoint by validation loss, not the newest.
   """
   if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
     raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
   corpora.check_limit(decompressed_limit)
+  if allow_left_out and jsonl is None and pairs is None:
+    raise ValueError('--allow_left_out is for --jsonl and --pairs, of which records may be left out')
+  if model and load.is_run(model):
+    workdir, model = pathlib.Path(model).expanduser(), None
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
   if source is not None and text is None and file is None or source_key and jsonl is None:
@@ -73,16 +80,17 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   texts, sources = [text], None if source is None else [source]
   if jsonl is not None:
     texts, sources = read_json(jsonl, key), read_json(jsonl, source_key) if source_key else None
-  empty = None if split or pairs or sources else next((i for i, each in enumerate(texts, 1) if not each), None)
-  if empty:   # given a source, how an empty text ends is scored
-    raise ValueError(f'text {empty} of {len(texts)} is empty: there is nothing to score; leave it out')
+  if text == '' and not sources:   # given a source, how an empty text ends is scored
+    raise ValueError('the text is empty: there is nothing to score')
+  if jsonl is not None and not sources:
+    texts = without_empty(texts, key, allow_left_out)
   if model:   # before the weights, which take long
     check(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else load.load(workdir, best)
     if split is None and isinstance(loaded.model, Reward):
       records = None if pairs is None else read_json(pairs, None)
-      show_rewards(loaded, records, texts, sources, bos)
+      show_rewards(loaded, records, texts, sources, bos, allow_left_out)
       return
     if pairs is not None:
       raise ValueError(f'--pairs is for reward models, and {model or workdir} is none; "experiments/preference.py '
@@ -110,8 +118,27 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
       print(f'{name:14} {value:.4f}')
 
 
-def show_rewards(loaded: load.Trained, records: Sequence[str] | None, texts: Sequence[str],
-                 sources: Sequence[str] | None, bos: bool | None) -> None:
+def without_empty(texts: Documents, key: str, allow_left_out: bool) -> Sequence[str]:
+  """The texts that are not empty; a line says how many are. ValueError where there is none, or as `tell_left_out`."""
+  empty = [i for i, text in enumerate(texts) if not text]
+  if len(empty) == len(texts):
+    raise ValueError(f'none of {len(texts):,} texts has anything to score under --key={key}; give another --key')
+  tell_left_out('texts', texts, empty, 'as they are empty', f'see whether --key={key} is the field with the text',
+                allow_left_out)
+  kept = sorted({*range(len(texts))} - {*empty})
+  return Documents(lambda: kept, lambda i: texts[i], texts.place)
+
+
+def tell_left_out(what: str, texts: Documents, places: Sequence[int], why: str, advice: str, allowed: bool
+                  ) -> None:
+  """Prints how many records are left out, and the first; ValueError from half of them on, unless that is allowed."""
+  if len(places):
+    line = f'{len(places):,} of {len(texts):,} {what} are left out, {why}; the first is {texts.place(places[0])}'
+    print(check_left_out(line, len(places) / len(texts), advice, allowed))
+
+
+def show_rewards(loaded: load.Trained, records: Documents | None, texts: Sequence[str],
+                 sources: Sequence[str] | None, bos: bool | None, allow_left_out: bool) -> None:
   """Prints the reward of each text, as an answer to its source, or of both answers of each pair."""
   if bos is not None:
     raise ValueError(f'--{"" if bos else "no"}bos: how a text begins for a reward model is a part of its template; '
@@ -126,10 +153,15 @@ def show_rewards(loaded: load.Trained, records: Sequence[str] | None, texts: Seq
         print(f'{value:8.4f}  {text[:100]!r}')
     return
   given = judge.pairs(list(records), loaded.run.data.keys)
+  reads = f'the {loaded.model.max_length:,} tokens that the model reads at once'
+  advice = 'shorten their prompts or answers, or train a reward model with a longer context'
+  tell_left_out('pairs', records, given.too_long, f'longer than {reads}', advice, allow_left_out)
+  if not len(given.chosen):
+    raise ValueError(f'none of {len(records):,} pairs fits {reads}; shorten their prompts or answers')
   print('  chosen  rejected')
-  for chosen, rejected in zip(*given):
+  for chosen, rejected in zip(given.chosen, given.rejected):
     print(f'{chosen:8.4f}  {rejected:8.4f}{"" if chosen > rejected else "  wrong"}')
-  print(f'\n{len(records):,} pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}')
+  print(f'\n{len(given.chosen):,} pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}')
 
 
 def read(file: pathlib.Path) -> str:

@@ -8,7 +8,7 @@ Each trial is a run of its own in the workdir; a sweep that was stopped goes on.
 import math
 import pathlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -50,7 +50,9 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
            for name, values in found.items()}
   arm = variants.Arm('', function, variants.knobs(function, f'{common} {written(first)}'))
   with jax.set_mesh(devices):
-    train.check(arm.make(seed), devices)
+    train.check(first_run := arm.make(seed), devices)
+    check_texts(found, lambda values: variants.Arm(
+        '', function, variants.knobs(function, f'{common} {written({**first, **values})}')), first_run)
   settings = {'experiment': experiment.name, 'knobs': knobs, 'common': common, 'method': method, 'metric': metric,
               'seed': seed}
   begun = runs.is_continued(workdir, 'sweep.json', settings)
@@ -69,6 +71,17 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
       asked.tell(math.inf)
   report(study.done(), found, metric, workdir)
   return study.done()
+
+
+def check_texts(space: search.Space, arm: Callable[[dict[str, str]], variants.Arm], first: train.Run) -> None:
+  """ValueError where a listed value of a knob gives runs another text to be validated on than the first trial's."""
+  for name, values in space.items():
+    for value in values.values[1:] if isinstance(values, search.Choice) else ():
+      try:
+        run = arm({name: value}).make()
+      except ValueError:   # it does not go with the other first values, perhaps with others
+        continue
+      runs.check_same_text(f'--{name}={value}', run, f'--{name}={values.values[0]}', first)
 
 
 def written(knobs: Mapping[str, str], before: str = '') -> str:

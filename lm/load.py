@@ -102,8 +102,8 @@ def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
   try:
     tokens = run.data.load_tokenizer(workdir)
   except FileNotFoundError as error:
-    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is not there ({error}); copy it back, or give the '
-                            'command that trained the run again, which makes it of the same text') from None
+    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is not there ({error}); copy it back, or repeat '
+                            'the command that trained the run: it makes the same tokenizer of the same text') from None
   now = {'model': describe(run.model), 'tokenizer': tokens.fingerprint}
   if isinstance(run.model, lora.Adapted):
     now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
@@ -115,8 +115,8 @@ def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
 def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
   if lines := differences({name: facts[name] for name in now if name in facts},
                           {name: value for name, value in now.items() if name in facts}):
-    raise checkpoint.Mismatch(f'{workdir} was trained with something else than what belongs to it now; go back to what '
-                              'its script, tokenizer, data or base were\n  ' + '\n  '.join(lines[:6]))
+    raise checkpoint.Mismatch(f'{workdir} was trained with another script, tokenizer, data or base model than it has '
+                              'now; restore what it was trained with:\n  ' + '\n  '.join(lines[:6]))
 
 
 def _read(opened: _Opened) -> Trained:
@@ -130,6 +130,11 @@ def _read(opened: _Opened) -> Trained:
       params = restored.state
   model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
   return Trained(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
+
+
+def is_run(name: str) -> bool:
+  """Whether a name is the workdir of a run, and no imported model, Hugging Face folder or id on the hub."""
+  return bool(records.read(pathlib.Path(name).expanduser()))
 
 
 class BaseModel(NamedTuple):
@@ -147,7 +152,7 @@ def base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel
   wanted. FileNotFoundError where there is nothing of the kind, ValueError for a model that has another dtype for good.
   """
   folder = pathlib.Path(name).expanduser()
-  if records.read(folder):
+  if is_run(name):
     opened = _open(folder)
     model = lora.plain(opened.run.model)
     model = model if dtype is None else model.with_dtype(dtype)

@@ -14,9 +14,10 @@ from lm.models.reward import Reward
 
 
 class RewardPairs(NamedTuple):
-  """Rewards of the chosen and the rejected answers of pairs, [n]."""
+  """Rewards of the chosen and the rejected answers of pairs, [n]; and which records were left out, as too long."""
   chosen: np.ndarray
   rejected: np.ndarray
+  too_long: np.ndarray   # their indices
 
   @property
   def accuracy(self) -> float:
@@ -49,14 +50,19 @@ class Judge:
                                for prompt, answer in zip(prompts, answers, strict=True)])
 
   def pairs(self, records: Sequence[str], keys: messages.Keys) -> RewardPairs:
-    """The rewards of the two answers of each record of JSON, see `messages`."""
-    read = [messages.read(record, Pair, keys) for record in records]
-    rewards = self.conversations([[*prompt, *answer] for prompt, answers, _ in read for answer in answers])
-    return RewardPairs(rewards[::2], rewards[1::2])
+    """The rewards of the two answers of each record of JSON, see `messages`, that the model can read."""
+    pairs = [[self._encode([*prompt, *answer]) for answer in answers]
+             for prompt, answers, _ in (messages.read(record, Pair, keys) for record in records)]
+    is_long = np.array([max(map(len, pair)) > self.model.max_length for pair in pairs], bool)
+    values = rewards(self.model, self.params, [text for pair, long in zip(pairs, is_long) if not long for text in pair])
+    return RewardPairs(values[::2], values[1::2], np.flatnonzero(is_long))
 
   def conversations(self, conversations: Sequence[messages.Messages]) -> np.ndarray:
     """The reward of each conversation, float32 [n]."""
-    return rewards(self.model, self.params, [self.template.encode(self.tokenizer, x)[0] for x in conversations])
+    return rewards(self.model, self.params, [self._encode(conversation) for conversation in conversations])
+
+  def _encode(self, conversation: messages.Messages) -> np.ndarray:
+    return self.template.encode(self.tokenizer, conversation)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,12 +76,12 @@ def rewards(model: Reward, params: Any, texts: Sequence[np.ndarray], positions: 
   """The reward of each text, int32 [T] with all control tokens: the score at its last token, float32 [n].
 
   Texts of about the same length are batched, about so many `positions` at a time. ValueError where a text is empty, or
-  longer than the model can place.
+  longer than the model's context.
   """
   lengths = np.array([len(text) for text in texts], int)
   if len(texts) and not 0 < lengths.min() <= lengths.max() <= model.max_length:
-    raise ValueError(f'texts of {lengths.min()} to {lengths.max()} tokens: a reward is of 1 to {model.max_length}, '
-                     'which the model can place; shorten the prompt or the answer')
+    raise ValueError(f'texts of {lengths.min()} to {lengths.max()} tokens: the reward model reads 1 to '
+                     f'{model.max_length} tokens at once; shorten the prompt or the answer')
   result, order = np.zeros(len(texts), np.float32), np.argsort(-lengths, kind='stable')
   start = 0
   while start < len(texts):

@@ -122,11 +122,11 @@ def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray
   stand around the text as the model knows it, [CLS] and [SEP]. Copies of texts are packed and batched as above.
 
   Raises:
-    ValueError: a text is longer than the model can place.
+    ValueError: a text is longer than the model reads at once.
   """
   if (longest := max(map(len, texts), default=0)) > model.max_length:
     raise ValueError(f'a text of {longest} tokens, with the two around it, is more than the {model.max_length} that '
-                     'the model can place; score its parts')
+                     'the model reads at once; score its parts')
   found = [np.zeros(max(len(tokens) - 2, 0), np.float32) for tokens in texts]
   copies = [(text, place) for text, scores in enumerate(found) for place in range(1, len(scores) + 1)]
   if not copies:

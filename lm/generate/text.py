@@ -118,13 +118,13 @@ def _check(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_tokens:
     raise ValueError(f'max_tokens={max_tokens} must be at least 1')
   if window and (isinstance(model, EncoderDecoder) or longest >= model.max_length):
     raise ValueError('window=True goes on past the context of decoders alone, and leaves room for a token after a '
-                     f'prompt; this one has {longest} tokens of {model.max_length} that the model can place')
+                     f'prompt; this one has {longest} tokens of {model.max_length} that the model reads at once')
   if tokenizer.vocab_size > model.vocab:
     raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab}; '
                      'use the tokenizer that the model was trained with')
   if longest + max_tokens > model.max_length and not window:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and max_tokens={max_tokens} are more than the '
-                     f'{model.max_length} that the model can place; shorten one of them, or go on past the context '
+                     f'{model.max_length} that the model reads at once; shorten one of them, or go on past the context '
                      'with a window (--window)')
   return max_tokens
 

@@ -98,8 +98,8 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   """The completion of each prompt: `length` tokens that are unmasked as `how` says, up to the first that ends a text.
 
   A completion is a function of (seed, prompt, how many equal prompts stand before it). On a mesh, call it inside
-  `jax.set_mesh`. ValueError where a prompt and `length` are more than the model can place, the blocks do not divide the
-  length, the steps are more than it, or the tokenizer has no such mask.
+  `jax.set_mesh`. ValueError where a prompt and `length` are more than the model reads at once, the blocks do not divide
+  the length, the steps are more than it, or the tokenizer has no such mask.
   """
   if length < 1 or length % how.blocks or how.steps > length:
     raise ValueError(f'length={length} must be a multiple of blocks={how.blocks} and at least steps={how.steps}')
@@ -108,7 +108,7 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
   texts = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
   if (longest := 1 + max(map(len, texts))) + length > model.max_length:
     raise ValueError(f'a prompt of {longest} tokens (with bos) and length={length} are more than the '
-                     f'{model.max_length} that the model can place; shorten one of them')
+                     f'{model.max_length} that the model reads at once; shorten one of them')
   rows, masked = sharding.padded_rows(len(texts)), tokenizer.control_id(mask)
   tokens, segments = np.full((rows, longest + length), masked, np.int32), np.ones((rows, longest + length), np.int32)
   positions = np.zeros_like(tokens)
@@ -143,10 +143,10 @@ def log_likelihood(model: Any, params: Any, texts: Sequence[np.ndarray], mask: i
 
   The mean, over `draws` sets of l of the L tokens, of L/l sum_set log p(x_i | tokens left) (Nie et al. 2025, eq. 14;
   see `objectives.diffusion`), where l takes its values 1 to L evenly. About so many `positions` are read at a time.
-  ValueError where a text is longer than the model can place.
+  ValueError where a text is longer than the model reads at once.
   """
   if (longest := max(map(len, texts), default=0)) > model.max_length:
-    raise ValueError(f'a text of {longest} tokens is more than the {model.max_length} that the model can place')
+    raise ValueError(f'a text of {longest} tokens is more than the {model.max_length} that the model reads at once')
   found = np.zeros(len(texts))
   for text, ids in enumerate(texts):
     if (n := len(ids) - given) < 1:

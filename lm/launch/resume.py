@@ -34,7 +34,7 @@ class Flags:
     kept = [f'--{name}={written(value)}' for name, value in self.kept.items()]
     changed = [f'--{name}={written(now)} (before {written(before)})' for name, (before, now) in self.changed.items()]
     return [f'{title}: {" ".join(flags)}' for title, flags in (
-        (f'flags that the run in {workdir} has', kept), ('changed', changed)) if flags]
+        (f'flags that the run in {workdir} has', kept), ('flags given with other values', changed)) if flags]
 
 
 def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdir: pathlib.Path) -> Flags:
@@ -97,7 +97,7 @@ def _refusal(flags: Flags, parts: Mapping[str, set[str]], workdir: pathlib.Path)
   lines = [f'--{name} is {written(flags.changed[name][0])} there, not {written(flags.changed[name][1])}'
            for name in parts]
   objective = set().union(*parts.values()) == {'objective'}
-  return (f'the run in {workdir} has a checkpoint that depends on what is given another value now: {"; ".join(lines)}. '
+  return (f'the run in {workdir} was trained with other values of flags that cannot change: {"; ".join(lines)}. '
           f'Leave {"it" if len(lines) == 1 else "them"} out, or choose another --workdir'
           + (', or go on all the same by --new_objective' if objective else ''))
 

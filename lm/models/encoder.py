@@ -90,8 +90,8 @@ class Encoder(LanguageModel):
     if cache is not None:
       raise ValueError('an encoder has no cache: what comes later changes all that came before')
     if batch.tokens.shape[1] > self.max_length:
-      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
-                       'shorten the input')
+      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
+                       'once; shorten the input')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
     batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     keys = (None, None) if key is None else jax.random.split(key)

@@ -151,8 +151,8 @@ class Transformer(LanguageModel):
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Output:
     if batch.tokens.shape[1] > self.max_length:
-      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model can place; '
-                       'raise its length or shorten the input')
+      raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
+                       'once; raise its length or shorten the input')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
     batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     keys = (None, None) if key is None else jax.random.split(key)

@@ -52,6 +52,13 @@ def open_data(study: pathlib.Path, arms: Sequence[Arm], control: tuple[str, ...]
     train.check_vocabulary(run, opened[folder, tokens])
 
 
+def check_same_text(name: str, run: train.Run, other_name: str, other: train.Run) -> None:
+  """ValueError where two runs are not validated on the same text, so that their losses cannot be compared."""
+  if run.data.text_fingerprint != other.data.text_fingerprint:
+    raise ValueError(f'{name} and {other_name} cannot be compared: they are validated on different texts; give all of '
+                     'them the same corpus, cut and cleaned in the same way')
+
+
 def link(workdir: pathlib.Path, data: pathlib.Path) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   data.mkdir(parents=True, exist_ok=True)   # a link to what is not there counts as none

@@ -23,7 +23,7 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
                      f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
   longest = run.model.max_length
   if run.data.length > longest:
-    raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model can place; '
+    raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model reads at once; '
                      f'give --length={longest} or less')
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '

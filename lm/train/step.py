@@ -71,7 +71,8 @@ def _checked(result: Any) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:
     case (loss, weight, {'nll': _, 'tokens': _, 'correct': _}) if jnp.shape(loss) == jnp.shape(weight) == ():
       return result
   values = result if isinstance(result, tuple) else (result,)
-  kinds = [str(sorted(x)) if isinstance(x, dict) else f'an array {list(jnp.shape(x))}' for x in values]
+  kinds = [str(sorted(x)) if isinstance(x, dict) else f'an array {list(jnp.shape(x))}' if jnp.shape(x) else 'a scalar'
+           for x in values]
   raise ValueError(f'the loss of the objective returned {", ".join(kinds)}; return (loss_sum, weight_sum, sums): two '
                    "scalars, whose quotient is the loss, and a dict of sums over targets: 'nll', 'tokens', 'correct'")
 

@@ -113,7 +113,7 @@ def test_a_list_of_texts_is_a_corpus(tmp_path):
   sources = [dataset.Text(documents, Bytes(), 16).source for documents in (texts, tuple(texts), texts[::-1])]
   assert sources[0].fingerprint == sources[1].fingerprint != sources[2].fingerprint
   for wrong in ('books/*.txt', iter(texts), 3):
-    with pytest.raises(ValueError, match='no sequence of documents; give a list of texts, or a corpus'):
+    with pytest.raises(ValueError, match='is not a list of texts; give a list of texts, or a corpus'):
       dataset.Text(wrong, Bytes(), 16)
   with pytest.raises(ValueError, match='document 1 is of type bytes'):
     dataset.Text(['a', b'b'], Bytes(), 16).open(tmp_path / 'bytes', lambda line: None)

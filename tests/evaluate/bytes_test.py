@@ -107,7 +107,9 @@ def test_a_space_in_front_of_a_document_has_no_bytes(tmp_path):
 
 
 @pytest.mark.parametrize('lines, bos, message', [
-    (['a', '', 'b'], None, 'text 2 of 3 is empty'), (['a'], False, 'each text has one token, and no bos before it')])
+    (['', ''], None, 'none of 2 texts has anything to score under --key=text'),
+    (['ab', '', ''], None, '2 of 3 texts are left out, as they are empty; the first is .*a.jsonl:2; .*--allow'),
+    (['a'], False, 'each text has one token, and no bos before it')])
 def test_nothing_to_score_is_refused(lines, bos, message, tmp_path):
   model = transformer.llama(258, 32, 1, 2, max_length=64)
   t = byte_level(['<s>', '</s>'])

@@ -59,7 +59,7 @@ def test_a_reward_is_the_score_at_the_last_token_in_any_company(judge):
   scores = np.asarray(jax.jit(MODEL.apply)(judge.params, rows).scores)
   np.testing.assert_allclose(together, [row[len(text) - 1] for text, row in zip(texts, scores)], atol=1e-4)
   for bad in ([], range(65)):
-    with pytest.raises(ValueError, match=f'texts of {len(bad)} to .*1 to 64'):
+    with pytest.raises(ValueError, match=f'texts of {len(bad)} to .*reads 1 to 64 tokens'):
       rewards.rewards(MODEL, judge.params, [np.array(bad, 'i4')])
 
 
@@ -78,6 +78,25 @@ def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, op
   assert float(metrics['preference/accuracy']) == pytest.approx(given.accuracy, abs=1e-4)
   assert float(metrics['preference/margin']) == pytest.approx(given.margin, abs=2e-3)
   assert not {'bits_per_byte', 'perplexity', 'nll'} & set(metrics)
+
+
+def test_pairs_that_are_too_long_are_left_out_and_counted(judge, opened, capsys):
+  path, long = opened / 'pairs.jsonl', [PAIRS[0].replace('yes', 'y' * 99), PAIRS[1].replace('nono', 'n' * 99)]
+  expected = judge.pairs(PAIRS, messages.Keys())
+  path.write_text('\n\n'.join([*PAIRS[:5], long[0], *PAIRS[5:]]))   # every second line is empty
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1')
+  lines = capsys.readouterr().out.splitlines()
+  assert f'9 pairs: {expected.accuracy:.1%} right, margin {expected.margin:.4f}' == lines[-1]
+  assert lines[0].startswith(f'warning: 1 of 10 pairs are left out, longer than the 64 tokens that the model reads at '
+                             f'once; the first is {path}:11')
+  path.write_text('\n'.join([long[1], PAIRS[0]]))
+  with pytest.raises(ValueError, match=rf'1 of 2 pairs .* {path}:1; .*--allow_left_out'):
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1')
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1', allow_left_out=True)
+  assert '\n1 pairs: ' in capsys.readouterr().out
+  path.write_text('\n'.join(long))
+  with pytest.raises(ValueError, match='none of 2 pairs'):
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1', allow_left_out=True)
 
 
 def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):

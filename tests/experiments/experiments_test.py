@@ -282,9 +282,9 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     *[([f'--decompressed_limit={value}', '--jsonl=a'], f'--decompressed_limit={value} is not positive')
       for value in (0., -1.)],
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
-    (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0 leaves all corpora out'),
     (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
-    (['--text=a', '--tfds=b', '--weights=-1,1'], '--weights=-1.0,1.0: each must be above 0'),
+    (['--text=a', '--tfds=b', '--weights=-1,1'], '--weights=-1.0,1.0 has a weight that is negative'),
     (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
     (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),
     (['--text=a', '--validation=0'], '--validation=0.0 is not a share between 0 and 1')])
@@ -334,6 +334,28 @@ def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, m
   with jax.set_mesh(sharding.make_mesh()):
     loaded = trained.load(tmp_path / 'run')
   assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
+
+
+@pytest.mark.slow
+def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+  monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], f'--text={texts}/*.txt',
+                                    f'--workdir={tmp_path}/run'])
+  launch.run(scripts['pretrain'].experiment)
+  run, shown = tmp_path / 'run', {}
+  for given in ({'model': str(run)}, {'workdir': run}):
+    capsys.readouterr()
+    scripts['score'].score(**given, text='some text')
+    scripts['generate'].main(**given, prompt='some', max_tokens=4)
+    scripts['export_hf'].main(**given, out=tmp_path / f'out-{len(shown)}')
+    shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
+  assert shown[0] == shown[1] and 'bits a byte' in shown[0]
+  student = scripts['distill'].experiment(teacher=str(run), student=str(run), length=16)
+  assert student.model == trained.base(str(run)).model
+  with pytest.raises(ValueError, match='is no encoder-decoder'):
+    scripts['denoise'].experiment(model=str(run))
+  with pytest.raises(ValueError, match='is the workdir of a run, which needs no import'):
+    scripts['import_hf'].main(model=str(run), out=tmp_path / 'imported')
 
 
 @pytest.mark.parametrize('name', ['finetune_chat', 'preference', 'distill', 'score'])

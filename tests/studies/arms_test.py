@@ -88,7 +88,7 @@ def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys)
     ('a: ; b: lr=fast', r'expected number'),
     ('a: ; a: lr=1', "arm 'a: lr=1': write 'name: knob=value"), ('a: ; lr=1', "arm 'lr=1'"),
     (' ; ', 'there are no arms'), ('a: ', '--arms names a alone'),
-    ('a: ; b: corpus=b', 'b and a have no common yardstick: they are validated on different text'),
+    ('a: ; b: corpus=b', 'b and a cannot be compared: they are validated on different text'),
     ('a: ; b: encoder=true', 'b has no common yardstick'),
     ('a: ; b: objective=prefix', 'adapted to it for some steps')])
 def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_path, text, message):
@@ -255,6 +255,13 @@ def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
   for found in results.values():
     assert 'bits/byte' in found[0]['values'] and found[1]['left_out'] == {
         'result': 'its bits/byte is nan; lower the learning rate'}
+
+
+def test_a_sweep_over_texts_that_are_held_out_is_refused_as_a_comparison_is(script, tmp_path):
+  for knobs in ('corpus=a,b', 'lr=0.1,0.2; corpus=a,b'):
+    with pytest.raises(ValueError, match='--corpus=b and --corpus=a cannot be compared: they are validated on differ'):
+      swept(script, tmp_path / 'study', knobs=knobs)
+  assert not (tmp_path / 'study').exists()
 
 
 def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):

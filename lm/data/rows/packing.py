@@ -39,7 +39,7 @@ def check_left_out(line: str, share: float, advice: str, allowed: bool) -> str:
   ValueError from a share of 0.5 on, but where that is allowed.
   """
   if share >= 0.5 and not allowed:
-    raise ValueError(f'{line}; {advice}. To go on with the few that fit, give --allow_left_out')
+    raise ValueError(f'{line}; {advice}. To go on with the others, give --allow_left_out')
   return f'warning: {line}; {advice}' if share >= 0.1 else line
 
 

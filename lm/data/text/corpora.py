@@ -160,8 +160,13 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
       lines.seek(offset)
       return parse(lines.readline(), f'{files[i]} at byte {offset}', collections.Counter())
 
+  def where(i, offset):
+    with plain(i).open('rb') as lines:
+      number = lines.read(offset).count(b'\n') + 1
+    return f'{files[i]}:{number}'
+
   counts, name = collections.Counter(), source.title(pattern)
-  return Source(name, source.split(documents, read, validation, name, counts, divisible=key is not None),
+  return Source(name, source.split(documents, read, validation, name, counts, divisible=key is not None, where=where),
                 source.fingerprint(source.relative(files), 'jsonl', validation, key,
                                    *_besides(encoding_errors)), counts=counts)
 

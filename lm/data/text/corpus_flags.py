@@ -28,8 +28,11 @@ def corpus(text: str | None, separator: str | None, encoding_errors: corpora.Err
     raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
   if weights and len(weights) != len(sources):
     raise ValueError(f'{written} has {len(weights)} numbers for {len(sources)} corpora')
-  if not all(0 <= weight < float('inf') for weight in weights) or weights and not any(weights):
-    raise ValueError(f'{written}: each must be above 0, or 0 for a corpus that is left out')
+  if not all(0 <= weight < float('inf') for weight in weights):
+    raise ValueError(f'{written} has a weight that is negative or not finite; give each corpus its share, or 0 to '
+                     'leave it out')
+  if weights and not any(weights):
+    raise ValueError(f'{written} leaves all corpora out; give a weight above 0 to one of them at least')
   if not repeat and len(sources) < 2:
     raise ValueError('--repeat=false is for a mixture of several corpora; lower --steps to read one corpus once')
   if len(sources) > 1:

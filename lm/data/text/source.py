@@ -73,7 +73,7 @@ def texts(documents: Sequence[str], validation: float = 0.05) -> Source:
   Raises ValueError for a single text, and for what is no sequence; at first use, for a document that is not text.
   """
   if isinstance(documents, str) or not (hasattr(documents, '__getitem__') and hasattr(documents, '__len__')):
-    raise ValueError(f'{documents!r:.80} is no sequence of documents; give a list of texts, or a corpus, such as '
+    raise ValueError(f'{documents!r:.80} is not a list of texts; give a list of texts, or a corpus, such as '
                      "corpora.text('books/*.txt')")
   return _texts(documents, validation)
 
@@ -116,10 +116,15 @@ def sample(corpus: Source, documents: int) -> Source:
 
 
 class Documents(Sequence[str]):
-  """The documents `read(item)` of the items that `items()` returns at first use."""
+  """The documents `read(item)` of the items that `items()` returns at first use; `where(item)` names their places."""
 
-  def __init__(self, items: Callable[[], Sequence], read: Callable[[Any], str]):
-    self._items, self._read = functools.cache(items), read
+  def __init__(self, items: Callable[[], Sequence], read: Callable[[Any], str],
+               where: Callable[[Any], str] | None = None):
+    self._items, self._read, self._where = functools.cache(items), read, where
+
+  def place(self, i: int) -> str:
+    """Names document i for messages: as 'file:line' where its source knows that."""
+    return self._where(self._items()[i]) if self._where else f'document {i + 1:,}'
 
   def __len__(self):
     return len(self._items())
@@ -142,12 +147,13 @@ def shards(load: Callable[[int, collections.Counter], list[str]], count: int,
 
 
 def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callable[[int, int], str], validation: float,
-          name: str, counts: collections.Counter, unique: bool = False, divisible: bool = True) -> dict[str, Documents]:
+          name: str, counts: collections.Counter, unique: bool = False, divisible: bool = True,
+          where: Callable[[int, int], str] | None = None) -> dict[str, Documents]:
   """Splits `documents() -> (a, b, text)` by a hash of the text, in one pass at first use; `read(a, b)` is the text.
 
   Where a split comes out empty, which happens to a few documents, the last part of each document is held out instead:
   a share `validation` of it. ValueError, at first use, where that leaves a split empty too, or where documents are not
-  `divisible`. `unique` leaves out the second of two equal texts.
+  `divisible`. `unique` leaves out the second of two equal texts. `where(a, b)` names the place of a document.
   """
   if not 0 <= validation < 1:
     raise ValueError(f'validation={validation} is not a fraction in [0, 1)')
@@ -192,8 +198,8 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
     place = _last_part(document, validation)
     return document[:place] if split == 'train' else document[place:]
 
-  return {split: Documents(lambda split=split: addresses()[0][split], functools.partial(read_part, split))
-          for split in names}
+  return {split: Documents(lambda split=split: addresses()[0][split], functools.partial(read_part, split),
+                           where and (lambda row: where(*row.tolist()))) for split in names}
 
 
 def _last_part(document: str, share: float) -> int | None:

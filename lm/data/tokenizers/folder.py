@@ -67,9 +67,9 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
         num_threads=8)  # a constant: unigram sums its counts by thread, in floating point
   except RuntimeError as error:
     if found := re.search(r'value <= (\d+)', str(error)):
-      raise ValueError(f'vocab={vocab} is more than the text supports: at most {found[1]}') from None
+      raise ValueError(f'--vocab={vocab} is more than the text supports: at most {found[1]}') from None
     if found := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
-      raise ValueError(f'vocab={vocab} is too small: bytes, control tokens and the characters met take {found[1]}; '
+      raise ValueError(f'--vocab={vocab} is too small: bytes, control tokens and the characters met take {found[1]}; '
                        f'raise it{_fewer_characters(sample, vocab - 259 - len(control))}') from None
     raise ValueError(f'SentencePiece cannot train: {error}') from None
   # Unigram's scores are rounded, by less than 0.04 nats, so that tokenizer.json files can have the same ids.

@@ -14,7 +14,7 @@ DOCUMENTS = [''.join(COMMON[i * j % 60] for j in range(65)) + rare for i, rare i
 
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_many_characters_train_with_the_coverage_that_the_refusal_names(kind):
-  with pytest.raises(ValueError, match='vocab=640 is too small') as error:
+  with pytest.raises(ValueError, match='--vocab=640 is too small') as error:
     tokenizers.train_sentencepiece(DOCUMENTS, 640, kind)
   coverage = float(re.search(r'--character_coverage=([\d.]+)', str(error.value))[1])
   t = tokenizers.train_sentencepiece(DOCUMENTS, 640, kind, character_coverage=coverage)
@@ -36,7 +36,7 @@ def test_pretrain_has_the_flag(tmp_path):
     (knobs,), _ = launch.parse([pretrain.experiment], [
         'pretrain.py', f'--text={tmp_path}/a.txt', r'--separator=\n\n', '--vocab=640', *argv])
     return pretrain.experiment(**knobs).data.open(tmp_path / 'run', progress=lambda line: None)
-  with pytest.raises(ValueError, match='vocab=640 is too small'):
+  with pytest.raises(ValueError, match='--vocab=640 is too small'):
     opened()
   assert opened('--character_coverage=0.985').tokenizer.vocab_size == 640
   with pytest.raises(ValueError, match='--character_coverage=0.99 is for a tokenizer that is trained'):

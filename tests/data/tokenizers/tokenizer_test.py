@@ -148,8 +148,8 @@ def test_long_lines_are_not_skipped_in_training():
 
 
 @pytest.mark.parametrize('size, documents, message', [
-    (100_000, [TEXT], r'vocab=100000 is more than the text supports: at most \d+'),
-    (300, [TEXT], r'vocab=300 is too small: .* take 3\d\d'), (500, [], 'no text'), (500, [''], 'no text')])
+    (100_000, [TEXT], r'--vocab=100000 is more than the text supports: at most \d+'),
+    (300, [TEXT], r'--vocab=300 is too small: .* take 3\d\d'), (500, [], 'no text'), (500, [''], 'no text')])
 def test_vocabularies_that_cannot_be(size, documents, message):
   with pytest.raises(ValueError, match=message):
     tokenizer.train_sentencepiece(documents, size)
