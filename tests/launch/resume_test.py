@@ -97,11 +97,11 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
                    r'--workdir=\S+/run --split=validation --script=\S+/small.py\n', out)
   assert (code, err) == (0, '') and steps_kept(tmp_path / 'run') == [2, 4, 6]
   assert re.search(r'flags that the run in .* has: --name=b --letters=\S+ --tags=d,e --width=16 --seed=3\n', out)
-  assert 'flags given with other values: --lr=0.01 (before 0.03) --steps=6 (before 4) --evaluate_every=3 (before 2)\n' in out
+  assert 'with other values: --lr=0.01 (before 0.03) --steps=6 (before 4) --evaluate_every=3 (before 2)\n' in out
   assert logged(tmp_path / 'run', 'learning_rate')[6] == pytest.approx(0.01)
   record = records.read(tmp_path / 'run')[-1]
   assert record['seed'] == 3 and record['knobs']['tags'] == ['d', 'e'] and record['knobs']['lr'] == 0.01
-  assert 'given with other' not in program('--steps=6', '--width=16', '--seed=3', '--keep=9')[1]   # equal values are fine
+  assert 'other values' not in program('--steps=6', '--width=16', '--seed=3', '--keep=9')[1]   # equal values are fine
 
 
 def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):

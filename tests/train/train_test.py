@@ -391,8 +391,8 @@ def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, mo
 
 
 @pytest.mark.parametrize('result, kind', [
-    (lambda loss, weight, sums: loss, 'returned a scalar;'),
-    (lambda loss, weight, sums: (loss, weight), 'a scalar, a scalar;'),
+    (lambda loss, weight, sums: loss, 'a scalar'),
+    (lambda loss, weight, sums: (loss, weight), 'a scalar, a scalar'),
     (lambda loss, weight, sums: (loss, weight, {'nll': loss}), r"a scalar, a scalar, \['nll'\]"),
     (lambda loss, weight, sums: (loss[None], weight, sums), r'an array \[1\], a scalar, .*')])
 def test_a_loss_that_returns_something_else_says_so_at_once(result, kind, tmp_path):
