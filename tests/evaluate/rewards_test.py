@@ -84,19 +84,19 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(judge, opened, capsys)
   path, long = opened / 'pairs.jsonl', [PAIRS[0].replace('yes', 'y' * 99), PAIRS[1].replace('nono', 'n' * 99)]
   expected = judge.pairs(PAIRS, messages.Keys())
   path.write_text('\n\n'.join([*PAIRS[:5], long[0], *PAIRS[5:]]))   # every second line is empty
-  score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1')
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8')
   lines = capsys.readouterr().out.splitlines()
   assert f'9 pairs: {expected.accuracy:.1%} right, margin {expected.margin:.4f}' == lines[-1]
   assert lines[0].startswith(f'warning: 1 of 10 pairs are left out, longer than the 64 tokens that the model reads at '
                              f'once; the first is {path}:11')
   path.write_text('\n'.join([long[1], PAIRS[0]]))
   with pytest.raises(ValueError, match=rf'1 of 2 pairs .* {path}:1; .*--allow_left_out'):
-    score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1')
-  score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1', allow_left_out=True)
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8')
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8', allow_left_out=True)
   assert '\n1 pairs: ' in capsys.readouterr().out
   path.write_text('\n'.join(long))
   with pytest.raises(ValueError, match='none of 2 pairs'):
-    score.score(workdir=opened / 'reward', pairs=str(path), mesh='8x1', allow_left_out=True)
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8', allow_left_out=True)
 
 
 def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):
