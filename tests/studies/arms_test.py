@@ -44,7 +44,7 @@ def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script,
   assert compared(script, study, text) == results and len(trained) == 7
   assert len(list(study.glob('data-*'))) == 1 and (study / 'compare.png').stat().st_size > 10_000
   assert (study / 'compare.md').read_text().strip() in out
-  with pytest.raises(ValueError, match=r"begun with other settings.*\n +arms.fast.lr: 0.1 before, 0.2 now"):
+  with pytest.raises(ValueError, match=r"started with other settings.*\n +arms.fast.lr: 0.1 before, 0.2 now"):
     compared(script, study, 'slow: lr=1e-3; fast: lr=0.2')
 
 
