@@ -1,4 +1,4 @@
-"""A `config.json` read field by field, so that nothing in it is ignored; sizes and windows, both ways."""
+"""Reads a `config.json` field by field, so that no field is ignored; converts sizes and windows in both directions."""
 import dataclasses
 import functools
 import math
@@ -11,31 +11,31 @@ from absl import logging
 from lm.hf import fields
 from lm.workdir.parsing import json_value
 
-_REQUIRED = object()
 TYPES = 'full_attention', 'sliding_attention'
 
 
 class Config:
-  """Fields of a configuration. Each is asked for once; `finish` refuses those that nobody asked for.
+  """Fields of a configuration. A family reads every field that it supports; `finish` refuses the others.
 
-  Raises ValueError, naming the field and its value, for one that is missing, of the wrong type or not supported.
+  All methods raise ValueError, with the name and the value of the field, if it is missing, of the wrong type or not
+  supported. Methods with `*default` take one default value at most; without it, the field is required.
   """
 
   def __init__(self, values: dict[str, Any], where: str = 'config.json'):
-    self._values, self._where, self._asked, self._unread = values, where, set(), []
+    self._values, self._where, self._read, self._unread = values, where, set(), []
 
   def defaults(self, values: dict[str, Any]) -> None:
-    """Sets what the class of `transformers` gives to fields that are absent; null is not absent."""
+    """Sets the defaults that the class of `transformers` has for absent fields; a null field is not absent."""
     self._values = {**values, **self._values}
 
-  def get(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-    """The value of a field, of type `kind` (a float may be written as an integer); null counts as absent."""
-    self._asked.add(name)
+  def get(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+    """Returns a field of type `kind` (a float may be written as an integer); null counts as absent."""
+    self._read.add(name)
     value = self._values.get(name)
     if value is None:
-      if default is _REQUIRED:
+      if not default:
         raise ValueError(f'{self._where}: {name} is missing')
-      return default
+      return default[0]
     if kind is float and type(value) is int:
       value = float(value)
     kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -46,29 +46,29 @@ class Config:
       raise ValueError(f'{self._where}: {name}={value!r} is not finite')
     return value
 
-  def size(self, name: str, default: Any = _REQUIRED) -> Any:
-    """A positive whole number, not absurdly large."""
-    value = self.get(name, int, default)
+  def size(self, name: str, *default: Any) -> Any:
+    """Returns a positive integer that is not absurdly large."""
+    value = self.get(name, int, *default)
     if value is not None and not 0 < value < (10_000 if 'layer' in name or name.startswith('num_') else 2 ** 31):
       raise ValueError(f'{self._where}: {name}={value} is not positive, or far too large')
     return value
 
-  def choice(self, name: str, choices: dict[Any, Any], default: Any = _REQUIRED) -> Any:
-    """What a field's value stands for."""
-    value = self.get(name, (str, int, float, bool), default)
+  def choice(self, name: str, choices: dict[Any, Any], *default: Any) -> Any:
+    """Returns the entry of `choices` for the value of a field."""
+    value = self.get(name, (str, int, float, bool), *default)
     if not any(value == choice and type(value) is type(choice) for choice in choices):
       self.refuse(name, value, f'one of {", ".join(map(repr, choices))}')
     return choices[value]
 
   def only(self, name: str, *supported: Any) -> None:
-    """Refuses a field that has any other value than these; it may be absent."""
-    self._asked.add(name)
+    """Refuses a field with any other value than these; the field may be absent."""
+    self._read.add(name)
     value = self._values.get(name)
     if value is not None and not any(value == s and type(value) is type(s) for s in supported):
       self.refuse(name, value, 'only ' + (' or '.join(map(repr, supported)) or 'null'))
 
   def unread(self, name: str, *values: Any) -> None:
-    """A field that no implementation of the family reads: noted at one of these values, refused at another."""
+    """Notes a field that no implementation of the family reads; refuses it if its value is not one of these."""
     self.only(name, *values)
     if self.has(name):
       self._unread.append(name)
@@ -77,7 +77,7 @@ class Config:
     raise ValueError(f'{self._where}: {name}={value!r} is not supported ({supported})')
 
   def inner(self, name: str) -> 'Config | None':
-    """A field that holds fields; None where it is absent."""
+    """Returns a field that holds fields, as a Config; None if it is absent."""
     values = self.get(name, dict, None)
     return None if values is None else Config(values, f'{self._where}: {name}')
 
@@ -85,13 +85,13 @@ class Config:
     return self._values.get(name) is not None
 
   def finish(self) -> None:
-    """Refuses what was not asked for, and notes in one line what was left unread."""
+    """Refuses fields that were not read, and logs in one line the fields that no implementation reads."""
     for name, value in self._values.items():
-      if name in fields.NEUTRAL and name not in self._asked:
+      if name in fields.NEUTRAL and name not in self._read:
         self.only(name, *fields.NEUTRAL[name])
-      elif name not in self._asked and name not in fields.ASIDE and value is not None:
-        raise ValueError(f'{self._where}: {repr(name)[1:-1]}={value!r} is a field that is not known here, and may '
-                         'change what the model computes; remove it if it does not')
+      elif name not in self._read and name not in fields.ASIDE and value is not None:
+        raise ValueError(f'{self._where}: {repr(name)[1:-1]}={value!r} is not a supported field, and may change '
+                         'what the model computes; remove it if it does not')
     if self._unread:
       _note(f'{self._where}: fields that no implementation reads: '
             + ', '.join(f'{name}={self._values[name]!r}' for name in self._unread))
@@ -99,12 +99,12 @@ class Config:
 
 @functools.cache
 def _note(line: str) -> None:
-  """Logs it once: a config is read several times on the way to a model."""
+  """Logs a line once, because a config is read several times when a model is opened."""
   logging.warning('%s', line)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object from a file; ValueError if it holds none."""
+  """Reads a JSON object from a file. Raises ValueError if the file does not hold one."""
   try:
     values = json_value(path.read_bytes())
   except ValueError as error:
@@ -116,7 +116,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What almost every decoder has."""
+  """Sizes that almost every decoder has."""
   width: int
   layers: int
   heads: int
@@ -130,7 +130,7 @@ class Sizes:
 
   @classmethod
   def read(cls, c: Config, kv_heads: int | None = None, tied: bool = False, eps: float = 1e-6) -> 'Sizes':
-    """Under the names that Llama gave them; the arguments are defaults of the family."""
+    """Reads sizes under Llama's names for them; the arguments are the defaults of the family."""
     width, heads = c.size('hidden_size'), c.size('num_attention_heads')
     sizes = cls(width, c.size('num_hidden_layers'), heads, c.size('num_key_value_heads', kv_heads or heads),
                 c.size('head_dim', max(width // heads, 1)), c.size('intermediate_size'), c.size('vocab_size'),
@@ -157,9 +157,9 @@ class Sizes:
 
 
 def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | None = None) -> list[int | None]:
-  """The window of each layer, by `layer_types`; where they are absent, of the layers that are `sliding`.
+  """Returns the window of each layer, by `layer_types`; if they are absent, `sliding(i)` says which layers have one.
 
-  A `sliding_window` of `none` says that there is none.
+  A `sliding_window` equal to `none` means that no layer has a window.
   """
   window = c.get('sliding_window', int, None)
   window = None if window == none else c.size('sliding_window', None)
@@ -174,13 +174,13 @@ def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | 
 def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
   """`windows`, if `use_sliding_window` is set."""
   used = c.get('use_sliding_window', bool, False)
-  found = windows(c, layers, lambda i: used and sliding(i), None if used else 0)
-  if any(found) and not used:
+  sizes = windows(c, layers, lambda i: used and sliding(i), None if used else 0)
+  if any(sizes) and not used:
     c.refuse('use_sliding_window', used, f'true, for layer_types has {TYPES[1]}')
-  return found
+  return sizes
 
 
 def windows_config(model: Any) -> dict[str, Any]:
-  """`sliding_window` and `layer_types` of `model`."""
-  found = [block.attention.scores.window for block in model.layers]
-  return {'sliding_window': next(filter(None, found), None), 'layer_types': [TYPES[w is not None] for w in found]}
+  """Returns the fields `sliding_window` and `layer_types` of a model."""
+  sizes = [block.attention.scores.window for block in model.layers]
+  return {'sliding_window': next(filter(None, sizes), None), 'layer_types': [TYPES[w is not None] for w in sizes]}

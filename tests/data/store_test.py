@@ -101,7 +101,7 @@ class StopAt:
 
 @pytest.mark.parametrize('finished', [True, False])
 @pytest.mark.parametrize('setting, change', [
-    ('tokenizer', {'tok': tokenizers.Bytes(())}),
+    ('tokenizer', {'tokenizer': tokenizers.Bytes(())}),
     ('source', {'source': dataclasses.replace(SOURCE, fingerprint='abd')}),
     ('rules', {'rules': (clean.Whitespace(),)})])
 def test_other_settings_are_refused(tmp_path, monkeypatch, finished, setting, change):

@@ -112,7 +112,7 @@ def test_one_layer_at_a_time_is_dequantised(config, kind, tmp_path, monkeypatch)
 @pytest.mark.parametrize('fields, match', [
     ({'quant_method': 'gptq'}, "quantization_config: quant_method='gptq' is not supported .*mxfp4"),
     ({'quant_method': None}, 'quant_method is missing'),
-    ({'bits': 4}, 'bits=4 is a field that is not known'),
+    ({'bits': 4}, 'bits=4 is not a supported field'),
     ({'modules_to_not_convert': [3]}, 'modules_to_not_convert'),
     ({'modules_to_not_convert': 'lm_head'}, 'modules_to_not_convert'),
     ({'weight_block_size': [128]}, r'weight_block_size=\[128\]'), ({'weight_block_size': [128, 0]}, 'block_size=.*0'),

@@ -128,7 +128,7 @@ def _message(message: Any, key: str) -> dict[str, str]:
   return message
 
 
-@source.lazy
+@source.deferred
 def unpaired(pairs: Source, keys: Keys = Keys()) -> Source:
   """The answers of pairs by themselves, rated good or bad: first all that were chosen, then all that were not.
 

@@ -24,7 +24,7 @@ Errors = Literal['strict', 'replace', 'drop']   # see `Decoder`
 GIB = 1 << 30
 
 
-@source.lazy
+@source.deferred
 def python_library(validation: float = 0.05) -> Source:
   """Python's own standard library: some 10 MB of code and prose, wherever this runs.
 
@@ -67,7 +67,7 @@ def python_library(validation: float = 0.05) -> Source:
                 source.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
 
 
-@source.lazy
+@source.deferred
 def text(pattern: str, validation: float = 0.05, separator: str | None = None,
          encoding_errors: Errors = 'strict') -> Source:
   r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
@@ -94,7 +94,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
                                                  encoding_errors), counts=counts)
 
 
-@source.lazy
+@source.deferred
 def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
           encoding_errors: Errors = 'strict', decompressed_limit: float = 64.) -> Source:
   """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
@@ -171,7 +171,7 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
                                    *_besides(encoding_errors)), counts=counts)
 
 
-@source.lazy
+@source.deferred
 def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encoding_errors: Errors = 'strict') -> Source:
   """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted.
 
@@ -213,7 +213,7 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encodi
                                    *_besides(encoding_errors)), counts=counts)
 
 
-@source.lazy
+@source.deferred
 def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None,
          encoding_errors: Errors = 'strict') -> Source:
   """A TensorFlow Datasets corpus, read without TensorFlow: a folder that holds one, or a name such as 'lm1b', which is

@@ -39,7 +39,7 @@ def mixture(parts: Sequence[tuple[Source, float]], repeat: bool = True) -> Sourc
   return _joined(parts, repeat) if len(parts) > 1 else parts[0][0]
 
 
-@source.lazy
+@source.deferred
 def _joined(parts, repeat):
   flat = []   # a mixture of mixtures is one of all their sources
   for part, weight in parts:

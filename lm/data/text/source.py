@@ -37,34 +37,45 @@ class Source:
   """Documents in splits.
 
   Attributes:
-    mixing: of a mixture, whose splits hold the documents of one source after those of another.
-    counts: what reading met, as 'invalid UTF-8 dropped': 2, once a split has been used.
-    notes: lines to tell of what has been used, likewise.
+    mixing: of a mixture, whose splits hold the documents of each source in turn.
+    counts: how often reading met an event, such as 'invalid UTF-8 dropped'; complete once a split has been used.
+    notes: lines to print about what was read; complete once a split has been used.
   """
   name: str
   splits: Mapping[str, Sequence[str]]
   fingerprint: str
-  license: str = dataclasses.field(default_factory=lambda: 'unknown')  # a class attribute would hide what is put off
+  license: str = 'unknown'
   counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter, compare=False)
   notes: list[str] = dataclasses.field(default_factory=list, compare=False)
-  mixing: Mixing | None = dataclasses.field(default_factory=lambda: None)
-
-  def __getattr__(self, name):  # only of a source that is put off, once: see `lazy`
-    if name not in Source.__dataclass_fields__ or '_make' not in vars(self):
-      raise AttributeError(name)
-    vars(self).update(vars(vars(self)['_make']()))
-    return vars(self)[name]
+  mixing: Mixing | None = None
 
 
-def lazy(corpus: Callable[..., Source]) -> Callable[..., Source]:
-  """`corpus` put off until its source is first used: a trained run is opened where its corpus is no more."""
+class Deferred(Source):
+  """A source that `make()` returns at first use, so that a trained run can be opened after its corpus is gone."""
+
+  def __init__(self, make: Callable[[], Source]):
+    vars(self)['make'] = make   # the class is frozen
+
+  @functools.cached_property
+  def opened(self) -> Source:
+    return self.make()
+
+  name = property(lambda self: self.opened.name)
+  splits = property(lambda self: self.opened.splits)
+  fingerprint = property(lambda self: self.opened.fingerprint)
+  license = property(lambda self: self.opened.license)
+  counts = property(lambda self: self.opened.counts)
+  notes = property(lambda self: self.opened.notes)
+  mixing = property(lambda self: self.opened.mixing)
+
+
+def deferred(corpus: Callable[..., Source]) -> Callable[..., Deferred]:
+  """Decorates a function that returns a source: it is called when the source is first used."""
   @functools.wraps(corpus)
-  def put_off(*args, **options):
-    inspect.signature(corpus).bind(*args, **options)  # a wrong name fails at once
-    made = object.__new__(Source)
-    vars(made)['_make'] = functools.partial(corpus, *args, **options)
-    return made
-  return put_off
+  def make_deferred(*args, **options):
+    inspect.signature(corpus).bind(*args, **options)   # a wrong argument raises TypeError at once
+    return Deferred(functools.partial(corpus, *args, **options))
+  return make_deferred
 
 
 def texts(documents: Sequence[str], validation: float = 0.05) -> Source:
@@ -78,7 +89,7 @@ def texts(documents: Sequence[str], validation: float = 0.05) -> Source:
   return _texts(documents, validation)
 
 
-@lazy
+@deferred
 def _texts(documents, validation):
   state = hashlib.blake2b(repr(('texts', validation)).encode(), digest_size=16)
   for i in range(len(documents)):
@@ -90,7 +101,7 @@ def _texts(documents, validation):
   return Source('texts', split(rows, read, validation, 'texts', collections.Counter()), state.hexdigest())
 
 
-@lazy
+@deferred
 def sample(corpus: Source, documents: int) -> Source:
   """So many documents of the train split, drawn at random, and all of the others; fewer documents are among more.
 

@@ -77,7 +77,7 @@ def test_a_source_is_made_where_no_file_is_and_lists_them_at_first_use(tmp_path,
   write_texts(tmp_path)
   late = corpora.text('**/*.txt')
   assert late.fingerprint == corpora.text(f'{tmp_path}/**/*.txt').fingerprint and late.license == 'unknown'
-  assert dataclasses.replace(late, fingerprint='other').splits is late.splits
+  assert dataclasses.replace(late.opened, fingerprint='other').splits is late.splits
 
 
 def test_splits_are_disjoint_and_do_not_move(tmp_path):
