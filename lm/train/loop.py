@@ -60,6 +60,7 @@ class Loop:
     self.evaluate_step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
+    self.compiles_evaluation = True
     self.former: tuple[int, float] | None = None   # where they have changed: the steps before, the last rate
 
   def go(self, state: State, start: int, logged: list) -> Result:
@@ -208,9 +209,12 @@ class Loop:
 
   def _evaluate(self, step: int, state: State) -> bool:
     """Whether it was done: a signal cuts it short."""
-    with self.tracker.pause(), self.phases('validate'):
+    # The first evaluation compiles, which the pace does not count for steps either.
+    paused = self._paused() if self.compiles_evaluation else self.tracker.pause()
+    with paused, self.phases('validate'):
       metrics = validation.evaluate(self.evaluate_step, self._params(state), self.held_out, self.mesh,
                                   self.run.evaluate_batches, lambda: self.interrupt.asked(step))
+    self.compiles_evaluation = False
     if metrics is not None:
       self.metrics = metrics
     return metrics is not None

@@ -105,6 +105,19 @@ def test_a_run_ends_in_its_time_with_its_schedule_at_the_end(timed, tmp_path, ca
   assert steps_kept(tmp_path) == [8, 16, 24, 32, 40, 48]
 
 
+def test_compiling_the_evaluation_is_no_reason_to_leave_steps_out(timed, tmp_path, monkeypatch):
+  clock, evaluate, calls = Clock(), loop.validation.evaluate, []
+
+  def slow_at_first(*args):
+    clock.now += 1000 if not calls else 0
+    calls.append(args)
+    return evaluate(*args)
+  monkeypatch.setattr(loop.validation, 'evaluate', slow_at_first)
+  monkeypatch.setattr(loop, 'Pace', functools.partial(pace.Pace, clock=clock))
+  result = go(tmp_path, **timed.run)
+  assert result.left_out == 0 and len(calls) == 3
+
+
 def test_a_run_that_goes_on_leaves_out_the_same_steps(timed, tmp_path):
   whole, _ = timed(tmp_path / 'whole')
   with pytest.raises(InterruptedError):
