@@ -10,6 +10,7 @@ same library: T5 4.77 nats a target, 23.1% of targets right (sentinels among the
 1,350 s; BERT 6.18 nats and 9.4% of masked tokens, in 489 s. At these sizes both have learned little more than which
 tokens are frequent: they want more steps than next-token prediction, which asks for every token.
 """
+import dataclasses
 import functools
 import math
 import pathlib
@@ -18,16 +19,14 @@ from typing import Literal
 import jax
 import numpy as np
 
-from lm import generate, launch, load, optim, sharding, train
+from lm import generate, launch, load, options, sharding, train
 from lm.data import dataset, tokenizers
 from lm.data.batch import Batch
-from lm.data.text import corpora
 from lm.models import encoder, encoder_decoder
 from lm.objectives import span_corruption
 from lm.objectives.masked import masked
 from lm.objectives.objective import Objective
 from lm.objectives.ul2 import ul2
-from lm.optim import schedules
 from lm.train import validation
 
 SNIPPETS, SIZE = 64, 96   # held-out ones to fill in, and their tokens
@@ -47,23 +46,27 @@ def learned(name: str, tokens: tokenizers.Tokenizer | None, length: int) -> Obje
 
 
 def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span_corruption',
-               model: str | None = None, minutes: float = 3., steps: int | None = None, vocab: int = 2048,
-               length: int = 256, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8,
-               lr: float = 0.01, embedding_rate: float = 4.) -> train.Run:
+               model: str | None = None, corpus: options.Corpus = options.Corpus(), vocab: int = 2048,
+               length: int = 256, layers: int = 2, width: int = 128,
+               heads: int = 2, optimizer: options.Optimizer = dataclasses.replace(options.MUON, lr=0.01),
+               budget: options.Budget = options.Budget(), batch: int = 8,
+               computation: options.Computation = options.Computation(),
+               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
   """Trains a small encoder-decoder, or for masked an encoder.
 
+  Most runs set: objective, model, text, init, workdir, minutes, steps, vocab, length, layers, width, heads, batch, lr.
+
   Args:
+    objective: what is learned.
     model: take shape and tokenizer from this folder of a T5, or for masked of a BERT, or from a run's workdir; for the
       parameters see --init.
-    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
-      the machine becomes slower.
-    steps: a fixed number instead; on a finished run, a larger one goes on.
     vocab: tokens of the SentencePiece tokenizer.
     length: positions that the encoder reads.
     layers: of the encoder, and as many of the decoder.
+    width: of the residual stream.
+    heads: of attention.
     batch: rows a step.
-    lr: of the matrices, which Muon trains.
-    embedding_rate: how much faster the embedding learns.
+    warmup: steps of linear warm-up; none for a thirtieth of the steps.
   """
   base, masks = load.base(model) if model else None, objective == 'masked'
   tokens = base and base.tokenizer
@@ -77,20 +80,17 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   else:
     network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
   goal = learned(objective, tokens, length)
-  more = [name for name in goal.control if name not in tokenizers.CONTROL]
-  train_tokenizer = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *more))
-  # As many positions for the targets as a full row of sources asks for.
+  names = [name for name in goal.control if name not in tokenizers.CONTROL]
+  new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *names))
+  # As many positions for the targets as a full row of sources needs.
   rooms = [] if masks else [form.room for form in goal.forms]
-  asked = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
-  data = dataset.Text(corpora.python_library(), tokens or train_tokenizer, max(asked, default=length),
+  targets = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
+  data = dataset.Text(corpus.source(), tokens or new, max(targets, default=length),
                       source_length=None if masks else length)
-
-  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
-  return train.Run(
-      model=network, objective=goal, data=data,
-      optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
-      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
-      minutes=minutes if fitted else None)
+  run = train.Run(model=computation.applied(network), objective=goal, data=data,
+                  optimizer=optimizer.make(budget.count, warmup=budget.count // 30), steps=budget.count, batch=batch,
+                  minutes=budget.limit)
+  return cadence.applied(computation.accumulated(run))
 
 
 def fill_spans(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:

@@ -22,17 +22,16 @@ from typing import Any, Literal
 
 import jax
 
-from lm import launch, load, optim, train
+from lm import launch, load, options, train
 from lm.data import dataset
-from lm.data.text.corpus_flags import corpus
 from lm.evaluate import annotate
 from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
-from lm.optim import schedules
 from lm.train import validation
 
 QUICKSTART = 'runs/quickstart'
+DEFAULT = options.Size('llama', layers=1, width=64, heads=2)
 
 
 def open_teacher(name: str) -> load.BaseModel:
@@ -48,15 +47,15 @@ def open_teacher(name: str) -> load.BaseModel:
 
 def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
                kind: Literal['forward', 'reverse', 'js'] = 'forward', beta: float = 0.5, temperature: float = 1.,
-               hard: float = 0., stored_top_k: int = 0, text: str | None = None, separator: str | None = None,
-               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', jsonl: str | None = None,
-               parquet: str | None = None, tfds: str | None = None, key: str = 'text',
-               weights: tuple[float, ...] = (), repeat: bool = True, validation: float = 0.05,
-               decompressed_limit: float = 64., length: int = 256,
-               layers: int = 1, width: int = 64, heads: int = 2, batch: int = 8, steps: int = 500, lr: float = 0.015,
-               embedding_rate: float = 4., evaluate_every: int | None = None, save_every: int | None = None
-               ) -> train.Run:
-  r"""Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
+               hard: float = 0., stored_top_k: int = 0, corpus: options.Corpus = options.Corpus(), length: int = 256,
+               shape: options.Shape = options.Shape(),
+               regularisation: options.Regularisation = options.Regularisation(),
+               optimizer: options.Optimizer = options.MUON, steps: int = 500, batch: int = 8,
+               computation: options.Computation = options.Computation(),
+               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
+  """Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
+
+  Most runs set: teacher, student, kind, hard, text, workdir, length, layers, width, heads, lr, steps, batch.
 
   Args:
     teacher: a run's workdir, a Hugging Face folder or an imported one.
@@ -67,25 +66,19 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     temperature: divides the logits of both.
     hard: weight of the text's own next tokens in the loss.
     stored_top_k: ask the teacher once, and store so many of its likeliest tokens; 0 asks at each step.
-    text: files of text, a glob pattern (** for folders below); without any corpus, Python's own library.
-    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
-    encoding_errors: what happens to text of any corpus that is no UTF-8, an error, repair, or dropping the document.
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
-    parquet: Parquet files, a glob pattern.
-    tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
-    key: the field that holds the text, in all but plain text.
-    weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
-    repeat: of a mixture, a corpus that ends begins anew; otherwise training stops where the first one ends.
-    validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
-    decompressed_limit: GiB that a compressed file may unpack to.
     length: positions a row.
-    lr: of the matrices, which Muon trains.
-    embedding_rate: how much faster the embedding learns.
+    layers: how many; none for 1.
+    width: of the residual stream; none for 64.
+    heads: of attention; none for 2.
+    steps: of training.
+    batch: rows a step.
+    warmup: steps of linear warm-up; none for a thirtieth of the steps.
     evaluate_every: steps between evaluations; none for a quarter of the steps.
-    save_every: steps between checkpoints; none for a quarter of the steps.
   """
-  source = corpus(text, separator, encoding_errors, jsonl, parquet, tfds, key, weights, repeat, validation,
-                  decompressed_limit)
+  if student:
+    shape.refuse(DEFAULT, f'--student={student}')
+    if rates := regularisation.given():
+      raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
   base = open_teacher(teacher)
   constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
@@ -95,20 +88,18 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     model = like.model
     distillation.check_tokenizers(tokens, like.tokenizer)
   else:
-    model = transformer.llama(constants.model.vocab, width, layers, heads, max_length=length)
-  data = dataset.Text(source, tokens, length)
+    model = shape.decoder(DEFAULT, base.model.vocab, length, computation, regularisation)
+  data: Any = dataset.Text(corpus.source(), tokens, length)
   if stored_top_k:
-    stored = distillation.TopK(stored_top_k, constants.model.vocab, temperature)
+    stored = distillation.TopK(stored_top_k, base.model.vocab, temperature)
     objective = distillation.distil_stored(next_token(), stored, divergence, hard)
     data, taught = annotate.Annotated(data, constants, stored.columns, stored), ()
   else:
-    objective = distillation.distil(next_token(), constants.model.apply, divergence, temperature, hard)
+    objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
     taught = constants,
-  schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
-  quarter = max(steps // 4, 1)
-  return train.Run(model=model, objective=objective, data=data, optimizer=optim.muon(schedule, rest=embedding_rate),
-                   steps=steps, batch=batch, evaluate_every=quarter if evaluate_every is None else evaluate_every,
-                   evaluate_batches=4, save_every=quarter if save_every is None else save_every, constants=taught)
+  run = train.Run(model=computation.applied(model), objective=objective, data=data,
+                  optimizer=optimizer.make(steps, warmup=steps // 30), steps=steps, batch=batch, constants=taught)
+  return cadence.applied(computation.accumulated(run), evaluations=4)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

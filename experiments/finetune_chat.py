@@ -19,88 +19,68 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.numpy as jnp
-
-from lm import generate, launch, load, lora, optim, train
+from lm import generate, launch, load, options, train
+from lm import lora as adapters
 from lm.data import tokenizers
 from lm.data.chat import conversation, dialogues
 from lm.data.chat import messages as said
-from lm.data.text import corpora, puzzles, source
+from lm.data.text import puzzles
 from lm.launch import outcome
-from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.supervised import supervised
-from lm.optim import schedules
 
+DEFAULT = options.Size('llama', layers=3, width=128, heads=4)
 QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
 
 
-def experiment(*, jsonl: str | None = None, prompt: str = 'prompt', completion: str = 'completion',
-               messages: str = 'messages',
-               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
-               answer: str | None = None, validation: float = 0.05,
-               plain: launch.AnyText | None = None,
-               model: str | None = None, precision: Literal['float32', 'bfloat16'] = 'float32',
-               tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
-               character_coverage: float | None = None, length: int = 256, allow_left_out: bool = False,
-               layers: int = 3, width: int = 128, heads: int = 4,
-               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean', lora_rank: int = 0, lr: float = 2e-3,
-               weight_decay: float = 0.01, warmup: int | None = None, steps: int = 600, batch: int = 16,
-               accumulate: int = 1, evaluate_every: int = 200, save_every: int = 200) -> train.Run:
-  r"""Fine-tunes a decoder on dialogues.
+def experiment(*, records: options.Records = options.Records(), messages: str = 'messages', answer: str | None = None,
+               model: str | None = None, tokenizer: Literal['bytes', 'bpe'] = 'bytes', vocab: int = 320,
+               character_coverage: float | None = None, shape: options.Shape = options.Shape(),
+               denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean',
+               lora: options.Lora = options.Lora(),
+               optimizer: options.Optimizer = options.Optimizer(lr=2e-3, weight_decay=0.01),
+               steps: int = 600, batch: int = 16, computation: options.Computation = options.Computation(),
+               cadence: options.Cadence = options.Cadence(evaluate_every=200, save_every=200)) -> train.Run:
+  """Fine-tunes a decoder on dialogues.
+
+  Most runs set: model, jsonl, prompt, completion, workdir, tokenizer, length, lora_rank, lr, steps, batch, precision.
 
   Args:
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none makes puzzles up.
-    prompt: the field with what is asked, a text or messages.
-    completion: the field with what is to be learned, a text or messages.
     messages: the field with a whole dialogue, where a line has one.
     answer: what of an answer is compared with that of the record, after training, a regular expression with one group,
       such as '#### (.*)'; none for whole answers.
-    encoding_errors: what happens to a line that is no UTF-8, an error, repair, or dropping it.
-    decompressed_limit: GiB that a compressed file may unpack to.
-    validation: share of the records that is held out, above 0.
-    plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
     model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
       template are used too; none begins from nothing, with the tokenizer and the shape of the flags.
     tokenizer: bytes, or one that is trained on the records.
     vocab: tokens of the model, and of the tokenizer that is trained.
     character_coverage: share of the text whose characters have a token each, from 0.98 to 1, by default 0.9995; rarer
       ones are spelled in bytes.
-    length: positions a row; longer records are left out.
-    allow_left_out: train also where half of the records or more are left out.
+    layers: how many; none for 3.
+    width: of the residual stream; none for 128.
+    heads: of attention; none for 4.
     warmup: steps of linear warm-up; none for 50, or a twelfth of the steps where that is less.
     denominator: what a loss is divided by, targets or dialogues.
-    lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
+    steps: of training.
+    batch: rows a step.
   """
-  corpora.check_validation(validation)
-  corpora.check_limit(decompressed_limit)
   coverage = {} if character_coverage is None else {'character_coverage': character_coverage}
   if coverage and (model or tokenizer == 'bytes'):
     raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
-  base = load.base(model, jnp.dtype(precision)) if model else None
-  if base:
-    tokens, template = base.tokenizer, base.template or conversation.Turns()
-  else:
-    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
-    tokens, template = tokenizers.Bytes() if tokenizer == 'bytes' else new, conversation.Turns()
-  if plain is not None:
-    template = conversation.Plain(source.unescaped(plain))
-  records = puzzles.dialogues()
-  if jsonl:
-    records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
+  if model:
+    shape.refuse(DEFAULT, f'--model={model}')
+  base = load.base(model, computation.dtype) if model else None
+  new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
+  tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
   run = train.Run(
-      model=base.model if base else transformer.llama(vocab, width, layers, heads, max_length=length,
-                                                      dtype=jnp.dtype(precision)),
+      model=computation.applied(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
       objective=supervised(getattr(objective, denominator)),
-      data=dialogues.Dialogues(records, tokens, length, template=template, allow_left_out=allow_left_out, answer=answer,
-                               longest=getattr(base and base.model, 'max_length', math.inf),
-                               keys=said.Keys(prompt=prompt, completion=completion, messages=messages)),
-      optimizer=optim.adamw(
-          schedules.warmup_cosine(lr, steps, min(50, steps // 12) if warmup is None else warmup),
-          weight_decay=weight_decay),
-      steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
-      start=base and base.start)
-  return lora.adapt(run, lora_rank)
+      data=dialogues.Dialogues(
+          records.source(puzzles.dialogues), tokens, records.length, template=records.template(base and base.template),
+          allow_left_out=records.allow_left_out, answer=answer,
+          longest=getattr(base and base.model, 'max_length', math.inf),
+          keys=said.Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
+      optimizer=optimizer.make(steps, warmup=min(50, steps // 12)), steps=steps, batch=batch, start=base and base.start)
+  return lora.adapt(cadence.applied(computation.accumulated(run)))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -113,9 +93,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'no held-out question is put to the model: of the first {QUESTIONS} records, none has a question and an '
           f'answer of less than {room} tokens, half of --length={data.length}')
     return
-  model, learned = lora.merged(run.model, result.params)
+  model, learned = adapters.merged(run.model, result.params)
   replies = {}
-  for name, params in (('before', lora.begun(run, result.params)), ('after', learned)):
+  for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
     replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
                                       generate.Sampling(temperature=0), max_tokens=room)
     print(f'{name}: {score(data, [answer for _, answer in asked], replies[name])}')

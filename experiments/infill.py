@@ -21,43 +21,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import generate, launch, optim, sharding, train
+from lm import generate, launch, options, sharding, train
 from lm.data import dataset, tokenizers
 from lm.data.batch import Batch
-from lm.data.text import corpora
-from lm.models import transformer
 from lm.objectives.infill import NAMES, arrange, infill
-from lm.optim import schedules
 
+DEFAULT = options.Size('llama', layers=2, width=128, heads=2, vocab=2048)
 CASES = 512   # of each kind
 
 
-def experiment(*, minutes: float = 3., steps: int | None = None, rate: float = 0.9, spm: float = 0.7,
-               vocab: int = 2048, length: int = 128, layers: int = 2, width: int = 128, heads: int = 2, batch: int = 16,
-               lr: float = 0.015, embedding_rate: float = 4.) -> train.Run:
+def experiment(*, rate: float = 0.9, spm: float = 0.7, corpus: options.Corpus = options.Corpus(),
+               vocabulary: options.Vocabulary = options.Vocabulary(), length: int = 128,
+               shape: options.Shape = options.Shape(),
+               regularisation: options.Regularisation = options.Regularisation(),
+               optimizer: options.Optimizer = options.MUON, budget: options.Budget = options.Budget(),
+               batch: int = 16, computation: options.Computation = options.Computation(),
+               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
   """Trains a small decoder.
 
+  Most runs set: rate, spm, text, workdir, minutes, steps, vocab, length, layers, width, heads, batch, lr.
+
   Args:
-    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
-      the machine becomes slower.
-    steps: a fixed number instead; on a finished run, a larger one goes on.
     rate: share of the pieces whose middle comes last.
     spm: share of those that begin with the suffix.
-    vocab: tokens of the SentencePiece tokenizer.
+    vocab: tokens of the tokenizer that is trained, and of the model; none for 2048.
     length: positions a row.
+    layers: how many; none for 2.
+    width: of the residual stream; none for 128.
+    heads: of attention; none for 2.
     batch: rows a step.
-    lr: of the matrices, which Muon trains.
-    embedding_rate: how much faster the embedding learns.
+    warmup: steps of linear warm-up; none for a thirtieth of the steps.
   """
-  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
-  return train.Run(
-      model=transformer.llama(vocab, width, layers, heads, max_length=length),
-      objective=infill(rate, spm),
-      data=dataset.Text(corpora.python_library(),
-                        functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
-      optimizer=optim.muon(schedules.warmup_linear(lr, steps, warmup=steps // 30), rest=embedding_rate),
-      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
-      minutes=minutes if fitted else None)
+  vocab, steps = vocabulary.vocab or shape.resolved(DEFAULT).vocab, budget.count
+  goal = infill(rate, spm)
+  run = train.Run(
+      model=shape.decoder(DEFAULT, vocab, length, computation, regularisation), objective=goal,
+      data=dataset.Text(corpus.source(), vocabulary.tokenizer(vocab, goal.control), length),
+      optimizer=optimizer.make(steps, warmup=steps // 30), steps=steps, batch=batch, minutes=budget.limit)
+  return cadence.applied(computation.accumulated(run))
 
 
 class Case(NamedTuple):

@@ -19,73 +19,69 @@ answer by itself, or from lines with a --label, true or false.
 import pathlib
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
-from lm import generate, launch, load, lora, optim, train
+from lm import generate, launch, load, options, train
+from lm import lora as adapters
 from lm.data.batch import Pair, Rated
 from lm.data.chat import conversation, dialogues, messages
-from lm.data.text import corpora, puzzles, source
+from lm.data.text import puzzles
 from lm.evaluate import annotate
 from lm.models.reward import Reward
 from lm.objectives import preference
-from lm.optim import schedules
 
 QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
 BASE = 'runs/finetune_chat'
 
 
 def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,
-               precision: Literal['float32', 'bfloat16'] = 'float32', jsonl: str | None = None, prompt: str = 'prompt',
-               chosen: str = 'chosen', rejected: str = 'rejected', completion: str = 'completion',
-               label: str | None = None, plain: launch.AnyText | None = None, validation: float = 0.05,
-               length: int = 256, allow_left_out: bool = False,
-               encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
-               beta: float | None = None, smoothing: float = 0.1, gamma: float = 1., lora_rank: int = 0,
-               lr: float = 1e-4, warmup: int | None = None, steps: int = 40, batch: int = 8, accumulate: int = 1,
-               evaluate_every: int = 20, save_every: int = 100) -> train.Run:
-  r"""Trains on preferences.
+               records: options.Records = options.Records(), chosen: str = 'chosen', rejected: str = 'rejected',
+               label: str | None = None, beta: float | None = None, smoothing: float = 0.1, gamma: float = 1.,
+               lora: options.Lora = options.Lora(),
+               optimizer: options.Optimizer = options.Optimizer(lr=1e-4, schedule='linear', weight_decay=0.),
+               steps: int = 40, batch: int = 8, computation: options.Computation = options.Computation(),
+               cadence: options.Cadence = options.Cadence(evaluate_every=20, save_every=100)) -> train.Run:
+  """Trains on preferences.
+
+  Most runs set: method, model, jsonl, label, workdir, beta, length, lora_rank, lr, steps, batch, precision.
 
   Args:
     method: the loss; orpo and simpo need no reference, and reward trains a reward model.
     model: what training starts from, and the reference, a run's workdir, a Hugging Face folder or an id on the hub.
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none makes puzzles up.
     prompt: the field with what is asked, where a line has one.
     completion: the field with the answer that is rated, with --label.
+    chosen: the field with the better answer.
+    rejected: the field with the worse answer.
     label: the field that says whether an answer is good, for kto; none takes both answers of pairs.
-    plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
-    encoding_errors: what happens to a line that is no UTF-8, an error, repair, or dropping it.
-    decompressed_limit: GiB that a compressed file may unpack to.
-    validation: share of the records that is held out, above 0.
-    length: positions a row; longer records are left out.
-    allow_left_out: train also where half of the records or more are left out.
     warmup: steps of linear warm-up; none for 10, or a quarter of the steps where that is less.
     beta: how far the model may go from its reference, or the scale of its rewards; none is the method's own.
     smoothing: share of pairs that are thought to be the wrong way round, for cdpo.
     gamma: the margin that simpo asks for.
-    lora_rank: train low-rank adapters of this rank on the model's matrices, and not these; 0 is off.
+    steps: of training.
+    batch: pairs, or rated answers, a step.
   """
-  corpora.check_validation(validation)
-  corpora.check_limit(decompressed_limit)
   if label and method != 'kto':
     raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
-  if lora_rank and method == 'reward':
-    raise ValueError(f'--lora_rank={lora_rank}: a reward model trains its new row of weights too; leave it out')
+  if lora.lora_rank and method == 'reward':
+    raise ValueError(f'--lora_rank={lora.lora_rank}: a reward model trains its new row of weights too; leave it out')
   if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
-  base = load.base(model, jnp.dtype(precision))
-  template = base.template or conversation.Turns()
-  if plain is not None:
-    template = conversation.Plain(source.unescaped(plain))
-  keys = messages.Keys(prompt=prompt, completion=completion, chosen=chosen, rejected=rejected, label=label or 'label')
-  records = puzzles.preferences()
-  if jsonl:
-    records = corpora.jsonl(jsonl, None, validation, encoding_errors, decompressed_limit)
+  base = load.base(model, computation.dtype)
+  keys = messages.Keys(prompt=records.prompt, completion=records.completion, chosen=chosen, rejected=rejected,
+                       label=label or 'label')
+  source = records.source(puzzles.preferences)
   if method == 'kto' and not label:
+<<<<<<< HEAD
     records = messages.unpaired(records, keys)
   data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
                                    allow_left_out=allow_left_out, longest=base.model.max_length)
+=======
+    source = messages.unpaired(source, keys)
+  data: Any = dialogues.Dialogues(source, base.tokenizer, records.length, Rated if method == 'kto' else Pair,
+                                  records.template(base.template), keys, allow_left_out=records.allow_left_out,
+                                  longest=getattr(base.model, 'max_length', math.inf))
+>>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
     data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                               preference.reference)
@@ -96,14 +92,12 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                'orpo': lambda: preference.preference(preference.orpo(**scale)),
                'simpo': lambda: preference.preference(preference.simpo(**scale, gamma=gamma)),
                'kto': lambda: preference.kto(**scale), 'reward': preference.reward}[method]()
-  scores = method == 'reward'
+  trained, scores = computation.applied(base.model), method == 'reward'
   run = train.Run(
-      model=Reward(base.model) if scores else base.model, objective=objective, data=data,
-      optimizer=optim.adamw(
-          schedules.warmup_linear(lr, steps, min(10, steps // 4) if warmup is None else warmup), weight_decay=0.),
-      steps=steps, batch=batch, accumulate=accumulate, evaluate_every=evaluate_every, save_every=save_every,
+      model=Reward(trained) if scores else trained, objective=objective, data=data,
+      optimizer=optimizer.make(steps, warmup=min(10, steps // 4)), steps=steps, batch=batch,
       start=(lambda model: model.start(base.start)) if scores else base.start)
-  return lora.adapt(run, lora_rank)
+  return lora.adapt(cadence.applied(computation.accumulated(run)))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
@@ -118,9 +112,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
            if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
   if not asked:
     return
-  model, learned = lora.merged(run.model, result.params)
+  model, learned = adapters.merged(run.model, result.params)
   replies = {}
-  for name, params in (('before', lora.begun(run, result.params)), ('after', learned)):
+  for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
     replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
                                       generate.Sampling(temperature=0), max_tokens=room)
     exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], asked))

@@ -5,7 +5,7 @@
 import functools
 import pathlib
 
-from lm import generate, launch, optim, train
+from lm import generate, launch, optim, options, train
 from lm.data import dataset, tokenizers
 from lm.data.text import corpora
 from lm.evaluate import compression
@@ -18,22 +18,19 @@ from lm.train import validation
 PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
 
 
-def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 2048, length: int = 256,
+def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: int = 2048, length: int = 256,
                layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8, lr: float = 0.015,
                embedding_rate: float = 4.) -> train.Run:
   """Trains a small decoder.
 
   Args:
-    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
-      the machine becomes slower.
-    steps: a fixed number instead; on a finished run, a larger one goes on.
     vocab: tokens of the SentencePiece tokenizer.
     length: positions a row.
     batch: rows a step.
     lr: of the matrices, which Muon trains.
     embedding_rate: how much faster the embedding learns.
   """
-  fitted, steps = steps is None, 10_000 if steps is None else steps   # until `launch` has measured how many fit
+  steps = budget.count
   schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
   return train.Run(
       model=transformer.llama(vocab, width, layers, heads, max_length=length),
@@ -42,7 +39,7 @@ def experiment(*, minutes: float = 3., steps: int | None = None, vocab: int = 20
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.muon(schedule, rest=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
-      minutes=minutes if fitted else None)
+      minutes=budget.limit)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

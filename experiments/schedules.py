@@ -5,12 +5,11 @@
 import pathlib
 import typing
 
-import pretrain
+from lm import launch, options
+from lm.options.optimisation import ScheduleName
 
-from lm import launch
 
-
-def main(*, only: list[pretrain.Schedule] = (), lr: float = 1e-3, steps: int = 2000, warmup: int = 100,
+def main(*, only: list[ScheduleName] = (), lr: float = 1e-3, steps: int = 2000, warmup: int = 100,
          cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
          png: pathlib.Path = pathlib.Path('schedules.png')) -> None:
   """Writes a picture; the flags are those of pretrain.py.
@@ -24,13 +23,14 @@ def main(*, only: list[pretrain.Schedule] = (), lr: float = 1e-3, steps: int = 2
   """
   import jax
 
-  from lm.workdir import figures as plot
-  names = only or typing.get_args(pretrain.Schedule)
+  from lm.workdir import figures
   milestones = milestones or (steps // 2, steps * 3 // 4)
-  rates = {name: jax.jit(pretrain.scheduled(name, lr, steps, warmup,
-                                            cooldown if name in ('stable_decay', 'one_cycle') else None,
-                                            milestones if name == 'steps' else (), drop)) for name in names}
-  plot.schedule(rates, steps, png)
+  rates = {}
+  for name in only or typing.get_args(ScheduleName):
+    falls = {'milestones': milestones, 'drop': drop} if name == 'steps' else {}
+    ends = {'cooldown': cooldown} if name in ('stable_decay', 'one_cycle') else {}
+    rates[name] = jax.jit(options.Optimizer(schedule=name, lr=lr, **falls, **ends).rate(steps, warmup))
+  figures.schedule(rates, steps, png)
 
 
 if __name__ == '__main__':

@@ -6,12 +6,10 @@
 the same folder.
 """
 import pathlib
-from typing import Literal
 
 import tensorflow_datasets as tfds
 
-from lm import launch
-from lm.data.text.corpus_flags import corpus
+from lm import launch, options
 from lm.data.text.source import Source
 
 
@@ -35,27 +33,18 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
       yield key, {'text': document}
 
 
-def build(*, data_dir: pathlib.Path, text: str | None = None, separator: str | None = None,
-          encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', jsonl: str | None = None,
-          parquet: str | None = None, key: str = 'text', validation: float = 0.05,
-          decompressed_limit: float = 64.) -> None:
-  r"""Prepares the data set.
+def build(*, data_dir: pathlib.Path, corpus: options.Corpus = options.Corpus()) -> None:
+  """Prepares the data set.
+
+  Most runs set: text, jsonl, parquet, key, data_dir.
 
   Args:
     data_dir: the folder to keep it in, as local_text/1.0.0.
-    text: files of text, a glob pattern (** for folders below); or of --jsonl or --parquet.
-    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
-    encoding_errors: what happens to text that is no UTF-8, an error, repair, or dropping the document.
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
-    parquet: Parquet files, a glob pattern.
-    key: the field that holds the text, in all but plain text.
     validation: share of the documents that goes into the validation split.
-    decompressed_limit: GiB that a compressed file may unpack to.
   """
-  if sum(pattern is not None for pattern in (text, jsonl, parquet)) != 1:
+  if corpus.tfds or sum(pattern is not None for pattern in (corpus.text, corpus.jsonl, corpus.parquet)) != 1:
     raise ValueError('a data set is built from files of one kind; give one of --text, --jsonl and --parquet')
-  source = corpus(text, separator, encoding_errors, jsonl, parquet, None, key, (), True, validation,
-                  decompressed_limit)
+  source = corpus.source()
   sizes = {split: len(documents) for split, documents in source.splits.items()}  # read before a folder is made
   builder = LocalText(source=source, data_dir=data_dir, file_format='array_record')  # needs no TensorFlow
   if (builder.info.metadata or {}).get('source') != source.fingerprint:

@@ -1,6 +1,5 @@
 """A trained run, opened again from its workdir, with all that belongs to its parameters; and what to start from."""
 import dataclasses
-import inspect
 import pathlib
 import typing
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import lora, scripts, train
+from lm import lora, scripts, signature, train
 from lm.data import tokenizers
 from lm.data.chat import conversation
 from lm.hf import pretrained
@@ -67,12 +66,12 @@ def open_run(workdir: pathlib.Path) -> train.Run:
       raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
                        f'it, unless the run.json of {workdir} is wrong')
     knobs = records.settle(record['knobs'], accepted)
-    flags = [name for name, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    flags = [flag.name for flag in signature.flags(make)]
     if unknown := [name for name in knobs if name not in flags]:
       raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
                        '(any more); go back to the script that trained it')
     try:
-      run = dataclasses.replace(make(**knobs), seed=record['seed'])
+      run = dataclasses.replace(signature.call(make, knobs), seed=record['seed'])
     except FileNotFoundError as error:
       raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
   if isinstance(run.model, lora.Adapted) and record.get('init'):   # else its checkpoints have it all

@@ -12,7 +12,11 @@ import preference
 import pretrain
 import pytest
 
+<<<<<<< HEAD
 from lm import launch, load, lora, models, scripts, sharding
+=======
+from lm import launch, load, lora, scripts, sharding, signature
+>>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
 from lm.data import tokenizers
 from lm.hf import pretrained
 from lm.launch import program as launcher
@@ -57,7 +61,7 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   loaded, texts = load.load(folder / 'run'), f'--text={folder}/new/*.txt'
   given = load.base(str(folder / source))
   for flag in ('init', 'model'):
-    run = pretrain.experiment(**knobs(texts, f'--{flag}={folder / source}')['knobs'])
+    run = signature.call(pretrain.experiment, knobs(texts, f'--{flag}={folder / source}')['knobs'])
     assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
     assert run.data.length == run.model.max_length == 16 and run.model.dtype == np.float32
     shapes = lambda model: jax.tree.map(lambda x: x.shape, jax.eval_shape(model.init, jax.random.key(0)))
@@ -72,8 +76,8 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   name = str(folder / 'run')
   assert load.base(name).model == load.load(folder / 'run').model   # bfloat16, its own
   for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
-    chat = finetune_chat.experiment(model=name, precision=dtype.name)
-    aligned = preference.experiment(model=name, precision=dtype.name)
+    chat = signature.call(finetune_chat.experiment, model=name, precision=dtype.name)
+    aligned = signature.call(preference.experiment, model=name, precision=dtype.name)
     assert chat.model.dtype == aligned.model.dtype == aligned.data.model.model.dtype == dtype
 
   class Fixed(models.LanguageModel):
@@ -99,7 +103,8 @@ def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path
   pretrained.write(tmp_path / 'hf', loaded.model, loaded.params, loaded.tokenizer)
   for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
     (tmp_path / 'hf' / name).unlink(missing_ok=True)
-  run = pretrain.experiment(**knobs(f'--init={tmp_path}/hf', f'--text={folder}/new/*.txt', '--vocab=480')['knobs'])
+  settings = knobs(f'--init={tmp_path}/hf', f'--text={folder}/new/*.txt', '--vocab=480')
+  run = signature.call(pretrain.experiment, settings['knobs'])
   with pytest.raises(FileNotFoundError, match='there is no such tokenizer'):
     load.start_from(run, str(tmp_path / 'hf'))
   assert load.start_from(run, str(tmp_path / 'hf'), ignore_tokenizer=True).start is not None
@@ -107,14 +112,14 @@ def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path
 
 def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
-  run = pretrain.experiment(**knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
+  run = signature.call(pretrain.experiment, knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
   assert (run.model.width, run.model.vocab) == (32, 500)
   assert run.data.tokenizer == load.load(folder / 'run').tokenizer
   with pytest.raises(ValueError, match='run does not fit the model of this run'):
     load.start_from(run, str(folder / 'run'))
   for own in ('--width=32', '--vocab=480', '--dropout=0.1', '--tokenizer_kind=bytes'):
     with pytest.raises(ValueError, match=f'--model=.* gives the shape and the tokenizer, and {own} is given too'):
-      pretrain.experiment(**knobs(f'--model={folder}/run', flags[1], own)['knobs'])
+      signature.call(pretrain.experiment, knobs(f'--model={folder}/run', flags[1], own)['knobs'])
 
 
 def test_a_run_whose_origin_is_gone_says_so(folder, tmp_path, mesh):
@@ -127,7 +132,8 @@ def test_a_run_whose_origin_is_gone_says_so(folder, tmp_path, mesh):
 
 
 def test_adapters_take_the_shape_of_what_they_lie_on(folder):
-  run = pretrain.experiment(**knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')['knobs'])
+  settings = knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')
+  run = signature.call(pretrain.experiment, settings['knobs'])
   started = load.start_from(run, str(folder / 'run'))
   assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
 

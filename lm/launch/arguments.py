@@ -1,11 +1,13 @@
-"""The keyword-only parameters of a function -> flags of a program.
+"""The flags of functions (see `lm.signature`) -> flags of a program: parsed, checked, and shown by `--help`.
 
 Types: int, float, bool, str, Path, Literal (a choice), list and tuple of these (comma separated), `Texts` (the flag is
 given once for each), `T | None` (the word `none`). Without a default a flag is required. A text that may be none is not
 empty, unless it is an `AnyText`: an empty one mostly comes from a shell variable that is not set.
 """
+import dataclasses
 import difflib
 import inspect
+import itertools
 import pathlib
 import re
 import sys
@@ -17,19 +19,18 @@ from typing import Any
 
 from absl import flags
 
-# The type of a flag whose values are whole texts, commas included: `--stop=, --stop=END`.
-Texts = typing.NewType('Texts', tuple)
-AnyText = typing.NewType('AnyText', str)
+from lm import signature
+from lm.signature import AnyText, Texts
 
 
 class Values(dict[str, Any]):
-  """The keyword arguments of a function; `given` are the names of those that the command line has."""
+  """The values of a function's flags, by name; `given` are the names of those that the command line has."""
   given: frozenset[str] = frozenset()
 
 
 def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str], partly: bool = False
           ) -> tuple[list[Values], bool]:
-  """The keyword arguments of each function, and `--debug`; flags.Error, in one line, for a bad flag.
+  """The values of each function's flags, and of `--debug`; flags.Error, in one line, for a bad flag.
 
   With `partly`, those that are required and not given are left out; see `require`.
   Scripts named by `--script` may be executed from then on, see `scripts`. A function may have the flag --init of every
@@ -39,8 +40,8 @@ def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str], partly: 
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   for function in functions:
-    for parameter in keywords(function):
-      _define(values, function, parameter)
+    for flag in signature.flags(function):
+      _define(values, function, flag)
   for name in ('debug', 'help', 'helpfull'):
     flags.DEFINE_bool(name, False, '', flag_values=values)
   flags.DEFINE_flag(flags.Flag(_Parser(tuple[pathlib.Path, ...]), None, 'script', (), ' '), flag_values=values)
@@ -63,7 +64,8 @@ def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str], partly: 
       raise flags.Error(f'flag --script: {error}') from None
   parsed = []
   for function in functions:
-    names = [p.name for p in keywords(function) if p.default is not p.empty or values[p.name].present]
+    names = [flag.name for flag in signature.flags(function)
+             if flag.default is not signature.REQUIRED or values[flag.name].present]
     parsed.append(Values({name: values[name].value for name in names}))
     parsed[-1].given = frozenset(name for name in names if values[name].present)
     if not partly:
@@ -72,11 +74,10 @@ def parse(functions: Sequence[Callable[..., Any]], argv: Sequence[str], partly: 
 
 
 def require(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
-  """flags.Error where a required argument of the function is missing."""
-  for parameter in keywords(function):
-    if parameter.name not in values:
-      kind = typing.get_type_hints(function)[parameter.name]
-      raise flags.Error(f'--{parameter.name} is required: {_allowed(kind)}')
+  """flags.Error where the value of a required flag of the function is missing."""
+  for flag in signature.flags(function):
+    if flag.name not in values:
+      raise flags.Error(f'--{flag.name} is required: {_allowed(flag.kind)}')
 
 
 def restored(kind: Any, value: Any) -> Any:
@@ -92,22 +93,17 @@ def restored(kind: Any, value: Any) -> Any:
   return pathlib.Path(value) if kind is pathlib.Path else value
 
 
-def keywords(function: Callable[..., Any]) -> list[inspect.Parameter]:
-  return [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
-def _define(values: flags.FlagValues, function: Callable[..., Any], parameter: inspect.Parameter) -> None:
-  name, hints = parameter.name, typing.get_type_hints(function)
-  if name == 'init' and name in values and parameter.default is None:
+def _define(values: flags.FlagValues, function: Callable[..., Any], flag: signature.Flag) -> None:
+  if flag.name == 'init' and flag.name in values and flag.default is None:
     return
-  if name in values or name not in hints:
-    raise TypeError(f'{function.__qualname__}: {name} has no type, or is the name of a flag that every run has')
-  default = None if parameter.default is parameter.empty else parameter.default
-  if hints[name] is Texts:
-    flags.DEFINE_flag(flags.MultiFlag(_Parser(str), None, name, default, ' '), flag_values=values)
+  if flag.name in values:
+    raise TypeError(f'{function.__qualname__}: {flag.name} is the name of a flag that every run has')
+  default = None if flag.default is signature.REQUIRED else flag.default
+  if flag.kind is Texts:
+    flags.DEFINE_flag(flags.MultiFlag(_Parser(str), None, flag.name, default, ' '), flag_values=values)
     return
-  switch = hints[name] in (bool, bool | None)   # that --noNAME turns off
-  flags.DEFINE_flag(flags.Flag(_Parser(hints[name]), None, name, default, ' ', boolean=switch,
+  switch = flag.kind in (bool, bool | None)   # that --noNAME turns off
+  flags.DEFINE_flag(flags.Flag(_Parser(flag.kind), None, flag.name, default, ' ', boolean=switch,
                                allow_using_method_names=True), flag_values=values)
 
 
@@ -182,29 +178,35 @@ def _allowed(kind: Any) -> str:
   return words[kind]
 
 
-def argument_help(function: Callable[..., Any]) -> dict[str, str]:
-  """The Args section of a docstring, by name."""
-  section = re.search(r'^Args:\n((?: +.*(?:\n|$)|\n)*)', inspect.getdoc(function) or '', re.MULTILINE)
-  lines = textwrap.dedent(section[1]) if section else ''
-  entries = re.findall(r'^(\w+): *(.*(?:\n +.*)*)', lines, re.MULTILINE)
-  return {name: ' '.join(text.split()) for name, text in entries}
-
-
 def help_text(functions: Sequence[Callable[..., Any]], script: str) -> str:
+  """The text of `--help`: the line of use, an example, the flags that most runs set, then groups of flags by title."""
   about = inspect.getdoc(inspect.getmodule(functions[0])) or inspect.getdoc(functions[0]) or ''
-  lines = [f'usage: python {script} [--flag=value ...]', '', about.split('\n\n')[0]]
-  shown: set[str] = set()   # a flag of every run may be one of the function's own too
+  lines = [f'usage: python {script} [--flag=value ...]']
+  if example := re.search(r'^ +(python .*(?:\\\n.*)*)', about, re.MULTILINE):
+    lines.append(f'example: {example[1]}')
+  lines += ['', about.split('\n\n')[0]]
+  listed: dict[str, signature.Flag] = {}   # a flag of every run may be one of the function's own too
   for title, function in zip(('Flags', 'Flags of every run'), functions):
-    lines += ['', f'{title}:']
-    hints, notes = typing.get_type_hints(function), argument_help(function)
-    for parameter in [parameter for parameter in keywords(function) if parameter.name not in shown]:
-      shown.add(parameter.name)
-      note = f'{notes[parameter.name].rstrip(".")}. ' if parameter.name in notes else ''
-      default = 'required' if parameter.default is parameter.empty else f'default {written(parameter.default)}'
-      lines += _entry(parameter.name, f'{note}({_allowed(hints[parameter.name])}; {default})')
+    for flag in signature.flags(function):
+      listed.setdefault(flag.name, flag if flag.title else dataclasses.replace(flag, title=title))
+  common = signature.common(functions[0])
+  if unknown := [name for name in common if name not in listed]:
+    raise TypeError(f'{functions[0].__qualname__} has no flag {unknown[0]}, which most runs set')
+  if common:
+    lines += ['', 'Flags that most runs set:', *itertools.chain(*(_described(listed[name]) for name in common))]
+  remaining = [flag for flag in listed.values() if flag.name not in common]
+  for title in dict.fromkeys(flag.title for flag in sorted(remaining, key=lambda flag: flag.title != 'Flags')):
+    shown = 'Other flags' if common and title == 'Flags' else title
+    lines += ['', f'{shown}:', *itertools.chain(*(_described(flag) for flag in remaining if flag.title == title))]
   return '\n'.join([*lines, '', 'Always:', *_entry('debug', 'show the traceback of every error'),
                     *_entry('script', 'the scripts of runs to open that are not beside this one; they are executed'),
                     *_entry('helpfull', "this, and absl's own flags")])
+
+
+def _described(flag: signature.Flag) -> list[str]:
+  note = f'{flag.note.rstrip(".")}. ' if flag.note else ''
+  default = 'required' if flag.default is signature.REQUIRED else f'default {written(flag.default)}'
+  return _entry(flag.name, f'{note}({_allowed(flag.kind)}; {default})')
 
 
 def _entry(name: str, text: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""An experiment function -> an absl program. Its keyword-only parameters are its flags.
+"""An experiment function -> an absl program. Its keyword-only parameters are its flags, one by one or in groups.
 
-  def experiment(*, layers: int = 12, lr: float = 1e-3): return train.Run(...)
+  def experiment(*, layers: int = 12, optimizer: Optimizer = Optimizer(lr=1e-3)): return train.Run(...)
   if __name__ == '__main__': launch.run(experiment)
 
-What types they may have, see `arguments`. Exit codes: 0 done, 1 bad input, 2 bad flags, 128 + the number of the signal
-where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
+What a group is, see `lm.signature`; what types flags may have, see `arguments`. Exit codes: 0 done, 1 bad input, 2 bad
+flags, 128 + the number of the signal where a signal stopped it: 130 for Ctrl-C, 143 for SIGTERM.
 """
 import contextlib
 import dataclasses
@@ -20,9 +20,7 @@ from typing import Any
 import absl.logging  # noqa: F401  (defines --v and its kin)
 from absl import flags
 
-from lm import exits
-from lm.launch.arguments import AnyText as AnyText
-from lm.launch.arguments import Texts as Texts
+from lm import exits, signature
 from lm.launch.arguments import parse, require
 
 
@@ -40,7 +38,7 @@ def run(experiment: Callable[..., Any], then: Callable[..., None] | None = None)
 def tool(function: Callable[..., None]) -> None:
   """Runs a function that is no experiment: it has only the flags in its own signature."""
   with _program(function) as (knobs,):
-    function(**knobs)
+    signature.call(function, knobs)
 
 
 def _train(experiment: Callable[..., Any], knobs: dict[str, Any], then: Callable[..., None] | None,
@@ -98,7 +96,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
 
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own = {'init': init} if 'init' in knobs else {}
-    configured = dataclasses.replace(experiment(**{**knobs, **changes, **own}), seed=seed)
+    configured = dataclasses.replace(signature.call(experiment, {**knobs, **changes, **own}), seed=seed)
     if init is None:
       return lora.start_from(configured, None)
     try:

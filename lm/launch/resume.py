@@ -3,13 +3,12 @@ import contextlib
 import dataclasses
 import inspect
 import pathlib
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from lm import train
+from lm import signature, train
 from lm.data.store_reader import OtherSettings
 from lm.launch.arguments import Values, restored, written
 from lm.workdir import checkpoint, records
@@ -46,16 +45,16 @@ def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdi
   accepted = [record for record in records.read(workdir) if 'data' in record and record.get('script') == script]
   if not accepted or not any((workdir / 'checkpoints').glob('[0-9]*')):   # what never saved is begun anew
     return Flags(knobs, shared, {}, {}, given)
-  parameters = inspect.signature(experiment).parameters
-  hints = typing.get_type_hints(experiment) | {'init': pathlib.Path | None, 'seed': int}
+  own = {flag.name: flag for flag in signature.flags(experiment)}
+  kinds = {name: flag.kind for name, flag in own.items()} | {'init': pathlib.Path | None, 'seed': int}
   record = {**accepted[-1]['knobs'], **{name: accepted[-1].get(name) for name in ('seed', 'init')}}
-  before = {name: restored(hints[name], value) for name, value in record.items() if name in hints}
-  defaults = {name: parameter.default for name, parameter in parameters.items()} | {'seed': 0, 'init': None}
+  before = {name: restored(kinds[name], value) for name, value in record.items() if name in kinds}
+  defaults = {name: flag.default for name, flag in own.items()} | {'seed': 0, 'init': None}
   kept = {name: value for name, value in before.items() if name not in given}
   now = {name: value for name, value in {**knobs, **shared}.items() if name in given and name in before}
   if isinstance(now.get('init'), pathlib.Path) and now['init'].exists():
     now['init'] = now['init'].resolve()   # as it is recorded
-  return Flags({**knobs, **{name: value for name, value in kept.items() if name in parameters}},
+  return Flags({**knobs, **{name: value for name, value in kept.items() if name in own}},
                {**shared, **{name: value for name, value in kept.items() if name in shared}},
                {name: value for name, value in kept.items() if value != defaults[name]},
                {name: (before[name], value) for name, value in now.items() if value != before[name]}, given)

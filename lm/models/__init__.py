@@ -4,9 +4,7 @@ from lm.models.encoder import Encoder, bert
 from lm.models.encoder_decoder import EncoderDecoder, t5
 from lm.models.prediction_heads import MultiToken
 from lm.models.reward import Reward
-from lm.models.shape import Shape
 from lm.models.transformer import LanguageModel, Output, Transformer, gpt2, llama
 
-__all__ = ['Aux', 'Context', 'Encoder', 'bert', 'EncoderDecoder', 't5', 'MultiToken', 'Reward', 'Shape',
-           'LanguageModel',
-           'Output', 'Transformer', 'gpt2', 'llama']
+__all__ = ['Aux', 'Context', 'Encoder', 'bert', 'EncoderDecoder', 't5', 'MultiToken', 'Reward',
+           'LanguageModel', 'Output', 'Transformer', 'gpt2', 'llama']

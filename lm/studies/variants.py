@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from lm import launch, lora, scripts, train
+from lm import launch, lora, scripts, signature, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Arm:
 
   def make(self, seed: int = 0, **knobs: Any) -> train.Run:
     """Returns the run; `knobs` replace the arm's own. ValueError for adapters without base parameters."""
-    return lora.start_from(dataclasses.replace(self.function(**{**self.knobs, **knobs}), seed=seed), None)
+    return lora.start_from(dataclasses.replace(signature.call(self.function, self.knobs | knobs), seed=seed), None)
 
   def with_steps(self, steps: int) -> 'Arm':
     return dataclasses.replace(self, knobs={**self.knobs, 'steps': steps})

@@ -11,7 +11,7 @@ import pretrain
 import pytest
 import score
 
-from lm import evaluate, generate, sharding
+from lm import evaluate, generate, sharding, signature
 from lm.data import tokenizers
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Bytes
@@ -258,7 +258,7 @@ def test_what_a_kind_of_model_cannot_do_is_refused(folders):
     tokenizers.mask_id(Bytes(('<pad>',)))
   for kind in ('bert', 't5'):
     with pytest.raises(ValueError, match=f'--model=.*{kind} is no decoder'):
-      pretrain.experiment(model=str(folders / kind), text='no such file')
+      signature.call(pretrain.experiment, model=str(folders / kind), text='no such file')
 
 
 def test_a_file_is_scored_as_it_is(tmp_path):

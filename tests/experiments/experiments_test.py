@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, sharding, train
+from lm import launch, sharding, signature, train
 from lm import load as trained
 from lm import scripts as lm_scripts
 from lm.data import tokenizers
 from lm.data.text import corpora, puzzles
 from lm.hf import pretrained
-from lm.launch import arguments
 from lm.launch import program as launcher
 from lm.models import transformer
 from lm.workdir import track
@@ -119,28 +118,27 @@ LIKE_ANOTHER = ('denoise', 'diffusion', 'infill', 'mup', 'overfit')
                                   for name in names(experiments=True)])
 def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
-  monkeypatch.setattr(corpora, 'python_library', lambda: corpora.text(f'{texts}/*.txt'))   # the default, but small
+  monkeypatch.setattr(corpora, 'python_library', lambda validation=0.05: corpora.text(f'{texts}/*.txt'))   # the default, but small
   argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
   (knobs, shared), debug = launch.parse([scripts[name].experiment, launcher._train], argv)
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   assert not debug and shared['workdir'] is None
   with jax.set_mesh(mesh):
-    result = train.train(scripts[name].experiment(**knobs), tmp_path / 'run', mesh)
+    result = train.train(signature.call(scripts[name].experiment, knobs), tmp_path / 'run', mesh)
   assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
   rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   losses = [row['loss'] for row in rows if 'loss' in row]
   # A new model knows nothing, and not less.
-  assert len(losses) == 2 and losses[0] < 1.1 * np.log(scripts[name].experiment(**knobs).model.vocab)
+  assert len(losses) == 2 and losses[0] < 1.1 * np.log(signature.call(scripts[name].experiment, knobs).model.vocab)
 
 
 def defaults(module, name: str, texts) -> train.Run:
-  keywords = arguments.keywords(module.experiment)
-  knobs = {p.name: p.default for p in keywords}
+  knobs = {flag.name: flag.default for flag in signature.flags(module.experiment)}
   if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
     knobs['steps'] = 1000
   if 'teacher' in knobs:   # it would be of a run
     knobs['teacher'] = str(texts / 'teacher')
-  return module.experiment(**knobs)
+  return signature.call(module.experiment, knobs)
 
 
 @pytest.mark.parametrize('shape', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2'])
@@ -172,8 +170,8 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
     launch.parse(functions, [f'{name}.py', '--help'])
   out = capsys.readouterr().out
   assert not stop.value.code and module.__doc__.split('\n')[0] in out
-  described = arguments.argument_help(functions[0])
-  assert set(described) <= {p.name for p in arguments.keywords(functions[0])}   # no flag is described that is not there
+  described = signature.notes_of(functions[0])
+  assert set(described) <= {flag.name for flag in signature.flags(functions[0])}   # only flags that are there
   assert f'python {SCRIPTS[name].relative_to(ROOT)}' in module.__doc__
   for example in re.findall(r'--(\w+)', module.__doc__):
     assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'
@@ -189,7 +187,7 @@ def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
   flag = f'--objective={name}', '--label_smoothing=0.1', '--z_loss=1e-4', f'--text={texts}/*.txt'
   argv = ['pretrain.py', *TINY['pretrain'][1:], *flag]
   (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
-  run = scripts['pretrain'].experiment(**knobs)
+  run = signature.call(scripts['pretrain'].experiment, knobs)
   assert set(run.objective.control) <= set(run.data.tokenizer.control_names)
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -199,7 +197,7 @@ def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
 def test_pretrain_names_control_tokens(scripts):
   def make(*argv):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
-    return scripts['pretrain'].experiment(**knobs)
+    return signature.call(scripts['pretrain'].experiment, knobs)
   assert make('--objective=masked', '--control=[MASK]').objective.control == ('[MASK]',)
   assert make('--objective=ul2', '--control=a,b,c').objective.control[-3:] == ('a', 'b', 'c')
   with pytest.raises(ValueError, match='--control=a names tokens, of which --objective=next_token needs none'):
@@ -211,7 +209,7 @@ def test_every_method_of_preference_fits_together(method, scripts, small):
   mesh = sharding.abstract_mesh('data:4,model:2')
   with jax.sharding.use_abstract_mesh(mesh):
     (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
-    train.check(scripts['preference'].experiment(**knobs), mesh)
+    train.check(signature.call(scripts['preference'].experiment, knobs), mesh)
 
 
 def test_preference_says_how_to_make_what_it_starts_from(scripts, tmp_path, monkeypatch):
@@ -237,7 +235,7 @@ def test_preference_prints_what_it_reached_and_generate_chats_with_it(scripts, s
 def test_pretrain_regularises_by_flags(scripts):
   def make(*argv):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
-    return scripts['pretrain'].experiment(**knobs)
+    return signature.call(scripts['pretrain'].experiment, knobs)
   run = make('--dropout=0.1', '--embedding_dropout=0', '--attention_dropout=0.2', '--stochastic_depth=0.6',
              '--shuffle=1', '--token_dropout=0.3', '--batch_warmup=200:4,500:8', '--length_warmup=300:64')
   block = run.model.layers[0]
@@ -257,7 +255,7 @@ def test_a_distillation_is_evaluated_and_saved_as_its_flags_say(scripts, monkeyp
   teacher = trained.BaseModel(transformer.llama(300, 16, 1, heads=2, max_length=16), tokenizers.Bytes(), None, None)
   monkeypatch.setattr(scripts['distill'], 'open_teacher', lambda name: teacher)
   for flags_given, expected in ({}, (125, 125)), ({'evaluate_every': 7, 'save_every': 9}, (7, 9)):
-    run = scripts['distill'].experiment(length=16, width=16, **flags_given)
+    run = signature.call(scripts['distill'].experiment, length=16, width=16, **flags_given)
     assert (run.evaluate_every, run.save_every) == expected
 
 
@@ -265,7 +263,7 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
   (tmp_path / 'plays.txt').write_text('\n\n'.join(f'speech {i}' for i in range(200)))
   argv = ['pretrain.py', f'--text={tmp_path}/plays.txt', r'--separator=\n\n', '--validation=0.3']
   (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
-  splits = scripts['pretrain'].experiment(**knobs).data.source.splits
+  splits = signature.call(scripts['pretrain'].experiment, knobs).data.source.splits
   assert sum(map(len, splits.values())) == 200 and 40 < len(splits['validation']) < 80
 
 
@@ -281,6 +279,7 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
       for value in (2., 0., 1.)],
     *[([f'--decompressed_limit={value}', '--jsonl=a'], f'--decompressed_limit={value} is not positive')
       for value in (0., -1.)],
+    (['--mup_width=8', '--optimizer=muon'], 'not for llama with muon'), (['--mup_width=-8'], 'base_width=-8 is not'),
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
     (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0 leaves all corpora out'),
     (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),
@@ -291,7 +290,7 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
 def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
   with pytest.raises((ValueError, flags.Error), match=message):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
-    scripts['pretrain'].experiment(**knobs)
+    signature.call(scripts['pretrain'].experiment, knobs)
 
 
 @pytest.mark.parametrize('flag, users', [
@@ -302,7 +301,7 @@ def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
 def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
   def build(*argv):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
-    return scripts['pretrain'].experiment(**knobs)
+    return signature.call(scripts['pretrain'].experiment, knobs)
   for others in ([], ['--objective=ul2']):
     with pytest.raises(ValueError, match=f'--{flag}.* has no effect without --{users[0].partition("=")[0]}'):
       build(f'--{flag}', *others)
@@ -368,6 +367,6 @@ def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(sc
 @pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])
 def test_no_validation_is_refused_clearly_and_few_steps_need_no_other_flag(scripts, name):
   with pytest.raises(ValueError, match='--validation=0.0 is not a share between 0 and 1; every run is validated'):
-    scripts[name].experiment(validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
+    signature.call(scripts[name].experiment, validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
   if name != 'preference':   # which starts from a model
-    assert scripts[name].experiment(steps=3).steps == 3
+    assert signature.call(scripts[name].experiment, steps=3).steps == 3

@@ -12,7 +12,7 @@ import pretrain
 import pytest
 import score
 
-from lm import launch
+from lm import launch, signature
 from lm.data import store
 from lm.launch import outcome
 from lm.workdir import figures
@@ -86,7 +86,8 @@ def test_chat_ends_with_a_question_that_was_held_out(program, tmp_path, monkeypa
   argv = shlex.split(re.search(r'^next: python (.*)$', out, re.MULTILINE)[1])
   prompt = argv[-1].removeprefix('--prompt=')
   assert argv[:-1] == ['experiments/generate.py', f'--workdir={tmp_path}/run', '--chat']
-  held_out = finetune_chat.experiment(jsonl=f'{tmp_path}/sums.jsonl', validation=0.2).data.questions('validation', 99)
+  run = signature.call(finetune_chat.experiment, jsonl=f'{tmp_path}/sums.jsonl', validation=0.2)
+  held_out = run.data.questions('validation', 99)
   assert prompt in [question[-1]['content'] for question, _ in held_out] and f'\n> {prompt}\n' in out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.meshes import on
 
-from lm import optim, sharding, train
+from lm import optim, sharding, signature, train
 from lm.data import dataset
 from lm.data.batch import Batch, Dialogue, Form, template
 from lm.data.batch import special as special_of
@@ -294,7 +294,7 @@ def test_the_experiment_minimises_the_divergence_that_it_is_asked_for(kind, stor
   distill = importlib.import_module('distill')
   base = types.SimpleNamespace(model=TAUGHT, start=None, tokenizer=TOKENIZER)
   monkeypatch.setattr(distill, 'open_teacher', lambda name: base)
-  made = distill.experiment(kind=kind, beta=0.3, temperature=1.5, stored_top_k=stored).objective
+  made = signature.call(distill.experiment, kind=kind, beta=0.3, temperature=1.5, stored_top_k=stored).objective
   params = parameters()
   columns = jax.jit(functools.partial(TopK(stored, VOCAB, 1.5), TEACHER.apply))(
       params['teacher'], batch_of()) if stored else None

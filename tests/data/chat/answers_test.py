@@ -4,6 +4,7 @@ import json
 import finetune_chat
 import pytest
 
+from lm import signature
 from lm.data import tokenizers
 from lm.data.chat import dialogues
 from lm.data.text.source import Source
@@ -39,7 +40,7 @@ def test_a_record_in_which_the_pattern_finds_nothing_is_told_and_not_counted():
     ('#### .*', 'has 0 groups; put parentheses'), ('(#+) (.*)', 'has 2 groups'), ('(', 'is no regular expression')])
 def test_a_pattern_needs_one_group(pattern, message):
   with pytest.raises(ValueError, match=message):
-    finetune_chat.experiment(answer=pattern)
+    signature.call(finetune_chat.experiment, answer=pattern)
 
 
 def test_a_group_that_takes_no_part_finds_nothing():

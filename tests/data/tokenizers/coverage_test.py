@@ -4,7 +4,7 @@ import re
 import pretrain
 import pytest
 
-from lm import launch
+from lm import launch, signature
 from lm.data import tokenizers
 
 COMMON, RARE = [chr(0x4e00 + i) for i in range(60)], [chr(0x6000 + i) for i in range(600)]
@@ -35,8 +35,13 @@ def test_pretrain_has_the_flag(tmp_path):
   def opened(*argv):
     (knobs,), _ = launch.parse([pretrain.experiment], [
         'pretrain.py', f'--text={tmp_path}/a.txt', r'--separator=\n\n', '--vocab=640', *argv])
+<<<<<<< HEAD
     return pretrain.experiment(**knobs).data.open(tmp_path / 'run', progress=lambda line: None)
   with pytest.raises(ValueError, match='--vocab=640 is too small'):
+=======
+    return signature.call(pretrain.experiment, knobs).data.open(tmp_path / 'run', progress=lambda line: None)
+  with pytest.raises(ValueError, match='vocab=640 is too small'):
+>>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
     opened()
   assert opened('--character_coverage=0.985').tokenizer.vocab_size == 640
   with pytest.raises(ValueError, match='--character_coverage=0.99 is for a tokenizer that is trained'):

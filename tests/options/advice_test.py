@@ -9,11 +9,11 @@ import tempfile
 import pytest
 import tfds_builder
 
+from lm import signature
 from lm.data.text import corpora
-from lm.launch import arguments
 from lm.launch import program as launcher
 
-ROOT = pathlib.Path(__file__).parents[3]
+ROOT = pathlib.Path(__file__).parents[2]
 ALWAYS = {'debug', 'help', 'helpfull', 'script'}
 GIT = {'abbrev', 'always', 'dirty', 'exclude'}   # flags of git
 
@@ -43,7 +43,7 @@ def flags_of(path: pathlib.Path) -> set[str]:
   functions = [getattr(module, name) for name in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
   functions += [module.experiment] if hasattr(module, 'experiment') else []   # whose flags others take as knobs
   functions += [launcher._train] if 'launch.run(' in text else []
-  names = {parameter.name for function in functions for parameter in arguments.keywords(function)}
+  names = {flag.name for function in functions for flag in signature.flags(function)}
   return names | {'no' + name for name in names} | ALWAYS
 
 
@@ -62,14 +62,13 @@ def test_every_flag_that_a_module_advises_is_one_of_a_script(path):
 
 @pytest.mark.parametrize('name', ['pretrain', 'distill', 'tfds_builder'])
 def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name):
-  for module in ('corpora', 'source'):
-    assert advised(ROOT / 'lm/data/text' / f'{module}.py') <= SCRIPTS[name]
+  for module in ('data/text/corpora', 'data/text/source', 'options/corpus'):
+    assert advised(ROOT / 'lm' / f'{module}.py') <= SCRIPTS[name]
   assert {'text', 'jsonl', 'parquet', 'key'} | advised(ROOT / 'lm/workdir/parsing.py') <= SCRIPTS[name]
 
 
-@pytest.mark.parametrize('module', [
-    'workdir/parsing', 'data/store', 'data/store_reader', 'data/chat/dialogues', *(f'data/text/{name}' for name in (
-        'corpora', 'source', 'prepared', 'corpus_flags'))])
+@pytest.mark.parametrize('module', ['workdir/parsing', 'options/corpus', *(f'data/{name}' for name in (
+    'text/corpora', 'text/source', 'store', 'store_reader', 'text/prepared', 'chat/dialogues'))])
 def test_a_flag_is_advised_as_a_flag_is_written(module):
   """Not as an argument in Python, encoding_errors='replace'."""
   names = '|'.join(sorted(set().union(*SCRIPTS.values())))
@@ -96,6 +95,6 @@ def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeyp
 
 
 def test_a_data_set_is_built_from_files_of_one_kind(tmp_path):
-  for given in ({}, {'text': 'a', 'jsonl': 'b'}):
+  for given in ({}, {'text': 'a', 'jsonl': 'b'}, {'text': 'a', 'tfds': 'b'}):
     with pytest.raises(ValueError, match='give one of --text, --jsonl and --parquet'):
-      tfds_builder.build(data_dir=tmp_path, **given)
+      signature.call(tfds_builder.build, given, data_dir=tmp_path)

@@ -1,33 +1,26 @@
-"""The flags of optimisation of pretrain.py: each optimizer and schedule is made, and what does not fit says so."""
+"""The flags of an optimizer: each optimizer and schedule is made, and what does not fit says so."""
 import sys
 import typing
 
 import jax
 import numpy as np
 import optax
-import pretrain
 import pytest
 
-from lm import optim
+from lm import optim, options
 from lm.optim import averaging
+from lm.options.optimisation import OptimizerName
 
-SHAPE = {'vocab': 320, 'tokenizer_kind': 'bytes', 'length': 16, 'layers': 1, 'width': 16, 'heads': 2, 'steps': 40,
-         'warmup': 4}
 PARAMS = {'embedding': np.ones((4, 2), 'f4'), 'norm': {'scale': np.ones(2, 'f4')}}
-
-
-@pytest.fixture(autouse=True)
-def no_corpus(monkeypatch):
-  monkeypatch.setattr(pretrain, 'corpus', lambda *flags: None)
 
 
 def step(**flags):
   """A step from gradients of ones, and the state after it."""
-  optimizer = optax.with_extra_args_support(pretrain.experiment(**SHAPE, **flags).optimizer)
+  optimizer = optax.with_extra_args_support(options.Optimizer(**flags).make(40, warmup=4))
   return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, obj_fn=lambda params: params['embedding'].sum())
 
 
-@pytest.mark.parametrize('name', typing.get_args(pretrain.Optimizer))
+@pytest.mark.parametrize('name', typing.get_args(OptimizerName))
 def test_every_optimizer_has_its_name(name):
   updates, state = step(optimizer=name)
   assert float(optim.learning_rate(state)) == pytest.approx(1e-3 / 5)
@@ -41,9 +34,7 @@ def test_every_optimizer_has_its_name(name):
     ({'schedule': 'one_cycle', 'cooldown': 10}, 4e-9),
     ({'schedule': 'steps', 'milestones': (10, 20), 'drop': 0.5}, 2.5e-4)])
 def test_every_schedule_has_its_name(flags, last):
-  known = {'cooldown': None, 'milestones': (), 'drop': 0.1} | flags
-  made = pretrain.scheduled(known.pop('schedule'), 1e-3, 40, 4, **known)
-  assert float(made(np.int32(40))) == pytest.approx(last, abs=1e-9)
+  assert float(options.Optimizer(**flags).rate(40, warmup=4)(np.int32(40))) == pytest.approx(last, abs=1e-9)
 
 
 def test_decay_rates_penalties_and_averages_come_from_flags():
@@ -64,7 +55,7 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
     ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
     ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
     ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'the decay 1.0 of a moving average'),
-    ({'mup_width': 8, 'optimizer': 'muon'}, 'not for llama with muon'), ({'mup_width': -8}, 'base_width=-8 is not'),
+    ({'schedule': 'one_cycle', 'warmup': 4}, '--warmup=4 has no effect'),
     ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
 def test_flags_that_do_not_fit_say_so(flags, message):
   with pytest.raises(ValueError, match=message):

@@ -1,0 +1,16 @@
+"""Groups of flags: each makes one part of a run, and several experiments share it. See `lm.signature`."""
+from lm.options.architecture import Shape
+from lm.options.budget_flags import Budget, Cadence
+from lm.options.computation import Computation
+from lm.options.corpus import Corpus
+from lm.options.low_rank import Lora
+from lm.options.optimisation import MUON, Optimizer
+from lm.options.prediction import Ahead, Prediction
+from lm.options.records_flags import Records
+from lm.options.regularisation import Augmentations, Regularisation
+from lm.options.sizes import NAMED, Size
+from lm.options.vocabulary import Vocabulary
+from lm.options.warmup import Warmup
+
+__all__ = ['Shape', 'Budget', 'Cadence', 'Computation', 'Corpus', 'Lora', 'MUON', 'Optimizer', 'Ahead',
+           'Prediction', 'Records', 'Augmentations', 'Regularisation', 'NAMED', 'Size', 'Vocabulary', 'Warmup']

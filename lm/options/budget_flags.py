@@ -1,0 +1,53 @@
+"""Flags of how long a run trains, and how often it is evaluated and saved."""
+import dataclasses
+
+from lm import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """Length of the run.
+
+  Args:
+    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
+      the machine becomes slower.
+    steps: a fixed number instead; on a finished run, a larger one goes on.
+  """
+  minutes: float = 3.
+  steps: int | None = None
+
+  @property
+  def count(self) -> int:
+    """The steps; where minutes are given, 10,000 until `launch` has measured how many fit."""
+    return 10_000 if self.steps is None else self.steps
+
+  @property
+  def limit(self) -> float | None:
+    """The minutes that training may take; None for a fixed number of steps."""
+    return self.minutes if self.steps is None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+  """Evaluation and checkpoints.
+
+  Args:
+    evaluate_every: steps between evaluations; none for an eighth of the steps.
+    evaluate_batches: batches of the validation split in an evaluation; none for all.
+    patience: evaluations in a row that are no better than the best, after which training stops there.
+    save_every: steps between checkpoints; none for a quarter of the steps.
+    keep: how many of the last checkpoints to keep, beside the best.
+  """
+  evaluate_every: int | None = None
+  evaluate_batches: int | None = 20
+  patience: int | None = None
+  save_every: int | None = None
+  keep: int = 2
+
+  def applied(self, run: train.Run, evaluations: int = 8) -> train.Run:
+    """The run that is evaluated and saved as the flags say; so many evaluations where none gives their distance."""
+    evaluate, save = max(run.steps // evaluations, 1), max(run.steps // 4, 1)
+    return dataclasses.replace(
+        run, evaluate_every=evaluate if self.evaluate_every is None else self.evaluate_every,
+        evaluate_batches=self.evaluate_batches, patience=self.patience,
+        save_every=save if self.save_every is None else self.save_every, keep=self.keep)
