@@ -75,4 +75,5 @@ class Corpus:
     if not all(0 <= weight < float('inf') for weight in weights) or weights and not any(weights):
       raise ValueError(f'{written}: each must be above 0, or 0 for a corpus that is left out')
     if not self.repeat and size < 2:
-      raise ValueError('--repeat=false is for a mixture of several corpora; lower --steps to read one corpus once')
+      raise ValueError('--repeat=false is for a mixture of several corpora; leave it out, and lower the steps to read '
+                       'one corpus once')

@@ -118,7 +118,8 @@ LIKE_ANOTHER = ('denoise', 'diffusion', 'infill', 'mup', 'overfit')
                                   for name in names(experiments=True)])
 def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
-  monkeypatch.setattr(corpora, 'python_library', lambda validation=0.05: corpora.text(f'{texts}/*.txt'))   # the default, but small
+  small_default = corpora.text(f'{texts}/*.txt')
+  monkeypatch.setattr(corpora, 'python_library', lambda validation=0.05: small_default)
   argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
   (knobs, shared), debug = launch.parse([scripts[name].experiment, launcher._train], argv)
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
