@@ -72,16 +72,10 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                        label=label or 'label')
   source = records.source(puzzles.preferences)
   if method == 'kto' and not label:
-<<<<<<< HEAD
-    records = messages.unpaired(records, keys)
-  data: Any = dialogues.Dialogues(records, base.tokenizer, length, Rated if method == 'kto' else Pair, template, keys,
-                                   allow_left_out=allow_left_out, longest=base.model.max_length)
-=======
     source = messages.unpaired(source, keys)
   data: Any = dialogues.Dialogues(source, base.tokenizer, records.length, Rated if method == 'kto' else Pair,
                                   records.template(base.template), keys, allow_left_out=records.allow_left_out,
-                                  longest=getattr(base.model, 'max_length', math.inf))
->>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
+                                  longest=base.model.max_length)
   if method in ('dpo', 'cdpo', 'ipo', 'kto'):
     data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                               preference.reference)

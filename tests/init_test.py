@@ -12,11 +12,7 @@ import preference
 import pretrain
 import pytest
 
-<<<<<<< HEAD
-from lm import launch, load, lora, models, scripts, sharding
-=======
-from lm import launch, load, lora, scripts, sharding, signature
->>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
+from lm import launch, load, lora, models, scripts, sharding, signature
 from lm.data import tokenizers
 from lm.hf import pretrained
 from lm.launch import program as launcher

@@ -38,17 +38,15 @@ class Computation:
     """A model that computes so.
 
     Raises:
-      ValueError: a model of a class that cannot be told so is given another --precision or --remat than it has.
+      ValueError: a model of a class that has one precision, or one remat, for good is given another.
     """
+    model = model.with_dtype(self.dtype)
     if isinstance(model, MultiToken):
       return dataclasses.replace(model, trunk=self.applied(model.trunk))
-    for name, field, value, usual in (('precision', 'dtype', self.dtype, self.precision == 'float32'),
-                                      ('remat', 'remat', self.policy, self.remat == 'products')):
-      if hasattr(model, field) and hasattr(model, 'clone'):
-        model = model.clone(**{field: value})
-      elif not usual:
-        raise ValueError(f'a model of class {type(model).__name__} takes no --{name}={getattr(self, name)}; leave it '
-                         'out')
+    if any(field.name == 'remat' for field in dataclasses.fields(model)):
+      return model.clone(remat=self.policy)
+    if self.remat != 'products':
+      raise ValueError(f'a model of class {type(model).__name__} takes no --remat={self.remat}; leave it out')
     return model
 
   def accumulated(self, run: train.Run) -> train.Run:

@@ -72,8 +72,11 @@ class Corpus:
       raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
     if weights and len(weights) != size:
       raise ValueError(f'{written} has {len(weights)} numbers for {size} corpora')
-    if not all(0 <= weight < float('inf') for weight in weights) or weights and not any(weights):
-      raise ValueError(f'{written}: each must be above 0, or 0 for a corpus that is left out')
+    if not all(0 <= weight < float('inf') for weight in weights):
+      raise ValueError(f'{written} has a weight that is negative or not finite; give each corpus its share, or 0 to '
+                       'leave it out')
+    if weights and not any(weights):
+      raise ValueError(f'{written} leaves all corpora out; give a weight above 0 to one of them at least')
     if not self.repeat and size < 2:
       raise ValueError('--repeat=false is for a mixture of several corpora; leave it out, and lower the steps to read '
                        'one corpus once')

@@ -35,13 +35,8 @@ def test_pretrain_has_the_flag(tmp_path):
   def opened(*argv):
     (knobs,), _ = launch.parse([pretrain.experiment], [
         'pretrain.py', f'--text={tmp_path}/a.txt', r'--separator=\n\n', '--vocab=640', *argv])
-<<<<<<< HEAD
-    return pretrain.experiment(**knobs).data.open(tmp_path / 'run', progress=lambda line: None)
-  with pytest.raises(ValueError, match='--vocab=640 is too small'):
-=======
     return signature.call(pretrain.experiment, knobs).data.open(tmp_path / 'run', progress=lambda line: None)
-  with pytest.raises(ValueError, match='vocab=640 is too small'):
->>>>>>> fc74721 (Experiments share groups of flags, whose fields are flags)
+  with pytest.raises(ValueError, match='--vocab=640 is too small'):
     opened()
   assert opened('--character_coverage=0.985').tokenizer.vocab_size == 640
   with pytest.raises(ValueError, match='--character_coverage=0.99 is for a tokenizer that is trained'):
