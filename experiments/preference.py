@@ -34,6 +34,14 @@ QUESTIONS = 100   # of the held-out ones, that are put to the model before and a
 BASE = 'runs/finetune_chat'
 
 
+def open_base(name: str, dtype: Any) -> load.BaseModel:
+  """The model that training starts from. FileNotFoundError that says how to make the default, where it is not there."""
+  if name == BASE and not pathlib.Path(BASE, 'run.json').is_file():
+    raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
+                            '--model')
+  return load.base(name, dtype)
+
+
 def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,
                records: options.Records = options.Records(), chosen: str = 'chosen', rejected: str = 'rejected',
                label: str | None = None, beta: float | None = None, smoothing: float = 0.1, gamma: float = 1.,
@@ -64,10 +72,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
   if lora.lora_rank and method == 'reward':
     raise ValueError(f'--lora_rank={lora.lora_rank}: a reward model trains its new row of weights too; leave it out')
-  if model == BASE and not pathlib.Path(BASE, 'run.json').is_file():
-    raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
-                            '--model')
-  base = load.base(model, computation.dtype)
+  base = open_base(model, computation.dtype)
   keys = messages.Keys(prompt=records.prompt, completion=records.completion, chosen=chosen, rejected=rejected,
                        label=label or 'label')
   source = records.source(puzzles.preferences)
