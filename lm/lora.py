@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import train
+from lm import declarations, train
+from lm.declarations import Role, Weight
 from lm.models.layers import LowRank
-from lm.optim import groups
 from lm.train import interfaces
 
-MATCH = ('*attention/*', '*feed_forward/*')
-_FIXED = ('router', 'shared_gate')   # never adapted, as vectors are not: what chooses experts
+# What can be adapted; routers, which choose experts, and vectors stay as they are.
+_ADAPTABLE = (Role.MATRIX, Role.EMBEDDING, Role.HEAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,16 @@ class Adapted:
     rank: r, at least 1.
     alpha: adapters are scaled by alpha / rank.
     match: patterns as in `fnmatch` of paths of parameters, such as 'blocks/0/attention/query'; * matches / too. Each
-      has to match a matrix. By default the matrices of attention and feed-forward, experts included.
+      has to match a matrix, an embedding or a head. None adapts all weights that are declared as matrices, those of
+      experts included, but not those of routers.
 
   Raises:
-    ValueError: in `init`, if a pattern matches no matrix; it names those that there are.
+    ValueError: in `init`, if a pattern matches nothing that can be adapted; it names what can.
   """
   model: interfaces.Model
   rank: int
   alpha: float
-  match: tuple[str, ...] = MATCH
+  match: tuple[str, ...] | None = None
 
   def __post_init__(self):
     if self.rank < 1:
@@ -52,30 +53,38 @@ class Adapted:
     if not 0 < self.alpha < math.inf:
       raise ValueError(f'alpha={self.alpha} is not positive and finite')
 
+  @property
+  def max_length(self) -> float:
+    return self.model.max_length
+
   def init(self, key: jax.Array) -> Any:
     """The adapters, laid out on the mesh in use as their matrices are. Call it inside `jax.jit`."""
-    found = _matrices(jax.eval_shape(self.model.init, key), self.match)
-    keys = iter(jax.random.split(key, len(found)))
+    matrices = _matrices(declarations.of(self.model), self.match)
+    keys = iter(jax.random.split(key, len(matrices)))
     tree: dict[str, Any] = {}
-    for path, leaf in found.items():
+    for path, weight in matrices.items():
       *above, name = path.split('/')
       node = tree
       for part in above:
         node = node.setdefault(part, {})
-      node[name] = self._adapter(next(keys), path, leaf)
+      node[name] = self._adapter(next(keys), weight)
     return {'adapters': tree}
 
-  def _adapter(self, key, path, leaf):
-    leading, inputs = groups.matrix_axes(path, leaf)
-    into, out = leaf.shape[:inputs], leaf.shape[inputs:]
+  def _adapter(self, key, weight):
+    array, (leading, inputs) = weight.array, weight.matrix_axes
+    into, out = array.shape[:inputs], array.shape[inputs:]
     bound = math.prod(into[leading:]) ** -0.5
     a = jax.random.uniform(key, (*into, self.rank), minval=-bound, maxval=bound)
     b = jnp.zeros((*into[:leading], self.rank, *out))
-    if leaf.sharding is None:
-      return {'A': a, 'B': b}
-    layout = *leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))
-    return {'A': jax.sharding.reshard(a, P(*layout[:inputs], None)),
-            'B': jax.sharding.reshard(b, P(*layout[:leading], None, *layout[inputs:]))}
+    if array.sharding is not None:
+      layout = *array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))
+      a = jax.sharding.reshard(a, P(*layout[:inputs], None))
+      b = jax.sharding.reshard(b, P(*layout[:leading], None, *layout[inputs:]))
+    # They have the role of the weight; the axis '-' is the rank, which is the outputs of A and the inputs of B.
+    first, count = weight.leading, weight.inputs
+    of_a = Weight(weight.axes[:first + count] + '-', weight.role, first, count)
+    of_b = Weight(f'{weight.axes[:first]}-{weight.outputs}', weight.role, first)
+    return {'A': declarations.declared(a, of_a), 'B': declarations.declared(b, of_b)}
 
   def apply(self, params: Any, batch: Any, *, key: jax.Array | None = None, cache: Any = None, taps: Any = ()) -> Any:
     params = self._beside(params['base'], params['adapters'])
@@ -106,27 +115,32 @@ def _merge(tree: Any) -> Any:
   return jax.tree.map(merge, tree, is_leaf=_is_adapted)
 
 
-def _matrices(shapes: Any, match: Sequence[str]) -> dict[str, Any]:
-  """The leaves that match, by path."""
-  leaves = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-  leaves = {path: leaf for path, leaf in leaves.items() if leaf.ndim > 1 and not groups.is_vector(path)
-            and not path.endswith(_FIXED)}
+def _matrices(weights: Any, match: Sequence[str] | None) -> dict[str, Weight]:
+  """The declarations of what is adapted, by path."""
+  matrices = {jax.tree_util.keystr(path, simple=True, separator='/'): weight
+              for path, weight in jax.tree_util.tree_leaves_with_path(weights)
+              if weight.role in _ADAPTABLE and len(weight.axes) > 1}
+  if match is None:
+    hidden = {path: weight for path, weight in matrices.items() if weight.role is Role.MATRIX}
+    if not hidden:
+      raise ValueError('no weight of the model is declared as a matrix, so that there is nothing to adapt; choose with '
+                       'match among ' + ', '.join(matrices))
+    return hidden
   for pattern in match or ('',):
-    if not fnmatch.filter(leaves, pattern):
+    if not fnmatch.filter(matrices, pattern):
       raise ValueError(f'the adapters are for {pattern!r}, which no matrix of the model matches; it has '
-                       + ', '.join(leaves))
-  return {path: leaf for path, leaf in leaves.items() if any(fnmatch.fnmatch(path, pattern) for pattern in match)}
+                       + ', '.join(matrices))
+  return {path: weight for path, weight in matrices.items() if any(fnmatch.fnmatch(path, pattern) for pattern in match)}
 
 
-def adapt(run: train.Run, rank: int, alpha: float | None = None, match: Sequence[str] = MATCH) -> train.Run:
+def adapt(run: train.Run, rank: int, alpha: float | None = None, match: Sequence[str] | None = None) -> train.Run:
   """The run with adapters (see `Adapted`) on the parameters that it starts from; itself where the rank is 0.
 
   `alpha` is twice the rank where it is None. `launch` gives the parameters under them by --init, see `start_from`.
   """
   if not rank:
     return run
-  model = Adapted(run.model, rank, 2. * rank if alpha is None else alpha, tuple(match))
+  model = Adapted(run.model, rank, 2. * rank if alpha is None else alpha, None if match is None else tuple(match))
   base = interfaces.Constants('base', run.model, run.start or _no_base)
   return dataclasses.replace(run, model=model, start=None, constants=(*run.constants, base))
 

@@ -48,8 +48,7 @@ def prepared(name: str, shape: Shape) -> Prepared:
 
   if alone:
     def update(grads, state, held):
-      steps, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params,
-                                                                         obj_fn=loss)
+      steps, opt_state = run.transformation.update(grads, state.opt_state, state.params, obj_fn=loss)
       return train.State(state.step + 1, optax.apply_updates(state.params, steps), opt_state)
     grads = jax.jit(jax.grad(loss))(state.params)
     step = jax.jit(update, donate_argnums=1).lower(grads, state, held).compile()

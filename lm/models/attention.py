@@ -52,7 +52,8 @@ class LayerCache(NamedTuple):
 def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: int, size: int, bias: bool,
             std: float) -> jax.Array:
   """Declares a projection to heads, `axes` NH or KH, and applies it: [B, T, heads, size]."""
-  w = layers.weight(module, name, 'D' + axes, (x_BTD.shape[-1], heads, size), nn.initializers.normal(std), x_BTD.dtype)
+  w = layers.weight(module, name, 'D' + axes, (x_BTD.shape[-1], heads, size), nn.initializers.normal(std), x_BTD.dtype,
+                    inputs='D')
   y = layers.einsum(f'BTD,D{axes}->BT{axes}', x_BTD, w)
   return layers.add_bias(module, name + '_bias', axes, y) if bias else y
 
@@ -60,7 +61,7 @@ def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: in
 def output(module: nn.Module, y_BTNH: jax.Array, width: int, bias: bool, std: float) -> jax.Array:
   """Declares the projection from heads to the model's width, and applies it."""
   shape = (*y_BTNH.shape[2:], width)
-  out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype)
+  out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype, inputs='NH')
   # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
   y = layers.einsum('BTN,ND->BTD', sharding.merge_axes(y_BTNH, 2), sharding.merge_axes(out, 0))
   return layers.add_bias(module, 'out_bias', '-', y) if bias else y

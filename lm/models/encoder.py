@@ -11,6 +11,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.declarations import Role
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
@@ -98,14 +99,14 @@ class Encoder(LanguageModel):
     init, zeros, ones = nn.initializers.normal(self.std), nn.initializers.zeros, nn.initializers.ones
 
     def rows(name, size, indices_BT):
-      table = parts.weight(self, name, '-D', (size, self.width), init, self.dtype)
+      table = parts.weight(self, name, '-D', (size, self.width), init, self.dtype, Role.EMBEDDING)
       return table.at[indices_BT].get(out_sharding=sharding.spec('BTD'))
 
     positions = batch.positions
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
       positions = sharding.constrain(positions, 'BT')
-    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING)
     x = parts.lookup(embedding, batch.tokens) + rows('positions', self.max_length, positions)
     x = x + rows('types', self.types, jnp.zeros_like(batch.tokens) if batch.types is None else batch.types)
     x = parts.dropout(self.norm(x), self.dropout, keys[0])
@@ -118,7 +119,7 @@ class Encoder(LanguageModel):
     x, aux, readings = stack.run(self.blocks, params, x, context.with_key(keys[1]), remat=self.remat)
     norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
             'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
-    transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype)
+    transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype, Role.HEAD)
     transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
     bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
     return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None,

@@ -16,6 +16,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.declarations import Role
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
@@ -151,7 +152,7 @@ class EncoderDecoder(LanguageModel):
     batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), nn.initializers.normal(self.std),
-                             self.dtype)
+                             self.dtype, Role.EMBEDDING)
 
     def embed(tokens, key):
       return parts.dropout(parts.lookup(embedding, tokens), self.dropout, key)
@@ -184,7 +185,7 @@ class EncoderDecoder(LanguageModel):
     if self.tied:
       return Output(x * jnp.asarray(self.width ** -0.5, x.dtype), Head(embedding), cache, aux, readings)
     init = nn.initializers.normal(self.width ** -0.5)
-    head = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
+    head = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD)
     return Output(x, Head(head), cache, aux, readings)
 
   def _init_blocks(self, rng, x):
@@ -197,7 +198,7 @@ class EncoderDecoder(LanguageModel):
     """[N, T, S] for the encoder or the decoder."""
     heads = stack.layers(getattr(self, name))[0].attention.heads
     init = nn.initializers.normal(self.width ** -0.5)
-    table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init)
+    table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init, role=Role.VECTOR)
     buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
     return table.at[buckets].get(out_sharding=sharding.spec('TSN')).transpose(2, 0, 1)
 

@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
 
   def _up(self, name, size, dtype):
     return layers.weight(self, name, 'DNH', (self.key_value_rank, self.heads, size),
-                         nn.initializers.normal(self.std), dtype)
+                         nn.initializers.normal(self.std), dtype, inputs='D')
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int, dtype) -> LatentCache:

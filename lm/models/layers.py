@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import sharding
+from lm import declarations, sharding
+from lm.declarations import Role
 from lm.models.context import Aux, Context
 
 Initializer = Callable[..., jax.Array]
@@ -44,10 +45,23 @@ class LowRank:
     return self.weight.astype(jnp.float32) + self.scale * change
 
 
-def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None) -> jax.Array:
-  """Declares a float32 parameter, split over the mesh at rest; returns it gathered for use, in the compute `dtype`."""
+def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None,
+           role: Role | None = None, inputs: str | None = None) -> jax.Array:
+  """Declares a float32 parameter, split over the mesh at rest; returns it gathered for use, in the compute `dtype`.
+
+  `role` and `inputs` say what the weight is to optimizers and adapters, see `declarations.declare`: by default a vector
+  where there is one axis, else a matrix of the last two axes, [in, out].
+
+  Raises:
+    ValueError: an axis does not divide by its mesh axis, or the declaration is not one, see `declarations.declare`.
+  """
   sharding.check(axes, shape, name)
-  value = module.param(name, lambda key: sharding.constrain(init(key, shape, jnp.float32), axes))
+  declaration = declarations.declare(axes, role, inputs)
+
+  def new(key):
+    return declarations.declared(sharding.constrain(init(key, shape, jnp.float32), axes), declaration)
+
+  value = declarations.plain(module.param(name, new))
   value = value.merged() if isinstance(value, LowRank) else value
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
@@ -127,7 +141,8 @@ class RMSNorm(nn.Module):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=tuple(range(-n, 0)), keepdims=True) + self.eps)
     if self.learned:
-      scale = weight(self, 'scale', self.axes, x.shape[-n:], nn.initializers.constant(1 - self.offset))
+      scale = weight(self, 'scale', self.axes, x.shape[-n:], nn.initializers.constant(1 - self.offset),
+                     role=Role.VECTOR)
       y = y * row(scale.astype(jnp.float32) + self.offset, y)
     return y.astype(x.dtype)
 
@@ -155,7 +170,7 @@ def row(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 def add_bias(module: nn.Module, name: str, axes: str, y: jax.Array) -> jax.Array:
   """Declares a bias of the last axes of `y` and adds it, in float32: its gradient is a sum over all positions."""
-  bias = weight(module, name, axes, y.shape[-len(axes):], nn.initializers.zeros)
+  bias = weight(module, name, axes, y.shape[-len(axes):], nn.initializers.zeros, role=Role.VECTOR)
   return (y.astype(jnp.float32) + row(bias, y)).astype(y.dtype)
 
 

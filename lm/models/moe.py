@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
+from lm.declarations import Role
 from lm.models import grouped, layers
 from lm.models.context import Aux, Context
 
 
 def _logits(module: nn.Module, x_BTD: jax.Array, experts: int, std: float, bias: bool = False) -> jax.Array:
   """Declares a router's weight and gives its logits [B, T, E], in float32: near ties, rounding chooses the expert."""
-  w = layers.weight(module, 'router', 'DX', (x_BTD.shape[-1], experts), nn.initializers.normal(std))   # X: E, whole
+  w = layers.weight(module, 'router', 'DX', (x_BTD.shape[-1], experts), nn.initializers.normal(std),
+                    role=Role.ROUTER)   # X: E, whole
   with jax.default_matmul_precision('highest'):
     logits = layers.einsum('BTD,DX->BTX', x_BTD.astype(jnp.float32), w)
   return layers.add_bias(module, 'router_bias', '-', logits) if bias else logits
@@ -135,7 +137,7 @@ class SigmoidGroupRouter(nn.Module):
       raise ValueError(f'{experts} experts in groups={self.groups}, of which top_groups={self.top_groups} may be '
                        f'chosen, do not give top_k={self.top_k}')
     scores = jax.nn.sigmoid(context.tap('router', _logits(self, x_BTD, experts, self.std)))
-    correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros)
+    correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros, role=Role.CORRECTION)
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
     if self.groups > 1:
       by_group = sharding.split_axis(corrected, 2, (self.groups, experts // self.groups))
@@ -189,7 +191,7 @@ class Experts(nn.Module):
               'down': layers.weight(self, 'down', 'EFD', out, init(self.out_std), x_BTD.dtype)}
     if self.bias:
       biases = {'gate_bias': self.hidden, 'up_bias': self.hidden, 'down_bias': width}
-      params |= {name: layers.weight(self, name, 'E-', (self.experts, size), nn.initializers.zeros)
+      params |= {name: layers.weight(self, name, 'E-', (self.experts, size), nn.initializers.zeros, role=Role.VECTOR)
                  for name, size in biases.items()}
     routing = self.router(x_BTD, self.experts, context)
     weights, chosen, aux = routing.weights, routing.chosen, self._aux(routing, context.visible.segments_BT)
@@ -204,7 +206,7 @@ class Experts(nn.Module):
       return y, aux
     shared, _ = self.shared(x_BTD, context)
     if self.shared_gate:
-      w = layers.weight(self, 'shared_gate', 'DX', (width, 1), init(self.std), x_BTD.dtype)
+      w = layers.weight(self, 'shared_gate', 'DX', (width, 1), init(self.std), x_BTD.dtype, Role.ROUTER)
       shared = shared * jax.nn.sigmoid(layers.einsum('BTD,DX->BTX', x_BTD, w))
     return y + shared, aux
 

@@ -22,11 +22,13 @@ that residual branches are small beside it at any depth; it may need a larger ra
 """
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.declarations import Role, Weight
 from lm.models import stack, transformer
 
 
@@ -36,7 +38,7 @@ class MupDecoder(transformer.Transformer):
   @nn.nowrap
   def init(self, key: jax.Array) -> dict:
     params = super().init(key)
-    return {**params, 'head': jnp.zeros_like(params['head'])}
+    return {**params, 'head': jax.tree.map(jnp.zeros_like, params['head'])}
 
 
 def parametrised(model: transformer.Transformer, base_width: int, base_layers: int) -> MupDecoder:
@@ -57,11 +59,23 @@ def parametrised(model: transformer.Transformer, base_width: int, base_layers: i
   return MupDecoder(**{**fields, 'blocks': blocks, 'tied': False, 'std': 1.})
 
 
-def rates(width: int, layers: int, base_width: int, base_layers: int) -> tuple[tuple[str, float], ...]:
-  """The factors of the learning rate above, of paths of parameters."""
+def rates(width: int, layers: int, base_width: int, base_layers: int
+          ) -> tuple[tuple[Callable[[Weight], bool], float], ...]:
+  """The factors of the learning rate above, each with the weights that it is for, by what they declare."""
   n, d = _ratios(width, layers, base_width, base_layers)
-  return (('head', 1 / n), ('blocks/*/attention/*', 1 / n), ('blocks/*/feed_forward/*', 1 / n),
-          ('blocks/*/attention/out', 1 / d), ('blocks/*/feed_forward/down', 1 / d))
+  return (_is_head, 1 / n), (_is_matrix, 1 / n), (_adds_to_the_residual, 1 / d)
+
+
+def _is_head(weight: Weight) -> bool:
+  return weight.role is Role.HEAD
+
+
+def _is_matrix(weight: Weight) -> bool:
+  return weight.role in (Role.MATRIX, Role.ROUTER)
+
+
+def _adds_to_the_residual(weight: Weight) -> bool:
+  return weight.role is Role.MATRIX and weight.outputs == 'D'
 
 
 def _ratios(width: int, layers: int, base_width: int, base_layers: int) -> tuple[float, float]:

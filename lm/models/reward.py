@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lm import seeds, sharding
 from lm.data.batch import Batch
+from lm.declarations import Role
 from lm.models import layers as parts
 from lm.models.context import Aux, Taps
 from lm.models.transformer import Cache, LanguageModel, Transformer
@@ -34,7 +35,8 @@ class Reward(LanguageModel):
   def __call__(self, batch: Batch, key=None, cache: Cache | None = None, taps: Taps = ()) -> Scored:
     out = self.decoder(batch, key, cache, taps)
     width = self.decoder.width
-    score = parts.weight(self, 'score', '-', (width,), nn.initializers.normal((width + 1) ** -0.5))
+    score = parts.weight(self, 'score', '-', (width,), nn.initializers.normal((width + 1) ** -0.5),
+                         role=Role.HEAD)
     return Scored(*out, jnp.einsum('BTD,D->BT', out.hidden.astype(jnp.float32), score,
                                    out_sharding=sharding.spec('BT')))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import declarations, sharding
 from lm.models.context import Aux, Context, Taps
 
 
@@ -89,7 +89,7 @@ def init(stacks: Stacks, key: jax.Array, x: jax.Array, *args: Any) -> dict[str, 
 
 
 def _init(block, x, args, key):
-  return block.init(key, x, *args)['params']
+  return declarations.declared_by_shape(block.init(key, x, *args)['params'])
 
 
 def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
@@ -155,7 +155,8 @@ def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, cach
 def _apply(block, params, x, context, cache=None):
   """A layer: x, its cache, what it reports, and what taps have read in it."""
   readings: dict[str, Any] = {}
-  x, cache, aux = block.apply({'params': params}, x, dataclasses.replace(context, readings=readings), cache)
+  context = dataclasses.replace(context, readings=readings)
+  x, cache, aux = block.apply({'params': declarations.plain(params)}, x, context, cache)
   return x, cache, aux, readings
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.declarations import Role
 from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
@@ -157,7 +158,7 @@ class Transformer(LanguageModel):
     batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)
-    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING)
     x = parts.lookup(embedding, batch.tokens)
     if self.embedding_scale is not None:
       x = x * jnp.asarray(self.embedding_scale, x.dtype)
@@ -167,13 +168,14 @@ class Transformer(LanguageModel):
       positions = jnp.reshape(start, (-1, 1)) + jnp.arange(x.shape[1])[None]
       positions = sharding.constrain(jnp.broadcast_to(positions, x.shape[:2]), 'BT')
     if self.positions:
-      table = parts.weight(self, 'positions', 'PD', (self.max_length, self.width), init, self.dtype)
+      table = parts.weight(self, 'positions', 'PD', (self.max_length, self.width), init, self.dtype,
+                           Role.EMBEDDING)
       x = x + table.at[positions].get(out_sharding=sharding.spec('BTD'))
     x = parts.dropout(x, self.dropout, keys[0])
     x, cache, aux, readings = self._blocks(x, positions, batch, cache, keys[1], taps)
     x = self.norm(x)
     if not self.tied:
-      embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype)
+      embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD)
     return Output(x, Head(embedding, self.softcap), cache, aux, readings)
 
   def _blocks(self, x, positions, batch, cache, key, taps):

@@ -1,5 +1,6 @@
 """Optimizers, learning rates, and averages of parameters."""
 from lm.optim.averaging import averaged, averages, evaluated
+from lm.optim.groups import Optimizer, bound
 from lm.optim.optimizers import (
   Rate,
   adafactor,
@@ -7,14 +8,12 @@ from lm.optim.optimizers import (
   adamw,
   adan,
   advanced,
-  balanced,
   chain,
   hutchinson,
   learning_rate,
   lion,
   muon,
   nadamw,
-  penalised,
   random_signs,
   rmsprop,
   schedule_free,
@@ -22,7 +21,8 @@ from lm.optim.optimizers import (
   soap,
   sophia,
 )
+from lm.optim.wrappers import balanced, penalised
 
-__all__ = ['averaged', 'averages', 'evaluated', 'Rate', 'adafactor', 'adam', 'adamw', 'adan', 'advanced', 'balanced',
-           'chain', 'hutchinson', 'learning_rate', 'lion', 'muon', 'nadamw', 'penalised', 'random_signs', 'rmsprop',
-           'schedule_free', 'sgd', 'soap', 'sophia']
+__all__ = ['averaged', 'averages', 'evaluated', 'Optimizer', 'Rate', 'adafactor', 'adam', 'adamw', 'adan', 'advanced',
+           'balanced', 'bound', 'chain', 'hutchinson', 'learning_rate', 'lion', 'muon', 'nadamw', 'penalised',
+           'random_signs', 'rmsprop', 'schedule_free', 'sgd', 'soap', 'sophia']

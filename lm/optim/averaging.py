@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import ScheduleFreeState
 
+from lm.optim import groups
+from lm.optim.groups import Optimizer
+
 
 class Averaged(NamedTuple):
   count: jax.Array
@@ -14,7 +17,7 @@ class Averaged(NamedTuple):
   inner: Any   # the optimizer's own state
 
 
-def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
+def averaged(optimizer: Optimizer, decay: float) -> Optimizer:
   """The optimizer, with an exponential moving average of the parameters after each update in its state.
 
   After n updates, sum_i decay^(n - i) p_i / sum_i decay^(n - i): the parameters that it began with have no part in it.
@@ -25,8 +28,10 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
   """
   if not 0 < decay < 1:
     raise ValueError(f'the decay {decay} of a moving average is not between 0 and 1; take one such as 0.999')
-  optimizer = optax.with_extra_args_support(optimizer)
+  return lambda weights: _averaged(groups.bound(optimizer, weights), decay)
 
+
+def _averaged(optimizer: optax.GradientTransformationExtraArgs, decay: float) -> optax.GradientTransformationExtraArgs:
   def init(params):
     inner = optimizer.init(params)
     if averages(inner):

@@ -1,7 +1,7 @@
-"""Groups of parameters, by path: those that decay, those that learn at a rate of their own, those that are matrices.
+"""Groups of weights, by what the model declares of them or by path: what decays, what learns at a rate of its own.
 
-A path is the names down to a leaf, as in 'blocks/0/attention/query'. Patterns are those of `fnmatch`; * matches / too.
-A mask is a function of the parameters, or of their shapes, that returns a tree of bool.
+Optimizers are given the declarations of a model, a tree of `declarations.Weight` like its parameters. A path is the
+names down to a parameter, as in 'blocks/0/attention/query'. Patterns are those of `fnmatch`; * matches / too.
 """
 import dataclasses
 import fnmatch
@@ -10,85 +10,65 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import PartitionSpec as P
 
-Mask = Callable[[Any], Any]
+from lm.declarations import Role, Weight
+
+Mask = Callable[[Any], Any]                     # of the declarations: a tree of bool
+Selection = str | Callable[[Weight], bool]      # a pattern of paths, or a property of declarations
+Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
 
-def map_with_path(function: Callable[..., Any], params: Any, *others: Any) -> Any:
-  """`jax.tree.map` of a function that is given the path of each leaf first."""
+def bound(optimizer: Optimizer, weights: Any) -> optax.GradientTransformationExtraArgs:
+  """An optimizer for the weights with these declarations; one of Optax, which reads none, is as it is."""
+  return optax.with_extra_args_support(optimizer(weights) if callable(optimizer) else optimizer)
+
+
+def _paths(weights: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
-      lambda path, *leaves: function(jax.tree_util.keystr(path, simple=True, separator='/'), *leaves), params, *others)
+      lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'), weights)
 
 
-def _paths(params: Any) -> Any:
-  return map_with_path(lambda path, _: path, params)
+def _selected(selection: Selection, weights: Any) -> Any:
+  """True for the weights that are selected; ValueError if there are none."""
+  paths = _paths(weights)
+  if callable(selection):
+    chosen, text = jax.tree.map(selection, weights), selection.__name__
+  else:
+    chosen, text = jax.tree.map(lambda path: fnmatch.fnmatchcase(path, selection), paths), repr(selection)
+  if not any(jax.tree.leaves(chosen)):
+    raise ValueError(f'{text} matches no parameter; there are ' + ', '.join(jax.tree.leaves(paths)))
+  return chosen
 
 
-def _matches(pattern: str, paths: Any) -> Any:
-  """True for the leaves that match; ValueError if there are none."""
-  found = jax.tree.map(lambda path: fnmatch.fnmatchcase(path, pattern), paths)
-  if not any(jax.tree.leaves(found)):
-    raise ValueError(f'{pattern!r} matches no parameter; there are ' + ', '.join(jax.tree.leaves(paths)))
-  return found
-
-
-def matching(*patterns: str) -> Mask:
-  """The mask of the parameters that match any of the patterns.
+def matching(*selections: Selection) -> Mask:
+  """The mask of the weights that match any of the patterns, or have any of the properties.
 
   It raises ValueError, with the paths that there are, for a pattern that matches none: when the optimizer that has the
-  mask makes its state, before anything is compiled.
+  mask is given the weights, before anything is compiled.
   """
-  if not patterns:
+  if not selections:
     raise ValueError('a mask of no patterns is of no parameter; give it one, such as *')
 
-  def mask(params):
-    paths = _paths(params)
-    return jax.tree.map(lambda *found: any(found), *(_matches(pattern, paths) for pattern in patterns))
+  def mask(weights):
+    return jax.tree.map(lambda *each: any(each), *(_selected(selection, weights) for selection in selections))
   return mask
 
 
-def decayed(params: Any) -> Any:
-  """True for matrices and tables, False for vectors, such as biases and the scales of norms: what weight decay is for.
-  """
-  return map_with_path(lambda path, _: not is_vector(path), params)
+def decayed(weights: Any) -> Any:
+  """True for matrices, tables and heads; False for vectors, such as biases and the scales of norms."""
+  return jax.tree.map(lambda weight: weight.role not in (Role.VECTOR, Role.CORRECTION), weights)
 
 
-def hidden(params: Any) -> Any:
-  """True for the matrices inside blocks, adapters of theirs included: neither embeddings, nor heads, nor vectors."""
-  return map_with_path(is_hidden, params)
+def hidden(weights: Any) -> Any:
+  """True for the matrices inside layers, adapters of theirs included: neither embeddings, nor heads, nor vectors."""
+  return jax.tree.map(is_hidden, weights)
 
 
-# What the axes of a weight mean is read from its name, and from these lists alone.
-_VECTORS = 'bias', 'scale', 'sinks', 'correction'                            # names that end so
-_TO_HEADS = 'query', 'key', 'value', 'query_up', 'key_up', 'value_up'        # [..., in, heads, size]
-_FROM_HEADS = 'out',                                                         # [..., heads, size, out]
-
-
-def is_vector(path: str) -> bool:
-  return path.endswith(_VECTORS)
-
-
-def is_stacked(path: str) -> bool:
-  """Whether a leaf has layers as its first axis: it lies in blocks, whatever these are a part of."""
-  return not {'blocks', 'depths'}.isdisjoint(path.split('/')[:-1])
-
-
-def is_hidden(path: str, leaf: Any) -> bool:
-  """Whether a leaf is a matrix of each layer."""
-  return is_stacked(path) and not is_vector(path) and leaf.ndim > 2
-
-
-def matrix_axes(path: str, leaf: Any) -> tuple[int, int]:
-  """Where the axes of a matrix begin that its inputs have, after layers and experts, and those of its outputs.
-
-  Of the adapters of a matrix, A has its inputs and B its outputs; the other axis of each is the rank.
-  """
-  *above, name = path.split('/')
-  owner = above[-1] if above and name in ('A', 'B', 'kernel') else name
-  inputs = 2 if owner in _FROM_HEADS and name != 'B' else 1
-  outputs = 2 if owner in _TO_HEADS and name != 'A' else 1
-  return leaf.ndim - outputs - inputs, leaf.ndim - outputs
+def is_hidden(weight: Weight) -> bool:
+  """Whether a weight is a matrix of a layer."""
+  return weight.role in (Role.MATRIX, Role.ROUTER)
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -101,7 +81,7 @@ def laid_out_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
 
 
-Factors = tuple[tuple[str, float], ...]
+Factors = tuple[tuple[Selection, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +89,13 @@ class Rates:
   """A learning rate that differs between parameters: a schedule, and (pattern, factor) for some of them.
 
   The whole step of a parameter is multiplied by the `factors` of all patterns that match it, weight decay included, as
-  with the parameter groups of PyTorch; and what is not weight decay by its factors in `updates`, too. Give it to an
-  optimizer in the place of a schedule. It is not called as one, so that an optimizer that does not know of factors
-  refuses it.
+  with the parameter groups of PyTorch; and what is not weight decay by its factors in `updates`, too. A function of a
+  declaration may take the place of a pattern. Give it to an optimizer in the place of a schedule. It is not called as
+  one, so that an optimizer that does not know of factors refuses it.
 
   Raises:
-    ValueError: for a factor that is negative or not finite; for a pattern that matches nothing, when an optimizer makes
-      its state.
+    ValueError: for a factor that is negative or not finite; for a pattern that matches nothing, when an optimizer is
+      given the weights.
   """
   schedule: Callable[[jax.Array], jax.Array] | float
   factors: Factors = ()
@@ -127,17 +107,16 @@ class Rates:
         raise ValueError(f'the learning rate of {pattern!r} is {factor} times that of others; take 0 or more')
 
 
-def factors_of(params: Any, factors: Factors) -> Any:
-  """The product of the factors of each parameter, a tree of float; ValueError for a pattern that matches nothing."""
-  paths = _paths(params)
-  found = jax.tree.map(lambda _: 1., paths)
-  for pattern, factor in factors:
-    found = jax.tree.map(lambda total, match, factor=factor: total * factor if match else total,
-                         found, _matches(pattern, paths))
-  return found
+def factors_of(weights: Any, factors: Factors) -> Any:
+  """The product of the factors of each weight, a tree of float; ValueError for a pattern that matches nothing."""
+  product = jax.tree.map(lambda _: 1., weights)
+  for selection, factor in factors:
+    product = jax.tree.map(lambda total, match, factor=factor: total * factor if match else total,
+                           product, _selected(selection, weights))
+  return product
 
 
-def parsed(written: Sequence[str]) -> Factors:
+def parsed(written: Sequence[str]) -> tuple[tuple[str, float], ...]:
   """('embedding=4', 'blocks/*=0.5') as (pattern, factor); ValueError for what is not of this form."""
   def pair(text):
     pattern, separator, factor = text.rpartition('=')

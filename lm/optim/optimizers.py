@@ -1,9 +1,12 @@
 """Optimizers, on Optax: one function each.
 
 Each takes a learning rate (a number, a schedule, see `lm.optim.schedules`, or `groups.Rates`, of several) and keeps its
-present value in its state, where `learning_rate` finds it. `clip` bounds the global norm of the gradient.
+present value in its state, where `learning_rate` reads it. `clip` bounds the global norm of the gradient.
 `weight_decay` is decoupled (Loshchilov and Hutter 2019): params -= rate * (update + weight_decay * params), for the
 parameters that the mask `decays` is true for. To add an optimizer, give `chain` what makes an update of a gradient.
+
+What a function here returns is itself a function: of the declarations of a model's weights (`lm.declarations`), to the
+Optax transformation for these weights. `train` gives it those of the run's model; `bound` does so elsewhere.
 """
 import math
 from typing import Any, NamedTuple
@@ -14,6 +17,8 @@ import optax
 from optax.contrib import ScheduleFreeState
 
 from lm.optim import groups
+from lm.optim.groups import Optimizer
+from lm.optim.scale_by_muon import scale_by_muon
 from lm.optim.scale_by_soap import scale_by_soap
 from lm.optim.schedules import Schedule
 
@@ -25,16 +30,11 @@ class _Scheduled(NamedTuple):
   learning_rate: jax.Array
 
 
-def _multiplied(factors: groups.Factors) -> optax.GradientTransformation:
-  def init(params):
-    groups.factors_of(params, factors)   # raises
-    return optax.EmptyState()
-
-  def update(updates, state, params=None):
-    del params
-    return jax.tree.map(lambda u, factor: factor * u, updates, groups.factors_of(updates, factors)), state
-
-  return optax.GradientTransformation(init, update)
+def _multiplied(weights: Any, factors: groups.Factors) -> tuple[optax.GradientTransformation, ...]:
+  """What multiplies each update by its factor; nothing where there are no factors."""
+  of_each = groups.factors_of(weights, factors)
+  scale = optax.stateless(lambda updates, params: jax.tree.map(lambda factor, u: factor * u, of_each, updates))
+  return (scale,) if factors else ()
 
 
 def _descend(schedule: Schedule) -> optax.GradientTransformation:
@@ -70,13 +70,22 @@ def advanced(opt_state: Any, steps: int) -> Any:
   return jax.tree.map(further, opt_state, is_leaf=scheduled)
 
 
-def chain(rate: Rate, clip: float | None, *transforms: optax.GradientTransformation, weight_decay: float = 0.,
-          decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
-  """An optimizer: clips the gradient, makes an update of it, adds weight decay, and goes down at the rate."""
+def chain(rate: Rate, clip: float | None, *transforms: Optimizer, weight_decay: float = 0.,
+          decays: groups.Mask = groups.decayed) -> Optimizer:
+  """An optimizer: clips the gradient, makes an update of it, adds weight decay, and goes down at the rate.
+
+  `transforms` are Optax's, or functions that return one for the declared weights.
+  """
   rates = rate if isinstance(rate, groups.Rates) else groups.Rates(rate)
-  scaled, step = ((_multiplied(factors),) if factors else () for factors in (rates.updates, rates.factors))
-  return optax.chain(*_clipping(clip), *transforms, *scaled, *_decay(weight_decay, decays), *step,
-                     _descend(_schedule(rates)))
+  if not 0 <= weight_decay < math.inf:
+    raise ValueError(f'weight_decay={weight_decay} is negative or not finite')
+  clipping, descend = _clipping(clip), _descend(_schedule(rates))
+
+  def bind(weights):
+    decay = (optax.add_decayed_weights(weight_decay, decays(weights)),) if weight_decay else ()
+    return optax.chain(*clipping, *(groups.bound(transform, weights) for transform in transforms),
+                       *_multiplied(weights, rates.updates), *decay, *_multiplied(weights, rates.factors), descend)
+  return bind
 
 
 def _schedule(rate: Rate) -> Schedule:
@@ -104,67 +113,62 @@ def clipped(updates: Any, bound: float) -> Any:
   return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
 
 
-def _decay(weight_decay: float, decays: groups.Mask) -> tuple[optax.GradientTransformation, ...]:
-  if not 0 <= weight_decay < math.inf:
-    raise ValueError(f'weight_decay={weight_decay} is negative or not finite')
-  return (optax.add_decayed_weights(weight_decay, decays),) if weight_decay else ()
-
-
 def sgd(rate: Rate, momentum: float = 0.9, clip: float | None = None, weight_decay: float = 0.,
-        decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+        decays: groups.Mask = groups.decayed) -> Optimizer:
   """v = momentum v + g; params -= rate v."""
   return chain(rate, clip, optax.trace(momentum), weight_decay=weight_decay, decays=decays)
 
 
 def adam(rate: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-         clip: float | None = 1.) -> optax.GradientTransformation:
+         clip: float | None = 1.) -> Optimizer:
   """Adam (Kingma and Ba 2015): the mean of the gradient over the root of the mean of its square, bias-corrected."""
   return chain(rate, clip, optax.scale_by_adam(b1, b2, eps))
 
 
 def adamw(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
-          clip: float | None = 1., decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+          clip: float | None = 1., decays: groups.Mask = groups.decayed) -> Optimizer:
   """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
   return chain(rate, clip, optax.scale_by_adam(b1, b2, eps), weight_decay=weight_decay, decays=decays)
 
 
 def nadamw(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8,
-           clip: float | None = 1., decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+           clip: float | None = 1., decays: groups.Mask = groups.decayed) -> Optimizer:
   """AdamW with Nesterov's momentum (Dozat 2016), of constant b1."""
   return chain(rate, clip, optax.scale_by_adam(b1, b2, eps, nesterov=True), weight_decay=weight_decay, decays=decays)
 
 
 def rmsprop(rate: Rate, decay: float = 0.99, eps: float = 1e-8, momentum: float = 0., clip: float | None = 1.,
-            weight_decay: float = 0., decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+            weight_decay: float = 0., decays: groups.Mask = groups.decayed) -> Optimizer:
   """RMSprop (Tieleman and Hinton 2012): the gradient over the root of the running mean of its square."""
   momenta = (optax.trace(momentum),) if momentum else ()
   return chain(rate, clip, optax.scale_by_rms(decay, eps), *momenta, weight_decay=weight_decay, decays=decays)
 
 
 def adafactor(rate: Rate, weight_decay: float = 0., decay: float = 0.8, bound: float = 1.,
-              clip: float | None = None, decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+              clip: float | None = None, decays: groups.Mask = groups.decayed) -> Optimizer:
   """Adafactor (Shazeer and Stern 2018): RMSprop whose mean squares are kept as one of each row and one of each column.
 
   Of the two largest axes of an array, where both have 128 or more; others by themselves. At step t they have the decay
   1 - t ** -decay. An update's root mean square is at most `bound`, and is then multiplied by that of its parameter, at
   least 1e-3, each of a layer: the rate is relative, 0.01 in the paper. There is no momentum.
   """
-  return chain(rate, clip, optax.scale_by_factored_rms(decay_rate=decay), _relative(bound),
+  return chain(rate, clip, optax.scale_by_factored_rms(decay_rate=decay),
+               lambda weights: _relative(weights, bound),
                weight_decay=weight_decay, decays=decays)
 
 
-def _relative(bound: float) -> optax.GradientTransformation:
+def _relative(weights: Any, bound: float) -> optax.GradientTransformation:
   def update(updates, params):
-    def leaf(path, update, param):
-      axes = tuple(range(int(groups.is_stacked(path)), update.ndim))
+    def leaf(weight, update, param):
+      axes = tuple(range(weight.stacked, update.ndim))
       size = lambda x: jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
       return update / jnp.maximum(1, size(update) / bound) * jnp.maximum(1e-3, size(param))
-    return groups.map_with_path(leaf, updates, params)
+    return jax.tree.map(leaf, weights, updates, params)
   return optax.stateless(update)
 
 
 def lion(rate: Rate, weight_decay: float = 1., b1: float = 0.9, b2: float = 0.99, clip: float | None = 1.,
-         decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+         decays: groups.Mask = groups.decayed) -> Optimizer:
   """Lion (Chen et al. 2023): sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g.
 
   It takes a rate three to ten times smaller than AdamW's, and a weight decay as much larger.
@@ -182,7 +186,7 @@ class _AdanState(NamedTuple):
 
 def adan(rate: Rate, weight_decay: float = 0.02, b1: float = 0.98, b2: float = 0.92, b3: float = 0.99,
          eps: float = 1e-8, clip: float | None = 1., decays: groups.Mask = groups.decayed
-         ) -> optax.GradientTransformation:
+         ) -> Optimizer:
   """Adan (Xie et al. 2022): with d the change of the gradient, (mean of g + b2 mean of d) / root of mean (g + b2 d)^2.
 
   Means of decay b1, b2, b3, bias-corrected; a b is one minus the paper's. Weight decay is decoupled as in all of these,
@@ -207,49 +211,34 @@ def adan(rate: Rate, weight_decay: float = 0.02, b1: float = 0.98, b2: float = 0
 
 
 def muon(rate: Rate, weight_decay: float = 0.1, rest: float = 1., b1: float = 0.9, b2: float = 0.95,
-         clip: float | None = 1., decays: groups.Mask = groups.hidden) -> optax.GradientTransformation:
+         clip: float | None = 1., decays: groups.Mask = groups.hidden) -> Optimizer:
   """Muon (Jordan et al. 2024): Nesterov's momentum, orthogonalised, for the matrices inside blocks; NAdam for all else.
 
   Updates are scaled to the root mean square that Adam's have, 0.2 (Liu et al. 2025), so that one rate serves both;
   all else is updated at `rest` times it. A matrix is orthogonalised whole: its shards are gathered on each device, and
   so is its momentum. By default, only the matrices decay.
   """
-  # The rate -1 is undone by the sign that Optax gives it; `chain` has the schedule.
-  inner = optax.contrib.muon(-1., adam_learning_rate=-rest, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
-                             muon_weight_dimension_numbers=_dimension_numbers)
-
-  def update(updates, state, params):
-    updates, state = inner.update(jax.tree.map(groups.whole, updates), state, jax.tree.map(groups.whole, params))
-    return jax.tree.map(groups.laid_out_like, updates, params), state
-
-  orthogonalise = optax.GradientTransformation(lambda params: inner.init(jax.tree.map(groups.whole, params)), update)
-  return chain(rate, clip, orthogonalise, weight_decay=weight_decay, decays=decays)
-
-
-def _dimension_numbers(params: Any) -> Any:
-  """For each weight of a block, stacked over layers, which axes are the input's and the output's; None for the rest."""
-  def axes(path, leaf):
-    if not groups.is_hidden(path, leaf):
-      return None
-    first, output = groups.matrix_axes(path, leaf)
-    return optax.contrib.MuonDimensionNumbers(tuple(range(first, output)), tuple(range(output, leaf.ndim)))
-  return groups.map_with_path(axes, params)
+  return chain(rate, clip, lambda weights: scale_by_muon(weights, b1, b2, rest), weight_decay=weight_decay,
+               decays=decays)
 
 
 def soap(rate: Rate, weight_decay: float = 0.1, b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8,
          precondition_every: int = 10, max_dim: int = 10_000, clip: float | None = 1.,
-         decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+         decays: groups.Mask = groups.decayed) -> Optimizer:
   """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's preconditioner, for the matrices inside blocks.
 
   See `lm.optim.scale_by_soap.scale_by_soap`.
   """
-  return chain(rate, clip, scale_by_soap(b1, b2, eps, precondition_every, max_dim), weight_decay=weight_decay,
-               decays=decays)
+  for name, value in {'precondition_every': precondition_every, 'max_dim': max_dim}.items():
+    if value < 1:
+      raise ValueError(f'{name}={value} is not positive')
+  return chain(rate, clip, lambda weights: scale_by_soap(weights, b1, b2, eps, precondition_every, max_dim),
+               weight_decay=weight_decay, decays=decays)
 
 
 def sophia(rate: Rate, weight_decay: float = 0.1, b1: float = 0.965, b2: float = 0.99, gamma: float = 0.01,
            curvature_every: int = 10, clip: float | None = 1., decays: groups.Mask = groups.decayed
-           ) -> optax.GradientTransformationExtraArgs:
+           ) -> Optimizer:
   """Sophia-H (Liu et al. 2023): clip(m / max(gamma h, eps), 1), with h the diagonal of the Hessian.
 
   Every `curvature_every` steps, h is estimated after Hutchinson, z * (Hessian z) with random signs z, at the cost of
@@ -285,7 +274,7 @@ def random_signs(params: Any, count: jax.Array) -> Any:
 
 
 def schedule_free(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-                  clip: float | None = 1., decays: groups.Mask = groups.decayed) -> optax.GradientTransformation:
+                  clip: float | None = 1., decays: groups.Mask = groups.decayed) -> Optimizer:
   """Schedule-free AdamW (Defazio et al. 2024): gradients at y = (1 - b1) z + b1 x, steps of z, and x the mean of z.
 
   The mean is weighted by the square of the largest rate so far; warm up, then leave the rate constant. The parameters
@@ -294,46 +283,10 @@ def schedule_free(rate: Rate, weight_decay: float = 0.1, b1: float = 0.9, b2: fl
   base = chain(rate, None, optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
                weight_decay=weight_decay, decays=decays)
   schedule = _schedule(rate)
-  free = optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1)   # its first step is number 1
-  return optax.chain(*_clipping(clip), free)
+  clipping = _clipping(clip)
 
-
-def penalised(optimizer: optax.GradientTransformation, l1: float = 0., l2: float = 0.,
-              decays: groups.Mask = groups.decayed) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of loss + l1 sum |p| + l2 / 2 sum p^2, over the parameters that the mask is true for.
-
-  Its gradient, l1 sign(p) + l2 p, is added before all that the optimizer does, clipping included: unlike weight decay,
-  it is a part of what Adam divides by. The loss that is told is without it, and so is Sophia's curvature.
-  """
-  for name, value in {'l1': l1, 'l2': l2}.items():
-    if not 0 <= value < math.inf:
-      raise ValueError(f'{name}={value} is negative or not finite')
-
-  def penalty(updates, params):
-    return jax.tree.map(lambda g, p, found: g + l1 * jnp.sign(p) + l2 * p if found else g, updates, params,
-                        decays(params))
-
-  def init(params):
-    decays(params)   # raises
-    return optax.EmptyState()
-
-  add = optax.GradientTransformation(init, lambda updates, state, params: (penalty(updates, params), state))
-  return optax.chain(add, optimizer)
-
-
-def balanced(optimizer: optax.GradientTransformation, rate: float = 1e-3) -> optax.GradientTransformation:
-  """The optimizer, but for the corrections of routers, which move by `rate` against the sign of their gradient.
-
-  With `moe.BiasBalance` this is the balancing without a loss of Wang et al. 2024 (arXiv:2408.15664). Corrections count
-  neither for the clipping of the optimizer nor for its decay.
-
-  Raises:
-    ValueError: there is no correction among the parameters, when the state is made.
-  """
-  def labels(params):
-    named = groups.map_with_path(lambda path, _: 'correction' if path.endswith('/correction') else 'other', params)
-    if 'correction' not in jax.tree.leaves(named):
-      raise ValueError('no router of this model has a correction to balance experts with; take SigmoidGroupRouter, or '
-                       'leave out `balanced`')
-    return named
-  return optax.partition({'other': optimizer, 'correction': optax.sign_sgd(rate)}, labels)
+  def bind(weights):
+    # Its first step is number 1.
+    free = optax.contrib.schedule_free(groups.bound(base, weights), lambda count: schedule(count - 1), b1)
+    return optax.chain(*clipping, free)
+  return bind

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.declarations import Weight
 from lm.optim import groups
 
 
@@ -24,9 +25,11 @@ class SoapState(NamedTuple):
   bases: Any    # for each parameter (left, right); None for a side that stays as it is
 
 
-def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precondition_every: int = 10,
-                  max_dim: int = 10_000) -> optax.GradientTransformation:
-  """SOAP for the matrices inside blocks, of each layer, expert by expert; Adam for all else.
+def scale_by_soap(weights: Any, b1: float, b2: float, eps: float, precondition_every: int, max_dim: int
+                  ) -> optax.GradientTransformation:
+  """SOAP for the matrices inside layers, of each layer, expert by expert; Adam for all else.
+
+  `weights` are the declarations of the parameters.
 
   With G the gradient of a matrix [m, n], L = mean of G G^T, R = mean of G^T G (both running, of decay `b2`), Q_L and
   Q_R their eigenvectors: the update is Q_L Adam(Q_L^T G Q_R) Q_R^T, where Adam's mean is kept outside the basis. The
@@ -36,13 +39,9 @@ def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precond
   The mean and the square are laid out as the parameters. L, R and their eigenvectors, 2 m^2 + 2 n^2 numbers a matrix,
   are whole on each device, as is the gradient of the matrices.
   """
-  for name, value in {'precondition_every': precondition_every, 'max_dim': max_dim}.items():
-    if value < 1:
-      raise ValueError(f'{name}={value} is not positive')
-
   def init(params):
     return SoapState(jnp.int32(0), optax.tree.zeros_like(params), optax.tree.zeros_like(params),
-                     groups.map_with_path(functools.partial(_no_bases, max_dim), params))
+                     jax.tree.map(functools.partial(_no_bases, max_dim), weights, params))
 
   def update(updates, state, params=None):
     del params
@@ -52,8 +51,8 @@ def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precond
     steps = jnp.maximum(state.count, 1).astype(jnp.float32)
     correction = jnp.sqrt(1 - b2 ** steps) / (1 - b1 ** steps)
 
-    def leaf(path, grad, mean, square, bases):
-      whole = functools.partial(_as_matrices, path) if any(bases) else lambda x: x
+    def leaf(weight, grad, mean, square, bases):
+      whole = functools.partial(_as_matrices, weight) if any(bases) else lambda x: x
       g, m, v = whole(grad), whole(mean), whole(square)
       v = jnp.where(state.count == 0, v, b2 * v + (1 - b2) * jnp.square(_rotated(g, bases)))
       step = _rotated(m, bases) * correction / (jnp.sqrt(v) + eps * jnp.sqrt(1 - b2 ** steps))
@@ -62,7 +61,7 @@ def scale_by_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8, precond
       bases = tuple(basis and _followed(basis, x, b2, stage) for basis, x in sides) or bases
       return _Leaf(_like(step, grad), _like(v, square), bases)
 
-    leaves = groups.map_with_path(leaf, updates, mean, state.square, state.bases)
+    leaves = jax.tree.map(leaf, weights, updates, mean, state.square, state.bases)
     pick = lambda name: jax.tree.map(lambda x: getattr(x, name), leaves, is_leaf=lambda x: isinstance(x, _Leaf))
     return pick('step'), SoapState(state.count + 1, mean, pick('square'), pick('bases'))
 
@@ -78,16 +77,16 @@ class _Leaf(NamedTuple):
 _multiply = functools.partial(jnp.matmul, precision='highest')   # bases have to stay orthogonal
 
 
-def _no_bases(max_dim: int, path: str, leaf: jax.Array) -> tuple[Basis | None, Basis | None]:
-  if not groups.is_hidden(path, leaf):
+def _no_bases(max_dim: int, weight: Weight, param: jax.Array) -> tuple[Basis | None, Basis | None]:
+  if not groups.is_hidden(weight):
     return None, None
-  *leading, rows, columns = jax.eval_shape(functools.partial(_as_matrices, path), leaf).shape
+  *leading, rows, columns = jax.eval_shape(functools.partial(_as_matrices, weight), param).shape
   return tuple(None if n > max_dim else Basis(*jnp.zeros((2, *leading, n, n))) for n in (rows, columns))
 
 
-def _as_matrices(path: str, x: jax.Array) -> jax.Array:
-  """A weight of a block as [layers, ..., inputs, outputs], whole on each device."""
-  first, output = groups.matrix_axes(path, x)
+def _as_matrices(weight: Weight, x: jax.Array) -> jax.Array:
+  """A parameter, or what is of its shape, as [layers, ..., inputs, outputs], whole on each device."""
+  first, output = weight.matrix_axes
   return groups.whole(x).reshape(*x.shape[:first], math.prod(x.shape[first:output]), math.prod(x.shape[output:]))
 
 

@@ -2,8 +2,6 @@
 import dataclasses
 from typing import Any, Literal
 
-import optax
-
 from lm import optim
 from lm.optim import averaging, groups, schedules
 from lm.options.usage import check_used
@@ -26,7 +24,8 @@ class Optimizer:
     milestones: steps at which the schedule called steps falls.
     drop: the share of its rate that is then left, by default 0.1.
     weight_decay: decoupled; none for what the optimizer has by itself, mostly 0.1.
-    decay: patterns of parameters that decay, such as blocks/*; by default matrices (with muon those in blocks).
+    decay: patterns of parameters that decay, such as blocks/*; by default all that the model does not declare as
+      vectors (with muon, the matrices of its layers).
     rates: pattern=factor, such as embedding=4,*norm/*=0.5; the rate of such parameters is multiplied.
     embedding_rate: how much faster the embedding learns; with muon, all that is not a matrix in a block.
     l1: coefficient of the sum of the absolute values of what decays, a part of the gradient.
@@ -50,7 +49,7 @@ class Optimizer:
   average: float = 0.
   clip: float | None = 1.
 
-  def make(self, steps: int, warmup: int, updates: groups.Factors = ()) -> optax.GradientTransformation:
+  def make(self, steps: int, warmup: int, updates: groups.Factors = ()) -> optim.Optimizer:
     """The optimizer of a run of so many steps.
 
     `warmup` is that of the experiment, where no flag gives one. `updates` multiply the rate of some parameters, but for

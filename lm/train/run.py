@@ -1,5 +1,6 @@
 """What a training run is: a `Run`, its state, and a step of it. Other rooms know these by `train`."""
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import optim, seeds, sharding
+from lm import declarations, optim, seeds, sharding
 from lm.data.batch import Batch, Special, template
 from lm.data.rows.augment import Augmentation
 from lm.data.rows.stages import Schedule, Stage
@@ -38,7 +39,7 @@ class Run:
   model: Model
   objective: Objective
   data: Data
-  optimizer: optax.GradientTransformation
+  optimizer: optim.Optimizer
   steps: int
   batch: int
   accumulate: int = 1
@@ -72,6 +73,11 @@ class Run:
     if self.stages and self.stages[-1].until > self.steps:
       raise ValueError(f'a stage ends at step {self.stages[-1].until}, beyond the {self.steps} steps of the run')
 
+  @functools.cached_property
+  def transformation(self) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, for the weights that the model declares."""
+    return optim.bound(self.optimizer, declarations.of(self.model))
+
   @property
   def schedule(self) -> Schedule:
     """What each step reads."""
@@ -92,7 +98,7 @@ def init(run: Run, key: jax.Array | None = None) -> State:
 
 
 def begin(run: Run, params: Any) -> State:
-  return State(jnp.int32(0), params, run.optimizer.init(params), run.guard and run.guard.init())
+  return State(jnp.int32(0), params, run.transformation.init(params), run.guard and run.guard.init())
 
 
 def advance(state: State, steps: int) -> State:

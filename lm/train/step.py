@@ -47,7 +47,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     grads = jax.tree.map(lambda g: g * share, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
     part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # nothing of a part is kept for its gradient
-    updates, opt_state = optax.with_extra_args_support(run.optimizer).update(
+    updates, opt_state = run.transformation.update(
         grads, state.opt_state, state.params, value=mean,
         obj_fn=lambda params: _mean(accumulate(part, params, batch, key, run.accumulate)))
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)

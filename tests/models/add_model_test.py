@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import declarations
 from lm.data.batch import Batch
 from lm.objectives.next_token import next_token
 from lm.optim import groups
@@ -26,7 +27,9 @@ def test_a_block_in_a_file_of_its_own_trains_and_decodes():
   np.testing.assert_allclose(identity, embedded / np.sqrt((embedded ** 2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4)
   grads = jax.jit(jax.grad(lambda params: next_token().loss(model.apply, params, batch, None)[0]))(params)
   assert np.abs(grads['blocks']['0']['scale']).min() > 0
-  assert not groups.decayed(params)['blocks']['0']['scale'] and groups.hidden(params)['blocks']['0']['attention']['out']
+  weights = declarations.of(model)
+  assert not groups.decayed(weights)['blocks']['0']['scale']
+  assert groups.hidden(weights)['blocks']['0']['attention']['out']
   params['blocks']['0']['scale'] = jnp.ones((2, 2))
   full = jax.jit(lambda params: model.apply(params, batch).hidden)(params)
   out = jax.jit(lambda params: model.apply(params, Batch(tokens[:, :5]), cache=model.init_cache(2, 8)))(params)

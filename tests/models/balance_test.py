@@ -3,10 +3,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.declared import bound
 from helpers.experts import EXPERTS, KINDS, ROWS, TIME, WIDTH
 
 from lm import optim, train
 from lm.data.batch import Batch
+from lm.declarations import Role, declare
 from lm.models import attention, layers, moe, stack, transformer
 from lm.objectives.next_token import next_token
 
@@ -54,12 +56,14 @@ def test_the_bias_of_an_expert_falls_where_it_is_chosen_too_often():
   np.testing.assert_allclose(grad, loads / loads.sum() - 1 / EXPERTS, atol=1e-6)
   params = {'blocks': {'0': {'correction': jnp.zeros(EXPERTS), 'up': jnp.ones((1, 2, 2))}}}
   grads = {'blocks': {'0': {'correction': grad, 'up': jnp.ones((1, 2, 2))}}}
-  optimizer = optim.balanced(optim.sgd(lambda step: 0.1, momentum=0., clip=1.), 1e-3)
+  balanced = optim.balanced(optim.sgd(lambda step: 0.1, momentum=0., clip=1.), 1e-3)
+  declared = {'blocks': {'0': {'correction': declare('-', Role.CORRECTION), 'up': declare('DF')}}}
+  optimizer = bound(balanced, params, declared)
   updates = optimizer.update(grads, optimizer.init(params), params)[0]['blocks']['0']
   np.testing.assert_allclose(updates['correction'], -1e-3 * np.sign(loads - loads.mean()), rtol=1e-5)
   np.testing.assert_allclose(updates['up'], -0.1 / 2, rtol=1e-5)   # clipped to norm 1, without the correction
   with pytest.raises(ValueError, match='no router of this model has a correction'):
-    optimizer.init({'up': jnp.ones(2)})
+    bound(balanced, {'up': jnp.ones(2)})
   with pytest.raises(ValueError, match='which this one has not'):
     moe.BiasBalance()(found._replace(correction=None), mask)
 

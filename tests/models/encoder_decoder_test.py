@@ -21,6 +21,7 @@ from helpers.encoders import (
 )
 from helpers.hf_rows import small
 
+from lm import declarations
 from lm.data.batch import Batch
 from lm.hf import files, t5, weights
 from lm.hf.config import Config
@@ -339,7 +340,7 @@ def count(model):
 def test_sizes():
   assert count(encoder_decoder.t5()) == 60_506_624   # small, 1.0 and 1.1
   assert count(encoder_decoder.t5(layers=8, heads=6, hidden=1024, gated=True, tied=False)) == 76_961_152
-  decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(jax.eval_shape(MODEL.init, jax.random.key(0))))
+  decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(declarations.of(MODEL)))
   assert {path[-1].key for path, yes in decayed if not yes} == {'scale', 'encoder_bias', 'decoder_bias'}
 
 

@@ -1,14 +1,16 @@
 """Mixtures of experts: against NumPy in float64, on every mesh, and against the modules of `transformers`."""
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.declared import bound
 from helpers.experts import EXPERTS, HIDDEN, KINDS, ROWS, TIME, WIDTH
 from helpers.meshes import on
 
-from lm import optim, sharding
+from lm import declarations, optim, sharding
 from lm.data.batch import Batch
 from lm.models import attention, grouped, layers, moe, stack, transformer
 from lm.models.context import Context
@@ -28,6 +30,11 @@ def shapes(module):
 def random_params(module, scale=0.5):
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype('f4'), shapes(module))
+
+
+def declared(module):
+  init = lambda key: module.init(key, jnp.zeros((ROWS, 1, WIDTH)), CONTEXT)['params']
+  return declarations.of(types.SimpleNamespace(init=init))
 
 
 def inputs(seed=1):
@@ -248,12 +255,13 @@ def test_bfloat16_computes_near_float32():
 
 
 def test_muon_orthogonalises_each_experts_matrices_and_no_vector_decays():
-  params = {'blocks': {'0': {'feed_forward': random_params(KINDS['gpt_oss']) | {'router': random_params(
-      KINDS['deepseek'])['router']}}}}
+  params, weights = (
+      {'blocks': {'0': {'feed_forward': of(KINDS['gpt_oss']) | {'router': of(KINDS['deepseek'])['router']}}}}
+      for of in (random_params, declared))
   params = jax.tree.map(lambda x: np.stack([x, -2 * x]), params)
   grads = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype('f4'), params)
   grads['blocks']['0']['feed_forward']['router']['correction'] *= 0
-  muon = optim.muon(lambda step: 1., weight_decay=0.25, clip=None)
+  muon = bound(optim.muon(lambda step: 1., weight_decay=0.25, clip=None), params, weights)
   updates = jit(lambda: muon.update(grads, muon.init(params), params)[0])()['blocks']['0']['feed_forward']
   own = params['blocks']['0']['feed_forward']
   for name in ('gate', 'up', 'down'):

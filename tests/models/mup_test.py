@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optim, sharding, train
+from lm import declarations, optim, sharding, train
 from lm.data.batch import Batch
 from lm.models import kernels, mup, stack, transformer
 from lm.objectives.next_token import next_token
@@ -38,7 +38,8 @@ def activations(model, params, batch):
 def changes(model, updates):
   """mean |x_t - x_0| of embedding, last block, logits, for t = 1, ..., STEPS, [STEPS, 3]."""
   batch = Batch(jnp.array(TOKENS[:, :-1]), targets=jnp.array(TOKENS[:, 1:]), weights=jnp.ones((1, 8)))
-  optimizer = optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None)
+  optimizer = optim.bound(optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None),
+                          declarations.of(model))
   objective = next_token()
 
   def step(carry, _):
@@ -112,8 +113,8 @@ def test_at_the_base_shape_it_is_llama_but_for_embedding_and_head():
 
 
 def test_each_matrix_has_its_factor():
-  params = jax.eval_shape(mup.parametrised(transformer.llama(16, 128, 6, 2), 32, 2).init, jax.random.key(0))
-  found = groups.factors_of(params, mup.rates(128, 6, 32, 2))
+  weights = declarations.of(mup.parametrised(transformer.llama(16, 128, 6, 2), 32, 2))
+  found = groups.factors_of(weights, mup.rates(128, 6, 32, 2))
   block = found['blocks']['0']
   assert found['head'] == 1 / 4 and found['embedding'] == 1 and found['norm']['scale'] == 1
   assert block['attention_norm']['scale'] == block['feed_forward_norm']['scale'] == 1

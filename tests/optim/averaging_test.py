@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers.declared import bound
 from helpers.runs import RUN, Data, go, same, saved
 
 from lm import load, optim
@@ -18,6 +19,7 @@ GRADS = [{k: np.random.default_rng(i).normal(size=p.shape).astype('f4') for k, p
 
 def run(optimizer):
   """The parameters that are trained, those that are evaluated, and the state, after each step."""
+  optimizer = bound(optimizer, PARAMS)
   update, state, params, path = jax.jit(optimizer.update), optimizer.init(PARAMS), PARAMS, []
   for grad in GRADS:
     updates, state = update(grad, state, params)
@@ -63,7 +65,7 @@ def test_schedule_free_is_the_paper_s():
 
 def test_steps_left_out_are_no_part_of_a_schedule_free_average():
   """The next step has the rate of its number, in the step and as its weight; those between have none."""
-  optimizer = optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None)
+  optimizer = bound(optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None), PARAMS)
   _, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   _, state = optimizer.update(PARAMS, optim.advanced(state, 5), PARAMS)
   assert float(optim.learning_rate(state)) == pytest.approx(0.7)   # of step 6
@@ -72,7 +74,7 @@ def test_steps_left_out_are_no_part_of_a_schedule_free_average():
 
 
 def test_what_has_no_average_evaluates_its_parameters():
-  optimizer = optim.penalised(optim.adamw(lambda step: 0.1), l1=1.)
+  optimizer = bound(optim.penalised(optim.adamw(lambda step: 0.1), l1=1.), PARAMS)
   state = optimizer.init(PARAMS)
   assert averaging.evaluated(state, PARAMS) is PARAMS and not averaging.averages(state)
 
@@ -81,9 +83,9 @@ def test_what_has_no_average_evaluates_its_parameters():
                                    averaging.averaged(optim.sgd(lambda step: 0.1), 0.9)])
 def test_states_tell_of_their_averages_without_values(inner):
   around = optim.penalised(inner, l2=0.1)
-  assert averaging.averages(jax.eval_shape(around.init, PARAMS))
+  assert averaging.averages(jax.eval_shape(bound(around, PARAMS).init, PARAMS))
   with pytest.raises(ValueError, match='evaluates an average already'):   # of averages, there is no second
-    jax.eval_shape(averaging.averaged(around, 0.9).init, PARAMS)
+    jax.eval_shape(bound(averaging.averaged(around, 0.9), PARAMS).init, PARAMS)
 
 
 @pytest.mark.parametrize('decay', [0., 1., -1., float('nan')])

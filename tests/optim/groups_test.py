@@ -3,18 +3,22 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers.declared import bound, weights_of
 
-from lm import lora, optim, train
+from lm import declarations, lora, optim, train
+from lm.declarations import Role, declare
 from lm.models import reward, transformer
 from lm.optim import groups
 
 PARAMS = {'embedding': np.ones((3, 2), 'f4'), 'blocks': {'0': {'up': np.ones((1, 2, 2), 'f4')}},
           'norm': {'scale': np.ones(2, 'f4')}}
+DECLARED = {'embedding': declare('VD', Role.EMBEDDING), 'blocks': {'0': {'up': declare('DF')}},
+            'norm': {'scale': declare('-')}}
 
 
 def test_weight_decay_is_for_matrices_and_tables():
   def names(model, decays):
-    mask = groups.decayed(jax.eval_shape(model.init, jax.random.key(0)))
+    mask = groups.decayed(declarations.of(model))
     return {'/'.join(key.key for key in path) for path, x in jax.tree_util.tree_leaves_with_path(mask) if x is decays}
 
   gpt2 = transformer.gpt2(8, 4, 1, heads=2, max_length=4)
@@ -35,9 +39,9 @@ def flat(tree):
 
 
 def test_masks_of_patterns():
-  found = flat(groups.matching('blocks/*', '*bed*')(PARAMS))
+  found = flat(groups.matching('blocks/*', '*bed*')(DECLARED))
   assert found == {'embedding': True, 'blocks/0/up': True, 'norm/scale': False}
-  assert flat(groups.hidden(PARAMS)) == {'embedding': False, 'blocks/0/up': True, 'norm/scale': False}
+  assert flat(groups.hidden(DECLARED)) == {'embedding': False, 'blocks/0/up': True, 'norm/scale': False}
 
 
 @pytest.mark.parametrize('make', [
@@ -55,6 +59,7 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_compiled(m
 
 
 def step_of(optimizer, grads):
+  optimizer = bound(optimizer, PARAMS, DECLARED)
   state = optimizer.init(PARAMS)
   for _ in range(3):
     updates, state = jax.jit(optimizer.update)(grads, state, PARAMS)
@@ -83,7 +88,7 @@ def test_a_factor_of_updates_leaves_weight_decay_as_it_is():
 def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
   """One parameter at twice the rate goes where it goes with all at twice the rate."""
   def path(rate):
-    optimizer, params, found = optim.schedule_free(rate, clip=None), PARAMS, []
+    optimizer, params, found = bound(optim.schedule_free(rate, clip=None), PARAMS, DECLARED), PARAMS, []
     state = optimizer.init(params)
     for i in range(4):
       grads = jax.tree.map(lambda p, i=i: np.array(jax.random.normal(jax.random.key(i), p.shape)), PARAMS)
@@ -114,9 +119,9 @@ def test_rates_are_no_schedule_and_have_to_be_numbers():
 LLAMA = transformer.llama(16, 8, 2, heads=2, kv_heads=1, hidden=12)
 
 
-def two_steps(make, params):
+def two_steps(make, params, weights):
   """The second step with gradients that depend on the shape, the size and the order of an array alone."""
-  optimizer = make(lambda step: 0.1, weight_decay=0.5, clip=None)
+  optimizer = optim.bound(make(lambda step: 0.1, weight_decay=0.5, clip=None), weights)
   state = optimizer.init(params)
   for i in range(2):
     grads = jax.tree.map(lambda p, i=i: np.random.default_rng(i).normal(size=p.size).astype('f4').reshape(p.shape),
@@ -127,21 +132,22 @@ def two_steps(make, params):
 
 @pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
 def test_adapters_are_updated_as_the_matrices_that_they_are(make):
-  params = jax.tree.map(lambda x: np.ones(x.shape, 'f4'),
-                        jax.eval_shape(lora.Adapted(LLAMA, 3, 6.).init, jax.random.key(0)))
-  assert all(jax.tree.leaves(groups.decayed(params))) and all(jax.tree.leaves(groups.hidden(params)))
-  for path, found in two_steps(make, params).items():
+  weights = declarations.of(lora.Adapted(LLAMA, 3, 6.))
+  params = jax.tree.map(lambda weight: np.ones(weight.array.shape, 'f4'), weights)
+  assert all(jax.tree.leaves(groups.decayed(weights))) and all(jax.tree.leaves(groups.hidden(weights)))
+  for path, found in two_steps(make, params, weights).items():
     # A is [layers, inputs, rank], B is [layers, rank, outputs], once heads and their size are one axis.
     matrix = (2, -1, 3) if path.endswith('/A') else (2, 3, -1)
-    expected = two_steps(make, {'blocks': {'0': {'up': np.ones(found.shape, 'f4').reshape(matrix)}}})
-    np.testing.assert_allclose(found.reshape(matrix), expected['blocks/0/up'], atol=1e-5, err_msg=path)
+    alone = {'up': np.ones(found.shape, 'f4').reshape(matrix)}
+    expected = two_steps(make, alone, weights_of(alone, {'up': declare('DF')}))
+    np.testing.assert_allclose(found.reshape(matrix), expected['up'], atol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
 def test_a_decoder_inside_a_reward_model_is_updated_as_it_is_alone(make):
-  params = jax.tree.map(lambda x: np.ones(x.shape, 'f4'),
-                        jax.eval_shape(reward.Reward(LLAMA).init, jax.random.key(0)))
-  inside, alone = two_steps(make, params), two_steps(make, params['decoder'])
+  weights = declarations.of(reward.Reward(LLAMA))
+  params = jax.tree.map(lambda weight: np.ones(weight.array.shape, 'f4'), weights)
+  inside, alone = two_steps(make, params, weights), two_steps(make, params['decoder'], weights['decoder'])
   assert inside.keys() == {'score', *(f'decoder/{path}' for path in alone)}
   for path, expected in alone.items():
     np.testing.assert_allclose(inside[f'decoder/{path}'], expected, atol=1e-6, err_msg=path)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.declared import bound
 
-from lm import optim, sharding
+from lm import declarations, optim, sharding
 from lm.models import transformer
 from lm.optim import averaging, groups
 
@@ -23,8 +24,10 @@ def schedule(step):
   return 0.5 / 2. ** step
 
 
-def run(optimizer, grads=GRADS, params=PARAMS):
+def run(optimizer, grads=GRADS, params=PARAMS, declared=None):
   """The parameters after each step."""
+  optimizer = bound(optimizer, params, declared)
+
   @jax.jit
   def step(params, state, grad):
     updates, state = optimizer.update(grad, state, params)
@@ -148,10 +151,15 @@ def test_adafactor_bounds_and_scales_the_update_of_each_layer_by_itself():
   random = np.random.default_rng(0)
   draw = lambda: {'blocks': {'0': {'up': np.float32(random.normal(size=(2, 4, 3)) * [[[1.]], [[9.]]])}}}
   params, grad = draw(), draw()
-  both = run(optim.adafactor(lambda step: 0.1), [grad, grad], params)[-1]['blocks']['0']['up']
+
+  def last(params, grad):
+    declared = {'blocks': {'0': {'up': declarations.declare('DF')}}}
+    return run(optim.adafactor(lambda step: 0.1), [grad, grad], params, declared)[-1]['blocks']['0']['up']
+
+  both = last(params, grad)
   for layer in range(2):
     one = jax.tree.map(lambda x, layer=layer: x[layer:layer + 1], (params, grad))
-    alone = run(optim.adafactor(lambda step: 0.1), [one[1], one[1]], one[0])[-1]['blocks']['0']['up']
+    alone = last(*one)
     np.testing.assert_allclose(both[layer], alone[0], rtol=1e-6)
 
 
@@ -187,6 +195,7 @@ def test_steps_and_states_keep_their_layout_on_a_mesh(make):
   optimizer = optim.penalised(optimizer, l1=0.1)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')):
     model = transformer.llama(16, 256, 2, heads=4, max_length=4, tied=False)
+    optimizer = optim.bound(optimizer, declarations.of(model))
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
     step, after = jax.eval_shape(functools.partial(optimizer.update, obj_fn=loss) if make is optim.sophia
@@ -200,18 +209,18 @@ def test_steps_and_states_keep_their_layout_on_a_mesh(make):
 
 @pytest.mark.parametrize('make', OPTIMIZERS)
 def test_the_state_tells_the_rate_of_the_last_update(make):
-  optimizer = make(schedule)
+  optimizer = bound(make(schedule), PARAMS)
   state = optimizer.init(PARAMS)
   assert float(optim.learning_rate(state)) == 0.5
   for rate, grad in zip(RATES, GRADS):
-    _, state = optax.with_extra_args_support(optimizer).update(grad, state, PARAMS, obj_fn=loss)
+    _, state = optimizer.update(grad, state, PARAMS, obj_fn=loss)
     assert float(optim.learning_rate(state)) == rate
 
 
 @pytest.mark.parametrize('make', OPTIMIZERS)
 def test_a_number_is_a_constant_rate(make):
   def steps(rate):
-    optimizer = optax.with_extra_args_support(make(rate))
+    optimizer = bound(make(rate), PARAMS)
     params, state = PARAMS, optimizer.init(PARAMS)
     for grad in GRADS:
       updates, state = optimizer.update(grad, state, params, obj_fn=loss)
@@ -234,11 +243,12 @@ def test_an_optimizer_that_keeps_no_rate_has_none():
 @pytest.mark.parametrize('mesh', [None, 'data:4,model:2'])
 def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mesh):
   with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
-    params = jax.jit(transformer.llama(16, 32, 2, heads=4, max_length=4).init)(jax.random.key(0))
+    model = transformer.llama(16, 32, 2, heads=4, max_length=4)
+    params = jax.jit(model.init)(jax.random.key(0))
     grads = jax.jit(lambda: jax.tree.map(
         lambda p: sharding.constrain(jax.random.normal(jax.random.key(p.size), p.shape), '-' * p.ndim), params))()
     grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
-    muon = optim.muon(schedule, weight_decay=0.25, rest=3., clip=None)
+    muon = optim.bound(optim.muon(schedule, weight_decay=0.25, rest=3., clip=None), declarations.of(model))
     updates, _ = jax.jit(muon.update)(grads, jax.jit(muon.init)(params), params)
     assert jax.tree.map(lambda u: u.sharding, updates) == jax.tree.map(lambda p: p.sharding, params)
   blocks = {k: np.asarray(v) for k, v in updates['blocks']['0']['attention'].items()}

@@ -6,16 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.declared import bound
 from jax.sharding import PartitionSpec as P
 
 from lm import optim, sharding, train
 from lm.data import dataset
 from lm.data.batch import Batch
+from lm.declarations import Role, declare
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 
 
-def walk(optimizer, params, gradient, steps):
+def walk(optimizer, params, gradient, steps, declared=None):
+  optimizer = bound(optimizer, params, declared)
   update, state, path = jax.jit(optimizer.update), optimizer.init(params), []
   for i in range(steps):
     updates, state = update(gradient(params, i), state, params)
@@ -87,10 +90,11 @@ def test_soap_is_adam_in_any_rotation():
 
 def test_soap_is_adam_for_all_that_is_no_matrix_of_a_block():
   params = {'embedding': np.ones((4, 3), 'f4'), 'blocks': {'0': {'norm': {'scale': np.ones((2, 3), 'f4')}}}}
+  declared = {'embedding': declare('VD', Role.EMBEDDING), 'blocks': {'0': {'norm': {'scale': declare('-')}}}}
   grads = [jax.tree.map(lambda p, i=i: np.float32(np.random.default_rng(i).normal(size=p.shape)), params)
            for i in range(4)]
-  soap = walk(optim.soap(lambda step: 0.1, 0., clip=None), params, lambda _, i: grads[i], 4)
-  adam = walk(optim.adam(lambda step: 0.1, 0.95, 0.95, clip=None), params, lambda _, i: grads[i + 1], 3)
+  soap = walk(optim.soap(lambda step: 0.1, 0., clip=None), params, lambda _, i: grads[i], 4, declared)
+  adam = walk(optim.adam(lambda step: 0.1, 0.95, 0.95, clip=None), params, lambda _, i: grads[i + 1], 3, declared)
   for a, b in zip(adam, soap[1:], strict=True):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), a, b)
 
@@ -126,8 +130,8 @@ def test_sophia_estimates_every_so_often_and_bounds_its_steps():
     jax.debug.callback(lambda: calls.append(1))
     return jnp.sum(curvature * jnp.square(params['w'])) / 2
 
-  sophia = optim.sophia(lambda step: 1., 0., b1=0., b2=0.5, gamma=0.5, curvature_every=3, clip=None)
   params, state, h = {'w': jnp.float32([0.3, -0.02])}, None, np.zeros(2)
+  sophia = bound(optim.sophia(lambda step: 1., 0., b1=0., b2=0.5, gamma=0.5, curvature_every=3, clip=None), params)
   state, update = sophia.init(params), jax.jit(lambda g, s, p: sophia.update(g, s, p, obj_fn=loss))
   for i in range(5):
     grad = {'w': curvature * params['w']}
@@ -161,7 +165,7 @@ def test_sophia_reads_a_batch_in_the_parts_that_gradients_are_computed_in():
 def test_soap_goes_the_same_way_on_a_mesh():
   random = np.random.default_rng(0)
   w, grads = random.normal(size=(2, 8, 8)), random.normal(size=(4, 2, 8, 8))
-  soap = optim.soap(lambda step: 0.1, precondition_every=2)
+  soap = bound(optim.soap(lambda step: 0.1, precondition_every=2), block(w))
   plain = walk(soap, block(w), lambda _, i: block(grads[i]), 4)
   mesh = sharding.make_mesh('data:4,model:2')
   with jax.set_mesh(mesh):

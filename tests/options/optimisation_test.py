@@ -4,8 +4,8 @@ import typing
 
 import jax
 import numpy as np
-import optax
 import pytest
+from helpers.declared import bound
 
 from lm import optim, options
 from lm.optim import averaging
@@ -16,7 +16,7 @@ PARAMS = {'embedding': np.ones((4, 2), 'f4'), 'norm': {'scale': np.ones(2, 'f4')
 
 def step(**flags):
   """A step from gradients of ones, and the state after it."""
-  optimizer = optax.with_extra_args_support(options.Optimizer(**flags).make(40, warmup=4))
+  optimizer = bound(options.Optimizer(**flags).make(40, warmup=4), PARAMS)
   return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, obj_fn=lambda params: params['embedding'].sum())
 
 
