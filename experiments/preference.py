@@ -101,8 +101,9 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what the held-out pairs say, and how the model answers before and after."""
-  print('held out: ' + ', '.join(f'{name.removeprefix("preference/")} {value:.4f}' for name, value in
-                                 result.metrics.items() if name.startswith('preference/')))
+  prefix = 'validation/preference/'
+  print('held out: ' + ', '.join(f'{name.removeprefix(prefix)} {value:.4f}' for name, value in result.metrics.items()
+                                 if name.startswith(prefix)))
   data = run.data
   if isinstance(run.model, Reward):
     return

@@ -96,9 +96,9 @@ def loss(study: pathlib.Path, arm: variants.Arm, seed: int, mesh: jax.sharding.M
   told = study / arm.name / f'seed-{seed}' / 'final.json'
   if not told.exists():
     _, _, result = arms.go(study, arm, seed, mesh)
-    if not math.isfinite(result.metrics['nll']):
+    if not math.isfinite(nll := result.metrics['validation/nll']):
       raise train.NotFinite(f'{arm.name} diverged; lower its learning rate')
-    atomic.write(told, json.dumps(result.metrics))
+    atomic.write(told, json.dumps({'nll': nll}))
   return json.loads(told.read_text())['nll']
 
 

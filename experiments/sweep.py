@@ -101,8 +101,9 @@ def value(arm: variants.Arm, trial: search.RunningTrial, metric: str, workdir: p
       runs.open_data(workdir, [arm])
   except ValueError as error:
     raise Impossible(error) from None
-  watch = lambda step, metrics: trial.report(-(-step // run.evaluate_every), metrics[metric])
-  found = runs.go(workdir, arm, seed, mesh, watch)[2].metrics[metric]
+  name = f'validation/{metric}'
+  watch = lambda step, metrics: trial.report(-(-step // run.evaluate_every), metrics[name])
+  found = runs.go(workdir, arm, seed, mesh, watch)[2].metrics[name]
   if not math.isfinite(found):
     raise train.NotFinite(f'its {metric} is {found}')
   return found

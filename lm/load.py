@@ -38,7 +38,7 @@ class Trained:
 
 
 def load(workdir: str | pathlib.Path, best: bool = False) -> Trained:
-  """The result of a run: its newest checkpoint, or the best by validation loss; on the mesh that is set.
+  """The result of a run: its newest checkpoint, or the best by the metric of the run; on the mesh that is set.
 
   The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
   keeps one. Adapters are merged into their matrices. Raises as `open_run`.

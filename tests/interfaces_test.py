@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm import generate, load, optim, sharding, train
-from lm.data import batch, dataset, tokenizers
+from lm.data import batch, batches, dataset, tokenizers
 from lm.data.text import mixture, source
 from lm.evaluate import score
 from lm.launch import outcome
@@ -121,7 +121,7 @@ class Tokenizer(Exact):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(Exact, batch.Batches):
+class Rows(Exact, batches.Batches):
   """One document per row."""
   documents: list[np.ndarray] = dataclasses.field(kw_only=True)
 
@@ -135,7 +135,7 @@ class Rows(Exact, batch.Batches):
 
 
 class OpenData(Exact):
-  tokenizer, fingerprint = Tokenizer(), 'numbers'
+  tokenizer, fingerprint, validation_sets = Tokenizer(), 'numbers', ()
   stores = {split: [Tokenizer().encode(text) for text in texts] for split, texts in TEXTS.items()}
 
   def batches(self, split, objective, rows, seed=0, repeat=True):
@@ -144,7 +144,8 @@ class OpenData(Exact):
 
 
 class Data(Exact):
-  length, source_length, kind, columns, template = 24, None, np.ndarray, types.MappingProxyType({}), None
+  length, source_length, kind, template = 24, None, np.ndarray, None
+  columns = inputs = types.MappingProxyType({})
   text_fingerprint = 'numbers'
 
   def questions(self, split, count):
@@ -214,7 +215,7 @@ def test_what_is_trained_on_fakes_is_loaded_generates_and_scores(trained, capsys
     own = logits(params, ids)[:-1]
     expected = own[range(len(own)), ids[1:]] - np.log(np.exp(own).sum(-1))
     np.testing.assert_allclose(values, expected, atol=1e-5)
-  assert result.metrics['nll'] == pytest.approx(-np.concatenate(scores).mean(), abs=1e-5)
+  assert result.metrics['validation/nll'] == pytest.approx(-np.concatenate(scores).mean(), abs=1e-5)
 
   written, = generate.generate(run.model, result.params, Tokenizer(), ['on'], generate.Sampling(0), max_tokens=6)
   ids = [BOS, *b'on']

@@ -164,7 +164,7 @@ def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
   sys.modules.pop('neighbour')
   opened = load.load(tmp_path / 'run')
   assert same(opened.params, result.params) and str(program.folder) not in sys.path
-  assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-6)
+  assert loss_of(program, opened) == pytest.approx(result.metrics['validation/loss'], rel=1e-6)
 
 
 def test_an_edited_script_is_refused_by_all_that_open_the_run(program, tmp_path):
@@ -247,7 +247,7 @@ def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monk
   (tmp_path / 'elsewhere').mkdir()
   monkeypatch.chdir(tmp_path / 'elsewhere')
   opened = load.load(tmp_path / 'adapters')   # a relative --init opens from anywhere
-  assert loss_of(program, opened) == pytest.approx(result.metrics['loss'], rel=1e-5)
+  assert loss_of(program, opened) == pytest.approx(result.metrics['validation/loss'], rel=1e-5)
   assert same(load.base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
   program('base', steps=5)
   for again in (lambda: load.load(tmp_path / 'adapters'),

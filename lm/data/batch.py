@@ -1,17 +1,11 @@
-"""What objectives make of data, and how it lies in rows: `batch(step)` is a pure function of (data, seed, step).
-
-`stream` cuts rows from documents that follow one another; `packing` fills rows with whole dialogues or pairs.
-"""
-import abc
-import dataclasses
-import functools
+"""What objectives make of documents, dialogues and pairs, `Example`, and how examples lie in rows, `Batch`."""
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
-from lm import seeds
 from lm.data.tokenizers.base import Tokenizer
 
 Array = Any   # NumPy on the host, JAX on the devices
@@ -50,6 +44,7 @@ class Example(NamedTuple):
   segments: Array | None = None       # 1, 2, ... where these are several that do not see each other; None: one
   source: Array | None = None         # int32, of its own length: what an encoder reads
   columns: Mapping[str, Array] | None = None   # what else the loss reads of each position
+  inputs: Mapping[str, Array] | None = None    # what else a model reads, such as an image; axes of their own
 
 
 class Batch(NamedTuple):
@@ -68,6 +63,7 @@ class Batch(NamedTuple):
   source: Array | None = None
   source_segments: Array | None = None   # as `segments`
   columns: dict[str, Array] | None = None   # [B, T, ...], what else the loss reads
+  inputs: dict[str, Array] | None = None    # [B, ...], what else a model reads of each row, with axes of their own
 
 
 class Special(NamedTuple):
@@ -172,13 +168,13 @@ def template(objective: ExampleMaker, special: Special, length: int, source_leng
   if source_length is not None:
     batch = batch._replace(**dict(zip(('source', 'source_segments'), np.zeros((2, 1, source_length), np.int32))))
   columns = {name: new(x.dtype, x.shape[1:]) for example in made for name, x in (example.columns or {}).items()}
-  return batch._replace(columns=columns or None)
+  inputs = {name: np.zeros((1, *x.shape), x.dtype) for example in made for name, x in (example.inputs or {}).items()}
+  return batch._replace(columns=columns or None, inputs=inputs or None)
 
 
 def blank(row: Batch, rows: int) -> Batch:
   """So many rows as empty as this one."""
-  new = lambda x: None if x is None else np.zeros((rows, *x.shape[1:]), x.dtype)
-  return Batch(*map(new, row[:-1]), row.columns and {name: new(x) for name, x in row.columns.items()})
+  return jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), row)
 
 
 class Row:
@@ -188,9 +184,14 @@ class Row:
     self.batch, self.i, self.at, self.source_at, self.segments = batch, i, 0, 0, 0
 
   def add(self, example: Example) -> None:
-    """ValueError where it does not fit."""
+    """Adds an example; one without tokens adds nothing. A row with inputs, which are of all of it, holds one example.
+
+    Raises:
+      ValueError: the example does not fit, or its inputs are not those that the row has a place for.
+    """
     if not (size := len(example.tokens)):
       return
+    self._add_inputs(example.inputs or {})
     batch, end = self.batch, self.at + size
     source_end = self.source_at + (0 if example.source is None else len(example.source))
     if end > batch.tokens.shape[1] or batch.source is not None and source_end > batch.source.shape[1]:
@@ -214,91 +215,15 @@ class Row:
       batch.source[source], batch.source_segments[source] = example.source, self.segments + 1
     self.at, self.source_at, self.segments = end, source_end, self.segments + count
 
-
-def generator(seed: int | None, row: int) -> np.random.Generator:
-  """The random numbers of a row. Philox: a stream of its own for each, at the cost of making it."""
-  return np.random.Generator(np.random.Philox(key=[seed or 0, row]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches(abc.ABC):
-  """Base of what makes batches: rows of an epoch in a new order each epoch, `rows` of them a step.
-
-  Args:
-    objective: makes the examples.
-    special: of the tokenizer.
-    length: T. source_length: S, where the objective makes sources.
-    rows: B, of the global batch.
-    seed: fixes the order; None keeps the data's own.
-    repeat: whether a new epoch follows; otherwise rows after the last are empty.
-    stored: arrays [rows_per_epoch, T, ...] that are added to the columns of a batch. What was stored of a row needs the
-      row to be the same in every epoch; only their order then is new.
-  """
-  objective: ExampleMaker
-  special: Special
-  length: int
-  rows: int
-  seed: int | None = 0
-  repeat: bool = True
-  source_length: int | None = None
-  stored: Mapping[str, np.ndarray] | None = None
-
-  context = None   # positions at the start of a row that repeat the end of the row before; None: rows are not cut
-
-  @property
-  @abc.abstractmethod
-  def rows_per_epoch(self) -> int: ...
-
-  @abc.abstractmethod
-  def _fill(self, row: Row, epoch: int, index: int, rng: np.random.Generator) -> None:
-    """Row `index` of the epoch, before rows are shuffled."""
-
-  @functools.cached_property
-  def _empty(self) -> Batch:
-    row = template(self.objective, self.special, self.length, self.source_length)
-    stored = {name: values[:1] for name, values in (self.stored or {}).items()}
-    return row._replace(columns={**(row.columns or {}), **stored} or None)
-
-  def summary(self, rows: int) -> list[str]:
-    """What so many rows read, a line for each source where there are several."""
-    return [f'one epoch is {self.rows_per_epoch:,} rows; this run reads {rows:,} rows, '
-            f'{rows / self.rows_per_epoch:.3g} epochs']
-
-  def end(self) -> tuple[int, str] | None:
-    """How many rows there are, and the name of the source that then ends; None where rows have no end."""
-    return None
-
-  def with_bytes(self) -> 'Batches':
-    """These, with a column `bytes` where the table of the tokenizer does not say it, and the text is known.
-
-    Those are bytes of the text's own UTF-8 that each target stands for.
-    """
-    return self
-
-  @property
-  def steps_per_epoch(self) -> int:
-    return -(-self.rows_per_epoch // self.rows)
-
-  @functools.cached_property
-  def _order(self) -> Callable[[int], np.ndarray]:
-    """The order of the rows of an epoch; a batch spans two epochs at most, or is larger than either."""
-    return functools.lru_cache(maxsize=2)(lambda epoch: np.arange(self.rows_per_epoch) if self.seed is None else
-                                          seeds.generator(self.seed, epoch, 1).permutation(self.rows_per_epoch))
-
-  def __call__(self, step: int, rows: range | None = None) -> Batch:
-    """The batch of a step, or only some of its rows (those that a host owns): NumPy arrays."""
-    rows = range(self.rows) if rows is None else rows
-    places = [divmod(step * self.rows + row, self.rows_per_epoch) for row in rows]
-    return self.compose([(epoch, int(self._order(epoch)[index])) if epoch == 0 or self.repeat else None
-                         for epoch, index in places])
-
-  def compose(self, places: list[tuple[int, int] | None]) -> Batch:
-    """Rows by (epoch, index before rows are shuffled); None is an empty one."""
-    batch = blank(self._empty, len(places))
-    for i, place in enumerate(places):
-      if place is not None:
-        epoch, index = (0, place[1]) if self.stored is not None else place
-        self._fill(Row(batch, i), epoch, index, generator(self.seed, epoch * self.rows_per_epoch + index))
-        for name, values in (self.stored or {}).items():
-          batch.columns[name][i] = values[index]
-    return batch
+  def _add_inputs(self, inputs: Mapping[str, Array]) -> None:
+    places = self.batch.inputs or {}
+    if places and self.at:
+      raise ValueError(f'a row would hold several examples, and inputs ({", ".join(places)}) are of the whole row; '
+                       'give each example a row of its own')
+    for name, values in inputs.items():
+      place = places.get(name)
+      if place is None or place.shape[1:] != np.shape(values):
+        has = 'none of that name' if place is None else f'one of shape {list(place.shape[1:])}'
+        raise ValueError(f'an example has the input {name} of shape {list(np.shape(values))}, and its row {has}; '
+                         'declare it in `inputs` of the data')
+      place[self.i] = values

@@ -1,19 +1,22 @@
 """A corpus with a tokenizer: from documents to batches."""
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import pathlib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lm.data import store, tokenizers
-from lm.data.batch import Batches, ExampleMaker, special
+from lm.data.batch import ExampleMaker, special
+from lm.data.batches import Batches
 from lm.data.chat.messages import Messages
 from lm.data.encoding import TextEncoder
-from lm.data.rows.stream import Stream
+from lm.data.rows.stream import Stream, TokenDocuments
 from lm.data.store_reader import OtherSettings
 from lm.data.text import clean
 from lm.data.text.mixture import Mixed
@@ -51,7 +54,7 @@ class Text:
   source_length: int | None = None
 
   kind = np.ndarray
-  columns = types.MappingProxyType({})
+  columns = inputs = types.MappingProxyType({})
   template = None
 
   def __post_init__(self):
@@ -227,6 +230,12 @@ def _fingerprint(train: str, mixing: Mixing | None) -> str:
   return train if mixing is None else hashlib.sha256(f'{train} {mixing.weights}'.encode()).hexdigest()[:16]
 
 
+def _numbered(name: str) -> Iterator[str]:
+  """The name, then name-2, name-3, ..."""
+  yield name
+  yield from (f'{name}-{number}' for number in itertools.count(2))
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenText:
   """Tokenised text, by split."""
@@ -240,13 +249,34 @@ class OpenText:
   def fingerprint(self) -> str:
     return _fingerprint(self.stores['train'].fingerprint, self.mixing)
 
+  @functools.cached_property
+  def _validation_stores(self) -> dict[str, TokenDocuments]:
+    stores = {split.removeprefix('validation-'): opened for split, opened in self.stores.items()
+              if split.startswith('validation-')}
+    if self.mixing is not None and 'validation' in self.stores:
+      for source, part in zip(self.mixing.sources, self.stores['validation'].parts()):
+        if len(part.offsets) > 1:   # not of a source whose held-out documents were all dropped
+          name = next(name for name in _numbered(source.name) if name not in stores)
+          stores[name] = part
+    return stores
+
+  @property
+  def validation_sets(self) -> tuple[str, ...]:
+    """Further held-out sets: those of the splits `validation-NAME`, and what each source of a mixture holds out."""
+    return tuple(self._validation_stores)
+
   def batches(self, split: str, objective: ExampleMaker, rows: int, seed: int | None = 0, repeat: bool = True,
               context: int = 0) -> Batches:
-    """See `Stream`. Where training repeats a mixture, its sources are read by weight: see `Mixed`."""
+    """See `Stream`. Where training repeats a mixture, its sources are read by weight: see `Mixed`.
+
+    `validation/NAME` is one of the validation sets.
+    """
     settings = (objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
                 self.source_length)
     if self.mixing is None or split != 'train' or not repeat:
-      return Stream(*settings, store=self.stores[split], context=context)
+      validation_set = split.removeprefix('validation/')
+      opened = self.stores[split] if validation_set == split else self._validation_stores[validation_set]
+      return Stream(*settings, store=opened, context=context)
     parts = self.stores[split].parts()
     for source, part in zip(self.mixing.sources, parts):
       if len(part.offsets) < 2:

@@ -84,7 +84,7 @@ class Store:
   def parts(self) -> list['Part']:
     """Returns the documents of each source of a mixture, or all documents if the source was not a mixture."""
     ends = [0, *self.manifest.get('ends', [len(self)])]
-    return [Part(self.tokens, self.offsets[start:end + 1]) for start, end in itertools.pairwise(ends)]
+    return [Part(self.tokens, self.offsets[start:end + 1], self.sizes) for start, end in itertools.pairwise(ends)]
 
   def __reduce__(self):  # workers map the files themselves
     return Store, (self._folder, self._split)

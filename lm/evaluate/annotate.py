@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 
 from lm import sharding
 from lm.data import dataset
-from lm.data.batch import Batch, Batches
+from lm.data.batch import Batch
+from lm.data.batches import Batches
 from lm.data.chat.conversation import Template
 from lm.data.chat.messages import Messages
 from lm.objectives.objective import Objective
@@ -68,6 +69,10 @@ class Annotated:
   def questions(self, split: str, count: int) -> list[tuple[Messages, str]]:
     return self.data.questions(split, count)
 
+  @property
+  def inputs(self) -> Mapping[str, tuple[Any, tuple[int, ...]]]:
+    return self.data.inputs
+
   def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: dataset.Check = dataset.unchecked
            ) -> 'OpenAnnotated':
     data = self.data.open(workdir, control=control,
@@ -109,6 +114,10 @@ class OpenAnnotated:
     return self.data.tokenizer
 
   @property
+  def validation_sets(self) -> tuple[str, ...]:
+    return self.data.validation_sets
+
+  @property
   def stores(self) -> Mapping[str, Sequence[np.ndarray]]:
     return self.data.stores
 
@@ -126,7 +135,7 @@ class OpenAnnotated:
     made_of = {'split': split, 'seed': seed, 'length': batches.length, 'data': self.fingerprint,
                'forms': describe(objective.forms), 'annotate': describe(self.annotated.annotate),
                'columns': {name: f'{dtype}{list(shape)}' for name, (dtype, shape) in shapes.items()}}
-    stored = _Stored(self.folder / split, shapes, made_of)
+    stored = _Stored(self.folder / split.replace('/', '-'), shapes, made_of)
     if stored.rows_done < batches.rows_per_epoch:
       self._compute(stored, batches)
     return dataclasses.replace(batches, stored=stored.read())

@@ -26,14 +26,21 @@ def show(run: train.Run, workdir: pathlib.Path, result: train.Result, script: pa
     return
   if (workdir / 'metrics.jsonl').exists():
     figures.curve(workdir / 'metrics.jsonl', workdir / 'curve.png')
-  values = ', '.join(f'{name} {value:.4g}' for name, value in result.metrics.items() if name in METRICS)
-  print(f'held out: {values}; saved in {workdir}: checkpoints, metrics.jsonl, curve.png')
+  print(f'held out: {_held_out(result)}; saved in {workdir}: checkpoints, metrics.jsonl, curve.png')
+  for name in result.data.validation_sets:
+    print(f'  {name}: {_held_out(result, f"{name}/")}')
   if text:
     prompt, completion = text
     print(f'\nthe model goes on from {prompt!r}, the first words of a held-out document:\n{prompt}{completion}\n')
     print(f'next: {command("generate", workdir, script, prompt=prompt)}')
   elif sample and run.data.kind is np.ndarray:   # documents
     print(f'next: {command("score", workdir, script, split="validation")}')
+
+
+def _held_out(result: train.Result, prefix: str = '') -> str:
+  """The metrics of the validation data, or of one of its sets."""
+  names = ((name, f'validation/{prefix}{name}') for name in METRICS)
+  return ', '.join(f'{name} {result.metrics[logged]:.4g}' for name, logged in names if logged in result.metrics)
 
 
 def command(program: str, workdir: pathlib.Path, script: pathlib.Path | None = None, **flags: Any) -> str:

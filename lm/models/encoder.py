@@ -94,7 +94,7 @@ class Encoder(LanguageModel):
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
                        'once; shorten the input')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
-    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init, zeros, ones = nn.initializers.normal(self.std), nn.initializers.zeros, nn.initializers.ones
 

@@ -149,7 +149,7 @@ class EncoderDecoder(LanguageModel):
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
       raise ValueError('an encoder-decoder reads batch.source; with a cache, the first batch has it')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
-    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    batch = parts.text_batch(batch)
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), nn.initializers.normal(self.std),
                              self.dtype, Role.EMBEDDING)

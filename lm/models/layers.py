@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import declarations, sharding
+from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models.context import Aux, Context
 
@@ -43,6 +44,14 @@ class LowRank:
     layout = None if sharding.spec('') is None else jax.typeof(self.weight).sharding
     change = jnp.einsum(formula, self.a, self.b, out_sharding=layout, preferred_element_type=jnp.float32)
     return self.weight.astype(jnp.float32) + self.scale * change
+
+
+def text_batch(batch: Batch) -> Batch:
+  """The batch, laid out on the mesh. ValueError where it has inputs, which models of text alone do not read."""
+  if batch.inputs:
+    raise ValueError(f'the batch has inputs ({", ".join(batch.inputs)}), which this model does not read; take a model '
+                     'that does, or data without them')
+  return jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
 
 
 def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None,

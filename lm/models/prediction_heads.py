@@ -120,7 +120,7 @@ class MultiToken:
     ahead: list[jax.Array] = []
     if cache is not None or not self.depths:
       return MultiTokenOutput(*out, ())
-    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    batch = parts.text_batch(batch)
     positions = batch.positions
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)

@@ -155,7 +155,7 @@ class Transformer(LanguageModel):
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
                        'once; raise its length or shorten the input')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
-    batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+    batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING)

@@ -11,19 +11,21 @@ from lm import sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.base import Bytes
 from lm.sharding import hosts
-from lm.train import start as train
 from lm.train import validation
+from lm.train.checks import check
+from lm.train.run import Run, abstract_batch, init, load_constants, with_constants
+from lm.train.step import make_step
 
 
-def empty_batch(run: train.Run) -> Batch:
+def empty_batch(run: Run) -> Batch:
   """A batch of zeros, of one segment a row and targets that count, on the mesh that is set."""
   mesh = jax.sharding.get_mesh()
   rows = len(sharding.local_rows(run.batch, mesh))
-  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), train.abstract_batch(run, mesh))
+  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), abstract_batch(run, mesh))
   return sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
 
 
-def fit(make: Callable[[int], train.Run], minutes: float) -> train.Run:
+def fit(make: Callable[[int], Run], minutes: float) -> Run:
   """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
 
   The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set. ValueError
@@ -32,14 +34,14 @@ def fit(make: Callable[[int], train.Run], minutes: float) -> train.Run:
   if not 0 < minutes < 1e6:
     raise ValueError(f'minutes={minutes} is not between 0 and a million')
   run, mesh = make(10_000), jax.sharding.get_mesh()
-  train.check(run, mesh)
+  check(run, mesh)
   batch = empty_batch(run)
-  state, step, constants = jax.jit(lambda: train.init(run))(), train.make_step(run), train.load_constants(run)
+  state, step, constants = jax.jit(lambda: init(run))(), make_step(run), load_constants(run)
   evaluation = validation.make_step(run.model.apply, run.objective, Bytes())
   times = []
   for _ in range(4):
     start = time.monotonic()
-    jax.block_until_ready(evaluation(train.with_constants(state.params, constants), batch))
+    jax.block_until_ready(evaluation(with_constants(state.params, constants), batch))
     middle = time.monotonic()
     state = jax.block_until_ready(step(state, batch, constants)[0])
     times.append((middle - start, time.monotonic() - middle))
@@ -54,7 +56,7 @@ def _at_least(steps: float, least: int = 10) -> int:
   return min(max(int(steps), least), 2 ** 31 - 1)
 
 
-def planned(make: Callable[..., train.Run], recorded: Sequence[Mapping[str, Any]]) -> train.Run:
+def planned(make: Callable[..., Run], recorded: Sequence[Mapping[str, Any]]) -> Run:
   """The run of an experiment; where it is given minutes and no steps, with as many steps as fit.
 
   `make(**knobs)` makes it. Steps are measured once: those in the records of earlier starts, oldest first, stay, and

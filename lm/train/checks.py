@@ -10,6 +10,7 @@ from lm.data.rows.augment import augmented
 from lm.train.interfaces import OpenData
 from lm.train.run import Run, abstract_batch, abstract_constants, init, with_constants
 from lm.train.step import make_step
+from lm.workdir.describe import differences
 
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
@@ -32,21 +33,35 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.augment and run.data.columns:
     raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
                      'augmentation')
-  if len({length for _, length in shapes}) > 1 and (run.data.source_length or run.data.kind is not np.ndarray):
-    raise ValueError('rows of sources and of dialogues cannot be cut into shorter ones; leave out the stages of length')
+  whole = run.data.source_length or run.data.kind is not np.ndarray or abstract_batch(run, mesh).inputs
+  if len({length for _, length in shapes}) > 1 and whole:
+    raise ValueError('rows of sources, of dialogues and with inputs cannot be cut into shorter ones; leave out the '
+                     'stages of length')
   for shape in shapes:
     jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh, shape),
                    abstract_constants(run))
 
 
+def check_batch(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int], batch: Batch) -> None:
+  """ValueError unless the batch that a feed gives has the arrays of `abstract_batch`, which names those that differ."""
+  given, expected = ({jax.tree_util.keystr(path, simple=True, separator='.'): f'{x.dtype}{list(x.shape)}'
+                      for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                     for tree in (batch, abstract_batch(run, mesh, shape)))
+  if lines := differences(expected, given):
+    raise ValueError('the feed gives a batch of other arrays than the run expects; the objective says which columns '
+                     'there are, the data the length of rows\n  ' + '\n  '.join(lines))
+
+
 def check_vocabulary(run: Run, data: OpenData) -> None:
   """ValueError if the tokenizer has tokens for which the model has no logits."""
-  def logits(constants):
+  def logits(constants, inputs):
     params = with_constants(run.model.init(jax.random.key(0)), constants)
     tokens = jnp.zeros((run.batch, 1), jnp.int32)
-    outputs = run.model.apply(params, Batch(tokens, source=None if run.data.source_length is None else tokens))
+    source = None if run.data.source_length is None else tokens
+    outputs = run.model.apply(params, Batch(tokens, source=source, inputs=inputs))
     return outputs.head(outputs.hidden)
-  vocab = jax.eval_shape(logits, abstract_constants(run)).shape[-1]
+  inputs = abstract_batch(run, jax.sharding.get_mesh()).inputs
+  vocab = jax.eval_shape(logits, abstract_constants(run), inputs).shape[-1]
   if data.tokenizer.vocab_size > vocab:
     raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
                      'raise the vocabulary of the model')

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from lm import sharding
+from lm.train.run import Run, abstract_batch, abstract_constants, with_constants
+from lm.workdir import track
+
 _UNKNOWN_LOOP = ('the program multiplies matrices in a loop whose turns are not known before it runs, so its FLOPs '
                  'cannot be counted; compare by steps, tokens or seconds')
 
@@ -47,6 +51,40 @@ def training(function: Callable[..., Any], params: Any, *args: Any) -> float:
   jaxpr = jax.make_jaxpr(function)(params, *args).jaxpr
   trained = len(jax.tree.leaves(params))
   return _training(jaxpr, [i < trained for i in range(len(jaxpr.invars))])[0]
+
+
+def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | None = None) -> float:
+  """Of a model's training, for the MFU: without the optimizer, and without what the backward pass computes again.
+
+  With batches as `abstract_batch` has them. Attention counts the blocks of scores that causality leaves to compute.
+  ValueError for a model whose products cannot be counted.
+  """
+  # Of devices on which all products are JAX's own: those in loops of CPUs and in fused attention cannot be counted.
+  device = jax.sharding.AbstractDevice('TPU v4', 1, 'tpu')
+  mesh = sharding.abstract_mesh(sharding.mesh_text(mesh), device)
+
+  def loss(params, batch, constants):
+    return run.objective.loss(run.model.apply, with_constants(params, constants), batch, None)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    batch = abstract_batch(run, mesh, shape)
+    params = jax.eval_shape(lambda: run.model.init(jax.random.key(0)))
+    return training(loss, params, batch, abstract_constants(run)) / math.prod(batch.tokens.shape)
+
+
+def flops_by_step(run: Run, mesh: jax.sharding.Mesh, devices: list[Any]) -> Callable[[int], float] | None:
+  """FLOPs of a token in each step, by its number; None where there is no MFU, which is said unless devices are CPUs."""
+  unknown = sorted({device.device_kind for device in devices if track.peak_flops(device) is None})
+  try:
+    if not unknown:
+      flops = {shape: flops_per_token(run, mesh, shape) for shape in run.schedule.shapes()}
+      return lambda step: flops[run.schedule.shape(step - 1)]
+    reason = f'the peak FLOP/s of {", ".join(unknown)} is not known; add it in lm/workdir/track.py'
+  except ValueError as error:
+    reason = str(error)
+  if unknown != ['cpu']:
+    print(f'no MFU is shown: {reason}')
+  return None
 
 
 def _training(jaxpr, depend: Sequence[bool]) -> tuple[float, list[bool]]:

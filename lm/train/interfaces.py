@@ -1,8 +1,9 @@
-"""What the packages from `train` on know of a model and of data: these members, and no others.
+"""What the packages from `train` on know of a model, of data, and of what gives batches: these members, and no others.
 
 `tests/interfaces_test.py` trains, generates and scores with objects that have exactly these members. What is known of a
 tokenizer is `lm.data.tokenizers.Tokenizer`; a source is a `lm.data.text.source.Source`.
 """
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from lm.data.batch import Batch, Batches
+from lm.data.batch import Batch
+from lm.data.batches import Batches
 from lm.data.chat.conversation import Template
 from lm.data.chat.messages import Messages
 from lm.data.dataset import Check, unchecked
@@ -55,6 +57,7 @@ class OpenData(Protocol):
   tokenizer: Tokenizer
   fingerprint: str
   stores: Mapping[str, Sequence[np.ndarray]]   # by split, the tokens of each document, without bos and eos
+  validation_sets: tuple[str, ...]   # names of held-out sets that are evaluated too: the splits 'validation/NAME'
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True
               ) -> Batches: ...
 
@@ -65,6 +68,7 @@ class Data(Protocol):
   source_length: int | None   # positions of a row of sources, for an encoder
   kind: type                  # what a record is, one of `batch.KINDS`
   columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
+  inputs: Mapping[str, tuple[Any, tuple[int, ...]]]    # likewise, beyond [B], of what else a model reads of a row
   template: Template | None   # of chats; None: the records are no dialogues
   text_fingerprint: str       # of the documents after cleaning, whatever the tokenizer and the length are
   def questions(self, split: str, count: int) -> list[tuple[Messages, str]]: ...   # see `Dialogues.questions`
@@ -83,3 +87,33 @@ class Constants:
   name: str
   model: Model
   load: Callable[[Model], Any]
+
+
+# `(params, step) -> metrics`. `Run.evaluators` has functions that make these: a run is built before its data is opened.
+Evaluator = Callable[[Any, int], Mapping[str, float]]
+
+
+class Feed(abc.ABC):
+  """Gives the batch of each step. `Run.feed(run, data, mesh)` makes one; by default it is `feed.DataFeed`."""
+
+  @abc.abstractmethod
+  def __call__(self, step: int, state: Any) -> Batch:
+    """Returns the batch of a step, on the mesh, with the arrays that `run.abstract_batch` says.
+
+    It has to be a pure function of the seed of the run, `step`, which is how many steps were taken before, and
+    `state.params`: a run that goes on from a checkpoint is then the same as one without a stop. `state` is the `State`
+    before the step; its `params` include the constants of the run.
+    """
+
+  def steps(self, planned: int) -> int:
+    """Returns for how many of the planned steps there are batches."""
+    return planned
+
+  def summary(self, steps: int) -> list[str]:
+    """Returns lines that say what so many steps read."""
+    del steps
+    return []
+
+  def close(self) -> None:
+    """Ends what the feed does beside the loop. It is called once, when training ends."""
+    return

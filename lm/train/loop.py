@@ -1,24 +1,26 @@
 """The loop of training: its steps, what is judged, evaluated, logged and saved between them, and where it ends."""
 import contextlib
+import dataclasses
 import math
+import pathlib
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from lm import seeds, sharding
+from lm import seeds
 from lm.data.batch import Batch
 from lm.optim import averaging
-from lm.train import validation
-from lm.train.interfaces import OpenData
-from lm.train.interrupt import Stopped
+from lm.train import checks, flops, validation
+from lm.train.interfaces import Feed, OpenData
+from lm.train.interrupt import Interrupt, Stopped
 from lm.train.pace import Pace
-from lm.train.run import Run, State, abstract_state, advance, flops_per_token, with_constants
+from lm.train.run import Run, State, abstract_state, advance, with_constants
 from lm.train.step import make_step
 from lm.workdir import checkpoint, integrity, track
 from lm.workdir.describe import fingerprint
+from lm.workdir.judge import Judge
 
 
 class Result(NamedTuple):
@@ -28,7 +30,7 @@ class Result(NamedTuple):
   params: Any
   data: OpenData
   mesh: jax.sharding.Mesh
-  metrics: dict[str, float]   # of the last evaluation
+  metrics: dict[str, float]   # of the last evaluation, by their names in the log
   finished: bool
   phases: track.Phases
   signal: int | None = None   # that stopped it
@@ -49,15 +51,25 @@ def result_step(run: Run, checkpoints: checkpoint.Checkpoints, best: bool = Fals
   return checkpoints.best_step() if best or run.patience is not None else None
 
 
+@dataclasses.dataclass
 class Loop:
-  """The loop of `train`: its parts, so that each fits on a screen."""
+  """The loop of `train`, and what it is made of."""
+  run: Run
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  data: OpenData
+  feed: Feed
+  evaluation: validation.Evaluation
+  constants: Mapping[str, Any]
+  checkpoints: checkpoint.Checkpoints
+  judge: Judge                # of the checkpoints
+  facts: Mapping[str, Any]    # that every checkpoint holds
+  interrupt: Interrupt
+  phases: track.Phases
+  watch: Callable[[int, dict[str, float]], bool] | None
 
-  def __init__(self, run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch):
-    self.run, self.mesh, self.data, self.facts, self.phases, self.watch = run, mesh, data, facts, phases, watch
-    self.checkpoints, self.interrupt, self.workdir, self.constants = checkpoints, interrupt, workdir, constants
-    self.batches, self.held_out = batches
+  def __post_init__(self):
     self.shapes: set[tuple[int, int]] = set()   # that were compiled
-    self.evaluate_step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
     self.metrics: dict[str, float] = {}
     self.evaluated = self.saved = -1
     self.compiles_evaluation = True
@@ -68,8 +80,8 @@ class Loop:
     devices = list(self.mesh.devices.flat)
     train_step, pending, key = make_step(run), None, seeds.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
-                       flops_per_token=flops_by_step(run, self.mesh, devices),
-                       devices=devices) as self.tracker, ThreadPoolExecutor(1) as reader:
+                       flops_per_token=flops.flops_by_step(run, self.mesh, devices),
+                       devices=devices) as self.tracker:
       self.saved = self.start = start
       self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, (run.evaluate_every, run.save_every),
                                        start)
@@ -77,13 +89,11 @@ class Loop:
       if self.awaits_validation(start):
         stopped, left = self._validate(start, state)
         if not stopped:
-          self.checkpoints.set_metric(start, self.metrics['loss'])
+          self.checkpoints.set_metric(start, self.metrics[run.best])
       ended = not (stopped or left) and (step >= run.steps or self.out_of_patience(step))
-      following = reader.submit(self._read, start)
       while not (ended or stopped or left):
-        batch = sharding.shard_rows(following.result(), self.mesh)
-        following = reader.submit(self._read, step + 1)
-        new = self._compiles(step)
+        batch = self.feed(step, state._replace(params=with_constants(state.params, self.constants)))
+        new = self._compiles(step, batch)
         with self.phases('compile and first step' if new else 'train'):
           with self._paused() if new else contextlib.nullcontext():
             state, metrics = train_step(state, batch, self.constants, key)
@@ -97,7 +107,6 @@ class Loop:
           self._report(pending)
           pending, step, state = None, step + skipped, advance(state, skipped)
           self.tracker.throughput.skip(skipped)
-          following = reader.submit(self._read, step)
         stopped, ended = self.interrupt.asked(step), step == run.steps
         evaluates = self._evaluates(step)
         if stopped or evaluates or step % run.save_every == 0:
@@ -109,7 +118,7 @@ class Loop:
           if evaluates and not stopped:
             best = self.checkpoints.best_metric()
             stopped, left = self._validate(step, state)
-            improved = not stopped and run.patience is not None and self.metrics['loss'] < best
+            improved = not stopped and run.patience is not None and self.judge.prefers(self.metrics[run.best], best)
           if stopped or left or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
             self._save(step, state)
           ended = not stopped and (ended or self.out_of_patience(step))
@@ -123,10 +132,16 @@ class Loop:
     return step > 0 and self._evaluates(step) and self.checkpoints.metric(step) is None
 
   def _validate(self, step: int, state: State) -> tuple[bool, bool]:
-    """Evaluates a step and logs it. Returns whether a signal cut that short, and whether `watch` wants to stop."""
+    """Evaluates a step and logs it. Returns whether a signal cut that short, and whether `watch` wants to stop.
+
+    ValueError, once the step is saved, where the metric that judges checkpoints is not among those that are evaluated.
+    """
     if not self._evaluate(step, state):
       return True, False
-    self.tracker.log(step, {f'validation/{name}': value for name, value in self.metrics.items()})
+    if self.run.best not in self.metrics:
+      self._save(step, state)   # without a metric: the step is evaluated again when the run goes on
+      validation.check_best(self.run.best, self.metrics)
+    self.tracker.log(step, self.metrics)
     self.evaluated = step
     return False, self.watch is not None and self.watch(step, self.metrics)
 
@@ -164,14 +179,12 @@ class Loop:
     best, patience = self.checkpoints.best_step(), self.run.patience
     return None not in (best, patience) and step - best >= patience * self.run.evaluate_every
 
-  def _read(self, step: int) -> Batch:
-    return self.batches(step, sharding.local_rows(self.run.schedule.shape(step)[0], self.mesh))
-
-  def _compiles(self, step: int) -> bool:
-    """Whether the batch of a step is the first of its shape, which is told where there are stages."""
+  def _compiles(self, step: int, batch: Batch) -> bool:
+    """Whether the batch of a step is the first of its shape; it is checked, and printed where there are stages."""
     shape = self.run.schedule.shape(step)
     if shape in self.shapes:
       return False
+    checks.check_batch(self.run, self.mesh, shape, batch)
     self.shapes.add(shape)
     if self.run.stages:
       print(f'step {step}: batches of {shape[0]} x {shape[1]} from here on, compiling')
@@ -212,8 +225,7 @@ class Loop:
     # The first evaluation compiles, which the pace does not count for steps either.
     paused = self._paused() if self.compiles_evaluation else self.tracker.pause()
     with paused, self.phases('validate'):
-      metrics = validation.evaluate(self.evaluate_step, self._params(state), self.held_out, self.mesh,
-                                  self.run.evaluate_batches, lambda: self.interrupt.asked(step))
+      metrics = self.evaluation(self._params(state), step, lambda: self.interrupt.asked(step))
     self.compiles_evaluation = False
     if metrics is not None:
       self.metrics = metrics
@@ -222,21 +234,7 @@ class Loop:
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:
       with self.tracker.pause(), self.phases('checkpoint'):
-        self.checkpoints.save(step, state, {**self.facts, 'parameters': fingerprint(state.params)},
-                              self.metrics['loss'] if self.evaluated == step else None, self.tracker.records(step))
+        facts = {**self.facts, 'parameters': fingerprint(state.params)}
+        metric = self.metrics[self.run.best] if self.evaluated == step else None
+        self.checkpoints.save(step, state, facts, metric, self.tracker.records(step))
       self.saved = step
-
-
-def flops_by_step(run: Run, mesh: jax.sharding.Mesh, devices: list[Any]) -> Callable[[int], float] | None:
-  """FLOPs of a token in each step, by its number; None where there is no MFU, which is said unless devices are CPUs."""
-  unknown = sorted({device.device_kind for device in devices if track.peak_flops(device) is None})
-  try:
-    if not unknown:
-      flops = {shape: flops_per_token(run, mesh, shape) for shape in run.schedule.shapes()}
-      return lambda step: flops[run.schedule.shape(step - 1)]
-    reason = f'the peak FLOP/s of {", ".join(unknown)} is not known; add it in lm/workdir/track.py'
-  except ValueError as error:
-    reason = str(error)
-  if unknown != ['cpu']:
-    print(f'no MFU is shown: {reason}')
-  return None

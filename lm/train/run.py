@@ -1,9 +1,8 @@
-"""What a training run is: a `Run`, its state, and a step of it. Other rooms know these by `train`."""
+"""What a training run is: a `Run`, and the `State` that its steps change."""
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,9 @@ from lm.data.batch import Batch, Special, template
 from lm.data.rows.augment import Augmentation
 from lm.data.rows.stages import Schedule, Stage
 from lm.objectives.objective import Objective
-from lm.train import flops
 from lm.train.gradient import Gradient, accumulated
 from lm.train.guard import Guard
-from lm.train.interfaces import Constants, Data, Model
+from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
 from lm.workdir.describe import describe
 
 
@@ -34,7 +32,13 @@ class Run:
   Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
   evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
   steps that spike. With `minutes`, steps are left out where they would take longer; `launch` finds how many fit where
-  an experiment's knob `steps` is None. `gradient` computes the gradient of a step, see there.
+  an experiment's knob `steps` is None. `gradient` computes the gradient of a step, see there. `feed(run, data, mesh)`
+  makes what gives the batch of each step, in place of the data's own, such as text that the model itself writes; see
+  `interfaces.Feed`.
+
+  At each evaluation, `evaluate(params, step) -> metrics`, which `evaluators[name](run, data, mesh)` makes, is called
+  after the validation; its metrics are logged as `name/metric`. `best` is the logged name of the metric that says which
+  checkpoint is the best and when patience ends, and `better` says whether a lower or a higher value is better.
   """
   model: Model
   objective: Objective
@@ -57,6 +61,11 @@ class Run:
   guard: Guard | None = None
   minutes: float | None = None
   gradient: Gradient = accumulated
+  feed: 'Callable[[Run, OpenData, jax.sharding.Mesh], Feed] | None' = None   # None: `feed.DataFeed`
+  evaluators: 'Mapping[str, Callable[[Run, OpenData, jax.sharding.Mesh], Evaluator]]' = dataclasses.field(
+      default_factory=dict)
+  best: str = 'validation/loss'
+  better: Literal['lower', 'higher'] = 'lower'
 
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
@@ -70,6 +79,11 @@ class Run:
     if self.patience is not None and not 0 < self.patience < -(-self.steps // self.evaluate_every):
       raise ValueError(f'patience={self.patience} evaluations, one every {self.evaluate_every} steps, is not positive, '
                        f'or longer than the run of {self.steps} steps; lower evaluate_every, or the patience')
+    self._check_evaluation()
+    if self.feed is not None and (self.augment or self.stages):
+      name = 'augment' if self.augment else 'stages'
+      raise ValueError(f'{name}={getattr(self, name)} is for batches of the data, and feed={self.feed} gives others; '
+                       'leave one of them out')
     if self.stages and self.stages[-1].until > self.steps:
       raise ValueError(f'a stage ends at step {self.stages[-1].until}, beyond the {self.steps} steps of the run')
 
@@ -78,6 +92,20 @@ class Run:
     """The optimizer, for the weights that the model declares."""
     return optim.bound(self.optimizer, declarations.of(self.model))
 
+  def _check_evaluation(self) -> None:
+    if wrong := [name for name in self.evaluators if not name or f'{name}/'.startswith('validation/')]:
+      raise ValueError(f'an evaluator is called {wrong[0]!r}, and its metrics would be logged as those of the '
+                       'validation data; choose another name')
+    if self.better not in ('lower', 'higher'):
+      raise ValueError(f"better={self.better!r} is not 'lower' or 'higher'")
+    names = 'validation', *self.evaluators
+    if not self.best.startswith(tuple(f'{name}/' for name in names)):
+      raise ValueError(f"best={self.best!r} is not a metric of an evaluation; its name begins with "
+                       + ' or '.join(f'{name}/' for name in names))
+    if self.best.endswith('accuracy') and self.better == 'lower':
+      raise ValueError(f"best={self.best!r} with better='lower' would keep the least accurate checkpoint; "
+                       "give better='higher'")
+
   @property
   def schedule(self) -> Schedule:
     """What each step reads."""
@@ -85,7 +113,8 @@ class Run:
 
 
 class State(NamedTuple):
-  step: jax.Array
+  """What training changes, and what a checkpoint holds."""
+  step: jax.Array   # how many were taken
   params: Any
   opt_state: Any
   seen: Any = None   # by the guard
@@ -136,30 +165,17 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
                  run.data.source_length)
   stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
-  row = row._replace(columns={**(row.columns or {}), **stored} or None)
+  inputs = {name: np.zeros((1, *shape), dtype) for name, (dtype, shape) in run.data.inputs.items()}
+  inputs = {**(row.inputs or {}), **inputs}
+  row = row._replace(columns={**(row.columns or {}), **stored} or None, inputs=None)
   rows, length = shape or (run.batch, run.data.length)
-  parts = run.data.length // length
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // parts, *x.shape[2:]), x.dtype,
-                                                     sharding=sharding.row_layout(mesh)), row)
+  parts, layout = run.data.length // length, sharding.row_layout(mesh)
 
+  def rows_of(x: np.ndarray, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *shape), x.dtype, sharding=layout)
 
-def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | None = None) -> float:
-  """Of a model's training, for the MFU: without the optimizer, and without what the backward pass computes again.
-
-  With batches as `abstract_batch` has them. Attention counts the blocks of scores that causality leaves to compute.
-  ValueError for a model whose products cannot be counted.
-  """
-  # Of devices on which all products are JAX's own: those in loops of CPUs and in fused attention cannot be counted.
-  device = jax.sharding.AbstractDevice('TPU v4', 1, 'tpu')
-  mesh = sharding.abstract_mesh(sharding.mesh_text(mesh), device)
-
-  def loss(params, batch, constants):
-    return run.objective.loss(run.model.apply, with_constants(params, constants), batch, None)
-
-  with jax.sharding.use_abstract_mesh(mesh):
-    batch = abstract_batch(run, mesh, shape)
-    params = jax.eval_shape(lambda: run.model.init(jax.random.key(0)))
-    return flops.training(loss, params, batch, abstract_constants(run)) / math.prod(batch.tokens.shape)
+  batch = jax.tree.map(lambda x: rows_of(x, x.shape[1] // parts, *x.shape[2:]), row)
+  return batch._replace(inputs={name: rows_of(x, *x.shape[1:]) for name, x in inputs.items()} or None)
 
 
 def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
@@ -168,8 +184,8 @@ def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
   `data` and `tokenizer` are their fingerprints.
   """
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
-  more = {name: describe(getattr(run, name)) for name in ('augment', 'stages') if getattr(run, name)}
+  settings = {name: describe(getattr(run, name)) for name in ('augment', 'stages', 'feed') if getattr(run, name)}
   if run.gradient is not accumulated:
-    more['gradient'] = describe(run.gradient)
+    settings['gradient'] = describe(run.gradient)
   return {'model': describe(run.model), 'objective': describe(run.objective, inside=True), 'batch': run.batch,
-          'length': run.data.length, 'seed': run.seed, 'data': data, 'tokenizer': tokenizer, **constants, **more}
+          'length': run.data.length, 'seed': run.seed, 'data': data, 'tokenizer': tokenizer, **constants, **settings}

@@ -1,5 +1,5 @@
 """Training: a `Run` says what; `train` does it, from where it was left."""
-import bisect
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -9,32 +9,14 @@ from typing import Any
 import jax
 
 from lm import optim, seeds, sharding
-from lm.data.rows.augment import augmented
-from lm.data.rows.stages import Staged
 from lm.train import validation
 from lm.train.checks import check, check_vocabulary
-from lm.train.interfaces import Constants
+from lm.train.feed import DataFeed
 from lm.train.interrupt import Interrupt
-from lm.train.loop import Loop, NotFinite, Result, result_step
-from lm.train.run import (
-  Run,
-  State,
-  abstract_batch,
-  abstract_constants,
-  abstract_state,
-  begin,
-  identity,
-  init,
-  load_constants,
-  with_constants,
-)
-from lm.train.step import make_step, step_of
+from lm.train.loop import Loop, Result
+from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants
 from lm.workdir import checkpoint, records, track
-
-# What other rooms know by this one.
-__all__ = ['Run', 'Constants', 'State', 'Result', 'NotFinite', 'init', 'train', 'check', 'check_vocabulary', 'identity',
-           'result_step', 'make_step', 'step_of', 'abstract_batch', 'abstract_constants', 'abstract_state',
-           'load_constants', 'with_constants']
+from lm.workdir.judge import Judge
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
@@ -56,18 +38,18 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     data = run.data.open(workdir, control=run.objective.control,
                          check=functools.partial(_check_data, run, stored, new_objective))
     check_vocabulary(run, data)
-    # Before signals are caught: what data computes first may take long, and is gone on from.
-    goal = augmented(run.objective, run.augment, data.tokenizer)
-    rows = data.batches('train', goal, run.batch, run.seed)
-    run = _until_the_end(run, rows)
-    for line in rows.summary(run.schedule.rows_before(run.steps)):
+    # Before signals are caught: what the data computes first may take long, and a next start continues it.
+    feed = (run.feed or DataFeed)(run, data, mesh)
+    run = dataclasses.replace(run, steps=feed.steps(run.steps))
+    for line in feed.summary(run.steps):
       print(line)
-    held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)
-    print(f'val: {validation.reading(held_out, run.evaluate_batches)}')
-    batches = Staged(rows, run.schedule), held_out
+    evaluation = validation.Evaluation(run, data, mesh)
+    for line in evaluation.summary():
+      print(line)
   facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
-  with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, objective=facts['objective']) as checkpoints,
-        Interrupt() as interrupt):
+  judge = Judge(facts['objective'], run.best, run.better)
+  with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
+        Interrupt() as interrupt, contextlib.closing(feed)):
     with phases('restore or initialise'):
       constants = load_constants(run)
       state, start, logged = _restore(run, mesh, checkpoints)
@@ -75,7 +57,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     # Accepted: what opens the run later goes by this.
     records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
     _print_size(run, mesh, state, workdir)
-    loop = Loop(run, workdir, mesh, data, batches, constants, checkpoints, facts, interrupt, phases, watch)
+    loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts, interrupt, phases,
+                watch)
     if start >= run.steps and not loop.awaits_validation(start):
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start and not loop.out_of_patience(start):
@@ -84,19 +67,6 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
         loop.former = planned, float(rate)
     with records.kept(workdir):
       return loop.go(state, start, logged)
-
-
-def _until_the_end(run: Run, rows: Any) -> Run:
-  """The run, with as many steps as there are rows for; ValueError where there are none for a single step."""
-  if (end := rows.end()) is None or run.schedule.rows_before(run.steps) <= end[0]:
-    return run
-  steps = bisect.bisect_right(range(run.steps + 1), end[0], key=run.schedule.rows_before) - 1
-  if not steps:
-    raise ValueError(f'{end[1]} has too little text for one step of {run.schedule.shape(0)[0]} rows; lower --batch, or '
-                     'let a corpus that ends begin anew (--repeat)')
-  print(f'training stops at step {steps:,} of {run.steps:,}, where {end[1]} ends; the schedule is the one of '
-        f'{run.steps:,} steps')
-  return dataclasses.replace(run, steps=steps)
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a model over batches that are held out."""
+"""Evaluation of a model over batches that are held out, and all that is evaluated between the steps of a run."""
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import sharding
-from lm.data.batch import Batch, Batches
+from lm.data.batch import Batch
+from lm.data.batches import Batches
 from lm.data.tokenizers.folder import Tokenizer
 from lm.objectives.objective import Objective
+from lm.train.interfaces import OpenData
+from lm.train.run import Run, abstract_constants, with_constants
 
 
 def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
@@ -69,6 +72,63 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
       text['bits_per_byte'] = total['nll'] / np.log(2) / total['bytes']
   return {name: float(value) for name, value in {
       'loss': total['loss'] / total['weight'], **text, 'accuracy': total['correct'] / total['tokens'], **own}.items()}
+
+
+def metric_names(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
+  """Returns the names that `evaluate` may return; nothing is computed, and `params` may be abstract."""
+  batches = batches.with_bytes()
+  batch = sharding.shard_rows(batches(0, sharding.local_rows(batches.rows, mesh)), mesh)
+  sums = jax.eval_shape(step, params, batch)
+  own = [name for name, pair in sums.items() if isinstance(pair, tuple)]
+  return ['loss', 'nll', 'perplexity', *(['bits_per_byte'] if 'bytes' in sums else []), 'accuracy', *own]
+
+
+class Evaluation:
+  """All that is measured at an evaluation of a run: its validation data, then what its evaluators measure.
+
+  Metrics have their names in the log: `validation/loss`, `validation/NAME/loss` of a validation set that the data
+  names, `NAME/metric` of an evaluator.
+
+  Raises:
+    ValueError: the metric that the run keeps its best checkpoint by is none of those of its validation sets.
+  """
+
+  def __init__(self, run: Run, data: OpenData, mesh: jax.sharding.Mesh):
+    self._mesh, self._limit = mesh, run.evaluate_batches
+    self._step = make_step(run.model.apply, run.objective, data.tokenizer)
+    self._sets = {name: data.batches(name, run.objective, run.batch, seed=0, repeat=False)
+                  for name in ('validation', *(f'validation/{name}' for name in data.validation_sets))}
+    if run.best.startswith('validation/') and run.best != 'validation/loss':
+      params = jax.eval_shape(lambda constants: with_constants(run.model.init(jax.random.key(0)), constants),
+                              abstract_constants(run))
+      metrics = metric_names(self._step, params, self._sets['validation'], mesh)
+      check_best(run.best, [f'{name}/{metric}' for name in self._sets for metric in metrics])
+    self._evaluators = {name: make(run, data, mesh) for name, make in run.evaluators.items()}
+
+  def summary(self) -> list[str]:
+    """Returns lines that say what of each validation set is read."""
+    return [f'{name.replace("validation", "val", 1)}: {reading(batches, self._limit)}'
+            for name, batches in self._sets.items()]
+
+  def __call__(self, params: Any, step: int, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    """Returns the metrics of parameters; None where `stop`, called before each batch and evaluator, returns True."""
+    metrics = {}
+    for name, batches in self._sets.items():
+      measured = evaluate(self._step, params, batches, self._mesh, self._limit, stop)
+      if measured is None:
+        return None
+      metrics |= {f'{name}/{metric}': value for metric, value in measured.items()}
+    for name, evaluator in self._evaluators.items():
+      if stop():
+        return None
+      metrics |= {f'{name}/{metric}': float(value) for metric, value in evaluator(params, step).items()}
+    return metrics
+
+
+def check_best(best: str, names: Iterable[str]) -> None:
+  """ValueError where the metric that judges checkpoints is none of these names."""
+  if best not in (names := list(names)):
+    raise ValueError(f'best={best!r} is not a metric that is evaluated; there are {", ".join(names)}')
 
 
 def reading(batches: Batches, limit: int | None = None) -> str:

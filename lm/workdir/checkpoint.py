@@ -6,7 +6,6 @@ that the last `keep` have outlived.
 """
 import functools
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from lm.workdir import integrity
 from lm.workdir.describe import differences
+from lm.workdir.judge import Judge
 
 Tree = Any
 # Bytes of a chunk of an array, and of a file of chunks. A file fills up in memory before it is written: Orbax's own are
@@ -41,13 +41,13 @@ class Mismatch(ValueError):
 class Checkpoints:
   """The checkpoints of one run; as a context manager, it waits for the save under way.
 
-  Keeps the last `keep` steps and, with `keep_best`, the one of the lowest metric. `create=False` is for readers: the
-  folder has to exist. Metrics compare where the facts have the same `objective`: the best step is of those whose is
-  that of the newest, or `objective`. Raises OSError at once where the folder cannot be made, written to, or found.
+  Keeps the last `keep` steps and, with `keep_best`, the one of the best metric. `create=False` is for readers: the
+  folder has to exist. The best step is one of those that were saved with the same judge: `judged_by`, or, where that is
+  None, the judge of the newest step. Raises OSError at once where the folder cannot be made, written to, or found.
   """
 
   def __init__(self, folder: str | os.PathLike, keep: int = 3, keep_best: bool = True, create: bool = True,
-               objective: Any = None):
+               judged_by: Judge | None = None):
     import orbax.checkpoint as ocp  # here, not at the top: it takes half a second
     from etils import epath
     if keep < 1:
@@ -65,17 +65,19 @@ class Checkpoints:
             create=False, preservation_policy=self,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)),
         item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'facts': ocp.JsonCheckpointHandler()})
-    self._objective = objective
-    self._metrics: dict[int, tuple[float | None, Any]] = {}   # with the objective that it is of
+    # As the files of steps will have it.
+    self._judged_by = judged_by and Judge(*json.loads(json.dumps(judged_by)))
+    self._metrics: dict[int, tuple[float | None, Judge]] = {}
     for step in self.steps():
       try:
         document = self._read_facts(step)
-        self._metrics[step] = document['metric'], document['facts'].get('objective')
+        self._metrics[step] = document['metric'], Judge.of(document)
         later = self.folder / str(step) / _METRIC
         if later.exists():
-          self._metrics[step] = tuple(json.loads(later.read_text()))
+          metric, *judge = json.loads(later.read_text())   # of before runs named a metric, the objective alone
+          self._metrics[step] = metric, Judge(*judge)
       except Exception:  # damage is told when the step is read, not here
-        self._metrics[step] = None, None
+        self._metrics[step] = None, Judge()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -86,18 +88,19 @@ class Checkpoints:
   def save(self, step: int, state: Tree, facts: Mapping, metric: float | None = None, records: Sequence = ()) -> None:
     """Starts to save a tree of arrays; they are copied on return, so `state` may be donated.
 
-    The `metric` is what the best step is the lowest of (validation loss); None or not finite is never the best. The
-    `records` of the step, JSON, come back with the state.
+    The `metric` is what the best step is chosen by; a step with None, or with a value that is not finite, is never the
+    best. The `records` of the step, JSON, come back with the state.
     Raises OSError if this save, or the one before it, cannot be written: earlier checkpoints are intact.
     """
     metric = None if metric is None else float(metric)
     # A copy, which the caller cannot change.
-    document = json.loads(json.dumps({'facts': facts, 'metric': metric, 'records': records}))
+    judge = self._judged_by or Judge(facts.get('objective'))
+    document = json.loads(json.dumps({'facts': facts, 'metric': metric, 'best': judge[1:], 'records': records}))
     self.wait()
     self._set_damaged_aside()
     if (last := max(self.steps(), default=-1)) >= step:
       raise ValueError(f'step {step} cannot be saved after step {last} of {self.folder}: to go back, use a new folder')
-    self._metrics[step], self._saving = (metric, document['facts'].get('objective')), step
+    self._metrics[step], self._saving = (metric, Judge.of(document)), step
     ocp, chunks = self._ocp, jax.tree.map(lambda _: self._ocp.SaveArgs(chunk_byte_size=CHUNK), state)
     args = ocp.args.Composite(state=ocp.args.PyTreeSave(state, chunks, ocdbt_target_data_file_size=FILE),
                               facts=ocp.args.JsonSave(document))
@@ -121,30 +124,27 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def metric(self, step: int) -> float | None:
+  def metric(self, step: int | None) -> float | None:
     """The metric of a step; None if it has none."""
     return self._metrics.get(step, (None, None))[0]
 
   def set_metric(self, step: int, metric: float) -> None:
     """Gives a step its metric where it was saved without one."""
-    text = json.dumps([metric, self._objective])
-    self._metrics[step] = tuple(json.loads(text))
+    judge = self._judged_by or Judge()
+    self._metrics[step] = metric, judge
     if jax.process_index() == 0:
-      self._write(lambda: (self.folder / str(step) / _METRIC).write_text(text))
+      self._write(lambda: (self.folder / str(step) / _METRIC).write_text(json.dumps([metric, *judge])))
 
   def best_step(self) -> int | None:
-    """The step of the lowest metric, the last among equals; None if none has a metric."""
+    """The step of the best metric, the last among equals; None if none has a metric."""
     steps = self.steps()
-    of = {n: self._metrics.get(n, (None, None)) for n in reversed(steps)}
-    objective = self._objective or (of[steps[-1]][1] if steps else None)
-    scored = {n: metric for n, (metric, other) in of.items()
-              if metric is not None and math.isfinite(metric) and other == objective}
-    return min(scored, key=scored.get, default=None)
+    metrics = {step: self._metrics.get(step, (None, Judge())) for step in steps}
+    judge = self._judged_by or (metrics[steps[-1]][1] if steps else Judge())
+    return judge.best({step: metric for step, (metric, other) in metrics.items() if other == judge})
 
-  def best_metric(self) -> float:
-    """Infinite if no step has a metric."""
-    step = self.best_step()
-    return math.inf if step is None else self._metrics[step][0]
+  def best_metric(self) -> float | None:
+    """The metric of the best step; None if no step has one."""
+    return self.metric(self.best_step())
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     """Orbax's PreservationPolicy. With its own `BestN`, one damaged metrics file keeps the folder from opening."""

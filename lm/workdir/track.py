@@ -196,7 +196,10 @@ class Tracker(contextlib.AbstractContextManager):
     """What the terminal shows; validation where it is of this step."""
     shown = [name for name in _SHOWN if name in self._latest
              and (step == self._validated or not name.startswith('validation/'))]
-    parts = [f'step {step}/{self._total}', *(_SHOWN[name](self._latest[name]) for name in shown)]
+    sets = {name.split('/', 1)[1].removesuffix('/loss'): value for name, value in self._latest.items()
+            if step == self._validated and name.startswith('validation/') and name.endswith('/loss')}
+    parts = [f'step {step}/{self._total}', *(_SHOWN[name](self._latest[name]) for name in shown),
+             *(f'{name} {value:.3f}' for name, value in sets.items() if name != 'loss')]
     eta = self.throughput.eta
     return '  '.join(parts if eta is None or step >= self._total else [*parts, f'ETA {_duration(eta)}'])
 

@@ -128,4 +128,4 @@ def test_a_run_trains_on_them(tmp_path, table):
                   optim.sgd(schedules.warmup_constant(0.1, 10, 1)), steps=3, batch=4, start=load)
   with on('data:2'):
     result = train.train(run, tmp_path, jax.sharding.get_mesh())
-  assert result.finished and result.metrics['loss'] < 1e-9 and result.metrics['gap'] < 1e-9
+  assert result.finished and result.metrics['validation/loss'] < 1e-9 and result.metrics['validation/gap'] < 1e-9

@@ -51,7 +51,9 @@ class Data:
   fingerprint: str = 'fingerprint'
   tokenizer = TOKENIZER
 
-  source_length, kind, columns = None, np.ndarray, types.MappingProxyType({})
+  source_length, kind = None, np.ndarray
+  columns = inputs = types.MappingProxyType({})
+  validation_sets = ()
 
   def open(self, workdir, control=(), check=dataset.unchecked):
     check(self.fingerprint, self.tokenizer.fingerprint)

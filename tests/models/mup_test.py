@@ -136,7 +136,7 @@ def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_
         for rate in rates:
           run = experiment(width=width, lr=rate)
           run = dataclasses.replace(run, data=dataclasses.replace(run.data, folder=tmp_path / 'data'))
-          losses[rate] = train.train(run, tmp_path / f'{width}-{rate}', mesh).metrics['bits_per_byte']
+          losses[rate] = train.train(run, tmp_path / f'{width}-{rate}', mesh).metrics['validation/bits_per_byte']
         best[width] = min(losses, key=losses.get)
   finally:
     jax.config.update('jax_disable_most_optimizations', True)

@@ -263,7 +263,8 @@ def test_a_run_learns_from_what_was_stored_and_its_validation_tells_the_divergen
   data = annotate.Annotated(configured.data, teacher, top_k.columns, top_k)
   with on('data:1'):
     result = train.train(dataclasses.replace(configured, data=data), tmp_path, jax.sharding.get_mesh())
-  assert result.finished and 0 < result.metrics['divergence'] == pytest.approx(result.metrics['loss'], rel=1e-5)
+  divergence, loss = (result.metrics[f'validation/{name}'] for name in ('divergence', 'loss'))
+  assert result.finished and 0 < divergence == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_does_not_fit_is_told_before_anything_runs():

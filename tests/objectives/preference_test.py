@@ -246,7 +246,7 @@ def tiny(width=8):
 
 class Toy:
   """Data of a kind, unopened."""
-  length, source_length = T, None
+  length, source_length, inputs = T, None, {}
 
   def __init__(self, kind, columns=()):
     self.kind, self.columns = kind, dict(columns)

@@ -116,6 +116,6 @@ def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimize
                                                                                                   state.params)]
     monkeypatch.setattr(load, 'open_run', lambda workdir: run)
     opened = load.load(tmp_path)
-  assert result.metrics['loss'] == pytest.approx(losses[0], rel=1e-6)
-  assert result.metrics['loss'] != pytest.approx(losses[1], rel=1e-4)
+  assert result.metrics['validation/loss'] == pytest.approx(losses[0], rel=1e-6)
+  assert result.metrics['validation/loss'] != pytest.approx(losses[1], rel=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, opened.params)

@@ -12,7 +12,7 @@ from lm import train
 from lm.data.rows.stages import Stage
 from lm.objectives.next_token import next_token
 from lm.studies import costs
-from lm.train import flops, loop, run
+from lm.train import flops
 from lm.workdir import track
 
 HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multiplications of a token of `DECODER`
@@ -25,13 +25,13 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
 def test_a_token_costs_what_the_matrices_that_it_meets_say(name, forward_and_backward):
   for mesh in ('data:1', 'data:4,model:2'):
     with jax.set_mesh(on(mesh)):
-      assert run.flops_per_token(configured(name), on(mesh)) == forward_and_backward
+      assert flops.flops_per_token(configured(name), on(mesh)) == forward_and_backward
 
 
 def test_what_is_computed_again_does_not_count():
   with jax.set_mesh(on('data:1')):
-    both = [run.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
-                                on('data:1'))
+    both = [flops.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
+                                  on('data:1'))
             for remat in (None, jax.checkpoint_policies.nothing_saveable)]
   assert both[0] == both[1]
 
@@ -86,7 +86,7 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
 def test_short_rows_of_a_warm_up_cost_what_they_cost():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
   with jax.set_mesh(on('data:1')):
-    cost = loop.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('data:1'), [device])
+    cost = flops.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('data:1'), [device])
   short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
   assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
 
@@ -94,5 +94,5 @@ def test_short_rows_of_a_warm_up_cost_what_they_cost():
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
 def test_an_unknown_device_is_told_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
-  assert loop.flops_by_step(RUN, on('data:2'), [device, device]) is None
+  assert flops.flops_by_step(RUN, on('data:2'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

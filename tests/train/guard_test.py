@@ -164,7 +164,7 @@ def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_p
   best = min(losses, key=losses.get)
   assert result.finished and result.step == best + 6 == max(losses) < 40
   assert steps_kept(tmp_path) == [best, result.step]
-  assert result.metrics['loss'] == pytest.approx(losses[best], rel=1e-6)
+  assert result.metrics['validation/loss'] == pytest.approx(losses[best], rel=1e-6)
   assert f'the best checkpoint, of step {best}, is the result' in capsys.readouterr().out
   again = go(tmp_path, OVERFITTING)
   assert again.finished and again.step == result.step and logged(tmp_path, 'validation/loss') == losses
@@ -176,7 +176,7 @@ def test_patience_is_the_same_through_a_stop(tmp_path):
   asked = []
 
   def stop(step, metrics):
-    asked.append(metrics['loss'])
+    asked.append(metrics['validation/loss'])
     return step in (4, 8)
 
   for n in range(3):

@@ -194,7 +194,7 @@ def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, mo
   assert steps_kept(tmp_path)[-1] == at and at not in logged(tmp_path, 'validation/loss')
   result = go(tmp_path)
   assert result.finished and 'finished' not in capsys.readouterr().out
-  assert result.metrics['loss'] == logged(tmp_path, 'validation/loss')[6]
+  assert result.metrics['validation/loss'] == logged(tmp_path, 'validation/loss')[6]
   assert [track.read_metrics(folder / 'metrics.jsonl')[-1].keys() for folder in (tmp_path, whole)][0] >= {
       'validation/loss'}
   assert logged(tmp_path) == logged(whole) and same(saved(tmp_path)[1], saved(whole)[1])
@@ -269,7 +269,8 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, capsys, whole):
   again = go(tmp_path, steps=4)
   assert 'finished' in (text := capsys.readouterr().out) and '--steps' in text
   assert again.finished and again.step == 4 and steps_kept(tmp_path) == [2, 4]
-  assert again.metrics['loss'] == logged(tmp_path, 'validation/loss')[4]   # once in the file, though evaluated again
+  # Once in the file, though evaluated again.
+  assert again.metrics['validation/loss'] == logged(tmp_path, 'validation/loss')[4]
   go(tmp_path)
   assert same(saved(tmp_path)[1], saved(whole)[1]) and logged(tmp_path) == logged(whole)
   assert go(tmp_path, steps=3).finished   # fewer steps than there were: finished as well

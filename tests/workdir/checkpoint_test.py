@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm.workdir import checkpoint
+from lm.workdir.judge import Judge
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -369,3 +370,12 @@ def test_the_best_is_the_last_among_equals(tmp_path, mesh):
   checkpoints = fill(tmp_path, mesh, range(1, 6), [2., 1., 1., 3., 2.], keep=1)
   assert checkpoints.best_step() == 3 and checkpoints.steps() == [3, 5] and checkpoints.best_metric() == 1
   checkpoints.close()
+
+
+def test_metrics_of_before_runs_named_one_are_validation_losses(tmp_path, mesh):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(mesh), {'objective': 'a'})
+  (tmp_path / '1' / 'metric.json').write_text('[0.5, "a"]')
+  assert Judge.of({'facts': {'objective': 'a'}, 'metric': 0.5}) == Judge('a')
+  for judge, metric in ((Judge('a'), 0.5), (Judge('b'), None), (Judge('a', 'validation/accuracy', 'higher'), None)):
+    assert checkpoint.Checkpoints(tmp_path, judged_by=judge).best_metric() == metric

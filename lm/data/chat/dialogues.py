@@ -64,7 +64,7 @@ class Dialogues:
   answer: str | None = dataclasses.field(default=None, compare=False)
 
   source_length = None
-  columns = types.MappingProxyType({})
+  columns = inputs = types.MappingProxyType({})
 
   def __post_init__(self):
     if self.answer is None:
@@ -159,8 +159,14 @@ class OpenDialogues:
   def fingerprint(self) -> str:
     return self.stores['train'].fingerprint
 
+  @property
+  def validation_sets(self) -> tuple[str, ...]:
+    """Further held-out sets: those of the splits `validation-NAME`."""
+    return tuple(split.removeprefix('validation-') for split in self.stores if split.startswith('validation-'))
+
   def records(self, split: str) -> 'DialogueStore':
-    return DialogueStore(split, self.stores[split], self.kind)
+    """The records of a split, or of the validation set `validation/NAME`."""
+    return DialogueStore(split, self.stores[split.replace('validation/', 'validation-')], self.kind)
 
   def batches(self, split: str, objective: ExampleMaker, rows: int, seed: int | None = 0,
               repeat: bool = True) -> Packed:

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lm import seeds
-from lm.data.batch import Batches, Row
+from lm.data.batch import Row
+from lm.data.batches import Batches
 
 
 class RecordStore(Protocol):

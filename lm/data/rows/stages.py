@@ -5,6 +5,7 @@ Nothing is read twice or skipped, the order is the data's own, and `batch(step)`
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from lm.data.batch import Batch
@@ -94,20 +95,20 @@ class Staged:
     rows = range(count) if rows is None else rows
     begin, end = rows.start // parts, -(-rows.stop // parts)   # of the data's rows
     batch = self.batches(0, range(first + begin, first + end))
-    return batch if parts == 1 else _map(lambda x: x[rows.start - begin * parts:rows.stop - begin * parts],
-                                         cut(batch, parts))
+    if parts == 1:
+      return batch
+    return jax.tree.map(lambda x: x[rows.start - begin * parts:rows.stop - begin * parts], cut(batch, parts))
 
 
 def cut(batch: Batch, parts: int) -> Batch:
   """[B, T] as [B * parts, T / parts]. Positions stay; documents of a row are counted from 1 again, as `Batch` has it.
 
-  A document that is cut sees, in each part, what of it is there.
+  A document that is cut sees, in each part, what of it is there. ValueError where rows have inputs, which are of all of
+  a row.
   """
-  batch = _map(lambda x: x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:]), batch)
+  if batch.inputs:
+    raise ValueError(f'rows with inputs ({", ".join(batch.inputs)}) cannot be cut: inputs are of the whole row; leave '
+                     'out the stages of length')
+  batch = jax.tree.map(lambda x: x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:]), batch)
   first = np.min(np.where(batch.segments > 0, batch.segments, np.iinfo(np.int32).max), axis=1, keepdims=True)
   return batch._replace(segments=np.where(batch.segments > 0, batch.segments - first + 1, 0).astype(np.int32))
-
-
-def _map(function: Callable[[np.ndarray], np.ndarray], batch: Batch) -> Batch:
-  columns = batch.columns and {name: function(x) for name, x in batch.columns.items()}
-  return Batch(*(None if x is None else function(x) for x in batch[:-1]), columns)

@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lm import seeds
-from lm.data.batch import Batch, Batches, Room, Row
+from lm.data.batch import Batch, Room, Row
+from lm.data.batches import Batches
 
 
 class TokenDocuments(Protocol):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.data.batch import Batch, Batches, Row, blank, generator
+from lm.data.batch import Batch, Row, blank
+from lm.data.batches import Batches, generator
 from lm.data.rows.stream import Stream
 from lm.data.text import source
 from lm.data.text.source import Source

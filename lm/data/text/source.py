@@ -37,6 +37,7 @@ class Source:
   """Documents in splits.
 
   Attributes:
+    splits: 'train', 'validation', and 'validation-NAME' for each further set that is evaluated apart.
     mixing: of a mixture, whose splits hold the documents of each source in turn.
     counts: how often reading met an event, such as 'invalid UTF-8 dropped'; complete once a split has been used.
     notes: lines to print about what was read; complete once a split has been used.
