@@ -13,17 +13,13 @@ nats a token (and the share of tokens that are the likeliest):
 As SPM the suffix is worth 0.06 +- 0.02 and 0.21 +- 0.05 nats a middle. As PSM the middle comes after the suffix, and a
 model as small as this, which knows little but the last few tokens, does not yet find where the prefix ended.
 """
-import functools
 import pathlib
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm import generate, launch, options, sharding, train
-from lm.data import dataset, tokenizers
-from lm.data.batch import Batch
+from lm import generate, launch, options, train
+from lm.data import dataset
+from lm.evaluate import infilling
 from lm.objectives.infill import NAMES, arrange, infill
 
 DEFAULT = options.Size('llama', layers=2, width=128, heads=2, vocab=2048)
@@ -61,58 +57,13 @@ def experiment(*, rate: float = 0.9, spm: float = 0.7, corpus: options.Corpus = 
   return cadence.applied(computation.accumulated(run))
 
 
-class Case(NamedTuple):
-  prefix: np.ndarray
-  middle: np.ndarray
-  suffix: np.ndarray
-
-
-def cases(documents: Any, tokens: tokenizers.Tokenizer, room: int, lines: bool) -> list[Case]:
-  """Places in documents, at random: a token, or the rest of a line of 2 to 16 tokens; with as much on both sides."""
-  rng, found, side = np.random.default_rng(0), [], room // 2
-  ends = np.array(['\n' in tokens.decode([i]) for i in range(tokens.vocab_size)])
-  large = [i for i in range(len(documents)) if len(documents[i]) > 2 * side + 32]
-  while large and len(found) < CASES:
-    ids = np.asarray(documents[int(rng.choice(large))], np.int32)
-    at = int(rng.integers(side, len(ids) - side - 16))
-    size = int(np.argmax(ends[ids[at:at + 17]])) if lines else 1
-    if size >= 1 + lines:
-      found.append(Case(ids[at - side:at], ids[at:at + size], ids[at + size:at + size + side]))
-  return found
-
-
-@functools.partial(jax.jit, static_argnames='apply')
-def _told(apply, params, batch):
-  outputs = apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
-  logits = sharding.constrain(outputs.head(outputs.hidden), 'B--')
-  found = jnp.take_along_axis(jax.nn.log_softmax(logits), sharding.constrain(batch.targets, 'BT')[..., None], -1)
-  return found[..., 0], jnp.argmax(logits, -1) == sharding.constrain(batch.targets, 'BT')
-
-
-def judge(run: train.Run, params: Any, before: list[np.ndarray], middles: list[np.ndarray]
-          ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Of each middle, the nats of its tokens, and which of them are the likeliest."""
-  nats, right = [], []
-  for begin in range(0, len(before), 32):
-    rows = [np.concatenate(pair) for pair in zip(before[begin:begin + 32], middles[begin:begin + 32])]
-    tokens, targets = np.zeros((2, 32, run.model.max_length), np.int32)
-    for row, ids in enumerate(rows):
-      tokens[row, :len(ids) - 1], targets[row, :len(ids) - 1] = ids[:-1], ids[1:]
-    values = [np.asarray(x) for x in _told(run.model.apply, params, Batch(tokens, targets))]
-    for row, (ids, middle) in enumerate(zip(rows, middles[begin:])):
-      span = row, slice(len(ids) - 1 - len(middle), len(ids) - 1)
-      nats.append(-values[0][span])
-      right.append(values[1][span])
-  return nats, right
-
-
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what the suffix is worth, and some middles."""
   tokens, params = result.data.tokenizer, result.params
   ids, bos = [tokens.control_id(name) for name in NAMES], np.int32([tokens.bos_id])
   empty = np.zeros(0, np.int32)
   for lines, name in (False, 'one token'), (True, 'rest of a line'):
-    found = cases(result.data.stores['validation'], tokens, run.data.length - 24, lines)
+    found = infilling.cases(result.data.stores['validation'], tokens, run.data.length - 24, lines, CASES)
     if not found:
       print(f'the held-out documents are too short for rows of {run.data.length}')
       return
@@ -121,7 +72,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
         ('prefix alone', [case.prefix for case in found]),
         ('prefix and suffix, PSM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, False)) for c in found]),
         ('prefix and suffix, SPM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, True)) for c in found])):
-      nats, right = judge(run, params, before, [case.middle for case in found])
+      nats, right = infilling.judge(run.model, params, before, [case.middle for case in found])
       print(f'  {given:24} {np.concatenate(nats).mean():.3f}  {np.concatenate(right).mean():.1%}  '
             f'{np.mean([row.all() for row in right]):.1%}', end='')
       sums = np.array([row.sum() for row in nats])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from lm import launch, sharding, signature, train
+from lm import launch, optim, sharding, signature, train
 from lm import load as trained
 from lm import scripts as lm_scripts
 from lm.data import tokenizers
@@ -181,6 +181,34 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
   with pytest.raises(flags.Error, match='unknown flag --nosuchflag'):
     launch.parse(functions, [f'{name}.py', '--nosuchflag=1'])
   assert sys.modules.get('tensorflow') is None
+
+
+SHARED = {   # flags that siblings have too
+    **dict.fromkeys(('infill', 'denoise', 'distill'), (
+        'evaluate_every', 'evaluate_batches', 'save_every', 'accumulate', 'precision', 'warmup', 'weight_decay')),
+    'finetune_chat': ('evaluate_batches', 'keep', 'clip', 'schedule', 'lora_alpha', 'size'),
+    'preference': ('evaluate_batches', 'keep', 'clip', 'schedule', 'lora_alpha', 'weight_decay')}
+
+
+@pytest.mark.parametrize('name', names(experiments=True))
+def test_an_experiment_has_few_flags_of_its_own_and_those_of_its_siblings(name, scripts):
+  listed = signature.flags(scripts[name].experiment)
+  assert sum(not flag.title for flag in listed) <= 25
+  assert {flag.name for flag in listed} >= set(SHARED.get(name, ()))
+  lines = inspect.getsource(scripts[name].experiment).splitlines()
+  assert len(lines) - len((scripts[name].experiment.__doc__ or '').splitlines()) < 80
+
+
+def test_flags_of_groups_reach_the_runs_of_all_experiments(scripts):
+  """Of those that read no folder: what a flag says is what the run has."""
+  for name in ('pretrain', 'infill', 'denoise', 'finetune_chat'):
+    run = signature.call(scripts[name].experiment, evaluate_every=7, evaluate_batches=3, save_every=9, keep=5,
+                         patience=2, accumulate=2, precision='bfloat16', lr=0.5, warmup=4, schedule='constant',
+                         steps=40, batch=8)
+    assert (run.evaluate_every, run.evaluate_batches, run.save_every, run.keep, run.patience, run.accumulate) == (
+        7, 3, 9, 5, 2, 2), name
+    state = run.optimizer.init({'embedding': np.ones((2, 2), 'f4'), 'blocks': {'0': {'up': np.ones((1, 2, 2), 'f4')}}})
+    assert run.model.dtype == 'bfloat16' and float(optim.learning_rate(state)) == pytest.approx(0.5 / 5)
 
 
 @pytest.mark.parametrize('name', ['prefix', 'masked', 'span_corruption', 'ul2', 'infill'])
