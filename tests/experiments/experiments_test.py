@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers.declared import bound
 
 from lm import launch, optim, sharding, signature, train
 from lm import load as trained
@@ -207,7 +208,8 @@ def test_flags_of_groups_reach_the_runs_of_all_experiments(scripts):
                          steps=40, batch=8)
     assert (run.evaluate_every, run.evaluate_batches, run.save_every, run.keep, run.patience, run.accumulate) == (
         7, 3, 9, 5, 2, 2), name
-    state = run.optimizer.init({'embedding': np.ones((2, 2), 'f4'), 'blocks': {'0': {'up': np.ones((1, 2, 2), 'f4')}}})
+    params = {'embedding': np.ones((4, 2), 'f4'), 'norm': {'scale': np.ones(2, 'f4')}}
+    state = bound(run.optimizer, params).init(params)
     assert run.model.dtype == 'bfloat16' and float(optim.learning_rate(state)) == pytest.approx(0.5 / 5)
 
 
