@@ -1,9 +1,16 @@
 """How a token is drawn: temperature, and filters of logits."""
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from lm import seeds
+
+GREEDY = 1e-5   # temperatures below it take the most probable token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,48 +42,107 @@ class Sampling:
 
   @property
   def greedy(self) -> bool:
-    return self.temperature < 1e-5
+    return self.temperature < GREEDY
 
 
-# Filters: float32 logits [B, V] -> logits, at -inf where a token is ruled out.
+class Settings(NamedTuple):
+  """The sampling of each row, as arrays `[B]`: a row with other settings compiles nothing anew.
+
+  `key` has the data of a random key for each row, `[B, 2]`: its draws do not depend on the other rows.
+  """
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  repetition_penalty: jax.Array
+  key: jax.Array
+
+  @property
+  def greedy(self) -> jax.Array:
+    return self.temperature < GREEDY
 
 
-def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+def settings(samplings: Sequence[Sampling], seeds_B: Sequence[int], streams_B: np.ndarray) -> Settings:
+  """The settings of rows, in NumPy; a row draws from the random stream `streams_B[b]`, uint32, of its seed."""
+  values = [np.array([getattr(sampling, name) for sampling in samplings], dtype) for name, dtype in (
+      ('temperature', np.float32), ('top_k', np.int32), ('top_p', np.float32), ('min_p', np.float32),
+      ('repetition_penalty', np.float32))]
+  keys = {seed: seeds.key(seed) for seed in set(seeds_B)}
+  streams = jnp.asarray(streams_B, jnp.uint32)
+  key = jax.vmap(jax.random.fold_in)(jnp.stack([keys[seed] for seed in seeds_B]), streams)
+  return Settings(*values, np.asarray(jax.random.key_data(key)))
+
+
+def row_keys(settings: Settings, *numbers: jax.Array | int) -> jax.Array:
+  """The key of each row, `[B]`, folded with numbers, each `[B]` or one for all rows."""
+  keys = jax.random.wrap_key_data(settings.key)
+  for number in numbers:
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
+  return keys
+
+
+# Filters: float32 logits [B, V] -> logits, at -inf where a token is ruled out. What they are given is a number, or an
+# array [B], one for each row.
+
+
+def _column(value: jax.Array | float) -> jax.Array:
+  return jnp.reshape(jnp.asarray(value), (-1, 1))
+
+
+def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
   """Divides the positive logits of seen tokens by `penalty`, multiplies the negative ones by it."""
+  penalty = _column(penalty)
   return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def keep_min_p(logits_BV: jax.Array, share: float) -> jax.Array:
-  """Rules out tokens less probable than `share` times the most probable one."""
-  return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + math.log(share), logits_BV, -jnp.inf)
+def keep_min_p(logits_BV: jax.Array, share: jax.Array | float) -> jax.Array:
+  """Rules out tokens less probable than `share` times the most probable one; 0 rules out none."""
+  return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + jnp.log(_column(share)), logits_BV, -jnp.inf)
 
 
-def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-  """Rules out tokens below the k-th greatest logit; its ties stay."""
-  least = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
-  return jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
+def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
+  """Rules out tokens below the k-th greatest logit; its ties stay. 0 or less rules out none."""
+  size, k = logits_BV.shape[-1], _column(k)
+  kth = jnp.broadcast_to(jnp.clip(size - k, 0, size - 1), (len(logits_BV), 1))
+  least = jnp.take_along_axis(jnp.sort(logits_BV, axis=-1), kth, axis=-1)
+  return jnp.where((k < 1) | (logits_BV >= least), logits_BV, -jnp.inf)
 
 
-def keep_top_p(logits_BV: jax.Array, mass: float) -> jax.Array:
-  """Rules out the least probable tokens that together hold at most 1 - `mass`; of ties, the earlier ids first."""
+def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
+  """Rules out the least probable tokens that together hold at most 1 - `mass`; of ties, the earlier ids first.
+
+  1 rules out none.
+  """
+  mass = _column(mass)
   order = jnp.argsort(logits_BV, axis=-1)
   ascending = jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1))
-  dropped = (jnp.cumsum(ascending, -1) <= 1 - mass).at[:, -1].set(False)
+  dropped = (jnp.cumsum(ascending, -1) <= 1 - mass).at[:, -1].set(False) & (mass < 1)
   return jnp.where(jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False), -jnp.inf, logits_BV)
 
 
-def process(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
-  """The logits that tokens are drawn from. `seen_BV`: tokens of prompt and output, where there is a penalty."""
+def process(logits_BV: jax.Array, sampling: Sampling | Settings, seen_BV: jax.Array | None = None) -> jax.Array:
+  """The logits that tokens are drawn from; greedy rows are only penalised, for no filter changes what they take.
+
+  `seen_BV`: tokens of prompt and output, where there is a penalty. A filter that no row uses costs nothing.
+  """
+  def where_used(used, function, logits, *args):
+    return jax.lax.cond(jnp.any(used), function, lambda logits, *_: logits, logits, *args)
+
   logits = logits_BV.astype(jnp.float32)
-  if sampling.repetition_penalty != 1:
-    logits = penalize(logits, seen_BV, sampling.repetition_penalty)
-  if sampling.greedy:   # the filters keep the most probable token
-    return logits
-  logits = logits / max(sampling.temperature, 0.01)
-  if sampling.min_p > 0:
-    logits = keep_min_p(logits, sampling.min_p)
-  if sampling.top_k > 0:
-    logits = keep_top_k(logits, sampling.top_k)
-  if sampling.top_p < 1:
-    logits = keep_top_p(logits, sampling.top_p)
-  return logits
+  if seen_BV is not None:
+    penalty = jnp.asarray(sampling.repetition_penalty)
+    logits = where_used(penalty != 1, penalize, logits, seen_BV, penalty)
+  drawn = ~jnp.asarray(sampling.greedy)
+  min_p, top_k, top_p = (jnp.asarray(x) for x in (sampling.min_p, sampling.top_k, sampling.top_p))
+  filtered = logits / _column(jnp.maximum(jnp.asarray(sampling.temperature), 0.01))
+  filtered = where_used(drawn & (min_p > 0), keep_min_p, filtered, min_p)
+  filtered = where_used(drawn & (top_k > 0), keep_top_k, filtered, top_k)
+  filtered = where_used(drawn & (top_p < 1), keep_top_p, filtered, top_p)
+  return jnp.where(_column(drawn), filtered, logits)
+
+
+def draw(logits_BV: jax.Array, settings: Settings, keys_B: jax.Array) -> jax.Array:
+  """A token of each row, from processed logits: the most probable one where the row is greedy."""
+  best = jnp.argmax(logits_BV, axis=-1)
+  return jax.lax.cond(settings.greedy.all(), lambda: best, lambda: jnp.where(
+      settings.greedy, best, jax.vmap(jax.random.categorical)(keys_B, logits_BV)))

@@ -12,38 +12,44 @@ tokens, and W = D + 1 those of a forward pass.
 Each row has its own place in the cache. What a pass wrote there of tokens that were then rejected lies behind that
 place, where nothing sees it, and the next pass, as long, writes over it.
 """
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from lm import seeds, sharding
+from lm import sharding
 from lm.data.batch import Batch
-from lm.data.tokenizers.folder import Tokenizer
-from lm.generate.text import CHUNK, Sampling, process, streams
+from lm.generate.completion import rounded
+from lm.generate.engine import CHUNK, Engine, Tokens, by_row, chosen, everywhere, laid_out
+from lm.generate.sampling import Settings, process, row_keys
 from lm.models.attention import Visible, write
 from lm.models.context import Context
 from lm.models.prediction_heads import MultiToken
 from lm.models.transformer import Cache
 
 
-class _State(NamedTuple):
+class DraftState(NamedTuple):
   """What is carried from round to round. The last token of row b, not yet in the cache, is at slot `cache.index[b]`."""
-  cache: Cache              # of the trunk; `index` is [B]
+  cache: Cache              # of the trunk
   depths: tuple[Any, ...]   # the caches of the modules
   hidden: jax.Array         # [B, n, width], the trunk's, at the n slots before `index`
   tokens_BS: jax.Array      # the text, then what is drafted
   drafted_BDV: jax.Array    # the probabilities that drafts were drawn from
   first_B: jax.Array        # slots of padding before the text
   done_B: jax.Array
-  stream_B: jax.Array       # the random stream of each row
-  key: jax.Array
-  passes: jax.Array         # of the trunk, a row each
-  accepted: jax.Array       # drafts that were right
+  settings: Settings
+  made_B: jax.Array         # tokens written
+  limit_B: jax.Array        # a row ends with so many
+
+
+class Counts(NamedTuple):
+  """Of the rows that had not ended: forward passes of the trunk, and drafts that were accepted."""
+  passes: jax.Array
+  accepted: jax.Array
 
 
 def verify(p_BWV: jax.Array, q_BDV: jax.Array, drafts_BD: jax.Array, uniform_BD: jax.Array, keys_B: jax.Array
@@ -59,33 +65,24 @@ def verify(p_BWV: jax.Array, q_BDV: jax.Array, drafts_BD: jax.Array, uniform_BD:
   accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
   q = jnp.pad(q_BDV, ((0, 0), (0, 1), (0, 0)))   # nothing was drafted after the last
   p, q = (jnp.take_along_axis(table, accepted[:, None, None], axis=1)[:, 0] for table in (p_BWV, q))
-  rest = jnp.maximum(p - q, 0)
-  rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, p)   # they may be equal, but for rounding
-  return accepted, jax.vmap(jax.random.categorical)(keys_B, jnp.log(rest))
+  excess = jnp.maximum(p - q, 0)
+  excess = jnp.where(jnp.sum(excess, axis=-1, keepdims=True) > 0, excess, p)   # they may be equal, but for rounding
+  return accepted, jax.vmap(jax.random.categorical)(keys_B, jnp.log(excess))
 
 
-def _probabilities(logits_BTV: jax.Array, sampling: Sampling, vocab: int) -> jax.Array:
+def _probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax.Array:
   """What tokens are drawn from; all of it on the most probable one where that is taken."""
-  size = logits_BTV.shape[-1]
+  rows, time, size = logits_BTV.shape
   logits = jnp.where(jnp.arange(size)[None] < vocab, logits_BTV.reshape(-1, size), -jnp.inf)   # a padded vocabulary
-  logits = process(logits, sampling)
-  p = jax.nn.one_hot(jnp.argmax(logits, -1), size) if sampling.greedy else jax.nn.softmax(logits)
-  return p.reshape(logits_BTV.shape)
+  settings = jax.tree.map(lambda x: jnp.repeat(x, time, axis=0), settings)   # rows and times as one axis
+  logits = process(logits, settings)
+  greedy = settings.greedy[:, None]
+  p = jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), size), jax.nn.softmax(logits))
+  return p.reshape(rows, time, size)
 
 
-def _keys(stream_B: jax.Array, place_B: jax.Array, key: jax.Array, purpose: int) -> jax.Array:
-  """One a row, by its text and how far it is, not by its company: 0 draws a token, 1 judges drafts, 1 + k drafts."""
-  def one(stream, place):
-    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, stream), place), purpose)
-  return jax.vmap(one)(stream_B, place_B)
-
-
-def _by_row(function, *args: jax.Array, key: jax.Array):
-  """Each shard does its own rows, over the whole vocabulary."""
-  if (rows := sharding.spec('B')) is None:
-    return function(*args, key)
-  args = tuple(jax.sharding.reshard(x, P(*rows, *(None,) * (x.ndim - 1))) for x in args)
-  return jax.shard_map(function, in_specs=(rows,) * len(args) + (P(),), out_specs=rows, check_vma=False)(*args, key)
+# What the random numbers of a row at a place are for: a token, the judging of drafts, and from 2 on drafts.
+_TOKEN, _JUDGE, _DRAFT = 0, 1, 1
 
 
 def _take(x: jax.Array, at_BT: jax.Array) -> jax.Array:
@@ -93,16 +90,15 @@ def _take(x: jax.Array, at_BT: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, at_BT.reshape(*at_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def _draft(model: MultiToken, params: Any, head: Any, state: _State, sampling: Sampling, vocab: int, drafts: int
-           ) -> _State:
+def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: int, drafts: int) -> DraftState:
   """Writes `drafts` tokens behind the last one, each by the module of its depth.
 
   The modules read all slots that the trunk's hidden states are given of: those since the last round, and those before
   whose tokens ahead were then drafted.
   """
-  def propose(purpose, logits, stream, place, key):
-    q = _probabilities(logits, sampling, vocab)[:, 0]
-    return q, jax.vmap(jax.random.categorical)(_keys(stream, place, key, purpose), jnp.log(q))
+  def propose(purpose, logits, settings, place):
+    q = _probabilities(logits, settings, vocab)[:, 0]
+    return q, jax.vmap(jax.random.categorical)(row_keys(settings, place, purpose), jnp.log(q))
 
   index, first, n = state.cache.index, state.first_B, state.hidden.shape[1]
   slots = (index - n)[:, None] + jnp.arange(n)[None]
@@ -114,77 +110,122 @@ def _draft(model: MultiToken, params: Any, head: Any, state: _State, sampling: S
   for k in range(1, drafts + 1):
     previous, hidden, cache, _ = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k),
                                              Context(positions, visible), state.depths[k - 1])
-    q, token = _by_row(functools.partial(propose, 1 + k), head(hidden[:, -1:]), state.stream_B, index - first,
-                       key=state.key)
+    q, token = by_row(functools.partial(propose, _DRAFT + k), head(hidden[:, -1:]), state.settings, index - first)
     tokens = write(tokens, token[:, None], index + k)
     caches.append(cache)
     drafted.append(q)
   return state._replace(tokens_BS=tokens, depths=tuple(caches), drafted_BDV=jnp.stack(drafted, axis=1))
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots', 'drafts'))
-def _prefill(model, params, batch: Batch, stream_B, key, ends, *, sampling, vocab, slots, drafts) -> _State:
+@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafts'))
+def _prefill(model, params, batch: Batch, settings, made, limit, ends, *, vocab, slots, drafts
+             ) -> tuple[DraftState, Tokens]:
   """Reads prompts into new caches of `slots` slots, draws the first token and drafts the next. Empty rows are done."""
-  def draw(logits, stream, place, key):
-    p = _probabilities(logits, sampling, vocab)[:, 0]
-    return jax.vmap(jax.random.categorical)(_keys(stream, place, key, 0), jnp.log(p))
+  def first_token(logits, settings, place):
+    p = _probabilities(logits, settings, vocab)[:, 0]
+    token = jax.vmap(jax.random.categorical)(row_keys(settings, place, _TOKEN), jnp.log(p))
+    return token, chosen(logits, token[:, None])
 
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  settings, made, limit = laid_out((settings, made, limit))
   rows, width = batch.tokens.shape
   out = model.apply(params, batch, cache=model.init_cache(rows, slots))
-  index, first = sharding.constrain(jnp.full(rows, width, jnp.int32), 'B'), jnp.sum(batch.segments == 0, axis=1)
-  stream = sharding.constrain(stream_B, 'B')
-  token = _by_row(draw, out.head(out.hidden[:, -1:]), stream, index - first - 1, key=key)
+  first = jnp.sum(batch.segments == 0, axis=1)
+  token, log_probability = by_row(first_token, out.head(out.hidden[:, -1:]), settings, width - first - 1)
   tokens = jnp.pad(jnp.concatenate([batch.tokens, token[:, None]], axis=1), ((0, 0), (0, slots - width - 1)))
-  done = (first == width) | (token[:, None] == ends[None]).any(-1)
+  empty = (first == width) | (made >= limit)
+  total = made + ~empty
+  done = empty | (token[:, None] == ends[None]).any(-1) | (total >= limit)
   caches = model.init_depth_caches(rows, slots)[:drafts]
-  state = _State(out.cache._replace(index=index), caches, out.hidden, tokens, None, first, done, stream, key,
-                 jnp.int32(0), jnp.int32(0))
-  return _draft(model, params, out.head, state, sampling, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
+  state = DraftState(out.cache, caches, out.hidden, tokens, None, first, done, settings, total, limit)
+  state = _draft(model, params, out.head, state, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
+  ids = jnp.where(empty, ends[0], token)[:, None]
+  return state, everywhere(ids, jnp.where(empty[:, None], 0, log_probability), total - made)
 
 
-def _round(model, params, state: _State, stop, ends, sampling, vocab) -> _State:
-  """One pass of the trunk over the last token and the drafts behind it; then new drafts."""
-  def judge(logits, q, drafts, stream, place, key):
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(_keys(stream, place, key, 1))
-    return verify(_probabilities(logits, sampling, vocab), q, drafts, uniform, _keys(stream, place, key, 0))
+def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
+  """One pass of the trunk over the last token and the drafts behind it; then new drafts.
+
+  Returns the state, the D + 1 tokens of the pass and their log-probabilities, [B, D + 1], of which the first are new,
+  and how many drafts were accepted, [B].
+  """
+  def judge(logits, q, drafts, settings, place):
+    keys = row_keys(settings, place, _JUDGE)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys)
+    p = _probabilities(logits, settings, vocab)
+    accepted, token = verify(p, q, drafts, uniform, row_keys(settings, place, _TOKEN))
+    new = jnp.pad(drafts, ((0, 0), (0, 1)))
+    new = jnp.where(jnp.arange(new.shape[1])[None] == accepted[:, None], token[:, None], new)
+    return accepted, token, new, chosen(logits, new)
 
   index, first, drafts = state.cache.index, state.first_B, state.drafted_BDV.shape[1]
-  slots = index[:, None] + jnp.arange(drafts + 1)[None]
-  tokens = _take(state.tokens_BS, slots)
-  positions = jnp.minimum(slots - first[:, None], model.max_length - 1)   # drafts may go beyond the last token
+  columns = jnp.arange(drafts + 1)[None]
+  tokens = _take(state.tokens_BS, index[:, None] + columns)
+  positions = jnp.minimum(index[:, None] + columns - first[:, None], model.max_length - 1)   # drafts may go beyond
   out = model.apply(params, Batch(tokens, positions=positions), cache=state.cache)
-  accepted, token = _by_row(judge, out.head(out.hidden), state.drafted_BDV, tokens[:, 1:], state.stream_B,
-                            index - first, key=state.key)
+  accepted, token, new, log_probabilities = by_row(
+      judge, out.head(out.hidden), state.drafted_BDV, tokens[:, 1:], state.settings, index - first)
   live = ~state.done_B
-  accepted, steps = jnp.where(live, accepted, 0), jnp.where(live, accepted + 1, 0)
+  accepted = jnp.where(live, accepted, 0)
   tokens_BS = write(state.tokens_BS, token[:, None], index + accepted + 1)
-  made = _take(tokens_BS, slots + 1)
-  ended = (made[..., None] == ends[None, None]).any(-1) & (jnp.arange(drafts + 1)[None] <= accepted[:, None])
-  n = state.hidden.shape[1]
+  ends_here = (new[..., None] == ends[None, None]).any(-1) & (columns <= accepted[:, None])
+  until_end = jnp.where(ends_here.any(-1), 1 + jnp.argmax(ends_here, axis=1), drafts + 1)
+  steps = jnp.minimum(jnp.minimum(accepted + 1, until_end), state.limit_B - state.made_B)
+  steps = jnp.where(live, steps, 0)
+  made, n = state.made_B + steps, state.hidden.shape[1]
   hidden = _take(jnp.concatenate([state.hidden, out.hidden], axis=1), steps[:, None] + jnp.arange(n)[None])
-  state = state._replace(
-      cache=out.cache._replace(index=index + steps), hidden=hidden, tokens_BS=tokens_BS,
-      done_B=state.done_B | ended.any(-1) | (index + steps >= stop),
-      passes=state.passes + jnp.sum(live), accepted=state.accepted + jnp.sum(accepted))
-  return _draft(model, params, out.head, state, sampling, vocab, drafts)
+  state = state._replace(cache=out.cache._replace(index=index + steps), hidden=hidden, tokens_BS=tokens_BS,
+                         done_B=state.done_B | ends_here.any(-1) | (made >= state.limit_B), made_B=made)
+  return _draft(model, params, out.head, state, vocab, drafts), new, log_probabilities, accepted
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'rounds'), donate_argnames='state')
-def _decode(model, params, state: _State, stop, ends, *, sampling, vocab, rounds) -> tuple[_State, tuple]:
-  """Some rounds, fewer if all rows end; also the texts, how far they are, and the counts, on every device."""
+@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'rounds', 'drafts'), donate_argnames='state')
+def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, drafts
+            ) -> tuple[DraftState, Tokens, Counts]:
+  """`count` rounds, at most `rounds`, fewer if all rows end."""
   def go(carry):
-    n, state = carry
-    return n + 1, _round(model, params, state, stop, ends, sampling, vocab)
+    n, state, ids, log_probabilities, counts = carry
+    live, start = ~state.done_B, state.made_B - before
+    state, new, scores, accepted = _round(model, params, state, ends, vocab)
+    counts = Counts(counts.passes + jnp.sum(live), counts.accepted + jnp.sum(accepted))
+    return n + 1, state, write(ids, new, start), write(log_probabilities, scores, start), counts
 
-  _, state = jax.lax.while_loop(lambda carry: (carry[0] < rounds) & ~carry[1].done_B.all(), go, (jnp.int32(0), state))
-  return state, _told(state)
+  before, shape = state.made_B, (len(state.done_B), rounds * (drafts + 1))
+  ids, log_probabilities = (sharding.constrain(x, 'BT') for x in (jnp.full(shape, ends[0]), jnp.zeros(shape)))
+  carry = jnp.int32(0), state, ids, log_probabilities, Counts(jnp.int32(0), jnp.int32(0))
+  _, state, ids, log_probabilities, counts = jax.lax.while_loop(
+      lambda carry: (carry[0] < count) & ~carry[1].done_B.all(), go, carry)
+  return state, everywhere(ids, log_probabilities, state.made_B - before), counts
 
 
-@jax.jit
-def _told(state: _State) -> tuple:
-  return (sharding.constrain(state.tokens_BS, '--'), sharding.constrain(state.cache.index, '-'), state.done_B.all(),
-          state.passes, state.accepted)
+@dataclasses.dataclass(frozen=True)
+class DraftingEngine(Engine):
+  """An engine that drafts `drafts` tokens at a time, and counts what came of them in `counter`."""
+  drafts: int
+  counter: 'SelfSpeculation'
+
+  @property
+  def spare(self) -> int:
+    return 1 + 2 * self.drafts   # for drafts behind the last token
+
+  def _prefill(self, batch, seen, settings, made, limit):
+    del seen
+    if (most := min(self.model.depths, batch.tokens.shape[1] // 2)) < self.drafts:
+      raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
+    if (bad := settings.repetition_penalty[settings.repetition_penalty != 1]).size:
+      raise ValueError(f'repetition_penalty={bad[0]:g} is not supported with drafts; leave one out')
+    return _prefill(self.model, self.params, batch, settings, made, limit, np.int32(self.ends), vocab=self.vocab,
+                    slots=self.slots, drafts=self.drafts)
+
+  def step(self, state: DraftState, count: int | None = None) -> tuple[DraftState, Tokens]:
+    """So many rounds, each of which gives a row 1 to `drafts` + 1 tokens; by default, about CHUNK tokens."""
+    most = max(CHUNK // (self.drafts + 1), 1)
+    if not 1 <= (count := most if count is None else count) <= most:
+      raise ValueError(f'count={count} rounds in one step must be 1 to {most}')
+    state, tokens, counts = _rounds(self.model, self.params, state, np.int32(count), np.int32(self.ends),
+                                    vocab=self.vocab, rounds=most, drafts=self.drafts)
+    self.counter.add(int(counts.passes), int(counts.accepted), self.drafts)
+    return state, tokens
 
 
 class SelfSpeculation:
@@ -207,29 +248,17 @@ class SelfSpeculation:
     """Tokens that a forward pass of the trunk gave, on average, of a row that had not ended."""
     return 1 + self.accepted / max(self.passes, 1)
 
-  def tokens(self, model: MultiToken, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """See `generate.Draft`. ValueError where the model cannot draft so much, or with a repetition penalty."""
-    rows, width = batch.tokens.shape
+  def add(self, passes: int, accepted: int, drafts: int) -> None:
+    """Counts passes of the trunk, each over so many drafts."""
+    self.passes, self.accepted, self.proposed = (
+        self.passes + passes, self.accepted + accepted, self.proposed + drafts * passes)
+
+  def engine(self, model: MultiToken, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> DraftingEngine:
+    """See `generate.Draft`. ValueError where the model cannot draft so much."""
     depths = model.depths
+    if not depths:
+      raise ValueError('this model predicts no further tokens, so there is nothing to draft with')
     drafts = depths if self.drafts is None else self.drafts
-    if not 1 <= drafts <= min(depths, width // 2):
-      raise ValueError(f'drafts={drafts}: this model can draft 1 to {min(depths, width // 2)} tokens'
-                       if depths else 'this model predicts no further tokens, so there is nothing to draft with')
-    if sampling.repetition_penalty != 1:
-      raise ValueError(f'repetition_penalty={sampling.repetition_penalty} is not supported with drafts; leave one out')
-    ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
-    params, stop = model.unstack(params), width + max_tokens - 1   # the slot of the last token
-    state = _prefill(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), ends,
-                     slots=-(-(stop + 2 + 2 * drafts) // 64) * 64, drafts=drafts, **how)
-    shown, told, before = [width] * len(texts), _told(state), (self.passes, self.accepted)
-    while True:
-      made, index, done, passes, accepted = map(np.asarray, told)
-      self.passes, self.accepted = before[0] + int(passes), before[1] + int(accepted)
-      self.proposed = drafts * self.passes
-      upto = np.minimum(index, stop) + 1
-      yield [made[row, shown[row]:upto[row]] for row in range(len(texts))]
-      if done:
-        return
-      shown = upto.tolist()
-      state, told = _decode(model, params, state, np.int32(stop), ends, rounds=max(CHUNK // (drafts + 1), 1), **how)
+    if not 1 <= drafts <= depths:
+      raise ValueError(f'drafts={drafts}: this model can draft 1 to {depths} tokens')
+    return DraftingEngine(model, params, rounded(slots + 1 + 2 * drafts), vocab, ends, drafts, self)

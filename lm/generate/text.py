@@ -1,4 +1,4 @@
-"""Text from a model: sampling, decoding with a key/value cache, streaming.
+"""Text from a model: strings in, strings out, piece by piece; an `engine` writes the tokens.
 
   for (piece,) in generate.stream(model, params, tokenizer, ['def '], generate.Sampling(top_p=0.9)):
     print(piece, end='', flush=True)
@@ -7,98 +7,20 @@ A completion is a function of (seed, prompt, how many equal prompts stand before
 Shapes: the legend in `models/transformer.py`.
 """
 import codecs
-import collections
-import functools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from lm import seeds, sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
-from lm.generate.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize, process
+from lm.generate.completion import Draft, Request, complete, complete_past, prompts_of
+from lm.generate.sampling import Sampling
 from lm.models.encoder_decoder import EncoderDecoder
-from lm.models.transformer import Cache, LanguageModel, Output
-
-__all__ = ['Sampling', 'penalize', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process', 'stream', 'generate', 'tokens',
-           'room']
+from lm.models.transformer import LanguageModel
 
 PLAIN = Sampling()
 DEFAULT = 128   # tokens to write where nothing else is said and there is room
-CHUNK = 16   # tokens made between two looks at the text: few enough to read along, enough to hide the call
-
-
-# Decoding.
-
-
-class _State(NamedTuple):
-  """What decoding carries from token to token, for B rows."""
-  cache: Cache
-  token_B: jax.Array            # the last token of each row, not yet in the cache
-  position_B: jax.Array         # and its place in the text
-  done_B: jax.Array             # rows that have ended
-  seen_BV: jax.Array | None     # tokens of prompt and output; None without a penalty
-  stream_B: jax.Array           # the random stream of each row, uint32
-  key: jax.Array
-  step: jax.Array               # tokens made
-
-
-def _draw(state: _State, out: Output, sampling: Sampling, vocab: int, ends: jax.Array) -> _State:
-  """The state with one more token, from the last position of a forward pass."""
-  def local(logits, seen, stream, key, step):
-    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # a padded vocabulary
-    logits = process(logits, sampling, seen)
-    if sampling.greedy:
-      token = jnp.argmax(logits, -1)
-    else:
-      keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), step))(stream)
-      token = jax.vmap(jax.random.categorical)(keys, logits)
-    return token, None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
-
-  if (rows := sharding.spec('B')) is not None:   # each shard draws for its own rows, over the whole vocabulary
-    local = jax.shard_map(local, in_specs=(rows, rows, rows, P(), P()), out_specs=rows, check_vma=False)
-  logits = sharding.constrain(out.head(out.hidden[:, -1:])[:, 0], 'B-')
-  token, seen = local(logits, state.seen_BV, state.stream_B, state.key, state.step)
-  token = jnp.where(state.done_B, ends[0], token)
-  return state._replace(cache=out.cache, token_B=token, position_B=state.position_B + 1, seen_BV=seen,
-                        done_B=state.done_B | (token[:, None] == ends[None]).any(-1), step=state.step + 1)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab', 'slots'))
-def _prefill(model, params, batch: Batch, seen_BV, stream_B, key, ends, step, *, sampling, vocab, slots) -> _State:
-  """Reads prompts into a new cache of `slots` slots and draws the token after them, number `step`. Empty rows are done.
-  """
-  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
-  seen = None if seen_BV is None else sharding.constrain(seen_BV, 'B-')
-  state = _State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], batch.segments[:, -1] == 0, seen,
-                 sharding.constrain(stream_B, 'B'), key, step)
-  return _draw(state, out, sampling, vocab, ends)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'vocab'), donate_argnames='state')
-def _decode(model, params, state: _State, limit, ends, *, sampling, vocab) -> tuple[_State, jax.Array]:
-  """Up to `limit` more tokens, fewer if all rows end: [B, CHUNK], filled up with `ends[0]`, on every device."""
-  def step(carry):
-    n, state, made = carry
-    batch = Batch(state.token_B[:, None], positions=state.position_B[:, None])
-    state = _draw(state, model.apply(params, batch, cache=state.cache), sampling, vocab, ends)
-    return n + 1, state, jax.lax.dynamic_update_slice(made, state.token_B[:, None], (0, n))
-
-  made = sharding.constrain(jnp.full((len(state.token_B), CHUNK), ends[0]), 'BT')
-  _, state, made = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~carry[1].done_B.all(), step,
-                                      (jnp.int32(0), state, made))
-  return state, sharding.constrain(made, '--')
-
-
-def _prompts(model: LanguageModel, texts: Sequence[np.ndarray], tokenizer: Tokenizer, adds_bos: bool = True) -> Batch:
-  """A row for each text, after bos with `adds_bos`, and empty rows up to what the mesh can split."""
-  return model.prompt(texts, sharding.padded_rows(len(texts)), tokenizer.bos_id, tokenizer.eos_id, adds_bos)
 
 
 def _begins(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
@@ -127,87 +49,6 @@ def _check(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_tokens:
                      f'{model.max_length} that the model reads at once; shorten one of them, or go on past the context '
                      'with a window (--window)')
   return max_tokens
-
-
-def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
-  """The random stream of each row, uint32: of its text and how many equal ones stand before it."""
-  found, copies = np.zeros(rows, np.uint32), collections.Counter()
-  for row, ids in enumerate(texts):
-    known = np.int32(ids if len(ids) and ids[0] == bos else [bos, *ids]).tobytes()
-    found[row] = zlib.crc32(known, copies[known])
-    copies[known] += 1
-  return found
-
-
-def _tokens(model: LanguageModel, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-            sampling: Sampling, max_tokens: int, seed: int, stream: np.ndarray | None = None, step: int = 0,
-            whole: Sequence[np.ndarray] = ()) -> Iterator[np.ndarray]:
-  """New tokens after each text, [texts, 1 to CHUNK] at a time; after its end, a row repeats eos.
-
-  `stream` and `step` are those of texts that go on, which have so many new tokens already. `whole` are the texts with
-  what was left behind of them: a penalty is for all of their tokens.
-  """
-  rows, width = batch.tokens.shape
-  stream, seen = streams(texts, rows, tokenizer.bos_id) if stream is None else stream, None
-  if sampling.repetition_penalty != 1:
-    seen = np.zeros((rows, model.vocab), bool)
-    row, column = np.nonzero(batch.segments)
-    seen[row, batch.tokens[row, column]] = True
-    for row, ids in enumerate(whole):
-      seen[row, ids] = True
-  ends, how = np.int32(tokenizer.eos_ids), {'sampling': sampling, 'vocab': tokenizer.vocab_size}
-  params = model.unstack(params)
-  state = _prefill(model, params, batch, seen, stream, seeds.key(seed), ends, np.int32(step),
-                   slots=-(-(width + max_tokens) // 64) * 64, **how)
-  yield np.asarray(sharding.constrain(state.token_B, '-'))[:len(texts), None]
-  for left in range(max_tokens - 1, 0, -CHUNK):
-    state, made = _decode(model, params, state, np.int32(min(left, CHUNK)), ends, **how)
-    yield np.asarray(made)[:len(texts), :left]
-
-
-def _reread(model: LanguageModel, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-            sampling: Sampling, max_tokens: int, seed: int) -> Iterator[np.ndarray]:
-  """As `_tokens`, of texts with all control tokens, which are read again where a cache cannot go on.
-
-  That is at the token with which a text passes LongRoPE's original context, as in transformers' `generate`; and where
-  the context is full: then the last half of the text, after its bos, is the text.
-  """
-  original, step, stream = model.original_context, 0, None
-  whole, prompts = list(texts), [len(ids) for ids in texts]
-  texts = whole
-  while step < max_tokens:
-    if max(map(len, texts)) >= model.max_length:
-      if batch.bidirectional is not None:
-        raise ValueError('a prompt that is read bidirectionally cannot be left behind; leave out the window')
-      half = model.max_length // 2
-      texts = [ids if len(ids) <= half else np.r_[ids[:int(ids[0] == tokenizer.bos_id)], ids[-half:]] for ids in texts]
-    if step:
-      bidirectional = batch.bidirectional
-      batch = _prompts(model, texts, tokenizer, adds_bos=False)
-      if bidirectional is not None:   # of the prompts alone, as they were read at first
-        columns = batch.positions < np.array([*prompts, *[0] * (len(batch.tokens) - len(texts))])[:, None]
-        batch = batch._replace(bidirectional=columns & (batch.segments > 0))
-    else:
-      stream = streams(texts, len(batch.tokens), tokenizer.bos_id)
-    passes = [original + 1 - len(ids) for ids in texts if original is not None and len(ids) <= original]
-    count = min(max_tokens - step, model.max_length - max(map(len, texts)), *passes)
-    pieces = []
-    for piece in _tokens(model, params, texts, batch, tokenizer, sampling, count, seed, stream, step, whole):
-      pieces.append(piece)
-      yield piece
-    step += count
-    if step < max_tokens:
-      new = np.concatenate(pieces, axis=1)
-      texts, whole = ([np.r_[ids, row].astype(np.int32) for ids, row in zip(rows, new)] for rows in (texts, whole))
-
-
-class Draft(Protocol):
-  def tokens(self, model: Any, params: Any, texts: Sequence[np.ndarray], batch: Batch, tokenizer: Tokenizer,
-             sampling: Sampling, max_tokens: int, seed: int) -> Iterator[Sequence[np.ndarray]]:
-    """New tokens after each text, some at a time, not as many for each; what comes after its end does not count."""
-
-
-# Text.
 
 
 class _Text:
@@ -266,7 +107,7 @@ def _encoded(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str],
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
   if not isinstance(model, EncoderDecoder):
     encoded = [_begins(ids, tokenizer, bos) for ids in encoded]
-  return encoded, _prompts(model, encoded, tokenizer, adds_bos=False)
+  return encoded, prompts_of(model, encoded, tokenizer, adds_bos=False)
 
 
 def room(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None = None) -> int:
@@ -301,9 +142,8 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [_Text(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
-  make = _tokens if isinstance(model, EncoderDecoder) else _reread
-  make = make if draft is None else draft.tokens
-  for made in make(model, params, encoded, mark(batch), tokenizer, sampling, max_tokens, seed):
+  request = Request(model, params, tokenizer, sampling, max_tokens, seed, draft)
+  for made in _pieces(request, encoded, mark(batch)):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
     if all(text.done for text in texts):
       return
@@ -325,9 +165,15 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
            sampling: Sampling = PLAIN, *, max_tokens: int | None = None, seed: int = 0,
            mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[np.ndarray]:
   """As `generate`, from token ids (bos is put in front) to token ids (without the eos that ends them)."""
-  max_tokens = _check(model, tokenizer, batch := _prompts(model, prompts, tokenizer), max_tokens)
-  make = _tokens
+  batch = prompts_of(model, prompts, tokenizer)
+  request = Request(model, params, tokenizer, sampling, _check(model, tokenizer, batch, max_tokens), seed)
   if not isinstance(model, EncoderDecoder):
-    make, prompts = _reread, [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]
-  made = list(make(model, params, prompts, mark(batch), tokenizer, sampling, max_tokens, seed))
-  return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in np.concatenate(made, axis=1)]
+    prompts = [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]
+  pieces = zip(*_pieces(request, prompts, mark(batch)))
+  rows = [np.concatenate(row) for row in pieces]
+  return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in rows]
+
+
+def _pieces(request: Request, prompts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
+  once = isinstance(request.model, EncoderDecoder) or request.draft is not None
+  return (complete if once else complete_past)(request, prompts, batch)

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from lm import seeds, sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
-from lm.generate.text import Sampling, process, streams
+from lm.generate.completion import streams
+from lm.generate.sampling import Sampling, process
 from lm.objectives.objective import target_log_probabilities
 
 

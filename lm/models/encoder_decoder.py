@@ -100,13 +100,13 @@ class RelativePositions:
                        'distance that the last of them begins at')
 
   def __call__(self, queries_T: jax.Array, keys_S: jax.Array, causal: bool) -> jax.Array:
-    """Buckets `[T, S]` from places in a row."""
+    """Buckets `[T, S]` from places in a row; `[B, T, S]` from queries `[B, T]`."""
     count = self.buckets if causal else self.buckets // 2
     # A table, from NumPy: logarithms of other backends round otherwise, and then a distance changes its bucket.
     near, far = count // 2, np.maximum(np.arange(self.max_distance + 1, dtype=np.float32), 1)
     far = near + (np.log(far / near) / np.float32(math.log(self.max_distance / near)) * (count - near)).astype(np.int32)
     table = np.where(np.arange(len(far)) < near, np.arange(len(far)), np.minimum(far, count - 1))
-    later = keys_S[None] - queries_T[:, None]
+    later = jnp.expand_dims(keys_S, tuple(range(queries_T.ndim))) - queries_T[..., None]
     distance = jnp.maximum(-later, 0) if causal else jnp.abs(later)
     found = jnp.asarray(table, jnp.int32)[jnp.minimum(distance, self.max_distance)]
     return found if causal else found + count * (later > 0)
@@ -195,17 +195,19 @@ class EncoderDecoder(LanguageModel):
                                   Context(None, Visible(), source=EncodedSource(x, Visible())))}
 
   def _bias(self, name, queries_T, keys_S):
-    """[N, T, S] for the encoder or the decoder."""
+    """[N, T, S] for the encoder or the decoder; [B, N, T, S] where each row has queries of its own, [B, T]."""
     heads = stack.layers(getattr(self, name))[0].attention.heads
     init = nn.initializers.normal(self.width ** -0.5)
     table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init, role=Role.VECTOR)
     buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
-    return table.at[buckets].get(out_sharding=sharding.spec('TSN')).transpose(2, 0, 1)
+    bias = table.at[buckets].get(out_sharding=sharding.spec('BTSN'[3 - buckets.ndim:]))
+    return jnp.moveaxis(bias, -1, -3)
 
   def _cached(self, params, x, batch, memory, cache, taps):
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
-    filled = jax.lax.dynamic_update_slice(cache.segments_BS, segments, (0, cache.index))
-    bias = self._bias('decoder', cache.index + jnp.arange(x.shape[1]), jnp.arange(filled.shape[1]))
+    filled = attend.write(cache.segments_BS, segments, cache.index)
+    places = cache.index[:, None] + jnp.arange(x.shape[1])[None]
+    bias = self._bias('decoder', places, jnp.arange(filled.shape[1]))
     visible = Visible(segments, filled, start=cache.index, bias_NTS=bias)
     sources = cache.source_segments_BS
     if memory is not None:
@@ -220,6 +222,22 @@ class EncoderDecoder(LanguageModel):
     """Parameters with one tree a layer of the decoder, as `transformer.Transformer.unstack` has them."""
     blocks = params['blocks']
     return {**params, 'blocks': {**blocks, 'decoder': stack.unstacked(self.decoder, blocks['decoder'])}}
+
+  @nn.nowrap
+  def insert(self, cache: EncoderDecoderCache, new: EncoderDecoderCache, rows: jax.Array) -> EncoderDecoderCache:
+    """As `transformer.LanguageModel.insert`. The sources of `new` may be narrower; ValueError where they are wider."""
+    width, needed = cache.source_segments_BS.shape[1], new.source_segments_BS.shape[1]
+    if needed > width:
+      raise ValueError(f'a source of {needed} tokens (padded) does not fit a cache for sources of {width}; make the '
+                       'cache of a longer source')
+
+    def widen(x, axis):
+      return jnp.pad(x, [(0, width - needed if i == axis else 0) for i in range(x.ndim)])
+
+    layers = tuple(DecoderCache(layer.tokens, LayerCache(*(widen(x, 2) for x in layer.source)))
+                   for layer in new.layers)
+    new = new._replace(layers=layers, source_segments_BS=widen(new.source_segments_BS, 1))
+    return super().insert(cache, new, rows)
 
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
@@ -237,7 +255,7 @@ class EncoderDecoder(LanguageModel):
     """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
     return EncoderDecoderCache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None,
-                               jnp.int32(0))
+                               sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
 
 
 def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:

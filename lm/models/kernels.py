@@ -16,7 +16,8 @@ class Visible(NamedTuple):
 
   A window, or a chunk, holds for both: it is as wide towards later keys. Fields are None where they do not restrict.
   `start` is the slot of the first query among the keys (cached decoding), one for all rows or one for each.
-  Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated.
+  Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated;
+  in cached decoding, it may be [B, N, T, S].
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
@@ -103,7 +104,8 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
     return local(q_BTNH, k, v, sinks_N, visible, drop)
   heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
   start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
-  restrictions = Visible(rows, rows, rows, rows, rows, start, sharding.spec('NTS'))
+  bias = sharding.spec('BNTS'[-getattr(visible.bias_NTS, 'ndim', 3):])
+  restrictions = Visible(rows, rows, rows, rows, rows, start, bias)
   drops = None if drop is None else AttentionDropout(P(), sharding.spec('B'), sharding.spec('N'))
   specs = heads, keys, keys, sharding.spec('N'), restrictions, drops
   return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k, v, sinks_N, visible, drop)
@@ -168,7 +170,7 @@ def _blocks(time: int, keys: int, visible: Visible, scores: AttentionScores) -> 
 def _scores(scores, q, k, visible, queries, keys):
   s = jnp.einsum('BKGTH,BKSH->BKGTS', q[:, :, :, queries], k[:, :, keys], preferred_element_type=jnp.float32)
   if visible.bias_NTS is not None:
-    s = s + visible.bias_NTS[:, queries, keys].reshape(1, *s.shape[1:])
+    s = s + visible.bias_NTS[..., queries, keys].reshape(-1, *s.shape[1:])
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
   return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite: padding sees no key

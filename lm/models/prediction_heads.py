@@ -169,6 +169,10 @@ class MultiToken:
     """The trunk's."""
     return self.trunk.init_cache(batch_size, slots)
 
+  def insert(self, cache: Cache, new: Cache, rows: jax.Array) -> Cache:
+    """As `transformer.LanguageModel.insert`."""
+    return self.trunk.insert(cache, new, rows)
+
   def init_depth_caches(self, batch_size: int, slots: int) -> tuple[Any, ...]:
     """One for each depth."""
     return tuple(self.module.block.init_cache(batch_size, slots, self.trunk.dtype)

@@ -48,7 +48,7 @@ class Cache(NamedTuple):
   layers: tuple[Any, ...]  # what each block's `init_cache` gives
   segments_BS: jax.Array   # 0: empty or padding
   positions_BS: jax.Array
-  index: jax.Array         # slots that are filled, the same for all rows; or [B], of each (what lies after is not seen)
+  index: jax.Array         # [B], slots of each row that are filled; what lies after them is not seen
 
 
 class Output(NamedTuple):
@@ -114,6 +114,14 @@ class LanguageModel(nn.Module):
       span = row, slice(width - len(ids), None)
       tokens[span], positions[span], segments[span] = ids, np.arange(len(ids)), 1
     return Batch(tokens, positions=positions, segments=segments)
+
+  @nn.nowrap
+  def insert(self, cache: Any, new: Any, rows: jax.Array) -> Any:
+    """The cache, where row i of the cache `new` takes the place of row `rows[i]`; where there is no such row, of none.
+
+    Every leaf of both is led by rows, and has the same shape after that.
+    """
+    return sharding.insert_rows(cache, new, rows)
 
 
 class Transformer(LanguageModel):
@@ -215,7 +223,7 @@ class Transformer(LanguageModel):
     """An empty cache with `slots` slots a row."""
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in self.layers)
     empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
-    return Cache(layers, empty, empty, jnp.int32(0))
+    return Cache(layers, empty, empty, sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
 
 
 def _head_size(width: int, heads: int, rates: dict[str, float | None], **sizes: int) -> int:

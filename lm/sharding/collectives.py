@@ -2,11 +2,13 @@
 
 The first three are called inside a `jax.shard_map`, where each device holds its own part of a tensor.
 """
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm.sharding.axes import axes_of, is_laid_out, mesh_axes
@@ -51,3 +53,23 @@ def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any
   specs = jax.tree.map(lambda _: P(), everywhere), *jax.tree.map(lambda _: P(axes), rows)
   sums, tree = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(everywhere, *rows)
   return sums, jax.tree.map(jax.sharding.reshard, tree, layouts)
+
+
+def insert_rows(tree: Any, new: Any, rows: jax.Array) -> Any:
+  """Returns `tree` with row i of `new` in the place of row `rows[i]`; rows that `tree` does not have are left out.
+
+  Both are trees of arrays that are led by the rows of a batch, and are otherwise alike.
+  """
+  def insert(split, old, new, rows):
+    own = rows - part_index('B') * len(old) if split else rows   # the places in this device's part
+    return old.at[jnp.where((own >= 0) & (own < len(old)), own, len(old))].set(new, mode='drop')
+
+  def place(old, new):
+    if not is_laid_out():
+      return insert(False, old, new, rows)
+    layout = jax.typeof(old).sharding.spec
+    whole = P(None, *layout[1:])
+    return jax.shard_map(functools.partial(insert, layout[0] is not None), in_specs=(layout, whole, P()),
+                         out_specs=layout, check_vma=False)(old, jax.sharding.reshard(new, whole), rows)
+
+  return jax.tree.map(place, tree, new)

@@ -16,7 +16,7 @@ from lm.data import tokenizers
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import score as scoring
-from lm.generate import text as text_module
+from lm.generate import completion
 from lm.hf import pretrained
 from lm.models import encoder, encoder_decoder, transformer
 
@@ -133,9 +133,9 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
   mask = torch.arange(ids.shape[1])[None] < torch.tensor(list(map(len, sources)))[:, None]
   made = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=20, do_sample=False).numpy()[:, 1:]
   texts = [TOKENIZER.encode(text) for text in SOURCES]
-  batch = text_module._prompts(loaded.model, texts, loaded.tokenizer)
-  ours = np.concatenate(list(text_module._tokens(loaded.model, loaded.params, texts, batch, loaded.tokenizer,
-                                              generate.Sampling(0.), 20, 0)), axis=1)
+  request = completion.Request(loaded.model, loaded.params, loaded.tokenizer, generate.Sampling(0.), 20, 0)
+  pieces = completion.complete(request, texts, completion.prompts_of(loaded.model, texts, loaded.tokenizer))
+  ours = [np.concatenate(row) for row in zip(*pieces)]
   for a, b in zip(ours, made, strict=True):
     end = [*b.tolist(), EOS].index(EOS)
     np.testing.assert_array_equal(a[:end], b[:end])

@@ -11,7 +11,7 @@ from helpers.decoders import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
 
 from lm import generate
 from lm.data.batch import Batch
-from lm.generate import text as text_module
+from lm.generate import completion
 from lm.hf import pretrained
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
@@ -49,11 +49,11 @@ class Counts(transformer.LanguageModel):
     return params
 
   def init_cache(self, batch_size, slots):
-    return jnp.int32(slots)
+    return jnp.full(batch_size, slots)
 
   def apply(self, params, batch, *, key=None, cache=None):
     free = cache - batch.tokens.shape[1]
-    token = jnp.where(free < 0, 2, 1)
+    token = jnp.where(free < 0, 2, 1)[:, None]
     return transformer.Output(batch.tokens, lambda h: jnp.broadcast_to(jax.nn.one_hot(token, 6), (*h.shape, 6)), free)
 
 
@@ -115,20 +115,22 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
     generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=15)
   text = [256, *ids[0]]
-  batch = text_module._prompts(model, [np.int32(text)], tokenizer, adds_bos=False)
-  made = np.concatenate([*text_module._reread(model, params, [np.int32(text)], batch, tokenizer, GREEDY, 40, 0)],
-                        axis=1)
+  def past(sampling, count):
+    request = completion.Request(model, params, tokenizer, sampling, count, 0)
+    batch = completion.prompts_of(model, [np.int32(text)], tokenizer, adds_bos=False)
+    return np.concatenate([row for row, in completion.complete_past(request, [np.int32(text)], batch)])
+
+  made = past(GREEDY, 40)
   read = list(text)
-  for token in made[0]:
+  for token in made:
     if len(read) >= 24:
       read = [256, *read[-12:]]
     assert token == best_next(model, params, read)
     read.append(int(token))
   never = generate.Sampling(temperature=0, repetition_penalty=1e9)   # no token again, also of what was left behind
-  made_once = text_module._reread(model, params, [np.int32(text)], batch, tokenizer, never, 60, 0)
-  assert len({*text, *np.concatenate([*made_once], axis=1)[0].tolist()}) == len({*text}) + 60
+  assert len({*text, *past(never, 60).tolist()}) == len({*text}) + 60
   assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
-      ''.join(text_of(made[0], tokenizer, prompt=ids[0]))]
+      ''.join(text_of(made, tokenizer, prompt=ids[0]))]
 
 
 def test_the_program_says_where_the_context_ends(monkeypatch, capsys):

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.decoders import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
+from helpers.decoders import GREEDY, PROMPTS, Bytes, make, rows_of, text_of, tokens_of
 
 from lm import generate, sharding
 from lm.data.batch import Batch
+from lm.generate import engine as engine_module
 from lm.generate import text as text_module
 from lm.models import transformer
 
@@ -155,10 +156,10 @@ def test_the_penalty_is_for_tokens_of_prompt_and_output():
 
 def test_one_compilation_for_each_bucket_and_one_to_decode():
   model = Table(max_length=98)   # its own cache entries
-  before = text_module._prefill._cache_size(), text_module._decode._cache_size()
+  before = engine_module._prefill._cache_size(), engine_module._step._cache_size()
   for prompt, n in [('f', 20), ('f ' * 12, 37), ('', 18), ('f ' * 30, 30)]:   # 16, 16, 16, 32 wide
     tokens_of(model, None, [prompt], GREEDY, n, tokenizer=Six())
-  assert (text_module._prefill._cache_size() - before[0], text_module._decode._cache_size() - before[1]) == (2, 1)
+  assert (engine_module._prefill._cache_size() - before[0], engine_module._step._cache_size() - before[1]) == (2, 1)
 
 
 # Text.
@@ -231,8 +232,8 @@ def test_text_ends_at_any_of_the_ends():
     ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
     assert text == ''.join(text_of(row[:ended[0] if ended else None]))
   assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in made[[0, 2]]}) == 2   # one ended by each
-  ended = tokens_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())[0, made[0].tolist().index(first):]
-  assert set(ended[1:].tolist()) == {257}   # nothing is made after it
+  ended, = rows_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())
+  assert ended.tolist() == made[0, :made[0].tolist().index(first) + 1].tolist()   # nothing is made after it
   alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 

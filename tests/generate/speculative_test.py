@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.decoders import GREEDY, PROMPTS, Bytes
+from helpers.decoders import GREEDY, PROMPTS, Bytes, rows_of
 
 from lm import generate, sharding
 from lm.data.batch import Batch
-from lm.generate import speculative
-from lm.generate import text as text_module
+from lm.generate import completion, speculative
 from lm.models import attention, latent, prediction_heads, rotary, stack, transformer
 from lm.models import layers as parts
 
@@ -74,7 +73,8 @@ class Tables(transformer.LanguageModel):
     return params
 
   def init_cache(self, batch_size, slots):
-    return transformer.Cache((), jnp.zeros((batch_size, slots), int), jnp.zeros((batch_size, slots), int), jnp.int32(0))
+    return transformer.Cache((), jnp.zeros((batch_size, slots), int), jnp.zeros((batch_size, slots), int),
+                             jnp.zeros(batch_size, int))
 
   def init_depth_caches(self, batch_size, slots):
     return 0, 0
@@ -94,17 +94,11 @@ class Five(Bytes):
     return [np.zeros(len(text), np.int32) for text in texts]
 
 
-def tokens_of(model, params, prompts, sampling, n, draft, tokenizer=None, seed=0):
-  tokenizer = tokenizer or Bytes()
-  ids = tokenizer.encode_batch(prompts)
-  made = draft.tokens(model, params, ids, text_module._prompts(model, ids, tokenizer), tokenizer, sampling, n, seed)
-  return [np.concatenate(row) for row in zip(*made)]
-
-
 @pytest.mark.parametrize('temperature', [1., 0.6])
 def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature):
   draft, softmax = speculative.SelfSpeculation(), lambda p: p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-  made = np.stack(tokens_of(Tables(), None, [''] * 512, generate.Sampling(temperature), 32, draft, Five(), seed=3))
+  made = np.stack(rows_of(Tables(), None, [''] * 512, generate.Sampling(temperature), 32, draft=draft, tokenizer=Five(),
+                          seed=3))
   p, q = softmax(P.astype('f8')), softmax(Q.astype('f8'))
   assert made.shape == (512, 32) and chi_square(made.ravel(), p) < 18.5
   repeats = (made[:, 1:] == made[:, :-1]).mean(), (made[1:] == made[:-1]).mean()
@@ -141,7 +135,7 @@ def test_greedy_text_is_that_of_the_trunk(model):
   assert draft.proposed == draft.passes * model.depths > 0
 
   class Ends(Bytes):
-    eos_ids = 257, int(tokens_of(model, params, PROMPTS, GREEDY, 37, draft)[0][8])
+    eos_ids = 257, int(rows_of(model, params, PROMPTS, GREEDY, 37, draft=draft)[0][8])
 
   ended = generate.generate(model.trunk, params, Ends(), PROMPTS, GREEDY, max_tokens=37)
   assert generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=37, draft=draft) == ended
@@ -164,10 +158,9 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   model, words = kind(SMALL, 2), Twelve()
   params, sampling = random_params(model, 0.25), generate.Sampling()   # so flat that most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
-  how = {'sampling': sampling, 'vocab': 11}
-  batch, stream = text_module._prompts(model, ids, words), generate.streams(ids, 3, 0)
-  state = speculative._prefill(model, model.unstack(params), batch, stream, jax.random.key(0), np.int32([77]), slots=64,
-                               drafts=2, **how)
+  batch, stream = completion.prompts_of(model, ids, words), generate.streams(ids, 3, 0)
+  engine = speculative.SelfSpeculation().engine(model, model.unstack(params), 59, 11, (77,))
+  state, _ = engine.prefill(batch, generate.settings([sampling] * 3, [0] * 3, stream), [27] * 3)
 
   @jax.jit
   def forward(params, tokens):
@@ -183,7 +176,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
       for k, logits in enumerate(forward(params, padded)):
         expected = jax.nn.softmax(logits[0, index[row] - 1 - first[row], :11])
         np.testing.assert_allclose(drafted[row, k, :11], expected, rtol=1e-3, atol=1e-5)
-    state, _ = speculative._decode(model, model.unstack(params), state, np.int32(60), np.int32([77]), rounds=1, **how)
+    state, _ = engine.step(state, 1)
     steps.append(np.asarray(state.cache.index) - index)
   assert {1, 3} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2   # all and none, by row
 
@@ -191,7 +184,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
 @pytest.mark.slow
 def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
   model = prediction_heads.sequential(SMALL, 2)
-  params, make = random_params(model, 0.5), functools.partial(tokens_of, sampling=generate.Sampling(top_p=0.9), n=24,
+  params, make = random_params(model, 0.5), functools.partial(rows_of, sampling=generate.Sampling(top_p=0.9), n=24,
                                                               tokenizer=Twelve(), seed=5)
   together = make(model, params, PROMPTS[:3], draft=speculative.SelfSpeculation())
   np.testing.assert_array_equal(make(model, params, PROMPTS[1:2], draft=speculative.SelfSpeculation())[0], together[1])

@@ -4,6 +4,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lm import generate
+from lm.generate import completion
 from lm.generate import text as text_module
 from lm.models import transformer
 
@@ -42,12 +43,20 @@ def make(family=transformer.llama, mesh=None, **kwargs):
   return model, jax.tree.map_with_path(value, jax.eval_shape(model.init, jax.random.key(0)))
 
 
-def tokens_of(model, params, prompts, sampling, n, seed=0, tokenizer=None):
-  """Token by token, [prompts, n]."""
+def rows_of(model, params, prompts, sampling, n, seed=0, tokenizer=None, draft=None):
+  """The new tokens of each prompt, after bos, to its end."""
   tokenizer = tokenizer or Bytes()
   ids = tokenizer.encode_batch(prompts)
-  batch = text_module._prompts(model, ids, tokenizer)
-  return np.concatenate(list(text_module._tokens(model, params, ids, batch, tokenizer, sampling, n, seed)), axis=1)
+  request = completion.Request(model, params, tokenizer, sampling, n, seed, draft)
+  pieces = completion.complete(request, ids, completion.prompts_of(model, ids, tokenizer))
+  return [np.concatenate(row) for row in zip(*pieces)]
+
+
+def tokens_of(*args, **kwargs):
+  """As `rows_of`, [prompts, n], filled up with eos after the end."""
+  rows, n = rows_of(*args, **kwargs), args[4]
+  eos = (kwargs.get('tokenizer') or Bytes()).eos_ids[0]
+  return np.stack([np.pad(row, (0, n - len(row)), constant_values=eos) for row in rows])
 
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
