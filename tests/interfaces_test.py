@@ -77,6 +77,9 @@ class Model(Exact):
   def init_cache(self, batch_size, slots):
     return sharding.constrain(jnp.zeros((batch_size, 1, WIDTH)), 'BTD')
 
+  def insert(self, cache, new, rows):
+    return sharding.insert_rows(cache, new, rows)
+
   def unstack(self, params):
     return params
 
@@ -222,6 +225,14 @@ def test_what_is_trained_on_fakes_is_loaded_generates_and_scores(trained, capsys
   while len(ids) < 9 and ids[-1] != EOS:
     ids.append(int(logits(params, ids)[-1].argmax()))
   assert written == Tokenizer().decode(ids[3:])
+
+  engine = generate.Engine(run.model, result.params, 32, VOCAB, (EOS,))
+  batch = run.model.prompt([np.frombuffer(b'on', np.uint8)] * 2, 2, BOS, EOS)
+  settings = generate.settings([generate.Sampling(0)] * 2, [0] * 2, np.arange(2))
+  state, first = engine.prefill(batch, settings, [6] * 2)
+  state = engine.insert(engine.prefill(batch, settings, [0] * 2)[0], state, [1, 2])   # one row of two
+  state, others = engine.step(state)
+  assert others.count_B[0] == 0 and [*first.rows(1)[0], *others.rows(2)[1]] == ids[3:]
 
   outcome.show(run, workdir, result, workdir / 'script.py', sample=True)
   assert "the model goes on from 'one two'" in capsys.readouterr().out

@@ -40,7 +40,8 @@ class Model(Protocol):
 class Decoder(Model, Protocol):
   """What scoring and generation need as well; the methods are described at `models.LanguageModel` and `Transformer`.
 
-  A cache is a pytree that `init_cache` makes and that `apply` takes and returns; nothing else looks into it.
+  A cache is a pytree that `init_cache` makes and that `apply` takes and returns; nothing else looks into it. Each
+  of its leaves is led by rows, and `insert` replaces some rows.
   """
   causal: bool                   # whether an output depends on its own and earlier tokens alone
   vocab: int                     # logits per position
@@ -48,6 +49,7 @@ class Decoder(Model, Protocol):
   original_context: int | None   # the length from which on the positions of all tokens are encoded differently
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True) -> Batch: ...
   def init_cache(self, batch_size: int, slots: int) -> Any: ...
+  def insert(self, cache: Any, new: Any, rows: jax.Array) -> Any: ...
   def unstack(self, params: Any) -> Any: ...
   def with_dtype(self, dtype: Any) -> 'Decoder': ...
 
