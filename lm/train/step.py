@@ -43,7 +43,7 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
     (loss_sum, (weight_sum, sums)), grads = run.gradient(loss, state.params, batch, key, run.accumulate)
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
-    share = 1 / weight_sum   # a factor, which XLA makes a part of what reads the gradients; a division it writes down
+    share = 1 / weight_sum   # multiply: XLA fuses it into each consumer, but materialises a division
     grads = jax.tree.map(lambda g: g * share, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
     part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # nothing of a part is kept for its gradient
