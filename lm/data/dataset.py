@@ -143,14 +143,14 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable,
   def make():
     if differing():
       progress(f'{folder} was made with other settings, and nothing was trained on it: it is made anew')
-    found = given
+    tokenizer = given
     if trains:
       texts = [document for document in documents() if isinstance(document, str)]
       progress('training the tokenizer')
-      found = given(texts)
-    check(found)
+      tokenizer = given(texts)
+    check(tokenizer)
     settings.unlink(missing_ok=True)   # until the new one is whole, there is none
-    found.save(settings.parent)
+    tokenizer.save(settings.parent)
     _record(settings, wanted, tokenizers.load(settings.parent))
 
   def adopt():
@@ -172,9 +172,9 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable,
   if lines := differing():
     raise OtherSettings(f'{folder} was made with other settings; go back to them, or choose another --workdir\n  '
                      + '\n  '.join(lines))
-  found = load_tokenizer(settings.parent)
-  check(found)
-  return found
+  tokenizer = load_tokenizer(settings.parent)
+  check(tokenizer)
+  return tokenizer
 
 
 def untrained(workdir: pathlib.Path) -> bool:

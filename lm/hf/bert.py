@@ -50,7 +50,7 @@ def layer(block: encoder.PostNormBlock) -> list[names.Map]:
           names.same('output.dense.bias', 'feed_forward/down_bias'), *_norm('output.LayerNorm', 'feed_forward_norm')]
 
 
-def rest(model: encoder.Encoder) -> list[names.Map]:
+def outer(model: encoder.Encoder) -> list[names.Map]:
   del model
   tables = {'word': 'embedding', 'position': 'positions', 'token_type': 'types'}
   return [*(names.same(f'bert.embeddings.{name}_embeddings.weight', leaf) for name, leaf in tables.items()),
@@ -65,7 +65,7 @@ def rest(model: encoder.Encoder) -> list[names.Map]:
 _IGNORED = ('bert.pooler.', 'cls.seq_relationship.', 'bert.embeddings.position_ids')
 
 FAMILY = names.Family(
-    'BertForMaskedLM', 'bert', model, config, layer, rest, 'bert.encoder.layer.{}.',
+    'BertForMaskedLM', 'bert', model, config, layer, outer, 'bert.encoder.layer.{}.',
     ignored=lambda name: name.startswith(_IGNORED),
     copies=lambda model: {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
                           'cls.predictions.decoder.bias': 'cls.predictions.bias'},

@@ -95,11 +95,11 @@ def _experts_config(sparse: moe.Experts) -> dict[str, Any]:
 
 def _parameters(attention: latent.LatentAttention) -> dict[str, Any]:
   """With the `mscale_all_dim` that raises the scores as they are raised; to nine digits, which takes rounding away."""
-  found, scale = parameters(attention.rotary, attention.rope_size), attention.scores.scale
+  values, scale = parameters(attention.rotary, attention.rope_size), attention.scores.scale
   if scale is None or not isinstance(attention.rotary.scaling, Yarn) or attention.rotary.scaling.factor <= 1:
-    return found
+    return values
   raised = math.sqrt(scale * (attention.nope_size + attention.rope_size) ** 0.5) - 1
-  return found | {'mscale_all_dim': float(f'{raised / (0.1 * math.log(attention.rotary.scaling.factor)):.9g}')}
+  return values | {'mscale_all_dim': float(f'{raised / (0.1 * math.log(attention.rotary.scaling.factor)):.9g}')}
 
 
 def attention(a: latent.LatentAttention) -> list[names.Map]:
@@ -110,30 +110,30 @@ def attention(a: latent.LatentAttention) -> list[names.Map]:
   up = names.Map(('self_attn.kv_b_proj.weight',), ('attention/key_up', 'attention/value_up'),
                  lambda w: tuple(np.split(w.T.reshape(w.shape[1], a.heads, -1), [a.nope_size], axis=2)),
                  lambda *w: (np.reshape(np.concatenate(w, axis=2), (len(w[0]), -1)).T,))
-  found = [down, names.same('self_attn.kv_a_layernorm.weight', 'attention/key_value_norm/scale'), up,
-           names.from_heads('self_attn.o_proj.weight', 'attention/out', a.value_size)]
+  maps = [down, names.same('self_attn.kv_a_layernorm.weight', 'attention/key_value_norm/scale'), up,
+          names.from_heads('self_attn.o_proj.weight', 'attention/out', a.value_size)]
   if a.query_rank is None:
-    found.append(names.to_heads('self_attn.q_proj.weight', 'attention/query', size))
+    maps.append(names.to_heads('self_attn.q_proj.weight', 'attention/query', size))
   else:
-    found += [names.linear('self_attn.q_a_proj.weight', 'attention/query_down'),
-              names.same('self_attn.q_a_layernorm.weight', 'attention/query_norm/scale'),
-              names.to_heads('self_attn.q_b_proj.weight', 'attention/query_up', size)]
+    maps += [names.linear('self_attn.q_a_proj.weight', 'attention/query_down'),
+             names.same('self_attn.q_a_layernorm.weight', 'attention/query_norm/scale'),
+             names.to_heads('self_attn.q_b_proj.weight', 'attention/query_up', size)]
   if a.bias:
-    found += [names.Map(('self_attn.kv_a_proj_with_mqa.bias',),
-                        ('attention/key_value_down_bias', 'attention/key_rope_bias'),
-                        lambda b: tuple(np.split(b, [a.key_value_rank])), lambda *b: (np.concatenate(b),)),
-              names.same('self_attn.o_proj.bias', 'attention/out_bias')]
+    maps += [names.Map(('self_attn.kv_a_proj_with_mqa.bias',),
+                       ('attention/key_value_down_bias', 'attention/key_rope_bias'),
+                       lambda b: tuple(np.split(b, [a.key_value_rank])), lambda *b: (np.concatenate(b),)),
+             names.same('self_attn.o_proj.bias', 'attention/out_bias')]
     if a.query_rank is not None:
-      found.append(names.same('self_attn.q_a_proj.bias', 'attention/query_down_bias'))
-  return found
+      maps.append(names.same('self_attn.q_a_proj.bias', 'attention/query_down_bias'))
+  return maps
 
 
 def layer(block: parts.Block) -> list[names.Map]:
-  found = [*attention(block.attention), names.same('input_layernorm.weight', 'attention_norm/scale'),
-           names.same('post_attention_layernorm.weight', 'feed_forward_norm/scale')]
+  maps = [*attention(block.attention), names.same('input_layernorm.weight', 'attention_norm/scale'),
+          names.same('post_attention_layernorm.weight', 'feed_forward_norm/scale')]
   if not isinstance(block.feed_forward, moe.Experts):
-    return [*found, *names.llama_feed_forward(block.feed_forward)]
-  return [*found, names.same('mlp.gate.e_score_correction_bias', 'feed_forward/router/correction'),
+    return [*maps, *names.llama_feed_forward(block.feed_forward)]
+  return [*maps, names.same('mlp.gate.e_score_correction_bias', 'feed_forward/router/correction'),
           *experts.tensors(block.feed_forward, 'mlp.', gate='gate_proj', up='up_proj', down='down_proj'),
           *names.llama_feed_forward(block.feed_forward.shared, 'mlp.shared_experts.', 'feed_forward/shared')]
 

@@ -34,8 +34,8 @@ def sparse(c: Config, layers: int) -> list[bool]:
 def sparse_config(model: Any) -> dict[str, Any]:
   """The fields of `sparse`, and `intermediate_size` of the layers that are dense, if any."""
   dense = [i for i, block in enumerate(model.layers) if not isinstance(block.feed_forward, moe.Experts)]
-  found = {'decoder_sparse_step': 1, 'mlp_only_layers': dense}
-  return {**found, 'intermediate_size': model.layers[dense[0]].feed_forward.hidden} if dense else found
+  values = {'decoder_sparse_step': 1, 'mlp_only_layers': dense}
+  return {**values, 'intermediate_size': model.layers[dense[0]].feed_forward.hidden} if dense else values
 
 
 def first(model: Any) -> moe.Experts:

@@ -67,12 +67,12 @@ class Weights(Mapping[str, np.ndarray]):
         path = _inside(self.folder, file)
         with open(path, 'rb') as f:
           self._maps[path] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        found = _parse(path, self._maps[path])
-        for name in found if placed is not None else ():
+        infos = _parse(path, self._maps[path])
+        for name in infos if placed is not None else ():
           if placed.get(name) != file:
             where = f'says is in {placed[name]}' if name in placed else 'lacks'
             raise _damaged(path, f'it has tensor {_show(name)}, which {_INDEX} {where}')
-        self.info |= found
+        self.info |= infos
       for name in (placed or {}).keys() - self.info.keys():
         raise _damaged(self.folder / placed[name], f'it lacks tensor {_show(name)}, which {_INDEX} says it has')
     except BaseException:
@@ -249,7 +249,7 @@ def _parse(path: pathlib.Path, data: mmap.mmap) -> dict[str, Info]:
   metadata = header.pop('__metadata__', {})
   if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
     raise _damaged(path, f'__metadata__ {_show(metadata)} is not text by name')
-  found, spans, covered = {}, [(total, total + 1, 'the end of the file')], 0
+  infos, spans, covered = {}, [(total, total + 1, 'the end of the file')], 0
   for name, entry in header.items():
     code, shape, span = (isinstance(entry, dict) and entry.get(key) for key in ('dtype', 'shape', 'data_offsets'))
     dtype = _DTYPES.get(code) if isinstance(code, str) else None
@@ -265,14 +265,14 @@ def _parse(path: pathlib.Path, data: mmap.mmap) -> dict[str, Info]:
       why = f'data_offsets {span} do not fit the {size:,} bytes of {code} {shape}'
     else:
       spans.append((*span, f'tensor {_show(name)}'))
-      found[name] = Info(tuple(shape), dtype, path, start + span[0])
+      infos[name] = Info(tuple(shape), dtype, path, start + span[0])
       continue
     raise _damaged(path, f'tensor {_show(name)}: {why}')
   for begin, end, what in sorted(spans):
     if begin != covered:
       raise _damaged(path, f'{what} begins at byte {begin:,} of the data, where tensors before it end at {covered:,}')
     covered = end
-  return found
+  return infos
 
 
 def _counts(value: Any) -> bool:

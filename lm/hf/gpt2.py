@@ -63,12 +63,12 @@ def layer(block: parts.Block) -> list[names.Map]:
             for theirs, ours in (('weight', 'scale'), ('bias', 'bias')))]
 
 
-def rest(model: transformer.Transformer) -> list[names.Map]:
+def outer(model: transformer.Transformer) -> list[names.Map]:
   head = [] if model.tied else [names.same('lm_head.weight', 'head')]
   return [names.same('transformer.wte.weight', 'embedding'), names.same('transformer.wpe.weight', 'positions'),
           names.same('transformer.ln_f.weight', 'norm/scale'), names.same('transformer.ln_f.bias', 'norm/bias'), *head]
 
 
-FAMILY = names.Family('GPT2LMHeadModel', 'gpt2', model, config, layer, rest, 'transformer.h.{}.',
+FAMILY = names.Family('GPT2LMHeadModel', 'gpt2', model, config, layer, outer, 'transformer.h.{}.',
                       lambda name: name.endswith(('attn.bias', 'attn.masked_bias')),
                       lambda model: {'lm_head.weight': 'transformer.wte.weight'})

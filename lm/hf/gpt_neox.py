@@ -78,13 +78,13 @@ def layer(block: parts.Block | parts.ParallelBlock) -> list[names.Map]:
             for theirs, ours in (('weight', 'scale'), ('bias', 'bias')))]
 
 
-def rest(model: transformer.Transformer) -> list[names.Map]:
+def outer(model: transformer.Transformer) -> list[names.Map]:
   head = [] if model.tied else [names.same('embed_out.weight', 'head')]
   return [names.same('gpt_neox.embed_in.weight', 'embedding'),
           names.same('gpt_neox.final_layer_norm.weight', 'norm/scale'),
           names.same('gpt_neox.final_layer_norm.bias', 'norm/bias'), *head]
 
 
-FAMILY = names.Family('GPTNeoXForCausalLM', 'gpt_neox', model, config, layer, rest, 'gpt_neox.layers.{}.',
+FAMILY = names.Family('GPTNeoXForCausalLM', 'gpt_neox', model, config, layer, outer, 'gpt_neox.layers.{}.',
                       lambda name: name.endswith(('attention.bias', 'attention.masked_bias', 'rotary_emb.inv_freq')),
                       lambda model: {'embed_out.weight': 'gpt_neox.embed_in.weight'})

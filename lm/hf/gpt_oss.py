@@ -51,8 +51,8 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 def _rope_config(attention: attend.Attention) -> dict[str, Any]:
   """No scaling is said in words: this family scales where a file says nothing of it."""
-  found = rope_config(attention.rotary, attention.head_size)
-  return found | {'rope_scaling': found['rope_scaling'] or {'rope_type': 'default'}}
+  values = rope_config(attention.rotary, attention.head_size)
+  return values | {'rope_scaling': values['rope_scaling'] or {'rope_type': 'default'}}
 
 
 def feed_forward(mixture: moe.Experts) -> Iterator[names.Map]:

@@ -59,10 +59,10 @@ def _turns(c: Config, layers: int) -> list[int]:
 def _sparse(c: Config, layers: int) -> list[int]:
   """The layers that have experts."""
   step = c.size('interleave_moe_layer_step', 1)
-  found = c.get('moe_layers', list, list(range(step - 1, layers, step)))
-  if not all(type(i) is int and 0 <= i < layers for i in found):
-    c.refuse('moe_layers', found, f'numbers from 0 to {layers - 1}')
-  return found
+  routed = c.get('moe_layers', list, list(range(step - 1, layers, step)))
+  if not all(type(i) is int and 0 <= i < layers for i in routed):
+    c.refuse('moe_layers', routed, f'numbers from 0 to {layers - 1}')
+  return routed
 
 
 def _chunks(c: Config, turns: list[int]) -> list[int | None]:
@@ -96,13 +96,13 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 
 def layer(block: parts.Block) -> list[names.Map]:
-  found = [*names.llama_attention(block.attention), names.same('input_layernorm.weight', 'attention_norm/scale'),
-           names.same('post_attention_layernorm.weight', 'feed_forward_norm/scale')]
+  maps = [*names.llama_attention(block.attention), names.same('input_layernorm.weight', 'attention_norm/scale'),
+          names.same('post_attention_layernorm.weight', 'feed_forward_norm/scale')]
   if not isinstance(block.feed_forward, moe.Experts):
-    return [*found, *names.llama_feed_forward(block.feed_forward, 'feed_forward.')]
+    return [*maps, *names.llama_feed_forward(block.feed_forward, 'feed_forward.')]
   gate_up = names.Map(('feed_forward.experts.gate_up_proj',), ('feed_forward/gate', 'feed_forward/up'),
                       lambda w: tuple(np.split(w, 2, axis=2)), lambda *w: (np.concatenate(w, axis=2),), by_expert=True)
-  return [*found, names.linear('feed_forward.router.weight', 'feed_forward/router/router'), gate_up,
+  return [*maps, names.linear('feed_forward.router.weight', 'feed_forward/router/router'), gate_up,
           names.same('feed_forward.experts.down_proj', 'feed_forward/down'),
           *names.llama_feed_forward(block.feed_forward.shared, 'feed_forward.shared_expert.', 'feed_forward/shared')]
 

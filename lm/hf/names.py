@@ -33,23 +33,23 @@ class Map:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """An architecture of `transformers`, in this house.
+  """An architecture of `transformers` and how it is converted.
 
-  `model(config)` composes the model, and reads every field of the config; `config(model)` gives the fields back, or
-  raises ValueError where the model is of another family. `layer(block)` maps what a layer holds, with names that follow
-  the prefix of the layer; `rest(model)` all else. `ignored(name)` says which tensors of a file hold no weights.
-  `copies(model)` says which tensors a file may have that are others again, where they are not the model's own, and
-  `older(name)` under which name it may have one.
+  `model(config)` composes the model and reads every field of the config; `config(model)` returns the fields, or raises
+  ValueError if the model is of another family. `layer(block)` returns the maps of a layer, with names that follow the
+  prefix of the layer; `outer(model)` returns the maps of what lies outside of layers. `ignored(name)` says whether a
+  tensor of a file holds no weights. `copies(model)` names tensors of a file that may repeat another tensor, though they
+  are not parameters of the model; `older(name)` returns another name that a tensor may have.
 
-  `stacks(model)` is for models other than decoders: the prefix of layers, where their trees are, and their blocks.
-  `tensors(weights)` gives what a folder holds as the tensors that the maps name, where some are quantised.
+  `stacks(model)` is for models other than decoders: it returns the prefix of layers, the place of their trees and
+  their blocks. `tensors(weights)` returns the tensors of a folder under the names of the maps, dequantised if need be.
   """
   architecture: str
   model_type: str
   model: Callable[[Any], Transformer]
   config: Callable[[Transformer], dict[str, Any]]
   layer: Callable[[Any], Sequence[Map]]
-  rest: Callable[[Transformer], Sequence[Map]]
+  outer: Callable[[Transformer], Sequence[Map]]
   prefix: str = 'model.layers.{}.'
   ignored: Callable[[str], bool] = lambda name: name.endswith('rotary_emb.inv_freq')
   copies: Callable[[Any], dict[str, str]] = lambda model: {'lm_head.weight': 'model.embed_tokens.weight'}
@@ -146,10 +146,10 @@ def beside_images(family: Family, architecture: str, model_type: str, fields: Se
   def config(model):
     raise ValueError(f'{architecture} without its vision model is a {family.architecture}')
 
-  def rest(model):
-    return [dataclasses.replace(m, tensors=tuple(prefix + name for name in m.tensors)) for m in family.rest(model)]
+  def outer(model):
+    return [dataclasses.replace(m, tensors=tuple(prefix + name for name in m.tensors)) for m in family.outer(model)]
 
   return dataclasses.replace(
-      family, architecture=architecture, model_type=model_type, model=model, config=config, rest=rest,
+      family, architecture=architecture, model_type=model_type, model=model, config=config, outer=outer,
       prefix=prefix + family.prefix, ignored=lambda name: name.startswith((vision, 'multi_modal_projector.')),
       copies=lambda model: {copy: prefix + name for copy, name in family.copies(model).items()})

@@ -36,13 +36,13 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 def _rope_config(attention: attend.Attention, max_length: int) -> dict[str, Any]:
   """Older readers take three fields of scaling, from which the rest follows; where it does not, they get none."""
-  found, scaling = older_fields(parameters(attention.rotary, attention.head_size)), attention.rotary.scaling
+  values, scaling = older_fields(parameters(attention.rotary, attention.head_size)), attention.rotary.scaling
   if isinstance(scaling, rotary.LongRope):
-    found['rope_scaling'] = None
+    values['rope_scaling'] = None
     if scaling.attention == longrope_attention(max_length / scaling.original, scaling.original):
-      found['rope_scaling'] = {'type': 'longrope', 'short_factor': list(scaling.short),
+      values['rope_scaling'] = {'type': 'longrope', 'short_factor': list(scaling.short),
                                'long_factor': list(scaling.long)}
-  return found
+  return values
 
 
 def layer(block: parts.Block) -> list[names.Map]:

@@ -23,7 +23,7 @@ from lm.models.prediction_heads import MultiToken
 from lm.workdir import checkpoint
 from lm.workdir.describe import describe, differences, fingerprint
 
-# What a folder holds beside weights; an import keeps it, so that what goes out again is whole.
+# Files beside the weights. An import keeps them, so that an export of the imported model is complete.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
          'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
 
@@ -37,12 +37,12 @@ class Pretrained:
 
 
 def folder_template(folder: pathlib.Path) -> conversation.Template | None:
-  """The default chat template of a Hugging Face folder; None where it has none."""
+  """Returns the default chat template of a Hugging Face folder; None if it has none."""
   return templates.load(folder) if 'default' in templates.sources(folder) else None
 
 
 def locate(name: str) -> pathlib.Path:
-  """A folder: `name` itself, or the files of a model of that id on the Hugging Face hub, fetched or cached."""
+  """Returns the folder `name`, or the fetched files of the model `name` of the Hugging Face hub."""
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder
@@ -60,27 +60,27 @@ def locate(name: str) -> pathlib.Path:
 
 
 def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
-  """The model that a folder describes, without its parameters, computing in `dtype`."""
+  """Returns the model that a folder describes, without its parameters, computing in `dtype`."""
   return weights.open_model(folder, dtype=dtype)[0]
 
 
 def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizers.Tokenizer:
-  """The folder's tokenizer; ValueError if it has more tokens than the model."""
-  found = tokenizers.load(folder)
-  if found.vocab_size > model.vocab:
-    raise ValueError(f'{folder}: the tokenizer has {found.vocab_size} tokens, the weights only {model.vocab}; they are '
-                     'not of one model')
+  """Opens the tokenizer of a folder. Raises ValueError if it has more tokens than the model."""
+  tokenizer = tokenizers.load(folder)
+  if tokenizer.vocab_size > model.vocab:
+    raise ValueError(f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the weights only {model.vocab}; they '
+                     'are not of one model')
   facts = checkpoint.stored_facts(folder / 'checkpoints') or {}
-  if facts.get('tokenizer', found.fingerprint) != found.fingerprint:
-    raise ValueError(f'{folder}: the tokenizer (fingerprint {found.fingerprint}) is not the one that was imported '
+  if facts.get('tokenizer', tokenizer.fingerprint) != tokenizer.fingerprint:
+    raise ValueError(f'{folder}: the tokenizer (fingerprint {tokenizer.fingerprint}) is not the one that was imported '
                      f'(fingerprint {facts["tokenizer"]}); import the model anew')
-  return found
+  return tokenizer
 
 
 def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretrained:
-  """A model of the hub, a Hugging Face folder or an imported one, on the mesh that is set.
+  """Loads a model of the hub, a Hugging Face folder or an imported model, on the mesh that is set.
 
-  It computes in `dtype`; parameters are cast to `param_dtype`, or stay as the files have them.
+  It computes in `dtype`; its parameters are cast to `param_dtype`, or keep the dtypes of the files.
   """
   folder = locate(name)
   model = open_model(folder, dtype)
@@ -100,8 +100,8 @@ def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
                        + '\n  '.join(lines[:6]))
     return restored.state
   model, family = weights.open_model(folder)
-  with files.Weights(folder) as found:
-    return weights.load_params(model, family, found, dtype)
+  with files.Weights(folder) as tensors:
+    return weights.load_params(model, family, tensors, dtype)
 
 
 def _abstract(model: Any) -> Any:
@@ -111,9 +111,9 @@ def _abstract(model: Any) -> Any:
 
 
 def save(name: str, folder: pathlib.Path) -> Pretrained:
-  """Imports a model: a folder with a checkpoint that any experiment can start from, on any mesh.
+  """Imports a model into a folder with a checkpoint, from which any experiment can start, on any mesh.
 
-  Parameters stay in the dtypes of the files; a run that starts from them has float32.
+  The parameters keep the dtypes of the files; a run that starts from them casts them to float32.
   """
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f'{folder} is not empty; choose another')
@@ -130,7 +130,7 @@ def save(name: str, folder: pathlib.Path) -> Pretrained:
 
 
 def check_shapes(name: str, theirs: Any, ours: Any) -> None:
-  """ValueError where the parameters of two models differ in shape, naming the first that do."""
+  """Raises ValueError, with the first differences, if the parameters of two models differ in shape."""
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
              for p, x in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (jax.eval_shape(lambda model=model: model.init(jax.random.key(0))) for model in (theirs, ours))]
@@ -141,7 +141,7 @@ def check_shapes(name: str, theirs: Any, ours: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Gives the parameters of a Hugging Face folder or of an imported one, in float32; `start` makes it."""
+  """Called with a model, returns the parameters of a Hugging Face folder or of an imported model, in float32."""
   folder: pathlib.Path
   parameters: str | None   # their fingerprint
 
@@ -165,7 +165,7 @@ def start(folder: pathlib.Path, model: Any) -> Parameters:
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-  """A hash of the names, shapes and dtypes of the tensors in a folder, and of values at 16 places of each."""
+  """Returns a hash of the names, shapes and dtypes of the tensors in a folder, and of 16 samples of each."""
   digest = hashlib.sha256()
   with files.Weights(folder) as tensors:
     for name in sorted(tensors):
@@ -209,7 +209,7 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
 
 def _token_ids(model: Any, tokens: Any, config: dict[str, Any], template: conversation.Template | None
                ) -> dict[str, Any]:
-  """The ids of control tokens in config.json, that of padding as `config` has it."""
+  """Returns the ids of control tokens for config.json; the id of padding is that of `config`."""
   ends = list(dict.fromkeys((*tokens.eos_ids, *(template.ends(tokens) if template else ()))))
   ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends}
   pad = config.get('pad_token_id', (config.get('text_config') or {}).get('pad_token_id'))

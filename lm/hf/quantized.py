@@ -78,7 +78,7 @@ def reader(c: Config) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     q.refuse('modules_to_not_convert', kept, 'names')
   q.get('dequantize', bool, False)   # which is done in any case
   if q.choice('quant_method', {'mxfp4': True, 'fp8': False}):
-    found = functools.partial(_tensors, ('_blocks', '_scales'), _mxfp4, kept)
+    read_tensors = functools.partial(_tensors, ('_blocks', '_scales'), _mxfp4, kept)
   else:
     block = q.get('weight_block_size', list)
     if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
@@ -87,27 +87,27 @@ def reader(c: Config) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     q.only('fmt', 'e4m3')
     q.only('scale_fmt', 'float', 'ue8m0')   # of scales that are rounded to powers of 2, but stored as floats
     q.only('expert_dtype', 'fp8')
-    found = functools.partial(_tensors, ('', '_scale_inv'), functools.partial(_fp8, tuple(block)), kept)
+    read_tensors = functools.partial(_tensors, ('', '_scale_inv'), functools.partial(_fp8, tuple(block)), kept)
   q.finish()
-  return found
+  return read_tensors
 
 
 def _tensors(suffixes, make, kept, weights):
-  """The tensors, with one in place of each pair that has these suffixes."""
-  found = dict(weights)
+  """Returns the tensors, with one dequantised tensor in place of each pair of names with these suffixes."""
+  tensors = dict(weights)
   for name in [name.removesuffix(suffixes[1]) for name in weights if name.endswith(suffixes[1])]:
     pair = [name + suffix for suffix in suffixes]
     if pair[0] not in weights or (name in weights and pair[0] != name):
-      continue   # what is left over is refused as no weight of the model
+      continue   # a tensor without its partner is refused later, because it is not a weight of the model
     if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + '.*') for pattern in kept):
       raise ValueError(f'{name} is quantised, where modules_to_not_convert says that it is not')
-    numbers, scales = (found.pop(part) for part in pair)
+    numbers, scales = (tensors.pop(part) for part in pair)
     try:
-      found[name] = make(numbers, scales)
+      tensors[name] = make(numbers, scales)
     except ValueError as error:
       raise ValueError(f'{" and ".join(pair)}, {numbers.dtype}{list(numbers.shape)} and {scales.dtype}'
                        f'{list(scales.shape)}, {error}') from None
-  return found
+  return tensors
 
 
 def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> Mxfp4:

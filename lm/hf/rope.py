@@ -88,61 +88,61 @@ def _rotary(c: Config, r: Config, max_length: int, head_size: int, theta: float,
   r.finish()
   turn = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
   if not (size < 2 ** 16 and theta > 0 and _finite(turn, size)):
-    c.refuse('rope_parameters', parameters(turn, head_size), 'frequencies that are finite, of a head of some hundred')
+    c.refuse('rope_parameters', parameters(turn, head_size), 'finite frequencies, and a head size below 65,536')
   return turn
 
 
-def _finite(found: rotary.Rotary, size: int) -> bool:
+def _finite(candidate: rotary.Rotary, size: int) -> bool:
   try:
     with np.errstate(all='ignore'):
-      return bool(np.isfinite(found.frequencies(size)).all())
+      return bool(np.isfinite(candidate.frequencies(size)).all())
   except (ArithmeticError, ValueError):
     return False
 
 
 def mscale(factor: float, scale: float) -> float:
-  """How much YaRN raises attention."""
+  """Returns the factor by which YaRN raises attention scores."""
   return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.
 
 
 def parameters(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
-  """`rope_parameters` for `r`."""
-  found: dict[str, Any] = {'rope_theta': r.theta, 'rope_type': 'default'}
+  """Returns `rope_parameters` for rotary positions."""
+  values: dict[str, Any] = {'rope_theta': r.theta, 'rope_type': 'default'}
   if r.size is not None:
-    found['partial_rotary_factor'] = r.size / head_size
+    values['partial_rotary_factor'] = r.size / head_size
   match r.scaling:
     case rotary.Linear(factor):
-      found |= {'rope_type': 'linear', 'factor': factor}
+      values |= {'rope_type': 'linear', 'factor': factor}
     case rotary.Llama3(factor, low, high, original):
-      found |= {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low, 'high_freq_factor': high,
+      values |= {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': low, 'high_freq_factor': high,
                 'original_max_position_embeddings': original}
     case rotary.Yarn(factor, original, attention, fast, slow, truncate):
-      found |= {'rope_type': 'yarn', 'factor': factor, 'original_max_position_embeddings': original,
+      values |= {'rope_type': 'yarn', 'factor': factor, 'original_max_position_embeddings': original,
                 'attention_factor': attention, 'beta_fast': fast, 'beta_slow': slow, 'truncate': truncate}
     case rotary.LongRope(short, long, original, attention):
-      found |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
+      values |= {'rope_type': 'longrope', 'short_factor': list(short), 'long_factor': list(long),
                 'original_max_position_embeddings': original, 'attention_factor': attention}
-  return found
+  return values
 
 
 def rope_config(r: rotary.Rotary, head_size: int) -> dict[str, Any]:
-  """`rope_parameters`, and beside it the fields that transformers before version 5 has in its place."""
+  """Returns `rope_parameters`, and the fields that transformers before version 5 reads instead."""
   return older_fields(parameters(r, head_size))
 
 
-def older_fields(found: dict[str, Any]) -> dict[str, Any]:
-  """`found` as `rope_parameters`, and what it says under older names."""
-  fields = {'rope_parameters': found, 'rope_theta': found['rope_theta'], 'rope_scaling': _older_scaling(found)}
-  if 'partial_rotary_factor' in found:
-    fields['partial_rotary_factor'] = found['partial_rotary_factor']
-  if found['rope_type'] == 'longrope':   # looked for outside
-    fields['original_max_position_embeddings'] = found['original_max_position_embeddings']
+def older_fields(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns `values` as `rope_parameters`, and under the older names of its fields."""
+  fields = {'rope_parameters': values, 'rope_theta': values['rope_theta'], 'rope_scaling': _older_scaling(values)}
+  if 'partial_rotary_factor' in values:
+    fields['partial_rotary_factor'] = values['partial_rotary_factor']
+  if values['rope_type'] == 'longrope':   # readers look for it outside of `rope_scaling`
+    fields['original_max_position_embeddings'] = values['original_max_position_embeddings']
   return fields
 
 
-def _older_scaling(found: dict[str, Any]) -> dict[str, Any] | None:
+def _older_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
   outside = 'rope_theta', 'partial_rotary_factor'
-  return None if found['rope_type'] == 'default' else {k: v for k, v in found.items() if k not in outside}
+  return None if values['rope_type'] == 'default' else {k: v for k, v in values.items() if k not in outside}
 
 
 def typed_rope_config(model: Any, local: str = 'rope_theta') -> dict[str, Any]:

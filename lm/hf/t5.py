@@ -70,17 +70,17 @@ def _attention(prefix: str, leaf: str, size: int) -> Iterator[names.Map]:
 
 def layer(block: Any) -> list[names.Map]:
   parts, size = ['attention', 'feed_forward'], block.attention.head_size
-  found = [*_attention('layer.0.SelfAttention', 'attention', size)]
+  maps = [*_attention('layer.0.SelfAttention', 'attention', size)]
   if isinstance(block, encoder_decoder.DecoderBlock):
     parts.insert(1, 'cross_attention')
-    found += _attention('layer.1.EncDecAttention', 'cross_attention', size)
+    maps += _attention('layer.1.EncDecAttention', 'cross_attention', size)
   up = {'wi_0': 'gate', 'wi_1': 'up'} if block.feed_forward.gated else {'wi': 'up'}
-  return [*found, *(names.same(f'layer.{i}.layer_norm.weight', f'{part}_norm/scale') for i, part in enumerate(parts)),
+  return [*maps, *(names.same(f'layer.{i}.layer_norm.weight', f'{part}_norm/scale') for i, part in enumerate(parts)),
           *(names.linear(f'layer.{len(parts) - 1}.DenseReluDense.{tensor}.weight', f'feed_forward/{leaf}')
             for tensor, leaf in (up | {'wo': 'down'}).items())]
 
 
-def rest(model: encoder_decoder.EncoderDecoder) -> list[names.Map]:
+def outer(model: encoder_decoder.EncoderDecoder) -> list[names.Map]:
   head = [] if model.tied else [names.same('lm_head.weight', 'head')]
   return [names.same('shared.weight', 'embedding'), *head, *(
       names.same(f'{name}.{tensor}.weight', f'{name}_{leaf}') for name in ('encoder', 'decoder') for tensor, leaf in (
@@ -88,7 +88,7 @@ def rest(model: encoder_decoder.EncoderDecoder) -> list[names.Map]:
 
 
 FAMILY = names.Family(
-    'T5ForConditionalGeneration', 't5', model, config, layer, rest, 'encoder.block.{}.',
+    'T5ForConditionalGeneration', 't5', model, config, layer, outer, 'encoder.block.{}.',
     # Older files have it, and nothing reads it.
     ignored=lambda name: name == 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
     copies=lambda model: dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Parameters out of weight files, straight into the shards of a mesh, and back; the folder as a whole."""
+"""Reads weight files directly into the shards of a mesh, and writes parameters as a Hugging Face folder."""
 import dataclasses
 import functools
 import json
@@ -41,7 +41,7 @@ from lm.hf.names import Family, Map
 from lm.models.transformer import Transformer
 from lm.workdir.describe import describe
 
-# Where several compute what a model does, the first of them writes it.
+# If several families compute the same as a model, the first of them exports it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
             phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, mixtral.FAMILY, qwen2_moe.FAMILY,
             qwen3_moe.FAMILY, gpt_oss.FAMILY, deepseek_v3.FAMILY, llama4.FAMILY, gemma3.WITH_IMAGES,
@@ -49,7 +49,7 @@ FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FA
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
-  """The family that a config.json names; ValueError if it is none of `families`."""
+  """Returns the family that a config.json names. Raises ValueError if it is not one of `families`."""
   named = values.get('architectures')
   if named is None:
     named = [family.architecture for family in families if family.model_type == values.get('model_type')]
@@ -62,10 +62,10 @@ def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> 
 
 def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtype: Any = jnp.float32
                ) -> tuple[Transformer, Family]:
-  """The model that a folder's config.json describes, computing in `dtype`; the family, as that folder has it."""
+  """Returns the model that a folder's config.json describes, computing in `dtype`, and the family with its readers."""
   path = folder / 'config.json'
   if not path.is_file():
-    raise FileNotFoundError(f'{folder} has no config.json; give a folder as Hugging Face has it')
+    raise FileNotFoundError(f'{folder} has no config.json; give a Hugging Face folder')
   values = read(path)
   family, config = family_of(values, families), Config(values, str(path))
   tensors = quantized.reader(config)
@@ -75,7 +75,7 @@ def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtyp
 
 
 class _Place(NamedTuple):
-  """A map, with the names of its tensors in full, and where its leaves are in the parameters."""
+  """A map with the full names of its tensors, and the places of its leaves in the parameters."""
   map: Map
   tensors: tuple[str, ...]
   paths: tuple[tuple[str, ...], ...]
@@ -83,7 +83,7 @@ class _Place(NamedTuple):
 
 
 def _places(model: Transformer, family: Family) -> Iterator[_Place]:
-  for m in family.rest(model):
+  for m in family.outer(model):
     yield _Place(m, m.tensors, tuple(tuple(leaf.split('/')) for leaf in m.leaves), ())
   stacks = [(family.prefix, ('blocks',), model.blocks)] if family.stacks is None else family.stacks(model)
   for prefix, root, blocks in stacks:
@@ -100,44 +100,44 @@ def _places(model: Transformer, family: Family) -> Iterator[_Place]:
 
 
 def load_params(model: Transformer, family: Family, weights: files.Weights, dtype: Any = None) -> Any:
-  """The parameters, cast to `dtype` if one is given, laid out on the mesh that is set; read leaf by leaf.
+  """Returns the parameters, cast to `dtype` if given, on the mesh that is set; they are read leaf by leaf.
 
-  Weights in blocks of FP8 become float32, those in MXFP4 bfloat16, if no dtype is given. Raises ValueError where a
+  Without a dtype, weights in FP8 blocks become float32, and weights in MXFP4 become bfloat16. Raises ValueError if a
   tensor is missing, has another shape, or is not a weight of the model.
   """
-  shapes, held = jax.eval_shape(model.init, jax.random.key(0)), family.tensors(weights)
-  left, found = {name for name in held if not family.ignored(name)}, {}
+  shapes, stored = jax.eval_shape(model.init, jax.random.key(0)), family.tensors(weights)
+  unused, parts_by_leaf = {name for name in stored if not family.ignored(name)}, {}
   bare = family.prefix.partition('.')[0] + '.'
-  without = '' if any(name.startswith(bare) for name in left) else bare   # GPT-2's own files leave it out
+  without = '' if any(name.startswith(bare) for name in unused) else bare   # GPT-2's files omit it
 
   def in_file(name):
     name = name.removeprefix(without)
-    return name if name in held else family.older(name)
+    return name if name in stored else family.older(name)
 
   for place in _places(model, family):
     names = [in_file(name) for name in place.tensors]
-    left -= set(names)
-    for path, part in zip(place.paths, _parts(place.map, names, held)):
+    unused -= set(names)
+    for path, part in zip(place.paths, _parts(place.map, names, stored)):
       expected = _at(shapes, path).shape[len(place.index):]
       if part.shape != expected:
-        raise ValueError(f'{" and ".join(names[:2])} of shape {held[names[0]].shape} make {"/".join(path)} of shape '
+        raise ValueError(f'{" and ".join(names[:2])} of shape {stored[names[0]].shape} make {"/".join(path)} of shape '
                          f'{part.shape}, where the config gives {expected}')
-      found.setdefault(path, {})[place.index] = part
+      parts_by_leaf.setdefault(path, {})[place.index] = part
   for copy, name in family.copies(model).items():
-    if copy in left and not np.array_equal(held[copy][()], held[in_file(name)][()]):
+    if copy in unused and not np.array_equal(stored[copy][()], stored[in_file(name)][()]):
       raise ValueError(f'{copy} is not {in_file(name)}, where the config gives one tensor for both')
-    left.discard(copy)
-  if left:
-    raise ValueError(f'{len(left)} tensors are not weights of this model: {", ".join(sorted(left)[:3])}')
+    unused.discard(copy)
+  if unused:
+    raise ValueError(f'{len(unused)} tensors are not weights of this model: {", ".join(sorted(unused)[:3])}')
 
   def make(path, shape):
-    return _laid_out(found[tuple(key.key for key in path)], shape, dtype, weights.release)
+    return _laid_out(parts_by_leaf[tuple(key.key for key in path)], shape, dtype, weights.release)
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """A leaf of one layer, or of one expert of it: tensors are read, and dequantised, as it is indexed."""
+  """A leaf of one layer, or of one of its experts. Indexing it reads the tensors and dequantises them."""
   map: Map
   leaf: int   # of the map's leaves
   tensors: tuple[Any, ...]
@@ -150,11 +150,11 @@ class _Part:
     return leaf[(slice(None),) * len(experts) + index[len(experts):]]
 
 
-def _parts(m: Map, names: list[str], held: Mapping[str, Any]) -> Iterator[_Part]:
-  """The leaves that a map makes of the tensors of these names."""
-  if missing := [name for name in names if name not in held]:
-    raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(held)} tensors')
-  tensors = tuple(held[name] for name in names)
+def _parts(m: Map, names: list[str], stored: Mapping[str, Any]) -> Iterator[_Part]:
+  """Returns the leaves that a map makes of the tensors with these names."""
+  if missing := [name for name in names if name not in stored]:
+    raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(stored)} tensors')
+  tensors = tuple(stored[name] for name in names)
   for name, tensor in zip(names, tensors):
     if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
       raise ValueError(f'{name} is of dtype {tensor.dtype}; only float32, float16 and bfloat16 are supported')
@@ -167,12 +167,12 @@ def _parts(m: Map, names: list[str], held: Mapping[str, Any]) -> Iterator[_Part]
 
 
 def _shaped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """Zeros that take no memory, for what only the shape is wanted of."""
+  """Returns zeros that take no memory, to compute shapes with."""
   return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """An empty array that JAX on CPU takes over as it is: it copies what does not begin at a multiple of 64 bytes."""
+  """Returns an empty array that JAX on CPU does not copy: its data begins at a multiple of 64 bytes."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64
@@ -180,9 +180,9 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: np.ndarray, release: Callable[[], None]) -> None:
-  """Copies, and calls `release` on the way: few pages of a file are held at once.
+  """Copies in blocks, and calls `release` between them, so that few pages of a file are in memory at once.
 
-  In blocks: most weights are transposed, and a loop over all of such an array misses the cache at every element.
+  Blocks are faster too: most weights are transposed, and one loop over such an array misses the cache at every element.
   """
   if (large := source.nbytes > 1 << 26):   # in the order of the file
     axis = max(range(source.ndim), key=lambda i: (source.shape[i] > 1, abs(source.strides[i])))
@@ -193,15 +193,15 @@ def _copy(target: np.ndarray, source: np.ndarray, release: Callable[[], None]) -
     return
   half = source.shape[axis] // 2
   for side in (slice(half), slice(half, None)):
-    at = *(slice(None),) * axis, side
-    _copy(target[at], source[at], release)
+    half_index = *(slice(None),) * axis, side
+    _copy(target[half_index], source[half_index], release)
     if large:
       release()
 
 
 def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any,
               release: Callable[[], None]) -> jax.Array:
-  """A leaf, of its parts by their place along its first axes; `release` gives back what was read of files."""
+  """Assembles a leaf from its parts, by their index along its first axes; `release` frees the pages of files."""
   dtype = dtype or functools.reduce(jnp.promote_types, (part.dtype for part in parts.values()))
   stacked = len(next(iter(parts)))
 
@@ -225,8 +225,8 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) -> dict[str, files.Tensor]:
-  """What `files.write` takes: the parameters under the names of `family`, cast to `dtype` if one is given."""
-  found = {}
+  """Returns the parameters for `files.write`, under the names of `family`, cast to `dtype` if given."""
+  by_name = {}
   for place in _places(model, family):
     leaves = [_at(params, path) for path in place.paths]
     kind = np.dtype(dtype or leaves[0].dtype)
@@ -235,26 +235,26 @@ def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) 
       def give(i=i, place=place, leaves=leaves, kind=kind):
         parts = (np.asarray(leaf[place.index] if place.index else leaf) for leaf in leaves)
         return np.ascontiguousarray(place.map.write(*parts)[i].astype(kind, copy=False))
-      found[name] = shape.shape, kind, give
-  return found
+      by_name[name] = shape.shape, kind, give
+  return by_name
 
 
 def export_config(model: Transformer, families: Sequence[Family] = FAMILIES) -> tuple[Family, dict[str, Any]]:
-  """The family that has this model, and its config; ValueError if none has."""
+  """Returns a family that computes the same as the model, and its config. Raises ValueError if there is none."""
   for family in families:
     try:
       values = family.config(model)
       again = family.model(Config(values))
-    except (ValueError, AttributeError, TypeError):   # it has other parts than the family's
+    except (ValueError, AttributeError, TypeError):   # the model has parts that the family lacks
       continue
     if _computes(again) == _computes(model):
       return family, {'architectures': [family.architecture], 'model_type': family.model_type, **values}
-  raise ValueError('no family of transformers computes what this model does; known are '
+  raise ValueError('no known family of transformers computes the same as this model; known families are '
                    + ', '.join(family.architecture for family in families))
 
 
 def _computes(model: Transformer) -> Any:
-  """A model's description without what training alone needs."""
+  """Returns a model's description without the fields that only training reads."""
   training = {'std', 'out_std', 'query_std', 'dropout', 'layer_dropout', 'dtype'}
 
   def strip(tree):
@@ -266,15 +266,15 @@ def _computes(model: Transformer) -> Any:
 
 def write(folder: pathlib.Path, model: Transformer, params: Any, families: Sequence[Family] = FAMILIES,
           dtype: Any = None, extra: dict[str, Any] | None = None) -> None:
-  """A folder that transformers opens by `from_pretrained`; it appears whole or not at all.
+  """Writes a folder for `from_pretrained` of transformers; it appears whole or not at all.
 
-  `extra` goes into config.json: token ids, such as `bos_token_id`.
+  `extra` is added to config.json: token ids, such as `bos_token_id`.
   """
   family, values = export_config(model, families)
   with files.new_folder(folder) as new:
     weights = tensors(model, family, params, dtype)
     files.write(new, weights)
     kind = np.dtype(dtype or next(iter(jax.tree.leaves(params))).dtype).name
-    # Null, lest ids that the class of transformers has by default pass the vocabulary.
+    # Null, because default ids of the class in transformers may exceed the vocabulary.
     ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
     (new / 'config.json').write_text(json.dumps({**values, **ids, 'dtype': kind, **(extra or {})}, indent=2) + '\n')

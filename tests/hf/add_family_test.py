@@ -53,11 +53,11 @@ def layer(block: parts.Block) -> list[names.Map]:
   return found
 
 
-def rest(model: transformer.Transformer) -> list[names.Map]:
+def outer(model: transformer.Transformer) -> list[names.Map]:
   return [*names.llama_rest(model), names.same('model.norm.bias', 'norm/bias')]
 
 
-FAMILY = names.Family('Starcoder2ForCausalLM', 'starcoder2', model, config, layer, rest)
+FAMILY = names.Family('Starcoder2ForCausalLM', 'starcoder2', model, config, layer, outer)
 '''
 
 CONFIG = {'architectures': ['Starcoder2ForCausalLM'], 'model_type': 'starcoder2', 'hidden_size': 16,

@@ -1,4 +1,4 @@
-"""Chat templates of Hugging Face: messages to text, to tokens, and to a mask of what the assistant said."""
+"""Hugging Face chat templates: from messages to text, tokens and a mask of the assistant's messages."""
 import dataclasses
 import functools
 import json
@@ -22,15 +22,15 @@ _MARK = f'\ue000{secrets.token_hex(8)}\ue001'
 
 @dataclasses.dataclass(frozen=True)
 class JinjaTemplate:
-  """A chat template. It is untrusted code: rendered in jinja2's sandbox, in a process that may be stopped.
+  """A chat template. It is untrusted code, and is rendered in jinja2's sandbox, in a process that can be stopped.
 
   Attributes:
-    source: what Jinja reads.
-    variables: what it knows by name beside the messages: bos_token, eos_token, and options such as enable_thinking.
-    seconds: that one rendering may take.
+    source: the text of the template.
+    variables: values by name beside the messages: bos_token, eos_token, and options such as enable_thinking.
+    seconds: time limit of one rendering.
 
-  All methods raise ValueError where the template is wrong, refuses the messages (`raise_exception`), takes too long,
-  too much memory or writes too much, and where a message lacks its role or content.
+  All methods raise ValueError if the template is wrong, refuses the messages (`raise_exception`), takes too long or too
+  much memory, or writes too much, and if a message lacks its role or content.
   """
   source: str
   variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,16 +47,16 @@ class JinjaTemplate:
 
   def encode(self, tokens: tokenizers.Tokenizer, messages: Records, add_generation_prompt: bool = False,
              tools: Records | None = None, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [T], and which of them hold what the assistant said, bool [T]; bos and eos where the template has any.
+    """Returns ids, int32 [T], and a mask of the assistant's messages, bool [T]; bos and eos are those of the template.
 
-    What was said in messages before `first` is left out of the mask. The template's control tokens are tokens; a
-    message that spells one has text, so it cannot end its own turn.
+    The mask leaves out messages before `first`. The template's control tokens become tokens; a control token that a
+    message spells becomes text, so that a message cannot end its own turn.
 
-    A template without {% generation %} blocks is rendered up to each answer, and with it, to see where it is;
-    ValueError where that does not show it, as the template writes earlier messages in another way than the last one.
+    The answers of a template without {% generation %} blocks are found by rendering the messages up to each answer, and
+    with it. This raises ValueError if the template writes earlier messages in another way than the last one.
     """
     names = '|'.join(map(re.escape, sorted(tokens.control_names, key=len, reverse=True)))
-    marked = functools.partial(re.sub, names, lambda found: f'{_MARK}{found[0]}{_MARK}')
+    marked = functools.partial(re.sub, names, lambda match: f'{_MARK}{match[0]}{_MARK}')
     messages, tools = _mapped(marked, messages), _mapped(marked, tools)
     if re.search(r'\{%[-+]?\s*generation\b', self.source):
       text, spans = self.render_spans(messages, add_generation_prompt, tools)
@@ -68,16 +68,16 @@ class JinjaTemplate:
     said = np.zeros(len(text), bool)
     for start, end in spans:
       said[start:end] = True
-    ids, mask, at = [np.zeros(0, np.int32)], [np.zeros(0, bool)], 0
-    for found in [*re.finditer(f'{_MARK}({names}){_MARK}|{_MARK}', text), None]:
-      if part := text[at:found.start() if found else None]:
-        parsed, where = tokens.parse(part)
+    ids, mask, place = [np.zeros(0, np.int32)], [np.zeros(0, bool)], 0
+    for match in [*re.finditer(f'{_MARK}({names}){_MARK}|{_MARK}', text), None]:
+      if part := text[place:match.start() if match else None]:
+        parsed, token_spans = tokens.parse(part)
         ids.append(parsed)
-        mask.append(np.array([said[at + start:at + end].any() for start, end in where], bool))
-      if found and found[1]:
-        ids.append(tokens.encode(found[1]))
-        mask.append(np.full(len(ids[-1]), said[found.start(1)]))
-      at = found.end() if found else at
+        mask.append(np.array([said[place + start:place + end].any() for start, end in token_spans], bool))
+      if match and match[1]:
+        ids.append(tokens.encode(match[1]))
+        mask.append(np.full(len(ids[-1]), said[match.start(1)]))
+      place = match.end() if match else place
     return np.concatenate(ids), np.concatenate(mask)
 
   def _answers(self, text: str, messages: Records, tools: Records | None, first: int, control: Sequence[str]
@@ -165,25 +165,26 @@ def refuse_missing(names: Iterable[str], tokens: tokenizers.Tokenizer) -> None:
 
 
 def sources(folder: str | os.PathLike) -> dict[str, str]:
-  """The templates of a Hugging Face folder by name: of chat_template.jinja and its kin, or tokenizer_config.json."""
+  """Returns the templates of a Hugging Face folder by name, from *.jinja files or from tokenizer_config.json."""
   folder = pathlib.Path(folder)
-  found = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
+  texts = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
   if (path := folder / 'chat_template.jinja').is_file():
-    found['default'] = path.read_bytes().decode()
-  if not found and (path := folder / 'tokenizer_config.json').is_file():
+    texts['default'] = path.read_bytes().decode()
+  if not texts and (path := folder / 'tokenizer_config.json').is_file():
     try:
       legacy = json_value(path.read_bytes()).get('chat_template') or {}
-      found = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
+      texts = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None
-  return found
+  return texts
 
 
 def load(folder: str | os.PathLike, name: str = 'default') -> JinjaTemplate:
-  """A template of a Hugging Face folder; ValueError, with the names that exist, where there is none of that name."""
-  if name not in (found := sources(folder)):
-    raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(found) or "none"}')
-  return JinjaTemplate(found[name], tokenizers.special_tokens(folder))
+  """Returns a template of a Hugging Face folder. Raises ValueError, with the existing names, if the name is none."""
+  texts = sources(folder)
+  if name not in texts:
+    raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(texts) or "none"}')
+  return JinjaTemplate(texts[name], tokenizers.special_tokens(folder))
 
 
 def _mapped(function: Any, value: Any) -> Any:

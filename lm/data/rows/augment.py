@@ -137,8 +137,8 @@ class SubwordSampling(Augmentation):
     text = special.tokenizer.decode(body)
     if '\ufffd' in text:
       return body
-    found = special.tokenizer.sample(text, self.alpha, seed)
-    return found if special.tokenizer.decode(found) == text else body
+    sampled = special.tokenizer.sample(text, self.alpha, seed)
+    return sampled if special.tokenizer.decode(sampled) == text else body
 
 
 def augmented(objective: Any, augmentations: Sequence[Augmentation], tokenizer: Tokenizer | None = None) -> Any:
@@ -167,10 +167,10 @@ def _augmented(form: Form, augmentations: Sequence[Augmentation]) -> Form:
       body = augmentation.text(body, rng, special)
     limit = math.floor(ratio * (len(piece) - form.ahead) + 1e-9) + form.ahead
     changed = np.concatenate([piece[:first], body, piece[last:]])[:limit]
-    made = form.example(changed.astype(np.int32), rng, special)
+    result = form.example(changed.astype(np.int32), rng, special)
     for augmentation in augmentations:
-      made = augmentation.example(made, rng, special)
-    return made
+      result = augmentation.example(result, rng, special)
+    return result
 
   source = None if room.source_ratio is None else room.source_ratio * ratio
   return form._replace(example=example, room=Room(room.ratio * ratio, room.extra, source, room.source_extra))

@@ -1,4 +1,4 @@
-"""Rows that are filled with whole dialogues, pairs or rated dialogues."""
+"""Packs whole dialogues, pairs or rated dialogues into rows."""
 import bisect
 import dataclasses
 import functools
@@ -15,22 +15,22 @@ from lm.data.batches import Batches
 
 class RecordStore(Protocol):
   """Dialogues, pairs or rated dialogues; record i is `records[i]`."""
-  positions: np.ndarray   # [n], what an example of each takes: the tokens of its dialogues, less one of each
+  positions: np.ndarray   # [n]: positions that the example of a record takes, one less per dialogue than tokens
 
   def __len__(self) -> int: ...
   def __getitem__(self, i: int) -> Any: ...
 
 
 def best_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
-  """Indices of pieces packed into rows of `width`: the longest first, each where it leaves the least room."""
-  rows, room = [], []   # room: (positions left, row), in order
+  """Packs pieces into rows of `width`: the longest first, into the row that it fills best. Returns indices by row."""
+  rows, room = [], []   # room: (free positions, row), in order
   for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-    at = bisect.bisect_left(room, (sizes[piece], 0))
-    left, row = room.pop(at) if at < len(room) else (width, len(rows))
+    place = bisect.bisect_left(room, (sizes[piece], 0))
+    free, row = room.pop(place) if place < len(room) else (width, len(rows))
     if row == len(rows):
       rows.append([])
     rows[row].append(piece)
-    bisect.insort(room, (left - sizes[piece], row))
+    bisect.insort(room, (free - sizes[piece], row))
   return rows
 
 

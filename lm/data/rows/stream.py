@@ -81,8 +81,8 @@ class Stream(Batches):
 
   @functools.cached_property
   def rows_per_epoch(self) -> int:
-    turns, rest = divmod(self._size, int(self._turn[-1]))
-    return turns * len(self.objective.forms) + int(np.searchsorted(self._turn, rest))
+    turns, remainder = divmod(self._size, int(self._turn[-1]))
+    return turns * len(self.objective.forms) + int(np.searchsorted(self._turn, remainder))
 
   @functools.cached_property
   def _epoch(self):
@@ -144,11 +144,11 @@ class Stream(Batches):
       first, last = max(start - offset - self._gap, 0), end - offset - self._gap
       if last > first:
         piece = self._piece(int(order.documents[document]), first, last + self._ahead)
-        made = example(piece, rng, self.special)
+        result = example(piece, rng, self.special)
         if self.counts_bytes:
           sizes = self._bytes(int(order.documents[document]), first + self._ahead, last + self._ahead)
-          made = made._replace(columns={**(made.columns or {}), 'bytes': sizes})
-        row.add(made)
+          result = result._replace(columns={**(result.columns or {}), 'bytes': sizes})
+        row.add(result)
       document, start = document + 1, end
 
   def with_bytes(self) -> 'Stream':

@@ -10,11 +10,11 @@ def prepared(name: str, data_dir: str | None) -> Any:
   looked = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
   try:
     below = ('', '*/', '*/*/', '*/*/*/')  # data_dir/name/config/version
-    found = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
-    if len(found) > 1:
-      raise ValueError(f'it holds several data sets, give one of {", ".join(map(str, found))}')
-    if found:
-      return library.builder_from_directory(found[0])
+    data_sets = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
+    if len(data_sets) > 1:
+      raise ValueError(f'it holds several data sets, give one of {", ".join(map(str, data_sets))}')
+    if data_sets:
+      return library.builder_from_directory(data_sets[0])
     if path.is_absolute() or name.startswith(('~', '.')):
       raise ValueError('no prepared data set is in this folder (no dataset_info.json)')
     builder = library.builder(name, data_dir=looked)

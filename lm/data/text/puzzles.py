@@ -37,9 +37,9 @@ def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> S
   It is curt and has a wrong letter. Were both right, the letters that they share would be made less likely in both.
   """
   def record(question, answer, rng):
-    at = rng.randrange(len(answer))
-    wrong = rng.choice(_LETTERS.replace(answer[at], ''))
-    return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer[:at] + wrong + answer[at + 1:]}
+    place = rng.randrange(len(answer))
+    wrong = rng.choice(_LETTERS.replace(answer[place], ''))
+    return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer[:place] + wrong + answer[place + 1:]}
   return _source('polite puzzles', record, count, validation, seed)
 
 
@@ -52,11 +52,11 @@ def _source(name: str, record: Callable, count: int, validation: float, seed: in
 
   @functools.cache
   def indices() -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {'train': [], 'validation': []}
+    numbers: dict[str, list[int]] = {'train': [], 'validation': []}
     for i in range(count):
       held_out = int.from_bytes(source.digest(make(i)[0])[:8]) < validation * 2 ** 64
-      found['validation' if held_out else 'train'].append(i)
-    return found
+      numbers['validation' if held_out else 'train'].append(i)
+    return numbers
 
   splits = {split: source.Documents(lambda split=split: indices()[split], lambda i: make(i)[1])
             for split in ('train', 'validation')}

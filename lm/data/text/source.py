@@ -122,7 +122,7 @@ def sample(corpus: Source, documents: int) -> Source:
     places = np.random.default_rng(0).permutation(count)[:documents]
     return [(train, int(place)) for place in places]
 
-  splits = {**corpus.splits, 'train': Documents(drawn, lambda at: at[0][at[1]])}
+  splits = {**corpus.splits, 'train': Documents(drawn, lambda place: place[0][place[1]])}
   identity = repr(('sample', corpus.fingerprint, documents))
   return Source(f'{documents} of {corpus.name}', splits, digest(identity).hex(), corpus.license, counts, notes)
 

@@ -179,11 +179,11 @@ class TokenizerBase:
     parts = re.split(f'({names})', text)
     starts = np.cumsum([0, *map(len, parts)])
     readers = [self, *[self._inner] * (len(parts) - 1)]
-    found = [np.array([self._control[x]], np.int32) if x in self._control else reader.encode(x)
+    encoded = [np.array([self._control[x]], np.int32) if x in self._control else reader.encode(x)
              for x, reader in zip(parts, readers)]
     spans = [np.array([[0, len(x)]]) if x in self._control else reader._spans(x, ids)
-             for x, ids, reader in zip(parts, found, readers)]
-    return np.concatenate(found), np.concatenate([span + start for span, start in zip(spans, starts)])
+             for x, ids, reader in zip(parts, encoded, readers)]
+    return np.concatenate(encoded), np.concatenate([span + start for span, start in zip(spans, starts)])
 
   @property
   def _inner(self) -> 'TokenizerBase':

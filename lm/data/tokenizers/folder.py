@@ -66,10 +66,10 @@ def train_sentencepiece(documents: Iterable[str], vocab: int, kind: Literal['bpe
         max_sentence_length=8 * _PIECE, minloglevel=2,
         num_threads=8)  # a constant: unigram sums its counts by thread, in floating point
   except RuntimeError as error:
-    if found := re.search(r'value <= (\d+)', str(error)):
-      raise ValueError(f'--vocab={vocab} is more than the text supports: at most {found[1]}') from None
-    if found := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
-      raise ValueError(f'--vocab={vocab} is too small: bytes, control tokens and the characters met take {found[1]}; '
+    if match := re.search(r'value <= (\d+)', str(error)):
+      raise ValueError(f'--vocab={vocab} is more than the text supports: at most {match[1]}') from None
+    if match := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
+      raise ValueError(f'--vocab={vocab} is too small: bytes, control tokens and the characters met take {match[1]}; '
                        f'raise it{_fewer_characters(sample, vocab - 259 - len(control))}') from None
     raise ValueError(f'SentencePiece cannot train: {error}') from None
   # Unigram's scores are rounded, by less than 0.04 nats, so that tokenizer.json files can have the same ids.
@@ -119,11 +119,11 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    found = [path / name for name in ('bytes.json', 'tokenizer.json', 'vocab.json') if (path / name).is_file()]
-    found = found[:1] or sorted(path.glob('*.model'))
-    if len(found) > 1:
-      raise ValueError(f'{path} has {", ".join(p.name for p in found)}: give the path of the one to load')
-    path = found[0] if found else path / 'tokenizer.model'
+    paths = [path / name for name in ('bytes.json', 'tokenizer.json', 'vocab.json') if (path / name).is_file()]
+    paths = paths[:1] or sorted(path.glob('*.model'))
+    if len(paths) > 1:
+      raise ValueError(f'{path} has {", ".join(p.name for p in paths)}: give the path of the one to load')
+    path = paths[0] if paths else path / 'tokenizer.model'
   if not path.is_file():
     raise FileNotFoundError(f'{path}: there is no such tokenizer; give a .model file, a tokenizer.json or their folder')
   try:
@@ -170,10 +170,10 @@ def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
 
 def mask_id(tokenizer: Tokenizer) -> int:
   """The control token that hides a word from an encoder; ValueError where there is none of a known name."""
-  if not (found := [name for name in _MASK if name in tokenizer.control_names]):
+  if not (names := [name for name in _MASK if name in tokenizer.control_names]):
     raise ValueError(f'the tokenizer has no mask token ({" or ".join(_MASK)}) among its control tokens '
                      f'({", ".join(tokenizer.control_names)}), and an encoder is scored by masking')
-  return tokenizer.control_id(found[0])
+  return tokenizer.control_id(names[0])
 
 
 def _named(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> list[str]:
@@ -220,8 +220,8 @@ def _added(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
   flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
   if (decoder := config.get('added_tokens_decoder')) is not None:
     return {int(i): {'id': int(i), 'special': False, **flags, **token} for i, token in decoder.items()}
-  more = [*(config.get('additional_special_tokens') or ()), *(config.get('extra_special_tokens') or ())]
-  special = {*special_tokens(folder).values(), *(each['content'] if isinstance(each, dict) else each for each in more)}
+  extra = [*(config.get('additional_special_tokens') or ()), *(config.get('extra_special_tokens') or ())]
+  special = {*special_tokens(folder).values(), *(each['content'] if isinstance(each, dict) else each for each in extra)}
   return {i: {'id': i, 'content': name, 'special': name in special, **flags, 'normalized': name not in special}
           for name, i in _json(folder / 'added_tokens.json').items()}
 

@@ -89,11 +89,11 @@ class HuggingFace(base.TokenizerBase):
 
   def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     base.utf8(text)
-    found = self._parser.encode(text, add_special_tokens=False)
-    spans = np.array(found.offsets, int).reshape(-1, 2)
+    encoded = self._parser.encode(text, add_special_tokens=False)
+    spans = np.array(encoded.offsets, int).reshape(-1, 2)
     # Some files leave the space before a word out of its span.
     spans[:, 0] = np.minimum(spans[:, 0], np.r_[0, spans[:, 1]][:-1])
-    return np.array(found.ids, np.int32), spans
+    return np.array(encoded.ids, np.int32), spans
 
   def _ends(self, text: str, ids: np.ndarray) -> np.ndarray:
     offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets

@@ -1,4 +1,4 @@
-"""Reads what SentencePiece writes: what its library does not tell of a .model file, and where in a text pieces lie.
+"""Reads facts of SentencePiece files that its library does not give: types of pieces, and their places in a text.
 
 Specifications: https://protobuf.dev/programming-guides/encoding, and sentencepiece_model.proto. The generated classes
 would need protobuf, and two libraries in one process that both bring them have clashed.
@@ -19,23 +19,24 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 class Piece:
   name: str
   score: float
-  score_at: int  # where in the file its 4 bytes are; 0: nowhere, for 0.
-  type: int      # NORMAL, ...
+  score_place: int  # where in the file its 4 bytes are; 0: nowhere, and the score is 0.
+  type: int         # NORMAL, ...
 
 
 def pieces(model: bytes) -> list[Piece]:
-  found = []
+  all_pieces = []
   for number, start, end in _fields(model, 0, len(model)):
     if number == 1:
       spans = {n: (a, b) for n, a, b in _fields(model, start, end)}
-      score_at, type_at = (spans.get(n, (0,))[0] for n in (2, 3))
-      score = struct.unpack_from('<f', model, score_at)[0] if score_at else 0.
-      found.append(Piece(model[slice(*spans[1])].decode(), score, score_at, model[type_at] if type_at else NORMAL))
-  return found
+      score_place, type_place = (spans.get(n, (0,))[0] for n in (2, 3))
+      score = struct.unpack_from('<f', model, score_place)[0] if score_place else 0.
+      all_pieces.append(Piece(model[slice(*spans[1])].decode(), score, score_place,
+                              model[type_place] if type_place else NORMAL))
+  return all_pieces
 
 
 def kind(model: bytes) -> int:
-  """UNIGRAM, BPE, or a number that we do not use."""
+  """Returns UNIGRAM, BPE, or another number of SentencePiece."""
   settings = next(((a, b) for number, a, b in _fields(model, 0, len(model)) if number == 2), (0, 0))
   return next((model[a] for number, a, _ in _fields(model, *settings) if number == 3), UNIGRAM)
 
@@ -47,15 +48,15 @@ def maps_characters(model: bytes) -> bool:
 
 
 def as_control(model: bytes, matches: Callable[[str], Any]) -> bytes:
-  """The model with those user-defined pieces as control tokens whose names match: no text has them then."""
+  """Returns the model with the matching user-defined pieces as control tokens, which no text is encoded to."""
   return _retyped(model, {i: CONTROL for i, piece in enumerate(pieces(model))
                           if piece.type == USER_DEFINED and matches(piece.name)})
 
 
 def with_added(model: bytes, names: Mapping[int, str], special: Collection[int]) -> bytes:
-  """The model with more pieces, by id: control tokens, or user-defined ones that are found whole in a text.
+  """Returns the model with further pieces, by id: control tokens, or user-defined pieces, which match whole in a text.
 
-  Raises ValueError where transformers would give one another id: that of its name, or else the next one.
+  Raises ValueError if transformers would give a piece another id: the id of its name, or else the next id.
   """
   known = pieces(model)
   types = {i: CONTROL if i in special else USER_DEFINED for i in names}
@@ -66,14 +67,14 @@ def with_added(model: bytes, names: Mapping[int, str], special: Collection[int])
       raise ValueError(f'the files beside it add {name!r} as token {i}, and transformers would give it the id '
                        f'{expected}')
     following = max(following, i + 1)
-  more = b''.join(_field(1, _field(1, name.encode()) + bytes([3 << 3, types[i]]))
+  new_pieces = b''.join(_field(1, _field(1, name.encode()) + bytes([3 << 3, types[i]]))
                   for i, name in sorted(names.items()) if i >= len(known))
   changed = {i: types[i] for i in names if i < len(known) and known[i].type in (NORMAL, USER_DEFINED)}
-  return _retyped(model, changed) + more
+  return _retyped(model, changed) + new_pieces
 
 
 def _retyped(model: bytes, types: Mapping[int, int]) -> bytes:
-  """The model with other types of some of its pieces: of a field that is there twice, the last counts."""
+  """Returns the model with other types of some pieces; if a field occurs twice, its last value counts."""
   if not types:
     return model
   parts, i = [], 0
@@ -87,7 +88,7 @@ def _retyped(model: bytes, types: Mapping[int, int]) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-  """A field whose value is bytes, or a message."""
+  """Encodes a field whose value is bytes, or a message."""
   size, length = len(data), b''
   while size >= 0x80:
     length += bytes([size & 0x7F | 0x80])
@@ -96,42 +97,43 @@ def _field(number: int, data: bytes) -> bytes:
 
 
 def ends(encoded: bytes) -> list[int]:
-  """Of an encoded text (sentencepiece.proto): the byte of the text where each piece ends."""
-  found = [(a, b) for number, a, b in _fields(encoded, 0, len(encoded)) if number == 2]
-  at = [[a for number, a, _ in _fields(encoded, *piece) if number == 5] for piece in found]
-  return [_varint(encoded, a[0])[0] if a else 0 for a in at]
+  """Returns the byte of the text where each piece of an encoded text (sentencepiece.proto) ends."""
+  pieces = [(a, b) for number, a, b in _fields(encoded, 0, len(encoded)) if number == 2]
+  end_fields = [[a for number, a, _ in _fields(encoded, *piece) if number == 5] for piece in pieces]
+  return [_varint(encoded, places[0])[0] if places else 0 for places in end_fields]
 
 
 def rounded(model: bytes) -> bytes:
-  """The model with every score a multiple of 1/EXACT."""
+  """Returns the model with every score rounded to a multiple of 1/EXACT."""
   data = bytearray(model)
   for piece in pieces(model):
-    if piece.score_at:
-      struct.pack_into('<f', data, piece.score_at, round(piece.score * EXACT) / EXACT)
+    if piece.score_place:
+      struct.pack_into('<f', data, piece.score_place, round(piece.score * EXACT) / EXACT)
   return bytes(data)
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-  """Number, start and end of each field's value in data[at:end]."""
-  while at < end:
-    tag, at = _varint(data, at)
+def _fields(data: bytes, place: int, end: int) -> Iterator[tuple[int, int, int]]:
+  """Yields the number, start and end of each field's value in data[place:end]."""
+  while place < end:
+    tag, place = _varint(data, place)
     match tag & 7:
       case 0:
-        stop = _varint(data, at)[1]
+        stop = _varint(data, place)[1]
       case 2:
-        size, at = _varint(data, at)
-        stop = at + size
+        size, place = _varint(data, place)
+        stop = place + size
       case wire:
-        stop = at + {1: 8, 5: 4}[wire]
-    yield tag >> 3, at, stop
-    at = stop
+        stop = place + {1: 8, 5: 4}[wire]
+    yield tag >> 3, place, stop
+    place = stop
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+  """Returns the number at a place, and the place after it."""
   value = shift = 0
   while True:
-    byte, at = data[at], at + 1
+    byte, place = data[place], place + 1
     value |= (byte & 0x7F) << shift
     shift += 7
     if byte < 0x80:
-      return value, at
+      return value, place

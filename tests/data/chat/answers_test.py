@@ -37,7 +37,8 @@ def test_a_record_in_which_the_pattern_finds_nothing_is_told_and_not_counted():
 
 
 @pytest.mark.parametrize('pattern, message', [
-    ('#### .*', 'has 0 groups; put parentheses'), ('(#+) (.*)', 'has 2 groups'), ('(', 'is no regular expression')])
+    ('#### .*', 'has 0 groups, and needs one; put parentheses'), ('(#+) (.*)', 'has 2 groups'),
+    ('(', 'is not a regular expression')])
 def test_a_pattern_needs_one_group(pattern, message):
   with pytest.raises(ValueError, match=message):
     signature.call(finetune_chat.experiment, answer=pattern)

@@ -94,7 +94,7 @@ def test_unigram_scores_add_up_exactly():
 def test_models_that_cannot_be_exported_are_refused(tmp_path):
   ours = train('unigram')
   third = protobuf.pieces(ours.model)[-1]
-  at = third.score_at
+  at = third.score_place
   inexact = ours.model[:at] + np.float32(third.score + 0.01).tobytes() + ours.model[at + 4:]
   with pytest.raises(ValueError, match='no multiples of 1/16'):
     export.export(tokenizer.SentencePiece(inexact, '<s>', '</s>'), tmp_path)
