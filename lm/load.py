@@ -2,7 +2,7 @@
 import dataclasses
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from lm.hf import pretrained
 from lm.models.prediction_heads import MultiToken
 from lm.models.transformer import Transformer
 from lm.optim import averaging
-from lm.workdir import checkpoint, records
+from lm.workdir import checkpoint, rebuild, records
 from lm.workdir.describe import describe, differences
 
 
@@ -47,19 +47,39 @@ def load(workdir: str | pathlib.Path, best: bool = False) -> Trained:
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
-  """A run, made anew by its script, with the knobs in `workdir/run.json`; no parameters are read.
+  """The run of a workdir, built from what its newest checkpoint says of it; no parameters are read.
 
-  FileNotFoundError where there is no run, none that began to train, or its script is not there or may not be executed
-  (see `scripts`).
+  Where the run has classes or functions of a user's script, or was written by an older version of lm, the script builds
+  it, with the knobs in `workdir/run.json`.
+
+  Raises:
+    FileNotFoundError: there is no run, none that was saved, or its script is needed and was not named, see `scripts`.
+    ValueError: what describes the run is not a description.
   """
   recorded = records.read(workdir)
   if not recorded:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
   accepted = [record for record in recorded if 'data' in record]   # not the tries that were refused
-  if not accepted:
+  facts = checkpoint.stored_facts(workdir / 'checkpoints') if accepted else None
+  if facts is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
+  try:
+    missing = rebuild.outside(facts.get('run'))
+    run = None if missing or 'run' not in facts else train.rebuilt(facts['run'])
+  except ValueError as error:
+    raise ValueError(f'the run in {workdir} cannot be opened: {error}') from None
+  if run is None:
+    reason = (f'the run in {workdir} uses {", ".join(missing[:3])}, which is not of this package' if missing else
+              f'the run in {workdir} was written by an older version of lm, which did not store a description of it')
+    run = _by_script(scripts.locate(accepted[-1], workdir, reason), workdir, accepted)
+  if isinstance(run.model, lora.Adapted) and accepted[-1].get('init'):   # else its checkpoints have it all
+    run = start_from(run, accepted[-1]['init'], ignore_tokenizer=True)
+  return run
+
+
+def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[Mapping[str, Any]]) -> train.Run:
+  """The run that a script builds. FileNotFoundError where what it reads is not there."""
   record = accepted[-1]
-  script = scripts.locate(record, workdir)
   with scripts.importable(script):
     make = scripts.function(script, record['function'])
     if typing.get_type_hints(make).get('return') is not train.Run:   # nothing else may be called: see `scripts`
@@ -71,12 +91,9 @@ def open_run(workdir: pathlib.Path) -> train.Run:
       raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
                        '(any more); go back to the script that trained it')
     try:
-      run = dataclasses.replace(signature.call(make, knobs), seed=record['seed'])
+      return dataclasses.replace(signature.call(make, knobs), seed=record['seed'])
     except FileNotFoundError as error:
       raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
-  if isinstance(run.model, lora.Adapted) and record.get('init'):   # else its checkpoints have it all
-    run = start_from(run, record['init'], ignore_tokenizer=True)
-  return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,16 +136,30 @@ def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, 
 
 
 def _read(opened: _Opened) -> Trained:
-  run, workdir, abstract = opened.run, opened.workdir, train.abstract_state(opened.run, jax.sharding.get_mesh())
+  run, workdir, mesh = opened.run, opened.workdir, jax.sharding.get_mesh()
+  abstract = train.placed(jax.eval_shape(run.model.init, jax.random.key(0)), mesh)
+  place = _place_of_average(opened)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    if averaging.averages(abstract.opt_state):
-      restored = checkpoints.restore(abstract, opened.chosen)
-      params = averaging.evaluated(restored.state.opt_state, restored.state.params)
-    else:
-      restored = checkpoints.restore_params(abstract.params, opened.chosen)
+    if place is None:
+      restored = checkpoints.restore_params(abstract, opened.chosen)
       params = restored.state
+    else:
+      arrays = averaging.abstract_arrays(place, abstract)
+      restored = checkpoints.restore_parts({'params': abstract, 'opt_state': train.placed(arrays, mesh)},
+                                           opened.chosen)
+      params = averaging.from_arrays(place, restored.state['opt_state'], restored.state['params'])
   model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
   return Trained(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
+
+
+def _place_of_average(opened: _Opened) -> list[str] | None:
+  """Where the optimizer's state has an average; ValueError where what says so is not of the kind."""
+  if 'run' not in opened.facts:   # of an older version: the script built the run
+    return averaging.place(jax.eval_shape(lambda: train.init(opened.run).opt_state))
+  place = opened.facts['run'].get('average')
+  if place is not None and not averaging.is_place(place):
+    raise ValueError(f'the run in {opened.workdir} cannot be opened: it has no average of the kind {place!r:.100}')
+  return place
 
 
 def is_run(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Scripts that make runs: which of them may be executed to open a run, and the functions in them.
 
-What lies in a workdir may come from somebody else. Only scripts in the folder of the program that runs, and those that
-its user named, are executed; never one inside the workdir, wherever `run.json` says that the script is.
+Most runs are opened without their script. One is executed only where a run has classes or functions that it defines,
+and where the user named it, or runs it as the program.
 """
 import contextlib
 import importlib.util
@@ -23,24 +23,22 @@ def trust(*scripts: str | pathlib.Path) -> None:
     _named.append(script.resolve())
 
 
-def locate(record: Mapping[str, Any], workdir: pathlib.Path) -> pathlib.Path:
-  """The script of a record in `workdir/run.json`.
+def locate(record: Mapping[str, Any], workdir: pathlib.Path, reason: str) -> pathlib.Path:
+  """The script of a record in `workdir/run.json`, which is the program that runs, or was named; `reason` says why.
 
-  FileNotFoundError where none of its name may be executed, ValueError where the record is no record of a script.
+  FileNotFoundError where it is neither, ValueError where the record is no record of a script.
   """
   name, recorded = record.get('script'), record.get('path')
   if not isinstance(name, str) or not isinstance(recorded, str) or pathlib.Path(name).name != name:
     raise ValueError(f'{workdir}/run.json names no script but {name!r}; restore it from a copy')
   program = pathlib.Path(sys.argv[0]).resolve()
-  beside = [program.parent / name] if program.is_file() and '-packages' not in str(program) else []
-  for path in (*(path for path in reversed(_named) if path.name == name), *beside):
-    inside = workdir.resolve() in path.resolve().parents and path.resolve() != program
-    if path.is_file() and not inside:
+  for path in (*reversed(_named), program):
+    inside = workdir.resolve() in path.parents and path != program
+    if path.name == name and path.is_file() and not inside:
       return path
-  raise FileNotFoundError(
-      f'the run in {workdir} was made by the script {name}, and opening the run executes it. It is not beside the '
-      f'program that runs; if you trust it, name it: --script={shlex.quote(recorded)} (in Python, lm.scripts.trust); '
-      'it must not lie in the workdir')
+  raise FileNotFoundError(f'{reason}. Its script, which was at {recorded}, is executed only where it is named: if you '
+                          f'trust it, name it: --script={shlex.quote(recorded)} (in Python, lm.scripts.trust); it '
+                          'must not lie in the workdir')
 
 
 @contextlib.contextmanager

@@ -100,7 +100,11 @@ from lm.data.text.source import Source
 from lm.objectives.next_token import next_token
 
 def activation(x):
-  return jax.nn.relu(x)
+  """Squares what is positive."""
+  return jax.nn.relu(x) ** neighbour.POWER * scale(x)
+
+SCALE = 2.
+scale = lambda x: SCALE   # of all positions
 
 @dataclasses.dataclass(frozen=True)
 class Small(neighbour.Bigram):
@@ -126,13 +130,19 @@ def tool(*, out: str) -> None:
 '''
 
 
+NEIGHBOUR = """
+from helpers.runs import TEXTS, Bigram
+POWER = 2
+"""
+
+
 @pytest.fixture
 def program(tmp_path, monkeypatch):
   """A script `small.py` and its neighbour in a folder of theirs; `program(workdir, **knobs)` trains it."""
   folder = tmp_path / 'project'
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
-  (folder / 'neighbour.py').write_text('from helpers.runs import TEXTS, Bigram\n')
+  (folder / 'neighbour.py').write_text(NEIGHBOUR)
   monkeypatch.setattr(scripts, '_named', [])
   monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
   monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
@@ -167,12 +177,44 @@ def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
   assert loss_of(program, opened) == pytest.approx(result.metrics['validation/loss'], rel=1e-6)
 
 
-def test_an_edited_script_is_refused_by_all_that_open_the_run(program, tmp_path):
+@pytest.mark.parametrize('file, before, after, named', [
+    ('small.py', 'jax.nn.relu(x) **', 'jax.nn.gelu(x) **', r'model.activation.code.small.activation: .* before'),
+    ('neighbour.py', 'POWER = 2', 'POWER = 3', r'model.activation.code.neighbour.POWER: 2 before, 3 now'),
+    ('small.py', 'lambda x: SCALE', 'lambda x: -SCALE', r'model.activation.code.small.<lambda>: .* before'),
+    ('small.py', 'SCALE = 2.', 'SCALE = 4.', r'model.activation.code.small.SCALE: 2.0 before, 4.0 now'),
+    ('small.py', '= activation', '= jax.nn.gelu', r"model.activation.function: 'activation' before, absent now")])
+def test_an_edited_script_is_refused_by_all_that_open_or_resume_the_run(program, tmp_path, file, before, after, named):
   program('run')
+  path = program.folder / file
+  text = path.read_text()
+  assert text.count(before) == 1
+  path.write_text(text.replace(before, after))
+  for opens in (load.load, lambda path: load.base(str(path)), lambda path: program('other', path),
+                lambda path: program('run', steps=6)):
+    sys.modules.pop('neighbour', None)
+    with pytest.raises(ValueError, match=named):
+      opens(tmp_path / 'run')
+
+
+def test_comments_and_layout_of_a_script_may_be_edited(program, tmp_path):
+  result = program('run')
   path = program.folder / 'small.py'
-  path.write_text(SCRIPT.replace('def activation(x)', 'def gelu(x)').replace('= activation', '= gelu'))
-  for opens in (load.load, lambda path: load.base(str(path)), lambda path: program('other', path)):
-    with pytest.raises(ValueError, match=r"activation: 'activation' before, 'gelu' now"):
+  edits = {'# of all': '# for all', 'Squares what is': 'The square of', 'POWER * scale(x)': 'POWER *  scale( x )'}
+  text = path.read_text()
+  for before, after in edits.items():
+    assert text.count(before) == 1
+    text = text.replace(before, after)
+  path.write_text(text)
+  assert same(load.load(tmp_path / 'run').params, result.params)
+  assert program('run', steps=6).step == 6
+
+
+def test_a_run_of_before_code_was_described_is_refused_in_one_line(program, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(describe.source_code, 'is_users', lambda value: False)
+    program('run')
+  for opens in (load.load, lambda path: program('run', steps=6)):
+    with pytest.raises(ValueError, match='model: its code is not in what an older version of lm stored'):
       opens(tmp_path / 'run')
 
 
@@ -231,7 +273,8 @@ def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_
 def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs):
   result = program('run', **knobs)
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', create=False) as checkpoints:
-    newest = checkpoints.restore_params(train.abstract_state(load.open_run(tmp_path / 'run'), program.mesh).params)
+    model = load.open_run(tmp_path / 'run').model
+    newest = checkpoints.restore_params(train.placed(jax.eval_shape(model.init, jax.random.key(0)), program.mesh))
     assert checkpoints.best_step() != max(checkpoints.steps()) or 'patience' not in knobs
   assert not same(newest.state, result.params)
   opened, base = load.load(tmp_path / 'run'), load.base(str(tmp_path / 'run'))
@@ -270,7 +313,7 @@ def record(workdir, **changes):
   path.write_text(json.dumps([{**json.loads(path.read_text())[-1], **changes}]))
 
 
-def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tmp_path, monkeypatch):
+def test_no_script_is_executed_but_the_program_and_those_that_are_named(program, tmp_path, monkeypatch):
   program('run')
   workdir, mark = tmp_path / 'run', tmp_path / 'mark'
   bad = f'import pathlib; pathlib.Path({str(mark)!r}).write_text("executed")'
@@ -278,7 +321,8 @@ def test_no_script_is_executed_but_those_beside_the_program_or_named(program, tm
     folder.mkdir(exist_ok=True)
     (folder / 'evil.py').write_text(bad)
     record(workdir, script='evil.py', path=str(folder / 'evil.py'), function='experiment')
-    with pytest.raises(FileNotFoundError, match=f'--script={folder}/evil.py'):
+    (program.folder / 'evil.py').write_text(bad)   # beside the program
+    with pytest.raises(FileNotFoundError, match=f'uses small:Small, which .*--script={folder}/evil.py'):
       load.load(workdir)
   scripts.trust(workdir / 'evil.py')   # inside of a workdir, not even so
   with pytest.raises(FileNotFoundError, match='must not lie in the workdir'):

@@ -40,14 +40,15 @@ class Text:
 
   Args:
     source: the documents, as a `Source`, or as a sequence of texts, of which one in twenty is held out.
-    tokenizer: one, or a function that trains one on the cleaned training documents.
+    tokenizer: one, or a function that trains one on the cleaned training documents; None: the one in the folder, and
+      the text in its tokens is only opened, see `to_store`.
     length: T, positions a row.
     rules: cleaning, see `clean`.
     folder: where the tokenizer and the tokenised text are kept; None: in the workdir.
     source_length: S, positions a row that an encoder reads, for objectives that make sources.
   """
   source: Source | Sequence[str]
-  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer]
+  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer] | None
   length: int
   rules: Sequence[clean.Rule] = clean.DEFAULT
   folder: pathlib.Path | None = None
@@ -79,6 +80,8 @@ class Text:
     token; OSError if it cannot be written.
     """
     folder = self._folder(workdir)
+    if self.tokenizer is None:
+      return self._reopen(folder, control, check)
     made_of = {'rules': describe(self.rules), 'source': self.source.fingerprint} if callable(self.tokenizer) else {}
 
     def documents() -> list[str | clean.Drop]:   # to train a tokenizer on, where the splits hold text
@@ -89,18 +92,28 @@ class Text:
       return list(clean.clean(self.source.splits['train'], self.rules))
 
     renew = self.folder is None and untrained(workdir)
-
-    def check_fingerprints(tokenizer: tokenizers.Tokenizer) -> None:
-      settings = store.settings(self.source, TextEncoder(tokenizer), self.rules)
-      check(_fingerprint(store.fingerprint(settings, 'train'), self.source.mixing), tokenizer.fingerprint)
-
-    tokenizer = with_bos(
-        open_tokenizer(folder, self.tokenizer, made_of, documents, progress, check_fingerprints, renew))
+    tokenizer = with_bos(open_tokenizer(folder, self.tokenizer, made_of, documents, progress,
+                                        functools.partial(self._check, check), renew))
     special(tokenizer, control)
     stores = store.build(folder / 'tokens', self.source, TextEncoder(tokenizer), self.rules, progress=progress,
                          renew=renew)
     if not tokenizer.lossless and any(opened.sizes is None for opened in stores.values()):
       progress(f'{folder / "tokens"} does not say how many bytes its tokens stand for: no bits per byte are shown')
+    return OpenText(stores, tokenizer, self.length, self.source_length, self.source.mixing)
+
+  def to_store(self) -> 'Text':
+    """Returns the data without its text, which opens what `open` wrote, and writes nothing."""
+    return dataclasses.replace(self, source=self.source.to_store(), tokenizer=None)
+
+  def _check(self, check: Check, tokenizer: tokenizers.Tokenizer) -> None:
+    settings = store.settings(self.source, TextEncoder(tokenizer), self.rules)
+    check(_fingerprint(store.fingerprint(settings, 'train'), self.source.mixing), tokenizer.fingerprint)
+
+  def _reopen(self, folder: pathlib.Path, control: tuple[str, ...], check: Check) -> 'OpenText':
+    tokenizer = with_bos(load_tokenizer(folder / 'tokenizer'))
+    self._check(check, tokenizer)
+    special(tokenizer, control)
+    stores = store.reopen(folder / 'tokens', self.source, TextEncoder(tokenizer), self.rules)
     return OpenText(stores, tokenizer, self.length, self.source_length, self.source.mixing)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:

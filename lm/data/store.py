@@ -32,7 +32,7 @@ from lm.data.text import clean
 from lm.data.text.source import Source, digest
 from lm.workdir import atomic, integrity, locks
 
-__all__ = ['Part', 'Store', 'build', 'fingerprint', 'settings', 'verify']
+__all__ = ['Part', 'Store', 'build', 'fingerprint', 'reopen', 'settings', 'verify']
 
 _FORMAT = 1
 _GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000  # committed together; lost at most, when killed
@@ -72,6 +72,23 @@ def build(folder: str | os.PathLike, source: Source, encoder: Encoder, rules: Se
         stack.enter_context(locks.turn(folder / 'lock', f'waiting for the process that builds {folder}', progress))
       if not _finished(folder, made_of, renew, discard=True):
         _Build(folder, source, encoder, rules, workers, progress, made_of).run()
+  return _opened(folder, source, encoder)
+
+
+def reopen(folder: pathlib.Path, source: Source, encoder: Encoder, rules: Sequence[clean.Rule]) -> dict[str, Store]:
+  """Opens what `build` wrote of these; it reads no document of the source, and writes nothing.
+
+  Raises:
+    FileNotFoundError: there is no finished store in the folder.
+    ValueError: the folder has a store of other settings.
+  """
+  if not _finished(folder, settings(source, encoder, rules)):
+    raise FileNotFoundError(f'{folder} does not hold the text of {source.name} in tokens; copy it back, or give the '
+                            'command that trained the run again, which encodes the same text again')
+  return _opened(folder, source, encoder)
+
+
+def _opened(folder: pathlib.Path, source: Source, encoder: Encoder) -> dict[str, Store]:
   stores = {split: Store(folder, split) for split in source.splits}
   for opened in stores.values():
     opened.check(encoder.vocab_size)

@@ -1,5 +1,6 @@
 """Averages of the parameters over a run: what to evaluate and to keep in the place of the last."""
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,21 +49,57 @@ def _averaged(optimizer: optax.GradientTransformationExtraArgs, decay: float) ->
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _found(opt_state: Any) -> Averaged | ScheduleFreeState | None:
-  is_average = lambda x: isinstance(x, Averaged | ScheduleFreeState)
-  return next(filter(is_average, jax.tree.leaves(opt_state, is_leaf=is_average)), None)
+# The arrays that each kind of average is computed from, beside the parameters.
+_ARRAYS = {'Averaged': ('average',), 'ScheduleFreeState': ('z', 'b1')}
+
+
+def _is_average(state: Any) -> bool:
+  return isinstance(state, Averaged | ScheduleFreeState)
 
 
 def averages(opt_state: Any) -> bool:
   """Whether `evaluated` gives other parameters than those that are trained. The state may be abstract."""
-  return _found(opt_state) is not None
+  return place(opt_state) is not None
+
+
+def place(opt_state: Any) -> list[str] | None:
+  """Where an average is in the state of an optimizer: its kind, then a path; None without one."""
+  for path, state in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_average):
+    if _is_average(state):
+      return [type(state).__name__, *(jax.tree_util.keystr((key,), simple=True) for key in path)]
+  return None
+
+
+def is_place(place: Any) -> bool:
+  """Whether a value, which may come from a file, is what `place` gives."""
+  return isinstance(place, list) and all(isinstance(key, str) for key in place) and place[:1] and place[0] in _ARRAYS
+
+
+def abstract_arrays(place: Sequence[str], params: Any) -> Any:
+  """The part of the state of an optimizer that `from_arrays` needs, by path; `params` are abstract."""
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  tree = {name: scalar if name == 'b1' else params for name in _ARRAYS[place[0]]}
+  for key in reversed(place[1:]):
+    tree = {key: tree}
+  return tree
+
+
+def from_arrays(place: Sequence[str], tree: Any, params: Any) -> Any:
+  """`evaluated`, of the arrays that were restored into `abstract_arrays`."""
+  for key in place[1:]:
+    tree = tree[key]
+  if place[0] == 'Averaged':
+    return tree['average']
+  return optax.contrib.schedule_free_eval_params(
+      ScheduleFreeState(**{**dict.fromkeys(ScheduleFreeState._fields), **tree}), params)
 
 
 def evaluated(opt_state: Any, params: Any) -> Any:
   """The parameters to evaluate and to ship: the average, x of schedule-free's, or `params` themselves."""
-  match _found(opt_state):
+  state = next(filter(_is_average, jax.tree.leaves(opt_state, is_leaf=_is_average)), None)
+  match state:
     case Averaged(average=average):
       return average
-    case ScheduleFreeState() as state:
+    case ScheduleFreeState():
       return optax.contrib.schedule_free_eval_params(state, params)
   return params

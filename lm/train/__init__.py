@@ -14,6 +14,8 @@ from lm.train.run import (
   identity,
   init,
   load_constants,
+  placed,
+  rebuilt,
   with_constants,
 )
 from lm.train.start import train
@@ -21,5 +23,5 @@ from lm.train.step import make_step, step_of
 
 __all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'Model', 'OpenData', 'Stopped', 'NotFinite',
            'Result', 'result_step', 'Run', 'State', 'abstract_batch', 'abstract_constants', 'abstract_state', 'begin',
-           'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step', 'step_of', 'with_constants',
-           'train']
+           'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step', 'placed', 'rebuilt',
+           'step_of', 'with_constants', 'train']

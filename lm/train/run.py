@@ -14,9 +14,11 @@ from lm.data.batch import Batch, Special, template
 from lm.data.rows.augment import Augmentation
 from lm.data.rows.stages import Schedule, Stage
 from lm.objectives.objective import Objective
+from lm.optim import averaging
 from lm.train.gradient import Gradient, accumulated
 from lm.train.guard import Guard
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
+from lm.workdir import rebuild
 from lm.workdir.describe import describe
 
 
@@ -137,10 +139,15 @@ def advance(state: State, steps: int) -> State:
 
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
   """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-  def placed(s):
+  return placed(jax.eval_shape(lambda: init(run)), mesh)
+
+
+def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A tree of `jax.ShapeDtypeStruct` with shardings on a mesh, by their specs."""
+  def place(s):
     # A constant, such as the step, carries no sharding.
     return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.layout(mesh, s.sharding and s.sharding.spec))
-  return jax.tree.map(placed, jax.eval_shape(lambda: init(run)))
+  return jax.tree.map(place, abstract)
 
 
 def load_constants(run: Run) -> dict[str, Any]:
@@ -176,6 +183,32 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
   batch = jax.tree.map(lambda x: rows_of(x, x.shape[1] // parts, *x.shape[2:]), row)
   return batch._replace(inputs={name: rows_of(x, *x.shape[1:]) for name, x in inputs.items()} or None)
+
+
+# Of a run, what reads its result needs: to write, to score, to export and to start from it.
+_STORED = ('model', 'objective', 'data', 'steps', 'batch', 'accumulate', 'seed', 'evaluate_every', 'evaluate_batches',
+           'keep', 'start_tokenizer', 'constants', 'stages', 'patience')
+
+
+def stored(run: Run) -> dict[str, Any]:
+  """JSON that `rebuilt` makes a run of again. `average` says where the state of the optimizer has an average."""
+  fields = {name: rebuild.stored(getattr(run, name)) for name in _STORED}
+  start = rebuild.stored(run.start)   # a user's function is left out: readers use the checkpoint
+  state = jax.eval_shape(lambda: init(run).opt_state)
+  return {**fields, 'start': None if rebuild.outside(start) else start, 'average': averaging.place(state)}
+
+
+def rebuilt(tree: Mapping[str, Any]) -> Run:
+  """The run that `stored` wrote, without its optimizer. rebuild.Unknown where it is none, see there."""
+  if not isinstance(tree, Mapping) or tree.keys() != {*_STORED, 'start', 'average'}:
+    raise rebuild.Unknown('its description has not the fields of a run')
+  fields = rebuild.rebuilt({'dict': [[name, item] for name, item in tree.items() if name != 'average']})
+  return Run(optimizer=optax.GradientTransformation(_no_optimizer, _no_optimizer), **fields)
+
+
+def _no_optimizer(*args: Any) -> Any:
+  raise ValueError('the run was opened from its workdir, which does not describe its optimizer; to train, build the run '
+                   'by its script')
 
 
 def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:

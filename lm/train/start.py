@@ -14,7 +14,7 @@ from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
 from lm.train.interrupt import Interrupt
 from lm.train.loop import Loop, Result
-from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants
+from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, stored
 from lm.workdir import checkpoint, records, track
 from lm.workdir.judge import Judge
 
@@ -33,10 +33,10 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
   check(run, mesh)
-  stored = checkpoint.stored_facts(workdir / 'checkpoints')
+  before = checkpoint.stored_facts(workdir / 'checkpoints')
   with phases('prepare data'):
     data = run.data.open(workdir, control=run.objective.control,
-                         check=functools.partial(_check_data, run, stored, new_objective))
+                         check=functools.partial(_check_data, run, before, new_objective))
     check_vocabulary(run, data)
     # Before signals are caught: what the data computes first may take long, and a next start continues it.
     feed = (run.feed or DataFeed)(run, data, mesh)
@@ -46,7 +46,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     evaluation = validation.Evaluation(run, data, mesh)
     for line in evaluation.summary():
       print(line)
-  facts = identity(run, data.fingerprint, data.tokenizer.fingerprint)
+  facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': stored(run)}
   judge = Judge(facts['objective'], run.best, run.better)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
         Interrupt() as interrupt, contextlib.closing(feed)):
@@ -76,7 +76,7 @@ def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer
   """
   if stored is not None:
     stored, now = ({name: value for name, value in facts.items()
-                    if name != 'parameters' and not (new_objective and name == 'objective')}
+                    if name not in ('parameters', 'run') and not (new_objective and name == 'objective')}
                    for facts in (stored, identity(run, data, tokenizer)))
     checkpoint.check(stored, now)
   elif run.start_tokenizer not in (None, tokenizer):

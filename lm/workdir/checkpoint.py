@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from lm.workdir import integrity
+from lm.workdir import integrity, rebuild
 from lm.workdir.describe import differences
 from lm.workdir.judge import Judge
 
@@ -166,7 +166,7 @@ class Checkpoints:
     Raises Mismatch if a leaf is missing or differs in shape or dtype (Orbax casts without a word), OSError if `step`
     is not there, or nothing can be read.
     """
-    return self._newest_readable(step, functools.partial(self._read, abstract_state, '', None))
+    return self._newest_readable(step, functools.partial(self._read, abstract_state, False, None))
 
   def restore_params(self, abstract_params: Tree, step: int | None = None,
                      dtypes: Callable[[Any], Any] | None = None) -> Restored | None:
@@ -174,8 +174,13 @@ class Checkpoints:
 
     With `dtypes`, what it makes of the dtype that an array is stored in counts, not that of `abstract_params`.
     """
-    found = self._newest_readable(step, functools.partial(self._read, {'params': abstract_params}, 'params.', dtypes))
+    found = self.restore_parts({'params': abstract_params}, step, dtypes)
     return found and found._replace(state=found.state['params'])
+
+  def restore_parts(self, abstract_parts: Tree, step: int | None = None, dtypes: Callable[[Any], Any] | None = None
+                    ) -> Restored | None:
+    """Like `restore`, of some parts of the state: nested dicts, by the names of its fields, down to whole trees."""
+    return self._newest_readable(step, functools.partial(self._read, abstract_parts, True, dtypes))
 
   def _write_checksums(self) -> None:
     """Called when the files of a step are written, before the folder gets its name; raises as the save does."""
@@ -193,14 +198,16 @@ class Checkpoints:
       raise ValueError(f'{count} of its files are missing, or are not as they were written'
                        + ''.join(f', {name}' for name in names[:2]))
 
-  def _read(self, abstract: Tree, prefix: str, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
+  def _read(self, abstract: Tree, partly: bool, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
     self._check_checksums(step)
     ocp, path, document = self._ocp, self.folder / str(step), self._read_facts(step)
-    integrity.check_arrays(path / 'state', prefix)
-    found = _named(self._manager.item_metadata(step).state.tree)
-    found = {name: leaf for name, leaf in found.items() if name.startswith(prefix)}
+    wanted = _named(abstract)
+    names = ('params.', *(name for name in wanted if not name.startswith('params.'))) if partly else ('',)
+    integrity.check_arrays(path / 'state', names)
+    tree = self._manager.item_metadata(step).state.tree
+    found = {name: leaf for name, leaf in _named(tree).items() if name.startswith(names)}
     lines = differences(*({name: f'{"" if dtypes else leaf.dtype}{list(leaf.shape)}' for name, leaf in leaves.items()}
-                          for leaves in (found, _named(abstract))))
+                          for leaves in (found, wanted)))
     if lines and all(line.startswith('opt_state.') for line in lines):
       raise Mismatch(f'checkpoint {path} holds the state of another optimizer ({len(lines)} arrays differ): go on with '
                      'the same one, or start another run from its parameters (--init)')
@@ -208,8 +215,15 @@ class Checkpoints:
       raise Mismatch(f'checkpoint {path} does not fit' + _listed(lines))
     if dtypes:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(found[_name(path)].dtype)), abstract)
-    args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
+    template = abstract
+    if partly:
+      wanted = _named(abstract)
+      template = jax.tree.map_with_path(lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), tree)
+    args = ocp.args.PyTreeRestore(template, ocp.checkpoint_utils.construct_restore_args(template))
     state = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+    if partly:
+      arrays = _named(state)
+      state = jax.tree.map_with_path(lambda path, _: arrays[_name(path)], abstract)
     if not integrity.all_finite([leaf for name, leaf in _named(state).items() if name.startswith('params')]):
       raise ValueError('the norm of its parameters is not finite')
     return Restored(state, document['facts'], step, document.get('records', []))
@@ -218,8 +232,10 @@ class Checkpoints:
     if names := integrity.changed(self.folder / str(step), 'facts/'):
       raise ValueError(f'{", ".join(names)} is not as it was written')
     document = self._manager.restore(step, args=self._ocp.args.Composite(facts=self._ocp.args.JsonRestore())).facts
-    if not isinstance(document, dict) or not document.keys() >= {'facts', 'metric'}:
+    if not isinstance(document, dict) or not document.keys() >= {'facts', 'metric'} or not isinstance(
+        document['facts'], dict):
       raise ValueError('its facts are incomplete')
+    rebuild.check_size(document)   # before anything walks through them
     return document
 
   def _newest_readable(self, step: int | None, read: Callable[[int], Any]) -> Any:

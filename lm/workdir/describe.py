@@ -11,12 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.workdir import source_code
+
 
 def differences(stored: Any, now: Any) -> list[str]:
   """A line for each leaf that differs: 'model.block.heads: 6 before, 8 now'."""
   old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
+  if undescribed := _without_code(old, new):
+    return [f'{name}: its code is not in what an older version of lm stored, so it may have been edited since'
+            for name in undescribed]
   return [f'{name}: {old.get(name, "absent")} before, {new.get(name, "absent")} now'
           for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _without_code(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+  """The names of functions and classes that are the same by name, and whose code is described in `new` alone."""
+  owners = dict.fromkeys(name.partition('.code.')[0] for name in new if '.code.' in name)
+  return [owner for owner in owners if not any(name.startswith(f'{owner}.code.') for name in old) and (
+      f'{owner}.class' in old and old[f'{owner}.class'] == new.get(f'{owner}.class')
+      or owner in old and old[owner] in (new.get(f'{owner}.function'), new.get(f'{owner}.object')))]
 
 
 def fingerprint(params: Any) -> str:
@@ -43,6 +56,8 @@ def _checksums(params: Any) -> Any:
 def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> Any:
   """JSON, the same in every process: classes with the fields that they compare, functions by name, arrays by hash.
 
+  Functions and classes that are neither of this package nor installed have their `code` beside the name, see
+  `source_code`: they may be edited, and keep their names.
   Of a function that another made (a schedule) it tells the name, and the values that it has from there only with
   `inside`. Of what it is inside of itself, such as a function that calls itself, the name. `above` are the ids of
   what the value is inside of.
@@ -50,6 +65,7 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
   if id(value) in above:
     return getattr(value, '__qualname__', type(value).__qualname__)
   recur = functools.partial(describe, inside=inside, above=(*above, id(value)))
+  code = _code(value)
   match value:
     case None | bool() | int() | float() | str():
       return value
@@ -59,7 +75,8 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
       return value.name
     case type():  # np.float32 and jnp.float32 are types
       dtype = np.dtype(value) if issubclass(value, np.generic) else getattr(value, 'dtype', None)
-      return dtype.name if isinstance(dtype, np.dtype) else value.__qualname__
+      name = dtype.name if isinstance(dtype, np.dtype) else value.__qualname__
+      return {'type': name, **code} if code else name
     case np.ndarray() | jax.Array():
       return f'{value.dtype}{list(value.shape)} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()[:16]}'
     case Mapping():
@@ -70,7 +87,7 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
       return [recur(item) for item in value]
     case types.FunctionType() if inside and (values := inspect.getclosurevars(value).nonlocals):
       others = {name: item for name, item in values.items() if item is not value}   # it may call itself
-      return {'function': value.__qualname__, **recur(others)}
+      return {'function': value.__qualname__, **recur(others), **code}
   if isinstance(value, tuple):
     names = value._fields
   elif dataclasses.is_dataclass(value):
@@ -78,8 +95,15 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
     names = [f.name for f in dataclasses.fields(value) if f.compare and not (of_flax and f.name in ('parent', 'name'))]
   else:
     text = getattr(value, '__qualname__', None) or repr(value)
-    return type(value).__qualname__ if ' at 0x' in text else text
-  return {'class': type(value).__qualname__, **{name: recur(getattr(value, name)) for name in names}}
+    text = type(value).__qualname__ if ' at 0x' in text else text
+    return {'function' if source_code.is_users(value) else 'object': text, **code} if code else text
+  return {'class': type(value).__qualname__, **{name: recur(getattr(value, name)) for name in names}, **code}
+
+
+def _code(value: Any) -> dict[str, Any]:
+  """`{'code': ...}` of a user's function or class, or of an object of one; else nothing."""
+  users = value if source_code.is_users(value) else type(value)
+  return {'code': source_code.digests(users, describe)} if source_code.is_users(users) else {}
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

@@ -95,8 +95,10 @@ def _checksum_of(values: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(values).encode())
 
 
-def check_arrays(folder: Any, prefix: str) -> None:
+def check_arrays(folder: Any, prefixes: tuple[str, ...]) -> None:
   """Raises if metadata, the index of the arrays or the end of a chunk is bad: of each chunk it reads one byte.
+
+  It looks at the arrays whose names begin with one of the prefixes.
 
   Orbax finds the same, but in parallel reads, which it abandons at the first error and which print a trace each.
   """
@@ -105,7 +107,7 @@ def check_arrays(folder: Any, prefix: str) -> None:
     json.loads(path.read_text())
   base = str(folder) if '://' in str(folder) else f'file://{folder}'
   store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': f'{base}/'}).result()
-  keys = [key for key in store.list().result() if key.startswith(prefix.encode())]
+  keys = [key for key in store.list().result() if key.decode().startswith(prefixes)]
   if not keys:
     raise FileNotFoundError('the index of the arrays is missing')
   for key, read in [(key, store.read(key, byte_range=slice(-1, None))) for key in keys]:

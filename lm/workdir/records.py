@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 
-from lm.workdir import atomic
+from lm.workdir import atomic, parsing
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """The records in `workdir/run.json`, oldest first; none if there is no such file."""
   path = workdir / 'run.json'
   try:
-    found = json.loads(path.read_text()) if path.exists() else []
+    found = parsing.json_value(path.read_text()) if path.exists() else []
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
       raise ValueError('it is no list of records')
   except ValueError as error:

@@ -39,7 +39,8 @@ class Dialogues:
 
   Args:
     source: JSON records, in one of the shapes of `messages`.
-    tokenizer: a tokenizer, or a function that trains one on the messages of the training records.
+    tokenizer: a tokenizer, or a function that trains one on the messages of the training records; None: the tokenizer
+      in the folder, and the stored records are only opened, see `to_store`.
     length: T, positions per row.
     kind: what a record holds.
     template: how messages become tokens.
@@ -53,7 +54,7 @@ class Dialogues:
   Raises ValueError if `answer` is not a regular expression with one group.
   """
   source: Source
-  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer]
+  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer] | None
   length: int
   kind: type = Dialogue
   template: conversation.Template = conversation.Turns()
@@ -97,20 +98,42 @@ class Dialogues:
     or the tokenizer lacks a control token; OSError if the folder cannot be written.
     """
     folder = self._folder(workdir)
+    if self.tokenizer is None:
+      return self._reopen(folder, progress, control, check)
     answers = [answer for _, answer in self.questions('validation', 100)] if self.answer else []
     if answers and all(self.essence(answer) is None for answer in answers):
       raise ValueError(f'--answer={self.answer} finds nothing in the first {len(answers)} held-out answers, such as '
                        f'{answers[0][-100:]!r}; give a pattern that matches the part of them that counts')
     made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     renew = self.folder is None and dataset.untrained(workdir)
-    encoder_of = lambda tokenizer: _RecordEncoder(tokenizer, self.kind, self.template, self.keys)
-    tokenizer = dataset.open_tokenizer(
-        folder, self.tokenizer, made_of, self._texts, progress, lambda tokenizer: check(store.fingerprint(
-            store.settings(self.source, encoder_of(tokenizer), ()), 'train'), tokenizer.fingerprint), renew)
+    tokenizer = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress,
+                                       functools.partial(self._check, check), renew)
     special(tokenizer, control)
     if note := self.template.check(tokenizer):
       progress(note)
-    stores = store.build(folder / 'tokens', self.source, encoder_of(tokenizer), (), progress=progress, renew=renew)
+    stores = store.build(folder / 'tokens', self.source, self._encoder(tokenizer), (), progress=progress, renew=renew)
+    return self._opened(stores, tokenizer, progress)
+
+  def to_store(self) -> 'Dialogues':
+    """Returns the data without its records, which opens what `open` wrote, and writes nothing."""
+    return dataclasses.replace(self, source=self.source.to_store(), tokenizer=None)
+
+  def _encoder(self, tokenizer: tokenizers.Tokenizer) -> '_RecordEncoder':
+    return _RecordEncoder(tokenizer, self.kind, self.template, self.keys)
+
+  def _check(self, check: dataset.Check, tokenizer: tokenizers.Tokenizer) -> None:
+    settings = store.settings(self.source, self._encoder(tokenizer), ())
+    check(store.fingerprint(settings, 'train'), tokenizer.fingerprint)
+
+  def _reopen(self, folder: pathlib.Path, progress: Callable[[str], Any], control: tuple[str, ...],
+              check: dataset.Check) -> 'OpenDialogues':
+    tokenizer = dataset.load_tokenizer(folder / 'tokenizer')
+    self._check(check, tokenizer)
+    special(tokenizer, control)
+    return self._opened(store.reopen(folder / 'tokens', self.source, self._encoder(tokenizer), ()), tokenizer, progress)
+
+  def _opened(self, stores: dict[str, store.Store], tokenizer: tokenizers.Tokenizer, progress: Callable[[str], Any]
+              ) -> 'OpenDialogues':
     return OpenDialogues(stores, tokenizer, self.kind, self.length, progress, self.allow_left_out, self.longest)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:

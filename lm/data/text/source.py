@@ -50,6 +50,12 @@ class Source:
   notes: list[str] = dataclasses.field(default_factory=list, compare=False)
   mixing: Mixing | None = None
 
+  def to_store(self) -> 'Source':
+    """Returns what the source is known by, without its documents."""
+    mixing = self.mixing and dataclasses.replace(
+        self.mixing, sources=tuple(source.to_store() for source in self.mixing.sources))
+    return Source(self.name, dict.fromkeys(self.splits, ()), self.fingerprint, self.license, mixing=mixing)
+
 
 class Deferred(Source):
   """A source that `make()` returns at first use, so that a trained run can be opened after its corpus is gone."""
