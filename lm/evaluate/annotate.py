@@ -79,6 +79,11 @@ class Annotated:
                           check=lambda data, tokenizer: check(self.fingerprint(data), tokenizer))
     return OpenAnnotated(self, data, self._folder(workdir))
 
+  def to_store(self) -> 'Annotated':
+    """The data without its text, and with its columns in the workdir, where they are computed if they are not there."""
+    data = self.data.to_store() if hasattr(self.data, 'to_store') else self.data
+    return dataclasses.replace(self, data=data, folder=None)
+
   def _folder(self, workdir: pathlib.Path) -> pathlib.Path:
     return self.folder or workdir / 'data' / 'columns'
 

@@ -123,12 +123,19 @@ def _all_but_last(batch: Batch) -> Batch:
   return batch._replace(bidirectional=marks)
 
 
+# Named, so that a stored objective can be built again.
+def _encoder_decoder_room(noise: Noise, extra: int) -> Room:
+  return Room(noise.targets[0], noise.targets[1] + 1, noise.source[0], noise.source[1] + extra + 1)
+
+
+def _decoder_room(noise: Noise, extra: int) -> Room:
+  return Room(noise.both[0], noise.both[1] + extra + 1)
+
+
 # The encoder reads source, eos; the decoder begins with bos, which in T5 is its start token, and ends with eos.
-ENCODER_DECODER = Layout(
-    _for_encoder_decoder, lambda noise, more: Room(noise.targets[0], noise.targets[1] + 1, noise.source[0],
-                                                   noise.source[1] + more + 1), causal_prompt)
+ENCODER_DECODER = Layout(_for_encoder_decoder, _encoder_decoder_room, causal_prompt)
 # bos, source, targets, eos: one segment, the source bidirectional. The targets' first sentinel ends the source.
-DECODER = Layout(_for_decoder, lambda noise, more: Room(noise.both[0], noise.both[1] + more + 1), _all_but_last)
+DECODER = Layout(_for_decoder, _decoder_room, _all_but_last)
 
 
 def form(noise: Noise, layout: Layout, sentinels: int, mode: int | None = None) -> Form:

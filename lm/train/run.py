@@ -203,11 +203,18 @@ def rebuilt(tree: Mapping[str, Any]) -> Run:
   if not isinstance(tree, Mapping) or tree.keys() != {*_STORED, 'start', 'average'}:
     raise rebuild.Unknown('its description has not the fields of a run')
   fields = rebuild.rebuilt({'dict': [[name, item] for name, item in tree.items() if name != 'average']})
-  return Run(optimizer=optax.GradientTransformation(_no_optimizer, _no_optimizer), **fields)
+  kinds = isinstance(fields['objective'], Objective), *(
+      hasattr(fields[name], method) for name, method in (('model', 'init'), ('data', 'open')))
+  if not all(kinds):
+    raise rebuild.Unknown('its description is not of a model, an objective and data')
+  try:
+    return Run(optimizer=optax.GradientTransformation(_no_optimizer, _no_optimizer), **fields)
+  except TypeError as error:
+    raise rebuild.Unknown(f'its description has values of another type ({error})') from None
 
 
 def _no_optimizer(*args: Any) -> Any:
-  raise ValueError('the run was opened from its workdir, which does not describe its optimizer; to train, build the run '
+  raise ValueError('the run was opened from its workdir, which does not describe its optimizer; to train, build it '
                    'by its script')
 
 

@@ -1,10 +1,10 @@
 """Objects written as JSON that they can be built from again, without executing anything that the JSON names.
 
 `stored` writes an object down, and `rebuilt` makes an equal one. Both know plain values, dtypes, paths and containers,
-and what the packages in `PACKAGES` define: frozen dataclasses, Flax modules, named tuples, functions, partials of
-functions, bound methods, and functions that other functions make (their code is looked up in the package, and only the
-values that they hold are read from the JSON). A name is looked up in these packages and in `jax.nn`, nowhere else. An
-object with a method `to_store` is written down as what that returns.
+and what the packages below define: frozen dataclasses, Flax modules, named tuples, functions, partials of functions, a
+model's `apply`, and functions that other functions make (their code is looked up in the package, and only the values
+that they hold are read from the JSON). A name is looked up in these packages, nowhere else. An object with a method
+`to_store` is written down, and built, as what that returns.
 
 Whatever else `stored` meets, such as a class of a user's script, becomes `{'outside': name}`, and `outside` lists it.
 """
@@ -20,12 +20,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# Whose classes and functions may be built and called: they compute or describe, and write nothing when they are made.
-PACKAGES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rows',
-            'lm.data.text.clean', 'lm.data.text.source')
-# Of other modules, these classes alone.
-CLASSES = ('lm.evaluate.annotate:Annotated', 'lm.hf.pretrained:Parameters', 'lm.load:StoredResult', 'lm.lora:Adapted',
-           'lm.train.interfaces:Constants')
+# Whose functions may be called: they compute, and touch no file and no process.
+FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'jax.nn')
+# Whose classes may be built, and these alone of other modules: they hold values, and do nothing when they are built.
+CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rows',
+           'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',
+           'lm.hf.pretrained:Parameters', 'lm.load:StoredResult', 'lm.lora:Adapted', 'lm.train.interfaces:Constants')
 DEPTH, SIZE = 100, 100_000   # of the JSON: how deep values may be nested, and how many there may be
 
 
@@ -54,8 +54,8 @@ def stored(value: Any, above: tuple[int, ...] = ()) -> Any:
       return {'list': [store(item) for item in value]}
     case functools.partial():
       return {'partial': store(value.func), 'args': store(value.args), 'keywords': store(value.keywords)}
-    case types.MethodType():
-      return {'method': value.__name__, 'of': store(value.__self__)}
+    case types.MethodType() if value.__name__ == 'apply':
+      return {'method': 'apply', 'of': store(value.__self__)}
     case types.FunctionType():
       return _stored_function(value, store)
   if (dtype := _dtype(value)) is not None:
@@ -71,9 +71,15 @@ def stored(value: Any, above: tuple[int, ...] = ()) -> Any:
 
 
 def rebuilt(tree: Any) -> Any:
-  """The object that `stored` wrote. Unknown, before anything is built, where a name in it may not be built."""
+  """The object that `stored` wrote. Unknown where a name in it may not be looked up, or values do not fit."""
   check_size(tree)
-  return _rebuilt(tree)
+  try:
+    return _rebuilt(tree)
+  except Unknown:
+    raise
+  except Exception as error:   # of classes that are given other values than they expect
+    raise Unknown(f'its description does not fit this version of the package ({" ".join(str(error).split())[:200]})'
+                  ) from None
 
 
 def outside(tree: Any) -> list[str]:
@@ -140,7 +146,8 @@ def _rebuilt(tree: Any) -> Any:
       made = _class(name)
       if not _may_be_made(made) or not fields.keys() <= set(_fields(made)):
         raise Unknown(f'{name} is not a class that can be built from its fields, or has other fields')
-      return made(**{field: _rebuilt(item) for field, item in fields.items()})
+      value = made(**{field: _rebuilt(item) for field, item in fields.items()})
+      return value.to_store() if hasattr(made, 'to_store') else value
   raise Unknown(f'its description has a value that is not understood: {str(tree)[:100]}')
 
 
@@ -159,21 +166,26 @@ def _name(value: Any) -> str | None:
 def _look_up(name: str) -> Any:
   """The class or function of a name such as 'lm.models.layers:Block'. Unknown where it may not be looked up."""
   module, _, qualified = name.partition(':')
-  inside = any(module == package or module.startswith(f'{package}.') for package in PACKAGES)
-  if not (inside or name in CLASSES or module == 'jax.nn') or not all(
-      part.isidentifier() for part in (*module.split('.'), *qualified.split('.'))):
+  parts = *module.split('.'), *qualified.split('.')
+  if not (_is_of(name, CLASSES) or _is_of(name, FUNCTIONS)) or not all(part.isidentifier() for part in parts):
     raise Unknown(f'{name[:200]} is not a class or function of this package that a model, an objective or data may use')
   try:
     value = importlib.import_module(module)
     for part in qualified.split('.'):
       value = vars(value)[part]
   except (ImportError, KeyError, TypeError):
-    raise Unknown(f'{name} is not defined by this version of the package') from None
+    raise Unknown(f'{name[:200]} is not defined by this version of the package') from None
+  if not _is_of(name, CLASSES if inspect.isclass(value) else FUNCTIONS) or not callable(value):
+    raise Unknown(f'{name[:200]} is not a class or function that a model, an objective or data may use')
   # Not what the module merely imports: that may be anything.
   if module != 'jax.nn' and (getattr(value, '__module__', None), getattr(value, '__qualname__', None)) != (
-      module, qualified) or isinstance(value, types.ModuleType):
-    raise Unknown(f'{name} is not defined in {module}')
+      module, qualified):
+    raise Unknown(f'{name[:200]} is not defined in {module}')
   return value
+
+
+def _is_of(name: str, allowed: tuple[str, ...]) -> bool:
+  return any(name == entry or name.startswith((f'{entry}.', f'{entry}:')) for entry in allowed)
 
 
 def _class(name: str) -> type:
@@ -208,7 +220,7 @@ def _dtype(value: Any) -> np.dtype | None:
 
 
 def _stored_function(value: types.FunctionType, store: Any) -> dict[str, Any]:
-  """Of a function that another function of `PACKAGES` made: the name of its code, and the values that it holds."""
+  """Of a function that another function of `FUNCTIONS` made: the name of its code, and the values that it holds."""
   name = f'{value.__module__}:{value.__qualname__}'
   try:
     number = _codes(name).index(value.__code__)
@@ -245,7 +257,7 @@ def _codes(name: str) -> list[types.CodeType]:
 
 
 def _method(value: Any, name: str) -> Any:
-  method = getattr(type(value), name, None) if _name(type(value)) and name.isidentifier() else None
-  if not inspect.isfunction(method) or not (method.__module__ or '').startswith('lm.'):
-    raise Unknown(f'{type(value).__name__} has no method {name}')
+  kind = _name(type(value)) or ''
+  if name != 'apply' or not _is_of(kind, ('lm.models', 'lm.lora:Adapted')) or not hasattr(type(value), name):
+    raise Unknown(f'{type(value).__name__}.{name} is not the method apply of a model of this package')
   return getattr(value, name)
