@@ -3,11 +3,11 @@
   L = sum w [(1 - hard) T^2 D(p_T, q_T) - hard log q(target)] / sum w
 
 p_T and q_T are softmax(logits / T) of the teacher and of the student, T the temperature. T^2 keeps the gradient as
-large as it is at T = 1; TRL's GKDTrainer has no such factor. The teacher reads what the student reads. `distil` asks it
-at every step: its parameters are `train.Constants('teacher', model, load)`. `distil_stored` reads what it said once,
-the k likeliest tokens of each position, from `annotate.Annotated(data, teacher, top_k.columns, top_k)`.
+large as it is at T = 1; TRL's GKDTrainer has no such factor. The teacher reads what the student reads. `distil` is
+distillation with an online teacher, whose parameters are `train.Constants('teacher', model, load)`. `distil_stored`
+uses its top-k predictions, which `annotate.Annotated(data, teacher, top_k.columns, top_k)` computes once and stores.
 
-A divergence is a function of log p and log q, each [..., V], that gives terms [..., V] whose sum over V it is.
+A divergence is a function of log p and log q, each [..., V], that returns terms [..., V]; their sum over V is D.
 """
 import dataclasses
 from collections.abc import Callable
@@ -30,12 +30,12 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def forward_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
-  """KL(p || q) = sum p (log p - log q): the student gives mass to all that the teacher does."""
+  """KL(p || q) = sum p (log p - log q): the student covers all that the teacher finds likely."""
   return jnp.exp(teacher) * (teacher - student)
 
 
 def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
-  """KL(q || p) = sum q (log q - log p): the student keeps to what the teacher finds likely (Gu et al. 2024)."""
+  """KL(q || p) = sum q (log q - log p): the student avoids what the teacher finds unlikely (Gu et al. 2024)."""
   return jnp.exp(student) * (student - teacher)
 
 
@@ -43,8 +43,8 @@ def reverse_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
 class JensenShannon:
   """beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q (Agarwal et al. 2024, arXiv:2306.13649).
 
-  TRL's `generalized_jsd_loss` is the same for 0 < beta < 1. There, 0 stands for `forward_kl` and 1 for `reverse_kl`,
-  which are not the limits of this (those are 0), but of this over beta and over 1 - beta.
+  TRL's `generalized_jsd_loss` is the same for 0 < beta < 1. There, 0 means `forward_kl` and 1 means `reverse_kl`. The
+  limits of this divergence are 0; those of this divergence over beta, and over 1 - beta, are the two.
   """
   beta: float = 0.5
 
@@ -59,20 +59,20 @@ class JensenShannon:
 
 def distil(objective: Objective, teacher: Callable[..., Any], divergence: Divergence = forward_kl,
            temperature: float = 1., hard: float = 0.) -> Objective:
-  """The examples of `objective`, learned from a teacher that is asked at every step.
+  """Returns an objective with the examples of `objective`, learned from an online teacher.
 
-  Logits of both are made a chunk of positions at a time (see `over_vocabulary`); nothing of the teacher is
+  Logits of both models are computed one chunk of positions at a time (see `over_vocabulary`). The teacher is not
   differentiated. The metric `divergence` is D(p_T, q_T) in nats a target.
 
   Args:
-    objective: any whose loss is one of the targets of its examples alone (see `targets_of`).
+    objective: one whose loss consists of its targets alone (see `targets_of`).
     teacher: `apply` of the teacher's model, whose parameters are `params['teacher']`.
     temperature: T, above 0.
     hard: weight of its `token_loss` on the targets themselves, from 0 to below 1.
 
   Raises:
-    ValueError: if the loss of `objective` has other parts; when it is traced, if teacher and student have different
-      numbers of logits.
+    ValueError: if the loss of `objective` has other terms; and, when the loss is traced, if the teacher and the student
+      have different numbers of logits.
   """
   token_loss, denominator = targets_of(objective)
   mix = _mix(divergence, temperature, hard, token_loss)
@@ -82,7 +82,7 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
     return mix(logits, targets, weights, jnp.sum(terms, axis=-1))
 
   def loss(apply, params, batch, key):
-    taught = teacher(params['teacher'], batch)   # not differentiated: `over_vocabulary` does so with none of its args
+    taught = teacher(params['teacher'], batch)   # `over_vocabulary` does not differentiate its args
     outputs = apply(params, batch, key=key)
     _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (taught, outputs)))
     loss_sum, sums = over_vocabulary(with_teacher, outputs.hidden, outputs.head,
@@ -94,10 +94,10 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-  """What is stored of a teacher: its k likeliest tokens, their log p_T, and that of all others together.
+  """The top-k predictions of a teacher: the k likeliest tokens, their log p_T, and log p_T of all others together.
 
-  These are 8 k + 4 bytes a position. `vocab` is the teacher's. For `annotate.Annotated`: which `columns`, and the
-  function that computes them.
+  They take 8 k + 4 bytes a position. `vocab` is the size of the teacher's vocabulary. `annotate.Annotated` is given
+  `columns` and the object itself, which computes them.
   """
   k: int
   vocab: int
@@ -113,28 +113,29 @@ class TopK:
     return {'teacher_ids': (np.int32, (self.k,)), 'teacher_log_probs': (np.float32, (self.k + 1,))}
 
   def __call__(self, apply: Callable[..., Any], params: Any, batch: Batch) -> dict[str, jax.Array]:
-    def best(logits):   # of the whole vocabulary on each device
+    def top_k(logits):   # each device needs the whole vocabulary
       every = _log_softmax(logits, self.temperature)
       values, ids = jax.lax.top_k(sharding.constrain(every, 'BT-'), self.k)
       held = jnp.where(_spread(ids, values, logits.shape[-1]) > -jnp.inf, -jnp.inf, every)
-      # Summed here: as 1 less the mass of the k it would be rounding, where little is left.
-      rest = jnp.maximum(jax.nn.logsumexp(held, axis=-1, keepdims=True), np.log(np.finfo(np.float32).tiny))
-      return {'teacher_ids': ids, 'teacher_log_probs': jnp.concatenate([values, rest], axis=-1)}
+      # Summed: 1 minus the mass of the k would be rounding error where little mass is left.
+      others = jnp.maximum(jax.nn.logsumexp(held, axis=-1, keepdims=True), np.log(np.finfo(np.float32).tiny))
+      return {'teacher_ids': ids, 'teacher_log_probs': jnp.concatenate([values, others], axis=-1)}
     outputs = apply(params, batch)
-    return by_position(best, outputs.hidden, outputs.head)
+    return by_position(top_k, outputs.hidden, outputs.head)
 
 
 def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = forward_kl, hard: float = 0.
                   ) -> Objective:
-  """The examples of `objective`, learned from the columns `teacher_ids` and `teacher_log_probs` of the data.
+  """Returns an objective with the examples of `objective`, learned from stored top-k predictions of a teacher.
 
-  D is between distributions over k + 1 outcomes, the k tokens and "any other": the student learns how much mass lies
-  outside, and is left to share it out (`hard` says how). This is at most D over the vocabulary. (Renormalising the k
-  teaches that all others are impossible: biased, see Anshumann et al. 2025, arXiv:2503.16870.) For the rest see
-  `distil`; the temperature is that of what was stored.
+  They are the columns `teacher_ids` and `teacher_log_probs` of the data. D is between distributions over k + 1
+  outcomes: the k tokens, and "any other". So the student learns how much mass lies outside of the k, but not how it is
+  distributed; `hard` adds that. This D is at most the D over the vocabulary. (Renormalising the k probabilities would
+  teach that all other tokens are impossible; see Anshumann et al. 2025, arXiv:2503.16870.) Other arguments are as in
+  `distil`; the temperature is the one of the stored predictions.
 
   Raises:
-    ValueError: when it is traced, if the data has no such columns, or the student another number of logits.
+    ValueError: when the loss is traced, if the data has no such columns, or the student has another number of logits.
   """
   token_loss, denominator = targets_of(objective)
   mix = _mix(divergence, stored.temperature, hard, token_loss)
@@ -142,10 +143,10 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
   def with_stored(logits, targets, weights, ids, log_probs):
     student, teacher = _log_softmax(logits, stored.temperature), _spread(ids, log_probs[..., :-1], logits.shape[-1])
     held = teacher > -jnp.inf
-    found = jnp.sum(jnp.where(held, divergence(jnp.where(held, teacher, 0), student), 0), axis=-1)
+    terms = jnp.sum(jnp.where(held, divergence(jnp.where(held, teacher, 0), student), 0), axis=-1)
     if stored.k < stored.vocab:
-      found = found + divergence(log_probs[..., -1], jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
-    return mix(logits, targets, weights, found)
+      terms = terms + divergence(log_probs[..., -1], jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
+    return mix(logits, targets, weights, terms)
 
   def loss(apply, params, batch, key):
     if missing := [name for name in stored.columns if name not in (batch.columns or {})]:
@@ -160,11 +161,11 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
-  """ValueError if an id may not stand for the same text in both."""
+  """Raises ValueError if an id may stand for different texts in the two tokenizers."""
   if teacher.fingerprint != student.fingerprint:
     raise ValueError(f'the teacher has a tokenizer of {teacher.vocab_size} tokens, fingerprint {teacher.fingerprint}, '
                      f'the student one of {student.vocab_size} tokens, fingerprint {student.fingerprint}; a teacher '
-                     'teaches what its own tokens stand for: read the data with its tokenizer')
+                     'can only teach its own tokens; read the data with its tokenizer')
 
 
 def _check_sizes(teacher: int, student: int) -> None:
@@ -187,12 +188,12 @@ def _mix(divergence, temperature, hard, token_loss) -> Callable[..., tuple[jax.A
   if not 0 <= hard < 1:
     raise ValueError(f'hard={hard} is not from 0 to below 1; with 1 nothing would be learned from the teacher')
 
-  def mix(logits, targets, weights, found_BT):
-    """The loss of a chunk and its sums, of the divergence at each position."""
+  def mix(logits, targets, weights, divergence_BT):
+    """Returns the loss of a chunk and its sums, given the divergence at each position."""
     loss, sums = token_loss(logits, targets, weights)
-    soft = (1 - hard) * temperature ** 2 * jnp.sum(found_BT * weights)
+    soft = (1 - hard) * temperature ** 2 * jnp.sum(divergence_BT * weights)
     counted = (weights > 0).astype(jnp.float32)
-    pair = jnp.sum(found_BT * counted), jnp.sum(counted)
+    pair = jnp.sum(divergence_BT * counted), jnp.sum(counted)
     return soft + hard * loss if hard else soft, {**sums, 'divergence': pair}
   return mix
 

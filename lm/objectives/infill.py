@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: prefix, suffix, middle, in an order that a causal model can write the middle in."""
+"""Fill-in-the-middle: prefix, suffix and middle in an order that lets a causal model write the middle."""
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,32 +9,32 @@ from lm.data.tokenizers.base import Tokenizer
 from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_mean, token_objective
 
 NAMES = ('<|prefix|>', '<|suffix|>', '<|middle|>')
-SLACK = 8   # tokens that cuts inside of tokens may add to a piece: two cuts rarely add more
+SLACK = 8   # tokens that two cuts inside tokens may add to a piece; they rarely add more
 
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]   # prefix, middle, suffix
 
 
 def context_level(piece: np.ndarray, special: Special) -> bool:
-  """Whatever a row holds of a document may be permuted."""
+  """Any part of a document in a row may be permuted."""
   return True
 
 
 def document_level(piece: np.ndarray, special: Special) -> bool:
-  """Only documents that are whole in their row."""
+  """Only documents that are whole in their row may be permuted."""
   return bool(piece[0] == special.bos and piece[-1] == special.eos)
 
 
 def at_tokens(body: np.ndarray, rng: np.random.Generator, special: Special) -> Parts:
-  """Cut between tokens, at two places at random."""
+  """Cuts between tokens, at two random places."""
   i, j = np.sort(rng.integers(len(body) + 1, size=2))
   return body[:i], body[i:j], body[j:]
 
 
 def at_characters(body: np.ndarray, rng: np.random.Generator, special: Special) -> Parts:
-  """Cut between characters, at two places at random; each part is tokenised by itself, as a prompt will be.
+  """Cuts between characters, at two random places; each part is tokenised by itself, as prompts are.
 
-  Between tokens instead where the parts would not spell the text, as those of tokenizers that are not lossless or of a
-  piece that begins inside a character, or take more than `SLACK` tokens more.
+  It cuts between tokens instead where the parts do not spell the text (a tokenizer that is not lossless, a piece that
+  begins inside a character), or have more than `SLACK` additional tokens.
   """
   if special.tokenizer is None:
     return at_tokens(body, rng, special)
@@ -53,14 +53,14 @@ def arrange(parts: Parts, ids: Sequence[int], spm: bool) -> np.ndarray:
 
 
 def restore(tokens: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-  """The text of an arrangement, in its order: what `arrange` permuted."""
+  """Returns the tokens of an arrangement in the order of the text: the inverse of `arrange`."""
   pre, suf, mid = (int(np.flatnonzero(tokens == i)[0]) for i in ids[:3])
   return np.concatenate([tokens[pre + 1:suf], tokens[mid + 1:], tokens[suf + 1:mid]])
 
 
 def prompt(tokenizer: Tokenizer, prefix: str, suffix: str, names: Sequence[str] = NAMES, spm: bool = False
            ) -> np.ndarray:
-  """Tokens after which a model writes the middle, without bos, int32 [n]."""
+  """Returns the tokens after which a model writes the middle, without bos, int32 [n]."""
   ids = [tokenizer.control_id(name) for name in names]
   return arrange((tokenizer.encode(prefix), np.zeros(0, np.int32), tokenizer.encode(suffix)), ids, spm)
 
@@ -71,7 +71,7 @@ def infill(rate: float = 0.5, spm: float = 0.5, split: Callable[..., Parts] = at
   """Next-token prediction of pieces of which a share is permuted (Bavarian et al. 2022, arXiv:2207.14255).
 
   A permuted piece is bos, an arrangement (see `arrange`), and eos, which says that the middle has reached the suffix;
-  the loss is on all of it. What is left, 1 - `rate`, is as in `next_token`.
+  the loss is on all of it. The other pieces are as in `next_token`.
 
   Args:
     rate: share of the pieces that are permuted; the paper finds no harm up to 0.9.
@@ -84,7 +84,7 @@ def infill(rate: float = 0.5, spm: float = 0.5, split: Callable[..., Parts] = at
     raise ValueError(f'rate={rate} and spm={spm} are shares, from 0 to 1')
 
   def example(piece: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
-    # The token ahead is of the next row, unless it is the end.
+    # The last token is the target of the last position only, unless it is eos.
     body = special.bare(piece if piece[-1] == special.eos else piece[:-1])
     if len(body) and level(piece, special) and rng.random() < rate:
       row = arrange(split(body, rng, special), special.control, rng.random() < spm)

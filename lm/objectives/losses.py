@@ -10,14 +10,14 @@ from lm.objectives.objective import TokenLoss, cross_entropy
 
 
 class TokenScores(NamedTuple):
-  """What parts are made of: logits less the highest of their position, that of the target, and log sum exp of all."""
+  """Logits minus the highest of their position, the same of the target, and log sum exp of all: what terms read."""
   logits_BTV: jax.Array
   target_BT: jax.Array
   log_z_BT: jax.Array
-  highest_BT: jax.Array   # not differentiated: what is made of all four does not depend on it
+  highest_BT: jax.Array   # not differentiated: no term depends on it
 
 
-Part = Callable[[TokenScores], jax.Array]   # what each position costs, [B, T]
+Part = Callable[[TokenScores], jax.Array]   # a term of the loss of each position, [B, T]
 
 
 def nll(scores: TokenScores) -> jax.Array:
@@ -43,13 +43,13 @@ def z_loss(coefficient: float) -> Part:
 
 
 def token_loss(*parts: Part) -> TokenLoss:
-  """The weighted sum of parts; its metrics are those of `cross_entropy`, whatever the parts are."""
+  """Returns the weighted sum of terms; its metrics are those of `cross_entropy`, whatever the terms are."""
   def loss(logits_BTV, targets_BT, weights_BT):
     highest = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
     shifted = logits_BTV - highest[..., None]
     picked = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
     scores = TokenScores(shifted, jnp.sum(jnp.where(picked, shifted, 0), axis=-1),
                     jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)), highest)
-    _, sums = cross_entropy(logits_BTV, targets_BT, weights_BT)   # the same terms again: the compiler shares them
+    _, sums = cross_entropy(logits_BTV, targets_BT, weights_BT)   # XLA computes what both have in common once
     return jnp.sum(sum(part(scores) for part in parts) * weights_BT), sums
   return loss

@@ -12,9 +12,9 @@ def masked(rate: float = 0.15, mask: str = '<|mask|>', shares: tuple[float, floa
            denominator: Callable[[Batch], jax.Array] = token_mean, token_loss: TokenLoss = cross_entropy) -> Objective:
   """Tokens are hidden, and predicted from those on both sides (Devlin et al. 2019, arXiv:1810.04805).
 
-  Of a piece of n tokens beside bos and eos, M is `rate` * n at random, rounded, one at least. Of M, a share of
-  `shares[0]` becomes the control token `mask` (`[MASK]` in BERT's vocabulary), `shares[1]` any token of the vocabulary,
-  and the rest stays. All positions are bidirectional, so that a decoder learns it as an encoder does.
+  M has `rate` * n random tokens of a piece with n tokens (without bos and eos), rounded, and at least one. A share
+  `shares[0]` of M becomes the control token `mask` (`[MASK]` in BERT's vocabulary), a share `shares[1]` becomes random
+  tokens of the vocabulary, and the remaining tokens stay. All positions are bidirectional, also in a decoder.
   """
   if not 0 < rate <= 1 or min(shares) < 0 or sum(shares) > 1:
     raise ValueError(f'rate={rate} must be above 0 and at most 1, and shares={shares} two shares of at most 1 in all')

@@ -9,7 +9,7 @@ from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_m
 
 
 def example(tokens: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
-  """Each token is asked for the one after it."""
+  """The target of each token is the token after it."""
   del rng, special
   return Example(tokens[:-1], tokens[1:], np.ones(len(tokens) - 1, np.float32))
 

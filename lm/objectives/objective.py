@@ -1,4 +1,4 @@
-"""The type of objectives, and the cross-entropy over a vocabulary that most of them are made of."""
+"""The type of objectives, and the cross-entropy over a vocabulary, which most of them use."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TokenLoss = Callable[..., tuple[jax.Array, Sums]]   # (logits, targets, weights)
 
 
 def causal_prompt(batch: Batch) -> Batch:
-  """A prompt is read from left to right."""
+  """Returns the batch as it is: a prompt is read from left to right."""
   return batch
 
 
@@ -35,11 +35,11 @@ class Objective:
   sharding and uneven packing stay exact. `sums` holds at least `nll` (nats), `tokens` and `correct`, over targets; a
   metric of the objective's own is a pair `name: (sum, count)`.
 
-  `token_loss` is what a target costs by itself, for losses of more targets that are added, such as further tokens.
-  `denominator` is what the sum of these is divided by; None where the loss is another than that, see `targets_of`.
+  `token_loss` is the loss of a single target, for objectives that add losses of further targets. `denominator` returns
+  what the sum of these losses is divided by; it is None where the loss has other terms, see `targets_of`.
 
-  `prompt` marks in a batch of prompts what is read bidirectionally, as in training; None: the objective does not teach
-  to write from left to right.
+  `prompt` marks the positions of a batch of prompts that are read bidirectionally, as in training. None means that the
+  objective does not teach a model to write from left to right.
   """
   forms: tuple[Form, ...]
   loss: Callable[..., tuple[jax.Array, jax.Array, Sums]]
@@ -63,10 +63,10 @@ def sequence_mean(batch: Batch) -> jax.Array:
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, Sums]:
-  """-sum w log softmax(logits)[target], and its sums; correct where no logit is above the target's."""
+  """Returns -sum w log softmax(logits)[target], and its sums; a target is correct if no logit is above its own."""
   highest = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
   shifted = logits_BTV - highest[..., None]
-  # Compare-and-add rather than a gather: it stays local where the vocabulary is split over devices.
+  # Compare and add, not gather: this stays local where the vocabulary is split over devices.
   picked = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
   target = jnp.sum(jnp.where(picked, shifted, 0), axis=-1)
   nll = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - target
@@ -76,9 +76,9 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
 
 
 def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, args: tuple = ()) -> Any:
-  """`function(head(hidden), *args)`, a tree of [B, T, ...]; the logits of a chunk of T at a time.
+  """Returns `function(head(hidden), *args)`, a tree of [B, T, ...], computed for one chunk of T at a time.
 
-  Differentiable: the backward pass makes the logits of a chunk again.
+  It is differentiable: the backward pass computes the logits of each chunk again.
   """
   chunk = jax.checkpoint(lambda xs: function(head(xs[0]), *xs[1:]))
 
@@ -88,23 +88,24 @@ def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, 
 
 
 def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, [B, T] both."""
-  def found(logits, targets):
+  """Returns log softmax(head(hidden))[target] in nats, and whether no logit is above the target's, both [B, T]."""
+  def scores(logits, targets):
     picked = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     target = jnp.sum(jnp.where(picked, logits, 0), axis=-1)
     return target - jax.nn.logsumexp(logits, axis=-1), target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
-  return by_position(found, hidden_BTD, head, (targets_BT,))
+  return by_position(scores, hidden_BTD, head, (targets_BT,))
 
 
 def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> jax.Array:
-  """The first of `target_scores`."""
+  """Returns log softmax(head(hidden))[target] in nats, [B, T]."""
   return target_scores(hidden_BTD, head, targets_BT)[0]
 
 
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
-  """Positions of a chunk of logits: as few chunks as have at most `limit` elements on a device, as equal as may be.
+  """Returns how many positions a chunk of logits has: the fewest equal chunks of at most `limit` elements on a device.
 
-  By default: what stays near the caches of a CPU, more elsewhere; and always enough positions for a matrix product.
+  By default, chunks are small enough for the caches of a CPU, and larger elsewhere; they are never too small for an
+  efficient matrix product.
   """
   if limit is None:
     limit = max(2 ** 22, 256 * vocab) if sharding.platform() == 'cpu' else max(2 ** 26, 2048 * vocab)
@@ -113,12 +114,12 @@ def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) ->
   return -(-time // chunks)
 
 
-def _add(sums, more):
-  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, more)
+def _add(sums, terms):
+  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, terms)
 
 
 def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
-  """`(hidden, *args)` cut along T, the last chunk filled up with zeros: `[n, B, c, ...]`."""
+  """Returns `(hidden, *args)` cut along T into chunks, `[n, B, c, ...]`; the last one is padded with zeros."""
   batch, time = hidden_BTD.shape[:2]
   c = chunk_length(batch, time, jax.eval_shape(head, hidden_BTD).shape[-1])
 
@@ -136,11 +137,12 @@ def _zero_sums(token_loss, head, chunks, whole) -> tuple[jax.Array, Sums]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def over_vocabulary(token_loss: TokenLoss, hidden_BTD: jax.Array, head: Any, args: tuple, whole: tuple = ()
                     ) -> tuple[jax.Array, Sums]:
-  """`token_loss(head(hidden), *args, *whole)`, summed over chunks of T, so that all logits never exist at once.
+  """Returns `token_loss(head(hidden), *args, *whole)`, summed over chunks of T, so that [B, T, V] is never stored.
 
-  Each array of `args` is [B, T, ...] and is cut as the hidden states are; each of `whole` is not. Neither is
-  differentiated, nor are the sums beside the loss; where all of `args` are zero (as weights are), a position must count
-  nothing. The gradient of a chunk is taken at once, while its logits are there: three matrix products, none repeated.
+  The arrays of `args` are [B, T, ...] and are cut as the hidden states are; those of `whole` are passed as they are.
+  Neither is differentiated, and the sums beside the loss are not differentiated either. A position at which all of
+  `args` (so also the weights) are zero must add nothing. The gradient of a chunk is computed in the forward pass, while
+  its logits exist: three matrix products, none of which is repeated.
   """
   chunks = _chunks(hidden_BTD, head, args)
 
@@ -156,8 +158,8 @@ def _forward(token_loss, hidden_BTD, head, args, whole):
   def chunk(carry, xs):
     sums, head_grad = carry
     loss = lambda hidden, head: token_loss(head(hidden), *xs[1:], *whole)
-    more, (hidden_grad, more_grad) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(xs[0], head)
-    return (_add(sums, more), _add(head_grad, more_grad)), hidden_grad
+    terms, (hidden_grad, head_terms) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(xs[0], head)
+    return (_add(sums, terms), _add(head_grad, head_terms)), hidden_grad
 
   zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
   (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks, whole), zero), chunks)
@@ -176,7 +178,7 @@ def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = n
                     token_loss: TokenLoss = cross_entropy,
                     denominator: Callable[[Batch], jax.Array] = token_mean,
                     prompt: Callable[[Batch], Batch] | None = causal_prompt) -> Objective:
-  """An objective whose loss is one of the targets of its examples: most are of this kind."""
+  """Returns an objective whose loss is a sum over the targets of its examples; most objectives are of this kind."""
   def loss(apply, params, batch, key):
     outputs = apply(params, batch, key=key)
     loss_sum, sums = over_vocabulary(token_loss, outputs.hidden, outputs.head, (batch.targets, batch.weights))
@@ -186,12 +188,13 @@ def token_objective(*forms: Form, control: tuple[str, ...] = (), needs: type = n
 
 
 def targets_of(objective: Objective) -> tuple[TokenLoss, Callable[[Batch], jax.Array]]:
-  """The token loss and the denominator of an objective whose loss is made of these alone.
+  """Returns the token loss and the denominator of an objective whose loss consists of these alone.
 
-  For what puts another loss in the place of its loss. ValueError where that has other parts, which would be lost.
+  An objective that replaces the loss of another one calls it. ValueError where that loss has other terms, which would
+  be lost.
   """
   if objective.denominator is None:
-    raise ValueError('the loss of this objective is not that of the targets of its examples alone: it has other parts, '
-                     'such as further tokens, repetition or a teacher, that a loss in its place would leave out. Take '
-                     'a plain objective; further tokens are added last, as in multi_token(unlikelihood(next_token()))')
+    raise ValueError('the loss of this objective has terms other than the loss of its targets, such as further tokens, '
+                     'repetition or a teacher; they would be lost. Take a plain objective; further tokens are added '
+                     'last, as in multi_token(unlikelihood(next_token()))')
   return objective.token_loss or cross_entropy, objective.denominator

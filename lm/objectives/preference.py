@@ -1,11 +1,12 @@
 """Learning from preferences: DPO, IPO, ORPO, SimPO and KTO, and reward models.
 
-With y_w the answer that was chosen and y_l the one that was not, log p(y|x) is the sum over the tokens of y, with the
-one that ends it. Both are segments of one row, so a step is one forward pass over both. What a reference model gives,
-log p_ref, is stored with the data: `annotate.Annotated(data, model, preference.COLUMNS, preference.reference)`.
+y_w is the chosen answer of a pair and y_l the rejected one. log p(y|x) is the sum over the tokens of y, including the
+token that ends it. Both answers are segments of one row, so a step needs one forward pass. The log-probabilities of a
+reference model, log p_ref, are stored with the data, by
+`annotate.Annotated(data, model, preference.COLUMNS, preference.reference)`.
 
-A pair loss is a function `(Pairs) -> (loss, reward_w, reward_l)`, each [B, P], of which `preference` makes an
-objective. It is the mean over pairs. Metrics: `preference/accuracy`, how often the reward of y_w is above that of y_l;
+A pair loss is a function `(Pairs) -> (loss, reward_w, reward_l)`, each [B, P]; `preference` turns it into an objective,
+its mean over pairs. Metrics: `preference/accuracy`, how often the reward of y_w is above that of y_l;
 `preference/margin`, by how much; `preference/chosen` and `preference/rejected`, the rewards; nll, tokens and correct
 are of the chosen answers.
 
@@ -27,7 +28,7 @@ COLUMNS = {'reference': (np.float32, ())}
 
 
 def reference(apply: Callable, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """log p_ref of each target, [B, T], in nats."""
+  """Returns log p_ref of each target, [B, T], in nats."""
   outputs = apply(params, batch)
   return {'reference': target_log_probabilities(outputs.hidden, outputs.head, batch.targets)}
 
@@ -120,7 +121,7 @@ def simpo(beta: float = 2., gamma: float = 1.) -> PairLoss:
 
 
 def example(pair: Pair, rng: np.random.Generator, special: Special) -> Example:
-  """Both dialogues as segments, each token asked for the next. Answers weigh 1 in the chosen, -1 in the rejected."""
+  """Both dialogues as segments, with next-token targets. Weights of answers are 1 if chosen, -1 if rejected."""
   del rng, special
   return _segments(pair.chosen, pair.rejected)
 
@@ -140,8 +141,8 @@ def preference(pair_loss: PairLoss) -> Objective:
 def rated_example(rated: Rated, rng: np.random.Generator, special: Special) -> Example:
   """The dialogue and the mismatched one as segments; answers weigh 1 in the one, -1 in the other."""
   del rng, special
-  made = _segments(rated.dialogue, rated.mismatched)
-  return made._replace(columns={'good': np.where(made.weights > 0, np.float32(rated.good), np.float32(0))})
+  pair = _segments(rated.dialogue, rated.mismatched)
+  return pair._replace(columns={'good': np.where(pair.weights > 0, np.float32(rated.good), np.float32(0))})
 
 
 def kto(beta: float = 0.1, desirable: float = 1., undesirable: float = 1.) -> Objective:
@@ -174,7 +175,7 @@ def kto(beta: float = 0.1, desirable: float = 1., undesirable: float = 1.) -> Ob
 
 
 def reward_example(pair: Pair, rng: np.random.Generator, special: Special) -> Example:
-  """Both dialogues as segments, to their last tokens, which weigh 1 in the chosen, -1 in the rejected."""
+  """Both dialogues as segments. The last token of each has a weight: 1 if chosen, -1 if rejected."""
   del rng
   tokens = np.concatenate([pair.chosen.tokens, pair.rejected.tokens])
   weights, first = np.zeros(len(tokens), np.float32), len(pair.chosen.tokens)
@@ -191,21 +192,21 @@ def reward(centering: float = 0.) -> Objective:
   """
   def loss(apply, params, batch, key):
     scores = apply(params, batch, key=key).scores
-    found = segment_sums({'score': scores * jnp.abs(batch.weights), 'ends': jnp.abs(batch.weights)}, batch.segments)
-    exists = found['ends'][..., 0]
-    chosen, rejected = jnp.moveaxis(found['score'], -1, 0)
+    ends = segment_sums({'score': scores * jnp.abs(batch.weights), 'ends': jnp.abs(batch.weights)}, batch.segments)
+    exists = ends['ends'][..., 0]
+    chosen, rejected = jnp.moveaxis(ends['score'], -1, 0)
     nll = -jax.nn.log_sigmoid(chosen - rejected)
     metrics = _metrics(chosen, rejected, exists)
     right, pairs = metrics['preference/accuracy']
     counts = {'nll': jnp.sum(nll * exists), 'tokens': pairs, 'correct': right}
     return jnp.sum((nll + centering * (chosen + rejected) ** 2) * exists), pairs, {**counts, **metrics}
 
-  # Room: an example has the last token of either dialogue too.
+  # Two positions for the last tokens of both dialogues, which other objectives only predict.
   return Objective((Form(reward_example, Room(extra=2)),), loss, Pair)
 
 
 def segment_sums(values: dict[str, jax.Array], segments_BT: jax.Array) -> dict[str, jax.Array]:
-  """Sums over the segments of rows, by twos: [B, T] -> [B, P, 2]; segments 1 and 2 of a row are at [0], 3 and 4 at [1].
+  """Returns sums over segments, in pairs: [B, T] -> [B, P, 2]. Segments 1 and 2 of a row are at [0], 3 and 4 at [1].
 
   Each shard sums its own rows.
   """
@@ -224,7 +225,7 @@ def segment_sums(values: dict[str, jax.Array], segments_BT: jax.Array) -> dict[s
 
 
 def _segments(first: Dialogue, second: Dialogue) -> Example:
-  join = lambda make: np.concatenate([make(first), make(second)])
+  join = lambda part: np.concatenate([part(first), part(second)])
   sizes = len(first.tokens) - 1, len(second.tokens) - 1
   return Example(join(lambda x: x.tokens[:-1]), join(lambda x: x.tokens[1:]),
                  np.repeat(np.float32([1, -1]), sizes) * join(lambda x: x.loss_mask[1:]),
@@ -233,16 +234,17 @@ def _segments(first: Dialogue, second: Dialogue) -> Example:
 
 def _answers(apply: Callable, params: Any, batch: Batch, key: jax.Array | None
              ) -> tuple[dict[str, jax.Array], jax.Array, Sums]:
-  """Sums over the answers of each pair of segments, [B, P, 2]: log p as 'policy', tokens, and each column of the batch.
+  """Returns sums over the answers of each pair, which pairs exist, and counts.
 
-  Also which pairs there are, [B, P], and nll, tokens and correct of the first of each. Of what is no pair the sums are
-  those of a token of log p = -1, so that nothing is infinite.
+  The sums are [B, P, 2]: log p as 'policy', tokens, and each column of the batch. Which pairs exist is [B, P]; the
+  counts are nll, tokens and correct of the chosen answers. Pairs that do not exist have the sums of one token with
+  log p = -1, so that nothing becomes infinite.
   """
   outputs = apply(params, batch, key=key)
   scores, best = target_scores(outputs.hidden, outputs.head, batch.targets)
-  asked = jnp.abs(batch.weights)
-  sums = segment_sums({'tokens': asked, 'policy': scores * asked,
-                       **{name: x * asked for name, x in (batch.columns or {}).items()}}, batch.segments)
+  counted = jnp.abs(batch.weights)
+  sums = segment_sums({'tokens': counted, 'policy': scores * counted,
+                       **{name: x * counted for name, x in (batch.columns or {}).items()}}, batch.segments)
   exists = jnp.min(sums['tokens'], axis=-1) > 0
   empty = {name: {'policy': -1, 'reference': -1, 'tokens': 1}.get(name, 0) for name in sums}
   sums = {name: jnp.where(exists[..., None], x, empty[name]) for name, x in sums.items()}
@@ -257,7 +259,7 @@ def _metrics(chosen: jax.Array, rejected: jax.Array, exists: jax.Array) -> Sums:
           'preference/chosen': total(chosen), 'preference/rejected': total(rejected)}
 
 
-def _require(found: jax.Array | None) -> None:
-  if found is None:
-    raise ValueError('the loss compares with a reference, of which the data has no log-probabilities: wrap it, '
+def _require(reference_sums: jax.Array | None) -> None:
+  if reference_sums is None:
+    raise ValueError('the loss compares with a reference model, but the data has no log-probabilities of one; use '
                      'annotate.Annotated(data, train.Constants(...), preference.COLUMNS, preference.reference)')

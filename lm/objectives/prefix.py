@@ -11,12 +11,12 @@ Split = Callable[[int, np.random.Generator], int]   # (targets that a piece coul
 
 
 def uniform(size: int, rng: np.random.Generator) -> int:
-  """A prefix of 1 to `size` tokens, each length as likely."""
+  """Returns a prefix length from 1 to `size`, uniformly."""
   return int(rng.integers(1, size + 1))
 
 
 def bidirectional_prompt(batch: Batch) -> Batch:
-  """All of a prompt is prefix."""
+  """Returns the batch with all of each prompt marked as prefix."""
   return batch._replace(bidirectional=batch.segments > 0)
 
 
@@ -26,8 +26,8 @@ def prefix(split: Split = uniform, denominator: Callable[[Batch], jax.Array] = t
   2020, arXiv:1910.10683, section 3.2.1).
 
   Each piece of a document has a prefix of its own, `split(n, rng)` of its n + 1 tokens. For a given prefix, pass a
-  function: `lambda n, rng: 128`, or `lambda n, rng: n // 2`. A piece that is no longer than its prefix has no targets;
-  a prefix of less than one token is one of one, which is next-token prediction.
+  function: `lambda n, rng: 128`, or `lambda n, rng: n // 2`. A piece that is no longer than its prefix has no targets.
+  A prefix shorter than one token counts as one token, which is next-token prediction.
   """
   def example(piece: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
     del special

@@ -17,20 +17,20 @@ from lm.objectives.objective import Objective, TokenLoss, causal_prompt, cross_e
 
 
 def counts(tokens: np.ndarray | int, density: float, mean: float) -> tuple[np.ndarray, np.ndarray]:
-  """Noise tokens and noise spans of texts of so many tokens, as T5 has them: rounded (half to even), one at least."""
+  """Returns the numbers of noise tokens and noise spans of T5: rounded (half to even), at least one."""
   noise = np.clip(np.rint(np.multiply(tokens, density)), 1, np.maximum(np.subtract(tokens, 1), 1)).astype(int)
   spans = np.clip(np.rint(noise / mean), 1, np.maximum(np.minimum(noise, tokens - noise), 1)).astype(int)
   return noise, spans
 
 
 def lengths(tokens: int, density: float = 0.15, mean: float = 3.) -> tuple[int, int]:
-  """Of source and targets, each with its eos."""
+  """Returns the lengths of source and targets, each with its eos."""
   noise, spans = counts(tokens, density, mean)
   return int(tokens - noise + spans + 1), int(noise + spans + 1)
 
 
 def raw_length(source: int, density: float = 0.15, mean: float = 3.) -> int:
-  """The most tokens whose source has at most that length: T5's `random_spans_helper`. 568 for 512."""
+  """Returns the largest number of tokens whose source fits (T5's `random_spans_helper`): 568 for 512."""
   tokens = source
   while lengths(tokens + 1, density, mean)[0] <= source:
     tokens += 1
@@ -38,7 +38,7 @@ def raw_length(source: int, density: float = 0.15, mean: float = 3.) -> int:
 
 
 def noise_mask(tokens: int, density: float, mean: float, rng: np.random.Generator) -> np.ndarray:
-  """Which of the tokens are noise, bool [n]: spans of random lengths, between others, all cuts as likely (T5).
+  """Returns which tokens are noise, bool [n]: random spans, with all ways to cut equally likely.
 
   T5's `random_spans_noise_mask`: the first token is kept, the last is noise. A single token is noise.
   """
@@ -54,7 +54,7 @@ def noise_mask(tokens: int, density: float, mean: float, rng: np.random.Generato
 
 
 def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Source and targets, without eos. Each run of the mask is a span; `sentinels` are ids, in the order of their use."""
+  """Returns source and targets, without eos. Each run of the mask is a span; it gets the next id of `sentinels`."""
   first = mask & ~np.concatenate([[False], mask[:-1]])
   marked, noise, starts = tokens.copy(), tokens[mask], np.flatnonzero(first[mask])
   ids = marked[first] = sentinels[:len(starts)]
@@ -65,7 +65,7 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> tupl
 
 
 def fill(source: np.ndarray, targets: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-  """The text again: each sentinel of the source replaced by what follows it in the targets, by nothing if not there."""
+  """Returns the text: each sentinel of the source is replaced by what follows it in the targets, if any."""
   starts = np.flatnonzero(np.isin(targets, sentinels))
   spans = {int(span[0]): span[1:] for span in np.split(targets, starts)[1:]}
   places = np.flatnonzero(np.isin(source, sentinels))
@@ -74,7 +74,7 @@ def fill(source: np.ndarray, targets: np.ndarray, sentinels: np.ndarray) -> np.n
 
 
 class Noise(NamedTuple):
-  """What is hidden of a piece, and lines (ratio, extra) above the lengths of what it becomes, without eos."""
+  """What is hidden of a piece, and upper bounds (ratio, extra) of the lengths of source and targets, without eos."""
   mask: Callable[[int, np.random.Generator], np.ndarray]
   spans: Callable[[int], int]
   source: tuple[float, float]
@@ -83,13 +83,13 @@ class Noise(NamedTuple):
 
 
 def random_spans(density: float, mean: float) -> Noise:
-  """T5's: a share of `density` of the tokens, in spans of `mean` tokens on average."""
+  """Returns the noise of T5: a share `density` of the tokens, in spans of `mean` tokens on average."""
   if not 0 < density < 1 or not mean >= 1:
     raise ValueError(f'density={density} must be between 0 and 1, mean={mean} at least 1')
   tokens, each = np.arange(1, 1 << 16), min(density / mean, 1 - density)
   noise, spans = counts(tokens, density, mean)
 
-  def line(ratio, lengths):   # exact for all these sizes, as rounding makes extra what it is
+  def line(ratio, lengths):   # over all these sizes, since rounding decides on the extra tokens
     return ratio, float((lengths - ratio * tokens).max())
 
   return Noise(functools.partial(noise_mask, density=density, mean=mean), lambda n: counts(n, density, mean)[1],
@@ -98,15 +98,16 @@ def random_spans(density: float, mean: float) -> Noise:
 
 
 class Layout(NamedTuple):
-  """Where source and targets lie. `prompt` is that of `Objective`."""
+  """Where source and targets are placed. `prompt` is as in `Objective`."""
   arrange: Callable[[np.ndarray, np.ndarray, Special], Example]
-  room: Callable[[Noise, int], Room]   # with so many more tokens in the source
+  room: Callable[[Noise, int], Room]   # the number: additional tokens in the source
   prompt: Callable[[Batch], Batch]
 
 
 def _for_encoder_decoder(source: np.ndarray, targets: np.ndarray, special: Special) -> Example:
-  asked = np.append(targets, np.int32(special.eos))
-  return Example(np.concatenate([np.int32([special.bos]), targets]), asked, np.ones(len(asked), np.float32),
+  targets_and_eos = np.append(targets, np.int32(special.eos))
+  return Example(np.concatenate([np.int32([special.bos]), targets]), targets_and_eos,
+                 np.ones(len(targets_and_eos), np.float32),
                  source=np.append(source, np.int32(special.eos)))
 
 
@@ -139,14 +140,15 @@ DECODER = Layout(_for_decoder, _decoder_room, _all_but_last)
 
 
 def form(noise: Noise, layout: Layout, sentinels: int, mode: int | None = None) -> Form:
-  """One way to corrupt. Of `special.control` the first are the sentinels; `mode` is a token that begins the source."""
+  """Returns one way to corrupt text. `special.control` begins with the sentinels; token `mode` begins the source."""
   def example(piece: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
     body, ids = special.bare(piece), np.array(special.control, np.int32)
     if not len(body):
       return Example(body, body, np.zeros(0, np.float32))
-    if (most := noise.spans(len(body))) > sentinels:
-      raise ValueError(f'{len(body)} tokens, as many as a row takes, have {most} spans, and there are only {sentinels} '
-                       'sentinels; name more (that the tokenizer has), take longer spans, or shorter rows')
+    spans = noise.spans(len(body))
+    if spans > sentinels:
+      raise ValueError(f'{len(body)} tokens, as many as a row takes, have {spans} spans, but there are only '
+                       f'{sentinels} sentinels; name more that the tokenizer has, or take longer spans or shorter rows')
     source, targets = corrupt(body, noise.mask(len(body), rng=rng), ids[:sentinels])
     return layout.arrange(source if mode is None else np.append(ids[mode], source), targets, special)
 

@@ -9,7 +9,7 @@ from lm.objectives.objective import Objective, TokenLoss, cross_entropy, token_m
 
 
 def example(dialogue: Dialogue, rng: np.random.Generator, special: Special) -> Example:
-  """Each token is asked for the one after it, which counts where it is to be learned."""
+  """The target of each token is the token after it; it has a weight where it belongs to an answer."""
   del rng, special
   return Example(dialogue.tokens[:-1], dialogue.tokens[1:], dialogue.loss_mask[1:].astype(np.float32))
 

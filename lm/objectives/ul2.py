@@ -1,4 +1,4 @@
-"""UL2: a mixture of denoisers, each told by a mode token in front of the source."""
+"""UL2: a mixture of denoisers, each announced by a mode token in front of the source."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,14 +21,14 @@ class Denoiser(NamedTuple):
 
 
 def sequential(density: float) -> Noise:
-  """The last 1 to 2 * density * n tokens of n are one span, each length as likely: a prefix is continued."""
-  most = min(2 * density, 1.)
+  """Hides the last 1 to 2 * density * n of n tokens (uniform) as one span: a prefix is continued."""
+  highest = min(2 * density, 1.)
 
   def mask(tokens: int, rng: np.random.Generator) -> np.ndarray:
-    return np.arange(tokens) >= tokens - rng.integers(1, max(min(int(most * tokens), tokens - 1), 1) + 1)
+    return np.arange(tokens) >= tokens - rng.integers(1, max(min(int(highest * tokens), tokens - 1), 1) + 1)
 
-  # One token at least is hidden, however short the piece, and the sentinel stands on both sides.
-  return Noise(mask, lambda tokens: 1, (1., 0.), (most, 2 - most), (1., 2.))
+  # At least one token is hidden, even of a short piece, and the sentinel stands in source and targets.
+  return Noise(mask, lambda tokens: 1, (1., 0.), (highest, 2 - highest), (1., 2.))
 
 
 # Table 1 of the paper: mean span and share of what is hidden.
@@ -40,7 +40,7 @@ DENOISERS = (Denoiser(R, random_spans(0.15, 3)), Denoiser(R, random_spans(0.15, 
 def ul2(denoisers: tuple[Denoiser, ...] = DENOISERS, layout: Layout = DECODER,
         modes: tuple[str, str, str] = MODES, sentinels: tuple[str, ...] = sentinels(32),
         denominator: Callable[[Batch], jax.Array] = token_mean, token_loss: TokenLoss = cross_entropy) -> Objective:
-  """UL2 (Tay et al. 2022, arXiv:2205.05131): rows take turns in the denoisers; repeat one to have more of it.
+  """UL2 (Tay et al. 2022, arXiv:2205.05131): rows take turns in the denoisers. To weigh one more, list it twice.
 
   Args:
     layout: as in `span_corruption`, for an encoder-decoder or a decoder alone.

@@ -1,4 +1,4 @@
-"""Unlikelihood: what was said before becomes less likely, so that a model repeats itself less."""
+"""Unlikelihood training: tokens that occurred before become less likely, so that a model repeats itself less."""
 import dataclasses
 
 import jax
@@ -9,13 +9,13 @@ from lm.objectives.objective import Objective, over_vocabulary, targets_of
 
 
 def _first_of_segment(tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-  """Which positions hold a token that has not been in their segment before, [B, T]."""
+  """Returns which positions hold a token that did not occur before in their segment, [B, T]."""
   same = ((tokens_BT[:, :, None] == tokens_BT[:, None]) & (segments_BT[:, :, None] == segments_BT[:, None]))
   return ~jnp.any(jnp.tril(same, -1), axis=-1)
 
 
 def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
-  """-sum over candidates of log(1 - p), [B, T]. Logits may be a shard's part of the vocabulary."""
+  """Returns -sum over candidates of log(1 - p), [B, T]. The vocabulary may be split over devices."""
   def local(logits, log_z, candidates, tokens):
     held = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
     scores = jnp.take_along_axis(logits, jnp.clip(tokens, 0, logits.shape[-1] - 1)[:, None], axis=-1)
@@ -34,7 +34,7 @@ def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
 
 
 def unlikelihood(objective: Objective, alpha: float = 1.) -> Objective:
-  """A token objective with a loss of repetition beside its `token_loss` (Welleck et al. 2020, arXiv:1908.04319).
+  """Adds a loss of repetition to the `token_loss` of an objective (Welleck et al. 2020, arXiv:1908.04319).
 
   L = token_loss - alpha sum_t w_t sum_{c in C_t} log(1 - p_t(c)), where C_t are the tokens of the segment up to
   position t, each once, without the target of t: the token-level loss. The metric `unlikelihood` is its mean over

@@ -244,7 +244,7 @@ def test_rows_are_nearly_full():
 def test_too_few_sentinels_are_told_before_anything_runs():
   for objective, length in ((span_corruption.span_corruption(layout=DECODER, sentinels=NAMES[:3]), 128),
                             (ul2.ul2(), 512)):
-    with pytest.raises(ValueError, match=r'as many as a row takes, have \d+ spans, and there are only \d+ sentinels'):
+    with pytest.raises(ValueError, match=r'as many as a row takes, have \d+ spans, but there are only \d+ sentinels'):
       template(objective, special_of(objective), length)
   template(ul2.ul2(sentinels=tokenizers.sentinels(64)), special_of(ul2.ul2(sentinels=tokenizers.sentinels(64))), 512)
 

@@ -145,7 +145,7 @@ def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):
 def test_a_loss_is_replaced_only_where_nothing_of_it_is_lost(outer):
   for goal in (multi_token_loss(next_token()), unlikelihood(next_token()), distil(next_token(), TRUNK.apply),
                masked_diffusion()):
-    with pytest.raises(ValueError, match='other parts, such as further tokens'):
+    with pytest.raises(ValueError, match='terms other than the loss of its targets, such as further tokens'):
       outer(goal)
   batch, params = packed_batch(), random_params(prediction_heads.parallel(TRUNK, 0))
   weight = outer(next_token(objective.sequence_mean)).loss(TRUNK.apply, {**params, 'teacher': params}, batch, None)[1]
