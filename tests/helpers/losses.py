@@ -1,21 +1,14 @@
 """Inputs of losses, and comparisons of their values and gradients."""
-import contextlib
 import functools
 
 import jax
 import numpy as np
-
-from lm import sharding
 
 ROWS, TIME, WIDTH, VOCAB = 8, 8, 4, 64
 
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
-
-
-def on(shape):
-  return contextlib.nullcontext() if shape is None else jax.set_mesh(sharding.make_mesh(shape))
 
 
 def make_inputs():

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.losses import ROWS, TIME, VOCAB, assert_close, jit, make_inputs, on
+from helpers.losses import ROWS, TIME, VOCAB, assert_close, jit, make_inputs
+from helpers.meshes import on
 from jax.test_util import check_grads
 
 from lm import sharding

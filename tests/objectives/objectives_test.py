@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.losses import ROWS, TIME, VOCAB, WIDTH, assert_close, jit, make_inputs, on
+from helpers.losses import ROWS, TIME, VOCAB, WIDTH, assert_close, jit, make_inputs
+from helpers.meshes import on
 
 from lm import sharding
 from lm.data.batch import Batch, Special

@@ -1,5 +1,4 @@
 """Preference losses: against formulas written out in NumPy on unpacked answers, and finite differences of those."""
-import contextlib
 import functools
 import math
 
@@ -7,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.meshes import on
 
 from lm import optim, sharding, train
 from lm.data.batch import Batch, Dialogue, Pair, Rated, Special
@@ -50,10 +50,6 @@ def rated(count=11) -> Held:
 
 def packed(records, made, rows=ROWS, **options) -> Packed:
   return Packed(made, SPECIAL, T, rows, records=records, repeat=False, **options)
-
-
-def on(shape):
-  return contextlib.nullcontext() if shape is None else jax.set_mesh(sharding.make_mesh(shape))
 
 
 def apply(params, batch, key=None):
