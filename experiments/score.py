@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lm import evaluate, launch, load, sharding
-from lm.data.rows.packing import check_left_out
+from lm.data.rows.packed_records import check_left_out
 from lm.data.text import corpora
 from lm.data.text.source import Documents
 from lm.data.tokenizers.folder import mask_id

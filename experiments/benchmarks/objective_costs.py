@@ -101,8 +101,8 @@ def batches_of(row: Row, shape: Shape) -> Any:
   import numpy as np
 
   from lm.data.batch import Special
-  from lm.data.rows.packing import Packed
-  from lm.data.rows.stream import Stream
+  from lm.data.rows.packed_documents import Stream
+  from lm.data.rows.packed_records import Packed
   objective, store = row.objective, documents(shape.vocab)
   special = Special(1, 2, shape.vocab, tuple(range(3, 3 + len(objective.control))))
   data = {'store': store} if objective.needs is np.ndarray else {

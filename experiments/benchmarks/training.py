@@ -63,7 +63,7 @@ def ours_training(shape: Shape, precision: str) -> Prepared:
 def ours_pipeline(shape: Shape) -> Prepared:
   """Packs documents into rows."""
   from lm.data.batch import Special
-  from lm.data.rows.stream import Stream
+  from lm.data.rows.packed_documents import Stream
   from lm.objectives.next_token import next_token
   steps = itertools.count()
   batches = Stream(next_token(), Special(1, 2, shape.vocab, ()), shape.length, shape.batch,

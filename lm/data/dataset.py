@@ -16,7 +16,7 @@ from lm.data.batch import ExampleMaker, special
 from lm.data.batches import Batches
 from lm.data.chat.messages import Messages
 from lm.data.encoding import TextEncoder
-from lm.data.rows.stream import Stream, TokenDocuments
+from lm.data.rows.packed_documents import Stream, TokenDocuments
 from lm.data.store_reader import OtherSettings
 from lm.data.text import clean
 from lm.data.text.mixture import Mixed

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.data.rows.packing import best_fit
+from lm.data.rows.packed_records import best_fit
 from lm.objectives.objective import target_log_probabilities
 from lm.train.validation import one_behind
 

@@ -9,7 +9,7 @@ from helpers.meshes import on
 
 from lm import optim, sharding, train
 from lm.data import dataset
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.data.text.source import Source
 from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import annotate

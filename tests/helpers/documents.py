@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 from lm.data.batch import Batch, Special
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 
 BEGIN, END = 0, 1
 

@@ -10,7 +10,7 @@ from helpers.meshes import of_first_devices as on
 from lm import optim, sharding, train
 from lm.data import dataset
 from lm.data.batch import special
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.data.tokenizers.folder import Bytes
 from lm.models import layers, transformer
 from lm.objectives.next_token import next_token

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lm.data import tokenizers
 from lm.data.batch import Batch, Special, special, template
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.models import attention, layers, rotary, stack, transformer
 from lm.objectives import infill, masked, prefix, span_corruption, ul2
 from lm.objectives.span_corruption import DECODER, ENCODER_DECODER

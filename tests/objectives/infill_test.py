@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm.data import tokenizers
 from lm.data.batch import Special, special
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.objectives import infill, next_token
 
 BEGIN, END = 0, 1

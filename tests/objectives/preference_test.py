@@ -10,7 +10,7 @@ from helpers.meshes import on
 
 from lm import optim, sharding, train
 from lm.data.batch import Batch, Dialogue, Pair, Rated, Special
-from lm.data.rows.packing import Packed
+from lm.data.rows.packed_records import Packed
 from lm.models import reward, transformer
 from lm.objectives import objective, preference
 from lm.objectives.next_token import next_token

@@ -6,7 +6,7 @@ import pytest
 from helpers.meshes import on
 
 from lm.data.batch import Batch, Dialogue, Special
-from lm.data.rows.packing import Packed
+from lm.data.rows.packed_records import Packed
 from lm.models import transformer
 from lm.objectives.objective import sequence_mean
 from lm.objectives.supervised import supervised

@@ -12,8 +12,8 @@ from helpers.runs import RUN, Data, V, go, logged, on
 from lm import models, optim, train
 from lm.data import Example, Form, batches
 from lm.data.rows import stages
+from lm.data.rows.packed_documents import Stream
 from lm.data.rows.stages import Stage
-from lm.data.rows.stream import Stream
 from lm.objectives import token_objective
 
 pytestmark = pytest.mark.usefixtures('compiled_once')

@@ -24,7 +24,7 @@ from lm.data import dataset, store, tokenizers
 from lm.data.batch import KINDS, Dialogue, ExampleMaker, Pair, Rated, special
 from lm.data.chat import conversation, messages
 from lm.data.encoding import Column, Encoded
-from lm.data.rows.packing import Packed, check_left_out
+from lm.data.rows.packed_records import Packed, check_left_out
 from lm.data.text.source import Source
 from lm.workdir.describe import describe
 

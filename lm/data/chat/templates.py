@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lm.data import tokenizers
-from lm.data.chat.render import Renderer
+from lm.data.chat.template_process import Renderer
 from lm.data.tokenizers import base
 from lm.workdir.parsing import json_value
 

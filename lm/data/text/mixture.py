@@ -15,7 +15,7 @@ import numpy as np
 
 from lm.data.batch import Batch, Row, blank
 from lm.data.batches import Batches, generator
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.data.text import source
 from lm.data.text.source import Source
 

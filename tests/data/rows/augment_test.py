@@ -14,7 +14,7 @@ from lm.data import dataset, tokenizers
 from lm.data.batch import Special, special
 from lm.data.rows import augment
 from lm.data.rows.augment import Shuffle, SpanDeletion, SubwordSampling, TokenDropout, augmented
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.data.text import clean, corpora
 from lm.models import transformer
 from lm.objectives.infill import infill

@@ -4,7 +4,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch, Dialogue, Pair, Special
-from lm.data.rows.packing import Packed
+from lm.data.rows.packed_records import Packed
 from lm.models import transformer
 from lm.objectives import preference
 

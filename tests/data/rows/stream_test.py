@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lm import sharding
 from lm.data.batch import Batch, Example, Form
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.objectives.objective import token_objective

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lm.data import dataset, store
 from lm.data.batch import Form, Room
 from lm.data.encoding import TextEncoder
-from lm.data.rows.stream import Stream
+from lm.data.rows.packed_documents import Stream
 from lm.data.text import corpora
 from lm.data.text.mixture import Mixed, SourceOrder, mixture
 from lm.data.text.source import Mixing, Source, sample
