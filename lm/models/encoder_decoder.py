@@ -108,7 +108,8 @@ class RelativePositions:
     table = np.where(np.arange(len(far)) < near, np.arange(len(far)), np.minimum(far, count - 1))
     later = jnp.expand_dims(keys_S, tuple(range(queries_T.ndim))) - queries_T[..., None]
     distance = jnp.maximum(-later, 0) if causal else jnp.abs(later)
-    found = jnp.asarray(table, jnp.int32)[jnp.minimum(distance, self.max_distance)]
+    found = jnp.asarray(table, jnp.int32).at[jnp.minimum(distance, self.max_distance)].get(
+        out_sharding=sharding.spec('BTS'[3 - distance.ndim:]))
     return found if causal else found + count * (later > 0)
 
 
