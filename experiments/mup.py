@@ -13,14 +13,13 @@ import math
 import pathlib
 from typing import Literal
 
-from sweep import sweep
-
 from lm import launch, optim, train
 from lm.data import dataset, tokenizers
 from lm.data.text import corpora
 from lm.models import mup, transformer
 from lm.objectives.next_token import next_token
 from lm.optim import groups, schedules
+from lm.studies import sweep
 from lm.workdir import figures
 
 
@@ -68,9 +67,9 @@ def transfer(*, widths: tuple[int, ...] = (64, 128, 256, 512),
   listed = ','.join
   panels, lines = {}, ['| width | muP | standard |', '|---|---|---|']
   for name in ('mup', 'standard'):
-    done = sweep(knobs=f'width={listed(map(str, widths))}; lr={listed(map(repr, lrs))}',
-                 experiment=pathlib.Path(__file__), workdir=workdir / name,
-                 common=f'parametrisation={name} base_width={widths[0]} steps={steps}')
+    done = sweep.sweep(knobs=f'width={listed(map(str, widths))}; lr={listed(map(repr, lrs))}',
+                       experiment=pathlib.Path(__file__), workdir=workdir / name,
+                       common=f'parametrisation={name} base_width={widths[0]} steps={steps}')
     panels[name] = {f'width {width}': sorted((float(t.knobs['lr']), t.value) for t in done
                                              if t.knobs['width'] == str(width) and math.isfinite(t.value))
                     for width in widths}

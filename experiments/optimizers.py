@@ -10,9 +10,8 @@ distinguishable from AdamW, which would need 384 and 23 seeds.
 """
 import pathlib
 
-from compare import compare
-
 from lm import launch
+from lm.studies import comparison
 
 ARMS = ('adamw: optimizer=adamw lr=4e-3; adam: optimizer=adam lr=8e-3; rmsprop: optimizer=rmsprop lr=4e-3; '
         'muon: optimizer=muon lr=1.6e-2')
@@ -30,7 +29,8 @@ def optimizers(*, arms: str = ARMS, steps: int = 400, seeds: int = 5,
     seeds: of each arm the same; more can be added later.
     workdir: where the runs live; a comparison that was stopped goes on from there.
   """
-  compare(arms_text=arms, common=f'{COMMON} steps={steps}', seeds=seeds, equal='flops', workdir=workdir)
+  comparison.compare(arms_text=arms, experiment=pathlib.Path(__file__).with_name('pretrain.py'),
+                     common=f'{COMMON} steps={steps}', seeds=seeds, equal='flops', workdir=workdir)
 
 
 if __name__ == '__main__':

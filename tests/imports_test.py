@@ -99,6 +99,15 @@ def test_each_library_has_one_door(name):
   assert 'tests' not in used and 'experiments' not in used and 'pretrain' not in used
 
 
+
+def test_no_experiment_imports_another():
+  scripts = {path.stem: path for path in (ROOT / 'experiments').rglob('*.py')}
+  shared = {'interleaved'}   # the clock of the benchmarks, which is no experiment
+  for path in scripts.values():
+    used = {dotted.split('.')[0] for dotted in imports(ast.walk(ast.parse(path.read_text())))}
+    assert not used & (scripts.keys() - shared | {'experiments', 'benchmarks'}), path.name
+
+
 def test_train_depends_on_interfaces():
   """No model, corpus, objective or optimizer: of `optim` only what all optimizers have in common."""
   nodes = [node for name in FILES if room(name) == 'train' for node in ast.walk(tree(name))]

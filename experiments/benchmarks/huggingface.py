@@ -6,8 +6,9 @@ Models are random and made on the spot. Scoring: texts of 8 to 512 tokens under 
 gets them sorted by length, in padded batches of 8. BERT reads the texts unmasked, in one pass, and is asked for each
 token at its place; T5 gets the texts as sources, and targets of about their length. Decoding: GPT-2 of 124M, float32,
 greedy, after a prompt of 128 tokens, which is read in the same time; the arm `read` only reads what every token has to
-read, the weights and the cache. Import: 1.2 billion parameters in bfloat16; `import` is import_hf.py, `open` reads the
-parameters alone, `read` the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]'.
+read, the weights and the cache. Import: 1.2 billion parameters in bfloat16; `import` does what import_hf.py does,
+`open` reads the parameters alone, `read` the file. Leave the machine alone meanwhile. For Linux. PyTorch: pip install
+'lm[benchmark]'.
 """
 import dataclasses
 import os
@@ -222,11 +223,14 @@ def transformers_decoding(folder: pathlib.Path, batch: int, new_tokens: int) -> 
 
 def ours_import(folder: pathlib.Path) -> Prepared:
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  import import_hf
+  import jax
+
+  from lm import sharding
+  from lm.hf import pretrained
 
   def go():
-    with tempfile.TemporaryDirectory() as out:
-      import_hf.main(model=str(folder), out=pathlib.Path(out) / 'imported')
+    with tempfile.TemporaryDirectory() as out, jax.set_mesh(sharding.make_mesh()):
+      pretrained.save(str(folder), pathlib.Path(out) / 'imported')
   return go, {}
 
 

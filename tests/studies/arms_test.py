@@ -4,21 +4,20 @@ import json
 import re
 import signal
 
-import compare
+import jax
 import pytest
 import scaling
-import sweep
 
-from lm import launch
+from lm import launch, sharding
 from lm.data.rows import stages
-from lm.studies import costs, runs, search, variants
+from lm.studies import comparison, costs, runs, search, sweep, variants
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def compared(script, study, text, **more):
   settings = {'seeds': 3, **more}
-  return compare.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
+  return comparison.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
 
 
 def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):
@@ -59,8 +58,8 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = variants.experiment(script)
   found = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
-  mesh = compare.sharding.make_mesh('data:8')
-  with compare.jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
+  mesh = sharding.make_mesh('data:8')
+  with jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
     a_step = 6 * 8 * found[0].make().model.vocab * 8 * 16
     given, _ = costs.equal(found, equal, a_step * budget if equal == 'flops' else budget, mesh)
   assert tuple(arm.knobs['steps'] for arm in given) == steps
@@ -230,8 +229,8 @@ def test_stages_cost_what_they_read(script, tmp_path):
       return dataclasses.replace(run, stages=stages.stages([(4, 8)], [], run.batch, run.data.length))
   plain, late = variants.arms(variants.experiment(script), 'plain: ; late: batch=16 steps=8')
   late = Staged(late.name, late.function, late.knobs)
-  mesh = compare.sharding.make_mesh('data:8')
-  with compare.jax.set_mesh(mesh):
+  mesh = sharding.make_mesh('data:8')
+  with jax.set_mesh(mesh):
     for unit in ('tokens', 'flops'):
       spent = costs.spending(late.make(), unit, mesh)
       assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
@@ -243,7 +242,7 @@ def test_stages_cost_what_they_read(script, tmp_path):
 
 def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
   monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **more: (
-      function(**knobs), runs.train.Result(8, 0, None, None, None, {'bits_per_byte': float('nan')}, True, None)))
+      function(**knobs), runs.train.Result(8, 0, None, None, None, {'validation/bits_per_byte': float('nan')}, True, None)))
   assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
 
 
@@ -266,7 +265,7 @@ def test_a_sweep_over_texts_that_are_held_out_is_refused_as_a_comparison_is(scri
 
 def test_a_sweep_that_is_stopped_at_an_evaluation_is_not_a_trial_left_early(script, tmp_path, monkeypatch):
   monkeypatch.setattr(runs.train, 'train', lambda *_: runs.train.Result(
-      2, 0, None, None, None, {'bits_per_byte': 1.}, False, None, signal.SIGTERM))
+      2, 0, None, None, None, {'validation/bits_per_byte': 1.}, False, None, signal.SIGTERM))
   with pytest.raises(KeyboardInterrupt):
     swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')
 
@@ -291,7 +290,7 @@ def test_a_table_tells_of_a_speed_up_only_where_there_is_one():
   def lines(curve):
     results = {name: [{'values': {'bits/byte': value + seed}, 'curve': curve, 'left_out': {}} for seed in range(2)]
                for name, value in (('a', 3.), ('b', 2.5))}
-    return compare.table(['a', 'b'], results, 'bits/byte')
+    return comparison.table(['a', 'b'], results, 'bits/byte')
   once, twice = lines([(1., 3.)]), lines([(0.5, 4.), (1., 3.)])
   assert 'speed-up' not in once[0] and '|  |' not in once[-1] and once[-1].count('|') == once[0].count('|') == 5
   assert 'speed-up' in twice[0] and '1.00x' in twice[-1] and twice[-1].count('|') == twice[0].count('|') == 6
