@@ -241,8 +241,9 @@ def test_stages_cost_what_they_read(script, tmp_path):
 
 
 def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
+  metrics = {'validation/bits_per_byte': float('nan')}
   monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **more: (
-      function(**knobs), runs.train.Result(8, 0, None, None, None, {'validation/bits_per_byte': float('nan')}, True, None)))
+      function(**knobs), runs.train.Result(8, 0, None, None, None, metrics, True, None)))
   assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
 
 
