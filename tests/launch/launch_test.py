@@ -129,7 +129,8 @@ class Run:
   start: None = None
 
 
-RESULT = Result(0, 0, None, None, None, {}, True, {})
+OPENED = types.SimpleNamespace(stores={}, validation_sets=())   # data without documents
+RESULT = Result(0, 0, None, OPENED, None, {}, True, {})
 
 
 @pytest.fixture
