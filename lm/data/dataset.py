@@ -177,7 +177,7 @@ def open_tokenizer(folder: pathlib.Path, given: tokenizers.Tokenizer | Callable,
   with hosts.process_0_first('tokenizer'):
     if missing():   # asked again under the lock: only what is to be made needs it
       folder.parent.mkdir(parents=True, exist_ok=True)
-      with locks.turn(folder.parent, f'waiting for the process that makes {settings.parent}', progress):
+      with locks.hold(folder.parent, f'waiting for the process that makes {settings.parent}', progress):
         if missing():
           make()
     elif not differing() and 'checksums' not in (_read(settings) or {}):

@@ -69,7 +69,7 @@ def build(folder: str | os.PathLike, source: Source, encoder: Encoder, rules: Se
     with contextlib.ExitStack() as stack:
       with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locks.turn(folder / 'lock', f'waiting for the process that builds {folder}', progress))
+        stack.enter_context(locks.hold(folder / 'lock', f'waiting for the process that builds {folder}', progress))
       if not _finished(folder, made_of, renew, discard=True):
         _Build(folder, source, encoder, rules, workers, progress, made_of).run()
   return _opened(folder, source, encoder)

@@ -65,7 +65,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
       print(f'going on from step {start}')
       if planned != run.steps and (rate := optim.learning_rate(state.opt_state)) is not None:
         loop.former = planned, float(rate)
-    with records.kept(workdir):
+    with records.preserve(workdir):
       return loop.go(state, start, logged)
 
 

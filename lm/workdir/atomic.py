@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Atomic writes: a file has either its old content or its new content, never a part of it."""
 import contextlib
 import os
 import pathlib
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 
 def write(path: pathlib.Path, data: str | bytes) -> None:
-  """Puts `data` in place of a file, such that a kill or a full disk at any moment leaves the old one or the new one.
+  """Replaces the content of a file with `data`. After a kill or on a full disk, it has its old or its new content.
 
-  What killed processes left behind of the same file is removed. OSError, with the path, if it cannot be written.
+  Removes unfinished copies of the file that killed processes left. Raises OSError, which names the path, if the file
+  cannot be written.
   """
   new = path.with_name(f'{path.name}.{os.getpid()}.new')
   with naming(path):
@@ -20,14 +21,14 @@ def write(path: pathlib.Path, data: str | bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
       os.replace(new, path)
-    except Exception:   # not what stands for a kill in tests
+    except Exception:   # not BaseException, by which tests simulate a kill
       new.unlink(missing_ok=True)
       raise
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-  """Gives an OSError the path of what is written inside: of a full disk, Python names none."""
+  """Adds `path` to an OSError raised inside, because the error that Python raises for a full disk names no file."""
   try:
     yield
   except OSError as error:
@@ -37,18 +38,18 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _remove_stale(path: pathlib.Path) -> None:
-  """Removes the unfinished files of processes that are gone, as far as this machine can tell."""
+  """Removes the unfinished copies of `path` by processes that no longer run on this machine."""
   for unfinished in path.parent.glob('*.new'):
     match = re.fullmatch(re.escape(path.name) + r'\.(\d+)\.new', unfinished.name)
-    if match and os.name == 'posix' and not _lives(int(match[1])):
+    if match and os.name == 'posix' and not _is_running(int(match[1])):
       unfinished.unlink(missing_ok=True)
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
   try:
     os.kill(process, 0)
   except ProcessLookupError:
     return False
-  except OSError:   # another user's
+  except OSError:   # the process belongs to another user
     pass
   return True

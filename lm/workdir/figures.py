@@ -1,6 +1,6 @@
-"""Figures of what was tracked, of learning rates, and of runs beside one another.
+"""Figures of the metrics of a run, of learning rates, and of several runs compared.
 
-Without matplotlib: one line, no figure.
+Without matplotlib, these functions print one line and draw nothing.
 """
 import collections
 import itertools
@@ -13,12 +13,12 @@ from lm.workdir import atomic, track
 
 
 def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
-  """Training and validation loss, and the learning rate, against the step."""
+  """Plots training loss, validation loss and learning rate against the step."""
   if (figure := _figure(png, (8, 5))) is None:
     return
 
   def series(name: str) -> tuple[list[int], list[float]]:
-    points = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
+    points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
   rows = track.read_metrics(metrics_jsonl)
@@ -36,7 +36,7 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
 
 
 def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib.Path) -> None:
-  """Learning rates by name, each a function of the step, one below the other."""
+  """Plots learning rates, each a function of the step, one below the other."""
   if (figure := _figure(png, (8, 1.2 + 1.3 * len(rates)))) is None:
     return
   panels = figure.subplots(len(rates), 1, sharex=True, squeeze=False)[:, 0]
@@ -51,10 +51,10 @@ def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib
 
 def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
                finals: Mapping[str, Sequence[float]], metric: str, compute: str) -> None:
-  """Of each arm, the mean curve over seeds with their range, and each seed's final value, pairs joined.
+  """Plots for each arm the mean curve over seeds with its range, and the final value of each seed.
 
-  Curves are over shares of the compute. One of a single evaluation is a point with its range; where no arm has a curve,
-  there are final values alone.
+  Grey lines join the final values of the same seed. The x axis of the curves is the share of the compute. A curve of a
+  single evaluation is drawn as a point with its range. If no arm has a curve, only the final values are drawn.
   """
   has_curves = any(all(runs) and len(runs) for runs in curves.values())
   if (figure := _figure(png, (11 if has_curves else 6, 5))) is None:
@@ -63,11 +63,12 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   for i, (name, runs) in enumerate(curves.items()):
     color = f'C{i % 10}'
     points = [dict(run) for run in runs]
-    shared = sorted(set.intersection(*(set(p) for p in points))) if points else []
+    shared = sorted(set.intersection(*(set(run) for run in points))) if points else []
     if shared:
-      columns = [[p[x] for p in points] for x in shared]
+      columns = [[run[x] for run in points] for x in shared]
       low, high = list(map(min, columns)), list(map(max, columns))
-      left.plot(shared, [sum(c) / len(c) for c in columns], _marker(shared), color=color, linewidth=1.6, label=name)
+      means = [sum(column) / len(column) for column in columns]
+      left.plot(shared, means, _marker(shared), color=color, linewidth=1.6, label=name)
       left.fill_between(shared, low, high, color=color, alpha=0.2, linewidth=0 if len(shared) > 1 else 2)
     right.plot([i] * len(finals[name]), finals[name], 'o', color=color, markersize=5, alpha=0.8)
   for pair in zip(*finals.values()):
@@ -81,25 +82,27 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
 
 def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,
           log: bool = False) -> None:
-  """Points joined by lines, of each name, in panels beside one another that share their axes; the lowest is marked."""
+  """Plots the lines `{title: {name: points}}` and marks their lowest points; each title has a panel, on shared axes."""
   if (figure := _figure(png, (5.5 * len(panels) + 2, 5))) is None:
     return
-  found = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-  for axes, (title, named) in zip(found, panels.items()):
-    for i, (name, points) in enumerate(named.items()):
+  all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+  for axes, (title, panel) in zip(all_axes, panels.items()):
+    for i, (name, points) in enumerate(panel.items()):
       axes.plot(*zip(*points), '.-', color=f'C{i % 10}', linewidth=1.4, markersize=4, label=name)
       axes.plot(*min(points, key=lambda point: point[1]), 'o', color=f'C{i % 10}', markersize=8)
     axes.set(title=title, xlabel=x, xscale='log' if log else 'linear')
     if log:
-      at = sorted({point[0] for points in named.values() for point in points})
-      axes.set_xticks(at, [f'{value:g}' for value in at])
+      ticks = sorted({point[0] for points in panel.values() for point in points})
+      axes.set_xticks(ticks, [f'{value:g}' for value in ticks])
       axes.minorticks_off()
-  found[0].set(ylabel=y)
-  _finish(figure, png, found)
+  all_axes[0].set(ylabel=y)
+  _finish(figure, png, all_axes)
 
 
 def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bool]], metric: str) -> None:
-  """The metric of (knobs, value, pruned) against each knob that is a number; lines join those that differ in it alone.
+  """Plots the metric of trials (knobs, value, pruned) against each numeric knob, a panel for each.
+
+  Lines join the trials that differ in this knob alone. Pruned trials are grey crosses.
   """
   names = [name for name in trials[0][0] if all(_number(knobs[name]) is not None for knobs, _, _ in trials)]
   names = [name for name in names if len({knobs[name] for knobs, _, _ in trials}) > 1]
@@ -114,12 +117,13 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
         groups[' '.join(f'{k}={v}' for k, v in knobs.items() if k != name)].append((_number(knobs[name]), value))
     for others, points in groups.items():
       axes.plot(*zip(*sorted(points)), 'o-', markersize=5, linewidth=1.2, label=others if len(groups) < 9 else None)
-    left = [(_number(knobs[name]), value) for knobs, value, pruned in finite if pruned]
-    axes.plot(*(zip(*left) if left else ((), ())), 'x', color='0.6', label='left early' if left else None)
+    pruned_points = [(_number(knobs[name]), value) for knobs, value, pruned in finite if pruned]
+    axes.plot(*(zip(*pruned_points) if pruned_points else ((), ())), 'x', color='0.6',
+              label='pruned' if pruned_points else None)
     values = [_number(knobs[name]) for knobs, _, _ in trials]
-    wide = min(values) > 0 and max(values) > 5 * min(values)
-    axes.set(xlabel=name, ylabel=metric, xscale='log' if wide else 'linear')
-    if wide:
+    is_log = min(values) > 0 and max(values) > 5 * min(values)
+    axes.set(xlabel=name, ylabel=metric, xscale='log' if is_log else 'linear')
+    if is_log:
       from matplotlib.ticker import LogLocator
       axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       axes.xaxis.set_major_formatter('{x:g}')
@@ -129,17 +133,21 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
 
 def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law: Callable[..., Any],
             predicted: tuple[float, float, float, float, float], outcome: float) -> None:
-  """Losses (N, D, loss) against D, a colour a size, and the law; the rung (N, D, loss, low, high) and its outcome."""
+  """Plots the losses of points (N, D, loss) and the law against D, with a colour for each size N.
+
+  `predicted` is (N, D, loss, low, high) of the largest run: it is drawn as an error bar, and its `outcome` as a star.
+  """
   if (figure := _figure(png, (8, 5))) is None:
     return
   axes, n, d = figure.subplots(), *predicted[:2]
-  sizes, most = sorted({*(point[0] for point in points), n}), max(d, *(point[1] for point in points))
+  sizes = sorted({*(point[0] for point in points), n})
+  last = max(d, *(point[1] for point in points))
   for i, size in enumerate(sizes):
-    own = sorted((at, loss) for other, at, loss in points if other == size)
-    begin = min(own)[0] if own else min(point[1] for point in points)
-    line = [begin * (most / begin) ** (k / 50) for k in range(51)]
-    axes.plot(line, [float(law(size, at)) for at in line], color=f'C{i % 10}', linewidth=1.2, label=f'N = {size:,.0f}',
-              linestyle='-' if own else '--')
+    own = sorted((tokens, loss) for other, tokens, loss in points if other == size)
+    first = own[0][0] if own else min(point[1] for point in points)
+    line = [first * (last / first) ** (k / 50) for k in range(51)]
+    losses = [float(law(size, tokens)) for tokens in line]
+    axes.plot(line, losses, '-' if own else '--', color=f'C{i % 10}', linewidth=1.2, label=f'N = {size:,.0f}')
     axes.plot(*(zip(*own) if own else ((), ())), 'o', color=f'C{i % 10}', markersize=5)
   middle, low, high = predicted[2:]
   axes.errorbar([d], [middle], [[middle - low], [high - middle]], color='0.3', capsize=4, fmt='none', label='predicted')
@@ -149,12 +157,12 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
 
 
 def _marker(values: Sequence[float]) -> str:
-  """The format of a curve: a line of one point would not be seen."""
+  """Returns the format of a curve. A single point needs a marker, because a line through it is invisible."""
   return 'o' if len(values) == 1 else '-'
 
 
 def _smooth(values: Sequence[float], half: int) -> list[float]:
-  """Centred mean over `2 * half + 1` values, fewer near the ends: unlike a running mean it does not lag."""
+  """Returns the centred mean of `2 * half + 1` values, fewer near the ends. Unlike a running mean, it does not lag."""
   sums = [0.0, *itertools.accumulate(values)]
   halves = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
   return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]

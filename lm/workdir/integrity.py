@@ -1,8 +1,8 @@
-"""Whether what is stored can be relied on: files are as they were written, by checksums, and numbers are finite.
+"""Integrity of stored files: checksums show that files are as they were written, and parameters are finite.
 
-CRC-32 (zlib) finds every error of up to 32 bits in a row, and of others all but one in 4 billion. It is the fastest
-checksum of the standard library; against someone who changes a file on purpose there is no defence in any checksum that
-lies beside it.
+CRC-32 (zlib) detects every burst of errors of up to 32 bits, and all other errors but one in 4 billion. It is the
+fastest checksum in the standard library. It does not protect against deliberate changes, nor does any checksum that is
+stored beside the file.
 """
 import errno
 import json
@@ -17,22 +17,23 @@ import jax
 import jax.numpy as jnp
 
 FILE = 'checksums.json'
-_SEAL = 'checksum'   # of what else a sealed JSON file says
+_SEAL = 'checksum'   # the field of a sealed JSON file that holds the checksum of all other fields
 _BLOCK = 1 << 22   # bytes read at a time
 
 
 def write_checksums(folder: Any, parts: Sequence[str]) -> None:
-  """Writes the checksums of all files in the folders `parts` of a folder (a path of pathlib, or of etils)."""
+  """Writes the checksums of all files in the subfolders `parts` of a folder (a path of pathlib or of etils)."""
   names = sorted(str(path.relative_to(folder)) for part in parts for path in _files(folder / part))
-  with ThreadPoolExecutor(8) as pool:   # zlib works outside of Python's lock
+  with ThreadPoolExecutor(8) as pool:   # zlib releases the GIL
     sums = pool.map(lambda name: checksum(folder / name), names)
     (folder / FILE).write_text(json.dumps(dict(zip(names, sums)), indent=1))
 
 
 def changed(folder: Any, part: str = '', share: slice = slice(None)) -> list[str]:
-  """The files under the folder `part` of a folder that are missing or changed; of its files only a `share`.
+  """Returns the names of the files under the subfolder `part` of a folder that are missing or changed.
 
-  Where there are no checksums, no file counts as changed. ValueError if the checksums are damaged themselves.
+  Only the slice `share` of the list of files is checked. If the folder has no checksums, no file counts as changed.
+  Raises ValueError if the file of checksums is damaged itself.
   """
   path = folder / FILE
   if not path.exists():
@@ -46,25 +47,28 @@ def changed(folder: Any, part: str = '', share: slice = slice(None)) -> list[str
     return (folder / name).exists() and checksum(folder / name) == stored[name]
 
   with ThreadPoolExecutor(8) as pool:
-    return [name for name, good in zip(names, pool.map(intact, names)) if not good]
+    return [name for name, is_intact in zip(names, pool.map(intact, names)) if not is_intact]
 
 
 def checksum(path: Any) -> int:
-  """The CRC-32 of a file."""
-  number = 0
+  """Returns the CRC-32 of a file."""
+  crc = 0
   with path.open('rb') as f:
     while block := f.read(_BLOCK):
-      number = zlib.crc32(block, number)
-  return number
+      crc = zlib.crc32(block, crc)
+  return crc
 
 
 def sealed(values: Mapping[str, Any]) -> str:
-  """JSON with a checksum of what it says, for `unsealed`."""
+  """Returns `values` as JSON with a checksum of them, for `unsealed`."""
   return json.dumps({**values, _SEAL: _checksum_of(values)}, indent=1)
 
 
 def unsealed(text: str) -> tuple[dict[str, Any], bool]:
-  """What JSON says, and whether it is sealed; ValueError where that is not what was sealed, or no JSON object."""
+  """Returns the values in JSON text, and whether the text has a checksum.
+
+  Raises ValueError if the values do not match the checksum, or if the text is no JSON object.
+  """
   values = json.loads(text)
   if not isinstance(values, dict):
     raise ValueError('it is no JSON object')
@@ -75,7 +79,7 @@ def unsealed(text: str) -> tuple[dict[str, Any], bool]:
 
 
 def is_sealed(path: Any) -> bool:
-  """Whether a JSON file is there and sealed; ValueError, with its path, where it is damaged."""
+  """Returns whether a JSON file exists and has a checksum. Raises ValueError, which names it, if it is damaged."""
   try:
     return path.exists() and unsealed(path.read_text())[1]
   except ValueError as error:
@@ -83,12 +87,13 @@ def is_sealed(path: Any) -> bool:
 
 
 def compare(checksums: Mapping[Any, int], advice: str) -> None:
-  """ValueError, with all their paths and advice, where files are missing, or have other checksums than these."""
+  """Raises ValueError, with their paths and `advice`, if files are missing or do not match their checksums."""
   with ThreadPoolExecutor(8) as pool:
     intact = pool.map(lambda path: path.exists() and checksum(path) == checksums[path], checksums)
-    if names := [str(path) for path, good in zip(checksums, intact) if not good]:
-      said = 'is not as it was written' if len(names) == 1 else 'are not as they were written'
-      raise ValueError(f'{", ".join(names)} {said}: {advice}')
+    names = [str(path) for path, is_intact in zip(checksums, intact) if not is_intact]
+    if names:
+      problem = 'is not as it was written' if len(names) == 1 else 'are not as they were written'
+      raise ValueError(f'{", ".join(names)} {problem}: {advice}')
 
 
 def _checksum_of(values: Mapping[str, Any]) -> int:
@@ -96,11 +101,11 @@ def _checksum_of(values: Mapping[str, Any]) -> int:
 
 
 def check_arrays(folder: Any, prefixes: tuple[str, ...]) -> None:
-  """Raises if metadata, the index of the arrays or the end of a chunk is bad: of each chunk it reads one byte.
+  """Raises an error if the metadata or the index of the arrays is damaged, or if a chunk is missing or cut short.
 
-  It looks at the arrays whose names begin with one of the prefixes.
-
-  Orbax finds the same, but in parallel reads, which it abandons at the first error and which print a trace each.
+  It checks the arrays whose names begin with one of the prefixes, and reads only the last byte of each chunk. Orbax
+  detects the same damage, but in parallel reads, which it abandons at the first error and each of which prints a
+  traceback.
   """
   import tensorstore
   for path in [folder / '_METADATA', *folder.glob('array_metadatas/*')]:
@@ -116,7 +121,7 @@ def check_arrays(folder: Any, prefixes: tuple[str, ...]) -> None:
 
 
 def check_writable(folder: Any) -> None:
-  """Makes a folder; OSError, with its path, where that or writing to it is not possible."""
+  """Makes a folder. Raises OSError, which names it, if it cannot be made or cannot be written to."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.write-probe-{os.getpid()}'
@@ -127,9 +132,9 @@ def check_writable(folder: Any) -> None:
 
 
 def all_finite(tree: Any) -> bool:
-  """Whether the norm of each array is finite in float32: no number is infinite, NaN, or beyond some 1e19.
+  """Returns whether the norm of each array is finite in float32: no number is infinite, NaN, or above about 1e19.
 
-  Parameters of that size are ruined as well: the next loss is not finite, though they are.
+  Parameters of that size are finite, but useless: the next loss is not.
   """
   return bool(_all_finite(tree))
 
@@ -142,7 +147,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _files(folder: Any) -> Iterator[Any]:
-  """All files under a folder; etils has no `rglob`."""
+  """Yields all files under a folder. Paths of etils have no `rglob`."""
   for path in folder.iterdir():
     if path.is_dir():
       yield from _files(path)
@@ -151,7 +156,10 @@ def _files(folder: Any) -> Iterator[Any]:
 
 
 def reason(error: Exception) -> str:
-  """One line of an error: TensorStore appends its whole specification, and puts the cause last."""
+  """Returns the message of an error as one short line, without the specification that TensorStore appends.
+
+  A long message keeps its end, where TensorStore puts the cause.
+  """
   text = re.split(r' \[(?:tensorstore_spec|source locations)=', str(error))[0]
   text = ' '.join(text.split()) or type(error).__name__
   text = f'the disk is full: {text}' if os.strerror(errno.ENOSPC) in text else text

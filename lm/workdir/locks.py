@@ -1,4 +1,4 @@
-"""Processes that take turns."""
+"""Locks between processes."""
 import contextlib
 import fcntl
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def turn(path: pathlib.Path, waiting: str, progress: Callable[[str], Any]) -> Iterator[None]:
-  """Holds the lock of a file, which is made, or of a folder. One process has it at a time; it is free when that dies.
+def hold(path: pathlib.Path, waiting: str, progress: Callable[[str], Any]) -> Iterator[None]:
+  """Holds an exclusive lock on a folder, or on a file, which is created. The lock is released when the process dies.
 
-  Tells `progress` the line `waiting` where another process has it. Some file systems have no locks of folders; there
-  nobody waits.
+  While another process holds the lock, this one waits, after it has passed the line `waiting` to `progress`. On file
+  systems that cannot lock folders, no process waits.
   """
   file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_CREAT | os.O_WRONLY)
   try:

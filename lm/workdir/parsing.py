@@ -1,15 +1,15 @@
-"""Text and JSON that others wrote: bytes that are not UTF-8, and nesting that is too deep to be read."""
+"""Reads text and JSON from untrusted files: bytes that are not UTF-8, surrogates, and brackets nested too deep."""
 import collections
 import dataclasses
 import json
 import re
 from typing import Any
 
-_HALF = re.compile('[\ud800-\udfff]')   # of a surrogate pair: whole ones are one character by now
+_LONE_SURROGATE = re.compile('[\ud800-\udfff]')   # the JSON parser has joined complete pairs into one character
 
 
 def json_value(text: str | bytes, **options: Any) -> Any:
-  """As `json.loads`, whose only error is then ValueError: also where the text is nested too deep for its parser."""
+  """Like `json.loads`, but raises ValueError also where the text is nested too deep for the parser."""
   try:
     return json.loads(text, **options)
   except RecursionError:
@@ -18,46 +18,54 @@ def json_value(text: str | bytes, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TextDecoder:
-  """UTF-8 to text.
+  """Decodes UTF-8.
 
   Args:
-    errors: what becomes of other bytes: 'strict' raises ValueError, 'replace' puts U+FFFD in their place, 'drop' leaves
-      the document out.
+    errors: how invalid bytes are treated: 'strict' raises ValueError, 'replace' puts U+FFFD in their place, 'drop'
+      omits the document.
   """
   errors: str = 'strict'
 
   def __post_init__(self):
     if self.errors not in ('strict', 'replace', 'drop'):
-      raise ValueError(f"encoding_errors={self.errors!r} is none of 'strict', 'replace', 'drop'")
+      raise ValueError(f"encoding_errors={self.errors!r} is none of 'strict', 'replace', 'drop'; choose one of them")
 
   def __call__(self, data: bytes, where: str, counts: collections.Counter) -> str | None:
-    """The text, or None where it is left out; `counts` then says how many were, or were repaired."""
+    """Returns the text, or None if it is dropped; `counts` counts the texts that were repaired or dropped."""
     try:
       return data.decode()
     except UnicodeDecodeError as error:
       if self.errors == 'strict':
-        raise ValueError(f'{where}: byte {error.start} is not UTF-8; convert the file, or repair or leave '
-                         'out such text by --encoding_errors=replace or drop') from None
-    return self._mended(data.decode(errors='replace'), counts)
+        raise ValueError(f'{where}: byte {error.start} is not UTF-8; convert the file, or repair or drop such text '
+                         'with --encoding_errors=replace or drop') from None
+    return self._count(data.decode(errors='replace'), counts)
 
-  def whole(self, text: str, counts: collections.Counter) -> str | None:
-    """Text out of JSON, whose escapes may spell half of a surrogate pair: that is no UTF-8 either.
+  def repair(self, text: str, counts: collections.Counter) -> str | None:
+    """Repairs or drops a string from JSON that contains a lone surrogate, which an escape can write and UTF-8 cannot.
 
-    'strict' leaves it to the cleaning, and to the tokenizer, which refuses what is left of it.
+    'strict' returns the text as it is: cleaning may remove the surrogate, and otherwise the tokenizer refuses it.
     """
-    if self.errors == 'strict' or not _HALF.search(text):
+    if self.errors == 'strict' or not _LONE_SURROGATE.search(text):
       return text
-    return self._mended(_HALF.sub('\ufffd', text), counts)
+    return self._count(_LONE_SURROGATE.sub('\ufffd', text), counts)
 
-  def record(self, text: str, value: Any, where: str, counts: collections.Counter) -> str | None:
-    """JSON, `text`, whose value is not cleaned: as `whole`, but 'strict' raises ValueError."""
-    if r'\ud' not in text.lower() or not _HALF.search(spelled := json.dumps(value, ensure_ascii=False)):
+  def repair_json(self, text: str, value: Any, where: str, counts: collections.Counter) -> str | None:
+    """Like `repair`, of a JSON document, `text`, with its parsed value; since it is not cleaned, 'strict' raises.
+
+    Raises:
+      ValueError: the document contains a lone surrogate and `errors` is 'strict'.
+    """
+    if r'\ud' not in text.lower():
+      return text
+    decoded = json.dumps(value, ensure_ascii=False)
+    surrogate = _LONE_SURROGATE.search(decoded)
+    if surrogate is None:
       return text
     if self.errors == 'strict':
-      raise ValueError(f'{where}: {ascii(_HALF.search(spelled)[0])} is half of a surrogate pair, no Unicode; repair or '
-                       'leave out such text by --encoding_errors=replace or drop')
-    return self.whole(spelled, counts)
+      raise ValueError(f'{where}: {ascii(surrogate[0])} is half of a surrogate pair, which is no Unicode character; '
+                       'repair or drop such text with --encoding_errors=replace or drop')
+    return self.repair(decoded, counts)
 
-  def _mended(self, repaired: str, counts: collections.Counter) -> str | None:
+  def _count(self, repaired: str, counts: collections.Counter) -> str | None:
     counts['invalid UTF-8 repaired' if self.errors == 'replace' else 'invalid UTF-8 dropped'] += 1
     return repaired if self.errors == 'replace' else None

@@ -1,4 +1,4 @@
-"""What was run: `run.json` in a workdir, one record a start; and whose the workdir is."""
+"""The records of a workdir: `run.json`, with one record for each start of the run, and the lock of the workdir."""
 import contextlib
 import datetime
 import importlib.metadata
@@ -18,26 +18,30 @@ from lm.workdir import atomic, parsing
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The records in `workdir/run.json`, oldest first; none if there is no such file."""
+  """Returns the records in `workdir/run.json`, oldest first; an empty list if there is no such file.
+
+  Raises ValueError, which names the file, if it is damaged.
+  """
   path = workdir / 'run.json'
   try:
-    found = parsing.json_value(path.read_text()) if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+    records = parsing.json_value(path.read_text()) if path.exists() else []
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
       raise ValueError('it is no list of records')
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or choose another --workdir') from None
-  return found
+  return records
 
 
 def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The knobs; where `steps` is None (fitted to the machine when the run began), what it came to in earlier records."""
+  """Returns the knobs; a `steps` of None (fitted to a time when the run started) becomes that of the newest record."""
   if 'steps' not in knobs or knobs['steps'] is not None:
     return dict(knobs)
-  return {**knobs, 'steps': next((r['steps'] for r in reversed(earlier) if 'steps' in r), None)}
+  steps = next((record['steps'] for record in reversed(earlier) if 'steps' in record), None)
+  return {**knobs, 'steps': steps}
 
 
 def make(workdir: pathlib.Path) -> None:
-  """Makes the workdir; OSError if it cannot be written."""
+  """Makes the workdir. Raises OSError if it cannot be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
@@ -48,9 +52,11 @@ def make(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
-  """Makes the workdir, and keeps other processes from training in it.
+  """Makes the workdir, and locks it against other processes that would train in it.
 
-  ValueError if another script ran there, OSError if it cannot be written or another process runs in it.
+  Raises:
+    ValueError: the workdir holds a run of another script.
+    OSError: the workdir cannot be written, or another process trains in it.
   """
   make(workdir)
   for earlier in read(workdir)[-1:]:
@@ -67,27 +73,28 @@ def claim(workdir: pathlib.Path, script: str) -> Iterator[None]:
     except BlockingIOError:
       raise OSError(f'another process is training in the workdir {workdir}; wait for it, stop it, or choose another '
                     '--workdir') from None
-    except (ImportError, OSError):   # a platform, or a file system, without locks
+    except (ImportError, OSError):   # this platform or file system has no locks
       pass
     yield
 
 
 def start(workdir: pathlib.Path, **facts: Any) -> None:
-  """Appends the record of a run that begins now; those of earlier runs stay."""
+  """Appends the record of a run that starts now. Earlier records are kept."""
   if jax.process_index() == 0:
     _write(workdir, [*read(workdir), facts])
 
 
 def add(workdir: pathlib.Path, **facts: Any) -> None:
-  """Adds facts (the fingerprint of the data, say) to the record of the present run."""
+  """Adds facts, such as the fingerprint of the data, to the record of the current run."""
   if jax.process_index() == 0:
-    *earlier, present = read(workdir) or [{}]
-    _write(workdir, [*earlier, {**present, **facts}])
+    *earlier, current = read(workdir) or [{}]
+    _write(workdir, [*earlier, {**current, **facts}])
 
 
 @contextlib.contextmanager
-def kept(workdir: pathlib.Path) -> Iterator[None]:
-  """Writes the records again, and says so, where they are gone at the end: without them a run cannot be opened."""
+def preserve(workdir: pathlib.Path) -> Iterator[None]:
+  """Writes the records again, and prints so, if they were deleted in the meantime: a run cannot be opened without them.
+  """
   before = read(workdir)
   try:
     yield
@@ -95,15 +102,15 @@ def kept(workdir: pathlib.Path) -> Iterator[None]:
     path = workdir / 'run.json'
     if before and jax.process_index() == 0 and workdir.is_dir() and not path.exists():
       _write(workdir, before)
-      print(f'{path} was deleted while the run trained; it is written again', file=sys.stderr, flush=True)
+      print(f'{path} was deleted while the run trained; it has been written again', file=sys.stderr, flush=True)
 
 
-def _write(workdir: pathlib.Path, found: list[dict[str, Any]]) -> None:
-  atomic.write(workdir / 'run.json', json.dumps(found, indent=2, default=str) + '\n')
+def _write(workdir: pathlib.Path, records: list[dict[str, Any]]) -> None:
+  atomic.write(workdir / 'run.json', json.dumps(records, indent=2, default=str) + '\n')
 
 
 def circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:
-  """What a result may depend on besides the flags."""
+  """Returns what a result may depend on besides the flags: the time, host, revision, versions, devices and mesh."""
   versions = {'python': platform.python_version()}
   for package in ('lm', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -117,7 +124,7 @@ def circumstances(script: pathlib.Path, mesh: Any) -> dict[str, Any]:
 
 
 def _revision(folder: pathlib.Path) -> str | None:
-  """The git commit, with `-dirty` where files differ from it; None without git or a repository."""
+  """Returns the git commit, with `-dirty` if files differ from it; None without git or outside a repository."""
   command = ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=40']
   with contextlib.suppress(OSError, subprocess.SubprocessError):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,7 +1,7 @@
-"""Where numbers go: metrics to terminal, JSONL and TensorBoard; throughput and MFU.
+"""Logs metrics to the terminal, JSONL and TensorBoard; measures throughput and MFU.
 
-A workdir holds `metrics.jsonl` (one line a record) and `tensorboard/`. Metrics that the terminal and `plot` know by
-name: `loss`, `learning_rate`, `validation/loss`, `validation/bits_per_byte`. Losses are in nats a token.
+A workdir holds `metrics.jsonl` (one line for each record) and `tensorboard/`. The terminal and `plot` know these
+metrics by name: `loss`, `learning_rate`, `validation/loss`, `validation/bits_per_byte`. Losses are in nats per token.
 """
 import collections
 import contextlib
@@ -20,8 +20,8 @@ import jax
 
 from lm.workdir import atomic
 
-# Dense bf16 peak, FLOP/s, per TensorCore of a TPU (a device has `num_cores` of them) and per GPU, by the exact name
-# of the device: a slice of a GPU (MIG) or an unlisted variant has another name and no MFU, rather than a wrong one.
+# Dense bf16 peak in FLOP/s, per TensorCore of a TPU (a device has `num_cores` of them) and per GPU, by the exact name
+# of the device. A slice of a GPU (MIG) or an unlisted variant has another name: it gets no MFU rather than a wrong one.
 # Sources: Cloud TPU documentation, NVIDIA data sheets.
 _TPU_CORE_PEAK = {
     'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 137.5e12,
@@ -37,20 +37,20 @@ _GPU_PEAK = {
 
 
 def peak_flops(device: Any) -> float | None:
-  """Dense bf16 peak of one JAX device in FLOP/s; None where it is not known (CPU included)."""
+  """Returns the dense bf16 peak of a JAX device in FLOP/s; None if it is unknown, as for a CPU."""
   if device.device_kind in _TPU_CORE_PEAK:
     return device.num_cores * _TPU_CORE_PEAK[device.device_kind]
   return _GPU_PEAK.get(device.device_kind)
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, devices: Sequence[Any]) -> float | None:
-  """Model FLOPs utilisation (Chowdhery et al., 2022) in [0, 1], all devices together; None where a peak is unknown."""
+  """Returns model FLOPs utilisation (Chowdhery et al. 2022) of all devices, in [0, 1]; None if a peak is unknown."""
   peaks = [peak_flops(device) for device in devices]
   return flops_per_token * tokens_per_second / sum(peaks) if peaks and all(peaks) else None
 
 
 class Phases(dict[str, float]):
-  """Wall seconds by phase: `with phases('tokenise'): ...`; a phase entered again adds up."""
+  """Seconds of wall time by phase: `with phases('tokenise'): ...`. Times of a phase that is entered again are added."""
 
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[None]:
@@ -62,38 +62,39 @@ class Phases(dict[str, float]):
 
 
 class Throughput:
-  """Training speed over the last `window` updates. The first update only starts the clock: compilation is before it.
+  """Measures training speed over the last `window` updates.
 
-  `tokens_before(step)` says how many tokens a run has read when it is at a step.
+  The first update only starts the clock, so that compilation does not count. `tokens_before(step)` returns how many
+  tokens a run has read when it reaches a step.
   """
 
   def __init__(self, tokens_before: Callable[[int], int], total_steps: int, window: int = 20,
                clock: Callable[[], float] = time.monotonic):
     self._tokens, self._total, self._clock = tokens_before, total_steps, clock
     self._marks: collections.deque[tuple[int, float]] = collections.deque(maxlen=window + 1)
-    self._begin, self._paused = None, 0.0
+    self._start, self._paused = None, 0.0
 
   def update(self, step: int) -> None:
     now = self._clock()
-    self._begin = now if self._begin is None else self._begin
+    self._start = now if self._start is None else self._start
     self._marks.append((step, now - self._paused))
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Time inside (evaluation, checkpoints) does not count as training; the ETA expects its share to continue."""
+    """Excludes the time inside (evaluation, checkpoints) from training; the ETA assumes a constant share of it."""
     start = self._clock()
     try:
       yield
     finally:
-      self._paused += 0.0 if self._begin is None else self._clock() - start
+      self._paused += 0.0 if self._start is None else self._clock() - start
 
   def skip(self, steps: int) -> None:
-    """So many steps are left out: they are no speed."""
+    """Excludes so many steps, which the run leaves out, from the speed."""
     self._marks = collections.deque(((step + steps, now) for step, now in self._marks), self._marks.maxlen)
 
   @property
   def tokens_per_second(self) -> float | None:
-    """None before two updates."""
+    """The measured speed; None before two updates."""
     if len(self._marks) < 2:
       return None
     (first, start), (last, end) = self._marks[0], self._marks[-1]
@@ -101,12 +102,12 @@ class Throughput:
 
   @property
   def eta(self) -> float | None:
-    """Seconds to the last step at the measured speed, pauses included in proportion; None before two updates."""
+    """Seconds to the last step at the measured speed, with pauses in proportion; None before two updates."""
     speed = self.tokens_per_second
     if not speed:
       return None
     step, training_time = self._marks[-1]
-    paused = self._paused / max(training_time - self._begin, 1e-9)
+    paused = self._paused / max(training_time - self._start, 1e-9)
     return (self._tokens(self._total) - self._tokens(step)) / speed * (1 + paused)
 
 
@@ -126,17 +127,17 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 class Tracker(contextlib.AbstractContextManager):
-  """Metrics of one run, written to `folder`; on processes other than the first it only measures.
+  """Logs the metrics of one run to `folder`. Processes other than the first only measure, and write nothing.
 
   Args:
     folder: the workdir.
     total_steps: the last step.
-    tokens_before: how many tokens the run has read when it is at a step; without it there is no throughput.
-    flops_per_token: of a step, forward and backward, given its number; without it there is no MFU.
-    devices: that the run uses, for the MFU; default all.
-    step: from which the run resumes. Later records (all, if 0) are dropped: the run will make them again.
-    records: of that step, as the checkpoint has them: what the file has lost of them is put back.
-    every: seconds between lines where the output is not a terminal; evaluations always get one.
+    tokens_before: returns how many tokens the run has read when it reaches a step; without it there is no throughput.
+    flops_per_token: returns the FLOPs per token of a step, forward and backward; without it there is no MFU.
+    devices: the devices that the run uses, for the MFU; by default all.
+    step: the step from which the run resumes. Later records (all, if it is 0) are dropped, as the run logs them again.
+    records: the records of that step from the checkpoint; those that the file has lost are written again.
+    every: seconds between lines if the output is not a terminal. Each evaluation prints a line anyway.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
@@ -149,8 +150,8 @@ class Tracker(contextlib.AbstractContextManager):
     self._output = sys.stdout if output is None else output
     self._live = self._output.isatty()
     self._latest: dict[str, float] = {}
-    self._validated: int | None = None   # the step of what is latest of `validation/`
-    self._begin, self._printed, self._pending = clock(), -math.inf, False
+    self._validated: int | None = None   # the step of the latest metrics under `validation/`
+    self._start, self._printed, self._pending = clock(), -math.inf, False
     self._records = list(records)
     self._path, self._jsonl = folder / 'metrics.jsonl', None
     if jax.process_index() == 0:
@@ -160,11 +161,11 @@ class Tracker(contextlib.AbstractContextManager):
       self._tensorboard = _TensorBoard(folder / 'tensorboard', step and step + 1)
 
   def pause(self) -> contextlib.AbstractContextManager[None]:
-    """Around evaluation and checkpoints: not training time."""
+    """Excludes the time inside, such as of evaluation and checkpoints, from training time."""
     return self.throughput.pause()
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:
-    """One record. A record with `loss` is of a training step, and counts for the throughput."""
+    """Logs one record. A record with `loss` belongs to a training step, and counts for the throughput."""
     metrics = {name: float(value) for name, value in metrics.items()}
     if 'loss' in metrics:
       self.throughput.update(step)
@@ -174,9 +175,9 @@ class Tracker(contextlib.AbstractContextManager):
           metrics['mfu'] = utilisation
     if self._jsonl is None:
       return
-    # JSON has no inf and NaN: null keeps every line readable by every tool.
+    # JSON has neither inf nor NaN; null keeps the line readable by all tools.
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    seconds = round(self._clock() - self._begin, 3)
+    seconds = round(self._clock() - self._start, 3)
     record = {'step': step, 'seconds': seconds, **finite}
     self._records = [*self.records(step), record]
     with atomic.naming(self._path):
@@ -189,11 +190,11 @@ class Tracker(contextlib.AbstractContextManager):
     self._print(step, milestone)
 
   def records(self, step: int) -> list[Mapping[str, Any]]:
-    """What was logged of a step, of the last one that was logged."""
+    """Returns the records of `step`; only those of the last logged step are kept."""
     return [record for record in self._records if record['step'] == step]
 
   def line(self, step: int) -> str:
-    """What the terminal shows; validation where it is of this step."""
+    """Returns the line for the terminal. It has validation metrics only if they belong to this step."""
     shown = [name for name in _SHOWN if name in self._latest
              and (step == self._validated or not name.startswith('validation/'))]
     sets = {name.split('/', 1)[1].removesuffix('/loss'): value for name, value in self._latest.items()
@@ -210,7 +211,7 @@ class Tracker(contextlib.AbstractContextManager):
     self._printed = now
     self._pending = self._live and not milestone
     line = self.line(step)
-    if self._live:  # '\x1b[K' clears what is left of a longer line
+    if self._live:  # '\x1b[K' clears the end of a longer line
       line = f'\r{line[:shutil.get_terminal_size().columns - 1]}\x1b[K'
     print(line, end='' if self._pending else '\n', file=self._output, flush=True)
     self._tensorboard.flush()
@@ -219,24 +220,24 @@ class Tracker(contextlib.AbstractContextManager):
     if self._pending:
       print(file=self._output)
     if self._jsonl is not None:
-      with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():   # not an error after an error
+      with contextlib.suppress(OSError) if error[0] else contextlib.nullcontext():   # raise the first error
         try:
           self._tensorboard.close()
         finally:
           self._jsonl.close()
 
   def _repair(self, step: int) -> None:
-    """Leaves out what cannot be read, and what comes after a step; puts back what the file has lost of that step."""
-    kept, damaged = _read(self._path) if self._path.exists() else ([], 0)
-    kept = [record for record in kept if step > 0 and record['step'] <= step]
-    lost = [record for record in self.records(step) if record not in kept]
+    """Removes damaged lines and records after `step`; adds the records of `step` that the file has lost."""
+    stored, damaged = _read(self._path) if self._path.exists() else ([], 0)
+    stored = [record for record in stored if step > 0 and record['step'] <= step]
+    lost = [record for record in self.records(step) if record not in stored]
     if damaged:
       print(f'{self._path}: {damaged} lines could not be read, and are left out', file=self._output, flush=True)
-    atomic.write(self._path, ''.join(json.dumps(record) + '\n' for record in (*kept, *lost)))
+    atomic.write(self._path, ''.join(json.dumps(record) + '\n' for record in (*stored, *lost)))
 
 
 class _TensorBoard:
-  """Scalars for TensorBoard, in a new file; written where they are logged, so that a full disk is an error there."""
+  """Writes scalars for TensorBoard to a new file. It writes them at once, so that a full disk raises an error there."""
 
   def __init__(self, folder: pathlib.Path, purge_step: int):
     from tensorboardX import proto, record_writer, summary  # 0.2 s: not for --help
@@ -246,7 +247,7 @@ class _TensorBoard:
       folder.mkdir(parents=True, exist_ok=True)
       self._file = record_writer.RecordWriter(str(self._path))
     self._add(file_version='brain.Event:2')
-    if purge_step:   # TensorBoard hides what earlier files have from this step on
+    if purge_step:   # TensorBoard then hides the records of earlier files from this step on
       self._add(step=purge_step, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -267,24 +268,26 @@ class _TensorBoard:
 
 
 def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics file. Lines that are damaged, such as one that a kill cut short, are left out."""
+  """Returns the records of a metrics file without damaged lines, such as one that a kill cut short."""
   return _read(metrics_jsonl)[0]
 
 
 def _read(metrics_jsonl: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-  """The records, and the number of lines that are none."""
+  """Returns the records, and the number of damaged lines."""
   lines, records = metrics_jsonl.read_bytes().splitlines(), []
   for line in lines:
-    with contextlib.suppress(ValueError):   # no UTF-8, or no JSON
+    with contextlib.suppress(ValueError):   # the line is not UTF-8, or not JSON
       record = json.loads(line)
-      numbers = isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
-      if numbers and isinstance(record.get('step'), int):
+      if (isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
+          and isinstance(record.get('step'), int)):
         records.append(record)
   return records, len(lines) - len(records)
 
 
 def _short(number: float) -> str:
-  unit = min(max(int(f'{number:.2e}'.partition('e')[2]) // 3, 0), 3)  # of the rounded number: 999.9 is 1k
+  # The exponent is that of the rounded number, so that 999.9 is 1k.
+  exponent = int(f'{number:.2e}'.partition('e')[2])
+  unit = min(max(exponent // 3, 0), 3)
   return f'{number / 1000**unit:.3g}{("", "k", "M", "G")[unit]}'
 
 

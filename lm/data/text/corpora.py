@@ -148,12 +148,12 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
     except ValueError as error:
       raise ValueError(f'{where}: not JSON: {error}') from None
     if key is None and isinstance(row, dict):
-      return decode.record(text.strip(), row, where, counts)
+      return decode.repair_json(text.strip(), row, where, counts)
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
       has = f'keys {", ".join(row)}' if isinstance(row, dict) else type(row).__name__
       raise ValueError(f'{where}: ' + ('no record {...}' if key is None else f'no string under key={key!r}')
                        + f'; the line has {has}')
-    return decode.whole(row[key], counts)
+    return decode.repair(row[key], counts)
 
   def read(i, offset):
     with plain(i).open('rb') as lines:
