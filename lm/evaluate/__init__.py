@@ -1,4 +1,4 @@
-"""What a trained model is worth: scores of texts, rewards, and what file compressors make of the same text."""
+"""Evaluation of trained models: log-probabilities of texts, rewards, and file compressors as a baseline."""
 from lm.evaluate.annotate import Annotated
 from lm.evaluate.compression import compress
 from lm.evaluate.rewards import Judge

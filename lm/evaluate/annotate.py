@@ -1,4 +1,4 @@
-"""Data whose rows carry what a fixed model says of them, computed once and stored: see `Annotated`."""
+"""Data with additional columns that a fixed model computes once, such as log-probabilities: see `Annotated`."""
 import dataclasses
 import hashlib
 import json
@@ -23,22 +23,22 @@ from lm.train import interfaces
 from lm.workdir import atomic, integrity
 from lm.workdir.describe import describe, differences
 
-_EVERY = 20   # batches between two commits, about; what a kill may lose
+_EVERY = 20   # batches between two commits, which a kill may lose
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotated:
-  """A data set and, for each position, columns that a model gives: a reference's log-probabilities, a teacher's logits.
+  """A data set with columns that a model computes for each position, such as the logits of a teacher.
 
-  They are computed when the data is first read, in its rows as they are packed, which are then the same in every
-  epoch; what was stored when the run was cut off is gone on from.
+  The columns are computed when the data is first read, for its rows as they are packed; the rows are then the same in
+  every epoch. After an interruption, the computation continues from the rows that were stored.
 
   Args:
-    data: what is annotated.
-    model: whose parameters `model.load(model.model)` gives; loaded only where something is left to compute.
+    data: the data set.
+    model: the model and its parameters, `model.load(model.model)`, which are loaded only if rows remain to compute.
     columns: dtype and shape, beyond [B, T], of each column by name.
-    annotate: `(apply, params, batch) -> {name: [B, T, ...]}`, runs inside `jit`.
-    folder: where the columns are kept; None: in the workdir.
+    annotate: `(apply, params, batch) -> {name: [B, T, ...]}`, which runs inside `jit`.
+    folder: the folder of the columns; None for one in the workdir.
   """
   data: interfaces.Data
   model: interfaces.Constants
@@ -88,7 +88,7 @@ class Annotated:
     return self.folder or workdir / 'data' / 'columns'
 
   def fingerprint(self, data: str) -> str:
-    """The fingerprint of the annotated data, by that of the data."""
+    """Returns the fingerprint of the annotated data, given that of the data."""
     facts = [data, describe(self.model.model), describe(self.model.load)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -96,15 +96,15 @@ class Annotated:
     return self.data.load_tokenizer(workdir)
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
-    without = self.data.verify(workdir)
+    unverified = self.data.verify(workdir)
     for path in sorted(self._folder(workdir).glob('*/columns.json')):
       stored = _read(path)
       if 'checksums' in stored:
         integrity.compare({path.with_name(name): number for name, number in stored['checksums'].items()},
                           f'delete {path.parent}, and it is made again')
-      else:   # of before there were any, or not finished
-        without = [*without, str(path.parent)]
-    return without
+      else:   # not finished, or written by a version without checksums
+        unverified = [*unverified, str(path.parent)]
+    return unverified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +131,9 @@ class OpenAnnotated:
     return self.annotated.fingerprint(self.data.fingerprint)
 
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True) -> Batches:
-    """The batches of the data, with the columns, which are computed where they are not there; tells its progress."""
+    """Returns the batches of the data with the columns. It computes missing columns, and prints its progress."""
     batches = self.data.batches(split, objective, rows, seed, repeat)
-    # To be composed row by row as they will be: with nothing stored, yet the same in every epoch.
+    # An empty `stored` composes rows like stored columns will: each row is the same in every epoch.
     batches = dataclasses.replace(batches, stored={})
     shapes = {name: (np.dtype(dtype), (batches.rows_per_epoch, batches.length, *shape))
               for name, (dtype, shape) in self.annotated.columns.items()}
@@ -151,56 +151,60 @@ class OpenAnnotated:
 
     @jax.jit
     def annotate(params, batch):
-      found = self.annotated.annotate(self.annotated.model.model.apply, params, batch)
-      # Whole on every device, so that process 0 can write what others computed.
-      return {name: sharding.constrain(x, '-' * x.ndim) for name, x in found.items()}
+      columns = self.annotated.annotate(self.annotated.model.model.apply, params, batch)
+      # Columns are replicated, so that process 0 can write those of all processes.
+      return {name: sharding.constrain(x, '-' * x.ndim) for name, x in columns.items()}
 
-    start = told = time.monotonic()
+    start = last_report = time.monotonic()
     first, arrays = stored.rows_done, stored.write()
     local, pending = sharding.local_rows(batches.rows, mesh), None
-    for at in (*range(first, total, batches.rows), None):
+    for first_row in (*range(first, total, batches.rows), None):
       running = None
-      if at is not None:
-        rows = [(0, at + i) if at + i < total else None for i in local]
-        running = at, annotate(params, sharding.shard_rows(batches.compose(rows), mesh))
-      if pending is not None:   # while the next one runs
-        done, found = pending
-        end = min(done + batches.rows, total)
-        for name, values in found.items():
+      if first_row is not None:
+        rows = [(0, first_row + i) if first_row + i < total else None for i in local]
+        running = first_row, annotate(params, sharding.shard_rows(batches.compose(rows), mesh))
+      if pending is not None:   # write one batch while the device computes the next
+        begin, columns = pending
+        end = min(begin + batches.rows, total)
+        for name, values in columns.items():
           if arrays is not None:
-            arrays[name][done:end] = np.asarray(values)[:end - done]
+            arrays[name][begin:end] = np.asarray(values)[:end - begin]
         if (end // batches.rows) % _EVERY == 0 or end == total:
           stored.commit(arrays, end)
-        if (now := time.monotonic()) - told > 10 or end == total:
-          told = now
+        now = time.monotonic()
+        if now - last_report > 10 or end == total:
+          last_report = now
           print(f'{self.folder.name}: {end:,} of {total:,} rows of {stored.folder.name} annotated, '
                 f'{(end - first) * batches.length / (now - start):,.0f} tokens/s', flush=True)
       pending = running
 
 
 class _Stored:
-  """Columns on disk: an array for each in `<name>.npy`, and `columns.json`, what they are of and how many rows count.
+  """Columns on disk: an array `<name>.npy` for each, and `columns.json`, their origin and how many rows are computed.
 
-  Raises ValueError if the folder has columns of something else.
+  Raises ValueError if the folder holds columns of another origin.
   """
 
   def __init__(self, folder: pathlib.Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], made_of: Mapping):
     self.folder, self._shapes, self._made_of = folder, shapes, dict(made_of)
     self.rows_done = 0
-    if (path := folder / 'columns.json').exists():
+    path = folder / 'columns.json'
+    if path.exists():
       stored = _read(path)
       self.rows_done, made_of = stored['rows_done'], stored['made_of']
-      if lines := differences(made_of, self._made_of):
-        raise ValueError(f'{folder} was made of something else; choose another --workdir\n  '
+      lines = differences(made_of, self._made_of)
+      if lines:
+        raise ValueError(f'the columns in {folder} were made from other settings; choose another --workdir\n  '
                          + '\n  '.join(lines))
 
   def write(self) -> dict[str, np.memmap] | None:
-    """The arrays, open for writing; None on a process that does not write."""
+    """Returns the arrays, open for writing; None on processes other than the first, which do not write."""
     if jax.process_index() > 0:
       return None
     self.folder.mkdir(parents=True, exist_ok=True)
-    return {name: np.lib.format.open_memmap(self.folder / f'{name}.npy', 'r+' if self.rows_done else 'w+', *like)
-            for name, like in self._shapes.items()}
+    mode = 'r+' if self.rows_done else 'w+'
+    return {name: np.lib.format.open_memmap(self.folder / f'{name}.npy', mode, dtype, shape)
+            for name, (dtype, shape) in self._shapes.items()}
 
   def commit(self, arrays: Mapping[str, np.memmap] | None, rows: int) -> None:
     if arrays is not None:
@@ -219,11 +223,11 @@ class _Stored:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-  """What `columns.json` says; ValueError, with its path, where it is damaged."""
+  """Returns the content of `columns.json`. Raises ValueError, which names the file, if it is damaged."""
   try:
     stored, _ = integrity.unsealed(path.read_text())
     if not {'rows_done', 'made_of'} <= stored.keys():
-      raise ValueError('it does not say how many rows are done, or of what')
+      raise ValueError('it lacks the number of computed rows or their origin')
     return stored
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None

@@ -1,4 +1,4 @@
-"""Rewards of answers, by a reward model: one number an answer, of which only differences mean something."""
+"""Rewards of answers by a reward model: one number for each answer. Only differences of rewards have a meaning."""
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from lm.models.reward import Reward
 
 
 class RewardPairs(NamedTuple):
-  """Rewards of the chosen and the rejected answers of pairs, [n]; and which records were left out, as too long."""
+  """Rewards of the chosen and of the rejected answers of pairs, each [n], and the records that were too long."""
   chosen: np.ndarray
   rejected: np.ndarray
-  too_long: np.ndarray   # their indices
+  too_long: np.ndarray   # indices of the records that were skipped
 
   @property
   def accuracy(self) -> float:
@@ -26,31 +26,31 @@ class RewardPairs(NamedTuple):
 
   @property
   def margin(self) -> float:
-    """The mean difference of the rewards, chosen less rejected."""
+    """The mean of the chosen answer's reward minus that of the rejected one."""
     return float(np.mean(self.chosen - self.rejected, dtype=np.float64))
 
 
 class Judge:
-  """A reward model with the tokenizer and the template that it was trained with.
+  """A reward model with the tokenizer and the template that it was trained with. It computes on the current mesh.
 
-  Raises ValueError where the model is no reward model, or was trained on no dialogues. Works on the mesh that is set.
+  Raises ValueError if the model is no reward model, or has no template because it was not trained on dialogues.
   """
 
   def __init__(self, model: Any, params: Any, tokenizer: Any, template: conversation.Template | None):
     if not isinstance(model, Reward):
       raise ValueError('this is no reward model; make one with "python experiments/preference.py --method=reward"')
     if template is None:
-      raise ValueError('the reward model has no template by which a prompt and an answer are written')
+      raise ValueError('the reward model has no template for prompts and answers; train one on dialogues')
     self.model, self.params, self.tokenizer, self.template = model, params, tokenizer, template
 
   def answers(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """The reward of each answer to the prompt beside it, float32 [n]; an empty prompt is none."""
+    """Returns the reward of each answer to its prompt, float32 [n]. An empty prompt stands for no prompt."""
     return self.conversations([[*([{'role': 'user', 'content': prompt}] if prompt else []),
                                 {'role': 'assistant', 'content': answer}]
                                for prompt, answer in zip(prompts, answers, strict=True)])
 
   def pairs(self, records: Sequence[str], keys: messages.Keys) -> RewardPairs:
-    """The rewards of the two answers of each record of JSON, see `messages`, that the model can read."""
+    """Returns the rewards of the two answers in each JSON record (see `messages`) that fits the model's context."""
     pairs = [[self._encode([*prompt, *answer]) for answer in answers]
              for prompt, answers, _ in (messages.read(record, Pair, keys) for record in records)]
     is_long = np.array([max(map(len, pair)) > self.model.max_length for pair in pairs], bool)
@@ -58,7 +58,7 @@ class Judge:
     return RewardPairs(values[::2], values[1::2], np.flatnonzero(is_long))
 
   def conversations(self, conversations: Sequence[messages.Messages]) -> np.ndarray:
-    """The reward of each conversation, float32 [n]."""
+    """Returns the reward of each conversation, float32 [n]."""
     return rewards(self.model, self.params, [self._encode(conversation) for conversation in conversations])
 
   def _encode(self, conversation: messages.Messages) -> np.ndarray:
@@ -73,10 +73,10 @@ def _rewards(apply, params, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Arra
 
 
 def rewards(model: Reward, params: Any, texts: Sequence[np.ndarray], positions: int = 4096) -> np.ndarray:
-  """The reward of each text, int32 [T] with all control tokens: the score at its last token, float32 [n].
+  """Returns the reward of each text, float32 [n]: the score at its last token.
 
-  Texts of about the same length are batched, about so many `positions` at a time. ValueError where a text is empty, or
-  longer than the model's context.
+  A text is int32 [T] with all control tokens. Texts of similar length form batches of about `positions` positions.
+  Raises ValueError if a text is empty, or longer than the model's context.
   """
   lengths = np.array([len(text) for text in texts], int)
   if len(texts) and not 0 < lengths.min() <= lengths.max() <= model.max_length:

@@ -1,4 +1,4 @@
-"""The log-probabilities of texts, by any kind of model."""
+"""Log-probabilities of texts by decoders, encoder-decoders and encoders."""
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,21 +15,22 @@ from lm.train.validation import one_behind
 
 
 @functools.partial(jax.jit, static_argnames='apply')
-def _log_probabilities(apply, params, batch: Batch, asked_BP: jax.Array | None = None) -> jax.Array:
-  """Of each target; with `asked_BP`, targets are of these columns, [B, P]."""
+def _log_probabilities(apply, params, batch: Batch, columns_BP: jax.Array | None = None) -> jax.Array:
+  """Returns the log-probability of each target, [B, T]; of the targets [B, P] of `columns_BP` if it is given."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   outputs = apply(params, batch)
   hidden = outputs.hidden
-  if asked_BP is not None:
-    hidden = jnp.take_along_axis(hidden, sharding.constrain(asked_BP, 'BT')[..., None], axis=1)
-  found = target_log_probabilities(hidden, outputs.head, batch.targets)
-  return sharding.constrain(found, '--')   # so that every host can read it
+  if columns_BP is not None:
+    hidden = jnp.take_along_axis(hidden, sharding.constrain(columns_BP, 'BT')[..., None], axis=1)
+  scores = target_log_probabilities(hidden, outputs.head, batch.targets)
+  return sharding.constrain(scores, '--')   # replicated, so that every process can read all of them
 
 
 def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
-  """Of rows for pieces of `lengths` [pieces, sides], each side: few different ones, so few compilations.
+  """Returns the widths of rows for pieces of `lengths` [pieces, sides]; a side is the text, or its source.
 
-  The longer side's is a power of two, if that is not more than `most`; the other is as full as that one.
+  There are few different widths, so that there are few compilations. The side with more tokens has a width that is a
+  power of two, and at most `most`. The other width is chosen such that rows are equally full on both sides.
   """
   total, longest = lengths.sum(0), lengths.max(0)
   main = int(total.argmax())
@@ -41,13 +42,13 @@ def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
 
 
 def _rows(lengths: np.ndarray, widths: np.ndarray) -> list[list[int]]:
-  """Indices of pieces packed into rows of `widths`, by the side that fills its row the most."""
+  """Packs pieces into rows of `widths`, by the side that fills its row the most. Returns the pieces of each row."""
   width = int(widths.max())
   return best_fit((-(-lengths * width // widths)).max(1).tolist(), width)
 
 
 def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[list[int]]]:
-  """Groups of rows with about `positions` positions each; empty rows fill a group up to what the mesh can split."""
+  """Yields groups of rows of about `positions` positions. Empty rows make their number divisible over the mesh."""
   count = sharding.padded_rows(min(max(positions // width, 1), len(rows)))
   for begin in range(0, len(rows), count):
     group = rows[begin:begin + count]
@@ -55,7 +56,7 @@ def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[
 
 
 class _Piece(NamedTuple):
-  """Tokens `first` to `stop` of a text are read, and those after them from `start` on scored."""
+  """A piece of a text: the model reads tokens `first` to `stop` - 1, and tokens `start` + 1 to `stop` are scored."""
   text: int
   first: int
   start: int
@@ -64,22 +65,26 @@ class _Piece(NamedTuple):
 
 def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], positions: int = 2048,
                       sources: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-  """Of each text, log p(tokens[i + 1] | tokens before it) in nats, `[n - 1]`; on the mesh that is set.
+  """Returns log p(tokens[i + 1] | earlier tokens) in nats, `[n - 1]`, of each text, computed on the current mesh.
 
-  Texts are packed into rows, and rows into batches of about so many `positions`. One that is longer than the model can
-  place is read in windows as long as it can, half overlapping: a token has at least half a window before it. With an
-  encoder-decoder, each text is given its source.
+  Texts are packed into rows, and rows into batches of about `positions` positions. A text that is longer than the
+  model's context is read in windows of that length, which overlap by half, so that each scored token has at least half
+  a window before it. For an encoder-decoder, `sources` has the source of each text.
+
+  Raises ValueError if the model is an encoder.
   """
   if not model.causal:
-    raise ValueError('an encoder sees the token that it is asked for; score with pseudo_log_probabilities')
+    raise ValueError('an encoder sees the token that it predicts; score with pseudo_log_probabilities')
   size, pieces = model.max_length, []
-  found = [np.zeros(max(len(tokens) - 1, 0), np.float32) for tokens in texts]
-  for text, scores in enumerate(found):
-    for start in [0, *range(size, len(scores), size // 2)] if len(scores) else ():
+  result = [np.zeros(max(len(tokens) - 1, 0), np.float32) for tokens in texts]
+  for text, scores in enumerate(result):
+    if not len(scores):
+      continue
+    for start in [0, *range(size, len(scores), size // 2)]:
       first = 0 if start == 0 else start - size // 2
       pieces.append(_Piece(text, first, start, min(first + size, len(scores))))
   if not pieces:
-    return found
+    return result
   lengths = np.array([[piece.stop - piece.first, *([] if sources is None else [len(sources[piece.text])])]
                       for piece in pieces])
   widths = _widths(lengths, size)
@@ -89,11 +94,11 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], posi
       _log_probabilities(model.apply, params, _batch(texts, sources, group, *widths.tolist())) for group in groups)
   for scores_BT, group in zip(scored, groups):
     for row, packed in enumerate(group):
-      at = 0
+      column = 0
       for text, first, start, stop in packed:
-        found[text][start:stop] = scores_BT[row, at + start - first:at + stop - first]
-        at += stop - first
-  return found
+        result[text][start:stop] = scores_BT[row, column + start - first:column + stop - first]
+        column += stop - first
+  return result
 
 
 def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, rows: list[list[_Piece]], width: int,
@@ -103,34 +108,38 @@ def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, ro
   if sources is not None:
     batch = batch._replace(**dict(zip(('source', 'source_segments'), np.zeros((2, len(rows), source_width), np.int32))))
   for row, packed in enumerate(rows):
-    at = source_at = 0
+    column = source_column = 0
     for segment, (text, first, _, stop) in enumerate(packed, 1):
-      span = row, slice(at, at := at + stop - first)
+      span = row, slice(column, column + stop - first)
       tokens[span], targets[span] = texts[text][first:stop], texts[text][first + 1:stop + 1]
       positions[span], segments[span] = np.arange(stop - first), segment
+      column += stop - first
       if sources is not None:
-        span = row, slice(source_at, source_at := source_at + len(sources[text]))
-        batch.source[span], batch.source_segments[span] = sources[text], segment
+        source = sources[text]
+        span = row, slice(source_column, source_column + len(source))
+        batch.source[span], batch.source_segments[span] = source, segment
+        source_column += len(source)
   return batch
 
 
 def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int, positions: int = 2048
                              ) -> list[np.ndarray]:
-  """Of each text, log p(tokens[i] | all others of it) in nats, `[n - 2]`, by an encoder that predicts masked tokens.
+  """Returns log p(tokens[i] | all other tokens) in nats, `[n - 2]`, of each text, by a masked language model.
 
-  Each token in turn has `mask` in its place (Salazar et al. 2020, arXiv:1910.14659), but the first and the last, which
-  stand around the text as the model knows it, [CLS] and [SEP]. Copies of texts are packed and batched as above.
+  A copy of the text for each token has `mask` in its place (Salazar et al. 2020, arXiv:1910.14659). The first and the
+  last token, [CLS] and [SEP], are not scored. Copies are packed and batched as in `log_probabilities`.
 
   Raises:
     ValueError: a text is longer than the model reads at once.
   """
-  if (longest := max(map(len, texts), default=0)) > model.max_length:
+  longest = max(map(len, texts), default=0)
+  if longest > model.max_length:
     raise ValueError(f'a text of {longest} tokens, with the two around it, is more than the {model.max_length} that '
                      'the model reads at once; score its parts')
-  found = [np.zeros(max(len(tokens) - 2, 0), np.float32) for tokens in texts]
-  copies = [(text, place) for text, scores in enumerate(found) for place in range(1, len(scores) + 1)]
+  result = [np.zeros(max(len(tokens) - 2, 0), np.float32) for tokens in texts]
+  copies = [(text, place) for text, scores in enumerate(result) for place in range(1, len(scores) + 1)]
   if not copies:
-    return found
+    return result
   lengths = np.array([[len(texts[text])] for text, _ in copies])
   width = int(_widths(lengths, model.max_length)[0])
   rows = _rows(lengths, np.array([width]))
@@ -141,21 +150,22 @@ def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray
   for scores_BP, group in zip(scored, groups):
     for row, packed in enumerate(group):
       for i, (text, place) in enumerate(packed):
-        found[text][place - 1] = scores_BP[row, i]
-  return found
+        result[text][place - 1] = scores_BP[row, i]
+  return result
 
 
 def _masked(texts: Sequence[np.ndarray], rows: list[list[tuple[int, int]]], width: int, count: int, mask: int
             ) -> tuple[Batch, np.ndarray]:
-  """Copies (text, place), each with its mask, and the columns of these, of `count` a row."""
+  """Returns a batch of the copies (text, place) in `rows`, and the columns of their masks, [rows, `count`]."""
   tokens, positions, segments = np.zeros((3, len(rows), width), np.int32)
-  targets, asked = np.zeros((2, len(rows), count), np.int32)
+  targets, columns = np.zeros((2, len(rows), count), np.int32)
   for row, packed in enumerate(rows):
-    at = 0
+    first = 0
     for i, (text, place) in enumerate(packed):
       ids = texts[text]
-      targets[row, i], asked[row, i] = ids[place], at + place
-      span = row, slice(at, at := at + len(ids))
+      span = row, slice(first, first + len(ids))
       tokens[span], positions[span], segments[span] = ids, np.arange(len(ids)), i + 1
-      tokens[row, asked[row, i]] = mask
-  return Batch(tokens, targets, positions=positions, segments=segments), asked
+      targets[row, i], columns[row, i] = ids[place], first + place
+      tokens[row, first + place] = mask
+      first += len(ids)
+  return Batch(tokens, targets, positions=positions, segments=segments), columns
