@@ -1,4 +1,4 @@
-"""Tokens to logits: decoders, encoders, encoder-decoders, and the parts that they are made of."""
+"""Models from tokens to logits: decoders, encoders, encoder-decoders, and the modules that compose them."""
 from lm.models.context import Aux, Context
 from lm.models.encoder import Encoder, bert
 from lm.models.encoder_decoder import EncoderDecoder, t5

@@ -1,4 +1,4 @@
-"""Attention: the modules and their cache; `kernels` computes it. Shape legend: `transformer.py`."""
+"""Attention modules and their cache; `kernels` has the computation. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,32 +26,34 @@ class Temperature:
 
 
 def write(slots: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
-  """`slots`, with `new` in them from slot `index` of an axis on; one index for all rows, or one for each."""
+  """Returns `slots` with `new` written from slot `index` of `axis` on. `index` is a scalar, or has one entry a row."""
   new = new.astype(slots.dtype)
   if index.ndim == 0:
     return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis)
-  put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))
-  if (rows := sharding.spec('B')) is None:
-    return put(slots, new, index)
+  write_rows = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))
+  rows = sharding.spec('B')
+  if rows is None:
+    return write_rows(slots, new, index)
   layout = jax.typeof(slots).sharding.spec
-  return jax.shard_map(put, in_specs=(layout, layout, rows), out_specs=layout, check_vma=False)(slots, new, index)
+  sharded = jax.shard_map(write_rows, in_specs=(layout, layout, rows), out_specs=layout, check_vma=False)
+  return sharded(slots, new, index)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer, heads first, so that a step reads them as they lie."""
+  """Keys and values of one layer. The axis of heads comes before that of slots, so that a step reads contiguously."""
   k_BKSH: jax.Array
   v_BKSH: jax.Array
 
   def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: AttentionScores,
              sinks_N: jax.Array | None = None) -> tuple[jax.Array, 'LayerCache']:
-    """Adds T keys and values from slot `visible.start` on; what the queries make of all, and the new cache."""
+    """Writes T keys and values from slot `visible.start` on. Returns attention over all slots, and the new cache."""
     cache = LayerCache(*(write(old, new.swapaxes(1, 2), visible.start, 2) for old, new in zip(self, (k_BTKH, v_BTKH))))
     return attend(q_BTNH, *cache, visible, scores, sinks_N), cache
 
 
 def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: int, size: int, bias: bool,
             std: float) -> jax.Array:
-  """Declares a projection to heads, `axes` NH or KH, and applies it: [B, T, heads, size]."""
+  """Declares and applies a projection to heads. Returns [B, T, heads, size]; `axes` is 'NH' or 'KH'."""
   w = layers.weight(module, name, 'D' + axes, (x_BTD.shape[-1], heads, size), nn.initializers.normal(std), x_BTD.dtype,
                     inputs='D')
   y = layers.einsum(f'BTD,D{axes}->BT{axes}', x_BTD, w)
@@ -59,26 +61,26 @@ def project(module: nn.Module, name: str, x_BTD: jax.Array, axes: str, heads: in
 
 
 def output(module: nn.Module, y_BTNH: jax.Array, width: int, bias: bool, std: float) -> jax.Array:
-  """Declares the projection from heads to the model's width, and applies it."""
+  """Declares and applies the projection from heads to the model's width."""
   shape = (*y_BTNH.shape[2:], width)
   out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype, inputs='NH')
-  # As one axis: XLA on CPU would copy the weights at every token to contract the two in its own order.
+  # Heads and their entries are merged into one axis. To contract two axes, XLA on CPU copies the weights at each token.
   y = layers.einsum('BTN,ND->BTD', sharding.merge_axes(y_BTNH, 2), sharding.merge_axes(out, 0))
   return layers.add_bias(module, 'out_bias', '-', y) if bias else y
 
 
 class Attention(nn.Module):
-  """Multi-head attention (Vaswani et al. 2017), grouped-query where `kv_heads < heads` (Ainslie et al. 2023).
+  """Multi-head attention (Vaswani et al. 2017); grouped-query if `kv_heads < heads` (Ainslie et al. 2023).
 
-  `query_norm` and `key_norm` come before the rotation, or after it (`norms_last`); `temperature(positions)` scales the
-  queries. With `sinks`, each head may attend to nothing.
+  `query_norm` and `key_norm` are applied before the rotation, or after it if `norms_last` is true. Queries are
+  multiplied by `temperature(positions)`. With `sinks`, each head has a learned score for attending to nothing.
   """
   heads: int
   kv_heads: int
   head_size: int
   rotary: Rotary | None = None
   bias: bool = False
-  out_bias: bool | None = None   # None: as `bias`
+  out_bias: bool | None = None   # None: the same as `bias`
   query_norm: nn.Module | None = None
   key_norm: nn.Module | None = None
   norms_last: bool = False
@@ -87,11 +89,11 @@ class Attention(nn.Module):
   sinks: bool = False
   std: float = 0.02
   out_std: float = 0.02
-  query_std: float | None = None   # None: as `std`
+  query_std: float | None = None   # None: the same as `std`
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
-    """The output [B, T, D] and the new cache, None without one; as all modules that a block calls `attention`."""
+    """Returns the output [B, T, D] and the new cache, if any. All attention modules have this signature."""
     positions_BT, visible = context.positions_BT, context.visible
     std = self.std if self.query_std is None else self.query_std
     q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, std)
@@ -99,7 +101,9 @@ class Attention(nn.Module):
     v = project(self, 'value', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)
 
     def normalise(q, k):
-      return q if self.query_norm is None else self.query_norm(q), k if self.key_norm is None else self.key_norm(k)
+      q = q if self.query_norm is None else self.query_norm(q)
+      k = k if self.key_norm is None else self.key_norm(k)
+      return q, k
 
     if not self.norms_last:
       q, k = normalise(q, k)

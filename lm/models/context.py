@@ -1,4 +1,4 @@
-"""What the blocks of a model share in a forward pass, and what they report. Shape legend: `transformer.py`."""
+"""The inputs that all blocks share in a forward pass, and their auxiliary outputs. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -11,22 +11,23 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models.kernels import Visible
 
 # A function of a named activation and of the number of its layer, a traced scalar: `(x, layer) -> (new x, reading)`.
-# The new x takes the place of x; a reading that is not None is returned by the model, stacked over the layers.
+# The new x replaces x. The model returns the readings that are not None, stacked over the layers.
 Tap = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 Taps = tuple[tuple[str, Tap], ...]   # (name, tap)
 
 
 class Aux(NamedTuple):
-  """What a block reports beside its output.
+  """The auxiliary output of a block.
 
-  `loss` is added to the mean loss of training, summed over layers: of a router, say, that balances its experts.
-  `metrics` are logged: name -> (sum, count), added over layers, parts of a batch and devices before they are divided.
+  `loss`, such as a router's load-balancing loss, is summed over layers and added to the mean loss of training.
+  `metrics` are logged: name -> (sum, count). Both are added over layers, parts of a batch and devices before the sum is
+  divided by the count.
   """
   loss: jax.Array | None = None
   metrics: Mapping[str, tuple[jax.Array, jax.Array]] = {}
 
   def plus(self, other: 'Aux') -> 'Aux':
-    """What both report."""
+    """Returns the sum of both."""
     metrics = dict(self.metrics)
     for name, pair in other.metrics.items():
       metrics[name] = tuple(map(jnp.add, metrics[name], pair)) if name in metrics else pair
@@ -35,7 +36,7 @@ class Aux(NamedTuple):
 
 
 class EncodedSource(NamedTuple):
-  """What a decoder's block reads of the encoder: its output, None where a cache has it, and which of it is seen."""
+  """The encoder's output, None if a cache has its keys and values, and which of its positions each query sees."""
   memory_BSD: jax.Array | None
   visible: Visible
 
@@ -44,16 +45,16 @@ class EncodedSource(NamedTuple):
                    data_fields=['positions_BT', 'visible', 'key', 'source', 'layer'])
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What a block is given beside its input.
+  """The inputs of a block other than the hidden states.
 
   Args:
-    positions_BT: the place of each token in its document; None where the model has no positions in its blocks (T5).
-    visible: which keys a query sees; its `segments_BT` say where documents begin, 0 being padding.
-    key: for dropout, of this block; None without dropout.
-    source: what a decoder reads of an encoder.
-    layer: the number of the layer, where there are taps.
+    positions_BT: the position of each token in its document; None if blocks do not use positions (T5).
+    visible: which keys each query sees. Its `segments_BT` number the documents of a row; 0 is padding.
+    key: the block's key for dropout; None without dropout.
+    source: the encoder's output, for a decoder that reads one.
+    layer: the number of the layer; None without taps.
     taps: (name, function) of activations that are read or replaced.
-    readings: what the taps of this layer have read so far.
+    readings: the readings of this layer's taps so far, by name.
   """
   positions_BT: jax.Array | None
   visible: Visible
@@ -64,25 +65,25 @@ class Context:
   readings: dict[str, Any] | None = None
 
   def keys(self, count: int) -> tuple[jax.Array | None, ...]:
-    """As many keys, split from the block's; None each without dropout."""
+    """Splits the block's key into `count` keys; each is None without dropout."""
     return (None,) * count if self.key is None else tuple(jax.random.split(self.key, count))
 
   def with_key(self, key: jax.Array | None) -> 'Context':
     return dataclasses.replace(self, key=key)
 
   def tap(self, name: str, x: jax.Array) -> jax.Array:
-    """The activation `name`, as the taps of that name leave it."""
+    """Passes the activation `name` through the taps of that name, and stores their readings."""
     for tapped, function in self.taps:
       if tapped == name:
         x, self.readings[name] = function(x, self.layer)
     return x
 
   def name(self, name: str, x: jax.Array) -> jax.Array:
-    """As `tap`, of an activation that rematerialisation may keep by its name."""
+    """Like `tap`, and names the activation for rematerialisation, whose policies choose what to keep by name."""
     return checkpoint_name(self.tap(name, x), name)
 
 
 def read(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The tap that returns an activation and leaves it as it is."""
+  """A tap that reads an activation without changing it."""
   del layer
   return x, x

@@ -1,7 +1,7 @@
-"""Products of groups of rows, each group with a matrix of its own: R rows, sorted by group; E groups.
+"""Grouped matrix products: R rows, sorted by group; each of the E groups is multiplied by a matrix of its own.
 
-XLA on TPU has an instruction for these; on CPU it would multiply every row with every matrix (measured: 30 times the
-time at E = 16), so there a loop goes over blocks of rows.
+XLA has an operation for this. On CPU, however, it multiplies every row by every matrix (measured: 30 times slower at
+E = 16), so a loop over blocks of rows is used there.
 """
 import functools
 from typing import Any
@@ -14,21 +14,22 @@ from lm import sharding
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(dtype: Any, x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """The first sizes[0] rows times w[0], the next sizes[1] times w[1], and so on: [R, F]; what rows are left is void.
+  """Multiplies the first sizes[0] rows by w[0], the next sizes[1] rows by w[1], and so on. Returns [R, F].
 
-  All three products, forward and backward, add in float32. The void rows must have no say in what follows.
+  Rows after the last group have undefined values, which the caller must mask. All three products, forward and backward,
+  accumulate in float32.
   """
   return _rows(x_RD, w_EDF, sizes_E, 1).astype(dtype)
 
 
 def _rows(x, w, sizes, axis):
-  """Each row times the matrix of its expert, of which it contracts `axis`, in float32."""
+  """Multiplies each row by the matrix of its group, of which it contracts `axis`, in float32."""
   if sharding.platform() != 'cpu':
     return _ragged(x, w, sizes, ((1,), (axis,)), [0])
-  size, count, block = _blocks(x, sizes)   # XLA on CPU would multiply every row with every expert
+  size, count, block = _blocks(x, sizes)
   padded = jnp.pad(x, ((0, size), (0, 0)))
 
-  def multiply(i, y):   # in the order of the rows: what a block has too many, the next one overwrites
+  def multiply(i, y):   # blocks go in the order of rows: the next block overwrites rows beyond the end of a group
     expert, start, _ = block(i)
     matrix = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
     y_block = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(padded, start, size), matrix,
@@ -39,7 +40,7 @@ def _rows(x, w, sizes, axis):
 
 
 def _matrices(x, dy, sizes):
-  """x^T dy over the rows of each expert, [E, D, F], in float32."""
+  """Returns x^T dy over the rows of each group, [E, D, F], in float32."""
   if sharding.platform() != 'cpu':
     return _ragged(x, dy, sizes, ((0,), (0,)), [])
   size, count, block = _blocks(x, sizes)
@@ -61,7 +62,11 @@ def _ragged(a, b, sizes, contracting, groups):
 
 
 def _blocks(x, sizes):
-  """Cuts each expert's rows into blocks: their size, their number, and of the i-th the expert, start and own rows."""
+  """Cuts the rows of each group into blocks of one size.
+
+  Returns the size, the number of blocks, and a function from the index of a block to its group, its first row, and
+  which of its rows belong to the group.
+  """
   rows, experts = x.shape[0], sizes.shape[0]
   size = min(rows, max(8, min(256, rows // experts)))
   counts = -(-sizes // size)
@@ -76,7 +81,7 @@ def _blocks(x, sizes):
 
 
 def zeros(*shape):
-  """Returns float32 zeros; inside a `shard_map` over rows and experts, each shard has its own."""
+  """Returns float32 zeros, which vary over the shards inside a `shard_map` over rows and experts."""
   return sharding.varying(jnp.zeros(shape, jnp.float32), 'BE')
 
 
@@ -84,8 +89,8 @@ def _forward(dtype, x, w, sizes):
   return product(dtype, x, w, sizes), (x, w, sizes)
 
 
-def _backward(dtype, kept, dy):
-  x, w, sizes = kept
+def _backward(dtype, residuals, dy):
+  x, w, sizes = residuals
   dy = dy.astype(x.dtype)
   return _rows(dy, w, sizes, 2).astype(x.dtype), _matrices(x, dy, sizes).astype(w.dtype), None
 

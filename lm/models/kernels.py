@@ -1,4 +1,4 @@
-"""Attention: which keys a query sees, and the kernels. Shape legend: `transformer.py`."""
+"""Attention masks and attention kernels. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from lm import sharding
 
 
 class Visible(NamedTuple):
-  """Which keys a query sees: those of its own segment that are not later, or that are marked bidirectional.
+  """Which keys a query sees: those of its own segment that are not later than it, or that are marked bidirectional.
 
-  A window, or a chunk, holds for both: it is as wide towards later keys. Fields are None where they do not restrict.
-  `start` is the slot of the first query among the keys (cached decoding), one for all rows or one for each.
-  Positions, within a document, are for `Scores.chunk`. `bias` is added to the scores (T5), and is differentiated;
-  in cached decoding, it may be [B, N, T, S].
+  A window or a chunk restricts both kinds of keys; a window is as wide towards later keys as towards earlier ones. A
+  field that is None does not restrict. In cached decoding, `start` is the slot of the first query among the keys, a
+  scalar or one for each row. Positions, which count within a document, are used by `AttentionScores.chunk`. `bias` is
+  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S].
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
@@ -28,7 +28,7 @@ class Visible(NamedTuple):
   bias_NTS: jax.Array | None = None
 
   def mask(self, queries: slice, keys: slice, scores: 'AttentionScores') -> jax.Array:
-    """Boolean [B or 1, 1, T, S] of a block of queries and keys."""
+    """Returns the mask of a block of queries and keys, bool [B or 1, 1, T, S]."""
     first = jnp.reshape(0 if self.start is None else self.start, (-1, 1, 1))
     distance = (jnp.arange(queries.start, queries.stop)[None, :, None] + first
                 - jnp.arange(keys.start, keys.stop)[None, None])
@@ -47,11 +47,15 @@ class Visible(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionScores:
-  """What a query makes of its keys: cap * tanh(scale q k / cap), of the last `window` keys, itself among them.
+  """Attention scores: scale q k, or softcap * tanh(scale q k / softcap), and further restrictions on visible keys.
 
-  `scale` is 1 / sqrt(H) where it is None. With `chunk`, a query sees only keys of its own chunk of so many positions.
-  Where it is not `causal`, it sees later keys as it sees earlier ones. In training, a share `dropout` of the
-  probabilities is zeroed and the rest is scaled.
+  Args:
+    scale: the factor; None means 1 / sqrt(H).
+    softcap: the bound of the scores; None for no bound.
+    window: a query sees only the last `window` keys, its own included.
+    chunk: a query sees only keys of its own chunk of so many positions.
+    causal: whether later keys are hidden.
+    dropout: the share of probabilities that training sets to zero; the others are divided by 1 - `dropout`.
   """
   scale: float | None = None
   softcap: float | None = None
@@ -62,19 +66,19 @@ class AttentionScores:
 
   def __post_init__(self):
     if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout={self.dropout} of attention is not in [0, 1)')
+      raise ValueError(f'attention dropout={self.dropout} is not in [0, 1)')
 
 
 class AttentionDropout(NamedTuple):
-  """Which probabilities are zeroed: each row and head, by its place in the whole batch, draws from the key."""
+  """Draws the probabilities that are set to zero, from the key and the global indices of row and head."""
   key: jax.Array
   rows_B: jax.Array
   heads_N: jax.Array
 
   def scale(self, rate: float, block: int, shape: tuple[int, ...]) -> jax.Array:
-    """0 with probability r, else 1 / (1 - r), float32 [B, K, G, T, S]; the same at every call.
+    """Returns 0 with probability r, otherwise 1 / (1 - r), as float32 [B, K, G, T, S]; the same values at every call.
 
-    r is `rate` to within 2 ** -17: each number drawn serves two probabilities, 16 bits one.
+    r equals `rate` to within 2 ** -17, because each random number of 32 bits serves two probabilities.
     """
     key, (queries, keys) = jax.random.fold_in(self.key, block), shape[3:]
 
@@ -89,16 +93,17 @@ class AttentionDropout(NamedTuple):
 
 def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: AttentionScores = AttentionScores(),
            sinks_N: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-  """softmax(scores) v over the visible keys; each shard attends its own rows and heads.
+  """Returns softmax(scores) v over the visible keys, [B, T, N, H]; each shard computes its own rows and heads.
 
-  Keys and values are [B, T, K, H], or those of a cache, [B, K, S, H], where `visible` has a start; values may have
-  another H, and a cache that all heads share is whole wherever heads are split. `sinks` are scores of one more key of
-  each head, whose value is zero (Xiao et al. 2024). There is dropout where there is a `key`, the same on any mesh.
+  Keys and values are [B, T, K, H], or, if `visible` has a start, those of a cache, [B, K, S, H]. The H of values may
+  differ from that of keys. A cache that all heads share is replicated where heads are sharded. `sinks` are the scores
+  of an additional key of each head, whose value is zero (Xiao et al. 2024). With a `key`, there is dropout, which is
+  the same on any mesh.
   """
   drop = None
   if key is not None and scores.dropout and visible.start is None:
-    places = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
-    drop = AttentionDropout(key, *places)
+    indices = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
+    drop = AttentionDropout(key, *indices)
   local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, sinks_N, visible, drop)
@@ -112,7 +117,7 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
 
 
 def _grouped(scores, q_BTNH, sinks_N, groups):
-  """Queries, scaled, as [B, K, G, T, H], and sinks as [1, K, G, 1, 1]."""
+  """Returns scaled queries as [B, K, G, T, H], and sinks as [1, K, G, 1, 1]."""
   batch, time, heads, size = q_BTNH.shape
   scale = size ** -0.5 if scores.scale is None else scores.scale
   q = (q_BTNH * scale).astype(q_BTNH.dtype).reshape(batch, time, groups, heads // groups, size)
@@ -126,7 +131,7 @@ def _ungrouped(y_BKGTH):
 
 
 def _attend_cached(scores, q_BTNH, k_BKSH, v_BKSH, sinks_N, visible, drop=None):
-  del drop   # no training has a cache
+  del drop   # training uses no cache
   q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BKSH.shape[1])
   queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
   y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
@@ -149,18 +154,18 @@ def _attend(scores, q, k, v, sinks, visible, drop=None):
 def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible,
               scores: AttentionScores = AttentionScores(),
               sinks_N: jax.Array | None = None, drop: AttentionDropout | None = None) -> jax.Array:
-  """Attention a block of queries at a time, whose scores are never kept and never computed above the diagonal.
+  """Computes attention for a block of queries at a time. Scores are not stored, nor computed above the diagonal.
 
-  The backward pass computes them again from the outputs and the logarithms of the softmax's denominators (Dao et al.
-  2022), in float32, and draws again what is dropped.
+  The backward pass recomputes them in float32 from the outputs and the logarithms of the softmax's denominators (Dao et
+  al. 2022), and draws the same dropout again.
   """
   q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BTKH.shape[2])
   return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible, drop))
 
 
 def _blocks(time: int, keys: int, visible: Visible, scores: AttentionScores) -> list[tuple[slice, slice]]:
-  """Blocks of queries, each with the keys that it may see."""
-  block = max(128, -(-time // 16))   # so that a long row is not a long program
+  """Returns blocks of queries, each with the range of keys that it may see."""
+  block = max(128, -(-time // 16))   # at most 16 blocks, because each adds to the compiled program
   ends = [(start, min(start + block, time)) for start in range(0, time, block)]
   if visible.bidirectional_BS is not None or not scores.causal:
     return [(slice(a, b), slice(0, keys)) for a, b in ends]
@@ -173,11 +178,11 @@ def _scores(scores, q, k, visible, queries, keys):
     s = s + visible.bias_NTS[..., queries, keys].reshape(-1, *s.shape[1:])
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
-  return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite: padding sees no key
+  return jnp.where(visible.mask(queries, keys, scores)[:, :, None], s, -1e30)   # finite, because padding sees no key
 
 
-def _softmax(s_BKGTS, v_BKSH, sinks, kept=None):
-  """softmax(s) v in float32, the softmax times `kept` where there is dropout; the logarithm of the denominators."""
+def _softmax(s_BKGTS, v_BKSH, sinks, dropout=None):
+  """Returns softmax(s) v in float32, and the logarithm of the denominators; `dropout` multiplies the probabilities."""
   highest = jnp.max(s_BKGTS, axis=-1, keepdims=True)
   if sinks is not None:
     highest = jnp.maximum(highest, sinks)
@@ -185,13 +190,13 @@ def _softmax(s_BKGTS, v_BKSH, sinks, kept=None):
   total = jnp.sum(weights, axis=-1, keepdims=True)
   if sinks is not None:
     total = total + jnp.exp(sinks - highest)
-  if kept is not None:
-    weights = weights * kept
+  if dropout is not None:
+    weights = weights * dropout
   y = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
   return y / total, highest + jnp.log(total)
 
 
-def _kept(scores, drop, block, s_BKGTS):
+def _dropout(scores, drop, block, s_BKGTS):
   return None if drop is None else drop.scale(scores.dropout, block, s_BKGTS.shape)
 
 
@@ -199,7 +204,7 @@ def _forward(scores, q_BKGTH, k_BKTH, v_BKTH, sinks, visible, drop):
   outputs, logs = [], []
   for i, (queries, keys) in enumerate(_blocks(q_BKGTH.shape[3], k_BKTH.shape[2], visible, scores)):
     s = _scores(scores, q_BKGTH, k_BKTH, visible, queries, keys)
-    y, log = _softmax(s, v_BKTH[:, :, keys], sinks, _kept(scores, drop, i, s))
+    y, log = _softmax(s, v_BKTH[:, :, keys], sinks, _dropout(scores, drop, i, s))
     outputs.append(y.astype(v_BKTH.dtype))
     logs.append(log)
   y = checkpoint_name(jnp.concatenate(outputs, axis=3), 'attended')
@@ -207,20 +212,20 @@ def _forward(scores, q_BKGTH, k_BKTH, v_BKTH, sinks, visible, drop):
   return y, (q_BKGTH, k_BKTH, v_BKTH, sinks, visible, drop, y, log)
 
 
-def _backward(scores, saved, dy):
-  q, k, v, sinks, visible, drop, y, log = saved
+def _backward(scores, residuals, dy):
+  q, k, v, sinks, visible, drop, y, log = residuals
   correction = jnp.sum((y * dy).astype(jnp.float32), axis=-1, keepdims=True)
   dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   dbias = None if visible.bias_NTS is None else jnp.zeros_like(visible.bias_NTS)
   for i, (queries, keys) in enumerate(_blocks(q.shape[3], k.shape[2], visible, scores)):
     s = _scores(scores, q, k, visible, queries, keys)
     weights = jnp.exp(s - log[:, :, :, queries])
-    kept, block = _kept(scores, drop, i, s), dy[:, :, :, queries]
-    applied = weights if kept is None else weights * kept
+    dropout, block = _dropout(scores, drop, i, s), dy[:, :, :, queries]
+    applied = weights if dropout is None else weights * dropout
     f32 = {'preferred_element_type': jnp.float32}
     dv = dv.at[:, :, keys].add(jnp.einsum('BKGTS,BKGTH->BKSH', applied.astype(dy.dtype), block, **f32))
     dweights = jnp.einsum('BKGTH,BKSH->BKGTS', block, v[:, :, keys], **f32)
-    dweights = dweights if kept is None else dweights * kept
+    dweights = dweights if dropout is None else dweights * dropout
     ds = weights * (dweights - correction[:, :, :, queries])
     if scores.softcap is not None:
       ds = jnp.where(s > -1e30, ds * (1 - jnp.square(s / scores.softcap)), 0)

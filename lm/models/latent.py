@@ -1,4 +1,4 @@
-"""Multi-head latent attention, whose cache is one small vector a token. Shape legend: `transformer.py`."""
+"""Multi-head latent attention, whose cache is one small vector per token. Shape legend: `transformer.py`."""
 import dataclasses
 from typing import NamedTuple
 
@@ -19,20 +19,20 @@ class LatentCache(NamedTuple):
   def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: attention.Visible,
              scores: attention.AttentionScores
              ) -> tuple[jax.Array, 'LatentCache']:
-    """Adds T latents from slot `visible.start` on; the mean of all [B, T, N, C] for each query, and the new cache."""
+    """Writes T latents from slot `visible.start` on. Returns mean latents [B, T, N, C] for the queries, and the cache."""
     cache = LatentCache(attention.write(self.latent_BSC, latent_BTC, visible.start))
-    seen = cache.latent_BSC[:, None]
-    return attention.attend(q_BTNC, seen, seen, visible, scores), cache
+    latents_B1SC = cache.latent_BSC[:, None]   # all heads share them, as keys and as values
+    return attention.attend(q_BTNC, latents_B1SC, latents_B1SC, visible, scores), cache
 
 
 class LatentAttention(nn.Module):
   """Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2): keys and values are projections of a small latent.
 
-  A head's query and key have `nope_size` entries without positions and `rope_size` rotated ones; the rotated key is
-  the same for all heads. Queries come from a latent too, unless `query_rank` is None. With a cache, `key_up` is
-  applied to the query and `value_up` to what is attended: then all heads have one key in common, the latent, which is
-  also the value. `scores.scale` is 1 / sqrt(nope_size + rope_size) where it is None. With `bias`, the projections from
-  and to the model's width have one, but for the one that gives queries directly.
+  The query and key of a head have `nope_size` entries without positions and `rope_size` rotated entries; the rotated
+  key is the same for all heads. Queries are projections of a latent too, unless `query_rank` is None. With a cache,
+  `key_up` is applied to the query, and `value_up` to the output of attention, so that all heads share one key and
+  value, the latent. A `scores.scale` of None means 1 / sqrt(nope_size + rope_size). With `bias`, the projections from
+  and to the model's width have biases, except the one that computes queries without a latent.
   """
   heads: int
   query_rank: int | None
@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
     latent = latent if self.key_value_norm is None else self.key_value_norm(latent)
     k_rope = self._down('key_rope', x_BTD, self.rope_size)[:, :, None]
     k_rope = self.rotary(k_rope, positions_BT, visible.segments_BT)
-    # The letter D, here and below, for a rank: it too is split over `data` at rest.
+    # Here and below, the letter D stands for the rank, so that it is sharded like the model's width.
     key_up = self._up('key_up', self.nope_size, x_BTD.dtype)
     value_up = self._up('value_up', self.value_size, x_BTD.dtype)
     if cache is None:
@@ -78,7 +78,7 @@ class LatentAttention(nn.Module):
     return attention.output(self, y, x_BTD.shape[-1], self.bias, self.out_std), cache
 
   def _query(self, x):
-    """[B, T, heads, nope_size + rope_size], not rotated."""
+    """Returns queries [B, T, heads, nope_size + rope_size] before the rotation."""
     size = self.nope_size + self.rope_size
     if self.query_rank is None:
       return attention.project(self, 'query', x, 'NH', self.heads, size, False, self.std)
@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
     return attention.project(self, 'query_up', x, 'NH', self.heads, size, False, self.std)
 
   def _down(self, name, x, rank):
-    """Declares a projection to a latent, which is whole on every shard of `model`, and applies it."""
+    """Declares and applies a projection to a latent, which is not split over heads' mesh axis."""
     w = layers.weight(self, name, 'DR', (x.shape[-1], rank), nn.initializers.normal(self.std), x.dtype)
     y = layers.einsum('BTD,DR->BTR', x, w)
     return layers.add_bias(self, name + '_bias', '-', y) if self.bias else y

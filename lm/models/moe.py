@@ -1,7 +1,7 @@
-"""Mixtures of experts: a feed-forward that gives each token to a few experts. Shape legend: `transformer.py`.
+"""Mixtures of experts: a feed-forward layer that routes each token to a few experts. Shape legend: `transformer.py`.
 
-Besides: E experts, k of them for a token, R rows, one for each token and each of its experts. Nothing is dropped: an
-expert takes all the rows that choose it.
+Further letters: E experts, k chosen experts per token, R rows, one for each pair of a token and a chosen expert. No
+token is dropped: an expert computes all the rows that choose it.
 """
 import dataclasses
 from collections.abc import Callable
@@ -19,33 +19,33 @@ from lm.models.context import Aux, Context
 
 
 def _logits(module: nn.Module, x_BTD: jax.Array, experts: int, std: float, bias: bool = False) -> jax.Array:
-  """Declares a router's weight and gives its logits [B, T, E], in float32: near ties, rounding chooses the expert."""
+  """Declares a router's weight and returns its logits [B, T, E], in float32 because rounding can change the choice."""
   w = layers.weight(module, 'router', 'DX', (x_BTD.shape[-1], experts), nn.initializers.normal(std),
-                    role=Role.ROUTER)   # X: E, whole
+                    role=Role.ROUTER)   # X stands for E, not sharded
   with jax.default_matmul_precision('highest'):
     logits = layers.einsum('BTD,DX->BTX', x_BTD.astype(jnp.float32), w)
   return layers.add_bias(module, 'router_bias', '-', logits) if bias else logits
 
 
 class Routing(NamedTuple):
-  """What a router decides for each token."""
-  weights: jax.Array    # [B, T, k], float32, of the chosen experts
+  """A router's choice of experts for each token."""
+  weights: jax.Array    # [B, T, k], float32, the weights of the chosen experts
   chosen: jax.Array     # [B, T, k], int32
-  scores: jax.Array     # [B, T, E], float32, nonnegative, of all experts: what balancing makes equal
-  correction: jax.Array | None = None   # [E], what was added to the scores for the choice alone
+  scores: jax.Array     # [B, T, E], float32, nonnegative scores of all experts, which balancing losses make equal
+  correction: jax.Array | None = None   # [E], added to the scores only for the choice
 
   def loads(self, mask_BT: jax.Array) -> jax.Array:
-    """[B, E]: how many tokens of each row chose an expert."""
-    chose = jnp.sum(jax.nn.one_hot(self.chosen, self.scores.shape[-1]), axis=2)
-    return jnp.sum(jnp.where(mask_BT[..., None], chose, 0), axis=1)
+    """Returns how many tokens of each row chose each expert, [B, E]."""
+    choices_BTE = jnp.sum(jax.nn.one_hot(self.chosen, self.scores.shape[-1]), axis=2)
+    return jnp.sum(jnp.where(mask_BT[..., None], choices_BTE, 0), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchBalance:
-  """coefficient * E * sum_e f_e p_e, f_e being the choices of expert e a token, p_e its mean probability in the batch.
+  """The loss coefficient * E * sum_e f_e p_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
 
-  Fedus et al. 2021 (arXiv:2101.03961, eq. 4), for k experts a token as in `transformers`: k * coefficient where all
-  experts are chosen equally often.
+  f_e is how often a token of the batch chooses expert e on average, and p_e the mean probability of e. As in the
+  library `transformers`, the loss is k * coefficient if all experts are chosen equally often.
   """
   coefficient: float = 0.01
 
@@ -58,7 +58,8 @@ class SwitchBalance:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceBalance:
-  """As `SwitchBalance` of each row by itself, over k, averaged over rows (DeepSeek-AI 2024, DeepSeek-V3, eq. 17)."""
+  """The loss of `SwitchBalance` for each row, divided by k, averaged over rows (DeepSeek-AI 2024, DeepSeek-V3, eq. 17).
+  """
   coefficient: float = 1e-4
 
   def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:
@@ -71,15 +72,16 @@ class SequenceBalance:
 
 @dataclasses.dataclass(frozen=True)
 class BiasBalance:
-  """No loss of its own, but a gradient of the router's correction: an expert's share of the choices above the mean.
+  """Balances experts by the router's correction instead of a loss (Wang et al. 2024, arXiv:2408.15664).
 
-  Wang et al. 2024 (arXiv:2408.15664): the correction of an expert that is chosen too often falls at each step by a
-  fixed rate, and rises where it is chosen too rarely; `optim.balanced` takes such steps, of the sign of this gradient.
+  The correction of an expert that is chosen too often falls by a fixed rate at each step; that of an expert that is
+  chosen too rarely rises. The value of this loss is zero. Its gradient for the correction is each expert's share of the
+  choices minus the mean share; `optim.balanced` takes steps by the sign of this gradient.
   """
 
   def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:
     if routing.correction is None:
-      raise ValueError('BiasBalance moves the correction of a router, which this one has not: take SigmoidGroupRouter')
+      raise ValueError('BiasBalance moves the correction of a router, which this one has not; use SigmoidGroupRouter')
     loads = jnp.sum(routing.loads(mask_BT), axis=0)
     excess = jax.lax.stop_gradient(loads / jnp.maximum(jnp.sum(loads), 1) - 1 / loads.size)
     linear = jnp.sum(routing.correction * excess)
@@ -87,9 +89,9 @@ class BiasBalance:
 
 
 class SoftmaxRouter(nn.Module):
-  """The k most probable experts, weighted with their probabilities (Shazeer et al. 2017).
+  """Chooses the k most probable experts, weighted by their probabilities (Shazeer et al. 2017).
 
-  With `renormalize`, these sum to 1 (Mixtral, Qwen3); this is also the softmax over the k largest logits (gpt-oss).
+  With `renormalize`, the weights sum to 1 (Mixtral, Qwen3), which equals a softmax over the k largest logits (gpt-oss).
   """
   top_k: int
   renormalize: bool = True
@@ -107,7 +109,7 @@ class SoftmaxRouter(nn.Module):
 
 
 class SigmoidRouter(nn.Module):
-  """The k experts of the largest logits, weighted with the sigmoids of these (Llama 4)."""
+  """Chooses the k experts with the largest logits, weighted by the sigmoids of the logits (Llama 4)."""
   top_k: int = 1
   std: float = 0.02
 
@@ -119,10 +121,10 @@ class SigmoidRouter(nn.Module):
 
 
 class SigmoidGroupRouter(nn.Module):
-  """The k best experts of the `top_groups` best groups, weighted with the sigmoids of their logits (DeepSeek-V3 2024).
+  """Chooses the k best experts of the `top_groups` best groups, weighted by the sigmoids of their logits (DeepSeek-V3).
 
-  `correction` is added to the sigmoids for the choice alone, and no gradient reaches it. A group is as good as the sum
-  of its two best. Weights are normalised with `renormalize`, then multiplied by `scale`.
+  `correction` is added to the sigmoids only for the choice, which has no gradient. The score of a group is the sum of
+  its two best experts' scores. With `renormalize`, the weights are divided by their sum; then `scale` multiplies them.
   """
   top_k: int
   groups: int = 1
@@ -134,8 +136,8 @@ class SigmoidGroupRouter(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
     if experts % self.groups or self.top_k > experts // self.groups * self.top_groups:
-      raise ValueError(f'{experts} experts in groups={self.groups}, of which top_groups={self.top_groups} may be '
-                       f'chosen, do not give top_k={self.top_k}')
+      raise ValueError(f'top_k={self.top_k} experts cannot be chosen from top_groups={self.top_groups} of '
+                       f'groups={self.groups} groups of {experts} experts; lower top_k, or raise top_groups')
     scores = jax.nn.sigmoid(context.tap('router', _logits(self, x_BTD, experts, self.std)))
     correction = layers.weight(self, 'correction', '-', (experts,), nn.initializers.zeros, role=Role.CORRECTION)
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
@@ -153,7 +155,7 @@ class SigmoidGroupRouter(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ClampedGated:
-  """gate * sigmoid(alpha gate) * (up + 1), where gate <= limit and |up| <= limit (gpt-oss)."""
+  """gate * sigmoid(alpha gate) * (up + 1), with gate clipped to at most `limit`, and up to +-`limit` (gpt-oss)."""
   limit: float = 7.
   alpha: float = 1.702
 
@@ -165,10 +167,11 @@ class ClampedGated:
 class Experts(nn.Module):
   """The sum of w_e * down_e(activation(gate_e(x), up_e(x))) over the experts e that `router` chooses with weight w_e.
 
-  With `weight_inputs`, the weight multiplies x instead (Llama 4). `shared` is added for every token (Dai et al. 2024),
-  times the sigmoid of a projection of x with `shared_gate` (Qwen2-MoE). `balance` are losses that training adds, of the
-  routing and of which tokens [B, T] are not padding. The metric `router/violation` is how far the load of the most
-  chosen expert is above the mean, as a share of the mean (MaxVio in Wang et al. 2024), averaged over layers.
+  With `weight_inputs`, w_e multiplies x instead (Llama 4). `shared` is a feed-forward layer for every token, whose
+  output is added (Dai et al. 2024); with `shared_gate`, the sigmoid of a projection of x multiplies it (Qwen2-MoE).
+  `balance` are losses that training adds: functions of the routing and of a mask [B, T], false for padding. The metric
+  `router/violation` is the load of the most chosen expert over the mean load, minus 1 (MaxVio in Wang et al. 2024),
+  averaged over layers.
   """
   router: nn.Module
   experts: int
@@ -218,8 +221,9 @@ class Experts(nn.Module):
     return Aux(sum(losses[1:], losses[0]) if losses else None, {'router/violation': (violation, jnp.float32(1))})
 
   def _on_shard(self, params, x, weights, chosen):
-    """Computes the rows of this shard with the experts of this shard, and adds what other shards' experts give."""
-    def vary(a, letter):   # the gradient is summed over the shards, in float32
+    """Computes the rows of this shard with its experts, and sums the results over the shards of experts."""
+    def vary(a, letter):
+      """Marks an array as different on each shard, so that its gradient is summed over them, in float32."""
       return sharding.varying(a.astype(jnp.float32), letter).astype(a.dtype)
     params = {name: vary(a, 'B') for name, a in params.items()}
     x, weights = vary(x, 'E'), vary(weights, 'E')
@@ -229,9 +233,9 @@ class Experts(nn.Module):
   def _local(self, params, x_BTD, weights_BTk, chosen_BTk):
     experts, k, width = params['up'].shape[0], chosen_BTk.shape[-1], x_BTD.shape[-1]
     chosen = chosen_BTk.reshape(-1)
-    chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)   # those of other shards come last
+    chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)   # rows of other shards' experts come last
     order = jnp.argsort(chosen)
-    token, weights, held = order // k, weights_BTk.reshape(-1)[order][:, None], (chosen[order] < experts)[:, None]
+    token, weights, is_local = order // k, weights_BTk.reshape(-1)[order][:, None], (chosen[order] < experts)[:, None]
     sizes = jnp.sum(chosen[:, None] == jnp.arange(experts)[None], axis=0)
 
     def product(name, x, dtype):
@@ -240,9 +244,10 @@ class Experts(nn.Module):
         y = (y.astype(jnp.float32) + params[name + '_bias'][jnp.minimum(chosen[order], experts - 1)]).astype(dtype)
       return checkpoint_name(y, name)
 
-    rows = jnp.where(held, x_BTD.astype(jnp.float32).reshape(-1, width)[token], 0)   # float32: so that gradients add so
+    # Float32, so that the gradients of a token's rows are summed in float32.
+    rows = jnp.where(is_local, x_BTD.astype(jnp.float32).reshape(-1, width)[token], 0)
     rows = (rows * weights if self.weight_inputs else rows).astype(x_BTD.dtype)
     hidden = self.activation(product('gate', rows, x_BTD.dtype), product('up', rows, x_BTD.dtype))
     y = product('down', hidden, jnp.float32)
-    y = jnp.where(held, y if self.weight_inputs else y * weights, 0)
+    y = jnp.where(is_local, y if self.weight_inputs else y * weights, 0)
     return grouped.zeros(token.size // k, width).at[token].add(y).reshape(x_BTD.shape)

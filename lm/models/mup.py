@@ -1,24 +1,24 @@
-"""A decoder whose best learning rate holds over width and depth, so that it is found on a small one.
+"""A decoder whose best learning rate is the same at any width and depth, so that it can be found on a small model.
 
-muP (Yang et al. 2022, arXiv:2203.03466) with the depth of CompleteP (Dey et al. 2025, arXiv:2505.01618, alpha = 1), for
-Adam and what steps as Adam does: an entry moves by about the rate, however large its gradient is. A multiplier m on
-such a weight is the same as m times its initial values at m times its rate, so that there are none here: only initial
-sizes, in `parametrised`, and factors of the learning rate, in `rates`. With n = width / base width and d = layers /
-base layers:
+muP (Yang et al. 2022, arXiv:2203.03466) with the depth scaling of CompleteP (Dey et al. 2025, arXiv:2505.01618,
+alpha = 1), for Adam and optimizers with similar steps: an entry changes by about the learning rate, whatever the size
+of its gradient. There, a multiplier m on a weight is equivalent to m times its initial values and m times its learning
+rate. So there are no multipliers here, only initial standard deviations, in `parametrised`, and factors of the learning
+rate, in `rates`. With n = width / base width and d = layers / base layers:
 
-                                       initial size                             rate
+                                       initial std                              learning rate
   embedding                            1                                        the same
   norms                                                                         the same
   query, key, value, gate, up          1 / sqrt(width)                          1 / n
   out and down, of a residual branch   1 / sqrt(width) / sqrt(2 base layers) / d    1 / (n d)
   head, untied                         0                                        1 / n
 
-Attention's scores are 8 q k / H, of heads of size H, and not q k / sqrt(H); at H = 64 the two are the same.
+Attention scores are 8 q k / H for heads of size H, instead of q k / sqrt(H); the two are equal at H = 64.
 
-Weight decay that is decoupled goes on at the rate of the schedule, without the factors: give these to an optimizer as
-`groups.Rates(schedule, updates=rates(...))`. The gradients of matrices fall with width and depth, and Adam's eps, which
-would have to fall with them, is best so small that it does not count. The embedding is as large as what norms give, so
-that residual branches are small beside it at any depth; it may need a larger rate than the matrices at the base shape.
+Decoupled weight decay follows the schedule without these factors: pass them to an optimizer as
+`groups.Rates(schedule, updates=rates(...))`. Gradients of matrices shrink with width and depth, so Adam's eps has to be
+so small that it is negligible at any shape. The embedding is as large as the outputs of norms, so that residual
+branches are small beside it at any depth; it may need a higher learning rate than the matrices at the base shape.
 """
 import dataclasses
 import math
@@ -33,7 +33,7 @@ from lm.models import stack, transformer
 
 
 class MupDecoder(transformer.Transformer):
-  """A decoder whose head starts at zero."""
+  """A decoder whose head is initialised to zero."""
 
   @nn.nowrap
   def init(self, key: jax.Array) -> dict:
@@ -42,7 +42,7 @@ class MupDecoder(transformer.Transformer):
 
 
 def parametrised(model: transformer.Transformer, base_width: int, base_layers: int) -> MupDecoder:
-  """A `transformer.llama`, or a decoder like it, untied, with the initial sizes and the scores above."""
+  """Returns a `transformer.llama`, or a decoder like it, untied, with the initial values and the scores above."""
   width, layers = model.width, len(model.layers)
   _, d = _ratios(width, layers, base_width, base_layers)
   std = width ** -0.5
@@ -61,7 +61,7 @@ def parametrised(model: transformer.Transformer, base_width: int, base_layers: i
 
 def rates(width: int, layers: int, base_width: int, base_layers: int
           ) -> tuple[tuple[Callable[[Weight], bool], float], ...]:
-  """The factors of the learning rate above, each with the weights that it is for, by what they declare."""
+  """Returns pairs of a predicate, which selects weights by what they declare, and their factor of the learning rate."""
   n, d = _ratios(width, layers, base_width, base_layers)
   return (_is_head, 1 / n), (_is_matrix, 1 / n), (_adds_to_the_residual, 1 / d)
 
@@ -81,5 +81,5 @@ def _adds_to_the_residual(weight: Weight) -> bool:
 def _ratios(width: int, layers: int, base_width: int, base_layers: int) -> tuple[float, float]:
   for name, size in {'base_width': base_width, 'base_layers': base_layers}.items():
     if size < 1:
-      raise ValueError(f'{name}={size} is not positive; give the shape that the learning rate is known for')
+      raise ValueError(f'{name}={size} is not positive; give the shape at which the learning rate was found')
   return width / base_width, layers / base_layers

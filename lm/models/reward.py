@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 
 
 class Reward(LanguageModel):
-  """A decoder, whose parameters are `decoder`, with one more row of weights, `score`: the score is hidden . score."""
+  """A decoder with a vector `score` [D]: the score of a position is the dot product of its hidden state with it."""
   decoder: Transformer
 
   @property
@@ -42,6 +42,6 @@ class Reward(LanguageModel):
 
   @nn.nowrap
   def start(self, load: Callable[[Any], Any], seed: int = 0) -> Any:
-    """Parameters of which those of the decoder are `load(decoder)`; the score's are new."""
+    """Returns parameters in which those of the decoder are `load(decoder)`, and those of the score are new."""
     new = jax.jit(lambda: {'score': self.init(seeds.key(seed))['score']})()
     return {**new, 'decoder': load(self.decoder)}
