@@ -19,7 +19,7 @@ class LatentCache(NamedTuple):
   def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: attention.Visible,
              scores: attention.AttentionScores
              ) -> tuple[jax.Array, 'LatentCache']:
-    """Writes T latents from slot `visible.start` on. Returns mean latents [B, T, N, C] for the queries, and the cache."""
+    """Writes T latents from slot `visible.start` on. Returns attention over all slots [B, T, N, C], and the cache."""
     cache = LatentCache(attention.write(self.latent_BSC, latent_BTC, visible.start))
     latents_B1SC = cache.latent_BSC[:, None]   # all heads share them, as keys and as values
     return attention.attend(q_BTNC, latents_B1SC, latents_B1SC, visible, scores), cache

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import meshes
 
 from lm import evaluate, sharding
 from lm.data import dataset
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
 
 
 def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean, limit=None, **options):
-  mesh = sharding.make_mesh(mesh, jax.devices()[:eval(mesh.replace('x', '*'))])
+  mesh = meshes.of_first_devices(mesh)
   run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
     step = validation.make_step(Bigram().apply, run, data.tokenizer)
@@ -128,7 +129,7 @@ def test_nothing_to_evaluate_is_refused(data):
 @pytest.mark.parametrize('lengths', [[2], [9], [40], [1, 3, 0, 8, 10, 21, 2, 2, 5, 40, 9]], ids=str)
 def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
   texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
-  with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:int(mesh[0])])):
+  with meshes.on(mesh):
     found = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts, positions=16)
   logits = table.astype(np.float64)
   for tokens, scores in zip(texts, found, strict=True):
