@@ -1,4 +1,4 @@
-"""The encoder: every position sees all others of its segment. `bert` below is one. Shape legend: `transformer.py`."""
+"""The encoder, in which each position sees its whole segment: `bert` below is one. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from lm.models.transformer import Head, LanguageModel, Output
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """x P(a normal variable is below x) (Hendrycks and Gimpel 2016), not its approximation by tanh."""
+  """The exact GELU, x times the standard normal distribution function of x (Hendrycks and Gimpel 2016)."""
   return jax.nn.gelu(x, approximate=False)
 
 
@@ -46,7 +46,7 @@ class PostNormBlock(nn.Module):
                    meta_fields=['eps'])
 @dataclasses.dataclass(frozen=True)
 class MaskedHead:
-  """words(norm(gelu(x transform + bias))) + bias, float32 logits: called as `transformer.Head` is."""
+  """BERT's head, words(norm(gelu(x transform + bias))) + bias: maps hidden states to float32 logits, like `Head`."""
   transform_DX: jax.Array
   bias_X: jax.Array
   norm: dict[str, jax.Array]
@@ -63,15 +63,15 @@ class MaskedHead:
 
 
 class Encoder(LanguageModel):
-  """BERT (Devlin et al. 2019): embeds words, positions and types, normalises, runs the layers.
+  """BERT (Devlin et al. 2019): embeds words, positions and types, normalises, applies the layers.
 
-  The blocks' attention is one that is not causal. The outputs' hidden states are those of the last layer; their head
-  gives the logits of the words, for masked-language modelling.
+  The attention of its blocks must not be causal. Its output has the hidden states of the last layer, and the head for
+  masked language modelling.
   """
   vocab: int
   width: int
   blocks: stack.Stacks
-  norm: parts.LayerNorm      # of the embedding; its eps is that of the head's as well
+  norm: parts.LayerNorm      # of the embedding; the head's norm has the same eps
   max_length: int
   types: int = 2
   dropout: float = 0.        # of the embedding
@@ -83,13 +83,13 @@ class Encoder(LanguageModel):
 
   @property
   def layers(self) -> tuple[nn.Module, ...]:
-    """The block of each layer."""
+    """Returns the block of each layer."""
     return stack.layers(self.blocks)
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: None = None, taps: Taps = ()) -> Output:
     if cache is not None:
-      raise ValueError('an encoder has no cache: what comes later changes all that came before')
+      raise ValueError('an encoder has no cache, because later tokens change the outputs of earlier ones; leave it out')
     if batch.tokens.shape[1] > self.max_length:
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
                        'once; shorten the input')
@@ -128,15 +128,15 @@ class Encoder(LanguageModel):
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
-    raise ValueError('an encoder such as BERT predicts masked tokens and writes no text; take a decoder, such as '
+    raise ValueError('an encoder such as BERT predicts masked tokens and writes no text; use a decoder, such as '
                      'GPT-2, or an encoder-decoder, such as T5')
 
 
 def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 512,
          dropout: float = 0., dtype=jnp.float32, remat=parts.keep_products) -> Encoder:
-  """BERT (Devlin et al. 2019), uncased and base by default: feed-forward of 4 times the width, exact GELU, biases."""
+  """BERT (Devlin et al. 2019), by default base and uncased: feed-forward of 4 times the width, exact GELU, biases."""
   if width < 1 or heads < 1 or width % heads:
-    raise ValueError(f'heads={heads} does not divide width={width}')
+    raise ValueError(f'heads={heads} does not divide width={width}; choose a width that is a multiple of it')
   attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.AttentionScores(causal=False))
   block = PostNormBlock(attention, parts.FeedForward(4 * width, gelu, gated=False, bias=True), parts.LayerNorm(1e-12),
                         parts.LayerNorm(1e-12), dropout)

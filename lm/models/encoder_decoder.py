@@ -1,7 +1,7 @@
-"""The encoder-decoder: a decoder that also sees what an encoder made of a source. `t5` below is one.
+"""The encoder-decoder, whose decoder also attends to the encoder's output for a source: `t5` below is one.
 
-Its attention is that of decoders, whose kernel takes the learned bias of relative positions, and its gradient, in a
-few lines more: a dense kernel here would need an attention of its own too. Shape legend: `transformer.py`.
+It shares the attention of decoders, whose kernel supports a learned bias of relative positions and its gradient. Shape
+legend: `transformer.py`.
 """
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from lm.models.transformer import Head, LanguageModel, Output, prompt_width
 
 
 class CrossAttention(nn.Module):
-  """Attention from the decoder to what the encoder made of the source (Vaswani et al. 2017), without biases."""
+  """Attention from the decoder to the encoder's output (Vaswani et al. 2017), without biases."""
   heads: int
   head_size: int
   scores: attend.AttentionScores = attend.AttentionScores(1., causal=False)
@@ -36,7 +36,7 @@ class CrossAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
-    """`cache` holds the keys and values of the memory, which is then not read."""
+    """Returns the output and a cache of the source's keys and values. If a cache is given, the source is not read."""
     memory_BSD, visible = context.source
     q = attend.project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, False, self.query_std)
     if cache is None:
@@ -51,13 +51,13 @@ class CrossAttention(nn.Module):
 
 
 class DecoderCache(NamedTuple):
-  """What a layer of the decoder keeps: keys and values of its tokens, and of the source, once that was read."""
+  """The cache of a layer of the decoder: keys and values of its tokens, and of the source after it was read."""
   tokens: LayerCache
   source: LayerCache | None
 
 
 class DecoderBlock(nn.Module):
-  """Pre-norm: x + attention(norm(x)), then the same with `cross_attention` and `feed_forward`."""
+  """A pre-norm block: x + attention(norm(x)), then the same with `cross_attention` and `feed_forward`."""
   attention: nn.Module
   cross_attention: nn.Module
   feed_forward: nn.Module
@@ -73,7 +73,7 @@ class DecoderBlock(nn.Module):
     tokens, source = (None, None) if cache is None else cache
     y, tokens = self.attention(self.attention_norm(x_BTD), context.with_key(keys[3]), tokens)
     x_BTD = context.name('residual', x_BTD + parts.dropout(y, self.dropout, keys[0]))
-    source = source if context.source.memory_BSD is None else None   # a new source
+    source = source if context.source.memory_BSD is None else None   # a new source replaces the cached one
     y, source = self.cross_attention(self.cross_attention_norm(x_BTD), context.with_key(keys[4]), source)
     x_BTD = context.name('cross_residual', x_BTD + parts.dropout(y, self.dropout, keys[1]))
     y, aux = self.feed_forward(self.feed_forward_norm(x_BTD), context)
@@ -87,48 +87,49 @@ class DecoderBlock(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RelativePositions:
-  """Which of `buckets` a distance falls into: near ones have their own, far ones share, logarithmically.
+  """Maps distances to buckets: each small distance has its own, larger ones share buckets of logarithmic width.
 
-  All from `max_distance` on share the last. Where both ways are seen, half of the buckets are for later keys.
+  All distances from `max_distance` on share the last bucket. Without causality, half of the buckets are for later keys.
   """
   buckets: int = 32
   max_distance: int = 128
 
   def __post_init__(self):
     if not 4 <= self.buckets < 2 * self.max_distance:
-      raise ValueError(f'{self.buckets} buckets are not 4 or more and less than twice {self.max_distance}, the '
-                       'distance that the last of them begins at')
+      raise ValueError(f'{self.buckets} buckets are too few or too many; give at least 4, and less than twice '
+                       f'{self.max_distance}, the distance at which the last bucket starts')
 
   def __call__(self, queries_T: jax.Array, keys_S: jax.Array, causal: bool) -> jax.Array:
-    """Buckets `[T, S]` from places in a row; `[B, T, S]` from queries `[B, T]`."""
+    """Returns buckets [T, S], given indices of queries and keys in a row; [B, T, S] for queries [B, T]."""
     count = self.buckets if causal else self.buckets // 2
-    # A table, from NumPy: logarithms of other backends round otherwise, and then a distance changes its bucket.
+    # NumPy computes a table, because logarithms of other backends round differently and would change buckets.
     near, far = count // 2, np.maximum(np.arange(self.max_distance + 1, dtype=np.float32), 1)
     far = near + (np.log(far / near) / np.float32(math.log(self.max_distance / near)) * (count - near)).astype(np.int32)
     table = np.where(np.arange(len(far)) < near, np.arange(len(far)), np.minimum(far, count - 1))
     later = jnp.expand_dims(keys_S, tuple(range(queries_T.ndim))) - queries_T[..., None]
     distance = jnp.maximum(-later, 0) if causal else jnp.abs(later)
-    found = jnp.asarray(table, jnp.int32).at[jnp.minimum(distance, self.max_distance)].get(
+    buckets = jnp.asarray(table, jnp.int32).at[jnp.minimum(distance, self.max_distance)].get(
         out_sharding=sharding.spec('BTS'[3 - distance.ndim:]))
-    return found if causal else found + count * (later > 0)
+    return buckets if causal else buckets + count * (later > 0)
 
 
 class EncoderDecoderCache(NamedTuple):
-  """What `apply` has read so far, as in `transformer.Cache`; a batch with a source begins, those without continue."""
+  """The cache, like `transformer.Cache`. A batch with a source starts a text, and one without continues it."""
   layers: tuple[DecoderCache, ...]
   segments_BS: jax.Array
   source_segments_BS: jax.Array | None
   index: jax.Array
 
 
-_OF_ENCODER = 'encoder/'   # taps of the encoder's activations have names that begin so
+_OF_ENCODER = 'encoder/'   # prefix of names of taps in the encoder
 
 
 class EncoderDecoder(LanguageModel):
-  """T5 (Raffel et al. 2020): encodes `batch.source`, and decodes `batch.tokens`, the first of which starts it.
+  """T5 (Raffel et al. 2020): encodes `batch.source` and decodes `batch.tokens`, whose first token is a start token.
 
-  Scores have a learned bias for how far a key is from the query, shared by all layers of the encoder, another by those
-  of the decoder: [N, T, T] numbers each. Where the embedding is `tied` to the head, logits are divided by sqrt(D).
+  A learned bias for the distance from query to key, [N, T, T], is added to the scores. All layers of the encoder share
+  one bias, and all layers of the decoder another. If the embedding is `tied` to the head, logits are divided by
+  sqrt(D).
   """
   vocab: int
   width: int
@@ -138,17 +139,17 @@ class EncoderDecoder(LanguageModel):
   decoder_norm: nn.Module
   relative: RelativePositions = RelativePositions()
   tied: bool = True
-  dropout: float = 0.        # of the embedding and of what the norms give
+  dropout: float = 0.        # of the embedding and of the outputs of the last norms
   std: float = 1.            # of the embedding
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
-  max_length = sys.maxsize   # distances have no end
+  max_length = sys.maxsize   # relative positions have no limit
 
   @nn.compact
   def __call__(self, batch: Batch, key=None, cache: EncoderDecoderCache | None = None, taps: Taps = ()) -> Output:
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
-      raise ValueError('an encoder-decoder reads batch.source; with a cache, the first batch has it')
+      raise ValueError('an encoder-decoder reads batch.source, which is missing; with a cache, the first batch has it')
     sharding.check('B', batch.tokens.shape[:1], 'batch')
     batch = parts.text_batch(batch)
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
@@ -220,13 +221,13 @@ class EncoderDecoder(LanguageModel):
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
-    """Parameters with one tree a layer of the decoder, as `transformer.Transformer.unstack` has them."""
+    """Returns parameters with one tree for each layer of the decoder; see `Transformer.unstack`."""
     blocks = params['blocks']
     return {**params, 'blocks': {**blocks, 'decoder': stack.unstacked(self.decoder, blocks['decoder'])}}
 
   @nn.nowrap
   def insert(self, cache: EncoderDecoderCache, new: EncoderDecoderCache, rows: jax.Array) -> EncoderDecoderCache:
-    """As `transformer.LanguageModel.insert`. The sources of `new` may be narrower; ValueError where they are wider."""
+    """See `LanguageModel.insert`. The sources of `new` may be narrower. Raises ValueError if they are wider."""
     width, needed = cache.source_segments_BS.shape[1], new.source_segments_BS.shape[1]
     if needed > width:
       raise ValueError(f'a source of {needed} tokens (padded) does not fit a cache for sources of {width}; make the '
@@ -243,7 +244,7 @@ class EncoderDecoder(LanguageModel):
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
-    """As `transformer.LanguageModel.prompt`. Here: a text and eos are the source, bos is what starts the decoder."""
+    """See `LanguageModel.prompt`. The source is a text followed by eos, and bos starts the decoder."""
     del adds_bos
     source, segments = np.zeros((2, rows, prompt_width(texts)), np.int32)
     for row, ids in enumerate(texts):
@@ -253,14 +254,14 @@ class EncoderDecoder(LanguageModel):
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> EncoderDecoderCache:
-    """An empty cache with `slots` slots a row, for tokens; the first batch brings its source."""
+    """Returns an empty cache with `slots` slots of tokens for each row. The first batch adds the source."""
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
     return EncoderDecoderCache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None,
                                sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
 
 
 def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:
-  """Which of the source a token sees: its own segment; without segments, row b of the source is one segment, 1."""
+  """Returns which positions of the source a token sees: its own segment. Without segments, a row is one segment, 1."""
   if batch.segments is None and segments_BS is None:
     return Visible()
   ones = jnp.ones_like
@@ -271,10 +272,10 @@ def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:
 def t5(vocab: int = 32128, width: int = 512, layers: int = 6, heads: int = 8, head_size: int = 64, hidden: int = 2048,
        gated: bool = False, tied: bool = True, dropout: float = 0., dtype=jnp.float32,
        remat=parts.keep_products) -> EncoderDecoder:
-  """T5 (Raffel et al. 2020), 1.0 and small by default: ReLU, embedding tied to the head. 1.1 is `gated` and not `tied`.
+  """T5 (Raffel et al. 2020), by default 1.0 small: ReLU, embedding tied to the head. T5 1.1 is `gated` and not `tied`.
 
-  `layers` each of the encoder and the decoder. Matrices start so that activations, and scores, which are not divided
-  by the root of the head's size, have the same size at any width.
+  The encoder and the decoder have `layers` layers each. Attention scores are not divided by the square root of the head
+  size; instead, initial values are such that scores and activations have the same size at any width.
   """
   for name, size in (('width', width), ('layers', layers), ('heads', heads), ('head_size', head_size)):
     if size < 1:
@@ -283,13 +284,12 @@ def t5(vocab: int = 32128, width: int = 512, layers: int = 6, heads: int = 8, he
 
   def attention(causal):
     return attend.Attention(heads, heads, head_size, scores=attend.AttentionScores(1., causal=causal), std=std,
-                            out_std=out_std,
-                            query_std=query_std)
+                            out_std=out_std, query_std=query_std)
 
   cross = CrossAttention(heads, head_size, std=std, out_std=out_std, query_std=query_std)
   feed_forward = parts.FeedForward(hidden, parts.gelu_gated if gated else jax.nn.relu, gated, std=std,
                                    out_std=hidden ** -0.5)
-  norm = parts.RMSNorm   # one for each place: Flax would share the weights of one that is in two
+  norm = parts.RMSNorm   # a new one for each use, because Flax shares the weights of one object
   encoder = parts.Block(attention(False), feed_forward, norm(), norm(), dropout=dropout)
   decoder = DecoderBlock(attention(True), cross, feed_forward, norm(), norm(), norm(), dropout)
   return EncoderDecoder(vocab, width, stack.stacks([encoder] * layers), stack.stacks([decoder] * layers), norm(),

@@ -1,6 +1,6 @@
-"""Models that predict further tokens too: a trunk, which is a model by itself, and one more block for each depth.
+"""Multi-token prediction: a trunk, which is a complete model, and another block for each depth.
 
-Depth k = 1, 2, ... predicts, at position i, token i + k + 1; the trunk is depth 0. Shape legend: `transformer.py`.
+At position i, depth k = 1, 2, ... predicts token i + k + 1; the trunk is depth 0. Shape legend: `transformer.py`.
 """
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,10 @@ from lm.models.transformer import Cache, Head, Transformer
 
 
 class ParallelHead(nn.Module):
-  """A block on the trunk's hidden states: depths do not know of one another (Gloeckle et al. 2024).
+  """A block on the trunk's hidden states, independent of other depths (Gloeckle et al. 2024).
 
-  There, the first head is the last layer of the trunk; here it is the trunk, and these read what it gives.
+  In the paper, the last layer of the trunk is the head of the next token. Here, the trunk predicts it, and the heads of
+  further tokens read the trunk's normalised output.
   """
   block: nn.Module
 
@@ -33,9 +34,10 @@ class ParallelHead(nn.Module):
 
 
 class SequentialModule(nn.Module):
-  """A block on M [norm(h); norm(e)]: h of the depth before, e the embedding of token i + k (DeepSeek-AI 2024, eq. 21).
+  """A block on M [norm(h); norm(e)] (DeepSeek-AI 2024, DeepSeek-V3, eq. 21).
 
-  Depth 1 reads what the trunk gives, normalised.
+  h is the hidden state of the previous depth, for depth 1 the trunk's normalised output; e is the embedding of token
+  i + k.
   """
   block: nn.Module
   hidden_norm: nn.Module
@@ -44,14 +46,14 @@ class SequentialModule(nn.Module):
   @nn.compact
   def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
     both = jnp.concatenate([self.hidden_norm(previous_BTD), self.token_norm(ahead_BTD)], axis=-1)
-    shape = both.shape[-1], previous_BTD.shape[-1]   # the letter C, for both widths, is split over nothing
+    shape = both.shape[-1], previous_BTD.shape[-1]   # C, the two widths together, is not sharded
     merge = parts.weight(self, 'merge', 'CD', shape, nn.initializers.normal(shape[0] ** -0.5), both.dtype)
     x_BTD = parts.einsum('BTC,CD->BTD', both, merge)
     return self.block(x_BTD, context, cache)
 
 
 class MultiTokenOutput(NamedTuple):
-  """As the trunk's, and the hidden states of each depth, normalised, for the same head; none where there is a cache."""
+  """The trunk's output, and `ahead`, each depth's normalised hidden states for the same head; empty with a cache."""
   hidden: jax.Array
   head: Head
   cache: Cache | None
@@ -62,11 +64,11 @@ class MultiTokenOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MultiToken:
-  """A trunk, and modules alike for `depths` depths, each with its parameters; embedding, last norm and head are shared.
+  """A trunk with a module for each of `depths` depths, which share the embedding, the last norm and the head.
 
-  The parameters are those of the trunk and an entry `depths`, stacked as those of blocks are: `trunk` reads them as
-  they are. Depths see the tokens of their segment that are not later, even where the trunk's are marked bidirectional:
-  what they read is ahead of their position.
+  The parameters are those of the trunk, which `trunk` can read as they are, and an entry `depths`, stacked like those
+  of blocks. Attention in depths is causal even among tokens that are marked bidirectional, since depths read tokens
+  ahead of their position.
   """
   trunk: Transformer
   depths: int
@@ -76,7 +78,7 @@ class MultiToken:
 
   def __post_init__(self):
     if self.depths < 0:
-      raise ValueError(f'depths={self.depths} is negative; 0 predicts next tokens alone')
+      raise ValueError(f'depths={self.depths} is negative; 0 predicts only the next token')
 
   @property
   def vocab(self) -> int:
@@ -91,7 +93,7 @@ class MultiToken:
     return self.trunk.original_context
 
   def with_dtype(self, dtype: Any) -> 'MultiToken':
-    """As `LanguageModel.with_dtype`."""
+    """See `LanguageModel.with_dtype`."""
     return dataclasses.replace(self, trunk=self.trunk.with_dtype(dtype))
 
   @property
@@ -99,7 +101,7 @@ class MultiToken:
     return (stack.Stack((self.module,), self.depths),)
 
   def init(self, key: jax.Array) -> Any:
-    """As `transformer.LanguageModel.init`; the trunk's parameters are those that it has alone."""
+    """See `LanguageModel.init`. The trunk's parameters are the same as without depths."""
     params = self.trunk.init(key)
     if not self.depths:
       return params
@@ -112,9 +114,9 @@ class MultiToken:
 
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
             taps: Taps = ()) -> MultiTokenOutput:
-    """As `LanguageModel.apply`. With a `cache`, the trunk alone; with dropout, the trunk's is as it is alone.
+    """See `LanguageModel.apply`. With a `cache`, only the trunk is applied. Its dropout is the same as without depths.
 
-    Taps are of the trunk.
+    Taps apply to the trunk.
     """
     out = self.trunk.apply(params, batch, key=key, cache=cache, taps=taps)
     ahead: list[jax.Array] = []
@@ -136,16 +138,16 @@ class MultiToken:
       module = jax.checkpoint(module, policy=self.trunk.remat, static_argnums=0)
     previous, aux = out.hidden, out.aux
     for k in range(1, self.depths + 1):
-      previous, hidden, more = module(k, params, out.hidden, previous, _ahead(batch, k))
+      previous, hidden, depth_aux = module(k, params, out.hidden, previous, _ahead(batch, k))
       ahead.append(hidden)
-      aux = aux.plus(more)
+      aux = aux.plus(depth_aux)
     return MultiTokenOutput(*out._replace(aux=aux), tuple(ahead))
 
   def depth(self, params: Any, k: int, hidden_BTD: jax.Array, previous_BTD: jax.Array, tokens_BT: jax.Array,
             context: Context, cache: Any = None) -> tuple[jax.Array, jax.Array, Any, Aux]:
-    """Depth k alone, from the trunk's hidden states, those of depth k - 1, and the tokens k further (-1: none).
+    """Applies depth k to the trunk's hidden states, those of depth k - 1, and the tokens k positions ahead (-1: none).
 
-    Returns its hidden states, the same normalised (the head makes logits of them), its cache, and what it reports.
+    Returns its hidden states, these normalised (the input of the head), its cache, and its auxiliary output.
     """
     table = sharding.gather(params['embedding'].astype(self.trunk.dtype), 'VD')
     ahead = parts.lookup(table, jnp.maximum(tokens_BT, 0))
@@ -161,39 +163,42 @@ class MultiToken:
     return self.trunk.prompt(texts, rows, bos, eos, adds_bos)
 
   def unstack(self, params: Any) -> Any:
-    """As `transformer.Transformer.unstack`, depths too."""
+    """See `Transformer.unstack`; the parameters of depths are unstacked too."""
     params = self.trunk.unstack(params)
     return {**params, 'depths': stack.unstacked(self._stacks, params['depths'])} if self.depths else params
 
   def init_cache(self, batch_size: int, slots: int) -> Cache:
-    """The trunk's."""
+    """Returns an empty cache of the trunk."""
     return self.trunk.init_cache(batch_size, slots)
 
   def insert(self, cache: Cache, new: Cache, rows: jax.Array) -> Cache:
-    """As `transformer.LanguageModel.insert`."""
+    """See `LanguageModel.insert`."""
     return self.trunk.insert(cache, new, rows)
 
   def init_depth_caches(self, batch_size: int, slots: int) -> tuple[Any, ...]:
-    """One for each depth."""
+    """Returns an empty cache for each depth."""
     return tuple(self.module.block.init_cache(batch_size, slots, self.trunk.dtype)
                  for _ in range(self.depths))
 
 
 def _ahead(batch: Batch, k: int) -> jax.Array:
-  """The token k further in the same segment; -1 where there is none."""
+  """Returns the token k positions ahead in the same segment; -1 if there is none."""
   time = batch.tokens.shape[1]
-  def shift(x, rest):
-    return jnp.pad(x[:, k:], ((0, 0), (0, min(k, time))), constant_values=rest)
+  def shift(x, fill):
+    return jnp.pad(x[:, k:], ((0, 0), (0, min(k, time))), constant_values=fill)
   tokens = shift(batch.tokens, -1)
   return tokens if batch.segments is None else jnp.where(batch.segments == shift(batch.segments, -1), tokens, -1)
 
 
 def parallel(trunk: Transformer, depths: int) -> MultiToken:
-  """Independent heads (Gloeckle et al. 2024), of blocks as the trunk's last."""
+  """Returns a model with independent heads (Gloeckle et al. 2024), whose blocks are like the trunk's last."""
   return MultiToken(trunk, depths, ParallelHead(trunk.layers[-1]))
 
 
 def sequential(trunk: Transformer, depths: int) -> MultiToken:
-  """A chain of modules that read the tokens in between (DeepSeek-AI 2024), of blocks as the trunk's last."""
-  norms = trunk.norm.clone(), trunk.norm.clone()   # two objects: Flax would take one for one set of parameters
+  """Returns a model with a chain of modules (DeepSeek-AI 2024), whose blocks are like the trunk's last.
+
+  Each module also reads the token before the one that it predicts.
+  """
+  norms = trunk.norm.clone(), trunk.norm.clone()   # two objects, because Flax shares the parameters of one object
   return MultiToken(trunk, depths, SequentialModule(trunk.layers[-1], *norms))

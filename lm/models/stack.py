@@ -1,4 +1,4 @@
-"""Layers as stacks: a short pattern of blocks, repeated, runs as one scan over stacked parameters."""
+"""Stacks of layers: a pattern of blocks that repeats runs as one scan over stacked parameters."""
 import dataclasses
 import functools
 import operator
@@ -16,7 +16,7 @@ from lm.models.context import Aux, Context, Taps
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Layers: the blocks of `pattern` in turn, all of it `repeats` times."""
+  """Layers: the blocks of `pattern` one after the other, and this pattern `repeats` times."""
   pattern: tuple[nn.Module, ...]
   repeats: int
 
@@ -26,19 +26,21 @@ Stacks = tuple[Stack, ...]
 
 @dataclasses.dataclass(frozen=True)
 class LayerDropout:
-  """Layers that training leaves out at random: x + keep / (1 - rate) (layer(x) - x), keep being 0 or 1.
+  """Random omission of layers in training: x + keep / (1 - rate) * (layer(x) - x), where keep is 0 or 1.
 
-  `rates` has the probability of 0 for each layer. Drawn once for the batch, or by row.
+  `rates` has the probability that keep is 0 for each layer. It is drawn for each row if `by_row` is true, otherwise
+  once for the batch.
   """
   rates: tuple[float, ...]
   by_row: bool
 
   def __post_init__(self):
-    if bad := [rate for rate in self.rates if not 0 <= rate < 1]:
-      raise ValueError(f'a layer cannot be left out with probability {bad[0]}: it is not in [0, 1)')
+    for rate in self.rates:
+      if not 0 <= rate < 1:
+        raise ValueError(f'a layer cannot be left out with probability {rate}: it is not in [0, 1)')
 
   def __call__(self, x: jax.Array, y: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
-    """What follows a layer that makes y, [B, T, D], of x."""
+    """Returns the output, given the input x and the output y of a layer, both [B, T, D]."""
     shape = (x.shape[0] if self.by_row else 1, 1, 1)
     layout = sharding.spec('B--' if self.by_row else '---')
     keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=layout)
@@ -46,40 +48,51 @@ class LayerDropout:
 
 
 def layer_drop(layers: int, rate: float) -> LayerDropout:
-  """Each layer at one rate, for the whole batch (LayerDrop, Fan et al. 2020, who do not scale the layers that stay)."""
+  """Returns LayerDrop (Fan et al. 2020): one rate for all layers, drawn once for the batch.
+
+  Unlike in the paper, the layers that are kept are scaled.
+  """
   return LayerDropout((float(rate),) * layers, by_row=False)
 
 
 def stochastic_depth(layers: int, rate: float) -> LayerDropout:
-  """Rates that rise by the layer up to `rate`, the last one's, for each row (stochastic depth, Huang et al. 2016)."""
+  """Returns stochastic depth (Huang et al. 2016): rates rise linearly to `rate` at the last layer, drawn by row."""
   return LayerDropout(tuple(float(rate) * (i + 1) / layers for i in range(layers)), by_row=True)
 
 
 def stacks(blocks: Sequence[nn.Module]) -> Stacks:
-  """The blocks of all layers, as few stacks of short patterns."""
-  found, at = [], 0
-  while at < len(blocks):
-    def repeats(size, at=at):
-      n = 1
-      while blocks[at + n * size:at + (n + 1) * size] == blocks[at:at + size]:
-        n += 1
-      return n
-    rest = len(blocks) - at
-    # The pattern that covers the most layers, the shorter of two; one layer by itself covers none but itself.
-    size = max(range(1, min(rest // 2, 64) + 1), default=1,
-               key=lambda size: ((n := repeats(size)) > 1) * (n * size, -size))
-    found.append(Stack(tuple(blocks[at:at + size]), repeats(size)))
-    at += size * found[-1].repeats
-  return tuple(found)
+  """Groups the blocks of all layers into few stacks of short patterns."""
+  result, start = [], 0
+  while start < len(blocks):
+    remaining = blocks[start:]
+    sizes = range(1, min(len(remaining) // 2, 64) + 1)
+    size = max(sizes, default=1, key=functools.partial(_preference, remaining))
+    result.append(Stack(tuple(remaining[:size]), _repeats(remaining, size)))
+    start += size * result[-1].repeats
+  return tuple(result)
+
+
+def _repeats(blocks: Sequence[nn.Module], size: int) -> int:
+  """Returns how often the first `size` blocks follow one another from the start."""
+  count = 1
+  while blocks[count * size:(count + 1) * size] == blocks[:size]:
+    count += 1
+  return count
+
+
+def _preference(blocks: Sequence[nn.Module], size: int) -> tuple[int, ...]:
+  """Returns the sort key of a pattern size: the most layers in one stack, then the shortest pattern, are preferred."""
+  count = _repeats(blocks, size)
+  return (count * size, -size) if count > 1 else ()
 
 
 def layers(stacks: Stacks) -> tuple[nn.Module, ...]:
-  """The block of each layer."""
+  """Returns the block of each layer."""
   return tuple(block for stack in stacks for block in stack.pattern * stack.repeats)
 
 
 def init(stacks: Stacks, key: jax.Array, x: jax.Array, *args: Any) -> dict[str, Any]:
-  """Parameters: for each block of each stack, `'0'` and so on, a tree stacked over the repeats."""
+  """Returns new parameters: a tree for each block of each stack, named '0', '1', ..., stacked over the repeats."""
   trees: dict[str, Any] = {}
   for stack, keys in _split(stacks, key):
     for i, block in enumerate(stack.pattern):
@@ -95,14 +108,14 @@ def _init(block, x, args, key):
 def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
         remat: Callable[..., bool] | None = None, dropout: LayerDropout | None = None
         ) -> tuple[jax.Array, Aux, dict[str, Any]]:
-  """Applies the blocks, without a cache; each has a key of its own, split from that of the context.
+  """Applies the blocks without a cache. Each block has its own key, split from that of the context.
 
-  Returns x, what the blocks report in sum, and what taps have read, by name, stacked over the layers that have the
-  activation. `remat` says what the backward pass may keep of a layer, as in `jax.checkpoint_policies`; None keeps
-  everything. `dropout` leaves layers out where there is a key.
+  Returns x, the sum of the blocks' auxiliary outputs, and the readings of taps by name, stacked over the layers that
+  have the activation. `remat` is a policy of `jax.checkpoint_policies`, which selects what is stored of a layer for the
+  backward pass; None stores everything. `dropout` omits layers if there is a key.
 
   Raises:
-    ValueError: the rates of `dropout` are not as many as the layers, or no layer has an activation that is tapped.
+    ValueError: `dropout` does not have a rate for each layer, or no layer has an activation that is tapped.
   """
   drops = _drops(stacks, dropout, context.key)
 
@@ -139,9 +152,10 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
 
 def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, caches: tuple[Any, ...]
                ) -> tuple[jax.Array, tuple[Any, ...], Aux, dict[str, Any]]:
-  """As `run`, one layer after the other, each with its cache; returns the new caches too.
+  """Applies the blocks like `run`, each with its cache, and returns the new caches too.
 
-  It is no scan, which would copy each layer's weights and cache at every step: half of the time on CPU.
+  It does not use a scan, which would copy the weights and the cache of each layer at every step (half of the time on
+  CPU).
   """
   new, total, readings = [], Aux(), []
   for i, (block, tree, cache) in enumerate(zip(layers(stacks), unstacked(stacks, params), caches)):
@@ -153,7 +167,7 @@ def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, cach
 
 
 def _apply(block, params, x, context, cache=None):
-  """A layer: x, its cache, what it reports, and what taps have read in it."""
+  """Applies a layer. Returns x, the layer's cache, its auxiliary output and the readings of its taps."""
   readings: dict[str, Any] = {}
   context = dataclasses.replace(context, readings=readings)
   x, cache, aux = block.apply({'params': declarations.plain(params)}, x, context, cache)
@@ -161,47 +175,51 @@ def _apply(block, params, x, context, cache=None):
 
 
 def _stacked(taps: Taps, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """{name: what its tap has read, stacked over layers}; without those that read nothing."""
+  """Returns the readings by name, stacked over layers, without those that are None."""
   known = {name for reading in readings for name in reading}
-  if unknown := [name for name, _ in taps if name not in known]:
-    raise ValueError(f'there is a tap of {unknown[0]!r}, and no layer has an activation of that name')
+  for name, _ in taps:
+    if name not in known:
+      raise ValueError(f'there is a tap of {name!r}, and no layer has an activation of that name')
   stacked = {name: jax.tree.map(lambda *each: jnp.stack(each), *(r[name] for r in readings if name in r))
              for name in sorted(known)}
   return {name: reading for name, reading in stacked.items() if reading is not None}
 
 
 def _drops(stacks: Stacks, dropout: LayerDropout | None, key: jax.Array | None) -> list[tuple | None]:
-  """For each stack, the rates and the keys of its layers, `[repeats, len(pattern)]`; None where none is left out."""
-  if dropout is not None and len(dropout.rates) != (count := len(layers(stacks))):
-    raise ValueError(f'{len(dropout.rates)} rates of dropout for {count} layers; give one for each')
+  """Returns for each stack the rates and the keys of its layers, [repeats, len(pattern)]; None without dropout."""
+  count = len(layers(stacks))
+  if dropout is not None and len(dropout.rates) != count:
+    raise ValueError(f'{len(dropout.rates)} rates of layer dropout do not fit {count} layers; give one for each layer')
   if dropout is None or key is None or not any(dropout.rates):
     return [None] * len(stacks)
-  key = jax.random.fold_in(key, len(dropout.rates))   # beside those of the blocks
+  key = jax.random.fold_in(key, len(dropout.rates))   # differs from the keys of the blocks
   shapes = [(stack.repeats, len(stack.pattern)) for stack in stacks]
   ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
   rates = np.split(np.float32(dropout.rates), ends)
-  return [(jnp.asarray(of.reshape(shape)), keys) for of, shape, (_, keys) in zip(rates, shapes, _split(stacks, key))]
+  return [(jnp.asarray(stack_rates.reshape(shape)), keys)
+          for stack_rates, shape, (_, keys) in zip(rates, shapes, _split(stacks, key))]
 
 
 def _split(stacks: Stacks, key: jax.Array | None) -> Iterator[tuple[Stack, jax.Array | None]]:
-  """Each stack with a key for each layer, `[repeats, len(pattern)]`."""
-  keys, done = None if key is None else jax.random.split(key, len(layers(stacks))), 0
+  """Yields each stack with the keys of its layers, [repeats, len(pattern)]; None without a key."""
+  keys = None if key is None else jax.random.split(key, len(layers(stacks)))
+  first = 0
   for stack in stacks:
     size = stack.repeats * len(stack.pattern)
-    yield stack, None if keys is None else keys[done:done + size].reshape(stack.repeats, -1)
-    done += size
+    yield stack, None if keys is None else keys[first:first + size].reshape(stack.repeats, -1)
+    first += size
 
 
 def _trees(stacks: Stacks, params: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-  """For each stack, the parameters of each block of its pattern."""
-  done = 0
+  """Yields for each stack the parameters of each block of its pattern."""
+  first = 0
   for stack in stacks:
-    yield tuple(params[str(done + i)] for i in range(len(stack.pattern)))
-    done += len(stack.pattern)
+    yield tuple(params[str(first + i)] for i in range(len(stack.pattern)))
+    first += len(stack.pattern)
 
 
 def unstacked(stacks: Stacks, params: Any) -> tuple[Any, ...]:
-  """Parameters with one tree a layer; they are returned as they are where they are so already."""
+  """Returns parameters with one tree for each layer. Parameters that are unstacked already are returned as they are."""
   return params if isinstance(params, tuple) else _slices(stacks, params)
 
 

@@ -1,7 +1,7 @@
-"""The decoder: a composition of parts. `gpt2` and `llama` below are two of them; a variant is another.
+"""The decoder, a composition of modules: `gpt2` and `llama` below are two of many.
 
 Shapes: B batch, T query time, S key time, D model width, N query heads, K key/value heads, H head size,
-F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its shape where it helps; the einsums and
+F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its shape where that helps. The einsums and
 the sharding table use the same letters.
 """
 import dataclasses
@@ -27,15 +27,15 @@ from lm.models.rotary import LongRope, Rotary
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap'])
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """From hidden states to float32 logits. Kept apart, so that a loss never needs all of `[B, T, V]` at once.
+  """Maps hidden states to float32 logits. A model returns it unapplied, so that losses need not store all of [B, T, V].
 
-  With a `softcap`, softcap * tanh(logits / softcap) (Gemma 2).
+  With a `softcap`, logits are softcap * tanh(logits / softcap) (Gemma 2).
   """
   weight_VD: jax.Array
   softcap: float | None = None
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-    if sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # decoding; the other order reads at half the speed
+    if sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # in decoding, this order is twice as fast
       logits = jnp.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, out_sharding=sharding.spec('VBT'),
                           preferred_element_type=jnp.float32).transpose(1, 2, 0)
     else:
@@ -44,29 +44,29 @@ class Head:
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens seen so far. Row b sees slot s where `segments_BS[b, s]` is its own segment."""
-  layers: tuple[Any, ...]  # what each block's `init_cache` gives
+  """Keys and values of the tokens so far. A token of row b sees slot s if `segments_BS[b, s]` is its own segment."""
+  layers: tuple[Any, ...]  # of each block, as from its `init_cache`
   segments_BS: jax.Array   # 0: empty or padding
   positions_BS: jax.Array
-  index: jax.Array         # [B], slots of each row that are filled; what lies after them is not seen
+  index: jax.Array         # [B], how many slots of each row are filled; later slots are not visible
 
 
 class Output(NamedTuple):
   hidden: jax.Array        # [B, T, D]
   head: Callable[[jax.Array], jax.Array]
   cache: Cache | None
-  aux: Aux = Aux()         # what the blocks report, in sum
+  aux: Aux = Aux()         # the sum over the blocks
   readings: Mapping[str, Any] = {}   # of taps, by name, stacked over layers
 
 
 def prompt_width(texts: Sequence[np.ndarray]) -> int:
-  """Of rows that hold any of the texts and a token more: few different ones, so few compilations."""
+  """Returns a width of rows for any of the texts and one more token: a power of two, to keep compilations few."""
   return max(16, 1 << max(map(len, texts)).bit_length())
 
 
 class LanguageModel(nn.Module):
-  """Base of models: Flax modules whose parameters are an explicit tree."""
-  causal = True             # an output depends on its own and earlier tokens alone, unless the batch says otherwise
+  """Base class of models: Flax modules whose parameters are an explicit tree."""
+  causal = True             # an output depends only on its own and earlier tokens, except on bidirectional ones
   depths = 0                # further tokens that are predicted at each position, see `prediction_heads`
   original_context = None   # see `Transformer.original_context`
 
@@ -82,28 +82,28 @@ class LanguageModel(nn.Module):
 
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
-    """Float32 parameters, laid out on the mesh in use. Call it inside `jax.jit`."""
+    """Returns new float32 parameters, sharded over the current mesh. Call it inside `jax.jit`."""
     tokens = jnp.zeros((sharding.parts('B'), 1), jnp.int32)
     return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
             taps: Taps = ()) -> Output:
-    """Runs on `batch` (tokens; positions and segments where rows are packed or padded).
+    """Applies the model to `batch`, whose rows have positions and segments if they are packed or padded.
 
-    Dropout is on where there is a `key`. With a `cache`, the batch continues what the cache holds. `taps` read or
-    replace activations of the blocks, by name: query, key, value, attended, residual (after attention), gate, up,
-    router and output (of the block), where the blocks have them; see `context.Tap`.
+    A `key` turns dropout on. With a `cache`, the batch continues the tokens of the cache. `taps` read or replace
+    activations of the blocks by name: query, key, value, attended, residual (after attention), gate, up, router and
+    output (of the block), as far as the blocks have them; see `context.Tap`.
     """
     return super().apply({'params': params}, batch, key=key, cache=cache, taps=taps)
 
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
-    """What is read before the first token is written, in NumPy: the last column is of the tokens that are continued.
+    """Returns the batch that the model reads before it generates, in NumPy. Its last column has the last tokens.
 
-    Here: bos, with `adds_bos` or where there is no text, and the text, padded on the left. `rows` beyond those of the
-    texts are empty.
+    Here, a row is bos, if `adds_bos` is true or the text is empty, and the text, padded on the left. Rows beyond the
+    number of texts are empty.
     """
     del eos
     texts = [np.int32([bos, *ids]) if adds_bos or not len(ids) else ids for ids in texts]
@@ -117,18 +117,19 @@ class LanguageModel(nn.Module):
 
   @nn.nowrap
   def insert(self, cache: Any, new: Any, rows: jax.Array) -> Any:
-    """The cache, where row i of the cache `new` takes the place of row `rows[i]`; where there is no such row, of none.
+    """Returns `cache` with row `rows[i]` replaced by row i of the cache `new`. Indices out of range are skipped.
 
-    Every leaf of both is led by rows, and has the same shape after that.
+    The first axis of each leaf is that of rows; the other axes have the same sizes in both caches.
     """
     return sharding.insert_rows(cache, new, rows)
 
 
 class Transformer(LanguageModel):
-  """Embeds, runs the layers, normalises.
+  """A decoder: embeds the tokens, applies the layers, normalises.
 
-  The parameters `blocks` hold a tree for each block of each stack, `'0'` and so on, stacked over its repeats. `remat`
-  says what the backward pass may keep of a layer, a policy as in `jax.checkpoint_policies`; None keeps everything.
+  The parameters `blocks` have a tree for each block of each stack, named '0', '1', ..., stacked over its repeats.
+  `remat` is a policy of `jax.checkpoint_policies`, which selects what is stored of a layer for the backward pass; None
+  stores everything.
   """
   vocab: int
   width: int
@@ -147,12 +148,12 @@ class Transformer(LanguageModel):
 
   @property
   def layers(self) -> tuple[nn.Module, ...]:
-    """The block of each layer."""
+    """Returns the block of each layer."""
     return stack.layers(self.blocks)
 
   @property
   def original_context(self) -> int | None:
-    """The length of a text, in tokens, beyond which all of its rotary positions differ (LongRoPE); None: none does."""
+    """The length in tokens beyond which a text has other rotary frequencies (LongRoPE); None if there is none."""
     rotaries = [getattr(getattr(block, 'attention', None), 'rotary', None) for block in self.layers]
     scalings = [rotary.scaling for rotary in rotaries if rotary is not None]
     return min((scaling.original for scaling in scalings if isinstance(scaling, LongRope)), default=None)
@@ -203,7 +204,7 @@ class Transformer(LanguageModel):
     filled = attend.write(cache.segments_BS, segments, cache.index)
     key_positions = attend.write(cache.positions_BS, positions, cache.index)
     bidirectional = None
-    if batch.bidirectional is not None:   # of the new tokens: what came before is seen anyway
+    if batch.bidirectional is not None:   # of the new tokens; earlier ones are visible anyway
       bidirectional = attend.write(jnp.zeros_like(filled, bool), batch.bidirectional, cache.index)
     visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
     context = Context(positions, visible, taps=taps)
@@ -212,15 +213,15 @@ class Transformer(LanguageModel):
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
-    """Parameters with one tree a layer, for decoding: a loop of steps with a cache then copies no weights.
+    """Returns parameters with one tree for each layer, so that steps with a cache do not copy weights.
 
-    Where many calls follow, do it once: parameters that are unstacked are returned as they are.
+    Call it once before many steps. Parameters that are unstacked already are returned as they are.
     """
     return {**params, 'blocks': stack.unstacked(self.blocks, params['blocks'])}
 
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
-    """An empty cache with `slots` slots a row."""
+    """Returns an empty cache with `slots` slots for each row."""
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in self.layers)
     empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
     return Cache(layers, empty, empty, sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
@@ -234,7 +235,7 @@ def _head_size(width: int, heads: int, rates: dict[str, float | None], **sizes: 
     if rate is not None and not 0 <= rate < 1:
       raise ValueError(f'{name}={rate} is not in [0, 1)')
   if width % heads:
-    raise ValueError(f'heads={heads} does not divide width={width}')
+    raise ValueError(f'heads={heads} does not divide width={width}; choose a width that is a multiple of it')
   return width // heads
 
 
@@ -244,8 +245,8 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
          remat=parts.keep_products) -> Transformer:
   """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh GELU, biases, tied embedding.
 
-  `dropout` is of what each branch adds, and of the embedding unless `embedding_dropout` says otherwise;
-  `attention_dropout` is of the attention's probabilities.
+  `dropout` applies to the output of each residual branch, and to the embedding unless `embedding_dropout` is given;
+  `attention_dropout` applies to the probabilities of attention.
   """
   out_std = 0.02 / (2 * layers) ** 0.5
   rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
@@ -264,9 +265,10 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
           embedding_dropout: float | None = None, attention_dropout: float = 0.,
           layer_dropout: stack.LayerDropout | None = None, dtype=jnp.float32,
           remat=parts.keep_products) -> Transformer:
-  """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of 8/3 the width, no biases.
+  """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of hidden size 8/3 of the width, no biases.
 
-  Matrices start at std 1 / sqrt(width), so that activations have the same size at any width. Dropout as in `gpt2`.
+  Matrices are initialised with std 1 / sqrt(width), so that activations have the same size at any width. Dropout is
+  that of `gpt2`.
   """
   rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
   size = _head_size(width, heads, rates, vocab=vocab, layers=layers, max_length=max_length)
@@ -274,7 +276,7 @@ def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None 
   if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
   if size % 2:
-    raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need it even')
+    raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need an even size')
   std = width ** -0.5
   out_std = std / (2 * layers) ** 0.5
   attention = attend.Attention(heads, kv_heads, size, Rotary(theta),

@@ -201,8 +201,8 @@ def test_layers_that_are_not_left_out_change_no_program():
     (lambda: transformer.llama(8, 8, 1, 2, attention_dropout=1.), r'attention_dropout=1\.0 is not in \[0, 1\)'),
     (lambda: transformer.gpt2(8, 8, 1, 2, embedding_dropout=-0.1), r'embedding_dropout=-0\.1 is not in'),
     (lambda: stack.stochastic_depth(4, 1.), r'probability 1\.0: it is not in \[0, 1\)'),
-    (lambda: AttentionScores(dropout=1.5), r'dropout=1\.5 of attention'),
-    (lambda: added(stack.layer_drop(2, 0.5), None), '2 rates of dropout for 4 layers')])
+    (lambda: AttentionScores(dropout=1.5), r'attention dropout=1\.5'),
+    (lambda: added(stack.layer_drop(2, 0.5), None), '2 rates of layer dropout do not fit 4 layers')])
 def test_rates_that_cannot_be_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
