@@ -14,7 +14,8 @@ from lm.workdir import atomic, track
 
 def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
   """Plots training loss, validation loss and learning rate against the step."""
-  if (figure := _figure(png, (8, 5))) is None:
+  figure = _figure(png, (8, 5))
+  if figure is None:
     return
 
   def series(name: str) -> tuple[list[int], list[float]]:
@@ -37,7 +38,8 @@ def curve(metrics_jsonl: pathlib.Path, png: pathlib.Path) -> None:
 
 def schedule(rates: Mapping[str, Callable[[Any], Any]], steps: int, png: pathlib.Path) -> None:
   """Plots learning rates, each a function of the step, one below the other."""
-  if (figure := _figure(png, (8, 1.2 + 1.3 * len(rates)))) is None:
+  figure = _figure(png, (8, 1.2 + 1.3 * len(rates)))
+  if figure is None:
     return
   panels = figure.subplots(len(rates), 1, sharex=True, squeeze=False)[:, 0]
   for axes, (name, rate) in zip(panels, rates.items()):
@@ -57,7 +59,8 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   single evaluation is drawn as a point with its range. If no arm has a curve, only the final values are drawn.
   """
   has_curves = any(all(runs) and len(runs) for runs in curves.values())
-  if (figure := _figure(png, (11 if has_curves else 6, 5))) is None:
+  figure = _figure(png, (11 if has_curves else 6, 5))
+  if figure is None:
     return
   left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if has_curves else (None, figure.subplots())
   for i, (name, runs) in enumerate(curves.items()):
@@ -83,7 +86,8 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
 def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,
           log: bool = False) -> None:
   """Plots the lines `{title: {name: points}}` and marks their lowest points; each title has a panel, on shared axes."""
-  if (figure := _figure(png, (5.5 * len(panels) + 2, 5))) is None:
+  figure = _figure(png, (5.5 * len(panels) + 2, 5))
+  if figure is None:
     return
   all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
   for axes, (title, panel) in zip(all_axes, panels.items()):
@@ -106,7 +110,8 @@ def sweep(png: pathlib.Path, trials: Sequence[tuple[Mapping[str, Any], float, bo
   """
   names = [name for name in trials[0][0] if all(_number(knobs[name]) is not None for knobs, _, _ in trials)]
   names = [name for name in names if len({knobs[name] for knobs, _, _ in trials}) > 1]
-  if not names or (figure := _figure(png, (5.5 * len(names), 4.5))) is None:
+  figure = _figure(png, (5.5 * len(names), 4.5)) if names else None
+  if figure is None:
     return
   panels = figure.subplots(1, len(names), squeeze=False)[0]
   finite = [trial for trial in trials if math.isfinite(trial[1])]
@@ -137,7 +142,8 @@ def scaling(png: pathlib.Path, points: Sequence[tuple[float, float, float]], law
 
   `predicted` is (N, D, loss, low, high) of the largest run: it is drawn as an error bar, and its `outcome` as a star.
   """
-  if (figure := _figure(png, (8, 5))) is None:
+  figure = _figure(png, (8, 5))
+  if figure is None:
     return
   axes, n, d = figure.subplots(), *predicted[:2]
   sizes = sorted({*(point[0] for point in points), n})

@@ -1,12 +1,12 @@
-"""Objects written as JSON that they can be built from again, without executing anything that the JSON names.
+"""Objects as JSON from which equal objects can be built, without executing code that the JSON names.
 
-`stored` writes an object down, and `rebuilt` makes an equal one. Both know plain values, dtypes, paths and containers,
-and what the packages below define: frozen dataclasses, Flax modules, named tuples, functions, partials of functions, a
-model's `apply`, and functions that other functions make (their code is looked up in the package, and only the values
-that they hold are read from the JSON). A name is looked up in these packages, nowhere else. An object with a method
-`to_store` is written down, and built, as what that returns.
+`stored` describes an object as JSON, and `rebuilt` builds an equal object. Both support plain values, dtypes, paths and
+containers, and what the packages below define: frozen dataclasses, Flax modules, named tuples, functions, partials of
+functions, a model's `apply`, and inner functions (their code is looked up in the package, and only the values of their
+closure are read from the JSON). Names are looked up in these packages only. An object with a method `to_store` is
+stored, and rebuilt, as the result of that method.
 
-Whatever else `stored` meets, such as a class of a user's script, becomes `{'outside': name}`, and `outside` lists it.
+Any other object, such as one of a class in a user's script, becomes `{'outside': name}`; `outside` lists these names.
 """
 import dataclasses
 import functools
@@ -20,26 +20,27 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# Whose functions may be called: they compute, and touch no file and no process.
+# Functions of these modules may be called: they only compute, and access no file and no process.
 FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'jax.nn')
-# Whose classes may be built, and these alone of other modules: they hold values, and do nothing when they are built.
+# Classes of these modules, and these classes of other modules, may be built: they only hold values.
 CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rows',
            'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',
            'lm.hf.pretrained:Parameters', 'lm.load:StoredResult', 'lm.lora:Adapted', 'lm.train.interfaces:Constants')
-DEPTH, SIZE = 100, 100_000   # of the JSON: how deep values may be nested, and how many there may be
+DEPTH, SIZE = 100, 100_000   # how deep values may be nested in the JSON, and how many it may have
 
 
 class Unknown(ValueError):
-  """The JSON names something that may not be built, or is not what `stored` writes."""
+  """The JSON names something that may not be built, or is not in the form that `stored` writes."""
 
 
 def stored(value: Any, above: tuple[int, ...] = ()) -> Any:
-  """JSON that `rebuilt` makes an equal object of; `above` are the ids of what the value is inside of."""
+  """Returns JSON from which `rebuilt` builds an equal object. `above` has the ids of the objects that contain it."""
   if id(value) in above:
     return _outside(value)
   value = value.to_store() if hasattr(type(value), 'to_store') else value
   store = functools.partial(stored, above=(*above, id(value)))
-  if (name := _name(value)) is not None:
+  name = _name(value)
+  if name is not None:
     return {'type' if inspect.isclass(value) else 'function': name}
   match value:
     case None | bool() | int() | str() | float():
@@ -58,11 +59,13 @@ def stored(value: Any, above: tuple[int, ...] = ()) -> Any:
       return {'method': 'apply', 'of': store(value.__self__)}
     case types.FunctionType():
       return _stored_function(value, store)
-  if (dtype := _dtype(value)) is not None:
+  dtype = _dtype(value)
+  if dtype is not None:
     return {'dtype': dtype.name}
   if type(value) is tuple:
     return {'tuple': [store(item) for item in value]}
-  if (name := _name(type(value))) is None or not _may_be_made(type(value)):
+  name = _name(type(value))
+  if name is None or not _holds_only_fields(type(value)):
     return _outside(value)
   fields = {field: store(getattr(value, field)) for field in _fields(type(value))}
   optional = {f.name for f in getattr(value, '__dataclass_fields__', {}).values() if not f.compare and _has_default(f)}
@@ -71,19 +74,20 @@ def stored(value: Any, above: tuple[int, ...] = ()) -> Any:
 
 
 def rebuilt(tree: Any) -> Any:
-  """The object that `stored` wrote. Unknown where a name in it may not be looked up, or values do not fit."""
+  """Builds the object that `stored` described. Raises Unknown if a name may not be looked up, or if values do not fit.
+  """
   check_size(tree)
   try:
     return _rebuilt(tree)
   except Unknown:
     raise
-  except Exception as error:   # of classes that are given other values than they expect
+  except Exception as error:   # a class was given values that it does not expect
     raise Unknown(f'its description does not fit this version of the package ({" ".join(str(error).split())[:200]})'
                   ) from None
 
 
 def outside(tree: Any) -> list[str]:
-  """The names of what `stored` could not write down, such as 'small:Model', each once. Unknown as `rebuilt`."""
+  """Returns the names of what `stored` could not describe, such as 'small:Model', each once. May raise Unknown."""
   check_size(tree)
   return list(dict.fromkeys(_outside_names(tree)))
 
@@ -102,7 +106,7 @@ def _outside(value: Any) -> dict[str, str]:
 
 
 def check_size(tree: Any) -> None:
-  """Unknown where JSON is nested too deep or too large. It counts without recursion: the JSON may come from anybody."""
+  """Raises Unknown if JSON is nested too deep or too large. It does not recurse, because the JSON is not trusted."""
   level, count = [tree], 0
   for _ in range(DEPTH):
     level = [item for node in level if isinstance(node, dict | list)
@@ -137,22 +141,23 @@ def _rebuilt(tree: Any) -> Any:
       return _method(_rebuilt(value), name)
     case {'function': str(name), 'number': int(number), 'cells': dict(cells), 'defaults': defaults, 'keywords': kw}:
       cells = {name: _rebuilt(cell) for name, cell in cells.items()}
-      return _made_function(name, number, cells, _rebuilt(defaults), _rebuilt(kw))
+      return _inner_function(name, number, cells, _rebuilt(defaults), _rebuilt(kw))
     case {'function': str(name)}:
-      if inspect.isclass(value := _look_up(name)) or not callable(value):
+      value = _look_up(name)
+      if inspect.isclass(value) or not callable(value):
         raise Unknown(f'{name} is not a function')
       return value
     case {'class': str(name), 'fields': dict(fields)}:
-      made = _class(name)
-      if not _may_be_made(made) or not fields.keys() <= set(_fields(made)):
+      kind = _class(name)
+      if not _holds_only_fields(kind) or not fields.keys() <= set(_fields(kind)):
         raise Unknown(f'{name} is not a class that can be built from its fields, or has other fields')
-      value = made(**{field: _rebuilt(item) for field, item in fields.items()})
-      return value.to_store() if hasattr(made, 'to_store') else value
+      value = kind(**{field: _rebuilt(item) for field, item in fields.items()})
+      return value.to_store() if hasattr(kind, 'to_store') else value
   raise Unknown(f'its description has a value that is not understood: {str(tree)[:100]}')
 
 
 def _name(value: Any) -> str | None:
-  """'module:qualified.name' of a class or function that `_look_up` gives again; None of any other value."""
+  """Returns 'module:qualified.name' of a class or function that `_look_up` returns for it; None for other values."""
   qualified, module = getattr(value, '__qualname__', None), getattr(value, '__module__', None)
   if not isinstance(qualified, str) or not isinstance(module, str):
     return None
@@ -164,7 +169,7 @@ def _name(value: Any) -> str | None:
 
 
 def _look_up(name: str) -> Any:
-  """The class or function of a name such as 'lm.models.layers:Block'. Unknown where it may not be looked up."""
+  """Returns the class or function of a name such as 'lm.models.layers:Block'. Raises Unknown if that is not allowed."""
   module, _, qualified = name.partition(':')
   parts = *module.split('.'), *qualified.split('.')
   if not (_is_of(name, CLASSES) or _is_of(name, FUNCTIONS)) or not all(part.isidentifier() for part in parts):
@@ -177,7 +182,7 @@ def _look_up(name: str) -> Any:
     raise Unknown(f'{name[:200]} is not defined by this version of the package') from None
   if not _is_of(name, CLASSES if inspect.isclass(value) else FUNCTIONS) or not callable(value):
     raise Unknown(f'{name[:200]} is not a class or function that a model, an objective or data may use')
-  # Not what the module merely imports: that may be anything.
+  # Names that the module only imports are refused, because they may be anything.
   if module != 'jax.nn' and (getattr(value, '__module__', None), getattr(value, '__qualname__', None)) != (
       module, qualified):
     raise Unknown(f'{name[:200]} is not defined in {module}')
@@ -195,8 +200,8 @@ def _class(name: str) -> type:
   return value
 
 
-def _may_be_made(kind: type) -> bool:
-  """Whether a class only holds its fields: a frozen dataclass, as Flax modules are too, or a named tuple."""
+def _holds_only_fields(kind: type) -> bool:
+  """Returns whether a class only holds fields: a frozen dataclass, a Flax module, or a named tuple."""
   if dataclasses.is_dataclass(kind):
     return kind.__dataclass_params__.frozen or any(base.__module__.startswith('flax.') for base in kind.__mro__)
   return issubclass(kind, tuple) and hasattr(kind, '_fields')
@@ -220,19 +225,19 @@ def _dtype(value: Any) -> np.dtype | None:
 
 
 def _stored_function(value: types.FunctionType, store: Any) -> dict[str, Any]:
-  """Of a function that another function of `FUNCTIONS` made: the name of its code, and the values that it holds."""
+  """Describes an inner function of a function in `FUNCTIONS` by the name of its code and the values of its closure."""
   name = f'{value.__module__}:{value.__qualname__}'
   try:
     number = _codes(name).index(value.__code__)
     cells = {free: store(cell.cell_contents) for free, cell in zip(value.__code__.co_freevars, value.__closure__ or ())}
-  except ValueError:   # Unknown, a code that is not there, or an empty cell
+  except ValueError:   # Unknown, missing code, or an empty cell
     return _outside(value)
   return {'function': name, 'number': number, 'cells': cells, 'defaults': store(value.__defaults__),
           'keywords': store(value.__kwdefaults__)}
 
 
-def _made_function(name: str, number: int, cells: Mapping[str, Any], defaults: Any, keywords: Any
-                   ) -> types.FunctionType:
+def _inner_function(name: str, number: int, cells: Mapping[str, Any], defaults: Any, keywords: Any
+                    ) -> types.FunctionType:
   codes = _codes(name)
   if not 0 <= number < len(codes) or cells.keys() != set(codes[number].co_freevars):
     raise Unknown(f'{name} is another function in this version of the package')
@@ -244,10 +249,10 @@ def _made_function(name: str, number: int, cells: Mapping[str, Any], defaults: A
 
 
 def _codes(name: str) -> list[types.CodeType]:
-  """The code of functions of this qualified name inside another function, in the order of the source."""
+  """Returns the code of inner functions of this qualified name, in the order of the source."""
   outer, inside, _ = name.partition('.<locals>')
   if not inside:
-    raise Unknown(f'{name} is not inside of a function')
+    raise Unknown(f'{name} is not an inner function')
   function, matching = inspect.unwrap(_look_up(outer)), []
   level = [function.__code__] if inspect.isfunction(function) else []
   while level:

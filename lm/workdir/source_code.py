@@ -1,8 +1,8 @@
-"""The code of a user's functions and classes, as digests: so that an edited script is known to be another one.
+"""Digests of the code of a user's functions and classes, by which an edited script is recognised.
 
-A description names the functions and classes of this package and of installed ones. Those of a user's script may be
-edited and keep their names; so their code is described too, with all that it reads: constants, functions and classes of
-the user's modules, in the same file or imported, and the values that an inner function holds.
+A description names the functions and classes of this package and of installed packages. Those of a user's script may
+change while their names stay the same. So their code is described too, with all that it reads: constants, functions and
+classes of the user's modules, in the same file or imported, and the values in the closures of inner functions.
 """
 import ast
 import dataclasses
@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _LIBRARY = str(pathlib.Path(sysconfig.get_paths()['stdlib']).resolve())
-_LONGEST = 200   # characters of a constant that is described as it is; a longer one by its digest
+_LONGEST = 200   # longer constants, in characters, are described by their digests
 
 
 def is_users(value: Any) -> bool:
-  """Whether a function, class or module is neither of this package nor installed."""
+  """Returns whether a function, class or module belongs neither to this package nor to an installed one."""
   value = _plain(value)
   if not isinstance(value, types.FunctionType | types.ModuleType | type):
     return False
@@ -30,39 +30,43 @@ def is_users(value: Any) -> bool:
   if not isinstance(name, str) or name.partition('.')[0] == 'lm':
     return False
   file = getattr(sys.modules.get(name), '__file__', None)
-  if file is None:   # built into Python; or of a notebook, or of a string that was executed
+  if file is None:   # it is built into Python, or from a notebook or an executed string
     return name == '__main__' or name not in sys.modules
   path = str(pathlib.Path(file).resolve())
   return '-packages' not in path and not path.startswith(_LIBRARY)
 
 
 def digests(value: Any, describe: Callable[[Any], Any]) -> dict[str, Any]:
-  """{'script.relu2': digest, 'neighbour.POWER': 2, ...}: a user's function or class, and what its code reads.
+  """Returns {'script.relu2': digest, 'neighbour.POWER': 2, ...} of a user's function or class and what its code reads.
 
-  A digest is of the syntax tree: comments, docstrings and layout do not count. Other values are described by
-  `describe`.
+  A digest is that of the syntax tree: comments, docstrings and layout do not count. `describe` describes other values.
   """
-  found: dict[str, Any] = {}
-  _Walk(found, describe, set()).visit(_plain(value))
-  return found
+  walk = _Walk(describe)
+  walk.visit(_plain(value))
+  return walk.contents
 
 
 class _Walk:
-  def __init__(self, found: dict[str, Any], describe: Callable[[Any], Any], seen: set[int]):
-    self._found, self._describe, self._seen = found, describe, seen
+  """Collects the `contents` of the code that is visited, by name."""
+
+  def __init__(self, describe: Callable[[Any], Any]):
+    self.contents: dict[str, Any] = {}
+    self._describe = describe
+    self._visited: set[int] = set()
 
   def visit(self, value: Any) -> None:
     """Adds a function or class of the user, and all that it reads."""
-    if id(value) in self._seen:
+    if id(value) in self._visited:
       return
-    self._seen.add(id(value))
+    self._visited.add(id(value))
     space = _globals(value)
     nodes = _nodes(value, space)
     self._add(f'{_module(space)}.{value.__qualname__}', _digest(nodes) if nodes else _bytecode(value))
     for function in _functions(value):
       for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        if name != '__class__' and (held := _content(cell)) is not value:
-          self._read(f'{_module(space)}.{value.__qualname__}.{name}', held)
+        content = _content(cell)
+        if name != '__class__' and content is not value:
+          self._read(f'{_module(space)}.{value.__qualname__}.{name}', content)
     for path in dict.fromkeys(_paths(nodes)):
       self._follow(space, path)
 
@@ -80,33 +84,34 @@ class _Walk:
     self._read(f'{module}.{name}', value)
 
   def _read(self, name: str, value: Any) -> None:
-    """Adds a value that code reads by a name, with the user's code that is in it."""
+    """Adds a value that code reads by a name, with the user's code in it."""
+    text = _plain_text(value)
     if is_users(value):
       if not isinstance(value, types.ModuleType):
         self.visit(_plain(value))
     elif isinstance(value, types.ModuleType):
       self._add(name, value.__name__)
-    elif (plain := _plain_text(value)) is not None:
-      self._add(name, value if len(plain) <= _LONGEST else hashlib.sha256(plain.encode()).hexdigest()[:16])
-    elif id(value) not in self._seen:
-      self._seen.add(id(value))
+    elif text is not None:
+      self._add(name, value if len(text) <= _LONGEST else hashlib.sha256(text.encode()).hexdigest()[:16])
+    elif id(value) not in self._visited:
+      self._visited.add(id(value))
       if is_users(type(value)):
         self.visit(type(value))
-      if parts := _parts(value):
-        for part, item in parts.items():
-          self._read(f'{name}.{part}', item)
-      else:
+      parts = _parts(value)
+      for part, item in parts.items():
+        self._read(f'{name}.{part}', item)
+      if not parts:
         self._add(name, self._describe(value))
 
   def _add(self, name: str, content: Any) -> None:
     key, number = name, 2
-    while key in self._found and self._found[key] != content:   # two lambdas
+    while key in self.contents and self.contents[key] != content:   # two lambdas
       key, number = f'{name} ({number})', number + 1
-    self._found[key] = content
+    self.contents[key] = content
 
 
 def _plain_text(value: Any) -> str | None:
-  """A value as JSON, None where it is not plain."""
+  """Returns a value as JSON text; None if JSON cannot represent it."""
   try:
     return json.dumps(value)
   except (TypeError, ValueError, RecursionError):
@@ -114,7 +119,7 @@ def _plain_text(value: Any) -> str | None:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-  """What a container, a partial or a dataclass holds."""
+  """Returns the contents of a container, a partial or a dataclass, by name."""
   if isinstance(value, Mapping):
     return {str(key): item for key, item in value.items()}
   if isinstance(value, list | tuple):
@@ -127,7 +132,7 @@ def _parts(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-  """The function in what `functools.wraps`, `jax.jit` and others made of it, or in a method."""
+  """Returns the function inside a method or a wrapper, such as that of `functools.wraps` or `jax.jit`."""
   value = value.__func__ if isinstance(value, types.MethodType) else value
   inner = getattr(value, '__wrapped__', None)
   return _plain(inner) if isinstance(inner, types.FunctionType) and not isinstance(value, type) else value
@@ -138,13 +143,13 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
   for member in members:
     member = member.fget if isinstance(member, property) else getattr(member, '__func__', member)
     member = _plain(member)
-    if isinstance(member, types.FunctionType) and (   # not the methods that dataclasses make
+    if isinstance(member, types.FunctionType) and (   # not the generated methods of dataclasses
         not isinstance(value, type) or member.__code__.co_filename != '<string>'):
       yield member
 
 
 def _globals(value: Any) -> Mapping[str, Any]:
-  """The names of the module of a function or class; of a class, those that its methods read, if it has any."""
+  """Returns the namespace of the module of a function or class; for a class, the one that its methods read, if any."""
   for function in _functions(value):
     if not isinstance(value, type) or function.__module__ == value.__module__:
       return function.__globals__
@@ -152,7 +157,7 @@ def _globals(value: Any) -> Mapping[str, Any]:
 
 
 def _module(space: Mapping[str, Any]) -> str:
-  """The name of a module, which is the same whether it is imported or run."""
+  """Returns the name of a module, the same whether it is imported or run."""
   name = space.get('__name__', '')
   return pathlib.Path(space['__file__']).stem if name == '__main__' and '__file__' in space else name
 
@@ -165,14 +170,14 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _nodes(value: Any, space: Mapping[str, Any]) -> list[ast.AST]:
-  """The syntax trees of a function or class: several, where lambdas in one line cannot be told apart."""
+  """Returns the syntax trees of a function or class; several if lambdas in one line cannot be distinguished."""
   file = value.__code__.co_filename if isinstance(value, types.FunctionType) else space.get('__file__', '')
   linecache.checkcache(file)
   nodes = _definitions(''.join(linecache.getlines(file, dict(space))))
   if isinstance(value, type):
     return [node for name, node in nodes if isinstance(node, ast.ClassDef)
             and name == value.__qualname__.replace('.<locals>', '')][-1:]
-  line = value.__code__.co_firstlineno   # of the first decorator, where there is one
+  line = value.__code__.co_firstlineno   # the line of the first decorator, if any
   return [node for name, node in nodes if not isinstance(node, ast.ClassDef)
           and name.rpartition('.')[2] == value.__code__.co_name
           and line == min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))])]
@@ -180,7 +185,7 @@ def _nodes(value: Any, space: Mapping[str, Any]) -> list[ast.AST]:
 
 @functools.lru_cache(maxsize=64)
 def _definitions(text: str) -> list[tuple[str, ast.AST]]:
-  """All functions, lambdas and classes of a file, by qualified name; none where the file is not Python."""
+  """Returns all functions, lambdas and classes of a file with their qualified names; none if it is not Python."""
   def walk(node, above):
     for child in ast.iter_child_nodes(node):
       name = getattr(child, 'name', '<lambda>') if isinstance(child, _DEFINED) else None
@@ -197,7 +202,7 @@ _DEFINED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 
 
 def _paths(nodes: list[ast.AST]) -> Iterator[tuple[str, ...]]:
-  """The names that code reads, with their attributes: `a.b.c` gives ('a', 'b', 'c')."""
+  """Yields the names that code reads, with their attributes: ('a', 'b', 'c') for `a.b.c`."""
   for tree in nodes:
     inner = set()
     for node in ast.walk(tree):
@@ -215,7 +220,7 @@ def _digest(nodes: list[ast.AST]) -> str:
 
 
 def _tree(node: Any) -> Any:
-  """A syntax tree without places and docstrings, the same in all versions of Python that know its nodes."""
+  """Returns a syntax tree without positions and docstrings, the same in all versions of Python with these nodes."""
   if isinstance(node, list):
     return [_tree(item) for item in node]
   if not isinstance(node, ast.AST):
@@ -228,7 +233,7 @@ def _tree(node: Any) -> Any:
 
 
 def _bytecode(value: Any) -> str:
-  """Of code whose file is not there, the same in one version of Python only."""
+  """Returns a digest of code whose file is missing. It is stable only within one version of Python."""
   def content(code):
     return code.co_code, code.co_names, [content(c) if isinstance(c, types.CodeType) else repr(c)
                                          for c in code.co_consts]

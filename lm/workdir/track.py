@@ -169,10 +169,12 @@ class Tracker(contextlib.AbstractContextManager):
     metrics = {name: float(value) for name, value in metrics.items()}
     if 'loss' in metrics:
       self.throughput.update(step)
-      if speed := self.throughput.tokens_per_second:
+      speed = self.throughput.tokens_per_second
+      if speed:
         metrics['tokens_per_second'] = speed
-        if self._flops and (utilisation := mfu(self._flops(step), speed, self._devices)):
-          metrics['mfu'] = utilisation
+      utilisation = mfu(self._flops(step), speed, self._devices) if speed and self._flops else None
+      if utilisation:
+        metrics['mfu'] = utilisation
     if self._jsonl is None:
       return
     # JSON has neither inf nor NaN; null keeps the line readable by all tools.
