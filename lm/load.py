@@ -15,7 +15,7 @@ from lm.hf import pretrained
 from lm.models.prediction_heads import MultiToken
 from lm.models.transformer import Transformer
 from lm.optim import averaging
-from lm.workdir import checkpoint, rebuild, records
+from lm.workdir import checkpoint, mismatch, rebuild, records
 from lm.workdir.describe import describe, differences
 
 
@@ -131,7 +131,7 @@ def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
 def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
   if lines := differences({name: facts[name] for name in now if name in facts},
                           {name: value for name, value in now.items() if name in facts}):
-    raise checkpoint.Mismatch(f'{workdir} was trained with another script, tokenizer, data or base model than it has '
+    raise mismatch.Mismatch(f'{workdir} was trained with another script, tokenizer, data or base model than it has '
                               'now; restore what it was trained with:\n  ' + '\n  '.join(lines[:6]))
 
 

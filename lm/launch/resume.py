@@ -11,7 +11,7 @@ import jax
 from lm import signature, train
 from lm.data.store_reader import OtherSettings
 from lm.launch.arguments import Values, restored, written
-from lm.workdir import checkpoint, records
+from lm.workdir import checkpoint, mismatch, records
 from lm.workdir.describe import describe, differences
 
 
@@ -71,7 +71,7 @@ def naming(flags: Flags, workdir: pathlib.Path, build: Callable[..., train.Run])
   """
   try:
     yield
-  except (checkpoint.Mismatch, OtherSettings) as error:
+  except (mismatch.Mismatch, OtherSettings) as error:
     if parts := _parts(flags.changed, build, _portrait):
       raise ValueError(_refusal(flags, parts, workdir)) from error
     raise

@@ -15,7 +15,7 @@ from lm.train.feed import DataFeed
 from lm.train.interrupt import Interrupt
 from lm.train.loop import Loop, Result
 from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, stored
-from lm.workdir import checkpoint, records, track
+from lm.workdir import checkpoint, mismatch, records, track
 from lm.workdir.judge import Judge
 
 
@@ -78,7 +78,7 @@ def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer
     stored, now = ({name: value for name, value in facts.items()
                     if name not in ('parameters', 'run') and not (new_objective and name == 'objective')}
                    for facts in (stored, identity(run, data, tokenizer)))
-    checkpoint.check(stored, now)
+    mismatch.check(stored, now)
   elif run.start_tokenizer not in (None, tokenizer):
     raise ValueError(f'the parameters to start from are for another tokenizer (fingerprint {run.start_tokenizer}) than '
                      f'that of this run (fingerprint {tokenizer}): take theirs, or start from them all the same by '

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from lm.workdir import integrity, rebuild
 from lm.workdir.describe import differences
 from lm.workdir.judge import Judge
+from lm.workdir.mismatch import Mismatch, listed
 
 Tree = Any
 # Sizes in bytes of a chunk of an array, and of a file of chunks. A file is assembled in memory before it is written. By
@@ -32,10 +33,6 @@ class Restored(NamedTuple):
   facts: dict
   step: int
   records: list   # the log records of the step
-
-
-class Mismatch(ValueError):
-  """The checkpoint is intact, but belongs to another model, optimizer or data set."""
 
 
 class Checkpoints:
@@ -213,7 +210,7 @@ class Checkpoints:
       raise Mismatch(f'checkpoint {path} holds the state of another optimizer ({len(lines)} arrays differ): continue '
                      'with the same optimizer, or start another run from its parameters (--init)')
     if lines:
-      raise Mismatch(f'checkpoint {path} does not fit' + _listed(lines))
+      raise Mismatch(f'checkpoint {path} does not fit' + listed(lines))
     if dtypes:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(stored[_name(path)].dtype)), abstract)
     template = abstract
@@ -283,20 +280,6 @@ def stored_facts(folder: str | os.PathLike) -> dict | None:
     return None
   with Checkpoints(folder, create=False) as checkpoints:
     return checkpoints.facts()
-
-
-def check(stored: Any, now: Any) -> None:
-  """Raises Mismatch, with a line for each difference, if two JSON trees differ."""
-  if lines := differences(stored, now):
-    is_new_objective = all(line.startswith('objective') for line in lines)
-    advice = ', or continue with the new objective by --new_objective' if is_new_objective else ''
-    raise Mismatch(f'the checkpoint is of another run: go back to its settings, or use a new folder{advice}'
-                   + _listed(lines))
-
-
-def _listed(lines: Sequence[str], most: int = 6) -> str:
-  omitted = [f'... and {len(lines) - most} more'] if len(lines) > most else []
-  return '\n  '.join([':', *lines[:most], *omitted])
 
 
 def _name(path: tuple) -> str:

@@ -24,7 +24,7 @@ from lm.objectives.next_token import next_token
 from lm.train import loop, validation
 from lm.train.guard import Guard
 from lm.train.interrupt import Interrupt
-from lm.workdir import checkpoint, records, track
+from lm.workdir import checkpoint, mismatch, records, track
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -246,7 +246,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
 def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, changes, named):
   files = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
   monkeypatch.setattr(loop.Loop, 'go', None)   # nothing is trained
-  with pytest.raises(checkpoint.Mismatch, match=named):
+  with pytest.raises(mismatch.Mismatch, match=named):
     go(whole, steps=10, **changes)
   assert files == {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
 

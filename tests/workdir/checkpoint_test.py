@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm.workdir import checkpoint
+from lm.workdir import checkpoint, mismatch
 from lm.workdir.judge import Judge
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -103,20 +103,20 @@ def test_restores_params_alone(tmp_path, mesh):
   restored = checkpoints.restore_params(wanted, step=10)
   assert same_bytes(restored.state, state.params)
   assert restored.facts == checkpoints.facts(10) == {'seen': 10}
-  with pytest.raises(checkpoint.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' before, absent now"):
+  with pytest.raises(mismatch.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' before, absent now"):
     checkpoints.restore_params({'w': wanted['w']})
 
 
 def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
   checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
   wanted = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
-  with pytest.raises(checkpoint.Mismatch, match='bfloat16'):
+  with pytest.raises(mismatch.Mismatch, match='bfloat16'):
     checkpoints.restore_params(wanted, step=10)
   assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: stored).state, params)
   assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: jnp.float32).state,
                     jax.tree.map(lambda x: x.astype(jnp.float32), params))
   wanted['w'] = wanted['w'].update(shape=(64, 255))
-  with pytest.raises(checkpoint.Mismatch, match=r'params\.w: .\[64, 256\]. before, .\[64, 255\]. now'):
+  with pytest.raises(mismatch.Mismatch, match=r'params\.w: .\[64, 256\]. before, .\[64, 255\]. now'):
     checkpoints.restore_params(wanted, 10, lambda stored: stored)
 
 
@@ -167,7 +167,7 @@ def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
 ], ids=['dtype', 'shape', 'new', 'another optimizer'])
 def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
   checkpoints = fill(tmp_path, mesh)
-  with pytest.raises(checkpoint.Mismatch, match=re.escape(line)):
+  with pytest.raises(mismatch.Mismatch, match=re.escape(line)):
     checkpoints.restore(change(abstract(make_state(mesh), mesh)))
   assert not warned  # a whole checkpoint of another model is not a damaged one
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm.workdir import checkpoint
+from lm.workdir import mismatch
 from lm.workdir.describe import describe, differences
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,9 +61,9 @@ def test_differences_are_named_by_their_path():
       'model.widths.1: 8 before, absent now']
   assert differences({'a': 1, 'b': {}}, {'a': True, 'b': []}) == [
       'a: 1 before, True now', "b: {} before, '[]' now"]
-  checkpoint.check(stored, of(6))
+  mismatch.check(stored, of(6))
   with pytest.raises(ValueError, match=r'\n  model.block.heads: 6 before, 8 now\n  model.widths.0: 4'):
-    checkpoint.check(stored, of(8, (5, 8)))
+    mismatch.check(stored, of(8, (5, 8)))
 
 
 def test_a_description_ends_where_what_it_is_of_contains_itself():

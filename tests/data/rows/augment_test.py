@@ -21,7 +21,7 @@ from lm.objectives.infill import infill
 from lm.objectives.masked import masked
 from lm.objectives.next_token import next_token
 from lm.objectives.supervised import supervised
-from lm.workdir import checkpoint
+from lm.workdir import mismatch
 
 BEGIN, END, HIDDEN = 0, 1, 2
 TEXT = inspect.getsource(json.decoder) + inspect.getsource(json.encoder)
@@ -213,7 +213,7 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
     go(run)
     assert [split for split, _ in asked] == ['train', 'validation']
     assert asked[0][1].forms != run.objective.forms and asked[1][1] is run.objective
-    with pytest.raises(checkpoint.Mismatch, match=r'augment\.0\.rate: 0\.5 before, 0\.4 now'):
+    with pytest.raises(mismatch.Mismatch, match=r'augment\.0\.rate: 0\.5 before, 0\.4 now'):
       go(dataclasses.replace(run, steps=2, augment=(TokenDropout(0.4),)))
     with pytest.raises(ValueError, match='of kind Bytes writes a text in one way'):
       go(dataclasses.replace(run, augment=(augment.SubwordSampling(),)), workdir=tmp_path / 'other')
