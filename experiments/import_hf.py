@@ -19,8 +19,8 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
     mesh: the size of each mesh axis, such as data:4,model:2, for the devices that together hold the parameters.
   """
   if load.is_run(model):
-    raise ValueError(f'--model={model} is the workdir of a run, which needs no import; give it to other scripts as '
-                     'their --init or --model')
+    raise ValueError(f'--model={model} is the workdir of a run, which needs no import; train from it with '
+                     f'pretrain.py --init={model}')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.save(model, out)
   size = sum(x.size for x in jax.tree.leaves(loaded.params))
