@@ -16,12 +16,11 @@ import math
 import pathlib
 from typing import Literal
 
-import jax
 import numpy as np
 
-from lm import generate, launch, load, options, sharding, train
+from lm import launch, load, options, train
 from lm.data import dataset, tokenizers
-from lm.data.batch import Batch
+from lm.evaluate import filled_text
 from lm.models import encoder, encoder_decoder
 from lm.objectives import span_corruption
 from lm.objectives.masked import masked
@@ -93,50 +92,6 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
   return cadence.applied(computation.accumulated(run))
 
 
-def fill_spans(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:
-  """Prints what the model writes in place of T5's spans, greedily."""
-  tokens, rng, control = result.data.tokenizer, np.random.default_rng(0), run.objective.control
-  modes = control[-3:] if len(run.objective.forms) > 1 else ()
-  ids = np.int32([tokens.control_id(name) for name in control[:len(control) - len(modes)]])
-  begin = np.int32([tokens.control_id(name) for name in modes[:1]])   # the regular mode
-  pairs = [span_corruption.corrupt(snippet, span_corruption.noise_mask(SIZE, 0.15, 3., rng),
-                                   ids) for snippet in snippets]
-  written = generate.tokens(run.model, result.params, tokens, [np.append(begin, source) for source, _ in pairs],
-                            generate.Sampling(0.), max_tokens=48)
-
-  def by_sentinel(targets):
-    parts = np.split(targets, np.flatnonzero(np.isin(targets, ids)))[1:]
-    return {int(part[0]): part[1:].tolist() for part in parts}
-
-  right = []
-  for n, ((source, targets), ours) in enumerate(zip(pairs, written)):
-    asked, answers = by_sentinel(targets), by_sentinel(ours)
-    right += [answers.get(i) == span for i, span in asked.items()]
-    if n < 3:
-      shown = [f'[[{tokens.decode(answers.get(i, []))}|{tokens.decode(asked[i])}]]' if i in asked
-               else tokens.decode([i]) for i in source.tolist()]
-      print('\n---', ''.join(shown))
-  print(f'\n[[written|was]]; {np.mean(right):.1%} of {len(right)} spans are as they were')
-
-
-def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> None:
-  """Prints what the model takes for the likeliest where tokens are masked, 15 % of each snippet."""
-  tokens, hidden = result.data.tokenizer, np.random.default_rng(0).random(snippets.shape) < 0.15
-  batch = Batch(np.where(hidden, np.int32(tokens.control_id(run.objective.control[0])), snippets))
-
-  @jax.jit
-  def likeliest(params, batch):
-    outputs = run.model.apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
-    return sharding.constrain(jax.numpy.argmax(sharding.constrain(outputs.head(outputs.hidden), 'B--'), -1), '--')
-
-  found = np.asarray(likeliest(result.params, batch))
-  for row, was, masks in list(zip(found.tolist(), snippets.tolist(), hidden))[:3]:
-    print('\n---', ''.join(f'[[{tokens.decode([a])}|{tokens.decode([b])}]]' if mask else tokens.decode([b])
-                           for a, b, mask in zip(row, was, masks)))
-  print(f'\n[[likeliest|was]]; {np.mean((found == snippets)[hidden]):.1%} of {hidden.sum()} tokens of {SNIPPETS} '
-        'held-out snippets are as they were')
-
-
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints what was reached on the held-out text, and snippets of it that are filled in."""
   data, rng = result.data, np.random.default_rng(0)
@@ -148,7 +103,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   if large:
     starts = [(i, int(rng.integers(len(documents[i]) - SIZE))) for i in rng.choice(large, SNIPPETS).tolist()]
     snippets = np.stack([np.asarray(documents[i][start:start + SIZE], np.int32) for i, start in starts])
-    (fill_masks if isinstance(run.model, encoder.Encoder) else fill_spans)(run, result, snippets)
+    fill = filled_text.fill_masks if isinstance(run.model, encoder.Encoder) else filled_text.fill_spans
+    fill(run, result, snippets)
   print(f'\nheld-out text: {metrics["nll"]:.3f} nats a target, {metrics["accuracy"]:.1%} of targets right, '
         f'in {run.steps} steps of {run.batch} rows; seconds: '
         + ', '.join(f'{name} {seconds:.0f}' for name, seconds in result.phases.items()) + f'; written to {workdir}')

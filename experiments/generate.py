@@ -13,22 +13,12 @@ import sys
 import jax
 
 from lm import generate, launch, load, seeds, sharding
-from lm.data.chat import conversation
 from lm.evaluate import rewards
 from lm.generate import speculative
 from lm.hf import pretrained
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
-
-
-def speaker(loaded: load.Trained | pretrained.Pretrained) -> conversation.Conversation:
-  """The tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
-  found = (load.chat_template(loaded.run.data) if isinstance(loaded, load.Trained) else
-           pretrained.folder_template(loaded.folder))
-  if found is None:
-    raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
-  return conversation.Conversation(loaded.tokenizer, found)
 
 
 def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
@@ -87,7 +77,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
                        f'--workdir=... --best_of=8 --reward={workdir}')
     if bos is not None and isinstance(loaded.model, EncoderDecoder):
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
-    tokens = speaker(loaded) if chat else loaded.tokenizer
+    tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
     room = generate.room(loaded.model, tokens, [prompt], bos)
     if max_tokens is None and not window and room < generate.DEFAULT:
       print(f'up to {room} tokens, to the end of the context; --window goes on past it', file=sys.stderr)

@@ -257,3 +257,12 @@ def first_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path |
 def chat_template(data: Any) -> conversation.Template | None:
   """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
   return data.template
+
+
+def chat_tokenizer(loaded: Trained | pretrained.Pretrained) -> conversation.Conversation:
+  """Returns the tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
+  template = (chat_template(loaded.run.data) if isinstance(loaded, Trained) else
+           pretrained.folder_template(loaded.folder))
+  if template is None:
+    raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
+  return conversation.Conversation(loaded.tokenizer, template)

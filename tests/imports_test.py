@@ -1,7 +1,9 @@
 """The house: rooms import only from rooms above them, without circles, and each library comes in by one door."""
 import ast
 import graphlib
+import io
 import pathlib
+import tokenize
 
 import pytest
 
@@ -106,6 +108,25 @@ def test_no_experiment_imports_another():
   for path in scripts.values():
     used = {dotted.split('.')[0] for dotted in imports(ast.walk(ast.parse(path.read_text())))}
     assert not used & (scripts.keys() - shared | {'experiments', 'benchmarks'}), path.name
+
+
+def code_lines(source: str) -> int:
+  """Returns the number of lines that hold code, which blank lines, comments and docstrings do not."""
+  lines, silent = set(), (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                          tokenize.ENDMARKER)
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    if token.type not in silent:
+      lines |= set(range(token.start[0], token.end[0] + 1))
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+      lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+  return len(lines)
+
+
+def test_the_code_of_an_experiment_is_short():
+  assert code_lines('"""Two\n\nlines."""\n\n# Why.\nx = (1,\n\n     2)   # here\n') == 2
+  counts = {path.name: code_lines(path.read_text()) for path in (ROOT / 'experiments').glob('*.py')}
+  assert not {name: count for name, count in counts.items() if count >= 80}
 
 
 def test_train_depends_on_interfaces():

@@ -10,6 +10,8 @@ import numpy as np
 from lm import sharding
 from lm.data.batch import Batch, Pair
 from lm.data.chat import conversation, messages
+from lm.data.text.source import Documents
+from lm.evaluate.text_scores import Loaded, report_left_out
 from lm.models.reward import Reward
 
 
@@ -94,3 +96,30 @@ def rewards(model: Reward, params: Any, texts: Sequence[np.ndarray], positions: 
     result[chosen] = np.asarray(_rewards(model.apply, params, tokens, last))[:len(chosen)]
     start += rows
   return result
+
+
+def show_rewards(loaded: Loaded, template: conversation.Template | None, records: Documents | None,
+                 texts: Sequence[str], sources: Sequence[str] | None, bos: bool | None, allow_left_out: bool) -> None:
+  """Prints the reward of each text, as an answer to its source, or of both answers of each pair."""
+  if bos is not None:
+    raise ValueError(f'--{"" if bos else "no"}bos: how a text begins for a reward model is a part of its template; '
+                     'leave it out')
+  judge = Judge(loaded.model, loaded.params, loaded.tokenizer, template)
+  if records is None:
+    print('  reward  text')
+    for begin in range(0, len(texts), 256):
+      some = slice(begin, begin + 256)
+      prompts = [''] * len(texts[some]) if sources is None else sources[some]
+      for text, value in zip(texts[some], judge.answers(prompts, texts[some])):
+        print(f'{value:8.4f}  {text[:100]!r}')
+    return
+  scored_pairs = judge.pairs(list(records), loaded.run.data.keys)
+  reads = f'the {loaded.model.max_length:,} tokens that the model reads at once'
+  advice = 'shorten their prompts or answers, or train a reward model with a longer context'
+  report_left_out('pairs', records, scored_pairs.too_long, f'longer than {reads}', advice, allow_left_out)
+  if not len(scored_pairs.chosen):
+    raise ValueError(f'none of {len(records):,} pairs fits {reads}; shorten their prompts or answers')
+  print('  chosen  rejected')
+  for chosen, rejected in zip(scored_pairs.chosen, scored_pairs.rejected):
+    print(f'{chosen:8.4f}  {rejected:8.4f}{"" if chosen > rejected else "  wrong"}')
+  print(f'\n{len(scored_pairs.chosen):,} pairs: {scored_pairs.accuracy:.1%} right, margin {scored_pairs.margin:.4f}')

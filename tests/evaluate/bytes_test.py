@@ -20,6 +20,7 @@ from lm.data.text import corpora
 from lm.data.text.source import Source
 from lm.data.tokenizers import folder as tokenizer
 from lm.data.tokenizers.huggingface import HuggingFace
+from lm.evaluate import text_scores
 from lm.hf import pretrained
 from lm.models import transformer
 from lm.objectives.diffusion import masked_diffusion
@@ -84,7 +85,7 @@ def test_what_is_not_scored_is_not_counted(text, counted):
   params = jax.jit(model.init)(jax.random.key(0))
   loaded = pretrained.Pretrained(model, params, KINDS['byte-level'](), None)
   for bos, size in ((False, counted), (True, len(text.encode()))):
-    found, = score.scored(loaded, [text], None, bos)
+    found, = text_scores.scored(loaded, [text], None, bos)
     assert found.size == size
 
 

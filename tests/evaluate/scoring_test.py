@@ -16,6 +16,7 @@ from lm.data import tokenizers
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import score as scoring
+from lm.evaluate import text_scores
 from lm.generate import completion
 from lm.hf import pretrained
 from lm.models import encoder, encoder_decoder, transformer
@@ -77,7 +78,7 @@ def test_scores_of_pairs_are_the_loss_of_transformers(folders, transformers):
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(folders / 't5').eval()
   loaded = pretrained.load(str(folders / 't5'))
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (PAD, EOS)
-  found = score.scored(loaded, TARGETS, SOURCES, True)
+  found = text_scores.scored(loaded, TARGETS, SOURCES, True)
   for source, target, each in zip(encoded(SOURCES), encoded(TARGETS), found, strict=True):
     assert each.tokens == target.tolist()   # the end too
     with torch.inference_mode():
@@ -182,7 +183,7 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
   import torch
   theirs = transformers.BertForMaskedLM.from_pretrained(folders / 'bert').eval()
   loaded, texts = pretrained.load(str(folders / 'bert')), ['a', 'some words', 'as long as may be, ' * 2, '']
-  found = score.scored(loaded, texts, None, True)
+  found = text_scores.scored(loaded, texts, None, True)
   for text, each in zip(texts, found, strict=True):
     ids = torch.tensor([BOS, *TOKENIZER.encode(text), EOS])
     assert each.tokens == ids[1:-1].tolist() and each.size == len(text)
@@ -263,7 +264,7 @@ def test_what_a_kind_of_model_cannot_do_is_refused(folders):
 
 def test_a_file_is_scored_as_it_is(tmp_path):
   (tmp_path / 'crlf.txt').write_bytes(b'a\r\nb\r\n')
-  assert score.read(tmp_path / 'crlf.txt') == 'a\r\nb\r\n'
+  assert text_scores.read_text(tmp_path / 'crlf.txt') == 'a\r\nb\r\n'
   for data, message in (('hello'.encode('utf-16'), 'no UTF-8 .*but UTF-16: convert it with iconv -f UTF-16'),
                         (b'caf\xe9', r'no UTF-8 \(byte 0xe9 at 3\): convert it')):
     (tmp_path / 'bad.txt').write_bytes(data)

@@ -6,13 +6,13 @@ import generate as generate_script
 import jax
 import numpy as np
 import pytest
-import score
 from helpers.tokenizers import CHATML, byte_level, piece_model, tokenizers
 
 from lm import generate
 from lm.data.chat import conversation, templates
 from lm.data.tokenizers import folder as tokenizer
 from lm.data.tokenizers.base import Bytes
+from lm.evaluate import text_scores
 from lm.hf import pretrained
 from lm.models import transformer
 
@@ -98,7 +98,7 @@ def models(tmp_path_factory):
 def test_scores_and_text_are_of_the_prompt_that_the_tokenizer_makes(models, kind, flag, begins, capsys, monkeypatch):
   loaded = pretrained.load(str(models[kind]))
   ids = [*[loaded.tokenizer.bos_id] * begins, *loaded.tokenizer.encode('anna')]
-  found, = score.scored(loaded, ['anna'], None, score.begins(loaded, flag))
+  found, = text_scores.scored(loaded, ['anna'], None, text_scores.begins(loaded, flag))
   assert found.tokens == ids[1:]
   said = capsys.readouterr().out
   assert 'is put in front' in said and said.startswith('no ') != begins
