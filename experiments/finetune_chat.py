@@ -25,6 +25,7 @@ from lm.data import tokenizers
 from lm.data.chat import conversation, dialogues
 from lm.data.chat import messages as said
 from lm.data.text import puzzles
+from lm.evaluate import question_replies
 from lm.launch import outcome
 from lm.objectives import objective
 from lm.objectives.supervised import supervised
@@ -87,23 +88,19 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints how many held-out questions are answered as in their records, before and after; and some answers."""
   data, room = run.data, run.data.length // 2
   speaker = conversation.Conversation(result.data.tokenizer, data.template)
-  asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
-           if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
-  if not asked:
+  questions = question_replies.held_out(data, speaker, QUESTIONS, room)
+  if not questions:
     print(f'no held-out question is put to the model: of the first {QUESTIONS} records, none has a question and an '
           f'answer of less than {room} tokens, half of --length={data.length}')
     return
   model, learned = adapters.merged(run.model, result.params)
   replies = {}
   for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
-    replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
+    replies[name] = generate.generate(model, params, speaker, [question for question, _ in questions],
                                       generate.Sampling(temperature=0), max_tokens=room)
-    print(f'{name}: {score(data, [answer for _, answer in asked], replies[name])}')
-  for (question, answer), before, after in list(zip(asked, replies['before'], replies['after']))[:4]:
-    print(f'\n> {question[-1]["content"]}')
-    for name, text in (('before', before), ('after', after), ('record', answer)):
-      print(f'{name:6}  {text[:200]!r}')
-  print(f'\nnext: {outcome.command("generate", workdir, chat=True, prompt=asked[0][0][-1]["content"])}')
+    print(f'{name}: {score(data, [answer for _, answer in questions], replies[name])}')
+  question_replies.show(questions, replies, 'record')
+  print(f'\nnext: {outcome.command("generate", workdir, chat=True, prompt=questions[0][0][-1]["content"])}')
 
 
 def score(data: dialogues.Dialogues, answers: Sequence[str], replies: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from lm import lora as adapters
 from lm.data.batch import Pair, Rated
 from lm.data.chat import conversation, dialogues, messages
 from lm.data.text import puzzles
-from lm.evaluate import annotate
+from lm.evaluate import annotate, question_replies
 from lm.models.reward import Reward
 from lm.objectives import preference
 
@@ -108,22 +108,18 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   if isinstance(run.model, Reward):
     return
   speaker, room = conversation.Conversation(result.data.tokenizer, data.template), data.length // 2
-  asked = [(question, answer) for question, answer in data.questions('validation', QUESTIONS)
-           if max(len(speaker.encode_batch([question])[0]), len(speaker.encode(answer))) < room]
-  if not asked:
+  questions = question_replies.held_out(data, speaker, QUESTIONS, room)
+  if not questions:
     return
   model, learned = adapters.merged(run.model, result.params)
   replies = {}
   for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
-    replies[name] = generate.generate(model, params, speaker, [question for question, _ in asked],
+    replies[name] = generate.generate(model, params, speaker, [question for question, _ in questions],
                                       generate.Sampling(temperature=0), max_tokens=room)
-    exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], asked))
-    print(f'{name}: {exact} of {len(asked)} answers are exactly the chosen one; '
+    exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], questions))
+    print(f'{name}: {exact} of {len(questions)} answers are exactly the chosen one; '
           f'{np.mean([len(reply) for reply in replies[name]]):.1f} characters each')
-  for (question, answer), before, after in list(zip(asked, replies['before'], replies['after']))[:4]:
-    print(f'\n> {question[-1]["content"]}')
-    for name, text in (('before', before), ('after', after), ('chosen', answer)):
-      print(f'{name:6}  {text[:200]!r}')
+  question_replies.show(questions, replies, 'chosen')
 
 
 if __name__ == '__main__':

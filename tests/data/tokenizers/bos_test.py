@@ -104,8 +104,8 @@ def test_scores_and_text_are_of_the_prompt_that_the_tokenizer_makes(models, kind
   assert 'is put in front' in said and said.startswith('no ') != begins
   assert ('as asked for' if flag is not None else 'as the tokenizer does') in said
   read = []
-  monkeypatch.setattr('lm.generate.text._tokens', lambda model, params, texts, batch,
-                      *args: read.append(batch) or iter(()))
+  monkeypatch.setattr('lm.generate.text._pieces', lambda request, prompts, batch:
+                      read.append(batch) or iter(()))
   generate_script.main(model=str(models[kind]), prompt='anna', bos=flag, max_tokens=4)
   assert read[0].tokens[read[0].segments > 0].tolist() == ids
   # With no token there is nothing to continue.
