@@ -79,6 +79,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     shape.refuse(DEFAULT, f'--student={student}')
     if rates := regularisation.given():
       raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
+  source = corpus.source()   # wrong flags are refused before a model is opened
   base = open_teacher(teacher)
   constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
@@ -89,7 +90,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     distillation.check_tokenizers(tokens, like.tokenizer)
   else:
     model = shape.decoder(DEFAULT, base.model.vocab, length, computation, regularisation)
-  data: Any = dataset.Text(corpus.source(), tokens, length)
+  data: Any = dataset.Text(source, tokens, length)
   if stored_top_k:
     stored = distillation.TopK(stored_top_k, base.model.vocab, temperature)
     objective = distillation.distil_stored(next_token(), stored, divergence, hard)

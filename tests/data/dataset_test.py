@@ -1,5 +1,6 @@
 """Opening a corpus: made once, opened afterwards, never mixed with another."""
 import dataclasses
+import pathlib
 import threading
 from collections.abc import Sequence
 
@@ -150,12 +151,26 @@ def test_a_tokenizer_on_which_nothing_was_trained_is_made_anew(tmp_path):
   assert 'was made with other settings, and nothing was trained on it: it is made anew' in lines[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Events:
+  """Words in a file: what a function has in a list of its own is a part of its description, and would change it."""
+  path: pathlib.Path
+
+  def add(self, event: str) -> None:
+    with self.path.open('a') as file:
+      file.write(f'{event}\n')
+
+  def read(self) -> list[str]:
+    return self.path.read_text().split()
+
+
 def test_processes_that_begin_at_once_train_one_tokenizer(tmp_path):
   """Threads, for each of which the lock is another's."""
-  trained, lines, both = [], [], threading.Barrier(2)
+  lines, both = [], threading.Barrier(2)
+  events = Events(tmp_path / 'events')
 
   def train(documents):
-    trained.append(list(documents))
+    events.add('trained')
     return Bytes(('<|a|>',))
 
   def go():
@@ -168,28 +183,28 @@ def test_processes_that_begin_at_once_train_one_tokenizer(tmp_path):
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(trained) == 1 and lines.count('training the tokenizer') == 1 and opened[0] == opened[1]
+  assert events.read() == ['trained'] and lines.count('training the tokenizer') == 1 and opened[0] == opened[1]
 
 
 @pytest.mark.parametrize('process, fails', [(0, False), (1, False), (0, True), (1, True)])
 def test_in_a_cluster_process_0_makes_the_tokenizer_while_the_others_wait(tmp_path, monkeypatch, process, fails):
-  events = []
+  events = Events(tmp_path / 'events')
 
   def train(documents):
-    events.append('trained')
+    events.add('trained')
     if fails:
       raise ValueError('too little text')
     return Bytes()
 
   monkeypatch.setattr(jax, 'process_index', lambda: process)
-  monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.append('met'))
+  monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.add('met'))
   text = dataset.Text(SOURCE, train, 16)
   if fails:
     with pytest.raises(ValueError, match='too little'):
       text.open(tmp_path, lambda line: None)
   else:
     text.open(tmp_path, lambda line: None)
-  assert events == (['trained', 'met'] if process == 0 else ['met', 'trained'])   # none is on this one's disk
+  assert events.read() == (['trained', 'met'] if process == 0 else ['met', 'trained'])   # none is on this one's disk
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path):

@@ -380,10 +380,10 @@ def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_p
     scripts['export_hf'].main(**given, out=tmp_path / f'out-{len(shown)}')
     shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
   assert shown[0] == shown[1] and 'bits a byte' in shown[0]
-  student = scripts['distill'].experiment(teacher=str(run), student=str(run), length=16)
+  student = signature.call(scripts['distill'].experiment, teacher=str(run), student=str(run), length=16)
   assert student.model == trained.base(str(run)).model
   with pytest.raises(ValueError, match='is no encoder-decoder'):
-    scripts['denoise'].experiment(model=str(run))
+    signature.call(scripts['denoise'].experiment, model=str(run))
   with pytest.raises(ValueError, match='is the workdir of a run, which needs no import'):
     scripts['import_hf'].main(model=str(run), out=tmp_path / 'imported')
 
@@ -392,7 +392,7 @@ def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_p
 def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(scripts, name):
   flags_given = {'jsonl': 'not there', 'decompressed_limit': -1.}
   with pytest.raises(ValueError, match='--decompressed_limit=-1.0 is not positive'):
-    getattr(scripts[name], 'score' if name == 'score' else 'experiment')(**flags_given)
+    signature.call(getattr(scripts[name], 'score' if name == 'score' else 'experiment'), flags_given)
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])

@@ -258,6 +258,6 @@ def test_a_run_of_dialogues_goes_out_with_its_template_and_its_ends(tmp_path, mo
 def test_a_model_that_no_family_computes_is_not_exported(params, tmp_path):
   block = MODEL.layers[0].clone(attention_out_norm=parts.RMSNorm())
   odd = MODEL.clone(blocks=stack.stacks([block, MODEL.layers[1]]))
-  with pytest.raises(ValueError, match='no family'):
+  with pytest.raises(ValueError, match='no known family'):
     pretrained.write(tmp_path / 'odd', odd, jax.jit(odd.init)(jax.random.key(0)), TOKENIZER)
   assert not pathlib.Path(tmp_path / 'odd').exists()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from lm import signature
 from lm.data.text import corpora
 from lm.data.text.mixture import mixture
 from lm.data.text.source import Source, digest, sample, texts
@@ -226,7 +227,7 @@ def builder():
 
 def test_tfds(tmp_path, builder, capsys):
   pattern, data_dir = write_texts(tmp_path / 'texts'), str(tmp_path / 'tfds')
-  builder.build(text=pattern, data_dir=data_dir)
+  signature.call(builder.build, text=pattern, data_dir=data_dir)
   original = corpora.text(pattern)
   source = corpora.tfds('local_text', data_dir=data_dir)
   assert {k: sorted(v) for k, v in source.splits.items()} == {k: sorted(v) for k, v in original.splits.items()}
@@ -240,7 +241,7 @@ def test_tfds(tmp_path, builder, capsys):
 
 
 def test_tfds_by_folder(tmp_path, builder, monkeypatch):
-  builder.build(text=write_texts(tmp_path / 'texts'), data_dir=tmp_path / 'tfds')
+  signature.call(builder.build, text=write_texts(tmp_path / 'texts'), data_dir=tmp_path / 'tfds')
   expected = corpora.tfds('local_text', data_dir=str(tmp_path / 'tfds'))
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', str(tmp_path))
@@ -261,16 +262,16 @@ def test_tfds_by_folder(tmp_path, builder, monkeypatch):
 def test_building_again_from_other_files_is_refused(tmp_path, builder, capsys):
   one, two = write_texts(tmp_path / 'one'), write_texts(tmp_path / 'two', DOCUMENTS[:100])
   for _ in range(2):
-    builder.build(text=one, data_dir=tmp_path / 'tfds')
+    signature.call(builder.build, text=one, data_dir=tmp_path / 'tfds')
   with pytest.raises(ValueError, match=f'^{tmp_path}/tfds/local_text/1.0.0 was made from other files .* delete it'):
-    builder.build(text=two, data_dir=tmp_path / 'tfds')
+    signature.call(builder.build, text=two, data_dir=tmp_path / 'tfds')
   shutil.rmtree(tmp_path / 'tfds')
-  builder.build(text=two, data_dir=tmp_path / 'tfds')
+  signature.call(builder.build, text=two, data_dir=tmp_path / 'tfds')
   assert len(everything(corpora.tfds(str(tmp_path / 'tfds')))) == 100
   (tmp_path / 'alone.txt').write_text('a')
   for pattern in ('none*', 'alone.txt'):
     with pytest.raises((ValueError, FileNotFoundError)):
-      builder.build(text=str(tmp_path / pattern), data_dir=tmp_path / 'new' / 'tfds')
+      signature.call(builder.build, text=str(tmp_path / pattern), data_dir=tmp_path / 'new' / 'tfds')
   assert not (tmp_path / 'new').exists()
 
 
