@@ -185,9 +185,10 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   return batch._replace(inputs={name: rows_of(x, *x.shape[1:]) for name, x in inputs.items()} or None)
 
 
-# Of a run, what reads its result needs: to write, to score, to export and to start from it.
-_STORED = ('model', 'objective', 'data', 'steps', 'batch', 'accumulate', 'seed', 'evaluate_every', 'evaluate_batches',
-           'keep', 'start_tokenizer', 'constants', 'stages', 'patience')
+# What a reader of the result of a run does not need: to write, to score, to export, or to start from it.
+_NOT_STORED = {'optimizer', 'save_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed', 'evaluators', 'best',
+               'better'}
+_STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 
 def stored(run: Run) -> dict[str, Any]:
@@ -203,9 +204,8 @@ def rebuilt(tree: Mapping[str, Any]) -> Run:
   if not isinstance(tree, Mapping) or tree.keys() != {*_STORED, 'start', 'average'}:
     raise rebuild.Unknown('its description has not the fields of a run')
   fields = rebuild.rebuilt({'dict': [[name, item] for name, item in tree.items() if name != 'average']})
-  kinds = isinstance(fields['objective'], Objective), *(
-      hasattr(fields[name], method) for name, method in (('model', 'init'), ('data', 'open')))
-  if not all(kinds):
+  is_run = isinstance(fields['objective'], Objective) and hasattr(fields['model'], 'init')
+  if not is_run or not hasattr(fields['data'], 'open'):
     raise rebuild.Unknown('its description is not of a model, an objective and data')
   try:
     return Run(optimizer=optax.GradientTransformation(_no_optimizer, _no_optimizer), **fields)
