@@ -186,8 +186,8 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 # What a reader of the result of a run does not need: to write, to score, to export, or to start from it.
-_NOT_STORED = {'optimizer', 'save_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed', 'evaluators', 'best',
-               'better'}
+_NOT_STORED = {'optimizer', 'save_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed', 'evaluators',
+               'best', 'better'}
 _STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 
