@@ -47,9 +47,13 @@ class Judge:
 
   def answers(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     """Returns the reward of each answer to its prompt, float32 [n]. An empty prompt stands for no prompt."""
-    return self.conversations([[*([{'role': 'user', 'content': prompt}] if prompt else []),
-                                {'role': 'assistant', 'content': answer}]
-                               for prompt, answer in zip(prompts, answers, strict=True)])
+    return rewards(self.model, self.params, self.encode_answers(prompts, answers))
+
+  def encode_answers(self, prompts: Sequence[str], answers: Sequence[str]) -> list[np.ndarray]:
+    """Returns the tokens of each answer after its prompt, int32 [T] each. An empty prompt stands for no prompt."""
+    return [self._encode([*([{'role': 'user', 'content': prompt}] if prompt else []),
+                          {'role': 'assistant', 'content': answer}])
+            for prompt, answer in zip(prompts, answers, strict=True)]
 
   def pairs(self, records: Sequence[str], keys: messages.Keys) -> RewardPairs:
     """Returns the rewards of the two answers in each JSON record (see `messages`) that fits the model's context."""
@@ -106,12 +110,7 @@ def show_rewards(loaded: Loaded, template: conversation.Template | None, records
                      'leave it out')
   judge = Judge(loaded.model, loaded.params, loaded.tokenizer, template)
   if records is None:
-    print('  reward  text')
-    for begin in range(0, len(texts), 256):
-      some = slice(begin, begin + 256)
-      prompts = [''] * len(texts[some]) if sources is None else sources[some]
-      for text, value in zip(texts[some], judge.answers(prompts, texts[some])):
-        print(f'{value:8.4f}  {text[:100]!r}')
+    _show_answers(judge, texts, [''] * len(texts) if sources is None else sources, allow_left_out)
     return
   scored_pairs = judge.pairs(list(records), loaded.run.data.keys)
   reads = f'the {loaded.model.max_length:,} tokens that the model reads at once'
@@ -123,3 +122,22 @@ def show_rewards(loaded: Loaded, template: conversation.Template | None, records
   for chosen, rejected in zip(scored_pairs.chosen, scored_pairs.rejected):
     print(f'{chosen:8.4f}  {rejected:8.4f}{"" if chosen > rejected else "  wrong"}')
   print(f'\n{len(scored_pairs.chosen):,} pairs: {scored_pairs.accuracy:.1%} right, margin {scored_pairs.margin:.4f}')
+
+
+def _show_answers(judge: Judge, texts: Sequence[str], prompts: Sequence[str], allow_left_out: bool) -> None:
+  """Prints the reward of each text. Of a file of texts, those that are too long for the model are left out."""
+  encoded = judge.encode_answers(prompts, texts)
+  places = range(len(texts))
+  if isinstance(texts, Documents):
+    limit = judge.model.max_length
+    too_long = [i for i in places if len(encoded[i]) > limit]
+    report_left_out('texts', texts, too_long, f'longer than the {limit:,} tokens that the model reads at once',
+                    'shorten them, or train a reward model with a longer context', allow_left_out)
+    places = sorted({*places} - {*too_long})
+    if not places:
+      raise ValueError(f'none of {len(texts):,} texts fits the {limit:,} tokens that the model reads; shorten them')
+  print('  reward  text')
+  for begin in range(0, len(places), 256):
+    some = places[begin:begin + 256]
+    for i, value in zip(some, rewards(judge.model, judge.params, [encoded[i] for i in some])):
+      print(f'{value:8.4f}  {texts[i][:100]!r}')

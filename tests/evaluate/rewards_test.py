@@ -2,6 +2,7 @@
 import dataclasses
 import json
 
+import export_hf
 import generate as generate_script
 import jax
 import numpy as np
@@ -97,6 +98,26 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(judge, opened, capsys)
   path.write_text('\n'.join(long))
   with pytest.raises(ValueError, match='none of 2 pairs'):
     score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8', allow_left_out=True)
+
+
+def test_texts_of_a_file_that_are_empty_or_too_long_are_left_out_and_counted(judge, opened, capsys):
+  path, texts = opened / 'texts.jsonl', ['yes', '', 'no', 'y' * 99, *['yes'] * 6]
+  path.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  score.score(workdir=opened / 'reward', jsonl=str(path), mesh='data:8')
+  lines = capsys.readouterr().out.splitlines()
+  assert any(f'1 of 10 texts are left out, as they are empty; the first is {path}:2' in line for line in lines)
+  assert any(f'1 of 9 texts are left out, longer than the 64 tokens that the model reads at once; the first is {path}:4'
+             in line for line in lines)
+  expected = judge.answers([''] * 8, [text for text in texts if text and len(text) < 9])
+  assert [line.split()[0] for line in lines[-8:]] == [f'{value:.4f}' for value in expected]
+  path.write_text(json.dumps({'text': 'y' * 99}))
+  with pytest.raises(ValueError, match='1 of 1 texts .*longer than|none of 1 texts'):
+    score.score(workdir=opened / 'reward', jsonl=str(path), mesh='data:8')
+
+
+def test_a_reward_model_is_not_exported_and_the_message_says_why(opened, tmp_path):
+  with pytest.raises(ValueError, match='reward model'):
+    export_hf.main(workdir=opened / 'reward', out=tmp_path / 'out')
 
 
 def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):
