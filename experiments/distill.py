@@ -79,8 +79,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     shape.refuse(DEFAULT, f'--student={student}')
     if rates := regularisation.given():
       raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
-  source = corpus.source()   # wrong flags are refused before a model is opened
-  base = open_teacher(teacher)
+  source, base = corpus.source(), open_teacher(teacher)   # in this order: wrong flags are refused first
   constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
