@@ -37,8 +37,9 @@ def locate(record: Mapping[str, Any], workdir: pathlib.Path, reason: str) -> pat
     if path.name == name and path.is_file() and not inside:
       return path
   raise FileNotFoundError(f'{reason}. Its script, which was at {recorded}, is executed only where it is named: if you '
-                          f'trust it, name it: --script={shlex.quote(recorded)} (in Python, lm.scripts.trust); it '
-                          'must not lie in the workdir')
+                          f'trust it, name it: --script={shlex.quote(recorded)} (in Python, lm.scripts.trust). Other '
+                          'scripts that define parts of the run are named with it, with commas between them; none may '
+                          'lie in the workdir')
 
 
 @contextlib.contextmanager

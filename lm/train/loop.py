@@ -154,7 +154,7 @@ class Loop:
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
     left_out = self.pace.left_out if self.pace else 0
     if ended and left_out:
-      print(f'{left_out:,} of {step:,} steps were left out, to keep to the time: the machine became slower')
+      print(f'{left_out:,} of {step:,} steps were left out, to keep to the time: steps took longer than planned')
     if ended and self.evaluated < 0:   # what is in the log is of another state, or of an earlier start
       stopped = not self._evaluate(step, state)
     number = None
