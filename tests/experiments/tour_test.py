@@ -17,4 +17,4 @@ def test_the_tour_runs(tmp_path):
   outputs = {cell.source.splitlines()[0]: cell.outputs for cell in done.cells if cell.cell_type == 'code'}
   assert sum('STEPS = 12' in cell.source for cell in done.cells) == 1
   assert 'image/png' in outputs['from IPython.display import Image'][-1].data
-  assert outputs['pretrained.write(folder / \'model\', model, params, tokens)'][-1].data['text/plain'] == 'True'
+  assert outputs['hf.write(folder / \'model\', model, params, tokens)'][-1].data['text/plain'] == 'True'
