@@ -39,10 +39,10 @@ def open_teacher(name: str) -> load.BaseModel:
   if name == QUICKSTART and not pathlib.Path(name).exists():
     raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
                             'or name another by --teacher')
-  found = load.base(name)
-  if not isinstance(found.model, transformer.Transformer):
+  base = load.base(name)
+  if not isinstance(base.model, transformer.Transformer):
     raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
-  return found
+  return base
 
 
 def experiment(*, teacher: str = QUICKSTART, student: str | None = None,

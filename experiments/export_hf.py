@@ -28,8 +28,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
-  if model and load.is_run(model):
-    workdir, model = pathlib.Path(model).expanduser(), None
+  workdir, model = load.run_or_model(workdir, model)
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.load(workdir, best)
     if isinstance(loaded.model, Reward):

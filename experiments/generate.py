@@ -21,7 +21,7 @@ from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
 
 
-def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None, prompt: str = '',
+def main(*, workdir: pathlib.Path | None = None, model: str | None = None, prompt: str = '',
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int | None = None, window: bool = False, stop: launch.Texts = (), n: int = 1, seed: int = 0,
          best: bool = False, chat: bool = False, bos: bool | None = None, draft: int = 0, best_of: int = 0,
@@ -29,7 +29,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
   """Prints the prompt and its completion, or what an encoder-decoder makes of it; several one after the other.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; none for runs/quickstart.
     model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
     prompt: what the text begins with; nothing begins a new document. An encoder-decoder reads it, and writes anew.
     temperature: divides the logits; 0 takes the most probable token each time.
@@ -50,8 +50,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str 
     reward: the workdir of that model, see preference.py.
     draft: tokens that a model trained with --predict_ahead drafts at a time, speculative decoding.
   """
-  if model and load.is_run(model):
-    workdir, model = pathlib.Path(model).expanduser(), None
+  workdir, model = load.run_or_model(workdir, model)
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   seeds.check(seed)
   if n < 1:

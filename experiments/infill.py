@@ -63,16 +63,16 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   ids, bos = [tokens.control_id(name) for name in NAMES], np.int32([tokens.bos_id])
   empty = np.zeros(0, np.int32)
   for lines, name in (False, 'one token'), (True, 'rest of a line'):
-    found = infilling.cases(result.data.stores['validation'], tokens, run.data.length - 24, lines, CASES)
-    if not found:
+    cases = infilling.cases(result.data.stores['validation'], tokens, run.data.length - 24, lines, CASES)
+    if not cases:
       print(f'the held-out documents are too short for rows of {run.data.length}')
       return
-    print(f'\nmiddles of {name}, {len(found)} of the held-out text: nats a token, tokens right, middles right')
+    print(f'\nmiddles of {name}, {len(cases)} of the held-out text: nats a token, tokens right, middles right')
     for given, before in (
-        ('prefix alone', [case.prefix for case in found]),
-        ('prefix and suffix, PSM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, False)) for c in found]),
-        ('prefix and suffix, SPM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, True)) for c in found])):
-      nats, right = infilling.judge(run.model, params, before, [case.middle for case in found])
+        ('prefix alone', [case.prefix for case in cases]),
+        ('prefix and suffix, PSM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, False)) for c in cases]),
+        ('prefix and suffix, SPM', [np.append(bos, arrange((c.prefix, empty, c.suffix), ids, True)) for c in cases])):
+      nats, right = infilling.judge(run.model, params, before, [case.middle for case in cases])
       print(f'  {given:24} {np.concatenate(nats).mean():.3f}  {np.concatenate(right).mean():.1%}  '
             f'{np.mean([row.all() for row in right]):.1%}', end='')
       sums = np.array([row.sum() for row in nats])
@@ -83,9 +83,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
         gain = alone - sums
         print(f'   the suffix is worth {gain.mean():.2f} nats a middle, +- {gain.std() / len(gain) ** 0.5:.2f}')
   print('\nmiddles as [[written|they were]]')
-  prompts = [arrange((c.prefix, empty, c.suffix), ids, False) for c in found[:4]]
+  prompts = [arrange((c.prefix, empty, c.suffix), ids, False) for c in cases[:4]]
   written = generate.tokens(run.model, params, tokens, prompts, generate.Sampling(0.), max_tokens=16)
-  for case, ours in zip(found, written):
+  for case, ours in zip(cases, written):
     before, after = tokens.decode(case.prefix[-24:]), tokens.decode(case.suffix[:16])
     print(f'\n--- {before}[[{tokens.decode(ours)}|{tokens.decode(case.middle)}]]{after}')
   print(f'\n{run.steps * run.batch * run.data.length:,} tokens in {run.steps} steps; seconds: '

@@ -45,13 +45,13 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
         shown = time.monotonic()
         print(f'{done} of {2 * batches} gradients, {shown - begin:.0f} s', flush=True)
 
-    found = noise_scale.noise_scale(
+    estimate = noise_scale.noise_scale(
         gradient, {name: loaded.params[name] for name in names},
         lambda i: sharding.shard_rows(read(first + i, sharding.local_rows(rows, devices)), devices), batches, progress)
-  print(f'step {loaded.step}: noise scale {found.tokens:,.0f} tokens (95 %: {found.low:,.0f} to {found.high:,.0f}); '
-        f'rows of {run.data.length} tokens: {found.tokens / run.data.length:,.1f}; '
+  print(f'step {loaded.step}: noise scale {estimate.tokens:,.0f} tokens (95 %: {estimate.low:,.0f} '
+        f'to {estimate.high:,.0f}); rows of {run.data.length} tokens: {estimate.tokens / run.data.length:,.1f}; '
         f'a batch of the run: {run.batch * run.data.length:,} tokens')
-  print(f'|G|^2 {found.gradient:.3g}  tr(Sigma) {found.noise:.3g} of a token')
+  print(f'|G|^2 {estimate.gradient:.3g}  tr(Sigma) {estimate.noise:.3g} of a token')
 
 
 if __name__ == '__main__':

@@ -73,19 +73,19 @@ def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
     seed: of all runs.
     workdir: where the runs live; what was stopped goes on from there.
   """
-  found, mesh = variants.arms(variants.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
+  arms, mesh = variants.arms(variants.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
   with jax.set_mesh(mesh):
-    for arm in found:   # what does not go together says so before anything runs
+    for arm in arms:   # what does not go together says so before anything runs
       train.check(arm.make(seed), mesh)
-    begun = [runs.is_continued(workdir / arm.name, 'arm.json', arm.knobs) for arm in found]
-    runs.open_data(workdir, found)
-  for arm, was in zip(found, begun):
+    continued = [runs.is_continued(workdir / arm.name, 'arm.json', arm.knobs) for arm in arms]
+    runs.open_data(workdir, arms)
+  for arm, was in zip(arms, continued):
     if not was:
       runs.begin(workdir / arm.name, 'arm.json', arm.knobs)
   curves = {}
   lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']
-  for i, arm in enumerate(found):
-    print(f'\n--- run {i + 1} of {len(found)}: {arm.name}', flush=True)
+  for i, arm in enumerate(arms):
+    print(f'\n--- run {i + 1} of {len(arms)}: {arm.name}', flush=True)
     _, folder, _ = runs.go(workdir, arm, seed, mesh)
     curves[arm.name] = runs.curve(folder)
     step, best = min(curves[arm.name], key=lambda point: point[1])

@@ -55,12 +55,12 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     places = [place(arm.make(seed), devices) for arm in runs]
     if early := [arm.name for arm in runs if arm.make(seed).patience]:
       raise ValueError(f'{early[0]} has a patience, and a law is of runs that train to their end; leave it out')
-  asked = {'experiment': experiment.name, 'common': common, 'seed': seed}
-  begun = arms.is_continued(workdir, 'scaling.json', asked)
+  settings = {'experiment': experiment.name, 'common': common, 'seed': seed}
+  continued = arms.is_continued(workdir, 'scaling.json', settings)
   with jax.set_mesh(devices):
     arms.open_data(workdir, runs)
-  if not begun:
-    arms.begin(workdir, 'scaling.json', asked)
+  if not continued:
+    arms.begin(workdir, 'scaling.json', settings)
   points = []
   for i, (arm, (n, d)) in enumerate(zip(runs[:-1], places)):
     print(f'\n--- run {i + 1} of {len(runs)}: {arm.name}, N = {n:,.0f}, D = {d:,.0f}', flush=True)

@@ -21,7 +21,7 @@ from lm.hf import pretrained
 from lm.models.reward import Reward
 
 
-def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str | None = None,
+def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
           text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
           source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
           context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
@@ -33,7 +33,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   pseudo-log-likelihoods. A reward model gives a text its reward, as an answer to --source where there is one.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; none for runs/quickstart.
     model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
     text: what to score.
     file: a text file to score.
@@ -59,8 +59,7 @@ def score(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), model: str
   corpora.check_limit(decompressed_limit)
   if allow_left_out and jsonl is None and pairs is None:
     raise ValueError('--allow_left_out is for --jsonl and --pairs, of which records may be left out')
-  if model and load.is_run(model):
-    workdir, model = pathlib.Path(model).expanduser(), None
+  workdir, model = load.run_or_model(workdir, model)
   if model and split is not None:
     raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
   if source is not None and text is None and file is None or source_key and jsonl is None:

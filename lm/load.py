@@ -167,6 +167,18 @@ def is_run(name: str) -> bool:
   return bool(records.read(pathlib.Path(name).expanduser()))
 
 
+def run_or_model(workdir: pathlib.Path | None, model: str | None) -> tuple[pathlib.Path, str | None]:
+  """Returns the workdir of a run, and the name of a Hugging Face model where that is meant instead.
+
+  `model` may name the workdir of a run too. Without both, it is the workdir of the quickstart. ValueError with both.
+  """
+  if workdir and model:
+    raise ValueError(f'--workdir={workdir} and --model={model} both name a model; give one of them')
+  if model and is_run(model):
+    return pathlib.Path(model).expanduser(), None
+  return workdir or pathlib.Path('runs/quickstart'), model
+
+
 class BaseModel(NamedTuple):
   """What to fine-tune, without its parameters, which `start(model)` gives."""
   model: Any

@@ -150,25 +150,26 @@ def template(objective: ExampleMaker, special: Special, length: int, source_leng
   if has_source != {source_length is not None}:
     raise ValueError('the objective makes sources for an encoder: give the data a source_length' if True in has_source
                      else f'source_length={source_length}: this objective makes no sources; leave it out')
-  made = []
+  examples = []
   word = min({0, 1, 2} - {special.bos, special.eos})
   for form in objective.forms:
     for n in (2, max(2, form.room.tokens(length, source_length))):
       piece = sample(objective.needs, n + form.ahead, word)
-      made.append(form.example(piece, np.random.default_rng(0), special))
-      if objective.needs is np.ndarray and len(made[-1].tokens) > form.room.ratio * n + form.room.extra + 1e-6:
-        raise ValueError(f'an example of {n} tokens has {len(made[-1].tokens)} positions, more than the {form.room} '
-                         'of its objective says')
-    if objective.needs is np.ndarray and not made[-1].weights.any():
+      examples.append(form.example(piece, np.random.default_rng(0), special))
+      if objective.needs is np.ndarray and len(examples[-1].tokens) > form.room.ratio * n + form.room.extra + 1e-6:
+        raise ValueError(f'an example of {n} tokens has {len(examples[-1].tokens)} positions, more than the '
+                         f'{form.room} of its objective says')
+    if objective.needs is np.ndarray and not examples[-1].weights.any():
       raise ValueError(f'an example of {n} tokens, as many as a row takes, has no target; raise the length')
   new = lambda dtype, shape=(): np.zeros((1, length, *shape), dtype)
   batch = Batch(new(np.int32), new(np.int32), new(np.float32), new(np.int32), new(np.int32))
-  if any(example.bidirectional is not None for example in made):
+  if any(example.bidirectional is not None for example in examples):
     batch = batch._replace(bidirectional=new(bool))
   if source_length is not None:
     batch = batch._replace(**dict(zip(('source', 'source_segments'), np.zeros((2, 1, source_length), np.int32))))
-  columns = {name: new(x.dtype, x.shape[1:]) for example in made for name, x in (example.columns or {}).items()}
-  inputs = {name: np.zeros((1, *x.shape), x.dtype) for example in made for name, x in (example.inputs or {}).items()}
+  columns = {name: new(x.dtype, x.shape[1:]) for example in examples for name, x in (example.columns or {}).items()}
+  inputs = {name: np.zeros((1, *x.shape), x.dtype) for example in examples for name,
+            x in (example.inputs or {}).items()}
   return batch._replace(columns=columns or None, inputs=inputs or None)
 
 

@@ -75,13 +75,13 @@ def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, stream
   engine, limit = request.engine(width + request.max_tokens), step + request.max_tokens
   state, tokens = engine.prefill(batch, settings([request.sampling] * rows, [request.seed] * rows, stream),
                                  [limit] * rows, step, whole)
-  made, ended = np.zeros(len(texts), int), np.zeros(len(texts), bool)
+  written, ended = np.zeros(len(texts), int), np.zeros(len(texts), bool)
   while True:
     pieces = tokens.rows(len(texts))
-    made += [len(piece) for piece in pieces]
+    written += [len(piece) for piece in pieces]
     ended |= [np.isin(piece, engine.ends).any() for piece in pieces]
     yield pieces
-    if (ended | (made >= request.max_tokens)).all():
+    if (ended | (written >= request.max_tokens)).all():
       return
     state, tokens = engine.step(state)
 

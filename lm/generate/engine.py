@@ -52,7 +52,7 @@ class State(NamedTuple):
   done_B: jax.Array             # rows that have ended, or are empty
   seen_BV: jax.Array            # tokens of prompt and output, for the penalty
   settings: Settings
-  made_B: jax.Array             # tokens written, which number the draws of a row
+  written_B: jax.Array             # tokens written, which number the draws of a row
   limit_B: jax.Array            # a row ends with so many
 
 
@@ -72,20 +72,20 @@ def chosen(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 def _next(state: State, out: Any, vocab: int, ends: jax.Array) -> tuple[State, jax.Array]:
   """The state with one more token, from the last position of a forward pass, and its log-probabilities [B]."""
-  def local(logits, seen, settings, made):
+  def local(logits, seen, settings, written):
     known = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # a padded vocabulary
-    token = draw(process(known, settings, seen), settings, row_keys(settings, made))
+    token = draw(process(known, settings, seen), settings, row_keys(settings, written))
     seen = seen.at[jnp.arange(len(token)), token].set(True)
     return token, seen, chosen(logits[:, None], token[:, None])[:, 0]
 
   logits = out.head(out.hidden[:, -1:])[:, 0]
-  token, seen, log_probability = by_row(local, logits, state.seen_BV, state.settings, state.made_B)
+  token, seen, log_probability = by_row(local, logits, state.seen_BV, state.settings, state.written_B)
   live = ~state.done_B
   token = jnp.where(live, token, ends[0])
-  made = state.made_B + live
-  done = state.done_B | (token[:, None] == ends[None]).any(-1) | (made >= state.limit_B)
+  written = state.written_B + live
+  done = state.done_B | (token[:, None] == ends[None]).any(-1) | (written >= state.limit_B)
   state = state._replace(cache=out.cache, token_B=token, position_B=state.position_B + live, done_B=done, seen_BV=seen,
-                         made_B=made)
+                         written_B=written)
   return state, jnp.where(live, log_probability, 0)
 
 
@@ -95,14 +95,15 @@ def laid_out(tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots'))
-def _prefill(model, params, batch: Batch, seen, settings, made, limit, ends, *, vocab, slots) -> tuple[State, Tokens]:
+def _prefill(model, params, batch: Batch, seen, settings, written, limit, ends, *, vocab, slots) -> tuple[State,
+                                                                                                          Tokens]:
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  seen, settings, made, limit = laid_out((seen, settings, made, limit))
+  seen, settings, written, limit = laid_out((seen, settings, written, limit))
   out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
-  done = (batch.segments[:, -1] == 0) | (made >= limit)
-  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], done, seen, settings, made, limit)
+  done = (batch.segments[:, -1] == 0) | (written >= limit)
+  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], done, seen, settings, written, limit)
   state, log_probability = _next(state, out, vocab, ends)
-  return state, everywhere(state.token_B[:, None], log_probability[:, None], state.made_B - made)
+  return state, everywhere(state.token_B[:, None], log_probability[:, None], state.written_B - written)
 
 
 def everywhere(ids_BT: jax.Array, log_probabilities_BT: jax.Array, count_B: jax.Array) -> Tokens:
@@ -122,10 +123,10 @@ def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, To
 
   shape = len(state.token_B), CHUNK
   ids, log_probabilities = laid_out((jnp.full(shape, ends[0]), jnp.zeros(shape)))
-  made = state.made_B
+  written = state.written_B
   _, state, ids, log_probabilities = jax.lax.while_loop(
       lambda carry: (carry[0] < count) & ~carry[1].done_B.all(), step, (jnp.int32(0), state, ids, log_probabilities))
-  return state, everywhere(ids, log_probabilities, state.made_B - made)
+  return state, everywhere(ids, log_probabilities, state.written_B - written)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
@@ -162,14 +163,14 @@ class Engine:
     """The slots of a row beyond those of its prompt and its new tokens."""
     return 0
 
-  def prefill(self, batch: Batch, settings: Settings, limit: Sequence[int], made: int = 0,
+  def prefill(self, batch: Batch, settings: Settings, limit: Sequence[int], written: int = 0,
               texts: Sequence[np.ndarray] = ()) -> tuple[State, Tokens]:
     """Reads prompts, as `model.prompt` makes them of ids, and draws the token after each. Empty rows have ended.
 
     Args:
       batch: `[B, T]`, in NumPy; as many rows as there are settings.
       limit: the tokens that each row writes at most, `[B]`, those that it has written already among them.
-      made: tokens that the rows have written already: their random streams go on after these.
+      written: tokens that the rows have written already: their random streams go on after these.
       texts: all tokens of each row, where a repetition penalty is for more than the batch has.
 
     Raises:
@@ -177,7 +178,7 @@ class Engine:
     """
     rows, width = batch.tokens.shape
     limit = np.asarray(limit, np.int32)
-    needed = int(limit.max()) - made
+    needed = int(limit.max()) - written
     if width + needed + self.spare > self.slots:
       raise ValueError(f'prompts padded to {width} columns and {needed} new tokens do not fit slots={self.slots}; '
                        'make the engine with more slots')
@@ -186,10 +187,11 @@ class Engine:
     seen[row, batch.tokens[row, column]] = True
     for row, ids in enumerate(texts):
       seen[row, ids] = True
-    return self._prefill(batch, seen, settings, np.full(rows, made, np.int32), limit)
+    return self._prefill(batch, seen, settings, np.full(rows, written, np.int32), limit)
 
-  def _prefill(self, batch, seen, settings, made, limit):
-    return _prefill(self.model, self.params, batch, seen, settings, made, limit, np.int32(self.ends), vocab=self.vocab,
+  def _prefill(self, batch, seen, settings, written, limit):
+    return _prefill(self.model, self.params, batch, seen, settings, written, limit, np.int32(self.ends),
+                    vocab=self.vocab,
                     slots=self.slots)
 
   def step(self, state: State, count: int = CHUNK) -> tuple[State, Tokens]:

@@ -42,7 +42,7 @@ class DraftState(NamedTuple):
   first_B: jax.Array        # slots of padding before the text
   done_B: jax.Array
   settings: Settings
-  made_B: jax.Array         # tokens written
+  written_B: jax.Array         # tokens written
   limit_B: jax.Array        # a row ends with so many
 
 
@@ -118,7 +118,7 @@ def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: 
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafts'))
-def _prefill(model, params, batch: Batch, settings, made, limit, ends, *, vocab, slots, drafts
+def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, vocab, slots, drafts
              ) -> tuple[DraftState, Tokens]:
   """Reads prompts into new caches of `slots` slots, draws the first token and drafts the next. Empty rows are done."""
   def first_token(logits, settings, place):
@@ -127,20 +127,20 @@ def _prefill(model, params, batch: Batch, settings, made, limit, ends, *, vocab,
     return token, chosen(logits, token[:, None])
 
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  settings, made, limit = laid_out((settings, made, limit))
+  settings, written, limit = laid_out((settings, written, limit))
   rows, width = batch.tokens.shape
   out = model.apply(params, batch, cache=model.init_cache(rows, slots))
   first = jnp.sum(batch.segments == 0, axis=1)
   token, log_probability = by_row(first_token, out.head(out.hidden[:, -1:]), settings, width - first - 1)
   tokens = jnp.pad(jnp.concatenate([batch.tokens, token[:, None]], axis=1), ((0, 0), (0, slots - width - 1)))
-  empty = (first == width) | (made >= limit)
-  total = made + ~empty
+  empty = (first == width) | (written >= limit)
+  total = written + ~empty
   done = empty | (token[:, None] == ends[None]).any(-1) | (total >= limit)
   caches = model.init_depth_caches(rows, slots)[:drafts]
   state = DraftState(out.cache, caches, out.hidden, tokens, None, first, done, settings, total, limit)
   state = _draft(model, params, out.head, state, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
   ids = jnp.where(empty, ends[0], token)[:, None]
-  return state, everywhere(ids, jnp.where(empty[:, None], 0, log_probability), total - made)
+  return state, everywhere(ids, jnp.where(empty[:, None], 0, log_probability), total - written)
 
 
 def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
@@ -170,12 +170,12 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
   tokens_BS = write(state.tokens_BS, token[:, None], index + accepted + 1)
   ends_here = (new[..., None] == ends[None, None]).any(-1) & (columns <= accepted[:, None])
   until_end = jnp.where(ends_here.any(-1), 1 + jnp.argmax(ends_here, axis=1), drafts + 1)
-  steps = jnp.minimum(jnp.minimum(accepted + 1, until_end), state.limit_B - state.made_B)
+  steps = jnp.minimum(jnp.minimum(accepted + 1, until_end), state.limit_B - state.written_B)
   steps = jnp.where(live, steps, 0)
-  made, n = state.made_B + steps, state.hidden.shape[1]
+  written, n = state.written_B + steps, state.hidden.shape[1]
   hidden = _take(jnp.concatenate([state.hidden, out.hidden], axis=1), steps[:, None] + jnp.arange(n)[None])
   state = state._replace(cache=out.cache._replace(index=index + steps), hidden=hidden, tokens_BS=tokens_BS,
-                         done_B=state.done_B | ends_here.any(-1) | (made >= state.limit_B), made_B=made)
+                         done_B=state.done_B | ends_here.any(-1) | (written >= state.limit_B), written_B=written)
   return _draft(model, params, out.head, state, vocab, drafts), new, log_probabilities, accepted
 
 
@@ -185,17 +185,17 @@ def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, dra
   """`count` rounds, at most `rounds`, fewer if all rows end."""
   def go(carry):
     n, state, ids, log_probabilities, counts = carry
-    live, start = ~state.done_B, state.made_B - before
+    live, start = ~state.done_B, state.written_B - before
     state, new, scores, accepted = _round(model, params, state, ends, vocab)
     counts = Counts(counts.passes + jnp.sum(live), counts.accepted + jnp.sum(accepted))
     return n + 1, state, write(ids, new, start), write(log_probabilities, scores, start), counts
 
-  before, shape = state.made_B, (len(state.done_B), rounds * (drafts + 1))
+  before, shape = state.written_B, (len(state.done_B), rounds * (drafts + 1))
   ids, log_probabilities = (sharding.constrain(x, 'BT') for x in (jnp.full(shape, ends[0]), jnp.zeros(shape)))
   carry = jnp.int32(0), state, ids, log_probabilities, Counts(jnp.int32(0), jnp.int32(0))
   _, state, ids, log_probabilities, counts = jax.lax.while_loop(
       lambda carry: (carry[0] < count) & ~carry[1].done_B.all(), go, carry)
-  return state, everywhere(ids, log_probabilities, state.made_B - before), counts
+  return state, everywhere(ids, log_probabilities, state.written_B - before), counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,13 +208,13 @@ class DraftingEngine(Engine):
   def spare(self) -> int:
     return 1 + 2 * self.drafts   # for drafts behind the last token
 
-  def _prefill(self, batch, seen, settings, made, limit):
+  def _prefill(self, batch, seen, settings, written, limit):
     del seen
     if (most := min(self.model.depths, batch.tokens.shape[1] // 2)) < self.drafts:
       raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
     if (bad := settings.repetition_penalty[settings.repetition_penalty != 1]).size:
       raise ValueError(f'repetition_penalty={bad[0]:g} is not supported with drafts; leave one out')
-    return _prefill(self.model, self.params, batch, settings, made, limit, np.int32(self.ends), vocab=self.vocab,
+    return _prefill(self.model, self.params, batch, settings, written, limit, np.int32(self.ends), vocab=self.vocab,
                     slots=self.slots, drafts=self.drafts)
 
   def step(self, state: DraftState, count: int | None = None) -> tuple[DraftState, Tokens]:

@@ -95,10 +95,10 @@ class _Text:
 
   def _release(self, text: str) -> str:
     self._held += text
-    found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-    self.done = bool(found)
-    at = min(found, default=max(len(self._held) - self._hold, 0))
-    text, self._held = self._held[:at], self._held[at:]
+    places = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
+    self.done = bool(places)
+    end = min(places, default=max(len(self._held) - self._hold, 0))
+    text, self._held = self._held[:end], self._held[end:]
     return text
 
 
@@ -143,8 +143,8 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [_Text(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
   request = Request(model, params, tokenizer, sampling, max_tokens, seed, draft)
-  for made in _pieces(request, encoded, mark(batch)):
-    yield [''.join(map(text.push, row)) for text, row in zip(texts, made)]
+  for pieces in _pieces(request, encoded, mark(batch)):
+    yield [''.join(map(text.push, row)) for text, row in zip(texts, pieces)]
     if all(text.done for text in texts):
       return
   yield [text.end() for text in texts]

@@ -118,15 +118,15 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
     tokens[row, start:longest], segments[row, :start] = [tokenizer.bos_id, *ids], 0
     positions[row, start:] = np.arange(longest + length - start)
   batch = Batch(tokens, positions=positions, segments=segments, bidirectional=np.ones(tokens.shape, bool))
-  made = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), how=how,
+  generated = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), how=how,
                             length=length, mask=masked, vocab=tokenizer.vocab_size))
-  return [_text(tokenizer, ids, row) for ids, row in zip(texts, made)]
+  return [_text(tokenizer, ids, row) for ids, row in zip(texts, generated)]
 
 
-def _text(tokenizer: Tokenizer, prompt: np.ndarray, made: np.ndarray) -> str:
-  ends = np.flatnonzero(np.isin(made, tokenizer.eos_ids))
-  made = made[:ends[0]] if len(ends) else made
-  return tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)):]
+def _text(tokenizer: Tokenizer, prompt: np.ndarray, generated: np.ndarray) -> str:
+  ends = np.flatnonzero(np.isin(generated, tokenizer.eos_ids))
+  generated = generated[:ends[0]] if len(ends) else generated
+  return tokenizer.decode([*prompt, *generated])[len(tokenizer.decode(prompt)):]
 
 
 @functools.partial(jax.jit, static_argnames='apply')

@@ -219,6 +219,12 @@ def test_no_score_sees_its_own_token():
 # Commands.
 
 
+def test_two_flags_that_each_name_a_model_are_refused(tmp_path):
+  for script in (score.score, generate_script.main):
+    with pytest.raises(ValueError, match='--workdir=.* and --model=gpt2 both name a model; give one of them'):
+      script(workdir=tmp_path, model='gpt2', **({'text': 'a'} if script is score.score else {'prompt': 'a'}))
+
+
 def test_the_commands_say_what_they_do(folders, capsys, tmp_path):
   score.score(model=str(folders / 'bert'), text='some text')
   out = capsys.readouterr().out
