@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 
 from lm import launch, load, sharding
-from lm.data.text import corpora
+from lm.data.text import compressed, corpora
 from lm.evaluate import rewards, text_scores
 from lm.hf import pretrained
 from lm.models.reward import Reward
@@ -56,7 +56,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   """
   if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
     raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
-  corpora.check_limit(decompressed_limit)
+  compressed.check_limit(decompressed_limit)
   if allow_left_out and jsonl is None and pairs is None:
     raise ValueError('--allow_left_out is for --jsonl and --pairs, of which records may be left out')
   workdir, model = load.run_or_model(workdir, model)

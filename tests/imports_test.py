@@ -18,7 +18,7 @@ DOORS = {
     'flax': {'models/'}, 'orbax': {'workdir/checkpoint'}, 'tensorstore': {'workdir/integrity'},
     'matplotlib': {'workdir/figures'}, 'tensorboardX': {'workdir/track'},
     'tensorflow_datasets': {'data/text/prepared'}, 'pyarrow': {'data/text/corpora'},
-    'zstandard': {'data/text/corpora'}, 'ftfy': {'data/text/clean'}, 'jieba': {'data/text/clean'},
+    'zstandard': {'data/text/compressed'}, 'ftfy': {'data/text/clean'}, 'jieba': {'data/text/clean'},
     'stopwordsiso': {'data/text/clean'}, 'huggingface_hub': {'hf/pretrained'},
     'tokenizers': {'data/tokenizers/huggingface'}, 'jinja2': {'data/chat/template_process'},
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train

@@ -1,7 +1,7 @@
 """Flags that name a corpus."""
 import dataclasses
 
-from lm.data.text import corpora
+from lm.data.text import compressed, corpora
 from lm.data.text.mixture import mixture
 from lm.data.text.source import Source, unescaped
 
@@ -48,7 +48,7 @@ class Corpus:
     if self.separator and not self.text:
       raise ValueError(f'--separator={self.separator} cuts the files of --text, which is not given')
     corpora.check_validation(self.validation)
-    corpora.check_limit(self.decompressed_limit)
+    compressed.check_limit(self.decompressed_limit)
     sources = [self._one(name) for name, pattern in files.items() if pattern]
     self._check_mixture(len(sources))
     if len(sources) > 1:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.data.chat import conversation
-from lm.data.text import corpora
+from lm.data.text import compressed, corpora
 from lm.data.text.source import unescaped
 from lm.signature import AnyText
 
@@ -36,7 +36,7 @@ class Records:
 
   def __post_init__(self):
     corpora.check_validation(self.validation)
-    corpora.check_limit(self.decompressed_limit)
+    compressed.check_limit(self.decompressed_limit)
 
   def source(self, puzzles: Callable[[], Any]) -> Any:
     """The records of --jsonl; without it, those that `puzzles()` makes up."""

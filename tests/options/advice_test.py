@@ -10,7 +10,7 @@ import pytest
 import tfds_builder
 
 from lm import signature
-from lm.data.text import corpora
+from lm.data.text import compressed, corpora
 from lm.launch import program as launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name
 
 
 @pytest.mark.parametrize('module', ['workdir/parsing', 'options/corpus', *(f'data/{name}' for name in (
-    'text/corpora', 'text/source', 'store', 'store_reader', 'text/prepared', 'chat/dialogues'))])
+    'text/corpora', 'text/compressed', 'text/source', 'store', 'store_reader', 'text/prepared', 'chat/dialogues'))])
 def test_a_flag_is_advised_as_a_flag_is_written(module):
   """Not as an argument in Python, encoding_errors='replace'."""
   names = '|'.join(sorted(set().union(*SCRIPTS.values())))
@@ -87,7 +87,7 @@ def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeyp
   line, path = b'{"text": "' + b'a' * 100_000 + b'"}\n', tmp_path / f'bomb.jsonl.{suffix}'
   compress = gzip.compress if suffix == 'gz' else pytest.importorskip('zstandard').ZstdCompressor().compress
   path.write_bytes(compress(20 * line))
-  size = 20 * len(line) / corpora.GIB
+  size = 20 * len(line) / compressed.GIB
   assert len(corpora.jsonl(str(path), validation=0., decompressed_limit=size).splits['train']) == 20
   with pytest.raises(ValueError, match=rf'{path} unpacks to more than .* GiB; .* --decompressed_limit'):
     len(corpora.jsonl(str(path), validation=0., decompressed_limit=0.99 * size).splits['train'])

@@ -1,55 +1,37 @@
 """One function per corpus; each returns a `Source`: named splits of documents with random access (see `source`).
 
-None touches a file, or checks what it is given, before the source is used.
+Files are opened, and arguments are checked, when the source is first used.
 """
 import ast
 import collections
 import functools
-import gzip
 import os
 import pathlib
 import re
-import shutil
 import sysconfig
-import tempfile
-import weakref
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 from lm.data.text import source
+from lm.data.text.compressed import Unpacked
 from lm.data.text.prepared import prepared
 from lm.data.text.source import Source
 from lm.workdir.parsing import TextDecoder, json_value
 
-Errors = Literal['strict', 'replace', 'drop']   # see `Decoder`
-GIB = 1 << 30
+Errors = Literal['strict', 'replace', 'drop']   # see `TextDecoder`
 
 
 @source.deferred
 def python_library(validation: float = 0.05) -> Source:
-  """Python's own standard library: some 10 MB of code and prose, wherever this runs.
+  """Returns Python's own standard library: about 10 MB of code and prose, on any machine.
 
-  A document is a source file, a C header, a text file, or a topic of the language reference (pydoc's). Left out: tests,
-  installed packages, code that another program wrote, tables (character sets, HTML entities) and duplicates.
+  A document is a source file, a C header, a text file, or a topic of the language reference (from pydoc). Tests,
+  installed packages, generated code, tables (character sets, HTML entities) and duplicates are omitted.
   """
-  skip_folders = re.compile(r'tests?|idle_test|(site|dist)-packages|__pycache__|encodings|config-.*')
-  skip_files = re.compile(r'_sysconfigdata.*|sitecustomize\.py|entities\.py|pyconfig.*\.h')  # tables, machine's own
   generated = re.compile(r'auto-?generated|automatically generated|generated from|file is generated', re.IGNORECASE)
-  files = {}
-  for part in ('stdlib', 'include'):  # of the base installation, also in a virtual environment
-    root = sysconfig.get_paths()[part]
-    for folder, folders, names in os.walk(root):
-      folders[:] = [f for f in folders if not skip_folders.fullmatch(f)]
-      for name in names:
-        if name.endswith(('.py', '.h', '.txt', '.rst')) and not skip_files.fullmatch(name):
-          path = pathlib.Path(folder, name)
-          files[f'{part}/{path.relative_to(root).as_posix()}'] = path
-  if not any(name.startswith('stdlib/') for name in files):
-    raise FileNotFoundError(f"{sysconfig.get_paths()['stdlib']}: this Python keeps no standard library as files; "
-                            'give a corpus of your own')
-  files = dict(sorted(files.items()))
+  files = _python_files()
   names = list(files)
 
-  decode = TextDecoder('replace')   # a few files of old say that they are Latin-1
+  decode = TextDecoder('replace')   # a few old files declare that they are Latin-1
 
   def load(i, counts):
     document = decode(files[names[i]].read_bytes(), names[i], counts)
@@ -67,15 +49,37 @@ def python_library(validation: float = 0.05) -> Source:
                 source.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
 
 
+def _python_files() -> dict[str, pathlib.Path]:
+  """Returns the files of the standard library and of Python's headers, sorted, by 'stdlib/NAME' or 'include/NAME'."""
+  skip_folders = re.compile(r'tests?|idle_test|(site|dist)-packages|__pycache__|encodings|config-.*')
+  skip_files = re.compile(r'_sysconfigdata.*|sitecustomize\.py|entities\.py|pyconfig.*\.h')   # tables, and settings
+  files = {}
+  for part in ('stdlib', 'include'):   # of the base installation, also in a virtual environment
+    root = sysconfig.get_paths()[part]
+    for folder, folders, names in os.walk(root):
+      folders[:] = [name for name in folders if not skip_folders.fullmatch(name)]
+      for name in names:
+        if name.endswith(('.py', '.h', '.txt', '.rst')) and not skip_files.fullmatch(name):
+          path = pathlib.Path(folder, name)
+          files[f'{part}/{path.relative_to(root).as_posix()}'] = path
+  if not any(name.startswith('stdlib/') for name in files):
+    raise FileNotFoundError(f"{sysconfig.get_paths()['stdlib']}: this Python has no standard library in files; "
+                            'give a corpus of your own')
+  return dict(sorted(files.items()))
+
+
 @source.deferred
 def text(pattern: str, validation: float = 0.05, separator: str | None = None,
          encoding_errors: Errors = 'strict') -> Source:
-  r"""Text files by glob, `**` for folders of any depth. A document is a file, or a part between `separator`s ('\n\n').
+  r"""Returns text files as documents.
 
-  Of a few documents, none of which falls into validation, the last part of each is held out, from the start of a line.
-
-  A file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD ('replace') or left out
-  ('drop'); `counts` of the source says how many.
+  Args:
+    pattern: a path or a glob, with `**` for folders of any depth.
+    validation: the share of documents that is held out. If there are so few documents that none would be, the last part
+      of each document is held out, from the start of a line.
+    separator: such as '\n\n', which divides a file into documents; None: a file is a document.
+    encoding_errors: a file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD
+      ('replace') or is omitted ('drop'). `counts` of the source has the number of such files.
   """
   decode, files = TextDecoder(encoding_errors), source.matching(pattern)
 
@@ -97,95 +101,88 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
 @source.deferred
 def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
           encoding_errors: Errors = 'strict', decompressed_limit: float = 64.) -> Source:
-  """JSON-lines files by glob, also .gz and .zst: the string under `key` of each line is a document.
+  """Returns the lines of JSON-lines files, which may be compressed (.gz, .zst), as documents.
 
-  Without a key, a document is the JSON of the line itself: a record, as `dialogues` reads them.
-
-  Compressed files are unpacked once into the temporary folder ($TMPDIR), for as long as the source lives; each of them
-  to `decompressed_limit` GiB at most.
+  Args:
+    pattern: a path or a glob.
+    key: each document is the string under this key of a line. None: it is the JSON of a line, a record of `dialogues`.
+    validation: the share of documents that is held out.
+    encoding_errors: see `TextDecoder`.
+    decompressed_limit: the GiB that each compressed file may unpack to. Files are unpacked once, into the temporary
+      folder ($TMPDIR), and deleted together with the source.
 
   Raises:
-    ValueError: at first use, naming file and line, where a line is not UTF-8 (but see `Decoder`), is not JSON or has no
-      string under `key`; or naming a file that unpacks to more than the limit.
+    ValueError: at first use, with file and line, if a line is not UTF-8 and `encoding_errors` is 'strict', is not JSON,
+      or has no string under `key`; or with the file, if it unpacks to more than the limit.
   """
-  decode, files = TextDecoder(encoding_errors), source.matching(pattern)
+  decode, files, unpacked = TextDecoder(encoding_errors), source.matching(pattern), Unpacked(decompressed_limit)
 
-  @functools.cache
-  def plain(i):
-    if files[i].suffix not in ('.gz', '.zst'):
-      return files[i]
-    folder = tempfile.mkdtemp(prefix='lm-jsonl-')
-    weakref.finalize(read, shutil.rmtree, folder, ignore_errors=True)
-    path = pathlib.Path(folder, files[i].stem)
-    try:
-      with files[i].open('rb') as packed, path.open('wb') as file:
-        unpacked = _Limited(file, files[i], decompressed_limit)
-        if files[i].suffix == '.gz':
-          shutil.copyfileobj(gzip.GzipFile(fileobj=packed), unpacked, 1 << 20)
-        else:
-          _unzst(packed, unpacked)
-    except (ImportError, _TooLarge):
-      path.unlink(missing_ok=True)   # what was unpacked may fill the disk
-      raise
-    except Exception as error:  # gzip and zstandard have their own kinds, none of which names the file
-      raise OSError(f'{files[i]}: cannot be unpacked: {error}') from error
-    return path
+  def parse(line, where, counts):
+    text = decode(line, where, counts)
+    if text is None:
+      return None
+    record = _record(text, key, where)
+    if key is None:
+      return decode.repair_json(text.strip(), record, where, counts)
+    return decode.repair(record[key], counts)
 
   def documents():
-    for i in range(len(files)):
+    for i, file in enumerate(files):
       offset = 0
-      with plain(i).open('rb') as lines:
+      with unpacked.path(file).open('rb') as lines:
         for number, line in enumerate(lines, 1):
-          if line.strip() and (document := parse(line, f'{files[i]}:{number}', counts)) is not None:
+          document = parse(line, f'{file}:{number}', counts) if line.strip() else None
+          if document is not None:
             yield i, offset, document
           offset += len(line)
 
-  def parse(line, where, counts):
-    if (text := decode(line, where, counts)) is None:
-      return None
-    try:
-      row = json_value(text)
-    except ValueError as error:
-      raise ValueError(f'{where}: not JSON: {error}') from None
-    if key is None and isinstance(row, dict):
-      return decode.repair_json(text.strip(), row, where, counts)
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-      has = f'keys {", ".join(row)}' if isinstance(row, dict) else type(row).__name__
-      raise ValueError(f'{where}: ' + ('no record {...}' if key is None else f'no string under key={key!r}')
-                       + f'; the line has {has}')
-    return decode.repair(row[key], counts)
-
   def read(i, offset):
-    with plain(i).open('rb') as lines:
+    with unpacked.path(files[i]).open('rb') as lines:
       lines.seek(offset)
       return parse(lines.readline(), f'{files[i]} at byte {offset}', collections.Counter())
 
   def where(i, offset):
-    with plain(i).open('rb') as lines:
+    with unpacked.path(files[i]).open('rb') as lines:
       number = lines.read(offset).count(b'\n') + 1
     return f'{files[i]}:{number}'
 
   counts, name = collections.Counter(), source.title(pattern)
-  return Source(name, source.split(documents, read, validation, name, counts, divisible=key is not None, where=where),
-                source.fingerprint(source.relative(files), 'jsonl', validation, key,
-                                   *_besides(encoding_errors)), counts=counts)
+  splits = source.split(documents, read, validation, name, counts, divisible=key is not None, where=where)
+  return Source(name, splits, source.fingerprint(source.relative(files), 'jsonl', validation, key,
+                                                 *_if_not_strict(encoding_errors)), counts=counts)
+
+
+def _record(text: str, key: str | None, where: str) -> dict[str, Any]:
+  """Returns the record in a line, which has a string under `key` unless that is None; see `jsonl` for errors."""
+  try:
+    record = json_value(text)
+  except ValueError as error:
+    raise ValueError(f'{where}: not JSON: {error}') from None
+  if not isinstance(record, dict):
+    missing = 'no record {...}' if key is None else f'no string under key={key!r}'
+    raise ValueError(f'{where}: {missing}; the line has {type(record).__name__}')
+  if key is not None and not isinstance(record.get(key), str):
+    raise ValueError(f'{where}: no string under key={key!r}; the line has keys {", ".join(record)}')
+  return record
 
 
 @source.deferred
 def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encoding_errors: Errors = 'strict') -> Source:
-  """Parquet files by glob, read a row group at a time: the strings of `column`. Nulls are dropped and counted.
+  """Returns the strings in a column of Parquet files; nulls are dropped and counted. One row group is read at a time.
 
-  ValueError, at first use, names file and row, counted from 0, where a string is not UTF-8; but see `Decoder`.
+  Raises:
+    ValueError: at first use, if a file is not Parquet or has no such column of strings; or with file and row, counted
+      from 0, if a string is not UTF-8 and `encoding_errors` is 'strict' (see `TextDecoder`).
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
   decode, files = TextDecoder(encoding_errors), source.matching(pattern)
-  groups = []   # (file, row group, its first row)
+  groups = []   # (file, row group, number of its first row)
   for path in files:
     try:
       file = pq.ParquetFile(path)
     except ValueError as error:   # pyarrow's ArrowInvalid
-      raise ValueError(f'{path} is no Parquet file: {error}') from None
+      raise ValueError(f'{path} is not a Parquet file: {error}') from None
     with file:
       if column not in file.schema_arrow.names:
         raise ValueError(f'{path}: no column={column!r}; it has {", ".join(file.schema_arrow.names)}')
@@ -208,19 +205,28 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encodi
 
   counts, name = collections.Counter(), source.title(pattern)
   documents, read = source.shards(load, len(groups), counts)
-  return Source(name, source.split(documents, read, validation, name, counts),
-                source.fingerprint(source.relative(files), 'parquet', validation, column,
-                                   *_besides(encoding_errors)), counts=counts)
+  splits = source.split(documents, read, validation, name, counts)
+  return Source(name, splits, source.fingerprint(source.relative(files), 'parquet', validation, column,
+                                                 *_if_not_strict(encoding_errors)), counts=counts)
 
 
 @source.deferred
 def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str | None = None,
          encoding_errors: Errors = 'strict') -> Source:
-  """A TensorFlow Datasets corpus, read without TensorFlow: a folder that holds one, or a name such as 'lm1b', which is
-  downloaded and prepared if it is not yet in `data_dir` (tfds's own, if None).
+  """Returns a corpus of TensorFlow Datasets, which is read without TensorFlow.
 
-  Its own validation (else test) split is used; `validation` cuts a set that has a train split alone, by hash.
-  `experiments/tfds_builder.py` shows how a corpus is added to TFDS.
+  The documents that are held out are its own validation split, or else its test split. `experiments/tfds_builder.py`
+  shows how a corpus is added to TFDS.
+
+  Args:
+    name: a folder with a prepared corpus; or a name such as 'lm1b', which is downloaded and prepared if it is not in
+      `data_dir`.
+    key: the feature that holds the text.
+    validation: the share of documents that is held out if the corpus has only a train split.
+    data_dir: None: the default of TFDS.
+    encoding_errors: see `TextDecoder`.
+
+  Raises ValueError, at first use, if the corpus does not exist, cannot be read at random, or has no such feature.
   """
   builder, decode = prepared(name, data_dir), TextDecoder(encoding_errors)
   info = builder.info
@@ -237,73 +243,41 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
 
     def read(i, counts):
       value = examples()[i][key]
-      if not isinstance(value, bytes | str):
+      if isinstance(value, str):
+        return value
+      if not isinstance(value, bytes):
         raise ValueError(f'tfds: feature key={key!r} of {name} is {type(value).__name__}, not text')
-      return value if isinstance(value, str) else decode(value, f'tfds: {name}, split {split}, row {i}', counts)
+      return decode(value, f'tfds: {name}, split {split}, row {i}', counts)
 
-    def rows():   # read before their time only where one may be left out or repaired
-      everything = range(len(examples()))
-      return everything if encoding_errors == 'strict' else [i for i in everything if read(i, counts) is not None]
+    def rows():
+      numbers = range(len(examples()))
+      if encoding_errors == 'strict':
+        return numbers
+      return [i for i in numbers if read(i, counts) is not None]   # all rows are read, to count repairs and drop rows
 
     return source.Documents(rows, lambda i: read(i, collections.Counter()))
 
   counts = collections.Counter()
-  own = {split: documents(split) for split in info.splits}
-  held_out = next((split for split in ('validation', 'valid', 'dev', 'test') if split in own), None)
+  own_splits = {split: documents(split) for split in info.splits}
+  train = own_splits['train']
+  held_out = next((split for split in ('validation', 'valid', 'dev', 'test') if split in own_splits), None)
   if held_out:
-    splits = {'train': own['train'], 'validation': own[held_out]}
+    splits = {'train': train, 'validation': own_splits[held_out]}
   else:
-    rows = lambda: ((0, i, document) for i, document in enumerate(own['train']))
-    splits = source.split(rows, lambda _, i: own['train'][i], validation, name, counts)
+    rows = lambda: ((0, i, document) for i, document in enumerate(train))
+    splits = source.split(rows, lambda _, i: train[i], validation, name, counts)
   files = {path.name: path for path in sorted(builder.data_path.iterdir()) if path.is_file()}
-  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key, *_besides(encoding_errors)),
+  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key, *_if_not_strict(encoding_errors)),
                 info.as_proto.redistribution_info.license or 'unknown', counts)
 
 
-def _besides(encoding_errors: Errors) -> tuple[str, ...]:
-  """What a fingerprint has of it: nothing where it changes nothing."""
+def _if_not_strict(encoding_errors: Errors) -> tuple[str, ...]:
+  """Returns what a fingerprint includes of `encoding_errors`: nothing for 'strict', which changes no text."""
   return () if encoding_errors == 'strict' else (encoding_errors,)
 
 
 def check_validation(share: float) -> None:
-  """ValueError where there would be no text to train on, or none to be validated on."""
+  """Raises ValueError if there would be no text to train on, or none to validate on."""
   if not 0 < share < 1:
     raise ValueError(f'--validation={share} is not a share between 0 and 1; every run is validated, so hold out a '
                      'little, such as --validation=0.01')
-
-
-def check_limit(gibibytes: float) -> None:
-  """ValueError where no compressed file could be unpacked."""
-  if not gibibytes > 0:
-    raise ValueError(f'--decompressed_limit={gibibytes} is not positive; give a number of GiB, by default 64')
-
-
-class _TooLarge(ValueError):
-  pass
-
-
-class _Limited:
-  """A file that takes no more than so many GiB; `source` is what is unpacked into it."""
-
-  def __init__(self, file: BinaryIO, source: pathlib.Path, limit: float):
-    self._file, self._source, self._limit, self._room = file, source, limit, limit * GIB
-
-  def write(self, data: bytes) -> int:
-    self._room -= len(data)
-    if self._room < 0:
-      raise _TooLarge(f'{self._source} unpacks to more than {self._limit:g} GiB; if that is right, raise the limit '
-                      'with --decompressed_limit')
-    return self._file.write(data)
-
-
-def _unzst(packed: BinaryIO, unpacked: _Limited) -> None:
-  """zstandard's own stream reader takes a file that was cut short for a whole one; this raises EOFError."""
-  zstandard = source.require('zstandard', 'zstd')
-  frame = None
-  while chunk := packed.read(1 << 13):   # which may unpack to 30,000 times as much, in memory
-    while chunk:
-      frame = frame or zstandard.ZstdDecompressor().decompressobj()
-      unpacked.write(frame.decompress(chunk))
-      chunk, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
-  if frame:
-    raise EOFError('it ends early')
