@@ -85,7 +85,7 @@ def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[M
     if typing.get_type_hints(make).get('return') is not train.Run:   # nothing else may be called: see `scripts`
       raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
                        f'it, unless the run.json of {workdir} is wrong')
-    knobs = records.settle(record['knobs'], accepted)
+    knobs = records.with_stored_steps(record['knobs'], accepted)
     flags = [flag.name for flag in signature.flags(make)]
     if unknown := [name for name in knobs if name not in flags]:
       raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '

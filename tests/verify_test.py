@@ -102,9 +102,9 @@ def test_all_changed_files_are_reported_at_once(program, workdir):
 def test_what_has_no_checksums_is_said_and_a_tokenizer_gets_them(program, workdir):
   path = workdir / 'data' / 'tokenizer' / 'settings.json'
   data = path.read_text()
-  facts, _ = integrity.unsealed(data)
+  facts, _ = integrity.parse_json_with_checksum(data)
   old = {name: value for name, value in facts.items() if name not in ('fingerprint', 'checksums')}
-  path.write_text(integrity.sealed(old))
+  path.write_text(integrity.json_with_checksum(old))
   code, out, _ = program('--verify', '--steps=1')
   assert code == 0 and re.search(f'not verified, .*: {path.parent}', out)
   assert f'its tokenizer has the fingerprint {facts["fingerprint"]}' in out and path.read_text() == data
@@ -116,10 +116,10 @@ def test_a_tokenizer_without_fingerprint_is_compared_with_the_checkpoint(program
   """A piece is another one; the folder knows of none, and the checkpoint does."""
   folder = workdir / 'data' / 'tokenizer'
   before = {name: (folder / name).read_bytes() for name in ('settings.json', 'tokenizer.model')}
-  facts, _ = integrity.unsealed(before['settings.json'].decode())
+  facts, _ = integrity.parse_json_with_checksum(before['settings.json'].decode())
   try:
-    (folder / 'settings.json').write_text(
-        integrity.sealed({name: value for name, value in facts.items() if name not in ('fingerprint', 'checksums')}))
+    older = {name: value for name, value in facts.items() if name not in ('fingerprint', 'checksums')}
+    (folder / 'settings.json').write_text(integrity.json_with_checksum(older))
     (folder / 'tokenizer.model').write_bytes(before['tokenizer.model'].replace(b'dora', b'bora'))
     code, _, err = program()
     assert code == 1 and 'tokenizer' in err and 'before' in err

@@ -225,13 +225,14 @@ def _record(settings: pathlib.Path, made_of: Mapping[str, Any], saved: tokenizer
   """Says, beside a tokenizer, what it was made of and which files it is; written last."""
   checksums = {path.name: integrity.checksum(path) for path in sorted(settings.parent.iterdir())
                if path.is_file() and path != settings and path.suffix != '.new'}
-  atomic.write(settings, integrity.sealed({**made_of, 'fingerprint': saved.fingerprint, 'checksums': checksums}))
+  facts = {**made_of, 'fingerprint': saved.fingerprint, 'checksums': checksums}
+  atomic.write(settings, integrity.json_with_checksum(facts))
 
 
 def _read(settings: pathlib.Path) -> dict | None:
   """None if the tokenizer was not made, or not to the end; ValueError, with the path, if the file is damaged."""
   try:
-    return integrity.unsealed(settings.read_text())[0]
+    return integrity.parse_json_with_checksum(settings.read_text())[0]
   except FileNotFoundError:
     return None
   except ValueError as error:

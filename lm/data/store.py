@@ -131,7 +131,7 @@ class _Build:
           np.save(self.folder / split / 'sizes.npy', sizes.reshape(-1, 2))
       for split in splits:
         self.state['splits'][split]['checksums'] = checksums(self.folder, split)
-      atomic.write(self.folder / 'manifest.json', integrity.sealed(self.state))
+      atomic.write(self.folder / 'manifest.json', integrity.json_with_checksum(self.state))
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
     for line in self.source.notes:

@@ -146,7 +146,7 @@ def verify(folder: pathlib.Path) -> list[str]:
   path = folder / 'manifest.json'
   if (manifest := read_json(path)) is None:
     return []
-  without = [] if integrity.is_sealed(path) else [str(path)]
+  without = [] if integrity.has_checksum(path) else [str(path)]
   for split, counts in manifest['splits'].items():
     if 'checksums' not in counts:
       without.append(str(folder / split))
@@ -163,6 +163,6 @@ def fingerprint(made_of: dict[str, Any], split: str) -> str:
 
 def read_json(path: pathlib.Path) -> dict | None:
   try:
-    return integrity.unsealed(path.read_text())[0] if path.exists() else None
+    return integrity.parse_json_with_checksum(path.read_text())[0] if path.exists() else None
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error}); delete {path.parent}, and it is made again') from None

@@ -213,7 +213,7 @@ class _Stored:
       facts = {'rows_done': rows, 'made_of': self._made_of}
       if all(rows == shape[0] for _, shape in self._shapes.values()):
         facts['checksums'] = {f'{name}.npy': integrity.checksum(self.folder / f'{name}.npy') for name in arrays}
-      atomic.write(self.folder / 'columns.json', integrity.sealed(facts))
+      atomic.write(self.folder / 'columns.json', integrity.json_with_checksum(facts))
     self.rows_done = rows
 
   def read(self) -> dict[str, np.memmap]:
@@ -225,7 +225,7 @@ class _Stored:
 def _read(path: pathlib.Path) -> dict[str, Any]:
   """Returns the content of `columns.json`. Raises ValueError, which names the file, if it is damaged."""
   try:
-    stored, _ = integrity.unsealed(path.read_text())
+    stored, _ = integrity.parse_json_with_checksum(path.read_text())
     if not {'rows_done', 'made_of'} <= stored.keys():
       raise ValueError('it lacks the number of computed rows or their origin')
     return stored

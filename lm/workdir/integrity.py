@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 FILE = 'checksums.json'
-_SEAL = 'checksum'   # the field of a sealed JSON file that holds the checksum of all other fields
+_FIELD = 'checksum'   # the field of a JSON file that holds the checksum of all other fields
 _BLOCK = 1 << 22   # bytes read at a time
 
 
@@ -59,29 +59,29 @@ def checksum(path: Any) -> int:
   return crc
 
 
-def sealed(values: Mapping[str, Any]) -> str:
-  """Returns `values` as JSON with a checksum of them, for `unsealed`."""
-  return json.dumps({**values, _SEAL: _checksum_of(values)}, indent=1)
+def json_with_checksum(values: Mapping[str, Any]) -> str:
+  """Returns `values` as JSON with a checksum of them, which `parse_json_with_checksum` compares."""
+  return json.dumps({**values, _FIELD: _checksum_of(values)}, indent=1)
 
 
-def unsealed(text: str) -> tuple[dict[str, Any], bool]:
-  """Returns the values in JSON text, and whether the text has a checksum.
+def parse_json_with_checksum(text: str) -> tuple[dict[str, Any], bool]:
+  """Returns the values in JSON text, and whether the text has a checksum. Older files have none.
 
   Raises ValueError if the values do not match the checksum, or if the text is no JSON object.
   """
   values = json.loads(text)
   if not isinstance(values, dict):
     raise ValueError('it is no JSON object')
-  seal = values.pop(_SEAL, None)
-  if seal not in (None, _checksum_of(values)):
+  stored = values.pop(_FIELD, None)
+  if stored not in (None, _checksum_of(values)):
     raise ValueError('it is not as it was written')
-  return values, seal is not None
+  return values, stored is not None
 
 
-def is_sealed(path: Any) -> bool:
+def has_checksum(path: Any) -> bool:
   """Returns whether a JSON file exists and has a checksum. Raises ValueError, which names it, if it is damaged."""
   try:
-    return path.exists() and unsealed(path.read_text())[1]
+    return path.exists() and parse_json_with_checksum(path.read_text())[1]
   except ValueError as error:
     raise ValueError(f'{path} is damaged ({error})') from None
 

@@ -32,8 +32,11 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def settle(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns the knobs; a `steps` of None (fitted to a time when the run started) becomes that of the newest record."""
+def with_stored_steps(knobs: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the knobs; if `steps` is None, it becomes the number that the newest record has.
+
+  A run that was given a time instead of steps stores the number that fits this time when it starts.
+  """
   if 'steps' not in knobs or knobs['steps'] is not None:
     return dict(knobs)
   steps = next((record['steps'] for record in reversed(earlier) if 'steps' in record), None)

@@ -35,10 +35,10 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def test_steps_that_were_fitted_stay_what_they_came_to():
   earlier = [{'steps': 5}, {'steps': 7}, {}]
-  assert records.settle({'lr': 1., 'steps': None}, earlier) == {'lr': 1., 'steps': 7}
-  assert records.settle({'steps': 9}, earlier) == {'steps': 9}
-  assert records.settle({'steps': None}, []) == {'steps': None}
-  assert records.settle({'lr': 1.}, earlier) == {'lr': 1.}
+  assert records.with_stored_steps({'lr': 1., 'steps': None}, earlier) == {'lr': 1., 'steps': 7}
+  assert records.with_stored_steps({'steps': 9}, earlier) == {'steps': 9}
+  assert records.with_stored_steps({'steps': None}, []) == {'steps': None}
+  assert records.with_stored_steps({'lr': 1.}, earlier) == {'lr': 1.}
 
 
 def test_a_workdir_is_one_process_at_a_time(tmp_path):
