@@ -67,7 +67,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
     batch: rows a step.
     warmup: steps of linear warm-up; none for a thirtieth of the steps.
   """
-  base, masks = load.base(model) if model else None, objective == 'masked'
+  base, masks = load.open_base(model) if model else None, objective == 'masked'
   tokens = base and base.tokenizer
   if base:
     network = base.model

@@ -39,7 +39,7 @@ def open_teacher(name: str) -> load.BaseModel:
   if name == QUICKSTART and not pathlib.Path(name).exists():
     raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
                             'or name another by --teacher')
-  base = load.base(name)
+  base = load.open_base(name)
   if not isinstance(base.model, transformer.Transformer):
     raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
   return base
@@ -84,7 +84,7 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
   if student:
-    like = load.base(student)
+    like = load.open_base(student)
     model = like.model
     distillation.check_tokenizers(tokens, like.tokenizer)
   else:

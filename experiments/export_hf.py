@@ -30,12 +30,12 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
     raise ValueError('give one of --workdir and --model')
   workdir, model = load.run_or_model(workdir, model)
   with jax.set_mesh(sharding.make_mesh()):
-    loaded = pretrained.load(model) if model else load.load(workdir, best)
+    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if isinstance(loaded.model, Reward):
       raise ValueError(f'{workdir} is a reward model, which is not exported: transformers has no family-independent '
                        'class for a decoder with one score a text and the template that the score depends on. '
                        'score.py and generate.py --reward use it where it is')
-    like = like or (loaded.folder if model else load.first_folder(loaded.run, loaded.tokenizer))
+    like = like or (loaded.folder if model else load.origin_folder(loaded.run, loaded.tokenizer))
     pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
                      None if model else load.chat_template(loaded.run.data))
   print(f'written: {out}; open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')

@@ -69,7 +69,7 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
     raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
   if model:
     shape.refuse(DEFAULT, f'--model={model}')
-  base = load.base(model, computation.dtype) if model else None
+  base = load.open_base(model, computation.dtype) if model else None
   new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
   tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
   run = train.Run(

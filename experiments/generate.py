@@ -66,7 +66,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     raise ValueError(f'{max(n, best_of)} completions would all be equal at --temperature=0; leave out either this '
                      'flag, or --n and --best_of')
   with jax.set_mesh(sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else load.load(workdir, best)
+    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
     if mark is None:
       raise ValueError(f'the run in {workdir} was trained to fill in tokens that are masked, and writes no text from '
@@ -84,7 +84,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     if reward is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
                                 max_tokens=max_tokens, mark=mark, bos=bos, window=window)
-      show_best(load.load(reward), prompt, texts, n, shown)
+      show_best(load.open_trained(reward), prompt, texts, n, shown)
       return
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None
@@ -102,7 +102,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
             file=sys.stderr)
 
 
-def show_best(judge: load.Trained, prompt: str, texts: list[str], count: int, shown: str) -> None:
+def show_best(judge: load.TrainedModel, prompt: str, texts: list[str], count: int, shown: str) -> None:
   """Prints the `count` texts of the highest rewards, the best first, after what is `shown` before each."""
   template = load.chat_template(judge.run.data)
   values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)

@@ -27,7 +27,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
   if batches < 3:
     raise ValueError(f'--batches={batches}: an interval needs 3 at least')
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = load.load(workdir, best)
+    loaded = load.open_trained(workdir, best)
     run, rows = loaded.run, loaded.run.batch if rows is None else rows
     if rows < 1 or rows % sharding.parts('B'):
       raise ValueError(f'--rows={rows} is not a multiple of {sharding.parts("B")}, the parts of a batch on the mesh '

@@ -39,7 +39,7 @@ def open_base(name: str, dtype: Any) -> load.BaseModel:
   if name == BASE and not pathlib.Path(BASE, 'run.json').is_file():
     raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
                             '--model')
-  return load.base(name, dtype)
+  return load.open_base(name, dtype)
 
 
 def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,

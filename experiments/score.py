@@ -77,7 +77,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   if model:   # before the weights, which take long
     text_scores.check_flags(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else load.load(workdir, best)
+    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if split is None and isinstance(loaded.model, Reward):
       records = None if pairs is None else read_json(pairs, None)
       rewards.show_rewards(loaded, load.chat_template(loaded.run.data), records, texts, sources, bos, allow_left_out)

@@ -20,7 +20,7 @@ from lm.workdir.describe import describe, differences
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedModel:
   """A run with the parameters that are its result. `facts` are those of the checkpoint."""
   run: train.Run
   model: Any
@@ -37,7 +37,7 @@ class Trained:
     return self.run.data.open(self.workdir, control=control, check=check)
 
 
-def load(workdir: str | pathlib.Path, best: bool = False) -> Trained:
+def open_trained(workdir: str | pathlib.Path, best: bool = False) -> TrainedModel:
   """The result of a run: its newest checkpoint, or the best by the metric of the run; on the mesh that is set.
 
   The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
@@ -135,7 +135,7 @@ def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, 
                               'now; restore what it was trained with:\n  ' + '\n  '.join(lines[:6]))
 
 
-def _read(opened: _Opened) -> Trained:
+def _read(opened: _Opened) -> TrainedModel:
   run, workdir, mesh = opened.run, opened.workdir, jax.sharding.get_mesh()
   abstract = train.placed(jax.eval_shape(run.model.init, jax.random.key(0)), mesh)
   place = _place_of_average(opened)
@@ -149,7 +149,7 @@ def _read(opened: _Opened) -> Trained:
                                            opened.chosen)
       params = averaging.from_arrays(place, restored.state['opt_state'], restored.state['params'])
   model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
-  return Trained(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
+  return TrainedModel(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
 
 
 def _place_of_average(opened: _Opened) -> list[str] | None:
@@ -187,7 +187,7 @@ class BaseModel(NamedTuple):
   start: Callable[[Any], Any]
 
 
-def base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel:
+def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel:
   """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
 
   The model computes in `dtype`; None: in that of the run, or float32. A folder may lack a tokenizer where none is
@@ -214,7 +214,7 @@ class StoredResult:
   parameters: str | None   # their fingerprint in the checkpoint
 
   def __call__(self, model: Any) -> Any:
-    loaded = load(self.workdir)
+    loaded = open_trained(self.workdir)
     if loaded.step > self.step:
       raise ValueError(f'{self.workdir} has gone on from step {self.step} to {loaded.step} meanwhile; start again')
     if loaded.step < self.step:
@@ -236,11 +236,11 @@ def decoder_and_tokenizer(model: str | None, init: Any, shape: Mapping[str, Any]
   if model and flags:
     raise ValueError(f'{source} gives the shape and the tokenizer, and --{flags[0][0]}={flags[0][1]} is given too; '
                      'leave one of them out')
-  given = base(model or str(init), dtype, with_tokenizer=not tokenizer)
-  decoder = given.model.trunk if isinstance(given.model, MultiToken) else given.model
+  base = open_base(model or str(init), dtype, with_tokenizer=not tokenizer)
+  decoder = base.model.trunk if isinstance(base.model, MultiToken) else base.model
   if not isinstance(decoder, Transformer):
     raise ValueError(f'{source} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
-  return None if shape else decoder, None if tokenizer else given.tokenizer, decoder.vocab
+  return None if shape else decoder, None if tokenizer else base.tokenizer, decoder.vocab
 
 
 def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
@@ -249,18 +249,18 @@ def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> tra
   Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
   naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
   """
-  given = base(init, with_tokenizer=not ignore_tokenizer)
-  pretrained.check_shapes(init, given.model, lora.plain(run.model))
-  of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
-  return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
+  base = open_base(init, with_tokenizer=not ignore_tokenizer)
+  pretrained.check_shapes(init, base.model, lora.plain(run.model))
+  of_tokenizer = None if ignore_tokenizer else base.tokenizer.fingerprint
+  return dataclasses.replace(lora.start_from(run, base.start), start_tokenizer=of_tokenizer)
 
 
-def first_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path | None:
+def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path | None:
   """The Hugging Face or imported folder that a run was started from, be it by way of other runs; None where there is
   none any more, or its tokenizer is not `tokens`."""
   start = next((c.load for c in run.constants if c.name == 'base'), run.start)
   if isinstance(start, StoredResult):
-    return first_folder(open_run(start.workdir), tokens) if records.read(start.workdir) else None
+    return origin_folder(open_run(start.workdir), tokens) if records.read(start.workdir) else None
   if not isinstance(start, pretrained.Parameters) or not start.folder.is_dir():
     return None
   return start.folder if tokenizers.load(start.folder).fingerprint == tokens.fingerprint else None
@@ -271,9 +271,9 @@ def chat_template(data: Any) -> conversation.Template | None:
   return data.template
 
 
-def chat_tokenizer(loaded: Trained | pretrained.Pretrained) -> conversation.Conversation:
+def chat_tokenizer(loaded: TrainedModel | pretrained.Pretrained) -> conversation.Conversation:
   """Returns the tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
-  template = (chat_template(loaded.run.data) if isinstance(loaded, Trained) else
+  template = (chat_template(loaded.run.data) if isinstance(loaded, TrainedModel) else
            pretrained.folder_template(loaded.folder))
   if template is None:
     raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')

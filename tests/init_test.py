@@ -44,7 +44,7 @@ def folder(tmp_path_factory, mesh):
   launch.start(pretrain.experiment, workdir=folder / 'run', mesh=mesh, **knobs(
       f'--text={folder}/old/*.txt', '--vocab=500', '--layers=1', '--width=16', '--heads=2', '--length=16', '--batch=4',
       '--steps=2', '--warmup=1', '--precision=bfloat16'))
-  loaded = load.load(folder / 'run')
+  loaded = load.open_trained(folder / 'run')
   pretrained.write(folder / 'hf', loaded.model, loaded.params, loaded.tokenizer)
   pretrained.save(str(folder / 'hf'), folder / 'imported')
   return folder
@@ -54,8 +54,8 @@ def folder(tmp_path_factory, mesh):
 def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   if source != 'run':
     pytest.importorskip('tokenizers')
-  loaded, texts = load.load(folder / 'run'), f'--text={folder}/new/*.txt'
-  given = load.base(str(folder / source))
+  loaded, texts = load.open_trained(folder / 'run'), f'--text={folder}/new/*.txt'
+  given = load.open_base(str(folder / source))
   for flag in ('init', 'model'):
     run = signature.call(pretrain.experiment, knobs(texts, f'--{flag}={folder / source}')['knobs'])
     assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
@@ -70,7 +70,7 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
 
 def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   name = str(folder / 'run')
-  assert load.base(name).model == load.load(folder / 'run').model   # bfloat16, its own
+  assert load.open_base(name).model == load.open_trained(folder / 'run').model   # bfloat16, its own
   for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
     chat = signature.call(finetune_chat.experiment, model=name, precision=dtype.name)
     aligned = signature.call(preference.experiment, model=name, precision=dtype.name)
@@ -91,11 +91,11 @@ def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp
   settings = knobs(*flags, '--vocab=480', '--init_ignore_tokenizer')
   run, result = launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **settings)
   assert result.finished and run.start_tokenizer is None and run.model.vocab == 500
-  assert load.load(tmp_path / 'run').tokenizer.vocab_size == 480
+  assert load.open_trained(tmp_path / 'run').tokenizer.vocab_size == 480
 
 
 def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path):
-  loaded = load.load(folder / 'run')
+  loaded = load.open_trained(folder / 'run')
   pretrained.write(tmp_path / 'hf', loaded.model, loaded.params, loaded.tokenizer)
   for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
     (tmp_path / 'hf' / name).unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder)
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
   run = signature.call(pretrain.experiment, knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
   assert (run.model.width, run.model.vocab) == (32, 500)
-  assert run.data.tokenizer == load.load(folder / 'run').tokenizer
+  assert run.data.tokenizer == load.open_trained(folder / 'run').tokenizer
   with pytest.raises(ValueError, match='run does not fit the model of this run'):
     load.start_from(run, str(folder / 'run'))
   for own in ('--width=32', '--vocab=480', '--dropout=0.1', '--tokenizer_kind=bytes'):
@@ -123,8 +123,8 @@ def test_a_run_is_opened_where_its_origin_is_gone(folder, tmp_path, mesh):
   flags = f'--init={tmp_path}/base', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'
   launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **knobs(*flags))
   (tmp_path / 'base').rename(tmp_path / 'moved')
-  opened = load.load(tmp_path / 'run')
-  assert opened.step == 2 and load.first_folder(opened.run, opened.tokenizer) is None
+  opened = load.open_trained(tmp_path / 'run')
+  assert opened.step == 2 and load.origin_folder(opened.run, opened.tokenizer) is None
 
 
 def test_adapters_take_the_shape_of_what_they_lie_on(folder):
@@ -146,11 +146,11 @@ def test_an_import_is_opened_with_what_it_came_with(folder, tmp_path):
     (tmp_path / 'imported' / name).unlink(missing_ok=True)
   tokenizers.Bytes(('<|x|>',)).save(tmp_path / 'imported')
   with pytest.raises(ValueError, match='is not the one that was imported'):
-    load.base(str(tmp_path / 'imported'))
+    load.open_base(str(tmp_path / 'imported'))
 
 
 def test_weights_that_changed_in_place_are_others(folder, tmp_path):
-  loaded = load.load(folder / 'run')
+  loaded = load.open_trained(folder / 'run')
   prints = []
   for scale in (1., 1.001, 1.):
     params = jax.tree.map(lambda x, scale=scale: scale * x, loaded.params)

@@ -172,7 +172,7 @@ def same(a, b):
 def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
   result = program('run')
   sys.modules.pop('neighbour')
-  opened = load.load(tmp_path / 'run')
+  opened = load.open_trained(tmp_path / 'run')
   assert same(opened.params, result.params) and str(program.folder) not in sys.path
   assert loss_of(program, opened) == pytest.approx(result.metrics['validation/loss'], rel=1e-6)
 
@@ -189,7 +189,7 @@ def test_an_edited_script_is_refused_by_all_that_open_or_resume_the_run(program,
   text = path.read_text()
   assert text.count(before) == 1
   path.write_text(text.replace(before, after))
-  for opens in (load.load, lambda path: load.base(str(path)), lambda path: program('other', path),
+  for opens in (load.open_trained, lambda path: load.open_base(str(path)), lambda path: program('other', path),
                 lambda path: program('run', steps=6)):
     sys.modules.pop('neighbour', None)
     with pytest.raises(ValueError, match=named):
@@ -205,7 +205,7 @@ def test_comments_and_layout_of_a_script_may_be_edited(program, tmp_path):
     assert text.count(before) == 1
     text = text.replace(before, after)
   path.write_text(text)
-  assert same(load.load(tmp_path / 'run').params, result.params)
+  assert same(load.open_trained(tmp_path / 'run').params, result.params)
   assert program('run', steps=6).step == 6
 
 
@@ -213,7 +213,7 @@ def test_a_run_of_before_code_was_described_is_refused_in_one_line(program, tmp_
   with monkeypatch.context() as patch:
     patch.setattr(describe.source_code, 'is_users', lambda value: False)
     program('run')
-  for opens in (load.load, lambda path: program('run', steps=6)):
+  for opens in (load.open_trained, lambda path: program('run', steps=6)):
     with pytest.raises(ValueError, match='model: its code is not in what an older version of lm stored'):
       opens(tmp_path / 'run')
 
@@ -221,11 +221,11 @@ def test_a_run_of_before_code_was_described_is_refused_in_one_line(program, tmp_
 def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   program('run')
   tokenizers.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
-  for opens in (load.load, lambda path: load.base(str(path))):
+  for opens in (load.open_trained, lambda path: load.open_base(str(path))):
     with pytest.raises(ValueError, match='bytes.json is not as it was written: put what'):
       opens(tmp_path / 'run')
   (tmp_path / 'run' / 'data' / 'tokenizer' / 'settings.json').unlink()   # the checkpoint knows it too
-  for opens in (load.load, lambda path: load.base(str(path))):
+  for opens in (load.open_trained, lambda path: load.open_base(str(path))):
     with pytest.raises(ValueError, match="tokenizer: '.*' before, '.*' now"):
       opens(tmp_path / 'run')
 
@@ -234,22 +234,22 @@ def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
   result = program('run')
   shutil.rmtree(tmp_path / 'run' / 'data')
   with pytest.raises(FileNotFoundError, match='the tokenizer of the run in .* is not there .*command that trained'):
-    load.load(tmp_path / 'run')
+    load.open_trained(tmp_path / 'run')
   assert not (tmp_path / 'run' / 'data').exists()
   program('run')
-  assert same(load.load(tmp_path / 'run').params, result.params)
+  assert same(load.open_trained(tmp_path / 'run').params, result.params)
 
 
 def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_was(program, tmp_path):
   program('run')
   program('run', steps=6)
-  base = load.base(str(tmp_path / 'run'))
+  base = load.open_base(str(tmp_path / 'run'))
   for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'state').rglob('d/*'):
     file.write_bytes(b'')
   with pytest.raises(OSError, match='step 6 of .* cannot be read, only step 4; .* move .*/checkpoints/6 away'):
     base.start(base.model)
   (tmp_path / 'run' / 'checkpoints' / '6').rename(tmp_path / '6')
-  base = load.base(str(tmp_path / 'run'))
+  base = load.open_base(str(tmp_path / 'run'))
   assert base.start.step == 4
   program('run', steps=7)
   with pytest.raises(ValueError, match='gone on from step 4 to 7 meanwhile'):
@@ -277,7 +277,7 @@ def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs
     newest = checkpoints.restore_params(train.placed(jax.eval_shape(model.init, jax.random.key(0)), program.mesh))
     assert checkpoints.best_step() != max(checkpoints.steps()) or 'patience' not in knobs
   assert not same(newest.state, result.params)
-  opened, base = load.load(tmp_path / 'run'), load.base(str(tmp_path / 'run'))
+  opened, base = load.open_trained(tmp_path / 'run'), load.open_base(str(tmp_path / 'run'))
   assert same(opened.params, result.params) and same(base.start(base.model), result.params)
   started = program('next', tmp_path / 'run', lr=1e-30, steps=2)   # from there, and stays there
   assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), started.params, result.params))
@@ -289,11 +289,11 @@ def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monk
   result = program('adapters', pathlib.Path('base'), lora_rank=2)
   (tmp_path / 'elsewhere').mkdir()
   monkeypatch.chdir(tmp_path / 'elsewhere')
-  opened = load.load(tmp_path / 'adapters')   # a relative --init opens from anywhere
+  opened = load.open_trained(tmp_path / 'adapters')   # a relative --init opens from anywhere
   assert loss_of(program, opened) == pytest.approx(result.metrics['validation/loss'], rel=1e-5)
-  assert same(load.base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
+  assert same(load.open_base(str(tmp_path / 'adapters')).start(opened.model), opened.params)
   program('base', steps=5)
-  for again in (lambda: load.load(tmp_path / 'adapters'),
+  for again in (lambda: load.open_trained(tmp_path / 'adapters'),
                 lambda: program('adapters', tmp_path / 'base', lora_rank=2, steps=6)):
     with pytest.raises(ValueError, match='base.load.step: 4 before, 5 now'):
       again()
@@ -305,7 +305,7 @@ def test_adapters_are_refused_on_a_base_that_was_trained_anew(program, tmp_path)
   shutil.rmtree(tmp_path / 'base')
   program('base', lr=0.02)
   with pytest.raises(ValueError, match='base.load.parameters: .* before, .* now'):
-    load.load(tmp_path / 'adapters')
+    load.open_trained(tmp_path / 'adapters')
 
 
 def record(workdir, **changes):
@@ -323,26 +323,26 @@ def test_no_script_is_executed_but_the_program_and_those_that_are_named(program,
     record(workdir, script='evil.py', path=str(folder / 'evil.py'), function='experiment')
     (program.folder / 'evil.py').write_text(bad)   # beside the program
     with pytest.raises(FileNotFoundError, match=f'uses small:Small, which .*--script={folder}/evil.py'):
-      load.load(workdir)
+      load.open_trained(workdir)
   scripts.trust(workdir / 'evil.py')   # inside of a workdir, not even so
   with pytest.raises(FileNotFoundError, match='none may lie in the workdir'):
-    load.load(workdir)
+    load.open_trained(workdir)
   for name in ('../evil/evil.py', str(tmp_path / 'evil/evil.py'), None):
     record(workdir, script=name)
     with pytest.raises(ValueError, match='names no script'):
-      load.load(workdir)
+      load.open_trained(workdir)
   record(workdir, script='small.py', function='tool', knobs={'out': str(mark)})
   with pytest.raises(ValueError, match='tool of .*small.py does not say that it returns a run'):
-    load.load(workdir)
+    load.open_trained(workdir)
   for changes, message in (({'function': 'activation', 'knobs': {'x': 1}}, 'activation of .*small.py does not say'),
                            ({'function': 'experiment', 'knobs': {'old': 1}},
                             r'which .*small.py does not have \(any more\)')):
     record(workdir, **changes)
     with pytest.raises(ValueError, match=message):
-      load.load(workdir)
+      load.open_trained(workdir)
   record(workdir, function='pathlib')
   with pytest.raises(ValueError, match="defines no function 'pathlib'"):
-    load.load(workdir)
+    load.open_trained(workdir)
   assert not mark.exists()
 
 
@@ -351,8 +351,8 @@ def test_a_script_elsewhere_is_opened_where_it_is_named(program, tmp_path, monke
   monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
   (tmp_path / 'score.py').write_text('')
   with pytest.raises(FileNotFoundError, match=f'if you trust it, name it: --script={program.folder}/small.py'):
-    load.load(tmp_path / 'run')
+    load.open_trained(tmp_path / 'run')
   launch.parse([], ['score.py', f'--script={program.folder}/small.py'])
-  assert same(load.load(tmp_path / 'run').params, result.params)
+  assert same(load.open_trained(tmp_path / 'run').params, result.params)
   with pytest.raises(flags.Error, match='flag --script: there is no script'):
     launch.parse([], ['score.py', '--script=/no/such.py'])

@@ -67,7 +67,7 @@ def trains(tmp_path, monkeypatch):
 
 def results(workdir):
   """What a reader makes of a run: a text, the metrics of the held-out split, and the parameters."""
-  opened = load.load(workdir)
+  opened = load.open_trained(workdir)
   text = generate.generate(opened.model, opened.params, opened.tokenizer, ['number'], max_tokens=6, seed=3,
                            mark=opened.run.objective.prompt)
   step = validation.make_step(opened.model.apply, opened.run.objective, opened.tokenizer)
@@ -92,9 +92,9 @@ def test_a_run_that_was_moved_and_whose_script_is_deleted_generates_and_scores_t
   shutil.rmtree(tmp_path / 'project')
   after = results(moved)
   assert before[:2] == after[:2] and same(before[2], after[2]) and 'small' not in sys.modules
-  opened = load.load(moved)
+  opened = load.open_trained(moved)
   pretrained.write(tmp_path / 'hf', opened.model, opened.params, opened.tokenizer)
-  base = load.base(str(moved))
+  base = load.open_base(str(moved))
   assert same(base.start(base.model), opened.params)
   with pytest.raises(ValueError, match='does not describe its optimizer; to train, build it by its script'):
     opened.run.optimizer.init(opened.params)
@@ -103,14 +103,14 @@ def test_a_run_that_was_moved_and_whose_script_is_deleted_generates_and_scores_t
 def test_adapters_are_opened_without_a_script(trains, tmp_path):
   workdir = trains('adapters', trains('base'), lora_rank=2)
   shutil.rmtree(tmp_path / 'project')
-  assert same(results(workdir)[2], load.load(workdir).params)
-  assert load.first_folder(load.open_run(workdir), load.load(workdir).tokenizer) is None
+  assert same(results(workdir)[2], load.open_trained(workdir).params)
+  assert load.origin_folder(load.open_run(workdir), load.open_trained(workdir).tokenizer) is None
 
 
 def test_a_run_without_its_tokens_says_how_to_get_them_back(trains):
   workdir = trains('run')
   shutil.rmtree(workdir / 'data' / 'tokens')
-  opened = load.load(workdir)
+  opened = load.open_trained(workdir)
   with pytest.raises(FileNotFoundError, match='tokens does not hold the text of numbers in tokens; copy it back'):
     opened.open_data()
   assert not (workdir / 'data' / 'tokens').exists()
@@ -120,14 +120,14 @@ def test_a_function_of_a_script_is_named_and_needs_the_script(trains, tmp_path):
   workdir = trains('run', users=True)
   with pytest.raises(FileNotFoundError, match='uses small:own, which is not of this package. Its script, .*'
                                               f'--script={tmp_path}/project/small.py') as error:
-    load.load(workdir)
+    load.open_trained(workdir)
   assert '\n' not in str(error.value) and 'small' not in sys.modules
   scripts.trust(tmp_path / 'project' / 'small.py')
-  load.load(workdir)
+  load.open_trained(workdir)
   sys.modules.pop('small')
   (tmp_path / 'project' / 'small.py').write_text(SCRIPT.replace('relu(x)', 'relu(x) ** 2'))
   with pytest.raises(ValueError, match='feed_forward.activation.code.small.own: .* before, .* now'):
-    load.load(workdir)
+    load.open_trained(workdir)
 
 
 def rewritten(workdir, change):
@@ -169,7 +169,7 @@ def test_a_hostile_workdir_runs_nothing_and_ends_in_one_line(trains, tmp_path, m
   record, = json.loads((workdir / 'run.json').read_text())
   changed = {**record, 'script': 'evil.py', 'path': str(tmp_path / 'project' / 'evil.py')}
   (workdir / 'run.json').write_text(json.dumps([changed]))
-  for opens in (load.load, lambda path: load.base(str(path))):
+  for opens in (load.open_trained, lambda path: load.open_base(str(path))):
     with pytest.raises((ValueError, OSError), match=message) as error:
       opens(workdir)
     assert '\n' not in str(error.value) and len(str(error.value)) < 700
@@ -180,7 +180,7 @@ def test_records_that_are_nested_too_deep_end_in_one_line(trains):
   workdir = trains('run')
   (workdir / 'run.json').write_text('[' * 100_000)
   with pytest.raises(ValueError, match='run.json is damaged'):
-    load.load(workdir)
+    load.open_trained(workdir)
 
 
 def test_what_a_run_stores_is_built_again_whole(trains):

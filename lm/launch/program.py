@@ -81,8 +81,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   """
   import jax
 
-  from lm import load as trained
-  from lm import lora, train
+  from lm import load, lora, train
   from lm.launch import outcome, resume
   from lm.train import budget
   from lm.workdir import checkpoint, records
@@ -100,7 +99,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     if init is None:
       return lora.start_from(configured, None)
     try:
-      return trained.start_from(configured, str(init), init_ignore_tokenizer)
+      return load.start_from(configured, str(init), init_ignore_tokenizer)
     except OSError:   # it is gone, or the hub is
       if 'init' in settled.changed or isinstance(configured.model, lora.Adapted) or not resumes():
         raise

@@ -42,14 +42,14 @@ def judge():
 
 @pytest.fixture
 def opened(judge, tmp_path, monkeypatch):
-  """What `trained.load` gives for a folder: the reward model, or a decoder of the same data."""
+  """What `load.open_trained` gives for a folder: the reward model, or a decoder of the same data."""
   source = Source('pairs', {'train': [PAIRS[0].replace('q1', 'other')], 'validation': PAIRS}, 'p')
   data = dialogues.Dialogues(source, TOKENS, 64, preference.Pair)
-  runs = {'reward': load.Trained(Run(data), MODEL, judge.params, TOKENS, 1, tmp_path, {}),
-          'decoder': load.Trained(Run(data, next_token()), MODEL.decoder, judge.params['decoder'], TOKENS, 1,
+  runs = {'reward': load.TrainedModel(Run(data), MODEL, judge.params, TOKENS, 1, tmp_path, {}),
+          'decoder': load.TrainedModel(Run(data, next_token()), MODEL.decoder, judge.params['decoder'], TOKENS, 1,
                                      tmp_path, {})}
-  monkeypatch.setattr(load, 'load', lambda workdir, best=False: runs[workdir.name])
-  monkeypatch.setattr(load.Trained, 'open_data', lambda self: data.open(tmp_path, lambda line: None))
+  monkeypatch.setattr(load, 'open_trained', lambda workdir, best=False: runs[workdir.name])
+  monkeypatch.setattr(load.TrainedModel, 'open_data', lambda self: data.open(tmp_path, lambda line: None))
   return tmp_path
 
 

@@ -220,8 +220,8 @@ def test_a_tokenizer_that_has_no_other_form_goes_out_as_the_file_it_came_in(tmp_
   (tmp_path / 'in' / 'tokenizer.model').write_bytes(model_file.getvalue())
   tokens = pretrained.save(str(tmp_path / 'in'), tmp_path / 'imported').tokenizer
   started = run(tmp_path, start=pretrained.start(tmp_path / 'imported', model))
-  assert load.first_folder(started, tokens) == tmp_path / 'imported'   # which `export_hf` takes the files of
-  assert load.first_folder(started, TOKENIZER) is None
+  assert load.origin_folder(started, tokens) == tmp_path / 'imported'   # which `export_hf` takes the files of
+  assert load.origin_folder(started, TOKENIZER) is None
   export_hf.main(model=str(tmp_path / 'imported'), out=tmp_path / 'out')
   assert not (tmp_path / 'out' / 'tokenizer.json').exists()
   assert pretrained.load(str(tmp_path / 'out')).tokenizer.fingerprint == tokens.fingerprint
@@ -248,8 +248,8 @@ def test_a_run_of_dialogues_goes_out_with_its_template_and_its_ends(tmp_path, mo
   start = dataclasses.replace(run(tmp_path), data=annotate.Annotated(data, None, {}, None) if annotated else data)
   model = transformer.llama(tokens.vocab_size, 16, 1, 2, max_length=32)
   params = jax.jit(model.init)(jax.random.key(0))
-  loaded = load.Trained(start, model, params, tokens, 1, tmp_path, {})
-  monkeypatch.setattr(load, 'load', lambda folder, best: loaded)
+  loaded = load.TrainedModel(start, model, params, tokens, 1, tmp_path, {})
+  monkeypatch.setattr(load, 'open_trained', lambda folder, best: loaded)
   export_hf.main(workdir=tmp_path / 'run', out=tmp_path / 'out')
   assert pretrained.folder_template(tmp_path / 'out').source == template.jinja(tokens)
   assert pretrained.load(str(tmp_path / 'out')).tokenizer.eos_ids == (tokens.eos_id, *template.ends(tokens))

@@ -115,7 +115,7 @@ def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimize
     losses = [validation.evaluate(step, params, held_out, result.mesh, 20)['loss'] for params in (average,
                                                                                                   state.params)]
     monkeypatch.setattr(load, 'open_run', lambda workdir: run)
-    opened = load.load(tmp_path)
+    opened = load.open_trained(tmp_path)
   assert result.metrics['validation/loss'] == pytest.approx(losses[0], rel=1e-6)
   assert result.metrics['validation/loss'] != pytest.approx(losses[1], rel=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, opened.params)
