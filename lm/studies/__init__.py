@@ -2,8 +2,6 @@
 from lm.studies.costs import cost, equal
 from lm.studies.runs import curve, go
 from lm.studies.search import Study
-from lm.studies.statistics import Interval, Verdict, interval, judge
 from lm.studies.variants import Arm, arms, experiment
 
-__all__ = ['cost', 'equal', 'Arm', 'arms', 'experiment', 'curve', 'go', 'Study',
-           'Interval', 'Verdict', 'interval', 'judge']
+__all__ = ['cost', 'equal', 'Arm', 'arms', 'experiment', 'curve', 'go', 'Study']

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import jax
 
-from lm import sharding, train
+from lm import sharding, statistics, train
 from lm.objectives.infill import infill
 from lm.objectives.next_token import next_token
-from lm.studies import costs, runs, statistics, variants
+from lm.studies import costs, runs, speed_up, variants
 from lm.workdir import atomic, figures
 
 
@@ -82,11 +82,11 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
   sign = -1 if 'accuracy' in metric else 1
   names = having(names, results, metric)
   values = {name: [result['values'][metric] for result in results[name]] for name in names}
-  sooner = {name: times(statistics.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))
+  sooner = {name: times(speed_up.speed_up(*([result['curve'] for result in results[n]] for n in (name, names[0]))))
             for name in names[1:] if metric == 'bits/byte'}
   has_speed_up = any(sooner.values())   # none is, of curves of one evaluation
-  speed_up = ["speed-up to the baseline's final loss"] if has_speed_up else []
-  titles = ['arm', metric, f'difference to {names[0]}', *speed_up, 'verdict']
+  speed_up_title = ["speed-up to the baseline's final loss"] if has_speed_up else []
+  titles = ['arm', metric, f'difference to {names[0]}', *speed_up_title, 'verdict']
   lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
   for name in names:
     own = statistics.interval(values[name])
@@ -95,7 +95,7 @@ def table(names: Sequence[str], results: dict[str, list[dict]], metric: str) -> 
       continue
     verdict = statistics.judge([sign * v for v in values[name]], [sign * v for v in values[names[0]]], len(names) - 1)
     low, high = sorted((sign * verdict.difference.low, sign * verdict.difference.high))
-    difference = statistics.Interval(sign * verdict.difference.mean, low, high)
+    difference = statistics.Interval(sign * verdict.difference.value, low, high)
     columns = [name, str(own), str(difference), *([sooner[name]] if has_speed_up else []), str(verdict)]
     lines.append(f'| {" | ".join(columns)} |')
   return lines
@@ -109,7 +109,7 @@ def having(names: Sequence[str], results: dict[str, list[dict]], metric: str) ->
 def times(sooner: statistics.Interval | None) -> str:
   if sooner is None:
     return ''
-  return f'{sooner.mean:.2f}x [{sooner.low:.2f}, {sooner.high:.2f}]'
+  return f'{sooner.value:.2f}x [{sooner.low:.2f}, {sooner.high:.2f}]'
 
 
 def compare(*, arms_text: str, workdir: pathlib.Path, experiment: pathlib.Path, common: str = '', seeds: int = 5,

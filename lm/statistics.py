@@ -1,19 +1,19 @@
-"""Which of two arms is better, by runs paired by seed, and whether the data suffice to say. Lower is better."""
+"""Confidence intervals, and comparisons of what is paired: two arms by seed, or two systems by document."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Interval(NamedTuple):
-  """A mean and its confidence interval, which is infinite for a single value."""
-  mean: float
+  """An estimate, such as a mean, and its confidence interval, which is infinite for a single observation."""
+  value: float
   low: float
   high: float
 
   def __str__(self):
-    return f'{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]'
+    return f'{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]'
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -24,11 +24,46 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
   return Interval(mean, float(mean - half), float(mean + half))
 
 
+def bootstrap(rows: np.ndarray, value: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95,
+              samples: int = 2000, seed: int = 0) -> Interval:
+  """Percentile bootstrap interval of a quantity that is a function of sums over documents (Efron 1979).
+
+  Most quantities are: a perplexity, an accuracy, corpus BLEU, the mean of any score. `rows` has what each document
+  adds to the sums, [documents, k], and `value` computes the quantity from sums, [..., k] -> [...]. Documents, not
+  tokens, are drawn with replacement, since the tokens of a document are not independent. The same seed draws the same
+  documents for any quantity. Values that are not finite, such as those of a draw without a token, are left out.
+
+  Raises ValueError if there are no documents.
+  """
+  rows = np.asarray(rows, float)
+  if not len(rows):
+    raise ValueError('there are no documents, and so no estimate')
+  estimate = float(value(rows.sum(0)))
+  if len(rows) == 1:
+    return Interval(estimate, -math.inf, math.inf)
+  values = value(resampled_sums(rows, samples, seed))
+  low, high = np.quantile(values[np.isfinite(values)], [(1 - confidence) / 2, (1 + confidence) / 2])
+  return Interval(estimate, float(low), float(high))
+
+
+def resampled_sums(rows: np.ndarray, samples: int, seed: int) -> np.ndarray:
+  """Returns sums of `rows` [documents, k] over documents drawn with replacement, [samples, k]."""
+  rng, count = np.random.default_rng(seed), len(rows)
+  chunk = max(1, min(samples, 10_000_000 // count))   # counts of documents for this many draws at once: 80 MB
+  sums = []
+  for first in range(0, samples, chunk):
+    draws = rng.integers(count, size=(min(chunk, samples - first), count))
+    counts = np.stack([np.bincount(draw, minlength=count) for draw in draws])
+    sums.append(counts @ rows)
+  return np.concatenate(sums)
+
+
 class Verdict(NamedTuple):
-  """The result of comparing an arm with another."""
-  difference: Interval   # the arm minus the other, over seeds
-  deviation: float       # standard deviation of a pair's difference, over seeds; nan for one seed
+  """The result of comparing an arm with another, of which lower values are better."""
+  difference: Interval   # the arm minus the other, over pairs
+  deviation: float       # standard deviation of the difference of a pair; nan for one pair
   confidence: float      # of the interval
+  unit: str = 'seeds'    # what is paired
 
   @property
   def word(self) -> str:
@@ -38,14 +73,16 @@ class Verdict(NamedTuple):
 
   @property
   def needed(self) -> int | None:
-    """How many seeds would show a difference of this size; None where it is shown already, or is zero."""
+    """How many pairs would show a difference of this size; None where it is shown already, or is zero."""
     if self.word != 'not distinguishable' or math.isnan(self.deviation):
       return None
-    return seeds_needed(self.difference.mean, self.deviation, self.confidence)
+    return pairs_needed(self.difference.value, self.deviation, self.confidence)
 
   def __str__(self):
-    seeds = self.needed
-    return self.word if seeds is None else f'{self.word}; a difference of this size would need {seeds:,} seeds'
+    needed = self.needed
+    if needed is None:
+      return self.word
+    return f'{self.word}; a difference of this size would need {needed:,} {self.unit}'
 
 
 def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, confidence: float = 0.95) -> Verdict:
@@ -68,7 +105,7 @@ def judge(arm: Sequence[float], other: Sequence[float], comparisons: int = 1, co
   return Verdict(interval(differences, confidence), deviation, confidence)
 
 
-def seeds_needed(difference: float, deviation: float, confidence: float = 0.95, power: float = 0.8,
+def pairs_needed(difference: float, deviation: float, confidence: float = 0.95, power: float = 0.8,
                  most: int = 1_000_000) -> int | None:
   """Returns how many pairs a paired t-test needs to find a true difference with probability `power`.
 
@@ -95,38 +132,3 @@ def seeds_needed(difference: float, deviation: float, confidence: float = 0.95, 
     middle = (low + high) // 2
     low, high = (low, middle) if enough(middle) else (middle, high)
   return high
-
-
-Curve = Sequence[tuple[float, float]]   # (compute, loss), by compute
-
-
-def reached(curve: Curve, loss: float) -> float | None:
-  """Returns the compute at which a curve first reaches `loss`, by linear interpolation; None if it never does."""
-  before = None
-  for compute, value in curve:
-    if value <= loss:
-      if before is None or before[1] == value:
-        return compute
-      share = (before[1] - loss) / (before[1] - value)
-      return before[0] + share * (compute - before[0])
-    before = compute, value
-  return None
-
-
-def speed_up(arm: Sequence[Curve], other: Sequence[Curve], confidence: float = 0.95) -> Interval | None:
-  """Returns by what factor the arm reaches the other's final loss sooner: a geometric mean over seeds, with interval.
-
-  It is below 1 where the other arm is faster: the reciprocal of that arm's speed-up. None where in some seed neither
-  reaches the other's final loss, or where a curve has fewer than two points.
-  """
-  logs = []
-  for a, b in zip(arm, other, strict=True):
-    if min(len(a), len(b)) < 2:
-      return None
-    if compute := reached(a, b[-1][1]):
-      logs.append(math.log(b[-1][0] / compute))
-    elif compute := reached(b, a[-1][1]):
-      logs.append(-math.log(a[-1][0] / compute))
-    else:
-      return None
-  return Interval(*(math.exp(min(x, 700.)) for x in interval(logs, confidence)))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm.studies import statistics
+from lm import statistics
 
 
 def simulated(rng, seeds, gap=0., noise=0.01, shared=0.03):
@@ -44,7 +44,7 @@ def test_a_difference_beyond_the_noise_is_told_and_pairs_cancel_what_seeds_do_to
 
 def test_so_many_seeds_as_it_says_would_find_the_difference():
   rng, gap, noise = np.random.default_rng(0), 0.005, 0.01
-  needed = statistics.seeds_needed(gap, noise * 2 ** 0.5)
+  needed = statistics.pairs_needed(gap, noise * 2 ** 0.5)
   assert needed == 65   # G*Power and statsmodels: a paired t-test of effect 0.3536, two-sided, power 0.8
   found = np.mean([statistics.judge(*simulated(rng, needed, -gap, noise)).word == 'better' for _ in range(1000)])
   assert abs(found - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1000)
@@ -53,9 +53,9 @@ def test_so_many_seeds_as_it_says_would_find_the_difference():
 def test_needed_seeds_are_told_with_the_verdict():
   verdict = statistics.judge([1.01, 0.98, 1.03], [1., 1., 1.])
   assert str(verdict).startswith('not distinguishable; a difference of this size would need ')
-  assert statistics.seeds_needed(0.5, 0.) == 2 and statistics.seeds_needed(0., 1.) is None
-  assert statistics.seeds_needed(1e-6, 1.) is None   # more than a million
-  assert statistics.seeds_needed(0.01, 1.) == pytest.approx((1.95996 + 0.84162) ** 2 * 1e4, rel=1e-3)
+  assert statistics.pairs_needed(0.5, 0.) == 2 and statistics.pairs_needed(0., 1.) is None
+  assert statistics.pairs_needed(1e-6, 1.) is None   # more than a million
+  assert statistics.pairs_needed(0.01, 1.) == pytest.approx((1.95996 + 0.84162) ** 2 * 1e4, rel=1e-3)
 
 
 @pytest.mark.parametrize('arm,other,message', [
@@ -66,14 +66,46 @@ def test_what_cannot_be_compared_says_so(arm, other, message):
     statistics.judge(arm, other)
 
 
-def test_the_speed_up_is_where_the_better_curve_reaches_the_others_end():
-  slow = [(x, 4 - 2 * x) for x in (0.25, 0.5, 0.75, 1.)]      # ends at 2
-  fast = [(x, 4 - 4 * x) for x in (0.25, 0.5, 0.75, 1.)]      # is there at a half
-  assert statistics.reached(fast, 2.) == 0.5 and statistics.reached(fast, 2.5) == pytest.approx(0.375)
-  assert statistics.reached(slow, 1.9) is None and statistics.reached(slow, 4.) == 0.25
-  found = statistics.speed_up([fast] * 3, [slow] * 3)
-  assert found == pytest.approx((2., 2., 2.))
-  assert statistics.speed_up([slow] * 3, [fast] * 3) == pytest.approx((0.5, 0.5, 0.5))
-  mixed = statistics.speed_up([fast, slow], [slow, fast])
-  assert mixed.mean == pytest.approx(1) and mixed.low < 1 < mixed.high and mixed.low * mixed.high == pytest.approx(1)
-  assert statistics.speed_up([slow[-1:]], [fast]) is None
+def ratio(sums):
+  """Mean loss of a token, from sums of (loss, tokens)."""
+  return sums[..., 0] / sums[..., 1]
+
+
+def test_the_bootstrap_of_a_mean_is_that_of_scipy_and_of_the_normal_law():
+  values = np.random.default_rng(0).gamma(2., size=400)
+  estimate = statistics.bootstrap(np.stack([values, np.ones(400)], 1), ratio, samples=10_000)
+  reference = stats.bootstrap([values], np.mean, n_resamples=10_000, method='percentile', rng=1).confidence_interval
+  error = values.std() / 20
+  assert estimate.value == pytest.approx(values.mean())
+  np.testing.assert_allclose(estimate[1:], reference, atol=0.06 * error)
+  np.testing.assert_allclose(estimate[1:], values.mean() + np.array([-1.96, 1.96]) * error, atol=0.1 * error)
+
+
+def test_the_bootstrap_of_a_ratio_draws_documents_and_covers_the_truth_in_19_of_20_trials():
+  """Tokens of a document share its difficulty, so an interval over tokens would be too narrow."""
+  rng, trials, covered, narrow = np.random.default_rng(3), 300, 0, 0
+  for trial in range(trials):
+    tokens, difficulty = rng.integers(5, 40, size=80), 3 + 0.5 * rng.normal(size=80)
+    rows = np.stack([tokens * difficulty, tokens], 1)
+    interval = statistics.bootstrap(rows, ratio, samples=500, seed=trial)
+    covered += interval.low <= 3 <= interval.high
+    by_token = np.repeat(rows[:, 0] / tokens, tokens)
+    narrow += abs(by_token.mean() - 3) <= 1.96 * by_token.std() / len(by_token) ** 0.5
+  assert abs(covered - 0.95 * trials) < 3 * math.sqrt(trials * 0.95 * 0.05) + 0.02 * trials
+  assert narrow < 0.6 * trials
+
+
+def test_a_bootstrap_is_the_same_again_and_of_one_document_is_infinite():
+  rows = np.random.default_rng(0).random((50, 2))
+  assert statistics.bootstrap(rows, ratio) == statistics.bootstrap(rows, ratio)
+  assert statistics.bootstrap(rows, ratio) != statistics.bootstrap(rows, ratio, seed=1)
+  assert statistics.bootstrap(rows[:1], ratio)[1:] == (-math.inf, math.inf)
+  with pytest.raises(ValueError, match='no documents'):
+    statistics.bootstrap(rows[:0], ratio)
+
+
+def test_draws_in_chunks_are_the_draws_at_once():
+  rows = np.random.default_rng(0).random((11_000, 2))
+  sums = statistics.resampled_sums(rows, 1000, 0)   # in two chunks
+  draws = np.random.default_rng(0).integers(11_000, size=(1000, 11_000))
+  np.testing.assert_allclose(sums[[0, 950, 999]], [rows[draw].sum(0) for draw in draws[[0, 950, 999]]])
