@@ -227,13 +227,16 @@ class Transformer(LanguageModel):
     return Cache(layers, empty, empty, sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
 
 
-def _head_size(width: int, heads: int, rates: dict[str, float | None], **sizes: int) -> int:
+def _head_size(width: int, heads: int, rates: dict[str, float | None], head_size: int | None = None, **sizes: int
+               ) -> int:
   for name, size in {'width': width, 'heads': heads, **sizes}.items():
     if size < 1:
       raise ValueError(f'{name}={size} is not positive')
   for name, rate in rates.items():
     if rate is not None and not 0 <= rate < 1:
       raise ValueError(f'{name}={rate} is not in [0, 1)')
+  if head_size is not None:
+    return head_size
   if width % heads:
     raise ValueError(f'heads={heads} does not divide width={width}; choose a width that is a multiple of it')
   return width // heads
@@ -261,27 +264,28 @@ def gpt2(vocab: int = 50257, width: int = 768, layers: int = 12, heads: int = 12
 
 
 def llama(vocab: int, width: int, layers: int, heads: int, kv_heads: int | None = None, hidden: int | None = None,
-          max_length: int = 2048, theta: float = 10_000., tied: bool = True, dropout: float = 0.,
-          embedding_dropout: float | None = None, attention_dropout: float = 0.,
-          layer_dropout: stack.LayerDropout | None = None, dtype=jnp.float32,
+          max_length: int = 2048, theta: float = 10_000., tied: bool = True, head_size: int | None = None,
+          qk_norm: bool = False, dropout: float = 0., embedding_dropout: float | None = None,
+          attention_dropout: float = 0., layer_dropout: stack.LayerDropout | None = None, dtype=jnp.float32,
           remat=parts.keep_products) -> Transformer:
   """Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU of hidden size 8/3 of the width, no biases.
 
-  Matrices are initialised with std 1 / sqrt(width), so that activations have the same size at any width. Dropout is
-  that of `gpt2`.
+  With `qk_norm`, the queries and the keys of each head are normalised before the rotation (Qwen 3). Matrices are
+  initialised with std 1 / sqrt(width), so that activations have the same size at any width. Dropout is that of `gpt2`.
   """
   rates = {'dropout': dropout, 'embedding_dropout': embedding_dropout, 'attention_dropout': attention_dropout}
-  size = _head_size(width, heads, rates, vocab=vocab, layers=layers, max_length=max_length)
+  size = _head_size(width, heads, rates, head_size, vocab=vocab, layers=layers, max_length=max_length)
   kv_heads = heads if kv_heads is None else kv_heads
   if kv_heads < 1 or heads % kv_heads:
     raise ValueError(f'kv_heads={kv_heads} does not divide heads={heads}')
-  if size % 2:
-    raise ValueError(f'width={width} over heads={heads} gives heads of size {size}; rotary positions need an even size')
+  if size < 1 or size % 2:
+    source = f'width={width} over heads={heads}' if head_size is None else f'head_size={head_size}'
+    raise ValueError(f'{source} gives heads of size {size}; rotary positions need an even size of 2 or more')
   std = width ** -0.5
   out_std = std / (2 * layers) ** 0.5
-  attention = attend.Attention(heads, kv_heads, size, Rotary(theta),
-                               scores=attend.AttentionScores(dropout=attention_dropout),
-                               std=std, out_std=out_std)
+  query_norm, key_norm = (parts.RMSNorm(), parts.RMSNorm()) if qk_norm else (None, None)
+  attention = attend.Attention(heads, kv_heads, size, Rotary(theta), query_norm=query_norm, key_norm=key_norm,
+                               scores=attend.AttentionScores(dropout=attention_dropout), std=std, out_std=out_std)
   feed_forward = parts.FeedForward(hidden or -(-width * 8 // 3 // 64) * 64, std=std, out_std=out_std)
   block = parts.Block(attention, feed_forward, parts.RMSNorm(), parts.RMSNorm(), dropout=dropout)
   return Transformer(vocab, width, stack.stacks([block] * layers), parts.RMSNorm(), max_length, tied=tied,

@@ -13,15 +13,17 @@ class Shape:
   """Shape of the model.
 
   Args:
-    size: the shape and the vocabulary of a published model, whose other flags, where they are given, replace numbers.
-    architecture: the kind of decoder.
-    layers: how many.
-    width: of the residual stream.
-    heads: of attention.
-    kv_heads: heads of keys and values of llama; none for as many as --heads.
-    hidden: width of the feed-forward of llama; none for 8/3 of the width.
-    tied: whether the head of llama is the embedding.
-    rope_theta: base of the rotary positions of llama; none for 10,000.
+    size: name of a published model, whose shape and vocabulary are used; other flags replace its numbers one by one.
+    architecture: kind of decoder.
+    layers: number of layers.
+    width: size of the residual stream.
+    heads: number of heads of attention.
+    kv_heads: number of heads of keys and values, for llama only; none for as many as --heads.
+    head_size: size of each head, for llama only; none for the width divided by the heads.
+    hidden: width of the feed-forward layers, for llama only; none for 8/3 of the width.
+    tied: whether the output head is the embedding, for llama only.
+    qk_norm: whether the queries and the keys of each head are normalised as in Qwen 3, for llama only.
+    rope_theta: base of the rotary positions, for llama only; none for 10,000.
   """
   size: Name | None = None
   architecture: Architecture | None = None
@@ -29,12 +31,14 @@ class Shape:
   width: int | None = None
   heads: int | None = None
   kv_heads: int | None = None
+  head_size: int | None = None
   hidden: int | None = None
   tied: bool | None = None
+  qk_norm: bool | None = None
   rope_theta: float | None = None
 
   def resolved(self, default: Size) -> Size:
-    """The numbers that flags give, else those of --size, else those of `default`.
+    """Returns the shape: the numbers that flags give, then those of --size, then those of `default`.
 
     Raises:
       ValueError: a flag is given that the architecture does not have.
@@ -42,10 +46,10 @@ class Shape:
     numbers = given(self)
     size = NAMED[numbers.pop('size')] if self.size else default
     architecture = self.architecture or size.architecture
-    if architecture != size.architecture:   # whose other numbers are of another kind
-      size = dataclasses.replace(size, kv_heads=None, hidden=None, tied=True, rope_theta=10_000.)
-    for name in ('kv_heads', 'hidden', 'tied', 'rope_theta') if architecture == 'gpt2' else ():
-      if name in numbers:
+    if architecture != size.architecture:   # the other numbers belong to the other architecture
+      size = Size(architecture, size.layers, size.width, size.heads, vocab=size.vocab)
+    for name in ('kv_heads', 'head_size', 'hidden', 'tied', 'qk_norm', 'rope_theta'):
+      if architecture == 'gpt2' and name in numbers:
         raise ValueError(f'--{name}={numbers[name]} is for --architecture=llama, and this is gpt2; leave it out')
     return dataclasses.replace(size, **numbers)
 
@@ -59,7 +63,8 @@ class Shape:
     if size.architecture == 'gpt2':
       return transformer.gpt2(vocab, size.width, size.layers, size.heads, **options)
     return transformer.llama(vocab, size.width, size.layers, size.heads, kv_heads=size.kv_heads, hidden=size.hidden,
-                             theta=size.rope_theta, tied=size.tied, **options)
+                             theta=size.rope_theta, tied=size.tied, head_size=size.head_size, qk_norm=size.qk_norm,
+                             **options)
 
   def refuse(self, default: Size, source: str) -> None:
     """ValueError where flags give another shape than `default`, and `source` gives the shape already."""

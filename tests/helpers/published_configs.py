@@ -108,9 +108,18 @@ PUBLISHED = {
         'llama-7b': (no_kv(sizes(4096, 32, 32, 32, 11008, 2048, max_sequence_length=2048, pad_token_id=0)), None),
         'Llama-3.2-1B': (sizes(2048, 16, 32, 8, 8192, 131072, vocab_size=128256, tie_word_embeddings=True,
                                rope_scaling=llama3(32.), mlp_bias=False, head_dim=64, pretraining_tp=1,
-                               attention_bias=False, eos_token_id=[128001, 128008, 128009]), 1_235_814_400),
-        'SmolLM2-135M': (sizes(576, 30, 9, 3, 1536, 8192, **SMOLLM2), 134_515_008),
-        'SmolLM2-1.7B-Instruct': (sizes(2048, 24, 32, 32, 8192, 8192, **SMOLLM2, pad_token_id=2), 1_711_376_384),
+                               rope_theta=500000., attention_bias=False, eos_token_id=[128001, 128008, 128009]),
+                         1_235_814_400),
+        'Llama-3.2-3B': (sizes(3072, 28, 24, 8, 8192, 131072, vocab_size=128256, tie_word_embeddings=True,
+                               rope_scaling=llama3(32.), mlp_bias=False, head_dim=128, pretraining_tp=1,
+                               rope_theta=500000., attention_bias=False), 3_212_749_824),
+        'Llama-3.1-8B': (sizes(4096, 32, 32, 8, 14336, 131072, vocab_size=128256, rope_scaling=llama3(8.),
+                               mlp_bias=False, pretraining_tp=1, rope_theta=500000., attention_bias=False),
+                         8_030_261_248),
+        'SmolLM2-135M': (sizes(576, 30, 9, 3, 1536, 8192, **SMOLLM2, rope_theta=100000), 134_515_008),
+        'SmolLM2-360M': (sizes(960, 32, 15, 5, 2560, 8192, **SMOLLM2, rope_theta=100000), 361_821_120),
+        'SmolLM2-1.7B-Instruct': (sizes(2048, 24, 32, 32, 8192, 8192, **SMOLLM2, rope_theta=130000, pad_token_id=2),
+                                  1_711_376_384),
         'TinyLlama-1.1B-Chat-v1.0': (sizes(2048, 22, 32, 4, 5632, 2048, pretraining_tp=1, rope_scaling=None,
                                            attention_bias=False), 1_100_048_384),
         'Falcon3-1B-Base': (sizes(2048, 18, 8, 4, 8192, 4096, activation='swiglu', head_dim=256, mlp_bias=False,
@@ -139,6 +148,7 @@ PUBLISHED = {
     'Qwen3ForCausalLM': (ROTARY | QWEN3, {
         'Qwen3-0.6B': (sizes(1024, 28, 16, 8, 3072, 40960, tie_word_embeddings=True), 596_049_920),
         'Qwen3-1.7B': (sizes(2048, 28, 16, 8, 6144, 40960, tie_word_embeddings=True), 1_720_574_976),
+        'Qwen3-4B': (sizes(2560, 36, 32, 8, 9728, 40960, tie_word_embeddings=True), 4_022_468_096),
         'Qwen3-4B-Instruct-2507': (sizes(2560, 36, 32, 8, 9728, 262144, tie_word_embeddings=True, rope_theta=5e6),
                                    4_022_468_096),
         'Qwen3-8B': (sizes(4096, 36, 32, 8, 12288, 40960), 8_190_735_360),
@@ -315,3 +325,7 @@ PUBLISHED = {
                               'feed_forward_proj': 'relu', 'vocab_size': 32100, 'gradient_checkpointing': False,
                               'id2label': {'0': 'LABEL_0'}, 'n_positions': 512, 'output_past': True}, 60_492_288)}),
 }
+
+# By name of the model: its config.json, and its number of parameters or None.
+CONFIGS = {name: ({'architectures': [family], **({} if 'text_config' in fields else COMMON), **shared, **fields}, count)
+           for family, (shared, models) in PUBLISHED.items() for name, (fields, count) in models.items()}

@@ -4,12 +4,9 @@ import math
 
 import jax
 import pytest
-from helpers.published_configs import COMMON, PUBLISHED
+from helpers.published_configs import CONFIGS, PUBLISHED
 
 from lm.hf import weights
-
-MODELS = {name: ({'architectures': [family], **({} if 'text_config' in fields else COMMON), **shared, **fields}, count)
-          for family, (shared, models) in PUBLISHED.items() for name, (fields, count) in models.items()}
 
 
 def opened(values, folder):
@@ -17,18 +14,18 @@ def opened(values, folder):
   return weights.open_model(folder)[0]
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', CONFIGS)
 def test_a_published_config_is_read(name, tmp_path):
-  opened(MODELS[name][0], tmp_path)
+  opened(CONFIGS[name][0], tmp_path)
 
 
 FIRST = {next(iter(models)) for _, models in PUBLISHED.values()}   # of each family; the others take longer
 
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow)
-                                  for name, (_, count) in MODELS.items() if count is not None])
+                                  for name, (_, count) in CONFIGS.items() if count is not None])
 def test_it_is_the_model_whose_number_of_parameters_is_known(name, tmp_path):
-  values, count = MODELS[name]
+  values, count = CONFIGS[name]
   model = opened(values, tmp_path)
   params = jax.eval_shape(model.init, jax.random.key(0))
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count
@@ -51,11 +48,11 @@ def test_every_family_is_in_the_table():
     ('Qwen2.5-7B', 'dual_chunk_attention_config', {'chunk_size': 262144}), ('t5-small', 'scalable_attention', True)])
 def test_a_field_that_could_change_a_number_is_refused(name, field, value, tmp_path):
   with pytest.raises(ValueError, match=field):
-    opened(MODELS[name][0] | {field: value}, tmp_path)
+    opened(CONFIGS[name][0] | {field: value}, tmp_path)
 
 
 def test_what_nothing_reads_is_noted_in_one_line(caplog, tmp_path):
   for _ in range(2):   # though the config is read several times
-    opened(MODELS['SmolLM2-135M'][0], tmp_path)
+    opened(CONFIGS['SmolLM2-135M'][0], tmp_path)
   note, = (record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage())
   assert 'is_llama_config=True, rope_interleaved=False' in note and '\n' not in note
