@@ -1,7 +1,8 @@
-"""Interleaved measurement: each arm of a benchmark is a process; all prepare in turn, then alternate in both orders.
+"""Interleaved measurement: each arm of a benchmark is a process; the arms prepare in turn, then alternate.
 
-Alternation spreads the noise of a shared machine over all arms. For Linux. An arm is made by a function that returns a
-`Prepared`; what that function imports counts in the memory and the start-up time of its arm.
+Rounds go through the arms forwards and backwards in turn, which spreads the noise of a shared machine over all arms.
+Linux only. An arm is a function that returns a `Prepared`. Its imports count in the memory and the start-up time of
+the arm, so libraries are imported inside functions.
 """
 import collections
 import concurrent.futures
@@ -27,34 +28,42 @@ Shape = collections.namedtuple('Shape', 'vocab width layers heads batch length')
 SHAPES = {'tiny': Shape(512, 64, 2, 2, 2, 32), 'small': Shape(8192, 384, 6, 6, 16, 256),
           'large': Shape(50257, 768, 12, 12, 4, 256)}
 CACHES = 'JAX_COMPILATION_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR'
-Prepared = tuple[Callable[[], Any], dict[str, float]]   # a step, which may return a loss; facts for the table
+Prepared = tuple[Callable[[], Any], dict[str, float]]   # a step, which may return a loss; numbers for the table
 
 
 def end_with_parent() -> None:
-  """A pool's process outlives a parent that was killed, unless it watches."""
+  """Ends this process when its parent ends. Without this, the process of a pool outlives a parent that is killed."""
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 process = functools.partial(concurrent.futures.ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'),
                             end_with_parent)
-_step: Callable[[], Any]   # of the arm whose process this is
+_step: Callable[[], Any]   # the step of the arm whose process this is
 
 
 class Measurement(NamedTuple):
-  rate: float   # units a second, the median of rounds
-  cpu: float    # units a second of its threads on a processor: of use where others use the machine too
-  loss: float   # of the first step
-  peak: float   # GB
+  """The result of an arm.
+
+  Args:
+    rate: units per second, the median over rounds.
+    cpu: units per second of CPU time, which other programs on the machine disturb less.
+    loss: loss of the first step.
+    peak: peak memory in GB.
+  """
+  rate: float
+  cpu: float
+  loss: float
+  peak: float
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-  """Returns `function(*args)`, computed in a process of its own, which then ends."""
+  """Returns `function(*args)`, computed in a separate process, which then ends."""
   with process() as pool:
     return pool.submit(function, *args).result()
 
 
 def peak() -> float:
-  """GB that this process held at most, since its start or the last call."""
+  """Returns the peak memory of this process in GB, since its start or the last call."""
   lines = pathlib.Path('/proc/self/status').read_text().splitlines()
   with contextlib.suppress(OSError):
     pathlib.Path('/proc/self/clear_refs').write_text('5')
@@ -62,37 +71,44 @@ def peak() -> float:
 
 
 def measure(steps: int) -> tuple[float, float, float]:
-  """In an arm's process: seconds, those of all its threads on a processor, and peak memory."""
+  """Returns the seconds of `steps` steps, their CPU seconds, and the peak memory. Runs in the process of an arm."""
   start, busy = time.perf_counter(), time.process_time()
   for _ in range(steps):
     _step()
   return time.perf_counter() - start, time.process_time() - busy, peak()
 
 
-def prepare(started: float, make: Callable[..., Prepared], *args: Any) -> dict[str, float]:
-  """In an arm's process: makes it, and does two steps."""
+def prepare(started: float, function: Callable[..., Prepared], *args: Any) -> dict[str, float]:
+  """Prepares an arm and runs two steps. Returns the numbers for the table. Runs in the process of the arm.
+
+  Raises:
+    RuntimeError: with any error of the arm on one line.
+  """
   global _step
   try:
-    _step, facts = make(*args)
+    _step, facts = function(*args)
     begin = time.time()
     loss = _step() or math.nan
     first = time.time()
     _step()
     if abs(loss - facts.get('expected', math.nan)) > 0.5:
       raise ValueError(f'the first loss is {loss:.3f}, and should be near {facts["expected"]:.3f}')
-  except Exception as error:   # as one line, of a type that any process can read
+  except Exception as error:   # the parent may not have the library whose error this is
     raise RuntimeError(' '.join(f'{type(error).__name__}: {error}'.split())[:200]) from None
-  compiling = max(2 * first - begin - time.time(), 0.)   # what the first step took longer, if not known better
+  compiling = max(2 * first - begin - time.time(), 0.)   # the first step minus the second, unless the arm measures it
   return {'compile': compiling, 'temp': math.nan, 'weights': 0, **facts, 'first': first - started, 'loss': loss,
           'peak': peak()}
 
 
 def read_memory(size: int, times: int) -> Prepared:
-  """An arm that reads so many bytes, as often, in as many threads as there are cores: no product can be faster."""
+  """An arm that reads `size` bytes of memory `times` times, with a thread for each core.
+
+  Its rate is an upper bound for matrix products that read as much.
+  """
   import numpy as np
   threads = len(os.sched_getaffinity(0))
   parts, pool = np.array_split(np.ones(size // 4, np.float32), threads), concurrent.futures.ThreadPoolExecutor(threads)
-  # The maximum: NumPy reads twice as much a second for it as for the sum.
+  # NumPy computes the maximum of an array twice as fast as the sum.
   return lambda: [list(pool.map(np.max, parts)) for _ in range(times)] and None, {}
 
 
@@ -103,7 +119,7 @@ def read_file(path: pathlib.Path) -> Prepared:
 
 
 def machine(*packages: str) -> set[str]:
-  """Prints the processor, its load, and the versions of Python and `packages`; returns those that are missing."""
+  """Prints the processor, its load, and the versions of Python and `packages`. Returns the packages not installed."""
   versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
   cpu = re.search(r'model name\s*: (.*)|$', pathlib.Path('/proc/cpuinfo').read_text())
   print(cpu[1] or platform.machine(), f'{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}',
@@ -113,65 +129,104 @@ def machine(*packages: str) -> set[str]:
 
 def compare(title: str, arms: dict[str, tuple], count: int, rounds: int, steps: int, unit: str = 'tokens'
             ) -> dict[str, Measurement]:
-  """Prints a table of the arms `name: (make, *arguments)`, of `count` tokens a step; ratios are to the last.
+  """Measures the arms `name: (function, *arguments)`, and prints a table. Ratios are to the last arm.
 
-  Returns those that did not fail.
+  `count` is the number of units that a step processes. Returns the results of the arms that did not fail.
   """
   print(f'\n{title}, {rounds} rounds of {steps} x {count:,} {unit}', flush=True)
-  ready, taken = {}, collections.defaultdict(list)
+  pools, facts, samples = {}, {}, collections.defaultdict(list)
   with contextlib.ExitStack() as stack:
-    os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))   # nothing is compiled yet
+    os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))   # empty caches
     for name, arm in arms.items():
       pool = stack.enter_context(process())
       try:
-        ready[name] = pool, pool.submit(prepare, time.time(), *arm).result()
-      except RuntimeError as error:   # also of a process that died
+        facts[name] = pool.submit(prepare, time.time(), *arm).result()
+        pools[name] = pool
+      except RuntimeError as error:   # includes the error of a process that died
         print(f'  {name} failed: {error}', flush=True)
     for number in range(rounds):
-      for name in list(ready)[::-1 if number % 2 else 1]:
-        taken[name].append(ready[name][0].submit(measure, steps).result())
+      for name in list(pools)[::-1 if number % 2 else 1]:
+        samples[name].append(pools[name].submit(measure, steps).result())
   print(f'{unit + "/s":>24}   ratio (of rounds)  CPU   peak GB  ratio  steps GB  temp GB  compile s  to step 1    loss'
         '   weights')
-  rows = {name: (*zip(*taken[name]), facts) for name, (_, facts) in ready.items()}
-  for name, (seconds, busy, memory, facts) in rows.items():
-    base_seconds, base_busy, base_memory, base_facts = rows[list(rows)[-1]]
-    median, most = statistics.median(seconds), max(facts['peak'], *memory)
-    ratios = sorted(b / a for a, b in zip(seconds, base_seconds))
-    spread = f'({ratios[0]:.2f}..{ratios[-1]:.2f})' if seconds is not base_seconds else ''
-    print(f'  {name:13}{count * steps / median:9,.0f}{statistics.median(base_seconds) / median:8.2f} {spread:13}'
-          f'{statistics.median(base_busy) / statistics.median(busy):6.2f}'
-          f'{most:6.2f}{most / max(base_facts["peak"], *base_memory):7.2f}{max(memory):10.2f}{facts["temp"]:9.2f}'
-          f'{facts["compile"]:11.1f}{facts["first"]:11.1f}{facts["loss"]:8.3f}{facts["weights"]:12,}'
-          .replace('nan', '  -'), flush=True)
-  return {name: Measurement(*(count * steps / statistics.median(times) for times in (seconds, busy)), facts['loss'],
-                       max(facts['peak'], *memory)) for name, (seconds, busy, memory, facts) in rows.items()}
+  results: dict[str, Measurement] = {}
+  seconds_by_name = {}
+  for name in facts:
+    seconds, busy, memory = zip(*samples[name])
+    seconds_by_name[name] = seconds
+    results[name] = Measurement(count * steps / statistics.median(seconds), count * steps / statistics.median(busy),
+                                facts[name]['loss'], max(facts[name]['peak'], *memory))
+  for name, result in results.items():
+    base = list(results)[-1]
+    ratios = sorted(b / a for a, b in zip(seconds_by_name[name], seconds_by_name[base]))
+    spread = f'({ratios[0]:.2f}..{ratios[-1]:.2f})' if name != base else ''
+    memory = max(sample[2] for sample in samples[name])
+    print(f'  {name:13}{result.rate:9,.0f}{result.rate / results[base].rate:8.2f} {spread:13}'
+          f'{result.cpu / results[base].cpu:6.2f}{result.peak:6.2f}{result.peak / results[base].peak:7.2f}'
+          f'{memory:10.2f}{facts[name]["temp"]:9.2f}{facts[name]["compile"]:11.1f}{facts[name]["first"]:11.1f}'
+          f'{facts[name]["loss"]:8.3f}{facts[name]["weights"]:12,}'.replace('nan', '  -'), flush=True)
+  return results
+
+
+def torch_library() -> Any:
+  """Returns the module `torch`, which uses all cores."""
+  import torch
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  torch.manual_seed(0)
+  return torch
+
+
+def transformers_library() -> Any:
+  """Returns the module `transformers`, without progress bars."""
+  torch_library()
+  import transformers
+  transformers.utils.logging.disable_progress_bar()
+  return transformers
+
+
+def open_folder(folder: pathlib.Path) -> tuple[Any, Any]:
+  """Returns our model and the parameters of a Hugging Face folder, on a mesh of all devices, which it sets."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  from lm import sharding
+  from lm.hf import files, weights
+  jax.set_mesh(sharding.make_mesh())
+  model, family = weights.open_model(folder)
+  with files.Weights(folder) as tensors:
+    return model, weights.load_params(model, family, tensors)
 
 
 def tokens(vocab: int, *shape: int) -> Any:
+  """Returns random tokens, int32."""
   import numpy as np
   return np.random.default_rng(0).integers(0, vocab, shape, np.int32)
 
 
 def documents(vocab: int) -> Any:
-  """Random tokens on disk, about as many documents and as long as those of Python's library."""
+  """Returns a store of random tokens on disk, whose documents are about as many and as long as Python's library."""
   import numpy as np
   offsets = np.r_[0, np.cumsum(np.random.default_rng(0).lognormal(7.5, 1.3, 1000).astype(np.int64) + 1)]
-  with tempfile.TemporaryFile() as file:   # the map outlives it
+  with tempfile.TemporaryFile() as file:   # the memory map stays valid after the file is closed
     stored = np.memmap(file, np.uint16, 'w+', shape=int(offsets[-1]))
   stored[:] = tokens(vocab, len(stored))
   return types.SimpleNamespace(tokens=stored, offsets=offsets)
 
 
-def take_turns(make: Callable[..., Prepared], names: list[str], shape: Shape, rounds: int, steps: int
+def take_turns(function: Callable[..., Prepared], names: list[str], shape: Shape, rounds: int, steps: int
                ) -> dict[str, tuple[list[float], dict[str, float]]]:
-  """Returns for each name its seconds for a token seen, a number a round, and its facts."""
+  """Measures the arms `function(name, shape)`.
+
+  Returns for each name the seconds per unit in each round, and its numbers for the table, of which 'units' is the
+  number of units that a step processes.
+  """
   seconds_by_name: dict[str, list[float]] = {name: [] for name in names}
   with contextlib.ExitStack() as stack:
     os.environ |= dict.fromkeys(CACHES, stack.enter_context(tempfile.TemporaryDirectory()))
     pools = {name: stack.enter_context(process()) for name in names}
-    facts = {name: pool.submit(prepare, time.time(), make, name, shape).result() for name, pool in pools.items()}
+    facts = {name: pool.submit(prepare, time.time(), function, name, shape).result() for name, pool in pools.items()}
     for number in range(rounds):
       for name in names[::-1 if number % 2 else 1]:
         seconds, *_ = pools[name].submit(measure, steps).result()
-        seconds_by_name[name].append(seconds / steps / facts[name]['seen'])
+        seconds_by_name[name].append(seconds / steps / facts[name]['units'])
   return {name: (seconds_by_name[name], facts[name]) for name in names}

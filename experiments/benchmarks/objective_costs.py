@@ -1,9 +1,9 @@
-"""What does an objective cost, beside next-token prediction? A training step by token seen, and the making of examples.
+"""What does an objective cost, compared with next-token prediction? A training step, and the making of examples.
 
   python experiments/benchmarks/objective_costs.py --shape=small --rounds=5
 
-Each objective is a process of its own; they take turns, in both orders, and medians count. Leave the machine alone
-meanwhile. For Linux. An objective more is a line in `rows`.
+Costs are per token that the model reads. The objectives run in separate processes, which take turns; medians are
+printed. Use the machine for nothing else meanwhile. Linux only. To add an objective, add a line to `rows`.
 """
 import dataclasses
 import itertools
@@ -17,14 +17,19 @@ from interleaved import SHAPES, Prepared, Shape, documents, take_turns
 
 from lm import launch  # nothing heavy here: it counts in the start-up time of each process
 
-BATCHES = 4   # different ones, that a step of training takes in turn
+BATCHES = 4   # number of batches that training steps use in turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """An objective, and what it needs beside documents and the decoder `model`.
+  """An objective with its model.
 
-  `columns` are those that data would have stored, as in `annotate.Annotated`; they are zeros here.
+  Args:
+    objective: the objective.
+    model: the model that it trains.
+    constants: constants of the run, such as a teacher.
+    columns: dtype and further axes of the stored columns that it reads, as in `annotate.Annotated`. They are zeros.
+    source_length: positions of the source, for an encoder-decoder.
   """
   objective: Any
   model: Any
@@ -34,7 +39,7 @@ class Row:
 
 
 def rows(shape: Shape) -> dict[str, Row]:
-  """The table, by name; the first is what the others are compared with."""
+  """Returns the objectives by name. The others are compared with the first."""
   from lm import train
   from lm.data.tokenizers.folder import sentinels
   from lm.models import prediction_heads as further
@@ -75,7 +80,7 @@ def rows(shape: Shape) -> dict[str, Row]:
 
 
 class Records:
-  """Documents as dialogues, the second half of each asked for; as pairs, or rated, where an objective needs those."""
+  """Documents as records of `kind`: dialogues whose second half is learned, or pairs, or rated dialogues of these."""
 
   def __init__(self, kind: type, store: Any, longest: int):
     import numpy as np
@@ -93,11 +98,16 @@ class Records:
 
   def __getitem__(self, i: int) -> Any:
     from lm.data.batch import Pair, Rated
-    one = self._dialogue(i)
-    return {Pair: lambda: Pair(one, one), Rated: lambda: Rated(one, i % 2 == 0, one)}.get(self._kind, lambda: one)()
+    dialogue = self._dialogue(i)
+    if self._kind is Pair:
+      return Pair(dialogue, dialogue)
+    if self._kind is Rated:
+      return Rated(dialogue, i % 2 == 0, dialogue)
+    return dialogue
 
 
 def batches_of(row: Row, shape: Shape) -> Any:
+  """Returns a function from a step to its batch."""
   import numpy as np
 
   from lm.data.batch import Special
@@ -105,26 +115,26 @@ def batches_of(row: Row, shape: Shape) -> Any:
   from lm.data.rows.packed_records import Packed
   objective, store = row.objective, documents(shape.vocab)
   special = Special(1, 2, shape.vocab, tuple(range(3, 3 + len(objective.control))))
-  data = {'store': store} if objective.needs is np.ndarray else {
-      'records': Records(objective.needs, store, shape.length)}
-  kind = Stream if objective.needs is np.ndarray else Packed
-  return kind(objective, special, shape.length, shape.batch, source_length=row.source_length, **data)
+  if objective.needs is np.ndarray:
+    return Stream(objective, special, shape.length, shape.batch, source_length=row.source_length, store=store)
+  records = Records(objective.needs, store, shape.length)
+  return Packed(objective, special, shape.length, shape.batch, source_length=row.source_length, records=records)
 
 
-def seen(batch: Any) -> int:
-  """Tokens that a model reads, of a source too: all positions but padding."""
+def count_tokens(batch: Any) -> int:
+  """Returns the number of tokens that the model reads, with those of a source: all positions except padding."""
   return sum(int((x > 0).sum()) for x in (batch.segments, batch.source_segments) if x is not None)
 
 
 def making(name: str, shape: Shape) -> Prepared:
-  """Makes examples, on one core."""
+  """An arm that makes examples, on one core."""
   batches, steps = batches_of(rows(shape)[name], shape), itertools.count()
-  count = statistics.mean(seen(batches(step)) for step in range(BATCHES))
-  return lambda: batches(next(steps)) and None, {'seen': count}
+  count = statistics.mean(count_tokens(batches(step)) for step in range(BATCHES))
+  return lambda: batches(next(steps)) and None, {'units': count}
 
 
 def training(name: str, shape: Shape) -> Prepared:
-  """Takes steps on batches that are there."""
+  """An arm that takes training steps, on batches in memory."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
   import numpy as np
@@ -136,18 +146,18 @@ def training(name: str, shape: Shape) -> Prepared:
   run = train.Run(row.model, row.objective, None, optim.adamw(lambda step: 1e-3), steps=1, batch=shape.batch,
                   constants=constants)
   batches = [batches_of(row, shape)(step) for step in range(BATCHES)]
-  stored = {name: np.zeros((shape.batch, shape.length, *more), dtype) for name, (dtype, more) in row.columns.items()}
-  held = [sharding.shard_rows(batch._replace(columns={**(batch.columns or {}), **stored} or None),
-                              jax.sharding.get_mesh()) for batch in batches]
+  stored = {name: np.zeros((shape.batch, shape.length, *axes), dtype) for name, (dtype, axes) in row.columns.items()}
+  sharded = [sharding.shard_rows(batch._replace(columns={**(batch.columns or {}), **stored} or None),
+                                 jax.sharding.get_mesh()) for batch in batches]
   state, loaded, steps = jax.jit(lambda: train.init(run))(), train.load_constants(run), itertools.count()
   start = time.perf_counter()
-  step = train.make_step(run).lower(state, held[0], loaded).compile()
+  step = train.make_step(run).lower(state, sharded[0], loaded).compile()
   facts = {'compile': time.perf_counter() - start, 'temp': step.memory_analysis().temp_size_in_bytes / 1e9,
-           'seen': statistics.mean(map(seen, batches))}
+           'units': statistics.mean(map(count_tokens, batches))}
 
   def go():
     nonlocal state
-    state, metrics = step(state, held[next(steps) % BATCHES], loaded)
+    state, metrics = step(state, sharded[next(steps) % BATCHES], loaded)
     return float(metrics['loss'])   # waits for the step
   return go, facts
 
@@ -157,24 +167,27 @@ def main(*, only: list[str] = (), shape: Literal['tiny', 'small', 'large'] = 'sm
   """Prints a table.
 
   Args:
-    only: these objectives, beside next_token; none for all.
-    steps: of training, a round; 4 batches are taken in turn.
+    only: objectives to measure besides next_token; by default all.
+    shape: size of the model, gpt2 with 2, 6 or 12 layers.
+    rounds: number of rounds.
+    steps: training steps in a round, a multiple of 4, because 4 batches are used in turn.
   """
   if rounds < 1 or steps < 1 or steps % BATCHES:
     raise ValueError(f'--rounds={rounds} must be 1 or more, and --steps={steps} a multiple of {BATCHES}')
   size = SHAPES[shape]
   first, *others = rows(size)
   if unknown := [name for name in only if name not in (first, *others)]:
-    raise ValueError(f'--only={unknown[0]} is none of {", ".join((first, *others))}')
+    raise ValueError(f'--only={unknown[0]} is not an objective of the table; choose from '
+                     f'{", ".join((first, *others))}')
   names = [first, *(name for name in others if name in only or not only)]
   trained = take_turns(training, names, size, rounds, steps)
-  made = take_turns(making, names, size, rounds, 25 * steps)
+  making_results = take_turns(making, names, size, rounds, 25 * steps)
   print(f'{shape}, {rounds} rounds of {steps} steps of {size.batch} x {size.length} positions\n\n'
-        'objective              seen  tokens/s   cost (of rounds)  temp GB  compile s   examples: tokens/s, one core')
+        'objective              read  tokens/s   cost (of rounds)  temp GB  compile s   examples: tokens/s, one core')
   for name in names:
-    (seconds, facts), (making_seconds, _) = trained[name], made[name]
+    (seconds, facts), (making_seconds, _) = trained[name], making_results[name]
     costs = sorted(mine / base for mine, base in zip(seconds, trained[first][0]))
-    print(f'{name:21}{facts["seen"] / size.batch / size.length:6.0%}{1 / statistics.median(seconds):10,.0f}'
+    print(f'{name:21}{facts["units"] / size.batch / size.length:6.0%}{1 / statistics.median(seconds):10,.0f}'
           f'{statistics.median(costs):7.2f} ({costs[0]:.2f}..{costs[-1]:.2f}){facts["temp"]:9.2f}'
           f'{facts["compile"]:11.1f}{1 / statistics.median(making_seconds):31,.0f}', flush=True)
 

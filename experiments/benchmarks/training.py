@@ -1,9 +1,9 @@
-"""How fast is this on the CPU of this machine, beside PyTorch? Training, start-up, data; decoding: huggingface.py.
+"""How fast is training on this CPU, compared with PyTorch? And how fast are the start of a run, and packing?
 
   python experiments/benchmarks/training.py --what=training --shape=large --precision=bfloat16
 
-Each arm is a process of its own. They get ready one after the other, then take turns, in both orders; the median
-counts. Leave the machine alone meanwhile. For Linux. PyTorch: pip install 'lm[benchmark]', and a C++ compiler.
+The arms run in separate processes, which take turns; medians are printed. Use the machine for nothing else meanwhile.
+Linux only. Install PyTorch with pip install 'lm[benchmark]'; torch.compile needs a C++ compiler too.
 """
 import itertools
 import math
@@ -20,11 +20,11 @@ from typing import Any, Literal, get_args
 import interleaved
 from interleaved import SHAPES, Prepared, Shape, documents, tokens
 
-from lm import launch  # nothing heavy here: what an arm imports counts in its memory and its start-up time
+from lm import launch  # nothing slow here: the imports of an arm count in its memory and its start-up time
 
 
 def ours(shape: Shape, precision: str) -> Any:
-  """Our model, on the mesh that is set."""
+  """Returns our model, on a mesh of all devices, which it sets."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
 
@@ -35,6 +35,7 @@ def ours(shape: Shape, precision: str) -> Any:
 
 
 def ours_training(shape: Shape, precision: str) -> Prepared:
+  """An arm that takes training steps."""
   model = ours(shape, precision)
   import jax
   import numpy as np
@@ -61,7 +62,7 @@ def ours_training(shape: Shape, precision: str) -> Prepared:
 
 
 def ours_pipeline(shape: Shape) -> Prepared:
-  """Packs documents into rows."""
+  """An arm that packs documents into rows."""
   from lm.data.batch import Special
   from lm.data.rows.packed_documents import Stream
   from lm.objectives.next_token import next_token
@@ -71,16 +72,9 @@ def ours_pipeline(shape: Shape) -> Prepared:
   return lambda: batches(next(steps)) and None, {}
 
 
-def pytorch() -> Any:
-  import torch
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  torch.manual_seed(0)
-  return torch
-
-
 def torch_training(shape: Shape, precision: str, compiled: bool) -> Prepared:
-  """The same in PyTorch, with its fused attention: measured faster than the model in transformers."""
-  torch = pytorch()
+  """An arm that takes the same steps in PyTorch. With fused attention, this model is faster than transformers'."""
+  torch = interleaved.torch_library()
   nn, functional, width = torch.nn, torch.nn.functional, shape.width
 
   class Attention(nn.Module):
@@ -127,7 +121,7 @@ def torch_training(shape: Shape, precision: str, compiled: bool) -> Prepared:
 
 
 def startup(shape: Shape) -> None:
-  """Prints what a user waits for: medians of three, and the first step with nothing and with all in the cache."""
+  """Prints the seconds of imports and of --help, medians of three, and of a first step without and with a cache."""
   print('\nstart-up, seconds')
   pretrain = str(pathlib.Path(__file__).parents[1] / 'pretrain.py')
   for command in (['-c', 'import jax'], ['-c', 'import lm.train'], [pretrain, '--help']):
@@ -149,23 +143,27 @@ def benchmark(*, what: list[What] = get_args(What), arms: list[Arm] = get_args(A
               shape: Literal['tiny', 'small', 'large'] = 'small',
               precision: Literal['float32', 'bfloat16'] = 'float32',
               rounds: int = 5, steps: int = 4) -> None:
-  """Measures.
+  """Prints tables.
 
   Args:
-    shape: of training.
-    precision: what training computes in; parameters stay float32.
-    steps: of training, a round. There, all arms take a turn.
+    what: the measurements to make.
+    arms: the programs that are compared in training.
+    shape: size of the model that is trained, gpt2 with 2, 6 or 12 layers.
+    precision: dtype of the computation in training; parameters are float32.
+    rounds: number of rounds.
+    steps: training steps of each arm in a round.
   """
   if min(rounds, steps) < 1:
     raise ValueError(f'--rounds={rounds} and --steps={steps} must be 1 or more')
   if missing := interleaved.machine('jax', 'jaxlib', 'flax', 'torch'):
-    print(f"without {' and '.join(sorted(missing))}, which are not installed (pip install 'lm[benchmark]')")
+    print(f"not installed, and left out: {', '.join(sorted(missing))} (pip install 'lm[benchmark]')")
   size = SHAPES[shape]
-  kept = lambda named: {arm: named[arm] for arm in named if arm in arms and arm.partition('_')[0] not in missing}
   if 'training' in what:
-    interleaved.compare(f'training, {shape}, {precision}', kept({
-        'ours': (ours_training, size, precision), 'torch_eager': (torch_training, size, precision, False),
-        'torch_compile': (torch_training, size, precision, True)}), size.batch * size.length, rounds, steps)
+    available = {'ours': (ours_training, size, precision), 'torch_eager': (torch_training, size, precision, False),
+                 'torch_compile': (torch_training, size, precision, True)}
+    chosen = {name: arm for name, arm in available.items()
+              if name in arms and not (name != 'ours' and 'torch' in missing)}
+    interleaved.compare(f'training, {shape}, {precision}', chosen, size.batch * size.length, rounds, steps)
   if 'startup' in what:
     startup(size)
   if 'pipeline' in what:

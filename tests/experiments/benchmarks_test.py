@@ -36,13 +36,12 @@ def test_both_arms_of_decoding_write_the_same_text(tmp_path):
   torch = pytest.importorskip('torch')
   torch.manual_seed(0)
   transformers = pytest.importorskip('transformers')
-  import huggingface
+  import decoding
   config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
                                    eos_token_id=None, pad_token_id=0)
   transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
   with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
-    (ours, _), (theirs, _) = (make(tmp_path, 3, 7) for make in (
-        huggingface.ours_decoding, huggingface.transformers_decoding))
+    (ours, _), (theirs, _) = (arm(tmp_path, 3, 7) for arm in (decoding.ours, decoding.theirs))
     assert ours() == theirs() > 0
 
 
@@ -88,4 +87,4 @@ def test_each_objective_of_the_table_is_made_examples_of_and_traced():
     loss, weight, sums = jax.eval_shape(lambda *args, row=row: row.objective.loss(row.model.apply, *args, None), params,
                                         given)
     assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
-    assert 0 < module.seen(batch) <= 2 * batch.tokens.size
+    assert 0 < module.count_tokens(batch) <= 2 * batch.tokens.size
