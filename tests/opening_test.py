@@ -222,7 +222,7 @@ def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
   program('run')
   tokenizers.Bytes(('<|other|>',)).save(tmp_path / 'run' / 'data' / 'tokenizer')
   for opens in (load.open_trained, lambda path: load.open_base(str(path))):
-    with pytest.raises(ValueError, match='bytes.json is not as it was written: put what'):
+    with pytest.raises(ValueError, match='bytes.json is not as it was written: restore'):
       opens(tmp_path / 'run')
   (tmp_path / 'run' / 'data' / 'tokenizer' / 'settings.json').unlink()   # the checkpoint knows it too
   for opens in (load.open_trained, lambda path: load.open_base(str(path))):

@@ -216,7 +216,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path):
   place = data.index(b'document') if b'document' in data else data.index(b'ha')
   path.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1:])
   for use in (lambda: text.open(tmp_path, lambda line: None), lambda: text.load_tokenizer(tmp_path)):
-    with pytest.raises(ValueError, match='tokenizer.model is not as it was written: put'):
+    with pytest.raises(ValueError, match='tokenizer.model is not as it was written: restore'):
       use()
   path.write_bytes(data)
   text.open(tmp_path, lambda line: None)

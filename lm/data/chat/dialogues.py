@@ -1,32 +1,20 @@
-"""Data sets of dialogues, pairs and rated dialogues: JSON records, encoded once, then packed into rows.
-
-A `store.Store` keeps the tokens of a record, with these columns beside them:
-
-  loss_mask   bool per token: whether the model learns to write it
-  second      int64 per record: where the second dialogue of a pair begins, or the answer of a rated dialogue
-  good        bool per record: the rating of a rated dialogue
-"""
+"""Data sets of dialogues, pairs and rated dialogues: JSON records, encoded once, then packed into rows."""
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
-from lm.data import dataset, store, tokenizers
-from lm.data.batch import KINDS, Dialogue, ExampleMaker, Pair, Rated, special
+from lm.data import dataset, store, stored_tokenizer, tokenizers
+from lm.data.batch import KINDS, Dialogue, ExampleMaker, special
 from lm.data.chat import conversation, messages
-from lm.data.encoding import Column, Encoded
+from lm.data.chat.encoded_records import DialogueStore, RecordEncoder
 from lm.data.rows.packed_records import Packed, check_left_out
 from lm.data.text.source import Source
-from lm.workdir.describe import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +23,7 @@ class Dialogues:
 
   A dialogue begins as its template writes it. The model learns to write the assistant's messages, each with the token
   that ends it; if the record has a prompt of its own, only the answer to it. Records longer than a row are left out,
-  and a line says how many.
+  and their number is printed.
 
   Args:
     source: JSON records, in one of the shapes of `messages`.
@@ -45,9 +33,9 @@ class Dialogues:
     kind: what a record holds.
     template: how messages become tokens.
     keys: the names of the fields.
-    folder: where the tokenizer and the tokens are kept; None: in the workdir.
+    folder: where the tokenizer and the tokens are stored; None: in the workdir.
     allow_left_out: whether to train if half of the records or more are left out.
-    longest: the length of the longest row that the model reads; advice on `length` goes up to it.
+    longest: the length of the longest row that the model reads; no longer row is recommended.
     answer: a regular expression with one group, which matches the part of an answer that counts, see `essence`;
       None: all of the answer counts.
 
@@ -92,10 +80,14 @@ class Dialogues:
 
   def open(self, workdir: pathlib.Path, progress: Callable[[str], Any] = print, control: tuple[str, ...] = (),
            check: dataset.Check = dataset.unchecked) -> 'OpenDialogues':
-    """Trains the tokenizer and encodes the records, unless that is done. The objective needs the tokens `control`.
+    """Trains the tokenizer and encodes the records, unless the folder has both, and opens the result.
 
-    Raises ValueError if the folder has data of other settings, a record has another shape, `self.answer` never matches,
-    or the tokenizer lacks a control token; OSError if the folder cannot be written.
+    Args: as of `dataset.Text.open`.
+
+    Raises:
+      ValueError: the folder has data of other settings, a record has another shape, `self.answer` never matches, or the
+        tokenizer lacks a control token.
+      OSError: the folder cannot be written.
     """
     folder = self._folder(workdir)
     if self.tokenizer is None:
@@ -104,22 +96,22 @@ class Dialogues:
     if answers and all(self.essence(answer) is None for answer in answers):
       raise ValueError(f'--answer={self.answer} finds nothing in the first {len(answers)} held-out answers, such as '
                        f'{answers[0][-100:]!r}; give a pattern that matches the part of them that counts')
-    made_of = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
+    training_data = {'source': self.source.fingerprint} if callable(self.tokenizer) else {}
     renew = self.folder is None and dataset.untrained(workdir)
-    tokenizer = dataset.open_tokenizer(folder, self.tokenizer, made_of, self._texts, progress,
-                                       functools.partial(self._check, check), renew)
+    tokenizer = stored_tokenizer.prepare(folder, self.tokenizer, training_data, self._texts, progress,
+                                         functools.partial(self._check, check), renew)
     special(tokenizer, control)
     if note := self.template.check(tokenizer):
       progress(note)
     stores = store.build(folder / 'tokens', self.source, self._encoder(tokenizer), (), progress=progress, renew=renew)
-    return self._opened(stores, tokenizer, progress)
+    return self._open_dialogues(stores, tokenizer, progress)
 
   def to_store(self) -> 'Dialogues':
-    """Returns the data without its records, which opens what `open` wrote, and writes nothing."""
+    """Returns the data without its records, which only opens what `open` wrote."""
     return dataclasses.replace(self, source=self.source.to_store(), tokenizer=None)
 
-  def _encoder(self, tokenizer: tokenizers.Tokenizer) -> '_RecordEncoder':
-    return _RecordEncoder(tokenizer, self.kind, self.template, self.keys)
+  def _encoder(self, tokenizer: tokenizers.Tokenizer) -> RecordEncoder:
+    return RecordEncoder(tokenizer, self.kind, self.template, self.keys)
 
   def _check(self, check: dataset.Check, tokenizer: tokenizers.Tokenizer) -> None:
     settings = store.settings(self.source, self._encoder(tokenizer), ())
@@ -127,18 +119,19 @@ class Dialogues:
 
   def _reopen(self, folder: pathlib.Path, progress: Callable[[str], Any], control: tuple[str, ...],
               check: dataset.Check) -> 'OpenDialogues':
-    tokenizer = dataset.load_tokenizer(folder / 'tokenizer')
+    tokenizer = stored_tokenizer.load(folder / 'tokenizer')
     self._check(check, tokenizer)
     special(tokenizer, control)
-    return self._opened(store.reopen(folder / 'tokens', self.source, self._encoder(tokenizer), ()), tokenizer, progress)
+    stores = store.reopen(folder / 'tokens', self.source, self._encoder(tokenizer), ())
+    return self._open_dialogues(stores, tokenizer, progress)
 
-  def _opened(self, stores: dict[str, store.Store], tokenizer: tokenizers.Tokenizer, progress: Callable[[str], Any]
-              ) -> 'OpenDialogues':
+  def _open_dialogues(self, stores: dict[str, store.Store], tokenizer: tokenizers.Tokenizer,
+                      progress: Callable[[str], Any]) -> 'OpenDialogues':
     return OpenDialogues(stores, tokenizer, self.kind, self.length, progress, self.allow_left_out, self.longest)
 
   def load_tokenizer(self, workdir: pathlib.Path) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that `open` saved."""
-    return dataset.load_tokenizer(self._folder(workdir) / 'tokenizer')
+    """Returns the tokenizer that `open` stored."""
+    return stored_tokenizer.load(self._folder(workdir) / 'tokenizer')
 
   def verify(self, workdir: pathlib.Path) -> list[str]:
     """See `dataset.verify`."""
@@ -162,6 +155,7 @@ class Dialogues:
     return self.folder or workdir / 'data'
 
   def _texts(self) -> list[str]:
+    """Returns the content of each message in the training records."""
     records = (messages.read(record, self.kind, self.keys) for record in self.source.splits['train'])
     return [message['content'] for record in records for part in (record.prompt, *record.answers)
             for message in part]
@@ -184,18 +178,22 @@ class OpenDialogues:
 
   @property
   def validation_sets(self) -> tuple[str, ...]:
-    """Further held-out sets: those of the splits `validation-NAME`."""
+    """Names of further held-out sets: the splits `validation-NAME`."""
     return tuple(split.removeprefix('validation-') for split in self.stores if split.startswith('validation-'))
 
   def records(self, split: str) -> 'DialogueStore':
-    """The records of a split, or of the validation set `validation/NAME`."""
+    """Returns the records of a split, or of the validation set `validation/NAME`."""
     return DialogueStore(split, self.stores[split.replace('validation/', 'validation-')], self.kind)
 
   def batches(self, split: str, objective: ExampleMaker, rows: int, seed: int | None = 0,
               repeat: bool = True) -> Packed:
-    """See `Packed`. Raises ValueError if no record fits a row, or the objective needs other data."""
+    """Returns the batches of a split; see `Packed` for the arguments.
+
+    Raises ValueError if no record fits a row, too many are left out, or the objective needs other data.
+    """
     if objective.needs is not self.kind:
-      raise ValueError(f'the objective learns from {KINDS[objective.needs]}, and these are {KINDS[self.kind]}')
+      raise ValueError(f'the objective learns from {KINDS[objective.needs]}, and the data has {KINDS[self.kind]}; '
+                       'choose another objective, or other data')
     packed = Packed(objective, special(self.tokenizer, objective.control), self.length, rows, seed, repeat,
                     records=self.records(split), longest=self.longest)
     rows_per_epoch = packed.rows_per_epoch
@@ -206,119 +204,3 @@ class OpenDialogues:
       self.progress(check_left_out(f'{line}; the others fill {rows_per_epoch:,} rows', share, packed.length_advice(),
                                    self.allow_left_out))
     return packed
-
-
-class DialogueStore:
-  """The records of a split. Record i is a `Dialogue`, a `Pair` or a `Rated`; see `partners` for what is mismatched."""
-
-  def __init__(self, split: str, stored: store.Store, kind: type):
-    self._split, self._kind = split, kind
-    self._tokens, self._offsets = np.asarray(stored.tokens), np.asarray(stored.offsets)
-    self._columns = {name: np.asarray(column) for name, column in stored.columns.items()}
-
-  def __len__(self) -> int:
-    return len(self._offsets) - 1
-
-  def __getitem__(self, i: int) -> Dialogue | Pair | Rated:
-    if not 0 <= i < len(self):
-      raise IndexError(f'record {i} of {len(self)}')
-    start, end = self._offsets[i], self._offsets[i + 1]
-    if self._kind is Dialogue:
-      return self._dialogue(slice(start, end))
-    second = self._seconds[i]
-    if self._kind is Pair:
-      return Pair(self._dialogue(slice(start, second)), self._dialogue(slice(second, end)))
-    partner = self.partners[i]
-    other_answer = slice(self._seconds[partner], self._offsets[partner + 1])
-    return Rated(self._dialogue(slice(start, end)), bool(self._columns['good'][i]),
-                 self._dialogue(slice(start, second), other_answer))
-
-  def _dialogue(self, *spans: slice) -> Dialogue:
-    """The dialogue that consists of these spans of the split's tokens."""
-    join = lambda values: np.concatenate([values[span] for span in spans])
-    return Dialogue(join(self._tokens).astype(np.int32), join(self._columns['loss_mask']))
-
-  @functools.cached_property
-  def _seconds(self) -> np.ndarray:
-    """[n]: where the second part of each record begins in the split's tokens."""
-    return self._offsets[:-1] + self._columns['second']
-
-  @functools.cached_property
-  def positions(self) -> np.ndarray:
-    """[n]: the positions that an example of each record takes, one less per dialogue than it has tokens."""
-    sizes = np.diff(self._offsets)
-    if self._kind is Dialogue:
-      return sizes - 1
-    if self._kind is Pair:
-      return sizes - 2
-    answers = sizes - self._columns['second']
-    return sizes - answers + sizes + answers[self.partners] - 2
-
-  @functools.cached_property
-  def partners(self) -> np.ndarray:
-    """[n]: for each rated record, the number of a record with another prompt, taken in turn from those that follow it.
-
-    Raises ValueError if all prompts are the same.
-    """
-    numbers: dict[bytes, int] = {}
-    spans = zip(self._offsets, self._seconds)
-    prompts = np.array([numbers.setdefault(self._tokens[a:b].tobytes(), len(numbers)) for a, b in spans], int)
-    starts = np.flatnonzero(prompts != np.roll(prompts, 1))   # of runs of records with the same prompt
-    if not len(starts):
-      raise ValueError(f'{self._split}: all of its {len(self)} rated records have the same prompt, and each is '
-                       'compared with an answer to another; give, or hold out, records of at least two prompts')
-    sizes, records = np.diff(starts, append=starts[0] + len(self)), np.arange(len(self))
-    run = np.searchsorted(starts, records, 'right') - 1   # -1: the last run, which continues at the beginning
-    following = (run + 1) % len(starts)
-    place = (records - starts[run]) % len(self)
-    return (starts[following] + place % sizes[following]) % len(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class _RecordEncoder:
-  """A `store.Encoder` of JSON records."""
-  tokenizer: tokenizers.Tokenizer
-  kind: type
-  template: conversation.Template
-  keys: messages.Keys
-
-  has_sizes = False   # nothing counts the bytes of a JSON record
-
-  @property
-  def vocab_size(self) -> int:
-    return self.tokenizer.vocab_size
-
-  @property
-  def columns(self) -> Mapping[str, Column]:
-    columns = {'loss_mask': Column(np.dtype(bool), 'token')}
-    if self.kind is not Dialogue:
-      columns['second'] = Column(np.dtype(np.int64), 'document')
-    if self.kind is Rated:
-      columns['good'] = Column(np.dtype(bool), 'document')
-    return columns
-
-  @property
-  def fingerprint(self) -> str:
-    facts = [self.tokenizer.fingerprint, self.kind.__name__, describe(self.template), describe(self.keys),
-             self.tokenizer.adds_bos, list(self.columns)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-  def encode(self, documents: Sequence[str]) -> list[Encoded]:
-    return [self._record(record) for record in documents]
-
-  def _record(self, record: str) -> Encoded:
-    """A record with a dialogue that has nothing to learn has no tokens, so that the store drops it."""
-    prompt, answers, good = messages.read(record, self.kind, self.keys)
-    try:
-      parts = [self.template.encode(self.tokenizer, [*prompt, *answer], first=len(prompt)) for answer in answers]
-    except ValueError as error:
-      raise ValueError(f'{error}; in the record {record[:200]}') from None
-    if not all(mask.any() for _, mask in parts):
-      return Encoded(np.zeros(0, np.int32))
-    tokens, mask = (np.concatenate(arrays) for arrays in zip(*parts))
-    columns = {'loss_mask': mask}
-    if self.kind is Pair:
-      columns['second'] = np.int64(len(parts[0][0]))
-    if self.kind is Rated:
-      columns |= {'second': np.int64(mask.argmax()), 'good': np.bool_(good)}
-    return Encoded(tokens, columns)

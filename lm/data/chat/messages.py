@@ -1,14 +1,14 @@
-"""What records of JSON say: a prompt and the answers to it, as messages, in the shapes that data sets have.
+"""JSON records to messages: a prompt and the answers to it. Records may have any of these shapes.
 
   {"prompt": "...", "completion": "..."}                       also with messages in place of the strings
   {"messages": [{"role": "user", "content": "..."}, ...]}      also {"from": "human", "value": "..."}
   {"prompt": "...", "chosen": "...", "rejected": "..."}
-  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}     transcripts, or messages: they begin alike
+  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}     transcripts, or messages; both begin alike
   {"prompt": "\\n\\nHuman: ...\\n\\nAssistant:", "completion": "..."}     a transcript up to the answer
   {"prompt": "...", "completion": "...", "label": true}        also {"messages": ..., "label": true}
 
-A text is read as a transcript only where all that was said before it, or in it, is in one: a prompt or an answer that
-begins with "Human:" by itself is text.
+A prompt that begins with "Human:" is a transcript only if it ends where the assistant answers; the two sides of a pair
+are transcripts only if both are, and the pair has no prompt. Any other text that begins with "Human:" is plain text.
 """
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _ROLES = {'human': 'user', 'gpt': 'assistant', 'system': 'system', 'user': 'user
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """How the fields of records are named."""
+  """The names of the fields of records."""
   prompt: str = 'prompt'
   completion: str = 'completion'
   messages: str = 'messages'
@@ -36,21 +36,27 @@ class Keys:
 
 
 class Record(NamedTuple):
-  """A prompt, perhaps none, and answers: one, or the chosen and the rejected one. `good` where a label says so."""
+  """A prompt and answers to it.
+
+  Attributes:
+    prompt: may be empty.
+    answers: one answer, or the chosen and the rejected one.
+    good: the rating of the answer; None if the record has no label.
+  """
   prompt: Messages
   answers: tuple[Messages, ...]
   good: bool | None = None
 
 
 def read(record: str, kind: type, keys: Keys = Keys()) -> Record:
-  """What a record of JSON says, for `kind` of data: `Dialogue`, `Pair` or `Rated`.
+  """Parses a JSON record of a `kind` of data: `Dialogue`, `Pair` or `Rated`.
 
-  Raises ValueError, with the record, where it is of another shape.
+  Raises ValueError, with the record, if it has another shape.
   """
   try:
     row = json_value(record)
     if not isinstance(row, dict):
-      raise ValueError('it is no record {...}')
+      raise ValueError('it is not a record {...}')
     return {Dialogue: _dialogue, Pair: _pair, Rated: _rated}[kind](row, keys)
   except ValueError as error:
     raise ValueError(f'{error}; in the record {record[:200]}{"..." if len(record) > 200 else ""}') from None
@@ -72,13 +78,13 @@ def _pair(row: dict, keys: Keys) -> Record:
     chosen, rejected = (_messages(row, key, 'assistant') for key in sides)
   if chosen and rejected and chosen[0]['role'] == rejected[0]['role'] == 'assistant' and keys.prompt in row:
     return Record(_messages(row, keys.prompt, 'user'), (chosen, rejected))
-  # Whole conversations; they differ in the last message, at least.
-  most = min(len(chosen), len(rejected)) - 1
-  alike = next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
-  if not alike:
-    raise ValueError(f'{keys.chosen!r} and {keys.rejected!r} do not begin with a message that is the same, and there '
-                     f'is no prompt={keys.prompt!r} among its fields ({", ".join(row)}); name the prompt')
-  return Record(chosen[:alike], (chosen[alike:], rejected[alike:]))
+  # Both are whole conversations. The messages that they share are the prompt; at least the last is an answer.
+  longest = min(len(chosen), len(rejected)) - 1
+  shared = next((i for i in range(longest) if chosen[i] != rejected[i]), max(longest, 0))
+  if not shared:
+    raise ValueError(f'{keys.chosen!r} and {keys.rejected!r} do not begin with the same message, and there is no '
+                     f'prompt={keys.prompt!r} among its fields ({", ".join(row)}); name the prompt')
+  return Record(chosen[:shared], (chosen[shared:], rejected[shared:]))
 
 
 def _rated(row: dict, keys: Keys) -> Record:
@@ -86,16 +92,17 @@ def _rated(row: dict, keys: Keys) -> Record:
   if not isinstance(good, bool):
     raise ValueError(f'label={keys.label!r} must be true or false, and it is {json.dumps(good)}; its fields are '
                      f'{", ".join(row)}')
-  said = _dialogue(row, keys)
-  if said.prompt:
-    return said._replace(good=good)
-  return Record(said.answers[0][:-1], (said.answers[0][-1:],), good)
+  record = _dialogue(row, keys)
+  if record.prompt:
+    return record._replace(good=good)
+  dialogue, = record.answers
+  return Record(dialogue[:-1], (dialogue[-1:],), good)
 
 
 def _messages(row: dict, key: str, role: str | None = None) -> Messages:
-  """Of a field that holds messages, a transcript or, where a `role` is given, what that one said.
+  """Returns the messages in a field, which holds messages, a transcript or, with a `role`, the text of one message.
 
-  What the user said may be a transcript up to where the assistant answers.
+  The text of the user may be a transcript that ends where the assistant answers.
   """
   value: Any = row.get(key)
   transcript = _transcript(value)
@@ -112,7 +119,7 @@ def _messages(row: dict, key: str, role: str | None = None) -> Messages:
 
 
 def _transcript(value: Any) -> Messages:
-  """The turns of "Human: ...\n\nAssistant: ..."; none where the value is no such text."""
+  """Returns the messages in "Human: ...\n\nAssistant: ..."; an empty list if the value is not such a text."""
   if not isinstance(value, str) or not re.match(r'\s*Human:', value) or '\n\nAssistant:' not in value:
     return []
   _, *parts = re.split(r'(?:^\s*|\n\n)(Human|Assistant): ?', value)
@@ -124,20 +131,20 @@ def _message(message: Any, key: str) -> dict[str, str]:
   if isinstance(message, dict) and 'from' in message:
     message = {'role': _ROLES.get(message['from'], message['from']), 'content': message.get('value')}
   if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ('role', 'content')):
-    raise ValueError(f"a message in {key!r} is no {{'role': 'user', 'content': 'text'}}: {json.dumps(message)[:100]}")
+    raise ValueError(f"a message in {key!r} is not {{'role': 'user', 'content': 'text'}}: {json.dumps(message)[:100]}")
   return message
 
 
 @source.deferred
 def unpaired(pairs: Source, keys: Keys = Keys()) -> Source:
-  """The answers of pairs by themselves, rated good or bad: first all that were chosen, then all that were not.
+  """Returns the answers of pairs as rated dialogues: first all chosen answers, then all rejected ones.
 
-  Next to each other lie answers to different prompts, as KTO's baseline needs them.
+  Neighbouring records thus answer different prompts, as KTO's baseline needs it.
   """
-  def read_one(where: tuple) -> str:
-    documents, i, side = where
-    said = read(documents[i], Pair, keys)
-    return json.dumps({keys.prompt: said.prompt, keys.completion: said.answers[side], keys.label: not side},
+  def read_one(address: tuple) -> str:
+    documents, i, side = address
+    record = read(documents[i], Pair, keys)
+    return json.dumps({keys.prompt: record.prompt, keys.completion: record.answers[side], keys.label: not side},
                       ensure_ascii=False)
 
   def split(documents: Any) -> source.Documents:
@@ -149,7 +156,7 @@ def unpaired(pairs: Source, keys: Keys = Keys()) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Sides:
-  """(documents, i, side) for each side of each pair."""
+  """The addresses of all answers: (documents, i, side), with side 0 for the chosen answer of pair i."""
   documents: Any
 
   def __len__(self) -> int:

@@ -160,11 +160,11 @@ def test_bos_comes_once_also_where_the_template_writes_it(tmp_path):
     ({'messages': [{'role': 'user'}]}, Dialogue, "a message in 'messages' is no"),
     ({'messages': [{'role': 'tool', 'content': 'x'}, SAYS('y')]}, Dialogue, 'a role of system, user, assistant.*tool'),
     ({'prompt': 'a', 'chosen': 'b'}, Pair, "'rejected' holds no text"),
-    ({'chosen': 'b', 'rejected': 'c'}, Pair, "do not begin with a message that is the same.*no prompt='prompt'"),
+    ({'chosen': 'b', 'rejected': 'c'}, Pair, "do not begin with the same message.*no prompt='prompt'"),
     ({'prompt': 'a', 'completion': 'b', 'label': 1}, Rated, "label='label' must be true or false, and it is 1"),
     ({'prompt': 'a', 'completion': 'b'}, Rated,
      'must be true or false, and it is null; its fields are prompt, completion'),
-    ([1], Dialogue, 'no record')])
+    ([1], Dialogue, 'not a record')])
 def test_a_record_of_another_shape_is_refused_in_one_line(tmp_path, record, kind, message):
   with pytest.raises(ValueError, match=message) as error:
     opened(tmp_path, [record], kind)
@@ -311,7 +311,7 @@ def test_compressed_lines_are_read_and_made_once(tmp_path):
 
 def test_the_objective_must_want_what_there_is(tmp_path):
   data, _ = opened(tmp_path, [{'prompt': 'a', 'completion': 'b'}])
-  with pytest.raises(ValueError, match='learns from pairs .* these are dialogues'):
+  with pytest.raises(ValueError, match='learns from pairs .* the data has dialogues'):
     data.batches('train', preference.reward(), rows=2)
 
 
