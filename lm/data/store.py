@@ -226,7 +226,7 @@ class _Deduplicate(clean.Deduplicate):
 
   def __init__(self, digests: bytes):
     super().__init__()
-    self._seen.update(digests[i:i + _DIGEST] for i in range(0, len(digests), _DIGEST))
+    self._digests.update(digests[i:i + _DIGEST] for i in range(0, len(digests), _DIGEST))
 
 
 def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard: bool = False) -> bool:

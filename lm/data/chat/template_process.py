@@ -1,8 +1,8 @@
-"""Renders chat templates, each in a process of its own: `Renderer` starts this very file as a program.
+"""Renders chat templates, each in its own process: `Renderer` starts this file as a program.
 
-Why a process: a template can loop for ever in C code (a long product, sorting, lipsum), take all memory or overflow the
-stack, and no count of iterations, tracing or signal stops these on any thread and platform. Killing a process does. The
-rules are those of transformers (utils/chat_template_utils.py).
+A template can loop forever in C code (a long product, sorting, lipsum), take all memory or overflow the stack. Counting
+iterations, tracing and signals do not stop that on every thread and platform; killing a process does. Templates are
+rendered as in transformers (utils/chat_template_utils.py).
 """
 import contextlib
 import datetime
@@ -17,26 +17,33 @@ import threading
 import weakref
 from typing import Any
 
-_MEMORY = 2 * 2**30     # bytes of the whole process
-_CHARACTERS = 2**25     # of one rendering
-# What stands around the text of {% generation %} until all is rendered: nobody can know it.
+_MEMORY = 2 * 2**30     # limit of the process, in bytes
+_CHARACTERS = 2**25     # limit of one rendering
+# Random marks around the text of {% generation %} blocks during rendering, which no template and no message can guess.
 _OPEN, _CLOSE = (f'\ue000{secrets.token_hex(8)}\ue001' for _ in range(2))
 
 
 class Renderer:
-  """The process of one template, started when first asked and again after it was stopped. For any thread."""
+  """The process of one template. It is started at the first request, and again after it was stopped. Thread-safe."""
 
   def __init__(self, template: str):
     self._template, self._lock, self._process, self._owner = template, threading.Lock(), None, 0
 
   def answer(self, request: str, seconds: float) -> tuple[str, list[tuple[int, int]]]:
-    """What `rendered` returns for its arguments after the template, as JSON. Raises ValueError."""
+    """Returns the result of `rendered`.
+
+    Args:
+      request: the arguments of `rendered` after the template, as JSON.
+      seconds: the time limit.
+
+    Raises ValueError if the template fails, or exceeds a limit.
+    """
     with self._lock:
-      if self._process is None or self._owner != os.getpid():  # a fork must not share the pipes
+      if self._process is None or self._owner != os.getpid():   # a forked process must not share the pipes
         self._start()
       process, late = self._process, threading.Event()
-      self._process = None  # until it has answered: an interrupt must not leave the answer to the next request
-      answer = self._ask(process, request, seconds, late)
+      self._process = None   # after an interrupt, the next request must not read the answer to this one
+      answer = self._send(process, request, seconds, late)
       if answer and not late.is_set():
         self._process = process
       else:
@@ -49,8 +56,13 @@ class Renderer:
     text, spans = answer
     return text, [(start, end) for start, end in spans]
 
-  def _ask(self, process, request, seconds, late):
-    timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+  def _send(self, process: subprocess.Popen, request: str, seconds: float, late: threading.Event) -> str:
+    """Returns the process's answer, a line; '' if it died. After `seconds`, sets `late` and kills the process."""
+    def stop() -> None:
+      late.set()
+      process.kill()
+
+    timer = threading.Timer(seconds, stop)
     timer.start()
     try:
       process.stdin.write(request + '\n')
@@ -66,7 +78,7 @@ class Renderer:
       timer.join()
 
   def _start(self):
-    from lm.data.text import source  # not at the top: the program needs nothing of ours, and to find nothing of ours
+    from lm.data.text import source  # not at the top, because the program below must not import this package
     source.require('jinja2', 'hf')
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
     self._process = subprocess.Popen(
@@ -74,7 +86,7 @@ class Renderer:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding='ascii')
     self._owner = os.getpid()
     self._stop = weakref.finalize(self, _end, self._process, self._owner)
-    if not self._ask(self._process, json.dumps(self._template), 60, threading.Event()):
+    if not self._send(self._process, json.dumps(self._template), 60, threading.Event()):
       raise ValueError('the process that renders chat templates does not start')
 
 
@@ -87,6 +99,7 @@ def _end(process: subprocess.Popen, owner: int) -> None:
 
 
 def environment() -> Any:
+  """Returns the sandbox of jinja2, with the functions and blocks that templates of transformers may use."""
   import jinja2
   import jinja2.ext
   import jinja2.sandbox
@@ -118,7 +131,7 @@ def environment() -> Any:
 
 
 def rendered(template: Any, variables: dict[str, Any], marks: bool) -> tuple[str, list[tuple[int, int]]]:
-  """The text, and the spans of characters inside generation blocks where `marks`."""
+  """Returns the text and, if `marks`, the spans [start, end) of its characters inside generation blocks."""
   template.environment.marks = marks
   blocks, size = [], 0
   for block in template.generate(variables):
@@ -142,8 +155,8 @@ def rendered(template: Any, variables: dict[str, Any], marks: bool) -> tuple[str
 
 
 def main() -> None:
-  """The first line of input is the template, as JSON; each after it a request, answered by a line."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+  """Reads the template, as JSON, from the first line of the input, and answers each following line with a line."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the process that started this one
   sandbox = environment()
   with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
     import resource
@@ -154,7 +167,7 @@ def main() -> None:
     try:
       template = template or sandbox.from_string(source)
       answer = rendered(template, *json.loads(line))
-    except Exception as error:  # any: the template is not ours
+    except Exception as error:   # a template may raise any exception
       kind = '' if type(error).__name__ in ('TemplateError', 'TemplateRuntimeError') else f'{type(error).__name__}: '
       where = f'line {error.lineno}: ' if getattr(error, 'lineno', None) else ''
       answer = f'{where}{kind}{error}'[:2000]

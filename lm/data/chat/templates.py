@@ -37,12 +37,12 @@ class JinjaTemplate:
   seconds: float = 5
 
   def render(self, messages: Records, add_generation_prompt: bool = False, tools: Records | None = None) -> str:
-    """Messages have a role and content, or tool_calls; tools are JSON schemas."""
+    """Returns the text of messages, which have a role and content, or tool_calls. Tools are JSON schemas."""
     return self._render(messages, add_generation_prompt, tools, False)[0]
 
   def render_spans(self, messages: Records, add_generation_prompt: bool = False,
                    tools: Records | None = None) -> tuple[str, list[tuple[int, int]]]:
-    """The text, and its characters [start, end) inside {% generation %} blocks: what the assistant said."""
+    """Returns the text, and the spans [start, end) of its characters inside {% generation %} blocks: the answers."""
     return self._render(messages, add_generation_prompt, tools, True)
 
   def encode(self, tokens: tokenizers.Tokenizer, messages: Records, add_generation_prompt: bool = False,
@@ -52,8 +52,8 @@ class JinjaTemplate:
     The mask leaves out messages before `first`. The template's control tokens become tokens; a control token that a
     message spells becomes text, so that a message cannot end its own turn.
 
-    The answers of a template without {% generation %} blocks are found by rendering the messages up to each answer, and
-    with it. This raises ValueError if the template writes earlier messages in another way than the last one.
+    If the template has no {% generation %} blocks, the messages are rendered up to each answer and with it, and the
+    difference is the answer. This raises ValueError if the template writes earlier messages differently from the last.
     """
     names = '|'.join(map(re.escape, sorted(tokens.control_names, key=len, reverse=True)))
     marked = functools.partial(re.sub, names, lambda match: f'{_MARK}{match[0]}{_MARK}')
@@ -65,24 +65,30 @@ class JinjaTemplate:
     else:
       text = self.render(messages, add_generation_prompt, tools)
       spans = self._answers(text, messages, tools, first, tokens.control_names)
-    said = np.zeros(len(text), bool)
+    is_answer = np.zeros(len(text), bool)   # of each character
     for start, end in spans:
-      said[start:end] = True
-    ids, mask, place = [np.zeros(0, np.int32)], [np.zeros(0, bool)], 0
-    for match in [*re.finditer(f'{_MARK}({names}){_MARK}|{_MARK}', text), None]:
-      if part := text[place:match.start() if match else None]:
-        parsed, token_spans = tokens.parse(part)
+      is_answer[start:end] = True
+    ids, mask = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+
+    def add_text(begin: int, stop: int) -> None:
+      if begin < stop:
+        parsed, token_spans = tokens.parse(text[begin:stop])
         ids.append(parsed)
-        mask.append(np.array([said[place + start:place + end].any() for start, end in token_spans], bool))
-      if match and match[1]:
+        mask.append(np.array([is_answer[begin + start:begin + end].any() for start, end in token_spans], bool))
+
+    place = 0
+    for match in re.finditer(f'{_MARK}({names}){_MARK}|{_MARK}', text):
+      add_text(place, match.start())
+      if match[1]:
         ids.append(tokens.encode(match[1]))
-        mask.append(np.full(len(ids[-1]), said[match.start(1)]))
-      place = match.end() if match else place
+        mask.append(np.full(len(ids[-1]), is_answer[match.start(1)]))
+      place = match.end()
+    add_text(place, len(text))
     return np.concatenate(ids), np.concatenate(mask)
 
   def _answers(self, text: str, messages: Records, tools: Records | None, first: int, control: Sequence[str]
                ) -> list[tuple[int, int]]:
-    """Where the text has the answers of the assistant from message `first` on, up to the token that ends each."""
+    """Returns the spans [start, end) in the text of the answers from message `first` on, each with its end token."""
     spans = []
     for i, message in enumerate(messages):
       if i < first or not isinstance(message, Mapping) or message.get('role') != 'assistant':
@@ -90,27 +96,34 @@ class JinjaTemplate:
       before = self.render(messages[:i], True, tools) if i else None
       after = self.render(messages[:i + 1], False, tools)
       if before is None or not after.startswith(before) or not text.startswith(after):
-        raise ValueError(f'the chat template does not show where message {i}, which the assistant said, begins and '
-                         'ends; put {% generation %} and {% endgeneration %} around what the assistant says in it')
-      shown = after.rstrip()   # a newline after the end of a turn is never written by a model
-      spans.append((len(before), max(len(before), len(shown if shown.endswith(tuple(control)) else after))))
+        raise ValueError(f'the chat template does not show where message {i}, of the assistant, begins and ends; put '
+                         '{% generation %} and {% endgeneration %} around the content of such messages in it')
+      stripped = after.rstrip()   # a model stops at the end token, and does not write the newline after it
+      end = len(stripped) if stripped.endswith(tuple(control)) else len(after)
+      spans.append((len(before), max(len(before), end)))
     return spans
 
   def check(self, tokens: tokenizers.Tokenizer) -> str:
-    """What is to be known of the template with a tokenizer: which ends of answers no token marks, and which marks are
-    plain text; nothing where all are tokens. ValueError where it cannot be rendered."""
-    talk = [{'role': role, 'content': role} for role in ('user', 'assistant')]
-    text = self.render(talk)
+    """Returns a note for the user, or ''.
+
+    The note names the answers whose end no control token marks, and the marks of the template that are plain text.
+    """
+    exchange = [{'role': role, 'content': role} for role in ('user', 'assistant')]
+    text = self.render(exchange)
     try:
-      ids, said = self.encode(tokens, talk * 2)
-    except ValueError:   # of one turn, or it does not show where earlier answers are
-      ids, said = self.encode(tokens, talk)
-    control = np.isin(ids, [tokens.control_id(name) for name in tokens.control_names])
-    starts, ends = (np.flatnonzero(np.diff(said, prepend=False, append=False)).reshape(-1, 2).T)
-    marked = [bool(control[start:end].any()) for start, end in zip(starts, ends)]   # of each answer
+      ids, mask = self.encode(tokens, exchange * 2)
+    except ValueError:   # the template takes one exchange only, or does not show where earlier answers are
+      ids, mask = self.encode(tokens, exchange)
+    is_control = np.isin(ids, [tokens.control_id(name) for name in tokens.control_names])
+    spans = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    has_end = [bool(is_control[start:end].any()) for start, end in spans]   # of each answer
     notes = []
-    if not all(marked):
-      which = 'answers' if not any(marked) else 'the last answer' if marked[0] else 'answers before the last'
+    if not all(has_end):
+      which = 'answers before the last'
+      if not any(has_end):
+        which = 'answers'
+      elif has_end[0]:
+        which = 'the last answer'
       notes.append(f'the chat template marks the end of {which} with no token of the tokenizer: the model learns no '
                    'token to stop at there')
     if plain := [name for name in dict.fromkeys(base.MARK.findall(text)) if name not in tokens.control_names]:
@@ -118,20 +131,21 @@ class JinjaTemplate:
     return '; '.join(notes)
 
   def ends(self, tokens: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The control token that the template writes at the end of an answer; none where it writes or shows none."""
+    """Returns the control token that the template writes at the end of an answer, or () if there is none."""
     try:
-      ids, said = self.encode(tokens, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    except ValueError:   # as it does not show where an answer is
+      ids, mask = self.encode(tokens, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+    except ValueError:   # the template does not show where an answer is
       return ()
     control = {tokens.control_id(name) for name in tokens.control_names}
-    return tuple(i for i in ids[said][-1:].tolist() if i in control)
+    return tuple(i for i in ids[mask][-1:].tolist() if i in control)
 
   def jinja(self, tokens: tokenizers.Tokenizer) -> str:
-    """The template as Hugging Face folders have it."""
+    """Returns the text of the template."""
     del tokens
     return self.source
 
   def _render(self, messages, add_generation_prompt, tools, marks):
+    """Returns the text and, if `marks`, the spans of its {% generation %} blocks."""
     if not messages:
       raise ValueError('there are no messages')
     for i, message in enumerate(messages):
@@ -140,9 +154,9 @@ class JinjaTemplate:
       if message.get('content') is None and not message.get('tool_calls'):
         raise ValueError(f'message {i} has no content: {message!r}')
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    given = {'messages': plain, 'tools': tools, 'documents': None, 'add_generation_prompt': add_generation_prompt}
+    inputs = {'messages': plain, 'tools': tools, 'documents': None, 'add_generation_prompt': add_generation_prompt}
     try:
-      request = json.dumps([{**self.variables, **given}, marks])
+      request = json.dumps([{**self.variables, **inputs}, marks])
     except (TypeError, ValueError, RecursionError) as error:
       raise ValueError(f'messages, tools and variables must be plain data, as in JSON: {error}') from None
     return self._renderer.answer(request, self.seconds)
@@ -156,12 +170,11 @@ class JinjaTemplate:
 
 
 def refuse_missing(names: Iterable[str], tokens: tokenizers.Tokenizer) -> None:
-  """ValueError unless all are control tokens of the tokenizer."""
+  """Raises ValueError unless all names are control tokens of the tokenizer."""
   if missing := [name for name in names if name not in tokens.control_names]:
     raise ValueError(f'the chat template writes {", ".join(missing)}, no control token of the tokenizer, which would '
-                     f'be read as text; its control tokens are {", ".join(tokens.control_names[:12])}. Take the '
-                     'template of this tokenizer, or write texts without one (--plain, of finetune_chat.py and '
-                     'preference.py)')
+                     f'be read as text; its control tokens are {", ".join(tokens.control_names[:12])}. Use the '
+                     'template of this tokenizer, or no template (--plain, of finetune_chat.py and preference.py)')
 
 
 def sources(folder: str | os.PathLike) -> dict[str, str]:
@@ -175,12 +188,12 @@ def sources(folder: str | os.PathLike) -> dict[str, str]:
       legacy = json_value(path.read_bytes()).get('chat_template') or {}
       texts = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-      raise ValueError(f'{path}: chat_template is neither text nor a list of named ones: {error!r}') from None
+      raise ValueError(f'{path}: chat_template is neither text nor a list of named templates: {error!r}') from None
   return texts
 
 
 def load(folder: str | os.PathLike, name: str = 'default') -> JinjaTemplate:
-  """Returns a template of a Hugging Face folder. Raises ValueError, with the existing names, if the name is none."""
+  """Returns a template of a Hugging Face folder. Raises ValueError, with the existing names, if it has no such one."""
   texts = sources(folder)
   if name not in texts:
     raise ValueError(f'{folder} has no chat template {name!r}, only: {", ".join(texts) or "none"}')
@@ -188,7 +201,7 @@ def load(folder: str | os.PathLike, name: str = 'default') -> JinjaTemplate:
 
 
 def _mapped(function: Any, value: Any) -> Any:
-  """The value with the function applied to every string in it that is no key."""
+  """Returns a JSON value with the function applied to every string in it, except for keys."""
   if isinstance(value, str):
     return function(value)
   if isinstance(value, Mapping):

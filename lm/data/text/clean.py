@@ -1,8 +1,8 @@
-"""Pure rules, document -> document or a reason to drop it; the same bytes out for the same bytes in, on any machine.
+"""Rules of cleaning: pure functions from a document to a document, or to a reason to drop it.
 
-A rule is a function, or a frozen dataclass with `__call__`, so that it can be pickled to worker processes and its repr
-says what it does. The rules of `DEFAULT` may be applied to source code and to any language: they repair and tidy, and
-never rewrite quotes, widths, entities, ligatures or indentation.
+The same bytes in give the same bytes out on any machine. A rule is a function, or a frozen dataclass with `__call__`,
+which can be pickled for worker processes and whose repr describes it. The rules of `DEFAULT` suit source code and any
+language: they repair and tidy, and never change quotes, widths, entities, ligatures or indentation.
 """
 import collections
 import concurrent.futures
@@ -30,8 +30,8 @@ Rule = Callable[[str], str | Drop]
 class Unicode:
   """Repairs text decoded with the wrong encoding ('schÃ¶n' -> 'schön') and lone surrogates, line by line, with ftfy.
 
-  The rest of what ftfy does by default is off: it would turn '，' into ',' in Chinese, '&lt;' into '<' and curly quotes
-  into straight ones in source code, and compatibility ideographs into others (NFC).
+  The other defaults of ftfy are off: they would turn '，' into ',' in Chinese, '&lt;' into '<' and curly quotes into
+  straight ones in source code, and compatibility ideographs into others (NFC).
   """
 
   def __call__(self, document: str) -> str:
@@ -43,7 +43,10 @@ class Unicode:
 
 @dataclasses.dataclass(frozen=True)
 class ControlCharacters:
-  r"""Removes control characters but \n and \t, terminal escapes, byte-order marks; ends of lines, pages become \n."""
+  r"""Removes terminal escapes, byte-order marks, and control characters except \n and \t.
+
+  Every end of a line or page becomes \n.
+  """
 
   def __call__(self, document: str) -> str:
     if '\r' in document:
@@ -51,13 +54,13 @@ class ControlCharacters:
     return _CONTROL.sub('', _BREAK.sub('\n', document))
 
 
-_BREAK = re.compile('[\x0b\x0c\x1c-\x1f\x85]')   # white space to Python too: without it, words would be joined
+_BREAK = re.compile('[\x0b\x0c\x1c-\x1f\x85]')   # Python treats these as white space; removing them would join words
 _CONTROL = re.compile('\x1b\\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Whitespace:
-  """Removes space at line ends, empty lines at both ends and all but two of those in a row; indentation stays."""
+  """Removes spaces at the ends of lines, empty lines at both ends, and all but two of several empty lines in a row."""
 
   def __call__(self, document: str) -> str:
     document = '\n'.join([line.rstrip() for line in document.split('\n')])
@@ -77,15 +80,19 @@ class Length:
   def __call__(self, document: str) -> str | Drop:
     if len(document) < self.min:
       return Drop('too short')
-    return Drop('too long') if self.max is not None and len(document) > self.max else document
+    if self.max is not None and len(document) > self.max:
+      return Drop('too long')
+    return document
 
 
 @dataclasses.dataclass(frozen=True)
 class StopWords:
   """Removes the stop words of a language ('en', 'zh', ...: ISO 639-1; lists of stopwordsiso, Chinese cut by jieba).
 
-  Not for training a language model, which is why no default has it: the model would learn a language without 'the' and
-  'not', and its perplexity would be that of another text. It serves bags of words, retrieval and keys for duplicates.
+  It is for bags of words, retrieval and keys for duplicates, not for training a language model: the model would learn a
+  language without 'the' and 'not', and its perplexity would be that of another text.
+
+  Raises ValueError if there is no list for the language.
   """
   language: str
 
@@ -99,28 +106,29 @@ class StopWords:
     return _WORD.sub(lambda match: '' if match[1].lower().replace('’', "'") in words else match[0], document)
 
 
-# A word, with inner apostrophes and hyphens, and the spaces after it, which go with it.
+# A word, with inner apostrophes and hyphens, and the spaces after it, which are removed together with it.
 _WORD = re.compile(r"(\w+(?:['’-]\w+)*)[ \t]*")
 
 DEFAULT: tuple[Rule, ...] = (Unicode(), ControlCharacters(), Whitespace(), Length())
 
 
 class Deduplicate:
-  """Drops documents whose text has been seen before; 16 bytes each are kept (BLAKE2b-128). Use one for all splits."""
+  """Drops documents that are equal to an earlier one. It stores 16 bytes of each (BLAKE2b-128). Use one for all splits.
+  """
 
   def __init__(self):
-    self._seen = set()
+    self._digests = set()
 
   def __call__(self, document: str) -> str | Drop:
     digest = source.digest(document)
-    if digest in self._seen:
+    if digest in self._digests:
       return Drop('duplicate')
-    self._seen.add(digest)
+    self._digests.add(digest)
     return document
 
 
 def apply(rules: Sequence[Rule], document: str) -> str | Drop:
-  """The document after all rules in turn, or the first `Drop`."""
+  """Returns the document after all rules in turn, or the first `Drop`."""
   for rule in rules:
     document = rule(document)
     if isinstance(document, Drop):
@@ -130,14 +138,15 @@ def apply(rules: Sequence[Rule], document: str) -> str | Drop:
 
 def clean(documents: Iterable[str], rules: Sequence[Rule] = DEFAULT, workers: int = 0,
           deduplicate: Deduplicate | None = None) -> Iterator[str | Drop]:
-  """Yields for each document, in order, the cleaned document or a `Drop`; the second of two equal results is dropped.
+  """Yields the cleaned document, or a `Drop`, for each document in order; the second of two equal results is dropped.
 
   Args:
-    documents: text; read as it is needed, a few hundred ahead at most.
-    rules: applied in turn.
-    workers: processes beside this one; 0 or 1 works in this one. They are spawned, since JAX's threads do not survive a
-      fork: rules are defined in importable modules, and a script guards its start with `if __name__ == '__main__'`.
-    deduplicate: one shared by all splits keeps a document that becomes equal only by cleaning out of the second split.
+    documents: texts, of which at most a few hundred are read ahead.
+    rules: are applied in turn.
+    workers: the number of worker processes; with 0 or 1, this process does the work. Workers are spawned, because JAX's
+      threads do not survive a fork. So rules must be defined in importable modules, and a script must guard its start
+      with `if __name__ == '__main__'`.
+    deduplicate: share one between all splits, so that no two splits have documents that are equal after cleaning.
   """
   deduplicate = deduplicate or Deduplicate()
   for document in _results(documents, functools.partial(apply, tuple(rules)), workers):
@@ -145,7 +154,7 @@ def clean(documents: Iterable[str], rules: Sequence[Rule] = DEFAULT, workers: in
 
 
 def _results(items: Iterable[Any], function: Callable[[Any], Any], workers: int, chunk: int = 32) -> Iterator[Any]:
-  """`map`, in order, in processes that stay at most four chunks each ahead of the consumer."""
+  """Maps items in order, in `workers` processes. At most four chunks per process are ahead of the consumer."""
   if workers < 2:
     yield from map(function, items)
     return
@@ -177,7 +186,7 @@ def _ftfy() -> tuple[Callable, Any]:
 
 @functools.cache
 def _jieba() -> Any:
-  with warnings.catch_warnings():  # its regular expressions and its import of pkg_resources warn
+  with warnings.catch_warnings():   # its regular expressions and its import of pkg_resources cause warnings
     warnings.simplefilter('ignore')
     jieba = source.require('jieba', 'stopwords')
     jieba.setLogLevel(logging.WARNING)
@@ -189,7 +198,7 @@ def _jieba() -> Any:
 def _stop_words(language: str) -> frozenset[str]:
   stopwordsiso = source.require('stopwordsiso', 'stopwords')
   if language in ('ja', 'th'):
-    raise ValueError(f'StopWords: {language!r} is written without spaces and there is no segmenter for it here')
+    raise ValueError(f'StopWords: {language!r} is written without spaces, which needs a segmenter; only zh has one')
   if not stopwordsiso.has_lang(language):
     raise ValueError(f'StopWords: no list for {language!r}; there is {", ".join(sorted(stopwordsiso.langs()))}')
   return frozenset(stopwordsiso.stopwords(language))

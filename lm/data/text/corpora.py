@@ -11,7 +11,7 @@ import re
 import sysconfig
 from typing import Any, Literal
 
-from lm.data.text import source
+from lm.data.text import source, source_files
 from lm.data.text.compressed import Unpacked
 from lm.data.text.prepared import prepared
 from lm.data.text.source import Source
@@ -46,7 +46,7 @@ def python_library(validation: float = 0.05) -> Source:
   counts = collections.Counter()
   documents, read = source.shards(load, len(names), counts)
   return Source('python_library', source.split(documents, read, validation, 'python_library', counts, unique=True),
-                source.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
+                source_files.fingerprint(files, 'python_library', validation), 'PSF-2.0', counts)
 
 
 def _python_files() -> dict[str, pathlib.Path]:
@@ -81,7 +81,7 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
     encoding_errors: a file that is not UTF-8 raises ValueError with the byte ('strict'), is repaired with U+FFFD
       ('replace') or is omitted ('drop'). `counts` of the source has the number of such files.
   """
-  decode, files = TextDecoder(encoding_errors), source.matching(pattern)
+  decode, files = TextDecoder(encoding_errors), source_files.matching(pattern)
 
   def load(i, counts):
     document = decode(files[i].read_bytes(), str(files[i]), counts)
@@ -91,10 +91,10 @@ def text(pattern: str, validation: float = 0.05, separator: str | None = None,
       return [document] if document.strip() else []
     return [part for part in document.replace('\r\n', '\n').split(separator) if part.strip()]
 
-  counts, name = collections.Counter(), source.title(pattern)
+  counts, name = collections.Counter(), source_files.title(pattern)
   documents, read = source.shards(load, len(files), counts)
   splits = source.split(documents, read, validation, name, counts)
-  return Source(name, splits, source.fingerprint(source.relative(files), 'text', validation, separator,
+  return Source(name, splits, source_files.fingerprint(source_files.relative(files), 'text', validation, separator,
                                                  encoding_errors), counts=counts)
 
 
@@ -115,7 +115,7 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
     ValueError: at first use, with file and line, if a line is not UTF-8 and `encoding_errors` is 'strict', is not JSON,
       or has no string under `key`; or with the file, if it unpacks to more than the limit.
   """
-  decode, files, unpacked = TextDecoder(encoding_errors), source.matching(pattern), Unpacked(decompressed_limit)
+  decode, files, unpacked = TextDecoder(encoding_errors), source_files.matching(pattern), Unpacked(decompressed_limit)
 
   def parse(line, where, counts):
     text = decode(line, where, counts)
@@ -146,9 +146,9 @@ def jsonl(pattern: str, key: str | None = 'text', validation: float = 0.05,
       number = lines.read(offset).count(b'\n') + 1
     return f'{files[i]}:{number}'
 
-  counts, name = collections.Counter(), source.title(pattern)
+  counts, name = collections.Counter(), source_files.title(pattern)
   splits = source.split(documents, read, validation, name, counts, divisible=key is not None, where=where)
-  return Source(name, splits, source.fingerprint(source.relative(files), 'jsonl', validation, key,
+  return Source(name, splits, source_files.fingerprint(source_files.relative(files), 'jsonl', validation, key,
                                                  *_if_not_strict(encoding_errors)), counts=counts)
 
 
@@ -176,7 +176,7 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encodi
   """
   import pyarrow as pa
   import pyarrow.parquet as pq
-  decode, files = TextDecoder(encoding_errors), source.matching(pattern)
+  decode, files = TextDecoder(encoding_errors), source_files.matching(pattern)
   groups = []   # (file, row group, number of its first row)
   for path in files:
     try:
@@ -203,10 +203,10 @@ def parquet(pattern: str, column: str = 'text', validation: float = 0.05, encodi
     decoded = [decode(data, f'{path}: row {row}', counts) for row, data in rows if data is not None]
     return [text for text in decoded if text is not None]
 
-  counts, name = collections.Counter(), source.title(pattern)
+  counts, name = collections.Counter(), source_files.title(pattern)
   documents, read = source.shards(load, len(groups), counts)
   splits = source.split(documents, read, validation, name, counts)
-  return Source(name, splits, source.fingerprint(source.relative(files), 'parquet', validation, column,
+  return Source(name, splits, source_files.fingerprint(source_files.relative(files), 'parquet', validation, column,
                                                  *_if_not_strict(encoding_errors)), counts=counts)
 
 
@@ -267,7 +267,8 @@ def tfds(name: str, key: str = 'text', validation: float = 0.05, data_dir: str |
     rows = lambda: ((0, i, document) for i, document in enumerate(train))
     splits = source.split(rows, lambda _, i: train[i], validation, name, counts)
   files = {path.name: path for path in sorted(builder.data_path.iterdir()) if path.is_file()}
-  return Source(info.name, splits, source.fingerprint(files, 'tfds', validation, key, *_if_not_strict(encoding_errors)),
+  fingerprint = source_files.fingerprint(files, 'tfds', validation, key, *_if_not_strict(encoding_errors))
+  return Source(info.name, splits, fingerprint,
                 info.as_proto.redistribution_info.license or 'unknown', counts)
 
 

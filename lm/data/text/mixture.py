@@ -1,7 +1,7 @@
-"""Sources mixed by weight: shares of the tokens that training reads, exact at every row.
+"""Sources mixed by weight: each gives its share of the tokens that training reads, exactly, after any number of rows.
 
-A mixture is first a source like any other, all documents of one source after all of another; its `mixing` says how the
-rows of training are to be taken from them. `Mixed` takes them.
+A mixture is a source, with the documents of one source after those of another, whose `mixing` has the weights. `Mixed`
+reads training rows by these weights.
 """
 import array
 import collections
@@ -23,37 +23,38 @@ MILLION = 10 ** 6
 
 
 def mixture(parts: Sequence[tuple[Source, float]], repeat: bool = True) -> Source:
-  """Sources of which each gives its weight's share of the tokens of training.
+  """Returns a mixture of sources, each of which gives a share of the training tokens in proportion to its weight.
 
-  A source that ends begins anew or, without `repeat`, training stops at the step at which the first source ends.
-  A weight of 0 leaves a source out. Shares with more than six digits are rounded to a millionth, and to no less than
-  that. Validation reads all held-out documents of all sources, once. A mixture has the splits that all of its sources
-  have.
+  Validation reads all held-out documents of all sources, once. A mixture has the splits that all of its sources have.
 
-  Raises ValueError for weights that are no shares.
+  Args:
+    parts: (source, weight) pairs. A weight of 0 omits a source. Shares with more than six digits are rounded to a
+      millionth, and to no less.
+    repeat: whether a source that ends begins again; otherwise, training stops at the step at which the first one ends.
+
+  Raises ValueError if a weight is negative or infinite, or if all are 0.
   """
-  given = [weight for _, weight in parts]
-  if not all(0 <= weight < math.inf for weight in given) or not any(given):
-    raise ValueError(f'mixture: weights {given} must be 0 or positive, one of them positive at least')
-  # As they are written: 0.3 is 3 / 10.
+  weights = [weight for _, weight in parts]
+  if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+    raise ValueError(f'mixture: weights {weights} must be 0 or positive, and at least one of them positive')
+  # The string is the number as it was written: 0.3 is 3 / 10.
   parts = [(part, fractions.Fraction(str(weight))) for part, weight in parts if weight]
   return _joined(parts, repeat) if len(parts) > 1 else parts[0][0]
 
 
 @source.deferred
 def _joined(parts, repeat):
-  flat = []   # a mixture of mixtures is one of all their sources
+  sources, weights = [], []   # a mixture of mixtures is a mixture of their sources
   for part, weight in parts:
-    inner = part.mixing
-    flat += [(part, weight)] if inner is None else [
-        (one, weight * fractions.Fraction(own, sum(inner.weights))) for one, own in zip(inner.sources, inner.weights)]
-  sources = tuple(part for part, _ in flat)
-  mixing = source.Mixing(sources, _whole([weight for _, weight in flat]), repeat)
+    inner = part.mixing or source.Mixing((part,), (1,))
+    sources += inner.sources
+    weights += [weight * fractions.Fraction(inner_weight, sum(inner.weights)) for inner_weight in inner.weights]
+  mixing = source.Mixing(tuple(sources), _whole(weights), repeat)
   counts, notes = collections.Counter(), []
 
   def places(sequences):
     counts.clear()
-    sizes = [len(sequence) for sequence in sequences]   # reads what was not read
+    sizes = [len(sequence) for sequence in sequences]   # before counts and notes: this reads the sources
     for part in sources:
       counts.update(part.counts)
       notes.extend(note for note in part.notes if note not in notes)
@@ -74,9 +75,9 @@ def _joined(parts, repeat):
 
 
 def _whole(weights: Sequence[fractions.Fraction]) -> tuple[int, ...]:
-  """Whole numbers with the same shares, as small as possible; of a sum near a million where they would be larger.
+  """Returns the smallest whole numbers with the same shares; if their sum is above a million, rounded to that sum.
 
-  The order of rows repeats after their sum, and is computed up to there.
+  The order of rows has their sum as its period, and is stored for one period.
   """
   scale, total = math.lcm(*(weight.denominator for weight in weights)), sum(weights)
   whole = [int(weight * scale) for weight in weights]
@@ -86,16 +87,17 @@ def _whole(weights: Sequence[fractions.Fraction]) -> tuple[int, ...]:
 
 
 class SourceOrder:
-  """Which source gives row n, and how many it gave before.
+  """The source of row n, and the number of rows before n that it gives.
 
-  Of the first n rows, each source has given its share to within less than one (Tijdeman, "The chairman assignment
-  problem", 1980): row j of a source with share w is due in the window [floor(j/w), ceil((j+1)/w)), and the earliest
-  due goes first, which keeps every window, as the shares sum to one. The order repeats after the sum of the weights.
+  Of the first n rows, each source gives its share to within less than one row (Tijdeman, "The chairman assignment
+  problem", 1980): row j of a source with share w has to be in the window [floor(j/w), ceil((j+1)/w)). The source whose
+  window ends first is next; this satisfies all windows, because the shares sum to one. The order has the sum of the
+  weights as its period.
   """
 
   def __init__(self, weights: Sequence[int]):
     self._weights, self._period = weights, sum(weights)
-    self._taken = [0] * len(weights)
+    self._row_counts = [0] * len(weights)   # so far, by source
     self._order, self._ranks = array.array('H'), array.array('q')
 
   def __call__(self, n: int) -> tuple[int, int]:
@@ -106,15 +108,16 @@ class SourceOrder:
     return which, cycle * self._weights[which] + self._ranks[place]
 
   def _extend(self, n: int) -> None:
-    taken, period = self._taken, self._period
-    _, which = min((-(-(taken[i] + 1) * period // weight), i) for i, weight in enumerate(self._weights)
-                   if taken[i] * period < (n + 1) * weight)
+    """Appends row n to the order: of the sources whose window has begun, the one whose window ends first."""
+    counts, period = self._row_counts, self._period
+    _, which = min((-(-(counts[i] + 1) * period // weight), i) for i, weight in enumerate(self._weights)
+                   if counts[i] * period < (n + 1) * weight)
     self._order.append(which)
-    self._ranks.append(taken[which])
-    taken[which] += 1
+    self._ranks.append(counts[which])
+    counts[which] += 1
 
   def counts(self, rows: int) -> list[int]:
-    """How many of the first rows each source gives."""
+    """Returns how many of the first `rows` rows each source gives."""
     cycles, remainder = divmod(rows, self._period)
     if remainder:
       self(remainder - 1)
@@ -123,19 +126,21 @@ class SourceOrder:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed(Batches):
-  """Rows of several streams in turn, by weight; each goes through epochs of its own, without an end.
+  """Rows of several streams by weight. Each stream goes through epochs of its own, without end.
 
   Args:
-    mixing: of the sources, whose names and weights are used.
+    mixing: the sources, of which names and weights are used.
     streams: one for each source.
+
+  Raises ValueError if columns are stored.
   """
   mixing: source.Mixing = dataclasses.field(kw_only=True)
   streams: tuple[Stream, ...] = dataclasses.field(kw_only=True)
 
   def __post_init__(self):
     if self.stored is not None:
-      raise ValueError('columns are stored for rows that are the same in every epoch, and a mixture has none: give one '
-                       'corpus alone')
+      raise ValueError('columns are stored for rows that are the same in every epoch, and a mixture has no such rows; '
+                       'give one corpus alone')
 
   @functools.cached_property
   def _turns(self) -> SourceOrder:
@@ -143,7 +148,7 @@ class Mixed(Batches):
 
   @property
   def rows_per_epoch(self) -> int:
-    """Rows in which every source is read once, at least."""
+    """The number of rows in which every source is read at least once."""
     total = sum(self.mixing.weights)
     return max(math.ceil(stream.rows_in(1) * total / weight)
                for stream, weight in zip(self.streams, self.mixing.weights))
@@ -158,14 +163,16 @@ class Mixed(Batches):
     return batch
 
   def _fill(self, row, epoch, index, rng):
-    raise TypeError('rows of a mixture belong to no epoch of the whole')
+    raise TypeError('the rows of a mixture do not belong to one epoch')
 
   def end(self) -> tuple[int, str] | None:
     if self.mixing.repeat:
       return None
-    total = sum(self.mixing.weights)   # by then a source has given no more than it has
-    return min((math.floor(stream.rows_in(1)) * total // weight, part.name) for part, weight, stream in zip(
-        self.mixing.sources, self.mixing.weights, self.streams))
+    total = sum(self.mixing.weights)
+    ends = []   # the number of rows after which each source has been read once
+    for part, weight, stream in zip(self.mixing.sources, self.mixing.weights, self.streams):
+      ends.append((math.floor(stream.rows_in(1)) * total // weight, part.name))
+    return min(ends)
 
   def summary(self, rows: int) -> list[str]:
     total, lines = sum(self.mixing.weights), []

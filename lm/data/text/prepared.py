@@ -1,13 +1,16 @@
-"""Data sets of TensorFlow Datasets, as they lie on disk."""
+"""Prepared data sets of TensorFlow Datasets."""
 import pathlib
 from typing import Any
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
-  """The TFDS builder of a prepared data set; ValueError, in one line, says where none is."""
+  """Returns the TFDS builder of a prepared data set; a name of the catalogue is downloaded and prepared if necessary.
+
+  Raises ValueError, in one line, if there is no such data set.
+  """
   import tensorflow_datasets as library
   path = pathlib.Path(name).expanduser()
-  looked = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
+  folder = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
   try:
     below = ('', '*/', '*/*/', '*/*/*/')  # data_dir/name/config/version
     data_sets = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
@@ -17,16 +20,16 @@ def prepared(name: str, data_dir: str | None) -> Any:
       return library.builder_from_directory(data_sets[0])
     if path.is_absolute() or name.startswith(('~', '.')):
       raise ValueError('no prepared data set is in this folder (no dataset_info.json)')
-    builder = library.builder(name, data_dir=looked)
-    if not builder.info.splits:  # array_record is the format that can be read at random, and without TensorFlow
-      builder = library.builder(name, data_dir=looked, file_format='array_record')
+    builder = library.builder(name, data_dir=folder)
+    if not builder.info.splits:   # array_record can be read at random, and without TensorFlow
+      builder = library.builder(name, data_dir=folder, file_format='array_record')
       builder.download_and_prepare()
     return builder
   except ImportError:
     raise
   except library.core.DatasetNotFoundError:
-    raise ValueError(f'tfds: no data set {name!r} in data_dir={looked} nor in the catalogue (tensorflow.org/datasets/'
+    raise ValueError(f'tfds: no data set {name!r} in data_dir={folder} nor in the catalogue (tensorflow.org/datasets/'
                      f'catalog), nor a prepared one in the folder {path.absolute()}; give the path of one') from None
-  except Exception as error:  # tfds has many kinds, and tells them in paragraphs
-    raise ValueError(f'tfds: {name!r}: {(str(error).split(chr(10) * 2)[0] or type(error).__name__).strip()}'
-                     .replace('\n', ' ')) from error
+  except Exception as error:   # tfds raises errors of many classes, with several paragraphs each
+    first_paragraph = str(error).split('\n\n')[0] or type(error).__name__
+    raise ValueError(f'tfds: {name!r}: {first_paragraph.strip()}'.replace('\n', ' ')) from error

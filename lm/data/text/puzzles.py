@@ -1,4 +1,4 @@
-"""Questions with one right answer, made up as they are read: to fine-tune and align models that train in minutes."""
+"""Generated questions with one right answer, to fine-tune and align models that train in minutes."""
 import functools
 import json
 import random
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from lm.data.text import source
 from lm.data.text.source import Source
 
-POLITE = 'Sure: '   # how an answer may begin
+POLITE = 'Sure: '   # the beginning of a polite answer
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 
 def puzzle(rng: random.Random) -> tuple[str, str]:
-  """A question and its answer: letters to reverse, to sort, or to shift by one in the alphabet (z to a)."""
+  """Returns a question and its answer: letters to reverse, to sort, or to shift by one in the alphabet (z to a)."""
   letters = ''.join(rng.choices(_LETTERS, k=rng.randint(2, 5)))
   shifted = ''.join(_LETTERS[(_LETTERS.index(letter) + 1) % 26] for letter in letters)
   return rng.choice(((f'Reverse {letters}', letters[::-1]), (f'Sort {letters}', ''.join(sorted(letters))),
@@ -20,21 +20,21 @@ def puzzle(rng: random.Random) -> tuple[str, str]:
 
 
 def solution(answer: str) -> str:
-  """An answer without what is polite about it."""
+  """Returns an answer without its polite beginning."""
   return answer.removeprefix(POLITE)
 
 
 def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> Source:
-  """Records {"prompt", "completion"}, every second answer polite."""
+  """Returns records {"prompt", "completion"}; half of the answers, drawn at random, are polite."""
   def record(question, answer, rng):
     return {'prompt': question, 'completion': rng.choice(('', POLITE)) + answer}
   return _source('puzzles', record, count, validation, seed)
 
 
 def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
-  """Records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the other has neither.
+  """Returns records {"prompt", "chosen", "rejected"}: the chosen answer is polite and right, the rejected is neither.
 
-  It is curt and has a wrong letter. Were both right, the letters that they share would be made less likely in both.
+  The rejected answer has one wrong letter. If both were right, training would make their common letters less likely.
   """
   def record(question, answer, rng):
     place = rng.randrange(len(answer))
@@ -44,7 +44,7 @@ def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> S
 
 
 def _source(name: str, record: Callable, count: int, validation: float, seed: int) -> Source:
-  """A question is held out by a hash of it: in no source of puzzles is it in train."""
+  """A hash of the question decides whether it is held out, so that no source of puzzles trains on it."""
   def make(i: int) -> tuple[str, str]:
     rng = random.Random(f'{seed} {i}')
     question, answer = puzzle(rng)

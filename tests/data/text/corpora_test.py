@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from lm import signature
-from lm.data.text import corpora
+from lm.data.text import corpora, source_files
 from lm.data.text.mixture import mixture
 from lm.data.text.source import Source, digest, sample, texts
 
@@ -194,8 +194,8 @@ def test_fingerprint_follows_content_and_options_not_the_folder(tmp_path, monkey
   path = tmp_path / 'two' / '0' / '3.txt'
   path.write_text(path.read_text().replace('3', '4'))  # of the same size
   assert make('two') != first
-  monkeypatch.setattr('lm.data.text.source._WHOLE', 10)
-  monkeypatch.setattr('lm.data.text.source._END', 4)
+  monkeypatch.setattr('lm.data.text.source_files._WHOLE', 10)
+  monkeypatch.setattr('lm.data.text.source_files._END', 4)
   beginning = make('one')
   path = tmp_path / 'one' / '0' / '3.txt'
   path.write_text(path.read_text()[:-1] + '。')  # only the end is other
@@ -278,8 +278,8 @@ def test_building_again_from_other_files_is_refused(tmp_path, builder, capsys):
 def test_a_name_that_exists_is_that_file_and_patterns_come_after(tmp_path):
   for name in ('data[1].txt', 'data1.txt', 'data2.txt'):
     (tmp_path / name).write_text(name)
-  assert source_files(tmp_path, 'data[1].txt') == ['data[1].txt']
-  assert source_files(tmp_path, 'data[12].txt') == ['data1.txt', 'data2.txt']
+  assert names_matching(tmp_path, 'data[1].txt') == ['data[1].txt']
+  assert names_matching(tmp_path, 'data[12].txt') == ['data1.txt', 'data2.txt']
 
 
 def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path):
@@ -288,12 +288,11 @@ def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path):
   (tmp_path / 'a' / 'loop').symlink_to(tmp_path / 'a', target_is_directory=True)
   (tmp_path / 'b.txt').symlink_to(tmp_path / 'a' / 'one.txt')
   (tmp_path / 'c.txt').write_text('one')   # another file, of the same text
-  assert source_files(tmp_path, '**/*.txt') == ['b.txt', 'c.txt']
+  assert names_matching(tmp_path, '**/*.txt') == ['b.txt', 'c.txt']
 
 
-def source_files(folder, pattern):
-  from lm.data.text import source
-  return [path.relative_to(folder).as_posix() for path in source.matching(f'{folder}/{pattern}')]
+def names_matching(folder, pattern):
+  return [path.relative_to(folder).as_posix() for path in source_files.matching(f'{folder}/{pattern}')]
 
 
 @pytest.mark.parametrize('text', ['\n'.join(f'line {i} of a long text' for i in range(300)), 'word ' * 1000, 'x' * 500])
