@@ -166,6 +166,7 @@ def test_an_optimizer_does_not_change_with_the_names_of_weights(name):
     assert programs(changed) != programs(weights)   # so that the programs can tell
 
 
+@pytest.mark.slow
 def test_adapters_do_not_change_with_the_names_of_weights():
   model = types.SimpleNamespace(init=lambda key: renamed(EXPERTS.init(key)))
   adapters, other = (jax.jit(lora.Adapted(each, 2, 4.).init)(jax.random.key(0))['adapters']

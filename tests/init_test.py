@@ -82,6 +82,7 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
     Fixed().with_dtype(jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'
   for own in ('--vocab=480', '--tokenizer_kind=bytes'):
@@ -118,6 +119,7 @@ def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder)
       signature.call(pretrain.experiment, knobs(f'--model={folder}/run', flags[1], own)['knobs'])
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_where_its_origin_is_gone(folder, tmp_path, mesh):
   shutil.copytree(folder / 'run', tmp_path / 'base')
   flags = f'--init={tmp_path}/base', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'

@@ -81,6 +81,7 @@ SHAPES = {'attention/query': ('DNH', 1), 'attention/key': ('DKH', 1), 'attention
           'feed_forward/down': ('FD', 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [None, pytest.param('data:2,model:2', marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
   """dA = scale dW B^T, dB = scale A^T dW, on every mesh."""

@@ -256,6 +256,7 @@ def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_wa
     base.start(base.model)
 
 
+@pytest.mark.slow
 def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_demand(program, tmp_path):
   expected = program('run').params
   with pytest.raises(ValueError, match='for another tokenizer .*--init_ignore_tokenizer'):
@@ -283,6 +284,7 @@ def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs
   assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), started.params, result.params))
 
 
+@pytest.mark.slow
 def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monkeypatch):
   program('base')
   monkeypatch.chdir(tmp_path)
@@ -299,6 +301,7 @@ def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monk
       again()
 
 
+@pytest.mark.slow
 def test_adapters_are_refused_on_a_base_that_was_trained_anew(program, tmp_path):
   program('base')
   program('adapters', tmp_path / 'base', lora_rank=2)

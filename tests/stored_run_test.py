@@ -100,6 +100,7 @@ def test_a_run_that_was_moved_and_whose_script_is_deleted_generates_and_scores_t
     opened.run.optimizer.init(opened.params)
 
 
+@pytest.mark.slow
 def test_adapters_are_opened_without_a_script(trains, tmp_path):
   workdir = trains('adapters', trains('base'), lora_rank=2)
   shutil.rmtree(tmp_path / 'project')
@@ -116,6 +117,7 @@ def test_a_run_without_its_tokens_says_how_to_get_them_back(trains):
   assert not (workdir / 'data' / 'tokens').exists()
 
 
+@pytest.mark.slow
 def test_a_function_of_a_script_is_named_and_needs_the_script(trains, tmp_path):
   workdir = trains('run', users=True)
   with pytest.raises(FileNotFoundError, match='uses small:own, which is not of this package. Its script, .*'

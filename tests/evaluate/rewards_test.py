@@ -130,6 +130,7 @@ def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys)
     score.score(workdir=opened / 'decoder', pairs='x', mesh='data:8')
 
 
+@pytest.mark.slow
 def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, capsys):
   options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': 'data:8', 'chat': True}
   generate_script.main(**options, n=8)

@@ -144,6 +144,7 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
   assert len({row.tobytes() for row in ours}) == len(SOURCES)
 
 
+@pytest.mark.slow
 def test_what_an_encoder_decoder_writes_depends_on_its_source_and_not_on_its_company(folders):
   loaded = pretrained.load(str(folders / 't5'))
   write = lambda prompts: generate.generate(loaded.model, loaded.params, loaded.tokenizer, prompts,
@@ -152,6 +153,7 @@ def test_what_an_encoder_decoder_writes_depends_on_its_source_and_not_on_its_com
   assert [write([source])[0] for source in SOURCES[1:]] == together[1:] and len(set(together)) == len(SOURCES)
 
 
+@pytest.mark.slow
 def test_the_first_token_of_a_decoder_is_at_the_start_of_its_text():
   """As SentencePiece has it: a token's space is dropped at the start of a text, and only there."""
   class Words(Bytes):
@@ -194,6 +196,7 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
       assert value == pytest.approx(expected, abs=2e-5) and expected < -0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
 def test_a_text_in_company_has_the_pseudo_log_probabilities_it_has_alone(mesh_shape):
   model, rng = MODELS['bert'], np.random.default_rng(0)

@@ -71,6 +71,7 @@ def test_ours_is_measured():
   assert all(int(rate.replace(',', '')) > 0 for rate, _ in rows)
 
 
+@pytest.mark.slow
 def test_each_objective_of_the_table_is_made_examples_of_and_traced():
   import jax
   import numpy as np

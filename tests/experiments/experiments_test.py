@@ -349,6 +349,7 @@ def test_generate_refuses_values_that_mean_nothing_before_a_model_is_read(script
     scripts['generate'].main(**flags_given, workdir=pathlib.Path('not there'))
 
 
+@pytest.mark.slow
 def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)

@@ -246,6 +246,7 @@ def test_sums_count_tokens_and_estimate_nats():
   assert float(masked_diffusion(sequence_mean).loss(MODEL.apply, params(), batch, None)[1]) == 2
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_same_on_a_mesh():
   a, b = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
   batch = batch_of([[a, b], [b]])

@@ -166,6 +166,7 @@ def test_rows_join_on_a_mesh():
   assert written == [ids for ids, _ in expected]
 
 
+@pytest.mark.slow
 def test_filters_of_rows_are_those_of_each_row():
   rng = np.random.default_rng(0)
   logits, seen = rng.normal(0, 3, (len(REQUESTS), 40)).astype('f4'), rng.random((len(REQUESTS), 40)) < 0.3

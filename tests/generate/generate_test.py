@@ -141,6 +141,7 @@ def test_a_completion_does_not_depend_on_its_batch(sampling):
   assert sampling.greedy or (tokens_of(*tiny(), PROMPTS[:1], sampling, 24, seed=6)[0] != together[0]).any()
 
 
+@pytest.mark.slow
 def test_a_mesh_makes_the_same_tokens():
   expected = tokens_of(*tiny(), PROMPTS, MIXED, 24)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')) as mesh:
@@ -219,6 +220,7 @@ def test_streams_join_to_completions():
       Bytes().decode(ends[:first]).rstrip('\ufffd'))
 
 
+@pytest.mark.slow
 def test_text_ends_at_any_of_the_ends():
   model, params = tiny()
   made = tokens_of(model, params, PROMPTS, GREEDY, 24)
@@ -238,6 +240,7 @@ def test_text_ends_at_any_of_the_ends():
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 
 
+@pytest.mark.slow
 def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
   model, params = tiny()
   made = tokens_of(model, params, PROMPTS, GREEDY, 24)

@@ -196,6 +196,7 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
       np.testing.assert_array_equal(row, expected)
 
 
+@pytest.mark.slow
 def test_fewer_drafts_than_depths_and_bad_requests():
   model = prediction_heads.sequential(SMALL, 2)
   params, draft = random_params(model, 0.5), speculative.SelfSpeculation(1)

@@ -49,6 +49,7 @@ def test_what_the_others_are_made_from_is_a_model(values, tmp_path):
   weights.open_model(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(base=st.sampled_from(BASES), data=st.data())
 def test_any_config_is_a_model_or_a_value_error(base, data, tmp_path):

@@ -329,6 +329,7 @@ HEADER = json.loads(WHOLE[8:-16])
 SAME = settings(deadline=None, derandomize=True, max_examples=300, database=None)
 
 
+@pytest.mark.slow
 @SAME
 @given(st.one_of(
     mutated(WHOLE), mutated(WHOLE[8:-16]).map(lambda text: raw(text, bytes(16))),

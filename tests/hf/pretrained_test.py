@@ -209,6 +209,7 @@ def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, m
   assert pretrained.locate('some/model') == tmp_path and fetched == held[:4]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_has_no_other_form_goes_out_as_the_file_it_came_in(tmp_path):
   """A folder with only tokenizer.model, which changes text: imported, trained from, written."""
   model_file = io.BytesIO()

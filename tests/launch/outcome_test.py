@@ -49,6 +49,7 @@ def texts(tmp_path):
 TINY = '--tokenizer_kind=bytes', '--vocab=320', '--layers=1', '--width=16', '--heads=2', '--length=64', '--batch=8'
 
 
+@pytest.mark.slow
 def test_pretrain_writes_a_sample_and_the_next_command_runs(program, texts, tmp_path):
   out = program('pretrain.py', *texts, *TINY, '--steps=9', '--evaluate_batches=1')
   training = store.Store(tmp_path / 'a run/data/tokens', 'train')
@@ -76,6 +77,7 @@ def test_a_model_that_does_not_write_is_scored_next(program, texts, tmp_path, mo
   assert argv[0] == 'experiments/score.py' and flags.given == {'workdir', 'split'}
 
 
+@pytest.mark.slow
 def test_chat_ends_with_a_question_that_was_held_out(program, tmp_path, monkeypatch):
   monkeypatch.setattr(finetune_chat, 'QUESTIONS', 2)
   records = [{'prompt': f'What\'s {i} "and" {i}?', 'completion': f'{2 * i}'} for i in range(200)]

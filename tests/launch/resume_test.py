@@ -104,6 +104,7 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   assert 'other values' not in program('--steps=6', '--width=16', '--seed=3', '--keep=9')[1]   # equal values are fine
 
 
+@pytest.mark.slow
 def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):
   assert program('--name=b')[0] == 0
   kept = steps_kept(tmp_path / 'run')
@@ -117,6 +118,7 @@ def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):
   assert program('--steps=6')[0] == 0   # what was refused is not the run's
 
 
+@pytest.mark.slow
 def test_minutes_beside_a_fixed_number_of_steps_are_refused_until_they_count(program, tmp_path, monkeypatch):
   monkeypatch.setattr(budget, 'fit', lambda make, minutes: make(6))
   code, _, err = program('--name=b', '--minutes=5', '--steps=4')
@@ -129,6 +131,7 @@ def test_minutes_beside_a_fixed_number_of_steps_are_refused_until_they_count(pro
   assert code == 0 and steps_kept(tmp_path / 'run')[-1] == 12   # twice the time
 
 
+@pytest.mark.slow
 def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path):
   scripts.trust(tmp_path / 'small.py')
   assert program('--name=b', '--lr=0.3', workdir='base')[0] == 0
@@ -147,6 +150,7 @@ def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path
   assert code == 1 and f'{tmp_path}/other' in err and steps_kept(tmp_path / 'run')[-1] == 10
 
 
+@pytest.mark.slow
 def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
   scripts.trust(tmp_path / 'small.py')
   sizes = '--name=b', '--decoder', '--steps=2'
@@ -163,6 +167,7 @@ def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
   assert code == 1 and 'what lies under its adapters' in err and 'put it back' in err
 
 
+@pytest.mark.slow
 def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(program, tmp_path):
   assert program('--name=b', '--lr=0.3', '--keep=1')[0] == 0   # some losses are low
   code, _, err = program('--label_smoothing=0.5', '--steps=8')
@@ -175,6 +180,7 @@ def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(pr
   assert program('--steps=10')[0] == 0   # it is the run's from now on
 
 
+@pytest.mark.slow
 def test_what_a_cosine_does_when_it_is_stretched_is_said(program, tmp_path):
   assert 'jumps' not in program('--name=b', '--cosine', '--steps=8')[1]
   out = program('--steps=16')[1]

@@ -70,6 +70,7 @@ def model(tmp_path_factory):
   return module.model(RUN.data.tokenizer.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_new_mixer_trains_and_resumes(model, tmp_path):
   go(tmp_path / 'whole', model=model)
   go(tmp_path / 'parts', model=model, steps=2)
@@ -97,6 +98,7 @@ def test_a_cache_of_a_new_kind_continues_unequal_prompts_as_the_full_forward(mod
   np.testing.assert_allclose(jnp.concatenate(hidden, axis=1)[:, 4:], expected[:, 4:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_mixer_writes_each_text_as_it_does_alone(model):
   params, tokenizer = jax.jit(model.init)(jax.random.key(0)), Bytes(('<|a|>', '<|b|>'))
   sampling = generate.Sampling(temperature=0.7)

@@ -88,6 +88,7 @@ def test_masks_of_rows_heads_blocks_and_keys_are_independent_and_have_the_rate()
   assert np.mean(first == second) == pytest.approx((1 - RATE) ** 2 + RATE ** 2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_attention_dropout_is_unbiased():
   (q, k, v), _ = inputs(False)
   visible, scores, draws = Visible(SEGMENTS, SEGMENTS), AttentionScores(dropout=RATE), 100

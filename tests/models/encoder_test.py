@@ -198,6 +198,7 @@ def test_a_position_depends_on_all_of_its_segment_and_on_nothing_else():
   assert batch.tokens.shape == tokens.shape
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_saves_memory():
   params, batch = random_params(MODEL), make_batch()
   whole, lean = (MODEL.clone(remat=remat) for remat in (None, jax.checkpoint_policies.nothing_saveable))

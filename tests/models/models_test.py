@@ -172,6 +172,7 @@ def test_scanned_layers_equal_unrolled_ones():
   assert_close(forward(GPT2, params, batch), jit(unrolled)(params), 1e-6)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_nothing():
   params, batch = random_params(LLAMA), make_batch(True)
 

@@ -245,6 +245,7 @@ def test_remat_changes_nothing_and_keeps_the_products_that_it_names():
   jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *grads)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
   params, (x, dy) = random_params(KINDS['mixtral']), inputs()
   low = jit(functools.partial(run, KINDS['mixtral']))(params, x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16))

@@ -100,6 +100,7 @@ def test_changes_grow_with_depth_in_the_standard_parametrisation():
   assert found[:, 2].min() > 0.3
 
 
+@pytest.mark.slow
 def test_at_the_base_shape_it_is_llama_but_for_embedding_and_head():
   arguments = {'vocab': 16, 'width': 128, 'layers': 2, 'heads': 2}
   params, plain = (jax.jit(model.init)(jax.random.key(0)) for model in (

@@ -44,6 +44,7 @@ def test_longrope_divides_by_other_factors_past_the_original_context():
   np.testing.assert_allclose(rotary(x, positions), plain(x, positions / 2), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_longrope_chooses_factors_for_each_text():
   """Texts packed into a row, rows of a batch, padding, and tokens after those of a cache."""
   rotary = Rotary(1e4, scaling=LongRope((1.,) * 4, (2.,) * 4, 16, 1.1))

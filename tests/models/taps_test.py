@@ -48,6 +48,7 @@ def test_ablating_a_head_is_zeroing_its_rows_of_the_output_projection():
   assert np.abs(actual - plain).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_read_is_stacked_over_layers_and_the_same_with_a_cache():
   params, batch = random_params(GPT2), make_batch(False)
   taps = tuple((name, read) for name in NAMES)
@@ -67,6 +68,7 @@ def test_nothing_is_stored_where_nothing_is_read():
   assert program(()).count('scan') == 1 and program((('query', same),)).count('f32[2,') == program(()).count('f32[2,')
 
 
+@pytest.mark.slow
 def test_taps_of_an_encoder_decoder_name_its_side():
   model = encoder_decoder.t5(32, 8, 2, 2, 4, 16)
   params = jax.jit(model.init)(jax.random.key(0))

@@ -33,6 +33,7 @@ def run(folder, *flags):
   return done.stdout
 
 
+@pytest.mark.slow
 def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_flags(folder):
   run(folder, '--distance=2', '--layers=1', '--width=64', '--steps=40', '--lr=3e-2')
   rows = [json.loads(line) for line in (folder / 'runs' / 'far' / 'metrics.jsonl').read_text().splitlines()]
@@ -44,6 +45,7 @@ def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_fla
   assert told['knobs'] == {'distance': 2, 'layers': 1, 'width': 64, 'steps': 40, 'lr': 0.03}
 
 
+@pytest.mark.slow
 def test_its_run_is_opened_by_other_programs_where_its_script_is_named(folder):
   run(folder, '--layers=1', '--width=64', '--steps=2')
   score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'

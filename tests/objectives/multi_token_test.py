@@ -187,6 +187,7 @@ def test_a_depth_sees_so_many_tokens_further_and_no_other_segment(kind):
           np.testing.assert_array_equal(seen[k, b, i, b], same & (np.arange(TIME) <= i + reach))
 
 
+@pytest.mark.slow
 def test_packed_equals_unpacked():
   batch, params = packed_batch(), random_params(SEQUENTIAL)
   packed = loss_and_grads(SEQUENTIAL, params, batch)
@@ -200,6 +201,7 @@ def test_packed_equals_unpacked():
                loss_and_grads(SEQUENTIAL, params, rows))
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences_with_dropout_too():
   model, batch, key = SEQUENTIAL, packed_batch(), jax.random.key(4)
   params = random_params(model)
@@ -234,6 +236,7 @@ def test_it_is_the_same_on_a_mesh():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (np.abs(b).max() + 1)), found, expected)
 
 
+@pytest.mark.slow
 def test_it_starts_as_its_trunk_does():
   model = SEQUENTIAL
   params, trunk = jax.jit(model.init)(jax.random.key(0)), jax.jit(TRUNK.init)(jax.random.key(0))

@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_an_optimizer_in_a_file_of_its_own_is_trained_by_flags(tmp_path):
   text, = re.findall(r'^```python\n(# sign.py.*?)^```', (ROOT / 'docs/extend.md').read_text(), re.DOTALL | re.MULTILINE)
   (tmp_path / 'sign.py').write_text(text)

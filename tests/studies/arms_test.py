@@ -47,6 +47,7 @@ def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script,
     compared(script, study, 'slow: lr=1e-3; fast: lr=0.2')
 
 
+@pytest.mark.slow
 def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
   results = compared(script, tmp_path / 'study', 'one: ; two: ', seeds=2)
   assert results['one'] == results['two']
@@ -186,6 +187,7 @@ def test_arms_are_runs_of_their_own(script, tmp_path):
     variants.experiment(tmp_path / 'empty.py')
 
 
+@pytest.mark.slow
 def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
   study, text = tmp_path / 'study', 'a: ; b: lr=0.1'
   with pytest.raises(ValueError, match='--equal=seconds needs a --budget above 0'):
@@ -198,6 +200,7 @@ def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
   assert len(swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1', method='random', trials=1)) == 1
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_path):
   studies = {'compare.json': lambda common: compared(script, tmp_path, 'a: ; b: ', common=common),
              'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
@@ -210,6 +213,7 @@ def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_
     assert not list(tmp_path.glob('*/seed-*')) and not (tmp_path / settings).exists()
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
   text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2}
   results = compared(script, tmp_path, text, **more)
@@ -247,6 +251,7 @@ def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, 
   assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
 
 
+@pytest.mark.slow
 def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
   score = runs.score
   monkeypatch.setattr(runs, 'score', lambda run, *rest: {

@@ -38,6 +38,7 @@ def test_intervals_hold_the_outcome_about_as_often_as_they_say():
   assert inside >= 9   # of 12 at 95 %: fewer have a chance of 0.2 %
 
 
+@pytest.mark.slow
 def test_an_outlier_moves_the_fit_little():
   points = [(n, d, float(LAW(n, d)) * (1.3 if i == 5 else 1)) for i, (n, d) in enumerate(GRID)]
   assert float(scaling.fit(points)(4.8e5, 4e6)) == pytest.approx(float(LAW(4.8e5, 4e6)), rel=0.02)
@@ -79,6 +80,7 @@ def test_products_are_counted_where_they_run():
   assert flops.count(convolved, image, kernel) == 2 * (2 * 10 * 10 * 8) * 3 * 3 * 4
 
 
+@pytest.mark.slow
 def test_updates_cost_what_their_formulas_say():
   mesh, shape = on('data:1'), interleaved.SHAPES['tiny']
   make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,

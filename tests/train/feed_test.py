@@ -84,6 +84,7 @@ def whole(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_what_it_writes(whole):
   rewards = list(logged(whole, 'reward').values())
   assert np.mean(rewards[:3]) < 0.65 and np.mean(rewards[-3:]) > 0.9

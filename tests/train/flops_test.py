@@ -59,6 +59,7 @@ def test_only_factors_that_are_trained_have_gradients():
     flops.training(lambda w, x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ w, x), square, x)
 
 
+@pytest.mark.slow
 def test_a_program_costs_the_same_on_every_mesh():
   """That of all devices together, also where it is written for one of them, as attention is."""
   configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()

@@ -171,6 +171,7 @@ def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_p
   assert same(again.params, result.params) and again.metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_patience_is_the_same_through_a_stop(tmp_path):
   whole = go(tmp_path / 'whole', OVERFITTING)
   asked = []

@@ -137,6 +137,7 @@ def alone(run, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_classifier_of_images_learns(run, alone, images):
   losses, accuracy = logged(alone), logged(alone, 'validation/accuracy')
   assert losses[1] > 1 and losses[30] < 0.3 and accuracy[30] > 0.9

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from lm import evaluate, launch, sharding
 
@@ -66,6 +67,7 @@ except ValueError as error:
 '''
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_in_a_process_without_a_mesh(tmp_path, monkeypatch):
   (tmp_path / 'small_experiment.py').write_text(SCRIPT)
   (tmp_path / 'notebook.py').write_text(NOTEBOOK)

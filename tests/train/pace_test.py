@@ -118,6 +118,7 @@ def test_compiling_the_evaluation_is_no_reason_to_leave_steps_out(timed, tmp_pat
   assert result.left_out == 0 and len(calls) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_leaves_out_the_same_steps(timed, tmp_path):
   whole, _ = timed(tmp_path / 'whole')
   with pytest.raises(InterruptedError):

@@ -64,6 +64,7 @@ def test_runs_of_wide_seeds_differ():
     assert len({np.asarray(make(seed)).tobytes() for seed in (0, 1, 2 ** 32, 2 ** 32 + 1)}) == 4
 
 
+@pytest.mark.slow
 def test_texts_of_wide_seeds_differ():
   model = transformer.llama(Data.tokenizer.vocab_size, width=8, layers=1, heads=1, hidden=8, max_length=16)
   params = jax.jit(model.init)(jax.random.key(0))

@@ -50,6 +50,7 @@ def test_resumed_is_uninterrupted(whole, stopped, at, dead, capsys):
   assert list(logged(workdir, 'validation/loss')) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(whole, stopped):
   workdir = stopped(3, mesh='data:8')
   go(workdir, mesh='data:4,model:2')
@@ -353,6 +354,7 @@ def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path):
   assert (tmp_path / 'signal').read_text() == str(int(signal.SIGHUP))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
   (tmp_path / 'program.py').write_text(PROGRAM)
   here = pathlib.Path(__file__).parent

@@ -193,6 +193,7 @@ PARTS = ['{{', '}}', '{%', '%}', '{#', '#}', ' for m in messages ', ' endfor ', 
          '\ud800']
 
 
+@pytest.mark.slow
 @hypothesis.given(st.lists(st.sampled_from(PARTS), max_size=14).map(''.join))
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_random_templates_raise_nothing_else_and_end(source):

@@ -196,6 +196,7 @@ def test_what_cannot_be_is_refused(make, message):
     make()
 
 
+@pytest.mark.slow
 def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monkeypatch):
   (tmp_path / 'text').mkdir()
   for i in range(40):

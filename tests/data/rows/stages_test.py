@@ -64,6 +64,7 @@ def test_a_row_that_is_cut_keeps_its_positions_and_counts_its_documents_anew():
   assert sequence_mean(short) == sum(len(set(row[row > 0])) for row in short.segments)
 
 
+@pytest.mark.slow
 def test_what_a_short_row_gives_is_what_its_part_alone_gives():
   """Attention reaches over no cut: the model on short rows is the model on windows that see themselves alone."""
   model = transformer.llama(260, 8, 1, 2, max_length=16, hidden=8)
