@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from lm import launch, load, options, train
+from lm import launch, load, named, options, train
 from lm.data import dataset, tokenizers
 from lm.evaluate import filled_text
 from lm.models import encoder, encoder_decoder
@@ -50,7 +50,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
                heads: int = 2, optimizer: options.Optimizer = dataclasses.replace(options.MUON, lr=0.01),
                budget: options.Budget = options.Budget(), batch: int = 8,
                computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
+               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run | train.Pending:
   """Trains a small encoder-decoder, or for masked an encoder.
 
   Most runs set: objective, model, text, init, workdir, minutes, steps, vocab, length, layers, width, heads, batch, lr.
@@ -67,29 +67,29 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
     batch: rows a step.
     warmup: steps of linear warm-up; none for a thirtieth of the steps.
   """
-  base, masks = load.open_base(model) if model else None, objective == 'masked'
-  tokens = base and base.tokenizer
-  if base:
-    network = base.model
-    if not isinstance(network, encoder.Encoder if masks else encoder_decoder.EncoderDecoder):
-      raise ValueError(f'--model={model} is no {"encoder, such as BERT" if masks else "encoder-decoder, such as T5"}, '
-                       f'which --objective={objective} trains')
-  elif masks:
-    network = encoder.bert(vocab, width, layers, heads, length)
-  else:
-    network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
-  goal = learned(objective, tokens, length)
-  names = [name for name in goal.control if name not in tokenizers.CONTROL]
-  new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *names))
-  # As many positions for the targets as a full row of sources needs.
-  rooms = [] if masks else [form.room for form in goal.forms]
-  targets = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
-  data = dataset.Text(corpus.source(), tokens or new, max(targets, default=length),
-                      source_length=None if masks else length)
-  run = train.Run(model=computation.applied(network), objective=goal, data=data,
-                  optimizer=optimizer.make(budget.count, warmup=budget.count // 30), steps=budget.count, batch=batch,
-                  minutes=budget.limit)
-  return cadence.applied(computation.accumulated(run))
+  masks, text = objective == 'masked', corpus.source()
+  update = optimizer.make(budget.count, warmup=budget.count // 30)
+
+  def build(base: load.BaseModel | None) -> train.Run:
+    if base:
+      network = base.model
+    elif masks:
+      network = encoder.bert(vocab, width, layers, heads, length)
+    else:
+      network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
+    goal = learned(objective, base.tokenizer if base else None, length)
+    names = [name for name in goal.control if name not in tokenizers.CONTROL]
+    new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *names))
+    # As many positions for the targets as a full row of sources needs.
+    rooms = [] if masks else [form.room for form in goal.forms]
+    targets = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
+    data = dataset.Text(text, base.tokenizer if base else new, max(targets, default=length),
+                        source_length=None if masks else length)
+    run = train.Run(model=computation.applied(network), objective=goal, data=data, optimizer=update,
+                    steps=budget.count, batch=batch, minutes=budget.limit)
+    return cadence.applied(computation.accumulated(run))
+  origin = named.encoder if masks else named.encoder_decoder
+  return train.after_opening(build, base=origin('model', model) if model else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -22,37 +22,24 @@ from typing import Any, Literal
 
 import jax
 
-from lm import launch, load, options, train
+from lm import launch, load, named, options, train
 from lm.data import dataset
 from lm.evaluate import annotate
-from lm.models import transformer
 from lm.objectives import distillation
 from lm.objectives.next_token import next_token
 from lm.train import validation
 
-QUICKSTART = 'runs/quickstart'
 DEFAULT = options.Size('llama', layers=1, width=64, heads=2)
 
 
-def open_teacher(name: str) -> load.BaseModel:
-  """The decoder of a run's workdir, of a Hugging Face folder or of an imported one."""
-  if name == QUICKSTART and not pathlib.Path(name).exists():
-    raise FileNotFoundError(f'there is no teacher in {name}; train one (python experiments/quickstart.py, 4 minutes), '
-                            'or name another by --teacher')
-  base = load.open_base(name)
-  if not isinstance(base.model, transformer.Transformer):
-    raise ValueError(f'--teacher={name} is no decoder; take one such as GPT-2 or Llama')
-  return base
-
-
-def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
+def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
                kind: Literal['forward', 'reverse', 'js'] = 'forward', beta: float = 0.5, temperature: float = 1.,
                hard: float = 0., stored_top_k: int = 0, corpus: options.Corpus = options.Corpus(), length: int = 256,
                shape: options.Shape = options.Shape(),
                regularisation: options.Regularisation = options.Regularisation(),
                optimizer: options.Optimizer = options.MUON, steps: int = 500, batch: int = 8,
                computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
+               cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run | train.Pending:
   """Distils a decoder into a smaller one, which reads the text with the teacher's tokenizer.
 
   Most runs set: teacher, student, kind, hard, text, workdir, length, layers, width, heads, lr, steps, batch.
@@ -79,27 +66,30 @@ def experiment(*, teacher: str = QUICKSTART, student: str | None = None,
     shape.refuse(DEFAULT, f'--student={student}')
     if rates := regularisation.given():
       raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
-  source, base = corpus.source(), open_teacher(teacher)   # in this order: wrong flags are refused first
-  constants, tokens = train.Constants('teacher', base.model, base.start), base.tokenizer
+  text, update = corpus.source(), optimizer.make(steps, warmup=steps // 30)
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
-  if student:
-    like = load.open_base(student)
-    model = like.model
-    distillation.check_tokenizers(tokens, like.tokenizer)
-  else:
-    model = shape.decoder(DEFAULT, base.model.vocab, length, computation, regularisation)
-  data: Any = dataset.Text(source, tokens, length)
-  if stored_top_k:
-    stored = distillation.TopK(stored_top_k, base.model.vocab, temperature)
-    objective = distillation.distil_stored(next_token(), stored, divergence, hard)
-    data, taught = annotate.Annotated(data, constants, stored.columns, stored), ()
-  else:
-    objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
-    taught = constants,
-  run = train.Run(model=computation.applied(model), objective=objective, data=data,
-                  optimizer=optimizer.make(steps, warmup=steps // 30), steps=steps, batch=batch, constants=taught)
-  return cadence.applied(computation.accumulated(run), evaluations=4)
+
+  def build(base: load.BaseModel, like: load.BaseModel | None) -> train.Run:
+    constants = train.Constants('teacher', base.model, base.start)
+    if like:
+      model = like.model
+      distillation.check_tokenizers(base.tokenizer, like.tokenizer)
+    else:
+      model = shape.decoder(DEFAULT, base.model.vocab, length, computation, regularisation)
+    data: Any = dataset.Text(text, base.tokenizer, length)
+    if stored_top_k:
+      stored = distillation.TopK(stored_top_k, base.model.vocab, temperature)
+      objective = distillation.distil_stored(next_token(), stored, divergence, hard)
+      data, taught = annotate.Annotated(data, constants, stored.columns, stored), ()
+    else:
+      objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
+      taught = constants,
+    run = train.Run(model=computation.applied(model), objective=objective, data=data, optimizer=update,
+                    steps=steps, batch=batch, constants=taught)
+    return cadence.applied(computation.accumulated(run), evaluations=4)
+  return train.after_opening(build, base=named.decoder('teacher', teacher),
+                             like=named.decoder('student', student) if student else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

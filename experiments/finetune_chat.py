@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
-from lm import generate, launch, load, options, train
+from lm import generate, launch, load, named, options, train
 from lm import lora as adapters
 from lm.data import tokenizers
 from lm.data.chat import conversation, dialogues
@@ -41,7 +41,8 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
                lora: options.Lora = options.Lora(),
                optimizer: options.Optimizer = options.Optimizer(lr=2e-3, weight_decay=0.01),
                steps: int = 600, batch: int = 16, computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence(evaluate_every=200, save_every=200)) -> train.Run:
+               cadence: options.Cadence = options.Cadence(evaluate_every=200, save_every=200)
+               ) -> train.Run | train.Pending:
   """Fine-tunes a decoder on dialogues.
 
   Most runs set: model, jsonl, prompt, completion, workdir, tokenizer, length, lora_rank, lr, steps, batch, precision.
@@ -69,19 +70,22 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
     raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
   if model:
     shape.refuse(DEFAULT, f'--model={model}')
-  base = load.open_base(model, computation.dtype) if model else None
+  source = records.source(puzzles.dialogues)
   new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **coverage)
-  tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
-  run = train.Run(
-      model=computation.applied(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
-      objective=supervised(getattr(objective, denominator)),
-      data=dialogues.Dialogues(
-          records.source(puzzles.dialogues), tokens, records.length, template=records.template(base and base.template),
-          allow_left_out=records.allow_left_out, answer=answer,
-          longest=getattr(base and base.model, 'max_length', math.inf),
-          keys=said.Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
-      optimizer=optimizer.make(steps, warmup=min(50, steps // 12)), steps=steps, batch=batch, start=base and base.start)
-  return lora.adapt(cadence.applied(computation.accumulated(run)))
+  update = optimizer.make(steps, warmup=min(50, steps // 12))
+
+  def build(base: load.BaseModel | None) -> train.Run:
+    tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
+    run = train.Run(
+        model=computation.applied(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
+        objective=supervised(getattr(objective, denominator)),
+        data=dialogues.Dialogues(
+            source, tokens, records.length, template=records.template(base.template if base else None),
+            allow_left_out=records.allow_left_out, answer=answer, longest=base.model.max_length if base else math.inf,
+            keys=said.Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
+        optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
+    return lora.adapt(cadence.applied(computation.accumulated(run)))
+  return train.after_opening(build, base=named.decoder('model', model, computation.dtype) if model else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

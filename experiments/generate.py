@@ -77,14 +77,18 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     if bos is not None and isinstance(loaded.model, EncoderDecoder):
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
     tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
+    judge = None if reward is None else load.open_trained(reward)
+    if judge and not isinstance(judge.model, Reward):
+      raise ValueError(f'--reward={reward} is {load.kind(judge.model)}, and what is needed is a reward model; '
+                       '"experiments/preference.py --method=reward" makes one')
     room = generate.room(loaded.model, tokens, [prompt], bos)
     if max_tokens is None and not window and room < generate.DEFAULT:
       print(f'up to {room} tokens, to the end of the context; --window goes on past it', file=sys.stderr)
     shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
-    if reward is not None:
+    if judge is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
                                 max_tokens=max_tokens, mark=mark, bos=bos, window=window)
-      show_best(load.open_trained(reward), prompt, texts, n, shown)
+      show_best(judge, prompt, texts, n, shown)
       return
     rest = [''] * n
     begun, drafting = False, speculative.SelfSpeculation(draft) if draft else None

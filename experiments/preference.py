@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lm import generate, launch, load, options, train
+from lm import generate, launch, load, named, options, train
 from lm import lora as adapters
 from lm.data.batch import Pair, Rated
 from lm.data.chat import conversation, dialogues, messages
@@ -34,21 +34,14 @@ QUESTIONS = 100   # of the held-out ones, that are put to the model before and a
 BASE = 'runs/finetune_chat'
 
 
-def open_base(name: str, dtype: Any) -> load.BaseModel:
-  """The model that training starts from. FileNotFoundError that says how to make the default, where it is not there."""
-  if name == BASE and not pathlib.Path(BASE, 'run.json').is_file():
-    raise FileNotFoundError(f'{BASE} is not there: make it with "python experiments/finetune_chat.py", or name another '
-                            '--model')
-  return load.open_base(name, dtype)
-
-
 def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'] = 'dpo', model: str = BASE,
                records: options.Records = options.Records(), chosen: str = 'chosen', rejected: str = 'rejected',
                label: str | None = None, beta: float | None = None, smoothing: float = 0.1, gamma: float = 1.,
                lora: options.Lora = options.Lora(),
                optimizer: options.Optimizer = options.Optimizer(lr=1e-4, schedule='linear', weight_decay=0.),
                steps: int = 40, batch: int = 8, computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence(evaluate_every=20, save_every=100)) -> train.Run:
+               cadence: options.Cadence = options.Cadence(evaluate_every=20, save_every=100)
+               ) -> train.Run | train.Pending:
   """Trains on preferences.
 
   Most runs set: method, model, jsonl, label, workdir, beta, length, lora_rank, lr, steps, batch, precision.
@@ -72,18 +65,11 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
   if lora.lora_rank and method == 'reward':
     raise ValueError(f'--lora_rank={lora.lora_rank}: a reward model trains its new row of weights too; leave it out')
-  base = open_base(model, computation.dtype)
   keys = messages.Keys(prompt=records.prompt, completion=records.completion, chosen=chosen, rejected=rejected,
                        label=label or 'label')
   source = records.source(puzzles.preferences)
   if method == 'kto' and not label:
     source = messages.unpaired(source, keys)
-  data: Any = dialogues.Dialogues(source, base.tokenizer, records.length, Rated if method == 'kto' else Pair,
-                                  records.template(base.template), keys, allow_left_out=records.allow_left_out,
-                                  longest=base.model.max_length)
-  if method in ('dpo', 'cdpo', 'ipo', 'kto'):
-    data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
-                              preference.reference)
   scale = {} if beta is None else {'beta': beta}
   objective = {'dpo': lambda: preference.preference(preference.dpo(**scale)),
                'cdpo': lambda: preference.preference(preference.dpo(**scale, smoothing=smoothing)),
@@ -91,12 +77,22 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
                'orpo': lambda: preference.preference(preference.orpo(**scale)),
                'simpo': lambda: preference.preference(preference.simpo(**scale, gamma=gamma)),
                'kto': lambda: preference.kto(**scale), 'reward': preference.reward}[method]()
-  trained, scores = computation.applied(base.model), method == 'reward'
-  run = train.Run(
-      model=Reward(trained) if scores else trained, objective=objective, data=data,
-      optimizer=optimizer.make(steps, warmup=min(10, steps // 4)), steps=steps, batch=batch,
-      start=(lambda model: model.start(base.start)) if scores else base.start)
-  return lora.adapt(cadence.applied(computation.accumulated(run)))
+  update = optimizer.make(steps, warmup=min(10, steps // 4))
+
+  def build(base: load.BaseModel) -> train.Run:
+    data: Any = dialogues.Dialogues(source, base.tokenizer, records.length, Rated if method == 'kto' else Pair,
+                                    records.template(base.template), keys, allow_left_out=records.allow_left_out,
+                                    longest=base.model.max_length)
+    if method in ('dpo', 'cdpo', 'ipo', 'kto'):
+      data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
+                                preference.reference)
+    trained, scores = computation.applied(base.model), method == 'reward'
+    run = train.Run(
+        model=Reward(trained) if scores else trained, objective=objective, data=data, optimizer=update, steps=steps,
+        batch=batch,
+        start=(lambda model: model.start(base.start)) if scores else base.start)
+    return lora.adapt(cadence.applied(computation.accumulated(run)))
+  return train.after_opening(build, base=named.decoder('model', model, computation.dtype))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -7,7 +7,7 @@ Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; sever
 """
 import pathlib
 
-from lm import launch, load, options, train
+from lm import launch, load, named, options, train
 from lm.data import dataset
 from lm.data.text import clean
 from lm.models import mup
@@ -28,7 +28,7 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
                spike_guard: float | None = None, steps: int = 2000, batch: int = 16,
                warmup: options.Warmup = options.Warmup(), computation: options.Computation = options.Computation(),
                cadence: options.Cadence = options.Cadence(evaluate_every=250, save_every=500),
-               lora: options.Lora = options.Lora()) -> train.Run:
+               lora: options.Lora = options.Lora()) -> train.Run | train.Pending:
   """Pretrains a decoder.
 
   Most runs set: text, jsonl, workdir, init, size, layers, width, heads, length, objective, optimizer, lr, steps, batch.
@@ -54,32 +54,36 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
     batch: rows a step.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
-  decoder, tokens, vocab = load.decoder_and_tokenizer(model, init, shape.given() | regularisation.given(),
-                                                      vocabulary.given(), computation.dtype)
+  given = shape.given() | regularisation.given()
+  origin = named.decoder_to_train(model, init, given, vocabulary.given(), computation.dtype)
   if length is not None and length < 1:
     raise ValueError(f'--length={length} is not positive; leave it out, or give it 1 at least')
-  size = shape.resolved(DEFAULT)
-  vocab = vocabulary.vocab or vocab or size.vocab
-  length = length or min(512, decoder.max_length if decoder else 512)
-  goal = prediction.make(length)
-  if tokens is None:
-    tokens = vocabulary.tokenizer(vocab, goal.control, kind='bpe')
-  base = {'base_width': mup_width or size.width, 'base_layers': mup_layers or size.layers}
+  size, text = shape.resolved(DEFAULT), corpus.source()
   scaled = bool(mup_width or mup_layers)
-  if scaled and (decoder or size.architecture != 'llama' or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
+  if scaled and (origin and not given or size.architecture != 'llama'
+                 or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
     raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, its shape '
                      'given by flags, not by --model or --init, and an optimizer that steps as adamw does; not for '
                      f'{size.architecture} with {optimizer.optimizer}')
-  decoder = decoder or shape.decoder(DEFAULT, vocab, length, computation, regularisation)
-  decoder = computation.applied(mup.parametrised(decoder, **base) if scaled else decoder)
-  network, goal = ahead.applied(decoder, prediction, goal)
-  run = train.Run(
-      model=network, objective=goal, data=dataset.Text(corpus.source(), tokens, length, rules),
-      optimizer=optimizer.make(steps, min(100, steps // 10),
-                               mup.rates(size.width, size.layers, **base) if scaled else ()),
-      steps=steps, batch=batch, augment=augmentations.make(), stages=warmup.stages(batch, length),
-      guard=None if spike_guard is None else guard.Guard(sigma=spike_guard))
-  return lora.adapt(cadence.applied(computation.accumulated(run)))
+  scale = {'base_width': mup_width or size.width, 'base_layers': mup_layers or size.layers}
+  update = optimizer.make(steps, min(100, steps // 10), mup.rates(size.width, size.layers, **scale) if scaled else ())
+
+  def build(base: load.BaseModel | None) -> train.Run:
+    decoder = named.trunk(base.model) if base and not given else None
+    vocab = vocabulary.vocab or (base.model.vocab if base else size.vocab)
+    positions = length or min(512, decoder.max_length if decoder else 512)
+    goal = prediction.make(positions)
+    tokens = base.tokenizer if base else None
+    tokens = tokens or vocabulary.tokenizer(vocab, goal.control, kind='bpe')
+    decoder = decoder or shape.decoder(DEFAULT, vocab, positions, computation, regularisation)
+    decoder = computation.applied(mup.parametrised(decoder, **scale) if scaled else decoder)
+    network, goal = ahead.applied(decoder, prediction, goal)
+    run = train.Run(
+        model=network, objective=goal, data=dataset.Text(text, tokens, positions, rules), optimizer=update,
+        steps=steps, batch=batch, augment=augmentations.make(), stages=warmup.stages(batch, positions),
+        guard=None if spike_guard is None else guard.Guard(sigma=spike_guard))
+    return lora.adapt(cadence.applied(computation.accumulated(run)))
+  return train.after_opening(build, base=origin)
 
 
 if __name__ == '__main__':

@@ -12,8 +12,7 @@ from lm import lora, scripts, signature, train
 from lm.data import tokenizers
 from lm.data.chat import conversation
 from lm.hf import pretrained
-from lm.models.prediction_heads import MultiToken
-from lm.models.transformer import Transformer
+from lm.models import Encoder, EncoderDecoder, MultiToken, Reward, Transformer
 from lm.optim import averaging
 from lm.workdir import checkpoint, mismatch, rebuild, records
 from lm.workdir.describe import describe, differences
@@ -82,7 +81,8 @@ def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[M
   record = accepted[-1]
   with scripts.importable(script):
     make = scripts.function(script, record['function'])
-    if typing.get_type_hints(make).get('return') is not train.Run:   # nothing else may be called: see `scripts`
+    result = typing.get_type_hints(make).get('return')
+    if result not in (train.Run, train.Run | train.Pending):   # nothing else may be called: see `scripts`
       raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
                        f'it, unless the run.json of {workdir} is wrong')
     knobs = records.with_stored_steps(record['knobs'], accepted)
@@ -91,7 +91,7 @@ def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[M
       raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
                        '(any more); go back to the script that trained it')
     try:
-      return dataclasses.replace(signature.call(make, knobs), seed=record['seed'])
+      return dataclasses.replace(train.opened(signature.call(make, knobs)), seed=record['seed'])
     except FileNotFoundError as error:
       raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
 
@@ -182,7 +182,7 @@ def run_or_model(workdir: pathlib.Path | None, model: str | None) -> tuple[pathl
 class BaseModel(NamedTuple):
   """What to fine-tune, without its parameters, which `start(model)` gives."""
   model: Any
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizers.Tokenizer | None   # None where none was wanted
   template: conversation.Template | None   # None: it was not made to chat
   start: Callable[[Any], Any]
 
@@ -190,16 +190,20 @@ class BaseModel(NamedTuple):
 def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel:
   """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
 
-  The model computes in `dtype`; None: in that of the run, or float32. A folder may lack a tokenizer where none is
-  wanted. FileNotFoundError where there is nothing of the kind, ValueError for a model that has another dtype for good.
+  The model computes in `dtype`; None: in that of the run, or float32. Without `with_tokenizer` the tokenizer is None,
+  and a folder may lack one.
+
+  Raises:
+    FileNotFoundError: there is nothing of the kind.
+    ValueError: the model has another dtype for good.
   """
   folder = pathlib.Path(name).expanduser()
   if is_run(name):
     opened = _open(folder)
     model = lora.plain(opened.run.model)
     model = model if dtype is None else model.with_dtype(dtype)
-    return BaseModel(model, opened.tokenizer, chat_template(opened.run.data),
-                StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
+    return BaseModel(model, opened.tokenizer if with_tokenizer else None, chat_template(opened.run.data),
+                     StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
   tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
@@ -223,24 +227,13 @@ class StoredResult:
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
 
-def decoder_and_tokenizer(model: str | None, init: Any, shape: Mapping[str, Any], tokenizer: Mapping[str, Any],
-                          dtype: Any) -> tuple[Transformer | None, Any, int | None]:
-  """The decoder, tokenizer and size of the vocabulary that `--model` gives, or else `--init`; None without both.
+KINDS = Reward, EncoderDecoder, Encoder, Transformer, MultiToken
 
-  The decoder is None where flags of `shape` are given in its place, the tokenizer where flags of it are. ValueError
-  where they are given beside `--model`, which decides on both, or what it names is no decoder.
-  """
-  if not model and not init:
-    return None, None, None
-  source, flags = f'--model={model}' if model else f'--init={init}', [*shape.items(), *tokenizer.items()]
-  if model and flags:
-    raise ValueError(f'{source} gives the shape and the tokenizer, and --{flags[0][0]}={flags[0][1]} is given too; '
-                     'leave one of them out')
-  base = open_base(model or str(init), dtype, with_tokenizer=not tokenizer)
-  decoder = base.model.trunk if isinstance(base.model, MultiToken) else base.model
-  if not isinstance(decoder, Transformer):
-    raise ValueError(f'{source} is no decoder, which is what is trained here; take one such as GPT-2 or Llama')
-  return None if shape else decoder, None if tokenizer else base.tokenizer, decoder.vocab
+
+def kind(model: Any) -> str:
+  """What a model is, in words."""
+  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a decoder', 'a decoder')))
+  return next((name for cls, name in words.items() if isinstance(model, cls)), f'of class {type(model).__name__}')
 
 
 def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
@@ -249,10 +242,13 @@ def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> tra
   Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
   naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
   """
-  base = open_base(init, with_tokenizer=not ignore_tokenizer)
-  pretrained.check_shapes(init, base.model, lora.plain(run.model))
-  of_tokenizer = None if ignore_tokenizer else base.tokenizer.fingerprint
-  return dataclasses.replace(lora.start_from(run, base.start), start_tokenizer=of_tokenizer)
+  given, model = open_base(init, with_tokenizer=not ignore_tokenizer), lora.plain(run.model)
+  of_lm = isinstance(given.model, KINDS) and isinstance(model, KINDS)
+  if of_lm and kind(given.model) != kind(model):
+    raise ValueError(f'--init={init} is {kind(given.model)}, and this run trains {kind(model)}; give another --init')
+  pretrained.check_shapes(init, given.model, model)
+  of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
+  return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
 
 
 def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path | None:

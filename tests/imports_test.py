@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # From the ground up: packages, and files that lie beside them. Each imports only from those before it.
 ROOMS = ('seeds', 'exits', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
-         'objectives', 'optim', 'train', 'generate', 'evaluate', 'hf', 'lora', 'scripts', 'load', 'options',
-         'launch', 'studies')
+         'objectives', 'optim', 'train', 'generate', 'evaluate', 'hf', 'lora', 'scripts', 'load', 'named',
+         'options', 'launch', 'studies')
 
 # Who may import what is not ours and not everyone's, at the top or inside a function.
 DOORS = {

@@ -57,7 +57,7 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   loaded, texts = load.open_trained(folder / 'run'), f'--text={folder}/new/*.txt'
   given = load.open_base(str(folder / source))
   for flag in ('init', 'model'):
-    run = signature.call(pretrain.experiment, knobs(texts, f'--{flag}={folder / source}')['knobs'])
+    run = signature.call(pretrain.experiment, knobs(texts, f'--{flag}={folder / source}')['knobs']).open()
     assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
     assert run.data.length == run.model.max_length == 16 and run.model.dtype == np.float32
     shapes = lambda model: jax.tree.map(lambda x: x.shape, jax.eval_shape(model.init, jax.random.key(0)))
@@ -72,8 +72,8 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   name = str(folder / 'run')
   assert load.open_base(name).model == load.open_trained(folder / 'run').model   # bfloat16, its own
   for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
-    chat = signature.call(finetune_chat.experiment, model=name, precision=dtype.name)
-    aligned = signature.call(preference.experiment, model=name, precision=dtype.name)
+    chat = signature.call(finetune_chat.experiment, model=name, precision=dtype.name).open()
+    aligned = signature.call(preference.experiment, model=name, precision=dtype.name).open()
     assert chat.model.dtype == aligned.model.dtype == aligned.data.model.model.dtype == dtype
 
   class Fixed(models.LanguageModel):
@@ -101,7 +101,7 @@ def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path
   for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
     (tmp_path / 'hf' / name).unlink(missing_ok=True)
   settings = knobs(f'--init={tmp_path}/hf', f'--text={folder}/new/*.txt', '--vocab=480')
-  run = signature.call(pretrain.experiment, settings['knobs'])
+  run = signature.call(pretrain.experiment, settings['knobs']).open()
   with pytest.raises(FileNotFoundError, match='there is no such tokenizer'):
     load.start_from(run, str(tmp_path / 'hf'))
   assert load.start_from(run, str(tmp_path / 'hf'), ignore_tokenizer=True).start is not None
@@ -109,14 +109,14 @@ def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path
 
 def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt'
-  run = signature.call(pretrain.experiment, knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs'])
+  run = signature.call(pretrain.experiment, knobs(*flags, '--layers=1', '--width=32', '--heads=2')['knobs']).open()
   assert (run.model.width, run.model.vocab) == (32, 500)
   assert run.data.tokenizer == load.open_trained(folder / 'run').tokenizer
   with pytest.raises(ValueError, match='run does not fit the model of this run'):
     load.start_from(run, str(folder / 'run'))
   for own in ('--width=32', '--vocab=480', '--dropout=0.1', '--tokenizer_kind=bytes'):
     with pytest.raises(ValueError, match=f'--model=.* gives the shape and the tokenizer, and {own} is given too'):
-      signature.call(pretrain.experiment, knobs(f'--model={folder}/run', flags[1], own)['knobs'])
+      signature.call(pretrain.experiment, knobs(f'--model={folder}/run', flags[1], own)['knobs']).open()
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_a_run_is_opened_where_its_origin_is_gone(folder, tmp_path, mesh):
 
 def test_adapters_take_the_shape_of_what_they_lie_on(folder):
   settings = knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')
-  run = signature.call(pretrain.experiment, settings['knobs'])
+  run = signature.call(pretrain.experiment, settings['knobs']).open()
   started = load.start_from(run, str(folder / 'run'))
   assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
 

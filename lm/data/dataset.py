@@ -35,15 +35,15 @@ class Text:
 
   Args:
     source: the documents, as a `Source`, or as a sequence of texts, of which one in twenty is held out.
-    tokenizer: a tokenizer, or a function that trains one on the cleaned training documents; None: the tokenizer in the
-      folder, and the stored tokens are only opened, see `to_store`.
+    tokenizer: a tokenizer, or its file, or a function that trains one on the cleaned training documents; None: the
+      tokenizer in the folder, and the stored tokens are only opened, see `to_store`.
     length: T, positions per row.
     rules: the rules of cleaning, see `clean`.
     folder: where the tokenizer and the tokens are stored; None: in the workdir.
     source_length: S, positions per row that an encoder reads, for objectives that make sources.
   """
   source: Source | Sequence[str]
-  tokenizer: tokenizers.Tokenizer | Callable[[Iterable[str]], tokenizers.Tokenizer] | None
+  tokenizer: tokenizers.Tokenizer | tokenizers.InFile | Callable[[Iterable[str]], tokenizers.Tokenizer] | None
   length: int
   rules: Sequence[clean.Rule] = clean.DEFAULT
   folder: pathlib.Path | None = None

@@ -14,14 +14,15 @@ from lm.workdir.describe import describe, differences
 _ADVICE = 'restore the original file'
 
 
-def prepare(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer | Callable, training_data: Mapping[str, Any],
-            documents: Callable[[], Iterable[str | clean.Drop]], progress: Callable[[str], Any],
-            check: Callable[[tokenizers.Tokenizer], Any], renew: bool = False) -> tokenizers.Tokenizer:
+def prepare(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer | tokenizers.InFile | Callable,
+            training_data: Mapping[str, Any], documents: Callable[[], Iterable[str | clean.Drop]],
+            progress: Callable[[str], Any], check: Callable[[tokenizers.Tokenizer], Any], renew: bool = False
+            ) -> tokenizers.Tokenizer:
   """Returns the tokenizer in `folder/tokenizer`. If there is none, it is trained, or copied, to that folder first.
 
   Args:
     folder: the folder of the data set.
-    tokenizer: a tokenizer, or a function that trains one on documents.
+    tokenizer: a tokenizer, or its file, or a function that trains one on documents.
     training_data: a description of the data that it is trained on, which is stored as a part of its settings.
     documents: returns the documents to train on.
     progress: is called with lines to print.
@@ -32,6 +33,8 @@ def prepare(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer | Callable, tr
     OtherSettings: the stored tokenizer has other settings, and `renew` is False.
     ValueError: the stored files are damaged.
   """
+  if isinstance(tokenizer, tokenizers.InFile):
+    tokenizer = tokenizer.load()
   path, trains = folder / 'tokenizer' / 'settings.json', callable(tokenizer)
   settings = {'tokenizer': describe(tokenizer) if trains else tokenizer.fingerprint, **training_data}
 

@@ -95,7 +95,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
 
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own = {'init': init} if 'init' in knobs else {}
-    configured = dataclasses.replace(signature.call(experiment, {**knobs, **changes, **own}), seed=seed)
+    configured = dataclasses.replace(train.opened(signature.call(experiment, {**knobs, **changes, **own})), seed=seed)
     if init is None:
       return lora.start_from(configured, None)
     try:

@@ -40,13 +40,11 @@ class Prediction:
   infill_rate: float | None = None
   control: tuple[str, ...] = ()
 
-  def make(self, length: int) -> objectives.Objective:
-    """The objective, for rows of `length` positions.
-
-    Raises:
-      ValueError: a flag is given that the objective does not use, or means nothing.
-    """
+  def __post_init__(self):
     self._check()
+
+  def make(self, length: int) -> objectives.Objective:
+    """The objective, for rows of `length` positions."""
     noise = 0.15 if self.noise is None else self.noise
     mean_span = 3. if self.mean_span is None else self.mean_span
     losses_given = (losses.smoothing, self.label_smoothing), (losses.z_loss, self.z_loss)
@@ -73,6 +71,7 @@ class Prediction:
     return next_token(**options)
 
   def _check(self) -> None:
+    """ValueError where a flag is given that the objective does not use, or means nothing."""
     name = self.objective
     if self.control and name in ('next_token', 'prefix'):
       raise ValueError(f'--control={",".join(self.control)} names tokens, of which --objective={name} needs none')

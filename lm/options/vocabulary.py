@@ -32,8 +32,8 @@ class Vocabulary:
                        'out')
 
   def tokenizer(self, vocab: int, control: tuple[str, ...] = (), kind: Literal['bpe', 'unigram'] | None = None
-                ) -> tokenizers.Tokenizer | Callable[..., tokenizers.Tokenizer]:
-    """A tokenizer, or a function that trains one of `vocab` tokens on documents.
+                ) -> tokenizers.Tokenizer | tokenizers.InFile | Callable[..., tokenizers.Tokenizer]:
+    """A tokenizer, or its file, or a function that trains one of `vocab` tokens on documents.
 
     It has room for the `control` tokens beside those that every tokenizer has. `kind` is what is written down of a
     tokenizer whose kind no flag gives, which is bpe.
@@ -41,7 +41,7 @@ class Vocabulary:
     names = [name for name in control if name not in tokenizers.CONTROL]
     options = {'control': (*tokenizers.CONTROL, *names)} if names else {}
     if self.tokenizer_file:
-      return tokenizers.load(self.tokenizer_file)
+      return tokenizers.InFile(self.tokenizer_file)
     if self.tokenizer_kind == 'bytes':
       return tokenizers.Bytes(**options)
     if chosen := self.tokenizer_kind or kind:

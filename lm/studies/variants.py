@@ -21,7 +21,8 @@ class Arm:
 
   def make(self, seed: int = 0, **knobs: Any) -> train.Run:
     """Returns the run; `knobs` replace the arm's own. ValueError for adapters without base parameters."""
-    return lora.start_from(dataclasses.replace(signature.call(self.function, self.knobs | knobs), seed=seed), None)
+    run = train.opened(signature.call(self.function, self.knobs | knobs))
+    return lora.start_from(dataclasses.replace(run, seed=seed), None)
 
   def with_steps(self, steps: int) -> 'Arm':
     return dataclasses.replace(self, knobs={**self.knobs, 'steps': steps})

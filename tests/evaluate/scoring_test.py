@@ -267,8 +267,8 @@ def test_what_a_kind_of_model_cannot_do_is_refused(folders):
   with pytest.raises(ValueError, match=r'no mask token .*<pad>'):
     tokenizers.mask_id(Bytes(('<pad>',)))
   for kind in ('bert', 't5'):
-    with pytest.raises(ValueError, match=f'--model=.*{kind} is no decoder'):
-      signature.call(pretrain.experiment, model=str(folders / kind), text='no such file')
+    with pytest.raises(ValueError, match=f'--model=.*{kind} is an encoder.*, and what is needed is a decoder'):
+      signature.call(pretrain.experiment, model=str(folders / kind), text='no such file').open()
 
 
 def test_a_file_is_scored_as_it_is(tmp_path):

@@ -126,12 +126,13 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   assert not debug and shared['workdir'] is None
   with jax.set_mesh(mesh):
-    result = train.train(signature.call(scripts[name].experiment, knobs), tmp_path / 'run', mesh)
+    run = train.opened(signature.call(scripts[name].experiment, knobs))
+    result = train.train(run, tmp_path / 'run', mesh)
   assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
   rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   losses = [row['loss'] for row in rows if 'loss' in row]
   # A new model knows nothing, and not less.
-  assert len(losses) == 2 and losses[0] < 1.1 * np.log(signature.call(scripts[name].experiment, knobs).model.vocab)
+  assert len(losses) == 2 and losses[0] < 1.1 * np.log(run.model.vocab)
 
 
 def defaults(module, name: str, texts) -> train.Run:
@@ -140,7 +141,7 @@ def defaults(module, name: str, texts) -> train.Run:
     knobs['steps'] = 1000
   if 'teacher' in knobs:   # it would be of a run
     knobs['teacher'] = str(texts / 'teacher')
-  return signature.call(module.experiment, knobs)
+  return train.opened(signature.call(module.experiment, knobs))
 
 
 @pytest.mark.parametrize('shape', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2'])
@@ -240,13 +241,13 @@ def test_every_method_of_preference_fits_together(method, scripts, small):
   mesh = sharding.abstract_mesh('data:4,model:2')
   with jax.sharding.use_abstract_mesh(mesh):
     (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
-    train.check(signature.call(scripts['preference'].experiment, knobs), mesh)
+    train.check(signature.call(scripts['preference'].experiment, knobs).open(), mesh)
 
 
 def test_preference_says_how_to_make_what_it_starts_from(scripts, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(FileNotFoundError, match='make it with "python experiments/finetune_chat.py"'):
-    scripts['preference'].experiment()
+    scripts['preference'].experiment().open()
 
 
 @pytest.mark.slow
@@ -282,11 +283,11 @@ def test_pretrain_regularises_by_flags(scripts):
       make(*argv)
 
 
-def test_a_distillation_is_evaluated_and_saved_as_its_flags_say(scripts, monkeypatch):
+def test_a_distillation_is_evaluated_and_saved_as_its_flags_say(scripts):
   teacher = trained.BaseModel(transformer.llama(300, 16, 1, heads=2, max_length=16), tokenizers.Bytes(), None, None)
-  monkeypatch.setattr(scripts['distill'], 'open_teacher', lambda name: teacher)
   for flags_given, expected in ({}, (125, 125)), ({'evaluate_every': 7, 'save_every': 9}, (7, 9)):
-    run = signature.call(scripts['distill'].experiment, length=16, width=16, **flags_given)
+    pending = signature.call(scripts['distill'].experiment, length=16, width=16, **flags_given)
+    run = pending.build(base=teacher, like=None)
     assert (run.evaluate_every, run.save_every) == expected
 
 
@@ -381,10 +382,10 @@ def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_p
     scripts['export_hf'].main(**given, out=tmp_path / f'out-{len(shown)}')
     shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
   assert shown[0] == shown[1] and 'bits a byte' in shown[0]
-  student = signature.call(scripts['distill'].experiment, teacher=str(run), student=str(run), length=16)
+  student = signature.call(scripts['distill'].experiment, teacher=str(run), student=str(run), length=16).open()
   assert student.model == trained.base(str(run)).model
-  with pytest.raises(ValueError, match='is no encoder-decoder'):
-    signature.call(scripts['denoise'].experiment, model=str(run))
+  with pytest.raises(ValueError, match='is a decoder, and what is needed is an encoder-decoder'):
+    signature.call(scripts['denoise'].experiment, model=str(run)).open()
   with pytest.raises(ValueError, match='is the workdir of a run, which needs no import'):
     scripts['import_hf'].main(model=str(run), out=tmp_path / 'imported')
 

@@ -17,8 +17,8 @@ from lm.data.tokenizers.huggingface import HuggingFace
 from lm.data.tokenizers.sentencepiece import SentencePiece
 from lm.workdir.parsing import json_value
 
-__all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'SentencePiece', 'Tokenizer', 'load', 'sentinels', 'special_tokens',
-           'train_sentencepiece', 'mask_id']
+__all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'InFile', 'SentencePiece', 'Tokenizer', 'load', 'sentinels',
+           'special_tokens', 'train_sentencepiece', 'mask_id']
 
 # Names of separators in public vocabularies, most telling first.
 _BOS = ('<s>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '[CLS]', '<|endoftext|>')
@@ -155,6 +155,15 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class InFile:
+  """A tokenizer in a file, for data that opens it when its text is opened; see `load`."""
+  path: str
+
+  def load(self) -> Tokenizer:
+    return load(self.path)
 
 
 def special_tokens(folder: str | os.PathLike) -> dict[str, str]:

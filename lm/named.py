@@ -1,0 +1,87 @@
+"""Models that flags name, which are opened when the run of an experiment is built: see `train.after_opening`."""
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lm import load
+from lm.load import BaseModel
+from lm.models import Encoder, EncoderDecoder, MultiToken, Transformer
+from lm.train import interfaces
+
+DECODER = 'a decoder, such as GPT-2 or Llama'
+_EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / 'experiments'
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """A model that a flag names, without its parameters.
+
+  Args:
+    flag: the name of the flag.
+    name: its value, a run's workdir, a Hugging Face folder, an imported one or an id on the hub.
+    accepts: whether the model is of the kind that the flag is for.
+    kind: that kind in words, such as 'a decoder, such as GPT-2 or Llama'.
+    dtype: that the model computes in; None for that of the run, or float32.
+    with_tokenizer: whether the tokenizer is opened too; a folder may lack one where it is not.
+  """
+  flag: str
+  name: str
+  accepts: Callable[[Any], bool]
+  kind: str
+  dtype: Any = None
+  with_tokenizer: bool = True
+
+  def open(self) -> BaseModel:
+    """Returns the model. FileNotFoundError where it is not there, ValueError where it is of another kind."""
+    flag, folder = f'--{self.flag}={self.name}', pathlib.Path(self.name)
+    script = _EXPERIMENTS / f'{folder.name}.py'
+    if folder.parts[:-1] == ('runs',) and script.is_file() and not (folder / 'run.json').is_file():
+      raise FileNotFoundError(f'{flag} is not there; make it with "python experiments/{script.name}", or give another '
+                              f'--{self.flag}')
+    base = load.open_base(self.name, self.dtype, self.with_tokenizer)
+    if not self.accepts(base.model):
+      raise ValueError(f'{flag} is {load.kind(base.model)}, and what is needed is {self.kind}; give another '
+                       f'--{self.flag}')
+    return base
+
+
+def decoder(flag: str, name: str, dtype: Any = None) -> Named:
+  """A decoder, of any class."""
+  return Named(flag, name, _is_decoder, DECODER, dtype)
+
+
+def encoder(flag: str, name: str) -> Named:
+  """An encoder."""
+  return Named(flag, name, lambda model: isinstance(model, Encoder), 'an encoder, such as BERT')
+
+
+def encoder_decoder(flag: str, name: str) -> Named:
+  """An encoder-decoder."""
+  return Named(flag, name, lambda model: isinstance(model, EncoderDecoder), 'an encoder-decoder, such as T5')
+
+
+def decoder_to_train(model: str | None, init: Any, given: Mapping[str, Any], vocabulary: Mapping[str, Any],
+                     dtype: Any) -> Named | None:
+  """The decoder that `--model` names, or else `--init`, or one that predicts further tokens; None without both.
+
+  `given` are the flags of shape that are given, `vocabulary` those of a tokenizer. ValueError where there are any
+  beside `--model`, which decides on both.
+  """
+  if not model and not init:
+    return None
+  flag, name = ('model', model) if model else ('init', str(init))
+  if model and (flags := {**given, **vocabulary}):
+    other, value = next(iter(flags.items()))
+    raise ValueError(f'--model={model} gives the shape and the tokenizer, and --{other}={value} is given too; leave '
+                     'one of them out')
+  return Named(flag, name, lambda model: isinstance(trunk(model), Transformer), DECODER, dtype, not vocabulary)
+
+
+def trunk(model: Any) -> Any:
+  """The decoder in a model that predicts further tokens; any other model as it is."""
+  return model.trunk if isinstance(model, MultiToken) else model
+
+
+def _is_decoder(model: Any) -> bool:
+  return isinstance(model, interfaces.Decoder) and not isinstance(model, EncoderDecoder)
