@@ -112,7 +112,7 @@ def test_a_run_without_its_tokens_says_how_to_get_them_back(trains):
   workdir = trains('run')
   shutil.rmtree(workdir / 'data' / 'tokens')
   opened = load.open_trained(workdir)
-  with pytest.raises(FileNotFoundError, match='tokens does not hold the text of numbers in tokens; copy it back'):
+  with pytest.raises(FileNotFoundError, match='tokens does not hold the tokens of numbers; copy them back'):
     opened.open_data()
   assert not (workdir / 'data' / 'tokens').exists()
 

@@ -1,6 +1,6 @@
 """Batches of rows: `batches(step)` is a pure function of (data, seed, step).
 
-`stream` cuts rows from documents that follow one another; `packing` fills rows with whole dialogues or pairs.
+`packed_documents` cuts rows from a stream of documents; `packed_records` fills rows with whole dialogues or pairs.
 """
 import abc
 import dataclasses
@@ -15,24 +15,30 @@ from lm.data.batch import Batch, ExampleMaker, Row, Special, blank, template
 
 
 def generator(seed: int | None, row: int) -> np.random.Generator:
-  """The random numbers of a row. Philox: a stream of its own for each, at the cost of making it."""
+  """Returns the random numbers of a row. Philox gives each (seed, row) an independent stream, and is fast to create."""
   return np.random.Generator(np.random.Philox(key=[seed or 0, row]))
+
+
+def shuffled(seed: int | None, count: int, epoch: int) -> np.ndarray:
+  """Returns the order of `count` items in an epoch: a permutation, or 0, 1, 2, ... if the seed is None."""
+  return np.arange(count) if seed is None else seeds.generator(seed, epoch, 1).permutation(count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches(abc.ABC):
-  """Base of what makes batches: rows of an epoch in a new order each epoch, `rows` of them a step.
+  """Base class of batches: each step reads `rows` rows of an epoch, and each epoch has its rows in a new order.
 
   Args:
     objective: makes the examples.
-    special: of the tokenizer.
-    length: T. source_length: S, where the objective makes sources.
+    special: the special tokens of the tokenizer.
+    length: T.
     rows: B, of the global batch.
-    seed: fixes the order; None keeps the data's own.
-    repeat: whether a new epoch follows; otherwise rows after the last are empty.
-    stored: arrays [rows_per_epoch, T, ...] that are added to the columns of a batch. What was stored of a row needs the
-      row to be the same in every epoch; only their order then is new.
-    inputs: dtype and shape, of a row, of each of the inputs that examples have beside those of the objective.
+    seed: decides the order; None: the order of the data.
+    repeat: whether a new epoch follows the last row; otherwise, the rows after it are empty.
+    source_length: S, if the objective makes sources.
+    stored: arrays [rows_per_epoch, T, ...], which are added to the columns of a batch. The content of each row is then
+      that of the first epoch, and only the order of rows is new in later epochs.
+    inputs: the dtype, and the shape per row, of inputs that examples have in addition to those of the objective.
   """
   objective: ExampleMaker
   special: Special
@@ -52,7 +58,7 @@ class Batches(abc.ABC):
 
   @abc.abstractmethod
   def _fill(self, row: Row, epoch: int, index: int, rng: np.random.Generator) -> None:
-    """Row `index` of the epoch, before rows are shuffled."""
+    """Fills a row with row number `index` of an epoch, counted before rows are shuffled."""
 
   @functools.cached_property
   def _empty(self) -> Batch:
@@ -63,18 +69,18 @@ class Batches(abc.ABC):
                         inputs={**(row.inputs or {}), **inputs} or None)
 
   def summary(self, rows: int) -> list[str]:
-    """What so many rows read, a line for each source where there are several."""
+    """Returns lines for the user on what a run of `rows` rows reads, one for each source."""
     return [f'one epoch is {self.rows_per_epoch:,} rows; this run reads {rows:,} rows, '
             f'{rows / self.rows_per_epoch:.3g} epochs']
 
   def end(self) -> tuple[int, str] | None:
-    """How many rows there are, and the name of the source that then ends; None where rows have no end."""
+    """Returns the number of rows and the name of the source that ends after them; None if rows have no end."""
     return None
 
   def with_bytes(self) -> 'Batches':
-    """These, with a column `bytes` where the table of the tokenizer does not say it, and the text is known.
+    """Returns batches with the column `bytes`: the number of bytes of the text, in UTF-8, that each target stands for.
 
-    Those are bytes of the text's own UTF-8 that each target stands for.
+    Returns these batches themselves if the table of the tokenizer says it already, or if the text is not known.
     """
     return self
 
@@ -84,19 +90,18 @@ class Batches(abc.ABC):
 
   @functools.cached_property
   def _order(self) -> Callable[[int], np.ndarray]:
-    """The order of the rows of an epoch; a batch spans two epochs at most, or is larger than either."""
-    return functools.lru_cache(maxsize=2)(lambda epoch: np.arange(self.rows_per_epoch) if self.seed is None else
-                                          seeds.generator(self.seed, epoch, 1).permutation(self.rows_per_epoch))
+    """The order of rows, as a function of the epoch. The last two are cached, because a batch may span two epochs."""
+    return functools.lru_cache(maxsize=2)(functools.partial(shuffled, self.seed, self.rows_per_epoch))
 
   def __call__(self, step: int, rows: range | None = None) -> Batch:
-    """The batch of a step, or only some of its rows (those that a host owns): NumPy arrays."""
+    """Returns the batch of a step, or some of its rows (those that a host owns), as NumPy arrays."""
     rows = range(self.rows) if rows is None else rows
     places = [divmod(step * self.rows + row, self.rows_per_epoch) for row in rows]
-    return self.compose([(epoch, int(self._order(epoch)[index])) if epoch == 0 or self.repeat else None
-                         for epoch, index in places])
+    return self.compose([(epoch, int(self._order(epoch)[place])) if epoch == 0 or self.repeat else None
+                         for epoch, place in places])
 
   def compose(self, places: list[tuple[int, int] | None]) -> Batch:
-    """Rows by (epoch, index before rows are shuffled); None is an empty one."""
+    """Returns a batch of rows, each given as (epoch, index before rows are shuffled); None is an empty row."""
     batch = blank(self._empty, len(places))
     for i, place in enumerate(places):
       if place is not None:

@@ -1,4 +1,4 @@
-"""How documents become what a store keeps: token ids, and columns of further values beside them."""
+"""Documents to what a store holds: token ids, and columns of further values beside them."""
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -18,11 +18,11 @@ class Encoded(NamedTuple):
   """One encoded document. A store drops a document without tokens."""
   tokens: np.ndarray                          # int [n]
   columns: Mapping[str, np.ndarray] = {}      # by name: [n] of a column per token, [] of a column per document
-  sizes: np.ndarray | None = None             # int64 [m, 2]: places of tokens, and their bytes; see `store`
+  sizes: np.ndarray | None = None             # int64 [m, 2]: places of tokens, and their numbers of bytes; see `store`
 
 
 class Encoder(Protocol):
-  """What a store needs to know to make tokens of documents."""
+  """The interface through which a store encodes documents."""
   vocab_size: int
   fingerprint: str               # of everything that decides what `encode` returns
   columns: Mapping[str, Column]  # the columns of each document, by name
@@ -58,7 +58,16 @@ class TextEncoder:
     return [Encoded(tokens, {}, self._other_sizes(text, tokens, table)) for text, tokens in zip(documents, encoded)]
 
   def _other_sizes(self, text: str, tokens: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """[m, 2] int64: the places of tokens that stand for another number of bytes than `table` says, and that number."""
+    """Returns the places of tokens whose number of bytes differs from `table`, and that number, int64 [m, 2]."""
     sizes = self.tokenizer.sizes(text, tokens)
     places = np.flatnonzero(sizes != table[tokens])
     return np.stack([places, sizes[places]], 1)
+
+
+def placed_sizes(documents: Sequence[Encoded], start: int) -> np.ndarray:
+  """Returns the sizes of documents, [n, 2] int64, with places counted in the split, whose next token is at `start`."""
+  parts = [np.zeros((0, 2), np.int64)]
+  for document in documents:
+    parts.append(document.sizes + np.array([start, 0]))
+    start += len(document.tokens)
+  return np.concatenate(parts)

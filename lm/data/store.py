@@ -1,15 +1,15 @@
-"""A corpus cleaned and tokenised once, on disk: memory-mapped tokens, where each document starts, and a manifest.
+"""Writes a store: a corpus, cleaned and tokenised once, on disk. `store_reader` reads it.
 
-  folder/manifest.json         settings, and per split the counts; written last: without it the store is unfinished
+  folder/manifest.json         settings, and counts per split; written last: without it the store is unfinished
   folder/<split>/tokens.bin    all documents end to end, no bos or eos; uint16, or uint32 beyond 65,536 tokens
   folder/<split>/offsets.npy   [documents + 1] int64
   folder/<split>/<column>.bin  a column of the encoder: one value per token, or one value per document
-  folder/<split>/sizes.npy     [n, 2] int64, if the tokenizer is not lossless: places in tokens.bin, and how many bytes
-                               of its text the token there stands for, if its table says otherwise
+  folder/<split>/sizes.npy     [n, 2] int64, if the tokenizer is not lossless: places in tokens.bin of tokens that stand
+                               for another number of bytes than the tokenizer's table says, and that number
 
-During a build, documents are appended in groups. After each group `unfinished.json` is replaced; it says how much of
-each file is committed. If the build is killed, the next build truncates the files to that length and continues, and
-the finished store has the same bytes.
+During a build, documents are appended in groups. After each group, `unfinished.json` is replaced, which has the
+committed length of each file. If the build is killed, the next build truncates the files to that length and continues,
+and the finished store has the same bytes.
 """
 import collections
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.encoding import Encoded, Encoder
+from lm.data.encoding import Encoder, placed_sizes
 from lm.data.store_reader import OtherSettings, Part, Store, checksums, column_bytes, fingerprint, read_json, verify
 from lm.data.text import clean
 from lm.data.text.source import Source, digest
@@ -35,13 +35,13 @@ from lm.workdir import atomic, integrity, locks
 __all__ = ['Part', 'Store', 'build', 'fingerprint', 'reopen', 'settings', 'verify']
 
 _FORMAT = 1
-_GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000  # committed together; lost at most, when killed
-_DIGEST = 16  # bytes, of `digest`
-_NO_TOKENS = 'no tokens'  # the reason for dropping a document that has no tokens
+_GROUP_DOCUMENTS, _GROUP_CHARACTERS = 2000, 16_000_000   # limits of a group, which is committed as a whole
+_DIGEST = 16   # bytes of a `digest`
+_NO_TOKENS = 'no tokens'   # the reason for dropping a document that has no tokens
 
 
 def settings(source: Source, encoder: Encoder, rules: Sequence[clean.Rule]) -> dict[str, Any]:
-  """Returns what decides the contents of a store; its manifest keeps this."""
+  """Returns the settings that decide the contents of a store. They are stored in its manifest."""
   return {'format': _FORMAT, 'source': f'{source.name} {source.fingerprint}', 'tokenizer': encoder.fingerprint,
           'rules': [_identity(rule) for rule in rules]}
 
@@ -54,7 +54,8 @@ def build(folder: str | os.PathLike, source: Source, encoder: Encoder, rules: Se
   build the same folder take turns, and the later ones open what the first one built.
 
   Args:
-    encoder: makes tokens and columns of documents; `encoding.TextEncoder(tokenizer)` for plain text.
+    encoder: encodes documents; `encoding.TextEncoder(tokenizer)` for plain text.
+    rules: the rules of cleaning.
     workers: number of processes for cleaning (see `clean.clean`); encoding has its own threads.
     progress: is called with a line every ten seconds, and with a line at the end of each split.
     renew: whether to replace a store that was made with other settings; a store without documents is always replaced.
@@ -64,40 +65,40 @@ def build(folder: str | os.PathLike, source: Source, encoder: Encoder, rules: Se
     OSError: the folder cannot be written.
   """
   folder = pathlib.Path(folder)
-  made_of = settings(source, encoder, rules)
-  if not _finished(folder, made_of, renew):  # checked again under the lock, which only a build needs
+  expected = settings(source, encoder, rules)
+  if not _is_finished(folder, expected, renew):
     with contextlib.ExitStack() as stack:
       with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locks.hold(folder / 'lock', f'waiting for the process that builds {folder}', progress))
-      if not _finished(folder, made_of, renew, discard=True):
-        _Build(folder, source, encoder, rules, workers, progress, made_of).run()
-  return _opened(folder, source, encoder)
+      if not _is_finished(folder, expected, renew, discard=True):   # another process may have built it meanwhile
+        _Build(folder, source, encoder, rules, workers, progress, expected).run()
+  return _open_splits(folder, source, encoder)
 
 
 def reopen(folder: pathlib.Path, source: Source, encoder: Encoder, rules: Sequence[clean.Rule]) -> dict[str, Store]:
-  """Opens what `build` wrote of these; it reads no document of the source, and writes nothing.
+  """Opens the store that `build` wrote with these arguments. It reads no document of the source, and writes nothing.
 
   Raises:
     FileNotFoundError: there is no finished store in the folder.
     ValueError: the folder has a store of other settings.
   """
-  if not _finished(folder, settings(source, encoder, rules)):
-    raise FileNotFoundError(f'{folder} does not hold the text of {source.name} in tokens; copy it back, or give the '
-                            'command that trained the run again, which encodes the same text again')
-  return _opened(folder, source, encoder)
+  if not _is_finished(folder, settings(source, encoder, rules)):
+    raise FileNotFoundError(f'{folder} does not hold the tokens of {source.name}; copy them back, or run the command '
+                            'that trained the run again, which encodes the same text again')
+  return _open_splits(folder, source, encoder)
 
 
-def _opened(folder: pathlib.Path, source: Source, encoder: Encoder) -> dict[str, Store]:
+def _open_splits(folder: pathlib.Path, source: Source, encoder: Encoder) -> dict[str, Store]:
   stores = {split: Store(folder, split) for split in source.splits}
-  for opened in stores.values():
-    opened.check(encoder.vocab_size)
+  for stored in stores.values():
+    stored.check(encoder.vocab_size)
   return stores
 
 
 @dataclasses.dataclass
 class _Build:
-  """A running build. `state` is what is committed: the settings, and counts per split that give all file sizes."""
+  """A build. `state` describes the committed data: the settings, and counts per split, which give all file sizes."""
   folder: pathlib.Path
   source: Source
   encoder: Encoder
@@ -109,19 +110,32 @@ class _Build:
   def run(self) -> None:
     self.dtype = np.dtype(np.uint16 if self.encoder.vocab_size <= 1 << 16 else np.uint32)
     splits = sorted(self.source.splits, key=lambda split: (split == 'train', split))
-    empty = {'read': 0, 'documents': 0, 'tokens': 0, 'largest': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name,
-             **({'sizes': 0} if self.encoder.has_sizes else {})}
-    if self.encoder.columns:
-      empty['columns'] = {name: {'dtype': np.dtype(column.dtype).name, 'per': column.per}
-                          for name, column in self.encoder.columns.items()}
     self.state = read_json(self.folder / 'unfinished.json') or {
-        'settings': self.settings, 'splits': {split: dict(empty) for split in splits}}
+        'settings': self.settings, 'splits': {split: self._new_counts() for split in splits}}
     with _writing(self.folder):
-      seen = b''.join([self._resume(split) for split in splits])
+      digests = b''.join([self._resume(split) for split in splits])
       atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
-    deduplicate = _Deduplicate(seen)
+    deduplicate = _Deduplicate(digests)
     for split in splits:
-      self._split(split, deduplicate)
+      self._write_split(split, deduplicate)
+    self._finish(splits)
+    for line in self.source.notes:
+      self.progress(line)
+    if events := ', '.join(f'{n:,} {event}' for event, n in self.source.counts.items() if n):
+      self.progress(f'{self.source.name}: {events}')
+
+  def _new_counts(self) -> dict[str, Any]:
+    """Returns the counts of a split without documents."""
+    counts = {'read': 0, 'documents': 0, 'tokens': 0, 'largest': 0, 'bytes': 0, 'dropped': {}, 'dtype': self.dtype.name}
+    if self.encoder.has_sizes:
+      counts['sizes'] = 0
+    if self.encoder.columns:
+      counts['columns'] = {name: {'dtype': np.dtype(column.dtype).name, 'per': column.per}
+                           for name, column in self.encoder.columns.items()}
+    return counts
+
+  def _finish(self, splits: Sequence[str]) -> None:
+    """Writes the offsets and sizes of all splits, and the manifest."""
     with _writing(self.folder):
       for split in splits:
         lengths = np.fromfile(self.folder / split / 'lengths.partial', np.int64)
@@ -134,13 +148,9 @@ class _Build:
       atomic.write(self.folder / 'manifest.json', integrity.json_with_checksum(self.state))
       for path in (self.folder / 'unfinished.json', *self.folder.glob('*/*.partial')):
         path.unlink()
-    for line in self.source.notes:
-      self.progress(line)
-    if read_counts := ', '.join(f'{n:,} {event}' for event, n in self.source.counts.items() if n):
-      self.progress(f'{self.source.name}: {read_counts}')
 
   def _resume(self, split: str) -> bytes:
-    """Truncates the files of a split to what is committed, and returns the digests of its documents so far."""
+    """Truncates the files of a split to their committed length, and returns the digests of its documents so far."""
     folder, counts = self.folder / split, self.state['splits'][split]
     folder.mkdir(exist_ok=True)
     digests = counts['documents'] + counts['dropped'].get(_NO_TOKENS, 0)
@@ -156,7 +166,8 @@ class _Build:
         f.truncate(size)
     return (folder / 'digests.partial').read_bytes()
 
-  def _split(self, split: str, deduplicate: clean.Deduplicate) -> None:
+  def _write_split(self, split: str, deduplicate: clean.Deduplicate) -> None:
+    """Cleans, encodes and appends the documents of a split that were not yet read."""
     documents, counts = self.source.splits[split], self.state['splits'][split]
     start = last_report = time.monotonic()
     before, ends = counts['bytes'], counts.setdefault('ends', [])
@@ -182,10 +193,10 @@ class _Build:
                   f'dropped: {dropped}')
 
   def _append(self, split: str, group: list[str | clean.Drop]) -> None:
-    """Encodes, appends and commits results of cleaning."""
+    """Encodes, appends and commits a group of results of cleaning."""
     folder, counts = self.folder / split, self.state['splits'][split]
-    kept = [document for document in group if not isinstance(document, clean.Drop)]
-    encoded = self.encoder.encode(kept)
+    texts = [document for document in group if not isinstance(document, clean.Drop)]
+    encoded = self.encoder.encode(texts)
     stored = [document for document in encoded if len(document.tokens)]
     dropped = collections.Counter(counts['dropped'])
     dropped.update(document.reason for document in group if isinstance(document, clean.Drop))
@@ -194,12 +205,12 @@ class _Build:
     with _writing(self.folder):
       _append(folder / 'tokens.bin', b''.join(document.tokens.astype(self.dtype).tobytes() for document in stored))
       _append(folder / 'lengths.partial', lengths.tobytes())
-      _append(folder / 'digests.partial', b''.join(map(digest, kept)))
+      _append(folder / 'digests.partial', b''.join(map(digest, texts)))
       for name, column in counts.get('columns', {}).items():
         _append(folder / f'{name}.bin', b''.join(
             np.asarray(document.columns[name], column['dtype']).tobytes() for document in stored))
       if 'sizes' in counts:
-        sizes = _placed_sizes(stored, counts['tokens'])
+        sizes = placed_sizes(stored, counts['tokens'])
         _append(folder / 'sizes.partial', sizes.tobytes())
         counts['sizes'] += len(sizes)
       if 'largest' in counts:
@@ -207,18 +218,9 @@ class _Build:
       counts['read'] += len(group)
       counts['documents'] += len(lengths)
       counts['tokens'] += int(lengths.sum())
-      counts['bytes'] += sum(len(text.encode()) for text, document in zip(kept, encoded) if len(document.tokens))
+      counts['bytes'] += sum(len(text.encode()) for text, document in zip(texts, encoded) if len(document.tokens))
       counts['dropped'] = dict(sorted((reason, n) for reason, n in dropped.items() if n))
       atomic.write(self.folder / 'unfinished.json', json.dumps(self.state, indent=1))
-
-
-def _placed_sizes(documents: Sequence[Encoded], start: int) -> np.ndarray:
-  """The sizes of documents, [n, 2] int64, with places in the tokens of the split; the first document is at `start`."""
-  parts = [np.zeros((0, 2), np.int64)]
-  for document in documents:
-    parts.append(document.sizes + np.array([start, 0]))
-    start += len(document.tokens)
-  return np.concatenate(parts)
 
 
 class _Deduplicate(clean.Deduplicate):
@@ -229,11 +231,11 @@ class _Deduplicate(clean.Deduplicate):
     self._digests.update(digests[i:i + _DIGEST] for i in range(0, len(digests), _DIGEST))
 
 
-def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard: bool = False) -> bool:
-  """Whether the folder has a finished store of these settings.
+def _is_finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard: bool = False) -> bool:
+  """Returns whether the folder has a finished store of these settings.
 
-  A store of other settings raises OtherSettings. With `renew`, or if it has no documents, it counts as missing instead,
-  and `discard` deletes its manifest.
+  Raises OtherSettings if it has a store of other settings. With `renew`, or if that store has no documents, it counts
+  as missing instead, and `discard` deletes its manifest.
   """
   for name in ('manifest.json', 'unfinished.json'):
     stored = read_json(folder / name)
@@ -253,6 +255,7 @@ def _finished(folder: pathlib.Path, settings: dict, renew: bool = False, discard
 
 
 def _groups(results: Iterator[str | clean.Drop]) -> Iterator[list[str | clean.Drop]]:
+  """Yields results of cleaning in groups of limited size."""
   group, characters = [], 0
   for document in results:
     group.append(document)
@@ -265,11 +268,11 @@ def _groups(results: Iterator[str | clean.Drop]) -> Iterator[list[str | clean.Dr
 
 
 def _identity(rule: clean.Rule) -> str:
-  """Returns the name of a function, or the repr of an object; ValueError if it would differ in another process."""
+  """Returns the name of a function, or the repr of an object. Raises ValueError if it differs between processes."""
   name = f'{rule.__module__}.{rule.__qualname__}' if hasattr(rule, '__qualname__') else repr(rule)
   if re.search('<lambda>|<locals>| at 0x', name):
-    raise ValueError(f'rule {name} has no lasting name to know the store by: make it a function of a module or a '
-                     'frozen dataclass')
+    raise ValueError(f'rule {name} has no lasting name by which a store can be recognised; make it a function of a '
+                     'module or a frozen dataclass')
   return name
 
 
@@ -279,6 +282,7 @@ def _size(n: float) -> str:
 
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
+  """Adds the folder, and what to do, to an OSError."""
   try:
     yield
   except OSError as error:
@@ -288,6 +292,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _append(path: pathlib.Path, data: bytes) -> None:
+  """Appends to a file, and waits until the data is on disk."""
   with open(path, 'ab') as f:
     f.write(data)
     f.flush()

@@ -1,4 +1,4 @@
-"""Reads and checks a store. Its files, and how they are written, are described in `store`."""
+"""Reads and checks a store. `store` writes it, and describes its files."""
 import hashlib
 import itertools
 import json
@@ -12,11 +12,11 @@ from lm.workdir import integrity
 
 
 class OtherSettings(ValueError):
-  """Stored data was made with other settings, and a model may have been trained on it."""
+  """Stored data was made with other settings. It is not replaced, because a model may have been trained on it."""
 
 
 _BLOCK = 1 << 20    # tokens that are compared at a time
-_READ = 1 << 31     # a store of more tokens is not read when it is opened
+_READ = 1 << 31     # the most tokens of a store whose ids are all compared when it is opened
 
 
 class Store:
@@ -29,7 +29,11 @@ class Store:
     sizes: [n, 2] int64, memory-mapped: the places of tokens that stand for another number of bytes of the text than
       the tokenizer's table says, and that number; None if the tokenizer is lossless, or if sizes were not stored.
     manifest: counts of documents, tokens and (UTF-8) bytes, of documents read, and of documents dropped by reason.
-    fingerprint: of source, rules, encoder and split.
+    fingerprint: identifies the source, the rules, the encoder and the split.
+
+  Raises:
+    FileNotFoundError: there is no finished store in the folder, or a file is missing.
+    ValueError: the store has no such split, or a file is damaged.
   """
 
   def __init__(self, folder: str | os.PathLike, split: str):
@@ -55,22 +59,23 @@ class Store:
                        f'it has {len(self.sizes)} rows, and {self.manifest["sizes"]} were written')
     self.tokens = np.memmap(folder / 'tokens.bin', dtype, 'r')
     self.columns = {name: np.memmap(folder / f'{name}.bin', column['dtype'], 'r') for name, column in columns.items()}
-    ends = len(self.offsets) == len(self) + 1 and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
-    if not ends or np.any(self.offsets[1:] < self.offsets[:-1]):
-      raise _damaged(folder / 'offsets.npy', 'its offsets do not fit the manifest, or fall')
+    covers_all = len(self.offsets) == len(self) + 1 and self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
+    if not covers_all or np.any(self.offsets[1:] < self.offsets[:-1]):
+      raise _damaged(folder / 'offsets.npy', 'its offsets do not fit the manifest, or decrease')
 
   def check(self, vocabulary: int) -> None:
-    """Raises ValueError if an id is not in a vocabulary of this size: when it was written, or in the file now.
+    """Raises ValueError if an id is not in a vocabulary of this size, in the manifest or in the file.
 
-    This reads all ids of a store of up to 2**31 tokens. The ids of a larger store are compared when a document is read,
-    see `Stream`; `verify` reads all of them.
+    It reads all ids of a store of up to 2**31 tokens. The ids of a larger store are compared when a document is read
+    (see `Stream`), and by `verify`.
     """
-    tokens = self.tokens if len(self.tokens) <= _READ else self.tokens[:0]
-    largest = max(self.manifest.get('largest', 0), *(
-        int(tokens[start:start + _BLOCK].max(initial=0)) for start in range(0, len(tokens), _BLOCK)), 0)
+    largest = self.manifest.get('largest', 0)
+    if len(self.tokens) <= _READ:
+      for start in range(0, len(self.tokens), _BLOCK):
+        largest = max(largest, int(self.tokens[start:start + _BLOCK].max()))
     if largest >= vocabulary:
       raise ValueError(f'{self._folder / self._split / "tokens.bin"} is damaged: it has the id {largest}, of a '
-                       f'vocabulary of {vocabulary}: delete {self._folder}, and it is made again from the text')
+                       f'vocabulary of {vocabulary}; delete {self._folder}, and it is made again from the text')
 
   def __len__(self) -> int:
     return self.manifest['documents']
@@ -86,7 +91,7 @@ class Store:
     ends = [0, *self.manifest.get('ends', [len(self)])]
     return [Part(self.tokens, self.offsets[start:end + 1], self.sizes) for start, end in itertools.pairwise(ends)]
 
-  def __reduce__(self):  # workers map the files themselves
+  def __reduce__(self):   # a worker process maps the files again
     return Store, (self._folder, self._split)
 
 
@@ -98,7 +103,7 @@ class Part(NamedTuple):
 
 
 def column_bytes(column: dict[str, str], counts: dict[str, Any]) -> int:
-  """The size of a column's file, from the column and the counts of the split, both as in the manifest."""
+  """Returns the size of a column's file. `column` and the `counts` of the split are as in the manifest."""
   return np.dtype(column['dtype']).itemsize * counts['tokens' if column['per'] == 'token' else 'documents']
 
 
@@ -156,12 +161,13 @@ def verify(folder: pathlib.Path) -> list[str]:
   return without
 
 
-def fingerprint(made_of: dict[str, Any], split: str) -> str:
+def fingerprint(settings: dict[str, Any], split: str) -> str:
   """Returns the fingerprint of a split of the store with these settings."""
-  return hashlib.sha256(json.dumps([made_of, split]).encode()).hexdigest()[:16]
+  return hashlib.sha256(json.dumps([settings, split]).encode()).hexdigest()[:16]
 
 
 def read_json(path: pathlib.Path) -> dict | None:
+  """Returns the values in a JSON file, or None if there is no file. Raises ValueError if it is damaged."""
   try:
     return integrity.parse_json_with_checksum(path.read_text())[0] if path.exists() else None
   except ValueError as error:

@@ -1,7 +1,7 @@
-"""Augmentation of text, for training: other versions of a document's pieces at each epoch, as pure as all batches are.
+"""Augmentation of text, for training: other versions of a document at each epoch, as a pure function of the step.
 
-Text is changed before the objective makes its example of it, so that targets are always those of the text that is read,
-and nothing read tells a target; `TokenDropout` alone changes what is read and leaves the targets.
+Text is changed before the objective makes an example of it, so that the targets belong to the text that is read, and no
+input reveals a target. Only `TokenDropout` changes the inputs and not the targets.
 """
 import dataclasses
 import functools
@@ -17,29 +17,30 @@ from lm.data.tokenizers.base import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """Base: changes nothing. `ratio` bounds growth: n tokens become ratio * n at most, and what is over is cut."""
+  """Base class, which changes nothing. n tokens become at most ratio * n tokens, and further ones are cut off."""
 
   ratio = 1.
 
   def check(self, tokenizer: Tokenizer) -> None:
-    """ValueError where the tokenizer cannot do it."""
+    """Raises ValueError if the augmentation needs something that the tokenizer lacks."""
 
   def text(self, body: np.ndarray, rng: np.random.Generator, special: Special) -> np.ndarray:
-    """Tokens of a document, or of a part of it, without bos and eos."""
+    """Returns another version of the tokens of a document, or of a part of it, without bos and eos."""
     del rng, special
     return body
 
   def example(self, example: Example, rng: np.random.Generator, special: Special) -> Example:
+    """Returns another version of an example."""
     del rng, special
     return example
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenDropout(Augmentation):
-  """Each token that is read is replaced with probability `rate`; targets stay (word dropout, Bowman et al. 2016).
+  """Replaces each input token with probability `rate`, and no target (word dropout, Bowman et al. 2016).
 
-  By the control token named `token`, such as '<|mask|>', or, where it is None, by any token of the vocabulary. Tokens
-  that mean something to the objective, bos and eos stay, and so does the source of an encoder.
+  A token is replaced by the control token `token`, such as '<|mask|>', or, if that is None, by a random token of the
+  vocabulary. Bos, eos, the control tokens of the objective, and the source of an encoder are not replaced.
   """
   rate: float
   token: str | None = '<|mask|>'
@@ -53,42 +54,43 @@ class TokenDropout(Augmentation):
 
   def example(self, example, rng, special):
     tokens = example.tokens.copy()
-    hit = (rng.random(len(tokens)) < self.rate) & ~np.isin(tokens, [special.bos, special.eos, *special.control])
+    is_text = ~np.isin(tokens, [special.bos, special.eos, *special.control])
+    is_replaced = (rng.random(len(tokens)) < self.rate) & is_text
     if self.token is None:
-      tokens[hit] = rng.integers(special.vocab, size=int(hit.sum()))
+      tokens[is_replaced] = rng.integers(special.vocab, size=int(is_replaced.sum()))
     elif special.tokenizer is not None:
-      tokens[hit] = special.tokenizer.control_id(self.token)
+      tokens[is_replaced] = special.tokenizer.control_id(self.token)
     return example._replace(tokens=tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanDeletion(Augmentation):
-  """A share `rate` of the tokens is cut out, rounded, in spans of `mean_span` on average that do not touch."""
+  """Deletes a share `rate` of the tokens, in spans that do not touch, of `mean_span` tokens on average."""
   rate: float
   mean_span: float = 3.
 
   def __post_init__(self):
     _check_share(self)
     if self.mean_span < 1:
-      raise ValueError(f'mean_span={self.mean_span} is less than a token')
+      raise ValueError(f'mean_span={self.mean_span} is less than a token; give at least 1')
 
   def text(self, body, rng, special):
-    gone = min(round(self.rate * len(body)), len(body) - 3)   # something to predict, and to predict it from, stays
-    if gone < 1:
+    deleted = min(round(self.rate * len(body)), len(body) - 3)   # 3 tokens remain: a target, and its context
+    if deleted < 1:
       return body
-    left = len(body) - gone
-    spans = min(max(1, round(gone / self.mean_span)), left + 1)
-    ends = np.sort(rng.choice(gone - 1, spans - 1, replace=False)) + 1
-    sizes = np.diff(ends, prepend=0, append=gone)
-    before = np.sort(rng.choice(left + 1, spans, replace=False))   # how many tokens that stay are before each span
-    return np.delete(body, np.repeat(before, sizes) + np.arange(gone))
+    remaining = len(body) - deleted
+    spans = min(max(1, round(deleted / self.mean_span)), remaining + 1)
+    ends = np.sort(rng.choice(deleted - 1, spans - 1, replace=False)) + 1
+    sizes = np.diff(ends, prepend=0, append=deleted)
+    before = np.sort(rng.choice(remaining + 1, spans, replace=False))   # the remaining tokens before each span
+    return np.delete(body, np.repeat(before, sizes) + np.arange(deleted))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shuffle(Augmentation):
-  """With probability `rate`, the lines of what a row holds of a document change places; or parts of `size` tokens.
+  """Shuffles the lines of a document in a row, with probability `rate`; with a `size`, parts of `size` tokens instead.
 
-  Of a `size`, the first and the last part are shorter, so that the cuts are in other places each time.
+  The first part is shorter than `size`, by a random number of tokens, so that the cuts differ each time.
   """
   rate: float
   size: int | None = None
@@ -97,7 +99,7 @@ class Shuffle(Augmentation):
     if not 0 <= self.rate <= 1:
       raise ValueError(f'Shuffle: rate={self.rate} is not a share between 0 and 1')
     if self.size is not None and self.size < 1:
-      raise ValueError(f'size={self.size} is less than a token')
+      raise ValueError(f'size={self.size} is less than a token; give at least 1')
 
   def text(self, body, rng, special):
     if rng.random() >= self.rate or self.size is None and special.tokenizer is None:
@@ -112,11 +114,11 @@ class Shuffle(Augmentation):
 
 @dataclasses.dataclass(frozen=True)
 class SubwordSampling(Augmentation):
-  """The same text in other tokens: BPE-dropout (Provilkov et al. 2020) or sampling from a unigram model (Kudo 2018).
+  """Writes a text in other tokens: BPE-dropout (Provilkov et al. 2020) or sampling from a unigram model (Kudo 2018).
 
-  `alpha` is the share of the merges that BPE leaves out, or the exponent of the probabilities of unigram: the smaller,
-  the more even. Text grows, so rows take length / ratio tokens of it; what grows more is cut off at its end. A piece
-  that begins or ends inside a character, or has tokens without text, stays as it is.
+  `alpha` is the share of merges that BPE omits, or the exponent of the probabilities of a unigram model, which a small
+  exponent makes more even. The text takes more tokens, so a row holds only length / ratio tokens of it; what grows more
+  is cut off at its end. A piece that begins or ends inside a character, or has tokens without text, is not changed.
   """
   alpha: float = 0.1
   ratio: float = 1.25
@@ -125,7 +127,7 @@ class SubwordSampling(Augmentation):
     if not 0 < self.alpha <= 1:
       raise ValueError(f'SubwordSampling: alpha={self.alpha} is not above 0 and at most 1')
     if not self.ratio >= 1:
-      raise ValueError(f'ratio={self.ratio} is less than 1')
+      raise ValueError(f'ratio={self.ratio} is less than 1; give at least 1')
 
   def check(self, tokenizer):
     tokenizer.sample('a', self.alpha, 0)
@@ -142,24 +144,27 @@ class SubwordSampling(Augmentation):
 
 
 def augmented(objective: Any, augmentations: Sequence[Augmentation], tokenizer: Tokenizer | None = None) -> Any:
-  """The objective, made of text that goes through the augmentations in turn; for training alone.
+  """Returns the objective with examples of text that goes through all augmentations in turn; for training only.
 
-  ValueError where it learns from something else than documents, or the tokenizer cannot do one of them.
+  Raises ValueError if the objective learns from something else than documents, or if an augmentation needs something
+  that the tokenizer lacks.
   """
-  if augmentations and objective.needs is not np.ndarray:
+  if not augmentations:
+    return objective
+  if objective.needs is not np.ndarray:
     raise ValueError('augmentation is of documents, and this objective learns from dialogues, whose turns and answers '
                      'it would break; leave it out')
-  for augmentation in augmentations if tokenizer is not None else ():
-    augmentation.check(tokenizer)
-  return dataclasses.replace(objective, forms=tuple(_augmented(form, augmentations) for form in objective.forms)
-                             ) if augmentations else objective
+  if tokenizer is not None:
+    for augmentation in augmentations:
+      augmentation.check(tokenizer)
+  return dataclasses.replace(objective, forms=tuple(_augmented(form, augmentations) for form in objective.forms))
 
 
 def _augmented(form: Form, augmentations: Sequence[Augmentation]) -> Form:
   ratio, room = math.prod(augmentation.ratio for augmentation in augmentations), form.room
 
   def example(piece: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
-    # Bos and eos stay where they are; and the tokens that a piece reads ahead, and shares with the piece before.
+    # Bos and eos are not changed, nor is the token that a piece shares with the one before it if it reads ahead.
     first = int(form.ahead or piece[0] == special.bos)
     last = max(first, len(piece) - int(form.ahead or piece[-1] == special.eos))
     body = piece[first:last]

@@ -1,6 +1,6 @@
 """Warm-up of shapes: the first steps read fewer rows, or rows that are cut into shorter ones.
 
-Nothing is read twice or skipped, the order is the data's own, and `batch(step)` stays a pure function.
+Each row of the data is read once, in its order, and `batch(step)` is still a pure function.
 """
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from lm.data.batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Steps before `until` read so many `rows` of the data, each cut into rows of `length` positions."""
+  """The steps before step `until`, each of which reads `rows` rows of the data, cut into rows of `length` positions."""
   until: int
   rows: int
   length: int
@@ -21,27 +21,33 @@ class Stage:
 
 def stages(rows: Sequence[tuple[int, int]], lengths: Sequence[tuple[int, int]], batch: int, length: int
            ) -> tuple[Stage, ...]:
-  """From (until, rows) and (until, length), each in order; `batch` and `length` are those of the run, which follow.
+  """Returns the stages of a warm-up.
 
-  ValueError where either is out of order.
+  Args:
+    rows: (until, rows) pairs, in order of `until`.
+    lengths: (until, length) pairs, in order of `until`.
+    batch: the rows of the steps after the last pair of `rows`.
+    length: the length of the steps after the last pair of `lengths`.
+
+  Raises ValueError if pairs are out of order.
   """
-  for name, given in (('rows', rows), ('lengths', lengths)):
-    ends = [until for until, _ in given]
+  for name, pairs in (('rows', rows), ('lengths', lengths)):
+    ends = [until for until, _ in pairs]
     if ends != sorted(set(ends)) or ends and ends[0] < 1:
       raise ValueError(f'{name} of a warm-up end at steps {", ".join(map(str, ends))}, which do not rise from 1 on')
 
-  def at(given, step, final):
-    return next((value for until, value in given if step < until), final)
+  def value_of(pairs, step, final):
+    return next((value for until, value in pairs if step < until), final)
 
-  found = sorted({until for until, _ in (*rows, *lengths)})
-  return tuple(Stage(until, at(rows, until - 1, batch), at(lengths, until - 1, length)) for until in found)
+  ends = sorted({until for until, _ in (*rows, *lengths)})
+  return tuple(Stage(end, value_of(rows, end - 1, batch), value_of(lengths, end - 1, length)) for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What each step reads: after the stages, `rows` rows of `length` positions.
+  """The shape of the batch of each step: that of its stage or, after the stages, `rows` rows of `length` positions.
 
-  ValueError where stages are out of order, have no row, or a length does not divide `length`.
+  Raises ValueError if stages are out of order, a stage has no row, or its length does not divide `length`.
   """
   stages: tuple[Stage, ...]
   rows: int
@@ -53,30 +59,31 @@ class Schedule:
       raise ValueError(f'stages end at steps {", ".join(map(str, ends))}, which do not rise from 1 on')
     for stage in self.stages:
       if stage.rows < 1:
-        raise ValueError(f'a stage of {stage.rows} rows: give it one at least')
+        raise ValueError(f'a stage of {stage.rows} rows: give it at least one')
       if stage.length < 1 or self.length % stage.length:
-        raise ValueError(f'rows of {self.length} positions cannot be cut into rows of {stage.length}; take a divisor')
+        raise ValueError(f'rows of {self.length} positions cannot be cut into rows of {stage.length}; use a divisor')
 
   def _stage(self, step: int) -> Stage:
     return next((stage for stage in self.stages if step < stage.until), Stage(step + 1, self.rows, self.length))
 
   def shape(self, step: int) -> tuple[int, int]:
-    """[B, T] of the batch of a step."""
+    """Returns (B, T) of the batch of a step."""
     stage = self._stage(step)
     return stage.rows * self.length // stage.length, stage.length
 
   def shapes(self) -> list[tuple[int, int]]:
-    """All that there are, each once, in their order."""
+    """Returns the shapes of all batches, each once, in the order of their first steps."""
     steps = [0, *(stage.until for stage in self.stages)]
     return list(dict.fromkeys(map(self.shape, steps)))
 
   def rows_before(self, step: int) -> int:
-    """Rows of the data that the steps before it have read."""
-    total = done = 0
+    """Returns how many rows of the data the steps before a step read."""
+    total = start = 0
     for stage in self.stages:
-      total += (min(step, stage.until) - done) * stage.rows
-      done = min(step, stage.until)
-    return total + (step - done) * self.rows
+      end = min(step, stage.until)
+      total += (end - start) * stage.rows
+      start = end
+    return total + (step - start) * self.rows
 
   def tokens_before(self, step: int) -> int:
     return self.rows_before(step) * self.length
@@ -84,16 +91,16 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-  """Batches that follow a schedule: `batch(step, rows)`, as `batches.Batches`, whose rows it reads in turn."""
+  """Batches that follow a schedule, called as `batches.Batches`, whose rows they read in order."""
   batches: Callable[[int, range], Batch]
   schedule: Schedule
 
   def __call__(self, step: int, rows: range | None = None) -> Batch:
-    """The batch of a step, or only some of its rows."""
+    """Returns the batch of a step, or some of its rows."""
     count, length = self.schedule.shape(step)
     parts, first = self.schedule.length // length, self.schedule.rows_before(step)
     rows = range(count) if rows is None else rows
-    begin, end = rows.start // parts, -(-rows.stop // parts)   # of the data's rows
+    begin, end = rows.start // parts, -(-rows.stop // parts)   # in rows of the data
     batch = self.batches(0, range(first + begin, first + end))
     if parts == 1:
       return batch
@@ -101,10 +108,10 @@ class Staged:
 
 
 def cut(batch: Batch, parts: int) -> Batch:
-  """[B, T] as [B * parts, T / parts]. Positions stay; documents of a row are counted from 1 again, as `Batch` has it.
+  """Cuts the rows of a batch: [B, T] becomes [B * parts, T / parts].
 
-  A document that is cut sees, in each part, what of it is there. ValueError where rows have inputs, which are of all of
-  a row.
+  Positions are unchanged; the segments of each new row are counted from 1. A document that is cut sees only what the
+  same new row holds of it. Raises ValueError if rows have inputs, because inputs belong to a whole row.
   """
   if batch.inputs:
     raise ValueError(f'rows with inputs ({", ".join(batch.inputs)}) cannot be cut: inputs are of the whole row; leave '

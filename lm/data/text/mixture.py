@@ -143,7 +143,7 @@ class Mixed(Batches):
                        'give one corpus alone')
 
   @functools.cached_property
-  def _turns(self) -> SourceOrder:
+  def _source_order(self) -> SourceOrder:
     return SourceOrder(self.mixing.weights)
 
   @property
@@ -158,7 +158,7 @@ class Mixed(Batches):
     batch = blank(self._empty, len(rows))
     for i, n in enumerate(rows):
       n += step * self.rows
-      which, rank = self._turns(n)
+      which, rank = self._source_order(n)
       self.streams[which].fill_endless(Row(batch, i), rank, generator(self.seed, n))
     return batch
 
@@ -177,7 +177,7 @@ class Mixed(Batches):
   def summary(self, rows: int) -> list[str]:
     total, lines = sum(self.mixing.weights), []
     for part, weight, stream, count in zip(self.mixing.sources, self.mixing.weights, self.streams,
-                                           self._turns.counts(rows)):
+                                           self._source_order.counts(rows)):
       offsets = stream.store.offsets
       lines.append(f'{part.name}: {len(offsets) - 1:,} documents, {int(offsets[-1] - offsets[0]):,} tokens, '
                    f'{weight / total:.4g} of what is read, {count / stream.rows_in(1):.2f} epochs in this run')

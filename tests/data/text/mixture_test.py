@@ -70,7 +70,7 @@ def test_shares_are_of_tokens_in_every_prefix(sizes, data, length, seed):
   for n in range(60):
     batch = batches(0, range(n, n + 1))
     assert batch.weights.all(), 'every row is full, at the ends of epochs too'
-    which = batches._turns(n)[0]
+    which = batches._source_order(n)[0]
     assert all(target % len(sizes) == which for target in batch.targets[0] if target > 1)
     tokens[which] += length
     assert all(abs(count - fractions.Fraction(sum(tokens) * weight, sum(weights))) < length
@@ -81,8 +81,8 @@ def test_a_source_that_ends_begins_anew_with_each_target_once_an_epoch():
   batches = mixed_rows([[5, 9, 14], [300, 40]], [1, 1], length=8)
   small = batches.streams[0]
   size = small._size
-  together = size // np.gcd(size, 8) * small._turns_together   # rows after which windows and epochs end together
-  rows = [n for n in range(2 * int(together) + 2) if batches._turns(n)[0] == 0][:int(together)]
+  together = size // np.gcd(size, 8) * small._rounds_per_window   # rows after which windows and epochs end together
+  rows = [n for n in range(2 * int(together) + 2) if batches._source_order(n)[0] == 0][:int(together)]
   pairs = sum((pairs_in(batches(0, range(n, n + 1))) for n in rows), start=type(pairs_of(small.store))())
   epochs = len(rows) * 8 // size
   assert epochs > 2 and pairs == {pair: epochs * count for pair, count in pairs_of(small.store).items()}
@@ -106,7 +106,7 @@ def test_forms_take_turns_within_each_source():
   batches = mixed_rows([[50, 30], [60]], [1, 2], objective=objective)
   counts = [[], []]
   for n in range(60):
-    counts[batches._turns(n)[0]].append(int((batches(0, range(n, n + 1)).segments > 0).sum()))
+    counts[batches._source_order(n)[0]].append(int((batches(0, range(n, n + 1)).segments > 0).sum()))
   assert all(own == [8, 4] * (len(own) // 2) + [8] * (len(own) % 2) for own in counts)
 
 
