@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers.slow import slow
 
 from lm import declarations, lora, optim, train
 from lm.declarations import Role
@@ -86,7 +87,7 @@ def test_muon_orthogonalises_matrices_and_adapters_and_decays_them_alone(model, 
   assert matrices == 7 * (2 if adapted else 1)
 
 
-@pytest.mark.parametrize('adapted', [False, True])
+@pytest.mark.parametrize('adapted', [True, *slow(False)])
 def test_the_first_step_of_soap_makes_matrices_and_adapters_orthogonal(adapted):
   """In the eigenbasis of a gradient, that gradient is diagonal: Adam's first step makes its entries 1 (Vyas et al.)."""
   model = reward.Reward(LLAMA)
@@ -152,7 +153,7 @@ OPTIMIZERS = {
     'penalised': optim.penalised(optim.averaged(optim.adan(0.1), 0.9), l1=0.1)}
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', ['muon', 'penalised', *slow('adamw', 'soap', 'adafactor', 'mup', 'balanced')])
 def test_an_optimizer_does_not_change_with_the_names_of_weights(name):
   def programs(weights):   # of the state and of the update
     optimizer, params = optim.bound(OPTIMIZERS[name], weights), jax.tree.map(lambda weight: weight.array, weights)

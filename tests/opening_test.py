@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from helpers.meshes import of_first_devices
 from helpers.runs import RUN, TEXTS, go, saved, steps_kept
+from helpers.slow import slow
 
 from lm import launch, load, scripts, sharding, train
 from lm.data import dataset, tokenizers
@@ -269,7 +270,7 @@ def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_
     program('wider', tmp_path / 'run', width=32)
 
 
-@pytest.mark.parametrize('knobs', [{'average': 0.9}, {'free': 'true'}, {'patience': 1, 'lr': 0.5, 'steps': 6}],
+@pytest.mark.parametrize('knobs', [{'average': 0.9}, *slow({'free': 'true'}, {'patience': 1, 'lr': 0.5, 'steps': 6})],
                          ids=['average', 'schedule_free', 'patience'])
 def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs):
   result = program('run', **knobs)

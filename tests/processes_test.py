@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.slow import slow
 
 from lm.data import dataset
 
@@ -64,7 +65,7 @@ def results(processes):
       process.kill()
 
 
-@pytest.mark.parametrize('kind', ['cluster', 'plain'])
+@pytest.mark.parametrize('kind', ['cluster', *slow('plain')])
 def test_one_makes_the_data_and_all_have_the_same(tmp_path, kind):
   script, coordinator, workdir = tmp_path / 'open.py', address(), tmp_path / 'run'
   script.write_text(OPEN)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from helpers.declared import bound
+from helpers.slow import slow
 
 from lm import launch, optim, sharding, signature, train
 from lm import load as trained
@@ -111,12 +112,12 @@ def texts(tmp_path):
   return folder
 
 
-# Those that are like another one, and lowered below.
-LIKE_ANOTHER = ('denoise', 'diffusion', 'infill', 'mup', 'overfit')
+# Those of which another one has most parts.
+LIKE_ANOTHER = ('denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit', 'preference')
+EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER]
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if name in LIKE_ANOTHER else ())
-                                  for name in names(experiments=True)])
+@pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
 def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
   small_default = corpora.text(f'{texts}/*.txt')
@@ -144,8 +145,8 @@ def defaults(module, name: str, texts) -> train.Run:
   return train.opened(signature.call(module.experiment, knobs))
 
 
-@pytest.mark.parametrize('shape', [pytest.param('data:8', marks=pytest.mark.slow), 'data:4,model:2'])
-@pytest.mark.parametrize('name', names(experiments=True))
+@pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:8')])
+@pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -214,7 +215,7 @@ def test_flags_of_groups_reach_the_runs_of_all_experiments(scripts):
     assert run.model.dtype == 'bfloat16' and float(optim.learning_rate(state)) == pytest.approx(0.5 / 5)
 
 
-@pytest.mark.parametrize('name', ['prefix', 'masked', 'span_corruption', 'ul2', 'infill'])
+@pytest.mark.parametrize('name', ['ul2', 'infill', *slow('prefix', 'masked', 'span_corruption')])
 def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
   flag = f'--objective={name}', '--label_smoothing=0.1', '--z_loss=1e-4', f'--text={texts}/*.txt'
   argv = ['pretrain.py', *TINY['pretrain'][1:], *flag]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.decoders import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
+from helpers.slow import slow
 
 from lm import generate
 from lm.data.batch import Batch
@@ -19,7 +20,7 @@ from lm.models.rotary import LongRope, Rotary
 model_of = functools.cache(make)
 
 
-@pytest.mark.parametrize('slots', [63, 64, 65, 129])
+@pytest.mark.parametrize('slots', [64, 65, *slow(63, 129)])
 def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
   """Prompts take 32 slots (the longest has 28 tokens), and the cache is made in steps of 64."""
   model, params = model_of(transformer.gpt2)

@@ -94,8 +94,8 @@ def serve(engine, requests, rows=2, count=1):
   return written
 
 
-@pytest.mark.parametrize('name', ['llama', pytest.param('encoder-decoder', marks=pytest.mark.slow),
-                                  'drafts', pytest.param('latent', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['llama', 'encoder-decoder', 'drafts', 'latent'])
 def test_rows_that_join_and_leave_are_as_they_are_alone(name):
   """To the bit, log-probabilities too; the ids are those of `generate.tokens`, and both those of a full forward."""
   model, params, draft = case(name)

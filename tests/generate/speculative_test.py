@@ -124,7 +124,7 @@ LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
 
 
 @pytest.mark.parametrize('model', [
-    pytest.param(prediction_heads.sequential(WINDOW, 2), id='window'),
+    pytest.param(prediction_heads.sequential(WINDOW, 2), id='window', marks=pytest.mark.slow),
     pytest.param(prediction_heads.parallel(LATENT, 2), id='latent', marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_the_trunk(model):
   """To the last place of the model, rows that end early among them."""

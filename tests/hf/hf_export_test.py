@@ -3,13 +3,13 @@ import copy
 import json
 
 import pytest
+from helpers import hf_cases
 from helpers.config_values import other
 
 from lm.hf import weights
 from lm.hf.config import Config
 from lm.workdir.describe import describe
 
-hf_cases = pytest.importorskip('hf_cases')   # which needs torch and transformers
 huggingface_hub = pytest.importorskip('huggingface_hub')
 described, transformers = hf_cases.described, hf_cases.transformers
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError,

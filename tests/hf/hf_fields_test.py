@@ -4,11 +4,11 @@ import copy
 import json
 
 import pytest
+from helpers import hf_cases
 from helpers.config_values import other
 
 from lm.hf import weights
 
-hf_cases = pytest.importorskip('hf_cases')   # which needs torch and transformers
 CASES, LLAMA, NEOX = hf_cases.CASES, hf_cases.LLAMA, hf_cases.NEOX
 described, transformers = hf_cases.described, hf_cases.transformers
 

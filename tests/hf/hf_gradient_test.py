@@ -3,13 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hf_cases
 from helpers.hf_rows import jit, random_tokens
 
 from lm.data.batch import Batch
 from lm.hf import files, weights
 
 torch = pytest.importorskip('torch')
-hf_cases = pytest.importorskip('hf_cases')   # it needs transformers
 
 # Of the largest entry of a tensor's gradient, in float32.
 TOLERANCE = 1e-5
@@ -40,7 +40,8 @@ def their_gradients(theirs, tokens, folder):
   return mean.item()
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize('case', [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name != 'LlamaForCausalLM')) for case in CASES])
 def test_gradients_of_all_tensors_are_those_of_torch(case, tmp_path):
   theirs, tokens = hf_cases.torch_model(case), random_tokens(2, 64)
   theirs.save_pretrained(tmp_path / 'model')

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hf_cases
 from helpers.hf_rows import random_tokens, rows
 
 from lm.hf import gpt_neox
@@ -18,7 +19,6 @@ from lm.models.stack import Stack
 from lm.models.transformer import Transformer
 from lm.workdir.describe import describe
 
-hf_cases = pytest.importorskip('hf_cases')   # which needs torch and transformers
 CASES, logits_of = hf_cases.CASES, hf_cases.logits_of
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.meshes import on
 from helpers.quantized import FP8, GPT_OSS, MXFP4, QWEN, load, make_folder, opened, put, random_fp8, random_mxfp4
+from helpers.slow import slow
 
 from lm import sharding
 from lm.hf import quantized, weights
@@ -79,7 +80,7 @@ def test_a_quantised_folder_is_the_folder_of_the_weights_that_it_stands_for(conf
 
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])
-@pytest.mark.parametrize('mesh', ['data:1', 'data:2,model:2', 'data:4,model:2'])
+@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:2,model:2')])
 def test_each_shard_has_its_part(config, mesh, tmp_path):
   make_folder(tmp_path / 'a', config)
   expected = load(tmp_path / 'a')[1]

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import hf_cases
 from helpers.hf_rows import forward, jit, mean_loss, random_tokens, rows, small
 
 from lm.data.batch import Batch
@@ -13,10 +14,11 @@ from lm.hf import files, weights
 from lm.hf.config import Config
 from lm.workdir.describe import describe
 
-hf_cases = pytest.importorskip('hf_cases')   # which needs torch and transformers
 CASES, described, logits_of = hf_cases.CASES, hf_cases.described, hf_cases.logits_of
 transformers = hf_cases.transformers
-families = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+FAST = 'LlamaForCausalLM', 'Gemma3ForCausalLM'
+families = pytest.mark.parametrize('case', [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST)) for case in CASES])
 
 
 @pytest.fixture(scope='module')

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from helpers.meshes import on
+from helpers.slow import slow
 
 from lm import load, optim, sharding, train
 from lm.data import dataset
@@ -63,7 +64,7 @@ def test_what_was_exported_opens_as_the_same_model(folder, params):
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
 
 
-@pytest.mark.parametrize('mesh', ['data:1', 'data:4,model:2', 'data:2,model:2'])
+@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:2,model:2')])
 def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_path, mesh):
   with on(mesh):
     direct = pretrained.load(str(folder))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.slow import slow
 
 from lm import sharding
 from lm.data.batch import Batch
@@ -50,9 +51,9 @@ def scales(visible, scores, key):
 
 
 @pytest.mark.parametrize('visible, scores, sinks', [
-    (Visible(), AttentionScores(dropout=RATE), False),
+    *slow((Visible(), AttentionScores(dropout=RATE), False)),
     (Visible(SEGMENTS, SEGMENTS), AttentionScores(softcap=1.5, dropout=RATE), True),
-    (Visible(SEGMENTS, SEGMENTS), AttentionScores(causal=False, dropout=0.6), False)],
+    *slow((Visible(SEGMENTS, SEGMENTS), AttentionScores(causal=False, dropout=0.6), False))],
                          ids=['causal', 'softcap', 'both ways'])
 def test_values_and_gradients_are_those_of_the_plain_formula_with_the_same_mask(visible, scores, sinks):
   arrays, dy = inputs(sinks)

@@ -71,7 +71,8 @@ def deep(layers):
   return {'vocab': VOCAB, 'width': 64, 'layers': layers, 'heads': 2, 'max_length': 16, 'remat': None}
 
 
-@pytest.mark.parametrize('widths', [(64, 256), pytest.param((64, 256, 1024), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('widths', [(64, 256), (64, 256, 1024)])
 def test_changes_do_not_depend_on_width(widths):
   base = {'base_width': 64, 'base_layers': 2}
   found = slopes(widths, lambda width: mup.parametrised(transformer.llama(**wide(width)), **base),

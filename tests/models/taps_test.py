@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import on
+from helpers.slow import slow
 from helpers.transformers import GPT2, LLAMA, ROWS, TIME, make_batch, random_params
 
 from lm.data.batch import Batch
@@ -17,7 +18,7 @@ def same(x, layer):
   return x, None
 
 
-@pytest.mark.parametrize('mesh', ['data:1', 'data:2,model:2'])
+@pytest.mark.parametrize('mesh', ['data:2,model:2', *slow('data:1')])
 def test_an_activation_replaced_by_itself_changes_no_bit(mesh):
   batch = jax.tree.map(lambda x: x[:2], make_batch(True))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.documents import documents, same
+from helpers.slow import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -304,7 +305,7 @@ def packed(objective) -> Batch:
   return Stream(objective, ids, TIME, 3, None, store=documents([6, 12, 30, 9]))(0)
 
 
-@pytest.mark.parametrize('window', [None, 3])
+@pytest.mark.parametrize('window', [3, *slow(None)])
 @pytest.mark.parametrize('objective', [
     prefix.prefix(), masked.masked(), span_corruption.span_corruption(layout=DECODER, sentinels=NAMES[:8]),
     infill.infill(1.)], ids=['prefix', 'masked', 'spans', 'infill'])

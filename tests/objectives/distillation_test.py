@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.meshes import on
+from helpers.slow import slow
 
 from lm import optim, sharding, signature, train
 from lm.data import dataset
@@ -141,8 +142,8 @@ def stored_batch(top_k, params):
   return batch_of(jax.tree.map(np.asarray, columns))
 
 
-@pytest.mark.parametrize('kind, k', [('forward', 5), ('reverse', 1), ('js', 5), ('reverse', VOCAB - 1),
-                                     ('forward', VOCAB)])
+@pytest.mark.parametrize('kind, k', [('forward', 5), ('reverse', VOCAB - 1),
+                                     *slow(('reverse', 1), ('js', 5), ('forward', VOCAB))])
 def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, k, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   divergence, reference = KINDS[kind]
@@ -179,7 +180,7 @@ def test_gradients_are_finite_where_hardly_anything_is_left(rest):
     assert 0 < value < 0.1 and np.abs(grad).max() < 0.3   # neither is nan
 
 
-@pytest.mark.parametrize('shape', ['data:2,model:4', 'data:4'])
+@pytest.mark.parametrize('shape', ['data:2,model:4', *slow('data:4')])
 def test_a_split_vocabulary_changes_nothing(shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   top_k = TopK(3, VOCAB, 2.)

@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers.losses import ROWS, TIME, VOCAB, assert_close, jit, make_inputs
 from helpers.meshes import on
+from helpers.slow import slow
 from jax.test_util import check_grads
 
 from lm import sharding
@@ -28,7 +29,7 @@ LOSSES = {
                             + 1e-2 * jax.nn.logsumexp(z, axis=-1) ** 2))}
 
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', ['all', *slow('nll', 'smoothed', 'z')])
 @pytest.mark.parametrize('shape', [None, 'data:2,model:4'])
 def test_losses_and_gradients_are_those_of_optax(name, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
@@ -99,7 +100,8 @@ def repetition(logits, batch):
   return total, metric
 
 
-@pytest.mark.parametrize('shape, chunk', [(None, TIME), (None, 3), ('data:8', 5), ('data:2,model:4', 3)], ids=str)
+@pytest.mark.parametrize('shape, chunk', [
+    (None, 3), ('data:2,model:4', 3), *slow((None, TIME), ('data:8', 5))], ids=str)
 def test_unlikelihood_is_the_formula(shape, chunk, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: chunk)
   hidden, head, _, _ = make_inputs()

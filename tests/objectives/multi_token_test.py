@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.slow import slow
 
 from lm import evaluate, sharding
 from lm.data import tokenizers
@@ -23,7 +24,7 @@ from lm.objectives.unlikelihood import unlikelihood
 VOCAB, WIDTH, TIME = 24, 16, 8
 TRUNK = transformer.llama(VOCAB, WIDTH, 1, heads=4, kv_heads=2, hidden=12, max_length=TIME, tied=False, dropout=0.1)
 SEQUENTIAL = prediction_heads.sequential(TRUNK, 2)
-KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, prediction_heads.sequential],
+KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, *slow(prediction_heads.sequential)],
                                 ids=['parallel', 'sequential'])
 
 

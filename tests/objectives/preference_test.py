@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.meshes import on
+from helpers.slow import slow
 
 from lm import optim, sharding, train
 from lm.data.batch import Batch, Dialogue, Pair, Rated, Special
@@ -151,7 +152,7 @@ def computed(made, batch, logits=LOGITS):
       name: float(x[0] / x[1]) if isinstance(x, tuple) else float(x) for name, x in sums.items()}
 
 
-@pytest.mark.parametrize('shape', [None, 'data:4,model:2'])
+@pytest.mark.parametrize('shape', [None, *slow('data:4,model:2')])
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_losses_and_gradients_are_those_of_the_formulas(method, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 7)
@@ -274,7 +275,7 @@ def test_a_step_is_lowered_on_a_mesh(name):
         lowering_platforms=('tpu',))
 
 
-@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
+@pytest.mark.parametrize('shape', ['data:1', *slow('data:4,model:2')])
 def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(shape):
   records, made, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
   batch = packed(records, made)(0)

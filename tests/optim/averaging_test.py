@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers.declared import bound
 from helpers.runs import RUN, Data, go, same, saved
+from helpers.slow import slow
 
 from lm import load, optim
 from lm.optim import averaging, schedules
@@ -101,7 +102,7 @@ class Loadable(Data):
 
 @pytest.mark.parametrize('optimizer', [
     averaging.averaged(optim.adamw(schedules.warmup_constant(0.05, 100, 2)), 0.9),
-    optim.schedule_free(schedules.warmup_constant(0.05, 100, 2))], ids=['moving', 'schedule_free'])
+    *slow(optim.schedule_free(schedules.warmup_constant(0.05, 100, 2)))], ids=['moving', 'schedule_free'])
 def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimizer, tmp_path, monkeypatch):
   run = dataclasses.replace(RUN, optimizer=optimizer, data=Loadable())
   result = go(tmp_path, run)

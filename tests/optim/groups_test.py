@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.declared import bound, weights_of
+from helpers.slow import slow
 
 from lm import declarations, lora, optim, train
 from lm.declarations import Role, declare
@@ -130,7 +131,7 @@ def two_steps(make, params, weights):
   return flat(updates)
 
 
-@pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
+@pytest.mark.parametrize('make', [optim.muon, *slow(optim.soap, optim.adafactor)])
 def test_adapters_are_updated_as_the_matrices_that_they_are(make):
   weights = declarations.of(lora.Adapted(LLAMA, 3, 6.))
   params = jax.tree.map(lambda weight: np.ones(weight.array.shape, 'f4'), weights)
@@ -143,7 +144,7 @@ def test_adapters_are_updated_as_the_matrices_that_they_are(make):
     np.testing.assert_allclose(found.reshape(matrix), expected['up'], atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize('make', [optim.muon, optim.soap, optim.adafactor])
+@pytest.mark.parametrize('make', [optim.muon, *slow(optim.soap, optim.adafactor)])
 def test_a_decoder_inside_a_reward_model_is_updated_as_it_is_alone(make):
   weights = declarations.of(reward.Reward(LLAMA))
   params = jax.tree.map(lambda weight: np.ones(weight.array.shape, 'f4'), weights)

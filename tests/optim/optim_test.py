@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.declared import bound
+from helpers.slow import slow
 
 from lm import declarations, optim, sharding
 from lm.models import transformer
@@ -240,7 +241,7 @@ def test_an_optimizer_that_keeps_no_rate_has_none():
   assert optim.learning_rate(optax.adam(1e-3).init(PARAMS)) is None
 
 
-@pytest.mark.parametrize('mesh', [None, 'data:4,model:2'])
+@pytest.mark.parametrize('mesh', [None, *slow('data:4,model:2')])
 def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mesh):
   with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
     model = transformer.llama(16, 32, 2, heads=4, max_length=4)

@@ -10,6 +10,7 @@ import pytest
 from helpers.experts import KINDS
 from helpers.meshes import on
 from helpers.runs import Bigram, go, logged
+from helpers.slow import slow
 from jax.sharding import PartitionSpec as P
 
 from lm import evaluate, sharding
@@ -79,8 +80,7 @@ def on_one_device():
   return jax.tree.map(np.asarray, jit(loss_and_grads)(random_params(), batch(), jax.random.key(2)))
 
 
-@pytest.mark.parametrize('name', [
-    'rows', 'units', *(pytest.param(name, marks=pytest.mark.slow) for name in ('rows_and_weights', 'experts'))])
+@pytest.mark.parametrize('name', ['units', *slow('rows', 'rows_and_weights', 'experts')])
 def test_losses_and_gradients_are_those_of_one_device(name, monkeypatch):
   expected = on_one_device()
   monkeypatch.setattr(axes, 'TABLE', TABLES[name])
@@ -91,6 +91,7 @@ def test_losses_and_gradients_are_those_of_one_device(name, monkeypatch):
                actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['rows_and_weights', 'units'])
 def test_a_run_has_the_losses_that_it_has_on_two_axes(name, monkeypatch, tmp_path):
   go(tmp_path / 'two', mesh='data:2', steps=2)

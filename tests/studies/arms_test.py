@@ -7,6 +7,7 @@ import signal
 import jax
 import pytest
 import scaling
+from helpers.slow import slow
 
 from lm import launch, sharding
 from lm.data.rows import stages
@@ -55,7 +56,7 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('equal,budget,steps', [
-    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), ('flops', 16, (16, 2))])
+    ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), *slow(('flops', 16, (16, 2)))])
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = variants.experiment(script)
   found = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
@@ -226,7 +227,8 @@ def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, 
   assert compared(script, tmp_path, text, **more) == results
 
 
-def test_stages_cost_what_they_read(script, tmp_path):
+@pytest.mark.parametrize('unit', ['tokens', *slow('flops')])
+def test_stages_cost_what_they_read(script, unit):
   class Staged(variants.Arm):
     def make(self, seed=0, **knobs):
       run = super().make(seed, **knobs)
@@ -235,11 +237,10 @@ def test_stages_cost_what_they_read(script, tmp_path):
   late = Staged(late.name, late.function, late.knobs)
   mesh = sharding.make_mesh('data:8')
   with jax.set_mesh(mesh):
-    for unit in ('tokens', 'flops'):
-      spent = costs.spending(late.make(), unit, mesh)
-      assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
-      given, amount = costs.equal([plain.with_steps(12), late], unit, None, mesh)
-      assert [arm.knobs['steps'] for arm in given] == [12, 8] and amount == spent(8)
+    spent = costs.spending(late.make(), unit, mesh)
+    assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
+    given, amount = costs.equal([plain.with_steps(12), late], unit, None, mesh)
+    assert [arm.knobs['steps'] for arm in given] == [12, 8] and amount == spent(8)
     with pytest.raises(ValueError, match='late begins with smaller ones'):
       costs.equal([plain, late], 'seconds', 1., mesh)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.documents import SPECIAL, documents
 from helpers.runs import RUN, Data, V, go, logged, on
+from helpers.slow import slow
 
 from lm import models, optim, train
 from lm.data import Example, Form, batches
@@ -152,7 +153,7 @@ def test_a_classifier_of_images_learns(run, alone, images):
   assert losses[1] == pytest.approx(-log_probabilities[np.arange(16), batch.targets[:, 0]].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize('mesh, accumulate', [('data:8', 2), ('data:4,model:2', 4), ('data:1', 8)])
+@pytest.mark.parametrize('mesh, accumulate', [('data:4,model:2', 4), *slow(('data:8', 2), ('data:1', 8))])
 def test_its_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alone, tmp_path, mesh, accumulate):
   go(tmp_path, run, mesh, accumulate=accumulate)
   for name in ('loss', 'grad_norm', 'validation/loss', 'validation/accuracy'):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.every_run import CASES, DECODER, LENGTH, VOCAB, configured
 from helpers.runs import RUN, Bigram, on
+from helpers.slow import slow
 
 from lm import sharding, train
 from lm.data.batch import KINDS, Batch
@@ -20,14 +21,14 @@ def test_the_cases_are_of_every_kind_of_data():
 
 
 @pytest.mark.parametrize('name, mesh, accumulate', [
-    *((name, 'data:1', 1) for name in CASES), *((name, 'data:2', 2) for name in ('next_token', 'experts', 'dpo')),
-    ('experts', 'model:2', 1)])
+    *((name, 'data:1', 1) for name in CASES if name != 'experts'), ('next_token', 'data:2', 2),
+    *slow(('experts', 'data:1', 1), ('experts', 'data:2', 2), ('experts', 'model:2', 1), ('dpo', 'data:2', 2))])
 def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
   with jax.set_mesh(on(mesh)):
     train.check(configured(name, batch=accumulate * on(mesh).shape['data'], accumulate=accumulate), on(mesh))
 
 
-@pytest.mark.parametrize('mesh', ['data:1', 'model:2', 'data:2'])
+@pytest.mark.parametrize('mesh', ['data:2', *slow('data:1', 'model:2')])
 def test_parts_of_one_row_add_up_to_the_batch(mesh):
   run = dataclasses.replace(RUN, model=Bigram(dropout=0., vocab=VOCAB), batch=4)
   rng = np.random.default_rng(0)

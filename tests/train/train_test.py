@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.runs import RUN, Bigram, Data, V, go, logged, on, same, saved, steps_kept
+from helpers.slow import slow
 
 from lm import optim, sharding, train
 from lm.data.batch import Batch
@@ -70,7 +71,7 @@ def test_a_restored_state_is_laid_out_as_a_new_one(whole):
       assert new['head'].sharding.spec == restored.params['head'].sharding.spec
 
 
-@pytest.mark.parametrize('mesh', ['data:1', 'data:8', 'data:4,model:2'])
+@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:8')])
 def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
   go(tmp_path, mesh=mesh)
   np.testing.assert_allclose([*logged(tmp_path).values()], [*logged(whole).values()], rtol=1e-5)
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
   assert not {row['step'] for row in track.read_metrics(tmp_path / 'metrics.jsonl')} - set(range(1, step + 1))
 
 
-@pytest.mark.parametrize('guard', [None, Guard(window=8, most=4)])
+@pytest.mark.parametrize('guard', [None, *slow(Guard(window=8, most=4))])
 def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
   """The loss of a step is finite, and what the step makes of the parameters is not."""
   optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but no loss is after that

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.runs import RUN, Data, go, logged, on, same, saved
+from helpers.slow import slow
 
 from lm import train
 from lm.data.batch import Batch
@@ -83,7 +84,7 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('at, mesh', [(2, 'data:2'), (3, 'data:4')])
+@pytest.mark.parametrize('at, mesh', [(3, 'data:4'), *slow((2, 'data:2'))])
 def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys):
   workdir = stopped(at, stages=STAGES, mesh=mesh)
   capsys.readouterr()
