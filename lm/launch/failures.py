@@ -4,17 +4,24 @@ import errno
 import re
 import sys
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from lm.launch.arguments import written
 
-def report(error: Exception, debug: bool = False) -> None:
-  """Prints an error: in one line where its user can mend it, else, and always with `debug`, with its traceback."""
+
+def report(error: Exception, debug: bool = False, values: Mapping[str, Any] | None = None) -> None:
+  """Prints an error: in one line where its user can mend it, else, and always with `debug`, with its traceback.
+
+  `values` are those of the flags of the program, which the line names as flags.
+  """
   line = None if debug else explain(error)
   if line is None:
     traceback.print_exception(error)
   else:
-    print(f'error: {line}  (--debug shows where)', file=sys.stderr, flush=True)
+    print(f'error: {with_dashes(line, values or {})}  (--debug shows where)', file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> str | None:
@@ -32,6 +39,22 @@ def explain(error: Exception) -> str | None:
   if isinstance(error, ValueError | FloatingPointError) and not _raised_in_a_library(error):
     return text
   return None
+
+
+def with_dashes(text: str, values: Mapping[str, Any]) -> str:
+  """Returns a message with `--` before each `name=value` that is a flag of the program, as in `heads=3`.
+
+  Functions name their arguments, and do not know whether a flag gave them. A name counts as the flag where the value
+  is that of the flag, or the flag is none: then the experiment chose the value for it.
+  """
+  def flag(match: re.Match[str]) -> str:
+    name, shown = match[1], match[2].rstrip('.')
+    if name not in values:
+      return match[0]
+    value = values[name]
+    is_flag = value is None or shown in (str(value), repr(value), written(value))
+    return f'--{match[0]}' if is_flag else match[0]
+  return re.sub(r'(?<![\w.\-])([a-z][a-z_]*)=([^\s,;:()]*)', flag, text)
 
 
 def full(error: OSError) -> str:

@@ -163,7 +163,7 @@ def _program(*functions: Callable[..., Any], partly: bool = False) -> Iterator[l
     except Exception as error:
       try:
         from lm.launch import failures
-        failures.report(error, debug)
+        failures.report(error, debug, {name: value for own in values for name, value in own.items()})
       finally:   # the exit that a cluster needs
         _exit(1)
 

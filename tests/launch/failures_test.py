@@ -1,5 +1,6 @@
 """Each kind of error is raised for real, and a program says of it what its user needs: one line, or the traceback."""
 import errno
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -117,3 +118,24 @@ def test_unfinished_files_of_processes_that_are_gone_are_removed(tmp_path):
     (tmp_path / name).touch()
   atomic.write(tmp_path / 'a.json', '{}')
   assert {path.name for path in tmp_path.iterdir()} == {'a.json', *names[1:]}
+
+
+def test_a_message_names_the_flags_of_the_program_with_their_dashes():
+  text = 'heads=3 does not divide width=64: top_k=4 of block.heads=3, --lr=1.0, steps=none. See seed=16, rate=0.9.'
+  values = {'heads': 3, 'width': None, 'top_k': 0, 'lr': 1., 'steps': None, 'seed': 1, 'rate': 0.9}
+  assert failures.with_dashes(text, values) == (
+      '--heads=3 does not divide --width=64: top_k=4 of block.heads=3, --lr=1.0, --steps=none. See seed=16, --rate=0.9.')
+  assert failures.with_dashes(text, {}) == text
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--heads=3', '--width=64'], 'error: --heads=3 does not divide --width=64'),
+    (['--width=64'], 'error: --heads=6 does not divide --width=64'),   # of which the experiment chose one
+    (['--dropout=0.1', '--patience=-1'], 'error: --patience=-1 evaluations')])
+def test_a_script_names_its_flags_in_the_errors_of_functions(argv, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+  monkeypatch.setattr(sys, 'argv', ['pretrain.py', f'--workdir={tmp_path}/run', *argv])
+  with pytest.raises(SystemExit):
+    launch.run(importlib.import_module('pretrain').experiment)
+  assert message in capsys.readouterr().err
