@@ -24,7 +24,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
     dtype: of the weights, if not theirs: a run's are float32, an imported model's those of its files.
     like: the folder whose family, tokenizer files and generation config it takes over; by default the one that the run
       was started from.
-    best: take the best checkpoint by validation loss, not the newest.
+    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')

@@ -43,7 +43,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     n: completions to write.
     seed: of the draws.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
-    best: take the best checkpoint by validation loss, not the newest.
+    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
     chat: the prompt is what a user says, to a model with a chat template; only the answer is written.
     bos: begin the prompt with bos, or with --nobos not; none does as the model's own tokenizer or chat template does.
     best_of: writes so many completions, and shows the --n that the reward model prefers.

@@ -21,7 +21,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     workdir: of the run.
     batches: so many gradients are compared, each computed twice.
     rows: of a batch; none for those of the run.
-    best: take the best checkpoint by validation loss, not the newest.
+    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   if batches < 3:

@@ -52,7 +52,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
     decompressed_limit: GiB that a compressed file may unpack to.
     allow_left_out: go on also where half of the pairs are left out, as too long, or half of the lines, as empty.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
-    best: take the best checkpoint by validation loss, not the newest.
+    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
   """
   if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
     raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')

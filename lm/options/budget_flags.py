@@ -1,5 +1,6 @@
 """Flags of how long a run trains, and how often it is evaluated and saved."""
 import dataclasses
+from typing import Literal
 
 from lm import train
 
@@ -34,12 +35,16 @@ class Cadence:
   Args:
     evaluate_every: steps between evaluations; none for an eighth of the steps.
     evaluate_batches: batches of the validation split in an evaluation; none for all.
+    best: which metric of the log decides which checkpoint is the best, such as validation/bits_per_byte.
+    better: whether a lower or a higher value of it is better.
     patience: evaluations in a row that are no better than the best, after which training stops there.
     save_every: steps between checkpoints; none for a quarter of the steps.
     keep: how many of the last checkpoints to keep, beside the best.
   """
   evaluate_every: int | None = None
   evaluate_batches: int | None = 20
+  best: str = 'validation/loss'
+  better: Literal['lower', 'higher'] = 'lower'
   patience: int | None = None
   save_every: int | None = None
   keep: int = 2
@@ -49,5 +54,5 @@ class Cadence:
     evaluate, save = max(run.steps // evaluations, 1), max(run.steps // 4, 1)
     return dataclasses.replace(
         run, evaluate_every=evaluate if self.evaluate_every is None else self.evaluate_every,
-        evaluate_batches=self.evaluate_batches, patience=self.patience,
+        evaluate_batches=self.evaluate_batches, patience=self.patience, best=self.best, better=self.better,
         save_every=save if self.save_every is None else self.save_every, keep=self.keep)

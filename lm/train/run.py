@@ -106,7 +106,7 @@ class Run:
                        + ' or '.join(f'{name}/' for name in names))
     if self.best.endswith('accuracy') and self.better == 'lower':
       raise ValueError(f"best={self.best!r} with better='lower' would keep the least accurate checkpoint; "
-                       "give better='higher'")
+                       "set `better` to 'higher'")
 
   @property
   def schedule(self) -> Schedule:

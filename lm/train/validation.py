@@ -1,4 +1,5 @@
 """Evaluation of a model over batches that are held out, and all that is evaluated between the steps of a run."""
+import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -128,7 +129,9 @@ class Evaluation:
 def check_best(best: str, names: Iterable[str]) -> None:
   """ValueError where the metric that judges checkpoints is none of these names."""
   if best not in (names := list(names)):
-    raise ValueError(f'best={best!r} is not a metric that is evaluated; there are {", ".join(names)}')
+    nearest = ' or '.join(difflib.get_close_matches(best, names, n=2, cutoff=0))
+    raise ValueError(f'best={best!r} is not a metric that is evaluated; the nearest is {nearest}; there are '
+                     + ', '.join(names))
 
 
 def reading(batches: Batches, limit: int | None = None) -> str:

@@ -14,7 +14,7 @@ from helpers.disks import files_of
 from lm import launch
 from lm.data import tokenizers
 from lm.launch import failures
-from lm.workdir import atomic
+from lm.workdir import atomic, checkpoint, track
 
 
 @pytest.fixture
@@ -124,7 +124,8 @@ def test_a_message_names_the_flags_of_the_program_with_their_dashes():
   text = 'heads=3 does not divide width=64: top_k=4 of block.heads=3, --lr=1.0, steps=none. See seed=16, rate=0.9.'
   values = {'heads': 3, 'width': None, 'top_k': 0, 'lr': 1., 'steps': None, 'seed': 1, 'rate': 0.9}
   assert failures.with_dashes(text, values) == (
-      '--heads=3 does not divide --width=64: top_k=4 of block.heads=3, --lr=1.0, --steps=none. See seed=16, --rate=0.9.')
+      '--heads=3 does not divide --width=64: top_k=4 of block.heads=3, --lr=1.0, --steps=none. See seed=16, '
+      '--rate=0.9.')
   assert failures.with_dashes(text, {}) == text
 
 
@@ -139,3 +140,31 @@ def test_a_script_names_its_flags_in_the_errors_of_functions(argv, message, tmp_
   with pytest.raises(SystemExit):
     launch.run(importlib.import_module('pretrain').experiment)
   assert message in capsys.readouterr().err
+
+
+def test_a_best_metric_that_is_not_logged_is_refused_with_the_nearest_and_one_that_is_decides(tmp_path, monkeypatch,
+                                                                                              capsys):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')
+  monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+  (tmp_path / 'text.txt').write_text('\n'.join(f'line {i} of some text' for i in range(200)))
+  argv = ['pretrain.py', f'--workdir={tmp_path}/run', f'--text={tmp_path}/text.txt', '--tokenizer_kind=bytes',
+          '--vocab=320', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=4', '--warmup=0',
+          '--evaluate_every=1', '--evaluate_batches=1', '--save_every=1', '--lr=0.1']
+  experiment = importlib.import_module('pretrain').experiment
+
+  def start(*flags):
+    monkeypatch.setattr(sys, 'argv', [*argv, *flags])
+    launch.run(experiment)
+  for flag, message in (('--best=validation/bits_per_bite', 'the nearest is validation/bits_per_byte or'),
+                        ('--best=accuracy', 'its name begins with validation/'),
+                        ('--best=validation/accuracy', 'would keep the least accurate checkpoint')):
+    with pytest.raises(SystemExit):
+      start(flag)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --best='{flag.removeprefix('--best=')}'") and message in error
+  start('--best=validation/bits_per_byte', '--better=higher', '--keep=1')   # the worst one, which is not the last
+  values = {row['step']: row['validation/bits_per_byte'] for row in track.read_metrics(tmp_path / 'run/metrics.jsonl')
+            if 'validation/bits_per_byte' in row}
+  with checkpoint.Checkpoints(tmp_path / 'run/checkpoints', create=False) as checkpoints:
+    assert checkpoints.best_step() == max(values, key=values.get) == 1
+    assert set(checkpoints.steps()) == {1, 4}
