@@ -16,7 +16,6 @@ from lm import generate, launch, load, seeds, sharding
 from lm.evaluate import rewards
 from lm.generate import speculative
 from lm.hf import pretrained
-from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
 
@@ -74,7 +73,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     if isinstance(loaded.model, Reward):
       raise ValueError(f'{workdir} is a reward model, which writes no text; it chooses among what another writes: '
                        f'--workdir=... --best_of=8 --reward={workdir}')
-    if bos is not None and isinstance(loaded.model, EncoderDecoder):
+    if bos is not None and loaded.model.reads_source:
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; what an encoder-decoder writes begins with it')
     tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
     judge = None if reward is None else load.open_trained(reward)
@@ -84,7 +83,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     room = generate.room(loaded.model, tokens, [prompt], bos)
     if max_tokens is None and not window and room < generate.DEFAULT:
       print(f'up to {room} tokens, to the end of the context; --window goes on past it', file=sys.stderr)
-    shown = '' if chat or isinstance(loaded.model, EncoderDecoder) else prompt
+    shown = '' if chat or loaded.model.reads_source else prompt
     if judge is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
                                 max_tokens=max_tokens, mark=mark, bos=bos, window=window)

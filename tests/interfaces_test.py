@@ -51,7 +51,7 @@ class Outputs(Exact):
 @dataclasses.dataclass(frozen=True)
 class Model(Exact):
   """The logits depend on the sum of the embeddings of this token and of the one before; the cache is the latter."""
-  causal, vocab, max_length, depths, original_context = True, VOCAB, 32, 0, None
+  causal, reads_source, vocab, max_length, depths, original_context = True, False, VOCAB, 32, 0, None
 
   def init(self, key):
     return {name: sharding.constrain(jax.random.normal(key, (VOCAB, WIDTH)), 'VD')

@@ -12,8 +12,6 @@ from lm.data.rows.packed_records import check_left_out
 from lm.data.text.source import Documents
 from lm.data.tokenizers.folder import mask_id
 from lm.evaluate.score import log_probabilities, pseudo_log_probabilities
-from lm.models.encoder import Encoder
-from lm.models.encoder_decoder import EncoderDecoder
 from lm.train import validation
 
 Loaded = Any   # a run or a Hugging Face model that was opened: its model, params and tokenizer
@@ -52,13 +50,13 @@ def read_text(file: pathlib.Path) -> str:
 
 def check_flags(model: Any, has_source: bool, bos: bool | None) -> None:
   """Announces pseudo-log-likelihoods of an encoder. ValueError where flags do not go with the kind of model."""
-  if isinstance(model, EncoderDecoder) and not has_source:
+  if model.reads_source and not has_source:
     raise ValueError('an encoder-decoder scores a text given its source: give --source (of --jsonl, --source_key)')
-  if not isinstance(model, EncoderDecoder) and has_source:
+  if has_source and not model.reads_source:
     raise ValueError('--source and --source_key are for an encoder-decoder, such as T5, which this model is not')
-  if isinstance(model, EncoderDecoder | Encoder) and bos is not None:
+  if bos is not None and (model.reads_source or not model.causal):
     raise ValueError(f'--{"" if bos else "no"}bos is for decoders; this model scores the first token too')
-  if isinstance(model, Encoder):
+  if not model.causal:
     print('pseudo-log-likelihood: each token is masked in turn and predicted from all others')
 
 
@@ -75,7 +73,7 @@ def check_lengths(loaded: Loaded, texts: Sequence[str]) -> None:
 def begins(loaded: Loaded, bos: bool | None) -> bool:
   """Returns whether a text is scored after bos, and prints it for a decoder."""
   tokenizer = loaded.tokenizer
-  if not isinstance(loaded.model, EncoderDecoder | Encoder):
+  if loaded.model.causal and not loaded.model.reads_source:
     whose = 'as the tokenizer does' if bos is None else 'as asked for'
     bos = tokenizer.adds_bos if bos is None else bos
     name = next(name for name in tokenizer.control_names if tokenizer.control_id(name) == tokenizer.bos_id)
@@ -96,7 +94,7 @@ def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
   begin, end, encoded = [tokenizer.bos_id] * bos, [tokenizer.eos_id], tokenizer.encode_batch(texts)
   ids = [np.int32([*begin, *text_ids]) for text_ids in encoded]
-  if isinstance(model, Encoder):
+  if not model.causal:
     ids = [np.int32([*text_ids, *end]) for text_ids in ids]
     scores = pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
   elif sources is not None:

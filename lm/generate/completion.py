@@ -1,4 +1,4 @@
-"""Completions of token ids: prompts in, new tokens out, some at a time; decoded by an `engine`.
+"""Completions of token ids: prompts in, new tokens out, some at a time. An `engine` decodes them.
 
 Shapes: the legend in `models/transformer.py`.
 """
@@ -18,14 +18,14 @@ from lm.models.transformer import LanguageModel
 
 
 class Draft(Protocol):
-  """What makes an engine that drafts tokens."""
+  """Makes an engine that drafts tokens, as `speculative.SelfSpeculation` does."""
 
   def engine(self, model: Any, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> Engine:
-    """An engine for rows of `slots` tokens."""
+    """Returns an engine whose rows have at least `slots` slots; see `Engine` for the arguments."""
 
 
 class Request(NamedTuple):
-  """How texts are completed: by which model, how tokens are drawn, and how many at most."""
+  """The model that completes texts, how a token is drawn, and the largest number of tokens to write."""
   model: LanguageModel
   params: Any
   tokenizer: Tokenizer
@@ -35,46 +35,59 @@ class Request(NamedTuple):
   draft: Draft | None = None
 
   def engine(self, slots: int) -> Engine:
-    """An engine whose rows have room for so many tokens."""
+    """Returns an engine whose rows have at least `slots` slots."""
     model, ends = self.model, tuple(self.tokenizer.eos_ids)
     params, vocab = model.unstack(self.params), self.tokenizer.vocab_size
     if self.draft is not None:
       return self.draft.engine(model, params, slots, vocab, ends)
-    return Engine(model, params, rounded(slots), vocab, ends)
+    return Engine(model, params, round_up_slots(slots), vocab, ends)
 
 
-def rounded(slots: int) -> int:
-  """The slots of a cache, few different numbers, so that few programs are compiled."""
+def round_up_slots(slots: int) -> int:
+  """Returns a number of slots for a cache, a multiple of 64, so that few sizes are compiled."""
   return -(-slots // 64) * 64
 
 
-def prompts_of(model: LanguageModel, texts: Sequence[np.ndarray], tokenizer: Tokenizer, adds_bos: bool = True) -> Batch:
-  """A row for each text, after bos with `adds_bos`, and empty rows up to what the mesh can split."""
+def prompt_batch(model: LanguageModel, texts: Sequence[np.ndarray], tokenizer: Tokenizer, adds_bos: bool = True
+                 ) -> Batch:
+  """Returns a batch with a row for each text, after bos if `adds_bos` is true.
+
+  Empty rows follow, up to a number of rows that the mesh can split.
+  """
   return model.prompt(texts, sharding.padded_rows(len(texts)), tokenizer.bos_id, tokenizer.eos_id, adds_bos)
 
 
-def streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
-  """The random stream of each row, uint32: of its text and how many equal ones stand before it."""
+def random_streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarray:
+  """Returns the number of each row's random stream, uint32 [rows].
+
+  It depends on the text of the row, with or without bos, and on the number of equal texts before it.
+  """
   numbers, copies = np.zeros(rows, np.uint32), collections.Counter()
   for row, ids in enumerate(texts):
-    known = np.int32(ids if len(ids) and ids[0] == bos else [bos, *ids]).tobytes()
-    numbers[row] = zlib.crc32(known, copies[known])
-    copies[known] += 1
+    text = np.int32(ids if len(ids) and ids[0] == bos else [bos, *ids]).tobytes()
+    numbers[row] = zlib.crc32(text, copies[text])
+    copies[text] += 1
   return numbers
 
 
-def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, stream: np.ndarray | None = None,
-             step: int = 0, whole: Sequence[np.ndarray] = ()) -> Iterator[list[np.ndarray]]:
-  """New tokens of each text, at most about CHUNK at a time; none of a text that has ended.
+def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, streams: np.ndarray | None = None,
+             step: int = 0, full_texts: Sequence[np.ndarray] = ()) -> Iterator[list[np.ndarray]]:
+  """Yields new tokens of each text, at most about CHUNK at a time, and none for a text that has ended.
 
-  `stream` and `step` are those of texts that go on, which have so many new tokens already. `whole` are the texts with
-  what was left behind of them: a penalty is for all of their tokens.
+  Args:
+    request: the model and how it samples.
+    texts: the token ids of the texts.
+    batch: the prompts of the texts, as `prompt_batch` makes them.
+    streams: the random streams of the rows; None computes those of `texts`.
+    step: the number of tokens that were written earlier: random numbers continue after these.
+    full_texts: texts with the tokens that no longer fit the context, all of which a repetition penalty counts.
   """
   rows, width = batch.tokens.shape
-  stream = streams(texts, rows, request.tokenizer.bos_id) if stream is None else stream
+  if streams is None:
+    streams = random_streams(texts, rows, request.tokenizer.bos_id)
   engine, limit = request.engine(width + request.max_tokens), step + request.max_tokens
-  state, tokens = engine.prefill(batch, settings([request.sampling] * rows, [request.seed] * rows, stream),
-                                 [limit] * rows, step, whole)
+  row_settings = settings([request.sampling] * rows, [request.seed] * rows, streams)
+  state, tokens = engine.prefill(batch, row_settings, [limit] * rows, step, full_texts)
   written, ended = np.zeros(len(texts), int), np.zeros(len(texts), bool)
   while True:
     pieces = tokens.rows(len(texts))
@@ -86,32 +99,26 @@ def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, stream
     state, tokens = engine.step(state)
 
 
-def complete_past(request: Request, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
-  """As `complete`, of texts with all control tokens, which are read again where a cache cannot go on.
+def complete_past_context(request: Request, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
+  """Like `complete`, but reads texts again where a cache cannot continue. `texts` contain all control tokens.
 
-  That is at the token with which a text passes LongRoPE's original context, as in transformers' `generate`; and where
-  the context is full: then the last half of the text, after its bos, is the text.
+  That is so after the token with which a text exceeds LongRoPE's original context, as in `generate` of transformers,
+  and when the context is full: then bos and the last half of the context become the text.
   """
-  model, tokenizer, original, step = request.model, request.tokenizer, request.model.original_context, 0
-  stream = streams(texts, len(batch.tokens), tokenizer.bos_id)
-  whole, prompts = list(texts), [len(ids) for ids in texts]
-  texts, ended = whole, np.zeros(len(whole), bool)
+  model, tokenizer, step = request.model, request.tokenizer, 0
+  streams = random_streams(texts, len(batch.tokens), tokenizer.bos_id)
+  full_texts, prompt_lengths = list(texts), [len(ids) for ids in texts]
+  texts, ended = full_texts, np.zeros(len(full_texts), bool)
   while step < request.max_tokens:
     if max(map(len, texts)) >= model.max_length:
       if batch.bidirectional is not None:
         raise ValueError('a prompt that is read bidirectionally cannot be left behind; leave out the window')
-      half = model.max_length // 2
-      texts = [ids if len(ids) <= half else np.r_[ids[:int(ids[0] == tokenizer.bos_id)], ids[-half:]] for ids in texts]
+      texts = [_last_half(ids, model.max_length // 2, tokenizer.bos_id) for ids in texts]
     if step:
-      bidirectional = batch.bidirectional
-      batch = prompts_of(model, texts, tokenizer, adds_bos=False)
-      if bidirectional is not None:   # of the prompts alone, as they were read at first
-        columns = batch.positions < np.array([*prompts, *[0] * (len(batch.tokens) - len(texts))])[:, None]
-        batch = batch._replace(bidirectional=columns & (batch.segments > 0))
-    passes = [original + 1 - len(ids) for ids in texts if original is not None and len(ids) <= original]
-    count = min(request.max_tokens - step, model.max_length - max(map(len, texts)), *passes)
+      batch = _read_again(batch, prompt_batch(model, texts, tokenizer, adds_bos=False), prompt_lengths)
+    count = min(request.max_tokens - step, _continuous(model, texts))
     new = [[] for _ in texts]
-    for pieces in complete(request._replace(max_tokens=count), texts, batch, stream, step, whole):
+    for pieces in complete(request._replace(max_tokens=count), texts, batch, streams, step, full_texts):
       for row, piece in zip(new, pieces):
         row.extend(piece.tolist())
       yield pieces
@@ -119,5 +126,31 @@ def complete_past(request: Request, texts: Sequence[np.ndarray], batch: Batch) -
     ended |= [np.isin(row, tokenizer.eos_ids).any() for row in new]
     if ended.all():
       return
-    new = [np.int32(row + [tokenizer.eos_ids[0]] * (count - len(row))) for row in new]   # those that have ended
-    texts, whole = ([np.r_[ids, row].astype(np.int32) for ids, row in zip(rows, new)] for rows in (texts, whole))
+    # Rows that have ended are filled up, so that all rows have the same number of new tokens.
+    new = [np.int32(row + [tokenizer.eos_ids[0]] * (count - len(row))) for row in new]
+    texts, full_texts = _append(texts, new), _append(full_texts, new)
+
+
+def _last_half(ids: np.ndarray, half: int, bos: int) -> np.ndarray:
+  """Returns bos, if the text begins with it, and the last `half` tokens; a text that is not longer stays as it is."""
+  return ids if len(ids) <= half else np.r_[ids[:int(ids[0] == bos)], ids[-half:]]
+
+
+def _read_again(before: Batch, batch: Batch, prompt_lengths: Sequence[int]) -> Batch:
+  """Returns `batch`, with the prompts marked as bidirectional if they are in the batch `before`."""
+  if before.bidirectional is None:
+    return batch
+  lengths = np.array([*prompt_lengths, *[0] * (len(batch.tokens) - len(prompt_lengths))])
+  return batch._replace(bidirectional=(batch.positions < lengths[:, None]) & (batch.segments > 0))
+
+
+def _continuous(model: LanguageModel, texts: Sequence[np.ndarray]) -> int:
+  """Returns how many tokens can be written after the texts before one of them has to be read again."""
+  counts = [model.max_length - max(map(len, texts))]
+  if model.original_context is not None:
+    counts += [model.original_context + 1 - len(ids) for ids in texts if len(ids) <= model.original_context]
+  return min(counts)
+
+
+def _append(texts: Sequence[np.ndarray], new: Sequence[np.ndarray]) -> list[np.ndarray]:
+  return [np.r_[ids, tokens].astype(np.int32) for ids, tokens in zip(texts, new)]

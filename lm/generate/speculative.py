@@ -23,7 +23,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.generate.completion import rounded
+from lm.generate.completion import round_up_slots
 from lm.generate.engine import CHUNK, Engine, Tokens, by_row, chosen, everywhere, laid_out
 from lm.generate.sampling import Settings, process, row_keys
 from lm.models.attention import Visible, write
@@ -261,4 +261,4 @@ class SelfSpeculation:
     drafts = depths if self.drafts is None else self.drafts
     if not 1 <= drafts <= depths:
       raise ValueError(f'drafts={drafts}: this model can draft 1 to {depths} tokens')
-    return DraftingEngine(model, params, rounded(slots + 1 + 2 * drafts), vocab, ends, drafts, self)
+    return DraftingEngine(model, params, round_up_slots(slots + 1 + 2 * drafts), vocab, ends, drafts, self)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from lm import seeds, sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
-from lm.generate.completion import streams
+from lm.generate.completion import random_streams
 from lm.generate.sampling import Sampling, process
 from lm.objectives.objective import target_log_probabilities
 
@@ -118,8 +118,9 @@ def generate(model: Any, params: Any, tokenizer: Tokenizer, prompts: Sequence[st
     tokens[row, start:longest], segments[row, :start] = [tokenizer.bos_id, *ids], 0
     positions[row, start:] = np.arange(longest + length - start)
   batch = Batch(tokens, positions=positions, segments=segments, bidirectional=np.ones(tokens.shape, bool))
-  generated = np.asarray(denoise(model, params, batch, streams(texts, rows, tokenizer.bos_id), seeds.key(seed), how=how,
-                            length=length, mask=masked, vocab=tokenizer.vocab_size))
+  streams = random_streams(texts, rows, tokenizer.bos_id)
+  generated = np.asarray(denoise(model, params, batch, streams, seeds.key(seed), how=how, length=length,
+                                 mask=masked, vocab=tokenizer.vocab_size))
   return [_text(tokenizer, ids, row) for ids, row in zip(texts, generated)]
 
 

@@ -17,8 +17,6 @@ from lm.data.text import source
 from lm.data.tokenizers import export
 from lm.hf import files, weights
 from lm.hf.config import read
-from lm.models.encoder import Encoder
-from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.prediction_heads import MultiToken
 from lm.workdir import checkpoint
 from lm.workdir.describe import describe, differences, fingerprint
@@ -198,7 +196,7 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any
       shutil.copyfile(path, new / path.name)
     jinja = template and template.jinja(tokens)
     if not like:
-      export.export(tokens, new, jinja, begins=not isinstance(model, Encoder | EncoderDecoder))
+      export.export(tokens, new, jinja, begins=model.causal and not model.reads_source)
     elif jinja and jinja != templates.sources(like).get('default'):
       (new / 'chat_template.jinja').write_text(jinja, 'utf-8', newline='')
     generation = read(new / 'generation_config.json') if (new / 'generation_config.json').is_file() else ids
@@ -213,7 +211,7 @@ def _token_ids(model: Any, tokens: Any, config: dict[str, Any], template: conver
   ends = list(dict.fromkeys((*tokens.eos_ids, *(template.ends(tokens) if template else ()))))
   ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends}
   pad = config.get('pad_token_id', (config.get('text_config') or {}).get('pad_token_id'))
-  if isinstance(model, EncoderDecoder):   # transformers shifts labels by these
+  if model.reads_source:   # transformers shifts labels by these
     ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
   elif isinstance(pad, int) and 0 <= pad < model.vocab:
     ids['pad_token_id'] = pad

@@ -144,6 +144,7 @@ class EncoderDecoder(LanguageModel):
   dtype: Any = jnp.float32   # of the computation; parameters are float32
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
+  reads_source = True
   max_length = sys.maxsize   # relative positions have no limit
 
   @nn.compact

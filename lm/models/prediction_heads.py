@@ -75,6 +75,7 @@ class MultiToken:
   module: nn.Module   # ParallelHead or SequentialModule
 
   causal = True
+  reads_source = False
 
   def __post_init__(self):
     if self.depths < 0:

@@ -67,6 +67,7 @@ def prompt_width(texts: Sequence[np.ndarray]) -> int:
 class LanguageModel(nn.Module):
   """Base class of models: Flax modules whose parameters are an explicit tree."""
   causal = True             # an output depends only on its own and earlier tokens, except on bidirectional ones
+  reads_source = False      # a prompt is the source of an encoder, apart from the text that the model writes
   depths = 0                # further tokens that are predicted at each position, see `prediction_heads`
   original_context = None   # see `Transformer.original_context`
 

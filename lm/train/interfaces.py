@@ -44,6 +44,7 @@ class Decoder(Model, Protocol):
   of its leaves is led by rows, and `insert` replaces some rows.
   """
   causal: bool                   # whether an output depends on its own and earlier tokens alone
+  reads_source: bool             # whether a prompt is the source of an encoder, apart from the text that it writes
   vocab: int                     # logits per position
   depths: int                    # further tokens that it predicts at each position; speculation drafts with them
   original_context: int | None   # the length from which on the positions of all tokens are encoded differently

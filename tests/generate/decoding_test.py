@@ -12,12 +12,47 @@ from helpers.slow import slow
 
 from lm import generate
 from lm.data.batch import Batch
+from lm.evaluate import text_scores
 from lm.generate import completion
 from lm.hf import pretrained
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
 
 model_of = functools.cache(make)
+
+
+class Copier:
+  """An encoder-decoder that shares no class with the others: it writes its source, whatever it wrote before."""
+  causal, reads_source, vocab, max_length, depths, original_context = True, True, 258, 64, 0, None
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    source = cache if batch.source is None else batch.source
+    next_tokens = jnp.take_along_axis(source, batch.positions, axis=1)
+    hidden = jax.nn.one_hot(next_tokens, self.vocab)
+    return types.SimpleNamespace(hidden=hidden, head=lambda hidden: hidden, cache=source)
+
+  def prompt(self, texts, rows, bos, eos, adds_bos=True):
+    source = np.stack([np.pad([*ids, eos], (0, self.max_length - len(ids) - 1)) for ids in texts]).astype(np.int32)
+    start = np.zeros((rows, 1), np.int32)
+    return Batch(start + bos, positions=start, segments=start + 1, source=source)
+
+  def init_cache(self, batch_size, slots):
+    return None
+
+  def unstack(self, params):
+    return params
+
+
+def test_a_model_says_that_a_prompt_is_its_source():
+  model, prompts = Copier(), ['on the mat', '', 'so']
+  assert generate.generate(model, {}, Bytes(), prompts, GREEDY, max_tokens=10) == prompts   # no bos in the source
+  ids = Bytes().encode_batch(prompts)
+  for text, copy in zip(ids, generate.tokens(model, {}, Bytes(), ids, GREEDY, max_tokens=20)):
+    np.testing.assert_array_equal(copy, text)
+  with pytest.raises(ValueError, match='window=True .* decoders alone'):
+    generate.generate(model, {}, Bytes(), prompts, GREEDY, window=True)
+  with pytest.raises(ValueError, match='give --source'):
+    text_scores.check_flags(model, has_source=False, bos=None)
 
 
 @pytest.mark.parametrize('slots', [64, 65, *slow(63, 129)])
@@ -118,8 +153,8 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
   text = [256, *ids[0]]
   def past(sampling, count):
     request = completion.Request(model, params, tokenizer, sampling, count, 0)
-    batch = completion.prompts_of(model, [np.int32(text)], tokenizer, adds_bos=False)
-    return np.concatenate([row for row, in completion.complete_past(request, [np.int32(text)], batch)])
+    batch = completion.prompt_batch(model, [np.int32(text)], tokenizer, adds_bos=False)
+    return np.concatenate([row for row, in completion.complete_past_context(request, [np.int32(text)], batch)])
 
   made = past(GREEDY, 40)
   read = list(text)

@@ -60,7 +60,7 @@ def read(engine, request, rows=1):
   """The state after the prompt of a request, and its first token."""
   prompt, sampling, seed, limit = request
   ids, = Bytes().encode_batch([prompt])
-  stream = generate.streams([ids], rows, BOS)
+  stream = generate.random_streams([ids], rows, BOS)
   return engine.prefill(engine.model.prompt([ids], rows, BOS, EOS),
                         generate.settings([sampling] * rows, [seed] * rows, stream), [limit] * rows)
 
@@ -68,7 +68,7 @@ def read(engine, request, rows=1):
 def serve(engine, requests, rows=2, count=1):
   """(ids, log-probabilities) of each request, on so many rows: each begins as soon as one is free."""
   width = max(requests, key=lambda request: len(request[0]))[0]
-  if isinstance(engine.model, encoder_decoder.EncoderDecoder):
+  if engine.model.reads_source:
     width = 'x' * 30
   state, _ = read(engine, (width, generate.Sampling(), 0, 0), rows)   # none has room for a token
   waiting, running, written = list(range(len(requests))), {}, [([], []) for _ in requests]
@@ -111,7 +111,7 @@ def test_rows_that_join_and_leave_are_as_they_are_alone(name):
     if draft is None:
       expected, = generate.tokens(model, params, Bytes(), [np.int32(source)], sampling, max_tokens=limit, seed=seed)
       assert expected.tolist() == [i for i in ids if i != EOS]
-    if isinstance(model, encoder_decoder.EncoderDecoder):
+    if model.reads_source:
       found, = evaluate.log_probabilities(model, params, [np.int32([BOS, *ids])], sources=[np.int32([*source, EOS])])
     else:
       found, = evaluate.log_probabilities(getattr(model, 'trunk', model), params, [np.int32([BOS, *source, *ids])])

@@ -158,7 +158,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   model, words = kind(SMALL, 2), Twelve()
   params, sampling = random_params(model, 0.25), generate.Sampling()   # so flat that most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
-  batch, stream = completion.prompts_of(model, ids, words), generate.streams(ids, 3, 0)
+  batch, stream = completion.prompt_batch(model, ids, words), generate.random_streams(ids, 3, 0)
   engine = speculative.SelfSpeculation().engine(model, model.unstack(params), 59, 11, (77,))
   state, _ = engine.prefill(batch, generate.settings([sampling] * 3, [0] * 3, stream), [27] * 3)
 

@@ -48,7 +48,7 @@ def rows_of(model, params, prompts, sampling, n, seed=0, tokenizer=None, draft=N
   tokenizer = tokenizer or Bytes()
   ids = tokenizer.encode_batch(prompts)
   request = completion.Request(model, params, tokenizer, sampling, n, seed, draft)
-  pieces = completion.complete(request, ids, completion.prompts_of(model, ids, tokenizer))
+  pieces = completion.complete(request, ids, completion.prompt_batch(model, ids, tokenizer))
   return [np.concatenate(row) for row in zip(*pieces)]
 
 

@@ -125,7 +125,7 @@ def test_a_dialogue_has_the_ids_of_transformers(tmp_path):
 def test_a_sampled_text_is_the_same_whoever_puts_bos_in_front():
   """The random stream of a prompt is of its text."""
   ids = Bytes().encode('hi')
-  assert generate.streams([ids], 1, 256) == generate.streams([np.r_[256, ids]], 1, 256)
+  assert generate.random_streams([ids], 1, 256) == generate.random_streams([np.r_[256, ids]], 1, 256)
 
 
 def test_documents_begin_with_bos_whatever_the_rule_was(tmp_path):
