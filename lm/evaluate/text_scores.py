@@ -24,8 +24,8 @@ def without_empty(texts: Documents, key: str, allow_left_out: bool) -> Sequence[
     raise ValueError(f'none of {len(texts):,} texts has anything to score under --key={key}; give another --key')
   report_left_out('texts', texts, empty, 'as they are empty', f'see whether --key={key} is the field with the text',
                   allow_left_out)
-  kept = sorted({*range(len(texts))} - {*empty})
-  return Documents(lambda: kept, lambda i: texts[i], texts.place)
+  places = sorted({*range(len(texts))} - {*empty})
+  return Documents(lambda: places, lambda i: texts[i], texts.place)
 
 
 def report_left_out(what: str, texts: Documents, places: Sequence[int], why: str, advice: str, allowed: bool

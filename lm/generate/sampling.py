@@ -1,4 +1,4 @@
-"""How a token is drawn: temperature, and filters of logits."""
+"""Sampling of tokens: the temperature, a repetition penalty, and filters of logits."""
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,19 +10,21 @@ import numpy as np
 
 from lm import seeds
 
-GREEDY = 1e-5   # temperatures below it take the most probable token
+GREEDY = 1e-5   # below this temperature, the most probable token is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn. The filters apply in the order of vLLM: penalty, temperature, min_p, top_k, top_p.
+  """How a token is drawn. As in vLLM, the order is: penalty, temperature, min_p, top_k, top_p.
 
   Args:
-    temperature: divides the logits; 0 takes the most probable token (as below 1e-5; below 0.01 acts as 0.01).
-    top_k: keeps the k most probable tokens, and ties of the last; 0 (or -1) keeps all.
-    top_p: keeps the smallest set of tokens whose mass reaches p (Holtzman et al. 2020); 1 keeps all.
+    temperature: divides the logits. At 0, and below 1e-5, the most probable token is taken; other temperatures below
+      0.01 count as 0.01.
+    top_k: keeps the k most probable tokens, and those as probable as the last of them; 0 (or -1) keeps all.
+    top_p: keeps the smallest set of tokens whose probabilities sum to at least p (Holtzman et al. 2020); 1 keeps all.
     min_p: keeps tokens of at least this share of the greatest probability (Nguyen et al. 2024); 0 keeps all.
-    repetition_penalty: makes tokens of prompt and output less likely (Keskar et al. 2019); 1 does nothing.
+    repetition_penalty: lowers the probability of tokens of the prompt and the output (Keskar et al. 2019); 1 does
+      nothing.
   """
   temperature: float = 1.
   top_k: int = 0
@@ -46,9 +48,9 @@ class Sampling:
 
 
 class Settings(NamedTuple):
-  """The sampling of each row, as arrays `[B]`: a row with other settings compiles nothing anew.
+  """The sampling of each row, as arrays `[B]`, so that rows with other settings need no new compilation.
 
-  `key` has the data of a random key for each row, `[B, 2]`: its draws do not depend on the other rows.
+  `key` has the data of a random key for each row, `[B, 2]`, so that its draws do not depend on the other rows.
   """
   temperature: jax.Array
   top_k: jax.Array
@@ -63,10 +65,10 @@ class Settings(NamedTuple):
 
 
 def settings(samplings: Sequence[Sampling], seeds_B: Sequence[int], streams_B: np.ndarray) -> Settings:
-  """The settings of rows, in NumPy; a row draws from the random stream `streams_B[b]`, uint32, of its seed."""
-  values = [np.array([getattr(sampling, name) for sampling in samplings], dtype) for name, dtype in (
-      ('temperature', np.float32), ('top_k', np.int32), ('top_p', np.float32), ('min_p', np.float32),
-      ('repetition_penalty', np.float32))]
+  """Returns the settings of rows, in NumPy. Row b draws from the random stream `streams_B[b]`, uint32, of its seed."""
+  dtypes = {'temperature': np.float32, 'top_k': np.int32, 'top_p': np.float32, 'min_p': np.float32,
+            'repetition_penalty': np.float32}
+  values = [np.array([getattr(sampling, name) for sampling in samplings], dtype) for name, dtype in dtypes.items()]
   keys = {seed: seeds.key(seed) for seed in set(seeds_B)}
   streams = jnp.asarray(streams_B, jnp.uint32)
   key = jax.vmap(jax.random.fold_in)(jnp.stack([keys[seed] for seed in seeds_B]), streams)
@@ -74,34 +76,35 @@ def settings(samplings: Sequence[Sampling], seeds_B: Sequence[int], streams_B: n
 
 
 def row_keys(settings: Settings, *numbers: jax.Array | int) -> jax.Array:
-  """The key of each row, `[B]`, folded with numbers, each `[B]` or one for all rows."""
+  """Returns the key of each row, `[B]`, after `fold_in` of each of the numbers, `[B]` or one for all rows."""
   keys = jax.random.wrap_key_data(settings.key)
   for number in numbers:
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
   return keys
 
 
-# Filters: float32 logits [B, V] -> logits, at -inf where a token is ruled out. What they are given is a number, or an
-# array [B], one for each row.
+# The functions below map float32 logits [B, V] to logits; those of excluded tokens become -inf. Their argument is one
+# number, or an array [B] with one for each row.
 
 
 def _column(value: jax.Array | float) -> jax.Array:
   return jnp.reshape(jnp.asarray(value), (-1, 1))
 
 
-def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
-  """Divides the positive logits of seen tokens by `penalty`, multiplies the negative ones by it."""
+def penalize(logits_BV: jax.Array, present_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
+  """Divides the positive logits of the tokens in `present_BV` by `penalty`, and multiplies the negative ones by it."""
   penalty = _column(penalty)
-  return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+  penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  return jnp.where(present_BV, penalized, logits_BV)
 
 
 def keep_min_p(logits_BV: jax.Array, share: jax.Array | float) -> jax.Array:
-  """Rules out tokens less probable than `share` times the most probable one; 0 rules out none."""
+  """Excludes tokens less probable than `share` times the most probable one; 0 excludes none."""
   return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + jnp.log(_column(share)), logits_BV, -jnp.inf)
 
 
 def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
-  """Rules out tokens below the k-th greatest logit; its ties stay. 0 or less rules out none."""
+  """Excludes tokens below the k-th greatest logit, and keeps those equal to it; 0 or less excludes none."""
   size, k = logits_BV.shape[-1], _column(k)
   kth = jnp.broadcast_to(jnp.clip(size - k, 0, size - 1), (len(logits_BV), 1))
   least = jnp.take_along_axis(jnp.sort(logits_BV, axis=-1), kth, axis=-1)
@@ -109,9 +112,9 @@ def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
-  """Rules out the least probable tokens that together hold at most 1 - `mass`; of ties, the earlier ids first.
+  """Excludes the least probable tokens whose probabilities sum to at most 1 - `mass`; 1 excludes none.
 
-  1 rules out none.
+  Of equally probable tokens, those with lower ids are excluded first.
   """
   mass = _column(mass)
   order = jnp.argsort(logits_BV, axis=-1)
@@ -120,29 +123,34 @@ def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
   return jnp.where(jnp.put_along_axis(dropped, order, dropped, axis=-1, inplace=False), -jnp.inf, logits_BV)
 
 
-def process(logits_BV: jax.Array, sampling: Sampling | Settings, seen_BV: jax.Array | None = None) -> jax.Array:
-  """The logits that tokens are drawn from; greedy rows are only penalised, for no filter changes what they take.
+def process(logits_BV: jax.Array, sampling: Sampling | Settings, present_BV: jax.Array | None = None) -> jax.Array:
+  """Returns the logits that tokens are drawn from.
 
-  `seen_BV`: tokens of prompt and output, where there is a penalty. A filter that no row uses costs nothing.
+  `present_BV` says which tokens occur in the prompt or the output; without it there is no penalty. The logits of greedy
+  rows are penalised but not filtered, because no filter removes the most probable token. A filter that no row uses
+  costs nothing.
   """
-  def where_used(used, function, logits, *args):
+  def apply_if(used, function, logits, *args):
     return jax.lax.cond(jnp.any(used), function, lambda logits, *_: logits, logits, *args)
 
   logits = logits_BV.astype(jnp.float32)
-  if seen_BV is not None:
+  if present_BV is not None:
     penalty = jnp.asarray(sampling.repetition_penalty)
-    logits = where_used(penalty != 1, penalize, logits, seen_BV, penalty)
-  drawn = ~jnp.asarray(sampling.greedy)
+    logits = apply_if(penalty != 1, penalize, logits, present_BV, penalty)
+  is_drawn = ~jnp.asarray(sampling.greedy)
   min_p, top_k, top_p = (jnp.asarray(x) for x in (sampling.min_p, sampling.top_k, sampling.top_p))
   filtered = logits / _column(jnp.maximum(jnp.asarray(sampling.temperature), 0.01))
-  filtered = where_used(drawn & (min_p > 0), keep_min_p, filtered, min_p)
-  filtered = where_used(drawn & (top_k > 0), keep_top_k, filtered, top_k)
-  filtered = where_used(drawn & (top_p < 1), keep_top_p, filtered, top_p)
-  return jnp.where(_column(drawn), filtered, logits)
+  filtered = apply_if(is_drawn & (min_p > 0), keep_min_p, filtered, min_p)
+  filtered = apply_if(is_drawn & (top_k > 0), keep_top_k, filtered, top_k)
+  filtered = apply_if(is_drawn & (top_p < 1), keep_top_p, filtered, top_p)
+  return jnp.where(_column(is_drawn), filtered, logits)
 
 
 def draw(logits_BV: jax.Array, settings: Settings, keys_B: jax.Array) -> jax.Array:
-  """A token of each row, from processed logits: the most probable one where the row is greedy."""
+  """Draws a token of each row from processed logits; takes the most probable one if the row is greedy."""
   best = jnp.argmax(logits_BV, axis=-1)
-  return jax.lax.cond(settings.greedy.all(), lambda: best, lambda: jnp.where(
-      settings.greedy, best, jax.vmap(jax.random.categorical)(keys_B, logits_BV)))
+
+  def draw_some():
+    return jnp.where(settings.greedy, best, jax.vmap(jax.random.categorical)(keys_B, logits_BV))
+
+  return jax.lax.cond(settings.greedy.all(), lambda: best, draw_some)

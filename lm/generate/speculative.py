@@ -1,16 +1,16 @@
-"""Speculative decoding: cheap modules draft a few tokens, one forward pass of the trunk judges them all.
+"""Speculative decoding: cheap modules draft a few tokens, and one forward pass of the trunk verifies all of them.
 
   draft = speculative.SelfSpeculation()
   generate.generate(model, params, tokenizer, prompts, draft=draft)
   print(draft.acceptance, draft.tokens_per_pass)
 
-What is written has the distribution that the trunk alone would give it (Leviathan et al. 2023, arXiv:2211.17192), and
-is the same text where it is greedy, up to the rounding of sums of another shape. The drafts are made by the model's own
-modules of multi-token prediction (DeepSeek-AI 2024). Shapes: the legend in `models/transformer.py`; here D are drafted
-tokens, and W = D + 1 those of a forward pass.
+The tokens have the same distribution as those of the trunk alone (Leviathan et al. 2023, arXiv:2211.17192). Greedy
+text is the same, except where sums of another shape are rounded differently. The model's own modules for multi-token
+prediction draft (DeepSeek-AI 2024). Shapes: the legend in `models/transformer.py`; here, D are the drafted tokens, and
+W = D + 1 the tokens of a forward pass.
 
-Each row has its own place in the cache. What a pass wrote there of tokens that were then rejected lies behind that
-place, where nothing sees it, and the next pass, as long, writes over it.
+Each row has its own index in the cache. The entries of rejected tokens lie behind this index, where no query sees
+them, and the next pass, which is as long, overwrites them.
 """
 import dataclasses
 import functools
@@ -24,7 +24,15 @@ import numpy as np
 from lm import sharding
 from lm.data.batch import Batch
 from lm.generate.completion import round_up_slots
-from lm.generate.engine import CHUNK, Engine, Tokens, by_row, chosen, everywhere, laid_out
+from lm.generate.engine import (
+    CHUNK,
+    Engine,
+    Tokens,
+    map_shards,
+    replicate_tokens,
+    split_rows,
+    token_log_probabilities,
+)
 from lm.generate.sampling import Settings, process, row_keys
 from lm.models.attention import Visible, write
 from lm.models.context import Context
@@ -33,47 +41,50 @@ from lm.models.transformer import Cache
 
 
 class DraftState(NamedTuple):
-  """What is carried from round to round. The last token of row b, not yet in the cache, is at slot `cache.index[b]`."""
+  """The state between two rounds. The last token of row b is not in the cache yet; its slot is `cache.index[b]`."""
   cache: Cache              # of the trunk
   depths: tuple[Any, ...]   # the caches of the modules
-  hidden: jax.Array         # [B, n, width], the trunk's, at the n slots before `index`
-  tokens_BS: jax.Array      # the text, then what is drafted
-  drafted_BDV: jax.Array    # the probabilities that drafts were drawn from
-  first_B: jax.Array        # slots of padding before the text
-  done_B: jax.Array
+  hidden: jax.Array         # [B, n, width], the hidden states of the trunk at the n slots before `index`
+  tokens_BS: jax.Array      # the text, then the drafted tokens
+  drafted_BDV: jax.Array    # the probabilities that the drafts were drawn from
+  first_B: jax.Array        # the number of padding slots before the text
+  ended_B: jax.Array        # whether a row has ended, or is empty
   settings: Settings
-  written_B: jax.Array         # tokens written
-  limit_B: jax.Array        # a row ends with so many
+  written_B: jax.Array      # the number of tokens written
+  limit_B: jax.Array        # the number of tokens with which a row ends
 
 
 class Counts(NamedTuple):
-  """Of the rows that had not ended: forward passes of the trunk, and drafts that were accepted."""
+  """The forward passes of the trunk and the accepted drafts, summed over the rows that had not ended."""
   passes: jax.Array
   accepted: jax.Array
 
 
 def verify(p_BWV: jax.Array, q_BDV: jax.Array, drafts_BD: jax.Array, uniform_BD: jax.Array, keys_B: jax.Array
            ) -> tuple[jax.Array, jax.Array]:
-  """How many drafts are accepted, [B], and the token after them.
+  """Returns how many drafts are accepted, [B], and the token after them, [B].
 
-  A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); in place of the first that is not, a token
-  is drawn from max(0, p - q), normalised; after the last, one from p. So each token is distributed as p, the model's
-  probabilities: after none of the drafts, after the first, ..., after all. `uniform` is in [0, 1).
+  A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)). The first rejected draft is replaced by a
+  token drawn from max(0, p - q), normalised; if all are accepted, another token is drawn from p. Each token then has
+  the distribution p. `p_BWV` are the model's probabilities after none of the drafts, after the first, ..., after all;
+  `q_BDV` are those that the drafts were drawn from; `uniform_BD` is in [0, 1).
   """
-  of = lambda table: jnp.take_along_axis(table, drafts_BD[..., None], axis=2)[..., 0]
-  right = uniform_BD * of(q_BDV) < of(p_BWV[:, :-1])
-  accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
-  q = jnp.pad(q_BDV, ((0, 0), (0, 1), (0, 0)))   # nothing was drafted after the last
+  def of_drafts(table):
+    return jnp.take_along_axis(table, drafts_BD[..., None], axis=2)[..., 0]
+
+  is_right = uniform_BD * of_drafts(q_BDV) < of_drafts(p_BWV[:, :-1])
+  accepted = jnp.sum(jnp.cumprod(is_right, axis=1), axis=1)
+  q = jnp.pad(q_BDV, ((0, 0), (0, 1), (0, 0)))   # there is no draft after the last
   p, q = (jnp.take_along_axis(table, accepted[:, None, None], axis=1)[:, 0] for table in (p_BWV, q))
   excess = jnp.maximum(p - q, 0)
-  excess = jnp.where(jnp.sum(excess, axis=-1, keepdims=True) > 0, excess, p)   # they may be equal, but for rounding
+  excess = jnp.where(jnp.sum(excess, axis=-1, keepdims=True) > 0, excess, p)   # p and q may differ by rounding alone
   return accepted, jax.vmap(jax.random.categorical)(keys_B, jnp.log(excess))
 
 
 def _probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax.Array:
-  """What tokens are drawn from; all of it on the most probable one where that is taken."""
+  """Returns the probabilities that tokens are drawn from; those of a greedy row are 0 and 1."""
   rows, time, size = logits_BTV.shape
-  logits = jnp.where(jnp.arange(size)[None] < vocab, logits_BTV.reshape(-1, size), -jnp.inf)   # a padded vocabulary
+  logits = jnp.where(jnp.arange(size)[None] < vocab, logits_BTV.reshape(-1, size), -jnp.inf)   # without the padding
   settings = jax.tree.map(lambda x: jnp.repeat(x, time, axis=0), settings)   # rows and times as one axis
   logits = process(logits, settings)
   greedy = settings.greedy[:, None]
@@ -81,22 +92,23 @@ def _probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax
   return p.reshape(rows, time, size)
 
 
-# What the random numbers of a row at a place are for: a token, the judging of drafts, and from 2 on drafts.
-_TOKEN, _JUDGE, _DRAFT = 0, 1, 1
+# Purposes of the random numbers of a row at a position: to draw a token, to verify drafts, and to draw draft k, whose
+# number is _DRAFT + k, with k from 1.
+_TOKEN, _VERIFY, _DRAFT = 0, 1, 1
 
 
-def _take(x: jax.Array, at_BT: jax.Array) -> jax.Array:
-  """`x[b, at[b, t]]`."""
-  return jnp.take_along_axis(x, at_BT.reshape(*at_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
+def _take(x: jax.Array, indices_BT: jax.Array) -> jax.Array:
+  """Returns `x[b, indices[b, t]]`."""
+  return jnp.take_along_axis(x, indices_BT.reshape(*indices_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: int, drafts: int) -> DraftState:
-  """Writes `drafts` tokens behind the last one, each by the module of its depth.
+  """Writes `drafts` tokens after the last one, each drawn by the module of its depth.
 
-  The modules read all slots that the trunk's hidden states are given of: those since the last round, and those before
-  whose tokens ahead were then drafted.
+  The modules read the slots of `state.hidden`: those since the last round, and earlier ones, because in the last round
+  the tokens ahead of them were drafts.
   """
-  def propose(purpose, logits, settings, place):
+  def draw_draft(purpose, logits, settings, place):
     q = _probabilities(logits, settings, vocab)[:, 0]
     return q, jax.vmap(jax.random.categorical)(row_keys(settings, place, purpose), jnp.log(q))
 
@@ -110,7 +122,8 @@ def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: 
   for k in range(1, drafts + 1):
     previous, hidden, cache, _ = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k),
                                              Context(positions, visible), state.depths[k - 1])
-    q, token = by_row(functools.partial(propose, _DRAFT + k), head(hidden[:, -1:]), state.settings, index - first)
+    draw = functools.partial(draw_draft, _DRAFT + k)
+    q, token = map_shards(draw, head(hidden[:, -1:]), state.settings, index - first)
     tokens = write(tokens, token[:, None], index + k)
     caches.append(cache)
     drafted.append(q)
@@ -120,107 +133,112 @@ def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafts'))
 def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, vocab, slots, drafts
              ) -> tuple[DraftState, Tokens]:
-  """Reads prompts into new caches of `slots` slots, draws the first token and drafts the next. Empty rows are done."""
+  """Reads prompts into new caches, draws the first token and drafts the next ones. Empty rows count as ended."""
   def first_token(logits, settings, place):
     p = _probabilities(logits, settings, vocab)[:, 0]
     token = jax.vmap(jax.random.categorical)(row_keys(settings, place, _TOKEN), jnp.log(p))
-    return token, chosen(logits, token[:, None])
+    return token, token_log_probabilities(logits, token[:, None])
 
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  settings, written, limit = laid_out((settings, written, limit))
+  settings, written, limit = split_rows((settings, written, limit))
   rows, width = batch.tokens.shape
   out = model.apply(params, batch, cache=model.init_cache(rows, slots))
   first = jnp.sum(batch.segments == 0, axis=1)
-  token, log_probability = by_row(first_token, out.head(out.hidden[:, -1:]), settings, width - first - 1)
+  token, log_probability = map_shards(first_token, out.head(out.hidden[:, -1:]), settings, width - first - 1)
   tokens = jnp.pad(jnp.concatenate([batch.tokens, token[:, None]], axis=1), ((0, 0), (0, slots - width - 1)))
-  empty = (first == width) | (written >= limit)
-  total = written + ~empty
-  done = empty | (token[:, None] == ends[None]).any(-1) | (total >= limit)
+  is_empty = (first == width) | (written >= limit)
+  total = written + ~is_empty
+  ended = is_empty | (token[:, None] == ends[None]).any(-1) | (total >= limit)
   caches = model.init_depth_caches(rows, slots)[:drafts]
-  state = DraftState(out.cache, caches, out.hidden, tokens, None, first, done, settings, total, limit)
+  state = DraftState(out.cache, caches, out.hidden, tokens, None, first, ended, settings, total, limit)
   state = _draft(model, params, out.head, state, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
-  ids = jnp.where(empty, ends[0], token)[:, None]
-  return state, everywhere(ids, jnp.where(empty[:, None], 0, log_probability), total - written)
+  ids = jnp.where(is_empty, ends[0], token)[:, None]
+  return state, replicate_tokens(ids, jnp.where(is_empty[:, None], 0, log_probability), total - written)
 
 
 def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
-  """One pass of the trunk over the last token and the drafts behind it; then new drafts.
+  """Applies the trunk to the last token and the drafts after it, verifies the drafts, and makes new ones.
 
-  Returns the state, the D + 1 tokens of the pass and their log-probabilities, [B, D + 1], of which the first are new,
-  and how many drafts were accepted, [B].
+  Returns the state, the D + 1 tokens of the pass, of which the first are new, their log-probabilities, both
+  [B, D + 1], and the number of accepted drafts, [B].
   """
-  def judge(logits, q, drafts, settings, place):
-    keys = row_keys(settings, place, _JUDGE)
+  def verify_rows(logits, q, drafts, settings, place):
+    keys = row_keys(settings, place, _VERIFY)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys)
     p = _probabilities(logits, settings, vocab)
     accepted, token = verify(p, q, drafts, uniform, row_keys(settings, place, _TOKEN))
     new = jnp.pad(drafts, ((0, 0), (0, 1)))
     new = jnp.where(jnp.arange(new.shape[1])[None] == accepted[:, None], token[:, None], new)
-    return accepted, token, new, chosen(logits, new)
+    return accepted, token, new, token_log_probabilities(logits, new)
 
   index, first, drafts = state.cache.index, state.first_B, state.drafted_BDV.shape[1]
   columns = jnp.arange(drafts + 1)[None]
   tokens = _take(state.tokens_BS, index[:, None] + columns)
-  positions = jnp.minimum(index[:, None] + columns - first[:, None], model.max_length - 1)   # drafts may go beyond
+  positions = jnp.minimum(index[:, None] + columns - first[:, None], model.max_length - 1)   # drafts may exceed it
   out = model.apply(params, Batch(tokens, positions=positions), cache=state.cache)
-  accepted, token, new, log_probabilities = by_row(
-      judge, out.head(out.hidden), state.drafted_BDV, tokens[:, 1:], state.settings, index - first)
-  live = ~state.done_B
-  accepted = jnp.where(live, accepted, 0)
+  accepted, token, new, log_probabilities = map_shards(
+      verify_rows, out.head(out.hidden), state.drafted_BDV, tokens[:, 1:], state.settings, index - first)
+  is_live = ~state.ended_B
+  accepted = jnp.where(is_live, accepted, 0)
   tokens_BS = write(state.tokens_BS, token[:, None], index + accepted + 1)
-  ends_here = (new[..., None] == ends[None, None]).any(-1) & (columns <= accepted[:, None])
-  until_end = jnp.where(ends_here.any(-1), 1 + jnp.argmax(ends_here, axis=1), drafts + 1)
+  is_end = (new[..., None] == ends[None, None]).any(-1) & (columns <= accepted[:, None])
+  until_end = jnp.where(is_end.any(-1), 1 + jnp.argmax(is_end, axis=1), drafts + 1)
   steps = jnp.minimum(jnp.minimum(accepted + 1, until_end), state.limit_B - state.written_B)
-  steps = jnp.where(live, steps, 0)
+  steps = jnp.where(is_live, steps, 0)
   written, n = state.written_B + steps, state.hidden.shape[1]
   hidden = _take(jnp.concatenate([state.hidden, out.hidden], axis=1), steps[:, None] + jnp.arange(n)[None])
   state = state._replace(cache=out.cache._replace(index=index + steps), hidden=hidden, tokens_BS=tokens_BS,
-                         done_B=state.done_B | ends_here.any(-1) | (written >= state.limit_B), written_B=written)
+                         ended_B=state.ended_B | is_end.any(-1) | (written >= state.limit_B), written_B=written)
   return _draft(model, params, out.head, state, vocab, drafts), new, log_probabilities, accepted
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'rounds', 'drafts'), donate_argnames='state')
 def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, drafts
             ) -> tuple[DraftState, Tokens, Counts]:
-  """`count` rounds, at most `rounds`, fewer if all rows end."""
-  def go(carry):
+  """Computes `count` rounds, at most `rounds`; fewer if all rows end."""
+  before = state.written_B
+
+  def compute_round(carry):
     n, state, ids, log_probabilities, counts = carry
-    live, start = ~state.done_B, state.written_B - before
+    is_live, start = ~state.ended_B, state.written_B - before
     state, new, scores, accepted = _round(model, params, state, ends, vocab)
-    counts = Counts(counts.passes + jnp.sum(live), counts.accepted + jnp.sum(accepted))
+    counts = Counts(counts.passes + jnp.sum(is_live), counts.accepted + jnp.sum(accepted))
     return n + 1, state, write(ids, new, start), write(log_probabilities, scores, start), counts
 
-  before, shape = state.written_B, (len(state.done_B), rounds * (drafts + 1))
+  shape = len(state.ended_B), rounds * (drafts + 1)
   ids, log_probabilities = (sharding.constrain(x, 'BT') for x in (jnp.full(shape, ends[0]), jnp.zeros(shape)))
   carry = jnp.int32(0), state, ids, log_probabilities, Counts(jnp.int32(0), jnp.int32(0))
   _, state, ids, log_probabilities, counts = jax.lax.while_loop(
-      lambda carry: (carry[0] < count) & ~carry[1].done_B.all(), go, carry)
-  return state, everywhere(ids, log_probabilities, state.written_B - before), counts
+      lambda carry: (carry[0] < count) & ~carry[1].ended_B.all(), compute_round, carry)
+  return state, replicate_tokens(ids, log_probabilities, state.written_B - before), counts
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftingEngine(Engine):
-  """An engine that drafts `drafts` tokens at a time, and counts what came of them in `counter`."""
+  """An engine that drafts `drafts` tokens at a time, and counts passes and accepted drafts in `counter`."""
   drafts: int
   counter: 'SelfSpeculation'
 
   @property
-  def spare(self) -> int:
-    return 1 + 2 * self.drafts   # for drafts behind the last token
+  def spare_slots(self) -> int:
+    return 1 + 2 * self.drafts   # for drafts after the last token
 
-  def _prefill(self, batch, seen, settings, written, limit):
-    del seen
-    if (most := min(self.model.depths, batch.tokens.shape[1] // 2)) < self.drafts:
+  def _prefill(self, batch, present, settings, written, limit):
+    del present
+    most = min(self.model.depths, batch.tokens.shape[1] // 2)
+    if most < self.drafts:
       raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
-    if (bad := settings.repetition_penalty[settings.repetition_penalty != 1]).size:
-      raise ValueError(f'repetition_penalty={bad[0]:g} is not supported with drafts; leave one out')
+    penalties = settings.repetition_penalty[settings.repetition_penalty != 1]
+    if penalties.size:
+      raise ValueError(f'repetition_penalty={penalties[0]:g} is not supported with drafts; leave one out')
     return _prefill(self.model, self.params, batch, settings, written, limit, np.int32(self.ends), vocab=self.vocab,
                     slots=self.slots, drafts=self.drafts)
 
   def step(self, state: DraftState, count: int | None = None) -> tuple[DraftState, Tokens]:
-    """So many rounds, each of which gives a row 1 to `drafts` + 1 tokens; by default, about CHUNK tokens."""
+    """Computes `count` rounds, each of which gives a row 1 to `drafts` + 1 tokens; by default about CHUNK tokens."""
     most = max(CHUNK // (self.drafts + 1), 1)
-    if not 1 <= (count := most if count is None else count) <= most:
+    count = most if count is None else count
+    if not 1 <= count <= most:
       raise ValueError(f'count={count} rounds in one step must be 1 to {most}')
     state, tokens, counts = _rounds(self.model, self.params, state, np.int32(count), np.int32(self.ends),
                                     vocab=self.vocab, rounds=most, drafts=self.drafts)
@@ -229,10 +247,10 @@ class DraftingEngine(Engine):
 
 
 class SelfSpeculation:
-  """For `generate.stream(..., draft=...)`, of a model that predicts further tokens; counts what came of it.
+  """Drafts for `generate.stream(..., draft=...)`, by a model that predicts further tokens; counts accepted drafts.
 
   Args:
-    drafts: tokens that are drafted at a time; by default, as many as the model has depths.
+    drafts: the number of tokens that are drafted at a time; None is the number of the model's depths.
   """
 
   def __init__(self, drafts: int | None = None):
@@ -245,16 +263,17 @@ class SelfSpeculation:
 
   @property
   def tokens_per_pass(self) -> float:
-    """Tokens that a forward pass of the trunk gave, on average, of a row that had not ended."""
+    """The mean number of tokens that a forward pass of the trunk gave a row that had not ended."""
     return 1 + self.accepted / max(self.passes, 1)
 
   def add(self, passes: int, accepted: int, drafts: int) -> None:
-    """Counts passes of the trunk, each over so many drafts."""
-    self.passes, self.accepted, self.proposed = (
-        self.passes + passes, self.accepted + accepted, self.proposed + drafts * passes)
+    """Counts passes of the trunk, each over `drafts` drafts."""
+    self.passes += passes
+    self.accepted += accepted
+    self.proposed += drafts * passes
 
   def engine(self, model: MultiToken, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> DraftingEngine:
-    """See `generate.Draft`. ValueError where the model cannot draft so much."""
+    """See `generate.Draft`. Raises ValueError if the model cannot draft as many tokens."""
     depths = model.depths
     if not depths:
       raise ValueError('this model predicts no further tokens, so there is nothing to draft with')

@@ -1,4 +1,4 @@
-"""The parts of models, but for `attention`: weights, norms, feed-forward, the block. Shape legend: `transformer.py`."""
+"""The parts of models except attention: weights, norms, feed-forward layers, blocks. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from lm.models.context import Aux, Context
 
 Initializer = Callable[..., jax.Array]
 
-# What the backward pass may keep, for `jax.checkpoint`: the results of matrix products that it reads again, and what
-# attention gives. The rest (norms, activations, rotations) is cheaper to compute again than to write and read.
+# The policy of `jax.checkpoint` for activations that are stored: results of matrix products that the backward pass
+# reads, and the outputs of attention. All others (norms, activations, rotations) are cheaper to compute again.
 keep_products = jax.checkpoint_policies.save_only_these_names(
     'query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key', 'cross_value',
     'cross_residual')
@@ -25,19 +25,19 @@ keep_products = jax.checkpoint_policies.save_only_these_names(
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight', 'a', 'b'], meta_fields=['scale'])
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-  """A weight with a change of low rank, weight + scale * a b, in the place of a weight among a model's parameters.
+  """A weight with a change of low rank, weight + scale * a b. It replaces the weight in a model's parameters.
 
-  The weight is [*leading, *inputs, *outputs], a is [*leading, *inputs, r], b is [*leading, r, *outputs]; leading are
-  layers and experts. The sum is made where the weight is used, so that of stacked layers one at a time is there, and
-  one at a time has a gradient.
+  The weight is [*leading, *inputs, *outputs], a is [*leading, *inputs, r], and b is [*leading, r, *outputs]; the
+  leading axes are those of layers and experts. The sum is computed where the weight is used: of stacked layers, only
+  the sum and the gradient of one layer exist at a time.
   """
-  weight: jax.Array   # first: Flax compares its shape with the one declared
+  weight: jax.Array   # the first field, because Flax compares its shape with the declared one
   a: jax.Array
   b: jax.Array
   scale: float
 
   def merged(self) -> jax.Array:
-    """The sum in float32, laid out as the weight."""
+    """Returns the sum in float32, sharded like the weight."""
     letters, leading = 'abcdefghijkl', self.a.ndim + self.b.ndim - self.weight.ndim - 2
     axes, inputs = letters[:self.weight.ndim], self.a.ndim - 1
     formula = f'{axes[:inputs]}r,{axes[:leading]}r{axes[inputs:]}->{axes}'
@@ -47,7 +47,7 @@ class LowRank:
 
 
 def text_batch(batch: Batch) -> Batch:
-  """The batch, laid out on the mesh. ValueError where it has inputs, which models of text alone do not read."""
+  """Returns the batch, sharded over the mesh. Raises ValueError if it has inputs, which text models do not read."""
   if batch.inputs:
     raise ValueError(f'the batch has inputs ({", ".join(batch.inputs)}), which this model does not read; take a model '
                      'that does, or data without them')
@@ -56,13 +56,13 @@ def text_batch(batch: Batch) -> Batch:
 
 def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None,
            role: Role | None = None, inputs: str | None = None) -> jax.Array:
-  """Declares a float32 parameter, split over the mesh at rest; returns it gathered for use, in the compute `dtype`.
+  """Declares a float32 parameter, which is stored in shards, and returns it gathered for use, in `dtype`.
 
-  `role` and `inputs` say what the weight is to optimizers and adapters, see `declarations.declare`: by default a vector
-  where there is one axis, else a matrix of the last two axes, [in, out].
+  `role` and `inputs` declare the weight to optimizers and adapters; see `declarations.declare`. By default, a weight
+  with one axis is a vector, and one with more axes is a matrix of the last two, [in, out].
 
   Raises:
-    ValueError: an axis does not divide by its mesh axis, or the declaration is not one, see `declarations.declare`.
+    ValueError: the size of an axis is not a multiple of its mesh axis, or the declaration is not valid.
   """
   sharding.check(axes, shape, name)
   declaration = declarations.declare(axes, role, inputs)
@@ -71,16 +71,17 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
     return declarations.declared(sharding.constrain(init(key, shape, jnp.float32), axes), declaration)
 
   value = declarations.plain(module.param(name, new))
-  value = value.merged() if isinstance(value, LowRank) else value
+  if isinstance(value, LowRank):
+    value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
-  """A product with a gathered weight, whose letters also say how the result is split over the mesh.
+  """Multiplies by a gathered weight. The letters of the formula also define the sharding of the result.
 
-  All three products, forward and backward, multiply in the dtype of `x` and add in float32; the result is of `dtype`,
-  by default that of `x`.
+  All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32. The result has
+  `dtype`; None means the dtype of `x`.
   """
   return _product(formula, x, w, sharding.spec(formula.split('->')[1])).astype(dtype or x.dtype)
 
@@ -93,17 +94,18 @@ def _einsum_forward(formula, x, w, dtype):
   return einsum(formula, x, w, dtype), (x, w)
 
 
-def _einsum_backward(formula, dtype, kept, dy):
-  (x, w), (left, y_axes) = kept, formula.split('->')
-  x_axes, w_axes = left.split(',')
+def _einsum_backward(formula, dtype, residuals, dy):
+  x, w = residuals
+  operands, y_axes = formula.split('->')
+  x_axes, w_axes = operands.split(',')
   dy = dy.astype(x.dtype)
   dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.spec(x_axes))
   order = w_axes
-  if sharding.platform() == 'cpu':   # XLA transposes what comes first: let it be the smaller of the two
-    order = ''.join(sorted(w_axes, key=lambda a: (a in y_axes) == (x.size <= dy.size)))
+  if sharding.platform() == 'cpu':   # XLA transposes the operand whose axes come first, which should be the smaller one
+    order = ''.join(sorted(w_axes, key=lambda axis: (axis in y_axes) == (x.size <= dy.size)))
   dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, sharding.gathered(order))
   if order != w_axes:
-    dw = jax.lax.optimization_barrier(dw).transpose([order.index(a) for a in w_axes])
+    dw = jax.lax.optimization_barrier(dw).transpose([order.index(axis) for axis in w_axes])
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -111,22 +113,22 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """Returns the rows of a table at these tokens, [B, T, D]; where V is split, each shard gives the rows that it holds.
-  """
+  """Returns the rows of a table for tokens, [B, T, D]. Where V is sharded, each shard looks up its own rows."""
   if sharding.spec('V') is None:
     return table_VD[tokens_BT]
 
   def local(table, tokens):
     tokens = tokens - sharding.part_index('V') * table.shape[0]
-    held = (tokens >= 0) & (tokens < table.shape[0])
-    return sharding.sum_of_parts(jnp.where(held[..., None], table[jnp.where(held, tokens, 0)], 0), 'V')
+    is_local = (tokens >= 0) & (tokens < table.shape[0])
+    rows = table[jnp.where(is_local, tokens, 0)]
+    return sharding.sum_of_parts(jnp.where(is_local[..., None], rows, 0), 'V')
 
   specs = sharding.spec('V-'), sharding.spec('BT')
   return jax.shard_map(local, in_specs=specs, out_specs=sharding.spec('BTD'))(table_VD, tokens_BT)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes a share `rate` of the entries and scales the rest (Srivastava et al. 2014); without a key, the identity."""
+  """Zeroes a share `rate` of the entries and scales the others (Srivastava et al. 2014). Without a key, returns x."""
   if key is None or rate == 0:
     return x
   layout = None if sharding.spec('') is None else jax.typeof(x).sharding
@@ -135,9 +137,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019), over the last axes, which `axes` names.
+  """x / rms(x) * scale, in float32, over the last axes, whose letters are `axes` (Zhang and Sennrich 2019).
 
-  `offset` is added to the scale, which then starts at 1 - offset; without `learned` there is no scale.
+  `offset` is added to the scale, whose initial value is then 1 - offset. Without `learned`, there is no scale.
   """
   eps: float = 1e-6
   offset: float = 0.
@@ -173,12 +175,12 @@ class LayerNorm(nn.Module):
 
 
 def row(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """Broadcasts explicitly, so that no rank promotion happens by accident."""
+  """Returns a vector with axes of size 1 in front, so that it broadcasts against `like` without rank promotion."""
   return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)
 
 
 def add_bias(module: nn.Module, name: str, axes: str, y: jax.Array) -> jax.Array:
-  """Declares a bias of the last axes of `y` and adds it, in float32: its gradient is a sum over all positions."""
+  """Declares a bias for the last axes of `y` and adds it in float32, because its gradient sums over all positions."""
   bias = weight(module, name, axes, y.shape[-len(axes):], nn.initializers.zeros, role=Role.VECTOR)
   return (y.astype(jnp.float32) + row(bias, y)).astype(y.dtype)
 
@@ -192,7 +194,7 @@ def gelu_gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 class FeedForward(nn.Module):
-  """down(activation(up(x))); gated, down(activation(gate(x), up(x))) (Shazeer 2020)."""
+  """down(activation(up(x))) or, if `gated`, down(activation(gate(x), up(x))) (Shazeer 2020)."""
   hidden: int
   activation: Callable[..., jax.Array] = silu_gated
   gated: bool = True
@@ -202,7 +204,7 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
-    """The output [B, T, D], and what the module reports; as all feed-forward modules."""
+    """Returns the output [B, T, D] and an auxiliary output. All feed-forward modules have this signature."""
     width = x_BTD.shape[-1]
 
     def up(name):
@@ -217,11 +219,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """Residual block: x + out_norm(attention(norm(x))), then the same with `feed_forward`; a norm may be None.
+  """A residual block: x + out_norm(attention(norm(x))), then the same with `feed_forward`; each norm may be None.
 
-  As all blocks, it is called as `block(x_BTD, context, cache) -> (x_BTD, cache, aux)`, and `init_cache` makes the cache
-  that it is given while it decodes: a tree of arrays that all begin with the axis B. Without a cache, it returns None.
-  Pre-norm has the first norm of each, post-norm (OLMo 2) the second, a sandwich (Gemma 2) both.
+  All blocks are called as `block(x_BTD, context, cache) -> (x_BTD, cache, aux)`. The cache for decoding is what
+  `init_cache` returns, a tree of arrays whose first axis is B; without a cache, the returned cache is None. Pre-norm
+  has only the first norm of each, post-norm (OLMo 2) only the second, and Gemma 2 both.
   """
   attention: nn.Module
   feed_forward: nn.Module
@@ -234,11 +236,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any, Aux]:
     keys = context.keys(3)
-    y, cache = self.attention(_normalised(self.attention_norm, x_BTD), context.with_key(keys[2]), cache)
-    y = _normalised(self.attention_out_norm, y)
+    y, cache = self.attention(_normalise(self.attention_norm, x_BTD), context.with_key(keys[2]), cache)
+    y = _normalise(self.attention_out_norm, y)
     x_BTD = context.name('residual', x_BTD + dropout(y, self.dropout, keys[0]))
-    y, aux = self.feed_forward(_normalised(self.feed_forward_norm, x_BTD), context)
-    y = _normalised(self.feed_forward_out_norm, y)
+    y, aux = self.feed_forward(_normalise(self.feed_forward_norm, x_BTD), context)
+    y = _normalise(self.feed_forward_out_norm, y)
     return context.tap('output', x_BTD + dropout(y, self.dropout, keys[1])), cache, aux
 
   @nn.nowrap
@@ -247,7 +249,7 @@ class Block(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-  """x + attention(norm(x)) + feed_forward(norm(x)) (GPT-J, GPT-NeoX), each with a norm of its own."""
+  """x + attention(norm(x)) + feed_forward(norm(x)), where each has its own norm (GPT-J, GPT-NeoX)."""
   attention: nn.Module
   feed_forward: nn.Module
   attention_norm: nn.Module
@@ -267,5 +269,5 @@ class ParallelBlock(nn.Module):
     return self.attention.init_cache(batch_size, slots, dtype)
 
 
-def _normalised(norm: nn.Module | None, x: jax.Array) -> jax.Array:
+def _normalise(norm: nn.Module | None, x: jax.Array) -> jax.Array:
   return x if norm is None else norm(x)

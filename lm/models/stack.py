@@ -176,12 +176,12 @@ def _apply(block, params, x, context, cache=None):
 
 def _stacked(taps: Taps, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Returns the readings by name, stacked over layers, without those that are None."""
-  known = {name for reading in readings for name in reading}
+  names = {name for reading in readings for name in reading}
   for name, _ in taps:
-    if name not in known:
+    if name not in names:
       raise ValueError(f'there is a tap of {name!r}, and no layer has an activation of that name')
   stacked = {name: jax.tree.map(lambda *each: jnp.stack(each), *(r[name] for r in readings if name in r))
-             for name in sorted(known)}
+             for name in sorted(names)}
   return {name: reading for name, reading in stacked.items() if reading is not None}
 
 

@@ -23,7 +23,8 @@ def mask_some(tokens: np.ndarray, eligible: np.ndarray, rng: np.random.Generator
   """Masks l of the n eligible tokens, with l uniform in 1 to n. The column `importance` is n/l at masked tokens."""
   places = np.flatnonzero(eligible)
   hidden, importance = tokens.copy(), np.zeros(len(tokens), np.float32)
-  if n := len(places):
+  n = len(places)
+  if n:
     count = int(rng.integers(1, n + 1))
     chosen = places[rng.permutation(n)[:count]]
     hidden[chosen], importance[chosen] = special.control[0], n / count
@@ -32,14 +33,14 @@ def mask_some(tokens: np.ndarray, eligible: np.ndarray, rng: np.random.Generator
 
 
 def document(tokens: np.ndarray, rng: np.random.Generator, special: Special) -> Example:
-  """All tokens but bos may be masked: next-token prediction is given bos too."""
+  """Masks some of all tokens but bos, which next-token prediction does not predict either."""
   eligible = np.ones(len(tokens), bool)
   eligible[0] = tokens[0] != special.bos
   return mask_some(tokens, eligible, rng, special)
 
 
 def dialogue(piece: Dialogue, rng: np.random.Generator, special: Special) -> Example:
-  """The answers of a dialogue may be masked, the prompts never."""
+  """Masks some tokens of the answers of a dialogue, and none of the prompts."""
   return mask_some(piece.tokens, piece.loss_mask, rng, special)
 
 

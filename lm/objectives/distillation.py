@@ -19,12 +19,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.objectives.objective import (
-    Objective,
-    by_position,
-    over_vocabulary,
-    targets_of,
-)
+from lm.objectives.objective import Objective, by_position, over_vocabulary, targets_of
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -82,11 +77,11 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
     return mix(logits, targets, weights, jnp.sum(terms, axis=-1))
 
   def loss(apply, params, batch, key):
-    taught = teacher(params['teacher'], batch)   # `over_vocabulary` does not differentiate its args
+    teacher_outputs = teacher(params['teacher'], batch)   # `over_vocabulary` does not differentiate its args
     outputs = apply(params, batch, key=key)
-    _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (taught, outputs)))
+    _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (teacher_outputs, outputs)))
     loss_sum, sums = over_vocabulary(with_teacher, outputs.hidden, outputs.head,
-                                     (batch.targets, batch.weights, taught.hidden), (taught.head,))
+                                     (batch.targets, batch.weights, teacher_outputs.hidden), (teacher_outputs.head,))
     return loss_sum, denominator(batch), sums
 
   return dataclasses.replace(objective, loss=loss, token_loss=token_loss, denominator=None)
@@ -114,12 +109,12 @@ class TopK:
 
   def __call__(self, apply: Callable[..., Any], params: Any, batch: Batch) -> dict[str, jax.Array]:
     def top_k(logits):   # each device needs the whole vocabulary
-      every = _log_softmax(logits, self.temperature)
-      values, ids = jax.lax.top_k(sharding.constrain(every, 'BT-'), self.k)
-      held = jnp.where(_spread(ids, values, logits.shape[-1]) > -jnp.inf, -jnp.inf, every)
-      # Summed: 1 minus the mass of the k would be rounding error where little mass is left.
-      others = jnp.maximum(jax.nn.logsumexp(held, axis=-1, keepdims=True), np.log(np.finfo(np.float32).tiny))
-      return {'teacher_ids': ids, 'teacher_log_probs': jnp.concatenate([values, others], axis=-1)}
+      log_probs = _log_softmax(logits, self.temperature)
+      values, ids = jax.lax.top_k(sharding.constrain(log_probs, 'BT-'), self.k)
+      others = jnp.where(_spread(ids, values, logits.shape[-1]) > -jnp.inf, -jnp.inf, log_probs)
+      # It is a sum, because 1 minus the mass of the k would be a rounding error where the others have little mass.
+      tail = jnp.maximum(jax.nn.logsumexp(others, axis=-1, keepdims=True), np.log(np.finfo(np.float32).tiny))
+      return {'teacher_ids': ids, 'teacher_log_probs': jnp.concatenate([values, tail], axis=-1)}
     outputs = apply(params, batch)
     return by_position(top_k, outputs.hidden, outputs.head)
 
@@ -142,10 +137,10 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
 
   def with_stored(logits, targets, weights, ids, log_probs):
     student, teacher = _log_softmax(logits, stored.temperature), _spread(ids, log_probs[..., :-1], logits.shape[-1])
-    held = teacher > -jnp.inf
-    terms = jnp.sum(jnp.where(held, divergence(jnp.where(held, teacher, 0), student), 0), axis=-1)
+    is_stored = teacher > -jnp.inf
+    terms = jnp.sum(jnp.where(is_stored, divergence(jnp.where(is_stored, teacher, 0), student), 0), axis=-1)
     if stored.k < stored.vocab:
-      terms = terms + divergence(log_probs[..., -1], jax.nn.logsumexp(jnp.where(held, -1e30, student), axis=-1))
+      terms = terms + divergence(log_probs[..., -1], jax.nn.logsumexp(jnp.where(is_stored, -1e30, student), axis=-1))
     return mix(logits, targets, weights, terms)
 
   def loss(apply, params, batch, key):
@@ -199,7 +194,7 @@ def _mix(divergence, temperature, hard, token_loss) -> Callable[..., tuple[jax.A
 
 
 def _spread(ids_BTk: jax.Array, values_BTk: jax.Array, vocab: int) -> jax.Array:
-  """The values at their ids, [B, T, V], -inf elsewhere; each shard of V fills its own part."""
+  """Returns the values at their ids and -inf elsewhere, [B, T, V]. Each shard of V fills its own part."""
   def local(ids, values, first, size):
     ids = ids - first
     ids = jnp.where((ids >= 0) & (ids < size), ids, size)

@@ -15,23 +15,23 @@ Parts = tuple[np.ndarray, np.ndarray, np.ndarray]   # prefix, middle, suffix
 
 
 def context_level(piece: np.ndarray, special: Special) -> bool:
-  """Any part of a document in a row may be permuted."""
+  """Permits every piece of a document to be permuted."""
   return True
 
 
 def document_level(piece: np.ndarray, special: Special) -> bool:
-  """Only documents that are whole in their row may be permuted."""
+  """Permits only documents that are whole in their row to be permuted."""
   return bool(piece[0] == special.bos and piece[-1] == special.eos)
 
 
 def at_tokens(body: np.ndarray, rng: np.random.Generator, special: Special) -> Parts:
-  """Cuts between tokens, at two random places."""
+  """Cuts between tokens at two random places."""
   i, j = np.sort(rng.integers(len(body) + 1, size=2))
   return body[:i], body[i:j], body[j:]
 
 
 def at_characters(body: np.ndarray, rng: np.random.Generator, special: Special) -> Parts:
-  """Cuts between characters, at two random places; each part is tokenised by itself, as prompts are.
+  """Cuts between characters at two random places, and tokenises each part by itself, as prompts are.
 
   It cuts between tokens instead where the parts do not spell the text (a tokenizer that is not lossless, a piece that
   begins inside a character), or have more than `SLACK` additional tokens.
@@ -46,7 +46,10 @@ def at_characters(body: np.ndarray, rng: np.random.Generator, special: Special) 
 
 
 def arrange(parts: Parts, ids: Sequence[int], spm: bool) -> np.ndarray:
-  """PSM: PRE prefix SUF suffix MID middle. SPM: PRE SUF suffix MID prefix middle, the paper's second variant."""
+  """Returns PRE prefix SUF suffix MID middle (PSM) or, the paper's second variant, PRE SUF suffix MID prefix middle.
+
+  `ids` are those of PRE, SUF and MID; `spm` selects the second variant.
+  """
   (prefix, middle, suffix), (pre, suf, mid) = parts, np.array(ids[:3], np.int32).reshape(3, 1)
   order = (pre, suf, suffix, mid, prefix, middle) if spm else (pre, prefix, suf, suffix, mid, middle)
   return np.concatenate(order).astype(np.int32)

@@ -17,10 +17,10 @@ def _first_of_segment(tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array
 def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
   """Returns -sum over candidates of log(1 - p), [B, T]. The vocabulary may be split over devices."""
   def local(logits, log_z, candidates, tokens):
-    held = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
+    is_local = candidates & ((tokens >= 0) & (tokens < logits.shape[-1]))[:, None]
     scores = jnp.take_along_axis(logits, jnp.clip(tokens, 0, logits.shape[-1] - 1)[:, None], axis=-1)
     complement = 1 - jnp.exp(jnp.minimum(scores - log_z[..., None], 0))   # 1 - p, bounded below as the authors do
-    return -jnp.sum(jnp.where(held, jnp.log(jnp.maximum(complement, 1e-5)), 0), axis=-1)
+    return -jnp.sum(jnp.where(is_local, jnp.log(jnp.maximum(complement, 1e-5)), 0), axis=-1)
 
   def on_shard(logits, log_z, candidates, tokens):
     tokens = tokens - sharding.part_index('V') * logits.shape[-1]
@@ -38,15 +38,18 @@ def unlikelihood(objective: Objective, alpha: float = 1.) -> Objective:
 
   L = token_loss - alpha sum_t w_t sum_{c in C_t} log(1 - p_t(c)), where C_t are the tokens of the segment up to
   position t, each once, without the target of t: the token-level loss. The metric `unlikelihood` is its mean over
-  targets. ValueError for an objective whose loss is another than that of its targets (see `targets_of`).
+  targets.
+
+  Raises:
+    ValueError: the loss of `objective` has terms other than that of its targets (see `targets_of`).
   """
   token_loss, denominator = targets_of(objective)
 
-  def both(logits, targets, weights, segments, places, tokens_BS, segments_BS, first_BS):
+  def both(logits, targets, weights, segments, places, tokens_BS, segments_BS, is_first_BS):
     loss, sums = token_loss(logits, targets, weights)
-    seen = places[..., None] >= jnp.arange(tokens_BS.shape[1])[None, None]
-    seen = seen & (segments[..., None] == segments_BS[:, None]) & first_BS[:, None]
-    candidates = seen & (targets[..., None] != tokens_BS[:, None])
+    is_earlier = places[..., None] >= jnp.arange(tokens_BS.shape[1])[None, None]
+    occurred = is_earlier & (segments[..., None] == segments_BS[:, None]) & is_first_BS[:, None]
+    candidates = occurred & (targets[..., None] != tokens_BS[:, None])
     cost = _cost(logits, jax.nn.logsumexp(logits, axis=-1), candidates, tokens_BS)
     counted = (weights > 0).astype(jnp.float32)
     return loss + alpha * jnp.sum(cost * weights), {**sums, 'unlikelihood': (jnp.sum(cost * counted), sums['tokens'])}

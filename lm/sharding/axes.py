@@ -119,11 +119,11 @@ def spec(axes: str) -> P | None:
   """
   if not is_laid_out():
     return None
-  taken: set[str] = set()
+  used: set[str] = set()
   entries: list[str | tuple[str, ...] | None] = []
   for letter in axes:
-    free = tuple(axis for axis in axes_of(letter) if axis not in taken)
-    taken.update(free)
+    free = tuple(axis for axis in axes_of(letter) if axis not in used)
+    used.update(free)
     entries.append(_entry(free))
   return P(*entries)
 

@@ -62,7 +62,7 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
   figure = _figure(png, (11 if has_curves else 6, 5))
   if figure is None:
     return
-  left, right = figure.subplots(1, 2, width_ratios=(3, 2)) if has_curves else (None, figure.subplots())
+  curve_axes, final_axes = figure.subplots(1, 2, width_ratios=(3, 2)) if has_curves else (None, figure.subplots())
   for i, (name, runs) in enumerate(curves.items()):
     color = f'C{i % 10}'
     points = [dict(run) for run in runs]
@@ -71,16 +71,16 @@ def comparison(png: pathlib.Path, curves: Mapping[str, Sequence[Sequence[tuple[f
       columns = [[run[x] for run in points] for x in shared]
       low, high = list(map(min, columns)), list(map(max, columns))
       means = [sum(column) / len(column) for column in columns]
-      left.plot(shared, means, _marker(shared), color=color, linewidth=1.6, label=name)
-      left.fill_between(shared, low, high, color=color, alpha=0.2, linewidth=0 if len(shared) > 1 else 2)
-    right.plot([i] * len(finals[name]), finals[name], 'o', color=color, markersize=5, alpha=0.8)
+      curve_axes.plot(shared, means, _marker(shared), color=color, linewidth=1.6, label=name)
+      curve_axes.fill_between(shared, low, high, color=color, alpha=0.2, linewidth=0 if len(shared) > 1 else 2)
+    final_axes.plot([i] * len(finals[name]), finals[name], 'o', color=color, markersize=5, alpha=0.8)
   for pair in zip(*finals.values()):
-    right.plot(range(len(pair)), pair, color='0.7', linewidth=0.7, zorder=0)
-  right.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
-  right.set(ylabel=metric)
-  if left is not None:
-    left.set(xlabel=compute, xlim=(0, 1.02), ylabel='validation bits per byte')   # no share is above 1
-  _finish(figure, png, [axes for axes in (left, right) if axes is not None])
+    final_axes.plot(range(len(pair)), pair, color='0.7', linewidth=0.7, zorder=0)
+  final_axes.set_xticks(range(len(finals)), list(finals), rotation=30, ha='right')
+  final_axes.set(ylabel=metric)
+  if curve_axes is not None:
+    curve_axes.set(xlabel=compute, xlim=(0, 1.02), ylabel='validation bits per byte')   # no share is above 1
+  _finish(figure, png, [axes for axes in (curve_axes, final_axes) if axes is not None])
 
 
 def lines(png: pathlib.Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str,

@@ -132,7 +132,7 @@ def test_the_likelihood_of_a_text_is_estimated():
   with jax.set_mesh(sharding.make_mesh('data:8')):
     again = unmask.log_likelihood(Exact(), JOINT, texts[:1], MASK, draws=512)
   np.testing.assert_allclose(again, found[:1], rtol=1e-5)
-  given = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, given=3)   # one token, given all others
+  given = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # one token, given all others
   table = JOINT[0, 0] / JOINT[0, 0].sum()
   np.testing.assert_allclose(given[:3], np.log(table), rtol=1e-4)
   assert unmask.log_likelihood(Exact(), JOINT, [np.int32([BOS])], MASK).tolist() == [0]
@@ -310,7 +310,7 @@ def test_prompts_are_kept_and_a_completion_does_not_depend_on_its_company():
   weights = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
                          jax.eval_shape(model.init, jax.random.key(0)))
   how = unmask.Denoising(4, 2)
-  make = functools.partial(unmask.generate, model, weights, words, how=how, length=8, seed=1)
+  make = functools.partial(unmask.generate, model, weights, words, denoising=how, length=8, seed=1)
   together = make(['ab', '', 'ab', 'a longer one'])
   assert together[0] == make(['ab'])[0] != together[2] and together[1] == make([''])[0]
   with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):

@@ -86,7 +86,7 @@ def serve(engine, requests, rows=2, count=1):
         record(running[row], 0, tokens)
         state = engine.insert(state, new, [row])
     state, tokens = engine.step(state, count)
-    done = np.asarray(state.done_B)
+    done = np.asarray(state.ended_B)
     for row, request in list(running.items()):
       record(request, row, tokens)
       if done[row]:

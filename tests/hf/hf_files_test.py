@@ -402,8 +402,8 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
 def test_tensors_that_cannot_be_written_are_refused_by_name(tmp_path):
   def give():
     return np.zeros((2, 3), np.float32)
-  for shape, dtype, match in (((3, 2), np.float32, r"'x' is float32\[2, 3\], and not float32\[3, 2\] as told"),
-                              ((2, 3), np.float16, r"'x' is float32\[2, 3\], and not float16\[2, 3\] as told"),
+  for shape, dtype, match in (((3, 2), np.float32, r"'x' is float32\[2, 3\], and not float32\[3, 2\] as declared"),
+                              ((2, 3), np.float16, r"'x' is float32\[2, 3\], and not float16\[2, 3\] as declared"),
                               ((2, 3), np.complex64, "'x': dtype complex64 has no name in safetensors: cast")):
     with pytest.raises(ValueError, match=match):
       files.write(tmp_path / 'a', {'x': (shape, dtype, give)})
