@@ -16,7 +16,7 @@ def model(c: Config) -> encoder.Encoder:
                           ('add_cross_attention', False), ('tie_word_embeddings', True), ('directionality', 'bidi')):
     c.only(name, supported)
   for name in ('fc_size', 'num_attention_heads', 'num_fc_layers', 'size_per_head', 'type'):
-    c.get('pooler_' + name, (int, str), None)   # of what is not read here
+    c.get('pooler_' + name, (int, str), None)   # fields of the pooler, which is not read
   attention = attend.Attention(heads, heads, width // heads, bias=True, scores=attend.AttentionScores(causal=False))
   feed_forward = parts.FeedForward(c.size('intermediate_size'), encoder.gelu, gated=False, bias=True)
   block = encoder.PostNormBlock(attention, feed_forward, parts.LayerNorm(eps), parts.LayerNorm(eps))
@@ -61,7 +61,7 @@ def outer(model: encoder.Encoder) -> list[names.Map]:
           names.same('cls.predictions.bias', 'head_bias')]
 
 
-# A checkpoint of pretraining has these too: the first word made a summary, and whether one sentence follows another.
+# Checkpoints of pretraining also have a pooler, which summarises a text, and a head for next-sentence prediction.
 _IGNORED = ('bert.pooler.', 'cls.seq_relationship.', 'bert.embeddings.position_ids')
 
 FAMILY = names.Family(

@@ -40,8 +40,8 @@ class Config:
       value = float(value)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-      wanted = ' or '.join(k.__name__ for k in kinds)
-      raise ValueError(f'{self._where}: {name}={value!r} is not of type {wanted}')
+      kind_names = ' or '.join(k.__name__ for k in kinds)
+      raise ValueError(f'{self._where}: {name}={value!r} is not of type {kind_names}')
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'{self._where}: {name}={value!r} is not finite')
     return value
@@ -144,12 +144,14 @@ class Sizes:
 
   @classmethod
   def of(cls, model: Any) -> 'Sizes':
+    """Returns the sizes of a model."""
     block = model.layers[0]
     attention, eps = block.attention, model.norm.eps
     return cls(model.width, len(model.layers), attention.heads, attention.kv_heads, attention.head_size,
                getattr(block.feed_forward, 'hidden', 1), model.vocab, model.max_length, eps, model.tied)
 
   def config(self) -> dict[str, Any]:
+    """Returns the fields under Llama's names."""
     return {'hidden_size': self.width, 'num_hidden_layers': self.layers, 'num_attention_heads': self.heads,
             'num_key_value_heads': self.kv_heads, 'head_dim': self.head_size, 'intermediate_size': self.hidden,
             'vocab_size': self.vocab, 'max_position_embeddings': self.max_length, 'rms_norm_eps': self.eps,
@@ -172,7 +174,7 @@ def windows(c: Config, layers: int, sliding: Callable[[int], bool], none: int | 
 
 
 def optional_windows(c: Config, layers: int, sliding: Callable[[int], bool]) -> list[int | None]:
-  """`windows`, if `use_sliding_window` is set."""
+  """Returns the windows of the layers, all None unless the field `use_sliding_window` is true; see `windows`."""
   used = c.get('use_sliding_window', bool, False)
   sizes = windows(c, layers, lambda i: used and sliding(i), None if used else 0)
   if any(sizes) and not used:

@@ -1,5 +1,7 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), and Kimi K2, which is built alike: latent attention, many small experts in
-groups. The layers that predict further tokens, for training and speculation, are left out."""
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), and Kimi K2: latent attention, and many small experts in groups.
+
+The layers that predict further tokens, for training and speculation, are not read.
+"""
 import math
 from typing import Any
 
@@ -17,8 +19,9 @@ _DEFAULTS = {
     'num_key_value_heads': 128, 'q_lora_rank': 1536, 'kv_lora_rank': 512, 'qk_nope_head_dim': 128,
     'qk_rope_head_dim': 64, 'v_head_dim': 128, 'moe_intermediate_size': 2048, 'n_routed_experts': 256,
     'n_shared_experts': 1, 'num_experts_per_tok': 8, 'n_group': 8, 'topk_group': 4, 'first_k_dense_replace': 3}
-# Of training, or of DeepSeek's own code, which knows no other value.
+# Fields for which DeepSeek's own code supports no other value.
 _FIXED = {'hidden_act': 'silu', 'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc', 'moe_layer_freq': 1}
+# Fields of training, which may have any value.
 _ASIDE = {'num_nextn_predict_layers': int, 'aux_loss_alpha': float, 'seq_aux': bool}
 
 
@@ -39,18 +42,19 @@ def model(c: Config) -> transformer.Transformer:
 
 def _attention(c: Config) -> latent.LatentAttention:
   heads, rank = c.size('num_attention_heads'), c.size('q_lora_rank', None)
-  nope, turning, max_length = c.size('qk_nope_head_dim'), c.size('qk_rope_head_dim'), c.size('max_position_embeddings')
-  for name, value in {'num_key_value_heads': heads, 'head_dim': turning, 'qk_head_dim': nope + turning}.items():
+  nope_size, rope_size = c.size('qk_nope_head_dim'), c.size('qk_rope_head_dim')
+  max_length, size = c.size('max_position_embeddings'), nope_size + rope_size
+  for name, value in {'num_key_value_heads': heads, 'head_dim': rope_size, 'qk_head_dim': size}.items():
     c.only(name, value)   # they follow from others
-  rotary = rope(c, max_length, turning, interleaved=c.get('rope_interleave', bool, True))
+  rotary = rope(c, max_length, rope_size, interleaved=c.get('rope_interleave', bool, True))
   scale, r = None, c.inner('rope_parameters') or c.inner('rope_scaling')
-  raised = r.get('mscale_all_dim', float, 0.) if r else 0.
-  if raised and isinstance(rotary.scaling, Yarn) and rotary.scaling.factor > 1:
-    times = mscale(rotary.scaling.factor, raised)
-    scale = (nope + turning) ** -0.5 * times * times
+  score_scale = r.get('mscale_all_dim', float, 0.) if r else 0.
+  if score_scale and isinstance(rotary.scaling, Yarn) and rotary.scaling.factor > 1:
+    factor = mscale(rotary.scaling.factor, score_scale)
+    scale = size ** -0.5 * factor * factor
     if not 0 < scale < math.inf:
-      c.refuse('mscale_all_dim', raised, 'a number near 1')
-  return latent.LatentAttention(heads, rank, c.size('kv_lora_rank'), nope, turning, c.size('v_head_dim'), rotary,
+      c.refuse('mscale_all_dim', score_scale, 'a number near 1')
+  return latent.LatentAttention(heads, rank, c.size('kv_lora_rank'), nope_size, rope_size, c.size('v_head_dim'), rotary,
                                 query_norm=None if rank is None else parts.RMSNorm(),
                                 scores=attend.AttentionScores(scale),
                                 bias=c.get('attention_bias', bool, False))
@@ -94,12 +98,12 @@ def _experts_config(sparse: moe.Experts) -> dict[str, Any]:
 
 
 def _parameters(attention: latent.LatentAttention) -> dict[str, Any]:
-  """With the `mscale_all_dim` that raises the scores as they are raised; to nine digits, which takes rounding away."""
+  """Returns `rope_parameters`, with the `mscale_all_dim` that gives the scale of the scores, rounded to nine digits."""
   values, scale = parameters(attention.rotary, attention.rope_size), attention.scores.scale
   if scale is None or not isinstance(attention.rotary.scaling, Yarn) or attention.rotary.scaling.factor <= 1:
     return values
-  raised = math.sqrt(scale * (attention.nope_size + attention.rope_size) ** 0.5) - 1
-  return values | {'mscale_all_dim': float(f'{raised / (0.1 * math.log(attention.rotary.scaling.factor)):.9g}')}
+  score_scale = math.sqrt(scale * (attention.nope_size + attention.rope_size) ** 0.5) - 1
+  return values | {'mscale_all_dim': float(f'{score_scale / (0.1 * math.log(attention.rotary.scaling.factor)):.9g}')}
 
 
 def attention(a: latent.LatentAttention) -> list[names.Map]:
@@ -138,6 +142,6 @@ def layer(block: parts.Block) -> list[names.Map]:
           *names.llama_feed_forward(block.feed_forward.shared, 'mlp.shared_experts.', 'feed_forward/shared')]
 
 
-# Layer 61 of V3 and R1, counted from 0, is the one that predicts a further token. A layer 61 of a model's own is read.
-FAMILY = names.Family('DeepseekV3ForCausalLM', 'deepseek_v3', model, config, layer, names.llama_rest,
+# In V3 and R1, layer 61, counted from 0, predicts a further token. It is read if it is a layer of the model's own.
+FAMILY = names.Family('DeepseekV3ForCausalLM', 'deepseek_v3', model, config, layer, names.llama_outer,
                       ignored=lambda name: name.startswith('model.layers.61.') or name.endswith('rotary_emb.inv_freq'))

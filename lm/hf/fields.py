@@ -1,7 +1,9 @@
-"""Fields of a config.json that no forward pass of any family depends on, from the configs that models are published
-with (`tests/hf/hf_published_test.py` has a table of them)."""
+"""Fields of a config.json on which no forward pass of any family depends.
 
-# Training, generation, bookkeeping: whatever their values are.
+They are from the configs of published models, of which `tests/hf/hf_published_test.py` has a table.
+"""
+
+# Fields of training, generation and administration, which may have any value.
 ASIDE = frozenset({
     'architectures', 'model_type', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', '_name_or_path',
     'name_or_path', '_commit_hash', 'auto_map', 'tokenizer_class', 'processor_class', 'custom_pipelines',
@@ -22,8 +24,9 @@ ASIDE = frozenset({
     'output_scores', 'return_dict_in_generate', 'forced_bos_token_id', 'forced_eos_token_id',
     'remove_invalid_values', 'exponential_decay_length_penalty', 'suppress_tokens', 'begin_suppress_tokens'})
 
-# What means something, but nothing at these values.
+# Fields that have no effect at these values.
 NEUTRAL = {
     'pruned_heads': ({},), 'is_encoder_decoder': (False,), 'is_decoder': (False,), 'add_cross_attention': (False,),
-    'tie_encoder_decoder': (False,), 'pretraining_tp': range(1, 65),   # how the same product was once split
+    'tie_encoder_decoder': (False,),
+    'pretraining_tp': range(1, 65),   # the number of parts in which products were computed
 }

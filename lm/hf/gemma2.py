@@ -1,4 +1,7 @@
-"""Gemma 2 (Gemma Team 2024): a norm on either side, (1 + w) their scale; soft caps; a window on every other layer."""
+"""Gemma 2 (Gemma Team 2024): soft caps, norms before and after modules, a window in every other layer.
+
+The scale of a norm is 1 + w, where w is the tensor in the file.
+"""
 from typing import Any
 
 from lm.hf import names
@@ -39,4 +42,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Gemma2ForCausalLM', 'gemma2', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Gemma2ForCausalLM', 'gemma2', model, config, names.llama_layer, names.llama_outer)

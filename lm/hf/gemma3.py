@@ -1,5 +1,8 @@
-"""Gemma 3 (Gemma Team 2025): Gemma 2 with norms of queries and keys in place of soft caps; five windows to one full
-layer, whose positions turn slower. Of files that see images too, the language model alone."""
+"""Gemma 3 (Gemma Team 2025): Gemma 2 with norms of queries and keys instead of soft caps.
+
+Every sixth layer has no window, and rotary positions with a larger theta. Of multimodal files, only the language model
+is read.
+"""
 from typing import Any
 
 from lm.hf import names
@@ -9,7 +12,7 @@ from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack, transformer
 
-# Files that see images leave out what is so.
+# Multimodal files omit fields with these values.
 _DEFAULTS = {
     'vocab_size': 262_208, 'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
     'num_attention_heads': 8, 'num_key_value_heads': 4, 'head_dim': 256, 'max_position_embeddings': 131_072,
@@ -46,9 +49,9 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'final_logit_softcapping': model.softcap, **typed_rope_config(model, 'rope_local_base_freq')}
 
 
-FAMILY = names.Family('Gemma3ForCausalLM', 'gemma3_text', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Gemma3ForCausalLM', 'gemma3_text', model, config, names.llama_layer, names.llama_outer)
 
-WITH_IMAGES = names.beside_images(
+WITH_IMAGES = names.with_images(
     FAMILY, 'Gemma3ForConditionalGeneration', 'gemma3',
     ('vision_config', 'mm_tokens_per_image', 'boi_token_index', 'eoi_token_index', 'image_token_index'),
     'vision_tower.', tied=True)

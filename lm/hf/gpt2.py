@@ -21,7 +21,7 @@ def model(c: Config) -> transformer.Transformer:
   for name, supported in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False),
                           ('reorder_and_upcast_attn', False), ('add_cross_attention', False)):
     c.only(name, supported)
-  c.unread('n_special', 0)   # of the first files
+  c.unread('n_special', 0)   # a field of the first files
   c.unread('predict_special_tokens', True)
   def norm():
     return parts.LayerNorm(c.get('layer_norm_epsilon', float, 1e-5))
@@ -40,8 +40,8 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'activation_function': 'gelu_new', 'layer_norm_epsilon': model.norm.eps, 'tie_word_embeddings': model.tied}
 
 
-def _product(tensor: str, leaf: str) -> names.Map:
-  return names.same(tensor, leaf)   # GPT-2 has its weights as [in, out]
+def _matrix(tensor: str, leaf: str) -> names.Map:
+  return names.same(tensor, leaf)   # GPT-2's files have matrices as [in, out]
 
 
 def layer(block: parts.Block) -> list[names.Map]:
@@ -56,8 +56,8 @@ def layer(block: parts.Block) -> list[names.Map]:
   out = names.Map(('attn.c_proj.weight',), ('attention/out',), lambda w: (w.reshape(-1, size, w.shape[1]),),
                   lambda w: (np.reshape(w, (-1, w.shape[-1])),))
   return [qkv, biases, out, names.same('attn.c_proj.bias', 'attention/out_bias'),
-          _product('mlp.c_fc.weight', 'feed_forward/up'), names.same('mlp.c_fc.bias', 'feed_forward/up_bias'),
-          _product('mlp.c_proj.weight', 'feed_forward/down'), names.same('mlp.c_proj.bias', 'feed_forward/down_bias'),
+          _matrix('mlp.c_fc.weight', 'feed_forward/up'), names.same('mlp.c_fc.bias', 'feed_forward/up_bias'),
+          _matrix('mlp.c_proj.weight', 'feed_forward/down'), names.same('mlp.c_proj.bias', 'feed_forward/down_bias'),
           *(names.same(f'{tensor}.{theirs}', f'{leaf}/{ours}')
             for tensor, leaf in (('ln_1', 'attention_norm'), ('ln_2', 'feed_forward_norm'))
             for theirs, ours in (('weight', 'scale'), ('bias', 'bias')))]

@@ -25,7 +25,7 @@ def model(c: Config) -> transformer.Transformer:
     c.refuse('num_attention_heads', heads, f'a divisor of hidden_size={width}')
   length, size = c.size('max_position_embeddings'), width // heads
   rotary = rope(c, length, size, c.get('rotary_emb_base', float, 1e4), part=c.get('rotary_pct', float, 0.25))
-  c.only('is_decoder', True, False)   # it is either way
+  c.only('is_decoder', True, False)   # both mean the same here
   def norm():
     return parts.LayerNorm(c.get('layer_norm_eps', float, 1e-5))
   attention = attend.Attention(heads, heads, size, rotary, bias=c.get('attention_bias', bool, True))
@@ -51,7 +51,10 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 
 def _rope_config(attention: attend.Attention) -> dict[str, Any]:
-  """Under older names of this family too, which turns a quarter of a head where a file does not say how much."""
+  """Returns the fields of rotary positions, also under the older names of this family.
+
+  They have the rotated share of a head, because its default in this family is a quarter.
+  """
   r = {'partial_rotary_factor': 1., **parameters(attention.rotary, attention.head_size)}
   return {'rope_parameters': r, 'rotary_emb_base': r['rope_theta'], 'rotary_pct': r['partial_rotary_factor'],
           'rope_scaling': older_fields(r)['rope_scaling']}

@@ -1,5 +1,7 @@
-"""gpt-oss (OpenAI 2025): experts with biases and a clamped activation, attention with sinks and biases, a window on
-every other layer. Its own files have the experts in MXFP4: `quantized`."""
+"""gpt-oss (OpenAI 2025): experts with biases and a clamped activation, attention with sinks and biases.
+
+Every other layer has a window. In the published files, the experts are quantised as MXFP4; see `quantized`.
+"""
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,20 +22,21 @@ def model(c: Config) -> transformer.Transformer:
   c.defaults({'num_key_value_heads': 8, 'head_dim': 64, 'sliding_window': 128})
   s = Sizes.read(c, eps=1e-5)
   c.only('hidden_act', 'silu')
-  if not c.has('rope_scaling'):   # as older files have it
+  if not c.has('rope_scaling'):   # the field of older files
     c.defaults({'rope_parameters': _ROPE})
     c.get('rope_parameters', dict)
-  turn, count = rope(c, s.max_length, s.head_size, 150_000.), experts.count(c, 128)
-  chosen = experts.top_k(c, count, 4)
-  c.only('experts_per_token', chosen)   # OpenAI's own names of two fields
-  if isinstance(turn.scaling, rotary.Yarn):
-    c.only('initial_context_length', turn.scaling.original)
+  rotary_positions, count = rope(c, s.max_length, s.head_size, 150_000.), experts.count(c, 128)
+  top_k = experts.top_k(c, count, 4)
+  c.only('experts_per_token', top_k)   # OpenAI's own names of two fields
+  if isinstance(rotary_positions.scaling, rotary.Yarn):
+    c.only('initial_context_length', rotary_positions.scaling.original)
   activation = moe.ClampedGated(c.get('swiglu_limit', float, 7.), c.get('swiglu_alpha', float, 1.702))
   if activation.limit <= 0:
     c.refuse('swiglu_limit', activation.limit, 'a positive number')
-  mixture = moe.Experts(moe.SoftmaxRouter(chosen, bias=True), count, s.hidden, activation, bias=True)
+  mixture = moe.Experts(moe.SoftmaxRouter(top_k, bias=True), count, s.hidden, activation, bias=True)
   def block(window):
-    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn, bias=c.get('attention_bias', bool, True),
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary_positions,
+                                 bias=c.get('attention_bias', bool, True),
                                  scores=attend.AttentionScores(window=window), sinks=True)
     return parts.Block(attention, mixture, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   blocks = [block(window) for window in windows(c, s.layers, lambda i: i % 2 == 0)]
@@ -50,13 +53,13 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 
 def _rope_config(attention: attend.Attention) -> dict[str, Any]:
-  """No scaling is said in words: this family scales where a file says nothing of it."""
+  """Returns the fields of rotary positions. Without scaling, they say so, because the default of this family scales."""
   values = rope_config(attention.rotary, attention.head_size)
   return values | {'rope_scaling': values['rope_scaling'] or {'rope_type': 'default'}}
 
 
 def feed_forward(mixture: moe.Experts) -> Iterator[names.Map]:
-  """All experts in one tensor, [E, in, out]; gate and up in turn along its last axis."""
+  """Yields the maps of all experts in one tensor, [E, in, out]; gate and up alternate along its last axis."""
   yield names.linear('mlp.router.weight', 'feed_forward/router/router')
   yield names.same('mlp.router.bias', 'feed_forward/router/router_bias')
   for kind in ('', '_bias'):
@@ -71,4 +74,4 @@ def layer(block: parts.Block) -> list[names.Map]:
   return [*names.llama_layer(block, feed_forward), names.same('self_attn.sinks', 'attention/sinks')]
 
 
-FAMILY = names.Family('GptOssForCausalLM', 'gpt_oss', model, config, layer, names.llama_rest)
+FAMILY = names.Family('GptOssForCausalLM', 'gpt_oss', model, config, layer, names.llama_outer)

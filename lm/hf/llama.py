@@ -12,9 +12,9 @@ from lm.models import stack, transformer
 def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
-  c.unread('is_llama_config', True)   # of SmolLM 2, from nanotron
+  c.unread('is_llama_config', True)   # a field of SmolLM 2, from nanotron
   c.unread('rope_interleaved', False)
-  c.unread('activation', 'swiglu')   # of Falcon 3
+  c.unread('activation', 'swiglu')   # a field of Falcon 3
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rope(c, s.max_length, s.head_size),
                                bias=c.get('attention_bias', bool, False))
   feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))
@@ -30,4 +30,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(block.attention.rotary, block.attention.head_size)}
 
 
-FAMILY = names.Family('LlamaForCausalLM', 'llama', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('LlamaForCausalLM', 'llama', model, config, names.llama_layer, names.llama_outer)

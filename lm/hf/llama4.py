@@ -1,5 +1,8 @@
-"""Llama 4 (Meta 2025): experts, and attention within chunks, but for every fourth layer, which sees all and knows no
-positions (Yang et al. 2025, RNoPE). Of files that see images too, the language model alone."""
+"""Llama 4 (Meta 2025): experts, and attention within chunks.
+
+Every fourth layer attends to the whole context and has no rotary positions (Yang et al. 2025, RNoPE). Of multimodal
+files, only the language model is read.
+"""
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from lm.models import moe, stack, transformer
 from lm.models.rotary import Rotary
 
 _TYPES = 'full_attention', 'chunked_attention'
-# Files that see images leave out what is so.
+# Multimodal files omit fields with these values.
 _DEFAULTS = {
     'vocab_size': 202_048, 'hidden_size': 5120, 'intermediate_size': 8192, 'intermediate_size_mlp': 16_384,
     'num_hidden_layers': 48, 'num_attention_heads': 40, 'num_key_value_heads': 8, 'head_dim': 128,
@@ -26,38 +29,39 @@ def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
   c.get('for_llm_compressor', bool, None)   # of Meta's own tools
-  turns, sparse, k = _turns(c, s.layers), _sparse(c, s.layers), c.size('num_experts_per_tok')
+  has_rotary, sparse, k = _has_rotary(c, s.layers), _sparse(c, s.layers), c.size('num_experts_per_tok')
   experts = moe.Experts(moe.SigmoidRouter(k), c.size('num_local_experts'), s.hidden, weight_inputs=True,
                         shared=parts.FeedForward(s.hidden))
   if k > experts.experts:
     c.refuse('num_experts_per_tok', k, f'at most num_local_experts={experts.experts}')
   dense = parts.FeedForward(c.size('intermediate_size_mlp'))
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, bias=c.get('attention_bias', bool, False))
-  turning = attention.clone(rotary=rope(c, s.max_length, s.head_size, 500_000., interleaved=True))
+  with_rotary = attention.clone(rotary=rope(c, s.max_length, s.head_size, 500_000., interleaved=True))
   if c.get('use_qk_norm', bool, True):
-    turning = turning.clone(query_norm=parts.RMSNorm(s.eps, learned=False),
-                            key_norm=parts.RMSNorm(s.eps, learned=False), norms_last=True)
+    with_rotary = with_rotary.clone(query_norm=parts.RMSNorm(s.eps, learned=False),
+                                    key_norm=parts.RMSNorm(s.eps, learned=False), norms_last=True)
   temperature = attend.Temperature(c.size('floor_scale'), c.get('attn_scale', float))
   if c.choice('attn_temperature_tuning', {True: True, False: False, 4: True}, True):   # 4 in Meta's first files
     attention = attention.clone(temperature=temperature)
-  blocks = [parts.Block((turning if turns[i] else attention).clone(scores=attend.AttentionScores(chunk=chunk)),
+  blocks = [parts.Block((with_rotary if has_rotary[i] else attention).clone(scores=attend.AttentionScores(chunk=chunk)),
                         experts if i in sparse else dense, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
-            for i, chunk in enumerate(_chunks(c, turns[:s.layers]))]
+            for i, chunk in enumerate(_chunks(c, has_rotary[:s.layers]))]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
                                  tied=s.tied)
 
 
-def _turns(c: Config, layers: int) -> list[int]:
-  """Whether a layer has rotary positions."""
+def _has_rotary(c: Config, layers: int) -> list[int]:
+  """Reads which layers have rotary positions, as 0 or 1."""
   interval = c.size('no_rope_layer_interval', 4)
-  turns = c.get('no_rope_layers', list, None) or [int((i + 1) % interval != 0) for i in range(layers)]
-  if len(turns) < layers or not all(turn in (0, 1) for turn in turns):
-    c.refuse('no_rope_layers', turns, f'0 or 1 for each of {layers} layers')   # 1 where there are, despite its name
-  return turns
+  # Despite the name of the field, 1 stands for a layer with rotary positions.
+  has_rotary = c.get('no_rope_layers', list, None) or [int((i + 1) % interval != 0) for i in range(layers)]
+  if len(has_rotary) < layers or not all(value in (0, 1) for value in has_rotary):
+    c.refuse('no_rope_layers', has_rotary, f'0 or 1 for each of {layers} layers')
+  return has_rotary
 
 
 def _sparse(c: Config, layers: int) -> list[int]:
-  """The layers that have experts."""
+  """Reads the indices of the layers that have experts."""
   step = c.size('interleave_moe_layer_step', 1)
   routed = c.get('moe_layers', list, list(range(step - 1, layers, step)))
   if not all(type(i) is int and 0 <= i < layers for i in routed):
@@ -65,11 +69,12 @@ def _sparse(c: Config, layers: int) -> list[int]:
   return routed
 
 
-def _chunks(c: Config, turns: list[int]) -> list[int | None]:
-  """The chunk that each layer attends within."""
-  chunk, types = c.size('attention_chunk_size', None), c.get('layer_types', list, [_TYPES[turn] for turn in turns])
-  if len(types) != len(turns) or not all(t in _TYPES for t in types):
-    c.refuse('layer_types', types, f'{len(turns)} of {" or ".join(_TYPES)}')
+def _chunks(c: Config, has_rotary: list[int]) -> list[int | None]:
+  """Reads the size of the chunks within which each layer attends; None for layers without chunks."""
+  chunk = c.size('attention_chunk_size', None)
+  types = c.get('layer_types', list, [_TYPES[value] for value in has_rotary])
+  if len(types) != len(has_rotary) or not all(t in _TYPES for t in types):
+    c.refuse('layer_types', types, f'{len(has_rotary)} of {" or ".join(_TYPES)}')
   if chunk is None and _TYPES[1] in types:
     c.refuse('attention_chunk_size', chunk, f'a number, for layer_types has {_TYPES[1]}')
   return [chunk if t == _TYPES[1] else None for t in types]
@@ -79,8 +84,8 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
   attentions, layers = [b.attention for b in model.layers], [b.feed_forward for b in model.layers]
   sparse = [i for i, f in enumerate(layers) if isinstance(f, moe.Experts)]
   dense = next((f for f in layers if not isinstance(f, moe.Experts)), None)
-  experts = layers[sparse[0]] if sparse else moe.Experts(moe.SigmoidRouter(), 1, 1)   # which no layer has
-  turning = next((a for a in attentions if a.rotary), attentions[0])
+  experts = layers[sparse[0]] if sparse else moe.Experts(moe.SigmoidRouter(), 1, 1)   # stands for none
+  rotating = next((a for a in attentions if a.rotary), attentions[0])
   temperature = next((a.temperature for a in attentions if a.temperature), None)
   tuned = {'floor_scale': temperature.floor, 'attn_scale': temperature.scale} if temperature else {}
   chunks = [a.scores.chunk for a in attentions]
@@ -88,11 +93,11 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'intermediate_size_mlp': dense.hidden if dense else experts.hidden, 'hidden_act': 'silu',
           'num_local_experts': experts.experts, 'num_experts_per_tok': experts.router.top_k, 'moe_layers': sparse,
           'no_rope_layers': [int(a.rotary is not None) for a in attentions],
-          'use_qk_norm': turning.query_norm is not None, 'attention_bias': turning.bias,
+          'use_qk_norm': rotating.query_norm is not None, 'attention_bias': rotating.bias,
           'attn_temperature_tuning': temperature is not None, **tuned,
           'attention_chunk_size': next(filter(None, chunks), None),
           'layer_types': [_TYPES[chunk is not None] for chunk in chunks],
-          **rope_config(turning.rotary or Rotary(), turning.head_size)}
+          **rope_config(rotating.rotary or Rotary(), rotating.head_size)}
 
 
 def layer(block: parts.Block) -> list[names.Map]:
@@ -107,8 +112,8 @@ def layer(block: parts.Block) -> list[names.Map]:
           *names.llama_feed_forward(block.feed_forward.shared, 'feed_forward.shared_expert.', 'feed_forward/shared')]
 
 
-FAMILY = names.Family('Llama4ForCausalLM', 'llama4_text', model, config, layer, names.llama_rest)
+FAMILY = names.Family('Llama4ForCausalLM', 'llama4_text', model, config, layer, names.llama_outer)
 
-WITH_IMAGES = names.beside_images(
+WITH_IMAGES = names.with_images(
     FAMILY, 'Llama4ForConditionalGeneration', 'llama4',
     ('vision_config', 'boi_token_index', 'eoi_token_index', 'image_token_index'), 'vision_model.', tied=False)

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama, with a window on all layers or none."""
+"""Mistral (Jiang et al. 2023): Llama with a window in all layers or in none."""
 from typing import Any
 
 from lm.hf import names
@@ -26,4 +26,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('MistralForCausalLM', 'mistral', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('MistralForCausalLM', 'mistral', model, config, names.llama_layer, names.llama_outer)

@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024): Mistral, whose feed-forward is a mixture of experts."""
+"""Mixtral (Jiang et al. 2024): Mistral with mixtures of experts as feed-forward layers."""
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,4 +38,4 @@ def layer(block: parts.Block) -> list[names.Map]:
   return names.llama_layer(block, feed_forward)
 
 
-FAMILY = names.Family('MixtralForCausalLM', 'mixtral', model, config, layer, names.llama_rest)
+FAMILY = names.Family('MixtralForCausalLM', 'mixtral', model, config, layer, names.llama_outer)

@@ -1,7 +1,7 @@
-"""Which tensors of a file are which leaves of a parameter tree, and how one becomes the other.
+"""Maps between the tensors of a file and the leaves of a parameter tree.
 
-A path such as 'attention/query' is a leaf of a block's tree. Reading only views, so that a leaf is read from its file
-as far as it is wanted: transposing and splitting an axis copy nothing.
+A path such as 'attention/query' is a leaf of a block's tree. Reading returns views, so that only the indexed part of a
+leaf is read from its file: to transpose an axis or to split it copies nothing.
 """
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ Arrays = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Map:
-  """Tensors of a file that together are some leaves: `read` makes leaves of tensors, `write` tensors of leaves.
+  """Tensors of a file that together make some leaves: `read` maps tensors to leaves, and `write` leaves to tensors.
 
-  Where each expert has tensors of its own, they are the entry `expert` of the leaves. With `by_expert`, tensors and
-  leaves have the experts as their first axis, and `read` takes any number of these.
+  If each expert has its own tensors, they are the index `expert` of the leaves. If `by_expert` is true, the first axis
+  of tensors and leaves is that of experts, and `read` accepts any number of experts.
   """
   tensors: tuple[str, ...]
   leaves: tuple[str, ...]
@@ -59,34 +59,34 @@ class Family:
 
 
 def same(tensor: str, leaf: str) -> Map:
-  """Vectors, and tables of embeddings."""
+  """Returns the map of a tensor that equals its leaf, such as a vector or an embedding."""
   return Map((tensor,), (leaf,), lambda w: (w,), lambda w: (w,))
 
 
 def linear(tensor: str, leaf: str) -> Map:
-  """A weight that the file has as [out, in]."""
+  """Returns the map of a weight that is [out, in] in the file."""
   return Map((tensor,), (leaf,), lambda w: (w.T,), lambda w: (w.T,))
 
 
 def to_heads(tensor: str, leaf: str, size: int) -> Map:
-  """Projections to heads of `size` entries: [heads * H, D] to [D, heads, H]."""
+  """Returns the map of a projection to heads of `size` entries, from [heads * H, D] to [D, heads, H]."""
   return Map((tensor,), (leaf,), lambda w: (w.T.reshape(w.shape[1], -1, size),),
              lambda w: (np.reshape(w, (w.shape[0], -1)).T,))
 
 
 def from_heads(tensor: str, leaf: str, size: int) -> Map:
-  """The projection out of heads: [D, heads * H] to [heads, H, D]."""
+  """Returns the map of the projection from heads of `size` entries, from [D, heads * H] to [heads, H, D]."""
   return Map((tensor,), (leaf,), lambda w: (w.T.reshape(-1, size, w.shape[0]),),
              lambda w: (np.reshape(w, (-1, w.shape[-1])).T,))
 
 
 def by_heads(tensor: str, leaf: str, size: int) -> Map:
-  """A vector over all heads: [heads * H] to [heads, H]."""
+  """Returns the map of a vector over all heads, from [heads * H] to [heads, H]."""
   return Map((tensor,), (leaf,), lambda w: (w.reshape(-1, size),), lambda w: (np.reshape(w, -1),))
 
 
 def llama_attention(attention: Any, prefix: str = 'self_attn.') -> Iterator[Map]:
-  """q_proj, k_proj, v_proj, o_proj, and what norms and biases there are."""
+  """Yields the maps of q_proj, k_proj, v_proj and o_proj, and of the norms and biases that the module has."""
   size = attention.head_size
   for tensor, leaf in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
     yield to_heads(f'{prefix}{tensor}.weight', f'attention/{leaf}', size)
@@ -103,6 +103,7 @@ def llama_attention(attention: Any, prefix: str = 'self_attn.') -> Iterator[Map]
 
 
 def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'feed_forward') -> Iterator[Map]:
+  """Yields the maps of gate_proj, if there is one, up_proj and down_proj, and of their biases."""
   for name in ('gate', 'up', 'down') if feed_forward.gated else ('up', 'down'):
     yield linear(f'{prefix}{name}_proj.weight', f'{leaf}/{name}')
     if feed_forward.bias:
@@ -110,8 +111,11 @@ def llama_feed_forward(feed_forward: Any, prefix: str = 'mlp.', leaf: str = 'fee
 
 
 def llama_layer(block: Any, feed_forward: Callable[[Any], Iterable[Map]] = llama_feed_forward) -> list[Map]:
-  """The norms before or after attention and feed-forward, or both; the name of one depends on what others there are."""
-  middle = ('attention_out_norm', 'feed_forward_norm')[block.attention_out_norm is None]
+  """Returns the maps of a layer with norms before or after attention and feed-forward layer, or both.
+
+  `post_attention_layernorm` is the norm after attention, or without one, the norm before the feed-forward layer.
+  """
+  middle = 'feed_forward_norm' if block.attention_out_norm is None else 'attention_out_norm'
   norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': middle,
            'pre_feedforward_layernorm': 'feed_forward_norm', 'post_feedforward_layernorm': 'feed_forward_out_norm'}
   if block.attention_out_norm is None:
@@ -120,16 +124,17 @@ def llama_layer(block: Any, feed_forward: Callable[[Any], Iterable[Map]] = llama
           *llama_attention(block.attention), *feed_forward(block.feed_forward)]
 
 
-def llama_rest(model: Transformer) -> list[Map]:
+def llama_outer(model: Transformer) -> list[Map]:
+  """Returns the maps of the embedding, of the last norm, and of the head if it is not tied."""
   head = [] if model.tied else [same('lm_head.weight', 'head')]
   return [same('model.embed_tokens.weight', 'embedding'), same('model.norm.weight', 'norm/scale'), *head]
 
 
-def beside_images(family: Family, architecture: str, model_type: str, fields: Sequence[str], vision: str, tied: bool
-                  ) -> Family:
-  """The language model alone of files that see images too: its config is their `text_config`.
+def with_images(family: Family, architecture: str, model_type: str, fields: Sequence[str], vision: str, tied: bool
+                ) -> Family:
+  """Returns the family of multimodal files, of which only the language model is read, with their `text_config`.
 
-  `fields` are others of theirs, of images; tensors whose names begin with `vision` are left out.
+  `fields` are the config's fields of images. Tensors whose names begin with `vision` are ignored.
   """
   prefix = 'language_model.'
 
@@ -139,9 +144,9 @@ def beside_images(family: Family, architecture: str, model_type: str, fields: Se
       c.get(name, (dict, int), None)
     text = c.inner('text_config') or Config({})
     text.only('tie_word_embeddings', tied)
-    found = family.model(text)
+    language_model = family.model(text)
     text.finish()
-    return found
+    return language_model
 
   def config(model):
     raise ValueError(f'{architecture} without its vision model is a {family.architecture}')

@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo et al. 2025): norms after attention and feed-forward, and of all heads' queries and keys at once."""
+"""OLMo 2 (OLMo et al. 2025): norms after modules instead of before, and of queries and keys over all heads."""
 from typing import Any
 
 from lm.hf import names
@@ -27,4 +27,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Olmo2ForCausalLM', 'olmo2', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Olmo2ForCausalLM', 'olmo2', model, config, names.llama_layer, names.llama_outer)

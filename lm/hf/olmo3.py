@@ -1,4 +1,4 @@
-"""OLMo 3 (Team OLMo 2025): OLMo 2 with a window on three layers of four, whose positions are never stretched."""
+"""OLMo 3 (Team OLMo 2025): OLMo 2, where three of four layers have a window and rotary positions without scaling."""
 from typing import Any
 
 from lm.hf import names
@@ -15,7 +15,7 @@ def model(c: Config) -> transformer.Transformer:
   c.defaults({'rms_norm_eps': 1e-5, 'sliding_window': 4096})
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
-  if not c.has('rope_parameters'):   # releases of transformers differ in what it means for windows
+  if not c.has('rope_parameters'):   # versions of transformers differ in the theta of layers with windows
     c.only('rope_theta', _THETA, int(_THETA))
   full, local = (rope(c, s.max_length, s.head_size, _THETA, kind) for kind in ('full_attention', 'sliding_attention'))
   def block(window):
@@ -33,4 +33,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'attention_bias': model.layers[0].attention.bias, **typed_rope_config(model)}
 
 
-FAMILY = names.Family('Olmo3ForCausalLM', 'olmo3', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Olmo3ForCausalLM', 'olmo3', model, config, names.llama_layer, names.llama_outer)

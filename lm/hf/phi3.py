@@ -16,12 +16,12 @@ def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
   for name, supported in (('attention_bias', False), ('mlp_bias', False), ('lm_head_bias', False), ('full_attn_mod', 1),
-                          ('interpolate_factor', 1)):   # of Microsoft's own code
+                          ('interpolate_factor', 1)):   # fields of Microsoft's own code
     c.only(name, supported)
-  turn = rope(c, s.max_length, s.head_size, part=1.)
-  if not isinstance(turn.scaling, rotary.LongRope | None):
-    c.refuse('rope_parameters', turn.scaling, 'default or longrope')
-  attention = attend.Attention(s.heads, s.kv_heads, s.head_size, turn,
+  rotary_positions = rope(c, s.max_length, s.head_size, part=1.)
+  if not isinstance(rotary_positions.scaling, rotary.LongRope | None):
+    c.refuse('rope_parameters', rotary_positions.scaling, 'default or longrope')
+  attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary_positions,
                                scores=attend.AttentionScores(window=c.size('sliding_window', None)))
   block = parts.Block(attention, parts.FeedForward(s.hidden), parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
   return transformer.Transformer(s.vocab, s.width, stack.stacks([block] * s.layers), parts.RMSNorm(s.eps),
@@ -35,7 +35,11 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
 
 
 def _rope_config(attention: attend.Attention, max_length: int) -> dict[str, Any]:
-  """Older readers take three fields of scaling, from which the rest follows; where it does not, they get none."""
+  """Returns the fields of rotary positions.
+
+  Older versions of transformers read three fields of the scaling and derive the factor of attention. If the model has
+  another factor, there is no `rope_scaling`.
+  """
   values, scaling = older_fields(parameters(attention.rotary, attention.head_size)), attention.rotary.scaling
   if isinstance(scaling, rotary.LongRope):
     values['rope_scaling'] = None
@@ -60,4 +64,4 @@ def layer(block: parts.Block) -> list[names.Map]:
           names.same('post_attention_layernorm.weight', 'feed_forward_norm/scale')]
 
 
-FAMILY = names.Family('Phi3ForCausalLM', 'phi3', model, config, layer, names.llama_rest)
+FAMILY = names.Family('Phi3ForCausalLM', 'phi3', model, config, layer, names.llama_outer)

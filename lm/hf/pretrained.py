@@ -1,4 +1,4 @@
-"""Models that others trained: a Hugging Face folder, or what was imported from one; and parameters to start from."""
+"""Hugging Face models: opened, imported into a folder with a checkpoint, and exported."""
 import dataclasses
 import hashlib
 import json
@@ -28,6 +28,7 @@ _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_c
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
+  """A model with its parameters and its tokenizer, and the folder that it was loaded from."""
   model: Any
   params: Any
   tokenizer: Any
@@ -40,7 +41,10 @@ def folder_template(folder: pathlib.Path) -> conversation.Template | None:
 
 
 def locate(name: str) -> pathlib.Path:
-  """Returns the folder `name`, or the fetched files of the model `name` of the Hugging Face hub."""
+  """Returns the folder `name`, or that of the downloaded files of the model `name` of the Hugging Face hub.
+
+  Raises FileNotFoundError if `name` is a path of no folder, OSError if the hub does not give the files.
+  """
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder
@@ -51,8 +55,8 @@ def locate(name: str) -> pathlib.Path:
     # Weights as safetensors only: other formats can run code.
     return pathlib.Path(hub.snapshot_download(name, allow_patterns=['*.safetensors', '*.safetensors.index.json',
                                                                     '*.model', *_SIDE],
-                                              ignore_patterns=['*/*']))   # copies of other formats; * matches / too
-  except Exception as error:   # of the network and of the hub, of many kinds
+                                              ignore_patterns=['*/*']))   # copies in other formats; `*` matches `/` too
+  except Exception as error:   # the network and the hub raise errors of many types
     raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
                   ) from None
 
@@ -82,18 +86,20 @@ def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretra
   """
   folder = locate(name)
   model = open_model(folder, dtype)
-  tokens = open_tokenizer(folder, model)   # before the weights, which take long
-  return Pretrained(model, _params(folder, param_dtype), tokens, folder)
+  tokenizer = open_tokenizer(folder, model)   # before the weights, which take long
+  return Pretrained(model, _params(folder, param_dtype), tokenizer, folder)
 
 
 def _params(folder: pathlib.Path, dtype: Any = None) -> Any:
+  """Returns the parameters in a folder, from its checkpoint if it was imported, cast to `dtype` if given."""
   if (folder / 'checkpoints').is_dir():
     model = open_model(folder)
     with checkpoint.Checkpoints(folder / 'checkpoints', create=False) as saved:
       restored = saved.restore_params(_abstract(model), dtypes=lambda stored: dtype or stored)
     if restored is None:
       raise FileNotFoundError(f'{folder} holds no checkpoint')
-    if lines := differences(restored.facts['model'], describe(model)):
+    lines = differences(restored.facts['model'], describe(model))
+    if lines:
       raise ValueError(f'the config.json of {folder} is not of the model that was imported; import it anew\n  '
                        + '\n  '.join(lines[:6]))
     return restored.state
@@ -132,16 +138,17 @@ def check_shapes(name: str, theirs: Any, ours: Any) -> None:
   shapes = [{jax.tree_util.keystr(p, simple=True, separator='.'): str(list(x.shape))
              for p, x in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (jax.eval_shape(lambda model=model: model.init(jax.random.key(0))) for model in (theirs, ours))]
-  if lines := differences(*shapes):
+  lines = differences(*shapes)
+  if lines:
     lines = [line.replace(' before, ', ' there, ').removesuffix('now') + 'in this run' for line in lines[:4]]
     raise ValueError(f'{name} does not fit the model of this run:\n  ' + '\n  '.join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Called with a model, returns the parameters of a Hugging Face folder or of an imported model, in float32."""
+  """A function of a model that returns the parameters in a Hugging Face folder or of an imported model, in float32."""
   folder: pathlib.Path
-  parameters: str | None   # their fingerprint
+  parameters: str | None   # the fingerprint of the parameters
 
   def __call__(self, model: Any) -> Any:
     del model
@@ -149,10 +156,10 @@ class Parameters:
 
 
 def start(folder: pathlib.Path, model: Any) -> Parameters:
-  """For `train.Run.start`: parameters of a Hugging Face folder or of an imported one, in float32.
+  """Returns `Parameters` of a Hugging Face folder or of an imported model, for `train.Run.start`.
 
-  Checked at once, without reading them: FileNotFoundError where there is nothing of the kind, ValueError where the
-  folder's model is of another shape, naming the first differences.
+  It compares the shapes at once, without reading the parameters. Raises FileNotFoundError if the folder holds no model,
+  ValueError, with the first differences, if its model has other shapes than `model`.
   """
   check_shapes(str(folder), open_model(folder), model)
   if (folder / 'checkpoints').is_dir():
@@ -174,47 +181,65 @@ def _fingerprint(folder: pathlib.Path) -> str:
   return digest.hexdigest()[:16]
 
 
-def write(folder: pathlib.Path, model: Any, params: Any, tokens: Any, dtype: Any = None,
+def write(folder: pathlib.Path, model: Any, params: Any, tokenizer: Any, dtype: Any = None,
           like: pathlib.Path | None = None, template: conversation.Template | None = None) -> None:
-  """A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` open; whole or not at all.
+  """Writes a folder for `from_pretrained` of transformers, with model and tokenizer; it appears whole or not at all.
 
-  `like` is the folder that the model was imported from, whose family, tokenizer, chat template and generation config it
-  keeps. With a `template`, that is the chat template, and generation ends where it ends an answer too. Of a model that
-  predicts further tokens, its trunk is written. ValueError where the tokenizer of `like` is another one.
+  Of a model that predicts further tokens, only the trunk is written.
+
+  Args:
+    folder: the folder, which is missing or empty.
+    model: the model; a family of `weights.FAMILIES` must compute the same.
+    params: its parameters.
+    tokenizer: the tokenizer of the model.
+    dtype: the dtype of the files; None is that of the parameters.
+    like: the folder from which the model was imported: its family, tokenizer, chat template and generation config are
+      kept.
+    template: replaces the chat template; generation then also ends where the template ends an answer.
+
+  Raises:
+    ValueError: no family computes the same as the model, or `like` has another tokenizer.
   """
   model = model.trunk if isinstance(model, MultiToken) else model
-  if like and (theirs := tokenizers.load(like).fingerprint) != tokens.fingerprint:
-    raise ValueError(f'the tokenizer of {like} (fingerprint {theirs}) is not that of the model (fingerprint '
-                     f'{tokens.fingerprint}): give the folder that the model was started from')
+  if like:
+    fingerprint_of_like = tokenizers.load(like).fingerprint
+    if fingerprint_of_like != tokenizer.fingerprint:
+      raise ValueError(f'the tokenizer of {like} (fingerprint {fingerprint_of_like}) is not that of the model '
+                       f'(fingerprint {tokenizer.fingerprint}): give the folder that the model was started from')
   with files.new_folder(folder) as new:
     config = read(like / 'config.json') if like and (like / 'config.json').is_file() else {}
-    ids = _token_ids(model, tokens, config, template)
+    ids = _token_ids(model, tokenizer, config, template)
     families = [weights.family_of(config)] if config else []
     weights.write(new, model, params, [*families, *weights.FAMILIES], dtype, ids)
-    kept = [path for name in _SIDE if name != 'config.json' and like and (path := like / name).is_file()]
-    for path in (*kept, *(like.glob('*.model') if like else ())):
-      shutil.copyfile(path, new / path.name)
-    jinja = template and template.jinja(tokens)
+    if like:
+      side_files = [like / name for name in _SIDE if name != 'config.json' and (like / name).is_file()]
+      for path in (*side_files, *like.glob('*.model')):
+        shutil.copyfile(path, new / path.name)
+    jinja = template and template.jinja(tokenizer)
     if not like:
-      export.export(tokens, new, jinja, begins=model.causal and not model.reads_source)
+      export.export(tokenizer, new, jinja, begins=model.causal and not model.reads_source)
     elif jinja and jinja != templates.sources(like).get('default'):
       (new / 'chat_template.jinja').write_text(jinja, 'utf-8', newline='')
-    generation = read(new / 'generation_config.json') if (new / 'generation_config.json').is_file() else ids
-    if not (new / 'generation_config.json').is_file() or template:
-      ends = {'eos_token_id': ids['eos_token_id']}
-      (new / 'generation_config.json').write_text(json.dumps({**generation, **ends}, indent=2) + '\n')
+    _write_generation_config(new / 'generation_config.json', ids, bool(template))
 
 
-def _token_ids(model: Any, tokens: Any, config: dict[str, Any], template: conversation.Template | None
+def _write_generation_config(path: pathlib.Path, ids: dict[str, Any], replace_ends: bool) -> None:
+  """Writes the config of generation; one that was copied is kept, except for its ends if they are replaced."""
+  generation = read(path) if path.is_file() else ids
+  if replace_ends or not path.is_file():
+    path.write_text(json.dumps({**generation, 'eos_token_id': ids['eos_token_id']}, indent=2) + '\n')
+
+
+def _token_ids(model: Any, tokenizer: Any, config: dict[str, Any], template: conversation.Template | None
                ) -> dict[str, Any]:
   """Returns the ids of control tokens for config.json; the id of padding is that of `config`."""
-  ends = list(dict.fromkeys((*tokens.eos_ids, *(template.ends(tokens) if template else ()))))
-  ids = {'bos_token_id': tokens.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends}
+  ends = list(dict.fromkeys((*tokenizer.eos_ids, *(template.ends(tokenizer) if template else ()))))
+  ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends}
   pad = config.get('pad_token_id', (config.get('text_config') or {}).get('pad_token_id'))
   if model.reads_source:   # transformers shifts labels by these
-    ids |= {'decoder_start_token_id': tokens.bos_id, 'pad_token_id': tokens.bos_id}
+    ids |= {'decoder_start_token_id': tokenizer.bos_id, 'pad_token_id': tokenizer.bos_id}
   elif isinstance(pad, int) and 0 <= pad < model.vocab:
     ids['pad_token_id'] = pad
-  elif '<|pad|>' in tokens.control_names:
-    ids['pad_token_id'] = tokens.control_id('<|pad|>')
+  elif '<|pad|>' in tokenizer.control_names:
+    ids['pad_token_id'] = tokenizer.control_id('<|pad|>')
   return ids

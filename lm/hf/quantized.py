@@ -1,7 +1,7 @@
-"""Quantised tensors of files, seen as the weights that they stand for, which are computed as they are asked for.
+"""Quantised tensors of files as weights, which are dequantised when they are indexed.
 
-MXFP4 (gpt-oss; OCP Microscaling Formats 1.0, 2023) has 32 numbers of 4 bits to a scale, FP8 as DeepSeek-V3 (2024) has
-it a scale to a block of a matrix. What else `quantization_config` may ask for is refused.
+In MXFP4 (gpt-oss; OCP Microscaling Formats 1.0, 2023), 32 numbers of 4 bits share a scale. In FP8 (DeepSeek-V3, 2024),
+each block of a matrix has a scale. Other values of `quantization_config` raise an error.
 """
 import dataclasses
 import fnmatch
@@ -15,16 +15,16 @@ import numpy as np
 from lm.hf.config import Config
 
 _FP4 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-# The two numbers of each byte, the low half first.
+# The two numbers that each byte stands for; the low half of the byte is the first.
 _PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1).view(np.uint64)[:, 0]
 _SCALES = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mxfp4:
-  """Matrices of experts, [E, in, out], in bfloat16, which holds them exactly.
+  """Matrices of experts, [E, in, out], in bfloat16, which represents them exactly.
 
-  Blocks are [E, out, in/32, 16], two numbers in a byte; scales [E, out, in/32], 127 more than a power of 2.
+  `blocks` are [E, out, in/32, 16], with two numbers in a byte. `scales` are [E, out, in/32]: exponents of 2, plus 127.
   """
   blocks: np.ndarray
   scales: np.ndarray
@@ -36,7 +36,7 @@ class Mxfp4:
     return experts, 32 * groups, out
 
   def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    """Of the experts alone that `index` says."""
+    """Returns the matrices of the experts that `index` selects."""
     blocks, scales = self.blocks[index], self.scales[index]
     weights = np.empty((*blocks.shape[:2], 32 * blocks.shape[2]), self.dtype)
     for i in range(len(blocks)):
@@ -47,10 +47,10 @@ class Mxfp4:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8:
-  """A matrix [out, in] in float32: numbers of 8 bits, times the scale of their block, where the last may be partial."""
+  """A matrix [out, in] in float32: numbers of 8 bits times the scale of their block; the last blocks may be partial."""
   numbers: np.ndarray
-  scales: np.ndarray   # [out / rows, in / columns] of a block
-  block: tuple[int, int]
+  scales: np.ndarray   # [out / rows of a block, in / columns of a block]
+  block: tuple[int, int]   # rows and columns
   dtype = np.dtype(np.float32)
 
   @property
@@ -66,40 +66,41 @@ class Fp8:
 
 
 def reader(c: Config) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-  """What gives the tensors of a folder, where some are quantised, as `quantization_config` of `c` says.
+  """Returns a function that dequantises the tensors of a folder, as the field `quantization_config` describes.
 
-  Raises ValueError, naming the field, for what is not supported; so does what it gives, naming the tensor.
+  Raises ValueError, which names the field, if its value is not supported. The returned function raises ValueError,
+  which names the tensors, if their shapes or dtypes do not fit.
   """
   q = c.inner('quantization_config')
   if q is None:
     return lambda weights: weights
-  kept = q.get('modules_to_not_convert', list, q.get('ignored_layers', list, []))
-  if not all(isinstance(name, str) for name in kept):
-    q.refuse('modules_to_not_convert', kept, 'names')
-  q.get('dequantize', bool, False)   # which is done in any case
+  excluded = q.get('modules_to_not_convert', list, q.get('ignored_layers', list, []))
+  if not all(isinstance(name, str) for name in excluded):
+    q.refuse('modules_to_not_convert', excluded, 'names')
+  q.get('dequantize', bool, False)   # weights are dequantised in any case
   if q.choice('quant_method', {'mxfp4': True, 'fp8': False}):
-    read_tensors = functools.partial(_tensors, ('_blocks', '_scales'), _mxfp4, kept)
+    read_tensors = functools.partial(_tensors, ('_blocks', '_scales'), _mxfp4, excluded)
   else:
     block = q.get('weight_block_size', list)
     if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
       q.refuse('weight_block_size', block, 'two positive numbers')
     q.only('activation_scheme', 'dynamic')
     q.only('fmt', 'e4m3')
-    q.only('scale_fmt', 'float', 'ue8m0')   # of scales that are rounded to powers of 2, but stored as floats
+    q.only('scale_fmt', 'float', 'ue8m0')   # 'ue8m0' scales are rounded to powers of 2, but stored as floats
     q.only('expert_dtype', 'fp8')
-    read_tensors = functools.partial(_tensors, ('', '_scale_inv'), functools.partial(_fp8, tuple(block)), kept)
+    read_tensors = functools.partial(_tensors, ('', '_scale_inv'), functools.partial(_fp8, tuple(block)), excluded)
   q.finish()
   return read_tensors
 
 
-def _tensors(suffixes, make, kept, weights):
+def _tensors(suffixes, make, excluded, weights):
   """Returns the tensors, with one dequantised tensor in place of each pair of names with these suffixes."""
   tensors = dict(weights)
   for name in [name.removesuffix(suffixes[1]) for name in weights if name.endswith(suffixes[1])]:
     pair = [name + suffix for suffix in suffixes]
     if pair[0] not in weights or (name in weights and pair[0] != name):
       continue   # a tensor without its partner is refused later, because it is not a weight of the model
-    if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + '.*') for pattern in kept):
+    if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + '.*') for pattern in excluded):
       raise ValueError(f'{name} is quantised, where modules_to_not_convert says that it is not')
     numbers, scales = (tensors.pop(part) for part in pair)
     try:

@@ -30,4 +30,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           'hidden_act': 'silu', **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Qwen2ForCausalLM', 'qwen2', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Qwen2ForCausalLM', 'qwen2', model, config, names.llama_layer, names.llama_outer)

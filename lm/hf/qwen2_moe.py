@@ -1,5 +1,7 @@
-"""Qwen 1.5 and 2 with experts (Yang et al. 2024): Qwen 2, with experts in some layers or all, beside one that all
-tokens share; windows on every other of the lower layers."""
+"""Qwen 1.5 and 2 with experts (Yang et al. 2024): Qwen 2 with mixtures of experts in some layers or all.
+
+Each mixture has a shared expert for all tokens. Every other layer below `max_window_layers` has a window.
+"""
 from typing import Any
 
 from lm.hf import experts, names
@@ -39,4 +41,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Qwen2MoeForCausalLM', 'qwen2_moe', model, config, experts.qwen_layer, names.llama_rest)
+FAMILY = names.Family('Qwen2MoeForCausalLM', 'qwen2_moe', model, config, experts.qwen_layer, names.llama_outer)

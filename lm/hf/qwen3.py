@@ -31,4 +31,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Qwen3ForCausalLM', 'qwen3', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('Qwen3ForCausalLM', 'qwen3', model, config, names.llama_layer, names.llama_outer)

@@ -1,4 +1,4 @@
-"""Qwen 3 with experts (Yang et al. 2025): Qwen 3, with experts in some layers or all; all have a window, or none."""
+"""Qwen 3 with experts (Yang et al. 2025): experts in some layers or all; all layers have a window, or none."""
 from typing import Any
 
 from lm.hf import experts, names
@@ -19,7 +19,7 @@ def model(c: Config) -> transformer.Transformer:
   window = c.size('sliding_window', None)
   if not c.get('use_sliding_window', bool, False):
     window = None
-    c.size('max_window_layers', None)   # of windows that there are not
+    c.size('max_window_layers', None)   # it has no effect without windows
   attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rope(c, s.max_length, s.head_size),
                                bias=c.get('attention_bias', bool, False), query_norm=parts.RMSNorm(s.eps),
                                key_norm=parts.RMSNorm(s.eps), scores=attend.AttentionScores(window=window))
@@ -42,4 +42,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(attention.rotary, attention.head_size)}
 
 
-FAMILY = names.Family('Qwen3MoeForCausalLM', 'qwen3_moe', model, config, experts.qwen_layer, names.llama_rest)
+FAMILY = names.Family('Qwen3MoeForCausalLM', 'qwen3_moe', model, config, experts.qwen_layer, names.llama_outer)

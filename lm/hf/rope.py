@@ -1,5 +1,7 @@
-"""Rotary positions in a config.json, both ways: `rope_parameters`, or `rope_theta` and `rope_scaling` as older files
-have it."""
+"""Reads rotary positions from a config.json, and writes them.
+
+They are in the field `rope_parameters`, or in `rope_theta` and `rope_scaling` of older files.
+"""
 import math
 from typing import Any
 
@@ -9,9 +11,9 @@ from lm.hf.config import TYPES, Config
 from lm.models import rotary
 
 
-def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -> rotary.Scaling | None:
-  """The scaling of rotary positions that `rope_parameters` has."""
-  match named:
+def _scaling(r: Config, rope_type: str, original: int, max_length: int, size: int) -> rotary.Scaling | None:
+  """Returns the scaling of rotary positions that the parameters `r` describe."""
+  match rope_type:
     case 'default':
       return None
     case 'linear':
@@ -23,8 +25,8 @@ def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -
       factor = r.get('factor', float, max_length / original)
       scales = r.get('mscale', float, 0.), r.get('mscale_all_dim', float, 0.)
       attention = mscale(factor, scales[0]) / mscale(factor, scales[1]) if all(scales) else mscale(factor, 1.)
-      turns = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
-      return rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *turns,
+      rotations = r.get('beta_fast', float, 32.), r.get('beta_slow', float, 1.)
+      return rotary.Yarn(factor, original, r.get('attention_factor', float, attention), *rotations,
                          r.get('truncate', bool, True))
     case 'longrope':
       factor = r.get('factor', float, max_length / original)
@@ -34,22 +36,22 @@ def _scaling(r: Config, named: str, original: int, max_length: int, size: int) -
         r.refuse('short_factor', f'{len(short)} and {len(long)} factors', f'{size // 2} of each')
       return rotary.LongRope(short, long, original, r.get('attention_factor', float, attention))
     case _:
-      return r.refuse('rope_type', named, 'default, linear, llama3, yarn or longrope')
+      return r.refuse('rope_type', rope_type, 'default, linear, llama3, yarn or longrope')
 
 
 def longrope_attention(factor: float, original: int) -> float:
-  """How much LongRoPE raises attention where a file does not say it."""
+  """Returns LongRoPE's factor of attention, for files that do not have it."""
   return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.
 
 
 def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kind: str | None = None,
          interleaved: bool = False, part: float | None = None) -> rotary.Rotary:
-  """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files have it.
+  """Returns rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling` of older files.
 
-  `kind` chooses where the parameters differ by type of layer, of which older files scale 'full_attention' alone.
-  `part` is of a head, which turns, by default; None for families that turn all of it.
+  `kind` is the type of layer, if the parameters differ by it; older files scale only 'full_attention'. `part` is the
+  default of the share of a head that is rotated; None for families that rotate all of it.
 
-  Raises ValueError where a file has both, and they differ.
+  Raises ValueError if a file has both forms, and they differ.
   """
   r, full = c.inner('rope_parameters'), kind != TYPES[1]
   older = c.inner('rope_scaling') if full else None
@@ -59,19 +61,19 @@ def rope(c: Config, max_length: int, head_size: int, theta: float = 10_000., kin
     types = {name: r.inner(name) for name in TYPES}
     r.finish()
     r = types[kind]
-  turn, *others = (_rotary(c, x, max_length, head_size, theta, interleaved, part)
-                   for x in ([x for x in (r, older) if x is not None] or [Config({})]))
-  if any(other != turn for other in others):
+  descriptions = [x for x in (r, older) if x is not None] or [Config({})]
+  first, *others = (_rotary(c, x, max_length, head_size, theta, interleaved, part) for x in descriptions)
+  if any(other != first for other in others):
     c.refuse('rope_scaling', c.get('rope_scaling', dict), f'what rope_parameters={c.get("rope_parameters", dict)} says')
-  return turn
+  return first
 
 
 def _rotary(c: Config, r: Config, max_length: int, head_size: int, theta: float, interleaved: bool, part: float | None
             ) -> rotary.Rotary:
-  """What the parameters `r` say, and where they say nothing `c`."""
+  """Returns the rotary positions of the parameters `r`; fields that they lack are read from the config `c`."""
   theta = r.get('rope_theta', float, theta)
-  named = r.get('rope_type', str, None) or r.get('type', str, 'default')
-  r.only('type', named)
+  rope_type = r.get('rope_type', str, None) or r.get('type', str, 'default')
+  r.only('type', rope_type)
   if part is None:
     c.only('partial_rotary_factor', 1., 1)
     r.only('partial_rotary_factor', 1., 1)
@@ -79,20 +81,21 @@ def _rotary(c: Config, r: Config, max_length: int, head_size: int, theta: float,
   size = int(head_size * part)
   if size < 2 or size % 2:
     c.refuse('partial_rotary_factor', part, f'an even number of the {head_size} entries of a head')
-  # Phi 3 has it outside too, and that is what counts.
+  # In Phi 3, this field is outside of the parameters, and takes precedence.
   original = c.size('original_max_position_embeddings', r.size('original_max_position_embeddings', max_length))
   try:
-    scaling = _scaling(r, named, original, max_length, size)
+    scaling = _scaling(r, rope_type, original, max_length, size)
   except ArithmeticError as error:
-    raise ValueError(f'rope_parameters do not add up to {named} scaling: {error}') from None
+    raise ValueError(f'rope_parameters do not add up to {rope_type} scaling: {error}') from None
   r.finish()
-  turn = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
-  if not (size < 2 ** 16 and theta > 0 and _finite(turn, size)):
-    c.refuse('rope_parameters', parameters(turn, head_size), 'finite frequencies, and a head size below 65,536')
-  return turn
+  result = rotary.Rotary(theta, None if size == head_size else size, interleaved, scaling)
+  if not (size < 2 ** 16 and theta > 0 and _is_finite(result, size)):
+    c.refuse('rope_parameters', parameters(result, head_size), 'finite frequencies, and a head size below 65,536')
+  return result
 
 
-def _finite(candidate: rotary.Rotary, size: int) -> bool:
+def _is_finite(candidate: rotary.Rotary, size: int) -> bool:
+  """Returns whether all frequencies are finite."""
   try:
     with np.errstate(all='ignore'):
       return bool(np.isfinite(candidate.frequencies(size)).all())
@@ -135,7 +138,7 @@ def older_fields(values: dict[str, Any]) -> dict[str, Any]:
   fields = {'rope_parameters': values, 'rope_theta': values['rope_theta'], 'rope_scaling': _older_scaling(values)}
   if 'partial_rotary_factor' in values:
     fields['partial_rotary_factor'] = values['partial_rotary_factor']
-  if values['rope_type'] == 'longrope':   # readers look for it outside of `rope_scaling`
+  if values['rope_type'] == 'longrope':   # it is read from outside of `rope_scaling`
     fields['original_max_position_embeddings'] = values['original_max_position_embeddings']
   return fields
 
@@ -146,14 +149,14 @@ def _older_scaling(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def typed_rope_config(model: Any, local: str = 'rope_theta') -> dict[str, Any]:
-  """`rope_parameters` by type of layer, and older fields where these can say it: no scaling within windows.
+  """Returns `rope_parameters` by type of layer, and the older fields if these can express the same.
 
-  `local` is the older name of theta within windows.
+  They cannot if layers with windows are scaled. `local` is the older name of the theta of layers with windows.
   """
   types = {TYPES[a.scores.window is not None]: parameters(a.rotary, a.head_size)
            for a in (block.attention for block in model.layers)}
   full = types.get(TYPES[0]) or types[TYPES[1]]
-  windowed = types.get(TYPES[1]) or {**full, 'rope_type': 'default'}   # which no layer has
+  windowed = types.get(TYPES[1]) or {**full, 'rope_type': 'default'}   # if no layer has a window
   thetas = {local: windowed['rope_theta']} | {'rope_theta': full['rope_theta']}
   if windowed['rope_type'] != 'default' or thetas[local] != windowed['rope_theta']:
     return {'rope_parameters': types}

@@ -1,4 +1,4 @@
-"""SmolLM 3 (Bakouch et al. 2025): Llama, of which every fourth layer knows no positions (Yang et al. 2025, RNoPE)."""
+"""SmolLM 3 (Bakouch et al. 2025): Llama, where every fourth layer has no rotary positions (Yang et al. 2025, RNoPE)."""
 from typing import Any
 
 from lm.hf import names
@@ -15,19 +15,20 @@ def model(c: Config) -> transformer.Transformer:
   s = Sizes.read(c)
   c.only('hidden_act', 'silu')
   rotary, interval = rope(c, s.max_length, s.head_size, 2e6), c.size('no_rope_layer_interval', 4)
-  turns = c.get('no_rope_layers', list, [(i + 1) % interval != 0 for i in range(s.layers)])   # despite its name
-  if len(turns) < s.layers or not all(turn in (0, 1) for turn in turns):
-    c.refuse('no_rope_layers', turns, f'0 or 1 for each of {s.layers} layers')
+  # Despite the name of the field, 1 stands for a layer with rotary positions.
+  has_rotary = c.get('no_rope_layers', list, [(i + 1) % interval != 0 for i in range(s.layers)])
+  if len(has_rotary) < s.layers or not all(value in (0, 1) for value in has_rotary):
+    c.refuse('no_rope_layers', has_rotary, f'0 or 1 for each of {s.layers} layers')
   if not c.get('use_sliding_window', bool, False):
-    c.size('max_window_layers', None)   # of windows that there are not
-  def block(turn, window):
-    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary if turn else None,
+    c.size('max_window_layers', None)   # it has no effect without windows
+  def block(rotates, window):
+    attention = attend.Attention(s.heads, s.kv_heads, s.head_size, rotary if rotates else None,
                                  bias=c.get('attention_bias', bool, False),
                                  scores=attend.AttentionScores(window=window))
     feed_forward = parts.FeedForward(s.hidden, bias=c.get('mlp_bias', bool, False))
     return parts.Block(attention, feed_forward, parts.RMSNorm(s.eps), parts.RMSNorm(s.eps))
-  windows = optional_windows(c, s.layers, lambda i: not turns[i])
-  blocks = [block(turn, window) for turn, window in zip(turns, windows)]
+  windows = optional_windows(c, s.layers, lambda i: not has_rotary[i])
+  blocks = [block(rotates, window) for rotates, window in zip(has_rotary, windows)]
   return transformer.Transformer(s.vocab, s.width, stack.stacks(blocks), parts.RMSNorm(s.eps), s.max_length,
                                  tied=s.tied)
 
@@ -42,4 +43,4 @@ def config(model: transformer.Transformer) -> dict[str, Any]:
           **rope_config(rotary, block.attention.head_size)}
 
 
-FAMILY = names.Family('SmolLM3ForCausalLM', 'smollm3', model, config, names.llama_layer, names.llama_rest)
+FAMILY = names.Family('SmolLM3ForCausalLM', 'smollm3', model, config, names.llama_layer, names.llama_outer)

@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), 1.0 and 1.1, and what was made of them, such as Flan-T5."""
+"""T5 1.0 and 1.1 (Raffel et al. 2020), and models that were trained from them, such as Flan-T5."""
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +10,7 @@ from lm.models import attention as attend
 from lm.models import encoder_decoder, stack
 from lm.models import layers as parts
 
-# `feed_forward_proj`: what it computes, whether it is gated, the name under which transformers also writes it.
+# By `feed_forward_proj`: the activation, whether it is gated, and its name in the field `dense_act_fn`.
 _FEED_FORWARD = {'relu': (jax.nn.relu, False, 'relu'), 'gated-gelu': (parts.gelu_gated, True, 'gelu_new'),
                  'gated-silu': (parts.silu_gated, True, 'silu')}
 
@@ -22,9 +22,9 @@ def model(c: Config) -> encoder_decoder.EncoderDecoder:
   c.only('is_gated_act', gated)
   c.only('is_encoder_decoder', True)
   c.only('is_decoder', False)
-  for name, kind in (('n_positions', int), ('output_past', bool)):   # of older files: nothing depends on them
+  for name, kind in (('n_positions', int), ('output_past', bool)):   # fields of older files, which have no effect
     c.get(name, kind, None)
-  # Transformers 5 writes of every model that it is tied, and of those that are not that they are not scaled.
+  # Transformers 5 writes that every model is tied. For those that are not, `scale_decoder_outputs` is false.
   tied = c.get('tie_word_embeddings', bool, True)
   if tied:
     tied = c.get('scale_decoder_outputs', bool, True)
@@ -89,11 +89,11 @@ def outer(model: encoder_decoder.EncoderDecoder) -> list[names.Map]:
 
 FAMILY = names.Family(
     'T5ForConditionalGeneration', 't5', model, config, layer, outer, 'encoder.block.{}.',
-    # Older files have it, and nothing reads it.
+    # Older files have this tensor, which has no effect.
     ignored=lambda name: name == 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
     copies=lambda model: dict.fromkeys(
         ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', 'lm_head.weight'), 'shared.weight'),
-    # Transformers 5 writes one table for the two of an untied model where they are equal.
+    # If the two tables of an untied model are equal, Transformers 5 writes only one.
     older=lambda name: 'shared.weight' if name == 'lm_head.weight' else name,
     stacks=lambda model: [(f'{name}.block.{{}}.', ('blocks', name), getattr(model, name))
                           for name in ('encoder', 'decoder')])

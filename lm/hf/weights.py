@@ -107,18 +107,18 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
   """
   shapes, stored = jax.eval_shape(model.init, jax.random.key(0)), family.tensors(weights)
   unused, parts_by_leaf = {name for name in stored if not family.ignored(name)}, {}
-  bare = family.prefix.partition('.')[0] + '.'
-  without = '' if any(name.startswith(bare) for name in unused) else bare   # GPT-2's files omit it
+  root = family.prefix.partition('.')[0] + '.'
+  omitted = '' if any(name.startswith(root) for name in unused) else root   # GPT-2's files omit it
 
   def in_file(name):
-    name = name.removeprefix(without)
+    name = name.removeprefix(omitted)
     return name if name in stored else family.older(name)
 
   for place in _places(model, family):
     names = [in_file(name) for name in place.tensors]
     unused -= set(names)
     for path, part in zip(place.paths, _parts(place.map, names, stored)):
-      expected = _at(shapes, path).shape[len(place.index):]
+      expected = _leaf(shapes, path).shape[len(place.index):]
       if part.shape != expected:
         raise ValueError(f'{" and ".join(names[:2])} of shape {stored[names[0]].shape} make {"/".join(path)} of shape '
                          f'{part.shape}, where the config gives {expected}')
@@ -131,7 +131,7 @@ def load_params(model: Transformer, family: Family, weights: files.Weights, dtyp
     raise ValueError(f'{len(unused)} tensors are not weights of this model: {", ".join(sorted(unused)[:3])}')
 
   def make(path, shape):
-    return _laid_out(parts_by_leaf[tuple(key.key for key in path)], shape, dtype, weights.release)
+    return _assemble(parts_by_leaf[tuple(key.key for key in path)], shape, dtype, weights.release)
   return jax.tree_util.tree_map_with_path(make, shapes)
 
 
@@ -152,26 +152,27 @@ class _Part:
 
 def _parts(m: Map, names: list[str], stored: Mapping[str, Any]) -> Iterator[_Part]:
   """Returns the leaves that a map makes of the tensors with these names."""
-  if missing := [name for name in names if name not in stored]:
+  missing = [name for name in names if name not in stored]
+  if missing:
     raise ValueError(f'the tensor {missing[0]} is missing; the files hold {len(stored)} tensors')
   tensors = tuple(stored[name] for name in names)
   for name, tensor in zip(names, tensors):
     if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
       raise ValueError(f'{name} is of dtype {tensor.dtype}; only float32, float16 and bfloat16 are supported')
   try:
-    leaves = m.read(*(_shaped(tensor.shape, tensor.dtype) for tensor in tensors))
+    leaves = m.read(*(_placeholder(tensor.shape, tensor.dtype) for tensor in tensors))
   except (ValueError, IndexError) as error:
     raise ValueError(f'the tensors {", ".join(names)} of shapes {[t.shape for t in tensors]} do not fit: {error}'
                      ) from None
   return (_Part(m, i, tensors, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves))
 
 
-def _shaped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _placeholder(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   """Returns zeros that take no memory, to compute shapes with."""
   return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   """Returns an empty array that JAX on CPU does not copy: its data begins at a multiple of 64 bytes."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
@@ -184,7 +185,8 @@ def _copy(target: np.ndarray, source: np.ndarray, release: Callable[[], None]) -
 
   Blocks are faster too: most weights are transposed, and one loop over such an array misses the cache at every element.
   """
-  if (large := source.nbytes > 1 << 26):   # in the order of the file
+  large = source.nbytes > 1 << 26
+  if large:   # in the order of the file
     axis = max(range(source.ndim), key=lambda i: (source.shape[i] > 1, abs(source.strides[i])))
   elif source.size > 1 << 16:
     axis = int(np.argmax(source.shape))
@@ -199,7 +201,7 @@ def _copy(target: np.ndarray, source: np.ndarray, release: Callable[[], None]) -
       release()
 
 
-def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any,
+def _assemble(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, dtype: Any,
               release: Callable[[], None]) -> jax.Array:
   """Assembles a leaf from its parts, by their index along its first axes; `release` frees the pages of files."""
   dtype = dtype or functools.reduce(jnp.promote_types, (part.dtype for part in parts.values()))
@@ -208,9 +210,10 @@ def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, d
   def read(index):
     outer = [range(size)[i] for size, i in zip(leaf.shape, index[:stacked])]
     inner = [len(range(size)[i]) for size, i in zip(leaf.shape[stacked:], index[stacked:])]
-    array = _aligned((*map(len, outer), *inner), dtype)
+    array = _empty_aligned((*map(len, outer), *inner), dtype)
     for place in np.ndindex(array.shape[:stacked]):
-      _copy(array[(*place, ...)], parts[tuple(chosen[i] for chosen, i in zip(outer, place))][index[stacked:]], release)
+      part = parts[tuple(indices[i] for indices, i in zip(outer, place))]
+      _copy(array[(*place, ...)], part[index[stacked:]], release)
       release()
     return array
 
@@ -218,7 +221,7 @@ def _laid_out(parts: dict[tuple[int, ...], _Part], leaf: jax.ShapeDtypeStruct, d
   return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, layout, read))
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
   for key in path:
     tree = tree[key]
   return tree
@@ -228,14 +231,14 @@ def tensors(model: Transformer, family: Family, params: Any, dtype: Any = None) 
   """Returns the parameters for `files.write`, under the names of `family`, cast to `dtype` if given."""
   by_name = {}
   for place in _places(model, family):
-    leaves = [_at(params, path) for path in place.paths]
+    leaves = [_leaf(params, path) for path in place.paths]
     kind = np.dtype(dtype or leaves[0].dtype)
-    shapes = place.map.write(*(_shaped(leaf.shape[len(place.index):], kind) for leaf in leaves))
+    shapes = place.map.write(*(_placeholder(leaf.shape[len(place.index):], kind) for leaf in leaves))
     for i, (name, shape) in enumerate(zip(place.tensors, shapes)):
-      def give(i=i, place=place, leaves=leaves, kind=kind):
+      def make(i=i, place=place, leaves=leaves, kind=kind):
         parts = (np.asarray(leaf[place.index] if place.index else leaf) for leaf in leaves)
         return np.ascontiguousarray(place.map.write(*parts)[i].astype(kind, copy=False))
-      by_name[name] = shape.shape, kind, give
+      by_name[name] = shape.shape, kind, make
   return by_name
 
 

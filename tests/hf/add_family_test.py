@@ -54,7 +54,7 @@ def layer(block: parts.Block) -> list[names.Map]:
 
 
 def outer(model: transformer.Transformer) -> list[names.Map]:
-  return [*names.llama_rest(model), names.same('model.norm.bias', 'norm/bias')]
+  return [*names.llama_outer(model), names.same('model.norm.bias', 'norm/bias')]
 
 
 FAMILY = names.Family('Starcoder2ForCausalLM', 'starcoder2', model, config, layer, outer)
