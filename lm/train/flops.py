@@ -10,7 +10,7 @@ from jax.extend import core
 
 from lm import sharding
 from lm.train.run import Run, abstract_batch, abstract_constants, with_constants
-from lm.workdir import track
+from lm.workdir import throughput
 
 _UNKNOWN_LOOP = ('the program multiplies matrices in a loop whose turns are not known before it runs, so its FLOPs '
                  'cannot be counted; compare by steps, tokens or seconds')
@@ -74,12 +74,12 @@ def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | 
 
 def flops_by_step(run: Run, mesh: jax.sharding.Mesh, devices: list[Any]) -> Callable[[int], float] | None:
   """FLOPs of a token in each step, by its number; None where there is no MFU, which is said unless devices are CPUs."""
-  unknown = sorted({device.device_kind for device in devices if track.peak_flops(device) is None})
+  unknown = sorted({device.device_kind for device in devices if throughput.peak_flops(device) is None})
   try:
     if not unknown:
       flops = {shape: flops_per_token(run, mesh, shape) for shape in run.schedule.shapes()}
       return lambda step: flops[run.schedule.shape(step - 1)]
-    reason = f'the peak FLOP/s of {", ".join(unknown)} is not known; add it in lm/workdir/track.py'
+    reason = f'the peak FLOP/s of {", ".join(unknown)} is not known; add it in lm/workdir/throughput.py'
   except ValueError as error:
     reason = str(error)
   if unknown != ['cpu']:

@@ -13,7 +13,7 @@ from lm.data.rows.stages import Stage
 from lm.objectives.next_token import next_token
 from lm.studies import costs
 from lm.train import flops
-from lm.workdir import track
+from lm.workdir import throughput
 
 HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multiplications of a token of `DECODER`
 
@@ -77,7 +77,7 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
   peak = 1e9
   go(tmp_path / 'unknown', evaluate_batches=1)
   assert not logged(tmp_path / 'unknown', 'mfu') and 'MFU' not in capsys.readouterr().out   # a CPU has none
-  monkeypatch.setitem(track._GPU_PEAK, 'cpu', peak)
+  monkeypatch.setitem(throughput._GPU_PEAK, 'cpu', peak)
   go(tmp_path / 'known', evaluate_batches=1)
   speed, mfu = (logged(tmp_path / 'known', name) for name in ('tokens_per_second', 'mfu'))
   head = 6 * RUN.model.vocab * RUN.model.width   # all that this model multiplies

@@ -2,7 +2,6 @@ import io
 import json
 import math
 import sys
-import types
 
 import pytest
 from helpers.disks import files_of
@@ -110,26 +109,6 @@ def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
   assert started == [6]
 
 
-def test_throughput_leaves_out_compilation_and_pauses_and_the_eta_follows(tmp_path):
-  clock = Clock()
-  speed = track.Throughput(lambda step: 1000 * step, total_steps=100, window=4, clock=clock)
-  clock.now += 60  # compilation
-  speed.update(1)
-  assert speed.tokens_per_second is None and speed.eta is None
-  for step in range(2, 11):
-    clock.now += 0.5
-    speed.update(step)
-  assert speed.tokens_per_second == pytest.approx(2000) and speed.eta == pytest.approx(45)
-  for step in range(11, 15):  # slower: the window forgets
-    clock.now += 2
-    speed.update(step)
-  assert speed.tokens_per_second == pytest.approx(500) and speed.eta == pytest.approx(86 * 2)
-  with speed.pause():
-    clock.now += 12.5  # as long as the training since step 1
-  speed.update(14)
-  assert speed.eta == pytest.approx(86 * 2 * 2)
-
-
 def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
   def train(output):
     clock = Clock()
@@ -169,22 +148,6 @@ def test_speeds_are_short(number, text):
 @pytest.mark.parametrize('seconds, text', [(0, '0:00'), (92, '1:32'), (59.7, '1:00'), (3600, '1:00:00')])
 def test_durations(seconds, text):
   assert track._duration(seconds) == text
-
-
-def device(kind, cores=None):
-  return types.SimpleNamespace(device_kind=kind, **({'num_cores': cores} if cores else {}))
-
-
-def test_mfu_against_published_chips_and_never_a_guess():
-  # Peak of a whole chip, PFLOP/s: a v3 chip is two devices of one core, a v4 chip one device of two, v7x two of one.
-  for chip, peak in [([device('TPU v3', 1)] * 2, 0.123), ([device('TPU v4', 2)], 0.275),
-                     ([device('TPU v4', 1)] * 2, 0.275),
-                     ([device('TPU v5 lite', 1)], 0.197), ([device('TPU7x', 1)] * 2, 2.307),
-                     ([device('NVIDIA H100 80GB HBM3')], 0.989)]:
-    assert track.mfu(6e9, 1e5, chip) == pytest.approx(6e14 / (peak * 1e15))
-  unknown = [device('cpu'), device('TPU v9', 1), device('NVIDIA A100-SXM4-40GB MIG 1g.5gb'), device('NVIDIA H20')]
-  assert all(track.mfu(6e9, 1e5, [d]) is None for d in unknown) and track.mfu(6e9, 1e5, []) is None
-  assert track.mfu(6e9, 1e5, [device('NVIDIA H200'), device('cpu')]) is None
 
 
 def test_phases_add_up():

@@ -14,7 +14,7 @@ from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.objectives.objective import sequence_mean
 from lm.train import loop
-from lm.workdir import track
+from lm.workdir import throughput
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -111,7 +111,7 @@ def test_a_program_is_compiled_once_for_a_shape(tmp_path, monkeypatch):
 def test_throughput_counts_the_tokens_that_were_read():
   now = [0.]
   schedule = Schedule(STAGES, 8, 16)
-  speed = track.Throughput(schedule.tokens_before, 10, clock=lambda: now[0])
+  speed = throughput.Throughput(schedule.tokens_before, 10, clock=lambda: now[0])
   for step in range(1, 7):
     now[0] = float(schedule.tokens_before(step))   # a token a second
     speed.update(step)
