@@ -16,10 +16,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from lm.workdir import integrity, rebuild
-from lm.workdir.describe import differences
+from lm.workdir import integrity, mismatch, rebuild
 from lm.workdir.judge import Judge
-from lm.workdir.mismatch import Mismatch, listed
+from lm.workdir.mismatch import Mismatch
 
 Tree = Any
 # Sizes in bytes of a chunk of an array, and of a file of chunks. A file is assembled in memory before it is written. By
@@ -204,13 +203,7 @@ class Checkpoints:
     integrity.check_arrays(path / 'state', names)
     tree = self._manager.item_metadata(step).state.tree
     stored = {name: leaf for name, leaf in _named(tree).items() if name.startswith(names)}
-    lines = differences(*({name: f'{"" if dtypes else leaf.dtype}{list(leaf.shape)}' for name, leaf in leaves.items()}
-                          for leaves in (stored, requested)))
-    if lines and all(line.startswith('opt_state.') for line in lines):
-      raise Mismatch(f'checkpoint {path} holds the state of another optimizer ({len(lines)} arrays differ): continue '
-                     'with the same optimizer, or start another run from its parameters (--init)')
-    if lines:
-      raise Mismatch(f'checkpoint {path} does not fit' + listed(lines))
+    mismatch.check_arrays(path, stored, requested, with_dtypes=dtypes is None)
     if dtypes:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(stored[_name(path)].dtype)), abstract)
     template = abstract
@@ -227,16 +220,18 @@ class Checkpoints:
     return Restored(state, document['facts'], step, document.get('records', []))
 
   def _read_facts(self, step: int) -> dict:
-    if names := integrity.changed(self.folder / str(step), 'facts/'):
+    names = integrity.changed(self.folder / str(step), 'facts/')
+    if names:
       raise ValueError(f'{", ".join(names)} is not as it was written')
     document = self._manager.restore(step, args=self._ocp.args.Composite(facts=self._ocp.args.JsonRestore())).facts
     if not isinstance(document, dict) or not document.keys() >= {'facts', 'metric'} or not isinstance(
         document['facts'], dict):
       raise ValueError('its facts are incomplete')
-    rebuild.check_size(document)   # before anything walks through them
+    rebuild.check_size(document)   # other code recurses through the facts
     return document
 
   def _newest_readable(self, step: int | None, read: Callable[[int], Any]) -> Any:
+    """Returns `read(step)`; for None, of the newest step that can be read, or None if there are no checkpoints."""
     self.wait()
     steps = self.steps()
     if step is not None and step not in steps:

@@ -1,4 +1,4 @@
-"""What an object is, as JSON, and where two such descriptions differ: so that a resumed run is the same run."""
+"""Descriptions of objects as JSON, and their differences, by which a resumed run is recognised as the same run."""
 import dataclasses
 import functools
 import hashlib
@@ -15,9 +15,10 @@ from lm.workdir import source_code
 
 
 def differences(stored: Any, now: Any) -> list[str]:
-  """A line for each leaf that differs: 'model.block.heads: 6 before, 8 now'."""
+  """Returns a line for each leaf that differs, such as 'model.block.heads: 6 before, 8 now'."""
   old, new = ({name: repr(leaf) for name, leaf in _leaves(tree)} for tree in (stored, now))
-  if undescribed := _without_code(old, new):
+  undescribed = _without_code(old, new)
+  if undescribed:
     return [f'{name}: its code is not in what an older version of lm stored, so it may have been edited since'
             for name in undescribed]
   return [f'{name}: {old.get(name, "absent")} before, {new.get(name, "absent")} now'
@@ -25,7 +26,7 @@ def differences(stored: Any, now: Any) -> list[str]:
 
 
 def _without_code(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-  """The names of functions and classes that are the same by name, and whose code is described in `new` alone."""
+  """Returns the functions and classes that have the same name in both, but whose code only `new` describes."""
   owners = dict.fromkeys(name.partition('.code.')[0] for name in new if '.code.' in name)
   return [owner for owner in owners if not any(name.startswith(f'{owner}.code.') for name in old) and (
       f'{owner}.class' in old and old[f'{owner}.class'] == new.get(f'{owner}.class')
@@ -33,7 +34,7 @@ def _without_code(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def fingerprint(params: Any) -> str:
-  """A hash of a tree of arrays: their names, shapes, dtypes and bits. It is the same on any mesh."""
+  """Returns a hash of a tree of arrays: of their names, shapes, dtypes and bits. It is the same on any mesh."""
   sums = jax.tree_util.tree_leaves_with_path(_checksums(params))
   facts = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in
            jax.tree_util.tree_leaves_with_path(params)]
@@ -43,7 +44,7 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksums(params: Any) -> Any:
-  """For each array a sum of its bits, mixed with their places, modulo 2 ** 32: the order of adding does not count."""
+  """Returns for each array a sum of its bits, mixed with their indices, modulo 2 ** 32, in any order of addition."""
   def checksum(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
     for axis in range(x.ndim):
@@ -54,13 +55,12 @@ def _checksums(params: Any) -> Any:
 
 
 def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> Any:
-  """JSON, the same in every process: classes with the fields that they compare, functions by name, arrays by hash.
+  """Returns JSON, the same in every process: classes with their compared fields, functions by name, arrays by hash.
 
-  Functions and classes that are neither of this package nor installed have their `code` beside the name, see
-  `source_code`: they may be edited, and keep their names.
-  Of a function that another made (a schedule) it tells the name, and the values that it has from there only with
-  `inside`. Of what it is inside of itself, such as a function that calls itself, the name. `above` are the ids of
-  what the value is inside of.
+  Functions and classes that belong neither to this package nor to an installed one also have their `code` (see
+  `source_code`), because they may be edited without a new name. An inner function, such as a schedule, is described by
+  its name and, if `inside` is true, the values of its closure. An object within itself, such as a function that calls
+  itself, is described by its name; `above` has the ids of the objects that contain the value.
   """
   if id(value) in above:
     return getattr(value, '__qualname__', type(value).__qualname__)
@@ -85,7 +85,8 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
       return {'partial': recur(value.func), 'args': recur(value.args), **recur(value.keywords)}
     case list() | tuple() if not hasattr(value, '_fields'):
       return [recur(item) for item in value]
-    case types.FunctionType() if inside and (values := inspect.getclosurevars(value).nonlocals):
+    case types.FunctionType() if inside and inspect.getclosurevars(value).nonlocals:
+      values = inspect.getclosurevars(value).nonlocals
       others = {name: item for name, item in values.items() if item is not value}   # it may call itself
       return {'function': value.__qualname__, **recur(others), **code}
   if isinstance(value, tuple):
@@ -101,13 +102,13 @@ def describe(value: Any, inside: bool = False, above: tuple[int, ...] = ()) -> A
 
 
 def _code(value: Any) -> dict[str, Any]:
-  """`{'code': ...}` of a user's function or class, or of an object of one; else nothing."""
+  """Returns `{'code': ...}` for a user's function or class, or for an object of one; otherwise an empty dict."""
   users = value if source_code.is_users(value) else type(value)
   return {'code': source_code.digests(users, describe)} if source_code.is_users(users) else {}
 
 
 def _leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-  """(dotted path, leaf); empty containers are leaves, and tuples are lists, as they are in JSON."""
+  """Yields (dotted path, leaf). Empty containers are leaves, and tuples are lists, as in JSON."""
   if isinstance(tree, Mapping) and tree:
     for key, child in tree.items():
       yield from _leaves(child, f'{path}.{key}'.lstrip('.'))
