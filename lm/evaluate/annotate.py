@@ -80,7 +80,7 @@ class Annotated:
     return OpenAnnotated(self, data, self._folder(workdir))
 
   def to_store(self) -> 'Annotated':
-    """The data without its text, and with its columns in the workdir, where they are computed if they are not there."""
+    """Returns the data without its text. Its columns are in the workdir, and are computed there if they are missing."""
     data = self.data.to_store() if hasattr(self.data, 'to_store') else self.data
     return dataclasses.replace(self, data=data, folder=None)
 
@@ -137,10 +137,10 @@ class OpenAnnotated:
     batches = dataclasses.replace(batches, stored={})
     shapes = {name: (np.dtype(dtype), (batches.rows_per_epoch, batches.length, *shape))
               for name, (dtype, shape) in self.annotated.columns.items()}
-    made_of = {'split': split, 'seed': seed, 'length': batches.length, 'data': self.fingerprint,
-               'forms': describe(objective.forms), 'annotate': describe(self.annotated.annotate),
-               'columns': {name: f'{dtype}{list(shape)}' for name, (dtype, shape) in shapes.items()}}
-    stored = _Stored(self.folder / split.replace('/', '-'), shapes, made_of)
+    origin = {'split': split, 'seed': seed, 'length': batches.length, 'data': self.fingerprint,
+              'forms': describe(objective.forms), 'annotate': describe(self.annotated.annotate),
+              'columns': {name: f'{dtype}{list(shape)}' for name, (dtype, shape) in shapes.items()}}
+    stored = _Stored(self.folder / split.replace('/', '-'), shapes, origin)
     if stored.rows_done < batches.rows_per_epoch:
       self._compute(stored, batches)
     return dataclasses.replace(batches, stored=stored.read())
@@ -185,14 +185,14 @@ class _Stored:
   Raises ValueError if the folder holds columns of another origin.
   """
 
-  def __init__(self, folder: pathlib.Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], made_of: Mapping):
-    self.folder, self._shapes, self._made_of = folder, shapes, dict(made_of)
+  def __init__(self, folder: pathlib.Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], origin: Mapping):
+    self.folder, self._shapes, self._origin = folder, shapes, dict(origin)
     self.rows_done = 0
     path = folder / 'columns.json'
     if path.exists():
       stored = _read(path)
-      self.rows_done, made_of = stored['rows_done'], stored['made_of']
-      lines = differences(made_of, self._made_of)
+      self.rows_done = stored['rows_done']
+      lines = differences(stored['made_of'], self._origin)
       if lines:
         raise ValueError(f'the columns in {folder} were made from other settings; choose another --workdir\n  '
                          + '\n  '.join(lines))
@@ -210,7 +210,7 @@ class _Stored:
     if arrays is not None:
       for array in arrays.values():
         array.flush()
-      facts = {'rows_done': rows, 'made_of': self._made_of}
+      facts = {'rows_done': rows, 'made_of': self._origin}
       if all(rows == shape[0] for _, shape in self._shapes.values()):
         facts['checksums'] = {f'{name}.npy': integrity.checksum(self.folder / f'{name}.npy') for name in arrays}
       atomic.write(self.folder / 'columns.json', integrity.json_with_checksum(facts))

@@ -73,6 +73,7 @@ class Judge:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rewards(apply, params, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+  """Returns the score of each row at the index `last_B` of its last token, [B], on every device."""
   scores = apply(params, Batch(sharding.constrain(tokens_BT, 'BT'))).scores
   is_last = jnp.arange(scores.shape[1])[None] == sharding.constrain(last_B, 'B')[:, None]
   return sharding.constrain(jnp.sum(jnp.where(is_last, scores, 0), axis=1), '-')
@@ -93,11 +94,11 @@ def rewards(model: Reward, params: Any, texts: Sequence[np.ndarray], positions: 
   while start < len(texts):
     width = min(max(16, 1 << int(lengths[order[start]] - 1).bit_length()), model.max_length)
     rows = sharding.padded_rows(max(positions // width, 1))
-    chosen = order[start:start + rows]
+    batch = order[start:start + rows]
     tokens, last = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    for row, i in enumerate(chosen):
+    for row, i in enumerate(batch):
       tokens[row, :lengths[i]], last[row] = texts[i], lengths[i] - 1
-    result[chosen] = np.asarray(_rewards(model.apply, params, tokens, last))[:len(chosen)]
+    result[batch] = np.asarray(_rewards(model.apply, params, tokens, last))[:len(batch)]
     start += rows
   return result
 
@@ -138,6 +139,6 @@ def _show_answers(judge: Judge, texts: Sequence[str], prompts: Sequence[str], al
       raise ValueError(f'none of {len(texts):,} texts fits the {limit:,} tokens that the model reads; shorten them')
   print('  reward  text')
   for begin in range(0, len(places), 256):
-    some = places[begin:begin + 256]
-    for i, value in zip(some, rewards(judge.model, judge.params, [encoded[i] for i in some])):
+    part = places[begin:begin + 256]
+    for i, value in zip(part, rewards(judge.model, judge.params, [encoded[i] for i in part])):
       print(f'{value:8.4f}  {texts[i][:100]!r}')

@@ -1,4 +1,4 @@
-"""Scores of texts and of splits under an opened model, printed: by token, by text, and in sum."""
+"""Prints the scores of texts and splits under an opened model: of each token, of each text, and their sums."""
 import codecs
 import pathlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from lm.data.tokenizers.folder import mask_id
 from lm.evaluate.score import log_probabilities, pseudo_log_probabilities
 from lm.train import validation
 
-Loaded = Any   # a run or a Hugging Face model that was opened: its model, params and tokenizer
+Loaded = Any   # an opened run or Hugging Face model, with `model`, `params` and `tokenizer`
 
 
 def without_empty(texts: Documents, key: str, allow_left_out: bool) -> Sequence[str]:
-  """Returns the texts that are not empty; prints how many are. ValueError where too few are left."""
+  """Returns the texts that are not empty, and prints how many are empty. Raises ValueError if too many are."""
   empty = [i for i, text in enumerate(texts) if not text]
   if len(empty) == len(texts):
     raise ValueError(f'none of {len(texts):,} texts has anything to score under --key={key}; give another --key')
@@ -30,14 +30,17 @@ def without_empty(texts: Documents, key: str, allow_left_out: bool) -> Sequence[
 
 def report_left_out(what: str, texts: Documents, places: Sequence[int], why: str, advice: str, allowed: bool
                     ) -> None:
-  """Prints how many records are left out, and the first; ValueError from half of them on, unless that is allowed."""
+  """Prints the number of records that are left out, and the place of the first.
+
+  Raises ValueError if they are half of the records or more, unless `allowed` is true.
+  """
   if len(places):
     line = f'{len(places):,} of {len(texts):,} {what} are left out, {why}; the first is {texts.place(places[0])}'
     print(check_left_out(line, len(places) / len(texts), advice, allowed))
 
 
 def read_text(file: pathlib.Path) -> str:
-  """Returns the text of a file as it is, line ends included; ValueError where it is no UTF-8."""
+  """Returns the text of a file, with its line ends. Raises ValueError if it is not UTF-8."""
   data = file.read_bytes()
   try:
     return data.decode()
@@ -49,7 +52,7 @@ def read_text(file: pathlib.Path) -> str:
 
 
 def check_flags(model: Any, has_source: bool, bos: bool | None) -> None:
-  """Announces pseudo-log-likelihoods of an encoder. ValueError where flags do not go with the kind of model."""
+  """Raises ValueError if flags do not fit the kind of model; prints what the scores of an encoder are."""
   if model.reads_source and not has_source:
     raise ValueError('an encoder-decoder scores a text given its source: give --source (of --jsonl, --source_key)')
   if has_source and not model.reads_source:
@@ -61,7 +64,7 @@ def check_flags(model: Any, has_source: bool, bos: bool | None) -> None:
 
 
 def check_lengths(loaded: Loaded, texts: Sequence[str]) -> None:
-  """ValueError where a text, with bos, is longer than the model can read at once."""
+  """Raises ValueError if a text is longer than the model can read at once after bos."""
   for begin in range(0, len(texts), 256):
     for i, ids in enumerate(loaded.tokenizer.encode_batch(texts[begin:begin + 256]), begin + 1):
       if len(ids) > loaded.model.max_length:
@@ -83,14 +86,15 @@ def begins(loaded: Loaded, bos: bool | None) -> bool:
 
 
 class Scored(NamedTuple):
-  tokens: list[int]     # that are scored
-  scores: np.ndarray    # log p of each
-  size: int             # UTF-8 bytes that they stand for
+  """The scored tokens of a text, the log-probability of each in nats, and the number of their UTF-8 bytes."""
+  tokens: list[int]
+  scores: np.ndarray
+  size: int
 
 
 def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
            bos: bool) -> list[Scored]:
-  """Returns the scores of each text, given its source where there are sources, after bos where `bos` is true."""
+  """Returns the scores of each text, after bos if `bos` is true, and given its source if there are sources."""
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
   begin, end, encoded = [tokenizer.bos_id] * bos, [tokenizer.eos_id], tokenizer.encode_batch(texts)
   ids = [np.int32([*begin, *text_ids]) for text_ids in encoded]
@@ -99,7 +103,7 @@ def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
     scores = pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
   elif sources is not None:
     ids = [np.int32([*text_ids, *end]) for text_ids in ids]
-    source_ids = [np.int32([*one, *end]) for one in tokenizer.encode_batch(sources)]
+    source_ids = [np.int32([*source, *end]) for source in tokenizer.encode_batch(sources)]
     scores = log_probabilities(model, params, ids, sources=source_ids)
   else:
     scores = log_probabilities(model, params, ids)
@@ -111,37 +115,37 @@ def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
 
 def show(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
          bos: bool) -> None:
-  """Prints a line a token, and the sums."""
-  one, = scored(loaded, texts, sources, bos)
-  if not one.tokens:
+  """Prints a line for each token of a single text, and the sums."""
+  text_scores, = scored(loaded, texts, sources, bos)
+  if not text_scores.tokens:
     raise ValueError('there is nothing to score in the text: it has one token, and no bos before it; give --bos')
   names = {loaded.tokenizer.control_id(name): name for name in loaded.tokenizer.control_names}
   print('log p     token')
-  for token, value in zip(one.tokens, one.scores):
+  for token, value in zip(text_scores.tokens, text_scores.scores):
     print(f'{value:8.4f}  {names.get(token) or loaded.tokenizer.decode([token])!r}')
-  print(f'\n{summary([one.scores], one.size)}')
+  print(f'\n{summary([text_scores.scores], text_scores.size)}')
 
 
 def show_all(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
              bos: bool) -> None:
-  """Prints a line a text, and the sums; a few hundred texts at a time."""
+  """Prints a line for each text, and the sums. It scores a few hundred texts at a time."""
   all_scores, total_size = [], 0
   print('  tokens    loss  bits a byte  text')
   for begin in range(0, len(texts), 256):
-    some = slice(begin, begin + 256)
-    for text, one in zip(texts[some], scored(loaded, texts[some], sources and sources[some], bos)):
-      nll, count = -float(np.sum(one.scores, dtype=np.float64)), len(one.scores)
-      loss = f'{nll / count:7.4f} {nll / np.log(2) / max(one.size, 1):12.4f}' if count else f'{"-":>7} {"-":>12}'
+    part = slice(begin, begin + 256)
+    for text, (_, scores, size) in zip(texts[part], scored(loaded, texts[part], sources and sources[part], bos)):
+      nll, count = -float(np.sum(scores, dtype=np.float64)), len(scores)
+      loss = f'{nll / count:7.4f} {nll / np.log(2) / max(size, 1):12.4f}' if count else f'{"-":>7} {"-":>12}'
       print(f'{count:8,} {loss}  {text[:60]!r}')
-      all_scores.append(one.scores)
-      total_size += one.size
+      all_scores.append(scores)
+      total_size += size
   if not sum(map(len, all_scores)):
     raise ValueError('there is nothing to score: each text has one token, and no bos before it; give --bos')
   print(f'\n{len(texts):,} texts: {summary(all_scores, total_size)}')
 
 
 def summary(scores: Sequence[np.ndarray], size: int) -> str:
-  """Returns a sentence on the loss of texts that have `size` bytes together."""
+  """Returns the sums as text: tokens, bytes, loss, perplexity and bits a byte of texts of `size` bytes in all."""
   count, nll = sum(map(len, scores)), -sum(float(np.sum(values, dtype=np.float64)) for values in scores)
   loss = nll / max(count, 1)
   return (f'{count:,} tokens, {size:,} bytes: loss {loss:.4f} nats a token, perplexity {np.exp(loss):.2f}, '
@@ -151,14 +155,14 @@ def summary(scores: Sequence[np.ndarray], size: int) -> str:
 def show_split(loaded: Loaded, split: str, context: int, mesh: jax.sharding.Mesh) -> None:
   """Prints the metrics of a run's own objective over a whole split of its data.
 
-  Each window of a split reads `context` positions before it again. ValueError where the data has no such split.
+  Each window also reads the `context` positions before it. Raises ValueError if the data has no such split.
   """
   run, rows = loaded.run, sharding.padded_rows(loaded.run.batch)
   data = loaded.open_data()
   if split not in data.stores:
     raise ValueError(f'--split={split} is none of {", ".join(data.stores)}')
   step = validation.make_step(loaded.model.apply, run.objective, loaded.tokenizer)
-  # Only documents have a context; what was stored of rows is stored of those of seed 0, as in training.
+  # Only documents have a context. Stored columns belong to the rows of seed 0, as in training.
   order = {'seed': None, 'context': context} if context else {'seed': 0}
   batches = data.batches(split, run.objective, rows, repeat=False, **order)
   print(f'{split}: {validation.reading(batches)}')

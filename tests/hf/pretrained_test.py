@@ -191,7 +191,7 @@ def test_weights_are_copied_in_blocks_and_the_pages_of_large_ones_given_back():
 
 def test_jax_takes_over_what_is_read_as_it_is():
   for size in (1, 3, 1 << 16):
-    array = weights._aligned((size, 5), jnp.bfloat16)
+    array = weights._empty_aligned((size, 5), jnp.bfloat16)
     array[...] = 1
     assert array.shape == (size, 5) and jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
