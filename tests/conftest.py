@@ -38,8 +38,8 @@ def pytest_terminal_summary(terminalreporter, config):
         row, _, column = name.partition('/')
         table[row][column] = max(value, table[row].get(column, value))
     terminalreporter.write_line(f'{"":34}' + ''.join(f'{column:>10}' for column in columns))
-    for row, found in table.items():
-      cells = [found.get(column, '-') for column in columns]
+    for row, worst in table.items():
+      cells = [worst.get(column, '-') for column in columns]
       terminalreporter.write_line(f'{row:34}' + ''.join(
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
 
@@ -65,19 +65,19 @@ def stopped(tmp_path, monkeypatch):
 
   from lm.train.interrupt import Interrupt
 
-  def stop(at, dead=False, **changes):
-    def asked(self, step):
-      if dead and step == at:
+  def stop(last_step, dead=False, **changes):
+    def stop_requested(self, step):
+      if dead and step == last_step:
         raise InterruptedError('as if killed')
-      return step == at
+      return step == last_step
     with monkeypatch.context() as patch:
-      patch.setattr(Interrupt, 'asked', asked)
+      patch.setattr(Interrupt, 'asked', stop_requested)
       if dead:
         with pytest.raises(InterruptedError):
           go(tmp_path, **changes)
       else:
         result = go(tmp_path, **changes)
-        assert not result.finished and result.step == at == steps_kept(tmp_path)[-1]
+        assert not result.finished and result.step == last_step == steps_kept(tmp_path)[-1]
     return tmp_path
   return stop
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def knobs(*argv):
-  (found, shared), _ = launch.parse([pretrain.experiment, launcher._train], ['pretrain.py', '--validation=0.3', *argv])
-  return {'knobs': found, 'init': shared['init'], 'init_ignore_tokenizer': shared['init_ignore_tokenizer']}
+  (values, shared), _ = launch.parse([pretrain.experiment, launcher._train], ['pretrain.py', '--validation=0.3', *argv])
+  return {'knobs': values, 'init': shared['init'], 'init_ignore_tokenizer': shared['init_ignore_tokenizer']}
 
 
 @pytest.fixture(scope='module')
@@ -55,10 +55,10 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
   if source != 'run':
     pytest.importorskip('tokenizers')
   loaded, texts = load.open_trained(folder / 'run'), f'--text={folder}/new/*.txt'
-  given = load.open_base(str(folder / source))
+  base = load.open_base(str(folder / source))
   for flag in ('init', 'model'):
     run = signature.call(pretrain.experiment, knobs(texts, f'--{flag}={folder / source}')['knobs']).open()
-    assert run.data.tokenizer.fingerprint == given.tokenizer.fingerprint and run.start is None
+    assert run.data.tokenizer.fingerprint == base.tokenizer.fingerprint and run.start is None
     assert run.data.length == run.model.max_length == 16 and run.model.dtype == np.float32
     shapes = lambda model: jax.tree.map(lambda x: x.shape, jax.eval_shape(model.init, jax.random.key(0)))
     assert shapes(run.model) == shapes(loaded.model)

@@ -100,8 +100,8 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
       assert layouts['feed_forward/down/B'] == P(None, None, 'data')
     base, merged, adapters, grads, full = jax.tree.map(np.asarray, (base, merged, adapters, grads, full))
   assert value == pytest.approx(float(full_value), rel=1e-6)
-  found, block = grads['adapters']['blocks']['0'], full['blocks']['0']
-  assert {path[:-2] for path in paths(found)} == set(SHAPES)
+  adapter_grads, block = grads['adapters']['blocks']['0'], full['blocks']['0']
+  assert {path[:-2] for path in paths(adapter_grads)} == set(SHAPES)
   for path, (axes, inputs) in SHAPES.items():
     group, name = path.split('/')
     assert block[group][name].ndim == 1 + len(axes)
@@ -148,8 +148,8 @@ def test_no_gradient_or_copy_of_all_layers_is_ever_made_and_no_state_of_the_opti
   stacked = min(x.size for path, x in paths(base).items() if path.endswith(tuple(SHAPES)))
   step = jax.make_jaxpr(train.make_step(run))(state, batch, {'base': base})
   assert stacked == 32 * 64 * 64 and max(sizes(step.jaxpr)) < stacked / 2
-  trained, kept = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
-  assert trained == 32 * 2 * 7 * (64 + 64) and kept <= 2 * trained + 8   # two moments, and counts
+  trained_size, state_size = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
+  assert trained_size == 32 * 2 * 7 * (64 + 64) and state_size <= 2 * trained_size + 8   # two moments, and counts
 
 
 def test_patterns_choose_matrices_and_tell_what_there_is():
@@ -158,8 +158,8 @@ def test_patterns_choose_matrices_and_tell_what_there_is():
     return sorted({path[:-2] for path in paths(tree)})
   assert adapted('*/query', '*/value') == ['blocks/0/attention/query', 'blocks/0/attention/value']
   assert adapted('embedding') == ['embedding']
-  found = {path.split('/')[-1] for path in adapted(model=OTHER, all=True)}
-  assert found == {'query', 'key', 'value', 'out', 'gate', 'up', 'down', 'query_down', 'query_up', 'key_value_down',
+  names = {path.split('/')[-1] for path in adapted(model=OTHER, all=True)}
+  assert names == {'query', 'key', 'value', 'out', 'gate', 'up', 'down', 'query_down', 'query_up', 'key_value_down',
                    'key_rope', 'key_up', 'value_up'}
   for match in (('*/querry',), ('*/query', '*/norm'), ()):
     with pytest.raises(ValueError, match='no matrix of the model matches; it has blocks/0/attention/key, .*embedding'):

@@ -65,15 +65,15 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
       specs = {'w': jax.P('data', 'model'), 'b': {'c': jax.P('data')}}
       placed = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
       assert describe.fingerprint(placed) == expected
-  seen = {expected}
+  fingerprints = {expected}
   for change in (lambda w: w.__setitem__((3, 2), np.nextafter(w[3, 2], 9)), lambda w: w.__setitem__(slice(2), w[1::-1]),
                  lambda w: w.__setitem__((slice(None), slice(2)), w[:, 1::-1])):
     changed = jax.tree.map(np.copy, params)
     change(changed['w'])
-    seen.add(describe.fingerprint(changed))
-  seen.add(describe.fingerprint({'w': params['w'].T, 'b': params['b']}))
-  seen.add(describe.fingerprint({'v': params['w'], 'b': params['b']}))
-  assert len(seen) == 6
+    fingerprints.add(describe.fingerprint(changed))
+  fingerprints.add(describe.fingerprint({'w': params['w'].T, 'b': params['b']}))
+  fingerprints.add(describe.fingerprint({'v': params['w'], 'b': params['b']}))
+  assert len(fingerprints) == 6
 
 
 def test_a_checkpoint_tells_the_fingerprints_of_its_tokenizer_and_parameters(tmp_path):

@@ -108,9 +108,9 @@ def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, before,
 def test_a_list_of_texts_is_a_corpus(tmp_path):
   texts = [f'{i} and {i * i} and so on' for i in range(60)]
   opened = dataset.Text([*texts, ' '], Bytes(), 16, rules=()).open(tmp_path, lambda line: None)
-  kept = {split: [opened.tokenizer.decode(store[i]) for i in range(len(store))]
-          for split, store in opened.stores.items()}
-  assert sorted(kept['train'] + kept['validation']) == sorted(texts) and 0 < len(kept['validation']) < 20
+  stored = {split: [opened.tokenizer.decode(store[i]) for i in range(len(store))]
+            for split, store in opened.stores.items()}
+  assert sorted(stored['train'] + stored['validation']) == sorted(texts) and 0 < len(stored['validation']) < 20
   sources = [dataset.Text(documents, Bytes(), 16).source for documents in (texts, tuple(texts), texts[::-1])]
   assert sources[0].fingerprint == sources[1].fingerprint != sources[2].fingerprint
   for wrong in ('books/*.txt', iter(texts), 3):

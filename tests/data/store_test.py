@@ -112,10 +112,10 @@ def test_other_settings_are_refused(tmp_path, monkeypatch, finished, setting, ch
   if finished:
     build(folder, rules=rules)
   before = contents(folder)
-  there = json.loads((folder / ('manifest.json' if finished else 'unfinished.json')).read_text())
+  manifest = json.loads((folder / ('manifest.json' if finished else 'unfinished.json')).read_text())
   with pytest.raises(ValueError, match=f'other settings: {setting} .* there, .* here; go back') as e:
     build(folder, **{'rules': rules} | change)
-  assert str(there['settings'][setting]) in str(e.value) and contents(folder) == before
+  assert str(manifest['settings'][setting]) in str(e.value) and contents(folder) == before
 
 
 def test_rules_without_a_lasting_name_are_refused(tmp_path):
@@ -144,15 +144,15 @@ def put(place, value):
   return lambda values: values.__setitem__(place, value)
 
 
-@pytest.mark.parametrize('file, change, said', [
+@pytest.mark.parametrize('file, change, message', [
     ('tokens.bin', put(7, BYTES.vocab_size), f'the id {BYTES.vocab_size}, of a vocabulary of {BYTES.vocab_size}'),
     ('tokens.bin', put(-1, 65_535), 'the id 65535'), ('offsets.npy', put(0, 5), 'offsets'),
     ('offsets.npy', put(3, 10 ** 6), 'offsets'), ('offsets.npy', put(3, -1), 'offsets'),
     ('offsets.npy', put(-1, 3), 'offsets')])
-def test_ids_and_offsets_that_cannot_be_are_noticed_at_opening(tmp_path, file, change, said):
+def test_ids_and_offsets_that_cannot_be_are_noticed_at_opening(tmp_path, file, change, message):
   build(tmp_path)
   damaged(tmp_path, file, change)
-  with pytest.raises(ValueError, match=f'{file} is damaged.*{said}.*delete {tmp_path}, and it is made again'):
+  with pytest.raises(ValueError, match=f'{file} is damaged.*{message}.*delete {tmp_path}, and it is made again'):
     build(tmp_path)
 
 

@@ -67,14 +67,14 @@ def table():
 
 @pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
 def test_each_position_has_what_the_model_says_of_it_in_every_epoch(tmp_path, table, shape):
-  found = batches(tmp_path, shape=shape)
-  assert found.steps_per_epoch > 1
+  stream = batches(tmp_path, shape=shape)
+  assert stream.steps_per_epoch > 1
   rows = []
-  for step in range(3 * found.steps_per_epoch):
-    batch = found(step)
+  for step in range(3 * stream.steps_per_epoch):
+    batch = stream(step)
     np.testing.assert_allclose(batch.columns['reference'], table[batch.tokens, batch.targets], atol=2e-6)
     rows += [row.tobytes() for row in batch.tokens]
-  n = found.rows_per_epoch
+  n = stream.rows_per_epoch
   assert sorted(rows[:n]) == sorted(rows[n:2 * n]) and rows[:n] != rows[n:2 * n]   # the same rows in another order
 
 
@@ -96,10 +96,10 @@ def test_it_goes_on_from_where_it_was_cut_off(tmp_path, monkeypatch):
   killed_at(4)   # two are committed, the third is running
   with pytest.raises(KeyboardInterrupt):
     batches(tmp_path / 'cut')
-  for left in (count - 2, 0):
+  for remaining in (count - 2, 0):
     killed_at(None)
     resumed = batches(tmp_path / 'cut')
-    assert len(composed) == left
+    assert len(composed) == remaining
   assert np.array_equal(resumed.stored['reference'], whole.stored['reference'])
 
 

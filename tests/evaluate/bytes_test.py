@@ -85,8 +85,8 @@ def test_what_is_not_scored_is_not_counted(text, counted):
   params = jax.jit(model.init)(jax.random.key(0))
   loaded = pretrained.Pretrained(model, params, KINDS['byte-level'](), None)
   for bos, size in ((False, counted), (True, len(text.encode()))):
-    found, = text_scores.scored(loaded, [text], None, bos)
-    assert found.size == size
+    scores, = text_scores.scored(loaded, [text], None, bos)
+    assert scores.size == size
 
 
 def test_a_space_in_front_of_a_document_has_no_bytes(tmp_path):
@@ -102,9 +102,9 @@ def test_a_space_in_front_of_a_document_has_no_bytes(tmp_path):
       hidden=jax.numpy.zeros((*batch.tokens.shape, 1)) + params, head=head)
   with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
     step = validation.make_step(apply, next_token(), t)
-    found = validation.evaluate(step, np.float32(0), data.batches('train', next_token(), 2, repeat=False), mesh)
+    metrics = validation.evaluate(step, np.float32(0), data.batches('train', next_token(), 2, repeat=False), mesh)
   expected = tokens * np.log2(t.vocab_size) / sum(len(text.encode()) for text in texts)
-  assert found['bits_per_byte'] == pytest.approx(expected, rel=1e-5)
+  assert metrics['bits_per_byte'] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize('lines, bos, message', [
@@ -131,8 +131,8 @@ def counts_alone(objective):
 def opened(texts, folder, t, length, source_length=None):
   """The texts as they are, each a document, in batches."""
   source = Source('texts', {'train': texts}, repr(texts))
-  made = store.build(folder, source, TextEncoder(t), (), progress=lambda line: None)
-  return dataset.OpenText(made, t, length, source_length)
+  stores = store.build(folder, source, TextEncoder(t), (), progress=lambda line: None)
+  return dataset.OpenText(stores, t, length, source_length)
 
 
 @pytest.fixture(scope='module', params=['next_token', 'prefix', 'masked', 'diffusion'])

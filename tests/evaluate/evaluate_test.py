@@ -60,12 +60,12 @@ def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(data):
-  found = measure(data, np.zeros((V, V), np.float32))
+  metrics = measure(data, np.zeros((V, V), np.float32))
   size = sum(len(text.encode()) for text in map(str.strip, TEXTS))
   tokens = size + len(TEXTS)   # the end of each document is asked too, and has no bytes
-  assert found['nll'] == found['loss'] == pytest.approx(np.log(V), rel=1e-6)
-  assert found['perplexity'] == pytest.approx(V, rel=1e-5) and found['accuracy'] == 1   # no token is likelier
-  assert found['bits_per_byte'] == pytest.approx(np.log2(V) * tokens / size, rel=1e-6)
+  assert metrics['nll'] == metrics['loss'] == pytest.approx(np.log(V), rel=1e-6)
+  assert metrics['perplexity'] == pytest.approx(V, rel=1e-5) and metrics['accuracy'] == 1   # no token is likelier
+  assert metrics['bits_per_byte'] == pytest.approx(np.log2(V) * tokens / size, rel=1e-6)
 
 
 @pytest.fixture(scope='module')
@@ -87,24 +87,24 @@ def by_hand(table):
     ('data:1', 1, {}), ('data:1', 5, {'seed': None}), ('data:1', 16, {'seed': 3}), ('data:8', 8, {}),
     ('data:4,model:2', 8, {'context': 6})])
 def test_metrics_are_those_by_hand_for_any_batch_order_context_and_mesh(data, table, by_hand, mesh, rows, options):
-  found, (nll, tokens, right, size) = measure(data, table, mesh, rows, **options), by_hand
+  metrics, (nll, tokens, right, size) = measure(data, table, mesh, rows, **options), by_hand
   expected = {'loss': nll / tokens, 'nll': nll / tokens, 'perplexity': np.exp(nll / tokens),
               'bits_per_byte': nll / np.log(2) / size, 'accuracy': right / tokens}
-  assert found == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+  assert metrics == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
 def test_the_loss_is_the_objectives_and_the_other_metrics_are_not(data, table, by_hand):
-  found, (nll, tokens, *_) = measure(data, table, denominator=objective.sequence_mean), by_hand
+  metrics, (nll, tokens, *_) = measure(data, table, denominator=objective.sequence_mean), by_hand
   pieces = sum(int(row.max()) for row in data.batches('validation', next_token(), 99, repeat=False)(0).segments)
-  assert found['loss'] == pytest.approx(nll / pieces, rel=1e-5)
-  assert found['nll'] == pytest.approx(nll / tokens, rel=1e-5)
+  assert metrics['loss'] == pytest.approx(nll / pieces, rel=1e-5)
+  assert metrics['nll'] == pytest.approx(nll / tokens, rel=1e-5)
 
 
 def test_a_limit_evaluates_the_first_batches_alone(data, table):
   first = data.batches('validation', next_token(), 2, repeat=False)(0)
-  logits, asked = table.astype(np.float64), first.weights > 0
+  logits, weighted = table.astype(np.float64), first.weights > 0
   nll = np.log(np.exp(logits[first.tokens]).sum(-1)) - logits[first.tokens, first.targets]
-  assert measure(data, table, rows=2, limit=1)['nll'] == pytest.approx(nll[asked].mean(), rel=1e-5)
+  assert measure(data, table, rows=2, limit=1)['nll'] == pytest.approx(nll[weighted].mean(), rel=1e-5)
 
 
 def test_nothing_to_evaluate_is_refused(data):
@@ -130,9 +130,9 @@ def test_nothing_to_evaluate_is_refused(data):
 def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
   texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
   with meshes.on(mesh):
-    found = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts, positions=16)
+    results = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts, positions=16)
   logits = table.astype(np.float64)
-  for tokens, scores in zip(texts, found, strict=True):
+  for tokens, scores in zip(texts, results, strict=True):
     expected = [logits[a, b] - np.log(np.exp(logits[a]).sum()) for a, b in itertools.pairwise(tokens)]
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
@@ -151,10 +151,10 @@ def test_every_token_of_a_long_text_has_half_a_window_before_it():
   lengths = [2, 8, 9, 13, 14, 30]
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     texts = evaluate.log_probabilities(Counter(), None, [np.zeros(length, np.int32) for length in lengths])
-  for length, found in zip(lengths, texts, strict=True):
-    seen = np.rint(np.log(np.expm1(-found.astype(np.float64))))   # inverts -log(1 + e^t)
-    assert np.array_equal(seen[:8], np.arange(min(8, length - 1)))
-    assert (seen[8:] >= 4).all() and (seen < 8).all() and len(found) == length - 1
+  for length, scores in zip(lengths, texts, strict=True):
+    context = np.rint(np.log(np.expm1(-scores.astype(np.float64))))   # inverts -log(1 + e^t)
+    assert np.array_equal(context[:8], np.arange(min(8, length - 1)))
+    assert (context[8:] >= 4).all() and (context < 8).all() and len(scores) == length - 1
 
 
 def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
@@ -163,8 +163,8 @@ def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
     together = evaluate.log_probabilities(model, params, texts, positions=48)
-    for tokens, found in zip(texts, together):
-      np.testing.assert_allclose(found, evaluate.log_probabilities(model, params, [tokens])[0], atol=1e-5)
+    for tokens, scores in zip(texts, together):
+      np.testing.assert_allclose(scores, evaluate.log_probabilities(model, params, [tokens])[0], atol=1e-5)
     tokens = texts[2]
     logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(Batch(tokens[None, :-1]))
     expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(16), tokens[1:]]
@@ -175,11 +175,11 @@ def test_compressors_are_those_of_the_command_line():
   rng = np.random.default_rng(0)
   words = [bytes(rng.integers(97, 123, size=7).astype(np.uint8)) for _ in range(300)]
   text, training = (b' '.join(words[i] for i in rng.integers(300, size=n)) for n in (400, 3000))
-  found = compression.compress(text, training)
+  bits = compression.compress(text, training)
   size = {'gzip -9': gzip.compress(text, 9), 'bzip2 -9': bz2.compress(text, 9)}
-  assert {name: found[name][0] for name in size} == {name: 8 * len(data) / len(text) for name, data in size.items()}
-  assert found['xz -9'][0] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), rel=0.01)
-  assert all(0 < primed < 0.8 * alone for alone, primed in found.values())
+  assert {name: bits[name][0] for name in size} == {name: 8 * len(data) / len(text) for name, data in size.items()}
+  assert bits['xz -9'][0] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), rel=0.01)
+  assert all(0 < primed < 0.8 * alone for alone, primed in bits.values())
   again = compression.compress(training[-400:], training)   # all is known already: hardly anything is left to say
   assert max(again['gzip -9'][1], again['xz -9'][1]) < 0.5
 

@@ -65,19 +65,19 @@ def test_a_reward_is_the_score_at_the_last_token_in_any_company(judge):
 
 
 def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, opened, capsys):
-  given = judge.pairs(PAIRS, messages.Keys())
-  assert 0 < given.accuracy < 1
+  scores = judge.pairs(PAIRS, messages.Keys())
+  assert 0 < scores.accuracy < 1
   (opened / 'pairs.jsonl').write_text('\n'.join(PAIRS))
   score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='data:8')
   lines = capsys.readouterr().out.splitlines()
-  assert lines[-1] == f'9 pairs: {given.accuracy:.1%} right, margin {given.margin:.4f}'
-  assert sum('wrong' in line for line in lines) == sum(given.chosen <= given.rejected)
+  assert lines[-1] == f'9 pairs: {scores.accuracy:.1%} right, margin {scores.margin:.4f}'
+  assert sum('wrong' in line for line in lines) == sum(scores.chosen <= scores.rejected)
   score.score(workdir=opened / 'reward', split='validation', mesh='data:8')
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('validation: all 1 batches of 8 rows of 64 positions')
   metrics = dict(line.split() for line in lines if len(line.split()) == 2)
-  assert float(metrics['preference/accuracy']) == pytest.approx(given.accuracy, abs=1e-4)
-  assert float(metrics['preference/margin']) == pytest.approx(given.margin, abs=2e-3)
+  assert float(metrics['preference/accuracy']) == pytest.approx(scores.accuracy, abs=1e-4)
+  assert float(metrics['preference/margin']) == pytest.approx(scores.margin, abs=2e-3)
   assert not {'bits_per_byte', 'perplexity', 'nll'} & set(metrics)
 
 

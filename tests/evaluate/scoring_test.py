@@ -78,13 +78,13 @@ def test_scores_of_pairs_are_the_loss_of_transformers(folders, transformers):
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(folders / 't5').eval()
   loaded = pretrained.load(str(folders / 't5'))
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (PAD, EOS)
-  found = text_scores.scored(loaded, TARGETS, SOURCES, True)
-  for source, target, each in zip(encoded(SOURCES), encoded(TARGETS), found, strict=True):
+  scores = text_scores.scored(loaded, TARGETS, SOURCES, True)
+  for source, target, each in zip(encoded(SOURCES), encoded(TARGETS), scores, strict=True):
     assert each.tokens == target.tolist()   # the end too
     with torch.inference_mode():
       loss = theirs(input_ids=torch.tensor(source[None]).long(), labels=torch.tensor(target[None]).long()).loss.item()
     assert np.mean(each.scores) == pytest.approx(-loss, abs=1e-5) and loss > 1
-  assert [each.size for each in found] == [len(text.encode()) for text in TARGETS]
+  assert [each.size for each in scores] == [len(text.encode()) for text in TARGETS]
 
 
 @pytest.fixture(scope='module')
@@ -109,9 +109,9 @@ def test_a_pair_in_company_scores_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
   before = scoring._log_probabilities._cache_size()
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
-    found = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, 256, sources)
+    scores = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, 256, sources)
   assert scoring._log_probabilities._cache_size() - before == 1
-  for a, b in zip(found, expected, strict=True):
+  for a, b in zip(scores, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -132,12 +132,12 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
   loaded, sources = pretrained.load(str(folders / 't5')), encoded(SOURCES)
   ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids).long() for ids in sources], True, PAD)
   mask = torch.arange(ids.shape[1])[None] < torch.tensor(list(map(len, sources)))[:, None]
-  made = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=20, do_sample=False).numpy()[:, 1:]
+  generated = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=20, do_sample=False).numpy()[:, 1:]
   texts = [TOKENIZER.encode(text) for text in SOURCES]
   request = completion.Request(loaded.model, loaded.params, loaded.tokenizer, generate.Sampling(0.), 20, 0)
   pieces = completion.complete(request, texts, completion.prompt_batch(loaded.model, texts, loaded.tokenizer))
   ours = [np.concatenate(row) for row in zip(*pieces)]
-  for a, b in zip(ours, made, strict=True):
+  for a, b in zip(ours, generated, strict=True):
     end = [*b.tolist(), EOS].index(EOS)
     np.testing.assert_array_equal(a[:end], b[:end])
     assert len(set(b[:end].tolist())) > 2   # else this tests little
@@ -174,8 +174,8 @@ def test_what_is_exported_says_what_the_decoder_starts_with(tmp_path, transforme
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / 'out')
   with torch.inference_mode():
     loss = theirs.eval()(input_ids=torch.tensor([[5, 6, EOS]]), labels=torch.tensor([[7, 8, EOS]])).loss.item()
-  found, = evaluate.log_probabilities(model, params, [np.int32([BOS, 7, 8, EOS])], sources=[np.int32([5, 6, EOS])])
-  assert np.mean(found) == pytest.approx(-loss, abs=1e-5)
+  scores, = evaluate.log_probabilities(model, params, [np.int32([BOS, 7, 8, EOS])], sources=[np.int32([5, 6, EOS])])
+  assert np.mean(scores) == pytest.approx(-loss, abs=1e-5)
 
 
 # Encoders.
@@ -185,8 +185,8 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
   import torch
   theirs = transformers.BertForMaskedLM.from_pretrained(folders / 'bert').eval()
   loaded, texts = pretrained.load(str(folders / 'bert')), ['a', 'some words', 'as long as may be, ' * 2, '']
-  found = text_scores.scored(loaded, texts, None, True)
-  for text, each in zip(texts, found, strict=True):
+  scores = text_scores.scored(loaded, texts, None, True)
+  for text, each in zip(texts, scores, strict=True):
     ids = torch.tensor([BOS, *TOKENIZER.encode(text), EOS])
     assert each.tokens == ids[1:-1].tolist() and each.size == len(text)
     for i, value in enumerate(each.scores, 1):
@@ -203,8 +203,8 @@ def test_a_text_in_company_has_the_pseudo_log_probabilities_it_has_alone(mesh_sh
   params, texts = random_params(model), [rng.integers(V, size=n) for n in (3, 48, 2, 17, 0, 5, 30)]
   alone = [evaluate.pseudo_log_probabilities(model, params, [text], MASK)[0] for text in texts]
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
-    found = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK, positions=128)
-  for a, b, text in zip(found, alone, texts, strict=True):
+    scores = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK, positions=128)
+  for a, b, text in zip(scores, alone, texts, strict=True):
     assert len(a) == max(len(text) - 2, 0)
     np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -215,7 +215,7 @@ def test_no_score_sees_its_own_token():
   params = random_params(model)
   both = [evaluate.pseudo_log_probabilities(model, params, [np.where(text == 4, token, text) for token in tokens], MASK)
           for tokens in ([range(0, V, 2), range(1, V, 2)][i] for i in (0, 1))]
-  mass = sum(np.exp(found[3], dtype=np.float64) for half in both for found in half)
+  mass = sum(np.exp(scores[3], dtype=np.float64) for half in both for scores in half)
   assert mass == pytest.approx(1, abs=1e-4)   # a sum over the vocabulary: it is one distribution
 
 

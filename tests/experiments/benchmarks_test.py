@@ -51,20 +51,20 @@ def test_what_is_missing_is_told(capsys):
 
 
 def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
-  seen = []
-  monkeypatch.setattr(np, 'max', lambda part: seen.append(part.nbytes))
+  sizes = []
+  monkeypatch.setattr(np, 'max', lambda part: sizes.append(part.nbytes))
   go, _ = interleaved.read_memory(4_000, 3)
   go()
-  assert sum(seen) == 12_000
+  assert sum(sizes) == 12_000
 
 
 @pytest.mark.slow
 def test_ours_is_measured():
   flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
-  done = subprocess.run([sys.executable, SCRIPT, *flags.split()], env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  rows = re.findall(r'^  ours +([\d,]+) +1.00 .* ([\d,]+)$', done.stdout, re.MULTILINE)
+  process = subprocess.run([sys.executable, SCRIPT, *flags.split()], env=environment, capture_output=True, text=True)
+  assert process.returncode == 0, process.stderr
+  rows = re.findall(r'^  ours +([\d,]+) +1.00 .* ([\d,]+)$', process.stdout, re.MULTILINE)
   # Weights by hand: 512 tokens and 32 positions of width 64, 2 layers, the last norm. The pipeline has none.
   weights = (512 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
   assert [int(number.replace(',', '')) for _, number in rows] == [weights, 0]
@@ -81,11 +81,11 @@ def test_each_objective_of_the_table_is_made_examples_of_and_traced():
   shape = interleaved.SHAPES['tiny']
   for row in module.rows(shape).values():
     batch = module.batches_of(row, shape)(0)
-    stored = {name: np.zeros((*batch.tokens.shape, *more), dtype) for name, (dtype, more) in row.columns.items()}
+    stored = {name: np.zeros((*batch.tokens.shape, *suffix), dtype) for name, (dtype, suffix) in row.columns.items()}
     run = train.Run(row.model, row.objective, None, None, steps=1, batch=shape.batch, constants=row.constants)
     params = {**jax.eval_shape(row.model.init, jax.random.key(0)), **train.abstract_constants(run)}
-    given = batch._replace(columns={**(batch.columns or {}), **stored} or None)
+    annotated = batch._replace(columns={**(batch.columns or {}), **stored} or None)
     loss, weight, sums = jax.eval_shape(lambda *args, row=row: row.objective.loss(row.model.apply, *args, None), params,
-                                        given)
+                                        annotated)
     assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
     assert 0 < module.count_tokens(batch) <= 2 * batch.tokens.size

@@ -77,7 +77,7 @@ def scripts():
 
 def names(experiments: bool) -> list[str]:
   has = {name: re.search(r'^def experiment\(', path.read_text(), re.MULTILINE) for name, path in SCRIPTS.items()}
-  return sorted(name for name, found in has.items() if bool(found) is experiments)
+  return sorted(name for name, value in has.items() if bool(value) is experiments)
 
 
 @pytest.fixture(scope='module')
@@ -376,11 +376,11 @@ def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_p
                                     f'--workdir={tmp_path}/run'])
   launch.run(scripts['pretrain'].experiment)
   run, shown = tmp_path / 'run', {}
-  for given in ({'model': str(run)}, {'workdir': run}):
+  for reference in ({'model': str(run)}, {'workdir': run}):
     capsys.readouterr()
-    scripts['score'].score(**given, text='some text')
-    scripts['generate'].main(**given, prompt='some', max_tokens=4)
-    scripts['export_hf'].main(**given, out=tmp_path / f'out-{len(shown)}')
+    scripts['score'].score(**reference, text='some text')
+    scripts['generate'].main(**reference, prompt='some', max_tokens=4)
+    scripts['export_hf'].main(**reference, out=tmp_path / f'out-{len(shown)}')
     shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
   assert shown[0] == shown[1] and 'bits a byte' in shown[0]
   student = signature.call(scripts['distill'].experiment, teacher=str(run), student=str(run), length=16).open()

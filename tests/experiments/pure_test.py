@@ -116,9 +116,9 @@ def built(tmp_path_factory) -> list[str]:
   paths = os.pathsep.join(map(str, (ROOT, ROOT / 'experiments', folder)))
   environment = {name: value for name, value in os.environ.items() if not name.startswith(('JAX', 'XLA'))}
   cases = json.dumps([*CASES, *((name, {}) for name in IMPURE)])
-  done = subprocess.run([sys.executable, '-B', '-c', SCRIPT, cases], capture_output=True, text=True, cwd=folder,
-                        env={**environment, 'PYTHONPATH': paths, 'JAX_PLATFORMS': 'cuda'})
-  return [*done.stdout.splitlines(), done.stderr]
+  process = subprocess.run([sys.executable, '-B', '-c', SCRIPT, cases], capture_output=True, text=True, cwd=folder,
+                           env={**environment, 'PYTHONPATH': paths, 'JAX_PLATFORMS': 'cuda'})
+  return [*process.stdout.splitlines(), process.stderr]
 
 
 def test_the_run_of_every_experiment_is_built_without_files_and_devices(built):

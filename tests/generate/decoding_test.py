@@ -60,18 +60,18 @@ def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
   """Prompts take 32 slots (the longest has 28 tokens), and the cache is made in steps of 64."""
   model, params = model_of(transformer.gpt2)
   count = slots - 32
-  made = tokens_of(model, params, PROMPTS, GREEDY, count)
+  generated = tokens_of(model, params, PROMPTS, GREEDY, count)
 
   @jax.jit
   def forward(params, tokens):
     out = model.apply(params, Batch(tokens))
     return out.head(out.hidden)
 
-  rows = [[Bytes.bos_id, *prompt.encode(), *row] for prompt, row in zip(PROMPTS, made)]
+  rows = [[Bytes.bos_id, *prompt.encode(), *row] for prompt, row in zip(PROMPTS, generated)]
   logits = forward(params, np.stack([np.pad(row, (0, 128 - len(row))) for row in np.array(rows, object)]).astype('i4'))
   assert max(map(len, rows)) <= model.max_length
-  for row, given, text in zip(made, logits, rows):
-    best = np.argmax(given[:, :Bytes.vocab_size], axis=-1)[len(text) - count - 1:len(text) - 1]
+  for row, row_logits, text in zip(generated, logits, rows):
+    best = np.argmax(row_logits[:, :Bytes.vocab_size], axis=-1)[len(text) - count - 1:len(text) - 1]
     end = np.argmax(row == Bytes.eos_id) + 1 if Bytes.eos_id in row else count
     np.testing.assert_array_equal(row[:end], best[:end])
 
@@ -98,8 +98,8 @@ def test_what_is_written_fits_the_cache(slots):
   class Six(Bytes):
     vocab_size, bos_id, eos_id = 6, 0, 77   # never ends
 
-  made = tokens_of(Counts(), None, [''], GREEDY, slots - 16, tokenizer=Six())
-  assert made.shape == (1, slots - 16) and (made == 1).all()
+  generated = tokens_of(Counts(), None, [''], GREEDY, slots - 16, tokenizer=Six())
+  assert generated.shape == (1, slots - 16) and (generated == 1).all()
 
 
 def best_next(model, params, text, padded=64):
@@ -118,9 +118,9 @@ def test_text_past_the_original_context_is_that_of_full_forwards():
   block = block.clone(attention=block.attention.clone(rotary=rotary))
   model = model.clone(blocks=stack.stacks([block] * 2))
   prompts = [np.int32([*text.encode()]) for text in PROMPTS[:3]]   # 9, 1 and 28 tokens with bos
-  made = generate.tokens(model, params, Bytes(), prompts, GREEDY, max_tokens=30)
+  generated = generate.tokens(model, params, Bytes(), prompts, GREEDY, max_tokens=30)
   passed = 0
-  for prompt, row in zip(prompts, made):
+  for prompt, row in zip(prompts, generated):
     text = [256, *prompt]
     for token in row:
       assert token == best_next(model, params, text), len(text)
@@ -146,8 +146,8 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
   tokenizer, prompt = Endless(), 'def f(x):'
   assert generate.room(model, tokenizer, [prompt]) == 14
   ids = [np.int32([*prompt.encode()])]
-  made, = generate.tokens(model, params, tokenizer, ids, GREEDY)
-  assert len(made) == 14
+  generated, = generate.tokens(model, params, tokenizer, ids, GREEDY)
+  assert len(generated) == 14
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
     generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=15)
   text = [256, *ids[0]]
@@ -156,9 +156,9 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
     batch = completion.prompt_batch(model, [np.int32(text)], tokenizer, adds_bos=False)
     return np.concatenate([row for row, in completion.complete_past_context(request, [np.int32(text)], batch)])
 
-  made = past(GREEDY, 40)
+  generated = past(GREEDY, 40)
   read = list(text)
-  for token in made:
+  for token in generated:
     if len(read) >= 24:
       read = [256, *read[-12:]]
     assert token == best_next(model, params, read, 24)
@@ -166,7 +166,7 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
   never = generate.Sampling(temperature=0, repetition_penalty=1e9)   # no token again, also of what was left behind
   assert len({*text, *past(never, 60).tolist()}) == len({*text}) + 60
   assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
-      ''.join(text_of(made, tokenizer, prompt=ids[0]))]
+      ''.join(text_of(generated, tokenizer, prompt=ids[0]))]
 
 
 def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
@@ -175,11 +175,11 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes())
   monkeypatch.setattr(pretrained, 'load', lambda name: opened)
 
-  def said(**flags):
+  def warning(**flags):
     generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='data:8', **flags)
     return capsys.readouterr().err
-  line = said()
+  line = warning()
   assert line == 'up to 14 tokens, to the end of the context; --window goes on past it\n'
-  assert said(window=True) == said(max_tokens=14) == ''
+  assert warning(window=True) == warning(max_tokens=14) == ''
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
-    said(max_tokens=15)
+    warning(max_tokens=15)

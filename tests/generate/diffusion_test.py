@@ -30,8 +30,8 @@ class Exact(transformer.LanguageModel):
   def apply(self, params, batch, *, key=None, cache=None):
     def row(tokens):
       start = jnp.argmax(tokens == BOS) + 1
-      at = jax.lax.dynamic_slice(tokens, (start,), (LENGTH,))
-      agrees = (at[:, None] == MASK) | (at[:, None] == jnp.arange(VOCAB)[None])
+      block = jax.lax.dynamic_slice(tokens, (start,), (LENGTH,))
+      agrees = (block[:, None] == MASK) | (block[:, None] == jnp.arange(VOCAB)[None])
       others = jnp.where(jnp.eye(LENGTH, dtype=bool)[..., None], True, agrees[None])
       tables = jnp.einsum('abc,na,nb,nc->nabc', params, *jnp.moveaxis(others.astype('f4'), 1, 0))
       p = jnp.stack([tables[i].sum(tuple({0, 1, 2} - {i})) for i in range(LENGTH)])
@@ -78,16 +78,16 @@ def expected_bound(params):
   """Of each text, in nats, exactly: the loss of the objective over all sets."""
   @jax.jit
   def one(tokens, importance, target):
-    asked = jnp.arange(LENGTH + 1)[None] > 0
-    batch = Batch(tokens[None], target[None], asked.astype('f4'), columns={'importance': importance[None]})
+    counted = jnp.arange(LENGTH + 1)[None] > 0
+    batch = Batch(tokens[None], target[None], counted.astype('f4'), columns={'importance': importance[None]})
     return loss_of(Exact().apply, params, batch)[0]
 
-  found = []
+  bounds = []
   for text in TEXTS:
     tokens, weights, shares = every_set(text)
     losses = jax.vmap(one, in_axes=(0, 0, None))(tokens, weights, jnp.int32([BOS, *text]))
-    found.append(float(np.dot(shares, losses)))
-  return np.array(found)
+    bounds.append(float(np.dot(shares, losses)))
+  return np.array(bounds)
 
 
 def test_the_expected_loss_bounds_the_likelihood_and_is_it_where_the_conditionals_are_exact():
@@ -127,14 +127,14 @@ def test_conditionals_that_do_not_agree_give_a_looser_bound():
 
 def test_the_likelihood_of_a_text_is_estimated():
   texts = [np.int32([BOS, *text]) for text in TEXTS[:6]]
-  found = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=512)
-  np.testing.assert_allclose(found, np.log(JOINT.ravel()[:6]), atol=0.15)
+  estimates = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=512)
+  np.testing.assert_allclose(estimates, np.log(JOINT.ravel()[:6]), atol=0.15)
   with jax.set_mesh(sharding.make_mesh('data:8')):
     again = unmask.log_likelihood(Exact(), JOINT, texts[:1], MASK, draws=512)
-  np.testing.assert_allclose(again, found[:1], rtol=1e-5)
-  given = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # one token, given all others
+  np.testing.assert_allclose(again, estimates[:1], rtol=1e-5)
+  conditional = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # one token, conditional all others
   table = JOINT[0, 0] / JOINT[0, 0].sum()
-  np.testing.assert_allclose(given[:3], np.log(table), rtol=1e-4)
+  np.testing.assert_allclose(conditional[:3], np.log(table), rtol=1e-4)
   assert unmask.log_likelihood(Exact(), JOINT, [np.int32([BOS])], MASK).tolist() == [0]
   with pytest.raises(ValueError, match='17 tokens is more than the 16'):
     unmask.log_likelihood(Exact(), JOINT, [np.zeros(17, np.int32)], MASK)
@@ -174,9 +174,9 @@ def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
 
 def test_of_a_dialogue_what_is_asked_for_is_masked():
   objective = masked_diffusion(needs=Dialogue)
-  asked = np.array([False, False, True, True])
+  loss_mask = np.array([False, False, True, True])
   for seed in range(20):
-    piece = Dialogue(np.int32([BOS, 0, 1, 2]), asked)
+    piece = Dialogue(np.int32([BOS, 0, 1, 2]), loss_mask)
     example = objective.forms[0].example(piece, np.random.default_rng(seed), SPECIAL)
     assert (example.tokens[:2] == [BOS, 0]).all() and (example.tokens == MASK).any()
     assert example.weights.tolist() == [0, 0, 1, 1] and objective.needs is Dialogue
@@ -252,8 +252,8 @@ def test_the_loss_is_the_same_on_a_mesh():
   batch = batch_of([[a, b], [b]])
   expected, grads = value_and_grad(params(), batch)
   with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
-    found, other = value_and_grad(placed(MODEL, params()), sharding.shard_rows(batch, jax.sharding.get_mesh()))
-  assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    loss, other = value_and_grad(placed(MODEL, params()), sharding.shard_rows(batch, jax.sharding.get_mesh()))
+  assert float(loss) == pytest.approx(float(expected), rel=1e-5)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), grads, other)
 
 
@@ -262,8 +262,8 @@ def test_the_loss_is_the_same_on_a_mesh():
 DRAWS = 4096
 
 
-def draw(how, prompts=('',) * DRAWS, length=LENGTH, seed=0):
-  return unmask.generate(Exact(), JOINT, Three(), list(prompts), how, length=length, seed=seed)
+def draw(denoising, prompts=('',) * DRAWS, length=LENGTH, seed=0):
+  return unmask.generate(Exact(), JOINT, Three(), list(prompts), denoising, length=length, seed=seed)
 
 
 def chi_square(counts, p):
@@ -276,32 +276,32 @@ def chi_square(counts, p):
 
 @pytest.mark.parametrize('blocks', [1, 3], ids=['any order', 'left to right'])
 def test_one_token_at_a_time_draws_the_exact_distribution(blocks):
-  how = unmask.Denoising(3, blocks, unmask.random)
-  found = np.array([int(text, 3) for text in draw(how)])
-  value, degrees = chi_square(np.bincount(found, minlength=27), JOINT.ravel().astype('f8'))
+  denoising = unmask.Denoising(3, blocks, unmask.random)
+  drawn = np.array([int(text, 3) for text in draw(denoising)])
+  value, degrees = chi_square(np.bincount(drawn, minlength=27), JOINT.ravel().astype('f8'))
   assert value < degrees + 3.7 * np.sqrt(2 * degrees)   # 1 in 1000 and less
-  assert len(set(draw(how, seed=1)[:50])) > 1 and draw(how, seed=1)[:50] != draw(how)[:50]
+  assert len(set(draw(denoising, seed=1)[:50])) > 1 and draw(denoising, seed=1)[:50] != draw(denoising)[:50]
 
 
 def test_all_tokens_at_once_are_drawn_apart():
-  found = np.array([[int(c) for c in text] for text in draw(unmask.Denoising(1))])
+  drawn = np.array([[int(c) for c in text] for text in draw(unmask.Denoising(1))])
   apart = np.einsum('i,j,k->ijk', *(JOINT.sum(axis) for axis in ((1, 2), (0, 2), (0, 1))))
-  value, degrees = chi_square(np.bincount(found @ [9, 3, 1], minlength=27), apart.ravel() / apart.sum())
+  value, degrees = chi_square(np.bincount(drawn @ [9, 3, 1], minlength=27), apart.ravel() / apart.sum())
   assert value < degrees + 3.7 * np.sqrt(2 * degrees)
 
 
 def test_low_confidence_keeps_the_most_probable_token_each_time():
   """Greedy: by hand, the token whose marginal is the largest first, then given it."""
   text, = draw(unmask.Denoising(3, sampling=Sampling(0.)), [''])
-  known = {}
+  revealed = {}
   for _ in range(3):
-    index = tuple(known.get(i, slice(None)) for i in range(3))
+    index = tuple(revealed.get(i, slice(None)) for i in range(3))
     table = JOINT[index]
-    free = [i for i in range(3) if i not in known]
+    free = [i for i in range(3) if i not in revealed]
     marginals = {i: table.sum(tuple(set(range(len(free))) - {n})) / table.sum() for n, i in enumerate(free)}
     best = max(free, key=lambda i: marginals[i].max())
-    known[best] = int(marginals[best].argmax())
-  assert text == ''.join(str(known[i]) for i in range(3))
+    revealed[best] = int(marginals[best].argmax())
+  assert text == ''.join(str(revealed[i]) for i in range(3))
 
 
 def test_prompts_are_kept_and_a_completion_does_not_depend_on_its_company():
@@ -309,12 +309,12 @@ def test_prompts_are_kept_and_a_completion_does_not_depend_on_its_company():
   rng = np.random.default_rng(3)
   weights = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
                          jax.eval_shape(model.init, jax.random.key(0)))
-  how = unmask.Denoising(4, 2)
-  make = functools.partial(unmask.generate, model, weights, words, denoising=how, length=8, seed=1)
+  denoising = unmask.Denoising(4, 2)
+  make = functools.partial(unmask.generate, model, weights, words, denoising=denoising, length=8, seed=1)
   together = make(['ab', '', 'ab', 'a longer one'])
   assert together[0] == make(['ab'])[0] != together[2] and together[1] == make([''])[0]
   with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
-    assert unmask.generate(model, placed(model, weights), words, ['ab', '', 'ab'], how, length=8,
+    assert unmask.generate(model, placed(model, weights), words, ['ab', '', 'ab'], denoising, length=8,
                               seed=1) == together[:3]
 
 
@@ -323,12 +323,12 @@ def test_a_completion_ends_at_eos():
 
 
 def test_bad_requests_are_refused_in_words():
-  for error, how, length in [('steps=3 are not a positive multiple of blocks=2', lambda: unmask.Denoising(3, 2), 3),
-                             ('repetition_penalty=2', lambda: unmask.Denoising(sampling=Sampling(
+  for error, make, length in [('steps=3 are not a positive multiple of blocks=2', lambda: unmask.Denoising(3, 2), 3),
+                              ('repetition_penalty=2', lambda: unmask.Denoising(sampling=Sampling(
                                  repetition_penalty=2.)), 3),
-                             ('length=3 must be a multiple of blocks=2', lambda: unmask.Denoising(2, 2), 3),
-                             ('at least steps=4', lambda: unmask.Denoising(4), 3),
-                             ('length=16 are more than the 16', lambda: unmask.Denoising(1), 16)]:
+                              ('length=3 must be a multiple of blocks=2', lambda: unmask.Denoising(2, 2), 3),
+                              ('at least steps=4', lambda: unmask.Denoising(4), 3),
+                              ('length=16 are more than the 16', lambda: unmask.Denoising(1), 16)]:
     with pytest.raises(ValueError, match=error):
-      draw(how(), [''], length)
+      draw(make(), [''], length)
   assert draw(unmask.Denoising(1), []) == []

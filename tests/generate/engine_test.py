@@ -86,10 +86,10 @@ def serve(engine, requests, rows=2, count=1):
         record(running[row], 0, tokens)
         state = engine.insert(state, new, [row])
     state, tokens = engine.step(state, count)
-    done = np.asarray(state.ended_B)
+    finished = np.asarray(state.ended_B)
     for row, request in list(running.items()):
       record(request, row, tokens)
-      if done[row]:
+      if finished[row]:
         del running[row]
   return written
 
@@ -112,10 +112,10 @@ def test_rows_that_join_and_leave_are_as_they_are_alone(name):
       expected, = generate.tokens(model, params, Bytes(), [np.int32(source)], sampling, max_tokens=limit, seed=seed)
       assert expected.tolist() == [i for i in ids if i != EOS]
     if model.reads_source:
-      found, = evaluate.log_probabilities(model, params, [np.int32([BOS, *ids])], sources=[np.int32([*source, EOS])])
+      full, = evaluate.log_probabilities(model, params, [np.int32([BOS, *ids])], sources=[np.int32([*source, EOS])])
     else:
-      found, = evaluate.log_probabilities(getattr(model, 'trunk', model), params, [np.int32([BOS, *source, *ids])])
-    np.testing.assert_allclose(scores, found[-len(ids):], rtol=0, atol=1e-5)
+      full, = evaluate.log_probabilities(getattr(model, 'trunk', model), params, [np.int32([BOS, *source, *ids])])
+    np.testing.assert_allclose(scores, full[-len(ids):], rtol=0, atol=1e-5)
 
 
 def test_settings_and_lengths_share_one_step():
@@ -169,11 +169,11 @@ def test_rows_join_on_a_mesh():
 @pytest.mark.slow
 def test_filters_of_rows_are_those_of_each_row():
   rng = np.random.default_rng(0)
-  logits, seen = rng.normal(0, 3, (len(REQUESTS), 40)).astype('f4'), rng.random((len(REQUESTS), 40)) < 0.3
+  logits, present = rng.normal(0, 3, (len(REQUESTS), 40)).astype('f4'), rng.random((len(REQUESTS), 40)) < 0.3
   samplings = [sampling for _, sampling, _, _ in REQUESTS]
-  rows = generate.process(logits, generate.settings(samplings, [0] * len(logits), np.arange(len(logits))), seen)
+  rows = generate.process(logits, generate.settings(samplings, [0] * len(logits), np.arange(len(logits))), present)
   for row, sampling in enumerate(samplings):
-    alone = generate.process(logits[row:row + 1], sampling, seen[row:row + 1])
+    alone = generate.process(logits[row:row + 1], sampling, present[row:row + 1])
     np.testing.assert_array_equal(rows[row:row + 1], alone)
 
 

@@ -34,7 +34,7 @@ def tiny(mesh=None):
   return make(kv_heads=2, tied=False, mesh=mesh)
 
 
-def kept(logits):
+def places_of(logits):
   return np.flatnonzero(np.isfinite(logits[0])).tolist()
 
 
@@ -42,8 +42,8 @@ def kept(logits):
 
 
 def test_penalty_and_temperature_match_published_numbers():
-  seen = np.isin(np.arange(6), [0, 3, 4])[None]
-  np.testing.assert_allclose(generate.process(LOGITS[None], generate.Sampling(repetition_penalty=1.2), seen)[0],
+  present = np.isin(np.arange(6), [0, 3, 4])[None]
+  np.testing.assert_allclose(generate.process(LOGITS[None], generate.Sampling(repetition_penalty=1.2), present)[0],
                              [1.666667, 1, 0.5, 0, -1.2, -3], rtol=1e-6)
   np.testing.assert_allclose(generate.process(LOGITS[None], generate.Sampling(temperature=0.7))[0],
                              [2.857143, 1.428571, 0.714286, 0, -1.428571, -4.285714], rtol=1e-6)
@@ -59,12 +59,12 @@ def test_penalty_and_temperature_match_published_numbers():
 ])
 def test_filters_keep_the_published_tokens(logits, sampling, expected):
   rows = np.stack([logits, logits[::-1]])
-  assert kept(generate.process(rows, generate.Sampling(**sampling))) == list(expected)
+  assert places_of(generate.process(rows, generate.Sampling(**sampling))) == list(expected)
 
 
 def test_filters_undo_the_sort():
   order = np.random.default_rng(0).permutation(6)
-  assert sorted(order[kept(generate.keep_top_p(LOGITS[None, order], 0.9))]) == [0, 1, 2, 3]
+  assert sorted(order[places_of(generate.keep_top_p(LOGITS[None, order], 0.9))]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(('name', 'value', 'allowed'), [
@@ -104,12 +104,12 @@ def sample_table(sampling, rows=512, n=32):
     (generate.Sampling(top_k=3), np.where(np.arange(6) < 3, LOGITS, -np.inf))])
 def test_samples_have_the_distribution_of_the_softmax(sampling, logits):
   p = np.exp(logits) / np.exp(logits).sum()
-  made = sample_table(sampling)
-  counts = np.bincount(made.ravel(), minlength=6)
+  samples = sample_table(sampling)
+  counts = np.bincount(samples.ravel(), minlength=6)
   assert counts[p == 0].sum() == 0
-  chi_square = (np.square(counts - made.size * p)[p > 0] / (made.size * p[p > 0])).sum()
+  chi_square = (np.square(counts - samples.size * p)[p > 0] / (samples.size * p[p > 0])).sum()
   assert chi_square < 20.5   # 5 degrees of freedom: 1 in 1000 by chance
-  repeats = (made[:, 1:] == made[:, :-1]).mean(), (made[1:] == made[:-1]).mean()
+  repeats = (samples[:, 1:] == samples[:, :-1]).mean(), (samples[1:] == samples[:-1]).mean()
   np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # neither steps nor rows share their randomness
 
 
@@ -121,8 +121,8 @@ def test_samples_have_the_distribution_of_the_softmax(sampling, logits):
 def test_cached_decoding_is_the_argmax_of_the_full_forward(family, kwargs):
   model, params = make(family, **kwargs)
   forward = jax.jit(lambda params, tokens: (out := model.apply(params, Batch(tokens))).head(out.hidden))
-  made = tokens_of(model, params, PROMPTS, GREEDY, 20)
-  for prompt, row in zip(PROMPTS, made):
+  generated = tokens_of(model, params, PROMPTS, GREEDY, 20)
+  for prompt, row in zip(PROMPTS, generated):
     ids = [256, *prompt.encode(), *row]
     padded = np.zeros((1, 64), np.int32)   # on the right, where a causal model does not see it
     padded[0, :len(ids)] = ids
@@ -145,14 +145,14 @@ def test_a_completion_does_not_depend_on_its_batch(sampling):
 def test_a_mesh_makes_the_same_tokens():
   expected = tokens_of(*tiny(), PROMPTS, MIXED, 24)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')) as mesh:
-    made = tokens_of(*tiny(mesh), PROMPTS[:3], MIXED, 10)
-  np.testing.assert_array_equal(made, expected[:3, :10])   # with a row of padding, too
+    generated = tokens_of(*tiny(mesh), PROMPTS[:3], MIXED, 10)
+  np.testing.assert_array_equal(generated, expected[:3, :10])   # with a row of padding, too
 
 
 def test_the_penalty_is_for_tokens_of_prompt_and_output():
   never = generate.Sampling(temperature=0, repetition_penalty=1e9)
-  made = tokens_of(Table(), None, ['_de'], never, 4, tokenizer=Six())   # <s> _de are 0 2
-  assert made.tolist() == [[1, 0, 0, 0]]   # 0 is more likely than 1, until both are seen
+  generated = tokens_of(Table(), None, ['_de'], never, 4, tokenizer=Six())   # <s> _de are 0 2
+  assert generated.tolist() == [[1, 0, 0, 0]]   # 0 is more likely than 1, until both are seen
 
 
 def test_one_compilation_for_each_bucket_and_one_to_decode():
@@ -223,19 +223,19 @@ def test_streams_join_to_completions():
 @pytest.mark.slow
 def test_text_ends_at_any_of_the_ends():
   model, params = tiny()
-  made = tokens_of(model, params, PROMPTS, GREEDY, 24)
-  first, second = int(made[0][5]), int(made[2][1])
+  generated = tokens_of(model, params, PROMPTS, GREEDY, 24)
+  first, second = int(generated[0][5]), int(generated[2][1])
 
   class Ends(Bytes):
     eos_ids = 257, first, second
 
   together = generate.generate(model, params, Ends(), PROMPTS, GREEDY, max_tokens=24)
-  for row, text in zip(made, together):
+  for row, text in zip(generated, together):
     ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
     assert text == ''.join(text_of(row[:ended[0] if ended else None]))
-  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in made[[0, 2]]}) == 2   # one ended by each
+  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in generated[[0, 2]]}) == 2   # one ended by each
   ended, = rows_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())
-  assert ended.tolist() == made[0, :made[0].tolist().index(first) + 1].tolist()   # nothing is made after it
+  assert ended.tolist() == generated[0, :generated[0].tolist().index(first) + 1].tolist()   # nothing is made after it
   alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 
@@ -243,14 +243,14 @@ def test_text_ends_at_any_of_the_ends():
 @pytest.mark.slow
 def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
   model, params = tiny()
-  made = tokens_of(model, params, PROMPTS, GREEDY, 24)
+  generated = tokens_of(model, params, PROMPTS, GREEDY, 24)
 
   class Ends(Bytes):
-    eos_ids = 257, int(made[0][5])
+    eos_ids = 257, int(generated[0][5])
 
   ids = Bytes().encode_batch(PROMPTS)
-  found = generate.tokens(model, params, Ends(), ids, GREEDY, max_tokens=24)
-  for row, ours in zip(made, found):
+  completions = generate.tokens(model, params, Ends(), ids, GREEDY, max_tokens=24)
+  for row, ours in zip(generated, completions):
     end = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
     np.testing.assert_array_equal(ours, row[:end[0] if end else None])
 
@@ -260,7 +260,7 @@ def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
   batch = mark(model.prompt(ids[:1], 1, Bytes().bos_id, 257))
   logits = (lambda out: out.head(out.hidden))(model.apply(params, batch))[0, -1]
   assert marked[0][0] == np.argmax(logits[:Bytes().vocab_size])
-  assert any(a.tolist() != b.tolist() for a, b in zip(marked, made))
+  assert any(a.tolist() != b.tolist() for a, b in zip(marked, generated))
   with pytest.raises(ValueError, match='max_tokens=0'):
     generate.tokens(model, params, Bytes(), ids, max_tokens=0)
 

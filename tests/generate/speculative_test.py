@@ -50,10 +50,11 @@ def test_tokens_are_distributed_as_the_model_says_whatever_was_drafted():
   uniform = jax.random.uniform(keys[2], (n, 2))
   accepted, token = jax.jit(speculative.verify)(*(jnp.broadcast_to(x, (n, *x.shape)) for x in (p, q)), drafts, uniform,
                                                 jax.random.split(keys[3], n))
-  accepted, made = np.asarray(accepted), np.asarray(jnp.pad(drafts, ((0, 0), (0, 1))))
-  made = np.where(np.arange(3)[None] == accepted[:, None], np.asarray(token)[:, None], made)
+  accepted, emitted = np.asarray(accepted), np.asarray(jnp.pad(drafts, ((0, 0), (0, 1))))
+  emitted = np.where(np.arange(3)[None] == accepted[:, None], np.asarray(token)[:, None], emitted)
   for place in range(3):
-    assert chi_square(made[accepted >= place, place], p[place].astype('f8')) < 18.5   # 4 degrees of freedom: 1 in 1000
+    value = chi_square(emitted[accepted >= place, place], p[place].astype('f8'))
+    assert value < 18.5   # at 4 degrees of freedom, one sample in 1000 exceeds this
   assert (accepted >= 1).mean() == pytest.approx(np.minimum(p[0], q[0]).sum(), abs=0.01)
 
 
@@ -97,11 +98,11 @@ class Five(Bytes):
 @pytest.mark.parametrize('temperature', [1., 0.6])
 def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature):
   draft, softmax = speculative.SelfSpeculation(), lambda p: p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-  made = np.stack(rows_of(Tables(), None, [''] * 512, generate.Sampling(temperature), 32, draft=draft, tokenizer=Five(),
-                          seed=3))
+  samples = np.stack(rows_of(Tables(), None, [''] * 512, generate.Sampling(temperature), 32, draft=draft,
+                             tokenizer=Five(), seed=3))
   p, q = softmax(P.astype('f8')), softmax(Q.astype('f8'))
-  assert made.shape == (512, 32) and chi_square(made.ravel(), p) < 18.5
-  repeats = (made[:, 1:] == made[:, :-1]).mean(), (made[1:] == made[:-1]).mean()
+  assert samples.shape == (512, 32) and chi_square(samples.ravel(), p) < 18.5
+  repeats = (samples[:, 1:] == samples[:, :-1]).mean(), (samples[1:] == samples[:-1]).mean()
   np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # neither steps nor rows share their randomness
   each = np.minimum(p, q).sum()
   assert draft.acceptance == pytest.approx((each + each ** 2) / 2, abs=0.02)
@@ -200,13 +201,16 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
 def test_fewer_drafts_than_depths_and_bad_requests():
   model = prediction_heads.sequential(SMALL, 2)
   params, draft = random_params(model, 0.5), speculative.SelfSpeculation(1)
-  call = lambda model, draft, **how: generate.generate(model, params, Twelve(), ['ab'], generate.Sampling(**how),
-                                                       max_tokens=8, draft=draft)
+
+  def call(model, draft, **settings):
+    sampling = generate.Sampling(**settings)
+    return generate.generate(model, params, Twelve(), ['ab'], sampling, max_tokens=8, draft=draft)
+
   call(model, draft)
   assert draft.proposed == draft.passes and draft.tokens_per_pass == 1 + draft.acceptance
-  for error, bad, how in [('drafts=3: this model can draft 1 to 2', speculative.SelfSpeculation(3), {}),
-                          ('repetition_penalty=1.2', draft, {'repetition_penalty': 1.2})]:
+  for error, bad, settings in [('drafts=3: this model can draft 1 to 2', speculative.SelfSpeculation(3), {}),
+                               ('repetition_penalty=1.2', draft, {'repetition_penalty': 1.2})]:
     with pytest.raises(ValueError, match=error):
-      call(model, bad, **how)
+      call(model, bad, **settings)
   with pytest.raises(ValueError, match='nothing to draft with'):
     call(SMALL, speculative.SelfSpeculation())

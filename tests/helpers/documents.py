@@ -33,8 +33,8 @@ def pairs_of(store: Documents) -> collections.Counter:
 
 
 def pairs_in(batch: Batch, rows=slice(None)) -> collections.Counter:
-  asked = batch.weights[rows] > 0
-  return collections.Counter(zip(batch.tokens[rows][asked].tolist(), batch.targets[rows][asked].tolist()))
+  weighted = batch.weights[rows] > 0
+  return collections.Counter(zip(batch.tokens[rows][weighted].tolist(), batch.targets[rows][weighted].tolist()))
 
 
 def stacked(batches: Stream, steps) -> Batch:

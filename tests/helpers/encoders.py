@@ -18,9 +18,9 @@ forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(mo
 
 
 def load(folder):
-  model, found = weights.open_model(folder)
+  model, family = weights.open_model(folder)
   with files.Weights(folder) as tensors:
-    return model, weights.load_params(model, found, tensors)
+    return model, weights.load_params(model, family, tensors)
 
 
 def loss_and_grads(model, params, batch, key=None):
@@ -43,16 +43,16 @@ def assert_same(actual, expected, tolerance=5e-6):
 
 def gradients(theirs, model, family, folder, tmp_path):
   """Those of torch, as a tree of ours: written and read as weights are."""
-  found = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+  values = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
   with files.Weights(folder) as saved:
-    assert found.keys() == saved.keys()
-  files.write(tmp_path, {name: (g.shape, g.dtype, lambda g=g: g) for name, g in found.items()})
+    assert values.keys() == saved.keys()
+  files.write(tmp_path, {name: (g.shape, g.dtype, lambda g=g: g) for name, g in values.items()})
   with files.Weights(tmp_path) as read:
     return weights.load_params(model, family, read)
 
 
-def kept(model, params, batch):
-  """How many numbers the backward pass is given."""
+def count_residuals(model, params, batch) -> int:
+  """Returns how many numbers the forward pass saves for the backward pass."""
   backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, batch).hidden, p)[1], params)
   return sum(x.size for x in jax.tree.leaves(backward))
 

@@ -74,8 +74,8 @@ COLUMNS = {'dpo': preference.COLUMNS, 'kto': preference.COLUMNS, 'distil_stored'
 
 
 def configured(name, **changes) -> train.Run:
-  model, made = CASES[name]
-  members = {'kind': made.needs, 'columns': COLUMNS.get(name, {}), 'source_length': 8 if name == 't5' else None}
+  model, goal = CASES[name]
+  members = {'kind': goal.needs, 'columns': COLUMNS.get(name, {}), 'source_length': 8 if name == 't5' else None}
   data = dataclasses.dataclass(frozen=True)(type('Columns', (Data,), members))()
   constants = (TEACHER,) if name == 'distil' else ()
-  return dataclasses.replace(RUN, model=model, objective=made, data=data, constants=constants, **changes)
+  return dataclasses.replace(RUN, model=model, objective=goal, data=data, constants=constants, **changes)

@@ -169,8 +169,8 @@ def opener(make_folder):
     theirs = torch_model(case)
     theirs.save_pretrained(folder)
     model, family = weights.open_model(folder)
-    with files.Weights(folder) as found:
-      params = weights.load_params(model, family, found)
+    with files.Weights(folder) as tensors:
+      params = weights.load_params(model, family, tensors)
     return theirs, model, params, folder
   return make
 

@@ -17,11 +17,11 @@ forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(mo
 def rows(*documents, pads=(0, 0)):
   """A batch [2, 64] of rows of documents, each row after padding: one shape, so that one program runs it."""
   tokens, segments, positions = np.zeros((3, 2, 64), np.int32)
-  for row, (found, at) in enumerate(zip(documents, pads)):
-    for segment, document in enumerate(found, 1):
-      place = row, slice(at, at + len(document))
+  for row, (contents, start) in enumerate(zip(documents, pads)):
+    for segment, document in enumerate(contents, 1):
+      place = row, slice(start, start + len(document))
       tokens[place], segments[place], positions[place] = document, segment, np.arange(len(document))
-      at += len(document)
+      start += len(document)
   return Batch(tokens, segments=segments, positions=positions)
 
 

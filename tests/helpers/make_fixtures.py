@@ -87,8 +87,8 @@ def main() -> None:
     inputs = {'tokens': random_tokens(1, LENGTH) % SMALL['vocab_size']}
     if case.architecture.startswith('T5'):
       inputs['source'] = random_tokens(1, LENGTH, seed=1) % SMALL['vocab_size']
-    more = {'short': _logits(model, inputs['tokens'][:, :20])} if name == 'phi3' else {}   # as long as its context was
-    np.savez_compressed(_empty(folder) / 'expected.npz', **inputs, **more, logits=_logits(model, **inputs))
+    extra = {'short': _logits(model, inputs['tokens'][:, :20])} if name == 'phi3' else {}   # as long as its context was
+    np.savez_compressed(_empty(folder) / 'expected.npz', **inputs, **extra, logits=_logits(model, **inputs))
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / 'generation_config.json').unlink(missing_ok=True)   # which nothing here reads
     config = json.loads((folder / 'config.json').read_text())

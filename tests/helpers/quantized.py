@@ -74,5 +74,5 @@ def put(folder, config, tensors):
 
 def load(folder, dtype=None):
   model, family = weights.open_model(folder)
-  with files.Weights(folder) as found:
-    return model, weights.load_params(model, family, found, dtype)
+  with files.Weights(folder) as tensors:
+    return model, weights.load_params(model, family, tensors, dtype)

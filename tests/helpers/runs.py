@@ -87,8 +87,8 @@ def go(workdir, run=RUN, mesh='data:2', **changes) -> train.Result:
 def saved(workdir, run=RUN, mesh='data:2', **changes):
   """(step, state) of the last checkpoint, in NumPy."""
   with jax.set_mesh(on(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
-    found = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), on(mesh)))
-    return found.step, jax.tree.map(np.asarray, found.state)
+    restored = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), on(mesh)))
+    return restored.step, jax.tree.map(np.asarray, restored.state)
 
 
 def steps_kept(workdir) -> list[int]:

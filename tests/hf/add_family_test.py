@@ -97,14 +97,14 @@ def folder(tmp_path):
 def test_a_family_in_a_file_of_its_own_goes_in_and_out(family, folder, tmp_path):
   with pytest.raises(ValueError, match='Starcoder2ForCausalLM'):
     weights.open_model(folder)
-  known = *weights.FAMILIES, family
-  model, found = weights.open_model(folder, families=known)
-  assert found.model is family.model
+  families = *weights.FAMILIES, family
+  model, opened_family = weights.open_model(folder, families=families)
+  assert opened_family.model is family.model
   with files.Weights(folder) as tensors:
-    params = weights.load_params(model, found, tensors)
-  weights.write(tmp_path / 'out', model, params, families=known)
+    params = weights.load_params(model, opened_family, tensors)
+  weights.write(tmp_path / 'out', model, params, families=families)
   assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (folder / 'model.safetensors').read_bytes()
-  assert weights.open_model(tmp_path / 'out', families=known)[0] == model
+  assert weights.open_model(tmp_path / 'out', families=families)[0] == model
 
 
 @pytest.mark.parametrize('field, value', [('use_bias', False), ('hidden_act', 'silu'), ('of_mine', 1)])

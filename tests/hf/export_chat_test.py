@@ -83,12 +83,12 @@ def test_an_exported_chat_gives_the_same_answer_and_ends(kind, keeps, tmp_path):
   their_tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
   prompt = their_tokens.apply_chat_template(SAID, add_generation_prompt=True, return_tensors='pt', return_dict=True)
   assert prompt['input_ids'][0].tolist() == template.encode(tokens, SAID, add_generation_prompt=True)[0].tolist()
-  said = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt['input_ids'].shape[1]:]
-  assert said[-1] == end
-  assert their_tokens.decode(said[:-1]) == expected
+  new_ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt['input_ids'].shape[1]:]
+  assert new_ids[-1] == end
+  assert their_tokens.decode(new_ids[:-1]) == expected
   if keeps:
-    kept = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
-    assert kept == {'eos_token_id': [0, end], 'temperature': 0.7}
+    stored = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+    assert stored == {'eos_token_id': [0, end], 'temperature': 0.7}
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert (config['architectures'], config['pad_token_id']) == (['Phi3ForCausalLM'], 0)
   again = pretrained.load(str(tmp_path / 'out'))

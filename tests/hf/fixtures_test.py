@@ -20,24 +20,24 @@ FOLDERS = sorted(path.parent for path in pathlib.Path(__file__).parents[1].glob(
 def test_logits_are_those_that_transformers_computed(folder, tmp_path):
   model, family = weights.open_model(folder)
   expected = np.load(folder / 'expected.npz')
-  with files.Weights(folder) as found:
-    params = weights.load_params(model, family, found, jnp.float32)
+  with files.Weights(folder) as stored:
+    params = weights.load_params(model, family, stored, jnp.float32)
     assert np.std(expected['logits']) > 0.3
     source = expected.get('source')
     actual = forward(model, params, Batch(expected['tokens'], source=source))
     assert np.abs(actual - expected['logits']).max() <= 1e-4
     weights.write(tmp_path / 'out', model, params, [family], jnp.bfloat16)
     with files.Weights(tmp_path / 'out') as goes:
-      assert set(found) == set(goes)
-      for name in found:
-        np.testing.assert_array_equal(goes[name].view(np.uint16), found[name].view(np.uint16), err_msg=name)
+      assert set(stored) == set(goes)
+      for name in stored:
+        np.testing.assert_array_equal(goes[name].view(np.uint16), stored[name].view(np.uint16), err_msg=name)
 
 
 def load(name):
   folder = FOLDERS[0].with_name(name)
   model, family = weights.open_model(folder)
-  with files.Weights(folder) as found:
-    return model, weights.load_params(model, family, found, jnp.float32), np.load(folder / 'expected.npz')
+  with files.Weights(folder) as stored:
+    return model, weights.load_params(model, family, stored, jnp.float32), np.load(folder / 'expected.npz')
 
 
 def test_a_text_as_long_as_the_original_context_has_the_short_factors():
@@ -63,10 +63,10 @@ def test_decoding_with_a_cache_gives_those_logits_too(name, length):
 def test_experts_are_read_into_the_shards_of_a_mesh():
   folder = FOLDERS[0].with_name('deepseek_v3')
   model, family = weights.open_model(folder)
-  with files.Weights(folder) as found:
-    params = weights.load_params(model, family, found)
+  with files.Weights(folder) as stored:
+    params = weights.load_params(model, family, stored)
     with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
-      split = weights.load_params(model, family, found)
+      split = weights.load_params(model, family, stored)
       gate = split['blocks']['1']['feed_forward']['gate']   # [repeats, E, D, F]
       assert {shard.data.shape[1] for shard in gate.addressable_shards} == {2}
       assert jax.tree.all(jax.tree.map(np.array_equal, split, params))

@@ -43,23 +43,23 @@ def changes(case):
 
 @pytest.mark.parametrize('case', hf_cases.CASES, ids=lambda case: case.name)
 def test_every_field_comes_back_whatever_it_is(case):
-  family, seen = family_of(case), []
+  family, models = family_of(case), []
   for values in changes(case):
     try:
       filled(case.architecture, values)
       model = family.model(Config(values))
     except REFUSALS:   # one of the two takes no such value
       continue
-    if model in seen:
+    if model in models:
       continue
-    seen.append(model)
+    models.append(model)
     written_by, written = weights.export_config(model, [family, *weights.FAMILIES])
     sparse = any(hasattr(block.feed_forward, 'router') for block in model.layers)
     assert written_by is family or not sparse and 'Moe' in case.architecture   # Qwen 3 with no experts is Qwen 3
     expected = describe(model)
     assert described(written) == expected
     assert described(filled(written_by.architecture, written)) == expected, 'transformers reads another model'
-  assert len(seen) > 5
+  assert len(models) > 5
 
 
 @pytest.mark.parametrize('case', [case for case in hf_cases.CASES if not case.name.startswith('GPT2')],

@@ -104,9 +104,9 @@ def test_what_is_written_is_read_back_in_any_number_of_shards(tmp_path, max_shar
 def test_files_are_the_bytes_that_the_library_writes(tmp_path):
   library = pytest.importorskip('safetensors.numpy')
   tensors = {name: np.asarray(x) for name, x in example().items()}
-  for kept in (tensors, {}, {'a': tensors['scalar']}):
-    folder = write(tmp_path / str(len(kept)), kept)
-    assert (folder / SINGLE).read_bytes() == library.save(kept, {'format': 'pt'})
+  for contents in (tensors, {}, {'a': tensors['scalar']}):
+    folder = write(tmp_path / str(len(contents)), contents)
+    assert (folder / SINGLE).read_bytes() == library.save(contents, {'format': 'pt'})
 
 
 def test_files_of_the_library_are_read_and_ours_are_read_by_it(tmp_path):
@@ -300,19 +300,19 @@ def opens_or_refuses(folder):
 def mutated(draw, content):
   content = bytearray(content)
   for _ in range(draw(st.integers(1, 4))):
-    at = draw(st.integers(0, len(content)))
+    place = draw(st.integers(0, len(content)))
     match draw(st.sampled_from(['flip', 'cut', 'insert', 'replace', 'repeat'])):
-      case 'flip' if at < len(content):
-        content[at] ^= draw(st.integers(1, 255))
+      case 'flip' if place < len(content):
+        content[place] ^= draw(st.integers(1, 255))
       case 'cut':
-        del content[at:]
+        del content[place:]
       case 'insert':
-        content[at:at] = draw(st.binary(max_size=9))
+        content[place:place] = draw(st.binary(max_size=9))
       case 'replace':
-        content[at:at + 1] = draw(st.sampled_from(
+        content[place:place + 1] = draw(st.sampled_from(
             [b'"', b'{', b'}', b'[', b'-', b'9', b'0', b'e9', b'null', b'\\u', b',']))
       case 'repeat':
-        content[at:at] = content[at:at + draw(st.integers(1, 60))]
+        content[place:place] = content[place:place + draw(st.integers(1, 60))]
   return bytes(content)
 
 
@@ -371,21 +371,21 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
   assert len(alive) == 10
 
 
-def left(folder):
+def paths_in(folder):
   return sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
 
 
 @pytest.mark.parametrize('error', [OSError('no'), ValueError('no'), KeyboardInterrupt('no')])
 def test_a_write_that_fails_leaves_nothing(tmp_path, error):
   def fail():
-    assert len(left(tmp_path)) > 1  # under way, elsewhere
+    assert len(paths_in(tmp_path)) > 1  # under way, elsewhere
     assert not (tmp_path / 'deep/folder').exists()
     raise error
   tensors = {'a': ((2,), np.float32, lambda: np.zeros(2, np.float32)), 'b': ((2,), np.float32, fail)}
   for size in (1, 100):
     with pytest.raises(type(error), match='no'):
       files.write(tmp_path / 'deep/folder', tensors, max_shard_bytes=size)
-    assert not left(tmp_path)
+    assert not paths_in(tmp_path)
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
@@ -396,7 +396,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path):
       write(tmp_path / 'a', {'x': np.zeros(1000)})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert error.value.filename == str(tmp_path / 'a') and not left(tmp_path)
+  assert error.value.filename == str(tmp_path / 'a') and not paths_in(tmp_path)
 
 
 def test_tensors_that_cannot_be_written_are_refused_by_name(tmp_path):
@@ -410,17 +410,17 @@ def test_tensors_that_cannot_be_written_are_refused_by_name(tmp_path):
   for names in ('xx', ['__metadata__']):
     with pytest.raises(ValueError, match=f'cannot be named {names[-1]!r}, that name is taken: rename it'):
       files.write(tmp_path / 'a', [(name, ((2, 3), np.float32, give)) for name in names], max_shard_bytes=1)
-  assert not left(tmp_path)
+  assert not paths_in(tmp_path)
 
 
 def test_folders_that_have_something_are_refused_and_left_alone(tmp_path):
   put(tmp_path / 'a', other=b'mine')
   (tmp_path / 'file').touch()
-  before = left(tmp_path)
+  before = paths_in(tmp_path)
   for name, match in (('a', "not an empty folder but .*other.safetensors.*: choose"), ('file', "but 'a file': choose")):
     with pytest.raises(ValueError, match=match):
       write(tmp_path / name, {'x': array((2,))})
-  assert left(tmp_path) == before and (tmp_path / 'a/other.safetensors').read_bytes() == b'mine'
+  assert paths_in(tmp_path) == before and (tmp_path / 'a/other.safetensors').read_bytes() == b'mine'
 
 
 def test_other_files_join_the_weights_in_a_folder_that_appears_at_the_end(tmp_path):
@@ -432,11 +432,11 @@ def test_other_files_join_the_weights_in_a_folder_that_appears_at_the_end(tmp_pa
       with files.new_folder(path) as folder:
         write(folder, {'x': array((2,)), 'y': array((2,))}, max_shard_bytes=1)
         (folder / 'config.json').write_text('{}')
-        assert not left(target)
+        assert not paths_in(target)
         assert not fails, 'stop'
     except AssertionError as error:
       assert fails and str(error).startswith('stop')
-      assert left(tmp_path) == ['empty', 'link']
+      assert paths_in(tmp_path) == ['empty', 'link']
   assert sorted(os.listdir(path)) == ['config.json', *(f'model-0000{i}-of-00002.safetensors' for i in (1, 2)), INDEX]
   assert sorted(os.listdir(tmp_path)) == ['empty', 'link']
   os.mkdir(tmp_path / 'plain')
@@ -447,7 +447,7 @@ def test_a_folder_filled_meanwhile_is_left_alone(tmp_path):
   with pytest.raises(OSError, match='not empty'), files.new_folder(tmp_path / 'a') as folder:
     (folder / 'ours').touch()
     put(tmp_path / 'a', theirs=b'1')
-  assert left(tmp_path) == ['a', 'a/theirs.safetensors']
+  assert paths_in(tmp_path) == ['a', 'a/theirs.safetensors']
 
 
 def test_weights_pass_through_unchanged(tmp_path):

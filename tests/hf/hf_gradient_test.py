@@ -47,8 +47,8 @@ def test_gradients_of_all_tensors_are_those_of_torch(case, tmp_path):
   theirs.save_pretrained(tmp_path / 'model')
   expected_loss = their_gradients(theirs, tokens, tmp_path / 'gradients')
   model, family = weights.open_model(tmp_path / 'model')
-  with files.Weights(tmp_path / 'model') as found:
-    params = weights.load_params(model, family, found)
+  with files.Weights(tmp_path / 'model') as stored:
+    params = weights.load_params(model, family, stored)
   value, gradients = jit(jax.value_and_grad(loss), static_argnums=1)(params, model, tokens)
   assert abs(value - expected_loss) < 1e-5
   actual = weights.tensors(model, family, gradients)

@@ -141,8 +141,8 @@ def test_each_part_matters(opened, case):
   """Logits show any part that is wrong, so that equal logits show that all are right."""
   _, model, params, _ = opened(case)
   # A layer of each sort, in a stack of its own, and every parameter that a wrong model may ask for.
-  kept = dict(zip(model.layers, model.unstack(params)['blocks']))
-  layers = kept.values()
+  params_of = dict(zip(model.layers, model.unstack(params)['blocks']))
+  layers = params_of.values()
   alike = {'attention_norm': 'attention_out_norm', 'feed_forward_norm': 'feed_forward_out_norm'}
   alike |= {b: a for a, b in alike.items()}
   layers = [{**{alike[name]: tree for name, tree in layer.items() if name in alike}, **layer} for layer in layers]
@@ -150,7 +150,7 @@ def test_each_part_matters(opened, case):
     layer['attention'] = {'out_bias': layer['feed_forward_norm']['scale'], **layer['attention']}
   params = {'head': jnp.flip(params['embedding']), **params,
             'blocks': {str(i): jax.tree.map(lambda x: x[None], layer) for i, layer in enumerate(layers)}}
-  model = model.clone(blocks=tuple(Stack((block,), 1) for block in kept), remat=None)
+  model = model.clone(blocks=tuple(Stack((block,), 1) for block in params_of), remat=None)
   batch = rows(random_tokens(1, 64), random_tokens(1, 40, seed=1))
   def logits(model):
     out = model.apply(params, batch)

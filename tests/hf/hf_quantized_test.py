@@ -22,12 +22,12 @@ def float_of_bits(bits, exponent, mantissa, bias):
 
 def naive_mxfp4(blocks, scales):
   """[E, in, out]."""
-  found = np.zeros((*blocks.shape[:2], 32 * blocks.shape[2]))
+  values = np.zeros((*blocks.shape[:2], 32 * blocks.shape[2]))
   for e, o, g, b in np.ndindex(blocks.shape):
     for half in range(2):
       value = float_of_bits(int(blocks[e, o, g, b]) >> 4 * half & 15, 2, 1, 1)
-      found[e, o, 32 * g + 2 * b + half] = value * 2. ** (int(scales[e, o, g]) - 127)
-  return found.swapaxes(1, 2)
+      values[e, o, 32 * g + 2 * b + half] = value * 2. ** (int(scales[e, o, g]) - 127)
+  return values.swapaxes(1, 2)
 
 
 def naive_fp8(numbers, scales, block):
@@ -38,8 +38,8 @@ def naive_fp8(numbers, scales, block):
 
 def plain(config, tensors):
   """The folder's tensors without quantisation, in float32."""
-  found = opened(config['quantization_config'], tensors)
-  return {name: np.asarray(x[()], np.float32) for name, x in found.items()}
+  decoded = opened(config['quantization_config'], tensors)
+  return {name: np.asarray(x[()], np.float32) for name, x in decoded.items()}
 
 
 def test_mxfp4_is_as_its_format_defines_it():
@@ -48,12 +48,12 @@ def test_mxfp4_is_as_its_format_defines_it():
   blocks = np.concatenate([blocks] * 16)
   scales = np.arange(256, dtype=np.uint8).reshape(16, 4, 4)
   scales[-1, -1, -1] = 0
-  found = opened(MXFP4, {'x_blocks': blocks, 'x_scales': scales})
-  assert list(found) == ['x'] and found['x'].shape == (16, 128, 4) and found['x'].dtype == jnp.bfloat16
+  decoded = opened(MXFP4, {'x_blocks': blocks, 'x_scales': scales})
+  assert list(decoded) == ['x'] and decoded['x'].shape == (16, 128, 4) and decoded['x'].dtype == jnp.bfloat16
   expected = naive_mxfp4(blocks, scales)
   expected[np.abs(expected) >= 2. ** 128] *= np.inf
-  np.testing.assert_array_equal(np.asarray(found['x'][()], np.float64), expected)
-  np.testing.assert_array_equal(found['x'][(slice(3, 5),)], found['x'][()][3:5])
+  np.testing.assert_array_equal(np.asarray(decoded['x'][()], np.float64), expected)
+  np.testing.assert_array_equal(decoded['x'][(slice(3, 5),)], decoded['x'][()][3:5])
 
 
 def test_a_scale_of_mxfp4_that_is_no_number_makes_none():
@@ -65,9 +65,9 @@ def test_a_scale_of_mxfp4_that_is_no_number_makes_none():
 def test_fp8_is_as_its_format_defines_it(block):
   """Blocks at the edges may be partial."""
   numbers, scales = random_fp8(np.random.default_rng(0), 40, 64, block)
-  found = opened(FP8 | {'weight_block_size': block}, {'x': numbers, 'x_scale_inv': scales, 'y': scales})
-  assert set(found) == {'x', 'y'} and found['x'].shape == (40, 64) and found['x'].dtype == np.float32
-  np.testing.assert_array_equal(found['x'][()], naive_fp8(numbers, scales, block).astype(np.float32))
+  decoded = opened(FP8 | {'weight_block_size': block}, {'x': numbers, 'x_scale_inv': scales, 'y': scales})
+  assert set(decoded) == {'x', 'y'} and decoded['x'].shape == (40, 64) and decoded['x'].dtype == np.float32
+  np.testing.assert_array_equal(decoded['x'][()], naive_fp8(numbers, scales, block).astype(np.float32))
 
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])

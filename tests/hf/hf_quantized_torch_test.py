@@ -33,30 +33,30 @@ def test_mxfp4_is_that_of_transformers():
   rng = np.random.default_rng(0)
   blocks, scales = random_mxfp4(rng, 3, 64, 5)
   scales = rng.integers(0, 250, scales.shape, np.uint8)
-  found = opened(MXFP4, {'x_blocks': blocks, 'x_scales': scales})['x']
-  np.testing.assert_array_equal(np.asarray(found[()], np.float32), mxfp4(blocks, scales))
+  decoded = opened(MXFP4, {'x_blocks': blocks, 'x_scales': scales})['x']
+  np.testing.assert_array_equal(np.asarray(decoded[()], np.float32), mxfp4(blocks, scales))
 
 
 def test_fp8_is_that_of_transformers():
   """Which knows whole blocks alone."""
   numbers, scales = random_fp8(np.random.default_rng(0), 256, 384, (128, 128))
-  found = opened(FP8 | {'weight_block_size': [128, 128]}, {'x': numbers, 'x_scale_inv': scales})['x']
-  np.testing.assert_array_equal(found[()], fp8(numbers, scales))
+  decoded = opened(FP8 | {'weight_block_size': [128, 128]}, {'x': numbers, 'x_scale_inv': scales})['x']
+  np.testing.assert_array_equal(decoded[()], fp8(numbers, scales))
 
 
 def theirs(config, tensors):
   """Their model, with the tensors as they dequantise them."""
-  found = {}
+  state = {}
   for name, x in tensors.items():
     if name.endswith('_blocks'):
-      found[name.removesuffix('_blocks')] = mxfp4(x, tensors[name.replace('_blocks', '_scales')])
+      state[name.removesuffix('_blocks')] = mxfp4(x, tensors[name.replace('_blocks', '_scales')])
     elif name + '_scale_inv' in tensors:
-      found[name] = fp8(x, tensors[name + '_scale_inv'])
+      state[name] = fp8(x, tensors[name + '_scale_inv'])
     elif not name.endswith(('_scales', '_scale_inv')):
-      found[name] = tensor(x)
+      state[name] = tensor(x)
   kind = getattr(transformers, config['architectures'][0])
   values = {name: value for name, value in config.items() if name != 'quantization_config'}
-  model = kind.from_pretrained(None, config=kind.config_class(**values), state_dict=found, dtype=torch.float32,
+  model = kind.from_pretrained(None, config=kind.config_class(**values), state_dict=state, dtype=torch.float32,
                                attn_implementation='eager')
   return model.eval()
 

@@ -91,12 +91,13 @@ def test_a_text_that_outgrows_the_original_context_in_a_cache_goes_on_as_in_tran
   """Tokens from there on turn by the other factors; those that the cache holds stay as they are."""
   theirs, model, params, _ = opened(next(case for case in CASES if case.name == 'Phi3ForCausalLM'))
   tokens, cache, step = random_tokens(1, 30), model.init_cache(1, 32), jit(model.apply)
-  held, parameters = transformers.DynamicCache(config=theirs.config), inspect.signature(theirs.forward).parameters
-  more = {'use_cache': True, 'cache' if 'cache' in parameters else 'past_key_values': held}   # from 5.24 on; before
+  # The argument is called `cache` from version 5.24 on, and `past_key_values` before.
+  name = 'cache' if 'cache' in inspect.signature(theirs.forward).parameters else 'past_key_values'
+  options = {'use_cache': True, name: transformers.DynamicCache(config=theirs.config)}
   for part in (slice(0, 20), *(slice(i, i + 1) for i in range(20, 30))):
     out = step(params, Batch(tokens[:, part]), cache=cache)
     with hf_cases.torch.no_grad():
-      expected = theirs(hf_cases.torch.tensor(tokens[:, part]).long(), **more).logits.numpy()
+      expected = theirs(hf_cases.torch.tensor(tokens[:, part]).long(), **options).logits.numpy()
     cache = out.cache
     assert np.abs(out.head(out.hidden) - expected).max() <= 1e-4
   whole = np.asarray(forward(model, params, rows([tokens[0]], [])))[0, 20:30]
@@ -120,8 +121,8 @@ def test_of_models_that_see_images_the_language_model_is_read(kind, tmp_path):
   theirs = hf_cases.torch_model(hf_cases.Case(kind + 'ForConditionalGeneration', config))
   theirs.save_pretrained(tmp_path / 'in')
   model, family = weights.open_model(tmp_path / 'in')
-  with files.Weights(tmp_path / 'in') as found:
-    params = weights.load_params(model, family, found)
+  with files.Weights(tmp_path / 'in') as stored:
+    params = weights.load_params(model, family, stored)
   tokens = random_tokens(2, 64) % 90
   # Of Llama 4 without images, the whole fails in transformers 5.24.
   expected = logits_of(theirs.language_model if kind == 'Llama4' else theirs, tokens)
@@ -145,22 +146,22 @@ def test_layers_of_deepseek_that_predict_further_tokens_are_left_out(opened, tmp
   further = 'model.layers.61.'
 
   def load(name, change):
-    with files.Weights(folder) as found:
-      tensors = {key: (w.shape, w.dtype, lambda w=w: w) for key, w in change(dict(found)).items()}
+    with files.Weights(folder) as stored:
+      tensors = {key: (w.shape, w.dtype, lambda w=w: w) for key, w in change(dict(stored)).items()}
       files.write(tmp_path / name, tensors)
     model, family = weights.open_model(folder)
-    with files.Weights(tmp_path / name) as found:
-      return weights.load_params(model, family, found)
+    with files.Weights(tmp_path / name) as stored:
+      return weights.load_params(model, family, stored)
 
-  own = load('further', lambda found: found | {
-      further + name.removeprefix('model.layers.2.'): w for name, w in found.items() if '.2.' in name} | {
-          further + name: found['model.norm.weight'] for name in (
+  own = load('further', lambda stored: stored | {
+      further + name.removeprefix('model.layers.2.'): w for name, w in stored.items() if '.2.' in name} | {
+          further + name: stored['model.norm.weight'] for name in (
               'enorm.weight', 'hnorm.weight', 'shared_head.norm.weight', 'eh_proj.weight', 'embed_tokens.weight')})
   assert jax.tree.all(jax.tree.map(np.array_equal, own, params))
   expert = 'model.layers.2.mlp.experts.5.up_proj.weight'
   for name, change, message in (
-      ('more', lambda found: found | {further.replace('61', '3') + 'mlp.gate.weight': found[expert]}, 'not weights'),
-      ('missing', lambda found: {key: w for key, w in found.items() if key != expert}, f'{expert} is missing'),
-      ('odd', lambda found: found | {expert: found[expert][1:]}, r'\(11, 32\) make .* where the config gives')):
+      ('more', lambda stored: stored | {further.replace('61', '3') + 'mlp.gate.weight': stored[expert]}, 'not weights'),
+      ('missing', lambda stored: {key: w for key, w in stored.items() if key != expert}, f'{expert} is missing'),
+      ('odd', lambda stored: stored | {expert: stored[expert][1:]}, r'\(11, 32\) make .* where the config gives')):
     with pytest.raises(ValueError, match=message):
       load(name, change)

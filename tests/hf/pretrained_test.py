@@ -71,9 +71,9 @@ def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_pat
     imported = pretrained.save(str(folder), tmp_path / 'imported')
     again = pretrained.load(str(tmp_path / 'imported'))
     layout = jax.tree.map(lambda x: x.sharding, jax.jit(MODEL.init)(jax.random.key(0)))
-    for found in (direct, imported, again):
-      assert same(found.params, params)
-      assert jax.tree.map(lambda x: x.sharding, found.params) == layout
+    for opened in (direct, imported, again):
+      assert same(opened.params, params)
+      assert jax.tree.map(lambda x: x.sharding, opened.params) == layout
 
 
 def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_path):
@@ -88,8 +88,8 @@ def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_pat
 
 def test_an_import_keeps_dtypes_and_what_goes_out_of_it_is_what_came_in(params, tmp_path):
   pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
-  with files.Weights(tmp_path / 'half') as found:   # one of them in full
-    tensors = {name: (w.shape, w.dtype, lambda w=w: w) for name, w in found.items()}
+  with files.Weights(tmp_path / 'half') as stored:   # one of them in full
+    tensors = {name: (w.shape, w.dtype, lambda w=w: w) for name, w in stored.items()}
     shape, _, give = tensors['model.norm.weight']
     tensors['model.norm.weight'] = shape, np.dtype('f4'), lambda: give().astype('f4') + 1e-5
     files.write(tmp_path / 'new', tensors)
@@ -112,18 +112,18 @@ def test_a_run_starts_from_a_folder(folder, params, tmp_path):
   (tmp_path / 'texts').mkdir()
   for i in range(60):
     (tmp_path / 'texts' / f'{i}.txt').write_text(f'text {i} of some ' + 'words ' * (i % 9 + 5))
-  seen = []
+  started = []
 
   def start(model):
-    seen.append(pretrained.start(folder, model)(model))
-    return seen[-1]
+    started.append(pretrained.start(folder, model)(model))
+    return started[-1]
 
   with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
     result = train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.params, params)
     assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3, from there
     train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
-    assert len(seen) == 1                             # a run that goes on does so from its own checkpoint
+    assert len(started) == 1   # a run that goes on does so from its own checkpoint
 
 
 @pytest.mark.parametrize('name,value,message', [
@@ -167,8 +167,8 @@ def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folde
     (encoder_decoder.t5(64, 16, 2, 2, 8, 24), 'T5ForConditionalGeneration'),
     (encoder_decoder.t5(64, 16, 3, 2, 8, 24, gated=True, tied=False), 'T5ForConditionalGeneration')])
 def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, architecture, tmp_path):
-  found, values = weights.export_config(model)
-  assert found.architecture == architecture and values['architectures'] == [architecture]
+  exporter, values = weights.export_config(model)
+  assert exporter.architecture == architecture and values['architectures'] == [architecture]
   params = jax.jit(model.init)(jax.random.key(1))
   weights.write(tmp_path / 'out', model, params)
   again, family = weights.open_model(tmp_path / 'out')
@@ -198,16 +198,16 @@ def test_jax_takes_over_what_is_read_as_it_is():
 
 def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, monkeypatch):
   hub = pytest.importorskip('huggingface_hub')
-  held = ['config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'tokenizer.model',
-          'original/model.safetensors', 'original/config.json', 'original/tokenizer.model', 'onnx/x/model.safetensors',
-          'pytorch_model.bin', 'README.md']
+  names = ['config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'tokenizer.model',
+           'original/model.safetensors', 'original/config.json', 'original/tokenizer.model', 'onnx/x/model.safetensors',
+           'pytorch_model.bin', 'README.md']
   fetched = []
 
   def download(name, **patterns):
-    fetched.extend(hub.utils.filter_repo_objects(held, **patterns))
+    fetched.extend(hub.utils.filter_repo_objects(names, **patterns))
     return str(tmp_path)
   monkeypatch.setattr(hub, 'snapshot_download', download)
-  assert pretrained.locate('some/model') == tmp_path and fetched == held[:4]
+  assert pretrained.locate('some/model') == tmp_path and fetched == names[:4]
 
 
 @pytest.mark.slow

@@ -111,9 +111,10 @@ def test_the_exit_is_reached_where_telling_fails(fails, monkeypatch):
 
 
 def test_unfinished_files_of_processes_that_are_gone_are_removed(tmp_path):
-  with subprocess.Popen([sys.executable, '-c', '']) as gone:
-    gone.wait()
-  names = [f'a.json.{gone.pid}.new', 'a.json.1.new', *(f'{name}.{gone.pid}.new' for name in ('b.json', 'xa.json'))]
+  with subprocess.Popen([sys.executable, '-c', '']) as process:
+    process.wait()
+  pid = process.pid
+  names = [f'a.json.{pid}.new', 'a.json.1.new', f'b.json.{pid}.new', f'xa.json.{pid}.new']
   for name in names:
     (tmp_path / name).touch()
   atomic.write(tmp_path / 'a.json', '{}')

@@ -101,9 +101,9 @@ def test_functions_with_the_same_flags_live_in_one_process():
 def test_a_function_that_cannot_be_flags_is_refused():
   def untyped(*, a=1): ...
   def dictionary(*, a: dict = None): ...
-  def taken(*, seed: int = 1): ...
+  def reserved(*, seed: int = 1): ...
 
-  for functions in ([untyped], [dictionary], [taken, launcher._train], [taken, taken]):
+  for functions in ([untyped], [dictionary], [reserved, launcher._train], [reserved, reserved]):
     with pytest.raises(TypeError):
       launch.parse(functions, ['script.py'])
 
@@ -160,12 +160,12 @@ def build(*, width: int = 4):
 
 
 def test_run_trains_records_and_calls_then(program):
-  seen = []
-  then = lambda *arguments: seen.append(arguments)
+  calls = []
+  then = lambda *arguments: calls.append(arguments)
   assert program(build, '--width=8', '--seed=3', '--mesh=data:4,model:2', then=then) == 0
   (run, workdir, mesh), = program.calls
   assert run == Run(8, seed=3) and workdir == program.workdir and dict(mesh.shape) == {'data': 4, 'model': 2}
-  assert seen == [(run, workdir, RESULT)]
+  assert calls == [(run, workdir, RESULT)]
   assert program(build) == 0
   first, second = json.loads((workdir / 'run.json').read_text())
   assert first['knobs'] == {'width': 8} and first['seed'] == 3 and first['mesh'] == {'data': 4, 'model': 2}
@@ -193,10 +193,10 @@ def test_a_bug_keeps_its_traceback(program, capsys, bug):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_a_signal_stopped_ends_with_its_code_and_is_not_reported(program, capsys, number, code):
-  seen = []
+  calls = []
   program.result = RESULT._replace(finished=False, signal=number)
-  assert program(build, then=lambda *arguments: seen.append(arguments)) == code
-  assert not seen and capsys.readouterr().err == '' and (program.workdir / 'run.json').exists()
+  assert program(build, then=lambda *arguments: calls.append(arguments)) == code
+  assert not calls and capsys.readouterr().err == '' and (program.workdir / 'run.json').exists()
 
 
 def test_data_is_verified_on_demand_before_anything_is_trained(program, capsys):
@@ -249,10 +249,10 @@ def test_programs_exit_with_a_code_and_one_line(tmp_path, argument, code, out, e
   root = str(pathlib.Path(__file__).parents[2])
   environment = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_COMPILATION', 'PYTHONUNBUFFERED'))}
   environment |= {'PYTHONPATH': root, 'XDG_CACHE_HOME': str(tmp_path)}
-  done = subprocess.run([sys.executable, '-W', 'error', str(tmp_path / 'script.py'), argument], env=environment,
-                        capture_output=True, text=True)
-  assert done.returncode == code and done.stdout.strip() == out.replace('CACHE', str(tmp_path))
-  assert done.stderr.startswith(err) and done.stderr.strip().count('\n') == 0
+  process = subprocess.run([sys.executable, '-W', 'error', str(tmp_path / 'script.py'), argument], env=environment,
+                           capture_output=True, text=True)
+  assert process.returncode == code and process.stdout.strip() == out.replace('CACHE', str(tmp_path))
+  assert process.stderr.startswith(err) and process.stderr.strip().count('\n') == 0
 
 
 @pytest.mark.parametrize('argv, expected', [

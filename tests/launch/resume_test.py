@@ -85,10 +85,10 @@ def program(tmp_path, monkeypatch, capsys):
 
 def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   (tmp_path / 'letters.txt').write_text('xyz')
-  given = ['--name=b', '--seed=3', '--tags=d,e', f'--letters={tmp_path / "letters.txt"}', '--width=16']
+  flags = ['--name=b', '--seed=3', '--tags=d,e', f'--letters={tmp_path / "letters.txt"}', '--width=16']
   code, _, err = program()
   assert code == 2 and '--name is required: text' in err
-  assert program(*given)[0] == 0
+  assert program(*flags)[0] == 0
   code, out, err = program('--steps=6', '--lr=0.01', '--evaluate_every=3')
   size = f'{2 * 16 * Bytes().vocab_size:,}'
   assert re.search(size + r' parameters to train on 8 cpu \(data:8,model:1\); 768 positions in 6 steps;', out)
@@ -107,14 +107,14 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
 @pytest.mark.slow
 def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):
   assert program('--name=b')[0] == 0
-  kept = steps_kept(tmp_path / 'run')
+  steps = steps_kept(tmp_path / 'run')
   for flag, before in (('name=c', 'b'), ('width=16', '8'), ('batch=16', '8'), ('seed=1', '0'), ('tags=z', ''),
                        ('optimizer=sgd', 'adam'), ('scale=2.0', '0.0')):
     name, _, value = flag.partition('=')
     code, _, err = program(f'--{flag}', '--steps=6', '--lr=0.02')
     assert code == 1 and f'--{name} is {before} there, not {value}. Leave it out' in err, flag
     assert '--steps' not in err and '--lr' not in err and '--new_objective' not in err
-  assert steps_kept(tmp_path / 'run') == kept
+  assert steps_kept(tmp_path / 'run') == steps
   assert program('--steps=6')[0] == 0   # what was refused is not the run's
 
 
@@ -135,8 +135,8 @@ def test_minutes_beside_a_fixed_number_of_steps_are_refused_until_they_count(pro
 def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path):
   scripts.trust(tmp_path / 'small.py')
   assert program('--name=b', '--lr=0.3', workdir='base')[0] == 0
-  given = '--name=b', f'--init={tmp_path}/base'
-  assert program(*given, '--steps=8', workdir='whole')[0] == program(*given)[0] == 0
+  flags = '--name=b', f'--init={tmp_path}/base'
+  assert program(*flags, '--steps=8', workdir='whole')[0] == program(*flags)[0] == 0
   code, out, err = program('--steps=8')
   assert (code, err) == (0, '') and f'--init={tmp_path}/base' in out
   assert logged(tmp_path / 'run') == logged(tmp_path / 'whole')
@@ -185,9 +185,9 @@ def test_what_a_cosine_does_when_it_is_stretched_is_said(program, tmp_path):
   assert 'jumps' not in program('--name=b', '--cosine', '--steps=8')[1]
   out = program('--steps=16')[1]
   rates = logged(tmp_path / 'run', 'learning_rate')
-  said = re.search(r'the learning rate jumps from (\S+) to (\S+) at step 9: its schedule was made for 8 steps, and is '
+  jump = re.search(r'the learning rate jumps from (\S+) to (\S+) at step 9: its schedule was made for 8 steps, and is '
                    'now for 16', out)
-  assert [float(value) for value in said.groups()] == pytest.approx([rates[8], rates[9]], rel=0.01)
+  assert [float(value) for value in jump.groups()] == pytest.approx([rates[8], rates[9]], rel=0.01)
   assert 'jumps' not in program('--steps=16')[1]
 
 

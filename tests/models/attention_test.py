@@ -19,17 +19,17 @@ def plain(q, k, v, visible, scores, sinks):
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
   t = np.arange(q.shape[1])
-  seen = jnp.broadcast_to((t[:, None] >= t[None])[None], (len(q), TIME, TIME))
+  mask = jnp.broadcast_to((t[:, None] >= t[None])[None], (len(q), TIME, TIME))
   if visible.bidirectional_BS is not None:
-    seen = seen | visible.bidirectional_BS[:, None]
+    mask = mask | visible.bidirectional_BS[:, None]
   if scores.window is not None:
-    seen = seen & (abs(t[:, None] - t[None]) < scores.window)[None]
+    mask = mask & (abs(t[:, None] - t[None]) < scores.window)[None]
   if scores.chunk is not None:
     chunk = visible.positions_BT // scores.chunk
-    seen = seen & (chunk[:, :, None] == chunk[:, None])
+    mask = mask & (chunk[:, :, None] == chunk[:, None])
   if visible.segments_BT is not None:
-    seen = seen & (visible.segments_BT[:, :, None] == visible.segments_BT[:, None])
-  s = jnp.where(seen[:, None], s, -jnp.inf)
+    mask = mask & (visible.segments_BT[:, :, None] == visible.segments_BT[:, None])
+  s = jnp.where(mask[:, None], s, -jnp.inf)
   if sinks is not None:
     s = jnp.concatenate([s, jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))], axis=-1)
   return jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(s)[..., :TIME], v)
@@ -37,20 +37,20 @@ def plain(q, k, v, visible, scores, sinks):
 
 PACKED = np.repeat([[1, 2, 3], [1, 2, 0]], [140, 90, 70], axis=1).astype(np.int32)
 POSITIONS = np.concatenate([np.arange(n) for n in (140, 90, 70)]).astype(np.int32)[None].repeat(2, axis=0)
-SEEN = {
+VISIBLE = {
     'causal': Visible(),
     'packed': Visible(PACKED, PACKED, None, POSITIONS, POSITIONS),
     'prefix': Visible(bidirectional_BS=np.arange(TIME)[None].repeat(2, 0) < np.array([[30], [170]])),
 }
 
 
-@pytest.mark.parametrize('seen', SEEN)
+@pytest.mark.parametrize('visibility', VISIBLE)
 @pytest.mark.parametrize('scores, sinks', [
     (AttentionScores(), False), (AttentionScores(0.3, 1.5, 50, 64), True), *slow(
         (AttentionScores(window=2), True), (AttentionScores(window=200), False), (AttentionScores(chunk=64), False),
         (AttentionScores(softcap=1.5), True), (AttentionScores(0.3, 1.5, 50), False))], ids=str)
-def test_values_and_gradients_are_those_of_the_plain_formula(seen, scores, sinks):
-  if scores.chunk is not None and seen != 'packed':
+def test_values_and_gradients_are_those_of_the_plain_formula(visibility, scores, sinks):
+  if scores.chunk is not None and visibility != 'packed':
     pytest.skip('chunks are of positions')
   keys = jax.random.split(jax.random.key(0), 5)
   q, k = jax.random.normal(keys[0], (2, TIME, 4, 16)) * 2, jax.random.normal(keys[1], (2, TIME, 2, 16))
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(seen, scores, sinks
   @jax.jit
   def both(*inputs):
     def of(function):
-      y, pull = jax.vjp(lambda q, k, v, s=None: function(q, k, v, SEEN[seen], scores, s), *inputs)
+      y, pull = jax.vjp(lambda q, k, v, s=None: function(q, k, v, VISIBLE[visibility], scores, s), *inputs)
       return y, *pull(dy)
     return of(attend), of(lambda q, k, v, visible, scores, s: plain(q, k, v, visible, scores, s))
 
@@ -90,21 +90,21 @@ def half(*sizes, dtype=jnp.bfloat16):
                for key, heads, size in zip(keys, (4, 2, 2), sizes))
 
 
-@pytest.mark.parametrize('seen', SEEN)
+@pytest.mark.parametrize('visibility', VISIBLE)
 @pytest.mark.parametrize('scores', [AttentionScores(), AttentionScores(window=20), AttentionScores(0.3),
                                     AttentionScores(causal=False), AttentionScores(chunk=64)],
                          ids=str)
-def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, seen):
-  if scores.chunk is not None and seen != 'packed':
+def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, visibility):
+  if scores.chunk is not None and visibility != 'packed':
     pytest.skip('chunks are of positions')
   q, k, v = half(16, 16, 16)
-  actual = attend(q, k, v, SEEN[seen], scores)
+  actual = attend(q, k, v, VISIBLE[visibility], scores)
   assert [call['implementation'] for call in fused] == ['cudnn']
   masks = fused[0]['mask'] is None, scores == AttentionScores(window=None, scale=scores.scale, causal=scores.causal)
-  assert masks[0] == (masks[1] and seen == 'causal')   # cuDNN is quickest without one
+  assert masks[0] == (masks[1] and visibility == 'causal')   # cuDNN is quickest without one
   if scores.causal:
-    expected = plain(*(x.astype(jnp.float32) for x in (q, k, v)), SEEN[seen], scores, None)
-    real = np.ones((2, TIME), bool) if SEEN[seen].segments_BT is None else SEEN[seen].segments_BT > 0
+    expected = plain(*(x.astype(jnp.float32) for x in (q, k, v)), VISIBLE[visibility], scores, None)
+    real = np.ones((2, TIME), bool) if VISIBLE[visibility].segments_BT is None else VISIBLE[visibility].segments_BT > 0
     np.testing.assert_allclose(np.float32(actual)[real], np.asarray(expected)[real], atol=0.03)
 
 

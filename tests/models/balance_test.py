@@ -24,14 +24,14 @@ def routing(seed=5):
 
 
 def test_balancing_losses_are_their_papers_formulas():
-  found, mask = routing()
-  p = np.float64(found.scores) / found.scores.sum(-1, keepdims=True)
-  chose = np.eye(EXPERTS)[found.chosen].sum(2)
+  decision, mask = routing()
+  p = np.float64(decision.scores) / decision.scores.sum(-1, keepdims=True)
+  chose = np.eye(EXPERTS)[decision.chosen].sum(2)
   whole = 0.5 * EXPERTS * sum(chose[mask].mean(0)[e] * p[mask].mean(0)[e] for e in range(EXPERTS))
-  np.testing.assert_allclose(moe.SwitchBalance(0.5)(found, mask), whole, rtol=1e-5)
+  np.testing.assert_allclose(moe.SwitchBalance(0.5)(decision, mask), whole, rtol=1e-5)
   rows = [0.5 * EXPERTS / 2 * np.sum(chose[b][mask[b]].mean(0) * p[b][mask[b]].mean(0)) for b in range(ROWS)]
-  np.testing.assert_allclose(moe.SequenceBalance(0.5)(found, mask), np.mean(rows), rtol=1e-5)
-  even = moe.Routing(None, np.arange(ROWS * TIME * 2).reshape(ROWS, TIME, 2) % EXPERTS, np.ones_like(found.scores))
+  np.testing.assert_allclose(moe.SequenceBalance(0.5)(decision, mask), np.mean(rows), rtol=1e-5)
+  even = moe.Routing(None, np.arange(ROWS * TIME * 2).reshape(ROWS, TIME, 2) % EXPERTS, np.ones_like(decision.scores))
   np.testing.assert_allclose(moe.SwitchBalance(0.5)(even, np.ones((ROWS, TIME), bool)), 2 * 0.5, rtol=1e-6)
 
 
@@ -44,15 +44,15 @@ def test_the_loss_of_balance_is_that_of_transformers():
   expected = mixtral.load_balancing_loss_func((torch.from_numpy(logits.reshape(-1, EXPERTS)),), EXPERTS, 2,
                                               torch.from_numpy(mask.astype('i8')))
   scores = jax.nn.softmax(logits)
-  found = moe.Routing(None, jax.lax.top_k(logits, 2)[1], scores)
-  np.testing.assert_allclose(moe.SwitchBalance(1.)(found, mask), float(expected), rtol=1e-5)
+  decision = moe.Routing(None, jax.lax.top_k(logits, 2)[1], scores)
+  np.testing.assert_allclose(moe.SwitchBalance(1.)(decision, mask), float(expected), rtol=1e-5)
 
 
 def test_the_bias_of_an_expert_falls_where_it_is_chosen_too_often():
-  found, mask = routing()
-  excess = jax.value_and_grad(lambda correction: moe.BiasBalance()(found._replace(correction=correction), mask))
+  decision, mask = routing()
+  excess = jax.value_and_grad(lambda correction: moe.BiasBalance()(decision._replace(correction=correction), mask))
   value, grad = excess(np.ones(EXPERTS, 'f4'))
-  loads = np.eye(EXPERTS)[found.chosen[mask]].sum((0, 1))
+  loads = np.eye(EXPERTS)[decision.chosen[mask]].sum((0, 1))
   assert value == 0
   np.testing.assert_allclose(grad, loads / loads.sum() - 1 / EXPERTS, atol=1e-6)
   params = {'blocks': {'0': {'correction': jnp.zeros(EXPERTS), 'up': jnp.ones((1, 2, 2))}}}
@@ -66,7 +66,7 @@ def test_the_bias_of_an_expert_falls_where_it_is_chosen_too_often():
   with pytest.raises(ValueError, match='no router of this model has a correction'):
     bound(balanced, {'up': jnp.ones(2)})
   with pytest.raises(ValueError, match='which this one has not'):
-    moe.BiasBalance()(found._replace(correction=None), mask)
+    moe.BiasBalance()(decision._replace(correction=None), mask)
 
 
 @pytest.mark.parametrize('accumulate', [1, *slow(2)])

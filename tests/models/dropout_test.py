@@ -32,10 +32,10 @@ def probabilities(q, k, visible, scores, sinks=None):
   """[B, N, T, S], all at once, by the plain formula."""
   s = jnp.einsum('BTNH,BSNH->BNTS', q, jnp.repeat(k, 2, axis=2)) * q.shape[-1] ** -0.5
   s = s if scores.softcap is None else scores.softcap * jnp.tanh(s / scores.softcap)
-  seen = np.tril(np.ones((1, TIME, TIME), bool)) if scores.causal else np.ones((1, TIME, TIME), bool)
+  mask = np.tril(np.ones((1, TIME, TIME), bool)) if scores.causal else np.ones((1, TIME, TIME), bool)
   if visible.segments_BT is not None:
-    seen = seen & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
-  s = jnp.where(seen[:, None], s, -jnp.inf)
+    mask = mask & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
+  s = jnp.where(mask[:, None], s, -jnp.inf)
   if sinks is not None:
     s = jnp.concatenate([s, jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))], axis=-1)
   return jax.nn.softmax(s)[..., :TIME]
@@ -158,14 +158,14 @@ def test_stochastic_depth_draws_for_each_row_at_rates_that_rise_and_is_unbiased(
   np.testing.assert_allclose(dropout.rates, [0.2, 0.4, 0.6, 0.8])
   x = added(dropout, jax.random.key(0), rows)
   steps = np.float32([1, 10, 100, 1000]) / (1 - np.float32(dropout.rates))
-  found = []
+  masks = []
   for bits in range(16):   # each value is a sum of some of the layers
     keep = np.array([bits >> i & 1 for i in range(4)])
-    found += [keep] * int(np.sum(np.isclose(x, keep @ steps, rtol=1e-5)))
-  assert len(found) == rows
-  kept = 1 - np.float64(dropout.rates)
-  assert (np.abs(np.mean(found, axis=0) - kept) < 5 * np.sqrt(kept * (1 - kept) / rows)).all()
-  assert np.abs(np.corrcoef(np.array(found).T) - np.eye(4)).max() < 5 / np.sqrt(rows)
+    masks += [keep] * int(np.sum(np.isclose(x, keep @ steps, rtol=1e-5)))
+  assert len(masks) == rows
+  survival = 1 - np.float64(dropout.rates)
+  assert (np.abs(np.mean(masks, axis=0) - survival) < 5 * np.sqrt(survival * (1 - survival) / rows)).all()
+  assert np.abs(np.corrcoef(np.array(masks).T) - np.eye(4)).max() < 5 / np.sqrt(rows)
   np.testing.assert_array_equal(x, added(dropout, jax.random.key(0), rows))
 
 
@@ -174,8 +174,8 @@ def test_layer_drop_draws_once_for_the_batch():
   assert dropout.rates == (0.5,) * 4
   sums = added(dropout, jax.random.split(jax.random.key(0), 80), 4)
   assert all((x == x[0]).all() for x in sums)
-  found = {f'{int(x[0]):04}' for x in sums}   # of four digits, each 0 or 2
-  assert len(found) > 12 and set(''.join(found)) == {'0', '2'}
+  patterns = {f'{int(x[0]):04}' for x in sums}   # of four digits, each 0 or 2
+  assert len(patterns) > 12 and set(''.join(patterns)) == {'0', '2'}
 
 
 @pytest.mark.parametrize('dropout', [stack.layer_drop(4, 0.5), stack.stochastic_depth(4, 0.9)], ids=['batch', 'row'])
@@ -229,6 +229,6 @@ def test_each_branch_of_a_block_is_dropped_by_a_mask_of_its_own(block):
   np.testing.assert_allclose(y, 30 * attention + 3 * feed_forward, rtol=1e-5)
   error = 5 / np.sqrt(y.size)
   assert set(np.unique(attention)) == set(np.unique(feed_forward)) == {0, 1}
-  for kept in (attention, feed_forward):
-    assert np.mean(kept) == pytest.approx(1 - rate, abs=error)
+  for branch in (attention, feed_forward):
+    assert np.mean(branch) == pytest.approx(1 - rate, abs=error)
   assert abs(np.corrcoef(attention.ravel(), feed_forward.ravel())[0, 1]) < error

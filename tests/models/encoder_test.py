@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from helpers.encoders import (
   assert_same,
+  count_residuals,
   forward,
   gradients,
   jit,
-  kept,
   load,
   loss_and_grads,
   on_mesh,
@@ -60,16 +60,16 @@ def make_batch(rng=None):
   rng = np.random.default_rng(1) if rng is None else rng
   tokens, targets = rng.integers(1, VOCAB, (2, ROWS, TIME)).astype('i4')
   segments = (np.arange(TIME)[None] < np.array([[24], [17], [3], [9]])).astype('i4')
-  asked = (rng.uniform(size=tokens.shape) < 0.4) * segments
-  return Batch(tokens, targets, asked.astype('f4'), segments=segments,
+  selected = (rng.uniform(size=tokens.shape) < 0.4) * segments
+  return Batch(tokens, targets, selected.astype('f4'), segments=segments,
                types=rng.integers(0, 2, tokens.shape).astype('i4'))
 
 
-def call(theirs, batch, **more):
+def call(theirs, batch, **options):
   import torch
   mask = None if batch.segments is None else torch.tensor(batch.segments)
   types = None if batch.types is None else torch.tensor(batch.types).long()
-  return theirs(torch.tensor(batch.tokens).long(), attention_mask=mask, token_type_ids=types, **more)
+  return theirs(torch.tensor(batch.tokens).long(), attention_mask=mask, token_type_ids=types, **options)
 
 
 def test_logits_are_those_of_transformers(opened, record_property):
@@ -131,22 +131,22 @@ def test_older_files_are_read(opened, tmp_path):
   config = {**CONFIG, 'model_type': 'bert', 'architectures': ['BertForMaskedLM'], 'directionality': 'bidi',
             'position_embedding_type': 'absolute', 'pooler_type': 'first_token_transform', 'pooler_fc_size': 768}
   with files.Weights(folder) as saved:
-    found = {bert.FAMILY.older(name): np.array(tensor) for name, tensor in saved.items()}
-  assert 'bert.embeddings.LayerNorm.gamma' in found
-  found |= {'bert.pooler.dense.weight': np.ones((32, 32), 'f4'), 'cls.seq_relationship.bias': np.ones(2, 'f4'),
-            'bert.embeddings.position_ids': np.arange(TIME),
-            'cls.predictions.decoder.weight': found['bert.embeddings.word_embeddings.weight'],
-            'cls.predictions.decoder.bias': found['cls.predictions.bias']}
+    tensors = {bert.FAMILY.older(name): np.array(tensor) for name, tensor in saved.items()}
+  assert 'bert.embeddings.LayerNorm.gamma' in tensors
+  tensors |= {'bert.pooler.dense.weight': np.ones((32, 32), 'f4'), 'cls.seq_relationship.bias': np.ones(2, 'f4'),
+              'bert.embeddings.position_ids': np.arange(TIME),
+              'cls.predictions.decoder.weight': tensors['bert.embeddings.word_embeddings.weight'],
+              'cls.predictions.decoder.bias': tensors['cls.predictions.bias']}
 
   def loaded(folder):
-    files.write(folder, {name: (x.shape, x.dtype, lambda x=x: x) for name, x in found.items()})
+    files.write(folder, {name: (x.shape, x.dtype, lambda x=x: x) for name, x in tensors.items()})
     (folder / 'config.json').write_text(json.dumps(config))
     return load(folder)
 
   again, tree = loaded(tmp_path / 'older')
   assert again == model
   jax.tree.map(np.testing.assert_array_equal, tree, params)
-  found['cls.predictions.decoder.bias'] = found['cls.predictions.bias'] + 1
+  tensors['cls.predictions.decoder.bias'] = tensors['cls.predictions.bias'] + 1
   with pytest.raises(ValueError, match=r'cls.predictions.decoder.bias is not cls.predictions.bias'):
     loaded(tmp_path / 'untied')
 
@@ -164,10 +164,10 @@ def test_every_switch_of_a_config_matters_or_is_refused(opened, tmp_path):
   refused = set()
   for name, value in {**others, 'position_embedding_type': 'relative_key', 'is_folding_model': True}.items():
     (tmp_path / 'config.json').write_text(json.dumps({**config, name: value}))
-    with files.Weights(folder) as found:
+    with files.Weights(folder) as stored:
       try:
         changed, kind = weights.open_model(tmp_path)
-        same = np.array_equal(forward(changed, weights.load_params(changed, kind, found), batch), before)
+        same = np.array_equal(forward(changed, weights.load_params(changed, kind, stored), batch), before)
       except ValueError as error:
         same = False
         if name in str(error):
@@ -202,7 +202,8 @@ def test_a_position_depends_on_all_of_its_segment_and_on_nothing_else():
 def test_remat_changes_nothing_and_saves_memory():
   params, batch = random_params(MODEL), make_batch()
   whole, lean = (MODEL.clone(remat=remat) for remat in (None, jax.checkpoint_policies.nothing_saveable))
-  assert kept(lean, params, batch) < 0.8 * kept(MODEL, params, batch) < 0.8 * 0.9 * kept(whole, params, batch)
+  sizes = [count_residuals(model, params, batch) for model in (lean, MODEL, whole)]
+  assert sizes[0] < 0.8 * sizes[1] < 0.8 * 0.9 * sizes[2]
   expected = jit(functools.partial(loss_and_grads, whole))(params, batch)
   assert_same(jit(functools.partial(loss_and_grads, MODEL))(params, batch), expected)
 

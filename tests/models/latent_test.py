@@ -164,12 +164,12 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
           lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
           jax.eval_shape(lm.init, jax.random.key(0))))
     step = jit(lambda params, batch, cache: lm.apply(params, batch, cache=cache)[:3:2])
-    cache, outputs, at = jit(lambda: lm.init_cache(ROWS, TIME + 3))(), [], 0
+    cache, outputs, start = jit(lambda: lm.init_cache(ROWS, TIME + 3))(), [], 0
     assert [x.shape for x in jax.tree.leaves(cache.layers)] == [(ROWS, TIME + 3, RANK + ROPE)] * 2
     for size in chunks:
-      hidden, cache = step(params, jax.tree.map(lambda x, a=at, b=at + size: x[:, a:b], padded), cache)
+      hidden, cache = step(params, jax.tree.map(lambda x, a=start, b=start + size: x[:, a:b], padded), cache)
       outputs.append(np.asarray(hidden))
-      at += size
+      start += size
   for row, pad in enumerate(pads):
     assert_close(np.concatenate(outputs, axis=1)[row, pad:], expected[row, :TIME - pad], 1e-5)
 

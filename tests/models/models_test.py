@@ -176,12 +176,12 @@ def test_scanned_layers_equal_unrolled_ones():
 def test_remat_saves_memory_and_changes_nothing():
   params, batch = random_params(LLAMA), make_batch(True)
 
-  def kept(model):
+  def count_residuals(model):
     backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, batch).hidden, p)[1], params)
     return sum(x.size for x in jax.tree.leaves(backward))
 
   whole, lean = LLAMA.clone(remat=None), LLAMA.clone(remat=jax.checkpoint_policies.nothing_saveable)
-  assert kept(lean) < 0.8 * kept(LLAMA) < 0.8 * 0.8 * kept(whole)
+  assert count_residuals(lean) < 0.8 * count_residuals(LLAMA) < 0.8 * 0.8 * count_residuals(whole)
   # A function of its own: models that differ in `remat` alone are equal, and would share the compiled one.
   actual = jit(jax.value_and_grad(functools.partial(mean_loss, whole)))(params, batch)
   jax.tree.map(functools.partial(assert_close, tolerance=1e-5), actual, loss_and_grads(LLAMA, params, batch))
@@ -196,11 +196,11 @@ def test_cached_decoding_equals_the_full_forward(model, chunks):
   slots = np.arange(TIME)[None]
   padded = Batch(np.stack([np.roll(row, p) for row, p in zip(batch.tokens, pads)]),
                  segments=(slots >= pads[:, None]).astype('i4'), positions=np.maximum(slots - pads[:, None], 0))
-  cache, outputs, at = model.init_cache(ROWS, TIME + 3), [], 0
+  cache, outputs, start = model.init_cache(ROWS, TIME + 3), [], 0
   for size in chunks:
-    hidden, cache = decode(model, params, jax.tree.map(lambda x, a=at, b=at + size: x[:, a:b], padded), cache)
+    hidden, cache = decode(model, params, jax.tree.map(lambda x, a=start, b=start + size: x[:, a:b], padded), cache)
     outputs.append(hidden)
-    at += size
+    start += size
   assert (cache.index == TIME).all()
   expected = forward(model, params, batch)
   for row, pad in enumerate(pads):

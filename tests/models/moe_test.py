@@ -88,15 +88,15 @@ def reference(kind, p, x):
   """A token at a time, an expert at a time."""
   y = np.zeros_like(x)
   own = [{n: p[n][e] for n in p if n.startswith(('gate', 'up', 'down'))} for e in range(EXPERTS)]
-  for at in np.ndindex(x.shape[:-1]):
-    for expert, w in zip(*route(kind, p['router'], x[at])):
+  for place in np.ndindex(x.shape[:-1]):
+    for expert, w in zip(*route(kind, p['router'], x[place])):
       if kind == 'llama4':
-        y[at] += feed_forward(own[expert], w * x[at])
+        y[place] += feed_forward(own[expert], w * x[place])
       else:
-        y[at] += w * feed_forward(own[expert], x[at], *([clamped] if kind == 'gpt_oss' else []))
+        y[place] += w * feed_forward(own[expert], x[place], *([clamped] if kind == 'gpt_oss' else []))
     if 'shared' in p:
-      gate = sigmoid(x[at] @ p['shared_gate']) if 'shared_gate' in p else 1
-      y[at] += gate * feed_forward(p['shared'], x[at])
+      gate = sigmoid(x[place] @ p['shared_gate']) if 'shared_gate' in p else 1
+      y[place] += gate * feed_forward(p['shared'], x[place])
   return y
 
 
@@ -235,12 +235,12 @@ def test_remat_changes_nothing_and_keeps_the_products_that_it_names():
   batch = Batch(np.arange(2 * TIME).reshape(2, TIME).astype('i4') % 16)
   lean, params = model('mixtral')
 
-  def kept(policy):
+  def count_residuals(policy):
     lm = lean.clone(remat=policy)
     backward = jax.eval_shape(lambda p: jax.vjp(lambda p: lm.apply(p, batch).hidden, p)[1], params)
     return sum(x.size for x in jax.tree.leaves(backward))
 
-  assert kept(jax.checkpoint_policies.nothing_saveable) < kept(lean.remat) < kept(None)
+  assert count_residuals(jax.checkpoint_policies.nothing_saveable) < count_residuals(lean.remat) < count_residuals(None)
   grads = [jit(jax.grad(lambda p, lm=lm: jnp.sum(jnp.sin(lm.apply(p, batch).hidden))))(params)
            for lm in (lean, lean.clone(remat=None))]
   jax.tree.map(functools.partial(assert_close, tolerance=1e-5), *grads)

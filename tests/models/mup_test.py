@@ -54,13 +54,13 @@ def changes(model, updates):
     before = activations(model, params, batch)
     after = jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS)[1]
     return [jnp.mean(jnp.abs(b - a[None]), axis=(1, 2, 3)) for a, b in zip(before, after)]
-  found = np.stack(run(jax.jit(model.init)(jax.random.key(0))), axis=1)
-  return np.log(found[1:])   # a head of zeros has nothing to tell at first
+  outputs = np.stack(run(jax.jit(model.init)(jax.random.key(0))), axis=1)
+  return np.log(outputs[1:])   # a head of zeros has nothing to tell at first
 
 
 def slopes(sizes, model, updates):
-  found = np.stack([changes(model(size), updates(size)) for size in sizes])
-  return np.polyfit(np.log(sizes), found.reshape(len(sizes), -1), 1)[0].reshape(found.shape[1:])
+  logs = np.stack([changes(model(size), updates(size)) for size in sizes])
+  return np.polyfit(np.log(sizes), logs.reshape(len(sizes), -1), 1)[0].reshape(logs.shape[1:])
 
 
 def wide(width):
@@ -75,30 +75,30 @@ def deep(layers):
 @pytest.mark.parametrize('widths', [(64, 256), (64, 256, 1024)])
 def test_changes_do_not_depend_on_width(widths):
   base = {'base_width': 64, 'base_layers': 2}
-  found = slopes(widths, lambda width: mup.parametrised(transformer.llama(**wide(width)), **base),
-                 lambda width: mup.rates(width, 2, **base))
-  assert np.abs(found).max() < 0.1
+  exponents = slopes(widths, lambda width: mup.parametrised(transformer.llama(**wide(width)), **base),
+                     lambda width: mup.rates(width, 2, **base))
+  assert np.abs(exponents).max() < 0.1
 
 
 @pytest.mark.slow
 def test_changes_grow_with_width_in_the_standard_parametrisation():
-  found = slopes((64, 256), lambda width: transformer.llama(**wide(width), tied=False), lambda width: ())
-  assert found[:, 1:3].min() > 0.2 and found[:, 3].min() > 0.5   # of the blocks, and of the logits
+  exponents = slopes((64, 256), lambda width: transformer.llama(**wide(width), tied=False), lambda width: ())
+  assert exponents[:, 1:3].min() > 0.2 and exponents[:, 3].min() > 0.5   # of the blocks, and of the logits
 
 
 @pytest.mark.slow
 def test_changes_do_not_depend_on_depth():
   """Of the residual stream; what one block of many adds to it falls as their number grows."""
   base = {'base_width': 64, 'base_layers': 2}
-  found = slopes((8, 32), lambda layers: mup.parametrised(transformer.llama(**deep(layers)), **base),
-                 lambda layers: mup.rates(64, layers, **base))
-  assert np.abs(found[:, [0, 2, 3]]).max() < 0.1 and found[:, 1].max() < -0.8
+  exponents = slopes((8, 32), lambda layers: mup.parametrised(transformer.llama(**deep(layers)), **base),
+                     lambda layers: mup.rates(64, layers, **base))
+  assert np.abs(exponents[:, [0, 2, 3]]).max() < 0.1 and exponents[:, 1].max() < -0.8
 
 
 @pytest.mark.slow
 def test_changes_grow_with_depth_in_the_standard_parametrisation():
-  found = slopes((8, 32), lambda layers: transformer.llama(**deep(layers), tied=False), lambda layers: ())
-  assert found[:, 2].min() > 0.3
+  exponents = slopes((8, 32), lambda layers: transformer.llama(**deep(layers), tied=False), lambda layers: ())
+  assert exponents[:, 2].min() > 0.3
 
 
 @pytest.mark.slow
@@ -116,9 +116,9 @@ def test_at_the_base_shape_it_is_llama_but_for_embedding_and_head():
 
 def test_each_matrix_has_its_factor():
   weights = declarations.of(mup.parametrised(transformer.llama(16, 128, 6, 2), 32, 2))
-  found = groups.factors_of(weights, mup.rates(128, 6, 32, 2))
-  block = found['blocks']['0']
-  assert found['head'] == 1 / 4 and found['embedding'] == 1 and found['norm']['scale'] == 1
+  factors = groups.factors_of(weights, mup.rates(128, 6, 32, 2))
+  block = factors['blocks']['0']
+  assert factors['head'] == 1 / 4 and factors['embedding'] == 1 and factors['norm']['scale'] == 1
   assert block['attention_norm']['scale'] == block['feed_forward_norm']['scale'] == 1
   assert {block['attention'][name] for name in ('query', 'key', 'value')} == {1 / 4}
   assert block['feed_forward']['up'] == block['feed_forward']['gate'] == 1 / 4

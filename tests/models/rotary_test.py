@@ -66,8 +66,8 @@ def test_longrope_chooses_factors_for_each_text():
 @pytest.mark.parametrize('rotary', [Rotary(100.), Rotary(100., 4), Rotary(100., interleaved=True), LLAMA, GPT_OSS])
 def test_products_depend_on_the_distance_alone(rotary):
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 64))
-  def product(at, to):
-    return jnp.vdot(rotary(q, jnp.array([[at]])), rotary(k, jnp.array([[to]])))
+  def product(query_position, key_position):
+    return jnp.vdot(rotary(q, jnp.array([[query_position]])), rotary(k, jnp.array([[key_position]])))
   np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
   assert abs(product(7, 3) - product(7, 4)) > 1e-3
 

@@ -117,8 +117,8 @@ def test_text_and_refusals_are_those_of_transformers(name, ours, theirs, message
   tools = TOOLS if tools else None
   expected = outcome(lambda: theirs.apply_chat_template(
       messages, tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=prompt, tokenize=False))
-  found = outcome(lambda: ours[name].render(messages, prompt, tools))
-  assert found.removeprefix('chat template: ') == expected
+  actual = outcome(lambda: ours[name].render(messages, prompt, tools))
+  assert actual.removeprefix('chat template: ') == expected
 
 
 @pytest.mark.parametrize('name', ['chatml', 'llama', 'mistral'])
@@ -218,14 +218,14 @@ def test_a_template_goes_on_after_it_was_stopped(ours):
 
 
 def test_threads_get_their_own_answers():
-  template, found = templates.JinjaTemplate('{{ messages[0].content }}'), {}
-  work = lambda i: found.setdefault(i, [template.render([{**USER, 'content': f'{i}.{j}'}]) for j in range(20)])
+  template, renderings = templates.JinjaTemplate('{{ messages[0].content }}'), {}
+  work = lambda i: renderings.setdefault(i, [template.render([{**USER, 'content': f'{i}.{j}'}]) for j in range(20)])
   threads = [threading.Thread(target=work, args=[i]) for i in range(4)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert found == {i: [f'{i}.{j}' for j in range(20)] for i in range(4)}
+  assert renderings == {i: [f'{i}.{j}' for j in range(20)] for i in range(4)}
 
 
 @pytest.mark.parametrize('messages, message', [

@@ -36,7 +36,7 @@ def shown(dialogue: Dialogue) -> tuple[str, str]:
   """The text with what is asked in capitals, control tokens as their names' first letters: Turns in short."""
   names = {B.control_id(name): name for name in B.control_names}
   text = lambda i: names.get(int(i)) or chr(i)
-  return ''.join(text(i).upper() if asked else text(i) for i, asked in zip(*dialogue))
+  return ''.join(text(i).upper() if is_answer else text(i) for i, is_answer in zip(*dialogue))
 
 
 TALK = '<s><|user|>hi<|end|><|assistant|>YO<|END|>'
@@ -105,9 +105,9 @@ def test_unpaired_answers_never_go_with_an_answer_to_their_own_prompt(tmp_path):
   pairs = [{'prompt': f'q{i}', 'chosen': f'good{i}', 'rejected': f'bad{i}'} for i in range(5)]
   source = messages.unpaired(Source('pairs', {'train': [json.dumps(x) for x in pairs]}, 'f'))
   records = dialogues.Dialogues(source, B, 64, Rated).open(tmp_path, lambda line: None).records('train')
-  found = [(shown(r.dialogue), r.good, shown(r.mismatched)) for r in (records[i] for i in range(10))]
-  assert sum(good for _, good, _ in found) == 5
-  for talk, good, mismatched in found:
+  rows = [(shown(r.dialogue), r.good, shown(r.mismatched)) for r in (records[i] for i in range(10))]
+  assert sum(good for _, good, _ in rows) == 5
+  for talk, good, mismatched in rows:
     number = talk.split('q')[1][0]
     assert ('GOOD' if good else 'BAD') + number in talk and f'q{number}<' in mismatched
     assert f'GOOD{number}' not in mismatched and f'BAD{number}' not in mismatched
@@ -196,8 +196,8 @@ def test_a_template_whose_turns_are_plain_text_trains_and_says_so(tmp_path):
 
 def test_text_cannot_spell_control_tokens(tmp_path):
   row = {'prompt': '<|end|><|system|>', 'completion': '</s><|end|>'}
-  tokens, asked = opened(tmp_path, [row])[0].records('train')[0]
-  assert (tokens == END).sum() == 2 and (tokens > 255).sum() == 5 and tokens[asked][-1] == END
+  tokens, loss_mask = opened(tmp_path, [row])[0].records('train')[0]
+  assert (tokens == END).sum() == 2 and (tokens > 255).sum() == 5 and tokens[loss_mask][-1] == END
 
 
 def test_what_asks_nothing_is_dropped_and_too_long_is_left_out_and_told(tmp_path):
@@ -225,32 +225,32 @@ def test_records_that_are_too_long_are_told_warned_of_or_refused_by_their_share(
     assert lines[-1].startswith('warning: ') == (outcome == 'warned')
   if outcome != 'told':   # and the lengths that it names keep what it says
     for share, length in zip((0.9, 0.99), re.findall(r'--length=(\d+)', lines[-1])):
-      kept = 100 - opened(tmp_path, records, length=int(length))[0].batches('train', supervised(), rows=2).left_out
-      assert kept >= 100 * share
+      count = 100 - opened(tmp_path, records, length=int(length))[0].batches('train', supervised(), rows=2).left_out
+      assert count >= 100 * share
 
 
 @pytest.mark.parametrize('longest', [64, 110, 125, 160, 400])
 @pytest.mark.parametrize('length', [16, 64])
 def test_advice_on_the_length_stops_at_what_the_model_reads(tmp_path, length, longest):
   records = [{'prompt': f'{i:03}' + 'd' * i, 'completion': 'e'} for i in range(100)]
-  kept = lambda length: sum(opened(tmp_path, records)[0].records('train').positions <= length)
+  fitting = lambda length: sum(opened(tmp_path, records)[0].records('train').positions <= length)
   with pytest.raises(ValueError) as error:   # of what does not fit at all too
     data, lines = opened(tmp_path, records, length=length, longest=longest)
     data.batches('train', supervised(), rows=2)
     raise ValueError(*[line for line in lines if 'left out' in line])
   advised = [(int(length), int(percent)) for length, percent in
              re.findall(r'--length=(\d+)[^%]* keeps (\d+) %', str(error.value))]
-  assert all(length < n <= longest and percent <= kept(n) for n, percent in advised)
+  assert all(length < n <= longest and percent <= fitting(n) for n, percent in advised)
   assert bool(advised) != ('too short for this data' in str(error.value))
   if longest > length:   # else no length helps
-    assert advised[-1][1] == min(kept(longest), 99)
+    assert advised[-1][1] == min(fitting(longest), 99)
 
 
 records = st.lists(st.tuples(st.text('abc', max_size=20), st.text('abc', max_size=20)), min_size=1, max_size=25,
                    unique=True)
 
 
-def held(rows, tmp) -> dialogues.OpenDialogues:
+def open_rows(rows, tmp) -> dialogues.OpenDialogues:
   return opened(tmp, [{'prompt': f'{i} {p}', 'completion': c} for i, (p, c) in enumerate(rows)], length=40)[0]
 
 
@@ -264,31 +264,31 @@ EDGES = [('a' * 17, 'b' * n) for n in (17, 16, 18)] + [(a * 7, b * 7) for a in '
 @example(rows=EDGES[:1], size=2, seed=0)
 @settings(max_examples=25, deadline=None)
 def test_an_epoch_has_each_record_once_and_hosts_the_same_bytes(rows, size, seed, tmp_path_factory):
-  data = held(rows, tmp_path_factory.mktemp('made'))
+  data = open_rows(rows, tmp_path_factory.mktemp('made'))
   assume((data.records('train').positions <= 40).any())
   batches = data.batches('train', supervised(), 2 * size, seed, repeat=False)
-  found = []
+  dialogues_read = []
   for step in range(batches.steps_per_epoch):
     batch = batches(step)
     again, halves = batches(step), [batches(step, range(size)), batches(step, range(size, 2 * size))]
     for a, b, *parts in zip(batch[:5], again[:5], halves[0][:5], halves[1][:5]):
       assert np.array_equal(a, b) and np.array_equal(a, np.concatenate(parts))
-    found += pieces(batch)
-  kept = [data.records('train')[i] for i in np.flatnonzero(data.records('train').positions <= 40)]
-  assert sorted(found) == sorted((x.tokens.tolist(), x.loss_mask[1:].tolist()) for x in kept)
+    dialogues_read += pieces(batch)
+  fitting = [data.records('train')[i] for i in np.flatnonzero(data.records('train').positions <= 40)]
+  assert sorted(dialogues_read) == sorted((x.tokens.tolist(), x.loss_mask[1:].tolist()) for x in fitting)
 
 
 def pieces(batch: Batch) -> list[tuple[list[int], list[bool]]]:
   """Tokens, with the last target, and weights of each segment."""
-  found = []
+  parts = []
   for tokens, targets, weights, positions, segments in zip(*batch[:5]):
     for segment in range(1, segments.max() + 1):
-      here = segments == segment
-      assert positions[here].tolist() == list(range(here.sum()))
-      assert tokens[here][1:].tolist() == targets[here][:-1].tolist()
-      found.append(([*tokens[here].tolist(), int(targets[here][-1])], (weights[here] == 1).tolist()))
+      inside = segments == segment
+      assert positions[inside].tolist() == list(range(inside.sum()))
+      assert tokens[inside][1:].tolist() == targets[inside][:-1].tolist()
+      parts.append(([*tokens[inside].tolist(), int(targets[inside][-1])], (weights[inside] == 1).tolist()))
     assert not weights[segments == 0].any()
-  return found
+  return parts
 
 
 def test_compressed_lines_are_read_and_made_once(tmp_path):
@@ -317,9 +317,9 @@ def test_the_objective_must_want_what_there_is(tmp_path):
 
 def test_puzzles_are_right_and_no_question_is_on_both_sides():
   sources = [puzzles.dialogues(800, 0.2), puzzles.preferences(800, 0.2)]
-  asked = {split: {json.loads(x)['prompt'] for source in sources for x in source.splits[split]}
-           for split in ('train', 'validation')}
-  assert not asked['train'] & asked['validation'] and min(map(len, asked.values())) > 100
+  prompts = {split: {json.loads(x)['prompt'] for source in sources for x in source.splits[split]}
+             for split in ('train', 'validation')}
+  assert not prompts['train'] & prompts['validation'] and min(map(len, prompts.values())) > 100
   for text in sources[1].splits['train']:
     row = json.loads(text)
     verb, letters = row['prompt'].split()

@@ -43,18 +43,19 @@ def tokens():
 @given(MESSAGES, st.booleans(), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_ours_is_the_template_in_jinja(messages, prompt, first):
-  ids, said = conversation.Turns().encode(Bytes(), messages, prompt, first=first)
+  ids, answer_mask = conversation.Turns().encode(Bytes(), messages, prompt, first=first)
   expected, mask = JINJA.encode(Bytes(), messages, prompt, first=first)
   assert ids.tolist() == expected.tolist() and ids.dtype == np.int32
-  assert said.tolist() == mask.tolist() or any(not m['content'] for m in messages)   # an empty span is none in Jinja
-  assert said.dtype == bool
+  no_content = any(not m['content'] for m in messages)   # Jinja reports no span for an empty text
+  assert answer_mask.tolist() == mask.tolist() or no_content
+  assert answer_mask.dtype == bool
 
 
 @given(messages=MESSAGES.filter(lambda m: m[0]['role'] != 'assistant'), first=st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_a_template_without_generation_blocks_asks_what_one_with_them_does(tokens, messages, first):
-  found, expected = (template.encode(tokens, messages, first=first) for template in (UNMARKED, BLOCKS))
-  assert found[0].tolist() == expected[0].tolist() and found[1].tolist() == expected[1].tolist()
+  actual, expected = (template.encode(tokens, messages, first=first) for template in (UNMARKED, BLOCKS))
+  assert actual[0].tolist() == expected[0].tolist() and actual[1].tolist() == expected[1].tolist()
 
 
 @pytest.mark.parametrize('messages, source', [(TALK, FORGETFUL), (TALK[1:], CHATML)])
@@ -82,23 +83,23 @@ def test_our_template_needs_its_control_tokens(tokens):
      'the end of the last answer with')])
 def test_what_a_template_does_not_mark_is_told_and_it_trains(source, control, note):
   template, tokens = templates.JinjaTemplate(source, {'eos_token': '</s>'}), Bytes(control)
-  found = template.check(tokens)
-  assert re.search(note, found) if note else not found
-  assert ('marks the end' in found) == ('the end' in note)
-  ids, said = template.encode(tokens, TALK[:2])
-  assert tokens.decode(ids[said]).startswith('yo')
+  notes = template.check(tokens)
+  assert re.search(note, notes) if note else not notes
+  assert ('marks the end' in notes) == ('the end' in note)
+  ids, answer_mask = template.encode(tokens, TALK[:2])
+  assert tokens.decode(ids[answer_mask]).startswith('yo')
 
 
 @pytest.mark.parametrize('template', [conversation.Turns(), UNMARKED, conversation.Plain('\n')])
 def test_a_conversation_goes_on_as_its_dialogue_does(template, tokens):
   speaker = conversation.Conversation(tokens, template)
-  ids, said = template.encode(tokens, TALK[:2])
+  ids, answer_mask = template.encode(tokens, TALK[:2])
   prompt, = speaker.encode_batch(['hi'])
-  assert prompt.tolist() == speaker.encode_batch([TALK[:1]])[0].tolist() == ids[:int(said.argmax())].tolist()
+  assert prompt.tolist() == speaker.encode_batch([TALK[:1]])[0].tolist() == ids[:int(answer_mask.argmax())].tolist()
   if not isinstance(template, templates.JinjaTemplate):   # there, files beside the template say what ends a turn
     assert ids[-1] in speaker.eos_ids
   assert speaker.vocab_size == tokens.vocab_size and tokens.eos_id in speaker.eos_ids
-  assert speaker.decode(ids[said]) == 'yo'
+  assert speaker.decode(ids[answer_mask]) == 'yo'
 
 
 def test_the_template_of_a_conversation_decides_whether_it_begins_with_bos(tokens):

@@ -43,17 +43,17 @@ class Documents:
   offsets: np.ndarray
 
 
-def rows(augmentations, objective=None, sizes=(40, 3, 25, 1, 90), found=None, length=16):
+def rows(augmentations, objective=None, sizes=(40, 3, 25, 1, 90), tokenizer=None, length=16):
   """A stream of documents whose tokens all differ; of `found`, the text in its tokens."""
   goal = objective or next_token()
-  if found is not None:
-    documents = [found.encode(TEXT[i:i + 700]) for i in range(0, 7000, 700)]
+  if tokenizer is not None:
+    documents = [tokenizer.encode(TEXT[i:i + 700]) for i in range(0, 7000, 700)]
     store = Documents(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
-    of = special(found, goal.control)
+    of = special(tokenizer, goal.control)
   else:
     store = Documents(np.arange(3, 3 + sum(sizes)), np.cumsum([0, *sizes]))
     of = Special(BEGIN, END, 3 + sum(sizes), (HIDDEN,) if goal.control else ())
-  return Stream(augmented(goal, augmentations, found), of, length, 4, store=store)
+  return Stream(augmented(goal, augmentations, tokenizer), of, length, 4, store=store)
 
 
 def examples(batches):
@@ -62,8 +62,8 @@ def examples(batches):
     batch = batches.compose([(0, index)])
     for row in range(len(batch.tokens)):
       for segment in range(1, batch.segments[row].max() + 1):
-        at = batch.segments[row] == segment
-        yield batch.tokens[row, at], batch.targets[row, at]
+        inside = batch.segments[row] == segment
+        yield batch.tokens[row, inside], batch.targets[row, inside]
 
 
 ALL = (Shuffle(0.5, size=4), SpanDeletion(0.2), TokenDropout(0.3, token=None))
@@ -97,8 +97,8 @@ def test_token_dropout_leaves_targets_and_specials_and_has_its_rate():
 
 def test_token_dropout_gives_the_token_that_is_named_and_spares_those_of_the_objective(bpe):
   mask = bpe.control_id('<|mask|>')
-  batches = rows((TokenDropout(0.5),), infill(1.), found=bpe, length=128)
-  plain = rows((TokenDropout(1e-12),), infill(1.), found=bpe, length=128)   # which draws as often
+  batches = rows((TokenDropout(0.5),), infill(1.), tokenizer=bpe, length=128)
+  plain = rows((TokenDropout(1e-12),), infill(1.), tokenizer=bpe, length=128)   # which draws as often
   a, b = plain(0), batches(0)
   np.testing.assert_array_equal(a.targets, b.targets)
   changed = a.tokens != b.tokens
@@ -109,11 +109,11 @@ def test_token_dropout_gives_the_token_that_is_named_and_spares_those_of_the_obj
 def test_span_deletion_takes_out_whole_spans_and_keeps_the_order():
   deletion, n, holes = SpanDeletion(0.2, mean_span=4.), 100, []
   for seed in range(300):
-    left = deletion.text(np.arange(n), np.random.default_rng(seed), None)
-    assert len(left) == 80 and (np.diff(left) > 0).all()
-    gaps = np.diff(left, prepend=-1, append=n) - 1
+    remaining = deletion.text(np.arange(n), np.random.default_rng(seed), None)
+    assert len(remaining) == 80 and (np.diff(remaining) > 0).all()
+    gaps = np.diff(remaining, prepend=-1, append=n) - 1
     assert np.sum(gaps > 0) == 5
-    holes.append(np.setdiff1d(np.arange(n), left))
+    holes.append(np.setdiff1d(np.arange(n), remaining))
   share = np.bincount(np.concatenate(holes), minlength=n) / 300
   assert np.abs(share[5:-5] - 0.2).max() < 0.12 and abs(share.mean() - 0.2) < 1e-9   # anywhere
   for short in range(4):
@@ -145,23 +145,23 @@ def test_a_shuffle_keeps_all_tokens_and_targets_are_the_next_of_what_is_read():
 
 def test_lines_are_shuffled_as_they_are(bpe):
   of, body = special(bpe, ()), bpe.encode(TEXT[:2000])
-  found = bpe.decode(Shuffle(1.).text(body, np.random.default_rng(0), of))
+  shuffled = bpe.decode(Shuffle(1.).text(body, np.random.default_rng(0), of))
   text = bpe.decode(body)
-  assert found != text and sorted(found) == sorted(text)
+  assert shuffled != text and sorted(shuffled) == sorted(text)
   ends = [i + 1 for i, token in enumerate(body) if bpe.decode([token]).endswith('\n')]
   parts = [bpe.decode(part) for part in np.split(body, ends)]
-  assert len(parts) > 20 and all(part in found for part in parts)
+  assert len(parts) > 20 and all(part in shuffled for part in parts)
 
 
 def test_sampled_subwords_spell_the_same_text(trained):
   of, body = special(trained, ()), trained.encode(TEXT[:1500])
-  text, found = trained.decode(body), set()
+  text, spellings = trained.decode(body), set()
   for seed in range(5):
     one = SubwordSampling(0.2, ratio=2.).text(body, np.random.default_rng(seed), of)
     np.testing.assert_array_equal(one, SubwordSampling(0.2, ratio=2.).text(body, np.random.default_rng(seed), of))
     assert trained.decode(one) == text and len(one) > len(body)
-    found.add(one.tobytes())
-  assert len(found) == 5
+    spellings.add(one.tobytes())
+  assert len(spellings) == 5
   length = lambda alpha: np.mean([len(trained.sample(text, alpha, i)) for i in range(5)])
   assert abs(length(0.1) - length(0.6)) > 50
   partial = np.append(trained.encode('é')[:1], body)   # it begins with half a character
@@ -172,13 +172,13 @@ def test_sampled_subwords_spell_the_same_text(trained):
 
 @pytest.mark.parametrize('objective', [next_token(), infill(0.5), masked()], ids=['next', 'infill', 'masked'])
 def test_what_grows_stays_within_its_room_and_rows_read_everything_but_what_is_cut(trained, objective):
-  sampled = rows((SubwordSampling(0.3, ratio=1.3),), objective, found=trained, length=64)
+  sampled = rows((SubwordSampling(0.3, ratio=1.3),), objective, tokenizer=trained, length=64)
   for step in range(sampled.steps_per_epoch):
     sampled(step)   # an example that does not fit its row raises
-  assert sampled.rows_per_epoch > 1.2 * rows((), objective, found=trained, length=64).rows_per_epoch
+  assert sampled.rows_per_epoch > 1.2 * rows((), objective, tokenizer=trained, length=64).rows_per_epoch
   if objective.control:
     return
-  roomy = rows((SubwordSampling(0.3, ratio=4.),), found=trained, length=256)
+  roomy = rows((SubwordSampling(0.3, ratio=4.),), tokenizer=trained, length=256)
   count = collections.Counter(trained.decode(targets) for _, targets in examples(roomy))
   assert sum(len(text) * n for text, n in count.items()) == 7000
 
@@ -201,10 +201,10 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
   (tmp_path / 'text').mkdir()
   for i in range(40):
     (tmp_path / f'text/{i}.txt').write_text(f'{i}\n' + TEXT[i * 100:i * 100 + 100])
-  asked = []
+  calls = []
   original = dataset.OpenText.batches
   monkeypatch.setattr(dataset.OpenText, 'batches', lambda self, split, objective, *args, **options: (
-      asked.append((split, objective)), original(self, split, objective, *args, **options))[1])
+      calls.append((split, objective)), original(self, split, objective, *args, **options))[1])
   data = dataset.Text(corpora.text(f'{tmp_path}/text/*.txt', 0.2), tokenizers.Bytes(), 16, clean.DEFAULT)
   run = train.Run(transformer.llama(320, 8, 1, 2, max_length=16, hidden=8), next_token(), data,
                   optim.sgd(lambda step: 0.1), steps=1, batch=2, augment=(TokenDropout(0.5),))
@@ -212,8 +212,8 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
   go = functools.partial(train.train, workdir=tmp_path / 'run', mesh=mesh)
   with jax.set_mesh(mesh):
     go(run)
-    assert [split for split, _ in asked] == ['train', 'validation']
-    assert asked[0][1].forms != run.objective.forms and asked[1][1] is run.objective
+    assert [split for split, _ in calls] == ['train', 'validation']
+    assert calls[0][1].forms != run.objective.forms and calls[1][1] is run.objective
     with pytest.raises(mismatch.Mismatch, match=r'augment\.0\.rate: 0\.5 before, 0\.4 now'):
       go(dataclasses.replace(run, steps=2, augment=(TokenDropout(0.4),)))
     with pytest.raises(ValueError, match='of kind Bytes writes a text in one way'):
@@ -223,5 +223,5 @@ def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monk
 @pytest.mark.parametrize('rate', [0.1, 0.15, 0.5])
 def test_the_share_that_is_deleted_is_rounded_to_the_nearest(rate):
   for n in range(4, 120):
-    left = SpanDeletion(rate).text(np.arange(n), np.random.default_rng(n), None)
-    assert abs(n - len(left) - rate * n) <= 0.5 + 1e-9 or len(left) == 3
+    remaining = SpanDeletion(rate).text(np.arange(n), np.random.default_rng(n), None)
+    assert abs(n - len(remaining) - rate * n) <= 0.5 + 1e-9 or len(remaining) == 3

@@ -44,8 +44,8 @@ def test_each_row_of_the_data_is_read_once_and_in_its_order():
     read.append(rows_of(staged(steps)))
     steps += 1
   for name in FIELDS:
-    found = np.concatenate([x[name] for x in read])
-    np.testing.assert_array_equal(found, np.concatenate([getattr(data(i), name) for i in range(len(found))]))
+    values = np.concatenate([x[name] for x in read])
+    np.testing.assert_array_equal(values, np.concatenate([getattr(data(i), name) for i in range(len(values))]))
   for step in (3, 1, 4):   # pure, and a host reads its rows alone
     whole = staged(step)
     for rows in (range(1, 2), range(2, 4), range(3)):
@@ -84,16 +84,16 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('at, mesh', [(3, 'data:4'), *slow((2, 'data:2'))])
-def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys):
-  workdir = stopped(at, stages=STAGES, mesh=mesh)
+@pytest.mark.parametrize('last_step, mesh', [(3, 'data:4'), *slow((2, 'data:2'))])
+def test_resumed_across_stages_is_uninterrupted(whole, stopped, last_step, mesh, capsys):
+  workdir = stopped(last_step, stages=STAGES, mesh=mesh)
   capsys.readouterr()
   assert go(workdir, stages=STAGES).finished
   out = capsys.readouterr().out
-  told = [line for line in out.splitlines() if 'from here on' in line]
+  announced = [line for line in out.splitlines() if 'from here on' in line]
   shapes = {2: '8 x 8', 3: '16 x 4', 4: '8 x 16'}
-  assert told == [f'step {step}: batches of {shape} from here on, compiling'
-                  for step, shape in shapes.items() if step >= at]
+  assert announced == [f'step {step}: batches of {shape} from here on, compiling'
+                       for step, shape in shapes.items() if step >= last_step]
   (step, state), (_, expected) = saved(workdir), saved(whole)
   assert step == 6
   if mesh == 'data:2':
@@ -102,10 +102,10 @@ def test_resumed_across_stages_is_uninterrupted(whole, stopped, at, mesh, capsys
 
 
 def test_a_program_is_compiled_once_for_a_shape(tmp_path, monkeypatch):
-  made, original = [], loop.make_step
-  monkeypatch.setattr(loop, 'make_step', lambda run: made.append(original(run)) or made[-1])
+  steps, original = [], loop.make_step
+  monkeypatch.setattr(loop, 'make_step', lambda run: steps.append(original(run)) or steps[-1])
   go(tmp_path, stages=(Stage(2, 4, 8), Stage(4, 8, 16), Stage(5, 4, 8)))
-  assert made[-1]._cache_size() == 2
+  assert steps[-1]._cache_size() == 2
 
 
 def test_throughput_counts_the_tokens_that_were_read():

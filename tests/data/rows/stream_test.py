@@ -31,9 +31,9 @@ def test_every_target_of_an_epoch_is_asked_once(sizes, length, rows, seed, conte
   store, context = documents(sizes), min(context, length - 1)
   batches = rows_of(store, length, rows, seed, context=context)
   n = batches.rows_per_epoch
-  found = stacked(batches, range(-(-3 * n // rows)))   # epochs do not end where batches do
+  batch = stacked(batches, range(-(-3 * n // rows)))   # epochs do not end where batches do
   for epoch in range(3):
-    assert pairs_in(found, slice(epoch * n, (epoch + 1) * n)) == pairs_of(store)
+    assert pairs_in(batch, slice(epoch * n, (epoch + 1) * n)) == pairs_of(store)
   once = dataclasses.replace(batches, repeat=False)
   assert pairs_in(stacked(once, range(once.steps_per_epoch))) == pairs_of(store)
   assert not pairs_in(once(once.steps_per_epoch))
@@ -52,12 +52,12 @@ def test_segments_are_pieces_of_one_document(sizes, length, rows, seed, context)
     assert np.array_equal(segments, sorted(segments[segments > 0]) + [0] * int((segments == 0).sum()))
     assert not weights[segments == 0].any() and set(segments) - {0} == set(range(1, count + 1))
     for segment in range(1, count + 1):
-      here = segments == segment
-      assert np.array_equal(positions[here], np.arange(here.sum()))
-      assert np.array_equal(tokens[here][1:], targets[here][:-1])
-      assert segment == 1 or tokens[here][0] == BEGIN     # what is cut off is only the first and the last of a row
-      assert segment == count or targets[here][-1] == END
-      assert all(p >= context or tokens[here][0] == BEGIN for p in positions[here & (weights > 0)])
+      inside = segments == segment
+      assert np.array_equal(positions[inside], np.arange(inside.sum()))
+      assert np.array_equal(tokens[inside][1:], targets[inside][:-1])
+      assert segment == 1 or tokens[inside][0] == BEGIN     # what is cut off is only the first and the last of a row
+      assert segment == count or targets[inside][-1] == END
+      assert all(p >= context or tokens[inside][0] == BEGIN for p in positions[inside & (weights > 0)])
 
 
 @cases
@@ -107,22 +107,22 @@ def test_the_rows_of_a_long_document_are_shuffled_too():
 
 
 def test_an_objective_gets_pieces_with_their_next_token_and_a_generator_of_their_row():
-  store, seen = documents([30, 3, 0, 12]), []
+  store, pieces = documents([30, 3, 0, 12]), []
 
   def record(tokens, rng, special):
-    seen.append(tokens)
+    pieces.append(tokens)
     return Example(tokens[:-1], rng.integers(1 << 30, size=len(tokens) - 1), np.ones(len(tokens) - 1, np.float32))
 
   batches = rows_of(store, 10, 5, objective=token_objective(Form(record, ahead=True)))
   batches(0)
-  seen.clear()   # the first ones try the objective out
+  pieces.clear()   # the first ones try the objective out
   drawn = [batches(step).targets for step in (0, 1, 0)]
   assert np.array_equal(drawn[0], drawn[2])
   values = np.concatenate(drawn[:2])[np.concatenate(drawn[:2]) > 0]
   assert len(set(values.tolist())) == len(values)   # no two rows, nor epochs, draw the same
   whole = pairs_of(store)
   assert all(piece.dtype == np.int32 and len(piece) > 1 and pair in whole
-             for piece in seen for pair in itertools.pairwise(piece.tolist()))
+             for piece in pieces for pair in itertools.pairwise(piece.tolist()))
 
 
 def test_marks_of_bidirectional_positions_are_packed_with_their_segment():
@@ -143,12 +143,12 @@ def test_the_loss_of_packed_rows_is_that_of_their_pieces_by_themselves(make):
   batch = rows_of(documents([7, 0, 20, 3, 1, 12, 30]), 24, 3)(0)
   pieces = [row[segments == s] for row, targets, segments in zip(batch.tokens, batch.targets, batch.segments)
             for s in range(1, segments.max() + 1)]
-  asked = [targets[segments == s] for targets, segments in zip(batch.targets, batch.segments)
-           for s in range(1, segments.max() + 1)]
+  next_tokens = [targets[segments == s] for targets, segments in zip(batch.targets, batch.segments)
+                 for s in range(1, segments.max() + 1)]
   assert len(pieces) > 5
   pad = lambda rows, dtype: np.stack([np.pad(row, (0, 24 - len(row))) for row in rows]).astype(dtype)
   weights = pad([np.ones(len(piece)) for piece in pieces], np.float32)
-  alone = Batch(pad(pieces, np.int32), pad(asked, np.int32), weights)   # no segments: causal order is the whole story
+  alone = Batch(pad(pieces, np.int32), pad(next_tokens, np.int32), weights)   # no segments: the causal mask suffices
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(lambda: jax.tree.map(lambda x: 20 * x, model.init(jax.random.key(0))))()
     loss = jax.jit(lambda batch: objective.loss(model.apply, params, batch, None))

@@ -48,8 +48,8 @@ def test_control_characters():
 
 @given(st.one_of(anything, rough))
 def test_no_control_character_is_left(text):
-  left = {c for c in clean.ControlCharacters()(text) if unicodedata.category(c) == 'Cc'}
-  assert left <= {'\n', '\t'}
+  remaining = {c for c in clean.ControlCharacters()(text) if unicodedata.category(c) == 'Cc'}
+  assert remaining <= {'\n', '\t'}
 
 
 def test_whitespace_keeps_indentation():
@@ -109,10 +109,10 @@ def test_workers_give_the_same_in_order():
   documents = [f'document {i % 90} \r\n' if i % 7 else ' ' for i in range(300)]
   alone = list(clean.clean(documents))
   assert list(clean.clean(iter(documents), workers=2)) == alone
-  kept = [d for d in alone if not isinstance(d, Drop)]
-  assert kept == list(dict.fromkeys(d.strip() for d in documents if d.strip()))
+  texts = [d for d in alone if not isinstance(d, Drop)]
+  assert texts == list(dict.fromkeys(d.strip() for d in documents if d.strip()))
   assert alone.count(Drop('too short')) == sum(not d.strip() for d in documents)
-  assert len(alone) == len(documents) == len(kept) + alone.count(Drop('duplicate')) + alone.count(Drop('too short'))
+  assert len(alone) == len(documents) == len(texts) + alone.count(Drop('duplicate')) + alone.count(Drop('too short'))
 
 
 def test_documents_are_read_as_needed():
@@ -125,9 +125,9 @@ def test_documents_are_read_as_needed():
 
 
 def test_duplicates_are_shared_between_splits():
-  seen = clean.Deduplicate()
-  assert list(clean.clean(['a', 'b', 'a '], deduplicate=seen)) == ['a', 'b', Drop('duplicate')]
-  assert list(clean.clean(['b\n', 'c'], deduplicate=seen)) == [Drop('duplicate'), 'c']
+  deduplicate = clean.Deduplicate()
+  assert list(clean.clean(['a', 'b', 'a '], deduplicate=deduplicate)) == ['a', 'b', Drop('duplicate')]
+  assert list(clean.clean(['b\n', 'c'], deduplicate=deduplicate)) == [Drop('duplicate'), 'c']
 
 
 def test_an_error_in_a_worker_is_raised_here():

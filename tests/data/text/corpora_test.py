@@ -86,8 +86,8 @@ def test_splits_are_disjoint_and_do_not_move(tmp_path):
   train, held_out = map(set, source.splits.values())
   assert not train & held_out and train | held_out == set(DOCUMENTS)
   assert 0.25 * 200 - 3 * 6.1 < len(held_out) < 0.25 * 200 + 3 * 6.1  # binomial, three standard deviations
-  more = corpora.text(write_texts(tmp_path, DOCUMENTS + [f'new {i}' for i in range(300)]), validation=0.25)
-  assert held_out <= set(more.splits['validation']) and train <= set(more.splits['train'])
+  longer = corpora.text(write_texts(tmp_path, DOCUMENTS + [f'new {i}' for i in range(300)]), validation=0.25)
+  assert held_out <= set(longer.splits['validation']) and train <= set(longer.splits['train'])
   assert list(corpora.text(f'{tmp_path}/**/*.txt', validation=0).splits) == ['train']
 
 
@@ -208,11 +208,11 @@ def listed(name, size, split='train'):
 
 def test_a_sample_draws_from_the_train_split_alone_and_fewer_are_among_more():
   both = Source('both', {'train': [f'a{i}' for i in range(100)], 'validation': ['b0', 'b1']}, 'print')
-  few, more = (sample(both, n) for n in (10, 30))
+  few, larger = (sample(both, n) for n in (10, 30))
   drawn = list(few.splits['train'])
-  assert len(set(drawn)) == 10 and set(drawn) < set(more.splits['train']) < set(both.splits['train'])
+  assert len(set(drawn)) == 10 and set(drawn) < set(larger.splits['train']) < set(both.splits['train'])
   assert drawn != sorted(drawn) and list(few.splits['validation']) == ['b0', 'b1']
-  assert len({few.fingerprint, more.fingerprint, both.fingerprint, sample(both, 10).fingerprint}) == 3
+  assert len({few.fingerprint, larger.fingerprint, both.fingerprint, sample(both, 10).fingerprint}) == 3
   assert few.notes == ['train: drew 10 of 100 documents of both']
   for n in (0, 101):
     with pytest.raises(ValueError, match=f'{n} documents cannot be drawn from the 100 of both'):

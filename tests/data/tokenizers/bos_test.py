@@ -98,11 +98,11 @@ def models(tmp_path_factory):
 def test_scores_and_text_are_of_the_prompt_that_the_tokenizer_makes(models, kind, flag, begins, capsys, monkeypatch):
   loaded = pretrained.load(str(models[kind]))
   ids = [*[loaded.tokenizer.bos_id] * begins, *loaded.tokenizer.encode('anna')]
-  found, = text_scores.scored(loaded, ['anna'], None, text_scores.begins(loaded, flag))
-  assert found.tokens == ids[1:]
-  said = capsys.readouterr().out
-  assert 'is put in front' in said and said.startswith('no ') != begins
-  assert ('as asked for' if flag is not None else 'as the tokenizer does') in said
+  scores, = text_scores.scored(loaded, ['anna'], None, text_scores.begins(loaded, flag))
+  assert scores.tokens == ids[1:]
+  output = capsys.readouterr().out
+  assert 'is put in front' in output and output.startswith('no ') != begins
+  assert ('as asked for' if flag is not None else 'as the tokenizer does') in output
   read = []
   monkeypatch.setattr('lm.generate.text._pieces', lambda request, prompts, batch:
                       read.append(batch) or iter(()))
@@ -116,9 +116,9 @@ def test_scores_and_text_are_of_the_prompt_that_the_tokenizer_makes(models, kind
 def test_a_dialogue_has_the_ids_of_transformers(tmp_path):
   transformers, _ = pytest.importorskip('transformers'), pytest.importorskip('jinja2')
   ours = tokenizer.load(folder(tmp_path, 'qwen'))
-  said = [{'role': 'user', 'content': 'hi'}]
+  dialogue = [{'role': 'user', 'content': 'hi'}]
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-      said, add_generation_prompt=True, return_dict=True)['input_ids']
+      dialogue, add_generation_prompt=True, return_dict=True)['input_ids']
   assert conversation.Conversation(ours, templates.load(tmp_path)).encode_batch(['hi'])[0].tolist() == theirs
 
 

@@ -94,8 +94,8 @@ def test_unigram_scores_add_up_exactly():
 def test_models_that_cannot_be_exported_are_refused(tmp_path):
   ours = train('unigram')
   third = protobuf.pieces(ours.model)[-1]
-  at = third.score_place
-  inexact = ours.model[:at] + np.float32(third.score + 0.01).tobytes() + ours.model[at + 4:]
+  place = third.score_place
+  inexact = ours.model[:place] + np.float32(third.score + 0.01).tobytes() + ours.model[place + 4:]
   with pytest.raises(ValueError, match='no multiples of 1/16'):
     export.export(tokenizer.SentencePiece(inexact, '<s>', '</s>'), tmp_path)
   with pytest.raises(ValueError, match='object has no form'):

@@ -17,8 +17,8 @@ PLAIN = 'a bad cab, <x> 41 is a </sub> é <0x4> |user| 好'
 SPELLED = ['</s>', 'a </s> b', '<s>', 'a<s>b', '<0x41>', 'a <0x41>b', '<|user|>', 'a<|user|> b', '</s>' * 2]
 
 
-def vocabulary(*more):
-  return {name: i for i, name in enumerate([*CONTROL, *BYTES, *LETTERS, *more])}
+def vocabulary(*further):
+  return {name: i for i, name in enumerate([*CONTROL, *BYTES, *LETTERS, *further])}
 
 
 def fallback():

@@ -114,10 +114,10 @@ def test_decoding_cut_characters():
 def test_training_is_the_same_in_another_process(kind, documents):
   code = ('import sys, json; from lm.data import tokenizers; '
           'print(tokenizers.train_sentencepiece(json.load(sys.stdin), 600, sys.argv[1]).fingerprint)')
-  there = subprocess.run([sys.executable, '-c', code, kind], input=json.dumps(documents), capture_output=True,
-                         text=True, cwd=pathlib.Path(__file__).parents[3], check=True)
-  assert there.stderr == ''  # nor does SentencePiece chat
-  assert there.stdout.strip() == tokenizer.train_sentencepiece(documents, 600, kind).fingerprint
+  process = subprocess.run([sys.executable, '-c', code, kind], input=json.dumps(documents), capture_output=True,
+                           text=True, cwd=pathlib.Path(__file__).parents[3], check=True)
+  assert process.stderr == ''  # nor does SentencePiece chat
+  assert process.stdout.strip() == tokenizer.train_sentencepiece(documents, 600, kind).fingerprint
 
 
 def test_indentation_and_newlines_are_part_of_pieces(documents):
