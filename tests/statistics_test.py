@@ -17,17 +17,17 @@ def simulated(rng, seeds, gap=0., noise=0.01, shared=0.03):
 @pytest.mark.parametrize('seeds', [2, 3, 5, 10])
 def test_arms_that_are_the_same_are_not_distinguishable_in_19_of_20_trials(seeds):
   rng, trials = np.random.default_rng(seeds), 2000
-  told = sum(statistics.judge(*simulated(rng, seeds)).word != 'not distinguishable' for _ in range(trials))
+  false_alarms = sum(statistics.judge(*simulated(rng, seeds)).word != 'not distinguishable' for _ in range(trials))
   # Within three standard deviations of the binomial: neither more often, nor so seldom that nothing would be found.
-  assert abs(told - trials / 20) < 3 * math.sqrt(trials * 0.05 * 0.95)
+  assert abs(false_alarms - trials / 20) < 3 * math.sqrt(trials * 0.05 * 0.95)
 
 
 def test_several_arms_that_are_the_same_are_all_not_distinguishable_in_19_of_20_trials():
-  rng, trials, told = np.random.default_rng(0), 1000, 0
+  rng, trials, false_alarms = np.random.default_rng(0), 1000, 0
   for _ in range(trials):
     first, *others = rng.normal(size=(4, 5))
-    told += any(statistics.judge(arm, first, comparisons=3).word != 'not distinguishable' for arm in others)
-  assert told < trials / 20 + 3 * math.sqrt(trials * 0.05 * 0.95)
+    false_alarms += any(statistics.judge(arm, first, comparisons=3).word != 'not distinguishable' for arm in others)
+  assert false_alarms < trials / 20 + 3 * math.sqrt(trials * 0.05 * 0.95)
 
 
 @pytest.mark.parametrize('gap,word', [(-0.1, 'better'), (0.1, 'worse')])
@@ -46,8 +46,8 @@ def test_so_many_seeds_as_it_says_would_find_the_difference():
   rng, gap, noise = np.random.default_rng(0), 0.005, 0.01
   needed = statistics.pairs_needed(gap, noise * 2 ** 0.5)
   assert needed == 65   # G*Power and statsmodels: a paired t-test of effect 0.3536, two-sided, power 0.8
-  found = np.mean([statistics.judge(*simulated(rng, needed, -gap, noise)).word == 'better' for _ in range(1000)])
-  assert abs(found - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1000)
+  power = np.mean([statistics.judge(*simulated(rng, needed, -gap, noise)).word == 'better' for _ in range(1000)])
+  assert abs(power - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1000)
 
 
 def test_needed_seeds_are_told_with_the_verdict():

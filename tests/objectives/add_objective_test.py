@@ -28,9 +28,10 @@ def folder(tmp_path):
 
 def run(folder, *flags):
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
-  done = subprocess.run([sys.executable, 'far.py', *flags], cwd=folder, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  command = [sys.executable, 'far.py', *flags]
+  process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+  assert process.returncode == 0, process.stderr
+  return process.stdout
 
 
 @pytest.mark.slow
@@ -41,8 +42,8 @@ def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_fla
   assert len(losses) == 40 and losses[0] == pytest.approx(np.log(512), rel=0.15) and losses[-1] < 0.5 * losses[0]
   assert rows[-1]['validation/loss'] < 0.5 * losses[0] and rows[-1]['validation/accuracy'] > 0.3
   assert {'grad_norm', 'accuracy', 'learning_rate'} <= rows[0].keys()
-  told = json.loads((folder / 'runs' / 'far' / 'run.json').read_text())[-1]
-  assert told['knobs'] == {'distance': 2, 'layers': 1, 'width': 64, 'steps': 40, 'lr': 0.03}
+  record = json.loads((folder / 'runs' / 'far' / 'run.json').read_text())[-1]
+  assert record['knobs'] == {'distance': 2, 'layers': 1, 'width': 64, 'steps': 40, 'lr': 0.03}
 
 
 @pytest.mark.slow
@@ -51,10 +52,11 @@ def test_its_run_is_opened_by_other_programs_where_its_script_is_named(folder):
   score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'
   command = [sys.executable, *score]
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
-  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-  assert done.returncode == 1 and f'name it: --script={folder}/far.py' in done.stderr and done.stderr.count('\n') == 1
-  done = subprocess.run([*command, '--script=far.py'], cwd=folder, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0 and 'bits a byte' in done.stdout, done.stderr
+  process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+  assert process.returncode == 1 and process.stderr.count('\n') == 1
+  assert f'name it: --script={folder}/far.py' in process.stderr
+  process = subprocess.run([*command, '--script=far.py'], cwd=folder, env=environment, capture_output=True, text=True)
+  assert process.returncode == 0 and 'bits a byte' in process.stdout, process.stderr
 
 
 def test_help_tells_the_flags_of_an_experiment(folder):

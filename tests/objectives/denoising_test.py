@@ -60,10 +60,10 @@ def test_a_source_of_512_is_made_of_568_tokens():
 def test_noise_is_cut_in_all_ways_alike():
   """8 tokens, 4 of them noise, in 2 spans: 3 ways to cut the noise, 3 to cut the rest."""
   rng = np.random.default_rng(0)
-  found = collections.Counter(span_corruption.noise_mask(8, 0.5, 2, rng).tobytes() for _ in range(4500))
+  counts = collections.Counter(span_corruption.noise_mask(8, 0.5, 2, rng).tobytes() for _ in range(4500))
   ways = itertools.product((1, 2, 3), repeat=2)
   allowed = {np.repeat([False, True, False, True], [a, b, 4 - a, 4 - b]).tobytes() for a, b in ways}
-  assert found.keys() == allowed and all(within(n, 4500, 1 / 9) for n in found.values())
+  assert counts.keys() == allowed and all(within(n, 4500, 1 / 9) for n in counts.values())
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,13 +139,13 @@ def test_short_pieces_mask_one_token_and_bos_none():
 
 def test_prefixes_of_all_lengths_are_as_likely():
   piece = np.arange(10, 21)
-  found = collections.Counter()
+  counts = collections.Counter()
   for example in draws(prefix.prefix(), piece, 2000):
     size = int(example.bidirectional.sum())
-    found[size] += 1
+    counts[size] += 1
     np.testing.assert_array_equal(example.bidirectional, np.arange(10) < size)
     np.testing.assert_array_equal(example.targets[example.weights > 0], piece[size:])   # what follows, and only that
-  assert found.keys() == set(range(1, 11)) and all(within(n, 2000, 0.1) for n in found.values())
+  assert counts.keys() == set(range(1, 11)) and all(within(n, 2000, 0.1) for n in counts.values())
 
 
 @pytest.mark.parametrize('split, size', [(lambda n, rng: 4, 4), (lambda n, rng: n // 2, 5), (lambda n, rng: 0, 1)])
@@ -160,8 +160,8 @@ def test_the_denoisers_of_ul2():
   for form, (mode, density, mean) in enumerate(expected):
     examples = draws(objective, tokens, 200, form)
     assert {int(example.tokens[1]) for example in examples} == {FIRST + 100 + mode}   # bos, mode, source
-    asked = np.concatenate([example.targets[example.weights > 0] for example in examples])
-    noise, spans = np.sum(asked < FIRST) - 200, np.sum(asked >= FIRST)
+    targets = np.concatenate([example.targets[example.weights > 0] for example in examples])
+    noise, spans = np.sum(targets < FIRST) - 200, np.sum(targets >= FIRST)
     if mean is None:   # one span that ends the text, of uniform length
       assert spans == 200 and abs(noise / 200 / 384 - density) < 5 * 0.5 / math.sqrt(12 * 200)
       assert all(example.targets[-2] == tokens[-1] for example in examples)
@@ -183,22 +183,22 @@ def test_rows_take_turns_in_the_denoisers(layout, source):
 
 def bodies(batch: Batch, objective) -> list[list[int]]:
   """What each segment was made of, without bos and eos."""
-  control, found = np.arange(FIRST, FIRST + 1000), []
+  control, texts = np.arange(FIRST, FIRST + 1000), []
   for row in range(len(batch.tokens)):
     for segment in range(1, batch.segments[row].max() + 1):
-      here = batch.segments[row] == segment
-      targets = batch.targets[row, here]
+      inside = batch.segments[row] == segment
+      targets = batch.targets[row, inside]
       if objective.control == ('<|mask|>',):
         text = targets
       else:
-        asked = targets[batch.weights[row, here] > 0]
-        source = (batch.tokens[row, here & batch.bidirectional[row]] if batch.source is None
+        predicted = targets[batch.weights[row, inside] > 0]
+        source = (batch.tokens[row, inside & batch.bidirectional[row]] if batch.source is None
                   else batch.source[row, batch.source_segments[row] == segment])
         source = source[source < FIRST + 100]   # not the mode
-        assert asked[-1] == END and (source[0] == BEGIN if batch.source is None else source[-1] == END)
-        text = span_corruption.fill(source, asked, control)
-      found.append([int(token) for token in text if token not in (BEGIN, END)])
-  return found
+        assert predicted[-1] == END and (source[0] == BEGIN if batch.source is None else source[-1] == END)
+        text = span_corruption.fill(source, predicted, control)
+      texts.append([int(token) for token in text if token not in (BEGIN, END)])
+  return texts
 
 
 OBJECTIVES = {'masked': (masked.masked(), None),
@@ -218,15 +218,15 @@ def test_every_token_of_an_epoch_is_read_once(name, sizes, length, rows, seed):
   make = lambda repeat=False: Stream(objective, special_of(objective), length, rows, seed, repeat, store=store,
                                      source_length=ratio and math.ceil(length * ratio))
   batches = make()
-  found = collections.Counter()
+  counts = collections.Counter()
   for step in range(batches.steps_per_epoch):
     batch = batches(step)
     parts = bodies(batch, objective)
     assert not any(b - a != 1 for part in parts for a, b in itertools.pairwise(part))   # consecutive, of one document
-    found.update(itertools.chain(*parts))
+    counts.update(itertools.chain(*parts))
     assert same(make()(step), batch)
     assert same(Batch(*(x if x is None else x[1:] for x in batch)), batches(step, range(1, rows)))
-  assert found == collections.Counter(store.tokens.tolist())
+  assert counts == collections.Counter(store.tokens.tolist())
   assert not batches(batches.steps_per_epoch).segments.any()
 
 
@@ -293,10 +293,10 @@ TIME, VOCAB = 24, 128
 def model(window=None):
   heads = attention.Attention(2, 2, 4, rotary.Rotary(10_000.), scores=attention.AttentionScores(window=window))
   block = layers.Block(heads, layers.FeedForward(16), layers.RMSNorm(), layers.RMSNorm())
-  made = transformer.Transformer(VOCAB, 8, stack.stacks([block]), layers.RMSNorm(), TIME)
+  decoder = transformer.Transformer(VOCAB, 8, stack.stacks([block]), layers.RMSNorm(), TIME)
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(made.init, jax.random.key(0))
-  return made, jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape) + (x.ndim < 3)).astype('f4'), shapes)
+  shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+  return decoder, jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape) + (x.ndim < 3)).astype('f4'), shapes)
 
 
 def packed(objective) -> Batch:
@@ -311,7 +311,7 @@ def packed(objective) -> Batch:
     infill.infill(1.)], ids=['prefix', 'masked', 'spans', 'infill'])
 def test_nothing_leaks(objective, window):
   """The gradient of each position by the embedding of each place, which are all one layer apart."""
-  made, params = model(window)
+  decoder, params = model(window)
   batch = packed(objective)
   # Each place a token of its own, so that the rows of the table are the places.
   places = np.arange(3 * TIME).reshape(3, TIME).astype(np.int32)
@@ -319,15 +319,15 @@ def test_nothing_leaks(objective, window):
 
   def hidden(table):
     inputs = batch._replace(tokens=places, targets=None, weights=None)
-    return made.apply({**params, 'embedding': table}, inputs).hidden @ jnp.arange(1., 9.)
+    return decoder.apply({**params, 'embedding': table}, inputs).hidden @ jnp.arange(1., 9.)
 
   def slopes(table):   # one position at a time: jacrev would run 72 at once
     back = jax.vjp(hidden, table)[1]
     one_hot = jnp.eye(3 * TIME).reshape(3 * TIME, 3, TIME)
     return jax.lax.map(lambda position: back(position)[0], one_hot)                      # [B T, V, D]
 
-  found = np.asarray(jax.jit(slopes)(params['embedding']))
-  depends = np.any(found != 0, axis=-1)[:, :3 * TIME].reshape(3, TIME, 3, TIME)
+  gradients = np.asarray(jax.jit(slopes)(params['embedding']))
+  depends = np.any(gradients != 0, axis=-1)[:, :3 * TIME].reshape(3, TIME, 3, TIME)
   t = np.arange(TIME)
   expected = ((t[:, None] >= t) | marks[:, None]) & (batch.segments[:, :, None] == batch.segments[:, None])
   if window:
@@ -336,16 +336,17 @@ def test_nothing_leaks(objective, window):
     real = batch.segments[row] > 0
     np.testing.assert_array_equal(depends[row, real, row], expected[row, real])
     assert not depends[row, :, [i for i in range(3) if i != row]].any()
-    for at in np.flatnonzero(batch.weights[row]) if objective.prompt is not None else ():
-      # What is asked for is not seen, nor is anything that is asked for later.
-      later = [s for s in range(at + 1, TIME) if batch.segments[row, s] == batch.segments[row, at]]
-      assert not depends[row, at, row, later].any()
+    if objective.prompt is not None:
+      for i in np.flatnonzero(batch.weights[row]):
+        # A position whose target is weighted sees no later place of its segment, so neither its target nor a later one.
+        later = [s for s in range(i + 1, TIME) if batch.segments[row, s] == batch.segments[row, i]]
+        assert not depends[row, i, row, later].any()
   assert batch.segments.max() > 1 and batch.weights.any()
 
 
 @pytest.mark.parametrize('window', [None, 4])
 def test_decoding_after_a_bidirectional_prompt_is_the_full_forward(window):
-  made, params = model(window)
+  decoder, params = model(window)
   tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 16)).astype(np.int32)
   segments = np.ones_like(tokens)
   whole = Batch(tokens, segments=segments, bidirectional=np.arange(16)[None].repeat(2, 0) < 9)
@@ -353,16 +354,16 @@ def test_decoding_after_a_bidirectional_prompt_is_the_full_forward(window):
 
   @jax.jit
   def both(params):
-    out = made.apply(params, prompt, cache=made.init_cache(2, 32))
+    out = decoder.apply(params, prompt, cache=decoder.init_cache(2, 32))
 
     def step(cache, token):
-      out = made.apply(params, Batch(token[:, None]), cache=cache)
+      out = decoder.apply(params, Batch(token[:, None]), cache=cache)
       return out.cache, out.hidden
 
-    return made.apply(params, whole).hidden, out.hidden, jax.lax.scan(step, out.cache, tokens[:, 9:].T)[1]
+    return decoder.apply(params, whole).hidden, out.hidden, jax.lax.scan(step, out.cache, tokens[:, 9:].T)[1]
 
-  full, first, rest = both(params)
-  np.testing.assert_allclose(np.concatenate([first, np.moveaxis(rest[:, :, 0], 0, 1)], axis=1), full, atol=2e-4)
+  full, first, steps = both(params)
+  np.testing.assert_allclose(np.concatenate([first, np.moveaxis(steps[:, :, 0], 0, 1)], axis=1), full, atol=2e-4)
 
 
 def test_a_prompt_is_marked_as_examples_are():

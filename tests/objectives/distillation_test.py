@@ -92,16 +92,16 @@ def closed_form(divergence, params, batch, temperature, hard, k=None):
   nll = -np.log(np.take_along_axis(softmax(student), batch.targets[..., None], -1)[..., 0])
   if k is not None:
     best = np.argsort(-p)[..., :k]
-    p, q = (np.concatenate([kept, np.maximum(1 - kept.sum(-1, keepdims=True), 0)], -1)
-            for kept in (np.take_along_axis(p, best, -1), np.take_along_axis(q, best, -1)))
-  found = divergence(p, q)
+    p, q = (np.concatenate([chosen, np.maximum(1 - chosen.sum(-1, keepdims=True), 0)], -1)
+            for chosen in (np.take_along_axis(p, best, -1), np.take_along_axis(q, best, -1)))
+  divergences = divergence(p, q)
   counted = batch.weights > 0
-  return ((batch.weights * ((1 - hard) * temperature ** 2 * found + hard * nll)).sum() / batch.weights.sum(),
-          found[counted].mean())
+  return ((batch.weights * ((1 - hard) * temperature ** 2 * divergences + hard * nll)).sum() / batch.weights.sum(),
+          divergences[counted].mean())
 
 
-def loss_of(made, params, batch):
-  loss, weight, sums = made.loss(STUDENT.apply, params, batch, None)
+def loss_of(goal, params, batch):
+  loss, weight, sums = goal.loss(STUDENT.apply, params, batch, None)
   return loss / weight, sums
 
 
@@ -111,8 +111,8 @@ def test_losses_are_the_closed_forms_and_gradients_their_finite_differences(kind
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   divergence, reference = KINDS[kind]
   params, batch = parameters(), batch_of()
-  made = distil(next_token(), TEACHER.apply, divergence, temperature, hard)
-  (loss, sums), grads = jit(jax.value_and_grad(lambda p: loss_of(made, p, batch), has_aux=True))(params)
+  goal = distil(next_token(), TEACHER.apply, divergence, temperature, hard)
+  (loss, sums), grads = jit(jax.value_and_grad(lambda p: loss_of(goal, p, batch), has_aux=True))(params)
   expected, mean = closed_form(reference, params, batch, temperature, hard)
   assert loss == pytest.approx(expected, rel=2e-6)
   assert sums['divergence'][0] / sums['divergence'][1] == pytest.approx(mean, rel=2e-6)
@@ -132,8 +132,8 @@ def test_losses_are_the_closed_forms_and_gradients_their_finite_differences(kind
 def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(kind):
   params = STUDENT.init(jax.random.key(0))
   params = {**params, 'teacher': params}
-  made = distil(next_token(), STUDENT.apply, KINDS[kind][0], temperature=2.)
-  (loss, _), grads = jit(jax.value_and_grad(lambda p: loss_of(made, p, batch_of()), has_aux=True))(params)
+  goal = distil(next_token(), STUDENT.apply, KINDS[kind][0], temperature=2.)
+  (loss, _), grads = jit(jax.value_and_grad(lambda p: loss_of(goal, p, batch_of()), has_aux=True))(params)
   assert abs(loss) < 1e-6 and max(np.abs(g).max() for g in jax.tree.leaves(grads)) < 1e-6
 
 
@@ -149,8 +149,8 @@ def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, 
   divergence, reference = KINDS[kind]
   top_k, params = TopK(k, VOCAB, 2.), parameters()
   batch = stored_batch(top_k, params)
-  made = distil_stored(next_token(), top_k, divergence, hard=0.25)
-  (loss, sums), grads = jit(jax.value_and_grad(lambda p: loss_of(made, p, batch), has_aux=True))(params)
+  goal = distil_stored(next_token(), top_k, divergence, hard=0.25)
+  (loss, sums), grads = jit(jax.value_and_grad(lambda p: loss_of(goal, p, batch), has_aux=True))(params)
   # One token is all of the rest at VOCAB - 1.
   expected, mean = closed_form(reference, params, batch, 2., 0.25, k if k < VOCAB - 1 else None)
   assert loss == pytest.approx(expected, rel=1e-5)
@@ -165,18 +165,19 @@ def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, 
       np.testing.assert_allclose(grads[name], full_grads[name], atol=1e-5 * np.abs(full_grads[name]).max())
 
 
-@pytest.mark.parametrize('rest', [1e-9, 1e-4])
-def test_gradients_are_finite_where_hardly_anything_is_left(rest):
+@pytest.mark.parametrize('remainder', [1e-9, 1e-4])
+def test_gradients_are_finite_where_hardly_anything_is_left(remainder):
   """Of teacher and student, the k best have all the mass but so much."""
   top_k = TopK(2, 4)
-  logits = np.log([0.5, 0.5 - rest, rest / 2, rest / 2]).astype('f4')[None, None]
+  logits = np.log([0.5, 0.5 - remainder, remainder / 2, remainder / 2]).astype('f4')[None, None]
   columns = {'teacher_ids': np.array([[[0, 1]]], 'i4'),
-             'teacher_log_probs': np.log([[[0.6, 0.4 - rest, rest]]]).astype('f4')}
+             'teacher_log_probs': np.log([[[0.6, 0.4 - remainder, remainder]]]).astype('f4')}
   apply = lambda params, batch, key: transformer.Output(params, transformer.Head(jnp.eye(4)), None)
   batch = Batch(*np.zeros((2, 1, 1), 'i4'), np.ones((1, 1), 'f4'), columns=columns)
   for divergence, _ in KINDS.values():
-    made = distil_stored(next_token(), top_k, divergence)
-    value, grad = jax.value_and_grad(lambda x, made=made: made.loss(apply, x, batch, None)[0])(jnp.asarray(logits))
+    goal = distil_stored(next_token(), top_k, divergence)
+    loss = lambda x, goal=goal: goal.loss(apply, x, batch, None)[0]
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(logits))
     assert 0 < value < 0.1 and np.abs(grad).max() < 0.3   # neither is nan
 
 
@@ -194,9 +195,11 @@ def test_a_split_vocabulary_changes_nothing(shape, monkeypatch):
 
     def both(params, batch):
       columns = top_k(TEACHER.apply, params['teacher'], batch)
-      made = distil(next_token(), TEACHER.apply, JensenShannon(), 2.), distil_stored(next_token(), top_k, reverse_kl)
       stored = batch._replace(columns=columns)
-      return columns, [jax.value_and_grad(lambda p, m=m: loss_of(m, p, stored), has_aux=True)(params) for m in made]
+      goals = [distil(next_token(), TEACHER.apply, JensenShannon(), 2.),
+               distil_stored(next_token(), top_k, reverse_kl)]
+      return columns, [jax.value_and_grad(functools.partial(loss_of, goal), has_aux=True)(params, stored)
+                       for goal in goals]
     return jax.tree.map(np.asarray, jit(both)(params, batch))
 
   expected = compute()
@@ -218,11 +221,11 @@ def test_neither_has_all_its_logits_at_once(monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 2)
   batch, top_k = batch_of(), TopK(3, VOCAB)
   stored = batch_of({name: np.zeros((ROWS, TIME, *shape), dtype) for name, (dtype, shape) in top_k.columns.items()})
-  for made in (distil(next_token(), TEACHER.apply), distil_stored(next_token(), top_k)):
-    grad = jax.value_and_grad(lambda p, made=made: loss_of(made, p, stored), has_aux=True)
+  for goal in (distil(next_token(), TEACHER.apply), distil_stored(next_token(), top_k)):
+    grad = jax.value_and_grad(lambda p, goal=goal: loss_of(goal, p, stored), has_aux=True)
     assert max(sizes(jax.make_jaxpr(grad)(parameters()).jaxpr)) == ROWS * 2 * VOCAB
-  found = jax.make_jaxpr(functools.partial(top_k, TEACHER.apply))(parameters()['teacher'], batch)
-  assert max(sizes(found.jaxpr)) == ROWS * 2 * VOCAB
+  program = jax.make_jaxpr(functools.partial(top_k, TEACHER.apply))(parameters()['teacher'], batch)
+  assert max(sizes(program.jaxpr)) == ROWS * 2 * VOCAB
 
 
 def test_forms_needs_and_control_are_those_of_the_objective():
@@ -230,9 +233,9 @@ def test_forms_needs_and_control_are_those_of_the_objective():
     return next_token().forms[0].example(dialogue.tokens, rng, special)._replace(
         weights=dialogue.loss_mask[1:].astype(np.float32))
   taught = objective.token_objective(Form(answers), needs=Dialogue, control=('<|mask|>',))
-  made = distil(taught, TEACHER.apply)
-  assert (made.forms, made.needs, made.control) == (taught.forms, Dialogue, ('<|mask|>',))
-  row = template(made, special_of(Bytes(('<|mask|>',)), made.control), TIME)
+  goal = distil(taught, TEACHER.apply)
+  assert (goal.forms, goal.needs, goal.control) == (taught.forms, Dialogue, ('<|mask|>',))
+  row = template(goal, special_of(Bytes(('<|mask|>',)), goal.control), TIME)
   assert row.tokens.shape == (1, TIME)
 
 
@@ -250,9 +253,9 @@ def load(model):
   return jax.jit(lambda: model.init(jax.random.key(7)))()
 
 
-def run(made, model, constants=()):
+def run(goal, model, constants=()):
   data = dataset.Text(SOURCE, TOKENIZER, 16, rules=())
-  return train.Run(model, made, data, optim.adam(schedules.warmup_constant(1e-2, 10, 1)), steps=2, batch=2,
+  return train.Run(model, goal, data, optim.adam(schedules.warmup_constant(1e-2, 10, 1)), steps=2, batch=2,
                    evaluate_batches=1, constants=constants)
 
 
@@ -296,11 +299,11 @@ def test_the_experiment_minimises_the_divergence_that_its_flags_name(kind, store
   distill = importlib.import_module('distill')
   base = types.SimpleNamespace(model=TAUGHT, start=None, tokenizer=TOKENIZER)
   pending = signature.call(distill.experiment, kind=kind, beta=0.3, temperature=1.5, stored_top_k=stored)
-  made = pending.build(base=base, like=None).objective
+  goal = pending.build(base=base, like=None).objective
   params = parameters()
   columns = jax.jit(functools.partial(TopK(stored, VOCAB, 1.5), TEACHER.apply))(
       params['teacher'], batch_of()) if stored else None
-  loss, _ = jax.jit(functools.partial(loss_of, made))(params, batch_of(columns))
+  loss, _ = jax.jit(functools.partial(loss_of, goal))(params, batch_of(columns))
   expected, _ = closed_form(KINDS[kind][1], params, batch_of(), 1.5, 0., stored or None)
   assert float(loss) == pytest.approx(expected, rel=1e-4)
 

@@ -19,9 +19,9 @@ SPECIAL = Special(BEGIN, END, 2000, IDS)
 TEXT = 'def naïve(text):\n  return [c for c in text if c not in "äöü€"]  # 你好, 世界\n'
 
 
-def examples(objective, piece, times, given=SPECIAL):
+def examples(objective, piece, times, special_tokens=SPECIAL):
   rng = np.random.default_rng(0)
-  return [objective.forms[0].example(np.asarray(piece, np.int32), rng, given) for _ in range(times)]
+  return [objective.forms[0].example(np.asarray(piece, np.int32), rng, special_tokens) for _ in range(times)]
 
 
 def whole(example):
@@ -39,38 +39,38 @@ def within(count, total, share):
     (False, [PRE, 10, 11, SUF, 14, MID, 12, 13]), (True, [PRE, SUF, 14, MID, 10, 11, 12, 13])])
 def test_arrangements_of_the_paper(spm, expected):
   parts = np.split(np.arange(10, 15), (2, 4))
-  found = infill.arrange(tuple(parts), IDS, spm)
-  assert found.tolist() == expected and found.dtype == np.int32
-  assert infill.restore(found, IDS).tolist() == list(range(10, 15))
+  row = infill.arrange(tuple(parts), IDS, spm)
+  assert row.tolist() == expected and row.dtype == np.int32
+  assert infill.restore(row, IDS).tolist() == list(range(10, 15))
 
 
 @pytest.mark.parametrize('ending', [[END], [999]], ids=['end', 'ahead'])
 def test_a_permuted_piece_is_the_text_again(ending):
-  found = collections.Counter()
+  counts = collections.Counter()
   for example in examples(infill.infill(0.75, 0.3), [BEGIN, *range(10, 30), *ending], 2000):
     row = whole(example)
     if PRE not in row:
       np.testing.assert_array_equal(row, [BEGIN, *range(10, 30), *ending])   # as next-token prediction has it
-      found['plain'] += 1
+      counts['plain'] += 1
       continue
     assert row[0] == BEGIN and row[-1] == END and len(row) == 20 + 5
     np.testing.assert_array_equal(infill.restore(row[1:-1], IDS), range(10, 30))
-    found['spm' if row[2] == SUF else 'psm'] += 1
-    found['both'] += row[2] == SUF and row[-2] != 29   # not a PSM without a prefix
-  assert within(found['plain'], 2000, 0.25)
+    counts['spm' if row[2] == SUF else 'psm'] += 1
+    counts['both'] += row[2] == SUF and row[-2] != 29   # not a PSM without a prefix
+  assert within(counts['plain'], 2000, 0.25)
   # A PSM whose prefix is empty looks as an SPM: 1 cut of 21 in both draws, nearly.
   share = 0.3 + 0.7 * (1 - (20 / 21) ** 2)
-  assert within(found['spm'], found['spm'] + found['psm'], share)
+  assert within(counts['spm'], counts['spm'] + counts['psm'], share)
 
 
 def test_cuts_are_uniform():
-  rng, found = np.random.default_rng(0), collections.Counter()
+  rng, counts = np.random.default_rng(0), collections.Counter()
   for _ in range(5000):
     parts = infill.at_tokens(np.arange(3), rng, SPECIAL)
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(3))
-    found[tuple(map(len, parts))] += 1
-  assert len(found) == 10   # two of 4 places: 4 alike, 6 in either order
-  assert all(within(n, 5000, 1 / 16 if size[1] == 0 else 1 / 8) for size, n in found.items())
+    counts[tuple(map(len, parts))] += 1
+  assert len(counts) == 10   # two of 4 places: 4 alike, 6 in either order
+  assert all(within(n, 5000, 1 / 16 if size[1] == 0 else 1 / 8) for size, n in counts.items())
 
 
 def test_without_permutation_it_is_next_token_prediction():
@@ -98,14 +98,14 @@ def test_a_fourth_token_ends_the_middle():
 def test_every_token_of_an_epoch_is_in_one_example(sizes, length, rows, seed):
   store = documents(sizes)
   make = lambda: Stream(infill.infill(1.), SPECIAL, length, rows, seed, False, store=store)
-  batches, found = make(), collections.Counter()
+  batches, counts = make(), collections.Counter()
   for step in range(batches.steps_per_epoch):
     batch = batches(step)
     assert same(make()(step), batch)
     for tokens, segments in zip(batch.tokens, batch.segments):
       for segment in range(1, segments.max() + 1):
-        found.update(tokens[segments == segment].tolist())
-  assert {t: n for t, n in found.items() if 1 < t < PRE} == dict.fromkeys(store.tokens.tolist(), 1)
+        counts.update(tokens[segments == segment].tolist())
+  assert {t: n for t, n in counts.items() if 1 < t < PRE} == dict.fromkeys(store.tokens.tolist(), 1)
 
 
 @pytest.fixture(scope='module', params=['bytes', 'pieces'])
@@ -117,31 +117,31 @@ def tokens(request):
 
 def test_cuts_between_characters_keep_the_text(tokens):
   objective = infill.infill(1., split=infill.at_characters)
-  known, ids = special(tokens, objective.control), tokens.encode(TEXT * 2)
+  special_tokens, ids = special(tokens, objective.control), tokens.encode(TEXT * 2)
   inside = 0
-  for example in examples(objective, [known.bos, *ids, known.eos], 200, known):
+  for example in examples(objective, [special_tokens.bos, *ids, special_tokens.eos], 200, special_tokens):
     row = whole(example)
     assert len(row) <= len(ids) + 5 + infill.SLACK
-    assert tokens.decode(infill.restore(row[1:-1], known.control)) == TEXT * 2
-    parts = np.split(row[1:-1], np.flatnonzero(np.isin(row[1:-1], known.control)))[1:]
+    assert tokens.decode(infill.restore(row[1:-1], special_tokens.control)) == TEXT * 2
+    parts = np.split(row[1:-1], np.flatnonzero(np.isin(row[1:-1], special_tokens.control)))[1:]
     assert not any('\ufffd' in tokens.decode(part) for part in parts)   # bytes of a character stay together
-    inside += not np.array_equal(infill.restore(row[1:-1], known.control), ids)
+    inside += not np.array_equal(infill.restore(row[1:-1], special_tokens.control), ids)
   assert (inside > 50) == isinstance(tokens, tokenizers.SentencePiece)   # a byte has no inside
 
 
 def test_a_piece_that_begins_inside_a_character_is_cut_between_tokens():
   tokens = tokenizers.Bytes()
-  known, ids = special(tokens, infill.NAMES), tokens.encode('ü' * 9)[1:]
+  special_tokens, ids = special(tokens, infill.NAMES), tokens.encode('ü' * 9)[1:]
   for _ in range(9):
-    parts = infill.at_characters(ids, np.random.default_rng(0), known)
+    parts = infill.at_characters(ids, np.random.default_rng(0), special_tokens)
     np.testing.assert_array_equal(np.concatenate(parts), ids)
 
 
 def test_a_prompt_is_how_an_example_begins(tokens):
-  known = special(tokens, infill.NAMES)
+  special_tokens = special(tokens, infill.NAMES)
   for spm in (False, True):
     prompt = infill.prompt(tokens, 'def naïve(te', '):\n', spm=spm)
     parts = [tokens.encode(text) for text in ('def naïve(te', 'xt', '):\n')]
-    row = infill.arrange(tuple(parts), known.control, spm)
+    row = infill.arrange(tuple(parts), special_tokens.control, spm)
     np.testing.assert_array_equal(row[:len(prompt)], prompt)
     np.testing.assert_array_equal(row[len(prompt):], tokens.encode('xt'))

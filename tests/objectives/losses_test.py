@@ -52,8 +52,8 @@ def test_losses_and_gradients_are_those_of_optax(name, shape, monkeypatch):
     (value, sums), grads = jit(jax.value_and_grad(functools.partial(loss, ours), (0, 1), has_aux=True))(*inputs[:2])
     _, metrics = jit(functools.partial(loss, objective.cross_entropy))(*inputs[:2])
   assert_close(value, expected[0])
-  for grad, wanted in zip(grads, expected[1]):
-    assert_close(grad, wanted)
+  for grad, expected_grad in zip(grads, expected[1]):
+    assert_close(grad, expected_grad)
   assert jax.tree.map(float, sums) == pytest.approx(jax.tree.map(float, metrics))   # whatever the loss is made of
 
 
@@ -89,12 +89,12 @@ def packed():
 
 def repetition(logits, batch):
   """Straight from the paper, a position and a candidate at a time."""
-  rest = jnp.log(jnp.maximum(1 - jax.nn.softmax(logits), 1e-5))
+  log_complement = jnp.log(jnp.maximum(1 - jax.nn.softmax(logits), 1e-5))
   total = metric = 0.
   for b in range(ROWS):
     for t in range(TIME):
       before = {int(batch.tokens[b, s]) for s in range(t + 1) if batch.segments[b, s] == batch.segments[b, t]}
-      cost = -sum(rest[b, t, c] for c in before - {int(batch.targets[b, t])})
+      cost = -sum(log_complement[b, t, c] for c in before - {int(batch.targets[b, t])})
       total += batch.weights[b, t] * cost
       metric += (batch.weights[b, t] > 0) * cost
   return total, metric

@@ -174,18 +174,18 @@ def test_a_depth_sees_so_many_tokens_further_and_no_other_segment(kind):
     def hidden(table):
       out = model.apply({**params, 'embedding': table}, rows)
       return jnp.stack([out.hidden, *out.ahead]) @ jnp.arange(1., 1 + WIDTH)
-    found = jax.jacrev(hidden)(params['embedding'][:])
-    return jnp.abs(found).sum(-1) > 0
+    gradients = jax.jacrev(hidden)(params['embedding'][:])
+    return jnp.abs(gradients).sum(-1) > 0
 
-  seen = np.asarray(jacobian(params))[..., :2 * TIME].reshape(3, 2, TIME, 2, TIME)
+  depends = np.asarray(jacobian(params))[..., :2 * TIME].reshape(3, 2, TIME, 2, TIME)
   for k in range(3):
     reach = k if kind is prediction_heads.sequential else 0
     for b in range(2):
-      assert not seen[k, b, :, 1 - b].any()
+      assert not depends[k, b, :, 1 - b].any()
       for i in range(TIME):
         same = batch.segments[b] == batch.segments[b, i]
         if batch.segments[b, i]:
-          np.testing.assert_array_equal(seen[k, b, i, b], same & (np.arange(TIME) <= i + reach))
+          np.testing.assert_array_equal(depends[k, b, i, b], same & (np.arange(TIME) <= i + reach))
 
 
 @pytest.mark.slow
@@ -207,9 +207,13 @@ def test_gradients_are_finite_differences_with_dropout_too():
   model, batch, key = SEQUENTIAL, packed_batch(), jax.random.key(4)
   params = random_params(model)
   direction = jax.tree.map(lambda x: np.random.default_rng(2).normal(size=x.shape).astype('f4'), params)
-  at = lambda h: loss_and_grads(model, jax.tree.map(lambda x, d: x + np.float32(h) * d, params, direction), batch, key)
-  loss, grads = at(0)
-  slope = (float(at(1e-3)[0]) - float(at(-1e-3)[0])) / 2e-3
+
+  def moved(h):
+    shifted = jax.tree.map(lambda x, d: x + np.float32(h) * d, params, direction)
+    return loss_and_grads(model, shifted, batch, key)
+
+  loss, grads = moved(0)
+  slope = (float(moved(1e-3)[0]) - float(moved(-1e-3)[0])) / 2e-3
   expected = sum(np.vdot(np.asarray(g), d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
   assert slope == pytest.approx(expected, rel=2e-2)
   assert abs(float(loss) - float(loss_and_grads(model, params, batch, jax.random.key(6))[0])) > 1e-3
@@ -217,11 +221,11 @@ def test_gradients_are_finite_differences_with_dropout_too():
 
 
 def test_remat_changes_nothing():
-  kept, again = prediction_heads.sequential(TRUNK.clone(remat=None), 2), SEQUENTIAL
-  params, batch = random_params(kept), packed_batch()
+  saving, recomputing = prediction_heads.sequential(TRUNK.clone(remat=None), 2), SEQUENTIAL
+  params, batch = random_params(saving), packed_batch()
   assert TRUNK.remat is parts.keep_products
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-               loss_and_grads(kept, params, batch), loss_and_grads(again, params, batch))
+               loss_and_grads(saving, params, batch), loss_and_grads(recomputing, params, batch))
 
 
 @pytest.mark.slow
@@ -233,8 +237,8 @@ def test_it_is_the_same_on_a_mesh():
     mesh = jax.sharding.get_mesh()
     placed = jax.tree.map(lambda x, like: jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec)),
                           params, jax.eval_shape(model.init, jax.random.key(0)))
-    found = loss_and_grads(model, placed, sharding.shard_rows(batch, mesh), key)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (np.abs(b).max() + 1)), found, expected)
+    actual = loss_and_grads(model, placed, sharding.shard_rows(batch, mesh), key)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (np.abs(b).max() + 1)), actual, expected)
 
 
 @pytest.mark.slow

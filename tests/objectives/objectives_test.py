@@ -162,13 +162,13 @@ def test_each_token_is_asked_for_after_those_before_it():
 
 
 def test_dropout_reaches_the_model_through_the_objective():
-  seen = []
+  keys = []
 
   def apply(params, batch, key=None):
-    seen.append(key)
+    keys.append(key)
     return uniform(params, batch)
 
   key = jax.random.key(3)
   next_token().loss(apply, jnp.float32(0), packed_batch(), key)
   next_token().loss(apply, jnp.float32(0), packed_batch(), None)
-  assert seen == [key, None]
+  assert keys == [key, None]

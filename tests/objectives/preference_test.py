@@ -38,19 +38,19 @@ def dialogue(rng, prompt, n) -> Dialogue:
 
 
 def pairs(count=11) -> Held:
-  rng, found = np.random.default_rng(0), Held()
+  rng, records = np.random.default_rng(0), Held()
   for _ in range(count):
     prompt = np.r_[0, rng.integers(2, V, rng.integers(0, 4))]
-    found.append(Pair(*(dialogue(rng, prompt, rng.integers(1, 6)) for _ in range(2))))
-  return found
+    records.append(Pair(*(dialogue(rng, prompt, rng.integers(1, 6)) for _ in range(2))))
+  return records
 
 
 def rated(count=11) -> Held:
   return Held(Rated(pair.chosen, bool(i % 3), pair.rejected) for i, pair in enumerate(pairs(count)))
 
 
-def packed(records, made, rows=ROWS, **options) -> Packed:
-  return Packed(made, SPECIAL, T, rows, records=records, repeat=False, **options)
+def packed(records, goal, rows=ROWS, **options) -> Packed:
+  return Packed(goal, SPECIAL, T, rows, records=records, repeat=False, **options)
 
 
 def apply(params, batch, key=None):
@@ -67,9 +67,9 @@ def log_softmax(x):
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def batch_of(records, made) -> Batch:
-  batch = packed(records, made)(0)
-  assert packed(records, made).steps_per_epoch == 1
+def batch_of(records, goal) -> Batch:
+  batch = packed(records, goal)(0)
+  assert packed(records, goal).steps_per_epoch == 1
   if 'reference' not in (batch.columns or {}):
     picked = np.take_along_axis(log_softmax(REFERENCE), batch.targets[..., None], -1)[..., 0]
     batch = batch._replace(columns={**(batch.columns or {}), 'reference': picked.astype('f4')})
@@ -124,9 +124,9 @@ def by_hand(method, logits, records, batch):
 
 
 def kto_by_hand(logits, records, batch):
-  found = list(zip(answers(records, batch, logits), answers(records, batch, REFERENCE)))
-  ratios = np.array([[x.sum() - y.sum() for x, y in zip(p, r)] for (_, p), (_, r) in found])
-  good = np.array([record.good for (record, _), _ in found])
+  compared = list(zip(answers(records, batch, logits), answers(records, batch, REFERENCE)))
+  ratios = np.array([[x.sum() - y.sum() for x, y in zip(p, r)] for (_, p), (_, r) in compared])
+  good = np.array([record.good for (record, _), _ in compared])
   kl = max(ratios[:, 1].mean(), 0)
   if logits is not LOGITS:   # a difference: the baseline has no gradient
     kl = kto_by_hand(LOGITS, records, batch)[1]
@@ -140,10 +140,10 @@ OBJECTIVES = {**{name: preference.preference(loss) for name, loss in METHODS.ite
               'kto': preference.kto(0.3, 1.5, 0.5)}
 
 
-def computed(made, batch, logits=LOGITS):
+def computed(goal, batch, logits=LOGITS):
   """The mean loss, its gradient by the logits, and the metrics."""
   def loss(logits, batch):
-    total, count, sums = made.loss(apply, logits, batch, None)
+    total, count, sums = goal.loss(apply, logits, batch, None)
     return total / count, sums
   logits = sharding.constrain(jnp.asarray(logits, jnp.float32), 'B--')
   batch = jax.tree.map(lambda x: sharding.constrain(jnp.asarray(x), 'B-'), batch)
@@ -156,10 +156,10 @@ def computed(made, batch, logits=LOGITS):
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_losses_and_gradients_are_those_of_the_formulas(method, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 7)
-  made, records = OBJECTIVES[method], rated() if method == 'kto' else pairs()
-  batch = batch_of(records, made)
+  goal, records = OBJECTIVES[method], rated() if method == 'kto' else pairs()
+  batch = batch_of(records, goal)
   with on(shape):
-    value, grad, metrics = computed(made, batch)
+    value, grad, metrics = computed(goal, batch)
   mean = lambda logits: (kto_by_hand(logits, records, batch)[0] if method == 'kto'
                          else by_hand(method, logits, records, batch)[0]).mean()
   assert value == pytest.approx(mean(LOGITS), rel=2e-5)
@@ -178,50 +178,50 @@ def test_losses_and_gradients_are_those_of_the_formulas(method, shape, monkeypat
   assert {name: metrics[f'preference/{name}'] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
   chosen = np.concatenate([both[0] for _, both in answers(records, batch, LOGITS)])
   assert metrics['tokens'] == len(chosen) and metrics['nll'] == pytest.approx(-chosen.sum(), rel=1e-5)
-  asked = np.abs(batch.weights) > 0
-  assert not grad[~asked].any()
+  weighted = np.abs(batch.weights) > 0
+  assert not grad[~weighted].any()
   rng = np.random.default_rng(3)
-  places = np.argwhere(asked)[rng.permutation(asked.sum())[:12]] if shape is None else []
-  for row, at in places:
-    for token in (batch.targets[row, at], int(rng.integers(V))):
+  places = np.argwhere(weighted)[rng.permutation(weighted.sum())[:12]] if shape is None else []
+  for row, position in places:
+    for token in (batch.targets[row, position], int(rng.integers(V))):
       moved = [LOGITS.copy() for _ in range(2)]
-      moved[0][row, at, token] += 1e-5
-      moved[1][row, at, token] -= 1e-5
+      moved[0][row, position, token] += 1e-5
+      moved[1][row, position, token] -= 1e-5
       slope = (mean(moved[0]) - mean(moved[1])) / 2e-5
-      assert grad[row, at, token] == pytest.approx(slope, rel=1e-3, abs=2e-6)
+      assert grad[row, position, token] == pytest.approx(slope, rel=1e-3, abs=2e-6)
 
 
 @pytest.mark.parametrize('method', ['dpo', 'kto'])
 def test_a_policy_that_is_its_reference_has_no_rewards(method):
   records = rated() if method == 'kto' else pairs()
-  made = preference.preference(preference.dpo(0.1)) if method == 'dpo' else preference.kto()
-  batch = packed(records, made)(0)
+  goal = preference.preference(preference.dpo(0.1)) if method == 'dpo' else preference.kto()
+  batch = packed(records, goal)(0)
   logits = jnp.asarray(LOGITS, jnp.float32)
   stored = preference.reference(apply, logits, batch)['reference']
   batch = batch._replace(columns={**(batch.columns or {}), 'reference': stored})
-  value, grad, metrics = computed(made, batch)
+  value, grad, metrics = computed(goal, batch)
   assert value == pytest.approx(math.log(2) if method == 'dpo' else 0.5, rel=1e-7)
   assert metrics['preference/chosen'] == metrics['preference/rejected'] == 0
   assert np.abs(grad).max() > 1e-3
 
 
 def test_kto_has_no_negative_baseline_and_no_gradient_through_it():
-  records, made = rated(), preference.kto(0.3, 1.5, 0.5)
-  batch = batch_of(records, made)
+  records, goal = rated(), preference.kto(0.3, 1.5, 0.5)
+  batch = batch_of(records, goal)
   batch = batch._replace(columns={**batch.columns, 'reference': batch.columns['reference'] + np.float32(9)})
-  _, grad, metrics = computed(made, batch)
+  _, grad, metrics = computed(goal, batch)
   assert metrics['preference/kl'] == 0
   assert not grad[batch.weights < 0].any() and grad[batch.weights > 0].any()
 
 
 @pytest.mark.slow
 def test_records_lie_side_by_side_once_an_epoch_in_any_company():
-  records, made = pairs(40), OBJECTIVES['dpo']
-  batches = packed(records, made, rows=4)
-  found = [batches(step) for step in range(batches.steps_per_epoch)]
-  seen = [tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens)))
-          for batch in found for r, _ in answers(records, batch, np.zeros((4, T, V)))]
-  assert sorted(seen) == sorted(tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens))) for r in records)
+  records, goal = pairs(40), OBJECTIVES['dpo']
+  batches = packed(records, goal, rows=4)
+  epoch = [batches(step) for step in range(batches.steps_per_epoch)]
+  contents = [tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens)))
+              for batch in epoch for r, _ in answers(records, batch, np.zeros((4, T, V)))]
+  assert sorted(contents) == sorted(tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens))) for r in records)
   logits = np.random.default_rng(5).normal(size=(V, V))   # by the token that is read
 
   def loss(batches):
@@ -230,10 +230,10 @@ def test_records_lie_side_by_side_once_an_epoch_in_any_company():
       batch = batches(step)
       reference = np.zeros(batch.tokens.shape, 'f4') - 2
       batch = batch._replace(columns={'reference': reference})
-      found = made.loss(apply, jnp.asarray(logits[batch.tokens], jnp.float32), batch, None)
-      total, count = total + float(found[0]), count + float(found[1])
+      loss_sum, weight_sum, _ = goal.loss(apply, jnp.asarray(logits[batch.tokens], jnp.float32), batch, None)
+      total, count = total + float(loss_sum), count + float(weight_sum)
     return total, count
-  alone = [loss(packed(Held([record]), made, rows=1)) for record in records]
+  alone = [loss(packed(Held([record]), goal, rows=1)) for record in records]
   assert loss(batches) == pytest.approx(np.sum(alone, 0), rel=1e-5) and loss(batches)[1] == 40
 
 
@@ -249,27 +249,27 @@ class Toy:
     self.kind, self.columns = kind, dict(columns)
 
 
-@pytest.mark.parametrize('made, kind, message', [
+@pytest.mark.parametrize('goal, kind, message', [
     (supervised(), Pair, 'learns from dialogues, and the data holds pairs'),
     (OBJECTIVES['dpo'], np.ndarray, 'learns from pairs of .* the data holds documents'),
     (next_token(), Dialogue, 'learns from documents, and the data holds dialogues'),
     (OBJECTIVES['kto'], Pair, 'learns from dialogues that are rated'),
     (OBJECTIVES['dpo'], Pair, 'compares with a reference'), (OBJECTIVES['ipo'], Pair, 'compares with a reference'),
     (OBJECTIVES['kto'], Rated, 'compares with a reference')])
-def test_what_does_not_go_together_is_told_before_training(made, kind, message):
+def test_what_does_not_go_together_is_told_before_training(goal, kind, message):
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
-    train.check(train.Run(tiny(), made, Toy(kind), ADAM, steps=1, batch=2), mesh)
+    train.check(train.Run(tiny(), goal, Toy(kind), ADAM, steps=1, batch=2), mesh)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_a_step_is_lowered_on_a_mesh(name):
   mesh = sharding.abstract_mesh('data:4,model:2')
-  made = OBJECTIVES[name]
-  data = Toy(made.needs, {} if name in ('orpo', 'simpo') else preference.COLUMNS)
+  goal = OBJECTIVES[name]
+  data = Toy(goal.needs, {} if name in ('orpo', 'simpo') else preference.COLUMNS)
   with jax.sharding.use_abstract_mesh(mesh):
-    run = train.Run(tiny(), made, data, ADAM, steps=1, batch=16, accumulate=2)
+    run = train.Run(tiny(), goal, data, ADAM, steps=1, batch=16, accumulate=2)
     train.check(run, mesh)
     train.make_step(run).trace(train.abstract_state(run, mesh), train.abstract_batch(run, mesh)).lower(
         lowering_platforms=('tpu',))
@@ -277,11 +277,11 @@ def test_a_step_is_lowered_on_a_mesh(name):
 
 @pytest.mark.parametrize('shape', ['data:1', *slow('data:4,model:2')])
 def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(shape):
-  records, made, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
-  batch = packed(records, made)(0)
+  records, goal, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
+  batch = packed(records, goal)(0)
   with on(shape):
     params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0))))()
-    loss, count, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch)
+    loss, count, sums = jax.jit(lambda p, b: goal.loss(model.apply, p, b, None))(params, batch)
     alone = [x.tokens for pair in records for x in pair] + [np.zeros(1, np.int32)] * 2
     rows = Batch(np.stack([np.pad(x, (0, T - len(x))) for x in alone]))   # one a row: what follows is not seen
     hidden = np.asarray(jax.jit(model.decoder.apply)(params['decoder'], rows).hidden, np.float64)
@@ -298,8 +298,8 @@ def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(
 def test_a_reward_model_starts_from_a_decoder():
   model = reward.Reward(tiny())
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
-    given = jax.jit(lambda: model.decoder.init(jax.random.key(5)))()
-    params = model.start(lambda decoder: given)
+    decoder_params = jax.jit(lambda: model.decoder.init(jax.random.key(5)))()
+    params = model.start(lambda decoder: decoder_params)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
   assert jax.tree.structure(params) == jax.tree.structure(shapes)
-  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params['decoder'], given)))
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params['decoder'], decoder_params)))

@@ -24,11 +24,11 @@ class Held(list):
 
 def dialogues() -> Held:
   """Of several turns, some of one token."""
-  rng, found = np.random.default_rng(0), Held()
+  rng, records = np.random.default_rng(0), Held()
   for n in (2, 3, 7, 12, 20, 24, 5, 9):
-    asked = np.r_[False, rng.uniform(size=n - 1) < 0.5, True]
-    found.append(Dialogue(np.r_[0, rng.integers(2, V, n)].astype(np.int32), asked))
-  return found
+    loss_mask = np.r_[False, rng.uniform(size=n - 1) < 0.5, True]
+    records.append(Dialogue(np.r_[0, rng.integers(2, V, n)].astype(np.int32), loss_mask))
+  return records
 
 
 def batch_of(records=None) -> Batch:
@@ -43,10 +43,10 @@ def log_softmax(x):
 @pytest.mark.parametrize('denominator, by', [(None, 'tokens'), *slow((sequence_mean, 'dialogues'))])
 def test_the_loss_is_the_masked_loss_of_the_dialogues_by_themselves(shape, denominator, by):
   model = transformer.llama(V, 8, 1, heads=2, hidden=8, max_length=T)
-  made, records = supervised(*[denominator] if denominator else []), dialogues()
+  objective, records = supervised(*[denominator] if denominator else []), dialogues()
   with on(shape):
     params = jax.jit(lambda: jax.tree.map(lambda x: 9 * x, model.init(jax.random.key(0))))()
-    loss, weight, sums = jax.jit(lambda p, b: made.loss(model.apply, p, b, None))(params, batch_of())
+    loss, weight, sums = jax.jit(lambda p, b: objective.loss(model.apply, p, b, None))(params, batch_of())
     alone = Batch(np.stack([np.pad(x.tokens[:-1], (0, T + 1 - len(x.tokens))) for x in records]))
     outputs = jax.jit(lambda p, b: (lambda out: out.head(out.hidden))(model.apply(p, b)))(params, alone)
   lp = log_softmax(np.asarray(outputs, np.float64))
@@ -66,19 +66,19 @@ def test_prompts_have_no_loss_and_no_gradient_of_their_own():
     total, count, _ = supervised().loss(apply, logits, batch, None)
     return total / count
   value, grad = loss(logits, batch)
-  asked = batch.weights > 0
-  assert 0 < asked.sum() < (batch.segments > 0).sum()
-  assert not np.asarray(grad)[~asked].any()
-  expected = (np.exp(log_softmax(logits)) - np.eye(V)[batch.targets]) / asked.sum()
-  np.testing.assert_allclose(np.asarray(grad)[asked], expected[asked], atol=1e-6)
-  targets = np.where(asked, batch.targets, (batch.targets + 3) % V)
+  weighted = batch.weights > 0
+  assert 0 < weighted.sum() < (batch.segments > 0).sum()
+  assert not np.asarray(grad)[~weighted].any()
+  expected = (np.exp(log_softmax(logits)) - np.eye(V)[batch.targets]) / weighted.sum()
+  np.testing.assert_allclose(np.asarray(grad)[weighted], expected[weighted], atol=1e-6)
+  targets = np.where(weighted, batch.targets, (batch.targets + 3) % V)
   assert loss(logits, batch._replace(targets=targets))[0] == value
-  assert loss(np.where(asked[..., None], logits, 7 * logits[:, ::-1]), batch)[0] == value
+  assert loss(np.where(weighted[..., None], logits, 7 * logits[:, ::-1]), batch)[0] == value
 
 
 def test_what_is_asked_is_what_the_dialogue_says():
   for dialogue in dialogues():
     example = supervised().forms[0].example(dialogue, np.random.default_rng(0), SPECIAL)
-    asked = {(int(t), int(x)) for t, x, w in zip(np.arange(T), example.targets, example.weights) if w}
-    assert asked == {(j - 1, int(dialogue.tokens[j])) for j in np.flatnonzero(dialogue.loss_mask)}
+    targets = {(int(t), int(x)) for t, x, w in zip(np.arange(T), example.targets, example.weights) if w}
+    assert targets == {(j - 1, int(dialogue.tokens[j])) for j in np.flatnonzero(dialogue.loss_mask)}
     assert example.weights.dtype == np.float32 and set(example.weights) <= {0, 1}

@@ -22,8 +22,8 @@ def test_an_optimizer_in_a_file_of_its_own_is_trained_by_flags(tmp_path):
     (tmp_path / 'books' / f'{i}.txt').write_text(letters[i:] + letters * (5 + i))
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
   command = [sys.executable, 'sign.py', '--layers=1', '--width=64', '--steps=40', '--lr=1e-2', '--momentum=0.8']
-  done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
+  process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert process.returncode == 0, process.stderr
   rows = [json.loads(line) for line in (tmp_path / 'runs' / 'sign' / 'metrics.jsonl').read_text().splitlines()]
   losses = [row['loss'] for row in rows if 'loss' in row]
   assert len(losses) == 40 and losses[0] == pytest.approx(np.log(512), rel=0.15) and losses[-1] < 0.5 * losses[0]

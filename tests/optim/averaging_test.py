@@ -53,10 +53,10 @@ def test_schedule_free_is_the_paper_s():
     weight = max(map(rate, range(t))) ** 2
     total += weight
     for k in z:
-      at = (1 - b1) * z[k] + b1 * x[k]
+      point = (1 - b1) * z[k] + b1 * x[k]
       grad = GRADS[t - 1][k].astype('f8')
       square[k] = b2 * square[k] + (1 - b2) * grad ** 2
-      step = grad / (np.sqrt(square[k] / (1 - b2 ** t)) + 1e-8) + decay * at * (k == 'w')
+      step = grad / (np.sqrt(square[k] / (1 - b2 ** t)) + 1e-8) + decay * point * (k == 'w')
       z[k] = z[k] - lr * step
       x[k] = (1 - weight / total) * x[k] + weight / total * z[k]
       np.testing.assert_allclose(evaluated[k], x[k], rtol=1e-4, atol=1e-5)

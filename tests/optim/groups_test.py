@@ -40,8 +40,8 @@ def flat(tree):
 
 
 def test_masks_of_patterns():
-  found = flat(groups.matching('blocks/*', '*bed*')(DECLARED))
-  assert found == {'embedding': True, 'blocks/0/up': True, 'norm/scale': False}
+  mask = flat(groups.matching('blocks/*', '*bed*')(DECLARED))
+  assert mask == {'embedding': True, 'blocks/0/up': True, 'norm/scale': False}
   assert flat(groups.hidden(DECLARED)) == {'embedding': False, 'blocks/0/up': True, 'norm/scale': False}
 
 
@@ -89,20 +89,20 @@ def test_a_factor_of_updates_leaves_weight_decay_as_it_is():
 def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
   """One parameter at twice the rate goes where it goes with all at twice the rate."""
   def path(rate):
-    optimizer, params, found = bound(optim.schedule_free(rate, clip=None), PARAMS, DECLARED), PARAMS, []
+    optimizer, params, trajectory = bound(optim.schedule_free(rate, clip=None), PARAMS, DECLARED), PARAMS, []
     state = optimizer.init(params)
     for i in range(4):
       grads = jax.tree.map(lambda p, i=i: np.array(jax.random.normal(jax.random.key(i), p.shape)), PARAMS)
       updates, state = optimizer.update(grads, state, params)
       params = optax.apply_updates(params, updates)
-      found.append(params)
-    return found
+      trajectory.append(params)
+    return trajectory
 
   slow, fast = path(lambda step: 0.1), path(lambda step: 0.2)
   both = path(groups.Rates(lambda step: 0.1, (('embedding', 2.),)))
-  for a, b, found in zip(slow, fast, both):
-    np.testing.assert_allclose(found['embedding'], b['embedding'], rtol=1e-5)
-    np.testing.assert_allclose(found['norm']['scale'], a['norm']['scale'], rtol=1e-5)
+  for a, b, trajectory in zip(slow, fast, both):
+    np.testing.assert_allclose(trajectory['embedding'], b['embedding'], rtol=1e-5)
+    np.testing.assert_allclose(trajectory['norm']['scale'], a['norm']['scale'], rtol=1e-5)
 
 
 def test_rates_are_no_schedule_and_have_to_be_numbers():
@@ -136,12 +136,12 @@ def test_adapters_are_updated_as_the_matrices_that_they_are(make):
   weights = declarations.of(lora.Adapted(LLAMA, 3, 6.))
   params = jax.tree.map(lambda weight: np.ones(weight.array.shape, 'f4'), weights)
   assert all(jax.tree.leaves(groups.decayed(weights))) and all(jax.tree.leaves(groups.hidden(weights)))
-  for path, found in two_steps(make, params, weights).items():
+  for path, updated in two_steps(make, params, weights).items():
     # A is [layers, inputs, rank], B is [layers, rank, outputs], once heads and their size are one axis.
     matrix = (2, -1, 3) if path.endswith('/A') else (2, 3, -1)
-    alone = {'up': np.ones(found.shape, 'f4').reshape(matrix)}
+    alone = {'up': np.ones(updated.shape, 'f4').reshape(matrix)}
     expected = two_steps(make, alone, weights_of(alone, {'up': declare('DF')}))
-    np.testing.assert_allclose(found.reshape(matrix), expected['up'], atol=1e-5, err_msg=path)
+    np.testing.assert_allclose(updated.reshape(matrix), expected['up'], atol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize('make', [optim.muon, *slow(optim.soap, optim.adafactor)])

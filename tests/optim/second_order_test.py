@@ -64,28 +64,28 @@ def test_soap_is_the_paper_s(max_dim, sides):
   w, grads = random.normal(size=(2, 4, 5)), random.normal(size=(7, 2, 4, 5))
   soap = optim.soap(lambda step: 0.1, 0., 0.9, 0.8, 1e-8, precondition_every=2, max_dim=max_dim, clip=None)
   with jax.default_matmul_precision('highest'):
-    found = of(walk(soap, block(w), lambda _, i: block(grads[i]), 7)[-1])
+    updated = of(walk(soap, block(w), lambda _, i: block(grads[i]), 7)[-1])
   for layer in range(2):   # each by itself
     expected = soap_by_hand(w[layer], grads[:, layer], 0.1, 0.9, 0.8, 2, 1e-8, sides)
-    np.testing.assert_allclose(found[layer], expected, atol=2e-3)
-  assert np.abs(found - w).max() > 0.2
+    np.testing.assert_allclose(updated[layer], expected, atol=2e-3)
+  assert np.abs(updated - w).max() > 0.2
 
 
 def test_soap_is_adam_in_any_rotation():
   """Of a quadratic that is diagonal but for rotations of rows and columns, SOAP goes the way of Adam without them."""
-  left, right = orthogonal(4, 1), orthogonal(4, 2)
+  rows, columns = orthogonal(4, 1), orthogonal(4, 2)
   scales, start = np.array([1., 2., 0.5, 1.5]), np.diag([3., -2., 4., 1.])
   arguments = {'b1': 0.9, 'b2': 0.95, 'eps': 0.1, 'clip': None}   # far above rounding, as off the diagonal
   adam = walk(optim.adam(lambda step: 0.1, **arguments), block(start[None]),
               lambda p, i: jax.tree.map(lambda x: x * np.float32(scales[None, :, None]), p), 20)
-  gradient = lambda p, i: block((left @ (scales[:, None] * (left.T @ of(p)[0] @ right)) @ right.T)[None])
+  gradient = lambda p, i: block((rows @ (scales[:, None] * (rows.T @ of(p)[0] @ columns)) @ columns.T)[None])
   soap = walk(optim.soap(lambda step: 0.1, 0., precondition_every=3, **arguments),
-              block((left @ start @ right.T)[None]), gradient, 21)
-  np.testing.assert_allclose(of(soap[0])[0], left @ start @ right.T, atol=1e-6)   # the first makes the basis
+              block((rows @ start @ columns.T)[None]), gradient, 21)
+  np.testing.assert_allclose(of(soap[0])[0], rows @ start @ columns.T, atol=1e-6)   # the first makes the basis
   for a, b in zip(adam, soap[1:], strict=True):
-    np.testing.assert_allclose(left.T @ of(b)[0] @ right, of(a)[0], atol=2e-3)
-  rotated = walk(optim.adam(lambda step: 0.1, **arguments), block((left @ start @ right.T)[None]), gradient, 20)
-  assert np.abs(left.T @ of(rotated[-1])[0] @ right - of(adam[-1])[0]).max() > 0.2   # which Adam itself does not
+    np.testing.assert_allclose(rows.T @ of(b)[0] @ columns, of(a)[0], atol=2e-3)
+  rotated = walk(optim.adam(lambda step: 0.1, **arguments), block((rows @ start @ columns.T)[None]), gradient, 20)
+  assert np.abs(rows.T @ of(rotated[-1])[0] @ columns - of(adam[-1])[0]).max() > 0.2   # which Adam itself does not
 
 
 def test_soap_is_adam_for_all_that_is_no_matrix_of_a_block():
@@ -117,9 +117,9 @@ def test_sophia_s_curvature_is_that_of_finite_differences():
     gradient, step = jax.jit(jax.grad(loss)), 1e-3
     signs = optim.random_signs(params, jnp.int32(0))
     ahead, behind = (gradient(jax.tree.map(lambda p, z, s=s: p + s * step * z, params, signs)) for s in (1, -1))
-    for z, found, a, b in zip(*map(jax.tree.leaves, (signs, estimate, ahead, behind))):
+    for z, curvature, a, b in zip(*map(jax.tree.leaves, (signs, estimate, ahead, behind))):
       expected = z * (a - b) / (2 * step)
-      np.testing.assert_allclose(found, expected, atol=0.02 * float(jnp.abs(expected).max()) + 1e-5)
+      np.testing.assert_allclose(curvature, expected, atol=0.02 * float(jnp.abs(expected).max()) + 1e-5)
 
 
 def test_sophia_estimates_every_so_often_and_bounds_its_steps():
@@ -149,16 +149,16 @@ def test_sophia_estimates_every_so_often_and_bounds_its_steps():
 def test_sophia_reads_a_batch_in_the_parts_that_gradients_are_computed_in():
   tokens = np.random.default_rng(0).integers(0, 64, (16, 33))
   batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((16, 32)))
-  found, memory = [], []
+  states, memory = [], []
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     for parts in (1, 8):
       run = train.Run(transformer.llama(64, 32, 2, heads=1), next_token(), dataset.Text(None, None, 32),
                       optim.sophia(lambda step: 1e-3), steps=1, batch=16, accumulate=parts)
       state = jax.jit(lambda run=run: train.init(run))()
       step = jax.jit(train.step_of(run)).lower(state, batch).compile()
-      found.append(step(state, batch)[0].opt_state)
+      states.append(step(state, batch)[0].opt_state)
       memory.append(step.memory_analysis().temp_size_in_bytes)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max())), *found)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max())), *states)
   assert memory[1] < memory[0] / 3
 
 
@@ -183,12 +183,12 @@ def test_signs_differ_by_estimate_and_by_parameter():
   """Of a Hessian that is not diagonal, one estimate is wrong, and the mean of many right."""
   hessian = np.float32([[2., 1.], [1., 3.]])
   loss = lambda params: sum(p @ hessian @ p / 2 for p in params.values())
-  params, estimate, found = {'a': jnp.zeros(2), 'b': jnp.zeros(2)}, optim.hutchinson(), []
+  params, estimate, estimates = {'a': jnp.zeros(2), 'b': jnp.zeros(2)}, optim.hutchinson(), []
   state, update = estimate.init(params), jax.jit(lambda state: estimate.update(None, state, params, obj_fn=loss))
   for _ in range(200):
     values, state = update(state)
-    found.append([values['a'], values['b']])
-  found = np.array(found)   # of each parameter 2 + 1, 3 + 1, or 2 - 1, 3 - 1
-  assert set(found[:, 0, 0].tolist()) == {1., 3.} and set(found[:, 1, 1].tolist()) == {2., 4.}
-  np.testing.assert_allclose(found.mean(0), [[2, 3], [2, 3]], atol=5 / np.sqrt(200))
-  assert abs(np.corrcoef(found[:, 0, 0], found[:, 1, 0])[0, 1]) < 5 / np.sqrt(200)
+    estimates.append([values['a'], values['b']])
+  estimates = np.array(estimates)   # of each parameter 2 + 1, 3 + 1, or 2 - 1, 3 - 1
+  assert set(estimates[:, 0, 0].tolist()) == {1., 3.} and set(estimates[:, 1, 1].tolist()) == {2., 4.}
+  np.testing.assert_allclose(estimates.mean(0), [[2, 3], [2, 3]], atol=5 / np.sqrt(200))
+  assert abs(np.corrcoef(estimates[:, 0, 0], estimates[:, 1, 0])[0, 1]) < 5 / np.sqrt(200)

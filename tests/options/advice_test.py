@@ -95,6 +95,6 @@ def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeyp
 
 
 def test_a_data_set_is_built_from_files_of_one_kind(tmp_path):
-  for given in ({}, {'text': 'a', 'jsonl': 'b'}, {'text': 'a', 'tfds': 'b'}):
+  for flags in ({}, {'text': 'a', 'jsonl': 'b'}, {'text': 'a', 'tfds': 'b'}):
     with pytest.raises(ValueError, match='give one of --text, --jsonl and --parquet'):
-      signature.call(tfds_builder.build, given, data_dir=tmp_path)
+      signature.call(tfds_builder.build, flags, data_dir=tmp_path)

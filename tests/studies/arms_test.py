@@ -16,8 +16,8 @@ from lm.studies import comparison, costs, runs, search, sweep, variants
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
-def compared(script, study, text, **more):
-  settings = {'seeds': 3, **more}
+def compared(script, study, text, **options):
+  settings = {'seeds': 3, **options}
   return comparison.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
 
 
@@ -59,18 +59,18 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
     ('steps', 4, (4, 4)), ('tokens', None, (6, 3)), *slow(('flops', 16, (16, 2)))])
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = variants.experiment(script)
-  found = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
+  arms = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
   mesh = sharding.make_mesh('data:8')
   with jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
-    a_step = 6 * 8 * found[0].make().model.vocab * 8 * 16
-    given, _ = costs.equal(found, equal, a_step * budget if equal == 'flops' else budget, mesh)
-  assert tuple(arm.knobs['steps'] for arm in given) == steps
+    a_step = 6 * 8 * arms[0].make().model.vocab * 8 * 16
+    equalised, _ = costs.equal(arms, equal, a_step * budget if equal == 'flops' else budget, mesh)
+  assert tuple(arm.knobs['steps'] for arm in equalised) == steps
 
 
 @pytest.mark.slow
 def test_an_adaptation_that_diverges_is_left_out(script, tmp_path, capsys):
   results = compared(script, tmp_path / 'study', 'a: ; b: lr=0.1', seeds=2, adapt=3, adapt_lr=1e38)
-  assert all(set(result['values']) == {'bits/byte'} for found in results.values() for result in found)
+  assert all(set(result['values']) == {'bits/byte'} for arm_results in results.values() for result in arm_results)
   out = capsys.readouterr().out
   assert '| b | ' in out and 'b has no infilling accuracy, for 2 of its seeds; seed 0: adapted from --adapt_lr' in out
 
@@ -98,17 +98,18 @@ def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_pa
   assert not (tmp_path / 'study').exists()
 
 
-def swept(script, study, **more):
-  return sweep.sweep(experiment=script, workdir=study, mesh='data:8', **more)
+def swept(script, study, **options):
+  return sweep.sweep(experiment=script, workdir=study, mesh='data:8', **options)
 
 
 def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, capsys):
   settings = {'knobs': 'lr=1e-3,0.1; batch=8,16', 'common': 'steps=4'}
-  done = swept(script, tmp_path / 'study', **settings)
-  assert len(done) == 4 and [t.value for t in done] == sorted(t.value for t in done) and done[0].knobs['lr'] == '0.1'
-  assert {(t.knobs['lr'], t.knobs['batch']) for t in done} == {(a, b) for a in ('1e-3', '0.1') for b in ('8', '16')}
+  trials = swept(script, tmp_path / 'study', **settings)
+  assert len(trials) == 4 and [t.value for t in trials] == sorted(t.value for t in trials)
+  assert trials[0].knobs['lr'] == '0.1'
+  assert {(t.knobs['lr'], t.knobs['batch']) for t in trials} == {(a, b) for a in ('1e-3', '0.1') for b in ('8', '16')}
   assert 'the best: --lr=0.1' in capsys.readouterr().out and (tmp_path / 'study' / 'sweep.png').exists()
-  assert swept(script, tmp_path / 'study', **settings) == done and '--- trial' not in capsys.readouterr().out
+  assert swept(script, tmp_path / 'study', **settings) == trials and '--- trial' not in capsys.readouterr().out
   with pytest.raises(ValueError, match='started with other settings'):
     swept(script, tmp_path / 'study', knobs='lr=1e-3,0.2; batch=8,16', common='steps=4')
 
@@ -116,31 +117,32 @@ def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, caps
 @pytest.mark.slow
 def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_path, monkeypatch):
   settings = {'knobs': 'lr=1e-4:0.3:log; optimizer=adam,sgd', 'method': 'halving', 'trials': 7, 'common': 'steps=8'}
-  went, seen = runs.go, []
+  went, started = runs.go, []
 
   def go(study, arm, seed, mesh, watch):
-    seen.append(arm)
-    if len(seen) == 3:
+    started.append(arm)
+    if len(started) == 3:
       raise KeyboardInterrupt
     return went(study, arm, seed, mesh, watch)
 
   monkeypatch.setattr(runs, 'go', go)
   with pytest.raises(KeyboardInterrupt):
     swept(script, tmp_path / 'study', **settings)
-  done = swept(script, tmp_path / 'study', **settings)
-  assert (seen[2].name, seen[2].knobs) == (seen[3].name, seen[3].knobs) and len(done) == 7 == len(seen) - 1
-  assert len({arm.knobs['lr'] for arm in seen}) == 7   # what was drawn before is not drawn again
-  pruned = [t.pruned for t in done]
+  trials = swept(script, tmp_path / 'study', **settings)
+  assert (started[2].name, started[2].knobs) == (started[3].name, started[3].knobs)
+  assert len(trials) == 7 == len(started) - 1
+  assert len({arm.knobs['lr'] for arm in started}) == 7   # what was drawn before is not drawn again
+  pruned = [t.pruned for t in trials]
   assert any(pruned) and not all(pruned) and pruned == sorted(pruned)
   assert len(list((tmp_path / 'study').glob('trial-*'))) == 7
 
 
 @pytest.mark.slow
 def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
-  done = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
-  assert done[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
-  done = swept(script, tmp_path / 'other', knobs='vocab=400,3; lr=0.1,-1')
-  assert [trial.value == float('inf') for trial in done] == [False, True, True, True]
+  trials = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
+  assert trials[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
+  trials = swept(script, tmp_path / 'other', knobs='vocab=400,3; lr=0.1,-1')
+  assert [trial.value == float('inf') for trial in trials] == [False, True, True, True]
   out = capsys.readouterr().out
   assert 'learning rate -1.0 is not positive' in out and 'the model only 3' in out
 
@@ -158,9 +160,9 @@ def test_knobs_that_cannot_be_searched_say_so(script, tmp_path, knobs, message):
 
 
 def test_whole_ranges_give_whole_numbers():
-  found = search.space('width=2:9; lr=1e-3:1:log', lambda name, value: int(value) if name == 'width' else float(value))
-  assert found == {'width': search.Range(2, 9), 'lr': search.Range(1e-3, 1., True)}
-  assert type(found['width'].low) is int
+  space = search.space('width=2:9; lr=1e-3:1:log', lambda name, value: int(value) if name == 'width' else float(value))
+  assert space == {'width': search.Range(2, 9), 'lr': search.Range(1e-3, 1., True)}
+  assert type(space['width'].low) is int
 
 
 @pytest.mark.slow
@@ -170,9 +172,9 @@ def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   out = capsys.readouterr().out
   predicted, outcome = out.index('predicted for width=32-16'), out.index('--- run 7 of 7')
   assert predicted < outcome < out.index('outcome: ')
-  told = (tmp_path / 'study' / 'scaling.md').read_text()
+  report = (tmp_path / 'study' / 'scaling.md').read_text()
   losses = [json.loads(p.read_text())['nll'] for p in (tmp_path / 'study').glob('*/seed-0/final.json')]
-  assert len(losses) == 7 and all(f'{loss:.4f}' in told for loss in losses) and 'L = ' in told
+  assert len(losses) == 7 and all(f'{loss:.4f}' in report for loss in losses) and 'L = ' in report
   with pytest.raises(ValueError, match='2 sizes at 1 budgets do not fix a law'):
     scaling.ladder(sizes='width=4; width=8', budgets=(4,), experiment=script, workdir=tmp_path / 'other')
 
@@ -216,15 +218,15 @@ def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_
 
 @pytest.mark.slow
 def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, capsys, monkeypatch):
-  text, more = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2}
-  results = compared(script, tmp_path, text, **more)
+  text, options = 'wild: lr=1e38 optimizer=sgd; good: ; better: lr=0.1', {'seeds': 2}
+  results = compared(script, tmp_path, text, **options)
   out = capsys.readouterr().out
   assert all(result['values'] == {} and 'result' in result['left_out'] for result in results['wild'])
   assert 'wild has no result, for 2 of its seeds; seed 0: step ' in (tmp_path / 'compare.md').read_text()
   assert '| arm | bits/byte | difference to good |' in out and '| wild |' not in out
   assert (tmp_path / 'compare.png').exists()
   monkeypatch.setattr(runs, 'go', None)   # nothing is trained again
-  assert compared(script, tmp_path, text, **more) == results
+  assert compared(script, tmp_path, text, **options) == results
 
 
 @pytest.mark.parametrize('unit', ['tokens', *slow('flops')])
@@ -239,15 +241,15 @@ def test_stages_cost_what_they_read(script, unit):
   with jax.set_mesh(mesh):
     spent = costs.spending(late.make(), unit, mesh)
     assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)
-    given, amount = costs.equal([plain.with_steps(12), late], unit, None, mesh)
-    assert [arm.knobs['steps'] for arm in given] == [12, 8] and amount == spent(8)
+    equalised, amount = costs.equal([plain.with_steps(12), late], unit, None, mesh)
+    assert [arm.knobs['steps'] for arm in equalised] == [12, 8] and amount == spent(8)
     with pytest.raises(ValueError, match='late begins with smaller ones'):
       costs.equal([plain, late], 'seconds', 1., mesh)
 
 
 def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
   metrics = {'validation/bits_per_byte': float('nan')}
-  monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **more: (
+  monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **options: (
       function(**knobs), runs.train.Result(8, 0, None, None, None, metrics, True, None)))
   assert [t.value for t in swept(script, tmp_path / 'study', knobs='lr=0.1', common='steps=8')] == [float('inf')]
 
@@ -255,11 +257,11 @@ def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, 
 @pytest.mark.slow
 def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
   score = runs.score
-  monkeypatch.setattr(runs, 'score', lambda run, *rest: {
-      **score(run, *rest), **({'bits_per_byte': float('nan')} if run.seed else {})})
+  monkeypatch.setattr(runs, 'score', lambda run, *arguments: {
+      **score(run, *arguments), **({'bits_per_byte': float('nan')} if run.seed else {})})
   results = compared(script, tmp_path, 'a: ; b: lr=0.1', seeds=2)
-  for found in results.values():
-    assert 'bits/byte' in found[0]['values'] and found[1]['left_out'] == {
+  for arm_results in results.values():
+    assert 'bits/byte' in arm_results[0]['values'] and arm_results[1]['left_out'] == {
         'result': 'its bits/byte is nan; lower the learning rate'}
 
 

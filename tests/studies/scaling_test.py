@@ -19,8 +19,8 @@ GRID = [(n, d) for n in (3e4, 6e4, 1.2e5, 2.4e5) for d in (2.5e5, 5e5, 1e6, 2e6)
 
 
 def test_points_of_a_law_give_the_law():
-  found = scaling.fit([(n, d, float(LAW(n, d))) for n, d in GRID])
-  np.testing.assert_allclose([getattr(found, field) for field in vars(LAW)], list(vars(LAW).values()), rtol=2e-3)
+  law = scaling.fit([(n, d, float(LAW(n, d))) for n, d in GRID])
+  np.testing.assert_allclose([getattr(law, field) for field in vars(LAW)], list(vars(LAW).values()), rtol=2e-3)
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_updates_cost_what_their_formulas_say():
 def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():
   mesh = on('data:1')
   with jax.set_mesh(mesh):
-    found = costs.cost(RUN, 'flops', mesh)
+    flops = costs.cost(RUN, 'flops', mesh)
     head = jax.eval_shape(lambda: train.init(RUN)).params['head'].size
-  assert found == 6 * head * RUN.batch * RUN.data.length   # the embedding is looked up
+  assert flops == 6 * head * RUN.batch * RUN.data.length   # the embedding is looked up
   assert costs.cost(RUN, 'tokens', mesh) == RUN.batch * RUN.data.length and costs.cost(RUN, 'steps', mesh) == 1

@@ -116,8 +116,8 @@ def test_an_evaluation_that_a_signal_cuts_short_before_an_evaluator_is_made_agai
   assert logged(tmp_path, 'count/value') == {3: 3., 6: 6.}
 
 
-def corpus(name, word, **more):
-  splits = {'train': 12, 'validation': 5, **more}
+def corpus(name, word, **further_splits):
+  splits = {'train': 12, 'validation': 5, **further_splits}
   texts = {split: [f'{word} {split} {"ha" * (i % 5)} {i}' for i in range(count)] for split, count in splits.items()}
   return Source(name, texts, name)
 
@@ -139,8 +139,8 @@ def test_each_source_of_a_mixture_and_each_further_split_is_logged_apart(tmp_pat
   cats, dogs = corpus('cats', 'miaow'), corpus('dogs', 'woof')
   mixed = dataset.Text(mixture([(cats, 1), (dogs, 2), (corpus('cats', 'purr'), 1)]), TOKENIZER, 16, ())
   result = go(tmp_path / 'mixture', data=mixed, evaluate_batches=None)
-  said = capsys.readouterr().out
-  assert result.data.validation_sets == ('cats', 'dogs', 'cats-2') and 'val/dogs: all' in said and '  dogs ' in said
+  output = capsys.readouterr().out
+  assert result.data.validation_sets == ('cats', 'dogs', 'cats-2') and 'val/dogs: all' in output and '  dogs ' in output
   for name, part in (('cats', cats), ('dogs', dogs), ('cats-2', corpus('cats', 'purr'))):
     expected = loss_of(result.params, part.splits['validation'])
     assert logged(tmp_path / 'mixture', f'validation/{name}/loss')[6] == pytest.approx(expected, rel=1e-5)

@@ -62,9 +62,9 @@ class Written(train.Feed):
       tokens, targets = (x.T for x in jax.lax.scan(token, first, jax.random.split(key, TIME))[1])
       ones, advantage = jnp.ones((ROWS, TIME)), reward(targets) - jnp.mean(reward(targets))
       positions = jnp.broadcast_to(jnp.arange(TIME), (ROWS, TIME))
-      made = Batch(tokens, targets, ones, positions, ones.astype(jnp.int32),
-                   columns={'advantage': advantage[:, None] * ones})
-      return jax.tree.map(lambda x: sharding.constrain(x, 'BT'), made)
+      batch = Batch(tokens, targets, ones, positions, ones.astype(jnp.int32),
+                    columns={'advantage': advantage[:, None] * ones})
+      return jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
     return jax.jit(write)
 
   def __call__(self, step, state):
@@ -96,11 +96,11 @@ def test_a_policy_learns_from_what_it_writes(whole):
 
 
 def test_a_policy_that_is_killed_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):
-  def asked(self, step):
+  def stop_requested(self, step):
     if step == 7:
       raise InterruptedError('as if killed')
   with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-    patch.setattr(Interrupt, 'asked', asked)
+    patch.setattr(Interrupt, 'asked', stop_requested)
     go(tmp_path, POLICY)
   assert steps_kept(tmp_path) == [4]
   result = go(tmp_path, POLICY)
@@ -132,10 +132,10 @@ def test_data_is_read_once_ahead_and_from_any_step():
   """Whatever step is asked for after whichever other, the rows are those that the data has for it."""
   run, mesh, reads = RUN, on('data:2'), []
   data = run.data.open(None)
-  given = feed.DataFeed(run, data, mesh)
-  read = given._read
-  given._read = lambda step: reads.append(step) or read(step)
+  data_feed = feed.DataFeed(run, data, mesh)
+  read = data_feed._read
+  data_feed._read = lambda step: reads.append(step) or read(step)
   for step in (3, 4, 5, 9, 2):
-    assert same(given(step, None), data.batches('train', run.objective, run.batch, run.seed)(step))
-  given.close()
+    assert same(data_feed(step, None), data.batches('train', run.objective, run.batch, run.seed)(step))
+  data_feed.close()
   assert reads == [3, 4, 5, 6, 9, 10, 2, 3]

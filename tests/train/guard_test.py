@@ -17,22 +17,22 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 def by_hand(guard, losses, norms):
   """OLMo-core's rule, over finite values of steps before."""
-  taken = []
+  accepted = []
   for i, pair in enumerate(zip(losses, norms)):
     past = list(zip(losses, norms))[max(0, i - guard.window):i]
     usual = all(new - np.mean(old) <= guard.sigma * np.std(old, ddof=1)
                 for new, old in zip(pair, zip(*past))) if len(past) >= guard.window // 2 else True
-    taken.append(bool(np.isfinite(pair).all() and usual))
-  return taken
+    accepted.append(bool(np.isfinite(pair).all() and usual))
+  return accepted
 
 
 def judged(guard, losses, norms):
-  def step(seen, pair):
-    taken, seen = guard.judge(seen, *pair)
-    return seen, taken
-  seen, taken = jax.jit(lambda pairs: jax.lax.scan(step, guard.init(), pairs))(
+  def step(state, pair):
+    accepted, state = guard.judge(state, *pair)
+    return state, accepted
+  state, accepted = jax.jit(lambda pairs: jax.lax.scan(step, guard.init(), pairs))(
       np.stack([losses, norms], axis=1).astype('f4'))
-  return taken.tolist(), seen
+  return accepted.tolist(), state
 
 
 def test_spikes_of_either_are_skipped_as_olmo_core_does():
@@ -42,33 +42,33 @@ def test_spikes_of_either_are_skipped_as_olmo_core_does():
   losses[[20, 21]] = 40.
   norms[45] = 2.2
   guard = Guard(window=16, sigma=4., most=3)
-  taken, seen = judged(guard, losses, norms)
-  assert taken == by_hand(guard, losses, norms)
-  assert not taken[20] and not taken[45] and taken[3] and int(seen.total) == taken.count(False)
-  assert int(seen.skipped.sum()) == taken[-16:].count(False)
+  accepted, state = judged(guard, losses, norms)
+  assert accepted == by_hand(guard, losses, norms)
+  assert not accepted[20] and not accepted[45] and accepted[3] and int(state.total) == accepted.count(False)
+  assert int(state.skipped.sum()) == accepted[-16:].count(False)
 
 
 def test_the_line_is_drawn_where_olmo_core_draws_it():
   """So low a line that noise is on both of its sides: mean and deviation both count, also in a window not yet full."""
   losses, norms = np.random.default_rng(1).normal(size=(2, 300)).astype('f4')
   guard = Guard(window=16, sigma=1.2, most=15)
-  taken, seen = judged(guard, losses, norms)
-  assert taken == by_hand(guard, losses, norms) and 50 < taken.count(False) == int(seen.total) < 100
+  accepted, state = judged(guard, losses, norms)
+  assert accepted == by_hand(guard, losses, norms) and 50 < accepted.count(False) == int(state.total) < 100
 
 
-@pytest.mark.parametrize('at', [0, 2, 30])
-def test_what_is_not_finite_is_skipped_and_not_remembered(at):
+@pytest.mark.parametrize('bad_step', [0, 2, 30])
+def test_what_is_not_finite_is_skipped_and_not_remembered(bad_step):
   losses = np.linspace(3, 2, 60)
   for bad in (np.nan, np.inf):
-    losses[at] = bad
-    taken, seen = judged(Guard(window=16, most=8), losses, np.ones(60))
-    assert [i for i, ok in enumerate(taken) if not ok] == [at]
-    assert np.isfinite(seen.losses).all()
+    losses[bad_step] = bad
+    accepted, state = judged(Guard(window=16, most=8), losses, np.ones(60))
+    assert [i for i, ok in enumerate(accepted) if not ok] == [bad_step]
+    assert np.isfinite(state.losses).all()
 
 
 def test_a_loss_that_stays_higher_is_accepted():
-  taken, _ = judged(Guard(window=16, sigma=3., most=8), [1., 1.1] * 20 + [5., 5.1] * 20, np.ones(80))
-  assert not taken[40] and all(taken[46:])
+  accepted, _ = judged(Guard(window=16, sigma=3., most=8), [1., 1.1] * 20 + [5., 5.1] * 20, np.ones(80))
+  assert not accepted[40] and all(accepted[46:])
 
 
 @pytest.mark.parametrize('settings', [{'most': 128}, {'most': 0}, {'window': 3, 'most': 1}, {'sigma': 0.}])
@@ -82,24 +82,24 @@ def test_judgement_begins_when_half_of_a_window_was_seen():
   for spike in range(5, 12):
     changed = losses.copy()
     changed[spike] = 50.
-    taken, _ = judged(Guard(window=16, sigma=4., most=8), changed, np.ones(20))
-    assert taken == by_hand(Guard(window=16, sigma=4., most=8), changed, np.ones(20))
-    assert taken[spike] == (spike < 8) and taken.count(False) == (spike >= 8)
+    accepted, _ = judged(Guard(window=16, sigma=4., most=8), changed, np.ones(20))
+    assert accepted == by_hand(Guard(window=16, sigma=4., most=8), changed, np.ones(20))
+    assert accepted[spike] == (spike < 8) and accepted.count(False) == (spike >= 8)
 
 
-@pytest.mark.parametrize('at', [3, 9, 40])
-def test_after_what_is_not_finite_the_line_is_as_before(at):
+@pytest.mark.parametrize('bad_step', [3, 9, 40])
+def test_after_what_is_not_finite_the_line_is_as_before(bad_step):
   """What was known stays in its place: neither a zero, which makes the deviation large, nor a gap."""
   guard = Guard(window=16, sigma=3., most=8)
-  losses = 10 + np.random.default_rng(at).normal(size=60)
-  losses[at], losses[at + 8] = np.nan, 15.   # of 3 and some deviations where no zero is among them
-  taken, seen = judged(guard, losses, np.ones(60))
+  losses = 10 + np.random.default_rng(bad_step).normal(size=60)
+  losses[bad_step], losses[bad_step + 8] = np.nan, 15.   # of 3 and some deviations where no zero is among them
+  accepted, state = judged(guard, losses, np.ones(60))
   remembered = losses.copy()
-  remembered[at] = losses[at - guard.window] if at >= guard.window else losses[at - 1]
+  remembered[bad_step] = losses[bad_step - guard.window] if bad_step >= guard.window else losses[bad_step - 1]
   expected = by_hand(guard, remembered, np.ones(60))
-  expected[at] = False
-  assert taken == expected and not taken[at + 8]
-  np.testing.assert_allclose(np.sort(seen.losses), np.sort(remembered[-16:]), rtol=1e-6)
+  expected[bad_step] = False
+  assert accepted == expected and not accepted[bad_step + 8]
+  np.testing.assert_allclose(np.sort(state.losses), np.sort(remembered[-16:]), rtol=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +174,10 @@ def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_p
 @pytest.mark.slow
 def test_patience_is_the_same_through_a_stop(tmp_path):
   whole = go(tmp_path / 'whole', OVERFITTING)
-  asked = []
+  losses = []
 
   def stop(step, metrics):
-    asked.append(metrics['validation/loss'])
+    losses.append(metrics['validation/loss'])
     return step in (4, 8)
 
   for n in range(3):
@@ -185,7 +185,7 @@ def test_patience_is_the_same_through_a_stop(tmp_path):
       result = train.train(OVERFITTING, tmp_path / 'parts', whole.mesh, watch=stop)
     assert result.finished == (n == 2)
   assert result.step == whole.step and same(result.params, whole.params)
-  assert asked == list(logged(tmp_path / 'whole', 'validation/loss').values())
+  assert losses == list(logged(tmp_path / 'whole', 'validation/loss').values())
 
 
 @pytest.mark.parametrize('patience', [0, -1, 20])

@@ -157,16 +157,16 @@ def test_a_classifier_of_images_learns(run, alone, images):
 def test_its_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alone, tmp_path, mesh, accumulate):
   go(tmp_path, run, mesh, accumulate=accumulate)
   for name in ('loss', 'grad_norm', 'validation/loss', 'validation/accuracy'):
-    found, expected = logged(tmp_path, name), logged(alone, name)
-    assert list(found) == list(expected)
-    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-4)
+    actual, expected = logged(tmp_path, name), logged(alone, name)
+    assert list(actual) == list(expected)
+    np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-4)
 
 
 def test_each_row_keeps_its_input_through_shuffling_stages_and_shards(images):
   """An image is that of its label wherever the row comes to lie."""
   data = images.Images().batches('train', images.CLASSIFY, 4)
   staged = stages.Staged(data, stages.Schedule((Stage(3, 2, 1),), 4, 1))
-  seen = []
+  contents = []
   for step in range(30):
     batch = staged(step)
     assert len(batch.tokens) == (2 if step < 3 else 4)
@@ -174,8 +174,8 @@ def test_each_row_keeps_its_input_through_shuffling_stages_and_shards(images):
     np.testing.assert_array_equal(blob, batch.targets[:, 0])
     parts = [staged(step, rows) for rows in (range(1), range(1, len(batch.tokens)))]
     np.testing.assert_array_equal(np.concatenate([part.inputs['image'] for part in parts]), batch.inputs['image'])
-    seen += [image.tobytes() for image in batch.inputs['image']]
-  assert len(set(seen[:84])) == 84   # an epoch has each once
+    contents += [image.tobytes() for image in batch.inputs['image']]
+  assert len(set(contents[:84])) == 84   # an epoch has each once
   last = images.Images().batches('validation', images.CLASSIFY, 16, repeat=False)(5)
   assert not last.inputs['image'][4:].any() and not last.weights[4:].any()   # rows after the last are empty
 

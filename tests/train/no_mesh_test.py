@@ -78,8 +78,8 @@ def test_a_run_is_opened_in_a_process_without_a_mesh(tmp_path, monkeypatch):
     texts = [np.array(result.data.tokenizer.encode('number 7 and'))]
     expected, = evaluate.log_probabilities(run.model, result.params, texts)
   environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
-  done = subprocess.run([sys.executable, tmp_path / 'notebook.py', tmp_path], env=environment, capture_output=True,
-                        text=True, timeout=120)
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert done.stdout == 'no mesh is set: call it in "with jax.set_mesh(sharding.make_mesh()) as mesh:"\n'
+  process = subprocess.run([sys.executable, tmp_path / 'notebook.py', tmp_path], env=environment, capture_output=True,
+                           text=True, timeout=120)
+  assert process.returncode == 0, process.stderr[-2000:]
+  assert process.stdout == 'no mesh is set: call it in "with jax.set_mesh(sharding.make_mesh()) as mesh:"\n'
   np.testing.assert_allclose(np.load(tmp_path / 'scores.npy'), expected, atol=1e-5)

@@ -20,8 +20,8 @@ def test_estimates_are_unbiased_and_the_interval_covers_what_is_true():
   rng, mean, spread = np.random.default_rng(0), np.full(50, 0.3), np.linspace(0.5, 2, 50)
   tokens = rng.integers(20, 60, N).astype(float)   # batches need not be equal
   true = np.sum(spread ** 2) / np.sum(mean ** 2)
-  found = [noise_scale.estimate(*draws(rng, mean, spread, N, tokens)) for _ in range(400)]
-  scales, lows, highs, gradients, noises = np.array(found).T
+  estimates = [noise_scale.estimate(*draws(rng, mean, spread, N, tokens)) for _ in range(400)]
+  scales, lows, highs, gradients, noises = np.array(estimates).T
   for values, exact in ((gradients, np.sum(mean ** 2)), (noises, np.sum(spread ** 2))):
     assert abs(np.mean(values) - exact) < 4 * np.std(values) / 20
     assert np.std(values) / 20 < 0.02 * exact   # the line above says something
@@ -40,16 +40,16 @@ def test_a_linear_model_has_the_noise_scale_of_its_closed_form():
     loss = lambda p: jnp.mean((x @ jnp.concatenate([p['a'], p['b']]) - e) ** 2) / 2   # w* = 0
     return jax.grad(loss)(params), jnp.float32(len(e))
 
-  told = []
-  found = noise_scale.noise_scale(gradient, {'a': d[:2], 'b': d[2:]}, lambda i: jax.tree.map(jnp.float32, data[i]), 400,
-                            told.append)
+  progress = []
+  read = lambda i: jax.tree.map(jnp.float32, data[i])
+  estimate = noise_scale.noise_scale(gradient, {'a': d[:2], 'b': d[2:]}, read, 400, progress.append)
   size = np.sum(d ** 2)
   exact = (D + 1) * size + D * SIGMA ** 2
   # The variance of a token's gradient along G is 2 |d|^2 + sigma^2.
   error = 2 * np.sqrt(size * (2 * size + SIGMA ** 2) / (400 * TOKENS))
-  assert abs(found.gradient - size) < 4 * error and found.noise == pytest.approx(exact, rel=0.1)
-  assert found.low < exact / size < found.high < 1.3 * found.low
-  assert told == list(range(1, 801))
+  assert abs(estimate.gradient - size) < 4 * error and estimate.noise == pytest.approx(exact, rel=0.1)
+  assert estimate.low < exact / size < estimate.high < 1.3 * estimate.low
+  assert progress == list(range(1, 801))
 
 
 def test_the_gradient_is_that_of_the_mean_and_of_no_constant():

@@ -17,7 +17,7 @@ from lm.train import noise_scale
 
 
 def test_the_cases_are_of_every_kind_of_data():
-  assert {made.needs for _, made in CASES.values()} == set(KINDS)
+  assert {objective.needs for _, objective in CASES.values()} == set(KINDS)
 
 
 @pytest.mark.parametrize('name, mesh, accumulate', [

@@ -28,15 +28,15 @@ def walk(workdir, seconds_of, steps=1000, seconds=1000., stops=(125,), start=0, 
   """(the time by the end, the steps that were taken) where the step n takes `seconds_of(n)`."""
   clock = Clock()
   workdir.mkdir(exist_ok=True)
-  run, step, taken = pace.Pace(workdir, steps, seconds, stops, start, clock), start, []
+  run, step, steps_taken = pace.Pace(workdir, steps, seconds, stops, start, clock), start, []
   while step < (until or steps):
     clock.now += seconds_of(step)
-    taken.append(step)
+    steps_taken.append(step)
     later = run.after(step + 1)
     assert later == step + 1 or not any(step + 1 <= stop * n < later for stop in stops for n in range(steps))
     step = later
-  assert run.left_out == step - start - len(taken)
-  return clock.now, taken
+  assert run.left_out == step - start - len(steps_taken)
+  return clock.now, steps_taken
 
 
 @pytest.mark.parametrize('slow', [1.5, 6.])
@@ -45,9 +45,9 @@ def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
   assert walk(tmp_path / 'fast', lambda step: 0.5)[1] == list(range(1000))
   for begin, stop in ((0, 125), (300, 10), (900, 250)):
     workdir = tmp_path / str(begin)
-    time, taken = walk(workdir, lambda step, begin=begin: 1. if step < begin else slow, stops=(stop,))
-    assert 950 < time < 1030 + 10 * slow and taken[:begin] == list(range(begin))
-    gaps = np.diff(taken)
+    time, steps_taken = walk(workdir, lambda step, begin=begin: 1. if step < begin else slow, stops=(stop,))
+    assert 950 < time < 1030 + 10 * slow and steps_taken[:begin] == list(range(begin))
+    gaps = np.diff(steps_taken)
     assert gaps.max() < 20 * slow   # the schedule goes faster; it does not break off
 
 
@@ -77,17 +77,17 @@ def timed(monkeypatch):
          'optimizer': optim.adam(schedules.warmup_linear(0.05, 48, 3))}
 
   def train_it(workdir, slow=3., dies=None):
-    clock, seen = Clock(), train_it.steps
-    seen.clear()
+    clock, steps_seen = Clock(), train_it.steps
+    steps_seen.clear()
 
-    def asked(self, step):
-      if step not in seen:   # it is asked more than once where a validation is
+    def stop_requested(self, step):
+      if step not in steps_seen:   # it is asked more than once where a validation is
         clock.now += slow if step > 10 else 1.
-        seen.append(step)
+        steps_seen.append(step)
       if step == dies:
         raise InterruptedError('as if killed')
       return False
-    monkeypatch.setattr(Interrupt, 'asked', asked)
+    monkeypatch.setattr(Interrupt, 'asked', stop_requested)
     monkeypatch.setattr(loop, 'Pace', functools.partial(pace.Pace, clock=clock))
     return go(workdir, **run), clock.now
   train_it.run, train_it.steps = run, []

@@ -33,10 +33,10 @@ def test_keys_of_wide_seeds_differ_and_are_those_of_jax(implementation):
 
 def test_no_wide_seed_is_another_one_in_another_epoch():
   numbers = list(itertools.product(WIDE, range(3), [0, 1]))
-  drawn = {seeds.generator(seed, *rest).integers(2 ** 63) for seed, *rest in numbers}
+  drawn = {seeds.generator(seed, epoch, i).integers(2 ** 63) for seed, epoch, i in numbers}
   assert len(drawn) == len(numbers)
-  for seed, *rest in itertools.product(WIDE[:4], range(3), [1, 2 ** 31]):
-    assert seeds.generator(seed, *rest).integers(2 ** 63) == np.random.default_rng([seed, *rest]).integers(2 ** 63)
+  for entropy in itertools.product(WIDE[:4], range(3), [1, 2 ** 31]):
+    assert seeds.generator(*entropy).integers(2 ** 63) == np.random.default_rng(entropy).integers(2 ** 63)
 
 
 @pytest.mark.parametrize('seed', [-1, 2 ** 63, 2 ** 70])

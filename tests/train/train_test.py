@@ -39,9 +39,9 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('at, dead', [(3, False), (5, True)])
-def test_resumed_is_uninterrupted(whole, stopped, at, dead, capsys):
-  workdir = stopped(at, dead)
+@pytest.mark.parametrize('last_step, dead', [(3, False), (5, True)])
+def test_resumed_is_uninterrupted(whole, stopped, last_step, dead, capsys):
+  workdir = stopped(last_step, dead)
   assert go(workdir).finished
   assert f'going on from step {4 if dead else 3}' in capsys.readouterr().out
   (step, state), (_, expected) = saved(workdir), saved(whole)
@@ -75,8 +75,8 @@ def test_a_restored_state_is_laid_out_as_a_new_one(whole):
 def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
   go(tmp_path, mesh=mesh)
   np.testing.assert_allclose([*logged(tmp_path).values()], [*logged(whole).values()], rtol=1e-5)
-  found, expected = logged(tmp_path, 'validation/loss'), logged(whole, 'validation/loss')
-  np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
+  actual, expected = logged(tmp_path, 'validation/loss'), logged(whole, 'validation/loss')
+  np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
 
 
 def one_step(run, mesh, batch, state=None):
@@ -134,19 +134,19 @@ def explosive():
   return dataclasses.replace(finite, loss=loss)
 
 
-@pytest.mark.parametrize('save_every, evaluate_every, kept', [(1, 100, -1), (100, 100, None), (100, 1, None)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, save_every, evaluate_every, kept):
+@pytest.mark.parametrize('save_every, evaluate_every, saves', [(1, 100, True), (100, 100, False), (100, 1, False)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, save_every, evaluate_every, saves):
   run = dataclasses.replace(RUN, batch=2, objective=explosive(), steps=20)
   batches = run.data.batches('train', run.objective, 2)
   step = next(step for step in range(20) if (batches(step).tokens == ord('Z')).any()) + 1
   assert step > 2
   changes = {'save_every': save_every, 'evaluate_every': evaluate_every, 'keep': 20}
-  said = f'the checkpoint of step {step - 1} is good' if kept else 'no checkpoint was saved before'
+  note = f'the checkpoint of step {step - 1} is good' if saves else 'no checkpoint was saved before'
   for _ in range(2):   # the second time it goes on from what was saved
-    with pytest.raises(train.NotFinite, match=rf'step {step}: .*; {said}. Lower'):
+    with pytest.raises(train.NotFinite, match=rf'step {step}: .*; {note}. Lower'):
       go(tmp_path, run, **changes)
-  assert steps_kept(tmp_path) == (list(range(1, step)) if kept else [])
-  if kept:
+  assert steps_kept(tmp_path) == (list(range(1, step)) if saves else [])
+  if saves:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved(tmp_path, run)[1]))
   assert [logged(tmp_path)[n] is None for n in range(1, step + 1)] == [False] * (step - 1) + [True]
   assert not {row['step'] for row in track.read_metrics(tmp_path / 'metrics.jsonl')} - set(range(1, step + 1))
@@ -176,24 +176,24 @@ def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, ca
   assert len([path for path in (workdir / 'checkpoints').iterdir() if path.name.startswith('4.damaged')]) == 1
 
 
-def stop_in_validation(monkeypatch, at):
+def stop_in_validation(monkeypatch, last_step):
   """A signal comes when the second batch of the validation at a step is asked for."""
   calls = []
 
-  def asked(self, step):
+  def stop_requested(self, step):
     calls.append(step)
-    return calls.count(at) == 3
-  monkeypatch.setattr(Interrupt, 'asked', asked)
+    return calls.count(last_step) == 3
+  monkeypatch.setattr(Interrupt, 'asked', stop_requested)
 
 
-@pytest.mark.parametrize('at', [3, 6])
-def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, monkeypatch, at, capsys):
+@pytest.mark.parametrize('last_step', [3, 6])
+def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, monkeypatch, last_step, capsys):
   with monkeypatch.context() as patch:
-    stop_in_validation(patch, at)
+    stop_in_validation(patch, last_step)
     result = go(tmp_path)
-  assert (result.step, result.finished, result.signal) == (at, False, signal.SIGTERM)
-  assert f'stopped at step {at} of 6: the same command goes on' in capsys.readouterr().out
-  assert steps_kept(tmp_path)[-1] == at and at not in logged(tmp_path, 'validation/loss')
+  assert (result.step, result.finished, result.signal) == (last_step, False, signal.SIGTERM)
+  assert f'stopped at step {last_step} of 6: the same command goes on' in capsys.readouterr().out
+  assert steps_kept(tmp_path)[-1] == last_step and last_step not in logged(tmp_path, 'validation/loss')
   result = go(tmp_path)
   assert result.finished and 'finished' not in capsys.readouterr().out
   assert result.metrics['validation/loss'] == logged(tmp_path, 'validation/loss')[6]
@@ -228,14 +228,15 @@ def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path,
 
 
 def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
-  made = []
+  compiled = []
   for module in (loop, validation):
     original = module.make_step
-    monkeypatch.setattr(module, 'make_step', lambda *args, f=original: made.append(f(*args)) or made[-1])
+    monkeypatch.setattr(module, 'make_step', lambda *args, f=original: compiled.append(f(*args)) or compiled[-1])
   for steps in (4, 8):   # new, and restored
-    made.clear()
+    compiled.clear()
     go(tmp_path, steps=steps, evaluate_every=1, save_every=1)
-    assert sorted(step._cache_size() for step in made)[-2:] == [1, 1] and sum(step._cache_size() for step in made) == 2
+    counts = sorted(step._cache_size() for step in compiled)
+    assert counts[-2:] == [1, 1] and sum(counts) == 2
 
 
 @pytest.mark.parametrize('changes, named', [
@@ -358,8 +359,8 @@ def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
   (tmp_path / 'program.py').write_text(PROGRAM)
-  here = pathlib.Path(__file__).parent
-  environment = os.environ | {'PYTHONPATH': f'{here}:{here.parent}', 'XDG_CACHE_HOME': str(tmp_path),
+  folder = pathlib.Path(__file__).parent
+  environment = os.environ | {'PYTHONPATH': f'{folder}:{folder.parent}', 'XDG_CACHE_HOME': str(tmp_path),
                               'PYTHONUNBUFFERED': '1', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
   command = [sys.executable, '-W', 'error', str(tmp_path / 'program.py'), f'--workdir={tmp_path / "run"}']
   with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -375,10 +376,10 @@ def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
 
 
 def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, monkeypatch):
-  def asked(self, step):
+  def stop_requested(self, step):
     self.signal = signal.SIGINT if step == 2 else None
     return step == 2
-  monkeypatch.setattr(Interrupt, 'asked', asked)
+  monkeypatch.setattr(Interrupt, 'asked', stop_requested)
   result = go(tmp_path)
   assert (result.signal, result.finished) == (signal.SIGINT, False)
   with pytest.raises(KeyboardInterrupt) as stop:
@@ -389,9 +390,10 @@ def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, mo
   result.raise_if_stopped()
   mesh = on('data:2')
   with jax.set_mesh(mesh):
-    left = train.train(dataclasses.replace(RUN, evaluate_every=1), tmp_path / 'left', mesh, lambda step, metrics: True)
-  assert (left.signal, left.finished, left.step) == (None, False, 1)
-  left.raise_if_stopped()
+    run = dataclasses.replace(RUN, evaluate_every=1)
+    result = train.train(run, tmp_path / 'ended', mesh, lambda step, metrics: True)
+  assert (result.signal, result.finished, result.step) == (None, False, 1)
+  result.raise_if_stopped()
 
 
 @pytest.mark.parametrize('result, kind', [

@@ -88,36 +88,36 @@ def test_restores_the_same_bytes_onto_any_mesh(tmp_path, mesh, shape):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.restore(abstract(state, mesh)) is None
     checkpoints.save(1, state, facts)
-    wanted = abstract(state, make_mesh(*shape))
-    restored = checkpoints.restore(wanted)
+    target = abstract(state, make_mesh(*shape))
+    restored = checkpoints.restore(target)
   assert (restored.facts, restored.step) == (facts, 1)
   assert isinstance(restored.state, State)
   assert same_bytes(restored.state, state)
-  assert [x.sharding for x in jax.tree.leaves(restored.state)] == [x.sharding for x in jax.tree.leaves(wanted)]
+  assert [x.sharding for x in jax.tree.leaves(restored.state)] == [x.sharding for x in jax.tree.leaves(target)]
 
 
 def test_restores_params_alone(tmp_path, mesh):
   checkpoints = fill(tmp_path, mesh)
   state = make_state(mesh, 10, 10)
-  wanted = abstract(state, make_mesh(1, 1)).params
-  restored = checkpoints.restore_params(wanted, step=10)
+  target = abstract(state, make_mesh(1, 1)).params
+  restored = checkpoints.restore_params(target, step=10)
   assert same_bytes(restored.state, state.params)
   assert restored.facts == checkpoints.facts(10) == {'seen': 10}
   with pytest.raises(mismatch.Mismatch, match=r"params\.h\.b: 'bfloat16\[16\]' before, absent now"):
-    checkpoints.restore_params({'w': wanted['w']})
+    checkpoints.restore_params({'w': target['w']})
 
 
 def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
   checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
-  wanted = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
+  target = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
   with pytest.raises(mismatch.Mismatch, match='bfloat16'):
-    checkpoints.restore_params(wanted, step=10)
-  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: stored).state, params)
-  assert same_bytes(checkpoints.restore_params(wanted, 10, lambda stored: jnp.float32).state,
+    checkpoints.restore_params(target, step=10)
+  assert same_bytes(checkpoints.restore_params(target, 10, lambda stored: stored).state, params)
+  assert same_bytes(checkpoints.restore_params(target, 10, lambda stored: jnp.float32).state,
                     jax.tree.map(lambda x: x.astype(jnp.float32), params))
-  wanted['w'] = wanted['w'].update(shape=(64, 255))
+  target['w'] = target['w'].update(shape=(64, 255))
   with pytest.raises(mismatch.Mismatch, match=r'params\.w: .\[64, 256\]. before, .\[64, 255\]. now'):
-    checkpoints.restore_params(wanted, 10, lambda stored: stored)
+    checkpoints.restore_params(target, 10, lambda stored: stored)
 
 
 def test_arrays_are_written_in_small_files(tmp_path):
@@ -133,13 +133,13 @@ def test_arrays_are_written_in_small_files(tmp_path):
 
 def test_a_state_may_be_donated_after_save(tmp_path, mesh):
   x = jax.device_put(np.random.default_rng(0).normal(size=(2048, 2048)).astype('f4'), NamedSharding(mesh, P('data')))
-  before, wanted = np.array(x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  before, target = np.array(x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   step = jax.jit(lambda x: x + 1, donate_argnums=0)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {'x': x}, {})
     for _ in range(5):
       x = step(x)
-    restored = checkpoints.restore({'x': wanted}).state['x']
+    restored = checkpoints.restore({'x': target}).state['x']
   np.testing.assert_array_equal(restored, before)
 
 
@@ -185,13 +185,13 @@ def halve(path):
                          ids=['halved', 'empty', 'missing'])
 def test_falls_back_from_a_damaged_step_and_says_so(tmp_path, mesh, warned, damage, capfd):
   fill(tmp_path / 'whole', mesh)
-  asked, older, newer = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10), make_state(mesh, 20, 20)
+  target, older, newer = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10), make_state(mesh, 20, 20)
   fallen = set()
   for kind in sorted(KINDS):
     shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
     for path in (tmp_path / 'run' / '20').glob(kind):
       damage(path)
-    restored = checkpoint.Checkpoints(tmp_path / 'run').restore(asked)
+    restored = checkpoint.Checkpoints(tmp_path / 'run').restore(target)
     assert same_bytes(restored.state, {10: older, 20: newer}[restored.step])
     assert len(warned) == (restored.step == 10)  # one line
     if warned:
@@ -204,7 +204,7 @@ def test_falls_back_from_a_damaged_step_and_says_so(tmp_path, mesh, warned, dama
 
 def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, mesh, warned):
   fill(tmp_path / 'whole', mesh)
-  wanted, older = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10)
+  target, older = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10)
   rng = np.random.default_rng(0)
   for kind in sorted(KINDS):
     shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
@@ -212,7 +212,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, mesh, warned):
       data = bytearray(path.read_bytes())
       data[rng.integers(len(data))] ^= 1 << rng.integers(8)
       path.write_bytes(data)
-      restored = checkpoint.Checkpoints(tmp_path / 'run').restore(wanted)
+      restored = checkpoint.Checkpoints(tmp_path / 'run').restore(target)
       assert restored.step == 10 and same_bytes(restored.state, older)
       name = path.relative_to(tmp_path / 'run' / '20')
       assert len(warned) == 1 and 'as it was written' in warned[0].replace('they were', 'it was')
@@ -240,9 +240,9 @@ def test_parameters_that_are_not_finite_are_never_restored(tmp_path, mesh, warne
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     checkpoints.save(5, infinite, {})
     checkpoints.save(20, ruined._replace(step=infinite.step), {})
-  wanted = abstract(infinite, mesh)
-  assert checkpoint.Checkpoints(tmp_path).restore(wanted).step == 5
-  assert checkpoint.Checkpoints(tmp_path).restore_params(wanted.params).step == 5
+  target = abstract(infinite, mesh)
+  assert checkpoint.Checkpoints(tmp_path).restore(target).step == 5
+  assert checkpoint.Checkpoints(tmp_path).restore_params(target.params).step == 5
   assert len(warned) == 2 and '20 is damaged: the norm of its parameters is not finite' in warned[0]
 
 
@@ -266,13 +266,13 @@ def test_never_starts_from_scratch_when_all_are_damaged(tmp_path, mesh):
   for step in '10', '20':
     shutil.rmtree(tmp_path / step / 'state')
   checkpoints = checkpoint.Checkpoints(tmp_path)
-  asked = abstract(make_state(mesh), mesh)
+  target = abstract(make_state(mesh), mesh)
   for _ in range(2):
     with pytest.raises(OSError, match='step 20 is damaged: .*step 10 is damaged: .*nothing was deleted'):
-      checkpoints.restore(asked)
+      checkpoints.restore(target)
   assert sorted(os.listdir(tmp_path)) == ['10', '20']
   with pytest.raises(FileNotFoundError, match=r'no step 15 in .*\[10, 20\]'):
-    checkpoints.restore(asked, step=15)
+    checkpoints.restore(target, step=15)
 
 
 def test_an_asked_step_is_not_replaced(tmp_path, mesh):

@@ -93,8 +93,8 @@ def test_a_description_is_the_same_in_every_process_and_needs_no_orbax():
   program = ('import sys; from lm.workdir import checkpoint; from lm.workdir.describe import describe; '
              'assert "orbax" not in sys.modules; '
              f'import functools, jax, json, optax, numpy as np; print(json.dumps({expression}))')
-  there = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-  assert there.returncode == 0, there.stderr
-  assert json.loads(there.stdout) == eval(expression)
-  assert '0x' not in there.stdout
-  assert 'cosine_decay_schedule.<locals>.schedule' in there.stdout
+  process = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert process.returncode == 0, process.stderr
+  assert json.loads(process.stdout) == eval(expression)
+  assert '0x' not in process.stdout
+  assert 'cosine_decay_schedule.<locals>.schedule' in process.stdout

@@ -65,12 +65,12 @@ OBJECTIVES = [
     distillation.distil_stored(NEXT, distillation.TopK(3, 40))]
 
 
-@pytest.mark.parametrize('given', OBJECTIVES, ids=lambda given: given.loss.__qualname__.partition('.')[0])
-def test_an_objective_is_built_again_with_the_numbers_that_it_holds(given):
-  built = again(given)
-  assert built.prompt is given.prompt or built.prompt.__closure__
-  assert built.needs is given.needs and built.control == given.control
-  assert describe(built, inside=True) == describe(given, inside=True)
+@pytest.mark.parametrize('objective', OBJECTIVES, ids=lambda objective: objective.loss.__qualname__.partition('.')[0])
+def test_an_objective_is_built_again_with_the_numbers_that_it_holds(objective):
+  built = again(objective)
+  assert built.prompt is objective.prompt or built.prompt.__closure__
+  assert built.needs is objective.needs and built.control == objective.control
+  assert describe(built, inside=True) == describe(objective, inside=True)
 
 
 def test_a_loss_that_was_built_again_is_the_same_bit_for_bit():

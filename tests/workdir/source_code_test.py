@@ -86,8 +86,8 @@ def load(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     monkeypatch.setattr(sys, 'dont_write_bytecode', True)
     module = importlib.import_module('script')
-    made = {name: describe(getattr(module, name)) for name in NAMES}
-    return json.loads(json.dumps({**made, 'Block': describe(module.Block()), 'Rule': describe(module.Rule())}))
+    descriptions = {name: describe(getattr(module, name)) for name in NAMES}
+    return json.loads(json.dumps({**descriptions, 'Block': describe(module.Block()), 'Rule': describe(module.Rule())}))
   return load
 
 
@@ -125,9 +125,9 @@ def test_a_script_is_described_alike_whether_it_is_run_or_imported(load, tmp_pat
     file.write('import json\nfrom lm.workdir.describe import describe\n'
                'print(json.dumps({"power": describe(power), "Block": describe(Block())}))\n')
   environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
-  done = subprocess.run([sys.executable, tmp_path / 'script.py'], capture_output=True, text=True, env=environment)
-  assert done.returncode == 0, done.stderr
-  assert json.loads(done.stdout) == {name: expected[name] for name in ('power', 'Block')}
+  process = subprocess.run([sys.executable, tmp_path / 'script.py'], capture_output=True, text=True, env=environment)
+  assert process.returncode == 0, process.stderr
+  assert json.loads(process.stdout) == {name: expected[name] for name in ('power', 'Block')}
 
 
 def test_what_is_installed_has_no_code_in_its_description():
@@ -137,8 +137,8 @@ def test_what_is_installed_has_no_code_in_its_description():
 
 
 def test_code_without_a_file_is_known_by_its_bytecode():
-  def made(text):
+  def bytecode_of(text):
     space = {'__name__': 'nowhere'}
     exec(text, space)
     return describe(space['f'])
-  assert made('def f(x): return x') == made('def f(x): return x') != made('def f(x): return -x')
+  assert bytecode_of('def f(x): return x') == bytecode_of('def f(x): return x') != bytecode_of('def f(x): return -x')

@@ -99,11 +99,11 @@ def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
   with tracker(tmp_path, step=5) as t:
     t.log(6, {'loss': 1.5})
   data = next((tmp_path / 'tensorboard').glob('events*')).read_bytes()
-  events, at = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
-  while at < len(data):
-    size = int.from_bytes(data[at:at + 8], 'little')
-    events.append(proto.event_pb2.Event.FromString(data[at + 12:at + 12 + size]))
-    at += size + 16
+  events, offset = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
+  while offset < len(data):
+    size = int.from_bytes(data[offset:offset + 8], 'little')
+    events.append(proto.event_pb2.Event.FromString(data[offset + 12:offset + 12 + size]))
+    offset += size + 16
   assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == [('loss', 1.5, 6)]
   started = [e.step for e in events if e.HasField('session_log')]
   assert started == [6]
