@@ -9,8 +9,8 @@ def test_the_speed_up_is_where_the_better_curve_reaches_the_others_end():
   fast = [(x, 4 - 4 * x) for x in (0.25, 0.5, 0.75, 1.)]      # is there at a half
   assert speed_up.reached(fast, 2.) == 0.5 and speed_up.reached(fast, 2.5) == pytest.approx(0.375)
   assert speed_up.reached(slow, 1.9) is None and speed_up.reached(slow, 4.) == 0.25
-  found = speed_up.speed_up([fast] * 3, [slow] * 3)
-  assert found == pytest.approx((2., 2., 2.))
+  result = speed_up.speed_up([fast] * 3, [slow] * 3)
+  assert result == pytest.approx((2., 2., 2.))
   assert speed_up.speed_up([slow] * 3, [fast] * 3) == pytest.approx((0.5, 0.5, 0.5))
   mixed = speed_up.speed_up([fast, slow], [slow, fast])
   assert mixed.value == pytest.approx(1) and mixed.low < 1 < mixed.high and mixed.low * mixed.high == pytest.approx(1)
