@@ -5,10 +5,10 @@ import os
 
 # Before JAX starts: flags are read once.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-# Options of `jax.jit` for what depends on kernels as users have them.
+# Compiler options of `jax.jit` for tests whose result depends on the kernels that users run.
 AS_SHIPPED = {}
 if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
-  # The older way to make kernels, which later versions have not: programs compile in half the time.
+  # Programs compile in half the time without the newer fusion emitters. Later versions of jaxlib have no such switch.
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
   AS_SHIPPED = {'xla_cpu_use_fusion_emitters': True}
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -18,7 +18,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-hypothesis.settings.register_profile('fixed', derandomize=True)   # what is found is found again
+hypothesis.settings.register_profile('fixed', derandomize=True)   # every run draws the same examples
 hypothesis.settings.load_profile('fixed')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny programs run once: they take longer to optimise than to run.
@@ -26,11 +26,11 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 
 def pytest_addoption(parser):
-  parser.addoption('--rows', action='store_true', help='print what was measured of Hugging Face families, a row each')
+  parser.addoption('--rows', action='store_true', help='print the differences measured for each Hugging Face family')
 
 
 def pytest_terminal_summary(terminalreporter, config):
-  """Of each family the worst of its tests; `same` are properties that hold."""
+  """Prints a table of the largest difference that the tests of each family recorded, when `--rows` is passed."""
   if config.getoption('--rows'):
     columns, table = ['logits', 'loss', 'packed', 'cached', 'back'], collections.defaultdict(dict)
     for report in terminalreporter.getreports('passed'):
@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope='module')
 def compiled_once(tmp_path_factory):
-  """For tests that mostly run the same program: the second time it comes from the cache on disk."""
+  """Caches compiled programs on disk for the tests of a module, many of which run the same program."""
   options = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
              'jax_persistent_cache_min_compile_time_secs': 0., 'jax_persistent_cache_min_entry_size_bytes': -1}
   before = {name: getattr(jax.config, name) for name in options}
@@ -60,7 +60,10 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-  """A function that makes a run of `train_test` stop: asked to, after a step, or dead in the middle of one."""
+  """Returns a function that trains `helpers.runs.RUN` up to a step and returns its workdir.
+
+  The run ends by a request to stop after that step, or, with `dead=True`, by an exception as if it had been killed.
+  """
   from helpers.runs import go, steps_kept
 
   from lm.train.interrupt import Interrupt
@@ -84,7 +87,7 @@ def stopped(tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(tmp_path):
-  """The file of a small experiment, whose runs take a second."""
+  """Returns the path of a script with a small experiment, whose runs take a second."""
   from helpers.study_script import SCRIPT
   path = tmp_path / 'small.py'
   path.write_text(SCRIPT)

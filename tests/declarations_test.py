@@ -1,4 +1,4 @@
-"""What a weight declares is all that optimizers, adapters and muP know of it: names say nothing."""
+"""Optimizers, adapters and muP read what a weight declares, and nothing from its name."""
 import dataclasses
 import types
 
@@ -37,7 +37,7 @@ def params_of(weights, seed=0):
 
 
 def first_step(optimizer, weights):
-  """What the first update takes from the parameters, with random gradients."""
+  """Returns what the first update subtracts from the parameters, with random gradients."""
   params, optimizer = params_of(weights), optim.bound(optimizer, weights)
   updates, _ = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))(
       params_of(weights, 1), params)
@@ -45,7 +45,7 @@ def first_step(optimizer, weights):
 
 
 def assert_orthogonal(matrices):
-  """[..., m, n], each with the root mean square of Muon, up to what its iteration leaves of the singular values."""
+  """Asserts that matrices [..., m, n] are orthogonal with Muon's root mean square, up to the error of its iteration."""
   for matrix in matrices.reshape(-1, *matrices.shape[-2:]):
     singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
     assert np.all((singular > 0.6) & (singular < 1.3)), singular
@@ -89,7 +89,9 @@ def test_muon_orthogonalises_matrices_and_adapters_and_decays_them_alone(model, 
 
 @pytest.mark.parametrize('adapted', [True, *slow(False)])
 def test_the_first_step_of_soap_makes_matrices_and_adapters_orthogonal(adapted):
-  """In the eigenbasis of a gradient, that gradient is diagonal: Adam's first step makes its entries 1 (Vyas et al.)."""
+  """In the eigenbasis of a gradient, that gradient is diagonal, and Adam's first step makes its entries 1 (Vyas et
+  al.).
+  """
   model = reward.Reward(LLAMA)
   weights = declarations.of(lora.Adapted(model, 3, 6.) if adapted else model)
   grads, params = params_of(weights, 1), params_of(weights)
@@ -113,7 +115,7 @@ def test_the_first_step_of_soap_makes_matrices_and_adapters_orthogonal(adapted):
 
 
 class Odd(nn.Module):
-  """A block whose weights have names that say something else than they declare."""
+  """A block whose weights have names that contradict what they declare."""
 
   @nn.compact
   def __call__(self, x_BTD, context, cache=None):
@@ -140,7 +142,7 @@ def test_a_weight_of_a_users_block_is_what_it_declares():
 
 
 def renamed(tree):
-  """The tree with names that say nothing, in the same order."""
+  """Returns the tree with meaningless names in the same order."""
   if not isinstance(tree, dict):
     return tree
   return {f'x{i:03d}': renamed(tree[name]) for i, name in enumerate(sorted(tree))}
@@ -180,7 +182,7 @@ def test_adapters_do_not_change_with_the_names_of_weights():
   jax.tree.map(np.testing.assert_array_equal, named(adapters, declarations.of(EXPERTS)), other)
 
 
-def test_what_nothing_declares_counts_by_its_axes_in_one_layer():
+def test_undeclared_parameters_count_by_their_axes_in_one_layer():
   class Stock(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, context, cache=None):

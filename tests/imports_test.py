@@ -1,4 +1,4 @@
-"""The house: rooms import only from rooms above them, without circles, and each library comes in by one door."""
+"""Packages import only from packages above them, without circles, and one file imports each library."""
 import ast
 import graphlib
 import io
@@ -33,7 +33,7 @@ FILES = {path.relative_to(ROOT / 'lm').with_suffix('').as_posix().removesuffix('
 
 
 def imports(nodes) -> set[str]:
-  """Dotted names: `from a.b import c` gives a.b.c; `require('x')` and `import_module('x')` are imports too."""
+  """Returns dotted names: `from a.b import c` gives a.b.c; `require('x')` and `import_module('x')` are imports too."""
   names = set()
   for node in nodes:
     match node:
@@ -53,7 +53,7 @@ def tree(name: str) -> ast.Module:
 
 
 def files_used(name: str) -> set[str]:
-  """Files of `lm` that a file imports: 'data/batch', or 'data' for its face."""
+  """Returns the files of `lm` that a file imports: 'data/batch', or 'data' for its face."""
   used = set()
   for dotted in imports(ast.walk(tree(name))):
     parts = dotted.split('.')
@@ -77,7 +77,7 @@ def test_there_are_no_circles():
   graphlib.TopologicalSorter({name: files_used(name) for name in FILES}).prepare()   # CycleError names the files
 
 
-def test_a_name_is_of_one_file():
+def test_no_two_files_share_a_name():
   names = [pathlib.PurePath(name).name for name in FILES if FILES[name].stem != '__init__']
   assert not {name for name in names if names.count(name) > 1}
 
@@ -93,7 +93,7 @@ def test_the_face_of_a_package_lists_what_it_imports():
 
 
 @pytest.mark.parametrize('name', sorted(FILES))
-def test_each_library_has_one_door(name):
+def test_each_library_is_imported_by_one_file(name):
   used = {dotted.split('.')[0] for dotted in imports(ast.walk(tree(name)))}
   for library, doors in DOORS.items():
     assert library not in used or any(name == door or name.startswith(door) and door[-1] == '/' for door in doors)
@@ -131,7 +131,7 @@ def test_the_code_of_an_experiment_is_short():
 
 
 def test_train_depends_on_interfaces():
-  """No model, corpus, objective or optimizer: of `optim` only what all optimizers have in common."""
+  """It imports no model, corpus, objective or optimizer; of `optim`, only what all optimizers have in common."""
   nodes = [node for name in FILES if room(name) == 'train' for node in ast.walk(tree(name))]
   used = {dotted for dotted in imports(nodes) if dotted.split('.')[:1] == ['lm']}
   assert not {dotted for dotted in used if dotted.split('.')[1] in ('models', 'generate', 'evaluate', 'hf')}
@@ -142,8 +142,8 @@ def test_train_depends_on_interfaces():
   assert optimizers <= {'learning_rate', 'advanced', 'Optimizer', 'bound'}
 
 
-def test_what_starts_a_run_imports_nothing_that_is_run():
-  """So that `--help` answers at once, and a bad flag is refused before JAX is imported."""
+def test_the_launcher_imports_nothing_that_a_run_needs():
+  """So `--help` answers at once, and a bad flag is refused before JAX is imported."""
   for name in ('launch', 'launch/program', 'launch/arguments'):
     top = imports(node for node in ast.walk(tree(name)) if getattr(node, 'col_offset', 1) == 0)
     assert not {dotted for dotted in top if dotted.startswith(('jax', 'numpy'))}

@@ -1,4 +1,4 @@
-"""What `pretrain.py` starts from gives its tokenizer and its shape too, or is refused where they do not go together."""
+"""The base of `pretrain.py` gives its tokenizer and shape too, and flags that do not fit it are refused."""
 import argparse
 import inspect
 import pathlib
@@ -33,7 +33,8 @@ def mesh():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, mesh):
-  """A run with a tokenizer and a shape of its own, an import of it, and texts of two kinds."""
+  """Returns a folder with a run that has a tokenizer and a shape of its own, an import of it, and texts of two kinds.
+  """
   folder = tmp_path_factory.mktemp('init')
   for name, module in (('old', argparse), ('new', inspect)):
     (folder / name).mkdir()
@@ -83,7 +84,7 @@ def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
 
 
 @pytest.mark.slow
-def test_init_with_another_tokenizer_is_refused_but_for_who_means_it(folder, tmp_path, mesh):
+def test_init_with_another_tokenizer_needs_a_flag(folder, tmp_path, mesh):
   flags = f'--init={folder}/run', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'
   for own in ('--vocab=480', '--tokenizer_kind=bytes'):
     with pytest.raises(ValueError, match='for another tokenizer .*--init_ignore_tokenizer'):
@@ -120,7 +121,7 @@ def test_flags_of_shape_count_before_that_of_init_and_not_beside_a_model(folder)
 
 
 @pytest.mark.slow
-def test_a_run_is_opened_where_its_origin_is_gone(folder, tmp_path, mesh):
+def test_a_run_is_opened_without_its_base(folder, tmp_path, mesh):
   shutil.copytree(folder / 'run', tmp_path / 'base')
   flags = f'--init={tmp_path}/base', f'--text={folder}/new/*.txt', '--batch=4', '--steps=2', '--warmup=1'
   launch.start(pretrain.experiment, workdir=tmp_path / 'run', mesh=mesh, **knobs(*flags))
@@ -129,14 +130,14 @@ def test_a_run_is_opened_where_its_origin_is_gone(folder, tmp_path, mesh):
   assert opened.step == 2 and load.origin_folder(opened.run, opened.tokenizer) is None
 
 
-def test_adapters_take_the_shape_of_what_they_lie_on(folder):
+def test_adapters_take_the_shape_of_their_base(folder):
   settings = knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')
   run = signature.call(pretrain.experiment, settings['knobs']).open()
   started = load.start_from(run, str(folder / 'run'))
   assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
 
 
-def test_an_import_is_opened_with_what_it_came_with(folder, tmp_path):
+def test_an_import_with_another_config_or_tokenizer_is_refused(folder, tmp_path):
   pytest.importorskip('tokenizers')
   pretrained.save(str(folder / 'hf'), tmp_path / 'imported')
   path = tmp_path / 'imported' / 'config.json'
@@ -151,7 +152,7 @@ def test_an_import_is_opened_with_what_it_came_with(folder, tmp_path):
     load.open_base(str(tmp_path / 'imported'))
 
 
-def test_weights_that_changed_in_place_are_others(folder, tmp_path):
+def test_weights_with_other_values_have_another_fingerprint(folder, tmp_path):
   loaded = load.open_trained(folder / 'run')
   prints = []
   for scale in (1., 1.001, 1.):

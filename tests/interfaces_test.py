@@ -189,7 +189,7 @@ def test_a_fake_has_exactly_the_members_of_its_protocol(fake, protocol):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A run, its workdir, its result, and the same result from the checkpoint."""
+  """Returns a run, its workdir, its result, and the same result from the checkpoint."""
   objective = ExactObjective(**{field.name: getattr(next_token(), field.name)
                                 for field in dataclasses.fields(Objective)})
   run = train.Run(model=Model(), objective=objective, data=Data(), optimizer=optim.adamw(lambda step: 0.02), steps=6,
@@ -201,13 +201,13 @@ def trained(tmp_path_factory):
 
 
 def logits(params, tokens):
-  """A plain loop over the tokens of a text, [n, V]."""
+  """Returns the logits [n, V] of a text by a plain loop over its tokens."""
   rows = [params['embedding'][token] + (params['embedding'][tokens[i - 1]] if i else 0)
           for i, token in enumerate(tokens)]
   return np.stack(rows).astype(float) @ params['head'].T
 
 
-def test_what_is_trained_on_fakes_is_loaded_generates_and_scores(trained, capsys):
+def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, capsys):
   run, workdir, result, again = trained
   jax.tree.map(np.testing.assert_array_equal, result.params, again.params)
   params = jax.tree.map(np.asarray, result.params)

@@ -1,4 +1,6 @@
-"""Adapters: nothing at first, the chain rule of the full gradient after, small in memory and on disk, merged as is."""
+"""Adapters start as nothing, follow the chain rule of the full gradient, take little memory and disk, and merge
+exactly.
+"""
 import dataclasses
 import functools
 import math
@@ -40,7 +42,7 @@ def load(model, seed=7):
 
 
 def random_adapters(adapted):
-  """Of B too, and the same on every mesh."""
+  """Returns random adapters, B included, which are the same on every mesh."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: jax.device_put((0.3 * rng.normal(size=x.shape)).astype('f4'), x.sharding),
                       load(adapted))
@@ -140,7 +142,7 @@ def sizes(jaxpr):
         yield from sizes(inner)
 
 
-def test_no_gradient_or_copy_of_all_layers_is_ever_made_and_no_state_of_the_optimizer():
+def test_no_gradient_copy_or_optimizer_state_has_the_size_of_all_layers():
   model = transformer.llama(8, 64, 32, heads=2, hidden=64, max_length=4)
   run = lora.adapt(train.Run(model, next_token(), None, optim.adamw(lambda step: 1e-3), steps=1, batch=1), 2)
   batch = Batch(*np.zeros((2, 1, 4), 'i4'), np.ones((1, 4), 'f4'))
@@ -152,7 +154,7 @@ def test_no_gradient_or_copy_of_all_layers_is_ever_made_and_no_state_of_the_opti
   assert trained_size == 32 * 2 * 7 * (64 + 64) and state_size <= 2 * trained_size + 8   # two moments, and counts
 
 
-def test_patterns_choose_matrices_and_tell_what_there_is():
+def test_patterns_choose_matrices_and_errors_list_them():
   def adapted(*match, model=MODEL, all=False):
     tree = jax.eval_shape(lora.Adapted(model, 2, 1., None if all else match).init, jax.random.key(0))['adapters']
     return sorted({path[:-2] for path in paths(tree)})
@@ -197,7 +199,7 @@ def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
     assert same(pretrained.load(str(tmp_path / 'out')).params, params)
 
 
-def test_parameters_that_a_run_is_given_lie_under_adapters():
+def test_parameters_given_to_a_run_are_the_base_of_its_adapters():
   plain, adapted = lora.start_from(configured(), load), lora.start_from(lora.adapt(configured(), 2), load)
   assert plain.start is adapted.constants[0].load is load and adapted.start is None
   assert lora.start_from(configured(), None).start is None
@@ -206,7 +208,7 @@ def test_parameters_that_a_run_is_given_lie_under_adapters():
 
 
 def test_adapters_start_in_the_range_of_a_linear_layer_of_their_inputs():
-  """Of three layers and of any number of heads: layers are no inputs, heads and their size both are."""
+  """For three layers and any number of heads: layers are no inputs; heads and head size both are."""
   inputs = {'query': 16, 'key': 16, 'value': 16, 'out': 4 * 4, 'gate': 16, 'up': 16, 'down': 24}
   for path, x in paths(load(lora.Adapted(MODEL, 8, 6.))).items():
     *_, name, part = path.split('/')

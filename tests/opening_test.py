@@ -1,4 +1,4 @@
-"""What belongs together is opened together: parameters, tokenizer, model and script of a run."""
+"""Parameters, tokenizer, model and script of a run are opened together, or refused together."""
 import dataclasses
 import functools
 import json
@@ -28,7 +28,7 @@ def snapshot(folder):
 
 
 def text(name, documents=TEXTS, control=2):
-  """Data whose tokenizer is trained, and another one for another `control`."""
+  """Returns data whose tokenizer is trained; another `control` gives another tokenizer."""
   return dataset.Text(Source('numbers', {'train': documents, 'validation': documents[:9]}, name),
                       functools.partial(trained_tokenizer, control), 16, ())
 
@@ -37,7 +37,7 @@ def trained_tokenizer(control, documents):
   return tokenizers.Bytes(tuple(f'<|{len(documents) + i}|>' for i in range(control)))
 
 
-def test_a_checkpoint_of_another_run_is_refused_before_anything_is_made(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(tmp_path):
   run = dataclasses.replace(RUN, data=text('a'), steps=2)
   go(tmp_path, run)
   shutil.rmtree(tmp_path / 'data')
@@ -139,7 +139,8 @@ POWER = 2
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-  """A script `small.py` and its neighbour in a folder of theirs; `program(workdir, **knobs)` trains it."""
+  """Returns a function that trains a script `small.py`, beside a module that it imports: `program(workdir, **knobs)`.
+  """
   folder = tmp_path / 'project'
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
@@ -210,7 +211,7 @@ def test_comments_and_layout_of_a_script_may_be_edited(program, tmp_path):
   assert program('run', steps=6).step == 6
 
 
-def test_a_run_of_before_code_was_described_is_refused_in_one_line(program, tmp_path, monkeypatch):
+def test_a_run_without_a_description_of_its_code_is_refused_in_one_line(program, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(describe.source_code, 'is_users', lambda value: False)
     program('run')
@@ -241,7 +242,7 @@ def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
   assert same(load.open_trained(tmp_path / 'run').params, result.params)
 
 
-def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_was(program, tmp_path):
+def test_a_base_that_trains_on_or_is_damaged_is_noticed(program, tmp_path):
   program('run')
   program('run', steps=6)
   base = load.open_base(str(tmp_path / 'run'))
@@ -258,7 +259,7 @@ def test_a_base_that_goes_on_or_is_damaged_meanwhile_is_not_taken_for_what_it_wa
 
 
 @pytest.mark.slow
-def test_init_refuses_another_tokenizer_before_anything_is_made_and_takes_it_on_demand(program, tmp_path):
+def test_init_refuses_another_tokenizer_before_anything_is_written_unless_a_flag_allows_it(program, tmp_path):
   expected = program('run').params
   with pytest.raises(ValueError, match='for another tokenizer .*--init_ignore_tokenizer'):
     program('other', tmp_path / 'run', names=3)
@@ -286,7 +287,7 @@ def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs
 
 
 @pytest.mark.slow
-def test_adapters_are_refused_on_a_base_that_has_gone_on(program, tmp_path, monkeypatch):
+def test_adapters_are_refused_on_a_base_that_trained_on(program, tmp_path, monkeypatch):
   program('base')
   monkeypatch.chdir(tmp_path)
   result = program('adapters', pathlib.Path('base'), lora_rank=2)
@@ -317,7 +318,7 @@ def record(workdir, **changes):
   path.write_text(json.dumps([{**json.loads(path.read_text())[-1], **changes}]))
 
 
-def test_no_script_is_executed_but_the_program_and_those_that_are_named(program, tmp_path, monkeypatch):
+def test_only_the_program_and_scripts_that_are_named_are_executed(program, tmp_path, monkeypatch):
   program('run')
   workdir, mark = tmp_path / 'run', tmp_path / 'mark'
   bad = f'import pathlib; pathlib.Path({str(mark)!r}).write_text("executed")'
@@ -350,7 +351,7 @@ def test_no_script_is_executed_but_the_program_and_those_that_are_named(program,
   assert not mark.exists()
 
 
-def test_a_script_elsewhere_is_opened_where_it_is_named(program, tmp_path, monkeypatch):
+def test_a_script_in_another_place_is_opened_if_it_is_named(program, tmp_path, monkeypatch):
   result = program('run')
   monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
   (tmp_path / 'score.py').write_text('')

@@ -1,4 +1,4 @@
-"""Processes of one machine that start at once, in a cluster or on their own: one makes the data, all read the same."""
+"""Of processes of one machine that start at once, in a cluster or alone, one builds the data, and all read the same."""
 import json
 import os
 import pathlib
@@ -57,7 +57,7 @@ def contents(folder):
 
 
 def results(processes):
-  """What each printed, and its errors; none of them outlives the test."""
+  """Returns what each process printed, and its errors. No process outlives the test."""
   try:
     return [process.communicate(timeout=400) for process in processes]
   finally:
@@ -66,7 +66,7 @@ def results(processes):
 
 
 @pytest.mark.parametrize('kind', ['cluster', *slow('plain')])
-def test_one_makes_the_data_and_all_have_the_same(tmp_path, kind):
+def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
   script, coordinator, workdir = tmp_path / 'open.py', address(), tmp_path / 'run'
   script.write_text(OPEN)
   processes = [start([script, workdir, *([coordinator, i] if kind == 'cluster' else [])], tmp_path) for i in range(2)]
@@ -94,8 +94,8 @@ def test_one_makes_the_data_and_all_have_the_same(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['cluster', 'plain'])
-def test_programs_that_start_at_once_in_one_workdir(tmp_path, kind):
-  """In a cluster both train; on their own one of them does, and the other is told to wait."""
+def test_programs_that_start_at_once_share_a_workdir_only_in_a_cluster(tmp_path, kind):
+  """In a cluster both train. Alone, one of them trains, and the other is told to wait."""
   text, coordinator, workdir = tmp_path / 'a.txt', address(), tmp_path / 'run'
   text.write_text('\n\n'.join(f'this is text number {i} of some, with words like w{i * 7} and more' for i in range(60)))
   places = [[f'--coordinator_address={coordinator}', '--num_processes=2', f'--process_id={i}'] if kind == 'cluster' else

@@ -1,4 +1,5 @@
-"""Flags of a function come from its parameters and from groups; values have the names of flags everywhere else."""
+"""The flags of a function are its parameters and the fields of its groups; records and studies use the names of flags.
+"""
 import dataclasses
 import json
 import pathlib

@@ -1,4 +1,6 @@
-"""Comparisons say what they may: of equal arms nothing in 19 of 20 trials, and how many seeds would tell."""
+"""Comparisons state what their seeds can show: of equal arms nothing in 19 of 20 trials, and how many seeds would
+suffice.
+"""
 import math
 
 import numpy as np
@@ -9,20 +11,20 @@ from lm import statistics
 
 
 def simulated(rng, seeds, gap=0., noise=0.01, shared=0.03):
-  """Final losses of two arms: what a seed does to both, and what it does to each."""
+  """Returns final losses of two arms, with a shared effect of each seed and an effect of each arm's own."""
   both = 1.5 + shared * rng.normal(size=seeds)
   return both + noise * rng.normal(size=seeds) + gap, both + noise * rng.normal(size=seeds)
 
 
 @pytest.mark.parametrize('seeds', [2, 3, 5, 10])
-def test_arms_that_are_the_same_are_not_distinguishable_in_19_of_20_trials(seeds):
+def test_equal_arms_are_not_distinguishable_in_19_of_20_trials(seeds):
   rng, trials = np.random.default_rng(seeds), 2000
   false_alarms = sum(statistics.judge(*simulated(rng, seeds)).word != 'not distinguishable' for _ in range(trials))
   # Within three standard deviations of the binomial: neither more often, nor so seldom that nothing would be found.
   assert abs(false_alarms - trials / 20) < 3 * math.sqrt(trials * 0.05 * 0.95)
 
 
-def test_several_arms_that_are_the_same_are_all_not_distinguishable_in_19_of_20_trials():
+def test_several_equal_arms_are_not_distinguishable_in_19_of_20_trials():
   rng, trials, false_alarms = np.random.default_rng(0), 1000, 0
   for _ in range(trials):
     first, *others = rng.normal(size=(4, 5))
@@ -31,7 +33,7 @@ def test_several_arms_that_are_the_same_are_all_not_distinguishable_in_19_of_20_
 
 
 @pytest.mark.parametrize('gap,word', [(-0.1, 'better'), (0.1, 'worse')])
-def test_a_difference_beyond_the_noise_is_told_and_pairs_cancel_what_seeds_do_to_both(gap, word):
+def test_a_difference_beyond_the_noise_is_reported_and_pairs_cancel_the_effect_of_seeds(gap, word):
   arm, other = simulated(np.random.default_rng(1), 5, gap, shared=3.)
   verdict = statistics.judge(arm, other)
   assert verdict.word == word and verdict.needed is None
@@ -42,7 +44,7 @@ def test_a_difference_beyond_the_noise_is_told_and_pairs_cancel_what_seeds_do_to
   assert unpaired > 0.05
 
 
-def test_so_many_seeds_as_it_says_would_find_the_difference():
+def test_the_advised_number_of_seeds_finds_the_difference_with_power_0_8():
   rng, gap, noise = np.random.default_rng(0), 0.005, 0.01
   needed = statistics.pairs_needed(gap, noise * 2 ** 0.5)
   assert needed == 65   # G*Power and statsmodels: a paired t-test of effect 0.3536, two-sided, power 0.8
@@ -50,7 +52,7 @@ def test_so_many_seeds_as_it_says_would_find_the_difference():
   assert abs(power - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1000)
 
 
-def test_needed_seeds_are_told_with_the_verdict():
+def test_the_verdict_names_the_seeds_that_are_needed():
   verdict = statistics.judge([1.01, 0.98, 1.03], [1., 1., 1.])
   assert str(verdict).startswith('not distinguishable; a difference of this size would need ')
   assert statistics.pairs_needed(0.5, 0.) == 2 and statistics.pairs_needed(0., 1.) is None
@@ -61,7 +63,7 @@ def test_needed_seeds_are_told_with_the_verdict():
 @pytest.mark.parametrize('arm,other,message', [
     ([1., 2.], [1.], 'no pairs'), ([], [], 'no pairs'), ([1., math.nan], [1., 2.], 'diverged'),
     ([1., 2.], [1., math.inf], 'diverged')])
-def test_what_cannot_be_compared_says_so(arm, other, message):
+def test_what_cannot_be_compared_is_refused(arm, other, message):
   with pytest.raises(ValueError, match=message):
     statistics.judge(arm, other)
 

@@ -49,7 +49,7 @@ def experiment(*, steps: int = 2, lora_rank: int = 0, users: bool = False) -> tr
 
 @pytest.fixture
 def trains(tmp_path, monkeypatch):
-  """`trains(workdir, **knobs)` trains a run by a script that lies in a folder of its own."""
+  """Returns a function `trains(workdir, **knobs)`, which trains a run by a script in a folder of its own."""
   folder = tmp_path / 'project'
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
@@ -66,7 +66,7 @@ def trains(tmp_path, monkeypatch):
 
 
 def results(workdir):
-  """What a reader makes of a run: a text, the metrics of the held-out split, and the parameters."""
+  """Returns what a reader makes of a run: a text, the metrics of the held-out split, and the parameters."""
   opened = load.open_trained(workdir)
   text = generate.generate(opened.model, opened.params, opened.tokenizer, ['number'], max_tokens=6, seed=3,
                            mark=opened.run.objective.prompt)
@@ -79,7 +79,7 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a, b))
 
 
-def test_a_run_that_was_moved_and_whose_script_is_deleted_generates_and_scores_the_same(trains, tmp_path, monkeypatch):
+def test_a_moved_run_without_its_script_generates_and_scores_the_same(trains, tmp_path, monkeypatch):
   workdir = trains('run')
   with monkeypatch.context() as patch:   # as the script has it
     patch.setattr(scripts, '_named', [tmp_path / 'project' / 'small.py'])
@@ -133,7 +133,7 @@ def test_a_function_of_a_script_is_named_and_needs_the_script(trains, tmp_path):
 
 
 def rewritten(workdir, change):
-  """The workdir with other facts in its checkpoint, whole by its checksums."""
+  """Returns the workdir with other facts in its checkpoint, whose checksums are right."""
   with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
     step, facts = max(checkpoints.steps()), checkpoints.facts()
     state = checkpoints.restore_parts({'params': train.placed(jax.eval_shape(
@@ -185,7 +185,7 @@ def test_records_that_are_nested_too_deep_end_in_one_line(trains):
     load.open_trained(workdir)
 
 
-def test_what_a_run_stores_is_built_again_whole(trains):
+def test_a_stored_run_is_rebuilt_completely(trains):
   facts = checkpoint.stored_facts(trains('run') / 'checkpoints')
   assert rebuild.outside(facts['run']) == []
   run = train.rebuilt(facts['run'])

@@ -1,4 +1,4 @@
-"""--verify, through a program: a changed byte in any file of the data is reported by the name of that file."""
+"""With --verify, a program reports a changed byte in any file of the data by the name of that file."""
 import re
 import sys
 
@@ -33,7 +33,7 @@ def log_probabilities(apply, params, batch):
 
 
 def experiment(*, steps: int = 1) -> train.Run:
-  """Trains on data with all kinds of files: of a tokenizer that is not lossless, with a column."""
+  """Returns a run on data with every kind of file: a tokenizer that is not lossless, and a stored column."""
   t = tokenizers.SentencePiece(piece_model(), '<s>', '</s>')
   model = transformer.llama(304, 16, 1, 1, max_length=16)
   data = annotate.Annotated(dataset.Text(SOURCE, t, 16, rules=()), train.Constants('reference', model, load),
@@ -48,7 +48,8 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def program(workdir, monkeypatch, capsys):
-  """Runs the experiment once before, then with flags; returns the exit code, what it printed and its errors."""
+  """Trains the experiment once, and returns a function that runs it with flags and gives (exit code, output, errors).
+  """
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv):
@@ -65,7 +66,7 @@ def program(workdir, monkeypatch, capsys):
   return go
 
 
-def test_what_is_as_it_was_written_is_verified(program, workdir):
+def test_unchanged_files_are_verified(program, workdir):
   code, out, err = program('--verify')
   assert code == 0 and 'not verified' not in out and not err
   assert sorted(FILES) == sorted(str(path.relative_to(workdir / 'data')) for path in (workdir / 'data').rglob('*')
@@ -99,7 +100,7 @@ def test_all_changed_files_are_reported_at_once(program, workdir):
       path.write_bytes(before)
 
 
-def test_what_has_no_checksums_is_said_and_a_tokenizer_gets_them(program, workdir):
+def test_files_without_checksums_are_named_and_a_tokenizer_gets_them(program, workdir):
   path = workdir / 'data' / 'tokenizer' / 'settings.json'
   data = path.read_text()
   facts, _ = integrity.parse_json_with_checksum(data)
@@ -113,7 +114,7 @@ def test_what_has_no_checksums_is_said_and_a_tokenizer_gets_them(program, workdi
 
 
 def test_a_tokenizer_without_fingerprint_is_compared_with_the_checkpoint(program, workdir):
-  """A piece is another one; the folder knows of none, and the checkpoint does."""
+  """One piece is changed. The folder has no fingerprint, and the checkpoint has one."""
   folder = workdir / 'data' / 'tokenizer'
   before = {name: (folder / name).read_bytes() for name in ('settings.json', 'tokenizer.model')}
   facts, _ = integrity.parse_json_with_checksum(before['settings.json'].decode())

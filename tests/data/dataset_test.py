@@ -1,4 +1,4 @@
-"""Opening a corpus: made once, opened afterwards, never mixed with another."""
+"""A corpus is built once, opened afterwards, and never mixed with another."""
 import dataclasses
 import pathlib
 import threading
@@ -36,19 +36,19 @@ def shout(document: str) -> str:
 
 @dataclasses.dataclass
 class Trainer:
-  """Trains a tokenizer of the size asked for, once."""
+  """Trains a tokenizer with this number of control tokens, and notes the documents that it trains on."""
   control: int = 2
 
   def __call__(self, documents):
-    self.seen = list(documents)
+    self.documents = list(documents)
     return Bytes(tuple(f'<|{i}|>' for i in range(self.control)))
 
 
-def test_opens_what_the_rules_leave_and_the_tokenizer_gives(tmp_path):
+def test_a_corpus_is_the_cleaned_text_in_tokens(tmp_path):
   trainer = Trainer()
   opened = dataset.Text(SOURCE, trainer, 16, (*clean.DEFAULT, shout)).open(tmp_path, lambda line: None)
   cleaned = [text.strip().upper() for text in TEXTS]
-  assert trainer.seen == cleaned[:9]
+  assert trainer.documents == cleaned[:9]
   for split, expected in (('train', cleaned[:9]), ('validation', cleaned[9:])):
     store = opened.stores[split]
     assert [opened.tokenizer.decode(store[i]) for i in range(len(store))] == expected
@@ -63,11 +63,11 @@ def test_opens_what_the_rules_leave_and_the_tokenizer_gives(tmp_path):
 def test_the_second_time_nothing_is_trained_read_or_tokenised(tmp_path, tokenizer):
   first = dataset.Text(SOURCE, tokenizer, 16).open(tmp_path, lambda line: None)
   if isinstance(tokenizer, Trainer):
-    del tokenizer.seen
+    del tokenizer.documents
   lines = []
   text = dataset.Text(UNREAD, tokenizer, 16)
   second = text.open(tmp_path, lines.append)
-  assert not lines and not hasattr(tokenizer, 'seen')
+  assert not lines and not hasattr(tokenizer, 'documents')
   assert second.fingerprint == first.fingerprint
   assert second.tokenizer == first.tokenizer == text.load_tokenizer(tmp_path)
   assert second.text('train') == first.text('train')
@@ -79,7 +79,7 @@ def test_a_folder_of_its_own_serves_two_workdirs(tmp_path):
   assert opened[0].fingerprint == opened[1].fingerprint and not (tmp_path / 'b').exists()
 
 
-def test_training_cut_short_is_done_again(tmp_path):
+def test_a_tokenizer_whose_training_was_interrupted_is_trained_again(tmp_path):
   def killed(documents):
     raise KeyboardInterrupt
 
@@ -128,7 +128,7 @@ def test_a_split_without_text_is_refused_before_a_tokenizer_is_trained(tmp_path,
   assert not lines
 
 
-def test_data_on_which_nothing_was_trained_is_made_anew_when_settings_change(tmp_path):
+def test_data_without_checkpoints_is_rebuilt_when_settings_change(tmp_path):
   def opened(**changes):
     source = Source('s', {'train': ['one two', 'three'], 'validation': ['four']}, **changes)
     lines = []
@@ -142,7 +142,7 @@ def test_data_on_which_nothing_was_trained_is_made_anew_when_settings_change(tmp
   assert opened(fingerprint='b')[0].text('train') == 'one twothree'
 
 
-def test_a_tokenizer_on_which_nothing_was_trained_is_made_anew(tmp_path):
+def test_a_tokenizer_without_checkpoints_is_trained_anew(tmp_path):
   source = Source('s', {'train': ['one two'], 'validation': ['four']}, 'a')
   open_with = lambda tokens, lines: dataset.Text(source, tokens, 8).open(tmp_path, lines.append)
   open_with(Bytes(), [])
@@ -153,7 +153,8 @@ def test_a_tokenizer_on_which_nothing_was_trained_is_made_anew(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-  """Words in a file: what a function has in a list of its own is a part of its description, and would change it."""
+  """Appends words to a file. A list in a closure would become part of the description of its function, and change it.
+  """
   path: pathlib.Path
 
   def add(self, event: str) -> None:
@@ -165,7 +166,7 @@ class Events:
 
 
 def test_processes_that_begin_at_once_train_one_tokenizer(tmp_path):
-  """Threads, for each of which the lock is another's."""
+  """The processes are threads here, each of which takes the lock as another process would."""
   lines, both = [], threading.Barrier(2)
   events = Events(tmp_path / 'events')
 
@@ -187,7 +188,7 @@ def test_processes_that_begin_at_once_train_one_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize('process, fails', [(0, False), (1, False), (0, True), (1, True)])
-def test_in_a_cluster_process_0_makes_the_tokenizer_while_the_others_wait(tmp_path, monkeypatch, process, fails):
+def test_in_a_cluster_process_0_trains_the_tokenizer_while_the_others_wait(tmp_path, monkeypatch, process, fails):
   events = Events(tmp_path / 'events')
 
   def train(documents):

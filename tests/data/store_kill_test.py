@@ -1,4 +1,4 @@
-"""A store that is killed at any write, and built again, has the same bytes as one that was not; whatever is in it."""
+"""A store whose build is killed at any write, and then continued, has the bytes of an uninterrupted build."""
 import functools
 import itertools
 import json
@@ -26,7 +26,7 @@ def die_at(n, calls, function, *args):
 
 
 def is_killed(n, monkeypatch, build):
-  """Builds a store up to its write number n; whether there was such a write."""
+  """Builds a store up to its write number n, and returns whether there was such a write."""
   calls = itertools.count()
   with monkeypatch.context() as patch:
     for name in ('fsync', 'replace'):
@@ -39,7 +39,7 @@ def is_killed(n, monkeypatch, build):
 
 
 def kill_at_any_write(tmp_path, monkeypatch, build):
-  """Builds a store as often as it writes, killed at one write more each time, and again; returns how often that was."""
+  """Builds a store killed at write n and then continued, for each n; returns the number of writes."""
   monkeypatch.setattr(os, 'fsync', lambda file: None)   # no power is lost here
   build(tmp_path / 'whole')
   n = 0
@@ -53,11 +53,11 @@ def kill_at_any_write(tmp_path, monkeypatch, build):
   return n
 
 
-def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
+def test_a_build_killed_at_any_write_ends_in_the_same_bytes(tmp_path, monkeypatch):
   assert kill_at_any_write(tmp_path, monkeypatch, functools.partial(build, source=SOURCE, tokenizer=BYTES)) > 20
 
 
-def test_columns_of_a_store_that_was_killed_are_those_of_its_documents(tmp_path, monkeypatch):
+def test_columns_survive_a_kill(tmp_path, monkeypatch):
   encoder = Counted()
   assert kill_at_any_write(tmp_path, monkeypatch, lambda folder: store.build(
       folder, SOURCE, encoder, progress=quiet)) > 20
@@ -79,8 +79,8 @@ def test_columns_of_a_store_that_was_killed_are_those_of_its_documents(tmp_path,
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_of_documents_without_tokens_too_duplicates_are_known_after_a_kill(tmp_path, monkeypatch, seed):
-  """Documents of which nothing is left, others, and repetitions of both, in any order, also across splits."""
+def test_duplicates_are_dropped_across_a_kill(tmp_path, monkeypatch, seed):
+  """The documents are empty ones, others, and repetitions of both, in any order and across splits."""
   rng = np.random.default_rng(seed)
   draw = lambda count: rng.choice([*SHORT, *LONG], count).tolist()
   # The second group of train repeats what is before and behind a document without tokens in the first.

@@ -1,4 +1,4 @@
-"""Stores: what goes in comes out, once; a build killed anywhere ends in the same bytes; other settings are refused."""
+"""A store returns the documents that went in, resumes after a kill with the same bytes, and refuses other settings."""
 import dataclasses
 import functools
 import json
@@ -44,7 +44,7 @@ def test_documents_come_out_as_they_went_in_once(tmp_path):
       f'{split}/{name}' for split in stores for name in ('tokens.bin', 'offsets.npy'))}
 
 
-def test_what_the_source_noted_is_told_once_and_no_zeros(tmp_path):
+def test_notes_and_counts_of_a_source_are_reported_once_without_zeros(tmp_path):
   lines = []
   source = dataclasses.replace(SOURCE, notes=['used 3 of 4'], counts={'null dropped': 0, 'invalid UTF-8 dropped': 2})
   for _ in range(2):
@@ -54,7 +54,7 @@ def test_what_the_source_noted_is_told_once_and_no_zeros(tmp_path):
   assert len(lines) == 6 and not any('null' in line for line in lines)
 
 
-def test_opened_again_without_reading_the_source(tmp_path):
+def test_a_store_is_opened_again_without_reading_the_source(tmp_path):
   first = build(tmp_path)
   again = build(tmp_path, dataclasses.replace(SOURCE, splits=dict.fromkeys(SOURCE.splits)))
   assert again['train'].fingerprint == first['train'].fingerprint != first['validation'].fingerprint
@@ -63,7 +63,7 @@ def test_opened_again_without_reading_the_source(tmp_path):
   assert len(pickle.dumps(first['train'])) < 500  # names, not tokens
 
 
-def test_killed_for_good_it_resumes(tmp_path):
+def test_a_build_killed_by_sigkill_resumes(tmp_path):
   build(tmp_path / 'whole')
   code = ('import os, sys; sys.path[:0] = sys.argv[1:3]; from helpers import stores as t; from lm.data import store; '
           'store._GROUP_DOCUMENTS = 5; n = iter(range(10)); fsync = os.fsync; '
@@ -89,7 +89,7 @@ class Stop(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class StopAt:
-  """A rule that ends the build at a document."""
+  """A rule that ends the build at this document."""
   text: str
 
   def __call__(self, document):
@@ -156,7 +156,7 @@ def test_ids_and_offsets_that_cannot_be_are_noticed_at_opening(tmp_path, file, c
     build(tmp_path)
 
 
-def test_of_a_huge_store_the_largest_id_that_was_written_is_compared_and_others_as_they_are_read(tmp_path, monkeypatch):
+def test_the_ids_of_a_huge_store_are_checked_by_its_largest_and_as_they_are_read(tmp_path, monkeypatch):
   monkeypatch.setattr(store_reader, '_READ', 0)
   train = build(tmp_path)['train']
   assert train.manifest['largest'] == int(train.tokens.max())
@@ -179,7 +179,7 @@ def test_any_other_damage_is_noticed_by_checksums(tmp_path, file, change):
     store.verify(tmp_path)
 
 
-def test_a_store_without_checksums_opens_and_is_told(tmp_path):
+def test_a_store_without_checksums_opens_with_a_note(tmp_path):
   build(tmp_path)
   manifest = json.loads((tmp_path / 'manifest.json').read_text())
   del manifest['checksum']
@@ -209,14 +209,14 @@ def test_an_unfinished_store_that_lost_data_is_refused(tmp_path, monkeypatch):
     build(tmp_path, rules=rules)
 
 
-def test_nothing_left_names_source_and_reasons(tmp_path):
+def test_a_split_without_documents_is_refused_with_the_reasons(tmp_path):
   for documents, message in (([], '0 read; dropped: none'), (['', 'held out 1', 'held out 2'], '2 duplicate, 1 too')):
     source = Source('toy', {'train': documents, 'validation': SOURCE.splits['validation']}, repr(documents))
     with pytest.raises(ValueError, match=f'toy: no document is left in train of .*{message}'):
       build(tmp_path / str(len(documents)), source)
 
 
-def test_writing_errors_are_clear(tmp_path):
+def test_errors_of_writing_name_the_file(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(OSError, match='cannot write the store: Not a directory; free space or choose another folder'):
     build(tmp_path / 'file' / 'store')
@@ -248,8 +248,8 @@ def test_wide_vocabularies_and_documents_without_tokens(tmp_path):
   assert train.manifest['dropped'] == {'no tokens': 1} and train.manifest['bytes'] == 17
 
 
-def test_a_store_of_nothing_is_no_obstacle(tmp_path):
-  """What was refused for it had no document stays behind, and the corrected command works."""
+def test_a_build_refused_for_no_documents_does_not_block_the_next(tmp_path):
+  """The refused build leaves files behind, and the corrected command still works."""
   empty = dataclasses.replace(SOURCE, fingerprint='empty', splits={'train': [''], 'validation': ['']})
   with pytest.raises(ValueError, match='no document is left'):
     store.build(tmp_path, empty, TextEncoder(BYTES))

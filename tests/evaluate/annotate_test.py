@@ -1,4 +1,4 @@
-"""Stored columns: each position has what the model says of it, in every epoch, on any mesh, through a kill."""
+"""Stored columns hold what the model says of each position, in every epoch, on any mesh, and through a kill."""
 import dataclasses
 
 import jax
@@ -26,7 +26,7 @@ V = TOKENIZER.vocab_size + 1   # even, so that it can be split
 
 @dataclasses.dataclass(frozen=True)
 class Bigram:
-  """A table of logits by the last token."""
+  """Logits from a table by the last token."""
   scale: float = 1.
 
   max_length = 99
@@ -66,7 +66,7 @@ def table():
 
 
 @pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
-def test_each_position_has_what_the_model_says_of_it_in_every_epoch(tmp_path, table, shape):
+def test_each_position_has_the_log_probability_of_the_model_in_every_epoch(tmp_path, table, shape):
   stream = batches(tmp_path, shape=shape)
   assert stream.steps_per_epoch > 1
   rows = []
@@ -78,7 +78,7 @@ def test_each_position_has_what_the_model_says_of_it_in_every_epoch(tmp_path, ta
   assert sorted(rows[:n]) == sorted(rows[n:2 * n]) and rows[:n] != rows[n:2 * n]   # the same rows in another order
 
 
-def test_it_goes_on_from_where_it_was_cut_off(tmp_path, monkeypatch):
+def test_an_interrupted_annotation_continues(tmp_path, monkeypatch):
   whole = batches(tmp_path / 'whole')
   count, composed, compose = whole.steps_per_epoch, [], Stream.compose
   assert count > 3
@@ -114,8 +114,8 @@ def test_columns_of_something_else_are_refused(tmp_path):
     batches(tmp_path)
 
 
-def test_a_run_trains_on_them(tmp_path, table):
-  """A loss that is the difference to the reference is zero, where the model is the reference."""
+def test_a_run_trains_on_stored_columns(tmp_path, table):
+  """The loss is the difference to the reference, so it is zero where the model equals the reference."""
   def loss(apply, params, batch, key):
     outputs = apply(params, batch, key=key)
     mine = objective.target_log_probabilities(outputs.hidden, outputs.head, batch.targets)

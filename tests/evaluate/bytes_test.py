@@ -1,4 +1,4 @@
-"""Bits a byte are over the text's own UTF-8, whatever a tokenizer makes of it."""
+"""Bits per byte count the UTF-8 bytes of the text itself, for any tokenizer."""
 import dataclasses
 import json
 import pathlib
@@ -36,7 +36,7 @@ tokenizers = pytest.importorskip('tokenizers')
 
 
 def lower_case():
-  """Word pieces, of a text that is normalised; with no tokens for spaces."""
+  """A tokenizer of word pieces for normalised text, without tokens for spaces."""
   names = {name: i for i, name in enumerate(['[UNK]', '[CLS]', '[SEP]', *'abmnrt', *(f'##{c}' for c in 'abmnrt')])}
   t = tokenizers.Tokenizer(tokenizers.models.WordPiece(names, unk_token='[UNK]'))
   t.normalizer, t.pre_tokenizer = tokenizers.normalizers.Lowercase(), tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -80,7 +80,7 @@ def test_sizes_by_hand(name, text, sizes):
 
 
 @pytest.mark.parametrize('text, counted', [('é', 1), ('мир', 5), ('😀 hi', 6)])
-def test_what_is_not_scored_is_not_counted(text, counted):
+def test_bytes_that_are_not_scored_are_not_counted(text, counted):
   model = transformer.llama(260, 32, 1, 2, max_length=64)
   params = jax.jit(model.init)(jax.random.key(0))
   loaded = pretrained.Pretrained(model, params, KINDS['byte-level'](), None)
@@ -90,7 +90,7 @@ def test_what_is_not_scored_is_not_counted(text, counted):
 
 
 def test_a_space_in_front_of_a_document_has_no_bytes(tmp_path):
-  """A uniform model costs log2(V) bits a token, ends included, over the bytes of the documents."""
+  """A uniform model costs log2(V) bits per token, ends included, divided by the bytes of the documents."""
   texts = ['anna', 'bert carl', 'dora', 'carl'] * 4
   (tmp_path / 'a.txt').write_text('\n\n'.join(texts))
   data = dataset.Text(corpora.text(str(tmp_path / 'a.txt'), 0., '\n\n'), KINDS['prefix'](), 16,
@@ -121,15 +121,15 @@ def test_nothing_to_score_is_refused(lines, bos, message, tmp_path):
     score.score(model=str(tmp_path / 'model'), jsonl=str(tmp_path / 'a.jsonl'), bos=bos)
 
 
-def counts_alone(objective):
-  """The objective with a loss of nothing, whose targets are counted."""
+def without_loss(objective):
+  """Returns the objective with a loss of zero, so that only its counts matter."""
   zero, one = np.float32(0), np.float32(1)
   return dataclasses.replace(objective, loss=lambda apply, params, batch, key: (
       zero, one, {'nll': one, 'tokens': one, 'correct': zero}))
 
 
 def opened(texts, folder, t, length, source_length=None):
-  """The texts as they are, each a document, in batches."""
+  """Returns opened data in which each text is a document, unchanged."""
   source = Source('texts', {'train': texts}, repr(texts))
   stores = store.build(folder, source, TextEncoder(t), (), progress=lambda line: None)
   return dataset.OpenText(stores, t, length, source_length)
@@ -137,9 +137,9 @@ def opened(texts, folder, t, length, source_length=None):
 
 @pytest.fixture(scope='module', params=['next_token', 'prefix', 'masked', 'diffusion'])
 def in_place(request, kind):
-  """An objective that asks for every token of a document, and its step."""
+  """Returns an objective that weights every token of a document, and its evaluation step."""
   control = kind.control_names[-1]   # any one: nothing is read here
-  objective = counts_alone({
+  objective = without_loss({
       'next_token': next_token, 'prefix': lambda: prefix(lambda n, rng: 1), 'masked': lambda: masked(1., control),
       'diffusion': lambda: masked_diffusion(mask=control)}[request.param]())
   return objective, validation.make_step(None, objective, kind)
@@ -162,18 +162,18 @@ def test_bytes_of_targets_add_up_to_the_documents(kind, in_place, texts, part):
     (span_corruption(sentinels=('</s>',)), 16), (infill(1., names=('<s>', '</s>', '</s>')), None)],
     ids=['span corruption', 'infill'])
 @pytest.mark.parametrize('name', ['prefix', 'bytes'])
-def test_bits_per_byte_are_not_said_where_bytes_are_not_known(objective, source_length, name, tmp_path):
-  """Of 'a', span corruption asks for '<0>', '▁a': a space that the text does not have, after another token than bos."""
+def test_bits_per_byte_are_omitted_if_the_bytes_of_targets_are_unknown(objective, source_length, name, tmp_path):
+  """For 'a', span corruption predicts '<0>', '▁a': a space that the text lacks, after another token than bos."""
   t = KINDS[name]()
   with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
     data = opened(['a', 'anna'], tmp_path, t, 16, source_length)
-    objective = counts_alone(objective)
+    objective = without_loss(objective)
     metrics = validation.evaluate(validation.make_step(None, objective, t), None,
                                 data.batches('train', objective, 2, repeat=False), mesh)
   assert ('bits_per_byte' in metrics) == t.lossless == (name == 'bytes') and 'perplexity' in metrics
 
 
-def test_a_store_that_does_not_have_the_bytes_says_so(tmp_path):
+def test_a_store_without_numbers_of_bytes_says_so(tmp_path):
   source, lines = Source('texts', {'train': ['anna'], 'validation': ['bert']}, 'x'), []
   data = dataset.Text(source, KINDS['prefix'](), 16, rules=())
   data.open(tmp_path, progress=lines.append)
@@ -188,5 +188,5 @@ def test_a_store_that_does_not_have_the_bytes_says_so(tmp_path):
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_who_is_lossless(name):
+def test_bytes_and_byte_level_tokenizers_alone_are_lossless(name):
   assert KINDS[name]().lossless == (name in ('bytes', 'byte-level'))

@@ -1,4 +1,4 @@
-"""Metrics against arithmetic by hand; scores and compressors against other ways to the same number."""
+"""Metrics equal arithmetic by hand; scores and compressors equal other ways to the same number."""
 import bz2
 import dataclasses
 import gzip
@@ -75,7 +75,7 @@ def table():
 
 @pytest.fixture(scope='module')
 def by_hand(table):
-  """(sum of nll, targets, right ones, bytes), one pair at a time in float64."""
+  """Returns (sum of nll, number of targets, number of correct ones, bytes), one pair at a time in float64."""
   logits, pairs = table.astype(np.float64), []
   for text in map(str.strip, TEXTS):
     pairs += itertools.pairwise([TOKENIZER.bos_id, *text.encode(), TOKENIZER.eos_id])
@@ -139,7 +139,7 @@ def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, length
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-  """log p(0 | the t tokens before) = log sigmoid(-t): tells what it has seen."""
+  """A model with log p(0 | the t tokens before) = log sigmoid(-t), whose scores show how many tokens it has seen."""
   max_length: int = 8
   causal = True
 
@@ -192,7 +192,7 @@ def test_gzip_is_primed_with_the_end_of_the_training_text():
   assert primed['end'] < 0.1 * primed['nowhere'] and primed['begin'] == pytest.approx(primed['nowhere'], rel=0.02)
 
 
-def test_what_is_read_is_told(data):
+def test_the_number_of_batches_and_rows_is_reported(data):
   first = data.batches('validation', next_token(), 2, repeat=False)
   total = first.steps_per_epoch
   rows = f'batches of 2 rows of {first.length} positions'

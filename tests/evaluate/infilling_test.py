@@ -1,4 +1,4 @@
-"""What a middle costs after what is before it is what the model says of it alone; cases are parts of documents."""
+"""The cost of a middle, given its prefix, is that of the model for this row alone; cases are parts of documents."""
 import jax
 import numpy as np
 

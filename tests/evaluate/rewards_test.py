@@ -1,4 +1,4 @@
-"""Rewards: of texts in any company, of pairs as training computes them, and the best of several answers."""
+"""Rewards are the same in any batch, for pairs as training computes them, and choose the best of several answers."""
 import dataclasses
 import json
 
@@ -25,7 +25,7 @@ MODEL = reward.Reward(transformer.llama(TOKENS.vocab_size, 16, 1, 2, max_length=
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """As much of a run as is asked for."""
+  """A run with the members that rewards need."""
   data: dialogues.Dialogues
   objective: object = preference.reward()
   batch: int = 4
@@ -42,7 +42,7 @@ def judge():
 
 @pytest.fixture
 def opened(judge, tmp_path, monkeypatch):
-  """What `load.open_trained` gives for a folder: the reward model, or a decoder of the same data."""
+  """Returns what `load.open_trained` gives for a folder: the reward model, or a decoder of the same data."""
   source = Source('pairs', {'train': [PAIRS[0].replace('q1', 'other')], 'validation': PAIRS}, 'p')
   data = dialogues.Dialogues(source, TOKENS, 64, preference.Pair)
   runs = {'reward': load.TrainedModel(Run(data), MODEL, judge.params, TOKENS, 1, tmp_path, {}),
@@ -53,7 +53,7 @@ def opened(judge, tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_a_reward_is_the_score_at_the_last_token_in_any_company(judge):
+def test_a_reward_is_the_score_at_the_last_token_in_any_batch(judge):
   texts = [np.random.default_rng(n).integers(0, 256, n).astype('i4') for n in (3, 40, 64, 1, 17, 16)]
   together = rewards.rewards(MODEL, judge.params, texts, positions=64)
   rows = reward.Batch(np.stack([np.pad(text, (0, 64 - len(text))) for text in texts]))   # what follows is not seen

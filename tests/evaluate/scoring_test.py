@@ -1,4 +1,4 @@
-"""Scores and text of encoders and encoder-decoders: against transformers, by hand, and in the commands."""
+"""Scores and texts of encoders and encoder-decoders equal those of transformers and computations by hand."""
 import itertools
 import json
 import warnings
@@ -31,7 +31,7 @@ MODELS = {'bert': encoder.bert(V, 16, 2, 2, 48), 't5': encoder_decoder.t5(V, 16,
 
 
 def random_params(model):
-  """Weights with which greedy text varies."""
+  """Returns random weights with which greedy text varies."""
   rng = np.random.default_rng(0)
   return jax.tree.map_with_path(lambda path, x: rng.normal(path[-1].key.endswith('scale'), 0.3, x.shape).astype('f4'),
                                 jax.eval_shape(model.init, jax.random.key(0)))
@@ -45,7 +45,7 @@ def mesh():
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-  """Of each kind a folder as others write it; T5's tokenizer has no bos."""
+  """Returns one folder for each kind of model, as other programs write it. The tokenizer of T5 has no bos."""
   root = tmp_path_factory.mktemp('models')
   for name, model in MODELS.items():
     pretrained.write(root / name, model, random_params(model), TOKENIZER)
@@ -105,7 +105,7 @@ def pairs():
 
 
 @pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
-def test_a_pair_in_company_scores_as_alone_with_few_shapes(pairs, mesh_shape):
+def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
   before = scoring._log_probabilities._cache_size()
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
@@ -145,7 +145,7 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
 
 
 @pytest.mark.slow
-def test_what_an_encoder_decoder_writes_depends_on_its_source_and_not_on_its_company(folders):
+def test_the_text_of_an_encoder_decoder_depends_on_its_source_and_not_on_its_batch(folders):
   loaded = pretrained.load(str(folders / 't5'))
   write = lambda prompts: generate.generate(loaded.model, loaded.params, loaded.tokenizer, prompts,
                                             generate.Sampling(0.9, repetition_penalty=1.1), max_tokens=12, seed=3)
@@ -155,7 +155,7 @@ def test_what_an_encoder_decoder_writes_depends_on_its_source_and_not_on_its_com
 
 @pytest.mark.slow
 def test_the_first_token_of_a_decoder_is_at_the_start_of_its_text():
-  """As SentencePiece has it: a token's space is dropped at the start of a text, and only there."""
+  """SentencePiece drops the space of a token at the start of a text, and only there."""
   class Words(Bytes):
     encode_batch = lambda self, texts: [np.int32([3]) for _ in texts]
     decode = lambda self, ids: ''.join(f' {i}' for i in ids).removeprefix(' ')
@@ -166,7 +166,7 @@ def test_the_first_token_of_a_decoder_is_at_the_start_of_its_text():
   assert text and text[0] != ' '
 
 
-def test_what_is_exported_says_what_the_decoder_starts_with(tmp_path, transformers):
+def test_an_exported_config_names_the_token_that_the_decoder_starts_with(tmp_path, transformers):
   import torch
   model, params = MODELS['t5'], random_params(MODELS['t5'])
   pretrained.write(tmp_path / 'out', model, params, TOKENIZER)
@@ -198,7 +198,7 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
-def test_a_text_in_company_has_the_pseudo_log_probabilities_it_has_alone(mesh_shape):
+def test_a_text_has_the_same_pseudo_log_probabilities_in_a_batch_as_alone(mesh_shape):
   model, rng = MODELS['bert'], np.random.default_rng(0)
   params, texts = random_params(model), [rng.integers(V, size=n) for n in (3, 48, 2, 17, 0, 5, 30)]
   alone = [evaluate.pseudo_log_probabilities(model, params, [text], MASK)[0] for text in texts]
@@ -210,7 +210,7 @@ def test_a_text_in_company_has_the_pseudo_log_probabilities_it_has_alone(mesh_sh
 
 
 def test_no_score_sees_its_own_token():
-  """Alike but for one token, texts give the others of the same mask the same distribution there."""
+  """The pseudo-probabilities of all tokens in one place of a text add up to one."""
   model, text = MODELS['bert'], np.arange(10)
   params = random_params(model)
   both = [evaluate.pseudo_log_probabilities(model, params, [np.where(text == 4, token, text) for token in tokens], MASK)
@@ -228,7 +228,7 @@ def test_two_flags_that_each_name_a_model_are_refused(tmp_path):
       script(workdir=tmp_path, model='gpt2', **({'text': 'a'} if script is score.score else {'prompt': 'a'}))
 
 
-def test_the_commands_say_what_they_do(folders, capsys, tmp_path):
+def test_the_commands_print_what_they_computed(folders, capsys, tmp_path):
   score.score(model=str(folders / 'bert'), text='some text')
   out = capsys.readouterr().out
   assert out.startswith('pseudo-log-likelihood: ') and '9 tokens, 9 bytes' in out

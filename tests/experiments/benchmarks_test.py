@@ -1,4 +1,4 @@
-"""The benchmark measures ours, where there is no PyTorch too."""
+"""The benchmarks measure our code, also where PyTorch is not installed."""
 import os
 import pathlib
 import re
@@ -23,7 +23,7 @@ def benchmark():
   return module
 
 
-def test_flags(benchmark):
+def test_bad_flags_are_refused(benchmark):
   (values,), _ = launch.parse([benchmark.benchmark], ['training.py', '--what=training,pipeline', '--shape=large'])
   assert values['what'] == ['training', 'pipeline'] and values['shape'] == 'large'
   with pytest.raises(flags.Error, match=re.escape('training | startup')):
@@ -45,7 +45,7 @@ def test_both_arms_of_decoding_write_the_same_text(tmp_path):
     assert ours() == theirs() > 0
 
 
-def test_what_is_missing_is_told(capsys):
+def test_missing_packages_are_listed(capsys):
   assert interleaved.machine('jax', 'no-such-package') == {'no-such-package'}
   assert f'jax {jax.__version__}' in capsys.readouterr().out
 
@@ -72,7 +72,7 @@ def test_ours_is_measured():
 
 
 @pytest.mark.slow
-def test_each_objective_of_the_table_is_made_examples_of_and_traced():
+def test_each_objective_of_the_table_gives_examples_and_is_traced():
   import jax
   import numpy as np
   import objective_costs as module

@@ -1,4 +1,4 @@
-"""Every experiment runs, small, and is lowered at its own size for hardware that is not here; every tool starts."""
+"""Every experiment trains at a small size, and lowers at its own size for many devices; every tool starts."""
 import argparse
 import functools
 import importlib
@@ -82,7 +82,7 @@ def names(experiments: bool) -> list[str]:
 
 @pytest.fixture(scope='module')
 def start(scripts, tmp_path_factory):
-  """A folder with a small run of finetune_chat, which preference starts from."""
+  """Returns a folder with a small run of finetune_chat, from which preference starts."""
   folder = tmp_path_factory.mktemp('start')
   (knobs,), _ = launch.parse([scripts['finetune_chat'].experiment], ['finetune_chat.py', *TINY['finetune_chat']])
   with pytest.MonkeyPatch.context() as patch:
@@ -93,7 +93,7 @@ def start(scripts, tmp_path_factory):
 
 @pytest.fixture
 def small(start, monkeypatch):
-  """What the experiments find: few puzzles, and something to start from."""
+  """Returns small values for what the experiments would otherwise read: few puzzles, and a run to start from."""
   for name in ('dialogues', 'preferences'):
     monkeypatch.setattr(puzzles, name, functools.partial(getattr(puzzles, name), 300))
   monkeypatch.chdir(start)
@@ -203,7 +203,7 @@ def test_an_experiment_has_few_flags_of_its_own_and_those_of_its_siblings(name, 
 
 
 def test_flags_of_groups_reach_the_runs_of_all_experiments(scripts):
-  """Of those that read no folder: what a flag says is what the run has."""
+  """This covers the experiments that read no folder: the run has the value that the flag gives."""
   for name in ('pretrain', 'infill', 'denoise', 'finetune_chat'):
     run = signature.call(scripts[name].experiment, evaluate_every=7, evaluate_batches=3, save_every=9, keep=5,
                          patience=2, accumulate=2, precision='bfloat16', lr=0.5, warmup=4, schedule='constant',
@@ -320,7 +320,7 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     (['--text=a', '--tfds=b', '--weights=1'], 'has 1 numbers for 2 corpora'),
     (['--jsonl=a', '--separator=x'], '--separator=x cuts the files of --text, which is not given'),
     (['--text=a', '--validation=0'], '--validation=0.0 is not a share between 0 and 1')])
-def test_pretrain_refuses_values_that_mean_nothing(scripts, argv, message):
+def test_pretrain_refuses_bad_values(scripts, argv, message):
   with pytest.raises((ValueError, flags.Error), match=message):
     (knobs,), _ = launch.parse([scripts['pretrain'].experiment], ['pretrain.py', *argv])
     signature.call(scripts['pretrain'].experiment, knobs)
@@ -346,13 +346,13 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
     ({'max_tokens': 0}, '--max_tokens=0 must be'), ({'stop': ('END', '')}, 'no --stop may be empty'),
     ({'draft': -1}, '--draft=-1 '), ({'best_of': -1}, '--best_of=-1 '), ({'n': 0}, '--n=0'),
     ({'top_k': -2}, 'top_k=-2')])
-def test_generate_refuses_values_that_mean_nothing_before_a_model_is_read(scripts, flags_given, message):
+def test_generate_refuses_bad_values_before_a_model_is_read(scripts, flags_given, message):
   with pytest.raises(ValueError, match=message):
     scripts['generate'].main(**flags_given, workdir=pathlib.Path('not there'))
 
 
 @pytest.mark.slow
-def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, monkeypatch, capsys):
+def test_a_trained_run_opens_without_its_corpus(scripts, texts, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
@@ -370,7 +370,7 @@ def test_a_trained_run_opens_where_its_corpus_is_not(scripts, texts, tmp_path, m
 
 
 @pytest.mark.slow
-def test_wherever_a_model_is_taken_the_workdir_of_a_run_is(scripts, texts, tmp_path, monkeypatch, capsys):
+def test_every_script_with_a_model_flag_accepts_a_workdir(scripts, texts, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
   monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], f'--text={texts}/*.txt',
                                     f'--workdir={tmp_path}/run'])
@@ -399,7 +399,7 @@ def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(sc
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune_chat', 'preference'])
-def test_no_validation_is_refused_clearly_and_few_steps_need_no_other_flag(scripts, name):
+def test_no_validation_is_refused_and_few_steps_need_no_other_flag(scripts, name):
   with pytest.raises(ValueError, match='--validation=0.0 is not a share between 0 and 1; every run is validated'):
     signature.call(scripts[name].experiment, validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
   if name != 'preference':   # which starts from a model

@@ -126,7 +126,7 @@ def test_the_run_of_every_experiment_is_built_without_files_and_devices(built):
   assert [line for line in lines if line.startswith('pure')] == [f'pure: {name}' for name, _ in CASES], errors
 
 
-def test_what_does_open_or_compute_is_refused_here(built):
+def test_opening_a_file_or_computing_fails_this_test(built):
   assert [line for line in built if line.startswith('refused')] == [f'refused: {name}' for name in IMPURE]
 
 

@@ -1,4 +1,4 @@
-"""Decoding with a cache: as long as its slots last, and no longer."""
+"""Cached decoding equals the full forward pass up to the last slot of the cache, and then stops."""
 import functools
 import types
 
@@ -57,7 +57,7 @@ def test_a_model_says_that_a_prompt_is_its_source():
 
 @pytest.mark.parametrize('slots', [64, 65, *slow(63, 129)])
 def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
-  """Prompts take 32 slots (the longest has 28 tokens), and the cache is made in steps of 64."""
+  """Prompts take 32 slots (the longest has 28 tokens), and the cache has a multiple of 64 slots."""
   model, params = model_of(transformer.gpt2)
   count = slots - 32
   generated = tokens_of(model, params, PROMPTS, GREEDY, count)
@@ -77,7 +77,7 @@ def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
 
 
 class Counts(transformer.LanguageModel):
-  """Writes 1 as long as what it has read fits its cache, and 2 after that."""
+  """A model that writes 1 while what it has read fits its cache, and 2 after that."""
   vocab: int = 6
   max_length: int = 1024
 
@@ -111,7 +111,7 @@ def best_next(model, params, text, padded=64):
 
 @pytest.mark.slow
 def test_text_past_the_original_context_is_that_of_full_forwards():
-  """LongRoPE: other frequencies for the whole of a text that passes it, so its keys are made anew."""
+  """LongRoPE uses other frequencies for all of a text that exceeds the original context, so its keys are recomputed."""
   model, params = model_of(transformer.llama, tied=False)
   rotary = Rotary(100., scaling=LongRope((1.,) * 4, (3., 5., 9., 20.), 24, 1.1))
   block = model.layers[0]

@@ -1,4 +1,5 @@
-"""Masked diffusion on a distribution that can be enumerated: the bound, its estimates, and what the sampler draws."""
+"""Masked diffusion on a distribution that can be enumerated: its bound, its estimates, and the samples that it draws.
+"""
 import functools
 import itertools
 
@@ -23,7 +24,7 @@ TEXTS = list(itertools.product(range(VOCAB), repeat=LENGTH))
 
 
 class Exact(transformer.LanguageModel):
-  """After bos, p(token at i | tokens that are no masks) of the joint distribution, its only parameter."""
+  """Gives p(token i | unmasked tokens) of the joint distribution, its only parameter, after bos."""
   vocab: int = 8
   max_length: int = 16
 
@@ -42,7 +43,7 @@ class Exact(transformer.LanguageModel):
 
 
 class Three:
-  """Words 0, 1, 2."""
+  """A tokenizer of three words: 0, 1, 2."""
   vocab_size, bos_id, eos_id, eos_ids = 5, BOS, 9, (9,)
 
   def encode_batch(self, texts):
@@ -61,7 +62,7 @@ def loss_of(apply, params, batch):
 
 
 def every_set(text):
-  """A row for each set of masks of bos and a text, with its probability where l is uniform and the set of l too."""
+  """Returns one row for each set of masked positions of bos and a text, with the probability of the set."""
   tokens, weights, shares = [], [], []
   for n in range(1, LENGTH + 1):
     sets = list(itertools.combinations(range(LENGTH), n))
@@ -75,7 +76,7 @@ def every_set(text):
 
 
 def expected_bound(params):
-  """Of each text, in nats, exactly: the loss of the objective over all sets."""
+  """Returns the exact bound of each text in nats: the expected loss of the objective over all sets of masks."""
   @jax.jit
   def one(tokens, importance, target):
     counted = jnp.arange(LENGTH + 1)[None] > 0
@@ -90,7 +91,7 @@ def expected_bound(params):
   return np.array(bounds)
 
 
-def test_the_expected_loss_bounds_the_likelihood_and_is_it_where_the_conditionals_are_exact():
+def test_the_expected_loss_bounds_the_nll_and_equals_it_for_exact_conditionals():
   nll = -np.log(JOINT.ravel())
   bound = expected_bound(JOINT)
   np.testing.assert_allclose(bound, nll, rtol=2e-5)
@@ -101,7 +102,7 @@ def test_the_expected_loss_bounds_the_likelihood_and_is_it_where_the_conditional
 
 
 class Wrong(Exact):
-  """The conditionals of no joint distribution: sharper than exact, where nothing or one token is masked."""
+  """Conditionals of no joint distribution: they are too sharp where no token or one token is masked."""
 
   def apply(self, params, batch, *, key=None, cache=None):
     out = super().apply(params, batch)
@@ -110,7 +111,7 @@ class Wrong(Exact):
 
 
 def test_conditionals_that_do_not_agree_give_a_looser_bound():
-  """Jensen: the likelihood under a random order is at least as large as the bound says."""
+  """By Jensen's inequality, the likelihood under a random order is at least that of the bound."""
   orders = np.zeros(9)
   apply = jax.jit(lambda tokens: jax.nn.softmax(Wrong().apply(JOINT, Batch(tokens[None])).hidden[0]))
   for n, text in enumerate(TEXTS[:9]):
@@ -172,7 +173,7 @@ def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
   assert masked_diffusion().prompt is None   # it does not learn to write from left to right
 
 
-def test_of_a_dialogue_what_is_asked_for_is_masked():
+def test_of_a_dialogue_the_answers_alone_are_masked():
   objective = masked_diffusion(needs=Dialogue)
   loss_mask = np.array([False, False, True, True])
   for seed in range(20):
@@ -193,7 +194,7 @@ def examples(documents):
 
 
 def batch_of(groups, width=8):
-  """A row for each group of examples."""
+  """Returns a batch with one row for each group of examples."""
   batch = template(masked_diffusion(), SPECIAL, width)
   batch = blank(batch, len(groups))
   for i, group in enumerate(groups):
@@ -204,7 +205,7 @@ def batch_of(groups, width=8):
 
 
 def placed(model, tree):
-  """As a run lays them out on the mesh that is set."""
+  """Returns the parameters, laid out on the current mesh as a run lays them out."""
   return jax.tree.map(lambda value, like: jax.device_put(value, jax.sharding.NamedSharding(
       jax.sharding.get_mesh(), like.sharding.spec)), tree, jax.eval_shape(model.init, jax.random.key(0)))
 
@@ -283,7 +284,7 @@ def test_one_token_at_a_time_draws_the_exact_distribution(blocks):
   assert len(set(draw(denoising, seed=1)[:50])) > 1 and draw(denoising, seed=1)[:50] != draw(denoising)[:50]
 
 
-def test_all_tokens_at_once_are_drawn_apart():
+def test_tokens_revealed_in_one_step_are_independent():
   drawn = np.array([[int(c) for c in text] for text in draw(unmask.Denoising(1))])
   apart = np.einsum('i,j,k->ijk', *(JOINT.sum(axis) for axis in ((1, 2), (0, 2), (0, 1))))
   value, degrees = chi_square(np.bincount(drawn @ [9, 3, 1], minlength=27), apart.ravel() / apart.sum())
@@ -291,7 +292,7 @@ def test_all_tokens_at_once_are_drawn_apart():
 
 
 def test_low_confidence_keeps_the_most_probable_token_each_time():
-  """Greedy: by hand, the token whose marginal is the largest first, then given it."""
+  """By hand: the token with the largest marginal first, then the next one given it."""
   text, = draw(unmask.Denoising(3, sampling=Sampling(0.)), [''])
   revealed = {}
   for _ in range(3):
@@ -304,7 +305,7 @@ def test_low_confidence_keeps_the_most_probable_token_each_time():
   assert text == ''.join(str(revealed[i]) for i in range(3))
 
 
-def test_prompts_are_kept_and_a_completion_does_not_depend_on_its_company():
+def test_prompts_stay_and_a_completion_does_not_depend_on_its_batch():
   model, words = transformer.llama(320, 16, 1, heads=2, hidden=16, max_length=32), tokenizers.Bytes()
   rng = np.random.default_rng(3)
   weights = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
@@ -322,7 +323,7 @@ def test_a_completion_ends_at_eos():
   assert unmask._text(Three(), np.int32([1, 2]), np.array([0, 1, 9, 2])) == '01'
 
 
-def test_bad_requests_are_refused_in_words():
+def test_bad_requests_are_refused():
   for error, make, length in [('steps=3 are not a positive multiple of blocks=2', lambda: unmask.Denoising(3, 2), 3),
                               ('repetition_penalty=2', lambda: unmask.Denoising(sampling=Sampling(
                                  repetition_penalty=2.)), 3),

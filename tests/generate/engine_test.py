@@ -1,4 +1,4 @@
-"""The engine: rows that differ in all settings share one compiled step, come and go, and are as they would be alone."""
+"""Rows of the engine share one compiled step with any settings, join and leave, and equal their text alone."""
 import functools
 
 import jax
@@ -37,7 +37,7 @@ LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
 
 @functools.cache
 def case(name):
-  """A model, its parameters, and what drafts for it."""
+  """Returns (model, params, draft) of a case."""
   match name:
     case 'llama':
       return *make(kv_heads=2, tied=False), None
@@ -57,7 +57,7 @@ def engine_of(model, params, draft=None):
 
 
 def read(engine, request, rows=1):
-  """The state after the prompt of a request, and its first token."""
+  """Returns the state after the prompt of a request, and its first token."""
   prompt, sampling, seed, limit = request
   ids, = Bytes().encode_batch([prompt])
   stream = generate.random_streams([ids], rows, BOS)
@@ -66,7 +66,7 @@ def read(engine, request, rows=1):
 
 
 def serve(engine, requests, rows=2, count=1):
-  """(ids, log-probabilities) of each request, on so many rows: each begins as soon as one is free."""
+  """Returns (ids, log-probabilities) of each request, on this number of rows; each begins as soon as a row is free."""
   width = max(requests, key=lambda request: len(request[0]))[0]
   if engine.model.reads_source:
     width = 'x' * 30
@@ -97,7 +97,7 @@ def serve(engine, requests, rows=2, count=1):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama', 'encoder-decoder', 'drafts', 'latent'])
 def test_rows_that_join_and_leave_are_as_they_are_alone(name):
-  """To the bit, log-probabilities too; the ids are those of `generate.tokens`, and both those of a full forward."""
+  """Bit for bit, log-probabilities too. The ids also equal `generate.tokens`, and the scores a full forward pass."""
   model, params, draft = case(name)
   requests = [request for request in REQUESTS if draft is None or request[1].repetition_penalty == 1]
   engine = engine_of(model, params, draft)
@@ -128,7 +128,7 @@ def test_settings_and_lengths_share_one_step():
   assert [b - a for a, b in zip(before, after)] == [3, 1, 1]
 
 
-def test_a_row_that_is_evicted_writes_no_more_and_its_company_goes_on():
+def test_a_row_that_is_evicted_stops_and_the_others_go_on():
   model, params, _ = case('llama')
   engine, results = engine_of(model, params), []
   for evicted in [], [1]:
@@ -177,7 +177,7 @@ def test_filters_of_rows_are_those_of_each_row():
     np.testing.assert_array_equal(rows[row:row + 1], alone)
 
 
-def test_what_does_not_fit_is_refused():
+def test_requests_that_do_not_fit_are_refused():
   model, params, _ = case('llama')
   engine = engine_of(model, params)
   with pytest.raises(ValueError, match='16 columns and 49 new tokens .* slots=64'):

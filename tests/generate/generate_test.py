@@ -1,3 +1,4 @@
+"""Sampling filters, decoding, stop strings and streaming of text."""
 import functools
 
 import jax
@@ -18,7 +19,7 @@ MIXED = generate.Sampling(0.8, top_k=60, top_p=0.95, min_p=0.001, repetition_pen
 
 
 class Words(Bytes):
-  """As SentencePiece does: a token may begin with a space, which the decoder drops at the start of a text."""
+  """A tokenizer like SentencePiece: a token may begin with a space, which decoding drops at the start of a text."""
   words = ['<s>', '</s>', '_de', 'f', '_x', '_', '=', '_return', 'E', 'D', 'EN']
   vocab_size, bos_id, eos_id = 11, 0, 1
 
@@ -35,6 +36,7 @@ def tiny(mesh=None):
 
 
 def places_of(logits):
+  """Returns the token ids that keep a finite logit."""
   return np.flatnonzero(np.isfinite(logits[0])).tolist()
 
 
@@ -62,7 +64,7 @@ def test_filters_keep_the_published_tokens(logits, sampling, expected):
   assert places_of(generate.process(rows, generate.Sampling(**sampling))) == list(expected)
 
 
-def test_filters_undo_the_sort():
+def test_filters_do_not_depend_on_the_order_of_tokens():
   order = np.random.default_rng(0).permutation(6)
   assert sorted(order[places_of(generate.keep_top_p(LOGITS[None, order], 0.9))]) == [0, 1, 2, 3]
 
@@ -77,7 +79,7 @@ def test_a_bad_value_is_named(name, value, allowed):
 
 
 class Table(transformer.LanguageModel):
-  """Whatever it reads, its logits are LOGITS: a model whose samples have a known distribution."""
+  """A model whose logits are always LOGITS, so that its samples have a known distribution."""
   vocab: int = 6
   max_length: int = 99
 
@@ -155,7 +157,7 @@ def test_the_penalty_is_for_tokens_of_prompt_and_output():
   assert generated.tolist() == [[1, 0, 0, 0]]   # 0 is more likely than 1, until both are seen
 
 
-def test_one_compilation_for_each_bucket_and_one_to_decode():
+def test_prompts_compile_once_for_each_bucket_and_decoding_once():
   model = Table(max_length=98)   # its own cache entries
   before = engine_module._prefill._cache_size(), engine_module._step._cache_size()
   for prompt, n in [('f', 20), ('f ' * 12, 37), ('', 18), ('f ' * 30, 30)]:   # 16, 16, 16, 32 wide
@@ -197,7 +199,7 @@ def test_a_stop_string_is_found_across_tokens_and_left_out(stop, expected):
     assert ''.join(pieces) == expected
 
 
-def test_as_much_is_held_back_as_a_stop_string_needs():
+def test_only_the_beginning_of_a_stop_string_is_held_back():
   assert text_of([4, 6], Words(), prompt=[2, 3], stop=['1234']) == ['', '', ' x=']
   assert text_of([4, 6], Words(), prompt=[2, 3], stop=['12']) == [' ', 'x', '=']
 
@@ -221,7 +223,7 @@ def test_streams_join_to_completions():
 
 
 @pytest.mark.slow
-def test_text_ends_at_any_of_the_ends():
+def test_text_ends_at_any_end_token():
   model, params = tiny()
   generated = tokens_of(model, params, PROMPTS, GREEDY, 24)
   first, second = int(generated[0][5]), int(generated[2][1])
@@ -241,7 +243,7 @@ def test_text_ends_at_any_of_the_ends():
 
 
 @pytest.mark.slow
-def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
+def test_ids_give_ids_and_a_prompt_may_be_bidirectional():
   model, params = tiny()
   generated = tokens_of(model, params, PROMPTS, GREEDY, 24)
 
@@ -265,7 +267,7 @@ def test_ids_in_ids_out_and_a_prompt_may_be_read_both_ways():
     generate.tokens(model, params, Bytes(), ids, max_tokens=0)
 
 
-def test_bad_requests_are_refused_in_words():
+def test_bad_requests_are_refused():
   call = functools.partial(generate.generate, Table(), None, Six())
   assert call([]) == []
   for error, kwargs in [

@@ -1,4 +1,4 @@
-"""Speculative decoding: what is written is what the trunk alone would write, or draw, whatever is drafted."""
+"""Speculative decoding writes the text, or draws from the distribution, of the trunk alone, whatever is drafted."""
 import functools
 
 import jax
@@ -42,7 +42,7 @@ def chi_square(tokens, p):
 
 
 def test_tokens_are_distributed_as_the_model_says_whatever_was_drafted():
-  """100,000 pairs of drafts on a table of 5: each token that is made has the distribution of its place."""
+  """Of 100,000 pairs of drafts on a table of 5 tokens, each emitted token has the distribution of its place."""
   n, keys = 100_000, jax.random.split(jax.random.key(1), 4)
   p = np.stack([P, Q[::-1], P[::-1]])
   q = np.stack([Q, P])
@@ -65,7 +65,7 @@ def test_equal_distributions_are_always_accepted():
 
 
 class Tables(transformer.LanguageModel):
-  """Draws from P, drafts from Q."""
+  """A model that draws from P, and drafts from Q."""
   vocab: int = 5
   max_length: int = 99
   depths: int = 2
@@ -128,7 +128,7 @@ LATENT = trunk(latent.LatentAttention(4, None, 8, 4, 4, 8), positions=True)
     pytest.param(prediction_heads.sequential(WINDOW, 2), id='window', marks=pytest.mark.slow),
     pytest.param(prediction_heads.parallel(LATENT, 2), id='latent', marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_the_trunk(model):
-  """To the last place of the model, rows that end early among them."""
+  """Up to the last place of the model, with rows that end early among them."""
   params = random_params(model, 0.6)
   plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=37)
   draft = speculative.SelfSpeculation()
@@ -155,7 +155,7 @@ class Twelve(Bytes):
 
 @KINDS
 def test_drafts_are_those_of_the_modules_without_a_cache(kind):
-  """After each round, whatever was accepted: the modules have read true tokens, and the drafts before theirs."""
+  """After each round, whatever was accepted, the modules have read the true tokens and the earlier drafts."""
   model, words = kind(SMALL, 2), Twelve()
   params, sampling = random_params(model, 0.25), generate.Sampling()   # so flat that most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
@@ -198,7 +198,7 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
 
 
 @pytest.mark.slow
-def test_fewer_drafts_than_depths_and_bad_requests():
+def test_fewer_drafts_than_depths_are_allowed_and_bad_requests_refused():
   model = prediction_heads.sequential(SMALL, 2)
   params, draft = random_params(model, 0.5), speculative.SelfSpeculation(1)
 

@@ -1,8 +1,8 @@
 """Values of config fields other than their defaults."""
 
 
-
 def other(value):
+  """Returns a value of the same type that differs from `value`; of containers, each item that is no string differs."""
   match value:
     case bool():
       return not value

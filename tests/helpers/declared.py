@@ -1,4 +1,4 @@
-"""Optimizers for trees of arrays that no model makes."""
+"""Optimizers for trees of arrays that belong to no model."""
 import dataclasses
 import types
 from typing import Any
@@ -11,7 +11,7 @@ from lm import declarations, optim
 
 
 def weights_of(params: Any, declared: Any = None) -> Any:
-  """Declarations with the shapes of the parameters; by default each by its number of axes."""
+  """Returns declarations with the shapes of `params`. Without `declared`, the number of axes gives each its role."""
   if declared is None:
     return declarations.of(types.SimpleNamespace(init=lambda key: jax.tree.map(jnp.asarray, params)))
   return jax.tree.map(lambda weight, x: dataclasses.replace(weight, array=jax.ShapeDtypeStruct(x.shape, x.dtype)),
@@ -19,5 +19,5 @@ def weights_of(params: Any, declared: Any = None) -> Any:
 
 
 def bound(optimizer: optim.Optimizer, params: Any, declared: Any = None) -> optax.GradientTransformationExtraArgs:
-  """The optimizer for parameters that are declared so."""
+  """Returns the optimizer as an Optax transformation for `params` under these declarations."""
   return optim.bound(optimizer, weights_of(params, declared))

@@ -1,4 +1,4 @@
-"""Small decoders, and plain decoding to compare with."""
+"""Small random decoders, and functions that decode with them."""
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -14,7 +14,7 @@ PROMPTS = ['def f(x):', '', 'a longer prompt, 27 bytes.', 'def f(x):']
 
 
 class Bytes:
-  """UTF-8, one token a byte."""
+  """A tokenizer with one token per byte of UTF-8, as few members as generation needs, and a bos before each prompt."""
   vocab_size, bos_id, eos_id, adds_bos = 258, 256, 257, True
 
   @property
@@ -32,11 +32,11 @@ class Bytes:
 
 
 def make(family=transformer.llama, mesh=None, **kwargs):
-  """A tiny random model whose logits are far enough apart that greedy text varies; its vocabulary is padded."""
+  """Returns (model, params): a tiny random decoder whose greedy text varies, with 264 rows for 258 token ids."""
   model = family(264, 32, 2, 4, max_length=128, **kwargs)
   rng = np.random.default_rng(0)
 
-  def value(path, like):   # to compile the initialiser would take longer
+  def value(path, like):   # NumPy draws the values, because compiling the initializer would take longer
     x = rng.normal(0, 0.03 if 'bias' in path[-1].key else 0.6, like.shape).astype(np.float32)
     return jax.device_put(x, mesh and NamedSharding(mesh, like.sharding.spec))
 
@@ -44,7 +44,7 @@ def make(family=transformer.llama, mesh=None, **kwargs):
 
 
 def rows_of(model, params, prompts, sampling, n, seed=0, tokenizer=None, draft=None):
-  """The new tokens of each prompt, after bos, to its end."""
+  """Returns the new token ids of each prompt as one array: up to the end of its text, and at most `n`."""
   tokenizer = tokenizer or Bytes()
   ids = tokenizer.encode_batch(prompts)
   request = completion.Request(model, params, tokenizer, sampling, n, seed, draft)
@@ -53,13 +53,13 @@ def rows_of(model, params, prompts, sampling, n, seed=0, tokenizer=None, draft=N
 
 
 def tokens_of(*args, **kwargs):
-  """As `rows_of`, [prompts, n], filled up with eos after the end."""
+  """Returns the rows of `rows_of` as one array [prompts, n], padded with eos."""
   rows, n = rows_of(*args, **kwargs), args[4]
   eos = (kwargs.get('tokenizer') or Bytes()).eos_ids[0]
   return np.stack([np.pad(row, (0, n - len(row)), constant_values=eos) for row in rows])
 
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
-  """Pieces of a text, one a token, then the end."""
+  """Returns the strings that the streaming decoder gives: one after each token id, and one at the end."""
   text = text_module._Text(tokenizer or Bytes(), np.int32(prompt), stop)
   return [text.push(i) for i in ids] + [text.end()]

@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders of files: what they compute, and its gradients."""
+"""Losses, gradients and meshes for the tests of encoders and encoder-decoders."""
 import functools
 
 import jax
@@ -9,7 +9,7 @@ from lm import sharding
 from lm.hf import files, weights
 from lm.objectives.next_token import next_token
 
-# These programs run once: optimising them takes longer.
+# These programs run once: optimising them would take longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
 
@@ -18,12 +18,14 @@ forward = jit(lambda model, params, batch: (lambda out: out.head(out.hidden))(mo
 
 
 def load(folder):
+  """Returns (model, params) of a Hugging Face folder."""
   model, family = weights.open_model(folder)
   with files.Weights(folder) as tensors:
     return model, weights.load_params(model, family, tensors)
 
 
 def loss_and_grads(model, params, batch, key=None):
+  """Returns the mean next-token loss of a batch (nats per weight) and its gradients."""
   def mean_loss(params):
     loss, weight, _ = next_token().loss(model.apply, params, batch, key)
     return loss / weight
@@ -31,18 +33,20 @@ def loss_and_grads(model, params, batch, key=None):
 
 
 def random_params(model):
+  """Returns a tree of float32 arrays from NumPy, in the shapes of the model's parameters."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype('f4'),
                       jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def assert_same(actual, expected, tolerance=5e-6):
+  """Asserts that each leaf agrees within `tolerance` of the largest absolute value of the expected leaf."""
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * (np.abs(b).max() + 0.01)),
                actual, expected)
 
 
 def gradients(theirs, model, family, folder, tmp_path):
-  """Those of torch, as a tree of ours: written and read as weights are."""
+  """Returns torch's gradients as our tree of parameters, converted by the code that reads weight files."""
   values = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
   with files.Weights(folder) as saved:
     assert values.keys() == saved.keys()
@@ -58,7 +62,7 @@ def count_residuals(model, params, batch) -> int:
 
 
 def on_mesh(model, shape, batch, key=None):
-  """The loss and the gradients, weights laid out as the table says."""
+  """Returns the loss and the gradients as NumPy arrays, computed on a mesh with the model's own layout of weights."""
   mesh = of_first_devices(shape)
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -68,5 +72,5 @@ def on_mesh(model, shape, batch, key=None):
 
 
 def repeated(batch):
-  """As many rows as a mesh has devices."""
+  """Returns the batch with its rows once more in reverse order: twice the rows, for a mesh with that many devices."""
   return jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)

@@ -1,4 +1,4 @@
-"""A run of every objective and every kind of model."""
+"""One run for each objective and each kind of model."""
 import dataclasses
 
 from helpers.runs import RUN, Data
@@ -41,6 +41,7 @@ TOP = distillation.TopK(2, VOCAB)
 
 
 def decoder(mixer, feed_forward):
+  """Returns a decoder of one block with these parts."""
   block = parts.Block(mixer, feed_forward, parts.RMSNorm(), parts.RMSNorm())
   return transformer.Transformer(VOCAB, 8, stack.stacks([block]), parts.RMSNorm(), LENGTH)
 
@@ -74,6 +75,7 @@ COLUMNS = {'dpo': preference.COLUMNS, 'kto': preference.COLUMNS, 'distil_stored'
 
 
 def configured(name, **changes) -> train.Run:
+  """Returns the run of a case, on data with the kind of record and the columns that its objective needs."""
   model, goal = CASES[name]
   members = {'kind': goal.needs, 'columns': COLUMNS.get(name, {}), 'source_length': 8 if name == 't5' else None}
   data = dataclasses.dataclass(frozen=True)(type('Columns', (Data,), members))()

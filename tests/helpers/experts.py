@@ -1,4 +1,4 @@
-"""Small mixtures of experts."""
+"""Small mixtures of experts, one for each kind of router."""
 from lm.models import layers, moe
 
 ROWS, TIME, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 8

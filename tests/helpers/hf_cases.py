@@ -1,4 +1,7 @@
-"""Tiny models of the families of Hugging Face, for the tests that compare with `transformers`."""
+"""Tiny models of the families of Hugging Face, for the tests that compare with `transformers`.
+
+A test file that imports this one is skipped where torch or transformers is not installed.
+"""
 import copy
 import dataclasses
 import functools
@@ -19,7 +22,8 @@ with warnings.catch_warnings():
 LLAMA = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 4, 'num_key_value_heads': 2,
          'intermediate_size': 48, 'vocab_size': VOCAB, 'max_position_embeddings': 64}
 NEOX = {key: value for key, value in LLAMA.items() if key != 'num_key_value_heads'} | {'hidden_size': 64}
-NO_TOKENS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))   # of the class, they pass the vocabulary
+# The default ids of the config classes exceed this small vocabulary.
+NO_TOKENS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))
 GEMMA3 = LLAMA | NO_TOKENS | {
     'sliding_window': 9, 'head_dim': 12, 'num_key_value_heads': 1, 'query_pre_attn_scalar': 7,
     'layer_types': ['sliding_attention', 'sliding_attention', 'full_attention'], 'rope_parameters': {
@@ -40,16 +44,16 @@ LLAMA4 = LLAMA | NO_TOKENS | {'head_dim': 12, 'num_local_experts': 4, 'intermedi
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A tiny model of a family: the class of `transformers`, and its config."""
+  """A tiny model of a family: the class of `transformers`, with an optional suffix, and the fields of its config."""
   name: str
   config: dict
-  unused: tuple = ()   # fields of it that change nothing
+  unused: tuple = ()   # fields of the config that change no logit
 
   @property
   def architecture(self):
     return self.name.partition('-')[0]
 
-  def __hash__(self):   # dicts have none
+  def __hash__(self):   # the config is a dict, which has no hash
     return hash(self.name)
 
 
@@ -143,11 +147,11 @@ CASES = [
 ]
 
 def torch_model(case: Case):
-  """A random one, whose parameters are all away from what they start as, and whose logits are of size one."""
+  """Returns a random torch model. Every parameter differs from its initial value, and the logits are of order one."""
   torch.manual_seed(0)
   kind = getattr(transformers, case.architecture)
   config = kind.config_class(**copy.deepcopy(case.config)) if isinstance(case.config, dict) else case.config
-  model = kind(config).eval()   # float32: neither class nor config says otherwise
+  model = kind(config).eval()   # in float32, the default of class and config
   model.config._attn_implementation = 'eager'
   with torch.no_grad():
     for p in model.parameters():
@@ -156,13 +160,13 @@ def torch_model(case: Case):
       else:
         p.add_(0.3 * torch.randn_like(p))
     for name, buffer in model.named_buffers():
-      if name.endswith('e_score_correction_bias'):   # a weight, though nothing trains it by gradient
+      if name.endswith('e_score_correction_bias'):   # a buffer that counts as a weight
         buffer.add_(0.03 * torch.randn_like(buffer))
   return model
 
 
 def opener(make_folder):
-  """What gives (torch's model, our model, parameters, folder) of a case, each made once."""
+  """Returns a cached function from a case to (torch model, our model, our params, folder)."""
   @functools.cache
   def make(case: Case):
     folder = make_folder(case.name)
@@ -176,11 +180,13 @@ def opener(make_folder):
 
 
 def logits_of(theirs, tokens):
+  """Returns the logits [B, T, V] of a torch model for token ids [B, T], as a NumPy array."""
   with torch.no_grad():
     return theirs(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
 
 
 def described(values):
+  """Returns the description of our model for the fields of a config, and checks that every field was read."""
   config = Config(values)
   model = weights.family_of(values).model(config)
   config.finish()

@@ -2,8 +2,9 @@
 
   python tests/helpers/make_fixtures.py
 
-Run it by hand where torch and transformers are; `fixtures_test.py` needs neither. The seed is fixed, so that it makes
-the same weights again. They are bfloat16, for size; the logits are those of the same numbers in float32.
+Run it by hand where torch and transformers are installed; `fixtures_test.py` needs neither. The seed is fixed, so every
+run makes the same weights. They are stored in bfloat16 to be small; the logits are computed from the same numbers in
+float32.
 """
 import json
 import pathlib
@@ -18,7 +19,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / 'fixtures'
 LENGTH = 32
 SMALL = {'hidden_size': 8, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1,
          'intermediate_size': 16, 'vocab_size': 24}
-EPS = {'rms_norm_eps': 1e-2}   # so large that a norm that does not read it is seen
+EPS = {'rms_norm_eps': 1e-2}   # large, so that a norm that ignores it gives other logits
 LLAMA = hf_cases.LLAMA | SMALL | hf_cases.NO_TOKENS | EPS | {'max_position_embeddings': LENGTH}
 MOE = LLAMA | {'num_experts': 3, 'num_experts_per_tok': 2, 'moe_intermediate_size': 12, 'norm_topk_prob': True}
 YARN = {'rope_type': 'yarn', 'rope_theta': 1e3, 'factor': 4., 'original_max_position_embeddings': 16}
@@ -79,18 +80,19 @@ def main() -> None:
   for name, case in FIXTURES.items():
     folder = FOLDER / name
     model = hf_cases.torch_model(case)
-    if name == 't5_gated':   # which transformers ties, but for files that have two tables
+    if name == 't5_gated':   # transformers ties these tables unless the files hold two different ones
       model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
-    with torch.no_grad():   # not all that it holds: frequencies stay what they are
+    with torch.no_grad():   # the rotary frequencies are not in the state and stay in float32
       for weight in model.state_dict().values():
         weight.copy_(weight.to(torch.bfloat16))
     inputs = {'tokens': random_tokens(1, LENGTH) % SMALL['vocab_size']}
     if case.architecture.startswith('T5'):
       inputs['source'] = random_tokens(1, LENGTH, seed=1) % SMALL['vocab_size']
-    extra = {'short': _logits(model, inputs['tokens'][:, :20])} if name == 'phi3' else {}   # as long as its context was
+    # Phi-3 uses other frequencies within its original context of 20 positions.
+    extra = {'short': _logits(model, inputs['tokens'][:, :20])} if name == 'phi3' else {}
     np.savez_compressed(_empty(folder) / 'expected.npz', **inputs, **extra, logits=_logits(model, **inputs))
     model.to(torch.bfloat16).save_pretrained(folder)
-    (folder / 'generation_config.json').unlink(missing_ok=True)   # which nothing here reads
+    (folder / 'generation_config.json').unlink(missing_ok=True)   # no test reads it
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
 

@@ -1,4 +1,4 @@
-"""The fields of config.json that models of each family are published with."""
+"""The fields of config.json with which models of each family are published."""
 
 COMMON = {'torch_dtype': 'bfloat16', 'transformers_version': '4.40.0', 'use_cache': True, 'initializer_range': 0.02,
           'vocab_size': 32000, 'bos_token_id': 1, 'eos_token_id': 2, 'tie_word_embeddings': False}
@@ -6,20 +6,24 @@ ROTARY = {'hidden_act': 'silu', 'rms_norm_eps': 1e-5, 'attention_dropout': 0., '
 
 
 def sizes(width, layers, heads, kv_heads, hidden, length, **others):
+  """Returns the fields of a shape, and `others`."""
   return {'hidden_size': width, 'num_hidden_layers': layers, 'num_attention_heads': heads,
           'num_key_value_heads': kv_heads, 'intermediate_size': hidden, 'max_position_embeddings': length, **others}
 
 
 def no_kv(fields):
+  """Returns the fields without the number of key-value heads."""
   return {name: value for name, value in fields.items() if name != 'num_key_value_heads'}
 
 
 def llama3(factor):
+  """Returns the `rope_scaling` of Llama 3."""
   return {'factor': factor, 'low_freq_factor': 1., 'high_freq_factor': 4., 'original_max_position_embeddings': 8192,
           'rope_type': 'llama3'}
 
 
 def gpt2(width, layers, heads, **others):
+  """Returns the fields of a shape as GPT-2 calls them, and `others`."""
   return {'n_embd': width, 'n_layer': layers, 'n_head': heads, **others}
 
 
@@ -65,18 +69,21 @@ MAVERICK = sizes(5120, 48, 40, 8, 8192, 1048576, **LLAMA4, num_local_experts=128
 
 
 def llama4(text):
+  """Returns the config of a multimodal Llama 4 whose language model has the fields `text`."""
   return {'text_config': ROTARY | text, 'boi_token_index': 200080, 'eoi_token_index': 200081,
           'image_token_index': 200092, 'vision_config': {'hidden_size': 1408}, 'tie_word_embeddings': False}
 
 
 def gemma3(*args, **others):
+  """Returns the config of a multimodal Gemma 3 whose language model has this shape."""
   text = sizes(*args, **{**GEMMA3, 'model_type': 'gemma3_text', 'sliding_window': 1024, **others})
   return {'text_config': {**text, 'rope_scaling': {'factor': 8., 'rope_type': 'linear'}}, 'boi_token_index': 255999,
           'eoi_token_index': 256000, 'image_token_index': 262144, 'mm_tokens_per_image': 256, 'vision_config': {
               'hidden_size': 1152, 'image_size': 896}, 'eos_token_id': [1, 106], 'tie_word_embeddings': True}
 
 
-# By family: what its models share, then each model, and its parameters where the hub's page or its report counts them.
+# By family: (the fields that its models share, {model: (its own fields, number of parameters)}). The number is the one
+# on the model's page or in its report; where neither states one, it is None.
 PUBLISHED = {
     'GPT2LMHeadModel': ({
         'activation_function': 'gelu_new', 'attn_pdrop': 0.1, 'embd_pdrop': 0.1, 'resid_pdrop': 0.1, 'n_ctx': 1024,

@@ -1,4 +1,4 @@
-"""Folders of small quantized models."""
+"""Folders of small quantised models."""
 import functools
 import json
 
@@ -25,25 +25,31 @@ QWEN = SIZES | {'architectures': ['Qwen3MoeForCausalLM'], 'num_experts': 4, 'num
 
 
 def random_mxfp4(rng, experts, width, out):
-  """Blocks and scales of weights about as large as those of a model that was just started."""
+  """Returns random MXFP4 (blocks [experts, out, width / 32, 16], scales [experts, out, width / 32]) of small values."""
   blocks = rng.integers(0, 256, (experts, out, width // 32, 16), np.uint8)
   return blocks, rng.integers(122, 126, (experts, out, width // 32), np.uint8)
 
 
 def random_fp8(rng, out, width, block=FP8['weight_block_size']):
+  """Returns random float8 numbers [out, width] without NaN, and float32 scales of their blocks."""
   numbers = rng.integers(0, 256, (out, width), np.uint8)
-  numbers[(numbers & 127) == 127] = 0   # which are no numbers
+  numbers[(numbers & 127) == 127] = 0   # these bits are NaN
   scales = rng.uniform(0.5, 2, [-(-n // b) for n, b in zip((out, width), block)]).astype(np.float32) / 1000
   return numbers.view(jnp.float8_e4m3fn), scales
 
 
 def opened(config, tensors):
+  """Returns lazily decoded tensors by name, read from stored `tensors` under a `quantization_config`."""
   return quantized.reader(Config({'quantization_config': config}))(tensors)
 
 
 @functools.cache
 def random_tensors(text, seed=0):
-  """Of the model of a config, as JSON: quantised as real ones are, all experts and nothing else."""
+  """Returns random stored tensors by name, for the model of a config given as JSON text.
+
+  In MXFP4 the experts alone are quantised; in FP8 every projection is. These are the tensors that published models
+  quantise.
+  """
   config, rng, tensors = json.loads(text), np.random.default_rng(seed), {}
   family = weights.family_of(config)
   model = family.model(Config(config))
@@ -60,19 +66,21 @@ def random_tensors(text, seed=0):
 
 
 def make_folder(folder, config):
-  """A folder with these; the tensors."""
+  """Writes a folder with random tensors for this config, and returns the tensors by name."""
   tensors = random_tensors(json.dumps(config))
   put(folder, config, tensors)
   return dict(tensors)
 
 
 def put(folder, config, tensors):
+  """Writes a folder of these tensors and this config."""
   with files.new_folder(folder) as new:
     files.write(new, {name: (x.shape, x.dtype, functools.partial(np.asarray, x)) for name, x in tensors.items()})
     (new / 'config.json').write_text(json.dumps(config))
 
 
 def load(folder, dtype=None):
+  """Returns (model, params) of a folder."""
   model, family = weights.open_model(folder)
   with files.Weights(folder) as tensors:
     return model, weights.load_params(model, family, tensors, dtype)

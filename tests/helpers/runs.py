@@ -1,4 +1,4 @@
-"""A small run that every test of training shares, and what can be read of it afterwards."""
+"""A small run that the tests of training share, and functions that read its workdir."""
 import dataclasses
 import math
 import types
@@ -26,7 +26,7 @@ TEXTS = [f'{i} is {"ha" * (i % 7)}' + ' Z' * (i == 10) for i in range(30)]
 
 @dataclasses.dataclass(frozen=True)
 class Bigram:
-  """The smallest model that `train` can train, and quick to compile; no Flax."""
+  """The smallest model that `train` can train: logits from the token alone, without Flax, quick to compile."""
   width: int = 8
   dropout: float = 0.1
   vocab: int = V
@@ -45,7 +45,7 @@ class Bigram:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Documents in memory: `train` needs no more of a data set."""
+  """Documents in memory, with exactly the members that `train` reads of a data set."""
   texts: tuple[str, ...] = tuple(TEXTS)
   length: int = 16
   fingerprint: str = 'fingerprint'
@@ -80,27 +80,30 @@ RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_con
 
 
 def go(workdir, run=RUN, mesh='data:2', **changes) -> train.Result:
+  """Trains the run, with `changes` to its fields, in a workdir and on a mesh of this shape."""
   with jax.set_mesh(on(mesh)):
     return train.train(dataclasses.replace(run, **changes), workdir, on(mesh))
 
 
 def saved(workdir, run=RUN, mesh='data:2', **changes):
-  """(step, state) of the last checkpoint, in NumPy."""
+  """Returns (step, state) of the last checkpoint, with NumPy arrays as leaves."""
   with jax.set_mesh(on(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
     restored = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), on(mesh)))
     return restored.step, jax.tree.map(np.asarray, restored.state)
 
 
 def steps_kept(workdir) -> list[int]:
+  """Returns the steps of the checkpoints in a workdir, in order."""
   return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
 
 
 def logged(workdir, name='loss') -> dict[int, float]:
-  """step: value; each once."""
+  """Returns the logged values of a metric by step, and asserts that no step logged it twice."""
   rows = [(row['step'], row[name]) for row in track.read_metrics(workdir / 'metrics.jsonl') if name in row]
   assert len(dict(rows)) == len(rows)
   return dict(rows)
 
 
 def same(a, b) -> bool:
+  """Returns whether two trees of arrays agree in dtypes and bytes."""
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), a, b)))

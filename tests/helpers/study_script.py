@@ -1,6 +1,5 @@
 """The script of a small experiment."""
 
-
 SCRIPT = '''
 import dataclasses
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Files of small tokenizers."""
+"""Small tokenizers of the libraries `tokenizers` and `sentencepiece`."""
 import io
 
 import pytest
@@ -10,7 +10,7 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
 
 
 def byte_level(control, processor=None):
-  """Bytes and control tokens, in a tokenizer.json that puts `processor` around a text."""
+  """Returns a tokenizer of bytes and the tokens `control`, whose template `processor` adds tokens around a text."""
   t = tokenizers.Tokenizer(tokenizers.models.BPE())
   t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   t.decoder = tokenizers.decoders.ByteLevel()
@@ -24,6 +24,7 @@ def byte_level(control, processor=None):
 
 
 def piece_model(**options):
+  """Returns the bytes of a SentencePiece model with byte fallback, trained on a few words."""
   import sentencepiece
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(

@@ -14,7 +14,7 @@ GPT2 = transformer.gpt2(VOCAB, 8, 2, heads=2, max_length=TIME, remat=None)
 
 
 def random_params(model, scale=0.4):
-  """Every parameter away from its initial value, so that each of them shows."""
+  """Returns random float32 parameters. None keeps its initial value, so that each of them affects the output."""
   rng = np.random.default_rng(0)
   return jax.tree_util.tree_map_with_path(
       lambda path, x: jnp.asarray((path[-1].key == 'scale') + scale * rng.normal(size=x.shape), jnp.float32),
@@ -22,7 +22,10 @@ def random_params(model, scale=0.4):
 
 
 def make_batch(packed):
-  """All tokens differ. Packed: a whole row, two documents and padding, two documents of which parts are read both ways.
+  """Returns a batch [ROWS, TIME] of distinct tokens with random targets and weights.
+
+  If packed, the first row is one document, the second has two documents and padding, and the third has two documents
+  with positions that are read in both directions.
   """
   rng = np.random.default_rng(1)
   batch = Batch(rng.permutation(VOCAB).reshape(ROWS, TIME).astype('i4'),

@@ -1,4 +1,4 @@
-"""To add a family of models is to write one file: what its config means, and where its tensors belong."""
+"""A new family of models is one file: what its config means, and which names its tensors have."""
 import importlib.util
 import json
 
@@ -94,7 +94,7 @@ def folder(tmp_path):
   return tmp_path / 'in'
 
 
-def test_a_family_in_a_file_of_its_own_goes_in_and_out(family, folder, tmp_path):
+def test_a_family_in_a_file_of_its_own_imports_and_exports(family, folder, tmp_path):
   with pytest.raises(ValueError, match='Starcoder2ForCausalLM'):
     weights.open_model(folder)
   families = *weights.FAMILIES, family
@@ -108,7 +108,7 @@ def test_a_family_in_a_file_of_its_own_goes_in_and_out(family, folder, tmp_path)
 
 
 @pytest.mark.parametrize('field, value', [('use_bias', False), ('hidden_act', 'silu'), ('of_mine', 1)])
-def test_a_field_that_the_file_does_not_provide_for_is_refused(family, folder, field, value):
+def test_a_field_that_the_file_does_not_read_is_refused(family, folder, field, value):
   (folder / 'config.json').write_text(json.dumps(CONFIG | {field: value}))
   with pytest.raises(ValueError, match=f'{field}={value!r}'):
     weights.open_model(folder, families=(family,))

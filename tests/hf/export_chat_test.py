@@ -1,4 +1,4 @@
-"""A model that was taught to chat, exported: in transformers it gives the same answer, and ends where ours does."""
+"""An exported chat model gives the same answer in transformers, and ends it with the same token."""
 import json
 import warnings
 
@@ -18,13 +18,13 @@ with warnings.catch_warnings():
   transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')
 
-SAID = [{'role': 'system', 'content': 'be brief'}, {'role': 'user', 'content': 'say "é"'}]
+MESSAGES = [{'role': 'system', 'content': 'be brief'}, {'role': 'user', 'content': 'say "é"'}]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def chatml_folder(folder, *further):
-  """A tokenizer whose files name one end, and whose chat template writes another."""
+  """Returns a folder of a tokenizer whose files name one end token, and whose chat template writes another."""
   level = tokenizers.pre_tokenizers.ByteLevel
   tokens = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokens.pre_tokenizer, tokens.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
@@ -41,8 +41,9 @@ def chatml_folder(folder, *further):
 
 
 def speaker(tokens, template, end):
-  """A model and parameters that answer in letters, and end after a few: the letter that came then has been exchanged
-  with `end` in the head."""
+  """Returns (model, params) of a model that answers a few letters and then ends: in the head, the rows of the next
+  letter and of `end` are exchanged.
+  """
   model = transformer.llama(tokens.vocab_size, 32, 2, 2, hidden=48, max_length=96, tied=False)
   params = jax.tree.map(lambda x: 12 * x if x.ndim > 1 else x, jax.jit(model.init)(jax.random.key(0)))
   letters = np.concatenate([tokens.encode(letter) for letter in 'abcdefghijklmnopqrstuvwxyz'])
@@ -55,7 +56,7 @@ def speaker(tokens, template, end):
 
 
 def answer(model, params, tokens, template):
-  text, = generate.generate(model, params, conversation.Conversation(tokens, template), [SAID],
+  text, = generate.generate(model, params, conversation.Conversation(tokens, template), [MESSAGES],
                             generate.Sampling(temperature=0.), max_tokens=20)
   return text
 
@@ -81,8 +82,8 @@ def test_an_exported_chat_gives_the_same_answer_and_ends(kind, keeps, tmp_path):
   pretrained.write(tmp_path / 'out', model, params, tokens, like=like, template=template)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
   their_tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-  prompt = their_tokens.apply_chat_template(SAID, add_generation_prompt=True, return_tensors='pt', return_dict=True)
-  assert prompt['input_ids'][0].tolist() == template.encode(tokens, SAID, add_generation_prompt=True)[0].tolist()
+  prompt = their_tokens.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+  assert prompt['input_ids'][0].tolist() == template.encode(tokens, MESSAGES, add_generation_prompt=True)[0].tolist()
   new_ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt['input_ids'].shape[1]:]
   assert new_ids[-1] == end
   assert their_tokens.decode(new_ids[:-1]) == expected

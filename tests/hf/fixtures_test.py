@@ -1,4 +1,4 @@
-"""Folders that `transformers` wrote, with the logits that it computes: they hold where there is no torch."""
+"""Folders that `transformers` wrote give the logits that it computed; no torch is needed."""
 import json
 import pathlib
 
@@ -48,8 +48,8 @@ def test_a_text_as_long_as_the_original_context_has_the_short_factors():
 
 
 @pytest.mark.parametrize('name, length', [('gemma3', 32), *slow(('llama4', 32), ('mistral', 32), ('phi3', 20))])
-def test_decoding_with_a_cache_gives_those_logits_too(name, length):
-  """Across the ends of chunks and windows, and up to where stretched positions would change."""
+def test_cached_decoding_gives_those_logits(name, length):
+  """Decoding crosses the ends of chunks and windows, up to the place where stretched positions would change."""
   model, params, expected = load(name)
   step, cache, logits = jit(model.apply), model.init_cache(1, length), []
   for start in range(0, length, 4):
@@ -73,7 +73,7 @@ def test_experts_are_read_into_the_shards_of_a_mesh():
 
 
 def test_every_family_has_a_fixture_whose_norms_have_an_epsilon_of_its_own():
-  """Files that see images have the language model of one that has."""
+  """Multimodal families are covered by the fixture of their language model."""
   configs = [json.loads((folder / 'config.json').read_text()) for folder in FOLDERS]
   assert {family.architecture for family in weights.FAMILIES if family.config.__name__ == 'config' and not (
       family.architecture.endswith('Generation') and family.stacks is None)} == {

@@ -1,4 +1,4 @@
-"""Whatever a config.json says, it is a model or one clear error."""
+"""Any config.json gives a model or one clear error."""
 import copy
 import json
 
@@ -44,7 +44,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize('values', BASES, ids=lambda values: values['architectures'][0])
-def test_what_the_others_are_made_from_is_a_model(values, tmp_path):
+def test_each_base_config_is_a_model(values, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(values))
   weights.open_model(tmp_path)
 
@@ -72,7 +72,7 @@ def test_any_config_is_a_model_or_a_value_error(base, data, tmp_path):
 @pytest.mark.parametrize('text', ['', '[]', '{', 'null', '[' * 100_000, '{"architectures": 5}',
                                   '{"architectures": "x"}', '{"architectures": [["x"]]}', '\x00',
                                   '{"quantization_config": 3}'])
-def test_what_is_no_config_is_refused(text, tmp_path):
+def test_malformed_configs_are_refused(text, tmp_path):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(ValueError, match='config.json|architectures'):
     weights.open_model(tmp_path)

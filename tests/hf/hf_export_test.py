@@ -1,4 +1,4 @@
-"""Configs that are written: whatever a field is, it comes back, and older releases of transformers find it too."""
+"""A written config gives every field back, also to older releases of transformers."""
 import copy
 import json
 
@@ -22,13 +22,15 @@ def family_of(case):
 
 
 def filled(architecture, values):
-  """A config with all fields that its class has."""
+  """Returns a config with all fields that its class has."""
   kind = getattr(transformers, architecture).config_class
   return json.loads(kind(**copy.deepcopy(values)).to_json_string()) | {'architectures': [architecture]}
 
 
 def changes(case):
-  """The config of a case with each field, one at a time, as another family has it by default, and as none has."""
+  """Yields the config of a case with one field changed at a time, to a default of another family or to a value of no
+  family.
+  """
   values, defaults = filled(case.architecture, case.config), filled(case.architecture, {})
   for name, value in values.items():
     if isinstance(value, dict) and isinstance(defaults.get(name), dict):
@@ -42,7 +44,7 @@ def changes(case):
 
 
 @pytest.mark.parametrize('case', hf_cases.CASES, ids=lambda case: case.name)
-def test_every_field_comes_back_whatever_it_is(case):
+def test_every_field_comes_back(case):
   family, models = family_of(case), []
   for values in changes(case):
     try:
@@ -65,7 +67,7 @@ def test_every_field_comes_back_whatever_it_is(case):
 @pytest.mark.parametrize('case', [case for case in hf_cases.CASES if not case.name.startswith('GPT2')],
                          ids=lambda case: case.name)
 def test_the_positions_are_written_under_older_names_too(case):
-  """Whose readers look for no `rope_parameters`, and take what they do not find for the default."""
+  """Older readers do not look for `rope_parameters`, and use defaults for what they do not find."""
   family = family_of(case)
   written = family.config(family.model(Config(filled(case.architecture, case.config))))
   assert written.keys() >= {'rope_parameters', 'rope_scaling'}

@@ -1,4 +1,4 @@
-"""The configs of Hugging Face models: each field is read as `transformers` reads it, or refused by its name."""
+"""Each config field of Hugging Face models is read as `transformers` reads it, or refused by its name."""
 import contextlib
 import copy
 import json
@@ -23,7 +23,7 @@ ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'att
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_every_switch_of_a_config_matters_or_is_refused(case):
-  """A field set to another value makes another model, or is refused by its name: none is ignored."""
+  """A field with another value gives another model, or is refused by its name. No field is ignored."""
   config = getattr(transformers, case.architecture).config_class(**copy.deepcopy(case.config))
   values = json.loads(config.to_json_string()) | {'architectures': [case.architecture]}
   model = described(values)
@@ -36,7 +36,7 @@ def test_every_switch_of_a_config_matters_or_is_refused(case):
 
 
 def minimal(family):
-  """Sizes, as files that leave out all else have them."""
+  """Returns the sizes alone, as files have them that leave out all other fields."""
   return {'architectures': [family.architecture], **(NEOX if family.architecture.startswith('GPTNeoX') else LLAMA)}
 
 

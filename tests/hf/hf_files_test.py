@@ -1,4 +1,4 @@
-"""Weight folders: the library's bytes both ways; what is damaged is refused in one way; only what is used is read."""
+"""Weight folders equal the library's bytes both ways, damaged ones are refused, and only what is used is read."""
 import functools
 import json
 import mmap
@@ -26,7 +26,7 @@ def array(shape, dtype=np.float32, start=0):
 
 
 def example():
-  """Every dtype, odd sizes, a scalar, an empty tensor, a name outside ASCII."""
+  """Returns tensors of every dtype, with odd sizes, a scalar, an empty tensor, and a name outside ASCII."""
   return {f't.{np.dtype(dtype).name}': array((3, i + 1), dtype, i) for i, dtype in enumerate(DTYPES)} | {
       'scalar': np.float32(3), 'empty': np.zeros((2, 0, 5), np.float16), 'é "quoted"': array((7,), np.uint8)}
 
@@ -49,7 +49,7 @@ def raw(header, data=b''):
 
 
 def put(folder, **contents):
-  """Files of a folder: `a=...` is a.safetensors, `index=...` the weight map."""
+  """Writes the files of a folder: `a=...` is a.safetensors, and `index=...` the map of weights."""
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in contents.items():
     if name == 'index':
@@ -146,7 +146,7 @@ def resident():
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='memory is read from /proc')
-def test_only_pages_that_are_touched_are_read_and_they_are_given_back(tmp_path):
+def test_only_touched_pages_are_read_and_they_are_released(tmp_path):
   rows, width = 1 << 20, 1 << 14
   put(tmp_path, model=raw({'big': tensor((rows, width))}))
   os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size + rows * width)  # 16 GB, of holes
@@ -283,7 +283,8 @@ def test_links_out_of_the_folder_are_refused_but_in_the_cache_of_the_hub(tmp_pat
 
 
 def opens_or_refuses(folder):
-  """Whether it opened, and then every byte of every tensor can be read; only a ValueError of ours says no."""
+  """Returns whether a folder opens, with every byte of its tensors readable; the only error allowed is our ValueError.
+  """
   try:
     weights = files.Weights(folder)
   except ValueError as error:
@@ -413,7 +414,7 @@ def test_tensors_that_cannot_be_written_are_refused_by_name(tmp_path):
   assert not paths_in(tmp_path)
 
 
-def test_folders_that_have_something_are_refused_and_left_alone(tmp_path):
+def test_folders_that_are_not_empty_are_refused_and_unchanged(tmp_path):
   put(tmp_path / 'a', other=b'mine')
   (tmp_path / 'file').touch()
   before = paths_in(tmp_path)
@@ -423,7 +424,7 @@ def test_folders_that_have_something_are_refused_and_left_alone(tmp_path):
   assert paths_in(tmp_path) == before and (tmp_path / 'a/other.safetensors').read_bytes() == b'mine'
 
 
-def test_other_files_join_the_weights_in_a_folder_that_appears_at_the_end(tmp_path):
+def test_a_folder_appears_when_all_its_files_are_written(tmp_path):
   path, target = tmp_path / 'link', tmp_path / 'empty'
   target.mkdir()
   path.symlink_to(target)
@@ -443,7 +444,7 @@ def test_other_files_join_the_weights_in_a_folder_that_appears_at_the_end(tmp_pa
   assert target.stat().st_mode == (tmp_path / 'plain').stat().st_mode
 
 
-def test_a_folder_filled_meanwhile_is_left_alone(tmp_path):
+def test_a_folder_filled_meanwhile_is_unchanged(tmp_path):
   with pytest.raises(OSError, match='not empty'), files.new_folder(tmp_path / 'a') as folder:
     (folder / 'ours').touch()
     put(tmp_path / 'a', theirs=b'1')

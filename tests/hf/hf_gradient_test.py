@@ -1,4 +1,4 @@
-"""Gradients of the mean next-token loss by every tensor of a file: ours, and those of torch."""
+"""The gradients of the mean next-token loss by every tensor of a file equal those of torch."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ def loss(params, model, tokens):
 
 
 def their_gradients(theirs, tokens, folder):
-  """By the names of a file, which are not those of the parameters: for that the model is saved with its gradients."""
+  """Returns torch's gradients under the names of a file, by saving the model with its gradients as weights."""
   tokens = torch.tensor(tokens).long()
   logits = theirs(tokens, use_cache=False).logits[:, :-1]
   mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

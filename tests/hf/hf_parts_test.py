@@ -1,4 +1,4 @@
-"""Each part of a model matters: where one is another, the logits are not those of `transformers`."""
+"""Each part of a model matters: if one is exchanged, the logits differ from those of `transformers`."""
 import dataclasses
 import gc
 
@@ -29,7 +29,7 @@ def opened(tmp_path_factory):
 
 
 def replaced(kind, change):
-  """Parts of `kind`, with the fields that `change` gives; falsy where it leaves a part alone."""
+  """Returns the model with the fields of parts of `kind` that `change` gives. A falsy change leaves a part alone."""
   def apply(part):
     fields = change(part) if isinstance(part, kind) else None
     return part if not fields else part.clone(**fields) if isinstance(part, nn.Module) else (
@@ -45,7 +45,9 @@ def swapped(block):
 
 
 def moved(block):
-  """Norms before what they were after, or the other way; both, before alone."""
+  """Returns the model with norms after their branch instead of before it, or the other way; of both, the one before
+  stays.
+  """
   if not isinstance(block, parts.Block):
     return block
   before = block.attention_norm, block.feed_forward_norm
@@ -56,7 +58,7 @@ def moved(block):
 
 
 def turned(model):
-  """Each layer with the attention of the next."""
+  """Returns the model in which each layer has the attention of the next."""
   blocks = [stack.pattern[0] for stack in model.blocks]
   return {'blocks': tuple(Stack((block.clone(attention=other.attention),), 1)
                           for block, other in zip(blocks, (*blocks[1:], blocks[0])))}
@@ -121,7 +123,7 @@ FAST = ('LlamaForCausalLM', 'Gemma2ForCausalLM')
 
 
 def changed(part, change):
-  """`part` with `change` made to it and all that it holds."""
+  """Returns `part` with `change` applied to it and to all its parts."""
   match part:
     case tuple():
       return tuple(changed(item, change) for item in part)
@@ -137,8 +139,8 @@ def changed(part, change):
 
 @pytest.mark.parametrize('case', [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST))
                                   for case in CASES[1:] if '-' not in case.name])
-def test_each_part_matters(opened, case):
-  """Logits show any part that is wrong, so that equal logits show that all are right."""
+def test_each_part_changes_the_logits(opened, case):
+  """Any wrong part shows in the logits, so equal logits mean that all parts are right."""
   _, model, params, _ = opened(case)
   # A layer of each sort, in a stack of its own, and every parameter that a wrong model may ask for.
   params_of = dict(zip(model.layers, model.unstack(params)['blocks']))

@@ -1,4 +1,4 @@
-"""Models are opened by the configs that they are published with: no field of them is in the way, none is ignored."""
+"""Models open from the configs with which they are published; no field is unknown, and none is ignored."""
 import json
 import math
 
@@ -24,7 +24,7 @@ FIRST = {next(iter(models)) for _, models in PUBLISHED.values()}   # of each fam
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow)
                                   for name, (_, count) in CONFIGS.items() if count is not None])
-def test_it_is_the_model_whose_number_of_parameters_is_known(name, tmp_path):
+def test_a_published_config_gives_the_published_number_of_parameters(name, tmp_path):
   values, count = CONFIGS[name]
   model = opened(values, tmp_path)
   params = jax.eval_shape(model.init, jax.random.key(0))
@@ -32,7 +32,7 @@ def test_it_is_the_model_whose_number_of_parameters_is_known(name, tmp_path):
 
 
 def test_every_family_is_in_the_table():
-  """Those that see images stand for their language models too, where these are not published alone."""
+  """Multimodal families stand for their language models, where these are not published alone."""
   missing = {family.architecture for family in weights.FAMILIES} - PUBLISHED.keys()
   assert missing == {'Llama4ForCausalLM'}
   few = {family for family, (_, models) in PUBLISHED.items() if len(models) < 5}
@@ -51,7 +51,7 @@ def test_a_field_that_could_change_a_number_is_refused(name, field, value, tmp_p
     opened(CONFIGS[name][0] | {field: value}, tmp_path)
 
 
-def test_what_nothing_reads_is_noted_in_one_line(caplog, tmp_path):
+def test_fields_that_nothing_reads_are_noted_in_one_line(caplog, tmp_path):
   for _ in range(2):   # though the config is read several times
     opened(CONFIGS['SmolLM2-135M'][0], tmp_path)
   note, = (record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage())

@@ -1,4 +1,4 @@
-"""Quantised weights are the numbers that their formats define; they are dequantised a layer at a time."""
+"""Quantised weights are the numbers that their formats define, and are dequantised one layer at a time."""
 import json
 import weakref
 
@@ -15,13 +15,13 @@ from lm.hf import quantized, weights
 
 
 def float_of_bits(bits, exponent, mantissa, bias):
-  """By the definition of small floats, a number at a time."""
+  """Returns the value of a small float by its definition, one number at a time."""
   sign, e, m = bits >> exponent + mantissa, bits >> mantissa & (1 << exponent) - 1, bits & (1 << mantissa) - 1
   return (-1) ** sign * (2 ** (1 - bias) * m / 2 ** mantissa if e == 0 else 2 ** (e - bias) * (1 + m / 2 ** mantissa))
 
 
 def naive_mxfp4(blocks, scales):
-  """[E, in, out]."""
+  """Returns the decoded weights [E, in, out], one number at a time."""
   values = np.zeros((*blocks.shape[:2], 32 * blocks.shape[2]))
   for e, o, g, b in np.ndindex(blocks.shape):
     for half in range(2):
@@ -37,13 +37,13 @@ def naive_fp8(numbers, scales, block):
 
 
 def plain(config, tensors):
-  """The folder's tensors without quantisation, in float32."""
+  """Returns the tensors of a folder without quantisation, in float32."""
   decoded = opened(config['quantization_config'], tensors)
   return {name: np.asarray(x[()], np.float32) for name, x in decoded.items()}
 
 
 def test_mxfp4_is_as_its_format_defines_it():
-  """Every byte; every scale but the one that is no number."""
+  """This covers every byte, and every scale but the one that means NaN."""
   blocks = np.arange(256, dtype=np.uint8).reshape(1, 4, 4, 16)
   blocks = np.concatenate([blocks] * 16)
   scales = np.arange(256, dtype=np.uint8).reshape(16, 4, 4)
@@ -56,7 +56,7 @@ def test_mxfp4_is_as_its_format_defines_it():
   np.testing.assert_array_equal(decoded['x'][(slice(3, 5),)], decoded['x'][()][3:5])
 
 
-def test_a_scale_of_mxfp4_that_is_no_number_makes_none():
+def test_a_scale_of_mxfp4_that_is_nan_gives_nan():
   x = opened(MXFP4, {'x_blocks': np.zeros((1, 1, 1, 16), np.uint8), 'x_scales': np.full((1, 1, 1), 255, np.uint8)})['x']
   assert np.isnan(np.asarray(x[()], np.float32)).all()
 
@@ -71,7 +71,7 @@ def test_fp8_is_as_its_format_defines_it(block):
 
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])
-def test_a_quantised_folder_is_the_folder_of_the_weights_that_it_stands_for(config, tmp_path):
+def test_a_quantised_folder_gives_the_model_of_its_dequantised_weights(config, tmp_path):
   tensors = make_folder(tmp_path / 'small', config)
   put(tmp_path / 'large', {**config, 'quantization_config': None}, plain(config, tensors))
   (model, params), (same, expected) = load(tmp_path / 'small', jnp.float32), load(tmp_path / 'large')
@@ -81,7 +81,7 @@ def test_a_quantised_folder_is_the_folder_of_the_weights_that_it_stands_for(conf
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])
 @pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:2,model:2')])
-def test_each_shard_has_its_part(config, mesh, tmp_path):
+def test_each_shard_dequantises_its_part(config, mesh, tmp_path):
   make_folder(tmp_path / 'a', config)
   expected = load(tmp_path / 'a')[1]
   with on(mesh):
@@ -91,7 +91,7 @@ def test_each_shard_has_its_part(config, mesh, tmp_path):
 
 @pytest.mark.parametrize('config, kind', [(GPT_OSS, quantized.Mxfp4), (QWEN, quantized.Fp8)], ids=['mxfp4', 'fp8'])
 def test_one_layer_at_a_time_is_dequantised(config, kind, tmp_path, monkeypatch):
-  """And a shard of the experts dequantises these alone."""
+  """A shard of the experts dequantises its experts alone."""
   make_folder(tmp_path / 'a', config)
   alive, read, sizes = [], kind.__getitem__, []
   def watched(self, index):
@@ -163,7 +163,7 @@ def test_a_folder_that_does_not_fit_is_refused(change, match, tmp_path):
 
 
 @pytest.mark.parametrize('config, match', [(GPT_OSS, 'gate_up_proj is missing'), (QWEN, 'dtype float8_e4m3fn')])
-def test_quantised_tensors_of_which_the_config_says_nothing_are_refused(config, match, tmp_path):
+def test_quantised_tensors_without_a_quantization_config_are_refused(config, match, tmp_path):
   put(tmp_path / 'b', {**config, 'quantization_config': None}, make_folder(tmp_path / 'a', config))
   with pytest.raises(ValueError, match=match):
     load(tmp_path / 'b')

@@ -1,4 +1,4 @@
-"""Quantised weights against `transformers`: its own dequantisation, and its models with weights dequantised so."""
+"""Quantised weights equal the dequantisation of `transformers`, and so do the logits of its models."""
 import warnings
 
 import jax
@@ -38,14 +38,14 @@ def test_mxfp4_is_that_of_transformers():
 
 
 def test_fp8_is_that_of_transformers():
-  """Which knows whole blocks alone."""
+  """`transformers` supports whole blocks alone."""
   numbers, scales = random_fp8(np.random.default_rng(0), 256, 384, (128, 128))
   decoded = opened(FP8 | {'weight_block_size': [128, 128]}, {'x': numbers, 'x_scale_inv': scales})['x']
   np.testing.assert_array_equal(decoded[()], fp8(numbers, scales))
 
 
 def theirs(config, tensors):
-  """Their model, with the tensors as they dequantise them."""
+  """Returns the model of `transformers`, with the tensors as it dequantises them."""
   state = {}
   for name, x in tensors.items():
     if name.endswith('_blocks'):

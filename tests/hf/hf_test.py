@@ -1,4 +1,4 @@
-"""Families of Hugging Face checkpoints: `transformers` computes the same, and gets the same bytes back."""
+"""For each family of Hugging Face checkpoints, `transformers` computes the same, and gets the same bytes back."""
 import gc
 import inspect
 import json
@@ -29,7 +29,7 @@ def opened(tmp_path_factory):
 
 @families
 def test_logits_are_those_of_transformers(opened, case, record_property):
-  """On rows as long as the model can place: past windows, chunks and the original context of stretched positions."""
+  """The rows are as long as the model allows: past windows, chunks, and the original context of stretched positions."""
   theirs, model, params, _ = opened(case)
   tokens = random_tokens(2, 64)
   actual, expected = forward(model, params, rows(tokens[:1], tokens[1:])), logits_of(theirs, tokens)
@@ -68,8 +68,8 @@ def test_cached_decoding_equals_the_full_forward(opened, case, record_property):
 
 
 @families
-def test_what_goes_out_is_what_came_in(opened, case, record_property, tmp_path):
-  """Byte for byte; and transformers opens it without a key missing or left over."""
+def test_exported_files_are_the_imported_ones(opened, case, record_property, tmp_path):
+  """Byte for byte; and transformers opens the export with no key missing or unexpected."""
   theirs, model, params, folder = opened(case)
   own = [family for family in weights.FAMILIES if family.architecture == case.architecture]
   weights.write(tmp_path / 'out', model, params, own)
@@ -88,7 +88,7 @@ def test_what_goes_out_is_what_came_in(opened, case, record_property, tmp_path):
 
 
 def test_a_text_that_outgrows_the_original_context_in_a_cache_goes_on_as_in_transformers(opened):
-  """Tokens from there on turn by the other factors; those that the cache holds stay as they are."""
+  """Later tokens use the other factors, and the keys in the cache stay as they are."""
   theirs, model, params, _ = opened(next(case for case in CASES if case.name == 'Phi3ForCausalLM'))
   tokens, cache, step = random_tokens(1, 30), model.init_cache(1, 32), jit(model.apply)
   # The argument is called `cache` from version 5.24 on, and `past_key_values` before.
@@ -114,8 +114,8 @@ WITH_IMAGES = {
 
 
 @pytest.mark.parametrize('kind', WITH_IMAGES)
-def test_of_models_that_see_images_the_language_model_is_read(kind, tmp_path):
-  """And written by itself; a folder may leave out sizes that are those of the class."""
+def test_of_multimodal_models_the_language_model_is_read(kind, tmp_path):
+  """It is written as a language model. A folder may leave out sizes that are the defaults of the class."""
   config = getattr(transformers, kind + 'Config')(
       **WITH_IMAGES[kind], image_token_index=95, boi_token_index=93, eoi_token_index=94)
   theirs = hf_cases.torch_model(hf_cases.Case(kind + 'ForConditionalGeneration', config))
@@ -133,7 +133,7 @@ def test_of_models_that_see_images_the_language_model_is_read(kind, tmp_path):
   np.testing.assert_array_equal(logits_of(alone, tokens), expected)
 
 
-def test_a_model_that_sees_images_may_leave_out_all_that_is_so_in_its_class():
+def test_a_multimodal_config_may_leave_out_the_defaults_of_its_class():
   for kind in WITH_IMAGES:
     text = json.loads(getattr(transformers, kind + 'TextConfig')().to_json_string())
     named = {'architectures': [kind + 'ForConditionalGeneration']}
@@ -141,7 +141,7 @@ def test_a_model_that_sees_images_may_leave_out_all_that_is_so_in_its_class():
 
 
 def test_layers_of_deepseek_that_predict_further_tokens_are_left_out(opened, tmp_path):
-  """As the files of V3 and R1 have them; but a layer too many is refused, and so are experts that are not alike."""
+  """The files of V3 and R1 have them. A further layer is refused, and so are experts of unequal shapes."""
   _, model, params, folder = opened(next(case for case in CASES if case.name == 'DeepseekV3ForCausalLM'))
   further = 'model.layers.61.'
 

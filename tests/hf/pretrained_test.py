@@ -1,4 +1,4 @@
-"""Models of others come in, are trained on, and go out; without torch."""
+"""Models of others are imported, trained on, and exported, without torch."""
 import dataclasses
 import functools
 import io
@@ -45,7 +45,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def folder(params, tmp_path_factory):
-  """What `transformers` would open."""
+  """Returns a folder that `transformers` could open."""
   folder = tmp_path_factory.mktemp('exported') / 'model'
   pretrained.write(folder, MODEL, params, TOKENIZER)
   return folder
@@ -76,7 +76,7 @@ def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_pat
       assert jax.tree.map(lambda x: x.sharding, opened.params) == layout
 
 
-def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_path):
+def test_half_precision_weights_stay_half_and_train_in_float32(params, tmp_path):
   pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
   loaded = pretrained.load(str(tmp_path / 'half'))
   assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
@@ -86,7 +86,7 @@ def test_half_precision_weights_stay_so_and_are_float32_to_train(params, tmp_pat
   assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype(jnp.float32)}
 
 
-def test_an_import_keeps_dtypes_and_what_goes_out_of_it_is_what_came_in(params, tmp_path):
+def test_an_import_keeps_dtypes_and_exports_the_imported_files(params, tmp_path):
   pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
   with files.Weights(tmp_path / 'half') as stored:   # one of them in full
     tensors = {name: (w.shape, w.dtype, lambda w=w: w) for name, w in stored.items()}
@@ -144,7 +144,7 @@ def test_a_config_that_does_not_fit_is_refused_by_its_field(folder, tmp_path, na
     pretrained.load(str(tmp_path))
 
 
-def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folder, tmp_path, params):
+def test_missing_folders_and_shapes_that_do_not_fit_are_refused_before_anything_is_read(folder, tmp_path, params):
   with pytest.raises(FileNotFoundError, match='config.json'):
     pretrained.start(tmp_path, MODEL)
   with pytest.raises(FileNotFoundError, match='is no folder'):
@@ -166,7 +166,7 @@ def test_what_is_not_there_or_does_not_fit_is_said_before_anything_is_read(folde
     (encoder.bert(64, 16, 2, 2, 32), 'BertForMaskedLM'),
     (encoder_decoder.t5(64, 16, 2, 2, 8, 24), 'T5ForConditionalGeneration'),
     (encoder_decoder.t5(64, 16, 3, 2, 8, 24, gated=True, tied=False), 'T5ForConditionalGeneration')])
-def test_models_of_ours_are_of_a_family_and_their_tensors_come_back(model, architecture, tmp_path):
+def test_our_models_belong_to_a_family_and_their_tensors_come_back(model, architecture, tmp_path):
   exporter, values = weights.export_config(model)
   assert exporter.architecture == architecture and values['architectures'] == [architecture]
   params = jax.jit(model.init)(jax.random.key(1))
@@ -189,7 +189,7 @@ def test_weights_are_copied_in_blocks_and_the_pages_of_large_ones_given_back():
   assert released[:3] == [1 << 24, 1 << 25, 1 << 25] and released[-1] == 1 << 26   # a quarter, another, the half
 
 
-def test_jax_takes_over_what_is_read_as_it_is():
+def test_jax_uses_the_buffers_that_were_read_without_a_copy():
   for size in (1, 3, 1 << 16):
     array = weights._empty_aligned((size, 5), jnp.bfloat16)
     array[...] = 1
@@ -211,8 +211,8 @@ def test_of_a_model_on_the_hub_only_the_files_at_the_top_are_fetched(tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_has_no_other_form_goes_out_as_the_file_it_came_in(tmp_path):
-  """A folder with only tokenizer.model, which changes text: imported, trained from, written."""
+def test_a_tokenizer_that_changes_text_is_exported_as_its_own_file(tmp_path):
+  """A folder with only tokenizer.model, which changes text, is imported, trained from, and written."""
   model_file = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(['anna bert carl dora'] * 9), model_writer=model_file, vocab_size=300, model_type='bpe',
@@ -234,7 +234,7 @@ def test_a_tokenizer_that_has_no_other_form_goes_out_as_the_file_it_came_in(tmp_
     pretrained.write(tmp_path / 'other', model, params, TOKENIZER, like=tmp_path / 'in')
 
 
-def test_several_ends_go_out_and_come_back(params, tmp_path):
+def test_several_end_tokens_are_exported_and_read_back(params, tmp_path):
   pytest.importorskip('tokenizers')
   pretrained.write(tmp_path / 'first', MODEL, params, TOKENIZER)
   tokens = dataclasses.replace(pretrained.load(str(tmp_path / 'first')).tokenizer, ends=(7, 9))
@@ -243,7 +243,7 @@ def test_several_ends_go_out_and_come_back(params, tmp_path):
 
 
 @pytest.mark.parametrize('annotated', [False, True])
-def test_a_run_of_dialogues_goes_out_with_its_template_and_its_ends(tmp_path, monkeypatch, annotated):
+def test_a_run_of_dialogues_is_exported_with_its_template_and_end_tokens(tmp_path, monkeypatch, annotated):
   """Also where the data is annotated, as that of preferences is."""
   tokens, template = Bytes(), conversation.Turns()
   data = dialogues.Dialogues(source.Source('talk', {}, 'f'), tokens, 32, template=template)

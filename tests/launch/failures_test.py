@@ -1,4 +1,4 @@
-"""Each kind of error is raised for real, and a program says of it what its user needs: one line, or the traceback."""
+"""Each kind of error is raised for real, and a program prints what its user needs: one line, or the traceback."""
 import errno
 import importlib
 import pathlib
@@ -19,7 +19,7 @@ from lm.workdir import atomic, checkpoint, track
 
 @pytest.fixture
 def full_disk(tmp_path):
-  """A folder on a disk of 200 kB."""
+  """Returns a folder on a disk of 200 kB."""
   folder = tmp_path / 'small'
   folder.mkdir()
   mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', folder], capture_output=True)
@@ -31,7 +31,7 @@ def full_disk(tmp_path):
 
 @pytest.fixture
 def fails(monkeypatch, capsys):
-  """What a program prints that runs a function, by `launch`; its exit code is 1."""
+  """Returns a function that gives what a program prints when it fails, and asserts that its exit code is 1."""
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def run(function, *argv):
@@ -96,7 +96,7 @@ def test_bad_input_is_one_line(fails, tmp_path):
     lambda: jax.lax.scan(lambda c, x: (c, x), 0, (jnp.zeros(2), jnp.zeros(3))),
     lambda: jax.vmap(lambda x: x)(3.), lambda: jnp.concatenate([]),
     lambda: {}['key'], lambda: jax.jit(lambda x: x.reshape(2, 2))(jnp.zeros(3))])
-def test_what_a_library_raises_keeps_its_traceback(fails, bug):
+def test_errors_of_a_library_keep_their_traceback(fails, bug):
   assert 'Traceback' in (text := fails(bug)) and pathlib.Path(__file__).name in text
 
 
@@ -105,7 +105,7 @@ def test_not_a_number_found_by_jax_keeps_its_traceback(fails):
     assert 'Traceback' in fails(lambda: jnp.log(jnp.float32(-1)))
 
 
-def test_the_exit_is_reached_where_telling_fails(fails, monkeypatch):
+def test_the_program_exits_if_the_explanation_of_an_error_fails(fails, monkeypatch):
   monkeypatch.setattr(failures, 'explain', lambda error: 1 / 0)
   fails(lambda: int('x'))
 

@@ -1,3 +1,4 @@
+"""A function becomes a program: its flags, its help, its exit codes, and what it records."""
 import dataclasses
 import json
 import os
@@ -135,7 +136,8 @@ RESULT = Result(0, 0, None, OPENED, None, {}, True, {})
 
 @pytest.fixture
 def program(monkeypatch, tmp_path):
-  """Runs an experiment in this process with a stand-in for training; returns its exit code."""
+  """Returns a function that runs an experiment in this process with a stand-in for training, and gives its exit code.
+  """
   calls = []
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
   monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective:
@@ -257,13 +259,13 @@ def test_programs_exit_with_a_code_and_one_line(tmp_path, argument, code, out, e
 
 @pytest.mark.parametrize('argv, expected', [
     ([], None), (['--bos'], True), (['--nobos'], False), (['--bos=none'], None)])
-def test_a_switch_may_be_left_to_the_program(argv, expected):
+def test_a_switch_may_be_none(argv, expected):
   def main(*, bos: bool | None = None):
     del bos
   assert launch.parse([main], ['', *argv])[0] == [{'bos': expected}]
 
 
-def test_a_text_that_may_be_none_is_empty_only_where_that_is_meant():
+def test_an_optional_text_may_be_empty_only_if_its_type_says_so():
   def main(*, name: str | None = None, prompt: str = 'a', between: launch.AnyText | None = None):
     del name, prompt, between
   assert launch.parse([main], ['', '--prompt=', '--between='])[0] == [{'name': None, 'prompt': '', 'between': ''}]

@@ -1,4 +1,4 @@
-"""A program says what it will read; and at its end what came out, with a command that can be typed as it stands."""
+"""A program prints what it will read and, at its end, its results with the next command to type."""
 import argparse
 import inspect
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-  """Runs a script in this process; gives what it prints."""
+  """Returns a function that runs a script in this process, and gives what it prints."""
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv):

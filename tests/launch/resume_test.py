@@ -1,4 +1,4 @@
-"""A workdir knows the flags of its run: what may change does, and what may not is refused by its name."""
+"""A workdir knows the flags of its run; flags that may change do, and others are refused by name."""
 import dataclasses
 import re
 import sys
@@ -66,7 +66,7 @@ def experiment(*, name: str, letters: pathlib.Path | None = None, tags: tuple[st
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-  """Runs a script in this process: the exit code, standard output and standard error."""
+  """Returns a function that runs a script in this process, and gives (exit code, standard output, standard error)."""
   path = tmp_path / 'small.py'
   path.write_text(SCRIPT)
   function = variants.experiment(path)
@@ -105,7 +105,7 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_may_not_change_is_refused_by_its_name(program, tmp_path):
+def test_flags_that_may_not_change_are_refused_by_name(program, tmp_path):
   assert program('--name=b')[0] == 0
   steps = steps_kept(tmp_path / 'run')
   for flag, before in (('name=c', 'b'), ('width=16', '8'), ('batch=16', '8'), ('seed=1', '0'), ('tags=z', ''),
@@ -168,7 +168,7 @@ def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(program, tmp_path):
+def test_another_objective_needs_a_flag_and_begins_a_new_best(program, tmp_path):
   assert program('--name=b', '--lr=0.3', '--keep=1')[0] == 0   # some losses are low
   code, _, err = program('--label_smoothing=0.5', '--steps=8')
   assert code == 1 and '--label_smoothing is 0.0 there, not 0.5. Leave it out' in err and '--new_objective' in err
@@ -181,7 +181,7 @@ def test_another_objective_is_refused_until_it_is_meant_and_begins_a_new_best(pr
 
 
 @pytest.mark.slow
-def test_what_a_cosine_does_when_it_is_stretched_is_said(program, tmp_path):
+def test_the_jump_of_the_learning_rate_of_a_longer_cosine_is_reported(program, tmp_path):
   assert 'jumps' not in program('--name=b', '--cosine', '--steps=8')[1]
   out = program('--steps=16')[1]
   rates = logged(tmp_path / 'run', 'learning_rate')

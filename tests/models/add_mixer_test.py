@@ -99,7 +99,7 @@ def test_a_cache_of_a_new_kind_continues_unequal_prompts_as_the_full_forward(mod
 
 
 @pytest.mark.slow
-def test_a_new_mixer_writes_each_text_as_it_does_alone(model):
+def test_a_new_mixer_writes_each_text_of_a_batch_as_alone(model):
   params, tokenizer = jax.jit(model.init)(jax.random.key(0)), Bytes(('<|a|>', '<|b|>'))
   sampling = generate.Sampling(temperature=0.7)
   together = generate.generate(model, params, tokenizer, TEXTS, sampling, max_tokens=12)

@@ -1,4 +1,4 @@
-"""Attention in blocks: values and gradients are those of the plain formula, whatever is seen."""
+"""Blockwise attention has the values and gradients of the plain formula, for every kind of mask."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ TIME = 300   # of three blocks
 
 
 def plain(q, k, v, visible, scores, sinks):
-  """All scores at once."""
+  """Returns attention with all scores at once."""
   groups = q.shape[2] // k.shape[2]
   k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
   s = jnp.einsum('BTNH,BSNH->BNTS', q, k) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
@@ -71,7 +71,8 @@ def test_values_and_gradients_are_those_of_the_plain_formula(visibility, scores,
 
 @pytest.fixture
 def fused(monkeypatch):
-  """On what is taken for a GPU; the options of each call of the fused kernel, which XLA computes here."""
+  """Lets the platform count as a GPU, and returns the options of each call of the fused kernel. XLA computes it here.
+  """
   calls, compute = [], jax.nn.dot_product_attention
 
   def stand_in(*arrays, implementation, **options):
@@ -84,7 +85,7 @@ def fused(monkeypatch):
 
 
 def half(*sizes, dtype=jnp.bfloat16):
-  """Queries, keys and values of these head sizes, of two heads for one key."""
+  """Returns bfloat16 queries, keys and values of these head sizes, with two heads for one key head."""
   keys = jax.random.split(jax.random.key(3), 3)
   return tuple(jax.random.normal(key, (2, TIME, heads, size), dtype)
                for key, heads, size in zip(keys, (4, 2, 2), sizes))
@@ -94,7 +95,7 @@ def half(*sizes, dtype=jnp.bfloat16):
 @pytest.mark.parametrize('scores', [AttentionScores(), AttentionScores(window=20), AttentionScores(0.3),
                                     AttentionScores(causal=False), AttentionScores(chunk=64)],
                          ids=str)
-def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, visibility):
+def test_the_fused_kernel_has_the_mask_of_the_plain_formula(fused, scores, visibility):
   if scores.chunk is not None and visibility != 'packed':
     pytest.skip('chunks are of positions')
   q, k, v = half(16, 16, 16)
@@ -114,7 +115,7 @@ def test_the_fused_kernel_sees_what_the_plain_formula_does(fused, scores, visibi
     (half(12, 12, 12), AttentionScores(), False, False),
     (half(16, 16, 16, dtype=jnp.float32), AttentionScores(), False, False)],
     ids=['softcap', 'sinks', 'bias', 'values of another size', 'heads of 12', 'float32'])
-def test_what_the_fused_kernel_cannot_compute_is_not_given_to_it(fused, arrays, scores, sinks, bias):
+def test_the_fused_kernel_is_not_called_for_what_it_cannot_compute(fused, arrays, scores, sinks, bias):
   visible = Visible(bias_NTS=jnp.ones((4, TIME, TIME))) if bias else Visible()
   actual = attend(*arrays, visible, scores, jnp.ones(4) if sinks else None)
   assert not fused and actual.shape == (2, TIME, 4, arrays[2].shape[-1])

@@ -1,4 +1,4 @@
-"""Losses that balance experts are those of their papers, and reach the loss of training and the log."""
+"""Losses that balance experts equal the formulas of their papers, and reach the training loss and the log."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from lm.objectives.next_token import next_token
 
 
 def routing(seed=5):
-  """What a router with random weights decides of random tokens, some of which are padding."""
+  """Returns (routing, mask): the decision of a router with random weights on random tokens, some of them padding."""
   rng = np.random.default_rng(seed)
   scores = rng.uniform(size=(ROWS, TIME, EXPERTS)).astype('f4')
   chosen = np.argsort(-scores, axis=-1)[..., :2].astype('i4')

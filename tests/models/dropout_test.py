@@ -1,4 +1,4 @@
-"""Dropout of attention and of layers: the mask's own formula, unbiased, drawn where it says, and off without a key."""
+"""Dropout of attention and of layers equals the formula with its own mask, is unbiased, and needs a key."""
 import functools
 
 import flax.linen as nn
@@ -29,7 +29,7 @@ def inputs(sinks):
 
 
 def probabilities(q, k, visible, scores, sinks=None):
-  """[B, N, T, S], all at once, by the plain formula."""
+  """Returns attention probabilities [B, N, T, S], all at once, by the plain formula."""
   s = jnp.einsum('BTNH,BSNH->BNTS', q, jnp.repeat(k, 2, axis=2)) * q.shape[-1] ** -0.5
   s = s if scores.softcap is None else scores.softcap * jnp.tanh(s / scores.softcap)
   mask = np.tril(np.ones((1, TIME, TIME), bool)) if scores.causal else np.ones((1, TIME, TIME), bool)
@@ -42,7 +42,7 @@ def probabilities(q, k, visible, scores, sinks=None):
 
 
 def scales(visible, scores, key):
-  """[B, N, T, S]: what each probability is multiplied by, put together from the blocks."""
+  """Returns the factor of each probability, [B, N, T, S], put together from the blocks."""
   drop, whole = AttentionDropout(key, jnp.arange(2), jnp.arange(4)), np.zeros((2, 4, TIME, TIME), 'f4')
   for i, (queries, keys) in enumerate(kernels._blocks(TIME, TIME, visible, scores)):
     shape = 2, 2, 2, queries.stop - queries.start, keys.stop - keys.start
@@ -124,7 +124,7 @@ def test_the_fused_kernel_which_has_no_dropout_is_not_taken(monkeypatch):
 
 
 class Adds(nn.Module):
-  """A block that adds its weight."""
+  """A block that adds its weight to the stream."""
 
   @nn.compact
   def __call__(self, x, context, cache=None):
@@ -132,7 +132,7 @@ class Adds(nn.Module):
 
 
 class Other(Adds):
-  """As different layers alternate."""
+  """Another class of block, so that layers alternate."""
 
 
 class Same(nn.Module):
@@ -143,7 +143,7 @@ class Same(nn.Module):
 
 
 def added(dropout, key, rows=400):
-  """What layers of 1, 10, 100, 1000 add to each row, [rows], with the key or with each of several."""
+  """Returns what layers of 1, 10, 100 and 1000 add to each row, [rows], for one key or for each of several."""
   model = transformer.Transformer(4, 8, stack.stacks([Adds(), Other()] * 2), Same(), 16, layer_dropout=dropout)
   params = {'embedding': np.zeros((4, 8), 'f4'), 'blocks': {
       '0': {'step': np.float32([[1], [100]])}, '1': {'step': np.float32([[10], [1000]])}}}
@@ -211,7 +211,7 @@ def test_rates_that_cannot_be_are_refused(make, message):
 
 
 class Gives(nn.Module):
-  """A branch that gives a number."""
+  """A branch that returns a number."""
   value: float
 
   @nn.compact

@@ -1,4 +1,4 @@
-"""T5: against transformers, what each position sees, and one computation done in several ways."""
+"""T5 equals transformers; each position sees what it should; one computation agrees with itself done in other ways."""
 import functools
 import json
 import warnings
@@ -47,7 +47,7 @@ def transformers():
 
 @pytest.fixture(scope='module')
 def opened(transformers, tmp_path_factory):
-  """(torch's model, our model, parameters, folder): all weights away from what they start as, logits of size one."""
+  """Returns (torch model, our model, params, folder), with random weights and logits of order one."""
   import torch
 
   @functools.cache
@@ -70,7 +70,7 @@ def opened(transformers, tmp_path_factory):
 
 
 def make_batch(rng=None):
-  """Sources and targets of unequal length, padded on the right."""
+  """Returns a batch of sources and targets of unequal lengths, padded on the right."""
   rng = np.random.default_rng(1)
   tokens, targets = rng.integers(1, VOCAB, (2, ROWS, TIME)).astype('i4')
   segments = (np.arange(TIME)[None] < np.array([[20], [13], [3], [9]])).astype('i4')
@@ -132,7 +132,7 @@ def test_loss_and_gradients_are_those_of_torch(opened, version, record_property,
 
 @pytest.mark.parametrize('version,unstack', [('1.0', False), ('1.1', True)])
 def test_cached_decoding_equals_the_full_forward(opened, version, unstack, record_property):
-  """Rows of tokens are padded on the left, sources on the right; the cache has slots to spare."""
+  """Tokens are padded on the left, sources on the right, and the cache has more slots than needed."""
   _, model, params, _ = opened(version)
   batch, pads = make_batch(), np.array([0, 3, 0, 5])
   expected = np.asarray(forward(model, params, batch._replace(segments=None)))
@@ -165,7 +165,7 @@ def test_another_source_takes_the_place_of_the_one_in_the_cache():
 
 
 @versions
-def test_what_goes_out_is_what_came_in(opened, transformers, version, record_property, tmp_path):
+def test_exported_files_are_the_imported_ones(opened, transformers, version, record_property, tmp_path):
   theirs, model, params, folder = opened(version)
   weights.write(tmp_path / 'out', model, params, extra={'decoder_start_token_id': 0})
   with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
@@ -180,8 +180,8 @@ def test_what_goes_out_is_what_came_in(opened, transformers, version, record_pro
   record_property('T5ForConditionalGeneration/back', 'same')
 
 
-def test_an_untied_model_whose_tables_are_one_in_the_files_is_read(transformers, tmp_path):
-  """As transformers 5 saves what it has begun or trained with `tie_word_embeddings` false."""
+def test_an_untied_model_with_one_stored_table_is_read(transformers, tmp_path):
+  """transformers 5 saves such files for models made or trained with `tie_word_embeddings` false."""
   config = transformers.T5Config(**V11)
   theirs = transformers.T5ForConditionalGeneration(config).eval()
   theirs.save_pretrained(tmp_path / 'in')
@@ -271,7 +271,7 @@ def test_the_decoder_sees_what_is_not_later_and_all_of_its_source():
 
 @pytest.mark.parametrize('causal', [True, False])
 def test_attention_over_several_blocks_equals_the_dense_formula(causal):
-  """With a bias, which is differentiated; where it is not causal, over another number of keys."""
+  """With a bias, which has gradients; without causality, over another number of keys."""
   rng, time, keys = np.random.default_rng(5), 300, 300 if causal else 170
   q, dy = rng.normal(size=(2, 2, time, 4, 8)).astype('f4')
   k, v = rng.normal(size=(2, 2, keys, 2, 8)).astype('f4')
@@ -302,7 +302,7 @@ def test_a_window_that_is_not_causal_reaches_both_ways():
 
 
 def test_remat_saves_memory():
-  """And changes nothing: gradients with it and without are those of torch, above."""
+  """Gradients with and without rematerialisation equal those of torch in the test above."""
   params, batch = random_params(MODEL), make_batch()
   whole, lean = (MODEL.clone(remat=remat) for remat in (None, jax.checkpoint_policies.nothing_saveable))
   sizes = [count_residuals(model, params, batch) for model in (lean, MODEL, whole)]
@@ -338,14 +338,14 @@ def count(model):
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 
-def test_sizes():
+def test_the_numbers_of_parameters_are_published_and_biases_do_not_decay():
   assert count(encoder_decoder.t5()) == 60_506_624   # small, 1.0 and 1.1
   assert count(encoder_decoder.t5(layers=8, heads=6, hidden=1024, gated=True, tied=False)) == 76_961_152
   decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(declarations.of(MODEL)))
   assert {path[-1].key for path, yes in decayed if not yes} == {'scale', 'encoder_bias', 'decoder_bias'}
 
 
-def test_what_does_not_fit_says_so():
+def test_sizes_that_do_not_fit_are_refused():
   params, tokens = random_params(MODEL), np.zeros((1, 4), 'i4')
   with pytest.raises(ValueError, match='reads batch.source'):
     MODEL.apply(params, Batch(tokens))

@@ -1,4 +1,5 @@
-"""BERT: against transformers, what each position sees, and one computation done in several ways."""
+"""BERT equals transformers; each position sees what it should; one computation agrees with itself done in other ways.
+"""
 import functools
 import json
 import warnings
@@ -41,7 +42,7 @@ def transformers():
 
 @pytest.fixture(scope='module')
 def opened(transformers, tmp_path_factory):
-  """(torch's model, our model, parameters, folder): all weights away from what they start as, logits of size one."""
+  """Returns (torch model, our model, params, folder), with random weights and logits of order one."""
   import torch
   torch.manual_seed(0)
   folder = tmp_path_factory.mktemp('bert')
@@ -55,8 +56,9 @@ def opened(transformers, tmp_path_factory):
 
 
 def make_batch(rng=None):
-  """Rows of unequal length, padded on the right, with types; every third word is asked for. No word is the padding's,
-  whose embedding torch does not train."""
+  """Returns a batch of rows of unequal length with types, padded on the right; a third of the words is predicted. No
+  word is the padding token, whose embedding torch does not train.
+  """
   rng = np.random.default_rng(1) if rng is None else rng
   tokens, targets = rng.integers(1, VOCAB, (2, ROWS, TIME)).astype('i4')
   segments = (np.arange(TIME)[None] < np.array([[24], [17], [3], [9]])).astype('i4')
@@ -110,7 +112,7 @@ def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, t
              if path[-1].key != 'key_bias')   # which shifts all scores of a query alike
 
 
-def test_what_goes_out_is_what_came_in(opened, transformers, record_property, tmp_path):
+def test_exported_files_are_the_imported_ones(opened, transformers, record_property, tmp_path):
   theirs, model, params, folder = opened
   weights.write(tmp_path / 'out', model, params)
   with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
@@ -126,7 +128,7 @@ def test_what_goes_out_is_what_came_in(opened, transformers, record_property, tm
 
 
 def test_older_files_are_read(opened, tmp_path):
-  """Norms had other names, the tied weights were there twice, and there were heads of pretraining."""
+  """They have other names for norms, the tied weights twice, and the heads of pretraining."""
   _, model, params, folder = opened
   config = {**CONFIG, 'model_type': 'bert', 'architectures': ['BertForMaskedLM'], 'directionality': 'bidi',
             'position_embedding_type': 'absolute', 'pooler_type': 'first_token_transform', 'pooler_fc_size': 768}
@@ -232,7 +234,7 @@ def test_bfloat16_computes_near_float32():
   assert 1e-4 < np.abs(low - high).max() / np.abs(high).max() < 0.05
 
 
-def test_sizes():
+def test_the_number_of_parameters_is_published_and_bad_sizes_are_refused():
   shapes = jax.eval_shape(encoder.bert().init, jax.random.key(0))
   assert sum(x.size for x in jax.tree.leaves(shapes)) == 109_514_298   # BERT base, uncased
   with pytest.raises(ValueError, match='25 tokens are more than the 24'):

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: against NumPy, the cache against the full forward, every mesh, and `transformers`."""
+"""Multi-head latent attention equals NumPy, its cache the full forward pass, on every mesh, and `transformers`."""
 import functools
 
 import jax
@@ -43,7 +43,7 @@ def inputs():
 
 
 def run(module, params, x, dy):
-  """The output for packed rows, and the gradients of <output, dy> by parameters and x."""
+  """Returns the output for packed rows, and the gradients of <output, dy> by the parameters and x."""
   def apply(params, x):
     segments, positions = (sharding.constrain(jnp.asarray(a), 'BT') for a in (SEGMENTS, POSITIONS))
     x = sharding.constrain(x, 'BTD')
@@ -54,7 +54,7 @@ def run(module, params, x, dy):
 
 
 def reference(p, x, scale):
-  """From the DeepSeek-V2 paper, a head at a time."""
+  """Returns the output by the equations of the DeepSeek-V2 paper, one head at a time."""
   def norm(x, p):
     return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * p['scale']
 
@@ -81,7 +81,7 @@ def reference(p, x, scale):
 
 
 def assert_close(actual, expected, tolerance=2e-5):
-  """Within `tolerance` of the largest entry."""
+  """Asserts that arrays agree within `tolerance` of the largest absolute expected value."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
@@ -149,7 +149,7 @@ def model(module):
 @pytest.mark.parametrize('module,chunks,shape', [
     (FULL, [1] * TIME, None), *slow((PLAIN, [4, 1, 1, 1], 'data:2,model:4'))], ids=['one_by_one', 'data:2,model:4'])
 def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
-  """Rows of unequal length are padded on the left; the cache has slots to spare."""
+  """Rows of unequal length are padded on the left, and the cache has more slots than needed."""
   lm, rng = model(module), np.random.default_rng(0)
   tokens, pads, slots = rng.integers(0, 24, (ROWS, TIME)).astype('i4'), np.array([0, 2, 3, 5]), np.arange(TIME)[None]
   padded = Batch(np.stack([np.roll(row, p) for row, p in zip(tokens, pads)]),
@@ -175,7 +175,7 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
 
 
 def test_one_key_head_is_still_decoded_on_a_mesh():
-  """A cache that the table splits over a `model` of one device."""
+  """The cache is split over a `model` axis of one device."""
   with on('data:4'):
     lm = model(attention.Attention(4, 1, 4))
     step = lambda: lm.apply(lm.init(jax.random.key(0)), Batch(jnp.zeros((4, 1), jnp.int32)), cache=lm.init_cache(4, 4))

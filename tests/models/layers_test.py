@@ -1,4 +1,4 @@
-"""The parts of models: products with weights."""
+"""Products with weights, norms and biases equal their formulas in every precision."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ def test_a_product_and_its_gradients_are_those_of_the_formula(formula, shapes, d
 
 
 def test_sums_of_half_precision_products_are_float32():
-  """A one and 4,096 times 1/4096: added in bfloat16, the small ones would be lost."""
+  """One plus 4,096 times 1/4096: added in bfloat16, the small terms would be lost."""
   x, w = jnp.ones((1, 1, 4097), jnp.bfloat16).at[0, 0, 1:].set(1 / 4096), jnp.ones((4097, 1), jnp.bfloat16)
   assert layers.einsum('BTD,DF->BTF', x, w) == 2
   small = layers.einsum('BTD,DF->BTF', x, w, jnp.float32)

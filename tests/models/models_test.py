@@ -1,4 +1,6 @@
-"""Models: against NumPy in float64, what each position sees, and one computation done in several ways."""
+"""Models equal NumPy in float64; each position sees what it should; one computation agrees with itself done in other
+ways.
+"""
 import functools
 import operator
 
@@ -21,7 +23,7 @@ jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_lev
 
 
 def sees(batch):
-  """[B, T, S], straight from the definition."""
+  """Returns which positions each position sees, [B, T, S], from the definition."""
   b, t, s = np.ix_(np.arange(ROWS), np.arange(TIME), np.arange(TIME))
   later_is_hidden = s <= t + 0 * b
   if batch.segments is None:
@@ -30,7 +32,7 @@ def sees(batch):
 
 
 def reference(params, batch):
-  """The hidden states and the mean loss, in NumPy; the parameters' names say what the model is."""
+  """Returns the hidden states and the mean loss in NumPy; the names of parameters say what the model is."""
   def norm(p, x):
     if 'bias' in p:
       return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p['scale'] + p['bias']
@@ -88,7 +90,7 @@ loss_and_grads = jit(jax.value_and_grad(mean_loss, argnums=1), static_argnums=0)
 
 
 def assert_close(actual, expected, tolerance=2e-5):
-  """Within `tolerance` of the largest entry."""
+  """Asserts that arrays agree within `tolerance` of the largest absolute expected value."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
@@ -98,7 +100,7 @@ PACKED = pytest.mark.parametrize('packed', [False, True], ids=['plain', 'packed'
 
 @PACKED
 @MODELS
-def test_forward_is_the_papers(model, packed):
+def test_the_forward_pass_equals_numpy(model, packed):
   params, batch = random_params(model), make_batch(packed)
   assert_close(forward(model, params, batch), reference(jax.tree.map(np.float64, params), batch)[0])
 
@@ -190,7 +192,7 @@ def test_remat_saves_memory_and_changes_nothing():
 @pytest.mark.parametrize('model,chunks', [(GPT2, [5, 1, 1, 1]), (LLAMA, [5, 1, 1, 1]), (LLAMA, [1] * TIME)],
                          ids=['gpt2', 'llama', 'llama_one_by_one'])
 def test_cached_decoding_equals_the_full_forward(model, chunks):
-  """Rows of unequal length are padded on the left; the cache has slots to spare."""
+  """Rows of unequal length are padded on the left, and the cache has more slots than needed."""
   params, batch = random_params(model), make_batch(False)
   pads = np.array([0, 3, 5])
   slots = np.arange(TIME)[None]
@@ -214,7 +216,7 @@ def test_a_cache_without_segments_or_positions_counts_on():
   assert_close(jnp.concatenate([first, second], axis=1), forward(GPT2, params, batch), 1e-5)
 
 
-def test_a_prompt_that_is_seen_both_ways_is_read_into_the_cache_as_such():
+def test_a_bidirectional_prompt_is_cached_as_such():
   params, batch = random_params(LLAMA), make_batch(False)
   batch = batch._replace(bidirectional=np.arange(TIME)[None] < np.array([[5], [3], [0]]))
   first, cache = decode(LLAMA, params, jax.tree.map(lambda x: x[:, :5], batch), LLAMA.init_cache(ROWS, TIME + 3))
@@ -223,7 +225,7 @@ def test_a_prompt_that_is_seen_both_ways_is_read_into_the_cache_as_such():
 
 
 def random_key(seed):
-  """Of the generator that compiles fastest."""
+  """Returns a key of the generator that compiles fastest."""
   return jax.random.key(seed, impl='rbg')
 
 
@@ -251,7 +253,7 @@ def test_dropout_needs_a_key_and_reaches_both_branches_and_the_embedding():
 
 
 class Coin(nn.Module):
-  """A block that adds twos and zeros."""
+  """A block that adds ones with a dropout of one half, so zeros and twos."""
 
   @nn.compact
   def __call__(self, x, context, cache=None):
@@ -293,7 +295,7 @@ def test_bfloat16_computes_near_float32_and_leaves_parameters_alone():
 
 @pytest.mark.parametrize('both_ways', [False, True], ids=['causal', 'both_ways'])
 def test_attention_over_several_blocks_equals_the_dense_formula(both_ways):
-  """Long enough for a kernel that goes by blocks of queries, the last of them not whole."""
+  """The row is longer than a block of queries, and the last block is not full."""
   rng, time = np.random.default_rng(5), 300
   q, dy = rng.normal(size=(2, 1, time, 4, 8)).astype('f4')
   k, v = rng.normal(size=(2, 1, time, 2, 8)).astype('f4')
@@ -334,6 +336,6 @@ def test_full_size_models_have_their_published_numbers_of_parameters():
     (lambda: jax.eval_shape(GPT2.apply, random_params(GPT2), Batch(np.zeros((1, TIME + 1), 'i4'))),
      f'{TIME + 1} tokens are more than the {TIME}'),
 ], ids=['heads', 'kv_heads', 'odd', 'length'])
-def test_sizes_that_do_not_fit_say_so(make, message):
+def test_sizes_that_do_not_fit_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()

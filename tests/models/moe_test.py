@@ -1,4 +1,4 @@
-"""Mixtures of experts: against NumPy in float64, on every mesh, and against the modules of `transformers`."""
+"""Mixtures of experts equal NumPy in float64, on every mesh, and the modules of `transformers`."""
 import functools
 import types
 
@@ -43,7 +43,7 @@ def inputs(seed=1):
 
 
 def run(module, params, x, dy):
-  """The output, and the gradients of <output, dy> by parameters and x."""
+  """Returns the output, and the gradients of <output, dy> by the parameters and x."""
   def apply(params, x):
     return module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
 
@@ -66,7 +66,7 @@ def clamped(gate, up):
 
 
 def route(kind, p, x):
-  """One token's experts and weights, by hand."""
+  """Returns the (expert, weight) pairs of one token, by hand."""
   logits = x @ p['router'] + p.get('router_bias', 0)
   softmax = np.exp(logits - logits.max())
   softmax = softmax / softmax.sum()
@@ -85,7 +85,7 @@ def route(kind, p, x):
 
 
 def reference(kind, p, x):
-  """A token at a time, an expert at a time."""
+  """Returns the output, one token and one expert at a time."""
   y = np.zeros_like(x)
   own = [{n: p[n][e] for n in p if n.startswith(('gate', 'up', 'down'))} for e in range(EXPERTS)]
   for place in np.ndindex(x.shape[:-1]):
@@ -101,7 +101,7 @@ def reference(kind, p, x):
 
 
 def assert_close(actual, expected, tolerance=2e-5):
-  """Within `tolerance` of the largest entry."""
+  """Asserts that arrays agree within `tolerance` of the largest absolute expected value."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * (np.abs(expected).max() + 1e-3))
 
@@ -176,7 +176,7 @@ def test_experts_are_split_over_model_and_their_matrices_over_data():
                          ids=['all_one', 'unequal', 'near', 'none'])
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_products_of_groups_equal_the_loop_over_groups(sizes, platform, monkeypatch):
-  """Blocks of rows on CPU, `ragged_dot` elsewhere; rows of no group are void."""
+  """The product uses blocks of rows on CPU and `ragged_dot` elsewhere. Rows of no group are undefined."""
   monkeypatch.setattr(sharding, 'platform', lambda: platform)
   rng = np.random.default_rng(3)
   rows, total = 310, sum(sizes)
@@ -274,7 +274,7 @@ def test_muon_orthogonalises_each_experts_matrices_and_no_vector_decays():
 
 
 def parity(theirs, module, params, tensors, output=lambda out: out):
-  """Both on the same x, with torch's random weights."""
+  """Asserts that both modules give the same output for the same x and the same random weights."""
   import torch
   rng = np.random.default_rng(0)
   with torch.no_grad():
@@ -291,7 +291,7 @@ def parity(theirs, module, params, tensors, output=lambda out: out):
 
 
 def halves(gate_up):
-  """[E, 2F, D] of torch as two [E, D, F]."""
+  """Splits torch's [E, 2F, D] into two [E, D, F]."""
   gate, up = np.split(gate_up.swapaxes(1, 2), 2, axis=-1)
   return {'gate': gate, 'up': up}
 

@@ -1,4 +1,4 @@
-"""The coordinate check (Yang et al. 2022): how much each activation changes in a few steps, over width and depth."""
+"""The coordinate check (Yang et al. 2022): how the changes of activations in a few steps depend on width and depth."""
 import dataclasses
 import importlib
 import pathlib
@@ -26,7 +26,7 @@ class Same(nn.Module):
 
 
 def activations(model, params, batch):
-  """The embedding, what the first and the last block give, the logits."""
+  """Returns the embedding, the outputs of the first and the last block, and the logits."""
   bare = model.clone(norm=Same())
   first = bare.clone(blocks=stack.stacks(model.layers[:1]))
   outputs = [first.apply({**params, 'blocks': jax.tree.map(lambda x: x[:1], params['blocks'])}, batch).hidden,
@@ -36,7 +36,7 @@ def activations(model, params, batch):
 
 
 def changes(model, updates):
-  """mean |x_t - x_0| of embedding, last block, logits, for t = 1, ..., STEPS, [STEPS, 3]."""
+  """Returns log mean |x_t - x_0| of each activation for t = 1, ..., STEPS, [STEPS, activations]."""
   batch = Batch(jnp.array(TOKENS[:, :-1]), targets=jnp.array(TOKENS[:, 1:]), weights=jnp.ones((1, 8)))
   optimizer = optim.bound(optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None),
                           declarations.of(model))
@@ -59,6 +59,7 @@ def changes(model, updates):
 
 
 def slopes(sizes, model, updates):
+  """Returns the exponent of the size by which each activation changes, for each step."""
   logs = np.stack([changes(model(size), updates(size)) for size in sizes])
   return np.polyfit(np.log(sizes), logs.reshape(len(sizes), -1), 1)[0].reshape(logs.shape[1:])
 
@@ -88,7 +89,7 @@ def test_changes_grow_with_width_in_the_standard_parametrisation():
 
 @pytest.mark.slow
 def test_changes_do_not_depend_on_depth():
-  """Of the residual stream; what one block of many adds to it falls as their number grows."""
+  """This is the residual stream. The contribution of one block falls as the number of blocks grows."""
   base = {'base_width': 64, 'base_layers': 2}
   exponents = slopes((8, 32), lambda layers: mup.parametrised(transformer.llama(**deep(layers)), **base),
                      lambda layers: mup.rates(64, layers, **base))
@@ -147,7 +148,7 @@ def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_
 
 @pytest.mark.parametrize('size', [8, 16, 64, 256])
 def test_scores_of_aligned_queries_and_keys_do_not_grow_with_the_size_of_a_head(size):
-  """They are 8 q k / H: entries of one eighth and one give 1 at any H."""
+  """They are 8 q k / H: entries of one eighth and one give 1 for any H."""
   model = mup.parametrised(transformer.llama(16, 2 * size, 1, heads=2), 128, 1)
   scores = model.layers[0].attention.scores
   key = jnp.stack([jnp.ones((1, 2, size)), jnp.zeros((1, 2, size))], axis=1)

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of stretched contexts are those of published models."""
+"""The rotary frequencies of stretched contexts are those of published models."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +46,7 @@ def test_longrope_divides_by_other_factors_past_the_original_context():
 
 @pytest.mark.slow
 def test_longrope_chooses_factors_for_each_text():
-  """Texts packed into a row, rows of a batch, padding, and tokens after those of a cache."""
+  """This covers packed texts, rows of a batch, padding, and tokens after those of a cache."""
   rotary = Rotary(1e4, scaling=LongRope((1.,) * 4, (2.,) * 4, 16, 1.1))
   x = jax.random.normal(jax.random.key(0), (3, 40, 2, 8))
   rows = [[20, 16, 4], [17, 3, 20], [5, 33, 2]]   # the last of each is padding

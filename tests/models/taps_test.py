@@ -50,7 +50,7 @@ def test_ablating_a_head_is_zeroing_its_rows_of_the_output_projection():
 
 
 @pytest.mark.slow
-def test_what_is_read_is_stacked_over_layers_and_the_same_with_a_cache():
+def test_activations_are_read_stacked_over_layers_with_or_without_a_cache():
   params, batch = random_params(GPT2), make_batch(False)
   taps = tuple((name, read) for name in NAMES)
   out = jax.jit(lambda params: GPT2.apply(params, batch, taps=taps))(params)

@@ -1,4 +1,4 @@
-"""To add an objective is to write one file: that of docs/extend.md, trained by the experiment there, with its flags."""
+"""A new objective is one file, that of docs/extend.md, which the experiment there trains by flags."""
 import json
 import os
 import pathlib
@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(tmp_path):
-  """The files that docs/extend.md shows, and a book: a cycle of 64 letters, where what is two away is certain."""
+  """Returns a folder with the files of docs/extend.md, and a text in which the character two places ahead is certain.
+  """
   for name in ('skip.py', 'far.py'):
     page = (ROOT / 'docs/extend.md').read_text()
     text, = re.findall(rf'^```python\n(# {name}.*?)^```', page, re.DOTALL | re.MULTILINE)
@@ -47,7 +48,7 @@ def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_fla
 
 
 @pytest.mark.slow
-def test_its_run_is_opened_by_other_programs_where_its_script_is_named(folder):
+def test_its_run_is_opened_by_other_programs_if_they_name_its_script(folder):
   run(folder, '--layers=1', '--width=64', '--steps=2')
   score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'
   command = [sys.executable, *score]

@@ -1,4 +1,4 @@
-"""Prefix, masked, span corruption, UL2: the papers' arithmetic, what counts, what is seen, and rows of them."""
+"""Prefix, masked, span-corruption and UL2 objectives follow their papers, and leak nothing in packed rows."""
 import collections
 import functools
 import itertools
@@ -34,7 +34,7 @@ def draws(objective, tokens, times=1, form=0):
 
 
 def within(count, total, share):
-  """Five standard deviations of a binomial."""
+  """Returns whether a count lies within five standard deviations of a binomial."""
   return abs(count - total * share) <= 5 * math.sqrt(total * share * (1 - share))
 
 
@@ -57,8 +57,8 @@ def test_a_source_of_512_is_made_of_568_tokens():
   assert span_corruption.raw_length(1024) == 1137
 
 
-def test_noise_is_cut_in_all_ways_alike():
-  """8 tokens, 4 of them noise, in 2 spans: 3 ways to cut the noise, 3 to cut the rest."""
+def test_all_ways_to_cut_the_noise_are_equally_likely():
+  """8 tokens, 4 of them noise, in 2 spans: 3 ways to cut the noise times 3 to cut the other tokens."""
   rng = np.random.default_rng(0)
   counts = collections.Counter(span_corruption.noise_mask(8, 0.5, 2, rng).tobytes() for _ in range(4500))
   ways = itertools.product((1, 2, 3), repeat=2)
@@ -68,7 +68,7 @@ def test_noise_is_cut_in_all_ways_alike():
 
 @settings(max_examples=200, deadline=None)
 @given(tokens=st.integers(1, 200), density=st.floats(0.01, 0.99), mean=st.floats(1, 70), seed=st.integers(0, 99))
-def test_noise_has_the_counts_that_were_announced(tokens, density, mean, seed):
+def test_noise_has_the_announced_counts(tokens, density, mean, seed):
   mask = span_corruption.noise_mask(tokens, density, mean, np.random.default_rng(seed))
   noise, spans = span_corruption.counts(tokens, density, mean)
   assert len(mask) == tokens and mask.sum() == noise and np.sum(np.diff(mask, prepend=False) & mask) == spans
@@ -91,14 +91,14 @@ def test_the_example_of_the_paper():
 
 @settings(max_examples=200, deadline=None)
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=40))
-def test_source_and_targets_are_the_text_again(mask):
+def test_source_and_targets_together_give_the_text_back(mask):
   ids, control = np.arange(len(mask)).astype(np.int32), np.arange(100, 140).astype(np.int32)
   source, targets = span_corruption.corrupt(ids, np.array(mask), control)
   np.testing.assert_array_equal(span_corruption.fill(source, targets, control), ids)
   assert source.dtype == targets.dtype == np.int32
 
 
-def test_layouts():
+def test_the_decoder_layout_is_the_pair_in_one_row():
   piece = [BEGIN, *range(10, 20), END]
   both = draws(span_corruption.span_corruption(), piece) + draws(span_corruption.span_corruption(layout=DECODER), piece)
   pair, single = both
@@ -137,7 +137,7 @@ def test_short_pieces_mask_one_token_and_bos_none():
   assert draws(masked.masked(), [BEGIN])[0].weights.tolist() == [0]
 
 
-def test_prefixes_of_all_lengths_are_as_likely():
+def test_prefixes_of_all_lengths_are_equally_likely():
   piece = np.arange(10, 21)
   counts = collections.Counter()
   for example in draws(prefix.prefix(), piece, 2000):
@@ -149,7 +149,7 @@ def test_prefixes_of_all_lengths_are_as_likely():
 
 
 @pytest.mark.parametrize('split, size', [(lambda n, rng: 4, 4), (lambda n, rng: n // 2, 5), (lambda n, rng: 0, 1)])
-def test_a_given_prefix(split, size):
+def test_a_split_function_sets_the_length_of_the_prefix(split, size):
   example, = draws(prefix.prefix(split), range(10, 21))
   assert example.bidirectional.sum() == size and example.weights.sum() == 11 - size
 
@@ -182,7 +182,7 @@ def test_rows_take_turns_in_the_denoisers(layout, source):
 
 
 def bodies(batch: Batch, objective) -> list[list[int]]:
-  """What each segment was made of, without bos and eos."""
+  """Returns the tokens of which each segment was made, without bos and eos."""
   control, texts = np.arange(FIRST, FIRST + 1000), []
   for row in range(len(batch.tokens)):
     for segment in range(1, batch.segments[row].max() + 1):
@@ -242,7 +242,7 @@ def test_rows_are_nearly_full():
 # What does not go.
 
 
-def test_too_few_sentinels_are_told_before_anything_runs():
+def test_too_few_sentinels_are_refused_before_anything_runs():
   for objective, length in ((span_corruption.span_corruption(layout=DECODER, sentinels=NAMES[:3]), 128),
                             (ul2.ul2(), 512)):
     with pytest.raises(ValueError, match=r'as many as a row takes, have \d+ spans, but there are only \d+ sentinels'):
@@ -255,17 +255,17 @@ def test_too_few_sentinels_are_told_before_anything_runs():
     (span_corruption.span_corruption(sentinels=('<extra_id_0>',)), '<extra_id_0>'),
     (ul2.ul2(modes=('[NLU]', '[S2S]', '[NLG]')), r'\[NLU\], \[S2S\], \[NLG\]'),
     (infill.infill(names=('a', 'b', 'c')), 'a, b')])
-def test_control_tokens_that_the_tokenizer_lacks(objective, missing):
+def test_control_tokens_that_the_tokenizer_lacks_are_refused(objective, missing):
   with pytest.raises(ValueError, match=f'control tokens that the tokenizer lacks: {missing}'):
     special(tokenizers.Bytes(), objective.control)
 
 
-def test_ours_have_the_control_tokens_of_all_objectives():
+def test_our_tokenizers_have_the_control_tokens_of_all_objectives():
   for objective in (masked.masked(), span_corruption.span_corruption(), ul2.ul2(), infill.infill()):
     assert len(set(special(tokenizers.Bytes(), objective.control).control)) == len(objective.control)
 
 
-def test_rows_that_are_too_short():
+def test_rows_that_are_too_short_are_refused():
   objective = span_corruption.span_corruption(layout=DECODER)
   with pytest.raises(ValueError, match='rows of 3 positions have no room'):
     Stream(objective, special_of(objective), 3, 1, store=documents([9]))
@@ -278,7 +278,7 @@ def test_rows_that_are_too_short():
 @pytest.mark.parametrize('make', [
     lambda: masked.masked(0.), lambda: masked.masked(shares=(0.8, 0.3)), lambda: span_corruption.span_corruption(1.),
     lambda: span_corruption.span_corruption(mean=0.5), lambda: infill.infill(1.5), lambda: infill.infill(spm=-1)])
-def test_shares_that_are_none(make):
+def test_numbers_that_are_no_shares_are_refused(make):
   with pytest.raises(ValueError, match='must be|are shares'):
     make()
 
@@ -300,7 +300,7 @@ def model(window=None):
 
 
 def packed(objective) -> Batch:
-  """Rows of several segments; no token of the text comes twice."""
+  """Returns a batch with several segments in a row, in which no token of the text occurs twice."""
   ids = Special(BEGIN, END, VOCAB, tuple(range(100, 100 + len(objective.control)))[:VOCAB - 100])
   return Stream(objective, ids, TIME, 3, None, store=documents([6, 12, 30, 9]))(0)
 
@@ -309,8 +309,8 @@ def packed(objective) -> Batch:
 @pytest.mark.parametrize('objective', [
     prefix.prefix(), masked.masked(), span_corruption.span_corruption(layout=DECODER, sentinels=NAMES[:8]),
     infill.infill(1.)], ids=['prefix', 'masked', 'spans', 'infill'])
-def test_nothing_leaks(objective, window):
-  """The gradient of each position by the embedding of each place, which are all one layer apart."""
+def test_no_position_depends_on_a_target_or_another_segment(objective, window):
+  """By the gradient of each position by the embedding of each place; the model has one layer."""
   decoder, params = model(window)
   batch = packed(objective)
   # Each place a token of its own, so that the rows of the table are the places.
@@ -367,7 +367,7 @@ def test_decoding_after_a_bidirectional_prompt_is_the_full_forward(window):
 
 
 def test_a_prompt_is_marked_as_examples_are():
-  """The source of a prompt ends with the first sentinel of the targets, which the source does not see."""
+  """The source of a prompt ends with the first sentinel of the targets, which the source does not attend to."""
   objective = span_corruption.span_corruption(layout=DECODER, sentinels=NAMES[:8])
   example, = draws(objective, range(10, 40))
   cut = int(example.bidirectional.sum()) + 1
@@ -379,7 +379,7 @@ def test_a_prompt_is_marked_as_examples_are():
 
 @pytest.mark.parametrize('mean', [2, 3, 8, 64])
 def test_counts_are_rounded_as_t5_rounds_them(mean):
-  """Half to even, as Python's own `round`; one at least, and some text between spans."""
+  """Half to even, as Python's own `round`; at least one, and some text between spans."""
   for density in (0.15, 0.25, 0.5):
     for tokens in range(2, 700):
       noise = min(max(round(tokens * density), 1), tokens - 1)

@@ -1,4 +1,5 @@
-"""Distillation: against closed forms in float64, by finite differences, on meshes; what is stored, what is refused."""
+"""Distillation equals closed forms in float64 and finite differences, on meshes, with a teacher or stored predictions.
+"""
 import dataclasses
 import functools
 import importlib
@@ -33,7 +34,7 @@ jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_lev
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """Hidden states by the token and its place, and a head: a student or a teacher, of any width."""
+  """A model whose hidden states depend on the token and its place, with a head: a student or teacher of any width."""
   width: int
 
   max_length = 99
@@ -86,7 +87,7 @@ KINDS = {'forward': (forward_kl, kl), 'reverse': (reverse_kl, lambda p, q: kl(q,
 
 
 def closed_form(divergence, params, batch, temperature, hard, k=None):
-  """The loss over the batch, and the mean divergence of a target."""
+  """Returns the loss of the batch, and the mean divergence of a target."""
   teacher, student = logits_of(params['teacher'], batch.tokens), logits_of(params, batch.tokens)
   p, q = softmax(teacher / temperature), softmax(student / temperature)
   nll = -np.log(np.take_along_axis(softmax(student), batch.targets[..., None], -1)[..., 0])
@@ -144,7 +145,7 @@ def stored_batch(top_k, params):
 
 @pytest.mark.parametrize('kind, k', [('forward', 5), ('reverse', VOCAB - 1),
                                      *slow(('reverse', 1), ('js', 5), ('forward', VOCAB))])
-def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, k, monkeypatch):
+def test_stored_predictions_give_the_divergence_of_the_best_and_the_sum_of_the_others(kind, k, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   divergence, reference = KINDS[kind]
   top_k, params = TopK(k, VOCAB, 2.), parameters()
@@ -166,8 +167,8 @@ def test_what_was_stored_of_the_best_is_a_divergence_of_them_and_the_rest(kind, 
 
 
 @pytest.mark.parametrize('remainder', [1e-9, 1e-4])
-def test_gradients_are_finite_where_hardly_anything_is_left(remainder):
-  """Of teacher and student, the k best have all the mass but so much."""
+def test_gradients_are_finite_where_the_best_have_nearly_all_mass(remainder):
+  """All mass of teacher and student but `remainder` is on the k best tokens."""
   top_k = TopK(2, 4)
   logits = np.log([0.5, 0.5 - remainder, remainder / 2, remainder / 2]).astype('f4')[None, None]
   columns = {'teacher_ids': np.array([[[0, 1]]], 'i4'),
@@ -217,7 +218,7 @@ def sizes(jaxpr):
         yield from sizes(inner)
 
 
-def test_neither_has_all_its_logits_at_once(monkeypatch):
+def test_no_program_holds_all_logits_at_once(monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 2)
   batch, top_k = batch_of(), TopK(3, VOCAB)
   stored = batch_of({name: np.zeros((ROWS, TIME, *shape), dtype) for name, (dtype, shape) in top_k.columns.items()})
@@ -260,7 +261,7 @@ def run(goal, model, constants=()):
 
 
 @pytest.mark.slow
-def test_a_run_learns_from_what_was_stored_and_its_validation_tells_the_divergence(tmp_path):
+def test_a_run_learns_from_stored_predictions_and_validates_the_divergence(tmp_path):
   top_k = TopK(4, V)
   configured = run(distil_stored(next_token(), top_k), llama())
   teacher = train.Constants('teacher', llama(width=16), load)
@@ -271,7 +272,7 @@ def test_a_run_learns_from_what_was_stored_and_its_validation_tells_the_divergen
   assert result.finished and 0 < divergence == pytest.approx(loss, rel=1e-5)
 
 
-def test_what_does_not_fit_is_told_before_anything_runs():
+def test_what_does_not_fit_is_refused_before_anything_runs():
   teacher, top_k = train.Constants('teacher', llama(300), None), TopK(4, 300)
   fits = run(distil_stored(next_token(), top_k), llama())
   annotated = dataclasses.replace(fits, data=annotate.Annotated(fits.data, teacher, top_k.columns, top_k))
@@ -309,7 +310,7 @@ def test_the_experiment_minimises_the_divergence_that_its_flags_name(kind, store
 
 
 class Taught(Linear):
-  """A teacher whose student is made by its vocabulary."""
+  """A teacher from whose vocabulary the student is made."""
   vocab = VOCAB
 
 

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: what is permuted is put back, how often, at which level, and what a prompt is."""
+"""Fill-in-the-middle permutes documents or pieces at its rate, and the permutation can be undone."""
 import collections
 import math
 
@@ -25,7 +25,7 @@ def examples(objective, piece, times, special_tokens=SPECIAL):
 
 
 def whole(example):
-  """Tokens and the last target; targets are the tokens that follow."""
+  """Returns the tokens and the last target of an example, after checking that targets are the next tokens."""
   np.testing.assert_array_equal(example.tokens[1:], example.targets[:-1])
   assert example.weights.all() and example.bidirectional is None
   return np.append(example.tokens, example.targets[-1])
@@ -45,7 +45,7 @@ def test_arrangements_of_the_paper(spm, expected):
 
 
 @pytest.mark.parametrize('ending', [[END], [999]], ids=['end', 'ahead'])
-def test_a_permuted_piece_is_the_text_again(ending):
+def test_a_permuted_piece_can_be_restored(ending):
   counts = collections.Counter()
   for example in examples(infill.infill(0.75, 0.3), [BEGIN, *range(10, 30), *ending], 2000):
     row = whole(example)
@@ -80,7 +80,7 @@ def test_without_permutation_it_is_next_token_prediction():
   assert same(*(Stream(o, SPECIAL, 8, 4, store=store)(1) for o in (ours, theirs)))
 
 
-def test_only_whole_documents_at_document_level():
+def test_the_document_level_permutes_whole_documents_alone():
   objective = infill.infill(1., level=infill.document_level)
   for piece, permuted in (([BEGIN, 7, 8, 9, END], True), ([BEGIN, 7, 8, 9], False), ([7, 8, 9, END], False)):
     assert all((PRE in example.tokens) == permuted for example in examples(objective, piece, 20))
@@ -137,7 +137,7 @@ def test_a_piece_that_begins_inside_a_character_is_cut_between_tokens():
     np.testing.assert_array_equal(np.concatenate(parts), ids)
 
 
-def test_a_prompt_is_how_an_example_begins(tokens):
+def test_a_prompt_is_the_beginning_of_an_example(tokens):
   special_tokens = special(tokens, infill.NAMES)
   for spm in (False, True):
     prompt = infill.prompt(tokens, 'def naïve(te', '):\n', spm=spm)

@@ -1,4 +1,4 @@
-"""Parts of a token loss, and unlikelihood: against optax, plain formulas, finite differences, and on meshes."""
+"""Token losses and unlikelihood equal optax, plain formulas and finite differences, on meshes too."""
 import functools
 
 import jax
@@ -72,13 +72,13 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.parametrize('make', [lambda: losses.smoothing(1.), lambda: losses.smoothing(-0.1),
                                   lambda: losses.z_loss(-1.)])
-def test_parts_of_no_sense_are_refused(make):
+def test_bad_settings_are_refused(make):
   with pytest.raises(ValueError, match='must be at least 0'):
     make()
 
 
 def packed():
-  """Few different tokens, so that they come again; segments, padding, positions that do not count."""
+  """Returns a batch of few different tokens, which recur, in segments with padding and positions of weight zero."""
   rng = np.random.default_rng(3)
   tokens, targets = rng.integers(0, 6, (2, ROWS, TIME)).astype('i4')
   segments = np.sort(rng.integers(0, 3, (ROWS, TIME))).astype('i4')[:, ::-1].copy()
@@ -88,7 +88,7 @@ def packed():
 
 
 def repetition(logits, batch):
-  """Straight from the paper, a position and a candidate at a time."""
+  """Returns the unlikelihood loss by the paper, one position and one candidate at a time."""
   log_complement = jnp.log(jnp.maximum(1 - jax.nn.softmax(logits), 1e-5))
   total = metric = 0.
   for b in range(ROWS):

@@ -1,4 +1,6 @@
-"""Multi-token prediction: against the equations in NumPy, what each depth sees, what is left where there is none."""
+"""Multi-token prediction equals its equations in NumPy, sees only the tokens of its depth, and equals the trunk without
+depths.
+"""
 import dataclasses
 import functools
 
@@ -35,7 +37,7 @@ def random_params(model):
 
 
 def packed_batch():
-  """A whole row, one of two documents and padding, and empty ones."""
+  """Returns a whole row, one of two documents and padding, and empty rows."""
   rng = np.random.default_rng(1)
   tokens, targets = rng.integers(0, VOCAB, (2, 4, TIME)).astype('i4')
   segments = np.int32([[1] * 8, [1, 1, 1, 1, 2, 2, 2, 0], [0] * 8, [0] * 8])
@@ -57,7 +59,9 @@ def rms(x, scale):
 
 
 def block(p, x, theta=10_000.):
-  """Pre-norm attention with grouped queries and rotary positions, gated feed-forward: one row, causal."""
+  """Returns the output of one row of a pre-norm block: grouped-query causal attention with rotary positions, then a
+  gated feed-forward layer.
+  """
   def rotate(x):
     half = x.shape[-1] // 2
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.arange(len(x))[:, None, None]
@@ -76,7 +80,7 @@ def block(p, x, theta=10_000.):
 
 @KINDS
 def test_depths_are_those_of_the_equations(kind):
-  """Of one row, by depth, where the tokens ahead are known."""
+  """One row, by depth, at the positions where the tokens ahead are known."""
   model = kind(TRUNK, 2)
   params = random_params(model)
   tokens = np.random.default_rng(2).integers(0, VOCAB, (1, TIME)).astype('i4')
@@ -163,8 +167,8 @@ def test_without_depths_it_is_next_token_prediction():
 
 
 @KINDS
-def test_a_depth_sees_so_many_tokens_further_and_no_other_segment(kind):
-  """By gradient: token j changes what depth k gives at i only where j <= i + k, in the same segment."""
+def test_depth_k_sees_k_tokens_further_and_no_other_segment(kind):
+  """By gradient: token j changes what depth k gives at i only if j <= i + k, in the same segment."""
   model, batch = kind(TRUNK, 2), packed_batch()
   params, places = random_params(model), np.arange(2 * TIME, dtype=np.int32).reshape(2, TIME)
 
@@ -229,7 +233,7 @@ def test_remat_changes_nothing():
 
 
 @pytest.mark.slow
-def test_it_is_the_same_on_a_mesh():
+def test_loss_and_gradients_are_the_same_on_a_mesh():
   model, batch, key = SEQUENTIAL, packed_batch(), jax.random.key(4)
   params = random_params(model)
   expected = loss_and_grads(model, params, batch, key)
@@ -242,7 +246,7 @@ def test_it_is_the_same_on_a_mesh():
 
 
 @pytest.mark.slow
-def test_it_starts_as_its_trunk_does():
+def test_the_trunk_starts_with_its_own_parameters():
   model = SEQUENTIAL
   params, trunk = jax.jit(model.init)(jax.random.key(0)), jax.jit(TRUNK.init)(jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, {name: params[name] for name in trunk}, trunk)

@@ -1,4 +1,4 @@
-"""Losses: against closed forms in NumPy, whole or in chunks, on meshes; what counts; and how much memory it takes."""
+"""Losses equal closed forms in NumPy, whole or in chunks, on meshes, and never hold all logits."""
 import functools
 import math
 
@@ -17,7 +17,7 @@ from lm.objectives.next_token import next_token
 
 
 def closed_form(hidden, head, targets, weights):
-  """The loss, its sums, and its gradients: w (softmax - one hot), through the product with the head."""
+  """Returns the loss, its sums, and its gradients: w (softmax - one hot), through the product with the head."""
   hidden, head, weights = (x.astype('f8') for x in (hidden, head, weights))
   logits = hidden @ head.T
   probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -67,7 +67,7 @@ def test_gradients_of_many_chunks_add_up_in_float32(monkeypatch):
 
 
 def sizes(jaxpr):
-  """The number of elements of everything that a program computes, programs inside it included."""
+  """Yields the number of elements of all that a program computes, including programs inside it."""
   for equation in jaxpr.eqns:
     yield from (math.prod(v.aval.shape) for v in equation.outvars)
     for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
@@ -120,13 +120,15 @@ def test_a_target_is_correct_where_no_logit_is_above_it():
 
 
 def uniform(params, batch, key=None):
-  """A model that knows nothing: each target costs log V."""
+  """A model with equal logits, so that each target costs log V."""
   hidden = jnp.zeros((*batch.tokens.shape, 1)) * params
   return transformer.Output(hidden, transformer.Head(jnp.ones((VOCAB, 1))), None)
 
 
 def packed_batch():
-  """Rows of two documents and padding, one document, three documents, nothing; the weights are halves, but one zero."""
+  """Returns rows of two documents and padding, one document, three documents, and none. All weights are 1/2 but one,
+  which is 0.
+  """
   segments = np.array([[1, 1, 1, 2, 2, 0], [1] * 6, [1, 2, 2, 3, 3, 3], [0] * 6], np.int32)
   weights = 0.5 * (segments > 0).astype('f4')
   weights[2, 0] = 0
@@ -135,7 +137,7 @@ def packed_batch():
 
 @pytest.mark.parametrize('denominator,expected', [(objective.token_mean, 1.), (objective.sequence_mean, 8 / 6)])
 def test_packed_means_by_hand(denominator, expected):
-  """16 targets of weight 1/2 in 6 documents."""
+  """There are 16 targets of weight 1/2 in 6 documents."""
   batch = packed_batch()
   loss, weight, sums = next_token(denominator).loss(uniform, jnp.float32(0), batch, None)
   assert float(loss / weight) == pytest.approx(expected * np.log(VOCAB), rel=1e-6)
@@ -149,7 +151,7 @@ def test_unpacked_means_by_hand():
   assert float(objective.sequence_mean(batch)) == 4
 
 
-def test_each_token_is_asked_for_after_those_before_it():
+def test_each_token_is_the_target_of_those_before_it():
   tokens = np.array([1, 7, 3, 9, 2], np.int32)
   form, = next_token().forms
   example = form.example(tokens, np.random.default_rng(0), Special(1, 2, 10, ()))

@@ -1,4 +1,4 @@
-"""Preference losses: against formulas written out in NumPy on unpacked answers, and finite differences of those."""
+"""Preference losses equal formulas written out in NumPy on unpacked answers, and their finite differences."""
 import functools
 import math
 
@@ -25,7 +25,7 @@ jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_lev
                                                    'xla_llvm_disable_expensive_passes': True})
 
 
-class Held(list):
+class Records(list):
   """Records in memory."""
   @property
   def positions(self):
@@ -37,16 +37,16 @@ def dialogue(rng, prompt, n) -> Dialogue:
   return Dialogue(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
-def pairs(count=11) -> Held:
-  rng, records = np.random.default_rng(0), Held()
+def pairs(count=11) -> Records:
+  rng, records = np.random.default_rng(0), Records()
   for _ in range(count):
     prompt = np.r_[0, rng.integers(2, V, rng.integers(0, 4))]
     records.append(Pair(*(dialogue(rng, prompt, rng.integers(1, 6)) for _ in range(2))))
   return records
 
 
-def rated(count=11) -> Held:
-  return Held(Rated(pair.chosen, bool(i % 3), pair.rejected) for i, pair in enumerate(pairs(count)))
+def rated(count=11) -> Records:
+  return Records(Rated(pair.chosen, bool(i % 3), pair.rejected) for i, pair in enumerate(pairs(count)))
 
 
 def packed(records, goal, rows=ROWS, **options) -> Packed:
@@ -77,7 +77,9 @@ def batch_of(records, goal) -> Batch:
 
 
 def answers(records, batch, logits):
-  """(record, [log p of the tokens of each answer]): found in the rows by what they hold, not by how they are marked."""
+  """Returns (record, [log p of the tokens of each answer]). Answers are identified in the rows by their tokens, not by
+  marks.
+  """
   lp = log_softmax(logits)
   for row in range(len(batch.tokens)):
     ends = np.flatnonzero(np.diff(batch.segments[row], append=0)) + 1
@@ -100,7 +102,7 @@ def sigmoid(x):
 
 
 def by_hand(method, logits, records, batch):
-  """The loss and (chosen, rejected) rewards of each pair: TRL's formulas, in float64."""
+  """Returns the loss and the (chosen, rejected) rewards of each pair by TRL's formulas, in float64."""
   losses, rewards = [], []
   for (_, (w, l)), (_, (rw, rl)) in zip(answers(records, batch, logits), answers(records, batch, REFERENCE)):
     ratio_w, ratio_l = w.sum() - rw.sum(), l.sum() - rl.sum()
@@ -141,7 +143,7 @@ OBJECTIVES = {**{name: preference.preference(loss) for name, loss in METHODS.ite
 
 
 def computed(goal, batch, logits=LOGITS):
-  """The mean loss, its gradient by the logits, and the metrics."""
+  """Returns the mean loss, its gradient by the logits, and the metrics."""
   def loss(logits, batch):
     total, count, sums = goal.loss(apply, logits, batch, None)
     return total / count, sums
@@ -215,7 +217,7 @@ def test_kto_has_no_negative_baseline_and_no_gradient_through_it():
 
 
 @pytest.mark.slow
-def test_records_lie_side_by_side_once_an_epoch_in_any_company():
+def test_each_record_occurs_once_an_epoch_and_its_loss_does_not_depend_on_its_row():
   records, goal = pairs(40), OBJECTIVES['dpo']
   batches = packed(records, goal, rows=4)
   epoch = [batches(step) for step in range(batches.steps_per_epoch)]
@@ -233,7 +235,7 @@ def test_records_lie_side_by_side_once_an_epoch_in_any_company():
       loss_sum, weight_sum, _ = goal.loss(apply, jnp.asarray(logits[batch.tokens], jnp.float32), batch, None)
       total, count = total + float(loss_sum), count + float(weight_sum)
     return total, count
-  alone = [loss(packed(Held([record]), goal, rows=1)) for record in records]
+  alone = [loss(packed(Records([record]), goal, rows=1)) for record in records]
   assert loss(batches) == pytest.approx(np.sum(alone, 0), rel=1e-5) and loss(batches)[1] == 40
 
 
@@ -242,7 +244,7 @@ def tiny(width=8):
 
 
 class Toy:
-  """Data of a kind, unopened."""
+  """Unopened data with this kind of record."""
   length, source_length, inputs = T, None, {}
 
   def __init__(self, kind, columns=()):
@@ -256,7 +258,7 @@ class Toy:
     (OBJECTIVES['kto'], Pair, 'learns from dialogues that are rated'),
     (OBJECTIVES['dpo'], Pair, 'compares with a reference'), (OBJECTIVES['ipo'], Pair, 'compares with a reference'),
     (OBJECTIVES['kto'], Rated, 'compares with a reference')])
-def test_what_does_not_go_together_is_told_before_training(goal, kind, message):
+def test_objectives_and_data_that_do_not_fit_are_refused_before_training(goal, kind, message):
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
     train.check(train.Run(tiny(), goal, Toy(kind), ADAM, steps=1, batch=2), mesh)

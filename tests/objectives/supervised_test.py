@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: against a masked loss of dialogues by themselves, in NumPy; prompts only condition."""
+"""Supervised fine-tuning equals a masked loss of each dialogue alone, in NumPy; prompts only condition."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,16 +15,16 @@ from lm.objectives.supervised import supervised
 V, T, SPECIAL = 16, 24, Special(0, 1, 16, ())
 
 
-class Held(list):
+class Records(list):
   """Dialogues in memory."""
   @property
   def positions(self):
     return np.array([len(x.tokens) - 1 for x in self])
 
 
-def dialogues() -> Held:
-  """Of several turns, some of one token."""
-  rng, records = np.random.default_rng(0), Held()
+def dialogues() -> Records:
+  """Returns dialogues of several turns, some of which have one token."""
+  rng, records = np.random.default_rng(0), Records()
   for n in (2, 3, 7, 12, 20, 24, 5, 9):
     loss_mask = np.r_[False, rng.uniform(size=n - 1) < 0.5, True]
     records.append(Dialogue(np.r_[0, rng.integers(2, V, n)].astype(np.int32), loss_mask))
@@ -41,7 +41,7 @@ def log_softmax(x):
 
 @pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:1')])
 @pytest.mark.parametrize('denominator, by', [(None, 'tokens'), *slow((sequence_mean, 'dialogues'))])
-def test_the_loss_is_the_masked_loss_of_the_dialogues_by_themselves(shape, denominator, by):
+def test_the_loss_is_the_masked_loss_of_each_dialogue_alone(shape, denominator, by):
   model = transformer.llama(V, 8, 1, heads=2, hidden=8, max_length=T)
   objective, records = supervised(*[denominator] if denominator else []), dialogues()
   with on(shape):
@@ -76,7 +76,7 @@ def test_prompts_have_no_loss_and_no_gradient_of_their_own():
   assert loss(np.where(weighted[..., None], logits, 7 * logits[:, ::-1]), batch)[0] == value
 
 
-def test_what_is_asked_is_what_the_dialogue_says():
+def test_targets_are_the_tokens_that_the_mask_of_the_dialogue_marks():
   for dialogue in dialogues():
     example = supervised().forms[0].example(dialogue, np.random.default_rng(0), SPECIAL)
     targets = {(int(t), int(x)) for t, x, w in zip(np.arange(T), example.targets, example.weights) if w}

@@ -1,4 +1,4 @@
-"""Averages of parameters against their closed forms, and which parameters are evaluated."""
+"""Averages of parameters equal their closed forms, and validation uses them."""
 import dataclasses
 import functools
 
@@ -19,7 +19,7 @@ GRADS = [{k: np.random.default_rng(i).normal(size=p.shape).astype('f4') for k, p
 
 
 def run(optimizer):
-  """The parameters that are trained, those that are evaluated, and the state, after each step."""
+  """Returns after each step the trained parameters, the evaluated ones, and the state."""
   optimizer = bound(optimizer, PARAMS)
   update, state, params, path = jax.jit(optimizer.update), optimizer.init(PARAMS), PARAMS, []
   for grad in GRADS:
@@ -65,7 +65,7 @@ def test_schedule_free_is_the_paper_s():
 
 
 def test_steps_left_out_are_no_part_of_a_schedule_free_average():
-  """The next step has the rate of its number, in the step and as its weight; those between have none."""
+  """The next step uses the rate of its own number, for the step and as its weight. Skipped steps have no weight."""
   optimizer = bound(optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None), PARAMS)
   _, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   _, state = optimizer.update(PARAMS, optim.advanced(state, 5), PARAMS)
@@ -74,7 +74,7 @@ def test_steps_left_out_are_no_part_of_a_schedule_free_average():
   assert float(get('max_lr')) == pytest.approx(0.7) and float(get('weight_sum')) == pytest.approx(0.1**2 + 0.7**2)
 
 
-def test_what_has_no_average_evaluates_its_parameters():
+def test_without_an_average_the_parameters_are_evaluated():
   optimizer = bound(optim.penalised(optim.adamw(lambda step: 0.1), l1=1.), PARAMS)
   state = optimizer.init(PARAMS)
   assert averaging.evaluated(state, PARAMS) is PARAMS and not averaging.averages(state)

@@ -1,4 +1,4 @@
-"""Groups of parameters by path: what decays, what is a matrix of a block, what learns at a rate of its own."""
+"""Patterns of paths choose which parameters decay, are matrices of a block, or have a rate of their own."""
 import jax
 import numpy as np
 import optax
@@ -87,7 +87,7 @@ def test_a_factor_of_updates_leaves_weight_decay_as_it_is():
 
 
 def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
-  """One parameter at twice the rate goes where it goes with all at twice the rate."""
+  """A parameter with a factor of two moves as it does if all rates are doubled."""
   def path(rate):
     optimizer, params, trajectory = bound(optim.schedule_free(rate, clip=None), PARAMS, DECLARED), PARAMS, []
     state = optimizer.init(params)
@@ -105,7 +105,7 @@ def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
     np.testing.assert_allclose(trajectory['norm']['scale'], a['norm']['scale'], rtol=1e-5)
 
 
-def test_rates_are_no_schedule_and_have_to_be_numbers():
+def test_rates_are_refused_as_a_schedule_and_have_to_be_numbers():
   with pytest.raises(TypeError):   # rather than to learn at one rate in silence
     optax.adam(groups.Rates(lambda step: 0.1, ()))
   for factor in (-1., float('inf'), float('nan')):
@@ -121,7 +121,7 @@ LLAMA = transformer.llama(16, 8, 2, heads=2, kv_heads=1, hidden=12)
 
 
 def two_steps(make, params, weights):
-  """The second step with gradients that depend on the shape, the size and the order of an array alone."""
+  """Returns the parameters after a second step, with gradients that depend only on an array's shape, size and order."""
   optimizer = optim.bound(make(lambda step: 0.1, weight_decay=0.5, clip=None), weights)
   state = optimizer.init(params)
   for i in range(2):

@@ -1,4 +1,4 @@
-"""Optimizers against their papers' formulas, in NumPy; schedules at points worked out by hand."""
+"""Optimizers equal the formulas of their papers in NumPy, or PyTorch."""
 import contextlib
 import functools
 
@@ -26,7 +26,7 @@ def schedule(step):
 
 
 def run(optimizer, grads=GRADS, params=PARAMS, declared=None):
-  """The parameters after each step."""
+  """Returns the parameters after each step."""
   optimizer = bound(optimizer, params, declared)
 
   @jax.jit
@@ -42,7 +42,7 @@ def run(optimizer, grads=GRADS, params=PARAMS, declared=None):
 
 
 def by_hand(rule):
-  """`rule(name, p, grads so far, rate) -> p`, over the three steps."""
+  """Applies `rule(name, p, grads so far, rate) -> p` over the three steps."""
   params, path = {k: p.astype('f8') for k, p in PARAMS.items()}, []
   for i, rate in enumerate(RATES):
     params = {k: rule(k, p, [g[k].astype('f8') for g in GRADS[:i + 1]], rate) for k, p in params.items()}
@@ -51,7 +51,7 @@ def by_hand(rule):
 
 
 def average(decay, values):
-  """(1 - decay) sum_i decay^(n - i) x_i: a running mean that starts at zero."""
+  """Returns (1 - decay) sum_i decay^(n - i) x_i, a running mean that starts at zero."""
   return sum((1 - decay) * decay ** (len(values) - 1 - i) * x for i, x in enumerate(values))
 
 
@@ -62,7 +62,7 @@ def adam(grads, b1, b2, eps):
 
 
 def adan(grads, b1, b2, b3, eps):
-  """With the paper's betas, 1 - b; m, v and n are corrected for starting at zero, as in the authors' code."""
+  """The paper's betas are 1 - b here; m, v and n are corrected for their start at zero, as in the authors' code."""
   n = len(grads)
   changes = [np.zeros_like(grads[0]), *(g - last for last, g in zip(grads, grads[1:]))]
   squares = [(g + b2 * d) ** 2 for g, d in zip(grads, changes)]
@@ -71,7 +71,7 @@ def adan(grads, b1, b2, b3, eps):
 
 
 def nesterov(grads, b1, b2):
-  """b1 m + (1 - b1) g in the place of Adam's mean; m as it will be corrected at the next step (Dozat 2016)."""
+  """Returns b1 m + (1 - b1) g in place of Adam's mean; m is corrected as at the next step (Dozat 2016)."""
   n = len(grads)
   mean = b1 * average(b1, grads) / (1 - b1 ** (n + 1)) + (1 - b1) * grads[-1] / (1 - b1 ** n)
   return mean / (np.sqrt(average(b2, [g ** 2 for g in grads]) / (1 - b2 ** n)) + 1e-8)
@@ -120,7 +120,7 @@ def test_penalties_are_part_of_the_gradient():
 
 
 def of_torch(make, params, grads):
-  """The parameters after each step of PyTorch's."""
+  """Returns the parameters after each step of PyTorch's optimizer."""
   torch = pytest.importorskip('torch')
   tensors, path = {k: torch.tensor(p, requires_grad=True) for k, p in params.items()}, []
   optimizer = make(torch.optim)(tensors.values(), lr=0.1)
@@ -148,7 +148,7 @@ def test_adafactor_and_nadam_are_those_of_pytorch():
 
 
 def test_adafactor_bounds_and_scales_the_update_of_each_layer_by_itself():
-  """Two layers in a stack go as each of them does alone."""
+  """Two layers in a stack move as each of them does alone."""
   random = np.random.default_rng(0)
   draw = lambda: {'blocks': {'0': {'up': np.float32(random.normal(size=(2, 4, 3)) * [[[1.]], [[9.]]])}}}
   params, grad = draw(), draw()
@@ -173,7 +173,7 @@ def test_clipping_bounds_the_norm_of_the_whole_gradient(clip):
 
 
 @pytest.mark.parametrize('make', [optim.adam, optim.adamw, optim.rmsprop])
-def test_gradients_are_clipped_to_one_unless_asked_otherwise(make):
+def test_gradients_are_clipped_to_norm_one_by_default(make):
   large = {k: 100 * g for k, g in GRADS[0].items()}
   unit = {k: g / np.sqrt(sum((x ** 2).sum() for x in GRADS[0].values())) for k, g in GRADS[0].items()}
   # A large eps shows the size of the gradient, which these optimizers would divide away.
@@ -191,7 +191,7 @@ def loss(params):
 
 @pytest.mark.parametrize('make', OPTIMIZERS)
 def test_steps_and_states_keep_their_layout_on_a_mesh(make):
-  """Steps are split over devices as the parameters are, and the state as it was."""
+  """Updates have the sharding of the parameters, and the state keeps its own."""
   optimizer = averaging.averaged(make(schedule), 0.9) if make is not optim.schedule_free else make(schedule)
   optimizer = optim.penalised(optimizer, l1=0.1)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')):

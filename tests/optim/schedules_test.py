@@ -1,4 +1,4 @@
-"""Schedules at points worked out by hand, and beside PyTorch's."""
+"""Schedules have values worked out by hand, and those of PyTorch."""
 import math
 
 import jax
@@ -74,7 +74,7 @@ def test_one_cycle_and_piecewise_are_those_of_pytorch():
     (schedules.one_cycle, (10, 9), 'a decay of 9 steps leaves none for a cycle in a run of 10; it takes from 1 to 8'),
     (schedules.one_cycle, (10, 0), 'a decay of 0 steps'),
 ])
-def test_what_does_not_fit_a_run_says_so(make, arguments, message):
+def test_schedules_that_do_not_fit_a_run_are_refused(make, arguments, message):
   with pytest.raises(ValueError, match=message):
     make(1., *arguments)
   with pytest.raises(ValueError, match='learning rate'):
@@ -96,6 +96,6 @@ def test_schedules_scale_with_their_peak_and_may_start_there(make):
     ((0., 10, 1), 'learning rate 0.0 is not positive'), ((-1e-3, 10, 1), 'learning rate -0.001'),
     ((math.inf, 10, 1), 'learning rate inf'),
 ])
-def test_bad_schedules_say_so(make, arguments, message):
+def test_bad_schedules_are_refused(make, arguments, message):
   with pytest.raises(ValueError, match=message):
     make(*arguments)

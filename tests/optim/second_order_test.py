@@ -1,4 +1,4 @@
-"""SOAP against its paper, in NumPy, and by its invariance; Sophia against finite differences of gradients."""
+"""SOAP equals its paper in NumPy and is invariant to rotations; Sophia equals finite differences of gradients."""
 import functools
 
 import jax
@@ -40,7 +40,7 @@ def orthogonal(n, seed):
 
 
 def soap_by_hand(w, grads, rate, b1, b2, every, eps, sides):
-  """Algorithm 3 of Vyas et al. 2024, for one matrix; the first gradient makes the bases, as in the authors' code."""
+  """Algorithm 3 of Vyas et al. 2024 for one matrix. The first gradient sets the bases, as in the authors' code."""
   moments, bases = [0., 0.], [np.eye(n) for n in w.shape]
   mean = square = 0.
   for t, g in enumerate(grads):
@@ -72,7 +72,9 @@ def test_soap_is_the_paper_s(max_dim, sides):
 
 
 def test_soap_is_adam_in_any_rotation():
-  """Of a quadratic that is diagonal but for rotations of rows and columns, SOAP goes the way of Adam without them."""
+  """For a quadratic that is diagonal up to rotations of rows and columns, SOAP moves as Adam does without the
+  rotations.
+  """
   rows, columns = orthogonal(4, 1), orthogonal(4, 2)
   scales, start = np.array([1., 2., 0.5, 1.5]), np.diag([3., -2., 4., 1.])
   arguments = {'b1': 0.9, 'b2': 0.95, 'eps': 0.1, 'clip': None}   # far above rounding, as off the diagonal
@@ -101,7 +103,7 @@ def test_soap_is_adam_for_all_that_is_no_matrix_of_a_block():
 
 @pytest.mark.slow
 def test_sophia_s_curvature_is_that_of_finite_differences():
-  """Through every function of ours that has a gradient of its own: products, attention, the loss."""
+  """This covers each function of ours that defines its own gradient: products, attention, the loss."""
   model, objective = transformer.llama(16, 16, 2, heads=2, kv_heads=1, tied=False), next_token()
   tokens = np.random.default_rng(0).integers(0, 16, (8, 9))
   batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((8, 8)))
@@ -122,8 +124,8 @@ def test_sophia_s_curvature_is_that_of_finite_differences():
       np.testing.assert_allclose(curvature, expected, atol=0.02 * float(jnp.abs(expected).max()) + 1e-5)
 
 
-def test_sophia_estimates_every_so_often_and_bounds_its_steps():
-  """On a quadratic, of which z * (H z) is the diagonal itself where H is diagonal."""
+def test_sophia_estimates_at_its_interval_and_bounds_its_steps():
+  """For a quadratic with a diagonal Hessian H, z * (H z) is the diagonal itself."""
   curvature, calls = np.float32([1., 100.]), []
 
   def loss(params):
@@ -180,7 +182,7 @@ def test_soap_goes_the_same_way_on_a_mesh():
 
 
 def test_signs_differ_by_estimate_and_by_parameter():
-  """Of a Hessian that is not diagonal, one estimate is wrong, and the mean of many right."""
+  """For a Hessian that is not diagonal, one estimate is wrong, and the mean of many is right."""
   hessian = np.float32([[2., 1.], [1., 3.]])
   loss = lambda params: sum(p @ hessian @ p / 2 for p in params.values())
   params, estimate, estimates = {'a': jnp.zeros(2), 'b': jnp.zeros(2)}, optim.hutchinson(), []

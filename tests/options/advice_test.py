@@ -19,7 +19,7 @@ GIT = {'abbrev', 'always', 'dirty', 'exclude'}   # flags of git
 
 
 def strings(path: pathlib.Path) -> list[str]:
-  """The strings of a file, but for docstrings; of an f-string, what is written in it."""
+  """Returns the strings of a file without docstrings; of an f-string, its literal parts."""
   tree = ast.parse(path.read_text())
   documented = {id(node.body[0].value) for node in ast.walk(tree)
                 if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and isinstance(node.body[0], ast.Expr)}
@@ -32,13 +32,13 @@ def strings(path: pathlib.Path) -> list[str]:
 
 
 def advised(path: pathlib.Path) -> set[str]:
-  """Flags in the strings of a file, but for commands of scripts."""
+  """Returns the flags in the strings of a file, without those of commands for other scripts."""
   texts = [text for text in strings(path) if not re.search(r'\b[a-z_]+\.py --', text)]
   return {name for text in texts for name in re.findall(r'(?<![\w-])--([a-z][a-z_]*)', text)}
 
 
 def flags_of(path: pathlib.Path) -> set[str]:
-  """The flags of a script; that a flag is off is written with `no` before it."""
+  """Returns the flags of a script, also in their negated form with `no` before the name."""
   module, text = importlib.import_module(path.stem), path.read_text()
   functions = [getattr(module, name) for name in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
   functions += [module.experiment] if hasattr(module, 'experiment') else []   # whose flags others take as knobs
@@ -70,7 +70,7 @@ def test_scripts_that_read_a_corpus_have_the_flags_that_its_messages_advise(name
 @pytest.mark.parametrize('module', ['workdir/parsing', 'options/corpus', *(f'data/{name}' for name in (
     'text/corpora', 'text/compressed', 'text/source', 'store', 'store_reader', 'text/prepared', 'chat/dialogues'))])
 def test_a_flag_is_advised_as_a_flag_is_written(module):
-  """Not as an argument in Python, encoding_errors='replace'."""
+  """It is not written as a Python argument, such as encoding_errors='replace'."""
   names = '|'.join(sorted(set().union(*SCRIPTS.values())))
   for text in strings(ROOT / 'lm' / f'{module}.py'):
     assert not re.search(rf"(?<![\w-])({names})='", text), text

@@ -57,7 +57,7 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
     ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'the decay 1.0 of a moving average'),
     ({'schedule': 'one_cycle', 'warmup': 4}, '--warmup=4 has no effect'),
     ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
-def test_flags_that_do_not_fit_say_so(flags, message):
+def test_flags_that_do_not_fit_are_refused(flags, message):
   with pytest.raises(ValueError, match=message):
     step(**flags)
 

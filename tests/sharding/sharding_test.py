@@ -1,4 +1,4 @@
-"""The same numbers on any mesh, weights split as the table says, and messages for sizes that cannot be split."""
+"""Numbers are the same on any mesh, weights are split by the table, and sizes that cannot be split are refused."""
 import functools
 
 import flax.linen as nn
@@ -39,7 +39,7 @@ def random_params(model):
 
 
 def place(model, params, batch):
-  """As a run lays them out: weights as the table says, rows over `data`."""
+  """Returns arrays as a run lays them out: weights by the table, rows over `data`."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return params, batch
@@ -66,14 +66,14 @@ def loss_and_grads(model, params, batch, key):
 
 
 def on_mesh(model, shape, params, batch, *keys):
-  """The loss and the gradients, for each of the keys."""
+  """Returns the loss and the gradients for each of the keys."""
   with on(shape):
     inputs, run = place(model, params, batch), jit(functools.partial(loss_and_grads, model))
     return jax.tree.map(np.asarray, [run(*inputs, key) for key in keys])
 
 
 def assert_same(actual, expected):
-  """Up to the rounding of float32 sums in another order."""
+  """Asserts equality up to the rounding of float32 sums in another order."""
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * (np.abs(b).max() + 0.01)),
                actual, expected)
 
@@ -142,7 +142,7 @@ def test_weights_are_split_as_the_table_says():
 
 
 class FlaxBlock(nn.Module):
-  """Layers of Flax as they come: they know nothing of a mesh with explicit axes."""
+  """Stock layers of Flax, which know nothing of a mesh with explicit axes."""
 
   @nn.compact
   def __call__(self, x):
@@ -151,7 +151,9 @@ class FlaxBlock(nn.Module):
 
 
 class OwnFeedForward(nn.Module):
-  """How a module of stock layers joins in: its parameters are one, and the compiler lays out what it computes."""
+  """Shows how a module of stock layers joins in: its parameters are one weight, and the compiler lays out what it
+  computes.
+  """
 
   @nn.compact
   def __call__(self, x, context):
@@ -164,7 +166,7 @@ class OwnFeedForward(nn.Module):
 
 
 class OwnBlock(OwnFeedForward):
-  """The same as a whole block, which keeps no cache."""
+  """The same as a whole block, without a cache."""
 
   def __call__(self, x, context, cache=None):
     y, aux = super().__call__(x, context)
@@ -193,7 +195,7 @@ def abstract_inputs(model, mesh, rows, time):
           Batch(row(jnp.int32), row(jnp.int32), row(jnp.float32), row(jnp.int32), row(jnp.int32)))
 
 
-def test_gpt2_is_lowered_for_256_devices_that_are_not_there():
+def test_gpt2_is_lowered_for_256_abstract_devices():
   mesh = sharding.abstract_mesh('data:64,model:4')
   model = transformer.gpt2(vocab=50304, dtype=jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -214,7 +216,7 @@ def test_gpt2_is_lowered_for_256_devices_that_are_not_there():
     (transformer.llama(64, 32, 1, heads=4, kv_heads=2), 'model:4', r'key: .* K has size 2, .* model:4'),
     (transformer.llama(64, 32, 1, heads=4, hidden=10), 'model:4', r'gate: .* F has size 10, .* model:4'),
 ], ids=['vocab', 'heads', 'width', 'kv_heads', 'hidden'])
-def test_sizes_that_a_mesh_does_not_divide_say_so(model, shape, message):
+def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
   with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)), pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
@@ -230,12 +232,12 @@ def test_sizes_that_a_mesh_does_not_divide_say_so(model, shape, message):
     ('data:4,model:4', "mesh 'data:4,model:4' needs 16 devices, but there are 8; give sizes whose product is 8"),
     ('model:4', "mesh 'model:4' needs 4 devices, but there are 8"),
 ])
-def test_a_bad_mesh_says_so(shape, message):
+def test_a_bad_mesh_is_refused(shape, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(shape)
 
 
-def test_a_mesh_puts_all_devices_on_data_unless_told():
+def test_a_mesh_puts_all_devices_on_data_by_default():
   assert dict(sharding.make_mesh().shape) == {'data': 8, 'model': 1}
   assert dict(sharding.make_mesh('data:2,model:4').shape) == {'data': 2, 'model': 4}
   assert sharding.make_mesh('model:4, data:2') == sharding.make_mesh('data:2,model:4')   # in any order
@@ -267,7 +269,7 @@ def test_rows_of_a_batch_are_split_over_data_in_order():
 
 @pytest.mark.parametrize('shape', MESHES)
 def test_logits_of_one_position_have_the_gradients_of_the_formula(shape):
-  """The head reads its weights in another order there, which must not change how gradients are laid out."""
+  """There, the head reads its weights in another order, which must not change the layout of gradients."""
   rng = np.random.default_rng(0)
   hidden, weight = rng.normal(size=(8, 1, 32)).astype('f4'), rng.normal(size=(VOCAB, 32)).astype('f4')
   loss = lambda hidden, weight: jnp.sum(jnp.sin(jnp.einsum('BTD,VD->BTV', hidden, weight)))

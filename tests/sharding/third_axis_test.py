@@ -37,7 +37,9 @@ jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_lev
 
 
 def model():
-  """Every kind of weight that a letter of the table splits: embedding, heads, hidden units, experts."""
+  """Returns a model with every kind of weight that a letter of the table splits: embedding, heads, hidden units,
+  experts.
+  """
   mixer = attention.Attention(8, 4, 4, rotary.Rotary(), bias=True, scores=attention.AttentionScores(dropout=0.3))
   experts = dataclasses.replace(KINDS['qwen2'], shared=layers.FeedForward(16, bias=True), bias=True)
   block = layers.Block(mixer, experts, layers.RMSNorm(), layers.LayerNorm(), dropout=0.2)
@@ -51,7 +53,7 @@ def random_params():
 
 
 def placed(params):
-  """The parameters as a run lays them out on the mesh that is set."""
+  """Returns the parameters as a run lays them out on the current mesh."""
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
     return params
@@ -68,7 +70,7 @@ def batch():
 
 
 def loss_and_grads(params, batch, key):
-  """Of a loss that reads the vocabulary in parts."""
+  """Returns the loss, which reads the vocabulary in parts, and its gradients."""
   def mean_loss(params):
     loss, weight, _ = unlikelihood(next_token(), 0.5).loss(model().apply, params, batch, key)
     return loss / weight

@@ -1,4 +1,4 @@
-"""Comparisons, sweeps and ladders of a small experiment: resumed, refused, and what they find."""
+"""Comparisons, sweeps and ladders of a small experiment: their results, how they resume, and what they refuse."""
 import dataclasses
 import json
 import re
@@ -21,7 +21,7 @@ def compared(script, study, text, **options):
   return comparison.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
 
 
-def test_a_comparison_finds_the_better_arm_and_goes_on_from_where_it_was(script, tmp_path, capsys, monkeypatch):
+def test_a_comparison_finds_the_better_arm_and_resumes(script, tmp_path, capsys, monkeypatch):
   text, study, trained, went = 'slow: lr=1e-3; fast: lr=0.1', tmp_path / 'study', [], runs.go
 
   def go(study, arm, seed, mesh):
@@ -76,7 +76,7 @@ def test_an_adaptation_that_diverges_is_left_out(script, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys):
+def test_arms_of_other_objectives_are_adapted_before_they_are_scored(script, tmp_path, capsys):
   results = compared(script, tmp_path / 'study', 'next: ; prefix: objective=prefix', seeds=2, adapt=3)
   assert set(results['next'][0]['values']) == {'bits/byte', 'adapted bits/byte', 'infilling accuracy'}
   assert set(results['prefix'][0]['values']) == {'adapted bits/byte', 'infilling accuracy'}
@@ -92,7 +92,7 @@ def test_other_objectives_are_adapted_to_one_yardstick(script, tmp_path, capsys)
     ('a: ; b: corpus=b', 'b and a cannot be compared: they are validated on different text'),
     ('a: ; b: encoder=true', 'b has no common yardstick'),
     ('a: ; b: objective=prefix', 'adapted to it for some steps')])
-def test_arms_that_cannot_be_compared_say_so_before_anything_runs(script, tmp_path, text, message):
+def test_arms_that_cannot_be_compared_are_refused_before_anything_runs(script, tmp_path, text, message):
   with pytest.raises(ValueError, match=message):
     compared(script, tmp_path / 'study', text)
   assert not (tmp_path / 'study').exists()
@@ -115,7 +115,7 @@ def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_path, monkeypatch):
+def test_halving_stops_worse_trials_early_and_a_stopped_sweep_resumes(script, tmp_path, monkeypatch):
   settings = {'knobs': 'lr=1e-4:0.3:log; optimizer=adam,sgd', 'method': 'halving', 'trials': 7, 'common': 'steps=8'}
   went, started = runs.go, []
 
@@ -138,7 +138,7 @@ def test_halving_leaves_the_worse_early_and_a_stopped_trial_goes_on(script, tmp_
 
 
 @pytest.mark.slow
-def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, capsys):
+def test_trials_that_diverge_or_are_refused_have_no_result(script, tmp_path, capsys):
   trials = swept(script, tmp_path / 'study', knobs='lr=0.1,1e38; batch=8', common='steps=4 optimizer=sgd')
   assert trials[1].value == float('inf') and '| 1e38 | 8 | inf | no result |' in capsys.readouterr().out
   trials = swept(script, tmp_path / 'other', knobs='vocab=400,3; lr=0.1,-1')
@@ -153,7 +153,7 @@ def test_what_diverges_or_does_not_go_together_has_no_result(script, tmp_path, c
     ('lr=0:1:log', 'begins above 0'), ('optimizer=adam:sgd', 'optimizer is no number'),
     ('batch=8,x', 'expected whole number'),
     ('lr=1e-3:1e-1', 'a grid needs the values of lr')])
-def test_knobs_that_cannot_be_searched_say_so(script, tmp_path, knobs, message):
+def test_knobs_that_cannot_be_searched_are_refused(script, tmp_path, knobs, message):
   with pytest.raises(ValueError, match=message):
     swept(script, tmp_path / 'study', knobs=knobs)
   assert not list((tmp_path / 'study').glob('trial-*'))
@@ -191,7 +191,7 @@ def test_arms_are_runs_of_their_own(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
+def test_a_refused_study_leaves_no_settings_behind(script, tmp_path):
   study, text = tmp_path / 'study', 'a: ; b: lr=0.1'
   with pytest.raises(ValueError, match='--equal=seconds needs a --budget above 0'):
     compared(script, study, text, equal='seconds')
@@ -204,7 +204,7 @@ def test_what_is_refused_leaves_no_settings_behind(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_data_that_cannot_be_used_is_found_before_settings_are_kept(script, tmp_path):
+def test_unusable_data_is_refused_before_settings_are_stored(script, tmp_path):
   studies = {'compare.json': lambda common: compared(script, tmp_path, 'a: ; b: ', common=common),
              'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
              'scaling.json': lambda common: scaling.ladder(
@@ -247,7 +247,7 @@ def test_stages_cost_what_they_read(script, unit):
       costs.equal([plain, late], 'seconds', 1., mesh)
 
 
-def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, monkeypatch):
+def test_a_trial_that_ends_in_nan_has_no_result(script, tmp_path, monkeypatch):
   metrics = {'validation/bits_per_byte': float('nan')}
   monkeypatch.setattr(runs.launch, 'start', lambda function, knobs, *_, **options: (
       function(**knobs), runs.train.Result(8, 0, None, None, None, metrics, True, None)))
@@ -255,7 +255,7 @@ def test_a_trial_that_ends_in_what_is_no_number_has_no_result(script, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_score_that_is_no_number_is_no_result(script, tmp_path, monkeypatch):
+def test_a_score_of_nan_is_no_result(script, tmp_path, monkeypatch):
   score = runs.score
   monkeypatch.setattr(runs, 'score', lambda run, *arguments: {
       **score(run, *arguments), **({'bits_per_byte': float('nan')} if run.seed else {})})
@@ -295,7 +295,7 @@ def test_knobs_mean_what_they_mean_as_flags(tmp_path):
     variants.knobs(experiment, 'separator="a')
 
 
-def test_a_table_tells_of_a_speed_up_only_where_there_is_one():
+def test_a_table_shows_a_speed_up_only_if_there_is_one():
   def lines(curve):
     results = {name: [{'values': {'bits/byte': value + seed}, 'curve': curve, 'left_out': {}} for seed in range(2)]
                for name, value in (('a', 3.), ('b', 2.5))}

@@ -1,4 +1,4 @@
-"""The fit finds the law that made the points, as wide as they leave it; FLOPs are those of the formulas."""
+"""The fit recovers the law that made the points, with honest intervals; FLOPs equal their formulas."""
 import interleaved
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_points_of_a_law_give_the_law():
 
 @pytest.mark.slow
 def test_intervals_hold_the_outcome_about_as_often_as_they_say():
-  """Of the next rung, at twice the size and the tokens, with noise of half a percent."""
+  """The outcome is the next rung, at twice the size and tokens, with noise of half a percent."""
   inside, trials = 0, 12
   for trial in range(trials):
     rng = np.random.default_rng(trial)
@@ -45,7 +45,7 @@ def test_an_outlier_moves_the_fit_little():
 
 
 @pytest.mark.parametrize('points', [GRID[:5], GRID[:4] * 2, [(n, 1e6) for n, _ in GRID]])
-def test_too_few_points_say_so(points):
+def test_too_few_points_are_refused(points):
   with pytest.raises(ValueError, match='do not fix the 5 numbers of the law'):
     scaling.fit([(*point, 2.) for point in points])
 

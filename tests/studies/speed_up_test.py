@@ -4,7 +4,7 @@ import pytest
 from lm.studies import speed_up
 
 
-def test_the_speed_up_is_where_the_better_curve_reaches_the_others_end():
+def test_the_speed_up_is_the_ratio_of_compute_to_the_final_loss_of_the_other():
   slow = [(x, 4 - 2 * x) for x in (0.25, 0.5, 0.75, 1.)]      # ends at 2
   fast = [(x, 4 - 4 * x) for x in (0.25, 0.5, 0.75, 1.)]      # is there at a half
   assert speed_up.reached(fast, 2.) == 0.5 and speed_up.reached(fast, 2.5) == pytest.approx(0.375)

@@ -1,4 +1,4 @@
-"""What is evaluated between steps: evaluators of the run, several validation sets, and which metric is the best."""
+"""Evaluators of the run and several validation sets are measured between steps, and any metric can be the best."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +16,20 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def norms(run, data, mesh):
-  """An evaluator: the norm of the embedding, and what it was opened with."""
+  """An evaluator that gives the norm of the embedding, and facts of the run, data and mesh it was opened with."""
   norm = jax.jit(lambda params: jnp.sqrt(jnp.sum(jnp.square(params['embedding']))))
   return lambda params, step: {'embedding': norm(params), 'step': step, 'rows': run.batch, 'devices': mesh.size,
                                'vocabulary': data.tokenizer.vocab_size}
 
 
 def scripted(values):
-  """An evaluator that gives a value for each step."""
+  """Returns an evaluator that gives a fixed value for each step."""
   return lambda run, data, mesh: lambda params, step: {'value': values[step]}
 
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
-  """The workdir of a run without an evaluator."""
+  """Returns the workdir of a run without an evaluator."""
   workdir = tmp_path_factory.mktemp('plain')
   go(workdir)
   return workdir
@@ -84,7 +84,7 @@ def saved_facts(workdir):
     return checkpoints.facts()
 
 
-def test_a_metric_that_is_not_there_is_refused_with_those_that_are(tmp_path, monkeypatch):
+def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:   # before anything is trained, where it can be known
     patch.setattr('lm.train.start._restore', None)
     for best, named in (('validation/bits', 'validation/loss, .*validation/bits_per_byte, validation/accuracy'),
@@ -105,7 +105,7 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_are(tmp_path, mon
   assert (result.start, result.step) == (3, 6) and logged(tmp_path, 'probe/value') == {3: 2., 6: 3.}
 
 
-def test_an_evaluation_that_a_signal_cuts_short_before_an_evaluator_is_made_again(tmp_path, monkeypatch):
+def test_an_evaluation_that_a_signal_interrupts_is_repeated(tmp_path, monkeypatch):
   measured = []
   count = lambda run, data, mesh: lambda params, step: measured.append(step) or {'value': step}
   with monkeypatch.context() as patch:
@@ -123,7 +123,7 @@ def corpus(name, word, **further_splits):
 
 
 def loss_of(params, documents):
-  """Nats a token of a bigram model, in NumPy."""
+  """Returns the loss of a bigram model in nats per token, in NumPy."""
   embedding, head = (np.asarray(params[name], np.float64) for name in ('embedding', 'head'))
   loss, count = 0., 0
   for text in documents:

@@ -1,4 +1,4 @@
-"""A feed gives the batch of a step: text that the policy itself writes, in the same loop, through a kill."""
+"""A feed gives the batch of a step: here, text that the policy itself writes, in the same loop and through a kill."""
 import dataclasses
 import functools
 
@@ -21,7 +21,7 @@ ROWS, TIME = 32, 8
 
 
 def reward(tokens_BT):
-  """Of each text: the share of its tokens that are odd."""
+  """Returns for each text the share of its tokens that are odd."""
   return jnp.mean(tokens_BT % 2, axis=1)
 
 
@@ -31,7 +31,7 @@ def example(tokens, rng, special):
 
 
 def policy_gradient():
-  """L = -sum of advantage times log p(token), whose gradient is that of the expected reward (Williams 1992)."""
+  """The loss is -sum of advantage times log p(token), whose gradient is that of the expected reward (Williams 1992)."""
   def loss(apply, params, batch, key):
     outputs = apply(params, batch, key=key)
     scores, correct = objective.target_scores(outputs.hidden, outputs.head, batch.targets)
@@ -44,7 +44,7 @@ def policy_gradient():
 
 @dataclasses.dataclass(frozen=True)
 class Written(train.Feed):
-  """Texts that the model of a run writes, each with what its reward is above the mean of the batch."""
+  """Texts that the model of a run writes, each with its reward minus the mean reward of the batch."""
   run: train.Run
   data: object
   mesh: jax.sharding.Mesh
@@ -128,8 +128,8 @@ def test_what_does_not_fit_a_feed_is_refused(tmp_path, changes, named):
   assert not list(tmp_path.glob('checkpoints/[0-9]*'))
 
 
-def test_data_is_read_once_ahead_and_from_any_step():
-  """Whatever step is asked for after whichever other, the rows are those that the data has for it."""
+def test_data_is_read_one_step_ahead_and_from_any_step():
+  """In any order of steps, the rows are those that the data has for the step."""
   run, mesh, reads = RUN, on('data:2'), []
   data = run.data.open(None)
   data_feed = feed.DataFeed(run, data, mesh)

@@ -1,4 +1,4 @@
-"""FLOPs of training against closed forms, on meshes; and the MFU in the log of a run."""
+"""FLOPs of training equal closed forms, on meshes, and the log of a run has its MFU."""
 import dataclasses
 import types
 
@@ -22,7 +22,7 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
     ('next_token', 6 * (HEAD + MATRICES + SCORES)),
     ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape the forward pass alone
     ('reward', 6 * (MATRICES + SCORES + 8))])
-def test_a_token_costs_what_the_matrices_that_it_meets_say(name, forward_and_backward):
+def test_a_token_costs_the_products_with_its_matrices(name, forward_and_backward):
   for mesh in ('data:1', 'data:4,model:2'):
     with jax.set_mesh(on(mesh)):
       assert flops.flops_per_token(configured(name), on(mesh)) == forward_and_backward
@@ -61,7 +61,7 @@ def test_only_factors_that_are_trained_have_gradients():
 
 @pytest.mark.slow
 def test_a_program_costs_the_same_on_every_mesh():
-  """That of all devices together, also where it is written for one of them, as attention is."""
+  """This is the cost of all devices together, also where a part is written for one device, as attention is."""
   configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()
   for mesh in ('data:1', 'data:8', 'data:4,model:2'):
     with jax.set_mesh(on(mesh)):
@@ -84,7 +84,7 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
   assert speed and mfu == pytest.approx({step: head * value / (2 * peak) for step, value in speed.items()})
 
 
-def test_short_rows_of_a_warm_up_cost_what_they_cost():
+def test_short_rows_of_a_warm_up_count_their_own_flops():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
   with jax.set_mesh(on('data:1')):
     cost = flops.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('data:1'), [device])
@@ -93,7 +93,7 @@ def test_short_rows_of_a_warm_up_cost_what_they_cost():
 
 
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
-def test_an_unknown_device_is_told_once(kind, capsys):
+def test_an_unknown_device_is_reported_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
   assert flops.flops_by_step(RUN, on('data:2'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

@@ -1,4 +1,4 @@
-"""Gradients that are clipped row by row are those of a loop over rows, on any mesh."""
+"""Gradients that are clipped by row equal a loop over rows, on any mesh."""
 import dataclasses
 
 import jax

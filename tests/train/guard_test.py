@@ -1,4 +1,4 @@
-"""Steps that spike are left out, counted, and too many of them end the run; patience ends it at its best."""
+"""Steps that spike are skipped and counted, too many of them end the run, and patience ends it at its best."""
 import dataclasses
 
 import jax
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 def by_hand(guard, losses, norms):
-  """OLMo-core's rule, over finite values of steps before."""
+  """Returns whether each step is accepted, by OLMo-core's rule over the finite values of steps before."""
   accepted = []
   for i, pair in enumerate(zip(losses, norms)):
     past = list(zip(losses, norms))[max(0, i - guard.window):i]
@@ -27,6 +27,7 @@ def by_hand(guard, losses, norms):
 
 
 def judged(guard, losses, norms):
+  """Returns (whether each step is accepted, the last state) of a guard."""
   def step(state, pair):
     accepted, state = guard.judge(state, *pair)
     return state, accepted
@@ -48,8 +49,10 @@ def test_spikes_of_either_are_skipped_as_olmo_core_does():
   assert int(state.skipped.sum()) == accepted[-16:].count(False)
 
 
-def test_the_line_is_drawn_where_olmo_core_draws_it():
-  """So low a line that noise is on both of its sides: mean and deviation both count, also in a window not yet full."""
+def test_the_threshold_is_that_of_olmo_core():
+  """The threshold is low, so that noise lies on both sides: mean and deviation both count, also in a window that is not
+  full.
+  """
   losses, norms = np.random.default_rng(1).normal(size=(2, 300)).astype('f4')
   guard = Guard(window=16, sigma=1.2, most=15)
   accepted, state = judged(guard, losses, norms)
@@ -77,7 +80,7 @@ def test_a_guard_that_judges_nothing_is_refused(settings):
     Guard(**settings)
 
 
-def test_judgement_begins_when_half_of_a_window_was_seen():
+def test_steps_are_judged_from_half_a_window_on():
   losses = np.tile([1., 1.1], 10)
   for spike in range(5, 12):
     changed = losses.copy()
@@ -88,8 +91,8 @@ def test_judgement_begins_when_half_of_a_window_was_seen():
 
 
 @pytest.mark.parametrize('bad_step', [3, 9, 40])
-def test_after_what_is_not_finite_the_line_is_as_before(bad_step):
-  """What was known stays in its place: neither a zero, which makes the deviation large, nor a gap."""
+def test_values_that_are_not_finite_leave_the_threshold_unchanged(bad_step):
+  """The earlier value stays in the window: neither a zero, which would raise the deviation, nor a gap."""
   guard = Guard(window=16, sigma=3., most=8)
   losses = 10 + np.random.default_rng(bad_step).normal(size=60)
   losses[bad_step], losses[bad_step + 8] = np.nan, 15.   # of 3 and some deviations where no zero is among them
@@ -104,7 +107,7 @@ def test_after_what_is_not_finite_the_line_is_as_before(bad_step):
 
 @dataclasses.dataclass(frozen=True)
 class Spiking(Bigram):
-  """Its hidden states are huge in batches whose tokens have one of these sums."""
+  """A model whose hidden states are huge for batches whose tokens have one of these sums."""
   size: float = 1e4
   sums: tuple[int, ...] = ()
 
@@ -158,7 +161,7 @@ OVERFITTING = dataclasses.replace(RUN, steps=40, evaluate_every=2, save_every=5,
                                   optimizer=optim.adam(schedules.warmup_constant(0.3, 100, 1)))
 
 
-def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_path, capsys):
+def test_patience_ends_a_run_at_its_best_and_a_second_start_does_not_continue(tmp_path, capsys):
   result = go(tmp_path, OVERFITTING)
   losses = logged(tmp_path, 'validation/loss')
   best = min(losses, key=losses.get)
@@ -172,7 +175,7 @@ def test_patience_ends_a_run_at_its_best_and_a_second_start_finds_it_ended(tmp_p
 
 
 @pytest.mark.slow
-def test_patience_is_the_same_through_a_stop(tmp_path):
+def test_patience_is_the_same_for_a_resumed_run(tmp_path):
   whole = go(tmp_path / 'whole', OVERFITTING)
   losses = []
 

@@ -1,4 +1,4 @@
-"""Inputs of any shape beside the tokens: images are classified with the same loop, on any mesh, in parts."""
+"""Inputs of any shape beside the tokens: the same loop classifies images, on any mesh, in parts."""
 import dataclasses
 import importlib.util
 import sys
@@ -132,7 +132,7 @@ def run(images):
 
 @pytest.fixture(scope='module')
 def alone(run, tmp_path_factory):
-  """The workdir of a run on one device."""
+  """Returns the workdir of a run on one device."""
   workdir = tmp_path_factory.mktemp('alone')
   go(workdir, run, 'data:1')
   return workdir
@@ -154,7 +154,7 @@ def test_a_classifier_of_images_learns(run, alone, images):
 
 
 @pytest.mark.parametrize('mesh, accumulate', [('data:4,model:2', 4), *slow(('data:8', 2), ('data:1', 8))])
-def test_its_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alone, tmp_path, mesh, accumulate):
+def test_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alone, tmp_path, mesh, accumulate):
   go(tmp_path, run, mesh, accumulate=accumulate)
   for name in ('loss', 'grad_norm', 'validation/loss', 'validation/accuracy'):
     actual, expected = logged(tmp_path, name), logged(alone, name)
@@ -163,7 +163,7 @@ def test_its_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alo
 
 
 def test_each_row_keeps_its_input_through_shuffling_stages_and_shards(images):
-  """An image is that of its label wherever the row comes to lie."""
+  """Wherever a row lies, its image is that of its label."""
   data = images.Images().batches('train', images.CLASSIFY, 4)
   staged = stages.Staged(data, stages.Schedule((Stage(3, 2, 1),), 4, 1))
   contents = []

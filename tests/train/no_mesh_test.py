@@ -1,6 +1,4 @@
-"""Without `jax.set_mesh`, as in a notebook: what opens, writes and scores does so on one device; training says what to
-call.
-"""
+"""Without `jax.set_mesh`, as in a notebook, runs open, write and score on one device; training says what to call."""
 import importlib
 import os
 import pathlib

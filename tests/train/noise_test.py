@@ -1,4 +1,4 @@
-"""The noise scale against closed forms: a linear model with known noise, and draws from a known distribution."""
+"""The noise scale equals closed forms: for a linear model with known noise, and for draws from a known distribution."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ D, SIGMA, N, TOKENS = 5, 2., 40, 64
 
 
 def draws(rng, mean, spread, n, tokens):
-  """Statistics of n gradients, each a mean over tokens whose own are normal with known covariance."""
+  """Returns statistics of n gradients, each the mean over tokens whose gradients are normal with known covariance."""
   g = mean + rng.normal(size=(n, len(mean))) * spread / np.sqrt(tokens)[:, None]
   return np.sum(g * g, axis=1), g @ g.mean(axis=0), tokens
 
@@ -52,7 +52,7 @@ def test_a_linear_model_has_the_noise_scale_of_its_closed_form():
   assert progress == list(range(1, 801))
 
 
-def test_the_gradient_is_that_of_the_mean_and_of_no_constant():
+def test_the_gradient_is_of_the_mean_loss_without_constants():
   class Objective:
     @staticmethod
     def loss(apply, params, batch, key):
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_the_mean_and_of_no_constant():
 @pytest.mark.parametrize('mean, spread, message', [
     (0., 1., r'the gradient cannot be told from 0: .* of 40 batches of 64 tokens; take more'),
     (1., 0., 'do not differ')])
-def test_what_cannot_be_told_is_refused(mean, spread, message):
+def test_an_unknown_noise_scale_is_refused(mean, spread, message):
   with pytest.raises(ValueError, match=message):
     noise_scale.estimate(*draws(np.random.default_rng(0), np.full(50, mean), np.full(50, spread), N, np.full(N, 64.)))
   with pytest.raises(ValueError, match='3 batches at least, not 2'):

@@ -1,4 +1,4 @@
-"""A batch, or a part of it, that is one row for each device: every objective, every kind of model, on meshes."""
+"""Every objective and every kind of model trains on meshes with one row for each device, in a batch or a part of it."""
 import dataclasses
 
 import jax

@@ -1,4 +1,4 @@
-"""A run keeps to its minutes: on a slow machine it leaves steps out, and does so again when it goes on."""
+"""A run keeps to its minutes: on a slow machine it skips steps, and skips the same ones when it resumes."""
 import dataclasses
 import functools
 import json
@@ -25,7 +25,7 @@ class Clock:
 
 
 def walk(workdir, seconds_of, steps=1000, seconds=1000., stops=(125,), start=0, until=None):
-  """(the time by the end, the steps that were taken) where the step n takes `seconds_of(n)`."""
+  """Returns (the time at the end, the steps that ran), where step n takes `seconds_of(n)`."""
   clock = Clock()
   workdir.mkdir(exist_ok=True)
   run, step, steps_taken = pace.Pace(workdir, steps, seconds, stops, start, clock), start, []
@@ -52,7 +52,7 @@ def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
 
 
 def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
-  """The collectives of process 0, whose workdir holds decisions, are those of process 1, whose workdir is empty."""
+  """Process 0 has a workdir with decisions. Process 1 has an empty one, and gets the collectives of process 0."""
   whole = walk(tmp_path / '0', lambda step: 3. if step > 300 else 1., until=600)[1]
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   record = {'steps': 50, 'minutes': 3.}
@@ -72,7 +72,9 @@ def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-  """A run of 48 steps in 48 seconds by a clock of its own: from the 10th on they take three seconds each, or less."""
+  """Returns a function that trains 48 steps in 48 seconds by a fake clock, whose steps take three seconds from the 10th
+  on.
+  """
   run = {'steps': 48, 'minutes': 48 / 60, 'evaluate_every': 16, 'save_every': 8, 'keep': 99,
          'optimizer': optim.adam(schedules.warmup_linear(0.05, 48, 3))}
 
@@ -94,7 +96,7 @@ def timed(monkeypatch):
   return train_it
 
 
-def test_a_run_ends_in_its_time_with_its_schedule_at_the_end(timed, tmp_path, capsys):
+def test_a_run_ends_in_time_with_its_schedule_complete(timed, tmp_path, capsys):
   result, time = timed(tmp_path)
   assert result.finished and result.step == 48 and time < 48 + 2 * 3 and 15 < result.left_out < 30
   assert f'{result.left_out} of 48 steps were left out' in capsys.readouterr().out
@@ -119,7 +121,7 @@ def test_compiling_the_evaluation_is_no_reason_to_leave_steps_out(timed, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_leaves_out_the_same_steps(timed, tmp_path):
+def test_a_resumed_run_skips_the_same_steps(timed, tmp_path):
   whole, _ = timed(tmp_path / 'whole')
   with pytest.raises(InterruptedError):
     timed(tmp_path / 'parts', dies=max(step for step in timed.steps if step < 32))

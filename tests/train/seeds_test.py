@@ -1,4 +1,4 @@
-"""Every seed from 0 to 2 ** 63 is another one, in keys, orders of data and what runs make of them."""
+"""All seeds from 0 to 2 ** 63 differ, in keys, in orders of data, and in the runs that they give."""
 import ast
 import importlib
 import itertools
@@ -31,7 +31,7 @@ def test_keys_of_wide_seeds_differ_and_are_those_of_jax(implementation):
   assert len({x.tobytes() for x in data.values()}) == len(WIDE)
 
 
-def test_no_wide_seed_is_another_one_in_another_epoch():
+def test_no_wide_seed_equals_another_seed_in_another_epoch():
   numbers = list(itertools.product(WIDE, range(3), [0, 1]))
   drawn = {seeds.generator(seed, epoch, i).integers(2 ** 63) for seed, epoch, i in numbers}
   assert len(drawn) == len(numbers)
@@ -74,7 +74,7 @@ def test_texts_of_wide_seeds_differ():
 
 
 def test_keys_and_generators_of_a_seed_are_made_in_one_place():
-  """What is given a seed elsewhere would cut it, or take the seed and an epoch for another seed."""
+  """Code elsewhere would truncate a seed, or confuse a seed and an epoch with another seed."""
   for path in [*(ROOT / 'lm').rglob('*.py'), *(ROOT / 'experiments').glob('*.py')]:
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and path.stem != 'seeds':

@@ -1,4 +1,4 @@
-"""Training goes on after any stop as if there had been none, is the same on any mesh, and says what is wrong."""
+"""Training resumes after any stop as if uninterrupted, is the same on any mesh, and refuses what cannot work."""
 import dataclasses
 import itertools
 import json
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """The workdir of a run without a stop."""
+  """Returns the workdir of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('whole')
   result = go(workdir)
   assert result.finished and result.step == 6
@@ -80,7 +80,7 @@ def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
 
 
 def one_step(run, mesh, batch, state=None):
-  """State and metrics after a step, in NumPy, from a new state or the one given."""
+  """Returns the state and metrics after a step, in NumPy, from a new state or the given one."""
   with jax.set_mesh(on(mesh)):
     state = jax.jit(lambda: train.init(run))() if state is None else jax.device_put(state, jax.tree.map(
         lambda s: s.sharding, train.abstract_state(run, on(mesh))))
@@ -125,7 +125,7 @@ def test_parts_of_a_step_drop_out_differently():
 
 
 def explosive():
-  """An objective that is infinite where the text has a Z."""
+  """Returns an objective that is infinite where the text has a Z."""
   finite = next_token()
 
   def loss(apply, params, batch, key):
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
 
 @pytest.mark.parametrize('guard', [None, *slow(Guard(window=8, most=4))])
 def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
-  """The loss of a step is finite, and what the step makes of the parameters is not."""
+  """The loss of the step is finite, and the parameters after it are not."""
   optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but no loss is after that
   changes = {'optimizer': optimizer, 'save_every': 1, 'keep': 9, 'guard': guard}
   for _ in range(2):   # the second time it goes on from what was saved
@@ -177,7 +177,7 @@ def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, ca
 
 
 def stop_in_validation(monkeypatch, last_step):
-  """A signal comes when the second batch of the validation at a step is asked for."""
+  """Sends a signal when the second batch of the validation at a step is read."""
   calls = []
 
   def stop_requested(self, step):
@@ -187,7 +187,7 @@ def stop_in_validation(monkeypatch, last_step):
 
 
 @pytest.mark.parametrize('last_step', [3, 6])
-def test_a_validation_that_a_signal_cuts_short_is_made_again(whole, tmp_path, monkeypatch, last_step, capsys):
+def test_a_validation_that_a_signal_interrupts_is_repeated(whole, tmp_path, monkeypatch, last_step, capsys):
   with monkeypatch.context() as patch:
     stop_in_validation(patch, last_step)
     result = go(tmp_path)
@@ -266,7 +266,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_compiled(tmp_p
   assert not (tmp_path / 'checkpoints').exists()
 
 
-def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, capsys, whole):
+def test_a_finished_run_says_so_and_continues_with_more_steps(tmp_path, capsys, whole):
   go(tmp_path, steps=4)
   capsys.readouterr()
   again = go(tmp_path, steps=4)
@@ -280,7 +280,7 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, capsys, whole):
 
 
 def test_validation_is_over_the_same_text_every_time(stopped):
-  """With parameters that stay, so does the loss: dropout is off, and a part of the text is always the same part."""
+  """With constant parameters the loss is constant: dropout is off, and a limit selects the same text each time."""
   changes = {'optimizer': optax.set_to_zero(), 'evaluate_every': 1, 'evaluate_batches': 1}
   workdir = stopped(3, **changes)
   go(workdir, steps=8, **changes)
@@ -303,7 +303,7 @@ def test_the_schedule_and_the_key_follow_the_step(whole):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_signal_is_a_question_and_the_second_the_end(monkeypatch, capfd, number):
+def test_the_first_signal_asks_to_stop_and_the_second_ends_the_process(monkeypatch, capfd, number):
   ended = []
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
@@ -338,8 +338,8 @@ def test_a_signal_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, before)
 
 
-def test_a_terminal_that_goes_away_is_a_signal_to_save(tmp_path):
-  """To write to it is an error from then on, of which the run must not die."""
+def test_a_closed_terminal_is_a_signal_to_save(tmp_path):
+  """Writing to it is an error from then on, which must not end the run."""
   program = ('import fcntl, sys, termios, time; from lm.train.interrupt import Interrupt\n'
              'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
              'with Interrupt() as interrupt:\n'
@@ -375,7 +375,7 @@ def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
   assert json.loads((tmp_path / 'run' / 'run.json').read_text())[0]['knobs'] == {'steps': 1_000_000}
 
 
-def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, monkeypatch):
+def test_a_result_has_the_signal_that_stopped_the_run_or_none(tmp_path, monkeypatch):
   def stop_requested(self, step):
     self.signal = signal.SIGINT if step == 2 else None
     return step == 2
@@ -401,7 +401,7 @@ def test_a_result_tells_the_signal_that_stopped_it_and_the_end_none(tmp_path, mo
     (lambda loss, weight, sums: (loss, weight), 'a scalar, a scalar'),
     (lambda loss, weight, sums: (loss, weight, {'nll': loss}), r"a scalar, a scalar, \['nll'\]"),
     (lambda loss, weight, sums: (loss[None], weight, sums), r'an array \[1\], a scalar, .*')])
-def test_a_loss_that_returns_something_else_says_so_at_once(result, kind, tmp_path):
+def test_a_loss_that_returns_something_else_is_refused(result, kind, tmp_path):
   def loss(*args):
     return result(*RUN.objective.loss(*args))
   with pytest.raises(ValueError, match=f'the loss of the objective returned {kind}; return .loss_sum, weight_sum, '):

@@ -1,4 +1,4 @@
-"""Checkpoints: same bytes on any mesh, nothing lost to damage, kills and full disks, and no silent cast."""
+"""Checkpoints restore the same bytes on any mesh, survive damage, kills and full disks, and cast nothing silently."""
 import logging
 import os
 import pathlib
@@ -65,7 +65,7 @@ def mesh():
 
 @pytest.fixture
 def warned():
-  """Lines that absl logs: its logger may not propagate to pytest's."""
+  """Returns the lines that absl logs; its logger may not propagate to pytest's."""
   lines = []
   handler = logging.Handler()
   handler.emit = lambda record: lines.append(record.getMessage())
@@ -107,7 +107,7 @@ def test_restores_params_alone(tmp_path, mesh):
     checkpoints.restore_params({'w': target['w']})
 
 
-def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
+def test_params_are_cast_on_request_alone(tmp_path, mesh):
   checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
   target = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
   with pytest.raises(mismatch.Mismatch, match='bfloat16'):
@@ -121,7 +121,7 @@ def test_params_are_cast_if_that_is_asked_for(tmp_path, mesh):
 
 
 def test_arrays_are_written_in_small_files(tmp_path):
-  """Each of which is held in memory before."""
+  """Each file is held in memory before it is written."""
   x = np.random.default_rng(0).integers(0, 256, (6, 1 << 20, 12)).astype(np.uint8)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {'x': jnp.asarray(x)}, {})
@@ -275,14 +275,14 @@ def test_never_starts_from_scratch_when_all_are_damaged(tmp_path, mesh):
     checkpoints.restore(target, step=15)
 
 
-def test_an_asked_step_is_not_replaced(tmp_path, mesh):
+def test_a_damaged_step_that_is_named_is_not_replaced_by_another(tmp_path, mesh):
   checkpoints = fill(tmp_path, mesh)
   (tmp_path / '20/facts/metadata').unlink()
   with pytest.raises(OSError, match='step 20 is damaged'):
     checkpoints.facts(20)
 
 
-def test_leaves_what_is_not_its_own(tmp_path, mesh):
+def test_other_files_in_the_folder_are_left_alone(tmp_path, mesh):
   for name in 'notes', '5.orbax-checkpoint-tmp', '7.damaged-20250101-000000', '009', 'x1':
     (tmp_path / name).mkdir()
   (tmp_path / '3').write_text('a file')
@@ -372,7 +372,7 @@ def test_the_best_is_the_last_among_equals(tmp_path, mesh):
   checkpoints.close()
 
 
-def test_metrics_of_before_runs_named_one_are_validation_losses(tmp_path, mesh):
+def test_metrics_stored_without_a_name_are_validation_losses(tmp_path, mesh):
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, make_state(mesh), {'objective': 'a'})
   (tmp_path / '1' / 'metric.json').write_text('[0.5, "a"]')

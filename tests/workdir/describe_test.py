@@ -1,4 +1,4 @@
-"""Descriptions of runs, and what differs between two of them."""
+"""A run has a description, and two descriptions differ by named paths."""
 import dataclasses
 import functools
 import json
@@ -66,7 +66,7 @@ def test_differences_are_named_by_their_path():
     mismatch.check(stored, of(8, (5, 8)))
 
 
-def test_a_description_ends_where_what_it_is_of_contains_itself():
+def test_a_description_ends_at_a_cycle():
   def pair(rate):
     def even(n):
       return n == 0 or odd(n - 1)

@@ -1,4 +1,4 @@
-"""What others wrote: bytes that are not UTF-8, in every kind of corpus; JSON that is nested too deep, in every file."""
+"""Bytes that are not UTF-8, and JSON that is nested too deep, are errors with their place in every kind of file."""
 import json
 
 import numpy as np
@@ -64,7 +64,7 @@ def test_rows_of_parquet_are_counted_through_the_file(tmp_path):
     list(make().splits['train'])
 
 
-def test_where_nothing_is_invalid_the_setting_changes_no_document(tmp_path):
+def test_for_valid_text_the_setting_changes_no_document(tmp_path):
   (tmp_path / 'a.jsonl').write_text('{"text": "gr\u00fcn \\u00fc"}\n{"text": "\u4e16"}\n')
   strings = pa.array(['gr\u00fcn', None, '\u4e16'])
   for i, column in enumerate((strings, strings.dictionary_encode(), strings.cast(pa.large_string()))):
@@ -119,8 +119,8 @@ def test_config_and_template_that_are_nested_too_deep_are_named(tmp_path):
       open_it()
 
 
-def test_half_of_a_surrogate_pair_is_no_text_either(tmp_path):
-  """Spelled by an escape of JSON; a whole pair, and the letters of an escape, are text."""
+def test_half_of_a_surrogate_pair_is_not_text(tmp_path):
+  """JSON spells it with an escape. A whole pair, and the letters of an escape, are text."""
   lines = [r'{"text": "a \ud83d\ude00 \\ud800"}', r'{"text": "b \uD800!"}', r'{"text": "c", "more": ["\udfff"]}']
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
   read = lambda key, errors: corpora.jsonl(str(tmp_path / 'a.jsonl'), key, 0, errors)

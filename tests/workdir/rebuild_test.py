@@ -1,4 +1,4 @@
-"""Objects that are built again from JSON; and JSON that must build nothing."""
+"""Objects are rebuilt from JSON; JSON that names anything else builds nothing."""
 import functools
 import json
 import os
@@ -97,7 +97,7 @@ def test_data_is_built_again_without_its_text():
   assert rebuild.outside(rebuild.stored(marked)) == ['jax.numpy:abs']
 
 
-def test_what_is_of_no_package_is_named():
+def test_objects_of_no_package_are_refused_by_name():
   for value, name in ((Bigram(), 'helpers.runs:Bigram'), (layers.FeedForward(4, os.system), 'posix:system'),
                       (functools.partial(again, 3), 'rebuild_test:again'), (object(), 'builtins:object')):
     assert rebuild.outside(rebuild.stored({'a': (value,)})) == [name]

@@ -1,4 +1,4 @@
-"""run.json keeps what was run; a workdir is one script's, and one process's at a time."""
+"""run.json records each run; a workdir belongs to one script, and to one process at a time."""
 import os
 import pathlib
 
@@ -33,7 +33,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     claim(tmp_path, 'a.py')
 
 
-def test_steps_that_were_fitted_stay_what_they_came_to():
+def test_steps_that_were_fitted_to_a_time_stay_the_same():
   earlier = [{'steps': 5}, {'steps': 7}, {}]
   assert records.with_stored_steps({'lr': 1., 'steps': None}, earlier) == {'lr': 1., 'steps': 7}
   assert records.with_stored_steps({'steps': 9}, earlier) == {'steps': 9}

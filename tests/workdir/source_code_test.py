@@ -1,4 +1,4 @@
-"""The code of a user's functions and classes, as a part of their descriptions."""
+"""The code of a user's functions and classes is a part of their descriptions."""
 import importlib
 import json
 import os
@@ -115,7 +115,7 @@ def test_an_edit_changes_the_description_of_what_reads_it(load, before, after, c
   assert all('.code.' in f'.{line}' for line in lines)
 
 
-def test_what_was_edited_is_named(load):
+def test_the_edited_name_is_reported(load):
   assert differences(load()['power'], load('POWER = 2', 'POWER = 3')['power']) == ['code.near.POWER: 2 before, 3 now']
 
 
@@ -130,7 +130,7 @@ def test_a_script_is_described_alike_whether_it_is_run_or_imported(load, tmp_pat
   assert json.loads(process.stdout) == {name: expected[name] for name in ('power', 'Block')}
 
 
-def test_what_is_installed_has_no_code_in_its_description():
+def test_installed_packages_have_no_code_in_descriptions():
   for value in (jax.nn.gelu, optax.adamw, json.JSONDecoder, len, transformer.Transformer, transformer.llama, json):
     assert not source_code.is_users(value)
   assert 'code' not in json.dumps(describe(transformer.llama(9, 8, 1, 2)))

@@ -1,3 +1,4 @@
+"""The log of a run: records on disk, the line on the terminal, throughput, MFU, and figures."""
 import io
 import json
 import math
@@ -57,7 +58,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
   assert not list(tmp_path.glob('*.tmp'))
 
 
-def test_what_the_file_lost_of_the_step_is_put_back_and_damaged_lines_are_told(tmp_path):
+def test_lost_lines_of_the_last_step_are_restored_and_damaged_lines_are_reported(tmp_path):
   with tracker(tmp_path) as t:
     for step in range(1, 6):
       t.log(step, {'loss': step / 3, 'other': math.nan})
@@ -141,16 +142,16 @@ def test_a_line_shows_margin_and_accuracy_of_preferences(tmp_path):
 
 @pytest.mark.parametrize('number, text', [
     (0.5, '0.5'), (999, '999'), (999.9, '1k'), (412_300, '412k'), (1.25e6, '1.25M'), (3e9, '3G')])
-def test_speeds_are_short(number, text):
+def test_large_numbers_are_abbreviated(number, text):
   assert track._short(number) == text
 
 
 @pytest.mark.parametrize('seconds, text', [(0, '0:00'), (92, '1:32'), (59.7, '1:00'), (3600, '1:00:00')])
-def test_durations(seconds, text):
+def test_durations_are_hours_minutes_and_seconds(seconds, text):
   assert track._duration(seconds) == text
 
 
-def test_phases_add_up():
+def test_the_time_of_phases_adds_up():
   phases = track.Phases()
   for _ in range(2):
     with pytest.raises(KeyError), phases('tokenise'):
@@ -158,7 +159,7 @@ def test_phases_add_up():
   assert list(phases) == ['tokenise'] and 0 < phases['tokenise'] < 1
 
 
-def test_smoothing_does_not_lag():
+def test_smoothing_keeps_a_line_and_flattens_noise():
   line = [3.0 - 0.1 * i for i in range(50)]
   assert plot._smooth(line, 7) == pytest.approx(line)
   flat = plot._smooth([(-1.0)**i for i in range(100)], 10)

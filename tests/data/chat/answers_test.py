@@ -1,4 +1,4 @@
-"""What of an answer is compared with that of its record, and which patterns are refused."""
+"""Answers are compared by what a pattern extracts from them, and patterns that cannot work are refused."""
 import json
 
 import finetune_chat
@@ -18,7 +18,7 @@ def data(answer, answers=(RECORD,)):
                              answer=answer)
 
 
-def test_a_reply_is_right_where_the_pattern_finds_the_same_in_it():
+def test_a_reply_is_right_if_the_pattern_extracts_the_same_from_it():
   replies = ['#### 5', 'I say so.\n####  5 ', '#### 55', '5', RECORD, '']
   line = finetune_chat.score(data('#### (.*)'), [RECORD] * len(replies), replies)
   assert line.startswith('3 of 6 held-out questions') and 'finds nothing in 2 of these replies' in line
@@ -30,8 +30,8 @@ def test_without_a_pattern_whole_answers_are_compared():
   assert line == '1 of 3 held-out questions are answered exactly as their records say'
 
 
-def test_a_record_in_which_the_pattern_finds_nothing_is_told_and_not_counted():
-  """Neither is a reply right because nothing is found in it either."""
+def test_a_record_without_a_match_is_reported_and_not_counted():
+  """A reply without a match is not right either."""
   line = finetune_chat.score(data('#### (.*)'), [RECORD, 'five', 'six'], ['#### 5', 'five', '#### 6'])
   assert line.startswith('1 of 1 held-out') and line.endswith('and nothing in 2 more records, which are not counted')
 
@@ -44,11 +44,11 @@ def test_a_pattern_needs_one_group(pattern, message):
     signature.call(finetune_chat.experiment, answer=pattern)
 
 
-def test_a_group_that_takes_no_part_finds_nothing():
+def test_a_group_that_does_not_match_extracts_nothing():
   assert data('a|(b)').essence('a') is None and data('(?:####|=) (.*)').essence('= 7 ') == '7'
 
 
-def test_a_pattern_that_finds_nothing_in_any_record_is_refused_before_anything_is_made(tmp_path):
+def test_a_pattern_without_a_match_in_any_record_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ValueError, match=r"--answer=A: \(\.\*\) finds nothing in the first 2 .* such as 'six'"):
     data('A: (.*)', ['six', 'seven']).open(tmp_path)
   assert not list(tmp_path.iterdir())

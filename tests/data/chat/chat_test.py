@@ -1,4 +1,4 @@
-"""Chat templates: text, tokens and masks as transformers has them; templates that mean harm end in one ValueError."""
+"""Chat templates give the text, tokens and masks of transformers, and malicious templates end in one ValueError."""
 import json
 import pickle
 import threading
@@ -100,7 +100,7 @@ def outcome(function):
     return str(error)
 
 
-def test_the_goldens(ours):
+def test_known_templates_render_known_texts_and_spans(ours):
   messages = [{'role': 'system', 'content': 'S'}, USER]
   assert ours['chatml'].render(messages, add_generation_prompt=True) == (
       '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n')
@@ -159,7 +159,7 @@ def test_generation_blocks_in_macros_and_loops_are_where_the_text_is():
   assert text == '(ab)()(c)' and [text[a:b] for a, b in spans] == ['ab', 'c']
 
 
-def test_options_are_variables():
+def test_options_are_variables_of_the_template():
   template = templates.JinjaTemplate('{{ bos_token }}'
                            '{{ enable_thinking is defined and enable_thinking }}{{ documents }}',
                            {'bos_token': '<s>', 'enable_thinking': True})
@@ -178,7 +178,7 @@ def test_options_are_variables():
     ("{{ ('%' + '99999999999d') % 1 }}", 'Memory|memory|seconds|width'), ('{{ [[]] * 10**9 | length }}', 'rror|memory'),
     ('{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}', 'more than 0.5 seconds'),
     ('{{ 3 ** (10 ** 9) % 7 }}', 'more than 0.5 seconds'), ('{{ lipsum(n=10**8) }}', 'more than 0.5 seconds|emory')])
-def test_templates_that_are_wrong_or_mean_harm_end_in_one_error(source, message):
+def test_wrong_and_malicious_templates_end_in_one_error(source, message):
   template = templates.JinjaTemplate(source, seconds=0.5)
   start = time.monotonic()
   with pytest.raises(ValueError, match=message):
@@ -196,7 +196,7 @@ PARTS = ['{{', '}}', '{%', '%}', '{#', '#}', ' for m in messages ', ' endfor ', 
 @pytest.mark.slow
 @hypothesis.given(st.lists(st.sampled_from(PARTS), max_size=14).map(''.join))
 @hypothesis.settings(max_examples=30, deadline=None)
-def test_random_templates_raise_nothing_else_and_end(source):
+def test_random_templates_end_and_raise_that_error_alone(source):
   start = time.monotonic()
   template = templates.JinjaTemplate(source, seconds=0.5)
   try:
@@ -208,7 +208,7 @@ def test_random_templates_raise_nothing_else_and_end(source):
   assert time.monotonic() - start < 8
 
 
-def test_a_template_goes_on_after_it_was_stopped(ours):
+def test_a_template_renders_again_after_a_timeout(ours):
   template = templates.JinjaTemplate('{% if messages[0].content == "loop" %}{{ lipsum(n=10**8) }}{% endif %}ok',
                                      seconds=0.5)
   for _ in range(2):
@@ -232,7 +232,7 @@ def test_threads_get_their_own_answers():
     ([], 'no messages'), ([USER, {'content': 'x'}], 'message 1 has no role'), ([{'role': 'user'}], '0 has no content'),
     ([{'role': 'user', 'content': None}], 'no content'), ([{'role': None, 'content': 'x'}], 'no role'),
     (['hi'], 'no role'), ([{'role': 'user', 'content': object()}], 'plain data')])
-def test_messages_that_are_none(messages, message, ours):
+def test_bad_messages_are_refused(messages, message, ours):
   with pytest.raises(ValueError, match=message):
     ours['chatml'].render(messages)
 

@@ -1,4 +1,4 @@
-"""Dialogues from records of JSON: what is read, asked, kept, packed and refused."""
+"""JSON records become dialogues: how they are parsed, which tokens train, how they are packed, and what is refused."""
 import gzip
 import json
 import re
@@ -33,7 +33,7 @@ def opened(folder, records, kind=Dialogue, held_out=(), length=64, **options):
 
 
 def shown(dialogue: Dialogue) -> tuple[str, str]:
-  """The text with what is asked in capitals, control tokens as their names' first letters: Turns in short."""
+  """Returns the text of a dialogue, with the tokens that train in capitals and control tokens by their names."""
   names = {B.control_id(name): name for name in B.control_names}
   text = lambda i: names.get(int(i)) or chr(i)
   return ''.join(text(i).upper() if is_answer else text(i) for i, is_answer in zip(*dialogue))
@@ -114,7 +114,7 @@ def test_unpaired_answers_never_go_with_an_answer_to_their_own_prompt(tmp_path):
 
 
 @pytest.mark.parametrize('prompts', ['aab', 'aabbaa', 'abab', 'aaab', 'baaa', 'abbba', 'abcabc', 'aabbccddaa'])
-def test_a_mismatched_answer_is_to_another_prompt_and_all_are_in_turn(tmp_path, prompts):
+def test_a_mismatched_answer_is_to_another_prompt_and_answers_take_turns(tmp_path, prompts):
   answers = [f'{prompt}{i:02}{"x" * i}' for i, prompt in enumerate(prompts)]
   rows = [{'prompt': prompt, 'completion': answer, 'label': True} for prompt, answer in zip(prompts, answers)]
   records = opened(tmp_path, rows, Rated)[0].records('train')
@@ -171,7 +171,7 @@ def test_a_record_of_another_shape_is_refused_in_one_line(tmp_path, record, kind
   assert '\n' not in str(error.value) and json.dumps(record) in str(error.value)
 
 
-def test_no_json_is_refused_with_its_line(tmp_path):
+def test_a_line_that_is_not_json_is_refused_by_its_number(tmp_path):
   (tmp_path / 'a.jsonl').write_text('{"prompt": "a", "completion": "b"}\n{"prompt": }\n')
   data = dialogues.Dialogues(corpora.jsonl(f'{tmp_path}/a.jsonl', None, 0), B, 16)
   with pytest.raises(ValueError, match=r'a\.jsonl:2: not JSON'):
@@ -200,7 +200,7 @@ def test_text_cannot_spell_control_tokens(tmp_path):
   assert (tokens == END).sum() == 2 and (tokens > 255).sum() == 5 and tokens[loss_mask][-1] == END
 
 
-def test_what_asks_nothing_is_dropped_and_too_long_is_left_out_and_told(tmp_path):
+def test_dialogues_without_answers_are_dropped_and_too_long_ones_left_out_with_a_warning(tmp_path):
   rows = [{'messages': [USER('a')]}, {'prompt': 'b', 'completion': 'c'}, {'prompt': 'd' * 90, 'completion': 'e'}]
   data, lines = opened(tmp_path, rows, allow_left_out=True)
   assert any('dropped: 1 no tokens' in line for line in lines) and len(data.records('train')) == 2
@@ -211,7 +211,7 @@ def test_what_asks_nothing_is_dropped_and_too_long_is_left_out_and_told(tmp_path
 
 
 @pytest.mark.parametrize('long, outcome', [(9, 'told'), (10, 'warned'), (49, 'warned'), (50, 'refused')])
-def test_records_that_are_too_long_are_told_warned_of_or_refused_by_their_share(tmp_path, long, outcome):
+def test_the_share_of_records_that_are_too_long_is_reported_warned_of_or_refused(tmp_path, long, outcome):
   records = [{'prompt': f'{i:03}' + 'd' * (100 + i if i < long else 0), 'completion': 'e'} for i in range(100)]
   data, lines = opened(tmp_path, records)
   if outcome == 'refused':
@@ -231,7 +231,7 @@ def test_records_that_are_too_long_are_told_warned_of_or_refused_by_their_share(
 
 @pytest.mark.parametrize('longest', [64, 110, 125, 160, 400])
 @pytest.mark.parametrize('length', [16, 64])
-def test_advice_on_the_length_stops_at_what_the_model_reads(tmp_path, length, longest):
+def test_the_advised_length_is_at_most_the_models(tmp_path, length, longest):
   records = [{'prompt': f'{i:03}' + 'd' * i, 'completion': 'e'} for i in range(100)]
   fitting = lambda length: sum(opened(tmp_path, records)[0].records('train').positions <= length)
   with pytest.raises(ValueError) as error:   # of what does not fit at all too
@@ -251,6 +251,7 @@ records = st.lists(st.tuples(st.text('abc', max_size=20), st.text('abc', max_siz
 
 
 def open_rows(rows, tmp) -> dialogues.OpenDialogues:
+  """Returns the opened data of these records."""
   return opened(tmp, [{'prompt': f'{i} {p}', 'completion': c} for i, (p, c) in enumerate(rows)], length=40)[0]
 
 
@@ -279,7 +280,7 @@ def test_an_epoch_has_each_record_once_and_hosts_the_same_bytes(rows, size, seed
 
 
 def pieces(batch: Batch) -> list[tuple[list[int], list[bool]]]:
-  """Tokens, with the last target, and weights of each segment."""
+  """Returns (tokens with the last target, mask of weights) of each segment of a batch."""
   parts = []
   for tokens, targets, weights, positions, segments in zip(*batch[:5]):
     for segment in range(1, segments.max() + 1):
@@ -291,7 +292,7 @@ def pieces(batch: Batch) -> list[tuple[list[int], list[bool]]]:
   return parts
 
 
-def test_compressed_lines_are_read_and_made_once(tmp_path):
+def test_compressed_lines_are_read_once(tmp_path):
   with gzip.open(tmp_path / 'a.jsonl.gz', 'wt') as f:
     f.writelines(json.dumps({'prompt': str(i), 'completion': 'x'}) + '\n' for i in range(30))
   data = dialogues.Dialogues(corpora.jsonl(f'{tmp_path}/*.gz', None, 0.3), B, 32)
@@ -309,7 +310,7 @@ def test_compressed_lines_are_read_and_made_once(tmp_path):
     plain.open(tmp_path / 'run', lambda line: None)
 
 
-def test_the_objective_must_want_what_there_is(tmp_path):
+def test_an_objective_for_another_kind_of_record_is_refused(tmp_path):
   data, _ = opened(tmp_path, [{'prompt': 'a', 'completion': 'b'}])
   with pytest.raises(ValueError, match='learns from pairs .* the data has dialogues'):
     data.batches('train', preference.reward(), rows=2)
@@ -330,7 +331,7 @@ def test_puzzles_are_right_and_no_question_is_on_both_sides():
 
 
 @pytest.mark.slow
-def test_examples_are_made_faster_than_models_read_them(tmp_path):
+def test_a_million_tokens_a_second_are_packed(tmp_path):
   data, _ = opened(tmp_path, [{'prompt': f'{i}' * 20, 'completion': 'abc ' * 50} for i in range(4000)], length=2048)
   batches = data.batches('train', supervised(), rows=16)
   batches(0)

@@ -1,4 +1,4 @@
-"""Templates without Jinja against the same in Jinja; templates of others without generation blocks; a chat."""
+"""Our chat templates equal the same templates in Jinja, and templates without generation blocks are handled."""
 import dataclasses
 import json
 import re
@@ -53,13 +53,13 @@ def test_ours_is_the_template_in_jinja(messages, prompt, first):
 
 @given(messages=MESSAGES.filter(lambda m: m[0]['role'] != 'assistant'), first=st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_a_template_without_generation_blocks_asks_what_one_with_them_does(tokens, messages, first):
+def test_a_template_without_generation_blocks_has_the_mask_of_one_with_them(tokens, messages, first):
   actual, expected = (template.encode(tokens, messages, first=first) for template in (UNMARKED, BLOCKS))
   assert actual[0].tolist() == expected[0].tolist() and actual[1].tolist() == expected[1].tolist()
 
 
 @pytest.mark.parametrize('messages, source', [(TALK, FORGETFUL), (TALK[1:], CHATML)])
-def test_a_template_that_does_not_show_where_answers_are_is_refused(tokens, messages, source):
+def test_a_template_that_hides_where_answers_begin_is_refused(tokens, messages, source):
   with pytest.raises(ValueError, match='does not show where message [01].* generation'):
     templates.JinjaTemplate(source).encode(tokens, messages)
 
@@ -81,7 +81,7 @@ def test_our_template_needs_its_control_tokens(tokens):
     (ZEPHYR, (), 'writes <|user|>, <|assistant|> as plain text'),
     (ZEPHYR.replace('eos_token', "(eos_token if loop.index0 < 2 else '')"), CONTROL,
      'the end of the last answer with')])
-def test_what_a_template_does_not_mark_is_told_and_it_trains(source, control, note):
+def test_a_template_with_unmarked_ends_or_roles_is_reported_and_trains(source, control, note):
   template, tokens = templates.JinjaTemplate(source, {'eos_token': '</s>'}), Bytes(control)
   notes = template.check(tokens)
   assert re.search(note, notes) if note else not notes
@@ -91,7 +91,7 @@ def test_what_a_template_does_not_mark_is_told_and_it_trains(source, control, no
 
 
 @pytest.mark.parametrize('template', [conversation.Turns(), UNMARKED, conversation.Plain('\n')])
-def test_a_conversation_goes_on_as_its_dialogue_does(template, tokens):
+def test_the_prompt_of_a_conversation_is_the_beginning_of_its_dialogue(template, tokens):
   speaker = conversation.Conversation(tokens, template)
   ids, answer_mask = template.encode(tokens, TALK[:2])
   prompt, = speaker.encode_batch(['hi'])

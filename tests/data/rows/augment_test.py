@@ -1,4 +1,4 @@
-"""Augmentation: what each may change and what it must leave, how often, and that batches stay pure."""
+"""Augmentations change only what they may, at their rates, and batches stay pure functions of the step."""
 import collections
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Documents:
 
 
 def rows(augmentations, objective=None, sizes=(40, 3, 25, 1, 90), tokenizer=None, length=16):
-  """A stream of documents whose tokens all differ; of `found`, the text in its tokens."""
+  """Returns a stream of documents of distinct tokens or, with a tokenizer, of parts of a text."""
   goal = objective or next_token()
   if tokenizer is not None:
     documents = [tokenizer.encode(TEXT[i:i + 700]) for i in range(0, 7000, 700)]
@@ -57,7 +57,7 @@ def rows(augmentations, objective=None, sizes=(40, 3, 25, 1, 90), tokenizer=None
 
 
 def examples(batches):
-  """Each example of an epoch: what is read, targets."""
+  """Yields (input tokens, targets) of each example of an epoch."""
   for index in range(batches.rows_per_epoch):
     batch = batches.compose([(0, index)])
     for row in range(len(batch.tokens)):
@@ -143,7 +143,7 @@ def test_a_shuffle_keeps_all_tokens_and_targets_are_the_next_of_what_is_read():
   assert abs(np.mean(moved) - 0.4) < 5 * np.sqrt(0.24 / 500)
 
 
-def test_lines_are_shuffled_as_they_are(bpe):
+def test_a_shuffle_of_lines_keeps_each_line_whole(bpe):
   of, body = special(bpe, ()), bpe.encode(TEXT[:2000])
   shuffled = bpe.decode(Shuffle(1.).text(body, np.random.default_rng(0), of))
   text = bpe.decode(body)
@@ -171,7 +171,7 @@ def test_sampled_subwords_spell_the_same_text(trained):
 
 
 @pytest.mark.parametrize('objective', [next_token(), infill(0.5), masked()], ids=['next', 'infill', 'masked'])
-def test_what_grows_stays_within_its_room_and_rows_read_everything_but_what_is_cut(trained, objective):
+def test_longer_texts_fit_their_rows_and_a_row_with_room_reads_every_character(trained, objective):
   sampled = rows((SubwordSampling(0.3, ratio=1.3),), objective, tokenizer=trained, length=64)
   for step in range(sampled.steps_per_epoch):
     sampled(step)   # an example that does not fit its row raises
@@ -191,13 +191,13 @@ def test_what_grows_stays_within_its_room_and_rows_read_everything_but_what_is_c
     (lambda: augmented(supervised(), (Shuffle(1.),)), 'this objective learns from dialogues'),
     (lambda: augmented(next_token(), (SubwordSampling(),), tokenizers.Bytes()), 'kind Bytes writes a text in one way'),
     (lambda: augmented(next_token(), (TokenDropout(0.1, '<|nothing|>'),), tokenizers.Bytes()), r'no control token')])
-def test_what_cannot_be_is_refused(make, message):
+def test_bad_settings_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
 @pytest.mark.slow
-def test_training_alone_is_augmented_and_does_not_go_on_otherwise(tmp_path, monkeypatch):
+def test_training_alone_is_augmented_and_a_resumed_run_keeps_its_augmentations(tmp_path, monkeypatch):
   (tmp_path / 'text').mkdir()
   for i in range(40):
     (tmp_path / f'text/{i}.txt').write_text(f'{i}\n' + TEXT[i * 100:i * 100 + 100])

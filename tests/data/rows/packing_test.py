@@ -11,21 +11,21 @@ from lm.objectives import preference
 V, T = 16, 24
 
 
-class Held(list):
+class Records(list):
   """Records in memory."""
   @property
   def positions(self):
     return np.array([sum(len(x.tokens) - 1 for x in record) for record in self])
 
 
-def pairs(count: int) -> Held:
+def pairs(count: int) -> Records:
   rng = np.random.default_rng(0)
 
   def dialogue(prompt):
     tokens = np.r_[0, prompt, rng.integers(2, V, rng.integers(1, 6))].astype(np.int32)
     return Dialogue(tokens, np.arange(len(tokens)) > len(prompt))
   prompts = [rng.integers(2, V, rng.integers(0, 4)) for _ in range(count)]
-  return Held(Pair(dialogue(prompt), dialogue(prompt)) for prompt in prompts)
+  return Records(Pair(dialogue(prompt), dialogue(prompt)) for prompt in prompts)
 
 
 def test_a_pair_is_read_as_its_dialogues_alone_with_learned_positions():

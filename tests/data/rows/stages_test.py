@@ -1,4 +1,4 @@
-"""Warm-up of shapes: each row of the data is read once and in its order, and a run is the same across its stages."""
+"""With a warm-up of shapes, each row is read once and in order, and a run can be resumed in any stage."""
 import dataclasses
 
 import jax
@@ -26,7 +26,7 @@ def rows_of(batch: Batch, length: int = 16):
   return {name: getattr(batch, name).reshape(-1, length) for name in FIELDS}
 
 
-def test_a_schedule_counts_what_was_read():
+def test_a_schedule_counts_the_rows_and_tokens_of_steps_before():
   schedule = Schedule(STAGES, 8, 16)
   assert [schedule.shape(step) for step in range(6)] == [(4, 8), (4, 8), (8, 8), (16, 4), (8, 16), (8, 16)]
   assert [schedule.rows_before(step) for step in range(7)] == [0, 2, 4, 8, 12, 20, 28]
@@ -66,8 +66,8 @@ def test_a_row_that_is_cut_keeps_its_positions_and_counts_its_documents_anew():
 
 
 @pytest.mark.slow
-def test_what_a_short_row_gives_is_what_its_part_alone_gives():
-  """Attention reaches over no cut: the model on short rows is the model on windows that see themselves alone."""
+def test_a_short_row_gives_the_loss_of_its_part_alone():
+  """Attention crosses no cut: the model on short rows equals the model on windows that see only themselves."""
   model = transformer.llama(260, 8, 1, 2, max_length=16, hidden=8)
   batch = Data().batches('train', next_token(), 2)(0)
   params = model.init(jax.random.key(0))
@@ -78,7 +78,7 @@ def test_what_a_short_row_gives_is_what_its_part_alone_gives():
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """The workdir of a run with stages that was not stopped."""
+  """Returns the workdir of a run with stages that was not interrupted."""
   workdir = tmp_path_factory.mktemp('whole')
   assert go(workdir, stages=STAGES).finished
   return workdir
@@ -145,6 +145,6 @@ def test_every_shape_is_traced_before_training():
   assert set(traced) == {(4, 8), (8, 8), (16, 4), (8, 16)}
 
 
-def test_stages_are_part_of_what_a_run_goes_on_with(whole):
+def test_stages_are_part_of_the_identity_of_a_run(whole):
   facts = train.identity(dataclasses.replace(RUN, stages=STAGES), 'data', 'tokenizer')
   assert facts != train.identity(RUN, 'data', 'tokenizer') and 'stages' not in train.identity(RUN, 'data', 'tokenizer')

@@ -1,4 +1,4 @@
-"""Packing against the plain list of (token, next token) pairs of the documents."""
+"""Packed rows hold exactly the (token, next token) pairs of their documents."""
 import dataclasses
 import itertools
 
@@ -27,7 +27,7 @@ cases = given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=9), length
 
 @cases
 @settings(max_examples=150, deadline=None)
-def test_every_target_of_an_epoch_is_asked_once(sizes, length, rows, seed, context):
+def test_every_target_occurs_once_an_epoch(sizes, length, rows, seed, context):
   store, context = documents(sizes), min(context, length - 1)
   batches = rows_of(store, length, rows, seed, context=context)
   n = batches.rows_per_epoch
@@ -70,19 +70,19 @@ def test_a_batch_is_a_pure_function_of_the_step(sizes, length, rows, seed, conte
   assert same(make()(4), forward[4])
 
 
-def first_tokens_seen(tokens, rng, special):
-  """As in a prefix objective: random targets, and the first token visible to all."""
+def first_token_visible(tokens, rng, special):
+  """An example with random targets, whose first token is visible to all positions, as in a prefix objective."""
   n = len(tokens) - 1
   return Example(tokens[:-1], rng.integers(1000, size=n), np.ones(n, np.float32), np.arange(n) == 0)
 
 
-MARKED = token_objective(Form(first_tokens_seen, ahead=True))
+MARKED = token_objective(Form(first_token_visible, ahead=True))
 
 
 @pytest.mark.parametrize('hosts', [1, 2, 4, 8])
 @pytest.mark.parametrize('objective', [next_token(), MARKED], ids=['plain', 'marked'])
 @pytest.mark.parametrize('repeat', [True, False])
-def test_hosts_together_see_the_same_bytes(hosts, objective, repeat):
+def test_hosts_together_read_the_rows_of_one_host(hosts, objective, repeat):
   batches = rows_of(documents([9, 0, 33, 1, 17]), 7, 8, 3, repeat, objective=objective)
   for step in range(batches.steps_per_epoch + 1):
     own = [batches(step, range(8 * host // hosts, 8 * (host + 1) // hosts)) for host in range(hosts)]
@@ -138,7 +138,7 @@ def test_a_context_that_fills_the_row_is_refused():
 @pytest.mark.parametrize('make', [
     lambda: transformer.llama(vocab=80, width=8, layers=1, heads=2, hidden=16, max_length=24),
     lambda: transformer.gpt2(vocab=80, width=8, layers=1, heads=2, max_length=24)])
-def test_the_loss_of_packed_rows_is_that_of_their_pieces_by_themselves(make):
+def test_the_loss_of_packed_rows_is_that_of_their_pieces_alone(make):
   model, objective = make(), next_token()
   batch = rows_of(documents([7, 0, 20, 3, 1, 12, 30]), 24, 3)(0)
   pieces = [row[segments == s] for row, targets, segments in zip(batch.tokens, batch.targets, batch.segments)
@@ -158,7 +158,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_pieces_by_themselves(make):
 
 
 def test_which_documents_share_a_row_differs_by_epoch():
-  """Not the order of the rows alone."""
+  """It is not only the order of the rows that differs."""
   batches = rows_of(documents([6] * 40), 32, 1)
 
   def company(epoch):

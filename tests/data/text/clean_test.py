@@ -1,4 +1,4 @@
-"""Rules: published examples of what they repair, and what they must leave alone."""
+"""Cleaning rules repair published examples, and leave correct text alone."""
 import ast
 import pathlib
 import pickle
@@ -38,7 +38,7 @@ def test_unicode_reads_back_any_text_decoded_as_latin_1():
     assert clean.Unicode()(text.encode().decode('latin-1')) == text
 
 
-def test_control_characters():
+def test_control_characters_are_removed_and_joiners_of_letters_stay():
   rule = clean.ControlCharacters()
   assert rule('a\r\nb\rc\td\n') == 'a\nb\nc\td\n'
   assert rule('\ufeff\x00a\x08b\x7f\x9f') == 'ab'
@@ -79,7 +79,7 @@ def test_source_code_means_the_same_after_cleaning():
     assert ast.dump(ast.parse(clean.apply(clean.DEFAULT, code))) == ast.dump(ast.parse(code))
 
 
-def test_length():
+def test_documents_outside_the_range_of_lengths_are_dropped():
   rule = clean.Length(2, 4)
   assert [rule('x' * n) for n in range(1, 6)] == [Drop('too short'), 'xx', 'xxx', 'xxxx', Drop('too long')]
   assert clean.apply(clean.DEFAULT, ' \n\t\n') == Drop('too short')
@@ -87,7 +87,7 @@ def test_length():
     clean.Length(2, 1)
 
 
-def test_stop_words():
+def test_stop_words_are_removed_as_whole_words():
   assert clean.StopWords('en')('The cat is on the mat, and I don’t care.\n  the end') == 'cat mat, care.\n  '
   assert clean.StopWords('en')('theatre others-wise') == 'theatre others-wise'  # whole words only
   # jieba's published segmentation is 我/来到/北京/清华大学: the stop words 来, 到 and 大 within words stay.
@@ -136,7 +136,7 @@ def test_an_error_in_a_worker_is_raised_here():
 
 
 @pytest.mark.parametrize('mark', ['\f', '\v', '\x1c', '\x1d', '\x1e', '\x1f', '\x85'])
-def test_what_ends_a_line_or_a_page_joins_no_words(mark):
+def test_separators_of_lines_and_pages_become_line_breaks(mark):
   assert clean.ControlCharacters()(f'one{mark}two') == 'one\ntwo'
 
 

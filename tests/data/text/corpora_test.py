@@ -1,4 +1,4 @@
-"""Corpora: every document once, in one split, whatever the format; errors that say what to do."""
+"""A corpus has every document once, in one split, in any format, and its errors say what to do."""
 import dataclasses
 import gzip
 import itertools
@@ -20,6 +20,7 @@ DOCUMENTS = [f'document {i}\nis “nr {i}” 中文' for i in range(200)]
 
 
 def everything(source):
+  """Returns the documents of all splits of a source, sorted."""
   return sorted(document for documents in source.splits.values() for document in documents)
 
 
@@ -102,7 +103,7 @@ def test_a_sequence_is_indexed_as_a_list(tmp_path):
 @pytest.mark.parametrize('errors, counted, documents', [
     ('replace', 'invalid UTF-8 repaired', ['bad \ufffd byte', 'good', 'good too']),
     ('drop', 'invalid UTF-8 dropped', ['good', 'good too'])])
-def test_invalid_utf8(tmp_path, errors, counted, documents):
+def test_invalid_utf8_is_refused_replaced_or_dropped(tmp_path, errors, counted, documents):
   pattern = write_texts(tmp_path, [b'good', b'bad \xff byte', b'good too'])
   source = corpora.text(pattern, validation=0, encoding_errors=errors)
   assert everything(source) == documents and everything(source) == documents  # counted once, not at each reading
@@ -111,7 +112,7 @@ def test_invalid_utf8(tmp_path, errors, counted, documents):
     list(corpora.text(pattern, validation=0).splits['train'])
 
 
-def test_separator_cuts_files(tmp_path):
+def test_a_separator_cuts_files_into_documents(tmp_path):
   (tmp_path / 'plays.txt').write_bytes(b'one\r\ntwo\r\n\r\nthree\n\n\n\nfour')
   source = corpora.text(str(tmp_path / 'plays.txt'), validation=0, separator='\n\n')
   assert list(source.splits['train']) == ['one\ntwo', 'three', 'four'] and source.name == 'plays'
@@ -133,7 +134,7 @@ def test_an_empty_split_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize('make', [corpora.text, corpora.jsonl, corpora.parquet])
-def test_a_pattern_without_files(make, tmp_path):
+def test_a_pattern_that_matches_no_file_is_refused(make, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no file matches '.*nonesuch\*'"):
     _ = make(str(tmp_path / 'nonesuch*')).fingerprint
 
@@ -202,11 +203,7 @@ def test_fingerprint_follows_content_and_options_not_the_folder(tmp_path, monkey
   assert make('one') != beginning
 
 
-def listed(name, size, split='train'):
-  return Source(name, {split: [f'{name}{i}' for i in range(size)]}, name)
-
-
-def test_a_sample_draws_from_the_train_split_alone_and_fewer_are_among_more():
+def test_a_sample_draws_from_train_alone_and_a_larger_one_contains_a_smaller():
   both = Source('both', {'train': [f'a{i}' for i in range(100)], 'validation': ['b0', 'b1']}, 'print')
   few, larger = (sample(both, n) for n in (10, 30))
   drawn = list(few.splits['train'])

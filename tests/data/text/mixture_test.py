@@ -1,4 +1,6 @@
-"""Mixtures: shares of tokens, exact in every prefix; sources that begin anew; the held-out text of all, once."""
+"""A mixture holds its shares of tokens in every prefix, repeats sources, and validates on the held-out text of all
+once.
+"""
 import dataclasses
 import fractions
 import itertools
@@ -24,17 +26,17 @@ from lm.objectives.objective import token_objective
 BYTES = Bytes()
 
 
-def listed(name, sizes, split='train', **others) -> Source:
-  """Documents of one letter, of so many bytes, each with its number in front."""
+def lettered(name, sizes, split='train', **others) -> Source:
+  """Returns a source of documents of one letter, of these sizes in bytes, each with its number in front."""
   return Source(name, {split: [f'{i}'.ljust(n, name) for i, n in enumerate(sizes)], **others}, f'print of {name}')
 
 
 def mixed_rows(sizes, weights, length=8, rows=4, seed=0, objective=None, repeat=True) -> Mixed:
-  """Of documents of these sizes, by source; token ids of source i are i modulo the number of sources."""
+  """Returns rows of documents of these sizes, by source. Token ids of source i equal i modulo the number of sources."""
   parts = [documents(own) for own in sizes]
   for i, part in enumerate(parts):
     part.tokens[:] = part.tokens * np.uint16(len(sizes)) + np.uint16(i)
-  mixing = Mixing(tuple(listed(chr(97 + i), own) for i, own in enumerate(sizes)), tuple(weights), repeat)
+  mixing = Mixing(tuple(lettered(chr(97 + i), own) for i, own in enumerate(sizes)), tuple(weights), repeat)
   basis = (objective or next_token(), SPECIAL, length, rows, seed)
   return Mixed(*basis, mixing=mixing, streams=tuple(Stream(*basis, store=part) for part in parts))
 
@@ -53,11 +55,11 @@ def test_turns_are_exact_at_every_prefix_and_at_random(weights, rows):
 
 
 def test_one_in_a_thousand_is_one_in_a_thousand():
-  mixing = mixture([(listed('a', [5]), 0.001), (listed('b', [5]), 0.999)]).mixing
+  mixing = mixture([(lettered('a', [5]), 0.001), (lettered('b', [5]), 0.999)]).mixing
   turns = SourceOrder(mixing.weights)
   assert mixing.weights == (1, 999)
   assert turns.counts(1000) == [1, 999] and turns.counts(10**9) == [10**6, 999 * 10**6]
-  assert mixture([(listed('a', [5]), 1 / 3), (listed('b', [5]), 2 / 3)]).mixing.weights == (1, 2)
+  assert mixture([(lettered('a', [5]), 1 / 3), (lettered('b', [5]), 2 / 3)]).mixing.weights == (1, 2)
 
 
 @given(sizes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=2, max_size=3), data=st.data(),
@@ -111,7 +113,7 @@ def test_forms_take_turns_within_each_source():
 
 
 def held_out(name, sizes, others) -> Source:
-  return listed(name, sizes, validation=[f'{name} held out {i}' for i in range(others)])
+  return lettered(name, sizes, validation=[f'{name} held out {i}' for i in range(others)])
 
 
 @pytest.fixture
@@ -124,7 +126,7 @@ def opened(tmp_path, source, length=32):
 
 
 def test_large_documents_do_not_crowd_out_small_ones(tmp_path, novels_and_poems):
-  """By documents, the mixture would end with the second novel, and four poems."""
+  """If documents were counted, the mixture would end with the second novel and four poems."""
   data = opened(tmp_path, mixture(list(zip(novels_and_poems, (0.3, 0.7)))))
   batches = data.batches('train', next_token(), 10)
   targets = np.concatenate([batches(step).targets.ravel() for step in range(10)])
@@ -168,7 +170,7 @@ def test_without_repeating_training_stops_where_the_first_source_ends(tmp_path, 
 def test_a_weight_of_zero_leaves_a_source_out_and_weights_are_checked(novels_and_poems):
   novels, poems = novels_and_poems
   assert mixture([(novels, 0), (poems, 0.2)]) is poems
-  third = listed('c', [3])
+  third = lettered('c', [3])
   assert mixture([(novels, 1), (poems, 0), (third, 1)]).mixing.sources == (novels, third)
   for weights in ((0, 0), (-1, 1), (float('nan'), 1), (float('inf'), 1)):
     with pytest.raises(ValueError, match='must be 0 or positive'):
@@ -179,7 +181,7 @@ def test_a_weight_of_zero_leaves_a_source_out_and_weights_are_checked(novels_and
 
 
 def test_mixtures_of_mixtures_keep_their_shares_and_their_common_splits(novels_and_poems):
-  third = listed('c', [3])
+  third = lettered('c', [3])
   nested = mixture([(mixture(list(zip(novels_and_poems, (1, 3)))), 1), (third, 1)])
   assert nested.mixing.weights == (1, 3, 4) and nested.mixing.sources == (*novels_and_poems, third)
   assert list(nested.splits) == ['train'] and len(nested.splits['train']) == 53
@@ -188,16 +190,16 @@ def test_mixtures_of_mixtures_keep_their_shares_and_their_common_splits(novels_a
     len(sample(nested, 3).splits['train'])
 
 
-def test_a_mixture_tells_what_reading_its_sources_met(tmp_path):
+def test_a_mixture_reports_the_notes_of_its_sources(tmp_path):
   for name, text in (('a', b'good'), ('b', b'bad \xff')):
     (tmp_path / f'{name}.txt').write_bytes(text)
   bad = corpora.text(str(tmp_path / '*.txt'), validation=0, encoding_errors='replace')
-  mixed = mixture([(listed('s', [3, 4]), 1), (bad, 1)])
+  mixed = mixture([(lettered('s', [3, 4]), 1), (bad, 1)])
   assert len(mixed.splits['train']) == 4 and mixed.counts == {'invalid UTF-8 repaired': 1}
 
 
 def test_a_source_all_of_whose_documents_are_in_another_is_refused(tmp_path):
-  same = listed('s', [30, 40])
+  same = lettered('s', [30, 40])
   data = opened(tmp_path, mixture([(same, 1), (Source('twin', dict(same.splits), 'other'), 1)]))
   with pytest.raises(ValueError, match='twin: no document of it is in train'):
     data.batches('train', next_token(), 2)

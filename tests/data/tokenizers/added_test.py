@@ -1,4 +1,4 @@
-"""Tokens that files beside a vocabulary add to it, read as transformers reads them, or refused."""
+"""Files beside a vocabulary add tokens to it, which are read as transformers reads them, or refused."""
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""Whether a text begins with bos: as the files of a tokenizer say, read as transformers reads them."""
+"""A text begins with bos if the files of its tokenizer say so, as transformers reads them."""
 import dataclasses
 import json
 
@@ -18,7 +18,7 @@ from lm.models import transformer
 
 
 def folder(path, kind):
-  """Files as they are published with a family of models."""
+  """Returns a folder of tokenizer files as a family of models publishes them."""
   config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
   match kind:
     case 'gpt2':
@@ -78,7 +78,8 @@ def test_a_text_that_begins_with_another_token_is_refused(tmp_path):
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-  """A random model beside the tokenizer of each of two families: one whose texts begin with bos, one whose do not."""
+  """Returns a random model beside the tokenizer of each of two families: texts of one begin with bos, of the other not.
+  """
   folders = {}
   for kind in ('llama', 'qwen'):
     path = folders[kind] = tmp_path_factory.mktemp(kind)
@@ -95,7 +96,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize('kind, flag, begins', [
     ('llama', None, True), ('qwen', None, False), ('llama', False, False), ('qwen', True, True)])
-def test_scores_and_text_are_of_the_prompt_that_the_tokenizer_makes(models, kind, flag, begins, capsys, monkeypatch):
+def test_scores_and_text_follow_the_bos_rule_of_the_tokenizer(models, kind, flag, begins, capsys, monkeypatch):
   loaded = pretrained.load(str(models[kind]))
   ids = [*[loaded.tokenizer.bos_id] * begins, *loaded.tokenizer.encode('anna')]
   scores, = text_scores.scored(loaded, ['anna'], None, text_scores.begins(loaded, flag))
@@ -123,7 +124,7 @@ def test_a_dialogue_has_the_ids_of_transformers(tmp_path):
 
 
 def test_a_sampled_text_is_the_same_whoever_puts_bos_in_front():
-  """The random stream of a prompt is of its text."""
+  """The random stream of a prompt depends on its text, not on who adds bos."""
   ids = Bytes().encode('hi')
   assert generate.random_streams([ids], 1, 256) == generate.random_streams([np.r_[256, ids]], 1, 256)
 

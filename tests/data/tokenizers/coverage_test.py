@@ -1,4 +1,4 @@
-"""Tokenizers of texts with more characters than a small vocabulary has room for, as in Chinese."""
+"""Texts with more characters than a small vocabulary has room for, such as Chinese ones, need a character coverage."""
 import re
 
 import pretrain

@@ -1,4 +1,4 @@
-"""Exported tokenizers as transformers opens them: the same ids on any text, and the text back."""
+"""transformers opens exported tokenizers and gives the same ids for any text, and the text back."""
 import json
 import pathlib
 import random
@@ -57,7 +57,7 @@ def test_any_text_has_the_same_ids(both, text):
 
 
 def test_text_made_of_few_pieces_has_the_same_ids(both):
-  """Where ways to spell a text are as good as each other: runs of the same, pieces of pieces."""
+  """Such texts can be split in several equally good ways: runs of one piece, and pieces of pieces."""
   ours, rng = both[0], random.Random(0)
   pieces = [piece for i in range(ours.vocab_size) if (piece := ours.decode([i])).isprintable() and piece]
   for _ in range(1500):

@@ -1,4 +1,4 @@
-"""Text is text: no text becomes a control token or the byte that it names, with any kind of tokenizer that is read."""
+"""No text becomes a control token, or the byte that it names, in any kind of tokenizer."""
 import io
 
 import numpy as np
@@ -33,7 +33,7 @@ def unigram():
 
 
 def bpe(ignore_merges):
-  """Its merges make control tokens, and '<0x41>', of letters; or it looks for whole words."""
+  """A tokenizer whose merges build control tokens and '<0x41>' from letters, or which looks for whole words."""
   merges = [('<', '/'), ('</', 's'), ('</s', '>'), ('<', '0'), ('<0', 'x'), ('<0x', '4'), ('<0x4', '1'),
             ('<0x41', '>'), ('<', 's'), ('<s', '>')]
   names = vocabulary('</', '</s', '<0', '<0x', '<0x4', '<0x41', '<s')
@@ -105,7 +105,7 @@ def test_text_that_spells_none_has_the_ids_of_the_library(any_kind):
   assert t.encode(PLAIN).tolist() == expected
 
 
-def test_what_is_spelled_on_purpose_is_found(any_kind):
+def test_parsing_reads_control_tokens_where_that_is_wanted(any_kind):
   t, _ = any_kind
   ids, spans = t.parse('a</s><|user|>b')
   assert [t.control_id('</s>'), t.control_id('<|user|>')] == ids[1:3].tolist() and t.decode(ids[1:3]) == ''

@@ -1,4 +1,4 @@
-"""SentencePiece models that give any text back, and what tells them from those that do not."""
+"""SentencePiece models are called lossless exactly if decoding gives any text back."""
 import io
 
 import hypothesis
@@ -45,7 +45,7 @@ def sentencepiece_model(texts, **options):
     (['abc abd'] * 9, {'byte_fallback': False, 'vocab_size': 10}, False),
     (['abc abd'] * 9, {'normalization_rule_name': 'nfkc'}, False),
     (['abc abd'] * 9, {'normalization_rule_tsv': True}, False)])
-def test_lossless_is_what_gives_the_text_back(texts, options, lossless, tmp_path):
+def test_a_model_is_lossless_if_it_gives_the_text_back(texts, options, lossless, tmp_path):
   if options.pop('normalization_rule_tsv', False):   # a table that changes one letter alone
     (tmp_path / 'rules.tsv').write_text(f'{ord("q"):X}\t{ord("a"):X}\n')
     options = {'normalization_rule_tsv': str(tmp_path / 'rules.tsv'), 'normalization_rule_name': 'user_defined'}

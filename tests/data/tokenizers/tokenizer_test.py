@@ -1,4 +1,4 @@
-"""Tokenizers: round trips over Unicode, parity with ids computed by the original libraries, determinism, errors."""
+"""Tokenizers round-trip Unicode, give the ids of the original libraries, are deterministic, and refuse bad input."""
 import dataclasses
 import json
 import pathlib
@@ -66,13 +66,13 @@ def test_round_trip_of_any_text(lossless, text):
   check_round_trip(lossless, text)
 
 
-def test_a_batch_is_its_texts(lossless):
+def test_a_batch_has_the_ids_of_its_texts_alone(lossless):
   for ids, text in zip(lossless.encode_batch(NASTY), NASTY, strict=True):
     np.testing.assert_array_equal(ids, lossless.encode(text))
   assert lossless.encode_batch([]) == []
 
 
-def test_saved_loaded_and_pickled(lossless, tmp_path):
+def test_a_tokenizer_is_the_same_saved_loaded_and_pickled(lossless, tmp_path):
   lossless.encode(TEXT)  # what is cached must not matter
   lossless.save(tmp_path)
   for other in (tokenizer.load(tmp_path), pickle.loads(pickle.dumps(lossless))):
@@ -105,7 +105,7 @@ def test_control_tokens_are_distinct_and_decode_to_nothing(documents):
   assert tokenizer.Bytes(('<|a|>',)).fingerprint != tokenizer.Bytes(('<|b|>',)).fingerprint
 
 
-def test_decoding_cut_characters():
+def test_half_of_a_character_decodes_to_a_replacement():
   for t in (tokenizer.Bytes(), tokenizer.train_sentencepiece([TEXT], 700)):
     assert t.decode(t.encode('a好')[:-1]) == 'a\N{REPLACEMENT CHARACTER}'
 
@@ -150,19 +150,19 @@ def test_long_lines_are_not_skipped_in_training():
 @pytest.mark.parametrize('size, documents, message', [
     (100_000, [TEXT], r'--vocab=100000 is more than the text supports: at most \d+'),
     (300, [TEXT], r'--vocab=300 is too small: .* take 3\d\d'), (500, [], 'no text'), (500, [''], 'no text')])
-def test_vocabularies_that_cannot_be(size, documents, message):
+def test_impossible_sizes_of_vocabularies_are_refused(size, documents, message):
   with pytest.raises(ValueError, match=message):
     tokenizer.train_sentencepiece(documents, size)
 
 
-def test_the_vocabulary_that_an_error_names_can_be():
+def test_the_size_that_an_error_names_is_possible():
   with pytest.raises(ValueError) as error:
     tokenizer.train_sentencepiece([TEXT[:5000]], 100_000)
   size = int(str(error.value).split()[-1])
   assert tokenizer.train_sentencepiece([TEXT[:5000]], size).vocab_size == size
 
 
-def test_loading_what_is_not_there(tmp_path):
+def test_missing_and_malformed_files_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='give a .model file'):
     tokenizer.load(tmp_path)
   for name in ('tokenizer.model', 'tokenizer.json'):
@@ -232,7 +232,7 @@ def test_parsing_finds_control_tokens_and_where_each_token_lies(lossless):
 
 
 @pytest.mark.skipif(not DATA.exists(), reason='no shared data')
-def test_parsing_where_text_is_normalised():
+def test_parsing_gives_spans_in_text_that_is_normalised():
   t5 = tokenizer.load(DATA / 'sentencepiece/t5_tokenizer_base.model')
   ids, spans = t5.parse('one  two</s>Ａ')
   assert ids.tolist() == [*t5.encode('one  two'), t5.eos_id, *t5.encode('Ａ')]
@@ -251,7 +251,7 @@ def folder_with(tmp_path, documents, post_processor=None, **files):
   return tokenizer.load(tmp_path)
 
 
-def test_a_space_that_the_file_trims_is_of_the_token_that_has_it(tmp_path, documents):
+def test_spans_include_the_spaces_that_the_file_would_trim(tmp_path, documents):
   trims = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
   t = folder_with(tmp_path, documents, trims)
   spans = t.parse('def  self ')[1].tolist()
@@ -275,7 +275,7 @@ def test_bos_that_the_file_would_add_is_not_added(tmp_path, documents):
     ({'tokenizer_config': {'eos_token': '<z>'}, 'generation_config': {'eos_token_id': 601}}, (602, 601)),
     ({'tokenizer_config': {'eos_token': '<y>'}, 'config': {'eos_token_id': 601}}, (601,)),
     ({'tokenizer_config': {'eos_token': '<y>'}, 'config': {'eos_token_id': None}}, (601,))])
-def test_all_that_end_a_text_are_known_and_kept(files, ends, tmp_path, documents):
+def test_all_end_tokens_are_read_and_saved(files, ends, tmp_path, documents):
   t = folder_with(tmp_path, documents, **files)
   assert t.eos_ids == ends and t.eos_id == ends[0]
   t.save(tmp_path / 'saved')
@@ -298,6 +298,6 @@ XY = ['<x>', '<y>']
       'tokenizer_config': {'bos_token': '<z>'}}, XY),
     ({'config': {'is_encoder_decoder': True, 'pad_token_id': 600, 'eos_token_id': 601}}, XY),
     ({'tokenizer_config': {'bos_token': 'no such token'}, 'config': {'eos_token_id': [7]}}, ['<|endoftext|>'] * 2)])
-def test_separators_are_what_the_files_beside_it_say(files, expected, tmp_path, documents):
+def test_bos_and_eos_are_those_of_the_files_beside_the_tokenizer(files, expected, tmp_path, documents):
   t = folder_with(tmp_path, documents, **files)
   assert (t.bos_id, t.eos_id) == tuple(map(t.control_id, expected))
