@@ -132,7 +132,7 @@ def test_opening_a_file_or_computing_fails_this_test(built):
 
 def test_every_flag_that_names_a_model_or_a_tokenizer_is_among_the_cases(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / 'experiments')
-  given = {(name, flag) for name, flags in FLAGS for flag in flags}
+  covered = {(name, flag) for name, flags in FLAGS for flag in flags}
   for name in EXPERIMENTS:
     for flag in signature.flags(__import__(name).experiment):
-      assert flag.name not in NAMING or (name, flag.name) in given
+      assert flag.name not in NAMING or (name, flag.name) in covered
