@@ -133,7 +133,7 @@ def test_the_likelihood_of_a_text_is_estimated():
   with jax.set_mesh(sharding.make_mesh('data:8')):
     again = unmask.log_likelihood(Exact(), JOINT, texts[:1], MASK, draws=512)
   np.testing.assert_allclose(again, estimates[:1], rtol=1e-5)
-  conditional = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # one token, conditional all others
+  conditional = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # the last token alone
   table = JOINT[0, 0] / JOINT[0, 0].sum()
   np.testing.assert_allclose(conditional[:3], np.log(table), rtol=1e-4)
   assert unmask.log_likelihood(Exact(), JOINT, [np.int32([BOS])], MASK).tolist() == [0]
