@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: tokenizer.json files, and GPT-2's two files as one of those."""
+"""Tokenizers of Hugging Face: tokenizer.json files, and GPT-2's two files, which become a tokenizer.json."""
 import dataclasses
 import functools
 import json
@@ -15,15 +15,15 @@ from lm.data.tokenizers import base
 from lm.workdir.parsing import json_value
 
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
-_SECRET = f'\ue000{secrets.token_hex(8)}\ue001'   # no text has it
+_SECRET = f'\ue000{secrets.token_hex(8)}\ue001'   # random, so that no text contains it
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace(base.TokenizerBase):
-  """A tokenizer of the `tokenizers` library, by the text of its tokenizer.json and the names of bos and eos in it.
+  """A tokenizer of the `tokenizers` library, given by the text of its tokenizer.json and the names of bos and eos.
 
-  What the file adds around a text (post-processor), cuts (truncation) or fills up (padding) is left out. Its control
-  tokens are those that it calls special, and those named like marks of a template (`vocabulary.MARK`).
+  The file's post-processor, truncation and padding are not applied. Its control tokens are those that the file calls
+  special, and those that are named like marks of a template (`base.MARK`).
   """
   model: str = dataclasses.field(repr=False)
   bos: str
@@ -33,33 +33,34 @@ class HuggingFace(base.TokenizerBase):
 
   @functools.cached_property
   def _original(self) -> Any:
-    return _opened(self.model)
+    """The tokenizer of the unchanged file."""
+    return _open(self.model)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
-    """For text: it has no control tokens."""
-    return _opened(literal(self.model, set(self._control)))
+    """The tokenizer for `encode`, which treats control tokens as text."""
+    return _open(literal(self.model, set(self._control)))
 
   @functools.cached_property
   def _parser(self) -> Any:
-    """For text that spells control tokens on purpose."""
-    return _opened(literal(self.model, set()))
+    """The tokenizer for `parse`, which recognises control tokens."""
+    return _open(literal(self.model, set()))
 
   @functools.cached_property
   def _table(self) -> list[bytes]:
     vocabulary = self._original.get_vocab(with_added_tokens=True)
     added = self._original.get_added_tokens_decoder()
     form = json_value(self.model)
-    byte = byte_level() if _has(form, 'ByteLevel') else None
+    bytes_of = byte_level() if _has(form, 'ByteLevel') else None   # of a character, if names are written in bytes
     fallback = form['model'].get('byte_fallback') or _has(form, 'ByteFallback')
     table = [b''] * (1 + max(vocabulary.values()))
     for name, i in vocabulary.items():
       if i in added:
         table[i] = b'' if name in self._control else name.encode()
-      elif byte and not (fallback and _BYTE.fullmatch(name)):
-        table[i] = b''.join(byte.get(c, c.encode()) for c in name)
       elif fallback and _BYTE.fullmatch(name):
         table[i] = bytes([int(name[3:5], 16)])
+      elif bytes_of:
+        table[i] = b''.join(bytes_of.get(character, character.encode()) for character in name)
       else:
         table[i] = name.removeprefix('##').replace('▁', ' ').encode()
     return table
@@ -77,7 +78,7 @@ class HuggingFace(base.TokenizerBase):
 
   @functools.cached_property
   def front(self) -> tuple[int, ...]:
-    """The ids that the file itself puts in front of a text (its post-processor)."""
+    """The ids that the file's post-processor puts before a text."""
     encoded = self._original.encode('a')
     added = [*encoded.special_tokens_mask, 0]
     return tuple(encoded.ids[:added.index(0)])
@@ -85,13 +86,14 @@ class HuggingFace(base.TokenizerBase):
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     for text in texts:
       base.utf8(text)
-    return [np.array(x.ids, np.int32) for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def parse(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     base.utf8(text)
     encoded = self._parser.encode(text, add_special_tokens=False)
     spans = np.array(encoded.offsets, int).reshape(-1, 2)
-    # Some files leave the space before a word out of its span.
+    # In some files, the span of a word lacks the space before it.
     spans[:, 0] = np.minimum(spans[:, 0], np.r_[0, spans[:, 1]][:-1])
     return np.array(encoded.ids, np.int32), spans
 
@@ -108,11 +110,12 @@ class HuggingFace(base.TokenizerBase):
     base.write_separators(folder, self)
 
 
-def _opened(model: str) -> Any:
+def _open(model: str) -> Any:
+  """Opens the text of a tokenizer.json with the library. Raises ValueError if the library cannot read it."""
   module = source.require('tokenizers', 'tokenizers')
   try:
     tokenizer = module.Tokenizer.from_str(model)
-  except Exception as error:  # the library raises no narrower class
+  except Exception as error:   # the library raises no narrower class
     raise ValueError(f'this is no tokenizer.json: {error}') from None
   tokenizer.no_truncation()
   tokenizer.no_padding()
@@ -120,7 +123,7 @@ def _opened(model: str) -> Any:
 
 
 def _has(form: Mapping[str, Any], kind: str) -> bool:
-  """Whether the pre-tokenizer or the decoder of a tokenizer.json is of a kind, or has a part that is."""
+  """Returns whether the pre-tokenizer or the decoder of a tokenizer.json, or a part of one, is of a kind."""
   parts = [form.get('pre_tokenizer'), form.get('decoder')]
   for part in parts:
     if isinstance(part, dict):
@@ -131,39 +134,41 @@ def _has(form: Mapping[str, Any], kind: str) -> bool:
 
 
 def with_added(model: str, tokens: Mapping[int, Mapping[str, Any]]) -> str:
-  """The tokenizer.json with more added tokens, by id; the text itself where it has them all.
+  """Returns the text of a tokenizer.json with further added tokens, by id; the same text if it has all of them.
 
-  Raises ValueError where transformers would give one another id: that of its name, or else the next one.
+  Raises ValueError if transformers would give a token another id: the id of its name, or else the next id.
   """
   if not tokens:
     return model
   form = json_value(model)
   if not isinstance(form, dict) or 'vocab' not in form.get('model', {}):
-    return model   # no tokenizer.json: what opens it says so
+    return model   # not a tokenizer.json: `_open` raises an error
   words = form['model']['vocab']
   ids = words if isinstance(words, dict) else {name: i for i, (name, _) in enumerate(words)}
-  known, changed = {token['content']: token for token in form.setdefault('added_tokens', [])}, False
+  added, changed = {token['content']: token for token in form.setdefault('added_tokens', [])}, False
   for i, token in sorted(tokens.items()):
-    name, old = token['content'], known.get(token['content'])
-    following = max(len(ids), *(1 + each['id'] for each in known.values())) if known else len(ids)
-    expected = old['id'] if old else ids.get(name, following)
+    name = token['content']
+    old = added.get(name)
+    next_id = max(len(ids), *(1 + each['id'] for each in added.values())) if added else len(ids)
+    expected = old['id'] if old else ids.get(name, next_id)
     if i != expected:
       raise ValueError(f'the files beside it add {name!r} as token {i}, and transformers would give it the id '
-                       f'{expected}')
+                       f'{expected}; save its tokenizer.json with transformers')
     if old is None:
-      known[name] = dict(token)
-      form['added_tokens'].append(known[name])
+      added[name] = dict(token)
+      form['added_tokens'].append(added[name])
       changed = True
     elif old['special'] != token['special']:
-      old['special'], changed = token['special'], True
+      old['special'] = token['special']
+      changed = True
   return json.dumps(form, ensure_ascii=False) if changed else model
 
 
 def literal(model: str, control: Set[str]) -> str:
-  """The tokenizer.json without ways from a text to the names in `control`, or from '<0x41>' to the byte it names.
+  """Returns a tokenizer.json that encodes the names in `control` as text, and '<0x41>' as text, not as the byte 0x41.
 
-  A control token keeps its id under a name that nobody can know, so that neither added tokens nor the vocabulary match
-  it. Pieces of bytes keep their names, by which the library looks them up: what makes them of text is left out.
+  Control tokens are renamed to random names, and keep their ids. Pieces of bytes keep their names, because the library
+  looks them up by name; instead, merges that make these names are removed, or text is cut inside of them.
   """
   form = json_value(model)
   inner = form['model']
@@ -172,18 +177,20 @@ def literal(model: str, control: Set[str]) -> str:
   if not control and not has_bytes:
     return model
   names = {name: f'{_SECRET}{i}' for i, name in enumerate(sorted(control))}
-  renamed = lambda name: names.get(name, name)
+  new_name = lambda name: names.get(name, name)
   for token in form.get('added_tokens', ()):
-    token['content'] = renamed(token['content'])
-  inner['vocab'] = ({renamed(name): i for name, i in words.items()} if isinstance(inner['vocab'], dict) else
-                    [[renamed(name), score] for name, score in inner['vocab']])
+    token['content'] = new_name(token['content'])
+  if isinstance(inner['vocab'], dict):
+    inner['vocab'] = {new_name(name): i for name, i in words.items()}
+  else:
+    inner['vocab'] = [[new_name(name), score] for name, score in inner['vocab']]
   if isinstance(inner.get('unk_token'), str):
-    inner['unk_token'] = renamed(inner['unk_token'])
+    inner['unk_token'] = new_name(inner['unk_token'])
   if 'merges' in inner:
     pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in inner['merges']]
     inner['merges'] = [pair for pair in pairs if not control.intersection((*pair, ''.join(pair)))
                        and not (has_bytes and _BYTE.fullmatch(''.join(pair)))]
-  if has_bytes and ('merges' not in inner or inner.get('ignore_merges')):   # these look for whole words
+  if has_bytes and ('merges' not in inner or inner.get('ignore_merges')):   # such models look up whole words
     cut = {'type': 'Split', 'pattern': {'Regex': '<(?=0x[0-9A-F]{2}>)'}, 'behavior': 'Isolated', 'invert': False}
     parts = [part for part in (form.get('pre_tokenizer'), cut) if part]
     form['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': parts}
@@ -192,19 +199,22 @@ def literal(model: str, control: Set[str]) -> str:
 
 
 def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, int], prefix_space: bool) -> str:
-  """The tokenizer.json of GPT-2's vocab.json and merges.txt (byte-level BPE, its pre-tokenizer).
+  """Returns the tokenizer.json of GPT-2's vocab.json and merges.txt (byte-level BPE, with its pre-tokenizer).
 
   Args:
-    names, merges: what the files hold.
-    special: control tokens; those that have no id get the next ones, as in transformers.
-    added: ids of control tokens beyond the vocabulary, of added_tokens.json.
-    prefix_space: whether a text starts with a space that it does not have (RoBERTa's option).
+    names: the text of vocab.json.
+    merges: the text of merges.txt.
+    special: control tokens; those without an id get the next ids, as in transformers.
+    added: ids of control tokens beyond the vocabulary, from added_tokens.json.
+    prefix_space: whether a space is put before a text (RoBERTa's option).
+
+  Raises ValueError if the vocabulary is not byte-level, or marks the ends of words.
   """
   ids = json_value(names)
   if missing := byte_level().keys() - ids:
-    raise ValueError(f'no byte-level vocabulary: it lacks {len(missing)} of 256 bytes')
+    raise ValueError(f'its vocabulary is not byte-level: it lacks {len(missing)} of 256 bytes; give a tokenizer.json')
   if any(name.endswith('</w>') for name in ids):
-    raise ValueError("its '</w>' marks the end of words, as in CLIP, not GPT-2's way; it needs a tokenizer.json")
+    raise ValueError("its '</w>' marks the end of words, as in CLIP and unlike GPT-2; give a tokenizer.json")
   lines = merges.split('\n')
   pairs = [line.rstrip('\r').split(' ') for line in lines[lines[0].startswith('#version'):] if line.strip()]
   control = dict(added)
@@ -220,7 +230,11 @@ def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, in
 
 
 def byte_level() -> dict[str, bytes]:
-  """GPT-2's printable stand-ins for bytes: those that print stand for themselves, the others for U+0100 and up."""
+  """Returns the byte of each character with which GPT-2 represents bytes.
+
+  A byte that is a printable character is represented by itself, the others by the characters from U+0100 on.
+  """
   visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
   hidden = [byte for byte in range(256) if byte not in visible]
-  return {chr(byte): bytes([byte]) for byte in visible} | {chr(256 + i): bytes([b]) for i, b in enumerate(hidden)}
+  return ({chr(byte): bytes([byte]) for byte in visible}
+          | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)})

@@ -1,7 +1,7 @@
-"""Reads facts of SentencePiece files that its library does not give: types of pieces, and their places in a text.
+"""Reads and changes SentencePiece files beyond what its library can do: types of pieces, and their places in a text.
 
-Specifications: https://protobuf.dev/programming-guides/encoding, and sentencepiece_model.proto. The generated classes
-would need protobuf, and two libraries in one process that both bring them have clashed.
+Specifications: https://protobuf.dev/programming-guides/encoding, and sentencepiece_model.proto. Generated classes would
+need protobuf, and would conflict with those of another library in the same process.
 """
 import dataclasses
 import struct
@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 UNIGRAM, BPE = 1, 2
-# Sums of multiples of 1/16 are exact in float32 up to 2**20, so that paths of equal score are equal in any library.
+# Scores are multiples of 1/16: their sums are exact in float32 up to 2**20, so that ties are ties in any library.
 EXACT = 16
-NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])   # after a model: its normaliser puts no space in front of a text
+NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])   # appended to a model, it turns off the space before a text
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
@@ -19,11 +19,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 class Piece:
   name: str
   score: float
-  score_place: int  # where in the file its 4 bytes are; 0: nowhere, and the score is 0.
+  score_place: int  # the place of its 4 bytes in the file; 0: the file has no score, which is 0 then
   type: int         # NORMAL, ...
 
 
 def pieces(model: bytes) -> list[Piece]:
+  """Returns the pieces of a model, by id."""
   all_pieces = []
   for number, start, end in _fields(model, 0, len(model)):
     if number == 1:
@@ -42,15 +43,15 @@ def kind(model: bytes) -> int:
 
 
 def maps_characters(model: bytes) -> bool:
-  """Whether a text is normalised by a table of characters before it is cut."""
+  """Returns whether a model normalises a text by a table of characters."""
   specs = [(a, b) for number, a, b in _fields(model, 0, len(model)) if number == 3]
   return any(b > a for spec in specs for number, a, b in _fields(model, *spec) if number == 2)
 
 
 def as_control(model: bytes, matches: Callable[[str], Any]) -> bytes:
-  """Returns the model with the matching user-defined pieces as control tokens, which no text is encoded to."""
-  return _retyped(model, {i: CONTROL for i, piece in enumerate(pieces(model))
-                          if piece.type == USER_DEFINED and matches(piece.name)})
+  """Returns the model with the matching user-defined pieces as control tokens, to which no text is encoded."""
+  return _with_types(model, {i: CONTROL for i, piece in enumerate(pieces(model))
+                             if piece.type == USER_DEFINED and matches(piece.name)})
 
 
 def with_added(model: bytes, names: Mapping[int, str], special: Collection[int]) -> bytes:
@@ -58,23 +59,23 @@ def with_added(model: bytes, names: Mapping[int, str], special: Collection[int])
 
   Raises ValueError if transformers would give a piece another id: the id of its name, or else the next id.
   """
-  known = pieces(model)
+  old_pieces = pieces(model)
   types = {i: CONTROL if i in special else USER_DEFINED for i in names}
-  place, following = {piece.name: i for i, piece in enumerate(known)}, len(known)
+  ids, next_id = {piece.name: i for i, piece in enumerate(old_pieces)}, len(old_pieces)
   for i, name in sorted(names.items()):
-    expected = place.get(name, following)
+    expected = ids.get(name, next_id)
     if i != expected:
       raise ValueError(f'the files beside it add {name!r} as token {i}, and transformers would give it the id '
-                       f'{expected}')
-    following = max(following, i + 1)
+                       f'{expected}; save its tokenizer.json with transformers')
+    next_id = max(next_id, i + 1)
   new_pieces = b''.join(_field(1, _field(1, name.encode()) + bytes([3 << 3, types[i]]))
-                  for i, name in sorted(names.items()) if i >= len(known))
-  changed = {i: types[i] for i in names if i < len(known) and known[i].type in (NORMAL, USER_DEFINED)}
-  return _retyped(model, changed) + new_pieces
+                        for i, name in sorted(names.items()) if i >= len(old_pieces))
+  changed = {i: types[i] for i in names if i < len(old_pieces) and old_pieces[i].type in (NORMAL, USER_DEFINED)}
+  return _with_types(model, changed) + new_pieces
 
 
-def _retyped(model: bytes, types: Mapping[int, int]) -> bytes:
-  """Returns the model with other types of some pieces; if a field occurs twice, its last value counts."""
+def _with_types(model: bytes, types: Mapping[int, int]) -> bytes:
+  """Returns the model with other types of some pieces. If a field occurs twice, its last value counts."""
   if not types:
     return model
   parts, i = [], 0

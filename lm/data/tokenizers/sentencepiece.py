@@ -16,12 +16,12 @@ _SAMPLING = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece(base.TokenizerBase):
-  """A SentencePiece model (arXiv:1808.06226), by the bytes of its .model file and the names of bos and eos in it.
+  """A SentencePiece model (arXiv:1808.06226), given by the bytes of its .model file and the names of bos and eos in it.
 
-  A model that keeps text as it is (identity normalisation, byte fallback, no dummy prefix, a piece for a space) is made
-  lossless: it is decoded by its table of bytes, and '▁', which SentencePiece takes for a space, is encoded by its three
-  bytes. Where it puts a space in front of a text, `parse` does so after each control token too if `legacy`, as older
-  files have it. Pieces that are named like marks of a template (`vocabulary.MARK`) are control tokens.
+  A model that does not change text (identity normalisation, byte fallback, no dummy prefix, a piece for a space) is
+  lossless here: it is decoded by its table of bytes, and '▁', which SentencePiece treats as a space, is encoded by its
+  three bytes. If the model puts a space before a text, `parse` puts one after each control token too if `legacy` is
+  true, as in older files. Pieces that are named like marks of a template (`base.MARK`) are control tokens.
   """
   model: bytes = dataclasses.field(repr=False)
   bos: str
@@ -34,11 +34,11 @@ class SentencePiece(base.TokenizerBase):
   def _processor(self) -> Any:
     import sentencepiece as module
     try:
-      opened = module.SentencePieceProcessor(model_proto=self.model)
+      processor = module.SentencePieceProcessor(model_proto=self.model)
     except RuntimeError as error:
       raise ValueError(f'this is no SentencePiece model: {error}') from None
-    changed = protobuf.as_control(self.model, base.MARK.fullmatch)
-    return opened if changed == self.model else module.SentencePieceProcessor(model_proto=changed)
+    with_marks = protobuf.as_control(self.model, base.MARK.fullmatch)
+    return processor if with_marks == self.model else module.SentencePieceProcessor(model_proto=with_marks)
 
   @functools.cached_property
   def _table(self) -> list[bytes]:
@@ -48,7 +48,9 @@ class SentencePiece(base.TokenizerBase):
       if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
         return b''
       name = model.id_to_piece(i)
-      return bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace('▁', ' ').encode()  # '<0x41>'
+      if model.is_byte(i):   # named '<0x41>'
+        return bytes([int(name[3:5], 16)])
+      return name.replace('▁', ' ').encode()
 
     return [piece(i) for i in range(model.vocab_size())]
 
@@ -67,19 +69,24 @@ class SentencePiece(base.TokenizerBase):
 
   @functools.cached_property
   def _space(self) -> np.ndarray | None:
-    """The ids of the bytes of '▁' if the model is lossless."""
+    """The ids of the bytes of '▁', int32 [3]; None if the model is not lossless."""
     spelled = base.PROBE.replace(' ', '▁')
     if protobuf.maps_characters(self.model) or self._processor.normalize(base.PROBE) != spelled:
       return None
-    if self._processor.is_unknown(self._processor.piece_to_id('▁')):   # a space would be spelled like '▁', in bytes
+    if self._processor.is_unknown(self._processor.piece_to_id('▁')):   # a space would be spelled in bytes, like '▁'
       return None
     ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in range(256)]
-    return np.array([ids[byte] for byte in '▁'.encode()], np.int32) if all(map(self._processor.is_byte, ids)) else None
+    if not all(map(self._processor.is_byte, ids)):
+      return None
+    return np.array([ids[byte] for byte in '▁'.encode()], np.int32)
+
+  def _split(self, text: str) -> list[str]:
+    """Returns the parts of a text around each '▁', which `_joined` joins; the text itself if it is not lossless."""
+    base.utf8(text)
+    return text.split('▁') if self._space is not None else [text]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    for text in texts:
-      base.utf8(text)
-    parts = [text.split('▁') if self._space is not None else [text] for text in texts]
+    parts = [self._split(text) for text in texts]
     flat = [part for group in parts for part in group]
     threads = min(len(flat), os.cpu_count() or 1)
     if threads > 1:
@@ -90,20 +97,26 @@ class SentencePiece(base.TokenizerBase):
 
   def sample(self, text: str, alpha: float, seed: int) -> np.ndarray:
     import sentencepiece as module
-    base.utf8(text)
-    parts = text.split('▁') if self._space is not None else [text]
-    sampled = lambda: [np.array(self._processor.encode(x, enable_sampling=True, alpha=alpha, nbest_size=-1), np.int32)
-                       for x in parts]
-    # The library has one generator a thread, which reads the seed when the thread first draws, and never again.
+    parts = self._split(text)
+
+    def draw() -> list[np.ndarray]:
+      return [np.array(self._processor.encode(part, enable_sampling=True, alpha=alpha, nbest_size=-1), np.int32)
+              for part in parts]
+
+    # The library has one generator per thread, which reads the seed only when the thread first draws a number.
     with _SAMPLING, ThreadPoolExecutor(1) as thread:
       module.set_random_generator_seed(seed)
       try:
-        return self._joined(thread.submit(sampled).result())
+        return self._joined(thread.submit(draw).result())
       except RuntimeError as error:
-        raise ValueError(f'this SentencePiece model cannot sample; take a bpe or a unigram one ({error})') from None
+        raise ValueError(f'this SentencePiece model cannot sample ({error}); use a bpe or a unigram model') from None
 
   def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([x for part in parts for x in (self._space, part)][1:]) if len(parts) > 1 else parts[0]
+    """Returns the ids of the parts of a text, with the ids of '▁' between them."""
+    ids = [parts[0]]
+    for part in parts[1:]:
+      ids += [self._space, part]
+    return np.concatenate(ids)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return super().decode(ids) if self._space is not None else self._processor.decode(self._checked(ids))
