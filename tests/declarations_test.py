@@ -58,7 +58,8 @@ NADAM = 0.9 * 0.1 / (1 - 0.9 ** 2) + 0.1 / (1 - 0.9)
 @pytest.mark.parametrize('name', MODELS)
 def test_declarations_are_a_tree_like_the_parameters(name):
   weights = declarations.of(MODELS[name])
-  params = jax.eval_shape(MODELS[name].init, jax.random.key(0))   # after them: they leave no trace in what JAX keeps
+  # Evaluated after the declarations, which must leave nothing in the caches of JAX.
+  params = jax.eval_shape(MODELS[name].init, jax.random.key(0))
   assert jax.tree.map(lambda weight: (weight.array.shape, weight.array.dtype), weights) == jax.tree.map(
       lambda x: (x.shape, x.dtype), params)
   stacked = {path: weight.stacked for path, weight in flat(weights).items()}
@@ -98,7 +99,7 @@ def test_the_first_step_of_soap_makes_matrices_and_adapters_orthogonal(adapted):
   soap = optim.bound(optim.soap(1., 0., clip=None), weights)
   state = soap.init(params)
   with jax.default_matmul_precision('highest'):
-    for _ in range(2):   # the first makes the bases alone
+    for _ in range(2):   # the first update only sets the bases
       updates, state = jax.jit(soap.update)(grads, state, params)
   matrices = 0
   for path, step in flat(updates).items():
@@ -165,8 +166,8 @@ def test_an_optimizer_does_not_change_with_the_names_of_weights(name):
   weights = declarations.of(EXPERTS)
   changed = jax.tree.map(lambda weight: declarations.Weight(weight.axes, Role.VECTOR, array=weight.array), weights)
   assert programs(renamed(weights)) == programs(weights)
-  if name not in ('balanced', 'mup'):   # which refuse a model of vectors alone
-    assert programs(changed) != programs(weights)   # so that the programs can tell
+  if name not in ('balanced', 'mup'):   # these two refuse a model with vectors alone
+    assert programs(changed) != programs(weights)   # checks that other declarations give other programs
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# From the ground up: packages, and files that lie beside them. Each imports only from those before it.
+# Packages and files in order: each imports only from those before it.
 ROOMS = ('seeds', 'exits', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
          'objectives', 'optim', 'train', 'generate', 'evaluate', 'hf', 'lora', 'scripts', 'load', 'named',
          'options', 'launch', 'studies')
 
-# Who may import what is not ours and not everyone's, at the top or inside a function.
+# The files that may import a library, at the top or inside a function.
 DOORS = {
     'flax': {'models/'}, 'orbax': {'workdir/checkpoint'}, 'tensorstore': {'workdir/integrity'},
     'matplotlib': {'workdir/figures'}, 'tensorboardX': {'workdir/track'},
@@ -25,7 +25,7 @@ DOORS = {
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
     'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
-# Slow to import, or optional: inside the function that needs them, so that --help answers at once.
+# Libraries that are slow to import or optional are imported inside functions, so that --help answers at once.
 LAZY = set(DOORS) - {'flax'}
 
 FILES = {path.relative_to(ROOT / 'lm').with_suffix('').as_posix().removesuffix('/__init__'): path
@@ -105,7 +105,7 @@ def test_each_library_is_imported_by_one_file(name):
 
 def test_no_experiment_imports_another():
   scripts = {path.stem: path for path in (ROOT / 'experiments').rglob('*.py')}
-  shared = {'interleaved'}   # the clock of the benchmarks, which is no experiment
+  shared = {'interleaved'}   # the clock of the benchmarks is no experiment
   for path in scripts.values():
     used = {dotted.split('.')[0] for dotted in imports(ast.walk(ast.parse(path.read_text())))}
     assert not used & (scripts.keys() - shared | {'experiments', 'benchmarks'}), path.name

@@ -71,7 +71,7 @@ def test_init_gives_parameters_tokenizer_and_shape(folder, source):
 
 def test_a_precision_is_obeyed_where_the_base_is_a_run(folder):
   name = str(folder / 'run')
-  assert load.open_base(name).model == load.open_trained(folder / 'run').model   # bfloat16, its own
+  assert load.open_base(name).model == load.open_trained(folder / 'run').model   # with its own precision, bfloat16
   for dtype in (np.dtype('float32'), jnp.dtype('bfloat16')):
     chat = signature.call(finetune_chat.experiment, model=name, precision=dtype.name).open()
     aligned = signature.call(preference.experiment, model=name, precision=dtype.name).open()

@@ -29,7 +29,7 @@ TEXTS = {'train': [f'{i} and {i + 1}' for i in range(12)], 'validation': ['one t
 
 class Exact:
   def __getattr__(self, name: str) -> Any:
-    if name.startswith('__'):   # what Python and NumPy look for
+    if name.startswith('__'):   # names that Python and NumPy look up
       raise AttributeError(name)
     pytest.fail(f'{type(self).__name__} has no {name!r} in its protocol')
 

@@ -27,7 +27,7 @@ TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
 VOCAB, ROWS, TIME = TOKENIZER.vocab_size + 4, 4, 8
 MODEL = transformer.llama(VOCAB, 16, 3, heads=4, kv_heads=2, hidden=24, max_length=32)
 ADAPTED = lora.Adapted(MODEL, 2, 6.)
-# Every way that a matrix is read: experts with a router, latent attention, biases.
+# Other uses of matrices: experts with a router, latent attention, biases.
 OTHER = MODEL.clone(blocks=stack.stacks([
     parts.Block(attend.Attention(4, 4, 4, bias=True), parts.FeedForward(8, bias=True), parts.RMSNorm(),
                 parts.RMSNorm()),
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
     assert plain is MODEL
     full_value, full = loss_and_grads(MODEL, merged, {}, batch)
     assert jax.tree.all(jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads))
-    if shape:   # split as their matrices are
+    if shape:   # adapters are split as their matrices are
       layouts = {path: x.sharding.spec for path, x in paths(adapters['adapters']['blocks']['0']).items()}
       assert layouts['attention/query/A'] == P(None, 'data', None)
       assert layouts['attention/query/B'] == P(None, None, 'model', None)
@@ -151,7 +151,7 @@ def test_no_gradient_copy_or_optimizer_state_has_the_size_of_all_layers():
   step = jax.make_jaxpr(train.make_step(run))(state, batch, {'base': base})
   assert stacked == 32 * 64 * 64 and max(sizes(step.jaxpr)) < stacked / 2
   trained_size, state_size = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.opt_state))
-  assert trained_size == 32 * 2 * 7 * (64 + 64) and state_size <= 2 * trained_size + 8   # two moments, and counts
+  assert trained_size == 32 * 2 * 7 * (64 + 64) and state_size <= 2 * trained_size + 8   # two moments and counters
 
 
 def test_patterns_choose_matrices_and_errors_list_them():
@@ -192,7 +192,7 @@ def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
     assert same(result.params['base'], base)
     assert all(np.any(x) for x in jax.tree.leaves(result.params['adapters']))
     other = dataclasses.replace(run.constants[0], load=functools.partial(load, seed=8))
-    with pytest.raises(ValueError, match='constants.base.load'):   # adapters are of what they were trained on
+    with pytest.raises(ValueError, match='constants.base.load'):   # adapters belong to the base of their training
       train.train(dataclasses.replace(run, steps=3, constants=(other,)), tmp_path / 'run', mesh)
     model, params = lora.merged(run.model, result.params)
     pretrained.write(tmp_path / 'out', model, params, TOKENIZER)

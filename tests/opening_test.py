@@ -46,7 +46,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ValueError, match=message):
       go(tmp_path, run, data=other, steps=4)
     assert snapshot(tmp_path) == before and not (tmp_path / 'data').exists()
-  assert go(tmp_path, run, steps=4).step == 4   # what was deleted is made again where it comes out the same
+  assert go(tmp_path, run, steps=4).step == 4   # deleted data is rebuilt if the result is the same
 
 
 def test_no_message_advises_to_delete_a_tokenizer(tmp_path):
@@ -282,7 +282,7 @@ def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs
   assert not same(newest.state, result.params)
   opened, base = load.open_trained(tmp_path / 'run'), load.open_base(str(tmp_path / 'run'))
   assert same(opened.params, result.params) and same(base.start(base.model), result.params)
-  started = program('next', tmp_path / 'run', lr=1e-30, steps=2)   # from there, and stays there
+  started = program('next', tmp_path / 'run', lr=1e-30, steps=2)   # the rate is so small that the parameters stay
   assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-20), started.params, result.params))
 
 
@@ -329,7 +329,7 @@ def test_only_the_program_and_scripts_that_are_named_are_executed(program, tmp_p
     (program.folder / 'evil.py').write_text(bad)   # beside the program
     with pytest.raises(FileNotFoundError, match=f'uses small:Small, which .*--script={folder}/evil.py'):
       load.open_trained(workdir)
-  scripts.trust(workdir / 'evil.py')   # inside of a workdir, not even so
+  scripts.trust(workdir / 'evil.py')   # a script inside a workdir cannot be trusted
   with pytest.raises(FileNotFoundError, match='none may lie in the workdir'):
     load.open_trained(workdir)
   for name in ('../evil/evil.py', str(tmp_path / 'evil/evil.py'), None):

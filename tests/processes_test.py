@@ -70,7 +70,7 @@ def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
   script, coordinator, workdir = tmp_path / 'open.py', address(), tmp_path / 'run'
   script.write_text(OPEN)
   processes = [start([script, workdir, *([coordinator, i] if kind == 'cluster' else [])], tmp_path) for i in range(2)]
-  for process in processes:   # both have come as far; a cluster prints lines of its own
+  for process in processes:   # both processes wait here; a cluster prints further lines
     while process.stdout.readline() not in ('ready\n', ''):
       pass
   for process in processes:
@@ -89,7 +89,8 @@ def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
   assert dataset.verify(workdir / 'data') == []
 
   alone, = results([start([script, tmp_path / 'alone'], tmp_path)])
-  assert alone[0].count('ready') == 1 and contents(tmp_path / 'alone' / 'data') == files   # as one process makes them
+  # The same files as one process writes.
+  assert alone[0].count('ready') == 1 and contents(tmp_path / 'alone' / 'data') == files
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_programs_that_start_at_once_share_a_workdir_only_in_a_cluster(tmp_path,
   if kind == 'cluster':
     assert codes == [0, 0] and 'held out: loss' in ends[0][0] and 'training the tokenizer' in ends[0][0], ends
   else:
-    assert sorted(codes) in ([0, 0], [0, 1]), ends   # the slower one may come when the other is done
+    assert sorted(codes) in ([0, 0], [0, 1]), ends   # the slower process may start after the other has ended
     assert 1 not in codes or 'another process is training in the workdir' in ends[codes.index(1)][1]
   assert sum('training the tokenizer' in out for out, _ in ends) == 1
   assert dataset.verify(workdir / 'data') == []

@@ -95,7 +95,7 @@ def test_studies_address_fields_of_groups_by_the_names_of_flags():
 
 def test_records_keep_flat_names_which_a_run_that_goes_on_takes_up(tmp_path):
   (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
-  knobs = json.loads(json.dumps({**parse('--count=3', '--spokes=1,2'), 'gone': 1}))   # a flag that there was once
+  knobs = json.loads(json.dumps({**parse('--count=3', '--spokes=1,2'), 'gone': 1}))   # a flag that no longer exists
   records.start(tmp_path, script=pathlib.Path(__file__).name, knobs=knobs, seed=0, init=None, data='some')
   shared, = launch.parse([launcher._train], ['script.py'])[0]
   settled = resume.settle(cart, parse('--load=2'), shared, tmp_path)

@@ -20,7 +20,7 @@ def simulated(rng, seeds, gap=0., noise=0.01, shared=0.03):
 def test_equal_arms_are_not_distinguishable_in_19_of_20_trials(seeds):
   rng, trials = np.random.default_rng(seeds), 2000
   false_alarms = sum(statistics.judge(*simulated(rng, seeds)).word != 'not distinguishable' for _ in range(trials))
-  # Within three standard deviations of the binomial: neither more often, nor so seldom that nothing would be found.
+  # Within three standard deviations of the binomial: neither too often, nor so rarely that the test has no power.
   assert abs(false_alarms - trials / 20) < 3 * math.sqrt(trials * 0.05 * 0.95)
 
 
@@ -56,7 +56,7 @@ def test_the_verdict_names_the_seeds_that_are_needed():
   verdict = statistics.judge([1.01, 0.98, 1.03], [1., 1., 1.])
   assert str(verdict).startswith('not distinguishable; a difference of this size would need ')
   assert statistics.pairs_needed(0.5, 0.) == 2 and statistics.pairs_needed(0., 1.) is None
-  assert statistics.pairs_needed(1e-6, 1.) is None   # more than a million
+  assert statistics.pairs_needed(1e-6, 1.) is None   # more than a million pairs
   assert statistics.pairs_needed(0.01, 1.) == pytest.approx((1.95996 + 0.84162) ** 2 * 1e4, rel=1e-3)
 
 

@@ -81,7 +81,7 @@ def same(a, b):
 
 def test_a_moved_run_without_its_script_generates_and_scores_the_same(trains, tmp_path, monkeypatch):
   workdir = trains('run')
-  with monkeypatch.context() as patch:   # as the script has it
+  with monkeypatch.context() as patch:   # restores the function of the script
     patch.setattr(scripts, '_named', [tmp_path / 'project' / 'small.py'])
     patch.setattr(train, 'rebuilt', lambda tree: None)
     before = results(workdir)

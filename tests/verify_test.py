@@ -124,7 +124,7 @@ def test_a_tokenizer_without_fingerprint_is_compared_with_the_checkpoint(program
     (folder / 'tokenizer.model').write_bytes(before['tokenizer.model'].replace(b'dora', b'bora'))
     code, _, err = program()
     assert code == 1 and 'tokenizer' in err and 'before' in err
-    assert 'checksums' not in (folder / 'settings.json').read_text()   # nothing is noted of what was refused
+    assert 'checksums' not in (folder / 'settings.json').read_text()   # no checksums of the refused files are stored
   finally:
     for name, data in before.items():
       (folder / name).write_bytes(data)

@@ -96,7 +96,7 @@ def test_a_tokenizer_whose_training_was_interrupted_is_trained_again(tmp_path):
 def test_other_settings_are_refused_by_name_and_change_nothing(tmp_path, before, changes, named):
   text = dataset.Text(SOURCE, before, 16)
   first = text.open(tmp_path, lambda line: None)
-  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)   # of a run that was trained on it
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)   # a checkpoint of a run that was trained on it
   files = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   with pytest.raises(ValueError, match=named) as error:
     dataclasses.replace(text, **changes).open(tmp_path, lambda line: None)
@@ -205,7 +205,8 @@ def test_in_a_cluster_process_0_trains_the_tokenizer_while_the_others_wait(tmp_p
       text.open(tmp_path, lambda line: None)
   else:
     text.open(tmp_path, lambda line: None)
-  assert events.read() == (['trained', 'met'] if process == 0 else ['met', 'trained'])   # none is on this one's disk
+  # Process 1 trains too, since its own disk has no tokenizer.
+  assert events.read() == (['trained', 'met'] if process == 0 else ['met', 'trained'])
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path):

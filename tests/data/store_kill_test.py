@@ -11,7 +11,7 @@ from helpers.stores import BYTES, SOURCE, Counted, Wide, build, contents, quiet,
 from lm.data import store
 from lm.data.text.source import Source
 
-SHORT = [f'short {i}' for i in range(6)]             # `Wide` makes no tokens of them
+SHORT = [f'short {i}' for i in range(6)]             # `Wide` gives no tokens for these
 LONG = [f'a longer document {i}' for i in range(6)]
 
 
@@ -40,7 +40,7 @@ def is_killed(n, monkeypatch, build):
 
 def kill_at_any_write(tmp_path, monkeypatch, build):
   """Builds a store killed at write n and then continued, for each n; returns the number of writes."""
-  monkeypatch.setattr(os, 'fsync', lambda file: None)   # no power is lost here
+  monkeypatch.setattr(os, 'fsync', lambda file: None)   # the process dies, the machine does not
   build(tmp_path / 'whole')
   n = 0
   while is_killed(n, monkeypatch, functools.partial(build, folder := tmp_path / str(n))):
@@ -83,7 +83,7 @@ def test_duplicates_are_dropped_across_a_kill(tmp_path, monkeypatch, seed):
   """The documents are empty ones, others, and repetitions of both, in any order and across splits."""
   rng = np.random.default_rng(seed)
   draw = lambda count: rng.choice([*SHORT, *LONG], count).tolist()
-  # The second group of train repeats what is before and behind a document without tokens in the first.
+  # The second group of train repeats documents around one without tokens in the first group.
   train = [SHORT[0], LONG[0], SHORT[1], LONG[1], LONG[2], LONG[2], LONG[1], SHORT[0], *draw(9)]
   source = Source('toy', {'train': train, 'validation': [SHORT[2], LONG[3], *draw(5)]}, str(seed))
   assert kill_at_any_write(tmp_path, monkeypatch, functools.partial(build, source=source, tokenizer=Wide())) > 20

@@ -60,7 +60,7 @@ def test_a_store_is_opened_again_without_reading_the_source(tmp_path):
   assert again['train'].fingerprint == first['train'].fingerprint != first['validation'].fingerprint
   copy = pickle.loads(pickle.dumps(first['train']))
   np.testing.assert_array_equal(copy.tokens, first['train'].tokens)
-  assert len(pickle.dumps(first['train'])) < 500  # names, not tokens
+  assert len(pickle.dumps(first['train'])) < 500  # it stores paths, not tokens
 
 
 def test_a_build_killed_by_sigkill_resumes(tmp_path):
@@ -224,7 +224,7 @@ def test_errors_of_writing_name_the_file(tmp_path):
     build(tmp_path / 'full')
   with (pytest.raises(OSError, match=f'cannot write the store: No space left on device.*{tmp_path}'), files_of(300),
         store._writing(tmp_path)):
-    np.save(tmp_path / 'offsets.npy', np.arange(1000))   # as many as fit, and an error without a number
+    np.save(tmp_path / 'offsets.npy', np.arange(1000))   # NumPy writes what fits, and raises an error without a number
   assert len(build(tmp_path / 'full')['train']) == 20
 
 
@@ -238,7 +238,7 @@ def test_two_builders_of_one_folder_take_turns(tmp_path):
     thread.join()
   build(tmp_path / 'b')
   assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
-  assert sum('dropped' in line for line in lines) == 2  # built once: a line a split
+  assert sum('dropped' in line for line in lines) == 2  # built once, with one line per split
 
 
 def test_wide_vocabularies_and_documents_without_tokens(tmp_path):

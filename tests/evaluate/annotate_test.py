@@ -93,7 +93,7 @@ def test_an_interrupted_annotation_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(Stream, 'compose', composing)
 
   monkeypatch.setattr(annotate, '_EVERY', 1)
-  killed_at(4)   # two are committed, the third is running
+  killed_at(4)   # two pieces are stored, and the third is being written
   with pytest.raises(KeyboardInterrupt):
     batches(tmp_path / 'cut')
   for remaining in (count - 2, 0):

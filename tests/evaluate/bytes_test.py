@@ -138,7 +138,7 @@ def opened(texts, folder, t, length, source_length=None):
 @pytest.fixture(scope='module', params=['next_token', 'prefix', 'masked', 'diffusion'])
 def in_place(request, kind):
   """Returns an objective that weights every token of a document, and its evaluation step."""
-  control = kind.control_names[-1]   # any one: nothing is read here
+  control = kind.control_names[-1]   # any control token: no model reads it
   objective = without_loss({
       'next_token': next_token, 'prefix': lambda: prefix(lambda n, rng: 1), 'masked': lambda: masked(1., control),
       'diffusion': lambda: masked_diffusion(mask=control)}[request.param]())

@@ -62,9 +62,10 @@ def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(data):
   metrics = measure(data, np.zeros((V, V), np.float32))
   size = sum(len(text.encode()) for text in map(str.strip, TEXTS))
-  tokens = size + len(TEXTS)   # the end of each document is asked too, and has no bytes
+  tokens = size + len(TEXTS)   # the end of each document is a target without bytes
   assert metrics['nll'] == metrics['loss'] == pytest.approx(np.log(V), rel=1e-6)
-  assert metrics['perplexity'] == pytest.approx(V, rel=1e-5) and metrics['accuracy'] == 1   # no token is likelier
+  # All tokens are equally likely.
+  assert metrics['perplexity'] == pytest.approx(V, rel=1e-5) and metrics['accuracy'] == 1
   assert metrics['bits_per_byte'] == pytest.approx(np.log2(V) * tokens / size, rel=1e-6)
 
 
@@ -180,7 +181,8 @@ def test_compressors_are_those_of_the_command_line():
   assert {name: bits[name][0] for name in size} == {name: 8 * len(data) / len(text) for name, data in size.items()}
   assert bits['xz -9'][0] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), rel=0.01)
   assert all(0 < primed < 0.8 * alone for alone, primed in bits.values())
-  again = compression.compress(training[-400:], training)   # all is known already: hardly anything is left to say
+  # The text is part of the primer, so hardly any bits are needed.
+  again = compression.compress(training[-400:], training)
   assert max(again['gzip -9'][1], again['xz -9'][1]) < 0.5
 
 

@@ -56,7 +56,8 @@ def opened(judge, tmp_path, monkeypatch):
 def test_a_reward_is_the_score_at_the_last_token_in_any_batch(judge):
   texts = [np.random.default_rng(n).integers(0, 256, n).astype('i4') for n in (3, 40, 64, 1, 17, 16)]
   together = rewards.rewards(MODEL, judge.params, texts, positions=64)
-  rows = reward.Batch(np.stack([np.pad(text, (0, 64 - len(text))) for text in texts]))   # what follows is not seen
+  # Causal, so padding has no effect.
+  rows = reward.Batch(np.stack([np.pad(text, (0, 64 - len(text))) for text in texts]))
   scores = np.asarray(jax.jit(MODEL.apply)(judge.params, rows).scores)
   np.testing.assert_allclose(together, [row[len(text) - 1] for text, row in zip(texts, scores)], atol=1e-4)
   for bad in ([], range(65)):

@@ -80,7 +80,7 @@ def test_scores_of_pairs_are_the_loss_of_transformers(folders, transformers):
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (PAD, EOS)
   scores = text_scores.scored(loaded, TARGETS, SOURCES, True)
   for source, target, each in zip(encoded(SOURCES), encoded(TARGETS), scores, strict=True):
-    assert each.tokens == target.tolist()   # the end too
+    assert each.tokens == target.tolist()   # with the end
     with torch.inference_mode():
       loss = theirs(input_ids=torch.tensor(source[None]).long(), labels=torch.tensor(target[None]).long()).loss.item()
     assert np.mean(each.scores) == pytest.approx(-loss, abs=1e-5) and loss > 1
@@ -93,12 +93,13 @@ def pairs():
   model, rng = MODELS['t5'], np.random.default_rng(0)
   lengths = [(3, 60), (90, 2), (3, 1), (40, 40), (3, 12), (200, 9), (40, 5), (90, 20)]
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
-    params = jax.jit(model.init)(jax.random.key(0))   # whose scores round less than those of random ones
+    # Initial weights, whose scores round less than those of larger ones.
+    params = jax.jit(model.init)(jax.random.key(0))
     alone = jax.jit(lambda params, batch: jax.nn.log_softmax((out := model.apply(params, batch)).head(out.hidden)))
     sources, texts = ([rng.integers(V, size=n) for n in side] for side in zip(*lengths))
     scores = []
     for source, text in zip(sources, texts):
-      padded = np.pad(text, (0, 60 - len(text)))[None]   # one shape; what comes later is not seen
+      padded = np.pad(text, (0, 60 - len(text)))[None]   # one shape; causal, so padding has no effect
       logits = np.asarray(alone(params, Batch(padded, source=source[None])))
       scores.append(logits[0, np.arange(len(text) - 1), text[1:]])
   return jax.tree.map(np.asarray, params), sources, texts, scores
@@ -140,7 +141,7 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
   for a, b in zip(ours, generated, strict=True):
     end = [*b.tolist(), EOS].index(EOS)
     np.testing.assert_array_equal(a[:end], b[:end])
-    assert len(set(b[:end].tolist())) > 2   # else this tests little
+    assert len(set(b[:end].tolist())) > 2   # otherwise the test shows little
   assert len({row.tobytes() for row in ours}) == len(SOURCES)
 
 
@@ -216,7 +217,7 @@ def test_no_score_sees_its_own_token():
   both = [evaluate.pseudo_log_probabilities(model, params, [np.where(text == 4, token, text) for token in tokens], MASK)
           for tokens in ([range(0, V, 2), range(1, V, 2)][i] for i in (0, 1))]
   mass = sum(np.exp(scores[3], dtype=np.float64) for half in both for scores in half)
-  assert mass == pytest.approx(1, abs=1e-4)   # a sum over the vocabulary: it is one distribution
+  assert mass == pytest.approx(1, abs=1e-4)   # the probabilities of the whole vocabulary add up to one
 
 
 # Commands.

@@ -40,7 +40,7 @@ def test_both_arms_of_decoding_write_the_same_text(tmp_path):
   config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=None,
                                    eos_token_id=None, pad_token_id=0)
   transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-  with jax.set_mesh(sharding.make_mesh()):   # an arm sets its own, in a process of its own
+  with jax.set_mesh(sharding.make_mesh()):   # each arm sets this mesh in its own process
     (ours, _), (theirs, _) = (arm(tmp_path, 3, 7) for arm in (decoding.ours, decoding.theirs))
     assert ours() == theirs() > 0
 

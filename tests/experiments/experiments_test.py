@@ -106,13 +106,13 @@ def texts(tmp_path):
   lines = inspect.getsource(argparse).splitlines(keepends=True)
   for i in range(0, len(lines), 20):
     (folder / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
-  model = transformer.llama(264, 16, 1, heads=4, max_length=1024)   # of its own, what a student learns from
+  model = transformer.llama(264, 16, 1, heads=4, max_length=1024)   # a teacher of its own
   params = jax.jit(model.init)(jax.random.key(0))
   pretrained.write(folder / 'teacher', model, params, tokenizers.Bytes(('<|bos|>', '<|eos|>')))
   return folder
 
 
-# Those of which another one has most parts.
+# Experiments most of whose parts another one lowers.
 LIKE_ANOTHER = ('denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit', 'preference')
 EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER]
 
@@ -132,15 +132,15 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
   rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   losses = [row['loss'] for row in rows if 'loss' in row]
-  # A new model knows nothing, and not less.
+  # The loss of a new model is that of a uniform distribution.
   assert len(losses) == 2 and losses[0] < 1.1 * np.log(run.model.vocab)
 
 
 def defaults(module, name: str, texts) -> train.Run:
   knobs = {flag.name: flag.default for flag in signature.flags(module.experiment)}
-  if 'steps' in knobs and knobs['steps'] is None:   # it would be measured here
+  if 'steps' in knobs and knobs['steps'] is None:   # otherwise the time of a step would be measured
     knobs['steps'] = 1000
-  if 'teacher' in knobs:   # it would be of a run
+  if 'teacher' in knobs:   # otherwise the teacher would be a run
     knobs['teacher'] = str(texts / 'teacher')
   return train.opened(signature.call(module.experiment, knobs))
 
@@ -161,7 +161,7 @@ def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scrip
   assert described(new) == described(state) and metrics['loss'].shape == ()
   split = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1 and any(leaf.sharding.spec)]
   whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  assert sum(leaf.size for leaf in split) > 0.98 * whole   # at rest, hardly a parameter is held twice
+  assert sum(leaf.size for leaf in split) > 0.98 * whole   # hardly any stored parameter is replicated
 
 
 @pytest.mark.parametrize('name', names(experiments=True) + names(experiments=False))
@@ -175,7 +175,7 @@ def test_a_script_explains_itself_and_its_flags(name, scripts, capsys):
   out = capsys.readouterr().out
   assert not stop.value.code and module.__doc__.split('\n')[0] in out
   described = signature.notes_of(functions[0])
-  assert set(described) <= {flag.name for flag in signature.flags(functions[0])}   # only flags that are there
+  assert set(described) <= {flag.name for flag in signature.flags(functions[0])}   # names only flags that exist
   assert f'python {SCRIPTS[name].relative_to(ROOT)}' in module.__doc__
   for example in re.findall(r'--(\w+)', module.__doc__):
     assert re.search(rf'^  --{example} ', out, re.MULTILINE), f'the example of {name} uses --{example}'
@@ -362,7 +362,7 @@ def test_a_trained_run_opens_without_its_corpus(scripts, texts, tmp_path, monkey
   pretrain('--text=texts/*.txt')
   texts.rename(tmp_path / 'moved')
   with pytest.raises(SystemExit):
-    pretrain('--text=texts/*.txt', '--width=32')   # recorded, but it did not train
+    pretrain('--text=texts/*.txt', '--width=32')   # the run was recorded but never trained
   assert f"no file matches 'texts/*.txt' in {tmp_path};" in capsys.readouterr().err
   with jax.set_mesh(sharding.make_mesh()):
     loaded = trained.load(tmp_path / 'run')
@@ -402,5 +402,5 @@ def test_a_limit_that_lets_nothing_through_is_refused_before_anything_is_read(sc
 def test_no_validation_is_refused_and_few_steps_need_no_other_flag(scripts, name):
   with pytest.raises(ValueError, match='--validation=0.0 is not a share between 0 and 1; every run is validated'):
     signature.call(scripts[name].experiment, validation=0., **({'model': 'gpt2'} if name == 'preference' else {}))
-  if name != 'preference':   # which starts from a model
+  if name != 'preference':   # preference starts from a model
     assert signature.call(scripts[name].experiment, steps=3).steps == 3

@@ -41,7 +41,7 @@ FLAGS = [('pretrain', {'model': DECODER}), ('pretrain', {'init': DECODER}),
          ('distill', {'teacher': DECODER, 'text': 'no/*.txt', 'stored_top_k': 4})]
 CASES = [*((name, {}) for name in EXPERIMENTS), *FLAGS]
 
-# In a process of its own, whose JAX has no platform to compute on, and whose hook on files stays to its end.
+# It runs in its own process, because JAX has no platform there, and the hook on files cannot be removed.
 SCRIPT = """
 import importlib, json, os, sys
 import jax

@@ -7,7 +7,7 @@ NOTEBOOK = pathlib.Path(__file__).parents[2] / 'experiments' / 'tour.ipynb'
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')   # of the client's own
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')   # the client raises it itself
 def test_the_tour_runs(tmp_path):
   nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
   notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -163,7 +163,8 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
       read = [256, *read[-12:]]
     assert token == best_next(model, params, read, 24)
     read.append(int(token))
-  never = generate.Sampling(temperature=0, repetition_penalty=1e9)   # no token again, also of what was left behind
+  # No token occurs twice, counting those outside the window.
+  never = generate.Sampling(temperature=0, repetition_penalty=1e9)
   assert len({*text, *past(never, 60).tolist()}) == len({*text}) + 60
   assert generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=40, window=True) == [
       ''.join(text_of(generated, tokenizer, prompt=ids[0]))]

@@ -98,7 +98,7 @@ def test_the_expected_loss_bounds_the_nll_and_equals_it_for_exact_conditionals()
   other = np.random.default_rng(1).dirichlet(np.full(27, 2.)).reshape(3, 3, 3).astype('f4')
   np.testing.assert_allclose(expected_bound(other), -np.log(other.ravel()), rtol=2e-5)
   p = JOINT.ravel()
-  assert np.dot(p, bound) + 0.05 < np.dot(p, expected_bound(other))   # a wrong model's is looser
+  assert np.dot(p, bound) + 0.05 < np.dot(p, expected_bound(other))   # the bound of a wrong model is looser
 
 
 class Wrong(Exact):
@@ -118,7 +118,7 @@ def test_conditionals_that_do_not_agree_give_a_looser_bound():
     for order in itertools.permutations(range(LENGTH)):
       tokens, p = np.int32([BOS, MASK, MASK, MASK]), 1.
       for i in order:
-        p *= float(apply(tokens)[1 + i, text[i]])   # waits: JAX may read the array itself, which changes next
+        p *= float(apply(tokens)[1 + i, text[i]])   # float() waits for JAX, which may read the array without a copy
         tokens[1 + i] = text[i]
       orders[n] += p / 6
   model = Wrong()
@@ -159,8 +159,8 @@ def test_masks_are_a_set_of_each_size_alike_and_weigh_as_many():
     importance += example.columns['importance']
   assert sizes[0] == 0 and places[0] == 0
   np.testing.assert_allclose(sizes[1:] / 4000, 1 / 4, atol=0.03)
-  np.testing.assert_allclose(places[1:] / 4000, 2.5 / 4, atol=0.03)   # the mean share of l
-  np.testing.assert_allclose(importance[1:] / 4000, 1, atol=0.06)     # so that each token counts once
+  np.testing.assert_allclose(places[1:] / 4000, 2.5 / 4, atol=0.03)   # the mean share of masked tokens
+  np.testing.assert_allclose(importance[1:] / 4000, 1, atol=0.06)     # each token counts once on average
 
 
 def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
@@ -170,7 +170,7 @@ def test_the_middle_of_a_document_is_masked_whole_and_bos_alone_is_nothing():
   empty = form.example(np.int32([BOS]), rng, SPECIAL)
   assert empty.weights.tolist() == [0] and empty.columns['importance'].tolist() == [0] and empty.tokens[0] == BOS
   assert masked_diffusion().control == ('<|mask|>',)
-  assert masked_diffusion().prompt is None   # it does not learn to write from left to right
+  assert masked_diffusion().prompt is None   # it cannot write from left to right
 
 
 def test_of_a_dialogue_the_answers_alone_are_masked():
@@ -270,7 +270,7 @@ def draw(denoising, prompts=('',) * DRAWS, length=LENGTH, seed=0):
 def chi_square(counts, p):
   expected = counts.sum() * p
   assert counts[expected == 0].sum() == 0
-  few = expected < 5   # together, as the test needs it
+  few = expected < 5   # the test needs at least 5 expected draws per cell
   counts, expected = (np.append(x[~few], x[few].sum()) for x in (counts, expected))
   return np.square(counts - expected)[expected > 0] @ (1 / expected[expected > 0]), (expected > 0).sum() - 1
 
@@ -280,7 +280,7 @@ def test_one_token_at_a_time_draws_the_exact_distribution(blocks):
   denoising = unmask.Denoising(3, blocks, unmask.random)
   drawn = np.array([int(text, 3) for text in draw(denoising)])
   value, degrees = chi_square(np.bincount(drawn, minlength=27), JOINT.ravel().astype('f8'))
-  assert value < degrees + 3.7 * np.sqrt(2 * degrees)   # 1 in 1000 and less
+  assert value < degrees + 3.7 * np.sqrt(2 * degrees)   # fails by chance in fewer than 1 of 1000 draws
   assert len(set(draw(denoising, seed=1)[:50])) > 1 and draw(denoising, seed=1)[:50] != draw(denoising)[:50]
 
 

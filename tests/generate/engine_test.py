@@ -70,7 +70,7 @@ def serve(engine, requests, rows=2, count=1):
   width = max(requests, key=lambda request: len(request[0]))[0]
   if engine.model.reads_source:
     width = 'x' * 30
-  state, _ = read(engine, (width, generate.Sampling(), 0, 0), rows)   # none has room for a token
+  state, _ = read(engine, (width, generate.Sampling(), 0, 0), rows)   # a prompt that fills the cache
   waiting, running, written = list(range(len(requests))), {}, [([], []) for _ in requests]
 
   def record(request, row, tokens):
@@ -120,11 +120,12 @@ def test_rows_that_join_and_leave_are_as_they_are_alone(name):
 
 def test_settings_and_lengths_share_one_step():
   model, params, _ = case('llama')
-  engine = engine_of(model.clone(max_length=127), params)   # its own cache entries
+  engine = engine_of(model.clone(max_length=127), params)   # its own entries in the cache of compilations
   before = [function._cache_size() for function in (engine_module._prefill, engine_module._step, engine_module._insert)]
   serve(engine, REQUESTS)
   after = [function._cache_size() for function in (engine_module._prefill, engine_module._step, engine_module._insert)]
-  # One row of 16 columns and one of 32, and two rows, empty at first: whatever is drawn how, and how long.
+  # The prefill compiles for one row of 16 columns, one of 32, and two empty rows; insertion and the step compile once,
+  # for any settings and lengths.
   assert [b - a for a, b in zip(before, after)] == [3, 1, 1]
 
 
@@ -156,7 +157,7 @@ def test_rows_join_on_a_mesh():
     state, _ = read(engine, ('x', generate.Sampling(), 0, 0), 4)
     written = [[] for _ in requests]
     for i, request in enumerate(requests):
-      new, tokens = read(engine, request, 2)   # the mesh needs two: both equal, one of them is left out
+      new, tokens = read(engine, request, 2)   # the mesh needs two rows, so the request is repeated and one row dropped
       written[i] += tokens.rows(1)[0].tolist()
       state = engine.insert(state, new, [3 - i, 4])
     for _ in range(4):

@@ -56,7 +56,7 @@ def test_penalty_and_temperature_match_published_numbers():
     (LOGITS, {'top_p': 0.9}, [0, 1, 2, 3]), (LOGITS, {'top_p': 0.6}, [0, 1]), (SIX_EQUAL, {'top_p': 0.5}, [3, 4, 5]),
     (LOGITS, {'top_p': 1e-9}, [0]), (LOGITS, {'min_p': 0.1}, [0, 1, 2, 3]), (LOGITS, {'min_p': 0.3}, [0, 1]),
     (LOGITS, {'min_p': 1.}, [0]), (LOGITS, {'top_k': -1}, range(6)),
-    # The order matters: two of these hold .73 of what top_k leaves, but .77 of what is left at the lower temperature.
+    # The order matters: two of these tokens have .73 of the mass after top_k, but .77 of it at the lower temperature.
     (LOGITS, {'top_k': 3, 'top_p': 0.8}, [0, 1]), (LOGITS, {'temperature': 2., 'top_p': 0.6}, [0, 1, 2]),
 ])
 def test_filters_keep_the_published_tokens(logits, sampling, expected):
@@ -112,7 +112,7 @@ def test_samples_have_the_distribution_of_the_softmax(sampling, logits):
   chi_square = (np.square(counts - samples.size * p)[p > 0] / (samples.size * p[p > 0])).sum()
   assert chi_square < 20.5   # 5 degrees of freedom: 1 in 1000 by chance
   repeats = (samples[:, 1:] == samples[:, :-1]).mean(), (samples[1:] == samples[:-1]).mean()
-  np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # neither steps nor rows share their randomness
+  np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # steps and rows are independent
 
 
 # Decoding.
@@ -126,12 +126,12 @@ def test_cached_decoding_is_the_argmax_of_the_full_forward(family, kwargs):
   generated = tokens_of(model, params, PROMPTS, GREEDY, 20)
   for prompt, row in zip(PROMPTS, generated):
     ids = [256, *prompt.encode(), *row]
-    padded = np.zeros((1, 64), np.int32)   # on the right, where a causal model does not see it
+    padded = np.zeros((1, 64), np.int32)   # padding on the right, which a causal model does not see
     padded[0, :len(ids)] = ids
     best = np.argmax(forward(params, padded)[0, :, :258], axis=-1)[len(ids) - 21:len(ids) - 1]
     end = np.argmax(best == 257) + 1 if 257 in best else 20
     np.testing.assert_array_equal(row[:end], best[:end])
-    assert len(set(row[:end])) > 3   # else this tests little
+    assert len(set(row[:end])) > 3   # otherwise the test shows little
 
 
 @pytest.mark.parametrize('sampling', [GREEDY, MIXED])
@@ -139,7 +139,7 @@ def test_a_completion_does_not_depend_on_its_batch(sampling):
   together = tokens_of(*tiny(), PROMPTS, sampling, 24, seed=5)
   for prompt, row in zip(PROMPTS[:3], together):
     np.testing.assert_array_equal(tokens_of(*tiny(), [prompt], sampling, 24, seed=5)[0], row)
-  assert (together[3] == together[0]).all() == sampling.greedy   # equal prompts are several samples
+  assert (together[3] == together[0]).all() == sampling.greedy   # equal prompts give different samples
   assert sampling.greedy or (tokens_of(*tiny(), PROMPTS[:1], sampling, 24, seed=6)[0] != together[0]).any()
 
 
@@ -148,19 +148,19 @@ def test_a_mesh_makes_the_same_tokens():
   expected = tokens_of(*tiny(), PROMPTS, MIXED, 24)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')) as mesh:
     generated = tokens_of(*tiny(mesh), PROMPTS[:3], MIXED, 10)
-  np.testing.assert_array_equal(generated, expected[:3, :10])   # with a row of padding, too
+  np.testing.assert_array_equal(generated, expected[:3, :10])   # the mesh adds a row of padding
 
 
 def test_the_penalty_is_for_tokens_of_prompt_and_output():
   never = generate.Sampling(temperature=0, repetition_penalty=1e9)
   generated = tokens_of(Table(), None, ['_de'], never, 4, tokenizer=Six())   # <s> _de are 0 2
-  assert generated.tolist() == [[1, 0, 0, 0]]   # 0 is more likely than 1, until both are seen
+  assert generated.tolist() == [[1, 0, 0, 0]]   # 0 is more likely than 1, until both have occurred
 
 
 def test_prompts_compile_once_for_each_bucket_and_decoding_once():
-  model = Table(max_length=98)   # its own cache entries
+  model = Table(max_length=98)   # its own entries in the cache of compilations
   before = engine_module._prefill._cache_size(), engine_module._step._cache_size()
-  for prompt, n in [('f', 20), ('f ' * 12, 37), ('', 18), ('f ' * 30, 30)]:   # 16, 16, 16, 32 wide
+  for prompt, n in [('f', 20), ('f ' * 12, 37), ('', 18), ('f ' * 30, 30)]:   # prompts padded to 16, 16, 16 and 32
     tokens_of(model, None, [prompt], GREEDY, n, tokenizer=Six())
   assert (engine_module._prefill._cache_size() - before[0], engine_module._step._cache_size() - before[1]) == (2, 1)
 
@@ -173,7 +173,7 @@ def test_pieces_are_whole_characters_and_join_to_the_text():
   pieces = text_of(text.encode())
   assert ''.join(pieces) == text and '\ufffd' not in ''.join(pieces) and len(list(filter(None, pieces))) == len(text)
   assert ''.join(text_of('🙂🙂'.encode()[:-1])) == '🙂'   # an unfinished character
-  assert ''.join(text_of(b'a\xffb')) == 'a\ufffdb'        # bytes that are none
+  assert ''.join(text_of(b'a\xffb')) == 'a\ufffdb'        # bytes that are not UTF-8
 
 
 @pytest.mark.parametrize('data, shown', [
@@ -215,7 +215,7 @@ def test_streams_join_to_completions():
   ends = tokens_of(model, params, PROMPTS, MIXED, 24, seed=1)[0]
 
   class Ends(Bytes):
-    eos_id = int(ends[7])   # a token that comes up
+    eos_id = int(ends[7])   # a token that the model writes
 
   first = ends.tolist().index(Ends.eos_id)
   assert generate.generate(model, params, Ends(), PROMPTS, MIXED, max_tokens=24, seed=1) [0] == (
@@ -235,9 +235,10 @@ def test_text_ends_at_any_end_token():
   for row, text in zip(generated, together):
     ended = np.flatnonzero(np.isin(row, Ends.eos_ids))[:1].tolist()
     assert text == ''.join(text_of(row[:ended[0] if ended else None]))
-  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in generated[[0, 2]]}) == 2   # one ended by each
+  # Each end token ends one of them.
+  assert len({int(row[np.isin(row, Ends.eos_ids)][0]) for row in generated[[0, 2]]}) == 2
   ended, = rows_of(model, params, PROMPTS[:1], GREEDY, 24, tokenizer=Ends())
-  assert ended.tolist() == generated[0, :generated[0].tolist().index(first) + 1].tolist()   # nothing is made after it
+  assert ended.tolist() == generated[0, :generated[0].tolist().index(first) + 1].tolist()   # no token follows it
   alone = generate.stream(model, params, Ends(), PROMPTS[:1], GREEDY, max_tokens=110)
   assert len(list(alone)) <= 2 < len(list(generate.stream(model, params, Bytes(), PROMPTS[:1], GREEDY, max_tokens=110)))
 

@@ -103,7 +103,7 @@ def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature)
   p, q = softmax(P.astype('f8')), softmax(Q.astype('f8'))
   assert samples.shape == (512, 32) and chi_square(samples.ravel(), p) < 18.5
   repeats = (samples[:, 1:] == samples[:, :-1]).mean(), (samples[1:] == samples[:-1]).mean()
-  np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # neither steps nor rows share their randomness
+  np.testing.assert_allclose(repeats, np.square(p).sum(), atol=0.02)   # steps and rows are independent
   each = np.minimum(p, q).sum()
   assert draft.acceptance == pytest.approx((each + each ** 2) / 2, abs=0.02)
   assert draft.tokens_per_pass == pytest.approx(1 + each + each ** 2, abs=0.04)
@@ -157,7 +157,7 @@ class Twelve(Bytes):
 def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   """After each round, whatever was accepted, the modules have read the true tokens and the earlier drafts."""
   model, words = kind(SMALL, 2), Twelve()
-  params, sampling = random_params(model, 0.25), generate.Sampling()   # so flat that most drafts are accepted
+  params, sampling = random_params(model, 0.25), generate.Sampling()   # flat distributions, so most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
   batch, stream = completion.prompt_batch(model, ids, words), generate.random_streams(ids, 3, 0)
   engine = speculative.SelfSpeculation().engine(model, model.unstack(params), 59, 11, (77,))
@@ -179,7 +179,8 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
         np.testing.assert_allclose(drafted[row, k, :11], expected, rtol=1e-3, atol=1e-5)
     state, _ = engine.step(state, 1)
     steps.append(np.asarray(state.cache.index) - index)
-  assert {1, 3} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2   # all and none, by row
+  # Rows where all drafts are accepted, and rows where none is.
+  assert {1, 3} <= set(np.concatenate(steps).tolist()) and len(set(map(tuple, steps))) > 2
 
 
 @pytest.mark.slow

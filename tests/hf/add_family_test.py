@@ -63,7 +63,7 @@ FAMILY = names.Family('Starcoder2ForCausalLM', 'starcoder2', model, config, laye
 CONFIG = {'architectures': ['Starcoder2ForCausalLM'], 'model_type': 'starcoder2', 'hidden_size': 16,
           'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'intermediate_size': 24,
           'vocab_size': 32, 'max_position_embeddings': 64, 'sliding_window': 8, 'rope_theta': 1e5}
-# As a file of StarCoder 2 has them: [out, in].
+# Shapes as in a file of StarCoder 2: [out, in].
 TENSORS = {'model.embed_tokens.weight': (32, 16), 'model.norm.weight': (16,), 'model.norm.bias': (16,)} | {
     f'model.layers.{i}.{name}': shape for i in range(2) for name, shape in {
         'self_attn.q_proj.weight': (16, 16), 'self_attn.q_proj.bias': (16,),

@@ -44,7 +44,7 @@ def test_a_text_as_long_as_the_original_context_has_the_short_factors():
   model, params, expected = load('phi3')
   actual = forward(model, params, Batch(expected['tokens'][:, :20]))
   assert np.abs(actual - expected['short']).max() <= 1e-4
-  assert np.abs(actual - expected['logits'][:, :20]).max() > 1e-2   # where one token more would have the long ones
+  assert np.abs(actual - expected['logits'][:, :20]).max() > 1e-2   # one more token would select the long factors
 
 
 @pytest.mark.parametrize('name, length', [('gemma3', 32), *slow(('llama4', 32), ('mistral', 32), ('phi3', 20))])

@@ -14,7 +14,8 @@ huggingface_hub = pytest.importorskip('huggingface_hub')
 described, transformers = hf_cases.described, hf_cases.transformers
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError,
             huggingface_hub.errors.StrictDataclassError)
-DEFAULTS = [1e-12, 1e-6, 1e-5, 1e-2, 0.25, 1., 1e4, 5e5, 1e6, True, False, 'silu', 'gelu', 'gelu_new', None]   # of some
+# Defaults of some families.
+DEFAULTS = [1e-12, 1e-6, 1e-5, 1e-2, 0.25, 1., 1e4, 5e5, 1e6, True, False, 'silu', 'gelu', 'gelu_new', None]
 
 
 def family_of(case):
@@ -50,7 +51,7 @@ def test_every_field_comes_back(case):
     try:
       filled(case.architecture, values)
       model = family.model(Config(values))
-    except REFUSALS:   # one of the two takes no such value
+    except REFUSALS:   # the value is refused by ours or by theirs
       continue
     if model in models:
       continue
@@ -73,7 +74,7 @@ def test_the_positions_are_written_under_older_names_too(case):
   assert written.keys() >= {'rope_parameters', 'rope_scaling'}
   older = {name: value for name, value in written.items() if name != 'rope_parameters'}
   named = {'architectures': [case.architecture]}
-  if case.architecture != 'Olmo3ForCausalLM':   # whose older files had one theta only
+  if case.architecture != 'Olmo3ForCausalLM':   # older files of Olmo 3 have a single theta
     assert described(older | named) == described(written | named)
   wrong = {'rope_type': 'linear', 'factor': 3.}
   with pytest.raises(ValueError, match='rope_scaling'):

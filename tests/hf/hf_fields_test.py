@@ -13,7 +13,7 @@ CASES, LLAMA, NEOX = hf_cases.CASES, hf_cases.LLAMA, hf_cases.NEOX
 described, transformers = hf_cases.described, hf_cases.transformers
 
 
-# The last are what `layer_types` and `no_rope_layers` are made of where they are absent.
+# The last of them give `layer_types` and `no_rope_layers`, where these are absent.
 ASIDE = {'dtype', 'transformers_version', 'initializer_range', 'use_cache', 'attention_dropout', 'attn_pdrop',
          'embd_pdrop', 'resid_pdrop', 'hidden_dropout', 'classifier_dropout', 'model_type', 'pretraining_tp',
          'is_decoder', 'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise', 'max_window_layers',

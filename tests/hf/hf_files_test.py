@@ -95,7 +95,7 @@ def test_what_is_written_is_read_back_in_any_number_of_shards(tmp_path, max_shar
     assert shards == [f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
     index = json.loads((folder / INDEX).read_text())
     assert index['metadata']['total_size'] == sum(x.nbytes for x in tensors.values())
-    assert list(index['weight_map']) == sorted(tensors)  # as transformers writes it
+    assert list(index['weight_map']) == sorted(tensors)  # sorted as transformers writes it
     for shard in shards:
       inside = [tensors[name].nbytes for name, file in index['weight_map'].items() if file == shard]
       assert sum(inside) <= max_shard_bytes or sum(size > 0 for size in inside) == 1
@@ -149,7 +149,7 @@ def resident():
 def test_only_touched_pages_are_read_and_they_are_released(tmp_path):
   rows, width = 1 << 20, 1 << 14
   put(tmp_path, model=raw({'big': tensor((rows, width))}))
-  os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size + rows * width)  # 16 GB, of holes
+  os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size + rows * width)  # a sparse file of 16 GB
   with files.Weights(tmp_path) as weights:
     before = resident()
     column = weights['big'].T[::-1, 5:rows:rows // 8]
@@ -250,7 +250,7 @@ a, b = 'a.safetensors', 'b.safetensors'
         '/etc/passwd', '../a.safetensors', '..', '.', '', 'sub/../a.safetensors', 'x\0', '\ud800', 'x' * 5000,
         './' + a))])
 def test_indexes_that_do_not_fit_are_refused(tmp_path, contents, match):
-  put(tmp_path, a=A)  # what `..` would find
+  put(tmp_path, a=A)  # the file that `..` would reach
   refused(put(tmp_path / 'folder', **contents), match)
 
 
@@ -278,7 +278,7 @@ def test_links_out_of_the_folder_are_refused_but_in_the_cache_of_the_hub(tmp_pat
     (snapshot / a).symlink_to(target)
     refused(snapshot, 'outside the folder')
   for name in (SINGLE, 'model.loop'):
-    (snapshot / name).symlink_to(name)  # to itself
+    (snapshot / name).symlink_to(name)  # a link to itself
   refused(snapshot, 'not a file')
 
 
@@ -341,7 +341,7 @@ def test_fuzzed_files_open_whole_or_are_refused(content):
   with tempfile.TemporaryDirectory() as folder:
     if opens_or_refuses(put(pathlib.Path(folder), model=content)):
       with files.Weights(folder) as weights:
-        theirs = {name: bytes(x['data']) for name, x in library.deserialize(content)}  # which opens it too
+        theirs = {name: bytes(x['data']) for name, x in library.deserialize(content)}  # the library opens it too
         assert theirs == {name: x.tobytes() for name, x in weights.items()}
 
 
@@ -379,7 +379,7 @@ def paths_in(folder):
 @pytest.mark.parametrize('error', [OSError('no'), ValueError('no'), KeyboardInterrupt('no')])
 def test_a_write_that_fails_leaves_nothing(tmp_path, error):
   def fail():
-    assert len(paths_in(tmp_path)) > 1  # under way, elsewhere
+    assert len(paths_in(tmp_path)) > 1  # the unfinished folder lies beside the target
     assert not (tmp_path / 'deep/folder').exists()
     raise error
   tensors = {'a': ((2,), np.float32, lambda: np.zeros(2, np.float32)), 'b': ((2,), np.float32, fail)}

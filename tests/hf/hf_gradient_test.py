@@ -11,7 +11,7 @@ from lm.hf import files, weights
 
 torch = pytest.importorskip('torch')
 
-# Of the largest entry of a tensor's gradient, in float32.
+# Relative to the largest entry of a tensor's gradient, in float32.
 TOLERANCE = 1e-5
 CASES = [case for case in hf_cases.CASES if case.name in (
     'GPT2LMHeadModel', 'LlamaForCausalLM', 'LlamaForCausalLM-3.2', 'Gemma3ForCausalLM', 'DeepseekV3ForCausalLM',
@@ -34,7 +34,7 @@ def their_gradients(theirs, tokens, folder):
     for parameter in theirs.parameters():
       parameter.copy_(parameter.grad)
     for name, buffer in theirs.named_buffers():
-      if name.endswith('e_score_correction_bias'):   # it only chooses
+      if name.endswith('e_score_correction_bias'):   # it only affects the choice of experts
         buffer.zero_()
   theirs.save_pretrained(folder)
   return mean.item()

@@ -142,7 +142,7 @@ def changed(part, change):
 def test_each_part_changes_the_logits(opened, case):
   """Any wrong part shows in the logits, so equal logits mean that all parts are right."""
   _, model, params, _ = opened(case)
-  # A layer of each sort, in a stack of its own, and every parameter that a wrong model may ask for.
+  # Each kind of layer is a stack of its own, and has every parameter that a changed model may need.
   params_of = dict(zip(model.layers, model.unstack(params)['blocks']))
   layers = params_of.values()
   alike = {'attention_norm': 'attention_out_norm', 'feed_forward_norm': 'feed_forward_out_norm'}

@@ -19,7 +19,7 @@ def test_a_published_config_is_read(name, tmp_path):
   opened(CONFIGS[name][0], tmp_path)
 
 
-FIRST = {next(iter(models)) for _, models in PUBLISHED.values()}   # of each family; the others take longer
+FIRST = {next(iter(models)) for _, models in PUBLISHED.values()}   # the first model of each family; others are slow
 
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow)
@@ -36,7 +36,7 @@ def test_every_family_is_in_the_table():
   missing = {family.architecture for family in weights.FAMILIES} - PUBLISHED.keys()
   assert missing == {'Llama4ForCausalLM'}
   few = {family for family, (_, models) in PUBLISHED.items() if len(models) < 5}
-  assert few == {'Qwen2MoeForCausalLM', 'SmolLM3ForCausalLM'}   # of which there are no more
+  assert few == {'Qwen2MoeForCausalLM', 'SmolLM3ForCausalLM'}   # these families have no further models
 
 
 @pytest.mark.parametrize('name, field, value', [
@@ -52,7 +52,7 @@ def test_a_field_that_could_change_a_number_is_refused(name, field, value, tmp_p
 
 
 def test_fields_that_nothing_reads_are_noted_in_one_line(caplog, tmp_path):
-  for _ in range(2):   # though the config is read several times
+  for _ in range(2):   # once, though the config is read several times
     opened(CONFIGS['SmolLM2-135M'][0], tmp_path)
   note, = (record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage())
   assert 'is_llama_config=True, rope_interleaved=False' in note and '\n' not in note

@@ -44,7 +44,7 @@ def test_logits_are_those_of_transformers(opened, case, record_property):
 @families
 def test_padded_and_packed_rows_are_as_if_alone(opened, case, record_property):
   theirs, model, params, _ = opened(case)
-  a, b, c = (random_tokens(n, seed=n) for n in (33, 9, 17))   # of stretched positions, the first alone is long
+  a, b, c = (random_tokens(n, seed=n) for n in (33, 9, 17))   # only the first exceeds the original context
   logits = np.asarray(forward(model, params, rows([a, b], [c], pads=(0, 5))))
   for document, actual in ((a, logits[0, :33]), (b, logits[0, 33:42]), (c, logits[1, 5:22])):
     small(record_property, case.architecture, 'packed', actual - logits_of(theirs, document[None])[0])
@@ -83,7 +83,7 @@ def test_exported_files_are_the_imported_ones(opened, case, record_property, tmp
   assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
   np.testing.assert_array_equal(logits_of(again, random_tokens(2, 64)), logits_of(theirs, random_tokens(2, 64)))
   record_property(case.architecture + '/back', 'same')
-  family, values = weights.export_config(model)   # maybe of another family, that computes the same
+  family, values = weights.export_config(model)   # possibly another family that computes the same
   assert describe(family.model(Config(values))) == describe(model)
 
 
@@ -101,7 +101,7 @@ def test_a_text_that_outgrows_the_original_context_in_a_cache_goes_on_as_in_tran
     cache = out.cache
     assert np.abs(out.head(out.hidden) - expected).max() <= 1e-4
   whole = np.asarray(forward(model, params, rows([tokens[0]], [])))[0, 20:30]
-  assert np.abs(out.head(out.hidden)[0, -1] - whole[-1]).max() > 1e-3   # which is not what a text read at once gives
+  assert np.abs(out.head(out.hidden)[0, -1] - whole[-1]).max() > 1e-3   # a text read at once gives other logits
 
 
 VISION = {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16,
@@ -124,7 +124,7 @@ def test_of_multimodal_models_the_language_model_is_read(kind, tmp_path):
   with files.Weights(tmp_path / 'in') as stored:
     params = weights.load_params(model, family, stored)
   tokens = random_tokens(2, 64) % 90
-  # Of Llama 4 without images, the whole fails in transformers 5.24.
+  # The full Llama 4 model without images fails in transformers 5.24.
   expected = logits_of(theirs.language_model if kind == 'Llama4' else theirs, tokens)
   assert np.abs(forward(model, params, rows(tokens[:1], tokens[1:])) - expected).max() <= 1e-4
   weights.write(tmp_path / 'out', model, params)

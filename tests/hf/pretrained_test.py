@@ -88,7 +88,7 @@ def test_half_precision_weights_stay_half_and_train_in_float32(params, tmp_path)
 
 def test_an_import_keeps_dtypes_and_exports_the_imported_files(params, tmp_path):
   pretrained.write(tmp_path / 'half', MODEL, params, TOKENIZER, dtype=jnp.bfloat16)
-  with files.Weights(tmp_path / 'half') as stored:   # one of them in full
+  with files.Weights(tmp_path / 'half') as stored:   # one tensor in float32
     tensors = {name: (w.shape, w.dtype, lambda w=w: w) for name, w in stored.items()}
     shape, _, give = tensors['model.norm.weight']
     tensors['model.norm.weight'] = shape, np.dtype('f4'), lambda: give().astype('f4') + 1e-5
@@ -121,9 +121,9 @@ def test_a_run_starts_from_a_folder(folder, params, tmp_path):
   with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
     result = train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.params, params)
-    assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3, from there
+    assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3 from the imported weights
     train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
-    assert len(started) == 1   # a run that goes on does so from its own checkpoint
+    assert len(started) == 1   # a resumed run starts from its own checkpoint
 
 
 @pytest.mark.parametrize('name,value,message', [
@@ -186,7 +186,8 @@ def test_weights_are_copied_in_blocks_and_the_pages_of_large_ones_given_back():
     assert np.array_equal(target, source) and not released
   weights._copy(target := np.zeros((1 << 13, 1 << 13), 'f4'), np.broadcast_to(np.float32(1), target.shape),
                 lambda: released.append(int(target.sum())))
-  assert released[:3] == [1 << 24, 1 << 25, 1 << 25] and released[-1] == 1 << 26   # a quarter, another, the half
+  # The pages of two quarters and a half.
+  assert released[:3] == [1 << 24, 1 << 25, 1 << 25] and released[-1] == 1 << 26
 
 
 def test_jax_uses_the_buffers_that_were_read_without_a_copy():
@@ -222,7 +223,7 @@ def test_a_tokenizer_that_changes_text_is_exported_as_its_own_file(tmp_path):
   (tmp_path / 'in' / 'tokenizer.model').write_bytes(model_file.getvalue())
   tokens = pretrained.save(str(tmp_path / 'in'), tmp_path / 'imported').tokenizer
   started = run(tmp_path, start=pretrained.start(tmp_path / 'imported', model))
-  assert load.origin_folder(started, tokens) == tmp_path / 'imported'   # which `export_hf` takes the files of
+  assert load.origin_folder(started, tokens) == tmp_path / 'imported'   # the folder from which `export_hf` copies files
   assert load.origin_folder(started, TOKENIZER) is None
   export_hf.main(model=str(tmp_path / 'imported'), out=tmp_path / 'out')
   assert not (tmp_path / 'out' / 'tokenizer.json').exists()

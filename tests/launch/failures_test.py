@@ -60,7 +60,7 @@ def test_a_full_disk_is_called_a_full_disk_and_named(fails, full_disk):
   path = full_disk / 'facts.json'
   line = fails(lambda: atomic.write(path, 'x' * 300_000))
   assert line.count('\n') == 1 and f'error: the disk is full: {path} could not be written; free space' in line
-  assert not list(full_disk.iterdir())   # nothing unfinished stays
+  assert not list(full_disk.iterdir())   # no unfinished file remains
   atomic.write(path, 'x' * 1000)
 
 
@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(fails, tmp_path):
     assert fails(function).count('\n') == 1
 
 
-# The first loses all of JAX's frames, and its last one is that of this file, as that of an error which we raise.
+# In the first case the traceback has no frames of JAX and ends in this file, like that of an error which we raise.
 @pytest.mark.parametrize('bug', [
     lambda: jax.lax.scan(lambda c, x: (c, x), 0, (jnp.zeros(2), jnp.zeros(3))),
     lambda: jax.vmap(lambda x: x)(3.), lambda: jnp.concatenate([]),
@@ -132,7 +132,7 @@ def test_a_message_names_the_flags_of_the_program_with_their_dashes():
 
 @pytest.mark.parametrize('argv, message', [
     (['--heads=3', '--width=64'], 'error: --heads=3 does not divide --width=64'),
-    (['--width=64'], 'error: --heads=6 does not divide --width=64'),   # of which the experiment chose one
+    (['--width=64'], 'error: --heads=6 does not divide --width=64'),   # the experiment chose one of them
     (['--dropout=0.1', '--patience=-1'], 'error: --patience=-1 evaluations')])
 def test_a_script_names_its_flags_in_the_errors_of_functions(argv, message, tmp_path, monkeypatch, capsys):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')
@@ -163,7 +163,8 @@ def test_a_best_metric_that_is_not_logged_is_refused_with_the_nearest_and_one_th
       start(flag)
     error = capsys.readouterr().err
     assert error.startswith(f"error: --best='{flag.removeprefix('--best=')}'") and message in error
-  start('--best=validation/bits_per_byte', '--better=higher', '--keep=1')   # the worst one, which is not the last
+  # The worst evaluation, which is not the last.
+  start('--best=validation/bits_per_byte', '--better=higher', '--keep=1')
   values = {row['step']: row['validation/bits_per_byte'] for row in track.read_metrics(tmp_path / 'run/metrics.jsonl')
             if 'validation/bits_per_byte' in row}
   with checkpoint.Checkpoints(tmp_path / 'run/checkpoints', create=False) as checkpoints:

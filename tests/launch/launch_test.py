@@ -79,7 +79,7 @@ def test_a_bad_flag_is_one_line_that_names_it_and_what_is_allowed(argument, part
 def test_a_text_keeps_its_commas(argv, texts):
   def stops(*, stop: launch.Texts = ()): ...
 
-  for function in (stops, generate.main):   # of which the second is a script
+  for function in (stops, generate.main):   # the second is a script
     assert list(parse(*argv, function=function)['stop']) == texts
 
 

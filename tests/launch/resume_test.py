@@ -21,7 +21,7 @@ from lm.workdir.describe import describe
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
-# With a required flag, a path, a tuple, a warm start, and numbers that only functions hold.
+# It has a required flag, a path, a tuple, a warm start, and numbers that only closures hold.
 SCRIPT = '''
 import dataclasses, pathlib
 from typing import Literal
@@ -115,7 +115,7 @@ def test_flags_that_may_not_change_are_refused_by_name(program, tmp_path):
     assert code == 1 and f'--{name} is {before} there, not {value}. Leave it out' in err, flag
     assert '--steps' not in err and '--lr' not in err and '--new_objective' not in err
   assert steps_kept(tmp_path / 'run') == steps
-  assert program('--steps=6')[0] == 0   # what was refused is not the run's
+  assert program('--steps=6')[0] == 0   # the refused flags are not recorded
 
 
 @pytest.mark.slow
@@ -140,11 +140,12 @@ def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path
   code, out, err = program('--steps=8')
   assert (code, err) == (0, '') and f'--init={tmp_path}/base' in out
   assert logged(tmp_path / 'run') == logged(tmp_path / 'whole')
-  assert logged(tmp_path / 'run')[1] < logged(tmp_path / 'base')[1] - 0.1   # it did start from there
+  assert logged(tmp_path / 'run')[1] < logged(tmp_path / 'base')[1] - 0.1   # the run started from the base
   code, _, err = program('--init=none', '--steps=12')
   assert code == 1 and f'--init is {tmp_path}/base there, not none. Leave it out' in err
   (tmp_path / 'base').rename(tmp_path / 'away')
-  assert program('--steps=10')[0] == 0 and steps_kept(tmp_path / 'run')[-1] == 10   # its checkpoints have it all
+  # Its checkpoints hold all parameters.
+  assert program('--steps=10')[0] == 0 and steps_kept(tmp_path / 'run')[-1] == 10
   assert records.read(tmp_path / 'run')[-1]['init'] == f'{tmp_path}/base'
   code, _, err = program(f'--init={tmp_path}/other', '--steps=12')
   assert code == 1 and f'{tmp_path}/other' in err and steps_kept(tmp_path / 'run')[-1] == 10
@@ -174,10 +175,10 @@ def test_another_objective_needs_a_flag_and_begins_a_new_best(program, tmp_path)
   assert code == 1 and '--label_smoothing is 0.0 there, not 0.5. Leave it out' in err and '--new_objective' in err
   assert program('--label_smoothing=0.5', '--steps=8', '--new_objective')[0] == 0
   losses_of = logged(tmp_path / 'run', 'validation/loss')
-  assert min(losses_of, key=losses_of.get) in (2, 4)   # of which the smoothed ones are not
+  assert min(losses_of, key=losses_of.get) in (2, 4)   # the lowest losses are from before the smoothing
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', create=False) as checkpoints:
     assert checkpoints.best_step() == min((6, 8), key=losses_of.get)
-  assert program('--steps=10')[0] == 0   # it is the run's from now on
+  assert program('--steps=10')[0] == 0   # the new objective is recorded
 
 
 @pytest.mark.slow
@@ -199,7 +200,7 @@ def test_an_objective_is_described_with_the_numbers_that_its_functions_hold():
   others = [described(smoothing=0.2), described(z_loss=1e-3), described(denominator=objective.sequence_mean)]
   assert described() not in others and others[0] != others[1] != others[2]
   schedule = schedules.warmup_constant(1., 9, 2)
-  assert describe(schedule) == describe(schedules.warmup_constant(2., 9, 2))   # by name, where not asked
+  assert describe(schedule) == describe(schedules.warmup_constant(2., 9, 2))   # without `inside`, only the name
 
 
 def test_stored_data_of_other_settings_is_refused_by_the_flag_that_changed(tmp_path):

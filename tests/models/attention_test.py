@@ -8,7 +8,7 @@ from helpers.slow import slow
 from lm import sharding
 from lm.models.attention import AttentionScores, Visible, attend
 
-TIME = 300   # of three blocks
+TIME = 300   # three blocks
 
 
 def plain(q, k, v, visible, scores, sinks):

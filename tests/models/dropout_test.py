@@ -79,13 +79,13 @@ def test_masks_of_rows_heads_blocks_and_keys_are_independent_and_have_the_rate()
   masks = np.stack([scales(Visible(), AttentionScores(causal=False, dropout=RATE), jax.random.key(i)) for i in (0,
                                                                                                                 1)]) > 0
   assert np.mean(masks) == pytest.approx(1 - RATE, abs=5 * np.sqrt(RATE * (1 - RATE) / masks.size))
-  both = masks[..., :TIME // 2], masks[..., TIME // 2:]   # what one number serves
+  both = masks[..., :TIME // 2], masks[..., TIME // 2:]   # two keys share one random number
   assert np.mean(both[0][..., 128:, :] & both[1][..., 128:, :]) == pytest.approx((1 - RATE) ** 2, abs=0.01)
   for axis, size in ((0, 2), (1, 2), (2, 4)):   # keys, rows, heads: the share of equal entries is (1 - r)^2 + r^2
     same = np.take(masks, range(size - 1), axis) == np.take(masks, range(1, size), axis)
     chance = (1 - RATE) ** 2 + RATE ** 2
     assert np.mean(same) == pytest.approx(chance, abs=5 * np.sqrt(chance * (1 - chance) / same.size))
-  first, second = masks[..., :72, :], masks[..., 128:, :]   # as many queries of either block
+  first, second = masks[..., :72, :], masks[..., 128:, :]   # equally many queries of both blocks
   assert np.mean(first == second) == pytest.approx((1 - RATE) ** 2 + RATE ** 2, abs=0.01)
 
 
@@ -149,7 +149,7 @@ def added(dropout, key, rows=400):
       '0': {'step': np.float32([[1], [100]])}, '1': {'step': np.float32([[10], [1000]])}}}
   run = jax.jit(lambda key: model.apply(params, Batch(np.zeros((rows, 3), 'i4')), key=key).hidden)
   hidden = np.asarray(run(key) if key is None or key.ndim == 0 else jax.lax.map(run, key))
-  assert (hidden == hidden[..., :1, :1]).all()   # a layer is left out as a whole
+  assert (hidden == hidden[..., :1, :1]).all()   # a layer is dropped as a whole
   return hidden[..., 0, 0]
 
 
@@ -174,7 +174,7 @@ def test_layer_drop_draws_once_for_the_batch():
   assert dropout.rates == (0.5,) * 4
   sums = added(dropout, jax.random.split(jax.random.key(0), 80), 4)
   assert all((x == x[0]).all() for x in sums)
-  patterns = {f'{int(x[0]):04}' for x in sums}   # of four digits, each 0 or 2
+  patterns = {f'{int(x[0]):04}' for x in sums}   # four digits, each 0 or 2
   assert len(patterns) > 12 and set(''.join(patterns)) == {'0', '2'}
 
 
@@ -217,7 +217,7 @@ class Gives(nn.Module):
   @nn.compact
   def __call__(self, x, context, cache=None):
     y = jnp.full(x.shape, self.value)
-    return (y, Aux()) if self.value < 10 else (y, cache)   # of feed-forward, of attention
+    return (y, Aux()) if self.value < 10 else (y, cache)   # the results of a feed-forward and of an attention branch
 
 
 @pytest.mark.parametrize('block', [parts.Block, parts.ParallelBlock])

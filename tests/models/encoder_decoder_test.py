@@ -57,7 +57,7 @@ def opened(transformers, tmp_path_factory):
     theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval()
     theirs.config._attn_implementation = 'eager'
     theirs.encoder.config._attn_implementation = theirs.decoder.config._attn_implementation = 'eager'
-    if version == '1.1':   # this version of transformers ties all, but for files that have two tables
+    if version == '1.1':   # transformers ties these tables unless the files hold two different ones
       theirs.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCAB, 32))
     with torch.no_grad():
       for name, p in theirs.named_parameters():
@@ -145,7 +145,7 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack, recor
     if part.start == 0:
       part_batch = part_batch._replace(source=batch.source, source_segments=batch.source_segments)
     out = step(params, part_batch, cache)
-    if cache.source_segments_BS is not None:   # nothing of the source is computed again
+    if cache.source_segments_BS is not None:   # the source is not encoded again
       for old, new in zip(cache.layers, out.cache.layers):
         np.testing.assert_array_equal(old.source.k_BKSH, new.source.k_BKSH)
     cache = out.cache
@@ -205,7 +205,7 @@ def test_every_switch_of_a_config_matters_or_is_refused(opened, version, tmp_pat
   before = forward(model, params, batch)
   aside = {'dtype', 'transformers_version', 'initializer_factor', 'use_cache', 'model_type', 'classifier_dropout',
            'dropout_rate', 'pad_token_id', 'bos_token_id', 'eos_token_id', 'decoder_start_token_id'}
-  if version == '1.1':   # the fields that have another meaning in it; it says that it is tied, whatever it is
+  if version == '1.1':   # these fields mean something else in 1.1, which always claims to be tied
     aside |= config.keys() - {'feed_forward_proj', 'dense_act_fn', 'is_gated_act', 'scale_decoder_outputs'}
   kinds = {bool: lambda x: not x, int: lambda x: x // 2, float: lambda x: x * 1e4, list: lambda x: ['T5EncoderModel'],
            str: lambda x: 'gated-silu' if x.startswith('gated') else 'gelu'}
@@ -339,7 +339,7 @@ def count(model):
 
 
 def test_the_numbers_of_parameters_are_published_and_biases_do_not_decay():
-  assert count(encoder_decoder.t5()) == 60_506_624   # small, 1.0 and 1.1
+  assert count(encoder_decoder.t5()) == 60_506_624   # T5 small, versions 1.0 and 1.1
   assert count(encoder_decoder.t5(layers=8, heads=6, hidden=1024, gated=True, tied=False)) == 76_961_152
   decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(declarations.of(MODEL)))
   assert {path[-1].key for path, yes in decayed if not yes} == {'scale', 'encoder_bias', 'decoder_bias'}

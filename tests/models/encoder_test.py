@@ -109,7 +109,7 @@ def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, t
   small(record_property, 'BertForMaskedLM', 'loss', float(loss) - result.loss.item())
   assert_same(grads, gradients(theirs, model, bert.FAMILY, folder, tmp_path), 2e-5)
   assert all(np.abs(g).max() > 1e-4 for path, g in jax.tree_util.tree_leaves_with_path(grads)
-             if path[-1].key != 'key_bias')   # which shifts all scores of a query alike
+             if path[-1].key != 'key_bias')   # it shifts all scores of a query alike
 
 
 def test_exported_files_are_the_imported_ones(opened, transformers, record_property, tmp_path):

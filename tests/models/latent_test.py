@@ -58,7 +58,7 @@ def reference(p, x, scale):
   def norm(x, p):
     return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * p['scale']
 
-  def rotate(x):   # [B, T, ROPE]: neighbours are a complex number
+  def rotate(x):   # [B, T, ROPE]: adjacent entries form a complex number
     turn = np.exp(1j * POSITIONS[..., None] * 50. ** (-np.arange(0, ROPE, 2) / ROPE))
     z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
     return np.stack([z.real, z.imag], -1).reshape(x.shape)
@@ -217,7 +217,7 @@ def test_deepseek_v3_is_that_of_transformers(query_rank, yarn):
     params |= {'query_down': t['q_a_proj'].T, 'query_norm': {'scale': t['q_a_layernorm']},
                'query_up': t['q_b_proj'].T.reshape(query_rank, HEADS, NOPE + ROPE)}
   ours = FULL.clone(query_rank=query_rank)
-  if yarn:   # mscale over mscale_all_dim is 1; its square, on the scores
+  if yarn:   # mscale / mscale_all_dim is 1 here; its square scales the scores
     scale = (NOPE + ROPE) ** -0.5 * (0.1 * np.log(40.) + 1) ** 2
     ours = ours.clone(rotary=rotary.Rotary(50., interleaved=True, scaling=rotary.Yarn(40., 64, 1.)),
                       scores=attention.AttentionScores(scale=float(scale)))

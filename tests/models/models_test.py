@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_those_of_numpy(model, packed):
   rng = np.random.default_rng(2)
   for i, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
     size = np.linalg.norm(grad)
-    # A bias of the keys shifts all scores of a query alike: no gradient but rounding.
+    # A bias of the keys shifts all scores of a query alike, so its gradient is only rounding.
     assert (size < 1e-6) == (path[-1].key == 'key_bias'), (path, size)
     for _ in range(3):
       direction = rng.normal(size=grad.shape)
@@ -153,7 +153,7 @@ def test_packed_documents_are_as_if_alone(model):
   changed = batch._replace(tokens=np.where(first, batch.tokens, (batch.tokens + 5) % VOCAB))
   np.testing.assert_array_equal(forward(model, params, changed)[first], hidden[first])
   assert not np.array_equal(forward(model, params, changed), hidden)
-  starts = np.argmax(batch.segments == 2, axis=1)     # the second documents, moved to the start of their rows
+  starts = np.argmax(batch.segments == 2, axis=1)     # moves the second documents to the start of their rows
   alone = Batch(*(None if x is None else np.stack([np.roll(r, -s) for r, s in zip(x, starts)]) for x in batch))
   for row, start in list(enumerate(starts))[1:]:
     length = int((batch.segments[row] == 2).sum())
@@ -184,7 +184,7 @@ def test_remat_saves_memory_and_changes_nothing():
 
   whole, lean = LLAMA.clone(remat=None), LLAMA.clone(remat=jax.checkpoint_policies.nothing_saveable)
   assert count_residuals(lean) < 0.8 * count_residuals(LLAMA) < 0.8 * 0.8 * count_residuals(whole)
-  # A function of its own: models that differ in `remat` alone are equal, and would share the compiled one.
+  # A new function: models that differ in `remat` alone are equal, and would share a compiled function.
   actual = jit(jax.value_and_grad(functools.partial(mean_loss, whole)))(params, batch)
   jax.tree.map(functools.partial(assert_close, tolerance=1e-5), actual, loss_and_grads(LLAMA, params, batch))
 
@@ -247,7 +247,7 @@ def test_dropout_needs_a_key_and_reaches_both_branches_and_the_embedding():
                           blocks=stack.stacks([block.clone(dropout=1 - 1e-6) for block in GPT2.layers]))
   program = lambda model, key: jax.make_jaxpr(lambda p: model.apply(p, batch, key=key).hidden)(params)
   assert str(program(nearly_all, None)) == str(program(GPT2, None))
-  # What comes of nothing: no embedding, and neither branch of a block, not even their biases.
+  # If all is dropped, the embedding, both branches of a block and their biases are zero.
   bare = jit(lambda key: nearly_all.apply(params, batch, key=key).hidden)(random_key(1))
   assert_close(bare, np.broadcast_to(params['norm']['bias'], bare.shape), 1e-6)
 

@@ -55,7 +55,7 @@ def changes(model, updates):
     after = jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS)[1]
     return [jnp.mean(jnp.abs(b - a[None]), axis=(1, 2, 3)) for a, b in zip(before, after)]
   outputs = np.stack(run(jax.jit(model.init)(jax.random.key(0))), axis=1)
-  return np.log(outputs[1:])   # a head of zeros has nothing to tell at first
+  return np.log(outputs[1:])   # the head starts at zero, so the first change of the logits is not informative
 
 
 def slopes(sizes, model, updates):
@@ -84,7 +84,7 @@ def test_changes_do_not_depend_on_width(widths):
 @pytest.mark.slow
 def test_changes_grow_with_width_in_the_standard_parametrisation():
   exponents = slopes((64, 256), lambda width: transformer.llama(**wide(width), tied=False), lambda width: ())
-  assert exponents[:, 1:3].min() > 0.2 and exponents[:, 3].min() > 0.5   # of the blocks, and of the logits
+  assert exponents[:, 1:3].min() > 0.2 and exponents[:, 3].min() > 0.5   # blocks and logits
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ GPT_OSS = Rotary(1.5e5, scaling=Yarn(32., 4096, 0.1 * np.log(32) + 1, truncate=F
 
 
 @pytest.mark.parametrize('rotary, size, expected, total', [
-    # What transformers 5.23 computes for Llama 3.1 8B, gpt-oss 20B and Gemma 3 4B.
+    # Values that transformers 5.23 computes for Llama 3.1 8B, gpt-oss 20B and Gemma 3 4B.
     (LLAMA, 128, {
         0: 1.0, 1: .8146172165870667, 20: .016560440883040428, 29: .0021665706299245358, 32: .0005248460220173001,
         35: 9.556212171446532e-05, 36: 7.784655463183299e-05, 40: 3.428102354519069e-05, 63: 3.068925877869333e-07},
@@ -81,5 +81,5 @@ def test_longrope_in_float32_is_that_of_float64_but_for_the_rounding_of_angles()
   expected = 1.19 * np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)],
                                    -1)
   error = np.abs(np.asarray(rotary(x, jnp.asarray(positions)))[:, :, 0] - expected)
-  # An angle of 700 is known to 2 ** -15, a small one to more.
+  # Float32 represents an angle of 700 to 2 ** -15, and small ones more exactly.
   assert error.max() < 3e-4 and error[:, :64].max() < 2e-5 and error[:, :, 8:16].max() < 2e-6

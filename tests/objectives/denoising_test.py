@@ -105,7 +105,7 @@ def test_the_decoder_layout_is_the_pair_in_one_row():
   assert pair.source[-1] == pair.targets[-1] == END and pair.tokens[0] == BEGIN
   np.testing.assert_array_equal(pair.tokens[1:], pair.targets[:-1])
   assert pair.weights.all() and pair.bidirectional is None
-  count = len(pair.source)   # bos in front in place of eos behind
+  count = len(pair.source)   # bos comes first, in place of eos at the end
   np.testing.assert_array_equal(single.tokens, [BEGIN, *pair.source[:-1], *pair.targets[:-1]])
   np.testing.assert_array_equal(single.targets, [*pair.source[:-1], *pair.targets])
   np.testing.assert_array_equal(single.bidirectional, np.arange(len(single.tokens)) < count)
@@ -129,7 +129,8 @@ def test_masks_have_the_proportions_of_bert():
   assert kinds.total() == total and within(kinds['mask'], total, 0.8)
   assert within(kinds['random'], total, 0.1 * (1 - 1 / 2000)) and within(kinds['same'], total, 0.1 * (1 + 1 / 2000))
   other = np.concatenate([e.tokens[(e.weights > 0) & (e.tokens != piece) & (e.tokens != FIRST)] for e in examples])
-  assert abs(other.mean() - 1000) < 5 * 2000 / math.sqrt(12 * len(other))   # of all the vocabulary
+  # Random tokens are uniform over the vocabulary.
+  assert abs(other.mean() - 1000) < 5 * 2000 / math.sqrt(12 * len(other))
 
 
 def test_short_pieces_mask_one_token_and_bos_none():
@@ -144,7 +145,8 @@ def test_prefixes_of_all_lengths_are_equally_likely():
     size = int(example.bidirectional.sum())
     counts[size] += 1
     np.testing.assert_array_equal(example.bidirectional, np.arange(10) < size)
-    np.testing.assert_array_equal(example.targets[example.weights > 0], piece[size:])   # what follows, and only that
+    # The tokens after the prefix, and only those.
+    np.testing.assert_array_equal(example.targets[example.weights > 0], piece[size:])
   assert counts.keys() == set(range(1, 11)) and all(within(n, 2000, 0.1) for n in counts.values())
 
 
@@ -194,7 +196,7 @@ def bodies(batch: Batch, objective) -> list[list[int]]:
         predicted = targets[batch.weights[row, inside] > 0]
         source = (batch.tokens[row, inside & batch.bidirectional[row]] if batch.source is None
                   else batch.source[row, batch.source_segments[row] == segment])
-        source = source[source < FIRST + 100]   # not the mode
+        source = source[source < FIRST + 100]   # without the token of the mode
         assert predicted[-1] == END and (source[0] == BEGIN if batch.source is None else source[-1] == END)
         text = span_corruption.fill(source, predicted, control)
       texts.append([int(token) for token in text if token not in (BEGIN, END)])
@@ -239,7 +241,7 @@ def test_rows_are_nearly_full():
     assert np.mean([(batches(step).segments > 0).mean() for step in range(batches.steps_per_epoch - 2)]) >= least
 
 
-# What does not go.
+# Refusals.
 
 
 def test_too_few_sentinels_are_refused_before_anything_runs():
@@ -283,7 +285,7 @@ def test_numbers_that_are_no_shares_are_refused(make):
     make()
 
 
-# What is seen.
+# Visibility.
 
 
 TIME, VOCAB = 24, 128
@@ -321,7 +323,7 @@ def test_no_position_depends_on_a_target_or_another_segment(objective, window):
     inputs = batch._replace(tokens=places, targets=None, weights=None)
     return decoder.apply({**params, 'embedding': table}, inputs).hidden @ jnp.arange(1., 9.)
 
-  def slopes(table):   # one position at a time: jacrev would run 72 at once
+  def slopes(table):   # one position at a time, because jacrev would run 72 at once
     back = jax.vjp(hidden, table)[1]
     one_hot = jnp.eye(3 * TIME).reshape(3 * TIME, 3, TIME)
     return jax.lax.map(lambda position: back(position)[0], one_hot)                      # [B T, V, D]

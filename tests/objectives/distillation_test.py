@@ -152,14 +152,14 @@ def test_stored_predictions_give_the_divergence_of_the_best_and_the_sum_of_the_o
   batch = stored_batch(top_k, params)
   goal = distil_stored(next_token(), top_k, divergence, hard=0.25)
   (loss, sums), grads = jit(jax.value_and_grad(lambda p: loss_of(goal, p, batch), has_aux=True))(params)
-  # One token is all of the rest at VOCAB - 1.
+  # At k = VOCAB - 1, the others are a single token.
   expected, mean = closed_form(reference, params, batch, 2., 0.25, k if k < VOCAB - 1 else None)
   assert loss == pytest.approx(expected, rel=1e-5)
   assert sums['divergence'][0] / sums['divergence'][1] == pytest.approx(mean, rel=1e-5)
   whole = distil(next_token(), TEACHER.apply, divergence, 2., hard=0.25)
   (full, _), full_grads = jit(jax.value_and_grad(lambda p: loss_of(whole, p, batch), has_aux=True))(params)
   if k < VOCAB - 1:
-    assert loss < full   # outcomes that are not told apart
+    assert loss < full   # the sum of the others hides part of the divergence
   else:
     assert loss == pytest.approx(float(full), rel=1e-5)
     for name in 'xw':
@@ -188,7 +188,7 @@ def test_a_split_vocabulary_changes_nothing(shape, monkeypatch):
   top_k = TopK(3, VOCAB, 2.)
 
   def compute():
-    # As many rows as devices.
+    # The mesh needs as many rows as it has devices.
     batch = jax.tree.map(lambda x: np.concatenate([x, x]), batch_of())
     params = jit(parameters)()
     mesh = jax.sharding.get_mesh()

@@ -58,7 +58,7 @@ def test_a_permuted_piece_can_be_restored(ending):
     counts['spm' if row[2] == SUF else 'psm'] += 1
     counts['both'] += row[2] == SUF and row[-2] != 29   # not a PSM without a prefix
   assert within(counts['plain'], 2000, 0.25)
-  # A PSM whose prefix is empty looks as an SPM: 1 cut of 21 in both draws, nearly.
+  # PSM with an empty prefix looks like SPM: about 1 cut of 21 in both draws.
   share = 0.3 + 0.7 * (1 - (20 / 21) ** 2)
   assert within(counts['spm'], counts['spm'] + counts['psm'], share)
 
@@ -69,7 +69,7 @@ def test_cuts_are_uniform():
     parts = infill.at_tokens(np.arange(3), rng, SPECIAL)
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(3))
     counts[tuple(map(len, parts))] += 1
-  assert len(counts) == 10   # two of 4 places: 4 alike, 6 in either order
+  assert len(counts) == 10   # two of 4 places: 4 pairs of equal places, 6 pairs in either order
   assert all(within(n, 5000, 1 / 16 if size[1] == 0 else 1 / 8) for size, n in counts.items())
 
 
@@ -126,7 +126,7 @@ def test_cuts_between_characters_keep_the_text(tokens):
     parts = np.split(row[1:-1], np.flatnonzero(np.isin(row[1:-1], special_tokens.control)))[1:]
     assert not any('\ufffd' in tokens.decode(part) for part in parts)   # bytes of a character stay together
     inside += not np.array_equal(infill.restore(row[1:-1], special_tokens.control), ids)
-  assert (inside > 50) == isinstance(tokens, tokenizers.SentencePiece)   # a byte has no inside
+  assert (inside > 50) == isinstance(tokens, tokenizers.SentencePiece)   # a byte cannot be cut
 
 
 def test_a_piece_that_begins_inside_a_character_is_cut_between_tokens():

@@ -86,7 +86,7 @@ def test_depths_are_those_of_the_equations(kind):
   tokens = np.random.default_rng(2).integers(0, VOCAB, (1, TIME)).astype('i4')
   out = jax.jit(model.apply)(params, Batch(tokens))
   alone = jax.jit(TRUNK.apply)(params, Batch(tokens))
-  np.testing.assert_array_equal(out.hidden, alone.hidden)   # the trunk reads the parameters as they are
+  np.testing.assert_array_equal(out.hidden, alone.hidden)   # the trunk reads its parameters from the same tree
   previous = hidden = np.asarray(out.hidden[0], 'f8')
   for k in (1, 2):
     p = jax.tree.map(lambda x, k=k: np.asarray(x[k - 1], 'f8'), params['depths']['0'])
@@ -94,7 +94,7 @@ def test_depths_are_those_of_the_equations(kind):
       previous = block(p['block'], hidden)
     else:
       embedded = params['embedding'][tokens[0, k:]]
-      embedded = np.concatenate([embedded, np.zeros((k, WIDTH))])   # none is known there
+      embedded = np.concatenate([embedded, np.zeros((k, WIDTH))])   # no token is known there
       both = np.concatenate([rms(previous, p['hidden_norm']['scale']), rms(embedded, p['token_norm']['scale'])], -1)
       previous = block(p['block'], both @ p['merge'])
     np.testing.assert_allclose(out.ahead[k - 1][0], rms(previous, params['norm']['scale']), rtol=1e-3, atol=1e-4)
@@ -161,7 +161,7 @@ def test_without_depths_it_is_next_token_prediction():
   model, batch, key = prediction_heads.sequential(TRUNK, 0), packed_batch(), jax.random.key(5)
   params = random_params(model)
   plain = jax.jit(jax.value_and_grad(lambda p: next_token().loss(TRUNK.apply, p, batch, key)[0]))
-  # Two programs: to rounding, as two compilations may add in another order.
+  # Two compilations may add in another order, so they agree up to rounding.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
                loss_and_grads(model, params, batch, key), plain(params))
 

@@ -31,7 +31,7 @@ def closed_form(hidden, head, targets, weights):
 
 def over_vocabulary(hidden, head, targets, weights):
   loss, sums = objective.over_vocabulary(objective.cross_entropy, hidden, transformer.Head(head), (targets, weights))
-  return 3 * loss, sums   # a factor, so that the gradient is seen to be that of what is made of the loss
+  return 3 * loss, sums   # the factor checks that gradients include what follows the loss
 
 
 @pytest.mark.parametrize('shape,chunk', [

@@ -130,7 +130,7 @@ def kto_by_hand(logits, records, batch):
   ratios = np.array([[x.sum() - y.sum() for x, y in zip(p, r)] for (_, p), (_, r) in compared])
   good = np.array([record.good for (record, _), _ in compared])
   kl = max(ratios[:, 1].mean(), 0)
-  if logits is not LOGITS:   # a difference: the baseline has no gradient
+  if logits is not LOGITS:   # for finite differences, the baseline stays constant, as it has no gradient
     kl = kto_by_hand(LOGITS, records, batch)[1]
   return np.where(good, 1.5 * (1 - sigmoid(0.3 * (ratios[:, 0] - kl))),
                   0.5 * (1 - sigmoid(0.3 * (kl - ratios[:, 0])))), kl, 0.3 * ratios[:, 0], good
@@ -224,7 +224,7 @@ def test_each_record_occurs_once_an_epoch_and_its_loss_does_not_depend_on_its_ro
   contents = [tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens)))
               for batch in epoch for r, _ in answers(records, batch, np.zeros((4, T, V)))]
   assert sorted(contents) == sorted(tuple(map(bytes, (r.chosen.tokens, r.rejected.tokens))) for r in records)
-  logits = np.random.default_rng(5).normal(size=(V, V))   # by the token that is read
+  logits = np.random.default_rng(5).normal(size=(V, V))   # logits depend on the input token alone
 
   def loss(batches):
     total = count = 0
@@ -285,7 +285,8 @@ def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(
     params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0))))()
     loss, count, sums = jax.jit(lambda p, b: goal.loss(model.apply, p, b, None))(params, batch)
     alone = [x.tokens for pair in records for x in pair] + [np.zeros(1, np.int32)] * 2
-    rows = Batch(np.stack([np.pad(x, (0, T - len(x))) for x in alone]))   # one a row: what follows is not seen
+    # One answer per row; causal, so padding has no effect.
+    rows = Batch(np.stack([np.pad(x, (0, T - len(x))) for x in alone]))
     hidden = np.asarray(jax.jit(model.decoder.apply)(params['decoder'], rows).hidden, np.float64)
   ends = np.stack([row[len(x) - 1] for row, x in zip(hidden, alone)])
   scores = (ends @ np.asarray(params['score'], np.float64))[:-2].reshape(-1, 2)

@@ -17,7 +17,7 @@ def test_an_optimizer_in_a_file_of_its_own_is_trained_by_flags(tmp_path):
   text, = re.findall(r'^```python\n(# sign.py.*?)^```', (ROOT / 'docs/extend.md').read_text(), re.DOTALL | re.MULTILINE)
   (tmp_path / 'sign.py').write_text(text)
   (tmp_path / 'books').mkdir()
-  letters = ''.join(map(chr, np.random.default_rng(0).permutation(np.arange(48, 112))))   # a cycle
+  letters = ''.join(map(chr, np.random.default_rng(0).permutation(np.arange(48, 112))))   # a cycle of characters
   for i in range(40):
     (tmp_path / 'books' / f'{i}.txt').write_text(letters[i:] + letters * (5 + i))
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}

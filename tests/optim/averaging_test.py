@@ -35,7 +35,8 @@ def test_the_average_is_that_of_the_closed_form(decay):
   for n, (params, average, state) in enumerate(path, 1):
     assert averaging.averages(state)
     for name in PARAMS:
-      np.testing.assert_array_equal(params[name], plain[n - 1][0][name])   # the way is the same
+      # Averaging does not change the trained parameters.
+      np.testing.assert_array_equal(params[name], plain[n - 1][0][name])
       weights = decay ** np.arange(n - 1, -1, -1.)
       expected = sum(w * np.float64(p[name]) for w, (p, *_) in zip(weights, path)) / weights.sum()
       np.testing.assert_allclose(average[name], expected, rtol=1e-5, atol=1e-6)
@@ -44,7 +45,7 @@ def test_the_average_is_that_of_the_closed_form(decay):
 
 def test_schedule_free_is_the_paper_s():
   """Defazio et al. 2024, Algorithm 1: y_t = (1 - b1) z_t + b1 x_t, an Adam step of z at y, and x the weighted mean."""
-  rate = lambda step: 0.1 - 0.03 * abs(step - 2)   # rises and falls: the largest so far is what weighs
+  rate = lambda step: 0.1 - 0.03 * abs(step - 2)   # the rate rises and falls; the largest so far is the weight
   b1, b2, decay = 0.9, 0.999, 0.1
   z = {k: p.astype('f8') for k, p in PARAMS.items()}
   x, square, total = dict(z), dict.fromkeys(z, 0.), 0.
@@ -69,7 +70,7 @@ def test_steps_left_out_are_no_part_of_a_schedule_free_average():
   optimizer = bound(optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None), PARAMS)
   _, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   _, state = optimizer.update(PARAMS, optim.advanced(state, 5), PARAMS)
-  assert float(optim.learning_rate(state)) == pytest.approx(0.7)   # of step 6
+  assert float(optim.learning_rate(state)) == pytest.approx(0.7)   # the rate of step 6
   get = functools.partial(optax.tree_utils.tree_get, state)
   assert float(get('max_lr')) == pytest.approx(0.7) and float(get('weight_sum')) == pytest.approx(0.1**2 + 0.7**2)
 
@@ -85,7 +86,7 @@ def test_without_an_average_the_parameters_are_evaluated():
 def test_states_tell_of_their_averages_without_values(inner):
   around = optim.penalised(inner, l2=0.1)
   assert averaging.averages(jax.eval_shape(bound(around, PARAMS).init, PARAMS))
-  with pytest.raises(ValueError, match='evaluates an average already'):   # of averages, there is no second
+  with pytest.raises(ValueError, match='evaluates an average already'):   # an average cannot be averaged again
     jax.eval_shape(bound(averaging.averaged(around, 0.9), PARAMS).init, PARAMS)
 
 

@@ -106,7 +106,7 @@ def test_a_factor_is_a_rate_of_its_own_for_schedule_free_too():
 
 
 def test_rates_are_refused_as_a_schedule_and_have_to_be_numbers():
-  with pytest.raises(TypeError):   # rather than to learn at one rate in silence
+  with pytest.raises(TypeError):   # otherwise all would learn at one rate without notice
     optax.adam(groups.Rates(lambda step: 0.1, ()))
   for factor in (-1., float('inf'), float('nan')):
     with pytest.raises(ValueError, match=f"'a' is {factor} times"):

@@ -107,7 +107,7 @@ def root_mean_square(decay, grads):
         'sgd_decay'])
 def test_three_steps_are_those_of_the_paper(optimizer, rule):
   for actual, expected in zip(run(optimizer), by_hand(rule), strict=True):
-    # 1 - 0.999 in float32 is off by 6e-5 of itself, the root of it by half of that.
+    # 1 - 0.999 in float32 has a relative error of 6e-5, and its root half of that.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5), actual, expected)
 
 
@@ -137,10 +137,10 @@ def test_adafactor_and_nadam_are_those_of_pytorch():
   shapes = {'w': (130, 150), 'u': (140, 128), 'scale': (7,)}   # large enough to be factored
   draw = lambda size: {k: size * random.normal(size=shape).astype('f4') for k, shape in shapes.items()}
   params, grads = draw(0.5), [draw(1.), draw(1e-3), draw(3.)]
-  params['scale'][:] = 0   # at the least relative size
+  params['scale'][:] = 0   # at the smallest relative size
   for ours, theirs in (
       (optim.adafactor(lambda step: 0.1), lambda o: functools.partial(o.Adafactor, eps=(1e-30, 1e-3))),
-      # A momentum of constant b1 is what is left of theirs when its schedule has ended.
+      # Ours has a constant b1, which theirs reaches at the end of its schedule.
       (optim.nadamw(lambda step: 0.1, decays=groups.matching('*'), clip=None), lambda o: functools.partial(
           o.NAdam, betas=(0.9, 0.95), momentum_decay=1e9, weight_decay=0.1, decoupled_weight_decay=True))):
     for actual, expected in zip(run(ours, grads, params), of_torch(theirs, params, grads), strict=True):
@@ -203,7 +203,8 @@ def test_steps_and_states_keep_their_layout_on_a_mesh(make):
                                  else optimizer.update, params, state, params)
   layout = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.ndim and x.sharding), tree)
   assert layout(step) == layout(params) and layout(after) == layout(state)
-  if make not in (optim.muon, optim.adafactor):   # whole momenta; rows and columns as long as vectors are
+  # Muon keeps whole momenta; Adafactor keeps rows and columns as vectors.
+  if make not in (optim.muon, optim.adafactor):
     split = {x.shape: x.sharding for x in jax.tree.leaves(params)}
     assert all(x.sharding == split[x.shape] for x in jax.tree.leaves(state) if x.shape in split)
 

@@ -65,7 +65,7 @@ def test_soap_is_the_paper_s(max_dim, sides):
   soap = optim.soap(lambda step: 0.1, 0., 0.9, 0.8, 1e-8, precondition_every=2, max_dim=max_dim, clip=None)
   with jax.default_matmul_precision('highest'):
     updated = of(walk(soap, block(w), lambda _, i: block(grads[i]), 7)[-1])
-  for layer in range(2):   # each by itself
+  for layer in range(2):   # each layer alone
     expected = soap_by_hand(w[layer], grads[:, layer], 0.1, 0.9, 0.8, 2, 1e-8, sides)
     np.testing.assert_allclose(updated[layer], expected, atol=2e-3)
   assert np.abs(updated - w).max() > 0.2
@@ -77,17 +77,17 @@ def test_soap_is_adam_in_any_rotation():
   """
   rows, columns = orthogonal(4, 1), orthogonal(4, 2)
   scales, start = np.array([1., 2., 0.5, 1.5]), np.diag([3., -2., 4., 1.])
-  arguments = {'b1': 0.9, 'b2': 0.95, 'eps': 0.1, 'clip': None}   # far above rounding, as off the diagonal
+  arguments = {'b1': 0.9, 'b2': 0.95, 'eps': 0.1, 'clip': None}   # far above the rounding of entries off the diagonal
   adam = walk(optim.adam(lambda step: 0.1, **arguments), block(start[None]),
               lambda p, i: jax.tree.map(lambda x: x * np.float32(scales[None, :, None]), p), 20)
   gradient = lambda p, i: block((rows @ (scales[:, None] * (rows.T @ of(p)[0] @ columns)) @ columns.T)[None])
   soap = walk(optim.soap(lambda step: 0.1, 0., precondition_every=3, **arguments),
               block((rows @ start @ columns.T)[None]), gradient, 21)
-  np.testing.assert_allclose(of(soap[0])[0], rows @ start @ columns.T, atol=1e-6)   # the first makes the basis
+  np.testing.assert_allclose(of(soap[0])[0], rows @ start @ columns.T, atol=1e-6)   # the first step only sets the basis
   for a, b in zip(adam, soap[1:], strict=True):
     np.testing.assert_allclose(rows.T @ of(b)[0] @ columns, of(a)[0], atol=2e-3)
   rotated = walk(optim.adam(lambda step: 0.1, **arguments), block((rows @ start @ columns.T)[None]), gradient, 20)
-  assert np.abs(rows.T @ of(rotated[-1])[0] @ columns - of(adam[-1])[0]).max() > 0.2   # which Adam itself does not
+  assert np.abs(rows.T @ of(rotated[-1])[0] @ columns - of(adam[-1])[0]).max() > 0.2   # Adam is not invariant
 
 
 def test_soap_is_adam_for_all_that_is_no_matrix_of_a_block():
@@ -109,7 +109,7 @@ def test_sophia_s_curvature_is_that_of_finite_differences():
   batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((8, 8)))
   with jax.default_matmul_precision('highest'), jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
-    params['embedding'] = 50 * params['embedding']   # else the first norm bends too fast for differences
+    params['embedding'] = 50 * params['embedding']   # otherwise the first norm is too curved for finite differences
 
     def loss(params):
       total, weight, _ = objective.loss(model.apply, params, batch, None)
@@ -190,7 +190,7 @@ def test_signs_differ_by_estimate_and_by_parameter():
   for _ in range(200):
     values, state = update(state)
     estimates.append([values['a'], values['b']])
-  estimates = np.array(estimates)   # of each parameter 2 + 1, 3 + 1, or 2 - 1, 3 - 1
+  estimates = np.array(estimates)   # estimates are 2 + 1 and 3 + 1, or 2 - 1 and 3 - 1
   assert set(estimates[:, 0, 0].tolist()) == {1., 3.} and set(estimates[:, 1, 1].tolist()) == {2., 4.}
   np.testing.assert_allclose(estimates.mean(0), [[2, 3], [2, 3]], atol=5 / np.sqrt(200))
   assert abs(np.corrcoef(estimates[:, 0, 0], estimates[:, 1, 0])[0, 1]) < 5 / np.sqrt(200)

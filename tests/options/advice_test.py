@@ -41,7 +41,8 @@ def flags_of(path: pathlib.Path) -> set[str]:
   """Returns the flags of a script, also in their negated form with `no` before the name."""
   module, text = importlib.import_module(path.stem), path.read_text()
   functions = [getattr(module, name) for name in re.search(r'launch\.(?:run|tool)\((\w+)', text).groups()]
-  functions += [module.experiment] if hasattr(module, 'experiment') else []   # whose flags others take as knobs
+  # Studies take the flags of experiments as knobs.
+  functions += [module.experiment] if hasattr(module, 'experiment') else []
   functions += [launcher._train] if 'launch.run(' in text else []
   names = {flag.name for function in functions for flag in signature.flags(function)}
   return names | {'no' + name for name in names} | ALWAYS
@@ -91,7 +92,8 @@ def test_what_a_compressed_file_unpacks_to_has_a_limit(tmp_path, suffix, monkeyp
   assert len(corpora.jsonl(str(path), validation=0., decompressed_limit=size).splits['train']) == 20
   with pytest.raises(ValueError, match=rf'{path} unpacks to more than .* GiB; .* --decompressed_limit'):
     len(corpora.jsonl(str(path), validation=0., decompressed_limit=0.99 * size).splits['train'])
-  assert sum(file.stat().st_size for file in tmp_path.rglob('bomb.jsonl')) <= 20 * len(line)   # of the first one alone
+  # Only the first file was unpacked.
+  assert sum(file.stat().st_size for file in tmp_path.rglob('bomb.jsonl')) <= 20 * len(line)
 
 
 def test_a_data_set_is_built_from_files_of_one_kind(tmp_path):

@@ -20,8 +20,8 @@ from lm.objectives.next_token import next_token
 
 MESHES = ['data:1', 'data:8', 'data:4,model:2', 'data:2,model:4']
 VOCAB, ROWS, TIME = 32, 8, 8
-# Every kind of weight and every part in one program: grouped queries, rotary and learned positions, gates, biases.
-TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # which depends on the length of a text
+# One program with every kind of weight and part: grouped queries, rotary and learned positions, gates, biases.
+TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # its factors depend on the length of a text
 MODEL = transformer.Transformer(
     VOCAB, 32, stack.stacks([parts.Block(
         attention.Attention(8, 4, 4, TURN, bias=True, scores=attention.AttentionScores(dropout=0.3)),
@@ -81,7 +81,7 @@ def assert_same(actual, expected):
 @pytest.fixture(scope='module')
 def without_mesh():
   first, second = on_mesh(MODEL, None, random_params(MODEL), packed_batch(), jax.random.key(2), jax.random.key(3))
-  assert abs(first[0] - second[0]) > 1e-3   # dropout is on, or the test below says nothing of it
+  assert abs(first[0] - second[0]) > 1e-3   # checks that dropout is on, so that the test below covers it
   return first
 
 

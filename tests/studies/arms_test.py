@@ -131,7 +131,7 @@ def test_halving_stops_worse_trials_early_and_a_stopped_sweep_resumes(script, tm
   trials = swept(script, tmp_path / 'study', **settings)
   assert (started[2].name, started[2].knobs) == (started[3].name, started[3].knobs)
   assert len(trials) == 7 == len(started) - 1
-  assert len({arm.knobs['lr'] for arm in started}) == 7   # what was drawn before is not drawn again
+  assert len({arm.knobs['lr'] for arm in started}) == 7   # trials of before the stop are not drawn again
   pruned = [t.pruned for t in trials]
   assert any(pruned) and not all(pruned) and pruned == sorted(pruned)
   assert len(list((tmp_path / 'study').glob('trial-*'))) == 7
@@ -197,7 +197,7 @@ def test_a_refused_study_leaves_no_settings_behind(script, tmp_path):
     compared(script, study, text, equal='seconds')
   with pytest.raises(ValueError, match='b gets 1 steps, and a warm-up of 1 steps does not fit'):
     compared(script, study, 'a: ; b: batch=48', equal='tokens')
-  assert set(compared(script, study, text, seeds=2)) == {'a', 'b'}   # by other settings than those
+  assert set(compared(script, study, text, seeds=2)) == {'a', 'b'}   # other settings than the refused ones
   with pytest.raises(ValueError, match='a grid needs the values of lr'):
     swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1')
   assert len(swept(script, tmp_path / 'sweep', knobs='lr=0.01:0.1', method='random', trials=1)) == 1

@@ -35,7 +35,7 @@ def test_intervals_hold_the_outcome_about_as_often_as_they_say():
     predicted, low, high = scaling.predict(points, law, laws, 4.8e5, 4e6, seed=trial)
     inside += low <= float(LAW(4.8e5, 4e6)) * np.exp(0.005 * rng.normal()) <= high
     assert low < predicted < high and high - low < 0.3
-  assert inside >= 9   # of 12 at 95 %: fewer have a chance of 0.2 %
+  assert inside >= 9   # 12 intervals at 95 %: fewer than 9 hold with a chance of 0.2 %
 
 
 @pytest.mark.slow
@@ -70,7 +70,8 @@ def test_products_are_counted_where_they_run():
     flops.count(lambda n, a, b: jax.lax.fori_loop(0, n, lambda i, t: t + product(a, b).sum(), 0.), np.int32(3), a, b)
   x, w, sizes = jnp.zeros((7, 4)), jnp.zeros((3, 4, 5)), jnp.int32([2, 3, 2])
   grouped = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()
-  assert flops.count(jax.grad(grouped, (0, 1)), x, w) == 3 * 2 * 7 * 4 * 5   # each row meets one of the three
+  # Each row is multiplied by one of the three matrices.
+  assert flops.count(jax.grad(grouped, (0, 1)), x, w) == 3 * 2 * 7 * 4 * 5
   noisy = lambda n: jax.debug.print('{}', n)
   assert flops.counter(noisy, np.int32(0))(np.int32(0)) == 0
   kernel = jnp.zeros((3, 3, 4, 8))
@@ -91,7 +92,7 @@ def test_updates_cost_what_their_formulas_say():
     plain = cost(optim.adamw)
     for name, optimizer in {'muon': optim.muon, 'soap': optim.soap}.items():
       assert cost(optimizer) - plain == pytest.approx(optimizer_costs.products(name, shape))
-    # Sophia's second derivative is counted at every tenth step: at all of them, where the step is not known.
+    # Sophia's second derivative is counted at every tenth step, or at all steps if the step is unknown.
     sophia = make(optim.sophia(lambda step: 0.1), model)
     always = flops.count(train.make_step(sophia), jax.eval_shape(lambda: train.init(sophia)),
                          train.abstract_batch(sophia, mesh), {})

@@ -54,7 +54,7 @@ def test_the_best_checkpoint_is_the_best_by_the_metric_that_the_run_names(tmp_pa
   changes = {'evaluators': {'probe': scripted(VALUES)}, 'best': 'probe/value', 'better': better}
   go(tmp_path, evaluate_every=1, save_every=1, keep=1, **changes)
   assert steps_kept(tmp_path) == [best, 6]
-  with checkpoint.Checkpoints(tmp_path / 'checkpoints', create=False) as checkpoints:   # a reader
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints', create=False) as checkpoints:   # a reading instance
     assert checkpoints.best_step() == best and checkpoints.best_metric() == VALUES[best]
 
 
@@ -62,7 +62,7 @@ def test_the_best_checkpoint_is_the_best_by_the_metric_that_the_run_names(tmp_pa
 def test_patience_is_by_that_metric(tmp_path, better, values):
   evaluators = {'probe': scripted(dict(enumerate(values, 1)))}
   result = go(tmp_path, evaluators=evaluators, best='probe/value', better=better, evaluate_every=1, patience=2, steps=8)
-  assert result.finished and result.step == 4 and steps_kept(tmp_path)[-1] == 4   # two after the best
+  assert result.finished and result.step == 4 and steps_kept(tmp_path)[-1] == 4   # two evaluations after the best
   go(tmp_path / 'best', steps=2)
   assert same(jax.tree.map(np.asarray, result.params), saved(tmp_path / 'best')[1].params)
 
@@ -85,7 +85,7 @@ def saved_facts(workdir):
 
 
 def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(tmp_path, monkeypatch):
-  with monkeypatch.context() as patch:   # before anything is trained, where it can be known
+  with monkeypatch.context() as patch:   # before training, where the metrics are known by then
     patch.setattr('lm.train.start._restore', None)
     for best, named in (('validation/bits', 'validation/loss, .*validation/bits_per_byte, validation/accuracy'),
                         ('probe/value', 'begins with validation/'), ('loss', 'begins with validation/'),
@@ -97,7 +97,7 @@ def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(tmp_path, mo
     with pytest.raises(ValueError, match="better='up'"):
       go(tmp_path, better='up')
   changes = {'evaluators': {'probe': scripted(VALUES)}, 'save_every': 9}
-  for _ in range(2):   # the second time it goes on from what was saved, and is at its evaluation
+  for _ in range(2):   # the second run resumes at its evaluation
     with pytest.raises(ValueError, match="best='probe/volume'.* there are validation/loss, .*probe/value"):
       go(tmp_path, best='probe/volume', **changes)
     assert steps_kept(tmp_path) == [3]

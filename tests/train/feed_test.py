@@ -92,7 +92,7 @@ def test_a_policy_learns_from_what_it_writes(whole):
   with jax.set_mesh(on('data:2')):
     written = Written(POLICY, POLICY.data, on('data:2')).write(jax.device_put(state.params, jax.tree.map(
         lambda s: s.sharding, train.abstract_state(POLICY, on('data:2')).params)), jax.random.key(3))
-  assert np.asarray(reward(written.targets)).mean() > 0.9   # it writes from the parameters that it is given
+  assert np.asarray(reward(written.targets)).mean() > 0.9   # it samples from the given parameters
 
 
 def test_a_policy_that_is_killed_goes_on_bit_for_bit(whole, tmp_path, monkeypatch):

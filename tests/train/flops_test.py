@@ -20,7 +20,7 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
 
 @pytest.mark.parametrize('name, forward_and_backward', [
     ('next_token', 6 * (HEAD + MATRICES + SCORES)),
-    ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape the forward pass alone
+    ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape, only the forward pass
     ('reward', 6 * (MATRICES + SCORES + 8))])
 def test_a_token_costs_the_products_with_its_matrices(name, forward_and_backward):
   for mesh in ('data:1', 'data:4,model:2'):
@@ -48,7 +48,7 @@ def test_only_factors_that_are_trained_have_gradients():
   assert flops.training(jax.jit(jax.checkpoint(once)), w, x, frozen) == expected
   assert flops.training(lambda *args: once(*map(jax.lax.stop_gradient, args)), w, x, frozen) == sum(products)
 
-  def repeated(w, x):   # depends on w from the second turn on
+  def repeated(w, x):   # x depends on w from the second iteration on
     return jax.lax.scan(lambda y, _: (y @ w, None), x, None, 7)[0]
 
   square = np.zeros((4, 4), 'f4')
@@ -70,17 +70,17 @@ def test_a_program_costs_the_same_on_every_mesh():
       counted.add((costs.cost(configuration, 'flops', on(mesh), optimizer=False), flops.training(loss, params, batch)))
   (step, training), = counted
   assert training == 6 * (HEAD + MATRICES + SCORES) * 8 * LENGTH
-  assert step == training + SCORES * 8 * LENGTH   # the backward pass makes attention's scores again
+  assert step == training + SCORES * 8 * LENGTH   # the backward pass computes the scores of attention again
 
 
 def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
   peak = 1e9
   go(tmp_path / 'unknown', evaluate_batches=1)
-  assert not logged(tmp_path / 'unknown', 'mfu') and 'MFU' not in capsys.readouterr().out   # a CPU has none
+  assert not logged(tmp_path / 'unknown', 'mfu') and 'MFU' not in capsys.readouterr().out   # a CPU has no known peak
   monkeypatch.setitem(throughput._GPU_PEAK, 'cpu', peak)
   go(tmp_path / 'known', evaluate_batches=1)
   speed, mfu = (logged(tmp_path / 'known', name) for name in ('tokens_per_second', 'mfu'))
-  head = 6 * RUN.model.vocab * RUN.model.width   # all that this model multiplies
+  head = 6 * RUN.model.vocab * RUN.model.width   # the head is the only product of this model
   assert speed and mfu == pytest.approx({step: head * value / (2 * peak) for step, value in speed.items()})
 
 

@@ -39,7 +39,7 @@ def judged(guard, losses, norms):
 def test_spikes_of_either_are_skipped_as_olmo_core_does():
   rng = np.random.default_rng(0)
   losses, norms = 3 + rng.normal(size=60), 1 + 0.1 * rng.normal(size=60)
-  losses[3] = 60.          # before half of a window is seen
+  losses[3] = 60.          # before half a window has been seen
   losses[[20, 21]] = 40.
   norms[45] = 2.2
   guard = Guard(window=16, sigma=4., most=3)
@@ -95,7 +95,8 @@ def test_values_that_are_not_finite_leave_the_threshold_unchanged(bad_step):
   """The earlier value stays in the window: neither a zero, which would raise the deviation, nor a gap."""
   guard = Guard(window=16, sigma=3., most=8)
   losses = 10 + np.random.default_rng(bad_step).normal(size=60)
-  losses[bad_step], losses[bad_step + 8] = np.nan, 15.   # of 3 and some deviations where no zero is among them
+  # 15 lies more than 3 deviations above the mean, unless a zero is in the window.
+  losses[bad_step], losses[bad_step + 8] = np.nan, 15.
   accepted, state = judged(guard, losses, np.ones(60))
   remembered = losses.copy()
   remembered[bad_step] = losses[bad_step - guard.window] if bad_step >= guard.window else losses[bad_step - 1]
@@ -119,7 +120,7 @@ class Spiking(Bigram):
     return out._replace(hidden=out.hidden * spike)
 
 
-# Sums of the batches, one for each step, in whatever order the data comes.
+# The sum of the batch of each step, in the order of the data.
 SUMS = [int(RUN.data.batches('train', RUN.objective, RUN.batch, RUN.seed)(step).tokens.sum()) for step in range(30)]
 SPIKES = [step + 1 for step in range(30) if SUMS[step] in (SUMS[9], SUMS[27])]
 RATE = schedules.warmup_linear(0.1, 100, 2)
@@ -129,14 +130,14 @@ SPIKING = dataclasses.replace(RUN, model=Spiking(dropout=0., sums=(SUMS[9], SUMS
 
 
 def test_a_skipped_step_leaves_the_state_alone_and_is_counted(tmp_path):
-  guard = Guard(window=16, sigma=8., most=15)   # of noise, nothing is skipped
+  guard = Guard(window=16, sigma=8., most=15)   # noise alone skips no step
   go(tmp_path, SPIKING, guard=guard)
   skipped, losses = (logged(tmp_path, name) for name in ('skipped', 'loss'))
   assert SPIKES == [10, 28] and [step for step in losses if losses[step] > 100] == SPIKES
   assert [step for step in range(2, 31) if skipped[step] > skipped[step - 1]] == SPIKES and skipped[30] == 2
   step, state = saved(tmp_path, SPIKING, guard=guard)
   assert step == 30 and int(state.seen.total) == 2
-  assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 30   # of the schedule, which goes by the step
+  assert int(optax.tree_utils.tree_get(state.opt_state, 'count')) == 30   # the schedule counts skipped steps
   rates = logged(tmp_path, 'learning_rate')
   np.testing.assert_allclose(list(rates.values()), [float(RATE(step - 1)) for step in rates], rtol=1e-6)
 

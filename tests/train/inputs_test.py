@@ -142,7 +142,7 @@ def alone(run, tmp_path_factory):
 def test_a_classifier_of_images_learns(run, alone, images):
   losses, accuracy = logged(alone), logged(alone, 'validation/accuracy')
   assert losses[1] > 1 and losses[30] < 0.3 and accuracy[30] > 0.9
-  assert not logged(alone, 'validation/perplexity')   # classes stand for no text
+  assert not logged(alone, 'validation/perplexity')   # classes are no text
   with jax.set_mesh(on('data:1')):   # the first step, in NumPy
     params = jax.tree.map(np.float64, jax.jit(lambda: train.init(run))().params)
   batch = run.data.batches('train', run.objective, 16)(0)
@@ -186,7 +186,7 @@ def captioned(tokens, rng, special):
 
 def test_what_would_lose_an_input_is_refused():
   stream = Stream(token_objective(Form(captioned, ahead=True)), SPECIAL, 8, 2, store=documents([30, 3, 3]), seed=None)
-  assert stream(0).inputs['image'].shape == (2, 2, 3)   # of the first document alone
+  assert stream(0).inputs['image'].shape == (2, 2, 3)   # only the first document
   with pytest.raises(ValueError, match='several examples, and inputs .image. are of the whole row'):
     stream(1), stream(2)
   with pytest.raises(ValueError, match='rows with inputs .image. cannot be cut'):
@@ -210,5 +210,5 @@ def test_a_run_whose_parts_do_not_agree_on_inputs_is_refused(tmp_path):
   with pytest.raises(ValueError, match='with inputs cannot be cut into shorter ones'):
     go(tmp_path, data=Captioned(), stages=(Stage(2, 8, 8),))
   with pytest.raises(ValueError, match=r'(?s)batch of other arrays.*inputs.image.*float32\[8, 2, 3\]'):
-    go(tmp_path, data=Captioned())   # its batches lack what it declares
+    go(tmp_path, data=Captioned())   # its batches lack the declared input
   assert not list(tmp_path.glob('checkpoints/[0-9]*'))

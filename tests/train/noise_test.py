@@ -24,7 +24,7 @@ def test_estimates_are_unbiased_and_the_interval_covers_what_is_true():
   scales, lows, highs, gradients, noises = np.array(estimates).T
   for values, exact in ((gradients, np.sum(mean ** 2)), (noises, np.sum(spread ** 2))):
     assert abs(np.mean(values) - exact) < 4 * np.std(values) / 20
-    assert np.std(values) / 20 < 0.02 * exact   # the line above says something
+    assert np.std(values) / 20 < 0.02 * exact   # checks that the assertion above is sharp
   covered = np.mean((lows < true) & (true < highs))
   assert 0.88 < covered < 0.99 and np.median(scales) == pytest.approx(true, rel=0.05)
 

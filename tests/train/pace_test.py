@@ -48,7 +48,7 @@ def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
     time, steps_taken = walk(workdir, lambda step, begin=begin: 1. if step < begin else slow, stops=(stop,))
     assert 950 < time < 1030 + 10 * slow and steps_taken[:begin] == list(range(begin))
     gaps = np.diff(steps_taken)
-    assert gaps.max() < 20 * slow   # the schedule goes faster; it does not break off
+    assert gaps.max() < 20 * slow   # the steps that run are spread over the schedule
 
 
 def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
@@ -83,7 +83,7 @@ def timed(monkeypatch):
     steps_seen.clear()
 
     def stop_requested(self, step):
-      if step not in steps_seen:   # it is asked more than once where a validation is
+      if step not in steps_seen:   # a step with a validation calls this more than once
         clock.now += slow if step > 10 else 1.
         steps_seen.append(step)
       if step == dies:
@@ -127,7 +127,7 @@ def test_a_resumed_run_skips_the_same_steps(timed, tmp_path):
     timed(tmp_path / 'parts', dies=max(step for step in timed.steps if step < 32))
   decided = json.loads((tmp_path / 'parts' / 'pace.json').read_text())[1]
   (tmp_path / 'parts' / 'pace.json').write_text((tmp_path / 'whole' / 'pace.json').read_text())
-  result, _ = timed(tmp_path / 'parts', slow=1.)   # a fast machine: what was decided stays
+  result, _ = timed(tmp_path / 'parts', slow=1.)   # on a fast machine, earlier decisions stay
   assert result.left_out == whole.left_out and any(to > step for step, to, _ in decided)
   assert logged(tmp_path / 'parts') == logged(tmp_path / 'whole')
   assert same(*(saved(tmp_path / name, **timed.run)[1] for name in ('parts', 'whole')))
@@ -137,7 +137,7 @@ def test_minutes_are_planned_once_and_follow_where_they_change(monkeypatch):
   measured = []
   monkeypatch.setattr(budget, 'fit', lambda make, minutes: measured.append(minutes) or make(30))
 
-  def make(minutes=3., steps=None):   # as an experiment does of its knobs
+  def make(minutes=3., steps=None):   # as an experiment makes a run of its knobs
     return dataclasses.replace(RUN, steps=1000 if steps is None else steps, minutes=minutes if steps is None else None)
   assert budget.planned(make, ()).steps == 30 and budget.planned(make, ()).minutes == 3. and measured == [3., 3.]
   record = {'steps': 50, 'minutes': 3.}
@@ -146,5 +146,6 @@ def test_minutes_are_planned_once_and_follow_where_they_change(monkeypatch):
   assert budget.planned(functools.partial(make, 6.), ({'steps': 50},)).steps == 50
   fixed = budget.planned(functools.partial(make, 3., 20), (record,))
   assert (fixed.steps, fixed.minutes, len(measured)) == (20, None, 2)
-  timed = budget.planned(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))   # no measure
+  # Without a measurement.
+  timed = budget.planned(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))
   assert (timed.steps, timed.minutes, measured[2:]) == (30, 6., [6.])

@@ -80,5 +80,5 @@ def test_keys_and_generators_of_a_seed_are_made_in_one_place():
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and path.stem != 'seeds':
         constant, called = all(isinstance(value, ast.Constant) for value in node.args), ast.unparse(node.func)
         assert constant or not called.endswith(('random.key', 'random.PRNGKey')), (path.name, node.lineno)
-        whole = constant or isinstance(node.args[0], ast.Name)   # one number, of any size
+        whole = constant or isinstance(node.args[0], ast.Name)   # a single number may have any size
         assert whole or not called.endswith('default_rng'), (path.name, node.lineno)

@@ -101,7 +101,7 @@ def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
 def test_accumulation_is_one_large_batch(denominator):
   rng = np.random.default_rng(0)
   batch = Data().batches('train', next_token(), 8)(0)
-  uneven = rng.random(batch.weights.shape) ** 4 * 3 * rng.integers(2, size=(8, 1))   # rows that count for nothing, too
+  uneven = rng.random(batch.weights.shape) ** 4 * 3 * rng.integers(2, size=(8, 1))   # some rows have weight zero
   batch = batch._replace(weights=(uneven * batch.weights).astype(np.float32))
   run = dataclasses.replace(RUN, model=Bigram(dropout=0.), objective=next_token(denominator),
                             optimizer=optim.sgd(lambda step: 1.))
@@ -121,7 +121,7 @@ def test_parts_of_a_step_drop_out_differently():
       for _ in range(2):
         state, metrics = step(state, sharding.shard_rows(batch, on('data:1')))
         losses.append(float(metrics['loss']))
-  assert len(set(losses)) == 4   # nor is any step the same as another
+  assert len(set(losses)) == 4   # no two steps are the same
 
 
 def explosive():
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
   assert step > 2
   changes = {'save_every': save_every, 'evaluate_every': evaluate_every, 'keep': 20}
   note = f'the checkpoint of step {step - 1} is good' if saves else 'no checkpoint was saved before'
-  for _ in range(2):   # the second time it goes on from what was saved
+  for _ in range(2):   # the second run resumes from the last checkpoint
     with pytest.raises(train.NotFinite, match=rf'step {step}: .*; {note}. Lower'):
       go(tmp_path, run, **changes)
   assert steps_kept(tmp_path) == (list(range(1, step)) if saves else [])
@@ -155,9 +155,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
 @pytest.mark.parametrize('guard', [None, *slow(Guard(window=8, most=4))])
 def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
   """The loss of the step is finite, and the parameters after it are not."""
-  optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but no loss is after that
+  optimizer = optim.sgd(lambda step: jax.numpy.where(step == 2, 1e38, 1.))   # finite, but every later loss is not
   changes = {'optimizer': optimizer, 'save_every': 1, 'keep': 9, 'guard': guard}
-  for _ in range(2):   # the second time it goes on from what was saved
+  for _ in range(2):   # the second run resumes from the last checkpoint
     with pytest.raises(train.NotFinite, match='step 3: the update .* the checkpoint of step 2 is good'):
       go(tmp_path, **changes)
     assert steps_kept(tmp_path) == [1, 2] and not logged(tmp_path, 'validation/loss')
@@ -232,7 +232,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
   for module in (loop, validation):
     original = module.make_step
     monkeypatch.setattr(module, 'make_step', lambda *args, f=original: compiled.append(f(*args)) or compiled[-1])
-  for steps in (4, 8):   # new, and restored
+  for steps in (4, 8):   # a new run, and a resumed one
     compiled.clear()
     go(tmp_path, steps=steps, evaluate_every=1, save_every=1)
     counts = sorted(step._cache_size() for step in compiled)
@@ -272,11 +272,11 @@ def test_a_finished_run_says_so_and_continues_with_more_steps(tmp_path, capsys, 
   again = go(tmp_path, steps=4)
   assert 'finished' in (text := capsys.readouterr().out) and '--steps' in text
   assert again.finished and again.step == 4 and steps_kept(tmp_path) == [2, 4]
-  # Once in the file, though evaluated again.
+  # The file has each evaluation once, though one is repeated.
   assert again.metrics['validation/loss'] == logged(tmp_path, 'validation/loss')[4]
   go(tmp_path)
   assert same(saved(tmp_path)[1], saved(whole)[1]) and logged(tmp_path) == logged(whole)
-  assert go(tmp_path, steps=3).finished   # fewer steps than there were: finished as well
+  assert go(tmp_path, steps=3).finished   # fewer steps than before: finished as well
 
 
 def test_validation_is_over_the_same_text_every_time(stopped):

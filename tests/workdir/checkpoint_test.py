@@ -172,7 +172,7 @@ def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
   assert not warned  # a whole checkpoint of another model is not a damaged one
 
 
-# The files of a step, by kind. Orbax leaves files of its own that nothing reads: those are not here.
+# The files of a step, by kind, without files of Orbax that nothing reads.
 KINDS = {'facts/metadata', 'state/_METADATA', 'state/array_metadatas/*', 'state/manifest.ocdbt', 'state/d/*',
          'state/ocdbt.process_0/d/*'}
 
@@ -236,7 +236,8 @@ def test_parameters_that_are_not_finite_are_never_restored(tmp_path, mesh, warne
   w = np.array(state.params['w'])
   w[63, 255] = number
   ruined = state._replace(params={**state.params, 'w': jax.device_put(w, state.params['w'].sharding)})
-  infinite = state._replace(step=state.step * np.inf)   # of what is no parameter, an optimizer may keep such numbers
+  # The state of an optimizer may hold infinities, parameters may not.
+  infinite = state._replace(step=state.step * np.inf)
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     checkpoints.save(5, infinite, {})
     checkpoints.save(20, ruined._replace(step=infinite.step), {})
@@ -253,7 +254,7 @@ def test_goes_on_over_a_damaged_step(tmp_path, mesh, warned):
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     assert checkpoints.facts() == {'seen': 20}
     assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
-    assert [line.split(' is ')[0].rsplit('/')[-1] for line in warned] == ['30', '20']  # each once
+    assert [line.split(' is ')[0].rsplit('/')[-1] for line in warned] == ['30', '20']  # each is named once
     assert sorted(os.listdir(tmp_path)) == ['10', '20', '30']  # reading changes nothing
     checkpoints.save(20, make_state(mesh), {'seen': 'anew'})
   names = sorted(os.listdir(tmp_path))

@@ -42,7 +42,7 @@ def write_tfds(tmp_path):
 
 @pytest.mark.parametrize('write, place', [
     (write_jsonl, r'a\.jsonl:2: byte 13 is not'), (write_parquet, r'a\.parquet: row 1: byte 3 is not'),
-    (write_tfds, r'local_text, split train, row \d: byte [03] is not')])   # TFDS shuffles what it prepares
+    (write_tfds, r'local_text, split train, row \d: byte [03] is not')])   # TFDS shuffles the rows
 def test_bytes_that_are_not_utf8_are_refused_by_place_repaired_or_left_out(tmp_path, write, place):
   make = write(tmp_path)
   with pytest.raises(ValueError, match=place):
@@ -126,7 +126,7 @@ def test_half_of_a_surrogate_pair_is_not_text(tmp_path):
   read = lambda key, errors: corpora.jsonl(str(tmp_path / 'a.jsonl'), key, 0, errors)
   good = 'a \U0001f600 \\ud800'
   for errors, texts, records in (
-      ('strict', [good, 'b \ud800!', 'c'], None),   # which cleaning repairs
+      ('strict', [good, 'b \ud800!', 'c'], None),   # cleaning repairs it later
       ('replace', [good, 'b \ufffd!', 'c'], [lines[0], '{"text": "b \ufffd!"}', '{"text": "c", "more": ["\ufffd"]}']),
       ('drop', [good, 'c'], lines[:1])):
     assert list(read('text', errors).splits['train']) == texts

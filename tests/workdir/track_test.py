@@ -76,7 +76,7 @@ def test_lost_lines_of_the_last_step_are_restored_and_damaged_lines_are_reported
   with tracker(tmp_path, output, step=5, records=records):
     assert path.read_bytes() == before and output.getvalue() == f'{path}: 6 lines could not be read, and are left out\n'
   with tracker(tmp_path, output, step=5, records=records):
-    assert path.read_bytes() == before and output.getvalue().count('\n') == 1   # nothing is there twice
+    assert path.read_bytes() == before and output.getvalue().count('\n') == 1   # no row is repeated
 
 
 def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
@@ -84,14 +84,14 @@ def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
     for step in range(1000):
       t.log(step, {'loss': 1.})
   assert error.value.filename == str(tmp_path / 'metrics.jsonl')
-  for every in (0., 1e9):   # where it is flushed at each line, and where a buffer is full
+  for every in (0., 1e9):   # flushed at each line, or when a buffer is full
     with (pytest.raises(OSError, match='File too large.*tensorboard') as error, files_of(4000),
           tracker(tmp_path, every=every) as t):
       t._jsonl.close()
       t._jsonl = io.StringIO()
       for step in range(1000):
         t.log(step, {'loss': 1.})
-    assert error.value.__context__.filename is None   # of the write, not of another error while that was dealt with
+    assert error.value.__context__.filename is None   # the error of the write, not one while handling it
   assert not list(tmp_path.glob('*.new'))
 
 
@@ -123,10 +123,11 @@ def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
 
   lines = train(io.StringIO()).splitlines()
   assert [int(line.split()[1].split('/')[0]) for line in lines] == [1, 16, 31, 46, 50, 66, 81, 96, 100]
-  assert [i for i, line in enumerate(lines) if 'val' in line or 'byte' in line] == [4, 8]   # only where it is new
+  # Only where a validation is new.
+  assert [i for i, line in enumerate(lines) if 'val' in line or 'byte' in line] == [4, 8]
   assert lines[4] == 'step 50/100  loss 3.214  val 3.500  1.402 bits/byte  lr 6.0e-4  100 tok/s  ETA 0:50'
   assert 'ETA' not in lines[-1]
-  live = train(Terminal())  # one of the 102 comes at the same instant as another
+  live = train(Terminal())  # two of the 102 updates come at the same instant
   assert live.count('\n') == 2 and live.count('\r') == 101 and live.endswith('\n')
 
 
@@ -190,7 +191,7 @@ def test_a_comparison_shows_each_arm_however_few_its_evaluations(tmp_path, curve
   plot.comparison(tmp_path / 'compare.png', curves, {'a': [3., 4.], 'b': [4., 5.]}, 'bits/byte', 'share')
   (_, panels), = figures
   assert len(panels) == (2 if curve else 1)
-  assert not curve or (panels[0].get_xlim()[0] == 0 and 1 < panels[0].get_xlim()[1] < 1.04)   # shares, none above 1
+  assert not curve or (panels[0].get_xlim()[0] == 0 and 1 < panels[0].get_xlim()[1] < 1.04)   # shares of one
   for axes in panels:
     assert axes.get_lines()
     for line in axes.get_lines():

@@ -124,7 +124,7 @@ def test_a_mismatched_answer_is_to_another_prompt_and_answers_take_turns(tmp_pat
     assert shown(records[i].mismatched).endswith(answers[partner].upper() + '<|END|>')
     assert records.positions[i] == sum(len(x.tokens) - 1 for x in (records[i].dialogue, records[i].mismatched))
   assert len(set(partners.tolist())) > 1
-  assert prompts != 'aabbccddaa' or len(set(partners.tolist())) == 8   # of runs of two, both answers
+  assert prompts != 'aabbccddaa' or len(set(partners.tolist())) == 8   # both answers of each prompt take part
 
 
 @pytest.mark.parametrize('count', [1, 3])
@@ -223,7 +223,7 @@ def test_the_share_of_records_that_are_too_long_is_reported_warned_of_or_refused
   else:
     assert data.batches('train', supervised(), rows=2).left_out == long
     assert lines[-1].startswith('warning: ') == (outcome == 'warned')
-  if outcome != 'told':   # and the lengths that it names keep what it says
+  if outcome != 'told':   # the advised lengths keep the share that the message says
     for share, length in zip((0.9, 0.99), re.findall(r'--length=(\d+)', lines[-1])):
       count = 100 - opened(tmp_path, records, length=int(length))[0].batches('train', supervised(), rows=2).left_out
       assert count >= 100 * share
@@ -234,7 +234,7 @@ def test_the_share_of_records_that_are_too_long_is_reported_warned_of_or_refused
 def test_the_advised_length_is_at_most_the_models(tmp_path, length, longest):
   records = [{'prompt': f'{i:03}' + 'd' * i, 'completion': 'e'} for i in range(100)]
   fitting = lambda length: sum(opened(tmp_path, records)[0].records('train').positions <= length)
-  with pytest.raises(ValueError) as error:   # of what does not fit at all too
+  with pytest.raises(ValueError) as error:   # also where no record fits at all
     data, lines = opened(tmp_path, records, length=length, longest=longest)
     data.batches('train', supervised(), rows=2)
     raise ValueError(*[line for line in lines if 'left out' in line])
@@ -242,7 +242,7 @@ def test_the_advised_length_is_at_most_the_models(tmp_path, length, longest):
              re.findall(r'--length=(\d+)[^%]* keeps (\d+) %', str(error.value))]
   assert all(length < n <= longest and percent <= fitting(n) for n, percent in advised)
   assert bool(advised) != ('too short for this data' in str(error.value))
-  if longest > length:   # else no length helps
+  if longest > length:   # otherwise no length helps
     assert advised[-1][1] == min(fitting(longest), 99)
 
 
@@ -255,7 +255,8 @@ def open_rows(rows, tmp) -> dialogues.OpenDialogues:
   return opened(tmp, [{'prompt': f'{i} {p}', 'completion': c} for i, (p, c) in enumerate(rows)], length=40)[0]
 
 
-# Prompt and answer of n letters take n + 6 positions: rows that are full, of one and of two records; too long by one.
+# Prompt and answer of n letters take n + 6 positions. There are full rows of one and of two records, and some too
+# long by one.
 EDGES = [('a' * 17, 'b' * n) for n in (17, 16, 18)] + [(a * 7, b * 7) for a in 'abc' for b in 'abc'] + [('', '')]
 
 

@@ -96,7 +96,8 @@ def test_the_prompt_of_a_conversation_is_the_beginning_of_its_dialogue(template,
   ids, answer_mask = template.encode(tokens, TALK[:2])
   prompt, = speaker.encode_batch(['hi'])
   assert prompt.tolist() == speaker.encode_batch([TALK[:1]])[0].tolist() == ids[:int(answer_mask.argmax())].tolist()
-  if not isinstance(template, templates.JinjaTemplate):   # there, files beside the template say what ends a turn
+  # For Jinja templates, files beside them name the end of a turn.
+  if not isinstance(template, templates.JinjaTemplate):
     assert ids[-1] in speaker.eos_ids
   assert speaker.vocab_size == tokens.vocab_size and tokens.eos_id in speaker.eos_ids
   assert speaker.decode(ids[answer_mask]) == 'yo'

@@ -77,7 +77,7 @@ def test_batches_stay_pure_and_new_in_each_epoch():
     jax.tree.map(np.testing.assert_array_equal, batches(step, range(2, 4)), some)
   plain = [tuple(targets) for _, targets in examples(rows(()))]
   assert sorted(plain) != sorted(tuple(targets) for _, targets in examples(batches))
-  one = rows(ALL, sizes=(15,))   # one row an epoch
+  one = rows(ALL, sizes=(15,))   # an epoch has one row
   assert len({one.compose([(epoch, 0)]).tokens.tobytes() for epoch in range(20)}) > 15
 
 
@@ -98,7 +98,7 @@ def test_token_dropout_leaves_targets_and_specials_and_has_its_rate():
 def test_token_dropout_gives_the_token_that_is_named_and_spares_those_of_the_objective(bpe):
   mask = bpe.control_id('<|mask|>')
   batches = rows((TokenDropout(0.5),), infill(1.), tokenizer=bpe, length=128)
-  plain = rows((TokenDropout(1e-12),), infill(1.), tokenizer=bpe, length=128)   # which draws as often
+  plain = rows((TokenDropout(1e-12),), infill(1.), tokenizer=bpe, length=128)   # draws as many random numbers
   a, b = plain(0), batches(0)
   np.testing.assert_array_equal(a.targets, b.targets)
   changed = a.tokens != b.tokens
@@ -120,7 +120,7 @@ def test_span_deletion_takes_out_whole_spans_and_keeps_the_order():
     assert len(deletion.text(np.arange(short), np.random.default_rng(0), None)) == short
   for tokens, targets in examples(rows((deletion,))):
     whole = np.append(tokens, targets[-1])
-    np.testing.assert_array_equal(whole[1:], targets)   # the next token of what is read
+    np.testing.assert_array_equal(whole[1:], targets)   # targets are the next input tokens
     assert (np.diff(whole[(whole > END)]) > 0).all()
     assert BEGIN not in whole[1:] and END not in whole[:-1]
 
@@ -164,7 +164,7 @@ def test_sampled_subwords_spell_the_same_text(trained):
   assert len(spellings) == 5
   length = lambda alpha: np.mean([len(trained.sample(text, alpha, i)) for i in range(5)])
   assert abs(length(0.1) - length(0.6)) > 50
-  partial = np.append(trained.encode('é')[:1], body)   # it begins with half a character
+  partial = np.append(trained.encode('é')[:1], body)   # this text begins with half a character
   np.testing.assert_array_equal(SubwordSampling().text(partial, np.random.default_rng(0), of), partial)
   control = np.append(body, trained.control_id('<|mask|>'))
   np.testing.assert_array_equal(SubwordSampling().text(control, np.random.default_rng(0), of), control)

@@ -40,13 +40,13 @@ def test_each_row_of_the_data_is_read_once_and_in_its_order():
   data = Data().batches('train', next_token(), 1)
   staged, read = Staged(Data().batches('train', next_token(), 8), Schedule(STAGES, 8, 16)), []
   steps = 0
-  while sum(len(x['tokens']) for x in read) < 3 * data.rows_per_epoch:   # over ends of epochs
+  while sum(len(x['tokens']) for x in read) < 3 * data.rows_per_epoch:   # past the ends of epochs
     read.append(rows_of(staged(steps)))
     steps += 1
   for name in FIELDS:
     values = np.concatenate([x[name] for x in read])
     np.testing.assert_array_equal(values, np.concatenate([getattr(data(i), name) for i in range(len(values))]))
-  for step in (3, 1, 4):   # pure, and a host reads its rows alone
+  for step in (3, 1, 4):   # batches are pure, and a host reads its own rows alone
     whole = staged(step)
     for rows in (range(1, 2), range(2, 4), range(3)):
       jax.tree.map(lambda x, y, rows=rows: np.testing.assert_array_equal(x, y[rows.start:rows.stop]),
@@ -113,7 +113,7 @@ def test_throughput_counts_the_tokens_that_were_read():
   schedule = Schedule(STAGES, 8, 16)
   speed = throughput.Throughput(schedule.tokens_before, 10, clock=lambda: now[0])
   for step in range(1, 7):
-    now[0] = float(schedule.tokens_before(step))   # a token a second
+    now[0] = float(schedule.tokens_before(step))   # one token per second
     speed.update(step)
   assert speed.tokens_per_second == pytest.approx(1) and speed.eta == pytest.approx(4 * 8 * 16)
 

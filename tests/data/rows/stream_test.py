@@ -39,7 +39,7 @@ def test_every_target_occurs_once_an_epoch(sizes, length, rows, seed, context):
   assert not pairs_in(once(once.steps_per_epoch))
   if not context:
     padded = [int((row == 0).sum()) for row in stacked(batches, range(once.steps_per_epoch)).segments[:n]]
-    assert sum(padded) == max(padded) < length   # one row at most is padded
+    assert sum(padded) == max(padded) < length   # at most one row is padded
 
 
 @cases
@@ -55,7 +55,7 @@ def test_segments_are_pieces_of_one_document(sizes, length, rows, seed, context)
       inside = segments == segment
       assert np.array_equal(positions[inside], np.arange(inside.sum()))
       assert np.array_equal(tokens[inside][1:], targets[inside][:-1])
-      assert segment == 1 or tokens[inside][0] == BEGIN     # what is cut off is only the first and the last of a row
+      assert segment == 1 or tokens[inside][0] == BEGIN     # only the first and the last segment of a row are cut
       assert segment == count or targets[inside][-1] == END
       assert all(p >= context or tokens[inside][0] == BEGIN for p in positions[inside & (weights > 0)])
 
@@ -93,7 +93,7 @@ def test_the_order_is_fixed_by_seed_and_epoch():
   store = documents([5] * 40)
   orders = {}
   for seed in (0, 1, None):
-    batches = rows_of(store, 6, 40, seed)   # a row a document, an epoch a batch
+    batches = rows_of(store, 6, 40, seed)   # a row holds one document, and a batch one epoch
     for epoch in (0, 1):
       orders[seed, epoch] = tuple(batches(epoch).targets[:, 0].tolist())
   assert orders[None, 0] == orders[None, 1] == tuple(store.tokens[::5].tolist())
@@ -115,7 +115,7 @@ def test_an_objective_gets_pieces_with_their_next_token_and_a_generator_of_their
 
   batches = rows_of(store, 10, 5, objective=token_objective(Form(record, ahead=True)))
   batches(0)
-  pieces.clear()   # the first ones try the objective out
+  pieces.clear()   # the first calls try the objective out
   drawn = [batches(step).targets for step in (0, 1, 0)]
   assert np.array_equal(drawn[0], drawn[2])
   values = np.concatenate(drawn[:2])[np.concatenate(drawn[:2]) > 0]

@@ -20,7 +20,7 @@ rough = st.text(st.sampled_from(' \t\n\r\x0b\x0c\x1b[3mA;é，　\u2028\x85\ufef
 @pytest.mark.parametrize('broken, repaired', [
     ('schÃ¶n', 'schön'), ('âœ” No problems', '✔ No problems'),  # examples of ftfy's documentation
     ('lone \ud800 surrogate', 'lone \ufffd surrogate'), ('pair \ud83d\ude00', 'pair 😀'),
-    ('naÃ¯ve\nna\u00efve', 'na\u00efve\nna\u00efve'),  # line by line: the second is right already
+    ('naÃ¯ve\nna\u00efve', 'na\u00efve\nna\u00efve'),  # each line by itself: the second is correct already
 ])
 def test_unicode_repairs(broken, repaired):
   assert clean.Unicode()(broken) == repaired
@@ -43,7 +43,7 @@ def test_control_characters_are_removed_and_joiners_of_letters_stay():
   assert rule('a\r\nb\rc\td\n') == 'a\nb\nc\td\n'
   assert rule('\ufeff\x00a\x08b\x7f\x9f') == 'ab'
   assert rule('\x1b[31;1mred\x1b[0m') == 'red'
-  assert rule('👩\u200d💻 می\u200cخواهم') == '👩\u200d💻 می\u200cخواهم'  # joiners are letters' business, not control
+  assert rule('👩\u200d💻 می\u200cخواهم') == '👩\u200d💻 می\u200cخواهم'  # joiners belong to letters
 
 
 @given(st.one_of(anything, rough))

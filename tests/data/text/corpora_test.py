@@ -44,7 +44,8 @@ def library():
 
 def test_python_library_is_real_text_of_ten_megabytes(library):
   documents = everything(library)
-  assert sum(len(d.encode()) for d in documents) > 9.5e6  # 9.9 MB in Debian, which packages IDLE apart; 10.7 to 11.2 MB
+  # 9.9 MB in Debian, which packages IDLE separately; otherwise 10.7 to 11.2 MB.
+  assert sum(len(d.encode()) for d in documents) > 9.5e6
   assert len(set(documents)) == len(documents) and all(d.strip() for d in documents)
   assert any('class ArgumentParser' in d for d in documents)
   assert any(d.startswith('The "assert" statement') for d in documents)
@@ -119,7 +120,7 @@ def test_a_separator_cuts_files_into_documents(tmp_path):
 
 
 def test_an_empty_split_is_an_error(tmp_path):
-  (tmp_path / 'one.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')   # a record, which cannot be cut
+  (tmp_path / 'one.jsonl').write_text('{"prompt": "a", "completion": "b"}\n')   # one record cannot be cut
   for split in ('train', 'validation'):
     with pytest.raises(ValueError, match=r'none of 1 records fell into the validation split .* \(--validation\)'):
       len(corpora.jsonl(str(tmp_path / 'one.jsonl'), None).splits[split])
@@ -193,13 +194,13 @@ def test_fingerprint_follows_content_and_options_not_the_folder(tmp_path, monkey
   options = [{}, {'validation': 0.1}, {'separator': '\n'}, {'encoding_errors': 'drop'}]
   assert len({make('one', **o) for o in options}) == 4
   path = tmp_path / 'two' / '0' / '3.txt'
-  path.write_text(path.read_text().replace('3', '4'))  # of the same size
+  path.write_text(path.read_text().replace('3', '4'))  # the size stays the same
   assert make('two') != first
   monkeypatch.setattr('lm.data.text.source_files._WHOLE', 10)
   monkeypatch.setattr('lm.data.text.source_files._END', 4)
   beginning = make('one')
   path = tmp_path / 'one' / '0' / '3.txt'
-  path.write_text(path.read_text()[:-1] + '。')  # only the end is other
+  path.write_text(path.read_text()[:-1] + '。')  # only the end differs
   assert make('one') != beginning
 
 
@@ -284,7 +285,7 @@ def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path):
   (tmp_path / 'a' / 'one.txt').write_text('one')
   (tmp_path / 'a' / 'loop').symlink_to(tmp_path / 'a', target_is_directory=True)
   (tmp_path / 'b.txt').symlink_to(tmp_path / 'a' / 'one.txt')
-  (tmp_path / 'c.txt').write_text('one')   # another file, of the same text
+  (tmp_path / 'c.txt').write_text('one')   # another file with the same text
   assert names_matching(tmp_path, '**/*.txt') == ['b.txt', 'c.txt']
 
 
@@ -307,7 +308,8 @@ def test_where_no_document_falls_into_validation_the_last_part_of_each_is_held_o
   hashed = lambda text: int.from_bytes(digest(text)[:8]) / 2**64
   novels = (f'{i}: ' + 'a line of a novel\n' * 50 + 'the end.' for i in itertools.count())
   documents = list(itertools.islice((text for text in novels if hashed(text) > 0.1), count))
-  short = next(text for text in map(str, range(99)) if hashed(text) > 0.1)   # a character or two, which stay whole
+  # One or two characters, which cannot be cut.
+  short = next(text for text in map(str, range(99)) if hashed(text) > 0.1)
   for i, text in enumerate([*documents, short]):
     (tmp_path / f'{i}.txt').write_text(text)
   (tmp_path / 'all').write_text('|'.join([*documents, short]))

@@ -143,7 +143,7 @@ def test_large_documents_do_not_crowd_out_small_ones(tmp_path, novels_and_poems)
 def test_weights_are_part_of_the_data_but_not_of_the_store(tmp_path, novels_and_poems):
   even, other = (mixture(list(zip(novels_and_poems, weights))) for weights in ((1, 1), (1, 3)))
   first = opened(tmp_path, even)
-  second = opened(tmp_path, other)   # the tokens that are there
+  second = opened(tmp_path, other)   # the stored tokens are used
   assert even.fingerprint == other.fingerprint and first.fingerprint != second.fingerprint
   checked = []
   dataset.Text(other, BYTES, 32, rules=()).open(tmp_path, print, check=lambda data, _: checked.append(data))
@@ -162,7 +162,7 @@ def test_without_repeating_training_stops_where_the_first_source_ends(tmp_path, 
   result = go(tmp_path / 'run', run)
   assert result.finished and result.step == rows // 8
   assert f'training stops at step {rows // 8} of 20, where p ends' in capsys.readouterr().out
-  assert go(tmp_path / 'run', run).start == rows // 8   # nothing is left to do
+  assert go(tmp_path / 'run', run).start == rows // 8   # the run is finished
   with pytest.raises(ValueError, match='p has too little text for one step of 800 rows'):
     go(tmp_path / 'large', dataclasses.replace(run, batch=800))
 

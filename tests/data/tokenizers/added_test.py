@@ -13,7 +13,7 @@ MARKS = ['<|im_start|>', '<|im_end|>']
 
 
 def pieces(path, marks=MARKS, special=True, files='both', **config):
-  model = piece_model(normalization_rule_name='identity', remove_extra_whitespaces=False)   # as Llama's
+  model = piece_model(normalization_rule_name='identity', remove_extra_whitespaces=False)   # like Llama's
   import sentencepiece
   n = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
   (path / 'tokenizer.model').write_bytes(model)

@@ -31,7 +31,7 @@ def folder(path, kind):
       config = {'tokenizer_class': 'GPT2Tokenizer', 'add_bos_token': True}
     case 'llama':
       byte_level(['<s>', '</s>'], '<s> $A').save(str(path / 'tokenizer.json'))
-      config |= {'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': False}   # the post-processor counts
+      config |= {'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': False}   # the post-processor decides
     case 'gemma':
       byte_level(['<pad>', '<eos>', '<bos>'], '<bos> $A').save(str(path / 'tokenizer.json'))
       config |= {'bos_token': '<bos>', 'eos_token': '<eos>'}
@@ -63,7 +63,7 @@ def test_a_text_begins_as_with_the_tokenizer_of_transformers(kind, tmp_path):
   ours = tokenizer.load(folder(tmp_path, kind))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)('anna bert').input_ids
   assert ours.adds_bos == KINDS[kind]
-  ends = [ours.eos_id] if kind in ('t5', 'bert') else []   # these models get it where they are used
+  ends = [ours.eos_id] if kind in ('t5', 'bert') else []   # callers of these models add the end
   assert theirs == [*[ours.bos_id] * ours.adds_bos, *ours.encode('anna bert').tolist(), *ends]
   ours.save(tmp_path / 'saved')
   assert tokenizer.load(tmp_path / 'saved').adds_bos == ours.adds_bos
@@ -109,7 +109,7 @@ def test_scores_and_text_follow_the_bos_rule_of_the_tokenizer(models, kind, flag
                       read.append(batch) or iter(()))
   generate_script.main(model=str(models[kind]), prompt='anna', bos=flag, max_tokens=4)
   assert read[0].tokens[read[0].segments > 0].tolist() == ids
-  # With no token there is nothing to continue.
+  # Without a token there is nothing to continue.
   generate_script.main(model=str(models[kind]), prompt='', bos=flag, max_tokens=4)
   assert read[1].tokens[read[1].segments > 0].tolist() == [loaded.tokenizer.bos_id]
 

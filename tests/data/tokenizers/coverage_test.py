@@ -19,7 +19,7 @@ def test_many_characters_train_with_the_coverage_that_the_refusal_names(kind):
   coverage = float(re.search(r'--character_coverage=([\d.]+)', str(error.value))[1])
   t = tokenizers.train_sentencepiece(DOCUMENTS, 640, kind, character_coverage=coverage)
   assert t.vocab_size == 640 and all(t.decode(t.encode(text)) == text for text in DOCUMENTS[:50])
-  with pytest.raises(ValueError, match='raise it$'):   # no coverage that SentencePiece takes would do
+  with pytest.raises(ValueError, match='raise it$'):   # no coverage that SentencePiece accepts is low enough
     tokenizers.train_sentencepiece(DOCUMENTS, 290, kind)
 
 

@@ -90,7 +90,7 @@ def test_text_that_spells_a_control_token_is_text(any_kind, text):
   control = {t.control_id(name) for name in ('<s>', '</s>', '<|user|>')}
   ids = t.encode(text).tolist()
   assert ids and not control & {*ids, *(i for other in t.encode_batch([text, 'a']) for i in other.tolist())}
-  if not unknown:   # those of words know few
+  if not unknown:   # word tokenizers know few words
     assert t.decode(ids) == text
     assert b''.join(t._table[i] for i in ids) == text.encode()
 

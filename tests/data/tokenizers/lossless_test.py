@@ -17,7 +17,7 @@ def check_round_trip(t, text):
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 @hypothesis.given(missing=st.sets(st.sampled_from(' \t\n▁aä<0x4'), max_size=3),
                   text=st.text(st.sampled_from(' \t\n▁aäb<0x4>好'), max_size=12))
-@hypothesis.example({' ', '▁'}, 'a b')   # what SentencePiece writes for a space is as good as one
+@hypothesis.example({' ', '▁'}, 'a b')   # SentencePiece's mark for a space, next to a space
 @hypothesis.example({' ', '\t'}, ' \t')
 @hypothesis.settings(max_examples=12, deadline=None)
 def test_what_the_training_text_lacks_comes_back(kind, missing, text):

@@ -43,7 +43,7 @@ def byte_level(documents):
   t.train_from_iterator(documents, tokenizers.trainers.BpeTrainer(
       vocab_size=600, special_tokens=['<|endoftext|>', '<|mask|>'], show_progress=False,
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-  t.enable_truncation(5)  # files come with it; it must not cut documents
+  t.enable_truncation(5)  # published files have it, and it must not cut documents
   return tokenizer.HuggingFace(t.to_str(), '<|endoftext|>', '<|endoftext|>')
 
 
@@ -73,7 +73,7 @@ def test_a_batch_has_the_ids_of_its_texts_alone(lossless):
 
 
 def test_a_tokenizer_is_the_same_saved_loaded_and_pickled(lossless, tmp_path):
-  lossless.encode(TEXT)  # what is cached must not matter
+  lossless.encode(TEXT)  # fills a cache, which must not change the pickle
   lossless.save(tmp_path)
   for other in (tokenizer.load(tmp_path), pickle.loads(pickle.dumps(lossless))):
     assert other == lossless and other.fingerprint == lossless.fingerprint
@@ -116,7 +116,7 @@ def test_training_is_the_same_in_another_process(kind, documents):
           'print(tokenizers.train_sentencepiece(json.load(sys.stdin), 600, sys.argv[1]).fingerprint)')
   process = subprocess.run([sys.executable, '-c', code, kind], input=json.dumps(documents), capture_output=True,
                            text=True, cwd=pathlib.Path(__file__).parents[3], check=True)
-  assert process.stderr == ''  # nor does SentencePiece chat
+  assert process.stderr == ''  # SentencePiece prints nothing either
   assert process.stdout.strip() == tokenizer.train_sentencepiece(documents, 600, kind).fingerprint
 
 
@@ -281,7 +281,7 @@ def test_all_end_tokens_are_read_and_saved(files, ends, tmp_path, documents):
   t.save(tmp_path / 'saved')
   for other in (tokenizer.load(tmp_path / 'saved'), pickle.loads(pickle.dumps(t))):
     assert other.eos_ids == ends
-  bare = dataclasses.replace(t, ends=())   # the text that it reads is the same
+  bare = dataclasses.replace(t, ends=())   # end tokens change no encoding
   assert bare == t and bare.fingerprint == t.fingerprint
 
 
