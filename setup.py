@@ -8,6 +8,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['lm', 'lm.*']),
+    package_data={'lm.evaluate.people': ['page.html']},
     install_requires=[
         'jax>=0.10',                # explicit sharding, jax.set_mesh, jax.shard_map
         'flax>=0.12',
@@ -37,6 +38,7 @@ setuptools.setup(
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
         'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
+        'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.
@@ -45,6 +47,7 @@ setuptools.setup(
             'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
             'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools', 'optuna>=4.4',
             'jinja2>=3.1.6',        # chat templates
+            'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # the page of human evaluation, and a client of it
         ],
     },
 )

@@ -35,15 +35,28 @@ def bootstrap(rows: np.ndarray, value: Callable[[np.ndarray], np.ndarray], confi
 
   Raises ValueError if there are no documents.
   """
+  return bootstrap_each(rows, lambda sums: value(sums)[..., None], confidence, samples, seed)[0]
+
+
+def bootstrap_each(rows: np.ndarray, values: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95,
+                   samples: int = 2000, seed: int = 0) -> list[Interval]:
+  """Returns the interval of each of several quantities, which `values` computes together: sums [..., k] -> [..., n].
+
+  Otherwise as `bootstrap`. Limits are nan where no draw has a finite value.
+  """
   rows = np.asarray(rows, float)
   if not len(rows):
     raise ValueError('there are no documents, and so no estimate')
-  estimate = float(value(rows.sum(0)))
+  estimates = values(rows.sum(0))
   if len(rows) == 1:
-    return Interval(estimate, -math.inf, math.inf)
-  values = value(resampled_sums(rows, samples, seed))
-  low, high = np.quantile(values[np.isfinite(values)], [(1 - confidence) / 2, (1 + confidence) / 2])
-  return Interval(estimate, float(low), float(high))
+    return [Interval(float(estimate), -math.inf, math.inf) for estimate in estimates]
+  intervals = []
+  for estimate, drawn in zip(estimates, values(resampled_sums(rows, samples, seed)).T):
+    finite = drawn[np.isfinite(drawn)]
+    limits = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(finite, limits) if len(finite) else (math.nan, math.nan)
+    intervals.append(Interval(float(estimate), float(low), float(high)))
+  return intervals
 
 
 def resampled_sums(rows: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -62,6 +62,7 @@ TOOLS = {
     'sweep': ['--knobs=lr=1,2', '--method=random'],
     'scaling': ['--budgets=1,2'],
     'huggingface': ['--families=gpt2,bert,t5'],
+    'human_eval': ['--outputs=a.jsonl,new=b.jsonl', '--mode=likert', '--criteria=fluency,relevance', '--raters=3'],
 }
 
 
