@@ -155,6 +155,8 @@ def verdict(first: str, second: str, differences: np.ndarray, votes: float, what
     return f'{first} and {second} are not distinguishable yet: {shown}, all equal; at least 6 items are needed.'
   judged = statistics.Verdict(interval, deviation, 0.95, 'items')
   if judged.word != 'not distinguishable':
+    if interval.value < 0:   # the overall order, which other systems have a part in, is not that of the two
+      return f'{second} is better than {first} where the two are compared, although {first} comes first: {shown}.'
     return f'{first} is better than {second}: {shown}. More votes are not needed for that.'
   if judged.needed is None:
     why = 'no difference is seen so far' if count > 1 else 'one item says nothing'

@@ -135,6 +135,7 @@ def test_raters_who_always_agree_have_an_alpha_of_one_and_where_nothing_differs_
     ([1., 1, 1], 'not distinguishable yet: .* over 3 items, all equal; at least 6 items are needed'),
     ([1.] * 6, 'a is better than b: difference of win rates 1.00 .1.00, 1.00. over 6 items. More votes are not needed'),
     ([1., -1, 1, 1, -1, 1], 'not distinguishable: .* would need about [0-9]+ items, [0-9]+ more than now, or'),
+    ([-1., -1, -1, -1, 0, -1, -1], 'b is better than a where the two are compared, although a comes first'),
     ([1., -1], 'no difference is seen so far'), ([0., 0, 0], 'no difference is seen so far'),
     ([1.], 'over 1 item; one item says nothing'), ([], 'were never compared with each other')])
 def test_the_verdict_says_whether_more_votes_are_needed(differences, words):
