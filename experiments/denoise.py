@@ -85,9 +85,9 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
     targets = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
     data = dataset.Text(text, base.tokenizer if base else new, max(targets, default=length),
                         source_length=None if masks else length)
-    run = train.Run(model=computation.applied(network), objective=goal, data=data, optimizer=update,
+    run = train.Run(model=computation.apply(network), objective=goal, data=data, optimizer=update,
                     steps=budget.count, batch=batch, minutes=budget.limit)
-    return cadence.applied(computation.accumulated(run))
+    return cadence.apply(computation.with_accumulation(run))
   origin = named.encoder if masks else named.encoder_decoder
   return train.after_opening(build, base=origin('model', model) if model else None)
 

@@ -45,7 +45,7 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion',
       objective=masked_diffusion() if objective == 'diffusion' else next_token(),
       data=dataset.Text(corpora.python_library(),
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
-      optimizer=optim.muon(schedule, rest=embedding_rate),
+      optimizer=optim.muon(schedule, other_rate=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
       minutes=budget.limit)
 

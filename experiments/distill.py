@@ -64,7 +64,7 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
   """
   if student:
     shape.refuse(DEFAULT, f'--student={student}')
-    if rates := regularisation.given():
+    if rates := regularisation.explicit_values():
       raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
   text, update = corpus.source(), optimizer.make(steps, warmup=steps // 30)
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
@@ -85,9 +85,9 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
     else:
       objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
       taught = constants,
-    run = train.Run(model=computation.applied(model), objective=objective, data=data, optimizer=update,
+    run = train.Run(model=computation.apply(model), objective=objective, data=data, optimizer=update,
                     steps=steps, batch=batch, constants=taught)
-    return cadence.applied(computation.accumulated(run), evaluations=4)
+    return cadence.apply(computation.with_accumulation(run), evaluations=4)
   return train.after_opening(build, base=named.decoder('teacher', teacher),
                              like=named.decoder('student', student) if student else None)
 

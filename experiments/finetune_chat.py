@@ -77,14 +77,14 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
   def build(base: load.BaseModel | None) -> train.Run:
     tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
     run = train.Run(
-        model=computation.applied(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
+        model=computation.apply(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
         objective=supervised(getattr(objective, denominator)),
         data=dialogues.Dialogues(
             source, tokens, records.length, template=records.template(base.template if base else None),
             allow_left_out=records.allow_left_out, answer=answer, longest=base.model.max_length if base else math.inf,
             keys=said.Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
-    return lora.adapt(cadence.applied(computation.accumulated(run)))
+    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
   return train.after_opening(build, base=named.decoder('model', model, computation.dtype) if model else None)
 
 
@@ -97,9 +97,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'no held-out question is put to the model: of the first {QUESTIONS} records, none has a question and an '
           f'answer of less than {room} tokens, half of --length={data.length}')
     return
-  model, learned = adapters.merged(run.model, result.params)
+  model, learned = adapters.merge(run.model, result.params)
   replies = {}
-  for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
+  for name, params in (('before', adapters.initial_params(run, result.params)), ('after', learned)):
     replies[name] = generate.generate(model, params, speaker, [question for question, _ in questions],
                                       generate.Sampling(temperature=0), max_tokens=room)
     print(f'{name}: {score(data, [answer for _, answer in questions], replies[name])}')

@@ -48,13 +48,13 @@ def experiment(*, rate: float = 0.9, spm: float = 0.7, corpus: options.Corpus = 
     batch: rows a step.
     warmup: steps of linear warm-up; none for a thirtieth of the steps.
   """
-  vocab, steps = vocabulary.vocab or shape.resolved(DEFAULT).vocab, budget.count
+  vocab, steps = vocabulary.vocab or shape.resolve(DEFAULT).vocab, budget.count
   goal = infill(rate, spm)
   run = train.Run(
       model=shape.decoder(DEFAULT, vocab, length, computation, regularisation), objective=goal,
       data=dataset.Text(corpus.source(), vocabulary.tokenizer(vocab, goal.control), length),
       optimizer=optimizer.make(steps, warmup=steps // 30), steps=steps, batch=batch, minutes=budget.limit)
-  return cadence.applied(computation.accumulated(run))
+  return cadence.apply(computation.with_accumulation(run))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -58,7 +58,7 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, lay
       objective=next_token(),
       data=dataset.Text(source.sample(corpora.python_library(), documents),
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
-      optimizer=optim.penalised(optim.adamw(rate, weight_decay=weight_decay), l2=l2), steps=steps, batch=batch,
+      optimizer=optim.with_penalty(optim.adamw(rate, weight_decay=weight_decay), l2=l2), steps=steps, batch=batch,
       evaluate_every=evaluate_every, evaluate_batches=10, patience=patience,
       augment=tuple(make(value) for make, value in made if value))
 

@@ -86,12 +86,12 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
     if method in ('dpo', 'cdpo', 'ipo', 'kto'):
       data = annotate.Annotated(data, train.Constants('reference', base.model, base.start), preference.COLUMNS,
                                 preference.reference)
-    trained, scores = computation.applied(base.model), method == 'reward'
+    trained, scores = computation.apply(base.model), method == 'reward'
     run = train.Run(
         model=Reward(trained) if scores else trained, objective=objective, data=data, optimizer=update, steps=steps,
         batch=batch,
         start=(lambda model: model.start(base.start)) if scores else base.start)
-    return lora.adapt(cadence.applied(computation.accumulated(run)))
+    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
   return train.after_opening(build, base=named.decoder('model', model, computation.dtype))
 
 
@@ -107,9 +107,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   questions = question_replies.held_out(data, speaker, QUESTIONS, room)
   if not questions:
     return
-  model, learned = adapters.merged(run.model, result.params)
+  model, learned = adapters.merge(run.model, result.params)
   replies = {}
-  for name, params in (('before', adapters.begun(run, result.params)), ('after', learned)):
+  for name, params in (('before', adapters.initial_params(run, result.params)), ('after', learned)):
     replies[name] = generate.generate(model, params, speaker, [question for question, _ in questions],
                                       generate.Sampling(temperature=0), max_tokens=room)
     exact = sum(reply == answer for reply, (_, answer) in zip(replies[name], questions))

@@ -54,11 +54,11 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
     batch: rows a step.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
-  given = shape.given() | regularisation.given()
-  origin = named.decoder_to_train(model, init, given, vocabulary.given(), computation.dtype)
+  given = shape.explicit_values() | regularisation.explicit_values()
+  origin = named.decoder_to_train(model, init, given, vocabulary.explicit_values(), computation.dtype)
   if length is not None and length < 1:
     raise ValueError(f'--length={length} is not positive; leave it out, or give it 1 at least')
-  size, text = shape.resolved(DEFAULT), corpus.source()
+  size, text = shape.resolve(DEFAULT), corpus.source()
   scaled = bool(mup_width or mup_layers)
   if scaled and (origin and not given or size.architecture != 'llama'
                  or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
@@ -76,13 +76,13 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
     tokens = base.tokenizer if base else None
     tokens = tokens or vocabulary.tokenizer(vocab, goal.control, kind='bpe')
     decoder = decoder or shape.decoder(DEFAULT, vocab, positions, computation, regularisation)
-    decoder = computation.applied(mup.parametrised(decoder, **scale) if scaled else decoder)
-    network, goal = ahead.applied(decoder, prediction, goal)
+    decoder = computation.apply(mup.parametrised(decoder, **scale) if scaled else decoder)
+    network, goal = ahead.apply(decoder, prediction, goal)
     run = train.Run(
         model=network, objective=goal, data=dataset.Text(text, tokens, positions, rules), optimizer=update,
         steps=steps, batch=batch, augment=augmentations.make(), stages=warmup.stages(batch, positions),
         guard=None if spike_guard is None else guard.Guard(sigma=spike_guard))
-    return lora.adapt(cadence.applied(computation.accumulated(run)))
+    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
   return train.after_opening(build, base=origin)
 
 

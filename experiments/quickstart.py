@@ -37,7 +37,7 @@ def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: in
       objective=next_token(),
       data=dataset.Text(corpora.python_library(),
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
-      optimizer=optim.muon(schedule, rest=embedding_rate),
+      optimizer=optim.muon(schedule, other_rate=embedding_rate),
       steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
       minutes=budget.limit)
 
@@ -60,8 +60,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for prompt, sample in zip(PROMPTS, samples):
     print(f'\n--- {prompt!r}\n{prompt}{sample}')
   print(f'\nbits per byte of the held-out text ({len(text):,} bytes; lower is better)')
-  print(f'this model reads {validation.reading(held_out)}; val and score.py --split=validation give it no such '
-        'context\n')
+  print(f'this model reads {validation.describe_batches(held_out)}; val and score.py --split=validation give it no '
+        'such context\n')
   print('             alone  primed with the training text')
   for name, (alone, primed) in others.items():
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')

@@ -66,7 +66,7 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     print(f'\n--- run {i + 1} of {len(runs)}: {arm.name}, N = {n:,.0f}, D = {d:,.0f}', flush=True)
     points.append((n, d, loss(workdir, arm, seed, devices)))
   law = scaling.fit(points)
-  laws = scaling.resampled(points, law)
+  laws = scaling.bootstrap(points, law)
   predicted = scaling.predict(points, law, laws, *places[-1])
   lines = summary(points, law, laws)
   lines += ['', f'predicted for {runs[-1].name}, N = {places[-1][0]:,.0f}, D = {places[-1][1]:,.0f}: '

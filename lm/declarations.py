@@ -1,8 +1,9 @@
-"""What the weights of a model are, as the modules that make them declare it: axes, inputs and role.
+"""Declarations of the weights of a model: axes, inputs and role. The modules that create the weights declare them.
 
-Weight decay, Muon, SOAP, Adafactor, adapters and muP read these declarations: none of them knows a weight by its name.
-`of(model)` gives a tree of them like the parameters. While it runs, each weight of `model.init` is put into a
-`_Declared`, so that its declaration goes where its array goes: through `vmap` over layers, and into any tree.
+Weight decay, Muon, SOAP, Adafactor, adapters and muP read these declarations, and no names of weights. `of(model)`
+returns the declarations of a model as a tree with the structure of its parameters. While it runs, each new weight of
+`model.init` is wrapped together with its declaration, so that the two stay together through `vmap` over layers and in
+any tree.
 """
 import contextvars
 import dataclasses
@@ -13,15 +14,16 @@ import jax
 
 
 class Role(enum.Enum):
-  """What a weight is for.
+  """The purpose of a weight.
 
   Attributes:
     MATRIX: multiplies activations inside a layer.
-    ROUTER: a matrix that decides which experts compute, or how much they count; adapters leave it as it is.
+    ROUTER: a matrix that chooses experts, or weights them; adapters do not change it.
     EMBEDDING: a table with a row for each token, position or type.
-    HEAD: makes logits or scores of the last hidden states.
-    VECTOR: a bias, a scale, or a few numbers of another kind; it does not decay.
-    CORRECTION: of a router's choice; it does not decay, and `optim.balanced` moves it.
+    HEAD: maps the last hidden states to logits or scores.
+    VECTOR: a bias, a scale, or a few other numbers; it does not decay.
+    CORRECTION: is added to the scores by which a router chooses experts. It does not decay, and
+      `optim.with_router_balance` updates it.
   """
   MATRIX = enum.auto()
   ROUTER = enum.auto()
@@ -37,10 +39,11 @@ class Weight:
 
   Attributes:
     axes: a letter for each axis in one layer, see the legend in `models/transformer.py`.
-    role: see `Role`.
-    leading: axes before the inputs, such as experts.
-    inputs: axes of the inputs; the axes after them are the outputs.
-    array: shape, dtype and sharding of the parameter, with layers as first axis where they are stacked; `of` sets it.
+    role: its purpose.
+    leading: the number of axes before the inputs, such as one for experts.
+    inputs: the number of axes of the inputs; the axes after them are the outputs.
+    array: the shape, dtype and sharding of the parameter, whose first axis is layers where they are stacked; `of` sets
+      it.
   """
   axes: str
   role: Role
@@ -55,26 +58,26 @@ class Weight:
 
   @property
   def stacked(self) -> int:
-    """How many axes of layers the parameter has before those that are declared."""
+    """The number of axes of layers before the declared axes."""
     return self.array.ndim - len(self.axes)
 
   @property
   def matrix_axes(self) -> tuple[int, int]:
-    """Where the axes of the inputs begin in the parameter, and where those of the outputs begin."""
+    """The first axis of the inputs and the first axis of the outputs in the parameter."""
     start = self.stacked + self.leading
     return start, start + self.inputs
 
 
 def declare(axes: str, role: Role | None = None, inputs: str | None = None) -> Weight:
-  """A declaration; by default, a vector where there is one axis, else a matrix of the last two axes, [in, out].
+  """Returns a declaration. The default is a vector for one axis, and a matrix [in, out] of the last two axes for more.
 
   Args:
     axes: a letter for each axis.
-    role: see `Role`.
+    role: the purpose of the weight.
     inputs: the letters of the inputs of a matrix or a table; the axes after them are the outputs.
 
   Raises:
-    ValueError: a matrix has one axis; `inputs` are not among the axes, or no output follows them.
+    ValueError: a matrix has only one axis; `inputs` are not among the axes, or no output follows them.
   """
   if role is None:
     role = Role.VECTOR if len(axes) < 2 else Role.MATRIX
@@ -86,7 +89,7 @@ def declare(axes: str, role: Role | None = None, inputs: str | None = None) -> W
   leading = len(axes) - 2 if inputs is None else axes.find(inputs)
   count = 1 if inputs is None else len(inputs)
   if leading < 0 or not 0 < count < len(axes) - leading:
-    raise ValueError(f'inputs={inputs!r} are not axes of {axes!r} that outputs follow')
+    raise ValueError(f'inputs={inputs!r} are not axes of {axes!r} that outputs follow; name some axes before the last')
   return Weight(axes, role, leading, count)
 
 
@@ -101,22 +104,22 @@ class _Declared:
 _collecting: contextvars.ContextVar[bool] = contextvars.ContextVar('collecting', default=False)
 
 
-def declared(value: jax.Array, weight: Weight) -> Any:
-  """A new parameter for `of` to know it by its declaration; the value itself where `of` does not run."""
+def attach(value: jax.Array, weight: Weight) -> Any:
+  """Returns a new parameter with its declaration while `of` runs, and the parameter alone otherwise."""
   return _Declared(value, weight) if _collecting.get() else value
 
 
-def plain(params: Any) -> Any:
-  """New parameters, one or a tree, as modules compute with them: without their declarations."""
+def detach(params: Any) -> Any:
+  """Returns new parameters, one or a tree, without their declarations, so that modules can compute with them."""
   return jax.tree.map(lambda x: x.value if _is_declared(x) else x, params, is_leaf=_is_declared)
 
 
-def declared_by_shape(params: Any) -> Any:
-  """New parameters of one layer, where those that nothing declares, such as Flax's own, count by their axes alone."""
-  return _completed(params) if _collecting.get() else params
+def attach_defaults(params: Any) -> Any:
+  """Returns the new parameters of one layer; those without a declaration, such as Flax's own, get the default."""
+  return _complete(params) if _collecting.get() else params
 
 
-def _completed(params: Any) -> Any:
+def _complete(params: Any) -> Any:
   return jax.tree.map(lambda x: x if _is_declared(x) else _Declared(x, declare('-' * x.ndim)), params,
                       is_leaf=_is_declared)
 
@@ -126,13 +129,13 @@ def _is_declared(x: Any) -> bool:
 
 
 def of(model: Any) -> Any:
-  """The declarations of a model's weights, a tree of `Weight` like its parameters. It computes nothing.
+  """Returns the declarations of a model's weights as a tree of `Weight`, without computing anything.
 
   A parameter that no module declares has the default of `declare` for its number of axes.
   """
   token = _collecting.set(True)
-  try:   # a new function for each call: JAX keeps what it has traced of a function
-    params = jax.eval_shape(lambda: _completed(model.init(jax.random.key(0))))
+  try:   # JAX caches the traces of a function, so each call traces a new one
+    params = jax.eval_shape(lambda: _complete(model.init(jax.random.key(0))))
   finally:
     _collecting.reset(token)
   return jax.tree.map(lambda x: dataclasses.replace(x.weight, array=x.value), params, is_leaf=_is_declared)

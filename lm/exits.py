@@ -1,12 +1,12 @@
-"""The end of a process that waits for nothing."""
+"""Ends a process at once."""
 import contextlib
 import os
 import sys
 
 
 def at_once(code: int) -> None:
-  """Ends the process with an exit code, from a signal handler too; lines that were printed are written before."""
-  # A file or a pipe gets them in blocks. To write fails where the reader is gone, or amid another write.
+  """Writes out what was printed, and ends the process with an exit code. A signal handler may call it too."""
+  # Output to a file or a pipe is buffered. Flushing fails where the reader has ended, or within another write.
   with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
     sys.stdout.flush()
   os._exit(code)

@@ -1,4 +1,8 @@
-"""A trained run, opened again from its workdir, with all that belongs to its parameters; and what to start from."""
+"""Opens trained models and runs by the name of a workdir, and models that training starts from by any name.
+
+`open_trained` reads the parameters of a run as well as its model and tokenizer. `open_run` reads neither parameters nor
+data. `open_base` opens what may be fine-tuned: a run, an imported model, a Hugging Face folder or an id on the hub.
+"""
 import dataclasses
 import pathlib
 import typing
@@ -20,157 +24,166 @@ from lm.workdir.describe import describe, differences
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-  """A run with the parameters that are its result. `facts` are those of the checkpoint."""
+  """The result of a run."""
   run: train.Run
-  model: Any
+  model: Any                 # without adapters, which are merged into the parameters
   params: Any
   tokenizer: Any
-  step: int
+  step: int                  # of the checkpoint
   workdir: pathlib.Path
-  facts: Mapping[str, Any]
+  facts: Mapping[str, Any]   # what the checkpoint says of the run
 
   def open_data(self, control: tuple[str, ...] = ()) -> Any:
-    """The data of the run. ValueError, before anything is made, where it is not what the run was trained on."""
+    """Opens the data of the run. Raises ValueError, before data is prepared, where it is not that of the checkpoint."""
     def check(data, tokenizer):
       _compare(self.workdir, self.facts, {'data': data, 'tokenizer': tokenizer})
     return self.run.data.open(self.workdir, control=control, check=check)
 
 
 def open_trained(workdir: str | pathlib.Path, best: bool = False) -> TrainedModel:
-  """The result of a run: its newest checkpoint, or the best by the metric of the run; on the mesh that is set.
+  """Reads the result of a run onto the mesh that is set.
 
-  The best is taken of a run with patience too. The parameters are those to evaluate: the average, where the optimizer
-  keeps one. Adapters are merged into their matrices. Raises as `open_run`.
+  It is the newest checkpoint, or the best one by the metric of the run, with `best` and for a run with patience. The
+  parameters are the average, where the optimizer keeps one.
+
+  Raises:
+    FileNotFoundError: as in `open_run`, or the tokenizer is missing.
+    ValueError: as in `open_run`, or the model, the tokenizer or the base of adapters is not that of the checkpoint.
   """
   return _read(_open(pathlib.Path(workdir), best))
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
-  """The run of a workdir, built from what its newest checkpoint says of it; no parameters are read.
+  """Builds the run of a workdir from the description in its newest checkpoint; no parameters are read.
 
-  Where the run has classes or functions of a user's script, or was written by an older version of lm, the script builds
-  it, with the knobs in `workdir/run.json`.
+  A run that uses classes or functions of a user's script, or that an older version of lm wrote, is built by its script,
+  with the values of flags in `workdir/run.json`.
 
   Raises:
-    FileNotFoundError: there is no run, none that was saved, or its script is needed and was not named, see `scripts`.
-    ValueError: what describes the run is not a description.
+    FileNotFoundError: the folder has no run or no checkpoint; or the script is needed and may not be executed, see
+      `lm.scripts`.
+    ValueError: the description is damaged.
   """
   recorded = records.read(workdir)
   if not recorded:
     raise FileNotFoundError(f'{workdir} holds no run (there is no run.json in it); give the --workdir of a trained one')
-  accepted = [record for record in recorded if 'data' in record]   # not the tries that were refused
+  accepted = [record for record in recorded if 'data' in record]   # a start that was refused has no data
   facts = checkpoint.stored_facts(workdir / 'checkpoints') if accepted else None
   if facts is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   try:
     missing = rebuild.outside(facts.get('run'))
-    run = None if missing or 'run' not in facts else train.rebuilt(facts['run'])
+    run = None if missing or 'run' not in facts else train.run_from_json(facts['run'])
   except ValueError as error:
     raise ValueError(f'the run in {workdir} cannot be opened: {error}') from None
   if run is None:
     reason = (f'the run in {workdir} uses {", ".join(missing[:3])}, which is not of this package' if missing else
               f'the run in {workdir} was written by an older version of lm, which did not store a description of it')
     run = _by_script(scripts.locate(accepted[-1], workdir, reason), workdir, accepted)
-  if isinstance(run.model, lora.Adapted) and accepted[-1].get('init'):   # else its checkpoints have it all
+  if isinstance(run.model, lora.Adapted) and accepted[-1].get('init'):   # the checkpoints hold only the adapters
     run = start_from(run, accepted[-1]['init'], ignore_tokenizer=True)
   return run
 
 
 def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[Mapping[str, Any]]) -> train.Run:
-  """The run that a script builds. FileNotFoundError where what it reads is not there."""
+  """Returns the run that a script builds. Raises FileNotFoundError where a file that the script reads is missing."""
   record = accepted[-1]
   with scripts.importable(script):
-    make = scripts.function(script, record['function'])
-    result = typing.get_type_hints(make).get('return')
-    if result not in (train.Run, train.Run | train.Pending):   # nothing else may be called: see `scripts`
+    experiment = scripts.function(script, record['function'])
+    result = typing.get_type_hints(experiment).get('return')
+    if result not in (train.Run, train.Run | train.Pending):   # no other function may be called, see `scripts`
       raise ValueError(f'{record["function"]} of {script} does not say that it returns a run (-> train.Run); annotate '
                        f'it, unless the run.json of {workdir} is wrong')
     knobs = records.with_stored_steps(record['knobs'], accepted)
-    flags = [flag.name for flag in signature.flags(make)]
+    flags = [flag.name for flag in signature.flags(experiment)]
     if unknown := [name for name in knobs if name not in flags]:
-      raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, which {script} does not have '
-                       '(any more); go back to the script that trained it')
+      raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, and {script} has no such '
+                       'flag; restore the script that trained it')
     try:
-      return dataclasses.replace(train.opened(signature.call(make, knobs)), seed=record['seed'])
+      return dataclasses.replace(train.opened(signature.call(experiment, knobs)), seed=record['seed'])
     except FileNotFoundError as error:
-      raise FileNotFoundError(f'what the run in {workdir} was made with is not there: {error}') from None
+      raise FileNotFoundError(f'the run in {workdir} needs a file that is missing: {error}; restore it') from None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
-  """A run that is what its checkpoint was trained with, before parameters are read; `chosen` is None for the newest."""
+class _StoredRun:
+  """A run that agrees with its checkpoint, before parameters are read."""
   run: train.Run
   tokenizer: Any
-  chosen: int | None
+  best_step: int | None   # where the best checkpoint is the result; None: the newest one that can be read
   step: int
   facts: Mapping[str, Any]
   workdir: pathlib.Path
 
 
-def _open(workdir: pathlib.Path, best: bool = False) -> _Opened:
-  """ValueError where the model, the tokenizer or what lies under adapters is not what the checkpoint was made with."""
+def _open(workdir: pathlib.Path, best: bool = False) -> _StoredRun:
+  """Opens the run and the tokenizer of a workdir, and compares them with its checkpoint."""
   run = open_run(workdir)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    chosen = train.result_step(run, checkpoints, best)
-    step, facts = max(checkpoints.steps(), default=0) if chosen is None else chosen, checkpoints.facts(chosen)
+    best_step = train.result_step(run, checkpoints, best)
+    step = max(checkpoints.steps(), default=0) if best_step is None else best_step
+    facts = checkpoints.facts(best_step)
   if facts is None:
     raise FileNotFoundError(f'{workdir} holds no checkpoint yet')
   try:
     tokens = run.data.load_tokenizer(workdir)
   except FileNotFoundError as error:
-    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is not there ({error}); copy it back, or repeat '
-                            'the command that trained the run: it makes the same tokenizer of the same text') from None
+    raise FileNotFoundError(f'the tokenizer of the run in {workdir} is missing ({error}); copy it back, or '
+                            'repeat the command that trained the run: it trains the same tokenizer again') from None
   now = {'model': describe(run.model), 'tokenizer': tokens.fingerprint}
   if isinstance(run.model, lora.Adapted):
     now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
     facts = {**facts, 'constants': {'base': facts.get('constants', {}).get('base')}}
   _compare(workdir, facts, now)
-  return _Opened(run, tokens, chosen, step, facts, workdir)
+  return _StoredRun(run, tokens, best_step, step, facts, workdir)
 
 
 def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-  if lines := differences({name: facts[name] for name in now if name in facts},
-                          {name: value for name, value in now.items() if name in facts}):
+  """Raises Mismatch, a ValueError, where the parts of a run in `now` differ from the facts of its checkpoint."""
+  names = [name for name in now if name in facts]
+  lines = differences({name: facts[name] for name in names}, {name: now[name] for name in names})
+  if lines:
     raise mismatch.Mismatch(f'{workdir} was trained with another script, tokenizer, data or base model than it has '
                               'now; restore what it was trained with:\n  ' + '\n  '.join(lines[:6]))
 
 
-def _read(opened: _Opened) -> TrainedModel:
-  run, workdir, mesh = opened.run, opened.workdir, jax.sharding.get_mesh()
-  abstract = train.placed(jax.eval_shape(run.model.init, jax.random.key(0)), mesh)
-  place = _place_of_average(opened)
+def _read(stored: _StoredRun) -> TrainedModel:
+  """Reads the parameters of a run."""
+  run, workdir, mesh = stored.run, stored.workdir, jax.sharding.get_mesh()
+  abstract = train.with_shardings(jax.eval_shape(run.model.init, jax.random.key(0)), mesh)
+  path = _average_path(stored)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
-    if place is None:
-      restored = checkpoints.restore_params(abstract, opened.chosen)
+    if path is None:
+      restored = checkpoints.restore_params(abstract, stored.best_step)
       params = restored.state
     else:
-      arrays = averaging.abstract_arrays(place, abstract)
-      restored = checkpoints.restore_parts({'params': abstract, 'opt_state': train.placed(arrays, mesh)},
-                                           opened.chosen)
-      params = averaging.from_arrays(place, restored.state['opt_state'], restored.state['params'])
-  model, params = lora.merged(run.model, train.with_constants(params, train.load_constants(run)))
-  return TrainedModel(run, model, params, opened.tokenizer, restored.step, workdir, opened.facts)
+      arrays = averaging.abstract_arrays(path, abstract)
+      restored = checkpoints.restore_parts({'params': abstract, 'opt_state': train.with_shardings(arrays, mesh)},
+                                           stored.best_step)
+      params = averaging.from_arrays(path, restored.state['opt_state'], restored.state['params'])
+  model, params = lora.merge(run.model, train.with_constants(params, train.load_constants(run)))
+  return TrainedModel(run, model, params, stored.tokenizer, restored.step, workdir, stored.facts)
 
 
-def _place_of_average(opened: _Opened) -> list[str] | None:
-  """Where the optimizer's state has an average; ValueError where what says so is not of the kind."""
-  if 'run' not in opened.facts:   # of an older version: the script built the run
-    return averaging.place(jax.eval_shape(lambda: train.init(opened.run).opt_state))
-  place = opened.facts['run'].get('average')
-  if place is not None and not averaging.is_place(place):
-    raise ValueError(f'the run in {opened.workdir} cannot be opened: it has no average of the kind {place!r:.100}')
-  return place
+def _average_path(stored: _StoredRun) -> list[str] | None:
+  """Returns where the state of the optimizer has an average; ValueError where the description of that is damaged."""
+  if 'run' not in stored.facts:   # an older version of lm wrote the checkpoint, and the script built the run
+    return averaging.average_path(jax.eval_shape(lambda: train.init(stored.run).opt_state))
+  path = stored.facts['run'].get('average')
+  if path is not None and not averaging.is_average_path(path):
+    raise ValueError(f'the run in {stored.workdir} cannot be opened: {path!r:.100} is not the path of an average')
+  return path
 
 
 def is_run(name: str) -> bool:
-  """Whether a name is the workdir of a run, and no imported model, Hugging Face folder or id on the hub."""
+  """Whether a name is the workdir of a run, rather than a folder of a model or an id on the hub."""
   return bool(records.read(pathlib.Path(name).expanduser()))
 
 
 def run_or_model(workdir: pathlib.Path | None, model: str | None) -> tuple[pathlib.Path, str | None]:
-  """Returns the workdir of a run, and the name of a Hugging Face model where that is meant instead.
+  """Returns the workdir of a run, and the name of the Hugging Face model to use instead, or None.
 
-  `model` may name the workdir of a run too. Without both, it is the workdir of the quickstart. ValueError with both.
+  `model` may also name the workdir of a run. Without both, the run is that of the quickstart; ValueError for both.
   """
   if workdir and model:
     raise ValueError(f'--workdir={workdir} and --model={model} both name a model; give one of them')
@@ -180,30 +193,30 @@ def run_or_model(workdir: pathlib.Path | None, model: str | None) -> tuple[pathl
 
 
 class BaseModel(NamedTuple):
-  """What to fine-tune, without its parameters, which `start(model)` gives."""
+  """A model that training starts from, before its parameters are read: `start(model)` returns them."""
   model: Any
-  tokenizer: tokenizers.Tokenizer | None   # None where none was wanted
-  template: conversation.Template | None   # None: it was not made to chat
+  tokenizer: tokenizers.Tokenizer | None   # None where it was not opened
+  template: conversation.Template | None   # of chats; None for a model that was not trained to chat
   start: Callable[[Any], Any]
 
 
 def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> BaseModel:
-  """What the workdir of a run holds, an imported model, a Hugging Face folder, or the hub under an id.
+  """Opens the model of a run, of an imported or Hugging Face folder, or of an id on the hub.
 
-  The model computes in `dtype`; None: in that of the run, or float32. Without `with_tokenizer` the tokenizer is None,
-  and a folder may lack one.
+  Activations have the type `dtype`, by default that of the run, or float32. Without `with_tokenizer`, the tokenizer is
+  None, and a folder may lack one.
 
   Raises:
-    FileNotFoundError: there is nothing of the kind.
-    ValueError: the model has another dtype for good.
+    FileNotFoundError: nothing has that name.
+    ValueError: the class of the model has a fixed dtype, and it is another one.
   """
   folder = pathlib.Path(name).expanduser()
   if is_run(name):
-    opened = _open(folder)
-    model = lora.plain(opened.run.model)
+    stored = _open(folder)
+    model = lora.base_model(stored.run.model)
     model = model if dtype is None else model.with_dtype(dtype)
-    return BaseModel(model, opened.tokenizer if with_tokenizer else None, chat_template(opened.run.data),
-                     StoredResult(folder.resolve(), opened.step, opened.facts.get('parameters')))
+    return BaseModel(model, stored.tokenizer if with_tokenizer else None, chat_template(stored.run.data),
+                     StoredResult(folder.resolve(), stored.step, stored.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
   tokens = pretrained.open_tokenizer(folder, model) if with_tokenizer else None
@@ -212,15 +225,20 @@ def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> Base
 
 @dataclasses.dataclass(frozen=True)
 class StoredResult:
-  """Gives the parameters of a run's result, without a teacher's; the fields say which they are."""
+  """Returns the parameters of a run's result when it is called, without constants such as those of a teacher.
+
+  Raises:
+    ValueError: the run has a newer checkpoint than that of `step`.
+    OSError: the checkpoint cannot be read.
+  """
   workdir: pathlib.Path
   step: int
-  parameters: str | None   # their fingerprint in the checkpoint
+  parameters: str | None   # their fingerprint, which the checkpoint has
 
   def __call__(self, model: Any) -> Any:
     loaded = open_trained(self.workdir)
     if loaded.step > self.step:
-      raise ValueError(f'{self.workdir} has gone on from step {self.step} to {loaded.step} meanwhile; start again')
+      raise ValueError(f'{self.workdir} has been trained from step {self.step} to {loaded.step} meanwhile; start again')
     if loaded.step < self.step:
       raise OSError(f'step {self.step} of {self.workdir} cannot be read, only step {loaded.step}; to start from that '
                     f'one, move {self.workdir}/checkpoints/{self.step} away')
@@ -231,30 +249,32 @@ KINDS = Reward, EncoderDecoder, Encoder, Transformer, MultiToken
 
 
 def kind(model: Any) -> str:
-  """What a model is, in words."""
+  """Says what kind of model a model is."""
   words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a decoder', 'a decoder')))
   return next((name for cls, name in words.items() if isinstance(model, cls)), f'of class {type(model).__name__}')
 
 
 def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
-  """The run from the result of a run's workdir, or from a Hugging Face or imported folder; adapters lie on it.
+  """Returns a run that starts from the parameters that `init` names; a run with adapters adds them.
 
-  Parameters are not read yet. FileNotFoundError where there is nothing of the kind, ValueError where the shapes differ,
-  naming the first ones. Training refuses another tokenizer than theirs, but with `ignore_tokenizer`.
+  The parameters are not read yet. Training refuses another tokenizer than theirs, except with `ignore_tokenizer`.
+  Raises ValueError where shapes differ, and FileNotFoundError where nothing has that name.
   """
-  given, model = open_base(init, with_tokenizer=not ignore_tokenizer), lora.plain(run.model)
-  of_lm = isinstance(given.model, KINDS) and isinstance(model, KINDS)
-  if of_lm and kind(given.model) != kind(model):
-    raise ValueError(f'--init={init} is {kind(given.model)}, and this run trains {kind(model)}; give another --init')
-  pretrained.check_shapes(init, given.model, model)
-  of_tokenizer = None if ignore_tokenizer else given.tokenizer.fingerprint
-  return dataclasses.replace(lora.start_from(run, given.start), start_tokenizer=of_tokenizer)
+  base, model = open_base(init, with_tokenizer=not ignore_tokenizer), lora.base_model(run.model)
+  have_kinds = isinstance(base.model, KINDS) and isinstance(model, KINDS)
+  if have_kinds and kind(base.model) != kind(model):
+    raise ValueError(f'--init={init} is {kind(base.model)}, and this run trains {kind(model)}; give another --init')
+  pretrained.check_shapes(init, base.model, model)
+  fingerprint = None if ignore_tokenizer else base.tokenizer.fingerprint
+  return dataclasses.replace(lora.start_from(run, base.start), start_tokenizer=fingerprint)
 
 
 def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path | None:
-  """The Hugging Face or imported folder that a run was started from, be it by way of other runs; None where there is
-  none any more, or its tokenizer is not `tokens`."""
-  start = next((c.load for c in run.constants if c.name == 'base'), run.start)
+  """Returns the Hugging Face or imported folder that a run was started from, directly or through other runs.
+
+  Returns None without such a folder, and where its tokenizer is not `tokens`.
+  """
+  start = next((constant.load for constant in run.constants if constant.name == 'base'), run.start)
   if isinstance(start, StoredResult):
     return origin_folder(open_run(start.workdir), tokens) if records.read(start.workdir) else None
   if not isinstance(start, pretrained.Parameters) or not start.folder.is_dir():
@@ -263,14 +283,16 @@ def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path 
 
 
 def chat_template(data: Any) -> conversation.Template | None:
-  """The template of a run's data, also where that is annotated; None where its data is no dialogues."""
+  """Returns the chat template of a run's data; None where the data is not of dialogues."""
   return data.template
 
 
 def chat_tokenizer(loaded: TrainedModel | pretrained.Pretrained) -> conversation.Conversation:
-  """Returns the tokenizer for a chat with a run or a folder; ValueError where it has no chat template."""
-  template = (chat_template(loaded.run.data) if isinstance(loaded, TrainedModel) else
-           pretrained.folder_template(loaded.folder))
+  """Returns the tokenizer for a chat with a model. Raises ValueError where the model has no chat template."""
+  if isinstance(loaded, TrainedModel):
+    template = chat_template(loaded.run.data)
+  else:
+    template = pretrained.folder_template(loaded.folder)
   if template is None:
-    raise ValueError('--chat: this model has no chat template; leave it out, or take one that was made to chat')
+    raise ValueError('--chat: this model has no chat template; leave it out, or take a model that was trained to chat')
   return conversation.Conversation(loaded.tokenizer, template)

@@ -1,9 +1,9 @@
-"""Low-rank adaptation: small matrices are trained beside a model whose own stay as they are.
+"""Low-rank adaptation, LoRA (Hu et al. 2021, arXiv:2106.09685): trains small matrices beside those of a model.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685): a matrix W is used as W + alpha / rank * A B, with A [in, rank], B [rank, out].
-B starts at zero, A as a linear layer does (uniform within 1 / sqrt(in)), as in the authors' loralib and in PEFT. Only A
-and B have gradients, a state of the optimizer, and a place in checkpoints. The gradient of W itself is made, of one
-layer at a time, and dropped: this saves memory, not time.
+A matrix W of the model is used as W + alpha / rank * A B, with A [in, rank] and B [rank, out]. B starts at zero, and A
+uniform within 1 / sqrt(in), as in the authors' loralib and in PEFT. W does not change: only A and B have a state of the
+optimizer and are stored in checkpoints. The gradient of W is still computed, for one layer at a time, and dropped, so
+that LoRA saves memory rather than time.
 """
 import dataclasses
 import fnmatch
@@ -20,27 +20,27 @@ from lm.declarations import Role, Weight
 from lm.models.layers import LowRank
 from lm.train import interfaces
 
-# What can be adapted; routers, which choose experts, and vectors stay as they are.
+# The roles of weights that can be adapted.
 _ADAPTABLE = (Role.MATRIX, Role.EMBEDDING, Role.HEAD)
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-  """A model with adapters, to be trained with `Constants('base', model, load)`; `adapt` makes such runs.
+  """A model with adapters. It is trained with the constants `Constants('base', model, load)`; `adapt` makes such runs.
 
-  Its own parameters are `{'adapters': tree}`, with `{'A': ..., 'B': ...}` for each matrix of the model that matches;
-  `apply` reads the model's as `params['base']`. Adapters are float32. To decode, score or export, take `merged`.
+  Its parameters are `{'adapters': tree}`, with float32 arrays `{'A': ..., 'B': ...}` for each adapted matrix. `apply`
+  reads the parameters of the model itself as `params['base']`. `merge` returns a model to decode, score or export.
 
   Args:
-    model: whose matrices are adapted.
-    rank: r, at least 1.
-    alpha: adapters are scaled by alpha / rank.
-    match: patterns as in `fnmatch` of paths of parameters, such as 'blocks/0/attention/query'; * matches / too. Each
-      has to match a matrix, an embedding or a head. None adapts all weights that are declared as matrices, those of
-      experts included, but not those of routers.
+    model: the model whose matrices are adapted.
+    rank: the rank of the adapters, 1 or more.
+    alpha: adapters are multiplied by alpha / rank.
+    match: patterns of paths of parameters, such as 'blocks/0/attention/query', as in `fnmatch`, where * matches / too.
+      Each has to match a matrix, an embedding or a head. None adapts all weights with the role of a matrix, including
+      those of experts, but not routers.
 
   Raises:
-    ValueError: in `init`, if a pattern matches nothing that can be adapted; it names what can.
+    ValueError: the rank or alpha is out of range; or, in `init`, a pattern matches no weight that can be adapted.
   """
   model: interfaces.Model
   rank: int
@@ -58,19 +58,20 @@ class Adapted:
     return self.model.max_length
 
   def init(self, key: jax.Array) -> Any:
-    """The adapters, laid out on the mesh in use as their matrices are. Call it inside `jax.jit`."""
+    """Returns new adapters, sharded as their matrices on the mesh in use. Call it inside `jax.jit`."""
     matrices = _matrices(declarations.of(self.model), self.match)
     keys = iter(jax.random.split(key, len(matrices)))
     tree: dict[str, Any] = {}
     for path, weight in matrices.items():
-      *above, name = path.split('/')
+      *parents, name = path.split('/')
       node = tree
-      for part in above:
+      for part in parents:
         node = node.setdefault(part, {})
       node[name] = self._adapter(next(keys), weight)
     return {'adapters': tree}
 
-  def _adapter(self, key, weight):
+  def _adapter(self, key: jax.Array, weight: Weight) -> dict[str, Any]:
+    """Returns a new adapter of a weight."""
     array, (leading, inputs) = weight.array, weight.matrix_axes
     into, out = array.shape[:inputs], array.shape[inputs:]
     bound = math.prod(into[leading:]) ** -0.5
@@ -80,51 +81,52 @@ class Adapted:
       layout = *array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))
       a = jax.sharding.reshard(a, P(*layout[:inputs], None))
       b = jax.sharding.reshard(b, P(*layout[:leading], None, *layout[inputs:]))
-    # They have the role of the weight; the axis '-' is the rank, which is the outputs of A and the inputs of B.
+    # They have the role of the weight. The axis '-' is the rank: the outputs of A, and the inputs of B.
     first, count = weight.leading, weight.inputs
-    of_a = Weight(weight.axes[:first + count] + '-', weight.role, first, count)
-    of_b = Weight(f'{weight.axes[:first]}-{weight.outputs}', weight.role, first)
-    return {'A': declarations.declared(a, of_a), 'B': declarations.declared(b, of_b)}
+    declaration_a = Weight(weight.axes[:first + count] + '-', weight.role, first, count)
+    declaration_b = Weight(f'{weight.axes[:first]}-{weight.outputs}', weight.role, first)
+    return {'A': declarations.attach(a, declaration_a), 'B': declarations.attach(b, declaration_b)}
 
   def apply(self, params: Any, batch: Any, *, key: jax.Array | None = None, cache: Any = None, taps: Any = ()) -> Any:
-    params = self._beside(params['base'], params['adapters'])
-    if not taps:   # which not every model takes
+    params = self._with_adapters(params['base'], params['adapters'])
+    if not taps:   # not every model takes taps
       return self.model.apply(params, batch, key=key, cache=cache)
     return self.model.apply(params, batch, key=key, cache=cache, taps=taps)
 
-  def _beside(self, base, adapters):
-    """The base with a LowRank in place of each adapted leaf."""
+  def _with_adapters(self, base: Any, adapters: Any) -> Any:
+    """Returns the parameters of the model with a LowRank in place of each adapted matrix."""
     if not isinstance(base, dict):
       return LowRank(base, adapters['A'], adapters['B'], self.alpha / self.rank)
-    return {name: self._beside(leaf, adapters[name]) if name in adapters else leaf for name, leaf in base.items()}
+    return {name: self._with_adapters(leaf, adapters[name]) if name in adapters else leaf
+            for name, leaf in base.items()}
 
-  def merged(self, params: Any) -> tuple[interfaces.Model, Any]:
-    """The plain model with W + alpha / rank * A B as its matrices; other constants stay among the parameters."""
-    rest = {name: tree for name, tree in params.items() if name not in ('base', 'adapters')}
-    return self.model, {**_merge(self._beside(params['base'], params['adapters'])), **rest}
+  def merge(self, params: Any) -> tuple[interfaces.Model, Any]:
+    """Returns the model without adapters, and its parameters with W + alpha / rank * A B; other constants stay."""
+    others = {name: tree for name, tree in params.items() if name not in ('base', 'adapters')}
+    return self.model, {**_merge(self._with_adapters(params['base'], params['adapters'])), **others}
 
 
-def _is_adapted(leaf: Any) -> bool:
+def _is_low_rank(leaf: Any) -> bool:
   return isinstance(leaf, LowRank)
 
 
 @jax.jit
 def _merge(tree: Any) -> Any:
   def merge(leaf):
-    return leaf.merged().astype(leaf.weight.dtype) if _is_adapted(leaf) else leaf
-  return jax.tree.map(merge, tree, is_leaf=_is_adapted)
+    return leaf.merged().astype(leaf.weight.dtype) if _is_low_rank(leaf) else leaf
+  return jax.tree.map(merge, tree, is_leaf=_is_low_rank)
 
 
 def _matrices(weights: Any, match: Sequence[str] | None) -> dict[str, Weight]:
-  """The declarations of what is adapted, by path."""
+  """Returns the declarations of the weights to adapt, by path."""
   matrices = {jax.tree_util.keystr(path, simple=True, separator='/'): weight
               for path, weight in jax.tree_util.tree_leaves_with_path(weights)
               if weight.role in _ADAPTABLE and len(weight.axes) > 1}
   if match is None:
     hidden = {path: weight for path, weight in matrices.items() if weight.role is Role.MATRIX}
     if not hidden:
-      raise ValueError('no weight of the model is declared as a matrix, so that there is nothing to adapt; choose with '
-                       'match among ' + ', '.join(matrices))
+      raise ValueError('no weight of the model is declared as a matrix, so that there is nothing to adapt; choose '
+                       'weights with match among ' + ', '.join(matrices))
     return hidden
   for pattern in match or ('',):
     if not fnmatch.filter(matrices, pattern):
@@ -134,9 +136,10 @@ def _matrices(weights: Any, match: Sequence[str] | None) -> dict[str, Weight]:
 
 
 def adapt(run: train.Run, rank: int, alpha: float | None = None, match: Sequence[str] | None = None) -> train.Run:
-  """The run with adapters (see `Adapted`) on the parameters that it starts from; itself where the rank is 0.
+  """Returns a run that trains adapters (see `Adapted`) beside the parameters that it starts from.
 
-  `alpha` is twice the rank where it is None. `launch` gives the parameters under them by --init, see `start_from`.
+  It returns the run itself for a rank of 0. `alpha` is by default twice the rank. `launch` sets the parameters by the
+  flag --init, see `start_from`.
   """
   if not rank:
     return run
@@ -150,9 +153,12 @@ def _no_base(model: Any) -> Any:
 
 
 def start_from(run: train.Run, start: Callable[[Any], Any] | None) -> train.Run:
-  """The run from parameters that `start(model)` gives: its own, or those under its adapters.
+  """Returns a run that starts from the parameters `start(model)`; a run with adapters trains them beside these.
 
-  ValueError for adapters without parameters under them.
+  None leaves the run as it is.
+
+  Raises:
+    ValueError: a run with adapters has no parameters beside which to train them.
   """
   if not isinstance(run.model, Adapted):
     return run if start is None else dataclasses.replace(run, start=start)
@@ -160,21 +166,22 @@ def start_from(run: train.Run, start: Callable[[Any], Any] | None) -> train.Run:
   if start is None:
     return run if base.load is not _no_base else _no_base(base.model)
   loaded = dataclasses.replace(base, load=start)
-  return dataclasses.replace(run, constants=tuple(loaded if c is base else c for c in run.constants))
+  constants = tuple(loaded if constant is base else constant for constant in run.constants)
+  return dataclasses.replace(run, constants=constants)
 
 
-def merged(model: Any, params: Any) -> tuple[Any, Any]:
-  """A plain model and its parameters: of one with adapters merged, any other as it is."""
-  return model.merged(params) if isinstance(model, Adapted) else (model, params)
+def merge(model: Any, params: Any) -> tuple[Any, Any]:
+  """Returns a model without adapters, and its parameters, into which adapters are merged."""
+  return model.merge(params) if isinstance(model, Adapted) else (model, params)
 
 
-def plain(model: Any) -> Any:
-  """The model under adapters; any other as it is."""
+def base_model(model: Any) -> Any:
+  """Returns the model without its adapters."""
   return model.model if isinstance(model, Adapted) else model
 
 
-def begun(run: train.Run, params: Any) -> Any:
-  """What the parameters of the plain model were when the run began; `params` are a result's, with constants."""
+def initial_params(run: train.Run, params: Any) -> Any:
+  """Returns the parameters of the model without adapters at the start of a run; `params` are those of its result."""
   if isinstance(run.model, Adapted):
     return params['base']
   return run.start(run.model) if run.start else jax.jit(lambda: train.init(run).params)()

@@ -1,10 +1,12 @@
-"""The flags of a function: its keyword-only parameters, and the fields of those that are groups of flags.
+"""Finds the flags of a function: its keyword-only parameters, and the fields of those that are groups of flags.
 
-A parameter whose type is a frozen dataclass is a group: its fields are flags. Their defaults are the fields of the
-parameter's default, so that functions share a group and have defaults of their own. The first line of the dataclass's
-docstring is the title of the group, and its section `Args` describes the flags; the `Args` of a function describe its
-own flags, and those of its groups where they mean something else there. Values have the names of flags everywhere but
-in the function itself: in run.json, in comparisons, and in `call`.
+A parameter whose type is a frozen dataclass is a group: the fields of the dataclass are flags, and their defaults come
+from the default of the parameter. Several functions can so share a group, each with defaults of its own.
+
+The first line of the dataclass's docstring is the title of the group, and its section `Args` describes the flags. The
+section `Args` of a function describes the flags of the function, and may describe flags of its groups anew.
+
+The names of flags are flat: run.json, comparisons and `call` name a field of a group by itself, without the group.
 """
 import dataclasses
 import difflib
@@ -17,14 +19,23 @@ from typing import Any
 
 # The type of a flag whose values are whole texts, commas included: `--stop=, --stop=END`.
 Texts = typing.NewType('Texts', tuple)
-AnyText = typing.NewType('AnyText', str)   # a text that may be empty
+# The type of a flag whose text may be empty.
+AnyText = typing.NewType('AnyText', str)
 
-REQUIRED = inspect.Parameter.empty   # the default of a flag that has to be given
+REQUIRED = inspect.Parameter.empty   # the default of a flag that has none
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """One flag. `title` is that of its group, and empty for a parameter of the function."""
+  """A flag.
+
+  Attributes:
+    name: the name, without dashes.
+    kind: the type of its values.
+    default: the value without the flag; `REQUIRED` where there is none.
+    note: what `--help` says of it.
+    title: the title of its group; empty for a parameter of the function.
+  """
   name: str
   kind: Any
   default: Any
@@ -33,7 +44,7 @@ class Flag:
 
 
 def flags(function: Callable[..., Any]) -> list[Flag]:
-  """The flags of a function, in its order.
+  """Returns the flags of a function, in the order of its parameters.
 
   Raises:
     TypeError: a parameter has no type, a group has no default, or two flags have the same name.
@@ -48,18 +59,19 @@ def flags(function: Callable[..., Any]) -> list[Flag]:
       note = notes.get(field.name, own.get(field.name, ''))
       listed.append(Flag(field.name, hints[field.name], getattr(parameter.default, field.name), note, title))
   names = [flag.name for flag in listed]
-  if repeated := {name for name in names if names.count(name) > 1}:
-    raise TypeError(f'{function.__qualname__} has two flags of the name {sorted(repeated)[0]}; a group shares it')
+  repeated = sorted({name for name in names if names.count(name) > 1})
+  if repeated:
+    raise TypeError(f'{function.__qualname__} has two flags of the name {repeated[0]}; rename one of them')
   return listed
 
 
-def call(function: Callable[..., Any], values: Mapping[str, Any] | None = None, /, **more: Any) -> Any:
-  """Calls a function with the values of its flags, by their names; those that are not given have their defaults.
+def call(function: Callable[..., Any], values: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
+  """Calls a function with values of its flags, by name; all other flags have their defaults.
 
   Raises:
-    TypeError: the function has no flag of such a name, or one without a default is missing.
+    TypeError: the function has no flag of such a name, or a required flag is missing.
   """
-  remaining, arguments = {**(values or {}), **more}, {}
+  remaining, arguments = {**(values or {}), **named}, {}
   for parameter, kind in _parameters(function):
     if is_group(kind):
       own = {field.name: remaining.pop(field.name) for field in dataclasses.fields(kind) if field.name in remaining}
@@ -79,7 +91,7 @@ def is_group(kind: Any) -> bool:
 
 
 def notes_of(documented: Callable[..., Any]) -> dict[str, str]:
-  """The section `Args` of a docstring, by name."""
+  """Returns the texts in the section `Args` of a docstring, by the name of the argument."""
   section = re.search(r'^Args:\n((?: +.*(?:\n|$)|\n)*)', inspect.getdoc(documented) or '', re.MULTILINE)
   lines = textwrap.dedent(section[1]) if section else ''
   entries = re.findall(r'^(\w+): *(.*(?:\n +.*)*)', lines, re.MULTILINE)
@@ -87,7 +99,7 @@ def notes_of(documented: Callable[..., Any]) -> dict[str, str]:
 
 
 def common(function: Callable[..., Any]) -> list[str]:
-  """The flags that its docstring names after 'Most runs set:', which `--help` shows first."""
+  """Returns the flags that a docstring names after 'Most runs set:', which `--help` shows first."""
   line = re.search(r'^Most runs set: ([\w\s,]+)\.', inspect.getdoc(function) or '', re.MULTILINE)
   return re.findall(r'\w+', line[1]) if line else []
 
@@ -97,7 +109,7 @@ def _title(group: type) -> str:
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[inspect.Parameter, Any]]:
-  """The keyword-only parameters with their types."""
+  """Returns the keyword-only parameters of a function with their types."""
   hints, listed = typing.get_type_hints(function), []
   for parameter in inspect.signature(function).parameters.values():
     if parameter.kind is not parameter.KEYWORD_ONLY:

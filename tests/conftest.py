@@ -74,7 +74,7 @@ def stopped(tmp_path, monkeypatch):
         raise InterruptedError('as if killed')
       return step == last_step
     with monkeypatch.context() as patch:
-      patch.setattr(Interrupt, 'asked', stop_requested)
+      patch.setattr(Interrupt, 'should_stop', stop_requested)
       if dead:
         with pytest.raises(InterruptedError):
           go(tmp_path, **changes)

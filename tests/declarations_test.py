@@ -38,7 +38,7 @@ def params_of(weights, seed=0):
 
 def first_step(optimizer, weights):
   """Returns what the first update subtracts from the parameters, with random gradients."""
-  params, optimizer = params_of(weights), optim.bound(optimizer, weights)
+  params, optimizer = params_of(weights), optim.bind(optimizer, weights)
   updates, _ = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params))(
       params_of(weights, 1), params)
   return jax.tree.map(lambda x: -np.asarray(x), updates)
@@ -96,7 +96,7 @@ def test_the_first_step_of_soap_makes_matrices_and_adapters_orthogonal(adapted):
   model = reward.Reward(LLAMA)
   weights = declarations.of(lora.Adapted(model, 3, 6.) if adapted else model)
   grads, params = params_of(weights, 1), params_of(weights)
-  soap = optim.bound(optim.soap(1., 0., clip=None), weights)
+  soap = optim.bind(optim.soap(1., 0., clip=None), weights)
   state = soap.init(params)
   with jax.default_matmul_precision('highest'):
     for _ in range(2):   # the first update only sets the bases
@@ -131,7 +131,8 @@ class Odd(nn.Module):
 def test_a_weight_of_a_users_block_is_what_it_declares():
   weights = declarations.of(Transformer(16, 8, stack.stacks([Odd()] * 3), layers.RMSNorm(), 8))
   block, before, grads = (tree['blocks']['0'] for tree in (weights, params_of(weights), params_of(weights, 1)))
-  assert groups.decayed(block) == groups.hidden(block) == {'xylophone_scale': True, 'embedding': True, 'query': False}
+  assert groups.decay_mask(block) == groups.hidden_mask(block)
+  assert groups.hidden_mask(block) == {'xylophone_scale': True, 'embedding': True, 'query': False}
   step = first_step(optim.muon(1., 0.25, clip=None), weights)['blocks']['0']
   for name, shape in (('xylophone_scale', (8, 12)), ('embedding', (12, 8))):
     assert_orthogonal((step[name] - 0.25 * before[name]).reshape(3, *shape))
@@ -152,14 +153,14 @@ def renamed(tree):
 RATES = mup.rates(32, 8, 8, 2)
 OPTIMIZERS = {
     'adamw': optim.adamw(0.1), 'muon': optim.muon(0.1), 'soap': optim.soap(0.1), 'adafactor': optim.adafactor(0.1, 0.1),
-    'mup': optim.adamw(groups.Rates(0.1, updates=RATES)), 'balanced': optim.balanced(optim.lion(0.1)),
-    'penalised': optim.penalised(optim.averaged(optim.adan(0.1), 0.9), l1=0.1)}
+    'mup': optim.adamw(groups.Rates(0.1, updates=RATES)), 'balanced': optim.with_router_balance(optim.lion(0.1)),
+    'penalised': optim.with_penalty(optim.with_average(optim.adan(0.1), 0.9), l1=0.1)}
 
 
 @pytest.mark.parametrize('name', ['muon', 'penalised', *slow('adamw', 'soap', 'adafactor', 'mup', 'balanced')])
 def test_an_optimizer_does_not_change_with_the_names_of_weights(name):
   def programs(weights):   # of the state and of the update
-    optimizer, params = optim.bound(OPTIMIZERS[name], weights), jax.tree.map(lambda weight: weight.array, weights)
+    optimizer, params = optim.bind(OPTIMIZERS[name], weights), jax.tree.map(lambda weight: weight.array, weights)
     state = jax.eval_shape(optimizer.init, params)
     return str(jax.make_jaxpr(optimizer.init)(params)), str(jax.make_jaxpr(optimizer.update)(params, state, params))
 
@@ -207,6 +208,6 @@ def test_declarations_that_do_not_fit_are_refused():
 
 def test_a_transformation_of_optax_is_an_optimizer_too():
   run = train.Run(LLAMA, None, None, optax.sgd(0.1), steps=1, batch=1)
-  other = dataclasses.replace(run, optimizer=optim.averaged(optax.sgd(0.1), 0.9))
+  other = dataclasses.replace(run, optimizer=optim.with_average(optax.sgd(0.1), 0.9))
   assert jax.eval_shape(lambda: train.init(run)).opt_state == optax.sgd(0.1).init({})
-  assert optim.averages(jax.eval_shape(lambda: train.init(other)).opt_state)
+  assert optim.has_average(jax.eval_shape(lambda: train.init(other)).opt_state)

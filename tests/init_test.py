@@ -134,7 +134,7 @@ def test_adapters_take_the_shape_of_their_base(folder):
   settings = knobs(f'--init={folder}/run', f'--text={folder}/new/*.txt', '--lora_rank=2')
   run = signature.call(pretrain.experiment, settings['knobs']).open()
   started = load.start_from(run, str(folder / 'run'))
-  assert lora.plain(run.model).width == 16 and started.constants[0].load.step == 2
+  assert lora.base_model(run.model).width == 16 and started.constants[0].load.step == 2
 
 
 def test_an_import_with_another_config_or_tokenizer_is_refused(folder, tmp_path):

@@ -235,7 +235,7 @@ def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, caps
   assert others.count_B[0] == 0 and [*first.rows(1)[0], *others.rows(2)[1]] == ids[3:]
 
   outcome.show(run, workdir, result, workdir / 'script.py', sample=True)
-  assert "the model goes on from 'one two'" in capsys.readouterr().out
+  assert "the model continues 'one two'" in capsys.readouterr().out
   assert load.chat_template(run.data) is None and checkpoint.stored_facts(workdir / 'checkpoints')['data'] == 'numbers'
 
 

@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
   with on(shape):
     base, adapters, batch = load(MODEL), random_adapters(ADAPTED), batch_of()
     value, grads = loss_and_grads(ADAPTED, adapters, {'base': base}, batch)
-    plain, merged = ADAPTED.merged({**adapters, 'base': base})
+    plain, merged = ADAPTED.merge({**adapters, 'base': base})
     assert plain is MODEL
     full_value, full = loss_and_grads(MODEL, merged, {}, batch)
     assert jax.tree.all(jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads))
@@ -126,11 +126,11 @@ def test_adapters_change_nothing_at_first_and_merged_they_are_the_same_model(mod
   assert np.array_equal(logits(adapted, first, batch), plain)
   assert all(np.any(x) == path.endswith('A') for path, x in paths(first['adapters']).items())
   params = {**random_adapters(adapted), 'base': base}
-  same_model, merged = lora.merged(adapted, {**params, 'teacher': 'kept'})
+  same_model, merged = lora.merge(adapted, {**params, 'teacher': 'kept'})
   assert merged.pop('teacher') == 'kept' and paths(merged).keys() == paths(base).keys() and same_model is model
   actual = logits(model, merged, batch)
   assert np.array_equal(actual, logits(adapted, params, batch)) and np.abs(actual - plain).max() > 0.1
-  assert lora.merged(model, merged) == (model, merged)
+  assert lora.merge(model, merged) == (model, merged)
 
 
 def sizes(jaxpr):
@@ -194,7 +194,7 @@ def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
     other = dataclasses.replace(run.constants[0], load=functools.partial(load, seed=8))
     with pytest.raises(ValueError, match='constants.base.load'):   # adapters belong to the base of their training
       train.train(dataclasses.replace(run, steps=3, constants=(other,)), tmp_path / 'run', mesh)
-    model, params = lora.merged(run.model, result.params)
+    model, params = lora.merge(run.model, result.params)
     pretrained.write(tmp_path / 'out', model, params, TOKENIZER)
     assert same(pretrained.load(str(tmp_path / 'out')).params, params)
 

@@ -122,7 +122,7 @@ def experiment(*, width: int = 8, lr: float = 0.03, steps: int = 4, names: int =
   rate = schedules.warmup_constant(lr, steps, 1)
   optimizer = optim.schedule_free(rate) if free else optim.adam(rate)
   run = train.Run(Small(width, vocab=264), next_token(), dataset.Text(source, names, 16, ()),
-                  averaging.averaged(optimizer, average) if average else optimizer, steps, batch=8,
+                  averaging.with_average(optimizer, average) if average else optimizer, steps, batch=8,
                   evaluate_every=1 if patience else steps, evaluate_batches=2, patience=patience, keep=5)
   return lora.adapt(run, lora_rank, match=('head',))
 
@@ -145,7 +145,7 @@ def program(tmp_path, monkeypatch):
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
   (folder / 'neighbour.py').write_text(NEIGHBOUR)
-  monkeypatch.setattr(scripts, '_named', [])
+  monkeypatch.setattr(scripts, '_trusted', [])
   monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
   monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
   mesh = sharding.make_mesh('data:2', jax.devices()[:2])
@@ -235,7 +235,7 @@ def test_parameters_are_not_paired_with_another_tokenizer(program, tmp_path):
 def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
   result = program('run')
   shutil.rmtree(tmp_path / 'run' / 'data')
-  with pytest.raises(FileNotFoundError, match='the tokenizer of the run in .* is not there .*command that trained'):
+  with pytest.raises(FileNotFoundError, match='the tokenizer of the run in .* is missing .*command that trained'):
     load.open_trained(tmp_path / 'run')
   assert not (tmp_path / 'run' / 'data').exists()
   program('run')
@@ -254,7 +254,7 @@ def test_a_base_that_trains_on_or_is_damaged_is_noticed(program, tmp_path):
   base = load.open_base(str(tmp_path / 'run'))
   assert base.start.step == 4
   program('run', steps=7)
-  with pytest.raises(ValueError, match='gone on from step 4 to 7 meanwhile'):
+  with pytest.raises(ValueError, match='trained from step 4 to 7 meanwhile'):
     base.start(base.model)
 
 
@@ -277,7 +277,8 @@ def test_init_and_every_reader_give_the_result_of_a_run(program, tmp_path, knobs
   result = program('run', **knobs)
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', create=False) as checkpoints:
     model = load.open_run(tmp_path / 'run').model
-    newest = checkpoints.restore_params(train.placed(jax.eval_shape(model.init, jax.random.key(0)), program.mesh))
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    newest = checkpoints.restore_params(train.with_shardings(abstract, program.mesh))
     assert checkpoints.best_step() != max(checkpoints.steps()) or 'patience' not in knobs
   assert not same(newest.state, result.params)
   opened, base = load.open_trained(tmp_path / 'run'), load.open_base(str(tmp_path / 'run'))
@@ -341,7 +342,7 @@ def test_only_the_program_and_scripts_that_are_named_are_executed(program, tmp_p
     load.open_trained(workdir)
   for changes, message in (({'function': 'activation', 'knobs': {'x': 1}}, 'activation of .*small.py does not say'),
                            ({'function': 'experiment', 'knobs': {'old': 1}},
-                            r'which .*small.py does not have \(any more\)')):
+                            r'and .*small.py has no such flag')):
     record(workdir, **changes)
     with pytest.raises(ValueError, match=message):
       load.open_trained(workdir)

@@ -51,7 +51,7 @@ def parse(*argv, function=cart):
 def test_fields_of_a_group_are_flags_with_the_defaults_of_the_parameter():
   assert parse() == {'name': 'x', 'count': 4, 'radius': 0.25, 'spokes': (), 'load': 1}
   values = parse('--count=3', '--spokes=1,2', '--load=7')
-  assert values.given == {'count', 'spokes', 'load'}
+  assert values.on_command_line == {'count', 'spokes', 'load'}
   assert signature.call(cart, values) == ('x', Wheels(3, 0.25, (1, 2)), 7)
   assert signature.call(cart, radius=1.) == ('x', Wheels(4, 1.), 1)
   with pytest.raises(flags.Error, match='unknown flag --cout; the nearest is --count'):
@@ -98,6 +98,6 @@ def test_records_keep_flat_names_which_a_run_that_goes_on_takes_up(tmp_path):
   knobs = json.loads(json.dumps({**parse('--count=3', '--spokes=1,2'), 'gone': 1}))   # a flag that no longer exists
   records.start(tmp_path, script=pathlib.Path(__file__).name, knobs=knobs, seed=0, init=None, data='some')
   shared, = launch.parse([launcher._train], ['script.py'])[0]
-  settled = resume.settle(cart, parse('--load=2'), shared, tmp_path)
-  assert signature.call(cart, settled.knobs) == ('x', Wheels(3, 0.25, (1, 2)), 2)
-  assert dict(settled.kept) == {'count': 3, 'spokes': (1, 2)}
+  inherited = resume.inherit_flags(cart, parse('--load=2'), shared, tmp_path)
+  assert signature.call(cart, inherited.knobs) == ('x', Wheels(3, 0.25, (1, 2)), 2)
+  assert dict(inherited.from_workdir) == {'count': 3, 'spokes': (1, 2)}

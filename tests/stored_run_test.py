@@ -42,7 +42,7 @@ def experiment(*, steps: int = 2, lora_rank: int = 0, users: bool = False) -> tr
     feed_forward = layers.FeedForward(16, own, gated=False)
     model = model.clone(blocks=(models.stack.Stack((block.clone(feed_forward=feed_forward),), 1),))
   run = train.Run(model, next_token(objective.sequence_mean, loss), data.Text(source, trained, 16, ()),
-                  averaging.averaged(optim.adam(rate), 0.5), steps, batch=8)
+                  averaging.with_average(optim.adam(rate), 0.5), steps, batch=8)
   return lora.adapt(run, lora_rank)
 '''
 
@@ -53,7 +53,7 @@ def trains(tmp_path, monkeypatch):
   folder = tmp_path / 'project'
   folder.mkdir()
   (folder / 'small.py').write_text(SCRIPT)
-  monkeypatch.setattr(scripts, '_named', [])
+  monkeypatch.setattr(scripts, '_trusted', [])
   monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
 
   def go(name, init=None, **knobs):
@@ -82,8 +82,8 @@ def same(a, b):
 def test_a_moved_run_without_its_script_generates_and_scores_the_same(trains, tmp_path, monkeypatch):
   workdir = trains('run')
   with monkeypatch.context() as patch:   # restores the function of the script
-    patch.setattr(scripts, '_named', [tmp_path / 'project' / 'small.py'])
-    patch.setattr(train, 'rebuilt', lambda tree: None)
+    patch.setattr(scripts, '_trusted', [tmp_path / 'project' / 'small.py'])
+    patch.setattr(train, 'run_from_json', lambda tree: None)
     before = results(workdir)
   del sys.modules['small']
   moved = tmp_path / 'other' / 'place'
@@ -136,7 +136,7 @@ def rewritten(workdir, change):
   """Returns the workdir with other facts in its checkpoint, whose checksums are right."""
   with checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
     step, facts = max(checkpoints.steps()), checkpoints.facts()
-    state = checkpoints.restore_parts({'params': train.placed(jax.eval_shape(
+    state = checkpoints.restore_parts({'params': train.with_shardings(jax.eval_shape(
         load.open_run(workdir).model.init, jax.random.key(0)), jax.sharding.get_mesh())}).state
   shutil.rmtree(workdir / 'checkpoints')
   with checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
@@ -188,5 +188,5 @@ def test_records_that_are_nested_too_deep_end_in_one_line(trains):
 def test_a_stored_run_is_rebuilt_completely(trains):
   facts = checkpoint.stored_facts(trains('run') / 'checkpoints')
   assert rebuild.outside(facts['run']) == []
-  run = train.rebuilt(facts['run'])
+  run = train.run_from_json(facts['run'])
   assert rebuild.stored(run.model) == facts['run']['model'] and facts['run']['average'] == ['Averaged']

@@ -11,7 +11,7 @@ from lm import sharding
 from lm.data.batch import Batch
 from lm.data.rows.packed_records import best_fit
 from lm.objectives.objective import target_log_probabilities
-from lm.train.validation import one_behind
+from lm.train.validation import read_behind
 
 
 @functools.partial(jax.jit, static_argnames='apply')
@@ -90,7 +90,7 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], posi
   widths = _widths(lengths, size)
   groups = [[[pieces[i] for i in row] for row in group]
             for group in _groups(_rows(lengths, widths), int(widths.max()), positions)]
-  scored = one_behind(
+  scored = read_behind(
       _log_probabilities(model.apply, params, _batch(texts, sources, group, *widths.tolist())) for group in groups)
   for scores_BT, group in zip(scored, groups):
     for row, packed in enumerate(group):
@@ -145,7 +145,7 @@ def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray
   rows = _rows(lengths, np.array([width]))
   groups = [[[copies[i] for i in row] for row in group] for group in _groups(rows, width, positions)]
   count = 1 << (max(map(len, rows)) - 1).bit_length()
-  scored = one_behind(
+  scored = read_behind(
       _log_probabilities(model.apply, params, *_masked(texts, group, width, count, mask)) for group in groups)
   for scores_BP, group in zip(scored, groups):
     for row, packed in enumerate(group):

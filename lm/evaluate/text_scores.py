@@ -165,6 +165,6 @@ def show_split(loaded: Loaded, split: str, context: int, mesh: jax.sharding.Mesh
   # Only documents have a context. Stored columns belong to the rows of seed 0, as in training.
   order = {'seed': None, 'context': context} if context else {'seed': 0}
   batches = data.batches(split, run.objective, rows, repeat=False, **order)
-  print(f'{split}: {validation.reading(batches)}')
+  print(f'{split}: {validation.describe_batches(batches)}')
   for name, value in validation.evaluate(step, loaded.params, batches, mesh).items():
     print(f'{name:14} {value:.4f}')

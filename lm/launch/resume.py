@@ -1,4 +1,4 @@
-"""A run that goes on: it keeps its flags but for those that are given, of which some may not change."""
+"""A run that continues: it keeps the flags that the command line leaves out, and some flags may not change."""
 import contextlib
 import dataclasses
 import inspect
@@ -10,110 +10,142 @@ import jax
 
 from lm import signature, train
 from lm.data.store_reader import OtherSettings
-from lm.launch.arguments import Values, restored, written
+from lm.launch.arguments import Values, from_json, to_text
 from lm.workdir import checkpoint, mismatch, records
 from lm.workdir.describe import describe, differences
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-  """The values of a program's flags: of the experiment, and of every run.
+class ProgramFlags:
+  """The values of a program's flags, and where they come from.
 
-  `kept` are those that come from the run in the workdir and are no defaults, `changed` those that were given another
-  value than that run has: name: (before, now). `given` are the names of those that the command line has.
+  Attributes:
+    knobs: the values of the experiment's flags, by name.
+    shared: the values of the flags that all runs share, by name.
+    from_workdir: the values that were taken from the run in the workdir and are not defaults.
+    changes: (value of the run in the workdir, value now) of each flag that the command line changes.
+    on_command_line: the names of the flags that the command line sets.
   """
   knobs: Mapping[str, Any]
   shared: Mapping[str, Any]
-  kept: Mapping[str, Any]
-  changed: Mapping[str, tuple[Any, Any]]
-  given: frozenset[str] = frozenset()
+  from_workdir: Mapping[str, Any]
+  changes: Mapping[str, tuple[Any, Any]]
+  on_command_line: frozenset[str] = frozenset()
 
   def lines(self, workdir: pathlib.Path) -> list[str]:
-    """What comes from the run and what was changed, to be printed."""
-    kept = [f'--{name}={written(value)}' for name, value in self.kept.items()]
-    changed = [f'--{name}={written(now)} (before {written(before)})' for name, (before, now) in self.changed.items()]
-    return [f'{title}: {" ".join(flags)}' for title, flags in (
-        (f'flags that the run in {workdir} has', kept), ('flags given with other values', changed)) if flags]
+    """Returns lines that name the values from the workdir, and the changes."""
+    lines = []
+    if self.from_workdir:
+      values = ' '.join(f'--{name}={to_text(value)}' for name, value in self.from_workdir.items())
+      lines.append(f'flags that the run in {workdir} has: {values}')
+    if self.changes:
+      values = ' '.join(f'--{name}={to_text(now)} (before {to_text(before)})'
+                        for name, (before, now) in self.changes.items())
+      lines.append(f'flags given with other values: {values}')
+    return lines
 
 
-def settle(experiment: Callable[..., Any], knobs: Values, shared: Values, workdir: pathlib.Path) -> Flags:
-  """The flags of a program: where the workdir holds a run of its script, those that are not given are of that run.
+UNCHANGED = ProgramFlags({}, {}, {}, {})
 
-  Of the flags that every run has, these are the seed and what it started from.
+
+def inherit_flags(experiment: Callable[..., Any], knobs: Values, shared: Values, workdir: pathlib.Path) -> ProgramFlags:
+  """Returns the flags of a program; flags that the command line leaves out have the values of the run in the workdir.
+
+  Only a run of the same script that has a checkpoint counts. Of the flags that all runs share, `--seed` and `--init`
+  are taken from it.
   """
-  script, given = pathlib.Path(inspect.getfile(experiment)).name, knobs.given | shared.given
+  script = pathlib.Path(inspect.getfile(experiment)).name
+  on_command_line = knobs.on_command_line | shared.on_command_line
   accepted = [record for record in records.read(workdir) if 'data' in record and record.get('script') == script]
-  if not accepted or not any((workdir / 'checkpoints').glob('[0-9]*')):   # what never saved is begun anew
-    return Flags(knobs, shared, {}, {}, given)
+  if not accepted or not any((workdir / 'checkpoints').glob('[0-9]*')):
+    return ProgramFlags(knobs, shared, {}, {}, on_command_line)
   own = {flag.name: flag for flag in signature.flags(experiment)}
   kinds = {name: flag.kind for name, flag in own.items()} | {'init': pathlib.Path | None, 'seed': int}
-  record = {**accepted[-1]['knobs'], **{name: accepted[-1].get(name) for name in ('seed', 'init')}}
-  before = {name: restored(kinds[name], value) for name, value in record.items() if name in kinds}
   defaults = {name: flag.default for name, flag in own.items()} | {'seed': 0, 'init': None}
-  kept = {name: value for name, value in before.items() if name not in given}
-  now = {name: value for name, value in {**knobs, **shared}.items() if name in given and name in before}
+  record = {**accepted[-1]['knobs'], **{name: accepted[-1].get(name) for name in ('seed', 'init')}}
+  before = {name: from_json(kinds[name], value) for name, value in record.items() if name in kinds}
+  inherited = {name: value for name, value in before.items() if name not in on_command_line}
+  now = {name: value for name, value in {**knobs, **shared}.items() if name in on_command_line and name in before}
   if isinstance(now.get('init'), pathlib.Path) and now['init'].exists():
-    now['init'] = now['init'].resolve()   # as it is recorded
-  return Flags({**knobs, **{name: value for name, value in kept.items() if name in own}},
-               {**shared, **{name: value for name, value in kept.items() if name in shared}},
-               {name: value for name, value in kept.items() if value != defaults[name]},
-               {name: (before[name], value) for name, value in now.items() if value != before[name]}, given)
-
-
-UNCHANGED = Flags({}, {}, {}, {})
+    now['init'] = now['init'].resolve()   # records have the whole path
+  return ProgramFlags(
+      knobs={**knobs, **{name: value for name, value in inherited.items() if name in own}},
+      shared={**shared, **{name: value for name, value in inherited.items() if name in shared}},
+      from_workdir={name: value for name, value in inherited.items() if value != defaults[name]},
+      changes={name: (before[name], value) for name, value in now.items() if value != before[name]},
+      on_command_line=on_command_line)
 
 
 @contextlib.contextmanager
-def naming(flags: Flags, workdir: pathlib.Path, build: Callable[..., train.Run]) -> Iterator[None]:
-  """Where what is inside finds the checkpoint to be of another run: ValueError that names the flags which make it so.
+def name_changed_flags(flags: ProgramFlags, workdir: pathlib.Path, build: Callable[..., train.Run]) -> Iterator[None]:
+  """Makes the error of a checkpoint or of data that belongs to another run name the flags that make the difference.
 
-  `build(**changes)` gives the run with flags of other values; a mesh is set.
+  `build(**changes)` builds the run with other values of some flags. A mesh has to be set.
+
+  Raises:
+    ValueError: the block raised such an error, and flags that changed are the reason.
   """
   try:
     yield
   except (mismatch.Mismatch, OtherSettings) as error:
-    if parts := _parts(flags.changed, build, _portrait):
+    parts = _parts_by_flag(flags.changes, build, _fixed_parts)
+    if parts:
       raise ValueError(_refusal(flags, parts, workdir)) from error
     raise
 
 
-def check_start(flags: Flags, workdir: pathlib.Path, build: Callable[..., train.Run]) -> None:
-  """ValueError where flags that changed name other parameters to start from, and the run has a checkpoint already."""
-  if not flags.changed or checkpoint.stored_facts(workdir / 'checkpoints') is None:
+def check_start(flags: ProgramFlags, workdir: pathlib.Path, build: Callable[..., train.Run]) -> None:
+  """Checks that a run with a checkpoint is not given other parameters to start from, which it would ignore.
+
+  Raises:
+    ValueError: flags that changed name other parameters.
+  """
+  if not flags.changes or checkpoint.stored_facts(workdir / 'checkpoints') is None:
     return
-  if parts := _parts(flags.changed, build, lambda run: {'start': describe(run.start, inside=True)}):
+  parts = _parts_by_flag(flags.changes, build, lambda run: {'start': describe(run.start, inside=True)})
+  if parts:
     raise ValueError(_refusal(flags, parts, workdir))
 
 
-def check_minutes(flags: Flags, run: train.Run) -> None:
-  """ValueError where minutes are given to a run that has a fixed number of steps, which would ignore them."""
-  if 'minutes' in flags.given and run.minutes is None:
-    raise ValueError(f'--minutes={written(flags.knobs["minutes"])} is given, and the run has a fixed number of steps, '
+def check_minutes(flags: ProgramFlags, run: train.Run) -> None:
+  """Checks that a run with a fixed number of steps is not given minutes, which it would ignore.
+
+  Raises:
+    ValueError: the command line sets --minutes, and the run has a fixed number of steps.
+  """
+  if 'minutes' in flags.on_command_line and run.minutes is None:
+    raise ValueError(f'--minutes={to_text(flags.knobs["minutes"])} is given, and the run has a fixed number of steps, '
                      f'--steps={run.steps}; leave --minutes out, or give --steps=none beside it')
 
 
-def _refusal(flags: Flags, parts: Mapping[str, set[str]], workdir: pathlib.Path) -> str:
-  lines = [f'--{name} is {written(flags.changed[name][0])} there, not {written(flags.changed[name][1])}'
-           for name in parts]
-  objective = set().union(*parts.values()) == {'objective'}
-  return (f'the run in {workdir} was trained with other values of flags that cannot change: {"; ".join(lines)}. '
-          f'Leave {"it" if len(lines) == 1 else "them"} out, or choose another --workdir'
-          + (', or go on all the same by --new_objective' if objective else ''))
+def _refusal(flags: ProgramFlags, parts: Mapping[str, set[str]], workdir: pathlib.Path) -> str:
+  """Returns the message on flags that may not change; `parts` are the parts of the run that each of them changes."""
+  lines = []
+  for name in parts:
+    before, now = flags.changes[name]
+    lines.append(f'--{name} is {to_text(before)} there, not {to_text(now)}')
+  them = 'it' if len(lines) == 1 else 'them'
+  message = (f'the run in {workdir} was trained with other values of flags that cannot change: {"; ".join(lines)}. '
+             f'Leave {them} out, or choose another --workdir')
+  if set().union(*parts.values()) == {'objective'}:
+    message += ', or continue all the same by --new_objective'
+  return message
 
 
-def _parts(changed: Mapping[str, tuple[Any, Any]], build: Callable[..., train.Run],
-           portrait: Callable[[train.Run], Mapping[str, Any]]) -> dict[str, set[str]]:
-  """By flag that changed, the parts of the run that differ from those without its change."""
-  now, parts = portrait(build()), {}
-  for name, (before, _) in changed.items():
-    with contextlib.suppress(ValueError, OSError):   # without it others may not fit, or what it named is gone
-      parts[name] = {line.replace(':', '.').partition('.')[0]
-                     for line in differences(portrait(build(**{name: before})), now)}
-  return {name: differing for name, differing in parts.items() if differing}
+def _parts_by_flag(changes: Mapping[str, tuple[Any, Any]], build: Callable[..., train.Run],
+                   describe_run: Callable[[train.Run], Mapping[str, Any]]) -> dict[str, set[str]]:
+  """Returns the parts of the run that each flag changes, by its name; flags that change none are left out."""
+  now, parts = describe_run(build()), {}
+  for name, (before, _) in changes.items():
+    # The earlier value may not fit the other flags, and the file that it names may no longer exist.
+    with contextlib.suppress(ValueError, OSError):
+      lines = differences(describe_run(build(**{name: before})), now)
+      parts[name] = {line.replace(':', '.').partition('.')[0] for line in lines}
+  return {name: changed for name, changed in parts.items() if changed}
 
 
-def _portrait(run: train.Run) -> dict[str, Any]:
-  """What may not change, as far as it is known without data."""
+def _fixed_parts(run: train.Run) -> dict[str, Any]:
+  """Returns the parts of a run that may not change, as far as they are known before the data is opened."""
   state = jax.eval_shape(lambda: train.init(run).opt_state)
   arrays = {jax.tree_util.keystr(path): str((x.shape, x.dtype)) for path, x in
             jax.tree_util.tree_leaves_with_path(state)}

@@ -68,9 +68,9 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   declaration = declarations.declare(axes, role, inputs)
 
   def new(key):
-    return declarations.declared(sharding.constrain(init(key, shape, jnp.float32), axes), declaration)
+    return declarations.attach(sharding.constrain(init(key, shape, jnp.float32), axes), declaration)
 
-  value = declarations.plain(module.param(name, new))
+  value = declarations.detach(module.param(name, new))
   if isinstance(value, LowRank):
     value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)

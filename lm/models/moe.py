@@ -76,7 +76,7 @@ class BiasBalance:
 
   The correction of an expert that is chosen too often falls by a fixed rate at each step; that of an expert that is
   chosen too rarely rises. The value of this loss is zero. Its gradient for the correction is each expert's share of the
-  choices minus the mean share; `optim.balanced` takes steps by the sign of this gradient.
+  choices minus the mean share; `optim.with_router_balance` takes steps by the sign of this gradient.
   """
 
   def __call__(self, routing: Routing, mask_BT: jax.Array) -> jax.Array:

@@ -102,7 +102,7 @@ def init(stacks: Stacks, key: jax.Array, x: jax.Array, *args: Any) -> dict[str, 
 
 
 def _init(block, x, args, key):
-  return declarations.declared_by_shape(block.init(key, x, *args)['params'])
+  return declarations.attach_defaults(block.init(key, x, *args)['params'])
 
 
 def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
@@ -170,7 +170,7 @@ def _apply(block, params, x, context, cache=None):
   """Applies a layer. Returns x, the layer's cache, its auxiliary output and the readings of its taps."""
   readings: dict[str, Any] = {}
   context = dataclasses.replace(context, readings=readings)
-  x, cache, aux = block.apply({'params': declarations.plain(params)}, x, context, cache)
+  x, cache, aux = block.apply({'params': declarations.detach(params)}, x, context, cache)
   return x, cache, aux, readings
 
 

@@ -1,13 +1,13 @@
 """Optimizers, learning rates, and averages of parameters."""
-from lm.optim.averaging import averaged, averages, evaluated
-from lm.optim.groups import Optimizer, bound
+from lm.optim.averaging import evaluation_params, has_average, with_average
+from lm.optim.groups import Optimizer, bind
 from lm.optim.optimizers import (
   Rate,
   adafactor,
   adam,
   adamw,
   adan,
-  advanced,
+  advance,
   chain,
   hutchinson,
   learning_rate,
@@ -21,8 +21,8 @@ from lm.optim.optimizers import (
   soap,
   sophia,
 )
-from lm.optim.wrappers import balanced, penalised
+from lm.optim.wrappers import with_penalty, with_router_balance
 
-__all__ = ['averaged', 'averages', 'evaluated', 'Optimizer', 'Rate', 'adafactor', 'adam', 'adamw', 'adan', 'advanced',
-           'balanced', 'bound', 'chain', 'hutchinson', 'learning_rate', 'lion', 'muon', 'nadamw', 'penalised',
-           'random_signs', 'rmsprop', 'schedule_free', 'sgd', 'soap', 'sophia']
+__all__ = ['Optimizer', 'Rate', 'adafactor', 'adam', 'adamw', 'adan', 'advance', 'bind', 'chain', 'evaluation_params',
+           'has_average', 'hutchinson', 'learning_rate', 'lion', 'muon', 'nadamw', 'random_signs', 'rmsprop',
+           'schedule_free', 'sgd', 'soap', 'sophia', 'with_average', 'with_penalty', 'with_router_balance']

@@ -1,4 +1,4 @@
-"""Optimizers around another: penalties in its gradient; corrections of routers apart from it."""
+"""Wrappers that add to an optimizer: penalties in its gradient, and an update of the corrections of routers."""
 import math
 
 import jax
@@ -10,12 +10,16 @@ from lm.optim import groups
 from lm.optim.groups import Optimizer
 
 
-def penalised(optimizer: Optimizer, l1: float = 0., l2: float = 0., decays: groups.Mask = groups.decayed
-              ) -> Optimizer:
-  """The optimizer of loss + l1 sum |p| + l2 / 2 sum p^2, over the parameters that the mask is true for.
+def with_penalty(optimizer: Optimizer, l1: float = 0., l2: float = 0., decays: groups.Mask = groups.decay_mask
+                 ) -> Optimizer:
+  """Adds the penalty l1 sum |p| + l2 / 2 sum p^2 to the loss, over the parameters p that the mask is true for.
 
-  Its gradient, l1 sign(p) + l2 p, is added before all that the optimizer does, clipping included: unlike weight decay,
-  it is a part of what Adam divides by. The loss that is told is without it, and so is Sophia's curvature.
+  The gradient of the penalty, l1 sign(p) + l2 p, is added before the optimizer clips and transforms gradients: unlike
+  weight decay, it is part of the mean square that Adam divides by. The loss in the log and the curvature of Sophia are
+  without the penalty.
+
+  Raises:
+    ValueError: a coefficient is negative or not finite.
   """
   for name, value in {'l1': l1, 'l2': l2}.items():
     if not 0 <= value < math.inf:
@@ -26,15 +30,15 @@ def penalised(optimizer: Optimizer, l1: float = 0., l2: float = 0., decays: grou
 
     def penalty(updates, params):
       return jax.tree.map(lambda g, p, match: g + l1 * jnp.sign(p) + l2 * p if match else g, updates, params, mask)
-    return optax.chain(optax.stateless(penalty), groups.bound(optimizer, weights))
+    return optax.chain(optax.stateless(penalty), groups.bind(optimizer, weights))
   return bind
 
 
-def balanced(optimizer: Optimizer, rate: float = 1e-3) -> Optimizer:
-  """The optimizer, but for the corrections of routers, which move by `rate` against the sign of their gradient.
+def with_router_balance(optimizer: Optimizer, rate: float = 1e-3) -> Optimizer:
+  """Updates the corrections of routers by `rate` against the sign of their gradient, other parameters by the optimizer.
 
-  With `moe.BiasBalance` this is the balancing without a loss of Wang et al. 2024 (arXiv:2408.15664). Corrections count
-  neither for the clipping of the optimizer nor for its decay.
+  With `moe.BiasBalance` this is the balancing without an auxiliary loss of Wang et al. 2024 (arXiv:2408.15664). The
+  optimizer neither clips the gradients of corrections nor decays them.
 
   Raises:
     ValueError: no weight is declared as a correction; it is raised when the optimizer is given the weights.
@@ -43,9 +47,9 @@ def balanced(optimizer: Optimizer, rate: float = 1e-3) -> Optimizer:
     labels = jax.tree.map(lambda weight: 'correction' if weight.role is Role.CORRECTION else 'other', weights)
     if 'correction' not in jax.tree.leaves(labels):
       raise ValueError('no router of this model has a correction to balance experts with; take SigmoidGroupRouter, or '
-                       'leave out `balanced`')
-    # The optimizer is given the parameters without the corrections, so the declarations too.
+                       'leave out `with_router_balance`')
+    # The optimizer gets the parameters without the corrections, so it gets the declarations without them, too.
     others = jax.tree.map(lambda weight, label: weight if label == 'other' else optax.MaskedNode(), weights, labels)
-    inner = groups.bound(optimizer, others)
+    inner = groups.bind(optimizer, others)
     return optax.partition({'other': inner, 'correction': optax.sign_sgd(rate)}, labels)
   return bind

@@ -1,4 +1,4 @@
-"""Groups of flags: each makes one part of a run, and several experiments share it. See `lm.signature`."""
+"""Groups of flags that several experiments share, each of which makes a part of a run. See `lm.signature`."""
 from lm.options.architecture import Shape
 from lm.options.budget_flags import Budget, Cadence
 from lm.options.computation import Computation

@@ -5,7 +5,7 @@ from lm.models import transformer
 from lm.options.computation import Computation
 from lm.options.regularisation import Regularisation
 from lm.options.sizes import NAMED, Architecture, Name, Size
-from lm.options.usage import given
+from lm.options.usage import explicit_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Shape:
   qk_norm: bool | None = None
   rope_theta: float | None = None
 
-  def resolved(self, default: Size) -> Size:
+  def resolve(self, default: Size) -> Size:
     """Returns the shape: the numbers that flags give, then those of --size, then those of `default`.
 
     Raises:
       ValueError: a flag is given that the architecture does not have.
     """
-    numbers = given(self)
+    numbers = explicit_values(self)
     size = NAMED[numbers.pop('size')] if self.size else default
     architecture = self.architecture or size.architecture
     if architecture != size.architecture:   # the other numbers belong to the other architecture
@@ -55,10 +55,12 @@ class Shape:
 
   def decoder(self, default: Size, vocab: int, max_length: int, computation: Computation = Computation(),
               regularisation: Regularisation = Regularisation()) -> transformer.Transformer:
-    """A decoder without parameters. `default` has the numbers that no flag gives."""
-    size, rates = self.resolved(default), regularisation
-    options = {'max_length': max_length, 'dropout': rates.dropout or 0., 'embedding_dropout': rates.embedding_dropout,
-               'attention_dropout': rates.attention_dropout or 0., 'layer_dropout': rates.of_layers(size.layers),
+    """Returns a decoder; numbers that no flag gives are those of `default`."""
+    size = self.resolve(default)
+    options = {'max_length': max_length, 'dropout': regularisation.dropout or 0.,
+               'embedding_dropout': regularisation.embedding_dropout,
+               'attention_dropout': regularisation.attention_dropout or 0.,
+               'layer_dropout': regularisation.layer_dropout_of(size.layers),
                'dtype': computation.dtype, 'remat': computation.policy}
     if size.architecture == 'gpt2':
       return transformer.gpt2(vocab, size.width, size.layers, size.heads, **options)
@@ -67,11 +69,11 @@ class Shape:
                              **options)
 
   def refuse(self, default: Size, source: str) -> None:
-    """ValueError where flags give another shape than `default`, and `source` gives the shape already."""
-    if self.resolved(default) != default:
-      flags = ' '.join(f'--{name}={value}' for name, value in given(self).items())
+    """Raises ValueError where flags give another shape than `default`, which `source` gives."""
+    if self.resolve(default) != default:
+      flags = ' '.join(f'--{name}={value}' for name, value in explicit_values(self).items())
       raise ValueError(f'{source} gives the shape of the model, and {flags} is given too; leave one of them out')
 
-  def given(self) -> dict[str, object]:
-    """The flags that are given, by name."""
-    return given(self)
+  def explicit_values(self) -> dict[str, object]:
+    """Returns the flags that are not None, by name."""
+    return explicit_values(self)

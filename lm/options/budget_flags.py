@@ -10,16 +10,16 @@ class Budget:
   """Length of the run.
 
   Args:
-    minutes: of training, where there are no steps; the steps that fit are measured first, and some are left out where
-      the machine becomes slower.
-    steps: a fixed number instead; on a finished run, a larger one goes on.
+    minutes: minutes of training, where --steps is none; the steps that fit are measured first, and some are skipped
+      where the machine becomes slower.
+    steps: a fixed number of steps instead; a larger number continues a finished run.
   """
   minutes: float = 3.
   steps: int | None = None
 
   @property
   def count(self) -> int:
-    """The steps; where minutes are given, 10,000 until `launch` has measured how many fit."""
+    """The number of steps; for a run by minutes, 10,000 until `launch` has measured how many fit."""
     return 10_000 if self.steps is None else self.steps
 
   @property
@@ -34,12 +34,12 @@ class Cadence:
 
   Args:
     evaluate_every: steps between evaluations; none for an eighth of the steps.
-    evaluate_batches: batches of the validation split in an evaluation; none for all.
-    best: which metric of the log decides which checkpoint is the best, such as validation/bits_per_byte.
+    evaluate_batches: batches of the validation split in each evaluation; none for all.
+    best: metric of the log that chooses the best checkpoint, such as validation/bits_per_byte.
     better: whether a lower or a higher value of it is better.
-    patience: evaluations in a row that are no better than the best, after which training stops there.
+    patience: training stops after so many evaluations in a row that are no better than the best.
     save_every: steps between checkpoints; none for a quarter of the steps.
-    keep: how many of the last checkpoints to keep, beside the best.
+    keep: number of the last checkpoints to keep, beside the best.
   """
   evaluate_every: int | None = None
   evaluate_batches: int | None = 20
@@ -49,8 +49,8 @@ class Cadence:
   save_every: int | None = None
   keep: int = 2
 
-  def applied(self, run: train.Run, evaluations: int = 8) -> train.Run:
-    """The run that is evaluated and saved as the flags say; so many evaluations where none gives their distance."""
+  def apply(self, run: train.Run, evaluations: int = 8) -> train.Run:
+    """Returns the run with this cadence; it has so many `evaluations` where --evaluate_every is none."""
     evaluate, save = max(run.steps // evaluations, 1), max(run.steps // 4, 1)
     return dataclasses.replace(
         run, evaluate_every=evaluate if self.evaluate_every is None else self.evaluate_every,

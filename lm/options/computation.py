@@ -1,4 +1,4 @@
-"""Flags of how a step is computed, which change no objective: precision, memory, accumulation."""
+"""Flags of how a step is computed: precision, memory and accumulation."""
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,9 +16,9 @@ class Computation:
   """Computation.
 
   Args:
-    precision: of activations; parameters are float32.
-    remat: what the backward pass computes again rather than keeps, all but matrix products, nothing, or all.
-    accumulate: parts that a step is computed in, one after the other.
+    precision: type of activations; parameters are float32.
+    remat: what the backward pass recomputes to save memory, all but matrix products, nothing, or all.
+    accumulate: number of parts that a step is computed in, one after the other.
   """
   precision: Literal['float32', 'bfloat16'] = 'float32'
   remat: Literal['products', 'none', 'full'] = 'products'
@@ -30,25 +30,25 @@ class Computation:
 
   @property
   def policy(self) -> Callable[..., bool] | None:
-    """What `jax.checkpoint` may keep of a layer; None for all."""
+    """The policy of `jax.checkpoint` for what is kept of a layer; None keeps all."""
     return {'products': layers.keep_products, 'none': None,
             'full': jax.checkpoint_policies.nothing_saveable}[self.remat]
 
-  def applied(self, model: Any) -> Any:
-    """A model that computes so.
+  def apply(self, model: Any) -> Any:
+    """Returns a model that computes with this precision and remat.
 
     Raises:
-      ValueError: a model of a class that has one precision, or one remat, for good is given another.
+      ValueError: the class of the model has a fixed precision or remat, and it is another one.
     """
     model = model.with_dtype(self.dtype)
     if isinstance(model, MultiToken):
-      return dataclasses.replace(model, trunk=self.applied(model.trunk))
+      return dataclasses.replace(model, trunk=self.apply(model.trunk))
     if any(field.name == 'remat' for field in dataclasses.fields(model)):
       return model.clone(remat=self.policy)
     if self.remat != 'products':
       raise ValueError(f'a model of class {type(model).__name__} takes no --remat={self.remat}; leave it out')
     return model
 
-  def accumulated(self, run: train.Run) -> train.Run:
-    """The run whose steps are computed in parts."""
+  def with_accumulation(self, run: train.Run) -> train.Run:
+    """Returns the run with steps that are computed in parts."""
     return dataclasses.replace(run, accumulate=self.accumulate)

@@ -12,16 +12,16 @@ class Corpus:
 
   Args:
     text: files of text, a glob pattern (** for folders below).
-    separator: what separates documents within a text file, such as \n\n (two newlines; \t is a tab).
-    encoding_errors: what happens to text of any corpus that is no UTF-8, an error, repair, or dropping the document.
+    separator: text between the documents of a file, such as \n\n (two newlines; \t is a tab).
+    encoding_errors: treatment of text that is not valid UTF-8, an error, repair, or dropping the document.
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern.
     parquet: Parquet files, a glob pattern.
     tfds: a TensorFlow data set, the folder of a prepared one or a TFDS name.
-    key: the field that holds the text, in all but plain text.
-    weights: share of each corpus in the tokens of training, in the order text, jsonl, parquet, tfds; 0 leaves it out.
-    repeat: a corpus of a mixture that ends begins again; otherwise training stops where the first one ends.
-    validation: share of the documents that is held out; a TFDS set with a split for it keeps its own.
-    decompressed_limit: GiB that a compressed file may unpack to.
+    key: the field that holds the text, in JSON, Parquet and TFDS.
+    weights: share of each corpus in the training tokens, in the order text, jsonl, parquet, tfds; 0 leaves it out.
+    repeat: whether a corpus of a mixture starts again at its end; otherwise training stops where the first one ends.
+    validation: share of the documents that is held out; a TFDS set with a validation split keeps its own.
+    decompressed_limit: limit on the size of a file after decompression, in GiB.
   """
   text: str | None = None
   separator: str | None = None
@@ -36,26 +36,28 @@ class Corpus:
   decompressed_limit: float = 64.
 
   def source(self) -> Source:
-    """The source, or mixture of sources; Python's own library where none is named. No file is read yet.
+    """Returns the source, or a mixture of sources; without flags, Python's own library. No file is read yet.
 
     Raises:
       ValueError: flags contradict one another.
     """
     files = {name: getattr(self, name) for name in ('text', 'jsonl', 'parquet', 'tfds')}
     for name, value in {**files, 'separator': self.separator, 'key': self.key}.items():
-      if value == '' or value and name != 'separator' and not value.strip():
+      is_blank = value is not None and not value.strip()
+      if value == '' or (is_blank and name != 'separator'):
         raise ValueError(f'--{name}={value} is empty, perhaps an unset shell variable; leave it out or give it a value')
     if self.separator and not self.text:
-      raise ValueError(f'--separator={self.separator} cuts the files of --text, which is not given')
+      raise ValueError(f'--separator={self.separator} cuts the files of --text, which is not given; give that too, or '
+                       'leave it out')
     corpora.check_validation(self.validation)
     compressed.check_limit(self.decompressed_limit)
-    sources = [self._one(name) for name, pattern in files.items() if pattern]
+    sources = [self._source_of(name) for name, pattern in files.items() if pattern]
     self._check_mixture(len(sources))
     if len(sources) > 1:
       return mixture(list(zip(sources, self.weights or (1.,) * len(sources))), self.repeat)
     return sources[0] if sources else corpora.python_library(self.validation)
 
-  def _one(self, name: str) -> Source:
+  def _source_of(self, name: str) -> Source:
     match name:
       case 'text':
         separator = self.separator and unescaped(self.separator)
@@ -71,7 +73,7 @@ class Corpus:
     if weights and size < 2:
       raise ValueError(f'{written} is for a mixture of several corpora; leave it out')
     if weights and len(weights) != size:
-      raise ValueError(f'{written} has {len(weights)} numbers for {size} corpora')
+      raise ValueError(f'{written} has {len(weights)} numbers for {size} corpora; give one for each')
     if not all(0 <= weight < float('inf') for weight in weights):
       raise ValueError(f'{written} has a weight that is negative or not finite; give each corpus its share, or 0 to '
                        'leave it out')

@@ -1,4 +1,4 @@
-"""Flags of adapters that are trained in place of a model's own parameters."""
+"""Flags of low-rank adapters, which are trained in place of the parameters of a model."""
 import dataclasses
 
 from lm import lora, train
@@ -10,14 +10,13 @@ class Lora:
   """Low-rank adapters.
 
   Args:
-    lora_rank: of adapters that are trained in place of all parameters, on those of the model that is started from; 0
-      for none.
-    lora_alpha: adapters are scaled by it over the rank; none for twice the rank.
+    lora_rank: rank of adapters, which are trained in place of the parameters that training starts from; 0 for none.
+    lora_alpha: adapters are multiplied by alpha / rank; none for twice the rank.
   """
   lora_rank: int = 0
   lora_alpha: float | None = None
 
   def adapt(self, run: train.Run) -> train.Run:
-    """The run with adapters, or itself where the rank is 0."""
+    """Returns the run with adapters; the run itself where the rank is 0."""
     check_used({'lora_alpha': self.lora_alpha}, self.lora_rank > 0, '--lora_rank')
     return lora.adapt(run, self.lora_rank, self.lora_alpha)

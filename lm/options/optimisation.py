@@ -16,21 +16,21 @@ class Optimizer:
   """Optimizer and learning rate.
 
   Args:
-    optimizer: by its name; see lm/optim.
-    lr: the highest learning rate; of muon that of the matrices in blocks.
-    schedule: how the rate goes on after the warm-up.
+    optimizer: name of the optimizer, see lm/optim.
+    lr: the highest learning rate; with muon, that of the matrices in blocks.
+    schedule: learning rate after the warm-up.
     warmup: steps of linear warm-up, none for 100, or a tenth of the steps where that is less; one_cycle has none.
-    cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
-    milestones: steps at which the schedule called steps falls.
-    drop: the share of its rate that is then left, by default 0.1.
-    weight_decay: decoupled; none for what the optimizer has by itself, mostly 0.1.
+    cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth of the steps.
+    milestones: steps at which the rate of --schedule=steps drops.
+    drop: factor of the rate at each of the milestones, by default 0.1.
+    weight_decay: decoupled weight decay; none for the default of the optimizer, mostly 0.1.
     decay: patterns of parameters that decay, such as blocks/*; by default all that the model does not declare as
       vectors (with muon, the matrices of its layers).
-    rates: pattern=factor, such as embedding=4,*norm/*=0.5; the rate of such parameters is multiplied.
-    embedding_rate: how much faster the embedding learns; with muon, all that is not a matrix in a block.
-    l1: coefficient of the sum of the absolute values of what decays, a part of the gradient.
-    l2: coefficient of half the sum of their squares, a part of the gradient too.
-    average: decay of an exponential moving average of the parameters, which is then what is evaluated; 0 for none.
+    rates: factors of the rate of some parameters as pattern=factor, such as embedding=4,*norm/*=0.5.
+    embedding_rate: factor of the rate of the embedding; with muon, of all parameters but the matrices in blocks.
+    l1: coefficient of the sum of the absolute values of the parameters that decay, in the gradient.
+    l2: coefficient of half the sum of their squares, in the gradient too.
+    average: decay of an exponential moving average of the parameters, which is then evaluated; 0 for none.
     clip: bound on the global norm of the gradient.
   """
   optimizer: OptimizerName = 'adamw'
@@ -50,16 +50,18 @@ class Optimizer:
   clip: float | None = 1.
 
   def make(self, steps: int, warmup: int, updates: groups.Factors = ()) -> optim.Optimizer:
-    """The optimizer of a run of so many steps.
+    """Returns the optimizer.
 
-    `warmup` is that of the experiment, where no flag gives one. `updates` multiply the rate of some parameters, but for
-    weight decay (see `groups.Rates`).
+    Args:
+      steps: the steps of the run.
+      warmup: the steps of warm-up where --warmup is none.
+      updates: factors of the rate of some parameters, without weight decay, see `groups.Rates`.
 
     Raises:
       ValueError: flags contradict one another, or have no effect.
     """
     rate: optim.Rate = self.rate(steps, warmup)
-    factors = groups.parsed(self.rates)
+    factors = groups.parse_factors(self.rates)
     if self.embedding_rate is not None and self.optimizer != 'muon':
       factors = (*factors, ('embedding', self.embedding_rate))
     if factors or updates:
@@ -72,25 +74,25 @@ class Optimizer:
     if self.optimizer == 'adam' and len(options) > 1:
       raise ValueError('--optimizer=adam has no weight decay; leave out --weight_decay and --decay, or take adamw')
     if self.embedding_rate is not None and self.optimizer == 'muon':
-      options['rest'] = self.embedding_rate
+      options['other_rate'] = self.embedding_rate
     optimizer = getattr(optim, self.optimizer)(rate, **options)
     if self.l1 or self.l2:
-      optimizer = optim.penalised(optimizer, self.l1, self.l2, options.get('decays', groups.decayed))
-    return averaging.averaged(optimizer, self.average) if self.average else optimizer
+      optimizer = optim.with_penalty(optimizer, self.l1, self.l2, options.get('decays', groups.decay_mask))
+    return averaging.with_average(optimizer, self.average) if self.average else optimizer
 
   def rate(self, steps: int, warmup: int) -> schedules.Schedule:
-    """The learning rate of a run of so many steps; `warmup` as in `make`. ValueError as there."""
+    """Returns the schedule of the learning rate. Arguments and errors are those of `make`."""
     name = self.schedule
     if self.cooldown is not None and name not in ('stable_decay', 'one_cycle'):
       raise ValueError(f'--cooldown={self.cooldown} is for --schedule=stable_decay and one_cycle, not for {name}')
     if bool(self.milestones) != (name == 'steps'):
-      raise ValueError(f'--milestones={",".join(map(str, self.milestones))} goes with --schedule=steps, and that with '
-                       f'them; the schedule is {name}')
+      raise ValueError(f'--milestones={",".join(map(str, self.milestones))} and --schedule={name} do not fit together; '
+                       'give milestones with --schedule=steps, and with no other schedule')
     check_used({'drop': self.drop}, name == 'steps', '--schedule=steps')
     check_used({'warmup': self.warmup}, name != 'one_cycle', 'a --schedule other than one_cycle')
     drop = 0.1 if self.drop is None else self.drop
     if not 0 < drop < 1:
-      raise ValueError(f'--drop={drop} is not a share of the rate between 0 and 1, which is what is left of it')
+      raise ValueError(f'--drop={drop} is not between 0 and 1; give the factor of the rate at each milestone')
     cooldown = steps // 5 if self.cooldown is None else self.cooldown
     warmup = warmup if self.warmup is None else self.warmup
     match name:
@@ -103,5 +105,5 @@ class Optimizer:
     return getattr(schedules, f'warmup_{name}')(self.lr, steps, warmup)
 
 
-# What small models learn fastest with: a rate for the matrices, and four times that for all else.
+# Small models learn fastest with this rate for the matrices, and four times that for other parameters.
 MUON = Optimizer(optimizer='muon', lr=0.015, schedule='linear', embedding_rate=4.)

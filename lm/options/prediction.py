@@ -1,4 +1,4 @@
-"""Flags of what is predicted."""
+"""Flags of the training objective."""
 import dataclasses
 import math
 from typing import Any, Literal
@@ -21,15 +21,15 @@ class Prediction:
   """Objective.
 
   Args:
-    objective: what is learned; see lm/objectives.
-    denominator: what a loss is divided by, targets or sequences.
+    objective: training objective, see lm/objectives.
+    denominator: number that the sum of losses is divided by, targets or sequences.
     label_smoothing: share of a target's probability that is spread over the vocabulary.
     z_loss: coefficient of the squared log of the softmax's denominator, such as 1e-4.
     noise: share of the tokens that masked and span_corruption hide, by default 0.15.
-    mean_span: tokens of a hidden span of span_corruption, on average, by default 3.
-    infill_rate: share of the pieces whose middle comes last, of infill, by default 0.5.
-    control: names of the control tokens of the objective, where the tokenizer has others than ours, the mask; the
-      sentinels (of ul2, then its three modes); or those before prefix, suffix and middle.
+    mean_span: mean number of tokens of a span that span_corruption hides, by default 3.
+    infill_rate: share of the pieces whose middle infill moves to the end, by default 0.5.
+    control: names of the objective's control tokens in a tokenizer that has other names, the mask; the sentinels (of
+      ul2, then its three modes); or the tokens before prefix, suffix and middle.
   """
   objective: Literal['next_token', 'prefix', 'masked', 'span_corruption', 'ul2', 'infill'] = 'next_token'
   denominator: Literal['token_mean', 'sequence_mean'] = 'token_mean'
@@ -44,16 +44,19 @@ class Prediction:
     self._check()
 
   def make(self, length: int) -> objectives.Objective:
-    """The objective, for rows of `length` positions."""
+    """Returns the objective for rows of `length` positions."""
     noise = 0.15 if self.noise is None else self.noise
     mean_span = 3. if self.mean_span is None else self.mean_span
-    losses_given = (losses.smoothing, self.label_smoothing), (losses.z_loss, self.z_loss)
-    terms = [term(value) for term, value in losses_given if value]
+    terms = []
+    if self.label_smoothing:
+      terms.append(losses.smoothing(self.label_smoothing))
+    if self.z_loss:
+      terms.append(losses.z_loss(self.z_loss))
     options: dict[str, Any] = {
         'denominator': getattr(objectives, self.denominator),
         'token_loss': losses.token_loss(losses.nll, *terms) if terms else objectives.cross_entropy}
 
-    def sentinels(rate):   # of a row's positions, a span takes 1 / rate tokens and two sentinels
+    def sentinels(rate):   # a span takes 1 / rate tokens and two sentinels of a row's positions
       return tokenizers.sentinels(max(32, math.ceil(length / (1 / rate + 2))))
 
     match self.objective:
@@ -71,15 +74,16 @@ class Prediction:
     return next_token(**options)
 
   def _check(self) -> None:
-    """ValueError where a flag is given that the objective does not use, or means nothing."""
+    """Raises ValueError where a flag has a value that the objective does not use, or that is out of range."""
     name = self.objective
     if self.control and name in ('next_token', 'prefix'):
-      raise ValueError(f'--control={",".join(self.control)} names tokens, of which --objective={name} needs none')
+      raise ValueError(f'--control={",".join(self.control)} names control tokens, and --objective={name} has none; '
+                       'leave it out')
     check_used({'noise': self.noise}, name in ('masked', 'span_corruption'), '--objective=masked or span_corruption')
     check_used({'mean_span': self.mean_span}, name == 'span_corruption', '--objective=span_corruption')
     check_used({'infill_rate': self.infill_rate}, name == 'infill', '--objective=infill')
     if self.mean_span is not None and not self.mean_span >= 1:
-      raise ValueError(f'--mean_span={self.mean_span} is not 1 token at least')
+      raise ValueError(f'--mean_span={self.mean_span} is less than 1 token; give 1 or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +91,22 @@ class Ahead:
   """Prediction of several tokens.
 
   Args:
-    predict_ahead: so many tokens further than the next are predicted too, by a module each, which can then draft text.
-    ahead_modules: whether these are a chain that reads the tokens between, as in DeepSeek-V3 (the default), or stand
-      side by side.
-    ahead_weight: of the mean of their losses, by default 0.3.
+    predict_ahead: number of tokens after the next that are predicted too, by a module each, which can then draft text.
+    ahead_modules: whether the modules form a chain that reads the tokens between, as in DeepSeek-V3 (the default), or
+      stand side by side.
+    ahead_weight: weight of the mean of their losses, by default 0.3.
   """
   predict_ahead: int = 0
   ahead_modules: Literal['sequential', 'parallel'] | None = None
   ahead_weight: float | None = None
 
-  def applied(self, decoder: transformer.Transformer, prediction: Prediction, goal: objectives.Objective
+  def apply(self, decoder: transformer.Transformer, prediction: Prediction, goal: objectives.Objective
               ) -> tuple[Any, objectives.Objective]:
-    """The model with its modules, and the objective of both; what is given where nothing is predicted ahead."""
+    """Returns the model with these modules and its objective; the arguments where --predict_ahead is 0.
+
+    Raises:
+      ValueError: flags contradict one another, or have no effect.
+    """
     check_used({'ahead_modules': self.ahead_modules, 'ahead_weight': self.ahead_weight}, self.predict_ahead > 0,
                '--predict_ahead')
     if not self.predict_ahead:

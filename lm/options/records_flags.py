@@ -1,4 +1,4 @@
-"""Flags that name records: prompts and answers, dialogues, pairs."""
+"""Flags of records: prompts and answers, dialogues, or pairs of answers."""
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +14,15 @@ class Records:
   r"""Records.
 
   Args:
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none makes puzzles up.
-    prompt: the field with what is asked, a text or messages.
-    completion: the field with what is to be learned, a text or messages.
-    encoding_errors: what happens to a line that is no UTF-8, an error, repair, or dropping it.
-    decompressed_limit: GiB that a compressed file may unpack to.
+    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none generates puzzles.
+    prompt: the field with the prompt, a text or messages.
+    completion: the field with the answer to learn, a text or messages.
+    encoding_errors: treatment of a line that is not valid UTF-8, an error, repair, or dropping it.
+    decompressed_limit: limit on the size of a file after decompression, in GiB.
     validation: share of the records that is held out, above 0.
-    plain: write prompt and answer one after the other with this between them, such as \n, and no chat template.
-    length: positions a row; longer records are left out.
-    allow_left_out: train also where half of the records or more are left out.
+    plain: text between prompt and answer, such as \n, in place of a chat template.
+    length: positions of a row; longer records are left out.
+    allow_left_out: train even where half of the records or more are left out.
   """
   jsonl: str | None = None
   prompt: str = 'prompt'
@@ -39,13 +39,13 @@ class Records:
     compressed.check_limit(self.decompressed_limit)
 
   def source(self, puzzles: Callable[[], Any]) -> Any:
-    """The records of --jsonl; without it, those that `puzzles()` makes up."""
+    """Returns the records of --jsonl; without it, those of `puzzles()`."""
     if not self.jsonl:
       return puzzles()
     return corpora.jsonl(self.jsonl, None, self.validation, self.encoding_errors, self.decompressed_limit)
 
-  def template(self, of_model: conversation.Template | None) -> conversation.Template:
-    """How prompt and answer are written: as --plain says, or as the model's template does, or in turns."""
+  def template(self, default: conversation.Template | None) -> conversation.Template:
+    """Returns the template of --plain, else that of the model, else one of turns."""
     if self.plain is not None:
       return conversation.Plain(unescaped(self.plain))
-    return of_model or conversation.Turns()
+    return default or conversation.Turns()

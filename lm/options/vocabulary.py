@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from lm.data import tokenizers
-from lm.options.usage import given
+from lm.options.usage import explicit_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +13,11 @@ class Vocabulary:
   """Tokenizer.
 
   Args:
-    tokenizer_kind: of the tokenizer that is trained; by default bpe. Bytes are not trained.
-    tokenizer_file: use this .model or tokenizer.json rather than training a tokenizer.
-    vocab: tokens of the tokenizer that is trained, and of the model.
+    tokenizer_kind: kind of the tokenizer that is trained, by default bpe; bytes need no training.
+    tokenizer_file: a .model or tokenizer.json to use, in place of training a tokenizer.
+    vocab: number of tokens of the tokenizer that is trained, and of the model.
     character_coverage: share of the text whose characters have a token each, from 0.98 to 1, by default 0.9995; rarer
-      ones are spelled in bytes. Lower it for Chinese text and a small vocabulary.
+      characters are encoded as bytes. Lower it for Chinese text and a small vocabulary.
   """
   tokenizer_kind: Literal['bpe', 'unigram', 'bytes'] | None = None
   tokenizer_file: str | None = None
@@ -33,10 +33,12 @@ class Vocabulary:
 
   def tokenizer(self, vocab: int, control: tuple[str, ...] = (), kind: Literal['bpe', 'unigram'] | None = None
                 ) -> tokenizers.Tokenizer | tokenizers.InFile | Callable[..., tokenizers.Tokenizer]:
-    """A tokenizer, or its file, or a function that trains one of `vocab` tokens on documents.
+    """Returns a tokenizer, or its file, or a function that trains one of `vocab` tokens on documents.
 
-    It has room for the `control` tokens beside those that every tokenizer has. `kind` is what is written down of a
-    tokenizer whose kind no flag gives, which is bpe.
+    Args:
+      vocab: the number of tokens.
+      control: names of control tokens that it has beside those of every tokenizer.
+      kind: is stored as the kind where no flag gives one; such a tokenizer is of the kind bpe.
     """
     names = [name for name in control if name not in tokenizers.CONTROL]
     options = {'control': (*tokenizers.CONTROL, *names)} if names else {}
@@ -44,12 +46,12 @@ class Vocabulary:
       return tokenizers.InFile(self.tokenizer_file)
     if self.tokenizer_kind == 'bytes':
       return tokenizers.Bytes(**options)
-    if chosen := self.tokenizer_kind or kind:
-      options['kind'] = chosen
+    if self.tokenizer_kind or kind:
+      options['kind'] = self.tokenizer_kind or kind
     if self.character_coverage is not None:
       options['character_coverage'] = self.character_coverage
     return functools.partial(tokenizers.train_sentencepiece, vocab=vocab, **options)
 
-  def given(self) -> dict[str, object]:
-    """The flags that are given, by name."""
-    return given(self)
+  def explicit_values(self) -> dict[str, object]:
+    """Returns the flags that are not None, by name."""
+    return explicit_values(self)

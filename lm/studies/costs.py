@@ -66,7 +66,7 @@ def equal(arms: list[Arm], unit: str, amount: float | None, mesh: jax.sharding.M
     counts = [budget.fit(lambda steps, arm=arm: arm.make(steps=steps), amount / 60).steps for arm in arms]
     return list(map(fitted, arms, counts)), amount
   if amount is None:
-    first = budget.planned(arms[0].make, ())
+    first = budget.plan(arms[0].make, ())
     amount = spending(first, unit, mesh)(first.steps)
   counts = []
   for arm in arms:

@@ -51,21 +51,21 @@ def fit(points: Points, delta: float = 1e-3, starts: Sequence[Law] = ()) -> Law:
     return value / delta ** 2, np.array([np.sum(slope * g) for g in gradient]) / delta ** 2
 
   low = np.log(loss.min())
-  places = [(low - e, low - part, alpha, low - part, beta) for e in (0.1, 0.5, 2.) for part in (1., 3.)
-           for alpha in (0.2, 0.7) for beta in (0.2, 0.7)]
-  given = [(np.log(law.E), np.log(law.A) - law.alpha * np.log(units[0]), law.alpha,
-             np.log(law.B) - law.beta * np.log(units[1]), law.beta) for law in starts]
+  grid = [(low - e, low - part, alpha, low - part, beta) for e in (0.1, 0.5, 2.) for part in (1., 3.)
+          for alpha in (0.2, 0.7) for beta in (0.2, 0.7)]
+  from_laws = [(np.log(law.E), np.log(law.A) - law.alpha * np.log(units[0]), law.alpha,
+                np.log(law.B) - law.beta * np.log(units[1]), law.beta) for law in starts]
   bounds = [(-20, low), (-20, 10), (0, 3), (-20, 10), (0, 3)]
   best = min((optimize.minimize(objective, x, jac=True, method='L-BFGS-B', bounds=bounds,
-                                options={'maxiter': 2000, 'ftol': 1e-13, 'gtol': 1e-9}) for x in given or places),
+                                options={'maxiter': 2000, 'ftol': 1e-13, 'gtol': 1e-9}) for x in from_laws or grid),
              key=lambda result: result.fun)
   e, a, alpha, b, beta = best.x
   return Law(float(np.exp(e)), float(np.exp(a + alpha * np.log(units[0]))), float(alpha),
              float(np.exp(b + beta * np.log(units[1]))), float(beta))
 
 
-def resampled(points: Points, law: Law, count: int = 200, seed: int = 0) -> list[Law]:
-  """Laws fitted again to the law's own values with residuals drawn from its residuals: a bootstrap."""
+def bootstrap(points: Points, law: Law, count: int = 200, seed: int = 0) -> list[Law]:
+  """Returns laws that are fitted to values of the law with residuals drawn from its own: a bootstrap."""
   rng, (n, d, loss) = np.random.default_rng(seed), np.asarray(points, float).T
   residuals = np.log(loss) - np.log(law(n, d))
   residuals = residuals * np.sqrt(len(loss) / max(len(loss) - 5, 1))   # five numbers were fitted to them
@@ -75,7 +75,7 @@ def resampled(points: Points, law: Law, count: int = 200, seed: int = 0) -> list
 
 def predict(points: Points, law: Law, laws: Sequence[Law], n: float, d: float, confidence: float = 0.95, seed: int = 0
             ) -> tuple[float, float, float]:
-  """The loss at (n, d), and an interval for the outcome of one run: of the law, and of what a run deviates from it."""
+  """Returns the loss at (n, d), and an interval for a run, from the spread of the laws and of the residuals."""
   rng, (ns, ds, loss) = np.random.default_rng(seed), np.asarray(points, float).T
   residuals = (np.log(loss) - np.log(law(ns, ds))) * np.sqrt(len(loss) / max(len(loss) - 5, 1))
   outcomes = [float(other(n, d)) * np.exp(rng.choice(residuals)) for other in laws for _ in range(10)]

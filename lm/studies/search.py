@@ -126,13 +126,13 @@ class Study:
     while len(self._study.get_trials(states=[states.COMPLETE, states.PRUNED])) < trials:
       yield RunningTrial(self._study, self._study.ask(), {}, self._knobs)
 
-  def done(self) -> list[Trial]:
+  def finished(self) -> list[Trial]:
     """Returns the finished trials: the best first, those that were pruned last."""
     states = self._optuna.trial.TrialState
     trials = self._study.get_trials(states=[states.COMPLETE, states.PRUNED])
-    finished = [Trial(t.number, {name: str(value) for name, value in t.params.items()}, t.value,
+    results = [Trial(t.number, {name: str(value) for name, value in t.params.items()}, t.value,
                    max(t.intermediate_values, default=0), t.state == states.PRUNED) for t in trials]
-    return sorted(finished, key=lambda t: (t.pruned, t.value))
+    return sorted(results, key=lambda t: (t.pruned, t.value))
 
 
 class RunningTrial:

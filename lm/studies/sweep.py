@@ -52,8 +52,8 @@ def sweep(*, knobs: str, experiment: pathlib.Path, workdir: pathlib.Path, common
     except (train.NotFinite, Impossible) as error:
       print(f'it has no result: {error}')
       trial.tell(math.inf)
-  report(study.done(), space, metric, workdir)
-  return study.done()
+  report(study.finished(), space, metric, workdir)
+  return study.finished()
 
 
 def check_texts(space: search.Space, arm: Callable[[dict[str, str]], variants.Arm], first: train.Run) -> None:
@@ -94,17 +94,17 @@ def value(arm: variants.Arm, trial: search.RunningTrial, metric: str, workdir: p
   return last
 
 
-def report(done: list[search.Trial], knobs: search.Space, metric: str, workdir: pathlib.Path) -> None:
+def report(trials: list[search.Trial], knobs: search.Space, metric: str, workdir: pathlib.Path) -> None:
   """Prints the table of a sweep, and writes it and the figure to its workdir."""
   lines = [f'| {" | ".join(knobs)} | {metric} | |', '|---' * (len(knobs) + 2) + '|']
-  for trial in done:
+  for trial in trials:
     values = [f'{float(v):.4g}' if isinstance(knobs[name], search.Range) else str(v) for name, v in trial.knobs.items()]
     remark = 'no result' if math.isinf(trial.value) else ''
     if trial.pruned:
-      remark = f'left at evaluation {trial.evaluations}'
+      remark = f'stopped at evaluation {trial.evaluations}'
     lines.append(f'| {" | ".join(values)} | {trial.value:.4f} | {remark} |')
   print('\n' + '\n'.join(lines))
   atomic.write(workdir / 'sweep.md', '\n'.join(lines) + '\n')
-  figures.sweep(workdir / 'sweep.png', [(t.knobs, t.value, t.pruned) for t in done], metric)
-  best = written(done[0].knobs, '--') if math.isfinite(done[0].value) else 'none, no trial has a result'
+  figures.sweep(workdir / 'sweep.png', [(trial.knobs, trial.value, trial.pruned) for trial in trials], metric)
+  best = written(trials[0].knobs, '--') if math.isfinite(trials[0].value) else 'none, no trial has a result'
   print(f'\nthe best: {best}\nwritten to {workdir}: sweep.md, sweep.png, and a folder for each trial')

@@ -1,4 +1,4 @@
-"""Training: a `Run` says what is trained, and `train` trains it from where it was left."""
+"""Training: a `Run` describes what is trained, and `train` trains it from the newest checkpoint in its workdir."""
 from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
@@ -15,14 +15,14 @@ from lm.train.run import (
   identity,
   init,
   load_constants,
-  placed,
-  rebuilt,
+  run_from_json,
   with_constants,
+  with_shardings,
 )
 from lm.train.start import train
-from lm.train.step import make_step, step_of
+from lm.train.step import make_step, step_function
 
-__all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'Model', 'OpenData', 'Stopped', 'NotFinite',
-           'Result', 'result_step', 'Pending', 'after_opening', 'opened', 'Run', 'State', 'abstract_batch',
-           'abstract_constants', 'abstract_state', 'begin', 'check', 'check_vocabulary', 'identity', 'init',
-           'load_constants', 'make_step', 'placed', 'rebuilt', 'step_of', 'with_constants', 'train']
+__all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'Model', 'NotFinite', 'OpenData', 'Pending', 'Result',
+           'Run', 'State', 'Stopped', 'abstract_batch', 'abstract_constants', 'abstract_state', 'after_opening',
+           'begin', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step', 'opened',
+           'result_step', 'run_from_json', 'step_function', 'train', 'with_constants', 'with_shardings']

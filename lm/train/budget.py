@@ -1,4 +1,4 @@
-"""How many steps fit a time budget on this machine."""
+"""Chooses the number of steps that fit a time budget on this machine."""
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +18,21 @@ from lm.train.step import make_step
 
 
 def empty_batch(run: Run) -> Batch:
-  """A batch of zeros, of one segment a row and targets that count, on the mesh that is set."""
+  """Returns a batch of zeros on the mesh that is set, with one segment in each row, whose targets all have weight 1."""
   mesh = jax.sharding.get_mesh()
   rows = len(sharding.local_rows(run.batch, mesh))
-  empty = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), abstract_batch(run, mesh))
-  return sharding.shard_rows(empty._replace(weights=empty.weights + 1, segments=empty.segments + 1), mesh)
+  zeros = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), abstract_batch(run, mesh))
+  return sharding.shard_rows(zeros._replace(weights=zeros.weights + 1, segments=zeros.segments + 1), mesh)
 
 
 def fit(make: Callable[[int], Run], minutes: float) -> Run:
-  """`make(steps)`, with as many steps as take `minutes` on this machine, evaluations included; takes some seconds.
+  """Returns `make(steps)` with the steps that take `minutes` on this machine, evaluations included.
 
-  The step and the evaluation are timed on batches of zeros, before data is read. Call it with a mesh set. ValueError
-  where the minutes are not positive.
+  It times the step and the evaluation on batches of zeros, which takes some seconds and reads no data. A mesh has to be
+  set.
+
+  Raises:
+    ValueError: the minutes are not positive.
   """
   if not 0 < minutes < 1e6:
     raise ValueError(f'minutes={minutes} is not between 0 and a million')
@@ -45,29 +48,33 @@ def fit(make: Callable[[int], Run], minutes: float) -> Run:
     middle = time.monotonic()
     state = jax.block_until_ready(step(state, batch, constants)[0])
     times.append((middle - start, time.monotonic() - middle))
-  evaluating, training = np.median(times[1:], axis=0)   # the first one compiles
-  steps = _at_least(60 * minutes / training)
+  evaluation_seconds, step_seconds = np.median(times[1:], axis=0)   # the first round compiles
+  steps = _bounded(60 * minutes / step_seconds)
   evaluations = steps // make(steps).evaluate_every
-  steps = _at_least((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluating) / training)
-  return make(hosts.agreed(steps))   # one clock decides in a cluster
+  steps = _bounded((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluation_seconds) / step_seconds)
+  return make(hosts.agreed(steps))   # in a cluster, the clock of one process decides
 
 
-def _at_least(steps: float, least: int = 10) -> int:
-  return min(max(int(steps), least), 2 ** 31 - 1)
+def _bounded(steps: float) -> int:
+  return min(max(int(steps), 10), 2 ** 31 - 1)
 
 
-def planned(make: Callable[..., Run], recorded: Sequence[Mapping[str, Any]]) -> Run:
-  """The run of an experiment; where it is given minutes and no steps, with as many steps as fit.
+def plan(make: Callable[..., Run], recorded: Sequence[Mapping[str, Any]]) -> Run:
+  """Returns the run `make()`; where it has minutes rather than steps, with the number of steps that fit.
 
-  `make(**knobs)` makes it. Steps are measured once: those in the records of earlier starts, oldest first, stay, and
-  follow where the minutes have changed. Steps of a start without minutes are no measure.
+  The steps are measured once, in the first start by minutes. Later starts take them from the records of the workdir,
+  and scale them where the minutes have changed.
+
+  Args:
+    make: `make(**knobs)` builds the run of an experiment with other values of some flags.
+    recorded: the records of earlier starts, the oldest first.
   """
   run = make()
   earlier = next(({name: record[name] for name in ('steps', 'minutes') if name in record}
                   for record in reversed(recorded) if 'steps' in record), None)
   if run.minutes is None:
     return run
-  earlier = hosts.agreed(earlier)   # all processes measure, or none
+  earlier = hosts.agreed(earlier)   # either all processes measure or none does
   if earlier is None or earlier.get('minutes', run.minutes) is None:
     return dataclasses.replace(fit(lambda steps: make(steps=steps), run.minutes), minutes=run.minutes)
   steps = round(earlier['steps'] * run.minutes / earlier.get('minutes', run.minutes))

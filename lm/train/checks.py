@@ -1,4 +1,5 @@
-"""What does not fit together in a run is found here, before anything is compiled."""
+"""Checks that the parts of a run fit together, before anything is compiled."""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,18 @@ from lm.workdir.describe import differences
 
 
 def check(run: Run, mesh: jax.sharding.Mesh) -> None:
-  """Traces the step without data and devices' memory: whatever does not fit together raises here, in seconds."""
+  """Checks a run by tracing its step, in seconds, without data and without memory of devices.
+
+  Raises:
+    ValueError: parts of the run do not fit together, or do not fit the mesh.
+  """
   sharding.require(mesh)
   split = sharding.parts('B', mesh)
   parts = split * run.accumulate
   shapes = run.schedule.shapes()
-  if bad := [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]:
-    raise ValueError(f'batch={bad[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+  uneven = [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]
+  if uneven:
+    raise ValueError(f'batch={uneven[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
                      f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
   longest = run.model.max_length
   if run.data.length > longest:
@@ -28,13 +34,13 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
                      f'give --length={longest} or less')
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
-                     f'{KINDS[run.data.kind]}; choose another of either')
+                     f'{KINDS[run.data.kind]}; choose another objective or other data')
   augmented(run.objective, run.augment)
   if run.augment and run.data.columns:
-    raise ValueError(f'what is stored with the data, {", ".join(run.data.columns)}, is of text as it is; leave out the '
-                     'augmentation')
-  whole = run.data.source_length or run.data.kind is not np.ndarray or abstract_batch(run, mesh).inputs
-  if len({length for _, length in shapes}) > 1 and whole:
+    raise ValueError(f'columns that are stored with the data, {", ".join(run.data.columns)}, belong to the text '
+                     'without augmentation; leave out the augmentation')
+  has_whole_rows = run.data.source_length or run.data.kind is not np.ndarray or abstract_batch(run, mesh).inputs
+  if len({length for _, length in shapes}) > 1 and has_whole_rows:
     raise ValueError('rows of sources, of dialogues and with inputs cannot be cut into shorter ones; leave out the '
                      'stages of length')
   for shape in shapes:
@@ -43,17 +49,21 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_batch(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int], batch: Batch) -> None:
-  """ValueError unless the batch that a feed gives has the arrays of `abstract_batch`, which names those that differ."""
-  given, expected = ({jax.tree_util.keystr(path, simple=True, separator='.'): f'{x.dtype}{list(x.shape)}'
-                      for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-                     for tree in (batch, abstract_batch(run, mesh, shape)))
-  if lines := differences(expected, given):
+  """Raises ValueError, which names the differences, where a feed gives other arrays than those of `abstract_batch`."""
+  lines = differences(_arrays(abstract_batch(run, mesh, shape)), _arrays(batch))
+  if lines:
     raise ValueError('the feed gives a batch of other arrays than the run expects; the objective says which columns '
                      'there are, the data the length of rows\n  ' + '\n  '.join(lines))
 
 
+def _arrays(tree: Any) -> dict[str, str]:
+  """Returns the dtype and the shape of each array of a tree, by its path."""
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): f'{x.dtype}{list(x.shape)}'
+          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def check_vocabulary(run: Run, data: OpenData) -> None:
-  """ValueError if the tokenizer has tokens for which the model has no logits."""
+  """Raises ValueError where the tokenizer has tokens for which the model has no logits."""
   def logits(constants, inputs):
     params = with_constants(run.model.init(jax.random.key(0)), constants)
     tokens = jnp.zeros((run.batch, 1), jnp.int32)

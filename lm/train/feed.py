@@ -1,4 +1,4 @@
-"""The feed of a run that learns from its data: rows are read while the step before is computed."""
+"""The feed of a run that learns from its data. It reads the rows of a step while the step before is computed."""
 import bisect
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,14 +13,17 @@ from lm.train.run import Run, State
 
 
 class DataFeed(Feed):
-  """The batches of the train split: augmented, in the shapes of the stages of the run, each process's own rows."""
+  """Gives the batches of the training split, augmented and in the shapes of the run's stages.
+
+  Each process reads its own rows.
+  """
 
   def __init__(self, run: Run, data: OpenData, mesh: jax.sharding.Mesh):
     objective = augmented(run.objective, run.augment, data.tokenizer)
     self._rows, self._schedule, self._mesh = data.batches('train', objective, run.batch, run.seed), run.schedule, mesh
     self._batches = Staged(self._rows, run.schedule)
     self._reader = ThreadPoolExecutor(1)
-    self._ahead: dict[int, Future[Batch]] = {}   # by step: the one that is expected next
+    self._ahead: dict[int, Future[Batch]] = {}   # the batch that is being read ahead, by its step
 
   def __call__(self, step: int, state: State) -> Batch:
     del state
@@ -33,7 +36,7 @@ class DataFeed(Feed):
     return self._batches(step, sharding.local_rows(self._schedule.shape(step)[0], self._mesh))
 
   def steps(self, planned: int) -> int:
-    """Returns for how many of the planned steps there are rows; prints where that is fewer.
+    """Returns the number of planned steps that there are rows for; prints a line where it is smaller.
 
     Raises:
       ValueError: there are too few rows for a single step.
@@ -45,7 +48,7 @@ class DataFeed(Feed):
     steps = bisect.bisect_right(range(planned + 1), rows, key=self._schedule.rows_before) - 1
     if not steps:
       raise ValueError(f'{name} has too little text for one step of {self._schedule.shape(0)[0]} rows; lower --batch, '
-                       'or let a corpus that ends begin anew (--repeat)')
+                       'or repeat a corpus at its end (--repeat)')
     print(f'training stops at step {steps:,} of {planned:,}, where {name} ends; the schedule is the one of '
           f'{planned:,} steps')
     return steps

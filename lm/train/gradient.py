@@ -1,8 +1,8 @@
-"""How the gradient of a step is computed: `gradient(loss, params, batch, key, parts) -> (sums, gradients)`.
+"""Ways to compute the gradient of a step. Each is a function `(loss, params, batch, key, parts) -> (sums, gradients)`.
 
-`loss(params, batch, key)` returns (loss_sum, (weight_sum, sums)), and so does `gradient` in its `sums`, added over the
-batch. The step divides the gradients, and the loss, by the sum of weights. `parts` is how many parts of the batch are
-computed one after the other, so that the memory of one is enough.
+`loss(params, batch, key)` returns (loss_sum, (weight_sum, sums)). The `sums` of the gradient have the same form, added
+over the batch. The step divides the gradients and the loss by the sum of the weights. The batch is computed in `parts`,
+one after the other, so that only one part needs memory for its activations.
 """
 import dataclasses
 import functools
@@ -18,13 +18,14 @@ from lm import sharding
 Gradient = Callable[[Callable[..., Any], Any, Any, jax.Array, int], tuple[Any, Any]]
 
 
-def accumulated(loss: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int) -> tuple[Any, Any]:
-  """The gradient of the sum of the losses of all parts."""
+def accumulate_gradients(loss: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int
+                         ) -> tuple[Any, Any]:
+  """Returns the gradient of the sum of the losses of all parts."""
   return accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, key, parts)
 
 
 def accumulate(function: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int) -> Any:
-  """Sums of `function(params, part, key)` over the parts of a batch, one part at a time."""
+  """Returns the sum of `function(params, part, key)` over the parts of a batch, computed one after the other."""
   if parts == 1:
     return function(params, batch, key)
 
@@ -42,11 +43,11 @@ def accumulate(function: Callable[..., Any], params: Any, batch: Any, key: jax.A
 
 @dataclasses.dataclass(frozen=True)
 class ClippedByRow:
-  """The sum of the gradients of rows, each of its mean loss, clipped to a norm of `bound` (Abadi et al. 2016).
+  """Sums the gradients of rows, each clipped to a norm of `bound` (Abadi et al. 2016).
 
-  A row counts the same whatever its weights sum to, and has its own key. Each device computes its rows at once, by
-  `vmap`, from parameters that it holds whole, and keeps a gradient for each: `parts` bounds the memory. Noise, for
-  privacy, is the optimizer's to add.
+  The gradient of a row is that of its mean loss, so that all rows count the same. Each row has its own key. A device
+  computes all its rows of a part at once, by `vmap`, from a whole copy of the parameters, and keeps a gradient for
+  each, so that more parts need less memory. Private training also needs noise, which the optimizer has to add.
 
   Raises:
     ValueError: the bound is not positive.
@@ -55,17 +56,17 @@ class ClippedByRow:
 
   def __post_init__(self):
     if not self.bound > 0:
-      raise ValueError(f'bound={self.bound} of the norm of a gradient is not positive')
+      raise ValueError(f'bound={self.bound} of the norm of a gradient is not positive; take one such as 1.0')
 
   def __call__(self, loss: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int) -> tuple[Any, Any]:
-    return accumulate(functools.partial(self._of_part, loss), params, batch, key, parts)
+    return accumulate(functools.partial(self._part_gradient, loss), params, batch, key, parts)
 
-  def _of_part(self, loss, params, rows, key):
+  def _part_gradient(self, loss, params, rows, key):
     keys = jax.random.split(key, jax.tree.leaves(rows)[0].shape[0])
-    return sharding.sum_over_devices(functools.partial(self._of_rows, loss), params, (rows, keys))
+    return sharding.sum_over_devices(functools.partial(self._row_gradients, loss), params, (rows, keys))
 
-  def _of_rows(self, loss, params, rows, keys):
-    def of_row(row, key):
+  def _row_gradients(self, loss, params, rows, keys):
+    def row_gradient(row, key):
       def mean(params):
         loss_sum, (weight, sums) = loss(params, jax.tree.map(lambda x: x[None], row), key)
         return loss_sum / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny), sums
@@ -74,4 +75,4 @@ class ClippedByRow:
       factor = jnp.minimum(1, self.bound / jnp.maximum(optax.tree.norm(grads), jnp.finfo(jnp.float32).tiny))
       return (value, (jnp.float32(1), sums)), jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(of_row)(rows, keys))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(row_gradient)(rows, keys))

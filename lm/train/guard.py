@@ -1,4 +1,4 @@
-"""A guard against spikes of the loss."""
+"""A guard that skips steps at which the loss spikes."""
 import dataclasses
 from typing import NamedTuple
 
@@ -6,24 +6,37 @@ import jax
 import jax.numpy as jnp
 
 
-class Seen(NamedTuple):
-  """What the last steps were like; slot `count % window` is written next."""
-  losses: jax.Array    # [window]
-  norms: jax.Array     # [window], of the gradient
-  skipped: jax.Array   # bool [window]
-  count: jax.Array     # steps seen
-  total: jax.Array     # steps skipped
+class History(NamedTuple):
+  """The last steps, as a ring: the next step is written to slot `count % window`.
+
+  Attributes:
+    losses: [window].
+    norms: norms of the gradient, [window].
+    skipped: whether steps were skipped, bool [window].
+    count: the number of steps so far.
+    total: the number of steps that were skipped so far.
+  """
+  losses: jax.Array
+  norms: jax.Array
+  skipped: jax.Array
+  count: jax.Array
+  total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-  """Skips a step whose loss, or gradient norm, is above the mean of the last `window` by more than `sigma` of their
-  standard deviations, or is not finite: as OLMo-core's SkipStepOptimizer, on the devices, without waiting for them.
+  """Skips steps at which the loss or the norm of the gradient spikes, as SkipStepOptimizer of OLMo-core does.
 
-  A step that is skipped changes neither parameters nor the state of the optimizer; its schedules go on with the step.
-  It begins when half of a window was seen; what is not finite is skipped from the start. Spikes count among the last
-  steps, but for those that are not finite, so that a loss which stays higher is accepted in the end. Training stops
-  where more than `most` of a window were skipped: what goes wrong then is no spike.
+  A spike is a value that is not finite, or that is above the mean of the last `window` steps by more than `sigma`
+  standard deviations. A skipped step changes neither the parameters nor the state of the optimizer; only schedules
+  advance. The devices decide, so that the host does not wait for them.
+
+  Finite spikes are judged once half of a window has passed. They are part of the last steps like all other values, so
+  that a loss which stays higher is accepted in the end. Training stops where more than `most` steps of a window were
+  skipped, since the reason is then no spike.
+
+  Raises:
+    ValueError: the window, sigma or `most` is out of range.
   """
   window: int = 128
   sigma: float = 6.
@@ -37,24 +50,29 @@ class Guard:
       raise ValueError(f'a spike guard of {self.sigma} standard deviations over {self.window} steps judges nothing; '
                        'take more than 0, and 4 steps at least')
 
-  def init(self) -> Seen:
-    return Seen(*jnp.zeros((2, self.window)), jnp.zeros(self.window, bool), jnp.int32(0), jnp.int32(0))
+  def init(self) -> History:
+    """Returns the history before the first step."""
+    return History(*jnp.zeros((2, self.window)), jnp.zeros(self.window, bool), jnp.int32(0), jnp.int32(0))
 
-  def judge(self, seen: Seen, loss: jax.Array, norm: jax.Array) -> tuple[jax.Array, Seen]:
-    """Whether the step is taken, and what was seen then."""
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    known = jnp.minimum(seen.count, self.window)
-    usual = (known < max(self.window // 2, 2)) | (self._usual(seen.losses, known, loss)
-                                                  & self._usual(seen.norms, known, norm))
-    taken, at = finite & usual, seen.count % self.window
-    # In place of what is not finite, what is known stays: the slot's own value, or the last one where it has none.
-    put = lambda values, new: values.at[at].set(jnp.where(
-        finite, new, jnp.where(seen.count < self.window, values[at - 1], values[at])))
-    return taken, Seen(put(seen.losses, loss), put(seen.norms, norm), seen.skipped.at[at].set(~taken),
-                       seen.count + 1, seen.total + ~taken)
+  def judge(self, history: History, loss: jax.Array, norm: jax.Array) -> tuple[jax.Array, History]:
+    """Returns whether to keep the update of a step, and the history after it."""
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    size = jnp.minimum(history.count, self.window)
+    is_usual = (size < max(self.window // 2, 2)) | (self._is_usual(history.losses, size, loss)
+                                                    & self._is_usual(history.norms, size, norm))
+    keeps, slot = is_finite & is_usual, history.count % self.window
 
-  def _usual(self, values, known, new):
-    held = jnp.arange(self.window) < known
-    mean = jnp.sum(values * held) / known
-    variance = jnp.sum(jnp.square(values - mean) * held) / (known - 1)
+    def write(values, new):
+      # A value that is not finite is not written: the slot keeps its value, or takes the last one where it has none.
+      previous = jnp.where(history.count < self.window, values[slot - 1], values[slot])
+      return values.at[slot].set(jnp.where(is_finite, new, previous))
+
+    return keeps, History(write(history.losses, loss), write(history.norms, norm),
+                          history.skipped.at[slot].set(~keeps), history.count + 1, history.total + ~keeps)
+
+  def _is_usual(self, values: jax.Array, size: jax.Array, new: jax.Array) -> jax.Array:
+    """Whether a value is not a spike after the first `size` values of a ring."""
+    in_use = jnp.arange(self.window) < size
+    mean = jnp.sum(values * in_use) / size
+    variance = jnp.sum(jnp.square(values - mean) * in_use) / (size - 1)
     return new - mean <= self.sigma * jnp.sqrt(variance)

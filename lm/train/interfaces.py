@@ -1,7 +1,7 @@
-"""What the packages from `train` on know of a model, of data, and of what gives batches: these members, and no others.
+"""The interfaces of models, data, feeds and evaluators. Packages from `train` on use these members and no others.
 
-`tests/interfaces_test.py` trains, generates and scores with objects that have exactly these members. What is known of a
-tokenizer is `lm.data.tokenizers.Tokenizer`; a source is a `lm.data.text.source.Source`.
+`tests/interfaces_test.py` trains, generates and scores with objects that have exactly these members. The interface of a
+tokenizer is `lm.data.tokenizers.Tokenizer`, that of a source `lm.data.text.source.Source`.
 """
 import abc
 import dataclasses
@@ -22,32 +22,32 @@ from lm.objectives.objective import Objective
 
 
 class OutputLike(Protocol):
-  """What a model returns: `models.Output` is one, with `readings` of taps as well."""
+  """The output of a model. `models.Output` also has the `readings` of taps."""
   hidden: jax.Array                          # [B, T, D]
-  head: Callable[[jax.Array], jax.Array]     # a pytree of its weights; hidden states [B, T, D] to float32 logits
-  cache: Any                                 # the cache that was given, continued
-  aux: Any                                   # what the blocks report, a `models.context.Aux`
+  head: Callable[[jax.Array], jax.Array]     # from hidden states [B, T, D] to float32 logits; a pytree of its weights
+  cache: Any                                 # the cache of the input, with these positions
+  aux: Any                                   # a `models.context.Aux` with the reports of the blocks
 
 
 class Model(Protocol):
-  """What training needs."""
-  max_length: float   # positions of a row; math.inf, or a large int, if there is no limit
+  """A model that can be trained."""
+  max_length: float   # the most positions of a row; math.inf, or a large int, for no limit
   def init(self, key: jax.Array) -> Any: ...
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Any = None) -> OutputLike: ...
 
 
 @runtime_checkable
 class Decoder(Model, Protocol):
-  """What scoring and generation need as well; the methods are described at `models.LanguageModel` and `Transformer`.
+  """A model that can also score and generate text. `models.LanguageModel` and `Transformer` describe the methods.
 
-  A cache is a pytree that `init_cache` makes and that `apply` takes and returns; nothing else looks into it. Each
-  of its leaves is led by rows, and `insert` replaces some rows.
+  A cache is a pytree that `init_cache` makes and that `apply` takes and returns; only the model reads it. The first
+  axis of each leaf is rows, some of which `insert` replaces.
   """
-  causal: bool                   # whether an output depends on its own and earlier tokens alone
+  causal: bool                   # whether an output depends only on tokens up to its own
   reads_source: bool             # whether a prompt is the source of an encoder, apart from the text that it writes
-  vocab: int                     # logits per position
-  depths: int                    # further tokens that it predicts at each position; speculation drafts with them
-  original_context: int | None   # the length from which on the positions of all tokens are encoded differently
+  vocab: int                     # the number of logits per position
+  depths: int                    # the number of further tokens that it predicts, with which speculation drafts
+  original_context: int | None   # in longer texts, the positions of all tokens are encoded differently
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True) -> Batch: ...
   def init_cache(self, batch_size: int, slots: int) -> Any: ...
   def insert(self, cache: Any, new: Any, rows: jax.Array) -> Any: ...
@@ -56,24 +56,24 @@ class Decoder(Model, Protocol):
 
 
 class OpenData(Protocol):
-  """Data that can be read."""
+  """Data that has been opened."""
   tokenizer: Tokenizer
   fingerprint: str
   stores: Mapping[str, Sequence[np.ndarray]]   # by split, the tokens of each document, without bos and eos
-  validation_sets: tuple[str, ...]   # names of held-out sets that are evaluated too: the splits 'validation/NAME'
+  validation_sets: tuple[str, ...]   # names of further held-out sets, which are the splits 'validation/NAME'
   def batches(self, split: str, objective: Objective, rows: int, seed: int | None = 0, repeat: bool = True
               ) -> Batches: ...
 
 
 class Data(Protocol):
-  """A data set before it is opened. Reading it touches no file, except for `text_fingerprint` and `questions`."""
-  length: int                 # positions of a row
-  source_length: int | None   # positions of a row of sources, for an encoder
-  kind: type                  # what a record is, one of `batch.KINDS`
-  columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype and shape, beyond [B, T], of what is stored with it
-  inputs: Mapping[str, tuple[Any, tuple[int, ...]]]    # likewise, beyond [B], of what else a model reads of a row
-  template: Template | None   # of chats; None: the records are no dialogues
-  text_fingerprint: str       # of the documents after cleaning, whatever the tokenizer and the length are
+  """A data set before it is opened. Only `text_fingerprint`, `questions` and the methods that open read files."""
+  length: int                 # the number of positions of a row
+  source_length: int | None   # that of a row of sources, for an encoder
+  kind: type                  # the type of a record, one of `batch.KINDS`
+  columns: Mapping[str, tuple[Any, tuple[int, ...]]]   # dtype, and shape after [B, T], of stored columns
+  inputs: Mapping[str, tuple[Any, tuple[int, ...]]]    # dtype, and shape after [B], of other inputs of a model
+  template: Template | None   # the chat template; None where the records are not dialogues
+  text_fingerprint: str       # of the documents after cleaning, for any tokenizer and length
   def questions(self, split: str, count: int) -> list[tuple[Messages, str]]: ...   # see `Dialogues.questions`
   def open(self, workdir: pathlib.Path, *, control: tuple[str, ...] = (), check: Check = unchecked) -> OpenData: ...
   def load_tokenizer(self, workdir: pathlib.Path) -> Tokenizer: ...
@@ -82,17 +82,17 @@ class Data(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-  """Parameters that a loss reads and that training does not change: a teacher's, or the matrices under adapters.
+  """Parameters that training does not change, such as those of a teacher, or the matrices that adapters are added to.
 
-  The model and the objective of a run get them as the entry `name` of the parameters. Checkpoints do not hold them;
-  `load(model)` is called at each start.
+  The model and the objective of a run get them as the entry `name` of the parameters. Checkpoints do not hold them:
+  `load(model)` returns them at each start.
   """
   name: str
   model: Model
   load: Callable[[Model], Any]
 
 
-# `(params, step) -> metrics`. `Run.evaluators` has functions that make these: a run is built before its data is opened.
+# `(params, step) -> metrics`. `Run.evaluators` has functions that make these once the data of a run is opened.
 Evaluator = Callable[[Any, int], Mapping[str, float]]
 
 
@@ -101,22 +101,22 @@ class Feed(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, step: int, state: Any) -> Batch:
-    """Returns the batch of a step, on the mesh, with the arrays that `run.abstract_batch` says.
+    """Returns the batch of a step on the mesh, with the arrays of `run.abstract_batch`.
 
-    It has to be a pure function of the seed of the run, `step`, which is how many steps were taken before, and
-    `state.params`: a run that goes on from a checkpoint is then the same as one without a stop. `state` is the `State`
-    before the step; its `params` include the constants of the run.
+    It has to be a pure function of the seed of the run, of `step` and of `state.params`, so that a run that continues
+    from a checkpoint equals one without a stop. `step` is the number of steps before this one. `state` is the `State`
+    before the step, with the constants of the run among its `params`.
     """
 
   def steps(self, planned: int) -> int:
-    """Returns for how many of the planned steps there are batches."""
+    """Returns the number of planned steps that there are batches for."""
     return planned
 
   def summary(self, steps: int) -> list[str]:
-    """Returns lines that say what so many steps read."""
+    """Returns lines on what the first `steps` steps read."""
     del steps
     return []
 
   def close(self) -> None:
-    """Ends what the feed does beside the loop. It is called once, when training ends."""
+    """Ends the threads of the feed. It is called once, when training ends."""
     return

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Signals that stop a run after the present step."""
 import contextlib
 import os
 import signal
@@ -12,7 +12,7 @@ from lm import exits
 
 
 class Stopped(KeyboardInterrupt):
-  """A signal stopped a run before its end. A program then ends with the exit code `code`, 128 + the signal."""
+  """A signal stopped a run before its end. The exit code of a program is then `code`, which is 128 + the signal."""
 
   def __init__(self, number: int):
     super().__init__(f'stopped by signal {number}')
@@ -20,16 +20,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt(contextlib.AbstractContextManager):
-  """Turns the first SIGINT, SIGTERM or SIGHUP into a question, `asked(step)`; the second one ends the process.
+  """Catches SIGINT, SIGTERM and SIGHUP. `should_stop(step)` is True after the first one; the second ends the process.
 
-  `signal` is then its number. A SIGHUP that the process ignores (`nohup`) stays ignored. In a cluster, SIGTERM to any
-  process (a preemption) is for JAX's preemption service, by which all stop at one step.
+  `signal` is the number of the signal, or None. A SIGHUP that the process ignores, as under `nohup`, stays ignored. In
+  a cluster, JAX's preemption service handles SIGTERM to any process, and all processes stop at the same step.
   """
 
   def __enter__(self):
     self.signal: int | None = None
     self._former, self._calls = {}, 0
-    self._connected = [output for output in (1, 2) if _ends_with_the_session(output)]
+    self._connected = [output for output in (1, 2) if _may_disappear(output)]
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       numbers = [signal.SIGINT, signal.SIGTERM]
       if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -46,14 +46,14 @@ class Interrupt(contextlib.AbstractContextManager):
     if self.signal:
       exits.at_once(128 + number)
     self.signal = number
-    if number not in (signal.SIGINT, signal.SIGTERM):   # the terminal is gone: to write there would be an error
+    if number not in (signal.SIGINT, signal.SIGTERM):   # SIGHUP: the terminal has closed, so writing to it would fail
       nothing = os.open(os.devnull, os.O_WRONLY)
       for output in self._connected:
         os.dup2(nothing, output)
     os.write(2, b'\nstopping after this step, to save; once more ends at once\n')   # print is not safe in a handler
 
-  def asked(self, step: int) -> bool:
-    """Whether to stop, at `step`; all processes of a cluster get the same answer, if all ask equally often."""
+  def should_stop(self, step: int) -> bool:
+    """Whether to stop at a step. All processes of a cluster get the same answer if all call this equally often."""
     del step
     self._calls += 1
     if jax.process_count() > 1:
@@ -61,9 +61,9 @@ class Interrupt(contextlib.AbstractContextManager):
     return self.signal is not None
 
 
-def _ends_with_the_session(output: int) -> bool:
+def _may_disappear(output: int) -> bool:
   """Whether a file descriptor is a terminal, or a pipe to a process that may end with it."""
   try:
     return os.isatty(output) or stat.S_ISFIFO(os.fstat(output).st_mode)
-  except OSError:   # it is closed
+  except OSError:   # the file descriptor is closed
     return False

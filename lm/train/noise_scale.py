@@ -1,4 +1,4 @@
-"""The gradient noise scale: up to which batch size more tokens a step are worth about as many steps fewer."""
+"""The gradient noise scale: the batch size up to which a larger batch saves about as many steps as it has more rows."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,39 +10,55 @@ import numpy as np
 from lm.data.batch import Batch
 from lm.objectives.objective import Objective
 
-Gradient = Callable[[Any, Batch], tuple[Any, jax.Array]]   # the mean over a batch, and how many tokens that has
+Gradient = Callable[[Any, Batch], tuple[Any, jax.Array]]   # the mean gradient of a batch, and its number of tokens
 
 
 class NoiseScale(NamedTuple):
-  """B_simple = tr(Sigma) / |G|^2 in tokens, targets that is, with a 95 % interval (McCandlish et al. 2018, appendix A).
+  """The simple noise scale tr(Sigma) / |G|^2 of McCandlish et al. 2018, appendix A, in tokens that are targets.
 
-  G is the gradient over all data, Sigma the covariance of a token's. Batches are what is drawn, so that it counts that
-  tokens of a row are alike: Sigma is that of the mean of a batch, times its tokens.
+  G is the gradient over all data. Sigma is the covariance of the mean gradient of a batch, times the tokens of a batch,
+  so that it includes the correlation of tokens in a row.
+
+  Attributes:
+    tokens: the noise scale.
+    low: the lower end of its 95 % interval.
+    high: the upper end.
+    gradient: |G|^2.
+    noise: tr(Sigma).
   """
   tokens: float
   low: float
   high: float
-  gradient: float   # |G|^2
-  noise: float      # tr(Sigma)
+  gradient: float
+  noise: float
 
 
 def noise_scale(gradient: Gradient, params: Any, batches: Callable[[int], Batch], count: int,
-                progress: Callable[[int], Any] = lambda done: None) -> NoiseScale:
-  """From the gradients of batches 0 to count - 1, each computed twice: their mean is not known the first time.
+                progress: Callable[[int], Any] = lambda count: None) -> NoiseScale:
+  """Estimates the noise scale from the gradients of batches.
 
-  `batches(i)` is on the devices; `progress` is told how many of 2 `count` gradients are done. ValueError where G cannot
-  be told from 0, or there are fewer than 3 batches.
+  Each gradient is computed twice, because their mean is not known the first time.
+
+  Args:
+    gradient: returns the mean gradient of a batch and its number of tokens.
+    params: the parameters.
+    batches: `batches(i)` returns a batch on the devices.
+    count: the number of batches.
+    progress: is called after each gradient with the number of gradients so far, of 2 * count.
+
+  Raises:
+    ValueError: there are fewer than 3 batches, or their gradients are too noisy or do not differ.
   """
   if count < 3:
-    raise ValueError(f'an interval needs 3 batches at least, not {count}')
+    raise ValueError(f'an interval needs 3 batches at least, not {count}; take more')
   product = jax.jit(lambda a, b: sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))
   add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
   squares, tokens, products, total = [], [], [], None
   for i in range(count):
-    found, weight = gradient(params, batches(i))
-    squares.append(float(product(found, found)))
+    grads, weight = gradient(params, batches(i))
+    squares.append(float(product(grads, grads)))
     tokens.append(float(weight))
-    total = found if total is None else add(total, found)
+    total = grads if total is None else add(total, grads)
     progress(i + 1)
   for i in range(count):
     products.append(float(product(gradient(params, batches(i))[0], total)) / count)
@@ -51,10 +67,18 @@ def noise_scale(gradient: Gradient, params: Any, batches: Callable[[int], Batch]
 
 
 def estimate(squares: Sequence[float], products: Sequence[float], tokens: Sequence[float]) -> NoiseScale:
-  """From |g|^2, g times the mean of all g, and the tokens of each batch, whose gradient is g.
+  """Estimates the noise scale from statistics of the gradients g of n batches.
 
-  E |g|^2 = |G|^2 + tr(Sigma) / tokens, and E |mean of n g|^2 = |G|^2 + tr(Sigma) / (n tokens), both unbiased. The
-  interval is a jackknife's over batches, of the logarithm.
+  It solves E |g|^2 = |G|^2 + tr(Sigma) / tokens and E |mean of g|^2 = |G|^2 + tr(Sigma) / (n tokens), which makes both
+  unbiased. The interval is that of a jackknife over batches for the logarithm.
+
+  Args:
+    squares: |g|^2 of each batch.
+    products: the product of g and the mean of all g, of each batch.
+    tokens: the number of tokens of each batch.
+
+  Raises:
+    ValueError: the gradients are too noisy, or do not differ.
   """
   squares, products, per_token = np.float64(squares), np.float64(products), 1 / np.float64(tokens)
   n = len(squares)
@@ -63,13 +87,13 @@ def estimate(squares: Sequence[float], products: Sequence[float], tokens: Sequen
     noise = (square - mean_square) / (per_token * (1 - 1 / n))
     return mean_square - noise * per_token / n, noise
 
-  def without(x):
+  def leave_one_out(x):
     return (np.sum(x) - x) / (n - 1)
 
   gradient, noise = solve(np.mean(squares), np.mean(products), np.mean(per_token), n)
-  # |mean of the others|^2 = |n mean - g|^2 / (n - 1)^2
+  # The squared norm of the mean without one batch is |n mean - g|^2 / (n - 1)^2.
   others = (n ** 2 * np.mean(products) - 2 * n * products + squares) / (n - 1) ** 2
-  gradients, noises = solve(without(squares), others, without(per_token), n - 1)
+  gradients, noises = solve(leave_one_out(squares), others, leave_one_out(per_token), n - 1)
 
   def error(x):
     return math.sqrt((n - 1) * np.var(x))
@@ -85,7 +109,7 @@ def estimate(squares: Sequence[float], products: Sequence[float], tokens: Sequen
 
 
 def gradient_of(apply: Callable[..., Any], objective: Objective, constants: Mapping[str, Any]) -> Gradient:
-  """The gradient of an objective, without dropout; `constants` are parameters that it is not of."""
+  """Returns a function for the gradient of an objective, without dropout; `constants` are not differentiated."""
   def loss(params, batch):
     loss_sum, weight_sum, _ = objective.loss(apply, {**params, **constants}, batch, None)
     return loss_sum, weight_sum

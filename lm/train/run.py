@@ -1,4 +1,4 @@
-"""What a training run is: a `Run`, and the `State` that its steps change."""
+"""A training run: the `Run`, which describes it, and the `State`, which its steps change."""
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from lm.data.rows.augment import Augmentation
 from lm.data.rows.stages import Schedule, Stage
 from lm.objectives.objective import Objective
 from lm.optim import averaging
-from lm.train.gradient import Gradient, accumulated
+from lm.train.gradient import Gradient, accumulate_gradients
 from lm.train.guard import Guard
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
 from lm.workdir import rebuild
@@ -24,23 +24,42 @@ from lm.workdir.describe import describe
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """All that decides what a training run computes, and how often it tells and saves.
+  """Everything that decides what a training run computes, and how often it evaluates and saves.
 
-  `batch` counts rows of a whole step, over all devices and all `accumulate` parts that it is computed in. Evaluation
-  reads `evaluate_batches` batches of the validation split (None: all). The last `keep` checkpoints stay, and the best.
-  Training starts from what `start(model)` gives, where that is not None, in place of new parameters; these, or those of
-  constants, are for the tokenizer with the fingerprint `start_tokenizer`, where that is given, and another is refused.
-  `constants` are parameters that stay as they are. The text of training, not of validation, goes through `augment`.
-  Training begins with batches of other shapes where there are `stages`. With `patience`, it stops when so many
-  evaluations in a row were no better than the best before them, and the best checkpoint is the result. A `guard` skips
-  steps that spike. With `minutes`, steps are left out where they would take longer; `launch` finds how many fit where
-  an experiment's knob `steps` is None. `gradient` computes the gradient of a step, see there. `feed(run, data, mesh)`
-  makes what gives the batch of each step, in place of the data's own, such as text that the model itself writes; see
-  `interfaces.Feed`.
+  To build a run computes nothing, and opens no file.
 
-  At each evaluation, `evaluate(params, step) -> metrics`, which `evaluators[name](run, data, mesh)` makes, is called
-  after the validation; its metrics are logged as `name/metric`. `best` is the logged name of the metric that says which
-  checkpoint is the best and when patience ends, and `better` says whether a lower or a higher value is better.
+  Attributes:
+    model: the model.
+    objective: what it learns to predict.
+    data: the data, before it is opened.
+    optimizer: a function of `lm.optim`, or a transformation of Optax.
+    steps: the number of steps.
+    batch: the rows of a step, over all devices and parts.
+    accumulate: the number of parts that a step is computed in, one after the other.
+    seed: fixes the data order, the initial parameters and the losses.
+    evaluate_every: the steps between evaluations.
+    evaluate_batches: the batches of the validation split in each evaluation; None for all.
+    save_every: the steps between checkpoints.
+    keep: how many of the last checkpoints are kept, beside the best.
+    start: `start(model)` returns the parameters that training starts from; None initialises new ones.
+    start_tokenizer: the fingerprint of the tokenizer that these parameters, or those of constants, are for; training
+      with another tokenizer is refused. None allows any.
+    constants: parameters that training does not change.
+    augment: changes to the text of training, but not of validation.
+    stages: batches of other shapes in the first steps.
+    patience: training stops after so many evaluations in a row without an improvement, and the best checkpoint is then
+      the result.
+    guard: skips steps at which the loss spikes.
+    minutes: steps are left out where training would take longer. `launch` chooses `steps` where an experiment has none.
+    gradient: computes the gradient of a step, see `lm.train.gradient`.
+    feed: `feed(run, data, mesh)` makes the feed, see `interfaces.Feed`; None reads the batches of the data.
+    evaluators: `evaluators[name](run, data, mesh)` makes a function `(params, step) -> metrics`, which each
+      evaluation calls. Its metrics are logged as `name/metric`.
+    best: the logged name of the metric that chooses the best checkpoint, and that patience watches.
+    better: whether a lower or a higher value of this metric is better.
+
+  Raises:
+    ValueError: a number is out of range, or fields contradict one another.
   """
   model: Model
   objective: Objective
@@ -62,7 +81,7 @@ class Run:
   patience: int | None = None
   guard: Guard | None = None
   minutes: float | None = None
-  gradient: Gradient = accumulated
+  gradient: Gradient = accumulate_gradients
   feed: 'Callable[[Run, OpenData, jax.sharding.Mesh], Feed] | None' = None   # None: `feed.DataFeed`
   evaluators: 'Mapping[str, Callable[[Run, OpenData, jax.sharding.Mesh], Evaluator]]' = dataclasses.field(
       default_factory=dict)
@@ -91,13 +110,14 @@ class Run:
 
   @functools.cached_property
   def transformation(self) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, for the weights that the model declares."""
-    return optim.bound(self.optimizer, declarations.of(self.model))
+    """The transformation of the optimizer for the weights that the model declares."""
+    return optim.bind(self.optimizer, declarations.of(self.model))
 
   def _check_evaluation(self) -> None:
-    if wrong := [name for name in self.evaluators if not name or f'{name}/'.startswith('validation/')]:
-      raise ValueError(f'an evaluator is called {wrong[0]!r}, and its metrics would be logged as those of the '
-                       'validation data; choose another name')
+    for name in self.evaluators:
+      if not name or f'{name}/'.startswith('validation/'):
+        raise ValueError(f'an evaluator is called {name!r}, and its metrics would be logged as those of the '
+                         'validation data; choose another name')
     if self.better not in ('lower', 'higher'):
       raise ValueError(f"better={self.better!r} is not 'lower' or 'higher'")
     names = 'validation', *self.evaluators
@@ -110,65 +130,75 @@ class Run:
 
   @property
   def schedule(self) -> Schedule:
-    """What each step reads."""
+    """The shape of the batch of each step."""
     return Schedule(self.stages, self.batch, self.data.length)
 
 
 class State(NamedTuple):
-  """What training changes, and what a checkpoint holds."""
-  step: jax.Array   # how many were taken
+  """The state of training, which a checkpoint holds.
+
+  Attributes:
+    step: the number of steps so far.
+    params: the parameters.
+    opt_state: the state of the optimizer.
+    seen: the history of the guard (`guard.History`); checkpoints have it under this name.
+  """
+  step: jax.Array
   params: Any
   opt_state: Any
-  seen: Any = None   # by the guard
+  seen: Any = None
 
 
 def init(run: Run, key: jax.Array | None = None) -> State:
-  """The state before the first step; call it inside `jax.jit`. The key is by default that of the run's seed."""
+  """Returns the state before the first step, with new parameters. Call it inside `jax.jit`.
+
+  The key is by default that of the run's seed.
+  """
   params = run.model.init(jax.random.fold_in(seeds.key(run.seed) if key is None else key, 0))
   return begin(run, params)
 
 
 def begin(run: Run, params: Any) -> State:
+  """Returns the state before the first step, with these parameters."""
   return State(jnp.int32(0), params, run.transformation.init(params), run.guard and run.guard.init())
 
 
 def advance(state: State, steps: int) -> State:
-  """The state as if so many steps had been taken, of which none changed the parameters."""
-  return state._replace(step=state.step + steps, opt_state=optim.advanced(state.opt_state, steps))
+  """Returns the state after so many more steps that change no parameters."""
+  return state._replace(step=state.step + steps, opt_state=optim.advance(state.opt_state, steps))
 
 
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
-  """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-  return placed(jax.eval_shape(lambda: init(run)), mesh)
+  """Returns the shapes, dtypes and shardings of the state, which a checkpoint is restored into."""
+  return with_shardings(jax.eval_shape(lambda: init(run)), mesh)
 
 
-def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A tree of `jax.ShapeDtypeStruct` with shardings on a mesh, by their specs."""
-  def place(s):
-    # A constant, such as the step, carries no sharding.
+def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns a tree of `jax.ShapeDtypeStruct` with shardings on a mesh; those without a spec are replicated."""
+  def add(s):
     return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.layout(mesh, s.sharding and s.sharding.spec))
-  return jax.tree.map(place, abstract)
+  return jax.tree.map(add, abstract)
 
 
 def load_constants(run: Run) -> dict[str, Any]:
-  """The run's constants by name, on the mesh that is set."""
+  """Returns the parameters of the run's constants by name, on the mesh that is set."""
   return {constant.name: constant.load(constant.model) for constant in run.constants}
 
 
 def abstract_constants(run: Run) -> dict[str, Any]:
-  """Their shapes, dtypes and shardings, by name."""
+  """Returns the shapes, dtypes and shardings of the run's constants by name."""
   return {constant.name: jax.eval_shape(lambda constant=constant: constant.model.init(jax.random.key(0)))
           for constant in run.constants}
 
 
 def with_constants(params: Any, constants: Mapping[str, Any]) -> Any:
-  """The parameters that models and objectives are given."""
+  """Returns parameters as models and objectives get them, with the constants among them."""
   return {**params, **constants} if constants else params
 
 
 def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
                    shape: tuple[int, int] | None = None) -> Batch:
-  """Shapes and shardings of a batch, packed: of the last stage, or of a shape [B, T] of another."""
+  """Returns the shapes and shardings of a packed batch of `shape` [B, T], by default that after the last stage."""
   row = template(run.objective, Special(0, 1, 3, (2,) * len(run.objective.control)), run.data.length,
                  run.data.source_length)
   stored = {name: np.zeros((1, run.data.length, *shape), dtype) for name, (dtype, shape) in run.data.columns.items()}
@@ -185,24 +215,28 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
   return batch._replace(inputs={name: rows_of(x, *x.shape[1:]) for name, x in inputs.items()} or None)
 
 
-# What a reader of the result of a run does not need: to write, to score, to export, or to start from it.
+# Fields that nothing needs which reads the result of a run: to generate, to score, to export, or to start from it.
 _NOT_STORED = {'optimizer', 'save_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed', 'evaluators',
                'best', 'better'}
 _STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 
-def stored(run: Run) -> dict[str, Any]:
-  """JSON that `rebuilt` makes a run of again. `average` says where the state of the optimizer has an average."""
+def run_to_json(run: Run) -> dict[str, Any]:
+  """Returns a description of a run as JSON. Its `average` says where the state of the optimizer has an average."""
   fields = {name: rebuild.stored(getattr(run, name)) for name in _STORED}
-  start = rebuild.stored(run.start)   # a user's function is left out: readers use the checkpoint
+  start = rebuild.stored(run.start)   # a function of a script is left out: readers use the checkpoint
   state = jax.eval_shape(lambda: init(run).opt_state)
-  return {**fields, 'start': None if rebuild.outside(start) else start, 'average': averaging.place(state)}
+  return {**fields, 'start': None if rebuild.outside(start) else start, 'average': averaging.average_path(state)}
 
 
-def rebuilt(tree: Mapping[str, Any]) -> Run:
-  """The run that `stored` wrote, without its optimizer. rebuild.Unknown where it is none, see there."""
+def run_from_json(tree: Mapping[str, Any]) -> Run:
+  """Returns the run that `run_to_json` described, without its optimizer.
+
+  Raises:
+    rebuild.Unknown: the description is damaged, or names classes of other packages.
+  """
   if not isinstance(tree, Mapping) or tree.keys() != {*_STORED, 'start', 'average'}:
-    raise rebuild.Unknown('its description has not the fields of a run')
+    raise rebuild.Unknown('its description does not have the fields of a run')
   fields = rebuild.rebuilt({'dict': [[name, item] for name, item in tree.items() if name != 'average']})
   is_run = isinstance(fields['objective'], Objective) and hasattr(fields['model'], 'init')
   if not is_run or not hasattr(fields['data'], 'open'):
@@ -219,13 +253,13 @@ def _no_optimizer(*args: Any) -> Any:
 
 
 def identity(run: Run, data: str, tokenizer: str) -> dict[str, Any]:
-  """What may not change between a checkpoint and a run that goes on from it: the model, what it learns, in which order.
+  """Returns the facts of a run that have to be those of the checkpoint that it continues from.
 
-  `data` and `tokenizer` are their fingerprints.
+  They are the model, the objective, the data and its order. `data` and `tokenizer` are fingerprints.
   """
   constants = {'constants': {constant.name: describe(constant) for constant in run.constants}} if run.constants else {}
   settings = {name: describe(getattr(run, name)) for name in ('augment', 'stages', 'feed') if getattr(run, name)}
-  if run.gradient is not accumulated:
+  if run.gradient is not accumulate_gradients:
     settings['gradient'] = describe(run.gradient)
   return {'model': describe(run.model), 'objective': describe(run.objective, inside=True), 'batch': run.batch,
           'length': run.data.length, 'seed': run.seed, 'data': data, 'tokenizer': tokenizer, **constants, **settings}

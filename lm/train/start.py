@@ -1,4 +1,4 @@
-"""Training: a `Run` says what; `train` does it, from where it was left."""
+"""Trains a run: opens its data, restores its newest checkpoint, and enters the loop."""
 import contextlib
 import dataclasses
 import functools
@@ -14,21 +14,29 @@ from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
 from lm.train.interrupt import Interrupt
 from lm.train.loop import Loop, Result
-from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, stored
+from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, run_to_json
 from lm.workdir import checkpoint, mismatch, records, track
 from lm.workdir.judge import Judge
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
           watch: Callable[[int, dict[str, float]], bool] | None = None, new_objective: bool = False) -> Result:
-  """Trains to `run.steps`, from the newest checkpoint in `workdir` if there is one. `mesh` is the one that is set.
+  """Trains a run to `run.steps`, from the newest checkpoint in its workdir if there is one.
 
-  `watch(step, metrics)` is told of each evaluation, and stops training where it returns True. With `new_objective` the
-  checkpoint may be of another objective; the best checkpoint is then the best by the new one.
-  SIGINT, SIGTERM or SIGHUP: saves after the present step, or amid a validation, which is made again when the run goes
-  on, and returns; a second one ends the process at once. NotFinite if a loss is, or if parameters that were to be saved
-  are; what was saved before stays. ValueError, before anything is compiled, if the run does not fit together, or does
-  not go on from what the workdir holds.
+  At SIGINT, SIGTERM or SIGHUP, training saves after the present step and returns. A validation is cut short, and
+  repeated when the run continues. A second signal ends the process at once.
+
+  Args:
+    run: the run.
+    workdir: the folder of its checkpoints, data and log.
+    mesh: the mesh to train on, which is also the one that is set.
+    watch: called as `watch(step, metrics)` after each evaluation; training stops where it returns True.
+    new_objective: whether the checkpoint may be of another objective; the best checkpoint is then the best by this one.
+
+  Raises:
+    NotFinite: a loss, or the parameters to be saved, are not finite. Earlier checkpoints stay.
+    ValueError: parts of the run do not fit together, or it cannot continue from the checkpoint; this is raised before
+      anything is compiled.
   """
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
@@ -38,7 +46,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     data = run.data.open(workdir, control=run.objective.control,
                          check=functools.partial(_check_data, run, before, new_objective))
     check_vocabulary(run, data)
-    # Before signals are caught: what the data computes first may take long, and a next start continues it.
+    # Signals are not caught yet: preparing the data may take long, and the next start continues it.
     feed = (run.feed or DataFeed)(run, data, mesh)
     run = dataclasses.replace(run, steps=feed.steps(run.steps))
     for line in feed.summary(run.steps):
@@ -46,7 +54,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     evaluation = validation.Evaluation(run, data, mesh)
     for line in evaluation.summary():
       print(line)
-  facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': stored(run)}
+  facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': run_to_json(run)}
   judge = Judge(facts['objective'], run.best, run.better)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
         Interrupt() as interrupt, contextlib.closing(feed)):
@@ -54,7 +62,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
       constants = load_constants(run)
       state, start, logged = _restore(run, mesh, checkpoints)
     planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
-    # Accepted: what opens the run later goes by this.
+    # Only a record with these facts is a run that was accepted, which can be opened later.
     records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
     _print_size(run, mesh, state, workdir)
     loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts, interrupt, phases,
@@ -63,37 +71,42 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start and not loop.out_of_patience(start):
       print(f'going on from step {start}')
-      if planned != run.steps and (rate := optim.learning_rate(state.opt_state)) is not None:
-        loop.former = planned, float(rate)
+      rate = optim.learning_rate(state.opt_state)
+      if planned != run.steps and rate is not None:
+        loop.earlier_plan = planned, float(rate)
     with records.preserve(workdir):
-      return loop.go(state, start, logged)
+      return loop.train(state, start, logged)
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:
-  """ValueError, before anything is made of the data, where the checkpoint in the workdir is of another run.
+  """Checks, before data is prepared, that a run can continue from the facts of a checkpoint, or start from parameters.
 
-  Where there is none: where the parameters that training starts from are for another tokenizer.
+  `data` and `tokenizer` are fingerprints.
+
+  Raises:
+    ValueError: the checkpoint is of another run; or, without one, the parameters that training starts from are for
+      another tokenizer.
   """
   if stored is not None:
-    stored, now = ({name: value for name, value in facts.items()
-                    if name not in ('parameters', 'run') and not (new_objective and name == 'objective')}
-                   for facts in (stored, identity(run, data, tokenizer)))
-    mismatch.check(stored, now)
+    ignored = {'parameters', 'run', 'objective'} if new_objective else {'parameters', 'run'}
+    now = identity(run, data, tokenizer)
+    mismatch.check({name: value for name, value in stored.items() if name not in ignored},
+                   {name: value for name, value in now.items() if name not in ignored})
   elif run.start_tokenizer not in (None, tokenizer):
     raise ValueError(f'the parameters to start from are for another tokenizer (fingerprint {run.start_tokenizer}) than '
-                     f'that of this run (fingerprint {tokenizer}): take theirs, or start from them all the same by '
-                     '--init_ignore_tokenizer')
+                     f'that of this run (fingerprint {tokenizer}); use their tokenizer, or start from them all the '
+                     'same by --init_ignore_tokenizer')
 
 
-def _restore(run, mesh, checkpoints) -> tuple[State, int, list]:
-  """The state to go on from, its step, and what was logged of that step."""
+def _restore(run: Run, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoints) -> tuple[State, int, list]:
+  """Returns the state to continue from, its step, and the records of its log."""
   if not checkpoints.steps():
     if run.start is None:
-      # Seeds are arguments, so that all have the same program, which is compiled once.
+      # The seed is an argument, so that runs of all seeds share one compiled program.
       return jax.block_until_ready(jax.jit(functools.partial(init, run))(seeds.key(run.seed))), 0, []
     params = run.start(run.model)
-    begun = jax.jit(lambda params: begin(run, params)._replace(params=None))(params)
-    return jax.block_until_ready(begun)._replace(params=params), 0, []
+    state = jax.jit(lambda params: begin(run, params)._replace(params=None))(params)
+    return jax.block_until_ready(state)._replace(params=params), 0, []
   restored = checkpoints.restore(abstract_state(run, mesh))
   return restored.state, restored.step, restored.records
 

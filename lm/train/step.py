@@ -1,4 +1,4 @@
-"""One step of training: forward, loss, backward, update."""
+"""A step of training: forward pass, loss, backward pass, update."""
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -15,12 +15,15 @@ from lm.train.run import Run, State, advance, with_constants
 
 
 def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """One jitted pure function, `(state, batch, constants={}, key) -> (state, metrics)`; the state is donated."""
-  return jax.jit(step_of(run), donate_argnums=0)
+  """Returns `step_function(run)`, jitted; it donates the state."""
+  return jax.jit(step_function(run), donate_argnums=0)
 
 
-def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """What `make_step` jits. The last argument is a key, by default that of the run's seed."""
+def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """Returns the pure function `(state, batch, constants={}, key=None) -> (state, metrics)` of a step.
+
+  The key is by default that of the run's seed; it is folded with the number of the step.
+  """
   def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
            key: jax.Array | None = None):
     def loss(params, batch, key):
@@ -35,46 +38,55 @@ def step_of(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
       if reports:
         aux = functools.reduce(lambda total, other: total.plus(other), reports)
         sums = {**sums, **aux.metrics}
-        if aux.loss is not None:   # it is a mean: the mean over parts of a batch weighs it as it weighs their losses
-          loss_sum, sums['auxiliary_loss'] = loss_sum + weight_sum * aux.loss, (aux.loss, jnp.float32(1))
+        if aux.loss is not None:   # a mean, which is weighted like the losses of the parts of a batch
+          loss_sum += weight_sum * aux.loss
+          sums['auxiliary_loss'] = (aux.loss, jnp.float32(1))
       return loss_sum, (weight_sum, sums)
 
     key = seeds.key(run.seed) if key is None else key
     key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
     (loss_sum, (weight_sum, sums)), grads = run.gradient(loss, state.params, batch, key, run.accumulate)
     weight_sum = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
-    share = 1 / weight_sum   # multiply: XLA fuses it into each consumer, but materialises a division
-    grads = jax.tree.map(lambda g: g * share, grads)
+    factor = 1 / weight_sum   # multiply: XLA fuses it into each consumer, but materialises a division
+    grads = jax.tree.map(lambda g: g * factor, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
-    part = loss if run.accumulate == 1 else jax.checkpoint(loss)   # nothing of a part is kept for its gradient
+    # For second derivatives: no activations of one part are kept while the next one is computed.
+    part_loss = loss if run.accumulate == 1 else jax.checkpoint(loss)
     updates, opt_state = run.transformation.update(
         grads, state.opt_state, state.params, value=mean,
-        obj_fn=lambda params: _mean(accumulate(part, params, batch, key, run.accumulate)))
+        obj_fn=lambda params: _mean(accumulate(part_loss, params, batch, key, run.accumulate)))
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.seen)
     metrics = {'loss': mean, 'grad_norm': norm,
                'accuracy': sums['correct'] / jnp.maximum(sums['tokens'], 1),
                **{name: pair[0] / jnp.maximum(pair[1], 1) for name, pair in sums.items() if isinstance(pair, tuple)}}
-    if (rate := optim.learning_rate(opt_state)) is not None:
+    rate = optim.learning_rate(opt_state)
+    if rate is not None:
       metrics['learning_rate'] = rate
     if run.guard is not None:
-      taken, seen = run.guard.judge(state.seen, mean, norm)
-      new = jax.tree.map(functools.partial(jnp.where, taken), new, advance(state, 1))._replace(seen=seen)
-      metrics |= {'skipped': seen.total, 'skipped_lately': jnp.sum(seen.skipped)}
+      keeps, history = run.guard.judge(state.seen, mean, norm)
+      new = jax.tree.map(functools.partial(jnp.where, keeps), new, advance(state, 1))._replace(seen=history)
+      metrics |= {'skipped': history.total, 'skipped_lately': jnp.sum(history.skipped)}
     return new, metrics
 
   return step
 
 
 def _checked(result: Any) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:
-  """What the loss of an objective returned; ValueError where that is not what `Objective` asks for."""
+  """Returns the result of an objective's loss. Raises ValueError where it is not (loss_sum, weight_sum, sums)."""
   match result:
     case (loss, weight, {'nll': _, 'tokens': _, 'correct': _}) if jnp.shape(loss) == jnp.shape(weight) == ():
       return result
   values = result if isinstance(result, tuple) else (result,)
-  kinds = [str(sorted(x)) if isinstance(x, dict) else f'an array {list(jnp.shape(x))}' if jnp.shape(x) else 'a scalar'
-           for x in values]
-  raise ValueError(f'the loss of the objective returned {", ".join(kinds)}; return (loss_sum, weight_sum, sums): two '
+  kinds = ', '.join(map(_kind, values))
+  raise ValueError(f'the loss of the objective returned {kinds}; return (loss_sum, weight_sum, sums): two '
                    "scalars, whose quotient is the loss, and a dict of sums over targets: 'nll', 'tokens', 'correct'")
+
+
+def _kind(x: Any) -> str:
+  """Says what a value is, for an error."""
+  if isinstance(x, dict):
+    return str(sorted(x))
+  return f'an array {list(jnp.shape(x))}' if jnp.shape(x) else 'a scalar'
 
 
 def _mean(sums):

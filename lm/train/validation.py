@@ -1,4 +1,4 @@
-"""Evaluation of a model over batches that are held out, and all that is evaluated between the steps of a run."""
+"""Evaluates a model on held-out batches, and runs all evaluators of a run between its steps."""
 import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +18,11 @@ from lm.train.run import Run, abstract_constants, with_constants
 
 
 def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
-  """A jitted `(params, batch) -> sums` over a batch, without dropout.
+  """Returns a jitted function `(params, batch) -> sums`, without dropout.
 
-  Beside the objective's own sums: `loss`, `weight`, `spelled`, bytes of the targets by the tokenizer's table, and,
-  where they are known, `bytes`, UTF-8 bytes of the text that the targets stand for: by the batches, see
-  `Batches.with_bytes`, or by the table of a lossless tokenizer.
+  Beside the sums of the objective, it returns `loss`, `weight` and `spelled`, the bytes of the targets by the table of
+  the tokenizer. Where they are known, it also returns `bytes`, the UTF-8 bytes of the text of the targets: from the
+  batches, see `Batches.with_bytes`, or by the table of a lossless tokenizer.
   """
   byte_lengths, lossless = tokenizer.byte_lengths(), tokenizer.lossless
 
@@ -40,22 +40,33 @@ def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokeni
 
 def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.Mesh,
              limit: int | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-  """Metrics over all of `batches`, or the first `limit` of them: each target counts the same.
+  """Computes metrics over all batches, or over the first `limit` of them. All targets have the same weight.
 
-  None where `stop`, which is called before each batch, returns True.
+  Args:
+    step: the function of `make_step`.
+    params: the parameters, with constants among them.
+    batches: the held-out batches.
+    mesh: the mesh that is set.
+    limit: the number of batches; None for all.
+    stop: is called before each batch; evaluation ends where it returns True.
 
-  Returns `loss` (the objective's), `nll` (nats a token), `perplexity` = exp(nll), `bits_per_byte` = nats / ln 2 over
-  the UTF-8 bytes of the text (ends of documents cost bits and have no bytes), `accuracy` of the likeliest token, and
-  the objective's own metrics. Where targets stand for no text, as those of a reward model, there is no `nll`,
-  `perplexity` and `bits_per_byte`; nor is there `bits_per_byte` where it is not known which bytes they stand for: the
-  tokenizer is not lossless, and targets are other than the text in its order, or the data is of before this was stored.
+  Returns:
+    None where `stop` returned True. Otherwise `loss` (that of the objective), `nll` (nats per token), `perplexity` =
+    exp(nll), `bits_per_byte` = nats / ln 2 / the UTF-8 bytes of the text (the ends of documents cost bits and have no
+    bytes), `accuracy` of the likeliest token, and the metrics of the objective. There is no `nll`, `perplexity` and
+    `bits_per_byte` where targets are not text, as those of a reward model. There is no `bits_per_byte` where the bytes
+    of the targets are not known: the tokenizer is not lossless, and the targets are not the text in its order, or an
+    older version of lm stored the data.
+
+  Raises:
+    ValueError: the batches have no targets.
   """
   batches = batches.with_bytes()
   rows = sharding.local_rows(batches.rows, mesh)
   steps = batches.steps_per_epoch if limit is None else min(limit, batches.steps_per_epoch)
   total, count = None, 0
-  # Sums of the batch before are read while the next one runs.
-  for sums in one_behind(step(params, sharding.shard_rows(batches(i, rows), mesh))
+  # The sums of a batch are read while the next one runs.
+  for sums in read_behind(step(params, sharding.shard_rows(batches(i, rows), mesh))
                           for i in itertools.takewhile(lambda _: not stop(), range(steps))):
     count += 1
     total = jax.tree.map(lambda x: np.float64(x), sums) if total is None else jax.tree.map(np.add, total, sums)
@@ -67,7 +78,7 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
   own = {name: pair[0] / max(pair[1], 1) for name, pair in total.items() if isinstance(pair, tuple)}
   text = {}
   if total['spelled']:
-    with np.errstate(over='ignore'):   # of a model that has diverged
+    with np.errstate(over='ignore'):   # the perplexity of a model that has diverged is infinite
       text = {'nll': nll, 'perplexity': np.exp(nll)}
     if total.get('bytes'):
       text['bits_per_byte'] = total['nll'] / np.log(2) / total['bytes']
@@ -76,7 +87,7 @@ def evaluate(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.M
 
 
 def metric_names(step: Callable, params: Any, batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
-  """Returns the names that `evaluate` may return; nothing is computed, and `params` may be abstract."""
+  """Returns the names of the metrics that `evaluate` may return, without computing them; `params` may be abstract."""
   batches = batches.with_bytes()
   batch = sharding.shard_rows(batches(0, sharding.local_rows(batches.rows, mesh)), mesh)
   sums = jax.eval_shape(step, params, batch)
@@ -85,13 +96,13 @@ def metric_names(step: Callable, params: Any, batches: Batches, mesh: jax.shardi
 
 
 class Evaluation:
-  """All that is measured at an evaluation of a run: its validation data, then what its evaluators measure.
+  """Evaluates a run: on its validation sets, then by its evaluators.
 
-  Metrics have their names in the log: `validation/loss`, `validation/NAME/loss` of a validation set that the data
-  names, `NAME/metric` of an evaluator.
+  Metrics have their names in the log: `validation/loss`, `validation/NAME/loss` for a validation set that the data
+  names, and `NAME/metric` for an evaluator.
 
   Raises:
-    ValueError: the metric that the run keeps its best checkpoint by is none of those of its validation sets.
+    ValueError: the metric that chooses the best checkpoint is not one of the validation sets.
   """
 
   def __init__(self, run: Run, data: OpenData, mesh: jax.sharding.Mesh):
@@ -107,8 +118,8 @@ class Evaluation:
     self._evaluators = {name: make(run, data, mesh) for name, make in run.evaluators.items()}
 
   def summary(self) -> list[str]:
-    """Returns lines that say what of each validation set is read."""
-    return [f'{name.replace("validation", "val", 1)}: {reading(batches, self._limit)}'
+    """Returns a line for each validation set on the batches that are read of it."""
+    return [f'{name.replace("validation", "val", 1)}: {describe_batches(batches, self._limit)}'
             for name, batches in self._sets.items()]
 
   def __call__(self, params: Any, step: int, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -127,15 +138,16 @@ class Evaluation:
 
 
 def check_best(best: str, names: Iterable[str]) -> None:
-  """ValueError where the metric that judges checkpoints is none of these names."""
-  if best not in (names := list(names)):
+  """Raises ValueError where the metric that compares checkpoints is not among these names."""
+  names = list(names)
+  if best not in names:
     nearest = ' or '.join(difflib.get_close_matches(best, names, n=2, cutoff=0))
     raise ValueError(f'best={best!r} is not a metric that is evaluated; the nearest is {nearest}; there are '
                      + ', '.join(names))
 
 
-def reading(batches: Batches, limit: int | None = None) -> str:
-  """Says in words what `evaluate` reads. Losses over other rows, or with another context, are not comparable."""
+def describe_batches(batches: Batches, limit: int | None = None) -> str:
+  """Says in words what `evaluate` reads, since losses over other rows or with another context are not comparable."""
   total, context = batches.steps_per_epoch, batches.context
   count = f'all {total:,}' if limit is None or limit >= total else f'the first {limit:,} of {total:,}'
   rows = f'{count} batches of {batches.rows} rows of {batches.length} positions'
@@ -144,12 +156,12 @@ def reading(batches: Batches, limit: int | None = None) -> str:
   return rows if context is None else f'{rows}, each without the text before it'
 
 
-def one_behind(calls: Iterable[Any]) -> Iterator[Any]:
-  """What calls give, trees of arrays, each read while the next one runs."""
-  running = None
-  for started in calls:
-    if running is not None:
-      yield jax.tree.map(np.asarray, running)
-    running = started
-  if running is not None:
-    yield jax.tree.map(np.asarray, running)
+def read_behind(calls: Iterable[Any]) -> Iterator[Any]:
+  """Yields the results of calls, which are trees of arrays; each is read while the devices compute the next one."""
+  previous = None
+  for result in calls:
+    if previous is not None:
+      yield jax.tree.map(np.asarray, previous)
+    previous = result
+  if previous is not None:
+    yield jax.tree.map(np.asarray, previous)

@@ -198,8 +198,8 @@ def test_the_number_of_batches_and_rows_is_reported(data):
   first = data.batches('validation', next_token(), 2, repeat=False)
   total = first.steps_per_epoch
   rows = f'batches of 2 rows of {first.length} positions'
-  assert validation.reading(first) == f'all {total} {rows}, each without the text before it'
-  assert validation.reading(first, 1).startswith(f'the first 1 of {total} batches')
+  assert validation.describe_batches(first) == f'all {total} {rows}, each without the text before it'
+  assert validation.describe_batches(first, 1).startswith(f'the first 1 of {total} batches')
   after = data.batches('validation', next_token(), 2, repeat=False, context=4)
-  assert validation.reading(after, 10 ** 6).startswith(f'all {after.steps_per_epoch} batches')
-  assert validation.reading(after).endswith('of which 4 repeat the row before')
+  assert validation.describe_batches(after, 10 ** 6).startswith(f'all {after.steps_per_epoch} batches')
+  assert validation.describe_batches(after).endswith('of which 4 repeat the row before')

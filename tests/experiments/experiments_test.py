@@ -234,7 +234,7 @@ def test_pretrain_names_control_tokens(scripts):
     return signature.call(scripts['pretrain'].experiment, knobs)
   assert make('--objective=masked', '--control=[MASK]').objective.control == ('[MASK]',)
   assert make('--objective=ul2', '--control=a,b,c').objective.control[-3:] == ('a', 'b', 'c')
-  with pytest.raises(ValueError, match='--control=a names tokens, of which --objective=next_token needs none'):
+  with pytest.raises(ValueError, match='--control=a names control tokens, and --objective=next_token has none'):
     make('--control=a')
 
 
@@ -279,7 +279,7 @@ def test_pretrain_regularises_by_flags(scripts):
   assert [run.schedule.shape(step) for step in (0, 200, 300, 500)] == [(32, 64), (64, 64), (8, 512), (16, 512)]
   assert make().augment == make().stages == () and make().model.layer_dropout is None
   for argv, message in ((('--layer_dropout=0.1', '--stochastic_depth=0.1'), 'give one of them'),
-                        (('--batch_warmup=200',), r'--batch_warmup=200 is not of the kind'),
+                        (('--batch_warmup=200',), r'--batch_warmup=200 is not of the form'),
                         (('--length_warmup=300:64,200:8',), 'end at steps 300, 200')):
     with pytest.raises(ValueError, match=message):
       make(*argv)

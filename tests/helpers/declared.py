@@ -20,4 +20,4 @@ def weights_of(params: Any, declared: Any = None) -> Any:
 
 def bound(optimizer: optim.Optimizer, params: Any, declared: Any = None) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer as an Optax transformation for `params` under these declarations."""
-  return optim.bound(optimizer, weights_of(params, declared))
+  return optim.bind(optimizer, weights_of(params, declared))

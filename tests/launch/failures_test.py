@@ -52,7 +52,7 @@ MEMORY = [lambda: jnp.zeros(1 << 45), jax.jit(lambda: jnp.zeros(1 << 45)), lambd
 @pytest.mark.parametrize('exhaust', MEMORY, ids=['array', 'program', 'host'])
 def test_memory_that_is_short_is_called_memory(fails, exhaust):
   line = fails(exhaust)
-  assert line.count('\n') == 1 and 'memory for this; a smaller model or batch' in line and ' allocat' in line
+  assert line.count('\n') == 1 and 'enough memory; take a smaller model or batch' in line and ' allocat' in line
   assert 'Traceback' in fails(exhaust, '--debug')
 
 

@@ -58,7 +58,7 @@ def test_pretrain_writes_a_sample_and_the_next_command_runs(program, texts, tmp_
   read, epochs = re.search(r'reads ([\d,]+) tokens, (\S+) epochs\n', out).groups()
   assert float(epochs) == pytest.approx(9 * 8 * 64 / (tokens + len(training)), rel=0.02)
   assert int(read.replace(',', '')) == pytest.approx(float(epochs) * tokens, rel=0.01)
-  prompt = re.search(r'the model goes on from "(It\'s part \d+ of a)", the first words of a held-out document:', out)[1]
+  prompt = re.search(r'the model continues "(It\'s part \d+ of a)", the first words of a held-out document:', out)[1]
   python, *argv = shlex.split(re.search(r'^next: (.*)$', out, re.MULTILINE)[1])
   assert python == 'python' and argv == ['experiments/generate.py', f'--workdir={tmp_path}/a run', f'--prompt={prompt}']
   assert f'\n{prompt}' in out.partition('document:')[2]
@@ -74,7 +74,7 @@ def test_a_model_that_does_not_write_is_scored_next(program, texts, tmp_path, mo
   assert '\nval: the first 1 of ' in out
   argv = shlex.split(re.search(r'^next: python (.*)$', out, re.MULTILINE)[1])
   (flags,), _ = launch.parse([score.score], argv)
-  assert argv[0] == 'experiments/score.py' and flags.given == {'workdir', 'split'}
+  assert argv[0] == 'experiments/score.py' and flags.on_command_line == {'workdir', 'split'}
 
 
 @pytest.mark.slow

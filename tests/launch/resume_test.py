@@ -204,11 +204,11 @@ def test_an_objective_is_described_with_the_numbers_that_its_functions_hold():
 
 
 def test_stored_data_of_other_settings_is_refused_by_the_flag_that_changed(tmp_path):
-  flags = resume.Flags({}, {}, {}, {'length': (16, 8), 'lr': (0.1, 0.2)})
+  flags = resume.ProgramFlags({}, {}, {}, {'length': (16, 8), 'lr': (0.1, 0.2)})
 
   def build(length=8, lr=0.2):
     return dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, length=length))
 
   with jax.set_mesh(on('data:1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
-       resume.naming(flags, tmp_path, build):
+       resume.name_changed_flags(flags, tmp_path, build):
     raise OtherSettings('data was made with other settings')

@@ -28,8 +28,8 @@ def test_a_block_in_a_file_of_its_own_trains_and_decodes():
   grads = jax.jit(jax.grad(lambda params: next_token().loss(model.apply, params, batch, None)[0]))(params)
   assert np.abs(grads['blocks']['0']['scale']).min() > 0
   weights = declarations.of(model)
-  assert not groups.decayed(weights)['blocks']['0']['scale']
-  assert groups.hidden(weights)['blocks']['0']['attention']['out']
+  assert not groups.decay_mask(weights)['blocks']['0']['scale']
+  assert groups.hidden_mask(weights)['blocks']['0']['attention']['out']
   params['blocks']['0']['scale'] = jnp.ones((2, 2))
   full = jax.jit(lambda params: model.apply(params, batch).hidden)(params)
   out = jax.jit(lambda params: model.apply(params, Batch(tokens[:, :5]), cache=model.init_cache(2, 8)))(params)

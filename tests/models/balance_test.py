@@ -57,7 +57,7 @@ def test_the_bias_of_an_expert_falls_where_it_is_chosen_too_often():
   np.testing.assert_allclose(grad, loads / loads.sum() - 1 / EXPERTS, atol=1e-6)
   params = {'blocks': {'0': {'correction': jnp.zeros(EXPERTS), 'up': jnp.ones((1, 2, 2))}}}
   grads = {'blocks': {'0': {'correction': grad, 'up': jnp.ones((1, 2, 2))}}}
-  balanced = optim.balanced(optim.sgd(lambda step: 0.1, momentum=0., clip=1.), 1e-3)
+  balanced = optim.with_router_balance(optim.sgd(lambda step: 0.1, momentum=0., clip=1.), 1e-3)
   declared = {'blocks': {'0': {'correction': declare('-', Role.CORRECTION), 'up': declare('DF')}}}
   optimizer = bound(balanced, params, declared)
   updates = optimizer.update(grads, optimizer.init(params), params)[0]['blocks']['0']

@@ -341,7 +341,7 @@ def count(model):
 def test_the_numbers_of_parameters_are_published_and_biases_do_not_decay():
   assert count(encoder_decoder.t5()) == 60_506_624   # T5 small, versions 1.0 and 1.1
   assert count(encoder_decoder.t5(layers=8, heads=6, hidden=1024, gated=True, tied=False)) == 76_961_152
-  decayed = jax.tree_util.tree_leaves_with_path(groups.decayed(declarations.of(MODEL)))
+  decayed = jax.tree_util.tree_leaves_with_path(groups.decay_mask(declarations.of(MODEL)))
   assert {path[-1].key for path, yes in decayed if not yes} == {'scale', 'encoder_bias', 'decoder_bias'}
 
 

@@ -38,7 +38,7 @@ def activations(model, params, batch):
 def changes(model, updates):
   """Returns log mean |x_t - x_0| of each activation for t = 1, ..., STEPS, [STEPS, activations]."""
   batch = Batch(jnp.array(TOKENS[:, :-1]), targets=jnp.array(TOKENS[:, 1:]), weights=jnp.ones((1, 8)))
-  optimizer = optim.bound(optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None),
+  optimizer = optim.bind(optim.adam(groups.Rates(lambda step: RATE, updates=updates), eps=1e-15, clip=None),
                           declarations.of(model))
   objective = next_token()
 

@@ -25,15 +25,15 @@ def run(optimizer):
   for grad in GRADS:
     updates, state = update(grad, state, params)
     params = optax.apply_updates(params, updates)
-    path.append((params, averaging.evaluated(state, params), state))
+    path.append((params, averaging.evaluation_params(state, params), state))
   return path
 
 
 @pytest.mark.parametrize('decay', [0.5, 0.9999])
 def test_the_average_is_that_of_the_closed_form(decay):
-  path, plain = run(averaging.averaged(optim.sgd(lambda step: 0.1), decay)), run(optim.sgd(lambda step: 0.1))
+  path, plain = run(averaging.with_average(optim.sgd(lambda step: 0.1), decay)), run(optim.sgd(lambda step: 0.1))
   for n, (params, average, state) in enumerate(path, 1):
-    assert averaging.averages(state)
+    assert averaging.has_average(state)
     for name in PARAMS:
       # Averaging does not change the trained parameters.
       np.testing.assert_array_equal(params[name], plain[n - 1][0][name])
@@ -62,38 +62,38 @@ def test_schedule_free_is_the_paper_s():
       x[k] = (1 - weight / total) * x[k] + weight / total * z[k]
       np.testing.assert_allclose(evaluated[k], x[k], rtol=1e-4, atol=1e-5)
       np.testing.assert_allclose(y[k], (1 - b1) * z[k] + b1 * x[k], rtol=1e-4, atol=1e-5)
-    assert averaging.averages(state) and float(optim.learning_rate(state)) == pytest.approx(lr)
+    assert averaging.has_average(state) and float(optim.learning_rate(state)) == pytest.approx(lr)
 
 
 def test_steps_left_out_are_no_part_of_a_schedule_free_average():
   """The next step uses the rate of its own number, for the step and as its weight. Skipped steps have no weight."""
   optimizer = bound(optim.schedule_free(lambda step: 0.1 * (step + 1.), 0., 0.9, clip=None), PARAMS)
   _, state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
-  _, state = optimizer.update(PARAMS, optim.advanced(state, 5), PARAMS)
+  _, state = optimizer.update(PARAMS, optim.advance(state, 5), PARAMS)
   assert float(optim.learning_rate(state)) == pytest.approx(0.7)   # the rate of step 6
   get = functools.partial(optax.tree_utils.tree_get, state)
   assert float(get('max_lr')) == pytest.approx(0.7) and float(get('weight_sum')) == pytest.approx(0.1**2 + 0.7**2)
 
 
 def test_without_an_average_the_parameters_are_evaluated():
-  optimizer = bound(optim.penalised(optim.adamw(lambda step: 0.1), l1=1.), PARAMS)
+  optimizer = bound(optim.with_penalty(optim.adamw(lambda step: 0.1), l1=1.), PARAMS)
   state = optimizer.init(PARAMS)
-  assert averaging.evaluated(state, PARAMS) is PARAMS and not averaging.averages(state)
+  assert averaging.evaluation_params(state, PARAMS) is PARAMS and not averaging.has_average(state)
 
 
 @pytest.mark.parametrize('inner', [optim.schedule_free(lambda step: 0.1),
-                                   averaging.averaged(optim.sgd(lambda step: 0.1), 0.9)])
+                                   averaging.with_average(optim.sgd(lambda step: 0.1), 0.9)])
 def test_states_tell_of_their_averages_without_values(inner):
-  around = optim.penalised(inner, l2=0.1)
-  assert averaging.averages(jax.eval_shape(bound(around, PARAMS).init, PARAMS))
-  with pytest.raises(ValueError, match='evaluates an average already'):   # an average cannot be averaged again
-    jax.eval_shape(bound(averaging.averaged(around, 0.9), PARAMS).init, PARAMS)
+  around = optim.with_penalty(inner, l2=0.1)
+  assert averaging.has_average(jax.eval_shape(bound(around, PARAMS).init, PARAMS))
+  with pytest.raises(ValueError, match='has an average of its own already'):   # an average cannot be averaged again
+    jax.eval_shape(bound(averaging.with_average(around, 0.9), PARAMS).init, PARAMS)
 
 
 @pytest.mark.parametrize('decay', [0., 1., -1., float('nan')])
 def test_a_decay_that_does_not_average_is_refused(decay):
   with pytest.raises(ValueError, match=f'the decay {decay} of a moving average'):
-    averaging.averaged(optim.sgd(lambda step: 0.1), decay)
+    averaging.with_average(optim.sgd(lambda step: 0.1), decay)
 
 
 class Loadable(Data):
@@ -102,13 +102,13 @@ class Loadable(Data):
 
 
 @pytest.mark.parametrize('optimizer', [
-    averaging.averaged(optim.adamw(schedules.warmup_constant(0.05, 100, 2)), 0.9),
+    averaging.with_average(optim.adamw(schedules.warmup_constant(0.05, 100, 2)), 0.9),
     *slow(optim.schedule_free(schedules.warmup_constant(0.05, 100, 2)))], ids=['moving', 'schedule_free'])
 def test_the_average_is_what_a_run_validates_returns_and_is_opened_with(optimizer, tmp_path, monkeypatch):
   run = dataclasses.replace(RUN, optimizer=optimizer, data=Loadable())
   result = go(tmp_path, run)
   state = saved(tmp_path, run)[1]
-  average = jax.tree.map(np.asarray, averaging.evaluated(state.opt_state, state.params))
+  average = jax.tree.map(np.asarray, averaging.evaluation_params(state.opt_state, state.params))
   assert not same(average, state.params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), average, result.params)
   step = validation.make_step(run.model.apply, run.objective, run.data.tokenizer)

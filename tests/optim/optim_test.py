@@ -112,7 +112,7 @@ def test_three_steps_are_those_of_the_paper(optimizer, rule):
 
 
 def test_penalties_are_part_of_the_gradient():
-  penalised = run(optim.penalised(optim.adam(schedule, clip=0.5), l1=0.3, l2=0.7))
+  penalised = run(optim.with_penalty(optim.adam(schedule, clip=0.5), l1=0.3, l2=0.7))
   sums = [{k: g + (0.3 * np.sign(p[k]) + 0.7 * p[k]) * (k == 'w') for k, g in grad.items()}
           for grad, p in zip(GRADS, [PARAMS, *penalised])]
   for actual, expected in zip(penalised, run(optim.adam(schedule, clip=0.5), sums), strict=True):
@@ -192,11 +192,11 @@ def loss(params):
 @pytest.mark.parametrize('make', OPTIMIZERS)
 def test_steps_and_states_keep_their_layout_on_a_mesh(make):
   """Updates have the sharding of the parameters, and the state keeps its own."""
-  optimizer = averaging.averaged(make(schedule), 0.9) if make is not optim.schedule_free else make(schedule)
-  optimizer = optim.penalised(optimizer, l1=0.1)
+  optimizer = averaging.with_average(make(schedule), 0.9) if make is not optim.schedule_free else make(schedule)
+  optimizer = optim.with_penalty(optimizer, l1=0.1)
   with jax.set_mesh(sharding.make_mesh('data:4,model:2')):
     model = transformer.llama(16, 256, 2, heads=4, max_length=4, tied=False)
-    optimizer = optim.bound(optimizer, declarations.of(model))
+    optimizer = optim.bind(optimizer, declarations.of(model))
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
     step, after = jax.eval_shape(functools.partial(optimizer.update, obj_fn=loss) if make is optim.sophia
@@ -234,7 +234,7 @@ def test_a_number_is_a_constant_rate(make):
   for rate in (0.1, groups.Rates(0.1)):
     jax.tree.map(np.testing.assert_array_equal, steps(rate), expected)
   for rate in (0., -1., float('nan')):
-    with pytest.raises(ValueError, match=f'a learning rate of {rate} is not positive'):
+    with pytest.raises(ValueError, match=f'the learning rate {rate} is not positive'):
       make(rate)
 
 
@@ -250,7 +250,7 @@ def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mes
     grads = jax.jit(lambda: jax.tree.map(
         lambda p: sharding.constrain(jax.random.normal(jax.random.key(p.size), p.shape), '-' * p.ndim), params))()
     grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
-    muon = optim.bound(optim.muon(schedule, weight_decay=0.25, rest=3., clip=None), declarations.of(model))
+    muon = optim.bind(optim.muon(schedule, weight_decay=0.25, other_rate=3., clip=None), declarations.of(model))
     updates, _ = jax.jit(muon.update)(grads, jax.jit(muon.init)(params), params)
     assert jax.tree.map(lambda u: u.sharding, updates) == jax.tree.map(lambda p: p.sharding, params)
   blocks = {k: np.asarray(v) for k, v in updates['blocks']['0']['attention'].items()}

@@ -157,7 +157,7 @@ def test_sophia_reads_a_batch_in_the_parts_that_gradients_are_computed_in():
       run = train.Run(transformer.llama(64, 32, 2, heads=1), next_token(), dataset.Text(None, None, 32),
                       optim.sophia(lambda step: 1e-3), steps=1, batch=16, accumulate=parts)
       state = jax.jit(lambda run=run: train.init(run))()
-      step = jax.jit(train.step_of(run)).lower(state, batch).compile()
+      step = jax.jit(train.step_function(run)).lower(state, batch).compile()
       states.append(step(state, batch)[0].opt_state)
       memory.append(step.memory_analysis().temp_size_in_bytes)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max())), *states)

@@ -25,7 +25,7 @@ def test_every_optimizer_has_its_name(name):
   updates, state = step(optimizer=name)
   assert float(optim.learning_rate(state)) == pytest.approx(1e-3 / 5)
   assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
-  assert averaging.averages(state) == (name == 'schedule_free')
+  assert averaging.has_average(state) == (name == 'schedule_free')
 
 
 @pytest.mark.parametrize('flags,last', [
@@ -44,19 +44,21 @@ def test_decay_rates_penalties_and_averages_come_from_flags():
   updates, state = step(optimizer='sgd', l1=0.25, l2=0.5, average=0.9, clip=None)
   np.testing.assert_allclose(updates['embedding'], -2e-4 * 1.75, rtol=1e-5)
   np.testing.assert_allclose(updates['norm']['scale'], -2e-4, rtol=1e-5)
-  assert averaging.averages(state)
+  assert averaging.has_average(state)
 
 
 @pytest.mark.parametrize('flags,message', [
-    ({'cooldown': 5}, '--cooldown=5 is for .* not for cosine'), ({'milestones': (5,)}, '--milestones=5 goes with'),
-    ({'schedule': 'steps'}, 'the schedule is steps'), ({'rates': ('embedding',)}, "'embedding' is not of the form"),
+    ({'cooldown': 5}, '--cooldown=5 is for .* not for cosine'),
+    ({'milestones': (5,)}, '--milestones=5 and --schedule=cosine do not fit'),
+    ({'schedule': 'steps'}, '--milestones= and --schedule=steps do not fit'),
+    ({'rates': ('embedding',)}, "'embedding' is not of the form"),
     ({'optimizer': 'adam', 'weight_decay': 0.1}, '--optimizer=adam has no weight decay'),
     ({'schedule': 'stable_decay', 'cooldown': 37}, 'a decay of 37 steps after a warm-up of 4 does not fit'),
     ({'decay': ('head',)}, "'head' matches no parameter; there are embedding, norm/scale"),
     ({'rates': ('head=2',)}, "'head' matches no parameter"), ({'weight_decay': -1.}, 'weight_decay=-1.0'),
     ({'l1': -1.}, 'l1=-1.0'), ({'average': 1.}, 'the decay 1.0 of a moving average'),
     ({'schedule': 'one_cycle', 'warmup': 4}, '--warmup=4 has no effect'),
-    ({'average': 0.9, 'optimizer': 'schedule_free'}, 'evaluates an average already')])
+    ({'average': 0.9, 'optimizer': 'schedule_free'}, 'has an average of its own already')])
 def test_flags_that_do_not_fit_are_refused(flags, message):
   with pytest.raises(ValueError, match=message):
     step(**flags)

@@ -39,7 +39,7 @@ def test_a_size_is_the_shape_of_the_published_model(name, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
   published, _ = weights.open_model(tmp_path)
   shape = options.Shape(size=name)
-  model = shape.decoder(DEFAULT, shape.resolved(DEFAULT).vocab, 1024)
+  model = shape.decoder(DEFAULT, shape.resolve(DEFAULT).vocab, 1024)
   assert parameters(model) == parameters(published)
   assert sum(map(math.prod, parameters(model).values())) == count
   rotaries = model.layers[0].attention.rotary, published.layers[0].attention.rotary
@@ -47,14 +47,14 @@ def test_a_size_is_the_shape_of_the_published_model(name, tmp_path):
 
 
 def test_each_number_of_a_size_can_be_replaced():
-  assert options.Shape().resolved(DEFAULT) == DEFAULT
-  assert options.Shape(layers=3).resolved(DEFAULT) == options.Size('llama', 3, 64, 2, vocab=320)
+  assert options.Shape().resolve(DEFAULT) == DEFAULT
+  assert options.Shape(layers=3).resolve(DEFAULT) == options.Size('llama', 3, 64, 2, vocab=320)
   shape = options.Shape(size='llama-1b', layers=2, width=64, heads=8, kv_heads=4, hidden=96, tied=False, rope_theta=1e4)
   model = shape.decoder(DEFAULT, 320, 32)
   block = model.layers[0]
   assert (len(model.layers), model.width, model.tied, model.vocab) == (2, 64, False, 320)
   assert (block.attention.heads, block.attention.kv_heads, block.feed_forward.hidden) == (8, 4, 96)
-  assert options.Shape(size='llama-1b', architecture='gpt2').resolved(DEFAULT).hidden is None
+  assert options.Shape(size='llama-1b', architecture='gpt2').resolve(DEFAULT).hidden is None
   attention = options.Shape(size='qwen3-0.6b', head_size=6, qk_norm=False).decoder(DEFAULT, 320, 32).layers[0].attention
   assert (attention.head_size, attention.query_norm, attention.key_norm) == (6, None, None)
 
@@ -63,9 +63,9 @@ def test_what_a_shape_does_not_have_is_refused():
   with pytest.raises(flags.Error, match=r'--size=gpt3: expected gpt2-small \| gpt2-medium .* \| qwen3-32b'):
     launch.parse([shaped], ['script.py', '--size=gpt3'])
   with pytest.raises(ValueError, match='--kv_heads=2 is for --architecture=llama, and this is gpt2'):
-    options.Shape(architecture='gpt2', kv_heads=2).resolved(DEFAULT)
+    options.Shape(architecture='gpt2', kv_heads=2).resolve(DEFAULT)
   with pytest.raises(ValueError, match='--qk_norm=True is for --architecture=llama, and this is gpt2'):
-    options.Shape(architecture='gpt2', qk_norm=True).resolved(DEFAULT)
+    options.Shape(architecture='gpt2', qk_norm=True).resolve(DEFAULT)
   with pytest.raises(ValueError, match='head_size=3 gives heads of size 3; rotary positions need an even size'):
     options.Shape(head_size=3).decoder(DEFAULT, 320, 32)
   with pytest.raises(ValueError, match='--model=x gives the shape of the model, and --layers=3 is given too'):

@@ -31,7 +31,7 @@ def test_intervals_hold_the_outcome_about_as_often_as_they_say():
     rng = np.random.default_rng(trial)
     points = [(n, d, float(LAW(n, d)) * np.exp(0.005 * rng.normal())) for n, d in GRID]
     law = scaling.fit(points, starts=[LAW])
-    laws = scaling.resampled(points, law, 60, seed=trial)
+    laws = scaling.bootstrap(points, law, 60, seed=trial)
     predicted, low, high = scaling.predict(points, law, laws, 4.8e5, 4e6, seed=trial)
     inside += low <= float(LAW(4.8e5, 4e6)) * np.exp(0.005 * rng.normal()) <= high
     assert low < predicted < high and high - low < 0.3
@@ -66,7 +66,7 @@ def test_products_are_counted_where_they_run():
   loss = lambda a, b: product(a, b).sum()
   assert flops.count(jax.grad(loss, (0, 1)), a, b) == 3 * once
   assert flops.count(jax.grad(jax.checkpoint(lambda a, b: jnp.sin(product(a, b)).sum()), (0, 1)), a, b) == 4 * once
-  with pytest.raises(ValueError, match='in a loop whose turns are not known'):
+  with pytest.raises(ValueError, match='whose number of iterations is not known'):
     flops.count(lambda n, a, b: jax.lax.fori_loop(0, n, lambda i, t: t + product(a, b).sum(), 0.), np.int32(3), a, b)
   x, w, sizes = jnp.zeros((7, 4)), jnp.zeros((3, 4, 5)), jnp.int32([2, 3, 2])
   grouped = lambda x, w: jax.lax.ragged_dot(x, w, sizes).sum()

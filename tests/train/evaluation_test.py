@@ -109,7 +109,7 @@ def test_an_evaluation_that_a_signal_interrupts_is_repeated(tmp_path, monkeypatc
   measured = []
   count = lambda run, data, mesh: lambda params, step: measured.append(step) or {'value': step}
   with monkeypatch.context() as patch:
-    patch.setattr(Interrupt, 'asked', lambda self, step: step == 3)
+    patch.setattr(Interrupt, 'should_stop', lambda self, step: step == 3)
     result = go(tmp_path, evaluators={'count': count})
   assert (result.step, result.finished, measured) == (3, False, [])
   assert go(tmp_path, evaluators={'count': count}).finished and measured == [3, 6]

@@ -100,7 +100,7 @@ def test_a_policy_that_is_killed_goes_on_bit_for_bit(whole, tmp_path, monkeypatc
     if step == 7:
       raise InterruptedError('as if killed')
   with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-    patch.setattr(Interrupt, 'asked', stop_requested)
+    patch.setattr(Interrupt, 'should_stop', stop_requested)
     go(tmp_path, POLICY)
   assert steps_kept(tmp_path) == [4]
   result = go(tmp_path, POLICY)

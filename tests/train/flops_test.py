@@ -44,19 +44,19 @@ def test_only_factors_that_are_trained_have_gradients():
 
   products = 2 * 3 * 4 * 5, 2 * 3 * 5 * 6
   expected = 2 * products[0] + 2 * products[1]
-  assert flops.training(once, w, x, frozen) == expected
-  assert flops.training(jax.jit(jax.checkpoint(once)), w, x, frozen) == expected
-  assert flops.training(lambda *args: once(*map(jax.lax.stop_gradient, args)), w, x, frozen) == sum(products)
+  assert flops.count_training(once, w, x, frozen) == expected
+  assert flops.count_training(jax.jit(jax.checkpoint(once)), w, x, frozen) == expected
+  assert flops.count_training(lambda *args: once(*map(jax.lax.stop_gradient, args)), w, x, frozen) == sum(products)
 
   def repeated(w, x):   # x depends on w from the second iteration on
     return jax.lax.scan(lambda y, _: (y @ w, None), x, None, 7)[0]
 
   square = np.zeros((4, 4), 'f4')
-  assert flops.training(repeated, square, x) == 7 * 3 * 2 * 3 * 4 * 4
+  assert flops.count_training(repeated, square, x) == 7 * 3 * 2 * 3 * 4 * 4
   chosen = lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ x.T @ x)
-  assert flops.training(chosen, square, x) == 2 * 2 * 3 * 4 * 4
-  with pytest.raises(ValueError, match='in a loop whose turns are not known'):
-    flops.training(lambda w, x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ w, x), square, x)
+  assert flops.count_training(chosen, square, x) == 2 * 2 * 3 * 4 * 4
+  with pytest.raises(ValueError, match='whose number of iterations is not known'):
+    flops.count_training(lambda w, x: jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ w, x), square, x)
 
 
 @pytest.mark.slow
@@ -67,7 +67,8 @@ def test_a_program_costs_the_same_on_every_mesh():
     with jax.set_mesh(on(mesh)):
       loss = lambda params, batch: next_token().loss(DECODER.apply, params, batch, None)
       params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, on(mesh))
-      counted.add((costs.cost(configuration, 'flops', on(mesh), optimizer=False), flops.training(loss, params, batch)))
+      counted.add((costs.cost(configuration, 'flops', on(mesh), optimizer=False),
+                   flops.count_training(loss, params, batch)))
   (step, training), = counted
   assert training == 6 * (HEAD + MATRICES + SCORES) * 8 * LENGTH
   assert step == training + SCORES * 8 * LENGTH   # the backward pass computes the scores of attention again

@@ -32,7 +32,7 @@ def walk(workdir, seconds_of, steps=1000, seconds=1000., stops=(125,), start=0, 
   while step < (until or steps):
     clock.now += seconds_of(step)
     steps_taken.append(step)
-    later = run.after(step + 1)
+    later = run.next_step(step + 1)
     assert later == step + 1 or not any(step + 1 <= stop * n < later for stop in stops for n in range(steps))
     step = later
   assert run.left_out == step - start - len(steps_taken)
@@ -61,12 +61,12 @@ def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
   sent = []
   monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.append(value) or value)
   steps = walk(tmp_path / '0', lambda step: 1., start=200)[1]
-  assert budget.planned(make, (record,)).steps == 50
+  assert budget.plan(make, (record,)).steps == 50
   assert steps[:len(whole) - 200] == [step for step in whole if step >= 200]
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.pop(0))
   assert walk(tmp_path / '1', lambda step: 9., start=200)[1] == steps
-  assert budget.planned(make, ()).steps == 50
+  assert budget.plan(make, ()).steps == 50
   assert not sent and not (tmp_path / '1' / 'pace.json').exists()
 
 
@@ -89,7 +89,7 @@ def timed(monkeypatch):
       if step == dies:
         raise InterruptedError('as if killed')
       return False
-    monkeypatch.setattr(Interrupt, 'asked', stop_requested)
+    monkeypatch.setattr(Interrupt, 'should_stop', stop_requested)
     monkeypatch.setattr(loop, 'Pace', functools.partial(pace.Pace, clock=clock))
     return go(workdir, **run), clock.now
   train_it.run, train_it.steps = run, []
@@ -139,13 +139,13 @@ def test_minutes_are_planned_once_and_follow_where_they_change(monkeypatch):
 
   def make(minutes=3., steps=None):   # as an experiment makes a run of its knobs
     return dataclasses.replace(RUN, steps=1000 if steps is None else steps, minutes=minutes if steps is None else None)
-  assert budget.planned(make, ()).steps == 30 and budget.planned(make, ()).minutes == 3. and measured == [3., 3.]
+  assert budget.plan(make, ()).steps == 30 and budget.plan(make, ()).minutes == 3. and measured == [3., 3.]
   record = {'steps': 50, 'minutes': 3.}
-  assert budget.planned(make, ({'steps': 7, 'minutes': 3.}, record, {})).steps == 50
-  assert budget.planned(functools.partial(make, 6.), (record,)).steps == 100
-  assert budget.planned(functools.partial(make, 6.), ({'steps': 50},)).steps == 50
-  fixed = budget.planned(functools.partial(make, 3., 20), (record,))
+  assert budget.plan(make, ({'steps': 7, 'minutes': 3.}, record, {})).steps == 50
+  assert budget.plan(functools.partial(make, 6.), (record,)).steps == 100
+  assert budget.plan(functools.partial(make, 6.), ({'steps': 50},)).steps == 50
+  fixed = budget.plan(functools.partial(make, 3., 20), (record,))
   assert (fixed.steps, fixed.minutes, len(measured)) == (20, None, 2)
   # Without a measurement.
-  timed = budget.planned(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))
+  timed = budget.plan(functools.partial(make, 6.), (record, {'steps': 20, 'minutes': None}))
   assert (timed.steps, timed.minutes, measured[2:]) == (30, 6., [6.])

@@ -183,7 +183,7 @@ def stop_in_validation(monkeypatch, last_step):
   def stop_requested(self, step):
     calls.append(step)
     return calls.count(last_step) == 3
-  monkeypatch.setattr(Interrupt, 'asked', stop_requested)
+  monkeypatch.setattr(Interrupt, 'should_stop', stop_requested)
 
 
 @pytest.mark.parametrize('last_step', [3, 6])
@@ -308,9 +308,9 @@ def test_the_first_signal_asks_to_stop_and_the_second_ends_the_process(monkeypat
   monkeypatch.setattr(os, '_exit', ended.append)
   before = signal.getsignal(number)
   with Interrupt() as interrupt:
-    assert not interrupt.asked(1)
+    assert not interrupt.should_stop(1)
     signal.raise_signal(number)
-    assert interrupt.asked(2) and not ended and 'to save' in capfd.readouterr().err
+    assert interrupt.should_stop(2) and not ended and 'to save' in capfd.readouterr().err
     signal.raise_signal(number)
     assert ended == [128 + number]
   assert signal.getsignal(number) is before
@@ -333,7 +333,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
   try:
     with Interrupt() as interrupt:
       signal.raise_signal(signal.SIGHUP)
-      assert not interrupt.asked(1)
+      assert not interrupt.should_stop(1)
   finally:
     signal.signal(signal.SIGHUP, before)
 
@@ -344,7 +344,7 @@ def test_a_closed_terminal_is_a_signal_to_save(tmp_path):
              'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
              'with Interrupt() as interrupt:\n'
              '  print("ready", flush=True)\n'
-             '  while not interrupt.asked(1): time.sleep(0.01)\n'
+             '  while not interrupt.should_stop(1): time.sleep(0.01)\n'
              '  print("stopped", flush=True); open(sys.argv[1], "w").write(str(interrupt.signal))')
   ours, theirs = pty.openpty()
   with subprocess.Popen([sys.executable, '-c', program, str(tmp_path / 'signal')], stdin=theirs, stdout=theirs,
@@ -379,7 +379,7 @@ def test_a_result_has_the_signal_that_stopped_the_run_or_none(tmp_path, monkeypa
   def stop_requested(self, step):
     self.signal = signal.SIGINT if step == 2 else None
     return step == 2
-  monkeypatch.setattr(Interrupt, 'asked', stop_requested)
+  monkeypatch.setattr(Interrupt, 'should_stop', stop_requested)
   result = go(tmp_path)
   assert (result.signal, result.finished) == (signal.SIGINT, False)
   with pytest.raises(KeyboardInterrupt) as stop:
