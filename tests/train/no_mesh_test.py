@@ -38,12 +38,12 @@ from lm.hf import pretrained
 from lm.evaluate import rewards
 from lm import scripts
 from lm import train
-from lm import load as trained
+from lm import load
 from lm.models import reward
 
 folder = pathlib.Path(sys.argv[1])
 scripts.trust(folder / 'small_experiment.py')
-run = trained.load(folder / 'run')
+run = load.open_trained(folder / 'run')
 texts = [np.array(run.tokenizer.encode('number 7 and'))]
 np.save(folder / 'scores.npy', evaluate.log_probabilities(run.model, run.params, texts)[0])
 assert len(generate.tokens(run.model, run.params, run.tokenizer, texts, max_tokens=3)[0]) <= 3
@@ -56,7 +56,7 @@ pretrained.write(folder / 'hf', run.model, run.params, run.tokenizer)
 pretrained.save(str(folder / 'hf'), folder / 'imported')
 for name in ('hf', 'imported'):
   jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / name)).params, run.params)
-base = trained.base(str(folder / 'run'))
+base = load.open_base(str(folder / 'run'))
 jax.tree.map(np.testing.assert_array_equal, base.start(base.model), run.params)
 try:
   train.train(run.run, folder / 'other', jax.sharding.get_mesh())
