@@ -15,7 +15,7 @@ from helpers.declared import bound
 from helpers.slow import slow
 
 from lm import launch, optim, sharding, signature, train
-from lm import load
+from lm import load as trained
 from lm import scripts as lm_scripts
 from lm.data import tokenizers
 from lm.data.text import corpora, puzzles
@@ -366,7 +366,7 @@ def test_a_trained_run_opens_without_its_corpus(scripts, texts, tmp_path, monkey
     pretrain('--text=texts/*.txt', '--width=32')   # the run was recorded but never trained
   assert f"no file matches 'texts/*.txt' in {tmp_path};" in capsys.readouterr().err
   with jax.set_mesh(sharding.make_mesh()):
-    loaded = load.open_trained(tmp_path / 'run')
+    loaded = trained.open_trained(tmp_path / 'run')
   assert loaded.step == 2 and loaded.tokenizer.vocab_size > 256
 
 
@@ -385,7 +385,7 @@ def test_every_script_with_a_model_flag_accepts_a_workdir(scripts, texts, tmp_pa
     shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
   assert shown[0] == shown[1] and 'bits a byte' in shown[0]
   student = signature.call(scripts['distill'].experiment, teacher=str(run), student=str(run), length=16).open()
-  assert student.model == load.open_base(str(run)).model
+  assert student.model == trained.open_base(str(run)).model
   with pytest.raises(ValueError, match='is a decoder, and what is needed is an encoder-decoder'):
     signature.call(scripts['denoise'].experiment, model=str(run)).open()
   with pytest.raises(ValueError, match='is the workdir of a run, which needs no import'):
