@@ -248,7 +248,7 @@ def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
     ({'optimizer': optim.sgd(lambda step: 1.)}, 'another optimizer')])
 def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, changes, named):
   files = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
-  monkeypatch.setattr(loop.Loop, 'go', None)   # nothing is trained
+  monkeypatch.setattr(loop.Loop, 'train', None)   # nothing is trained
   with pytest.raises(mismatch.Mismatch, match=named):
     go(whole, steps=10, **changes)
   assert files == {path: path.read_bytes() for path in whole.rglob('*') if path.is_file() and path.name != 'run.json'}
