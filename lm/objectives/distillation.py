@@ -144,7 +144,8 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
     return mix(logits, targets, weights, terms)
 
   def loss(apply, params, batch, key):
-    if missing := [name for name in stored.columns if name not in (batch.columns or {})]:
+    missing = [name for name in stored.columns if name not in (batch.columns or {})]
+    if missing:
       raise ValueError(f'the data has no columns {" and ".join(missing)}; annotate it: annotate.Annotated')
     outputs = apply(params, batch, key=key)
     _check_sizes(stored.vocab, jax.eval_shape(outputs.head, outputs.hidden).shape[-1])

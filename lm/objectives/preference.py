@@ -34,7 +34,7 @@ def reference(apply: Callable, params: Any, batch: Batch) -> dict[str, jax.Array
 
 
 class Pairs(NamedTuple):
-  """Of each pair, log p(y|x), log p_ref(y|x) and the number of tokens of y: [B, P]. Without a reference, None."""
+  """The log p(y|x), log p_ref(y|x) and number of tokens of y of each pair, [B, P]; log p_ref is None if not stored."""
   chosen: jax.Array
   rejected: jax.Array
   chosen_tokens: jax.Array
@@ -44,13 +44,13 @@ class Pairs(NamedTuple):
 
   @property
   def ratios(self) -> tuple[jax.Array, jax.Array]:
-    """log p(y|x) / p_ref(y|x), of y_w and y_l. ValueError where the data has no reference."""
+    """The log p(y|x) / p_ref(y|x) of y_w and y_l. Raises ValueError if there is no log p_ref."""
     _require(self.chosen_reference)
     return self.chosen - self.chosen_reference, self.rejected - self.rejected_reference
 
   @property
   def means(self) -> tuple[jax.Array, jax.Array]:
-    """log p(y|x) / |y|, of y_w and y_l."""
+    """The log p(y|x) / |y| of y_w and y_l."""
     return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
@@ -60,7 +60,7 @@ PairLoss = Callable[[Pairs], tuple[jax.Array, jax.Array, jax.Array]]
 def dpo(beta: float = 0.1, smoothing: float = 0.) -> PairLoss:
   """-log sigmoid(h), h = beta (log p/p_ref(y_w) - log p/p_ref(y_l)) (Rafailov et al. 2023, arXiv:2305.18290).
 
-  `smoothing` is the share of the pairs that are thought to be the wrong way round: conservative DPO (Mitchell 2023),
+  `smoothing` is the assumed share of pairs with swapped answers: conservative DPO (Mitchell 2023),
   -(1 - smoothing) log sigmoid(h) - smoothing log sigmoid(-h).
   """
   def pair_loss(pairs):
@@ -71,7 +71,7 @@ def dpo(beta: float = 0.1, smoothing: float = 0.) -> PairLoss:
 
 
 def robust_dpo(beta: float = 0.1, smoothing: float = 0.1) -> PairLoss:
-  """DPO without the bias of pairs that are the wrong way round (Chowdhury et al. 2024, arXiv:2403.00409).
+  """DPO without the bias of pairs with swapped answers (Chowdhury et al. 2024, arXiv:2403.00409).
 
   (-(1 - smoothing) log sigmoid(h) + smoothing log sigmoid(-h)) / (1 - 2 smoothing), with h as in `dpo`.
   """
@@ -85,7 +85,7 @@ def robust_dpo(beta: float = 0.1, smoothing: float = 0.1) -> PairLoss:
 def ipo(beta: float = 0.1) -> PairLoss:
   """(log p/p_ref(y_w) / |y_w| - log p/p_ref(y_l) / |y_l| - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036).
 
-  beta is their tau. Their formula has sums; as TRL has it, on advice of the authors, log-ratios are means over tokens.
+  beta is their tau. Their formula has sums over tokens. Here, as in TRL on the authors' advice, log-ratios are means.
   """
   def pair_loss(pairs):
     ratios = pairs.ratios
@@ -108,7 +108,7 @@ def orpo(beta: float = 0.1) -> PairLoss:
 
 
 def _log_odds(mean: jax.Array) -> jax.Array:
-  mean = jnp.minimum(mean, -1e-6)   # at p = 1 they are infinite
+  mean = jnp.minimum(mean, -1e-6)   # the odds of p = 1 are infinite
   return mean - jnp.log(-jnp.expm1(mean))
 
 
@@ -121,13 +121,13 @@ def simpo(beta: float = 2., gamma: float = 1.) -> PairLoss:
 
 
 def example(pair: Pair, rng: np.random.Generator, special: Special) -> Example:
-  """Both dialogues as segments, with next-token targets. Weights of answers are 1 if chosen, -1 if rejected."""
+  """Returns both dialogues as segments, with next-token targets. Chosen answers have weight 1, rejected ones -1."""
   del rng, special
   return _segments(pair.chosen, pair.rejected)
 
 
 def preference(pair_loss: PairLoss) -> Objective:
-  """The mean of a pair loss over pairs: `preference(dpo(beta=0.1))`."""
+  """Returns the objective of the mean of a pair loss over pairs, such as `preference(dpo(beta=0.1))`."""
   def loss(apply, params, batch, key):
     sums, exists, counts = _answers(apply, params, batch, key)
     chosen, rejected = ({name: x[..., side] for name, x in sums.items()} for side in (0, 1))
@@ -139,19 +139,19 @@ def preference(pair_loss: PairLoss) -> Objective:
 
 
 def rated_example(rated: Rated, rng: np.random.Generator, special: Special) -> Example:
-  """The dialogue and the mismatched one as segments; answers weigh 1 in the one, -1 in the other."""
+  """Returns the dialogue and the mismatched one as segments. Answers have weight 1 in the first, -1 in the second."""
   del rng, special
   pair = _segments(rated.dialogue, rated.mismatched)
   return pair._replace(columns={'good': np.where(pair.weights > 0, np.float32(rated.good), np.float32(0))})
 
 
 def kto(beta: float = 0.1, desirable: float = 1., undesirable: float = 1.) -> Objective:
-  """Learning from answers that are rated good or bad, each by itself (Ethayarajh et al. 2024, arXiv:2402.01306).
+  """KTO: learns from single answers that are rated good or bad (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-  The mean of desirable (1 - sigmoid(beta (r - z))) of good answers and undesirable (1 - sigmoid(beta (z - r))) of bad
-  ones; r = log p/p_ref(y|x). z, without a gradient, estimates how far p is from p_ref: max(0, the mean of
-  log p/p_ref(y'|x)) over answers y' to other prompts, in the rows that are computed together (with `accumulate`, a part
-  of the batch).
+  The loss is the mean of desirable (1 - sigmoid(beta (r - z))) for good answers and undesirable
+  (1 - sigmoid(beta (z - r))) for bad ones, where r = log p/p_ref(y|x). z, which has no gradient, estimates the distance
+  of p from p_ref: max(0, the mean of log p/p_ref(y'|x)) over answers y' to other prompts, in the rows that are computed
+  together (with `accumulate`, a part of the batch).
 
   Metrics: `preference/accuracy`, how often r is on the right side of z; `preference/kl`, z; `preference/chosen` and
   `preference/rejected`, beta r of good and of bad answers.
@@ -175,7 +175,7 @@ def kto(beta: float = 0.1, desirable: float = 1., undesirable: float = 1.) -> Ob
 
 
 def reward_example(pair: Pair, rng: np.random.Generator, special: Special) -> Example:
-  """Both dialogues as segments. The last token of each has a weight: 1 if chosen, -1 if rejected."""
+  """Returns both dialogues as segments. The last token has weight 1 in the chosen one, -1 in the rejected one."""
   del rng
   tokens = np.concatenate([pair.chosen.tokens, pair.rejected.tokens])
   weights, first = np.zeros(len(tokens), np.float32), len(pair.chosen.tokens)
@@ -185,7 +185,7 @@ def reward_example(pair: Pair, rng: np.random.Generator, special: Special) -> Ex
 
 
 def reward(centering: float = 0.) -> Objective:
-  """A reward model (`models.reward.Reward`): the mean of -log sigmoid(r_w - r_l) (Bradley and Terry 1952).
+  """The objective of `models.reward.Reward`: the mean of -log sigmoid(r_w - r_l) (Bradley and Terry 1952).
 
   r is the score at the last token. `centering` adds centering (r_w + r_l)^2, which keeps rewards near 0 (Eisenstein et
   al. 2023, arXiv:2312.09244). Metrics as of `preference`; nll is this loss, its tokens are pairs.
@@ -201,7 +201,7 @@ def reward(centering: float = 0.) -> Objective:
     counts = {'nll': jnp.sum(nll * exists), 'tokens': pairs, 'correct': right}
     return jnp.sum((nll + centering * (chosen + rejected) ** 2) * exists), pairs, {**counts, **metrics}
 
-  # Two positions for the last tokens of both dialogues, which other objectives only predict.
+  # Two more positions, because the last tokens of both dialogues are inputs here and only targets elsewhere.
   return Objective((Form(reward_example, Room(extra=2)),), loss, Pair)
 
 
@@ -219,13 +219,17 @@ def segment_sums(values: dict[str, jax.Array], segments_BT: jax.Array) -> dict[s
   def local(values, segments):
     return jax.tree.map(lambda x: jax.vmap(row)(x, segments), values)
 
-  if (rows := sharding.spec('B')) is not None:
+  rows = sharding.spec('B')
+  if rows is not None:
     local = jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)
   return local(*jax.tree.map(lambda x: sharding.constrain(x, 'BT'), (values, segments_BT)))
 
 
 def _segments(first: Dialogue, second: Dialogue) -> Example:
-  join = lambda part: np.concatenate([part(first), part(second)])
+  """Returns two dialogues as segments 1 and 2, with next-token targets and weights 1 and -1 of their answers."""
+  def join(part):
+    return np.concatenate([part(first), part(second)])
+
   sizes = len(first.tokens) - 1, len(second.tokens) - 1
   return Example(join(lambda x: x.tokens[:-1]), join(lambda x: x.tokens[1:]),
                  np.repeat(np.float32([1, -1]), sizes) * join(lambda x: x.loss_mask[1:]),
@@ -254,7 +258,9 @@ def _answers(apply: Callable, params: Any, batch: Batch, key: jax.Array | None
 
 
 def _metrics(chosen: jax.Array, rejected: jax.Array, exists: jax.Array) -> Sums:
-  total = lambda x: (jnp.sum(x * exists), jnp.sum(exists))
+  def total(x):
+    return jnp.sum(x * exists), jnp.sum(exists)
+
   return {'preference/accuracy': total(chosen > rejected), 'preference/margin': total(chosen - rejected),
           'preference/chosen': total(chosen), 'preference/rejected': total(rejected)}
 

@@ -74,7 +74,11 @@ def fill(source: np.ndarray, targets: np.ndarray, sentinels: np.ndarray) -> np.n
 
 
 class Noise(NamedTuple):
-  """What is hidden of a piece, and upper bounds (ratio, extra) of the lengths of source and targets, without eos."""
+  """Corruption of a piece of n tokens.
+
+  `mask(n, rng)` says which tokens are noise, and `spans(n)` is the number of their spans. The lengths of `source`, of
+  `targets` and of `both`, without eos, are at most ratio * n + extra, each given as (ratio, extra).
+  """
   mask: Callable[[int, np.random.Generator], np.ndarray]
   spans: Callable[[int], int]
   source: tuple[float, float]
@@ -86,21 +90,22 @@ def random_spans(density: float, mean: float) -> Noise:
   """Returns the noise of T5: a share `density` of the tokens, in spans of `mean` tokens on average."""
   if not 0 < density < 1 or not mean >= 1:
     raise ValueError(f'density={density} must be between 0 and 1, mean={mean} at least 1')
-  tokens, each = np.arange(1, 1 << 16), min(density / mean, 1 - density)
+  tokens, span_density = np.arange(1, 1 << 16), min(density / mean, 1 - density)
   noise, spans = counts(tokens, density, mean)
 
-  def line(ratio, lengths):   # over all these sizes, since rounding decides on the extra tokens
+  def line(ratio, lengths):   # over all sizes, because the extra tokens are due to rounding
     return ratio, float((lengths - ratio * tokens).max())
 
   return Noise(functools.partial(noise_mask, density=density, mean=mean), lambda n: counts(n, density, mean)[1],
-               line(1 - density + each, tokens - noise + spans), line(density + each, noise + spans),
-               line(1 + 2 * each, tokens + 2 * spans))
+               line(1 - density + span_density, tokens - noise + spans),
+               line(density + span_density, noise + spans),
+               line(1 + 2 * span_density, tokens + 2 * spans))
 
 
 class Layout(NamedTuple):
-  """Where source and targets are placed. `prompt` is as in `Objective`."""
+  """The places of source and targets in an example. `prompt` is as in `Objective`."""
   arrange: Callable[[np.ndarray, np.ndarray, Special], Example]
-  room: Callable[[Noise, int], Room]   # the number: additional tokens in the source
+  room: Callable[[Noise, int], Room]   # of a noise, and the number of additional tokens in the source
   prompt: Callable[[Batch], Batch]
 
 
@@ -118,13 +123,13 @@ def _for_decoder(source: np.ndarray, targets: np.ndarray, special: Special) -> E
 
 
 def _all_but_last(batch: Batch) -> Batch:
-  """The source is bidirectional; the last token of a prompt is the first sentinel of the targets."""
+  """Marks the source as bidirectional, but not the last token of a prompt, the first sentinel of the targets."""
   marks = batch.segments > 0
   marks[:, -1] = False
   return batch._replace(bidirectional=marks)
 
 
-# Named, so that a stored objective can be built again.
+# Functions with names, because a stored objective is built again by name.
 def _encoder_decoder_room(noise: Noise, extra: int) -> Room:
   return Room(noise.targets[0], noise.targets[1] + 1, noise.source[0], noise.source[1] + extra + 1)
 
@@ -133,9 +138,9 @@ def _decoder_room(noise: Noise, extra: int) -> Room:
   return Room(noise.both[0], noise.both[1] + extra + 1)
 
 
-# The encoder reads source, eos; the decoder begins with bos, which in T5 is its start token, and ends with eos.
+# The encoder reads the source and eos. The decoder begins with bos, T5's start token, and ends with eos.
 ENCODER_DECODER = Layout(_for_encoder_decoder, _encoder_decoder_room, causal_prompt)
-# bos, source, targets, eos: one segment, the source bidirectional. The targets' first sentinel ends the source.
+# One segment of bos, source, targets and eos, where the source is bidirectional and the first sentinel ends it.
 DECODER = Layout(_for_decoder, _decoder_room, _all_but_last)
 
 

@@ -84,7 +84,8 @@ def _check_table() -> None:
   # Rows and what they are multiplied with stand in one tensor, where a mesh axis can split only one of them. D is
   # exempt, since weights are gathered along it for use.
   for letter in TABLE:
-    if letter not in 'BD' and (shared := set(axes_of('B')) & set(axes_of(letter))):
+    shared = set(axes_of('B')) & set(axes_of(letter))
+    if shared and letter not in 'BD':
       raise ValueError(f'the sharding table splits both B and {letter} over {", ".join(sorted(shared))}; give them '
                        'different mesh axes')
   if axes_of('N') != axes_of('K'):   # each shard attends with the keys of its own queries
