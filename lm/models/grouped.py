@@ -82,7 +82,7 @@ def _blocks(x, sizes):
 
 def zeros(*shape):
   """Returns float32 zeros, which vary over the shards inside a `shard_map` over rows and experts."""
-  return sharding.varying(jnp.zeros(shape, jnp.float32), 'BE')
+  return sharding.mark_varying(jnp.zeros(shape, jnp.float32), 'BE')
 
 
 def _forward(dtype, x, w, sizes):

@@ -103,7 +103,7 @@ def _einsum_backward(formula, dtype, residuals, dy):
   order = w_axes
   if sharding.platform() == 'cpu':   # XLA transposes the operand whose axes come first, which should be the smaller one
     order = ''.join(sorted(w_axes, key=lambda axis: (axis in y_axes) == (x.size <= dy.size)))
-  dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, sharding.gathered(order))
+  dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, sharding.gathered_spec(order))
   if order != w_axes:
     dw = jax.lax.optimization_barrier(dw).transpose([order.index(axis) for axis in w_axes])
   return dx.astype(x.dtype), dw.astype(w.dtype)

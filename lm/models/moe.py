@@ -224,7 +224,7 @@ class Experts(nn.Module):
     """Computes the rows of this shard with its experts, and sums the results over the shards of experts."""
     def vary(a, letter):
       """Marks an array as different on each shard, so that its gradient is summed over them, in float32."""
-      return sharding.varying(a.astype(jnp.float32), letter).astype(a.dtype)
+      return sharding.mark_varying(a.astype(jnp.float32), letter).astype(a.dtype)
     params = {name: vary(a, 'B') for name, a in params.items()}
     x, weights = vary(x, 'E'), vary(weights, 'E')
     first = sharding.part_index('E') * params['up'].shape[0]

@@ -4,7 +4,7 @@ from lm.sharding.axes import (
   check,
   constrain,
   gather,
-  gathered,
+  gathered_spec,
   layout,
   local_rows,
   make_mesh,
@@ -19,10 +19,10 @@ from lm.sharding.axes import (
   spec,
   split_axis,
 )
-from lm.sharding.collectives import insert_rows, part_index, sum_of_parts, sum_over_devices, varying
+from lm.sharding.collectives import insert_rows, mark_varying, part_index, sum_of_parts, sum_over_devices
 from lm.sharding.hosts import join, process_0_first
 
-__all__ = ['abstract_mesh', 'check', 'constrain', 'gather', 'gathered', 'layout', 'local_rows', 'make_mesh',
+__all__ = ['abstract_mesh', 'check', 'constrain', 'gather', 'gathered_spec', 'layout', 'local_rows', 'make_mesh',
            'merge_axes', 'mesh_text', 'padded_rows', 'parts', 'platform', 'require', 'row_layout', 'shard_rows', 'spec',
-           'split_axis', 'insert_rows', 'part_index', 'sum_of_parts', 'sum_over_devices', 'varying', 'join',
+           'split_axis', 'insert_rows', 'mark_varying', 'part_index', 'sum_of_parts', 'sum_over_devices', 'join',
            'process_0_first']

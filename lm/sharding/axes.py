@@ -169,14 +169,14 @@ def _reshape(x, shape, change):
   return jax.lax.reshape(x, shape, out_sharding=P(*change(entries)))
 
 
-def gathered(axes: str) -> P | None:
+def gathered_spec(axes: str) -> P | None:
   """Returns the sharding of a weight in use: its parts along D are gathered, and other axes are split as in storage."""
   return spec(axes.replace('D', '-'))
 
 
 def gather(weight: jax.Array, axes: str) -> jax.Array:
-  """Returns a weight for use, laid out as `gathered` says."""
-  partition = gathered(axes)
+  """Returns a weight for use, laid out as `gathered_spec` says."""
+  partition = gathered_spec(axes)
   return weight if partition is None else jax.sharding.reshard(weight, partition)
 
 

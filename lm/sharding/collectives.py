@@ -24,7 +24,7 @@ def sum_of_parts(x: jax.Array, letter: str) -> jax.Array:
   return jax.lax.psum(x, axes_of(letter))
 
 
-def varying(x: jax.Array, letters: str) -> jax.Array:
+def mark_varying(x: jax.Array, letters: str) -> jax.Array:
   """Returns `x`, marked as different on the devices that hold the parts of these tensor axes; outside, `x` as it is.
 
   The gradient of `x` is then the sum over these devices.

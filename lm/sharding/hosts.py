@@ -25,7 +25,7 @@ def process_0_first(what: str) -> Iterator[None]:
       multihost_utils.sync_global_devices(what)
 
 
-def agreed(value: Any) -> Any:
+def from_process_0(value: Any) -> Any:
   """Returns the value of process 0, which JSON can hold, in all processes; all of them must call it.
 
   So they decide alike even where their clocks or the files on their disks differ.

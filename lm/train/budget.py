@@ -52,7 +52,7 @@ def fit(make: Callable[[int], Run], minutes: float) -> Run:
   steps = _bounded(60 * minutes / step_seconds)
   evaluations = steps // make(steps).evaluate_every
   steps = _bounded((60 * minutes - evaluations * (run.evaluate_batches or 0) * evaluation_seconds) / step_seconds)
-  return make(hosts.agreed(steps))   # in a cluster, the clock of one process decides
+  return make(hosts.from_process_0(steps))   # in a cluster, the clock of one process decides
 
 
 def _bounded(steps: float) -> int:
@@ -74,7 +74,7 @@ def plan(make: Callable[..., Run], recorded: Sequence[Mapping[str, Any]]) -> Run
                   for record in reversed(recorded) if 'steps' in record), None)
   if run.minutes is None:
     return run
-  earlier = hosts.agreed(earlier)   # either all processes measure or none does
+  earlier = hosts.from_process_0(earlier)   # either all processes measure or none does
   if earlier is None or earlier.get('minutes', run.minutes) is None:
     return dataclasses.replace(fit(lambda steps: make(steps=steps), run.minutes), minutes=run.minutes)
   steps = round(earlier['steps'] * run.minutes / earlier.get('minutes', run.minutes))

@@ -39,7 +39,7 @@ class Pace:
     self._path, self._clock, self._stops = workdir / 'pace.json', clock, stops
     self._steps, self._seconds = steps, seconds
     self._every = max(min(steps // 100, *(stop // 10 for stop in stops)), steps // 1000, 1)
-    plan, rows = hosts.agreed(_read(self._path))   # so that all processes have the same decisions
+    plan, rows = hosts.from_process_0(_read(self._path))   # so that all processes have the same decisions
     is_same_plan = plan == [steps, seconds]
     # Decisions: [step, the next step, the seconds until then].
     self._rows = [row for row in rows if is_same_plan or row[1] <= start]
@@ -83,7 +83,7 @@ class Pace:
       target = min(target, self._steps, *next_stops)
     else:
       target = step
-    return hosts.agreed([step, target, round(spent, 3)])
+    return hosts.from_process_0([step, target, round(spent, 3)])
 
 
 def _read(path: pathlib.Path) -> tuple[list | None, list]:

@@ -127,7 +127,7 @@ def test_a_letter_is_split_over_several_mesh_axes(monkeypatch):
     assert sharding.mesh_text(mesh) == 'data:2,shard:2,model:2'
     assert sharding.spec('BTD') == P(('data', 'shard'), None, None)
     assert sharding.spec('DNH') == P(('data', 'shard'), 'model', None)
-    assert sharding.gathered('DNH') == P(None, 'model', None)
+    assert sharding.gathered_spec('DNH') == P(None, 'model', None)
     assert [sharding.parts(letter) for letter in 'BDNT'] == [4, 4, 2, 1]
     assert [sharding.padded_rows(rows) for rows in (1, 4, 5)] == [4, 4, 8]
     rows = sharding.shard_rows(np.arange(8), mesh)
