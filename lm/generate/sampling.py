@@ -106,9 +106,27 @@ def keep_min_p(logits_BV: jax.Array, share: jax.Array | float) -> jax.Array:
 def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
   """Excludes tokens below the k-th greatest logit, and keeps those equal to it; 0 or less excludes none."""
   size, k = logits_BV.shape[-1], _column(k)
-  kth = jnp.broadcast_to(jnp.clip(size - k, 0, size - 1), (len(logits_BV), 1))
-  least = jnp.take_along_axis(jnp.sort(logits_BV, axis=-1), kth, axis=-1)
+  least = kth_greatest(logits_BV, jnp.broadcast_to(jnp.clip(k, 1, size), (len(logits_BV), 1)))
   return jnp.where((k < 1) | (logits_BV >= least), logits_BV, -jnp.inf)
+
+
+def kth_greatest(values_BV: jax.Array, k_B1: jax.Array) -> jax.Array:
+  """The k-th greatest of the float32 values of each row, [B, 1]; `k_B1` is at least 1 and at most V.
+
+  It is found bit by bit, from the highest: a bit is set if k values are no less with it. That takes 32 counts over the
+  row, in place of sorting it, and k need not be static. No value is NaN.
+  """
+  bits = jax.lax.bitcast_convert_type(values_BV, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  ordered = jnp.where(bits >= sign, ~bits, bits | sign)   # integers in the order of the values
+
+  def set_bit(i, kth):
+    candidate = kth | (sign >> i.astype(jnp.uint32))
+    enough = jnp.sum(ordered >= candidate, axis=-1, keepdims=True) >= k_B1
+    return jnp.where(enough, candidate, kth)
+
+  kth = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(ordered[:, :1]))
+  return jax.lax.bitcast_convert_type(jnp.where(kth >= sign, kth ^ sign, ~kth), jnp.float32)
 
 
 def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:

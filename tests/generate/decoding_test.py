@@ -13,7 +13,7 @@ from helpers.slow import slow
 from lm import generate
 from lm.data.batch import Batch
 from lm.evaluate import text_scores
-from lm.generate import completion
+from lm.generate import completion, sampling
 from lm.hf import pretrained
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
@@ -184,3 +184,16 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   assert warning(window=True) == warning(max_tokens=14) == ''
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
     warning(max_tokens=15)
+
+
+def test_the_kth_greatest_is_that_of_a_sort_with_ties_zeros_of_both_signs_and_infinities():
+  rng = np.random.default_rng(0)
+  for values in (rng.normal(size=(6, 300)), rng.integers(-3, 4, (6, 300)) * 1., np.full((6, 300), -np.inf),
+                 rng.choice([0., -0., 1e-40, -1e-40, np.inf, -np.inf, 3e38], (6, 300))):
+    values, k = np.float32(values), np.int32([1, 2, 50, 299, 300, 7])
+    expected = np.sort(values, axis=-1)[np.arange(6), 300 - k]
+    got = jax.jit(sampling.kth_greatest)(values, k[:, None])
+    assert np.array_equal(got[:, 0], expected)
+    kept = np.isfinite(jax.jit(sampling.keep_top_k)(values, np.int32([1, 2, 50, 0, -1, 400])))
+    expected = np.sort(values, axis=-1)[np.arange(6), 300 - np.array([1, 2, 50, 300, 300, 300])]
+    assert np.array_equal(kept, (values >= expected[:, None]) & np.isfinite(values))
