@@ -1,7 +1,8 @@
 """`Source`, the interface of a corpus, and the functions with which `corpora` builds sources.
 
 A hash of its text decides whether a document is for training or for validation. So no text is in both splits, and files
-that are added later move no document. Only if so few documents leave a split empty, each document is cut in two. Files
+that are added later move no document. Only if so few documents leave a split empty, or fewer than four long ones would
+be held out, each document is cut in two: one of three books is no share of a twentieth, and no sample of three. Files
 are listed and fingerprinted when a source is first used; the first use of a split reads them once, for all splits.
 """
 import array
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+_FEWEST = 4      # documents that are held out whole, at least, unless the parts of documents would be short:
+_LONG = 1000     # characters of a part, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +173,8 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
           where: Callable[[int, int], str] | None = None) -> dict[str, Documents]:
   """Splits documents by a hash of their text, in one pass at first use.
 
-  If a split is empty, which happens with few documents, the last part of each document is held out instead.
+  With few documents, the last part of each document is held out instead: if a split is empty, or if fewer than four
+  documents would be held out, and the parts have 1,000 characters or more on average.
 
   Args:
     documents: returns (a, b, text) of each document.
@@ -191,10 +196,12 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
   def addresses() -> tuple[dict[str, np.ndarray], bool]:
     """Returns (a, b) of the documents of each split, [n, 2], and whether its documents are parts."""
     counts.clear()
-    by_split = _by_hash(documents(), names, validation, unique, counts)
-    if all(map(len, by_split.values())):
-      return by_split, False
+    by_split, size = _by_hash(documents(), names, validation, unique, counts)
     rows = np.concatenate(list(by_split.values()))
+    is_few = validation > 0 and len(by_split['validation']) < _FEWEST and size * validation >= _LONG * len(rows)
+    if all(map(len, by_split.values())) and not (divisible and is_few):
+      return by_split, False
+    rows = rows[np.lexsort(rows.T[::-1])]   # in the order of the documents
     if not len(rows):
       events = ', '.join(f'{n:,} {event}' for event, n in counts.items() if n)
       raise ValueError(f'{name}: there is no document in it{events and f" ({events})"}; give files that hold some text')
@@ -222,9 +229,9 @@ def split(documents: Callable[[], Iterable[tuple[int, int, str]]], read: Callabl
 
 
 def _by_hash(documents: Iterable[tuple[int, int, str]], names: Sequence[str], validation: float, unique: bool,
-             counts: collections.Counter) -> dict[str, np.ndarray]:
-  """Returns (a, b) of the documents of each split, [n, 2]."""
-  by_split, keys = {split: array.array('q') for split in names}, set()
+             counts: collections.Counter) -> tuple[dict[str, np.ndarray], int]:
+  """Returns (a, b) of the documents of each split, [n, 2], and the characters of all of them."""
+  by_split, keys, size = {split: array.array('q') for split in names}, set(), 0
   for a, b, document in documents:
     key = digest(document)
     if unique and key in keys:
@@ -234,7 +241,8 @@ def _by_hash(documents: Iterable[tuple[int, int, str]], names: Sequence[str], va
       keys.add(key)
     is_held_out = int.from_bytes(key[:8]) < validation * 2**64
     by_split['validation' if is_held_out else 'train'].extend((a, b))
-  return {split: np.frombuffer(numbers, np.int64).reshape(-1, 2) for split, numbers in by_split.items()}
+    size += len(document)
+  return {split: np.frombuffer(numbers, np.int64).reshape(-1, 2) for split, numbers in by_split.items()}, size
 
 
 def _last_part(document: str, share: float) -> int | None:

@@ -325,6 +325,29 @@ def test_where_no_document_falls_into_validation_the_last_part_of_each_is_held_o
   assert all(0 < len(b) <= 0.1 * (len(a) + len(b)) and a.endswith('\n') for a, b in zip(train, held_out))
 
 
+@pytest.mark.parametrize('count', [3, 4, 7, 10])
+def test_of_few_long_files_of_unequal_length_each_gives_its_last_part(tmp_path, count):
+  """Also where some of them have a hash that is held out: they would be the whole validation, of any size."""
+  hashed = lambda text: int.from_bytes(digest(text)[:8]) / 2**64
+  books = (f'{i}\n' + 'a line of a book\n' * (1200 << i % 5) for i in itertools.count())
+  books = [next(book for book in books if (hashed(book) < 0.1) == (i < 2)) for i in range(count)]
+  for i, text in enumerate(books):
+    (tmp_path / f'{i:02}.txt').write_text(text)
+  splits = corpora.text(f'{tmp_path}/*.txt', 0.1).splits
+  train, held_out = list(splits['train']), list(splits['validation'])
+  assert [a + b for a, b in zip(train, held_out, strict=True)] == books
+  assert all(0.099 < len(b) / len(book) <= 0.1 for b, book in zip(held_out, books))
+
+
+@pytest.mark.parametrize('held_out, lines', [(4, 5000), (3, 500)])
+def test_enough_documents_or_short_ones_are_held_out_whole(held_out, lines):
+  hashed = lambda text: int.from_bytes(digest(text)[:8]) / 2**64
+  books = (f'{i}\n' + 'a line of a book\n' * lines for i in itertools.count())
+  books = [next(book for book in books if (hashed(book) < 0.1) == (i < held_out)) for i in range(12)]
+  splits = texts(books, 0.1).splits
+  assert list(splits['validation']) == books[:held_out] and list(splits['train']) == books[held_out:]
+
+
 @pytest.mark.parametrize('text, message', [
     ('', 'there is no document in it'), ('a', r'its documents \(1, the longest of 1 characters\)')])
 def test_one_text_that_cannot_be_cut_is_refused(tmp_path, text, message):
