@@ -54,13 +54,13 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
     batch: rows a step.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
-  given = shape.explicit_values() | regularisation.explicit_values()
-  origin = named.decoder_to_train(model, init, given, vocabulary.explicit_values(), computation.dtype)
+  shape_flags = shape.explicit_values() | regularisation.explicit_values()
+  origin = named.decoder_to_train(model, init, shape_flags, vocabulary.explicit_values(), computation.dtype)
   if length is not None and length < 1:
     raise ValueError(f'--length={length} is not positive; leave it out, or give it 1 at least')
   size, text = shape.resolve(DEFAULT), corpus.source()
   scaled = bool(mup_width or mup_layers)
-  if scaled and (origin and not given or size.architecture != 'llama'
+  if scaled and (origin and not shape_flags or size.architecture != 'llama'
                  or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
     raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, its shape '
                      'given by flags, not by --model or --init, and an optimizer that steps as adamw does; not for '
@@ -69,7 +69,7 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
   update = optimizer.make(steps, min(100, steps // 10), mup.rates(size.width, size.layers, **scale) if scaled else ())
 
   def build(base: load.BaseModel | None) -> train.Run:
-    decoder = named.trunk(base.model) if base and not given else None
+    decoder = named.trunk(base.model) if base and not shape_flags else None
     vocab = vocabulary.vocab or (base.model.vocab if base else size.vocab)
     positions = length or min(512, decoder.max_length if decoder else 512)
     goal = prediction.make(positions)

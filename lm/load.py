@@ -100,7 +100,7 @@ def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[M
       raise ValueError(f'{workdir} was trained with --{unknown[0]}={knobs[unknown[0]]}, and {script} has no such '
                        'flag; restore the script that trained it')
     try:
-      return dataclasses.replace(train.opened(signature.call(experiment, knobs)), seed=record['seed'])
+      return dataclasses.replace(train.build(signature.call(experiment, knobs)), seed=record['seed'])
     except FileNotFoundError as error:
       raise FileNotFoundError(f'the run in {workdir} needs a file that is missing: {error}; restore it') from None
 

@@ -1,4 +1,4 @@
-"""Models that flags name, which are opened when the run of an experiment is built: see `train.after_opening`."""
+"""Models that flags name. They are opened when the run of an experiment is built, see `train.after_opening`."""
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ class Named:
 
   Args:
     flag: the name of the flag.
-    name: its value, a run's workdir, a Hugging Face folder, an imported one or an id on the hub.
-    accepts: whether the model is of the kind that the flag is for.
+    name: its value: the workdir of a run, a Hugging Face folder, an imported one or an id on the hub.
+    accepts: returns whether a model is of the kind that the flag needs.
     kind: that kind in words, such as 'a decoder, such as GPT-2 or Llama'.
-    dtype: that the model computes in; None for that of the run, or float32.
-    with_tokenizer: whether the tokenizer is opened too; a folder may lack one where it is not.
+    dtype: the type of activations; None for that of the run, or float32.
+    with_tokenizer: whether the tokenizer is opened too; a folder may lack one otherwise.
   """
   flag: str
   name: str
@@ -33,7 +33,7 @@ class Named:
   with_tokenizer: bool = True
 
   def open(self) -> BaseModel:
-    """Returns the model. FileNotFoundError where it is not there, ValueError where it is of another kind."""
+    """Opens the model. Raises FileNotFoundError where it does not exist, ValueError where it is of another kind."""
     flag, folder = f'--{self.flag}={self.name}', pathlib.Path(self.name)
     script = _EXPERIMENTS / f'{folder.name}.py'
     if folder.parts[:-1] == ('runs',) and script.is_file() and not (folder / 'run.json').is_file():
@@ -47,31 +47,34 @@ class Named:
 
 
 def decoder(flag: str, name: str, dtype: Any = None) -> Named:
-  """A decoder, of any class."""
+  """Returns a named decoder of any class."""
   return Named(flag, name, _is_decoder, DECODER, dtype)
 
 
 def encoder(flag: str, name: str) -> Named:
-  """An encoder."""
+  """Returns a named encoder."""
   return Named(flag, name, lambda model: isinstance(model, Encoder), 'an encoder, such as BERT')
 
 
 def encoder_decoder(flag: str, name: str) -> Named:
-  """An encoder-decoder."""
+  """Returns a named encoder-decoder."""
   return Named(flag, name, lambda model: isinstance(model, EncoderDecoder), 'an encoder-decoder, such as T5')
 
 
-def decoder_to_train(model: str | None, init: Any, given: Mapping[str, Any], vocabulary: Mapping[str, Any],
+def decoder_to_train(model: str | None, init: Any, shape: Mapping[str, Any], vocabulary: Mapping[str, Any],
                      dtype: Any) -> Named | None:
-  """The decoder that `--model` names, or else `--init`, or one that predicts further tokens; None without both.
+  """Returns the decoder that `--model` or else `--init` names, which may predict further tokens; None without both.
 
-  `given` are the flags of shape that are given, `vocabulary` those of a tokenizer. ValueError where there are any
-  beside `--model`, which decides on both.
+  `shape` and `vocabulary` are the explicit values of the flags of a shape and of a tokenizer.
+
+  Raises:
+    ValueError: there are such values beside `--model`, which decides on both.
   """
   if not model and not init:
     return None
   flag, name = ('model', model) if model else ('init', str(init))
-  if model and (flags := {**given, **vocabulary}):
+  flags = {**shape, **vocabulary}
+  if model and flags:
     other, value = next(iter(flags.items()))
     raise ValueError(f'--model={model} gives the shape and the tokenizer, and --{other}={value} is given too; leave '
                      'one of them out')
@@ -79,7 +82,7 @@ def decoder_to_train(model: str | None, init: Any, given: Mapping[str, Any], voc
 
 
 def trunk(model: Any) -> Any:
-  """The decoder in a model that predicts further tokens; any other model as it is."""
+  """Returns the decoder of a model that predicts further tokens, and any other model as it is."""
   return model.trunk if isinstance(model, MultiToken) else model
 
 

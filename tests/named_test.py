@@ -53,7 +53,7 @@ def test_init_of_another_kind_is_refused_and_decoders_that_predict_further_token
 @pytest.fixture
 def texts_run():
   pretrain = importlib.import_module('pretrain')
-  return train.opened(pretrain.experiment(model='a decoder'))
+  return train.build(pretrain.experiment(model='a decoder'))
 
 
 def test_what_is_not_there_is_one_clear_line(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def _builder(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pat
 
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own_init = {'init': init} if 'init' in knobs else {}
-    run = train.opened(signature.call(experiment, {**knobs, **changes, **own_init}))
+    run = train.build(signature.call(experiment, {**knobs, **changes, **own_init}))
     built = dataclasses.replace(run, seed=seed)
     if init is None:
       return lora.start_from(built, None)

@@ -21,7 +21,7 @@ class Arm:
 
   def make(self, seed: int = 0, **knobs: Any) -> train.Run:
     """Returns the run; `knobs` replace the arm's own. ValueError for adapters without base parameters."""
-    run = train.opened(signature.call(self.function, self.knobs | knobs))
+    run = train.build(signature.call(self.function, self.knobs | knobs))
     return lora.start_from(dataclasses.replace(run, seed=seed), None)
 
   def with_steps(self, steps: int) -> 'Arm':

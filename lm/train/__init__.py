@@ -4,7 +4,7 @@ from lm.train.feed import DataFeed
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
 from lm.train.interrupt import Stopped
 from lm.train.loop import NotFinite, Result, result_step
-from lm.train.pending import Pending, after_opening, opened
+from lm.train.pending import Pending, after_opening, build
 from lm.train.run import (
   Run,
   State,
@@ -24,5 +24,5 @@ from lm.train.step import make_step, step_function
 
 __all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'Model', 'NotFinite', 'OpenData', 'Pending', 'Result',
            'Run', 'State', 'Stopped', 'abstract_batch', 'abstract_constants', 'abstract_state', 'after_opening',
-           'begin', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step', 'opened',
+           'begin', 'build', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step',
            'result_step', 'run_from_json', 'step_function', 'train', 'with_constants', 'with_shardings']

@@ -1,7 +1,7 @@
-"""Runs whose shape depends on what a flag names, such as a model: an experiment says what, and `launch` opens it.
+"""Runs that cannot be built before a flag's model is opened: an experiment names the model, and `launch` opens it.
 
   def experiment(*, model: str = 'gpt2', ...) -> train.Run | train.Pending:
-    ...                                  # flags that do not go together raise here, before anything is opened
+    ...                                  # flags that contradict one another raise here, before anything is opened
     def build(base: load.BaseModel) -> train.Run:
       return train.Run(model=base.model, start=base.start, ...)
     return train.after_opening(build, base=named.decoder('model', model))
@@ -14,19 +14,19 @@ from lm.train.run import Run
 
 
 class Openable(Protocol):
-  """Something that has yet to be opened, such as a `named.Named` model."""
+  """An input that can be opened, such as a `named.Named` model."""
 
   def open(self) -> Any:
-    """Returns what is opened; raises OSError where it is not there, ValueError where it is of the wrong kind."""
+    """Opens the input. Raises OSError where it does not exist, ValueError where it is of the wrong kind."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """A run that cannot be built before something is opened. Making one opens nothing.
+  """A run that is built once its inputs are opened. Its constructor opens nothing.
 
   Args:
-    build: returns the run. Its keyword arguments are what was opened; it opens and computes nothing itself.
-    inputs: what to open, by the name of the argument; None is passed on as None.
+    build: returns the run. Its keyword arguments are the opened inputs; it opens and computes nothing itself.
+    inputs: the inputs to open, by the name of the argument; None is passed on as None.
   """
   build: Callable[..., Run]
   inputs: Mapping[str, Openable | None]
@@ -42,6 +42,6 @@ def after_opening(build: Callable[..., Run], **inputs: Openable | None) -> Run |
   return pending if any(value is not None for value in inputs.values()) else pending.open()
 
 
-def opened(run: Run | Pending) -> Run:
-  """Returns a run; one that is pending is built now."""
+def build(run: Run | Pending) -> Run:
+  """Returns a run; a pending run is opened and built."""
   return run.open() if isinstance(run, Pending) else run

@@ -128,7 +128,7 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   mesh = sharding.make_mesh('data:1', jax.devices()[:1])
   assert not debug and shared['workdir'] is None
   with jax.set_mesh(mesh):
-    run = train.opened(signature.call(scripts[name].experiment, knobs))
+    run = train.build(signature.call(scripts[name].experiment, knobs))
     result = train.train(run, tmp_path / 'run', mesh)
   assert result.finished and result.step == 2 and np.isfinite(list(result.metrics.values())).all()
   rows = track.read_metrics(tmp_path / 'run' / 'metrics.jsonl')
@@ -143,7 +143,7 @@ def defaults(module, name: str, texts) -> train.Run:
     knobs['steps'] = 1000
   if 'teacher' in knobs:   # otherwise the teacher would be a run
     knobs['teacher'] = str(texts / 'teacher')
-  return train.opened(signature.call(module.experiment, knobs))
+  return train.build(signature.call(module.experiment, knobs))
 
 
 @pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:8')])
