@@ -94,7 +94,8 @@ class Text:
     stores = store.build(folder / 'tokens', self.source, TextEncoder(tokenizer), self.rules, progress=progress,
                          renew=renew)
     if not tokenizer.lossless and any(opened.sizes is None for opened in stores.values()):
-      progress(f'{folder / "tokens"} does not say how many bytes its tokens stand for: no bits per byte are shown')
+      progress(f'{folder / "tokens"} has no sizes of its tokens in bytes, so that no bits per byte are shown; to see '
+               'them, delete it, and it is made again from the text')
     return OpenText(stores, tokenizer, self.length, self.source_length, self.source.mixing)
 
   def to_store(self) -> 'Text':

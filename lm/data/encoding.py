@@ -1,4 +1,4 @@
-"""Documents to what a store holds: token ids, and columns of further values beside them."""
+"""Encodes documents for a store: token ids, and columns with further values of each token or document."""
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -9,7 +9,7 @@ from lm.data.tokenizers.base import Tokenizer
 
 
 class Column(NamedTuple):
-  """Values that are stored beside the tokens: one value per token, or one value per document."""
+  """Values that are stored in addition to the tokens: one per token, or one per document."""
   dtype: np.dtype
   per: Literal['token', 'document']
 

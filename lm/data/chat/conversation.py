@@ -14,7 +14,7 @@ Messages = Sequence[Mapping[str, Any]]   # each with a role, 'system', 'user' or
 
 
 class Template(Protocol):
-  """How messages become tokens."""
+  """The interface of a chat template, which turns messages into tokens."""
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:

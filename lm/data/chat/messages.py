@@ -67,7 +67,7 @@ def _dialogue(row: dict, keys: Keys) -> Record:
     return Record([], (_messages(row, keys.messages),))
   if keys.completion not in row:
     raise ValueError(f'there is neither messages={keys.messages!r} nor completion={keys.completion!r} among its fields '
-                     f'({", ".join(row)}); name the one that holds what is to be learned')
+                     f'({", ".join(row)}); name the field that holds the answer')
   return Record(_messages(row, keys.prompt, 'user'), (_messages(row, keys.completion, 'assistant'),))
 
 

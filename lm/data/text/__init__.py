@@ -1,4 +1,4 @@
-"""Where text comes from, and how it is cleaned and mixed."""
+"""Sources of text, cleaning and mixing."""
 from lm.data.text.source import Source, sample, texts
 
 __all__ = ['Source', 'sample', 'texts']
