@@ -50,14 +50,6 @@ def test_missing_packages_are_listed(capsys):
   assert f'jax {jax.__version__}' in capsys.readouterr().out
 
 
-def test_memory_is_read_as_often_as_is_asked_for(monkeypatch):
-  sizes = []
-  monkeypatch.setattr(np, 'max', lambda part: sizes.append(part.nbytes))
-  go, _ = interleaved.read_memory(4_000, 3)
-  go()
-  assert sum(sizes) == 12_000
-
-
 @pytest.mark.slow
 def test_ours_is_measured():
   flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
@@ -74,7 +66,6 @@ def test_ours_is_measured():
 @pytest.mark.slow
 def test_each_objective_of_the_table_gives_examples_and_is_traced():
   import jax
-  import numpy as np
   import objective_costs as module
 
   from lm import train

@@ -5,8 +5,10 @@ import re
 import signal
 
 import jax
+import numpy as np
 import pytest
 import scaling
+from helpers.figures import points, saved_figures
 from helpers.slow import slow
 
 from lm import launch, sharding
@@ -33,7 +35,7 @@ def test_a_comparison_finds_the_better_arm_and_resumes(script, tmp_path, capsys,
   monkeypatch.setattr(runs, 'go', go)
   with pytest.raises(KeyboardInterrupt):
     compared(script, study, text)
-  first = capsys.readouterr().out
+  first, figures = capsys.readouterr().out, saved_figures(monkeypatch)
   results = compared(script, study, text)
   out = capsys.readouterr().out
   assert trained == [('slow', 0), ('fast', 0), ('slow', 1), ('fast', 1), ('fast', 1), ('slow', 2), ('fast', 2)]
@@ -42,7 +44,10 @@ def test_a_comparison_finds_the_better_arm_and_resumes(script, tmp_path, capsys,
   slow, fast = ([result['values']['bits/byte'] for result in results[name]] for name in ('slow', 'fast'))
   assert max(fast) < min(slow) and len(set(slow)) == 3   # seeds differ
   assert compared(script, study, text) == results and len(trained) == 7
-  assert len(list(study.glob('data-*'))) == 1 and (study / 'compare.png').stat().st_size > 10_000
+  assert len(list(study.glob('data-*'))) == 1
+  curves = figures[0].axes[0]
+  assert [text.get_text() for text in curves.get_legend().get_texts()] == ['slow', 'fast']
+  assert [line[-1][1] for line in points(curves)] == pytest.approx([np.mean(slow), np.mean(fast)])
   assert (study / 'compare.md').read_text().strip() in out
   with pytest.raises(ValueError, match=r"started with other settings.*\n +arms.fast.lr: 0.1 before, 0.2 now"):
     compared(script, study, 'slow: lr=1e-3; fast: lr=0.2')

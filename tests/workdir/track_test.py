@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers.disks import files_of
+from helpers.figures import points, saved_figures
 
 from lm.workdir import figures as plot
 from lm.workdir import track
@@ -152,12 +153,13 @@ def test_durations_are_hours_minutes_and_seconds(seconds, text):
   assert track._duration(seconds) == text
 
 
-def test_the_time_of_phases_adds_up():
-  phases = track.Phases()
+def test_the_time_of_phases_adds_up(monkeypatch):
+  phases, times = track.Phases(), iter([1., 3., 10., 15.])
+  monkeypatch.setattr(track, 'time', types.SimpleNamespace(monotonic=lambda: next(times)))
   for _ in range(2):
     with pytest.raises(KeyError), phases('tokenise'):
       raise KeyError
-  assert list(phases) == ['tokenise'] and 0 < phases['tokenise'] < 1
+  assert phases == {'tokenise': 2 + 5}
 
 
 def test_smoothing_keeps_a_line_and_flattens_noise():
@@ -170,14 +172,20 @@ def test_smoothing_keeps_a_line_and_flattens_noise():
 def test_plot_draws_or_says_what_is_missing(tmp_path, capsys, monkeypatch):
   with tracker(tmp_path) as t:
     t.log(1, {'loss': math.nan, 'learning_rate': 1e-3})
-    t.log(2, {'loss': 2.0, 'learning_rate': 1e-3})
-  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-  plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
+    t.log(2, {'loss': 2.0, 'learning_rate': 5e-4})
+    t.log(3, {'loss': 1.5, 'learning_rate': 2e-4, 'validation/loss': 1.8})
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, 'matplotlib.figure', None)
+    plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
   assert 'lm[plot]' in (line := capsys.readouterr().out) and line.count('\n') == 1
-  monkeypatch.undo()
   pytest.importorskip('matplotlib')
+  figures = saved_figures(monkeypatch)
   plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
-  assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
+  (losses, rates), = (figure.axes for figure in figures)
+  assert points(losses) == [[(2, 2.), (3, 1.5)], [(2, 2.), (3, 1.5)], [(3, 1.8)]]   # as logged, smoothed, validation
+  assert [text.get_text() for text in losses.get_legend().get_texts()] == ['training', 'validation']
+  assert points(rates) == [[(1, 1e-3), (2, 5e-4), (3, 2e-4)]]
+  assert 'loss' in losses.get_ylabel() and (rates.get_xlabel(), rates.get_ylabel()) == ('step', 'learning rate')
   with files_of(4000), pytest.raises(OSError, match='File too large.*curve.png'):
     plot.curve(tmp_path / 'metrics.jsonl', tmp_path / 'curve.png')
 
