@@ -3,6 +3,7 @@ import io
 import json
 import math
 import sys
+import types
 
 import pytest
 from helpers.disks import files_of
