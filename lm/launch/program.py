@@ -121,26 +121,27 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), jax.set_mesh(mesh):
     try:
-      built = budget.plan(build, records.read(workdir))
+      run = budget.plan(build, records.read(workdir))
     except FileNotFoundError as error:
       if init is None or not _has_checkpoint(workdir):
         raise
       raise FileNotFoundError(f'{error}. The run in {workdir} started from there, and still reads there what lies '
-                              'under its adapters, or its shape and tokenizer: put it back. Where flags give shape '
-                              'and tokenizer, --init=none continues without it') from None
-    resume.check_minutes(program_flags, built)
+                              'under its adapters, or its shape and tokenizer; put it back. Where flags give the shape '
+                              'and the tokenizer, --init=none continues without it') from None
+    resume.check_minutes(program_flags, run)
     resume.check_start(program_flags, workdir, build)
-    if verify and (without := built.data.verify(workdir)):
-      print(f'not verified, since it has no checksums: {", ".join(without)}')
+    unverified = run.data.verify(workdir) if verify else []
+    if unverified:
+      print(f'not verified, since it has no checksums: {", ".join(unverified)}')
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.name_changed_flags(program_flags, workdir, build):
-      result = train.train(built, workdir, mesh, watch, new_objective)
+      result = train.train(run, workdir, mesh, watch, new_objective)
     result.raise_if_stopped()
     if prints_outcome and result.finished:
-      outcome.show(built, workdir, result, script, sample=report is None)   # a report prints samples of its own
+      outcome.show(run, workdir, result, script, sample=report is None)   # a report prints samples of its own
     if report:
-      report(built, result)
-  return built, result
+      report(run, result)
+  return run, result
 
 
 def _builder(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, init: pathlib.Path | None,
@@ -151,15 +152,15 @@ def _builder(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pat
   def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
     own_init = {'init': init} if 'init' in knobs else {}
     run = train.build(signature.call(experiment, {**knobs, **changes, **own_init}))
-    built = dataclasses.replace(run, seed=seed)
+    run = dataclasses.replace(run, seed=seed)
     if init is None:
-      return lora.start_from(built, None)
+      return lora.start_from(run, None)
     try:
-      return load.start_from(built, str(init), init_ignore_tokenizer)
+      return load.start_from(run, str(init), init_ignore_tokenizer)
     except OSError:   # the folder no longer exists, or the hub cannot be reached
-      if init_changed or isinstance(built.model, lora.Adapted) or not _has_checkpoint(workdir):
+      if init_changed or isinstance(run.model, lora.Adapted) or not _has_checkpoint(workdir):
         raise
-      return built   # the checkpoints of the run hold all its parameters
+      return run   # the checkpoints of the run hold all its parameters
 
   return build
 
