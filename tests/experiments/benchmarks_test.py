@@ -80,3 +80,19 @@ def test_each_objective_of_the_table_gives_examples_and_is_traced():
                                         annotated)
     assert loss.shape == weight.shape == () and {'nll', 'tokens', 'correct'} <= sums.keys()
     assert 0 < module.count_tokens(batch) <= 2 * batch.tokens.size
+
+
+@pytest.mark.slow
+def test_a_checkout_writes_what_it_writes_itself(monkeypatch, capsys):
+  import checkouts
+  monkeypatch.setattr(checkouts, 'CASES', {'batch 2, top-k 3': (2, 3, 1.)})
+  checkouts.main(other=ROOT, rounds=2)
+  assert re.fullmatch(r'batch 2, top-k 3 +\d+ tokens/s there, +\d+ here: \S+x \(\S+-\S+\)\n', capsys.readouterr().out)
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+  import checkouts
+  with pytest.raises(FileNotFoundError, match=f'--other={tmp_path} is no checkout; "git worktree add'):
+    checkouts.main(other=tmp_path)
+  with pytest.raises(ValueError, match='--rounds=0 measures nothing'):
+    checkouts.main(other=ROOT, rounds=0)

@@ -54,6 +54,7 @@ TOOLS = {
     'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'noise_scale': ['--batches=8', '--rows=4', '--best'],
     'training': [],
+    'checkouts': ['--other=/nowhere', '--rounds=2'],
     'objective_costs': ['--only=distillation', '--shape=tiny'],
     'optimizer_costs': ['--only=soap', '--shape=tiny'],
     'schedules': ['--only=steps', '--milestones=3,4'],
