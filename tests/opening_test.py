@@ -171,6 +171,7 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 def test_a_script_that_imports_its_neighbour_is_opened(program, tmp_path):
   result = program('run')
   sys.modules.pop('neighbour')

@@ -186,6 +186,7 @@ def test_compressors_are_those_of_the_command_line():
   assert max(again['gzip -9'][1], again['xz -9'][1]) < 0.5
 
 
+@pytest.mark.slow
 def test_gzip_is_primed_with_the_end_of_the_training_text():
   rng = np.random.default_rng(1)
   text, other = (rng.integers(97, 123, size=n).astype(np.uint8).tobytes() for n in (4000, 60_000))

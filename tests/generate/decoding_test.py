@@ -55,7 +55,7 @@ def test_a_model_says_that_a_prompt_is_its_source():
     text_scores.check_flags(model, has_source=False, bos=None)
 
 
-@pytest.mark.parametrize('slots', [64, 65, *slow(63, 129)])
+@pytest.mark.parametrize('slots', [64, *slow(63, 65, 129)])
 def test_cached_decoding_is_the_full_forward_around_a_full_cache(slots):
   """Prompts take 32 slots (the longest has 28 tokens), and the cache has a multiple of 64 slots."""
   model, params = model_of(transformer.gpt2)

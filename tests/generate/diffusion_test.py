@@ -234,6 +234,7 @@ def test_packed_equals_unpacked_and_gradients_are_finite_differences():
   assert float(slope) == pytest.approx(float(expected), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_sums_count_tokens_and_estimate_nats():
   rows = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
   batch = batch_of([rows, []])

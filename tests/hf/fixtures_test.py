@@ -16,7 +16,11 @@ from lm.hf import files, weights
 FOLDERS = sorted(path.parent for path in pathlib.Path(__file__).parents[1].glob('fixtures/*/config.json'))
 
 
-@pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+FAST = 'gpt2', 'llama', 'gemma3', 'mixtral', 'bert', 't5'
+
+
+@pytest.mark.parametrize('folder', [
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * (folder.name not in FAST)) for folder in FOLDERS])
 def test_logits_are_those_that_transformers_computed(folder, tmp_path):
   model, family = weights.open_model(folder)
   expected = np.load(folder / 'expected.npz')

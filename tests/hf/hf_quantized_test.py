@@ -89,6 +89,7 @@ def test_each_shard_dequantises_its_part(config, mesh, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config, kind', [(GPT_OSS, quantized.Mxfp4), (QWEN, quantized.Fp8)], ids=['mxfp4', 'fp8'])
 def test_one_layer_at_a_time_is_dequantised(config, kind, tmp_path, monkeypatch):
   """A shard of the experts dequantises its experts alone."""

@@ -80,6 +80,7 @@ def test_a_new_mixer_trains_and_resumes(model, tmp_path):
   assert losses[6] < losses[1]
 
 
+@pytest.mark.slow
 def test_a_cache_of_a_new_kind_continues_unequal_prompts_as_the_full_forward(model):
   params = jax.jit(model.init)(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(3, 200, (2, 9)).astype('i4')

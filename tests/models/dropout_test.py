@@ -112,6 +112,7 @@ def test_attention_without_a_key_is_the_program_without_dropout():
   assert program(AttentionScores(dropout=RATE), jax.random.key(0)) != program(AttentionScores())
 
 
+@pytest.mark.slow
 def test_the_fused_kernel_which_has_no_dropout_is_not_taken(monkeypatch):
   q, visible = jnp.ones((1, 8, 2, 8), jnp.bfloat16), Visible()
   monkeypatch.setattr(sharding, 'platform', lambda: 'cuda')

@@ -225,6 +225,7 @@ def test_dropout_is_on_where_there_is_a_key():
   assert program(MODEL, jax.random.key(0)).count('name=_bernoulli') == 3   # the embedding, and both branches of a block
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
   params, batch = jax.tree.map(lambda x: x * 0.5, random_params(MODEL)), make_batch()
   model = MODEL.clone(dtype=jnp.bfloat16)

@@ -124,6 +124,7 @@ def test_the_loss_is_that_of_the_equations(kind):
   assert {name: float(sums[name]) for name in plain} == pytest.approx({n: float(x) for n, x in plain.items()}, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [lambda token_loss: next_token(token_loss=token_loss),
                                   lambda token_loss: unlikelihood(next_token(token_loss=token_loss), 0.)])
 def test_label_smoothing_and_z_loss_are_of_further_tokens_too(make):

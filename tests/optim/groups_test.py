@@ -144,6 +144,7 @@ def test_adapters_are_updated_as_the_matrices_that_they_are(make):
     np.testing.assert_allclose(updated.reshape(matrix), expected['up'], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [optim.muon, *slow(optim.soap, optim.adafactor)])
 def test_a_decoder_inside_a_reward_model_is_updated_as_it_is_alone(make):
   weights = declarations.of(reward.Reward(LLAMA))

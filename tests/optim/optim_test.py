@@ -219,6 +219,7 @@ def test_the_state_tells_the_rate_of_the_last_update(make):
     assert float(optim.learning_rate(state)) == rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', OPTIMIZERS)
 def test_a_number_is_a_constant_rate(make):
   def steps(rate):

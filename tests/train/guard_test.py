@@ -152,6 +152,7 @@ def test_resumed_equals_uninterrupted_with_a_guard(tmp_path):
   assert int(whole.seen.total) and same(whole, parts)
 
 
+@pytest.mark.slow
 def test_too_many_spikes_end_the_run(tmp_path):
   with pytest.raises(train.NotFinite, match=r'step \d+: 2 of the last 24 steps were skipped, more than 1'):
     go(tmp_path, SPIKING, guard=Guard(window=24, most=1), model=dataclasses.replace(SPIKING.model, size=np.inf))

@@ -110,6 +110,7 @@ def test_accumulation_is_one_large_batch(denominator):
                one_step(dataclasses.replace(run, accumulate=4), 'data:2', batch, state)[1], whole)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_drop_out_differently():
   run = dataclasses.replace(RUN, model=Bigram(dropout=0.5), optimizer=optim.sgd(lambda step: 0.), accumulate=2)
   one = Data().batches('train', next_token(), 4)(0)
@@ -152,6 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, sa
   assert not {row['step'] for row in track.read_metrics(tmp_path / 'metrics.jsonl')} - set(range(1, step + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('guard', [None, *slow(Guard(window=8, most=4))])
 def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
   """The loss of the step is finite, and the parameters after it are not."""

@@ -120,6 +120,7 @@ def test_params_are_cast_on_request_alone(tmp_path, mesh):
     checkpoints.restore_params(target, 10, lambda stored: stored)
 
 
+@pytest.mark.slow
 def test_arrays_are_written_in_small_files(tmp_path):
   """Each file is held in memory before it is written."""
   x = np.random.default_rng(0).integers(0, 256, (6, 1 << 20, 12)).astype(np.uint8)
