@@ -215,5 +215,9 @@ class OpenText:
 
   def text(self, split: str) -> str:
     """Returns all cleaned documents of a split, joined."""
-    documents = self.stores[split]
-    return ''.join(self.tokenizer.decode(documents[i]) for i in range(len(documents)))
+    return ''.join(self.documents(split))
+
+  def documents(self, split: str) -> list[str]:
+    """Returns the cleaned documents of a split, as their tokens say."""
+    stored = self.stores[split]
+    return [self.tokenizer.decode(stored[i]) for i in range(len(stored))]

@@ -1,4 +1,9 @@
-"""Log-probabilities of texts by decoders, encoder-decoders and encoders."""
+"""Log-probabilities of texts by decoders, encoder-decoders and encoders.
+
+Each piece of a text has a row of its own, and the width of the row and the number of rows in its batch follow from the
+length of the piece alone. Hence a score is the same to the last bit whatever texts are scored with it: programs for
+other shapes round differently, but a piece always meets the same one.
+"""
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,50 +14,39 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.data.rows.packed_records import best_fit
-from lm.objectives.objective import target_log_probabilities
+from lm.objectives.objective import by_position
 from lm.train.validation import read_behind
 
 
+class Predicted(NamedTuple):
+  """How a model predicted the tokens of a text, each field `[n]`."""
+  log_p: np.ndarray       # log-probability of the token, in nats
+  top_log_p: np.ndarray   # log-probability of the most likely token, in nats
+  correct: np.ndarray     # whether no token is more likely
+
+
+def _empty(count: int) -> Predicted:
+  return Predicted(np.zeros(count, np.float32), np.zeros(count, np.float32), np.zeros(count, bool))
+
+
 @functools.partial(jax.jit, static_argnames='apply')
-def _log_probabilities(apply, params, batch: Batch, columns_BP: jax.Array | None = None) -> jax.Array:
-  """Returns the log-probability of each target, [B, T]; of the targets [B, P] of `columns_BP` if it is given."""
+def _predict(apply, params, batch: Batch, columns_B: jax.Array | None = None) -> Predicted:
+  """Returns the predictions of the targets, [B, T]; with `columns_B`, of one column of each row, [B, 1]."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   outputs = apply(params, batch)
-  hidden = outputs.hidden
-  if columns_BP is not None:
-    hidden = jnp.take_along_axis(hidden, sharding.constrain(columns_BP, 'BT')[..., None], axis=1)
-  scores = target_log_probabilities(hidden, outputs.head, batch.targets)
-  return sharding.constrain(scores, '--')   # replicated, so that every process can read all of them
+  hidden_BTD, targets_BT = outputs.hidden, batch.targets
+  if columns_B is not None:
+    columns_BT = sharding.constrain(columns_B[:, None], 'BT')
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, columns_BT[..., None], axis=1)
+    targets_BT = jnp.take_along_axis(targets_BT, columns_BT, axis=1)
 
-
-def _widths(lengths: np.ndarray, most: int) -> np.ndarray:
-  """Returns the widths of rows for pieces of `lengths` [pieces, sides]; a side is the text, or its source.
-
-  There are few different widths, so that there are few compilations. The side with more tokens has a width that is a
-  power of two, and at most `most`. The other width is chosen such that rows are equally full on both sides.
-  """
-  total, longest = lengths.sum(0), lengths.max(0)
-  main = int(total.argmax())
-  width = min(1 << (max(int(longest[main]), min(256, int(total[main])), 16) - 1).bit_length(), most)
-  widths = np.maximum(longest, -(-width * total // total[main]))
-  widths = -(-widths // 32) * 32
-  widths[main] = width
-  return widths
-
-
-def _rows(lengths: np.ndarray, widths: np.ndarray) -> list[list[int]]:
-  """Packs pieces into rows of `widths`, by the side that fills its row the most. Returns the pieces of each row."""
-  width = int(widths.max())
-  return best_fit((-(-lengths * width // widths)).max(1).tolist(), width)
-
-
-def _groups(rows: list[list[int]], width: int, positions: int) -> Iterator[list[list[int]]]:
-  """Yields groups of rows of about `positions` positions. Empty rows make their number divisible over the mesh."""
-  count = sharding.padded_rows(min(max(positions // width, 1), len(rows)))
-  for begin in range(0, len(rows), count):
-    group = rows[begin:begin + count]
-    yield group + [[]] * (count - len(group))
+  def predictions(logits_BTV, targets_BT):
+    is_target = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[..., None]
+    target = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
+    top, normaliser = jnp.max(logits_BTV, axis=-1), jax.nn.logsumexp(logits_BTV, axis=-1)
+    return Predicted(target - normaliser, top - normaliser, target >= top)
+  predicted = by_position(predictions, hidden_BTD, outputs.head, (targets_BT,))
+  return jax.tree.map(lambda x: sharding.constrain(x, '--'), predicted)   # every process reads all rows
 
 
 class _Piece(NamedTuple):
@@ -63,71 +57,117 @@ class _Piece(NamedTuple):
   stop: int
 
 
-def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], positions: int = 2048,
-                      sources: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-  """Returns log p(tokens[i + 1] | earlier tokens) in nats, `[n - 1]`, of each text, computed on the current mesh.
+def _pieces(text: int, count: int, window: int, stride: int) -> Iterator[_Piece]:
+  """Yields the pieces by which `count` tokens of a text are scored, in windows of at most `window` tokens."""
+  start = 0
+  while start < count:
+    stop = min(start + (stride if start else window), count)
+    yield _Piece(text, max(0, stop - window), start, stop)
+    start = stop
 
-  Texts are packed into rows, and rows into batches of about `positions` positions. A text that is longer than the
-  model's context is read in windows of that length, which overlap by half, so that each scored token has at least half
-  a window before it. For an encoder-decoder, `sources` has the source of each text.
 
-  Raises ValueError if the model is an encoder.
+def check_window(window: int | None, stride: int | None, most: int) -> tuple[int, int]:
+  """Returns the length of windows and their stride, by default `most`, the context of the model, and half of a window.
+
+  Raises ValueError if the window is longer than the context, or the stride longer than the window.
+  """
+  if window is not None and not 1 <= window <= most:
+    raise ValueError(f'a window of {window} tokens is not between 1 and {most}, which the model reads at once')
+  window = most if window is None else window
+  if stride is not None and not 1 <= stride <= window:
+    raise ValueError(f'a stride of {stride} tokens is not between 1 and {window}, the length of a window')
+  return window, stride or max(window // 2, 1)
+
+
+def predictions(model: Any, params: Any, texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None = None,
+                window: int | None = None, stride: int | None = None) -> list[Predicted]:
+  """Returns how the model predicts `tokens[1:]` of each text, given the tokens before them, on the current mesh.
+
+  A text that is longer than a window is read in several: the first one scores all its tokens, and each of the others
+  scores `stride` tokens and reads `window - stride` before them. The last window is as long as the others and reads
+  more before them. By default, a window is as long as the context of the model, and the stride is half of that. For an
+  encoder-decoder, `sources` has the source of each text.
+
+  Raises ValueError if the model is an encoder, or as `check_window`.
   """
   if not model.causal:
     raise ValueError('an encoder sees the token that it predicts; score with pseudo_log_probabilities')
-  size, pieces = model.max_length, []
-  result = [np.zeros(max(len(tokens) - 1, 0), np.float32) for tokens in texts]
-  for text, scores in enumerate(result):
-    if not len(scores):
-      continue
-    for start in [0, *range(size, len(scores), size // 2)]:
-      first = 0 if start == 0 else start - size // 2
-      pieces.append(_Piece(text, first, start, min(first + size, len(scores))))
-  if not pieces:
-    return result
-  lengths = np.array([[piece.stop - piece.first, *([] if sources is None else [len(sources[piece.text])])]
-                      for piece in pieces])
-  widths = _widths(lengths, size)
-  groups = [[[pieces[i] for i in row] for row in group]
-            for group in _groups(_rows(lengths, widths), int(widths.max()), positions)]
-  scored = read_behind(
-      _log_probabilities(model.apply, params, _batch(texts, sources, group, *widths.tolist())) for group in groups)
-  for scores_BT, group in zip(scored, groups):
-    for row, packed in enumerate(group):
-      column = 0
-      for text, first, start, stop in packed:
-        result[text][start:stop] = scores_BT[row, column + start - first:column + stop - first]
-        column += stop - first
+  window, stride = check_window(window, stride, model.max_length)
+  counts = [max(len(tokens) - 1, 0) for tokens in texts]
+  result = [_empty(count) for count in counts]
+  pieces = [piece for text, count in enumerate(counts) for piece in _pieces(text, count, window, stride)]
+
+  def shape(piece: _Piece) -> tuple[int, ...]:
+    width = _width(piece.stop - piece.first, model.max_length)
+    return (width,) if sources is None else (width, _width(len(sources[piece.text])))
+  groups = list(_groups([shape(piece) for piece in pieces]))
+  batches = (_batch(texts, sources, [pieces[i] for i in group], *of_shape) for group, of_shape in groups)
+  for predicted, (group, _) in zip(read_behind(_predict(model.apply, params, batch) for batch in batches), groups):
+    for row, i in enumerate(group):
+      text, first, start, stop = pieces[i]
+      for values, values_BT in zip(result[text], predicted):
+        values[start:stop] = values_BT[row, start - first:stop - first]
   return result
 
 
-def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, rows: list[list[_Piece]], width: int,
+def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray],
+                      sources: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+  """Returns log p(tokens[i + 1] | earlier tokens) in nats, `[n - 1]`, of each text; see `predictions`."""
+  return [predicted.log_p for predicted in predictions(model, params, texts, sources)]
+
+
+def _width(length: int, most: int | None = None) -> int:
+  """Returns the width of a row for `length` tokens: a power of two from 32, so that few programs are compiled."""
+  width = max(32, 1 << (length - 1).bit_length())
+  return width if most is None else min(width, most)
+
+
+def _groups(shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
+  """Yields (places, shape): which of `shapes` make the rows of a batch. They are alike, and at most `_rows(shape)`."""
+  places: dict[tuple[int, ...], list[int]] = {}
+  for place, shape in enumerate(shapes):
+    places.setdefault(shape, []).append(place)
+  for shape, group in sorted(places.items()):
+    for first in range(0, len(group), _rows(shape)):
+      yield group[first:first + _rows(shape)], shape
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+  """Returns how many rows a batch has: enough positions for efficient matrix products, split evenly over the mesh."""
+  positions = 256 if sharding.platform() == 'cpu' else 8192
+  return sharding.padded_rows(max(positions // max(shape), 1))
+
+
+def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, pieces: Sequence[_Piece], width: int,
            source_width: int = 0) -> Batch:
-  tokens, targets, positions, segments = np.zeros((4, len(rows), width), np.int32)
+  """Returns a batch with a row for each piece, and empty rows after them."""
+  rows = _rows((width, source_width))
+  tokens, targets, segments = np.zeros((3, rows, width), np.int32)
+  positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
   batch = Batch(tokens, targets, positions=positions, segments=segments)
-  if sources is not None:
-    batch = batch._replace(**dict(zip(('source', 'source_segments'), np.zeros((2, len(rows), source_width), np.int32))))
-  for row, packed in enumerate(rows):
-    column = source_column = 0
-    for segment, (text, first, _, stop) in enumerate(packed, 1):
-      span = row, slice(column, column + stop - first)
-      tokens[span], targets[span] = texts[text][first:stop], texts[text][first + 1:stop + 1]
-      positions[span], segments[span] = np.arange(stop - first), segment
-      column += stop - first
-      if sources is not None:
-        source = sources[text]
-        span = row, slice(source_column, source_column + len(source))
-        batch.source[span], batch.source_segments[span] = source, segment
-        source_column += len(source)
-  return batch
+  for row, (text, first, _, stop) in enumerate(pieces):
+    count = stop - first
+    tokens[row, :count], targets[row, :count] = texts[text][first:stop], texts[text][first + 1:stop + 1]
+    segments[row, :count] = 1
+  if sources is None:
+    return batch
+  source, source_segments = np.zeros((2, rows, source_width), np.int32)
+  for row, piece in enumerate(pieces):
+    ids = sources[piece.text]
+    source[row, :len(ids)], source_segments[row, :len(ids)] = ids, 1
+  return batch._replace(source=source, source_segments=source_segments)
 
 
-def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int, positions: int = 2048
-                             ) -> list[np.ndarray]:
-  """Returns log p(tokens[i] | all other tokens) in nats, `[n - 2]`, of each text, by a masked language model.
+def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int) -> list[np.ndarray]:
+  """Returns log p(tokens[i] | all other tokens) in nats, `[n - 2]`, of each text; see `pseudo_predictions`."""
+  return [predicted.log_p for predicted in pseudo_predictions(model, params, texts, mask)]
+
+
+def pseudo_predictions(model: Any, params: Any, texts: Sequence[np.ndarray], mask: int) -> list[Predicted]:
+  """Returns how a masked language model predicts `tokens[1:-1]` of each text, each token given all others.
 
   A copy of the text for each token has `mask` in its place (Salazar et al. 2020, arXiv:1910.14659). The first and the
-  last token, [CLS] and [SEP], are not scored. Copies are packed and batched as in `log_probabilities`.
+  last token, [CLS] and [SEP], are not scored.
 
   Raises:
     ValueError: a text is longer than the model reads at once.
@@ -136,36 +176,29 @@ def pseudo_log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray
   if longest > model.max_length:
     raise ValueError(f'a text of {longest} tokens, with the two around it, is more than the {model.max_length} that '
                      'the model reads at once; score its parts')
-  result = [np.zeros(max(len(tokens) - 2, 0), np.float32) for tokens in texts]
-  copies = [(text, place) for text, scores in enumerate(result) for place in range(1, len(scores) + 1)]
-  if not copies:
-    return result
-  lengths = np.array([[len(texts[text])] for text, _ in copies])
-  width = int(_widths(lengths, model.max_length)[0])
-  rows = _rows(lengths, np.array([width]))
-  groups = [[[copies[i] for i in row] for row in group] for group in _groups(rows, width, positions)]
-  count = 1 << (max(map(len, rows)) - 1).bit_length()
-  scored = read_behind(
-      _log_probabilities(model.apply, params, *_masked(texts, group, width, count, mask)) for group in groups)
-  for scores_BP, group in zip(scored, groups):
-    for row, packed in enumerate(group):
-      for i, (text, place) in enumerate(packed):
-        result[text][place - 1] = scores_BP[row, i]
+  counts = [max(len(tokens) - 2, 0) for tokens in texts]
+  result = [_empty(count) for count in counts]
+  copies = [(text, place) for text, count in enumerate(counts) for place in range(1, count + 1)]
+  groups = list(_groups([(_width(len(texts[text]), model.max_length),) for text, _ in copies]))
+  calls = (_predict(model.apply, params, *_masked(texts, [copies[i] for i in group], *shape, mask))
+           for group, shape in groups)
+  for predicted, (group, _) in zip(read_behind(calls), groups):
+    for row, i in enumerate(group):
+      text, place = copies[i]
+      for values, values_BT in zip(result[text], predicted):
+        values[place - 1] = values_BT[row, 0]
   return result
 
 
-def _masked(texts: Sequence[np.ndarray], rows: list[list[tuple[int, int]]], width: int, count: int, mask: int
+def _masked(texts: Sequence[np.ndarray], copies: Sequence[tuple[int, int]], width: int, mask: int
             ) -> tuple[Batch, np.ndarray]:
-  """Returns a batch of the copies (text, place) in `rows`, and the columns of their masks, [rows, `count`]."""
-  tokens, positions, segments = np.zeros((3, len(rows), width), np.int32)
-  targets, columns = np.zeros((2, len(rows), count), np.int32)
-  for row, packed in enumerate(rows):
-    first = 0
-    for i, (text, place) in enumerate(packed):
-      ids = texts[text]
-      span = row, slice(first, first + len(ids))
-      tokens[span], positions[span], segments[span] = ids, np.arange(len(ids)), i + 1
-      targets[row, i], columns[row, i] = ids[place], first + place
-      tokens[row, first + place] = mask
-      first += len(ids)
+  """Returns a batch with a row for each copy (text, place), and the column of the mask in each row."""
+  rows = _rows((width,))
+  tokens, targets, segments = np.zeros((3, rows, width), np.int32)
+  columns = np.zeros(rows, np.int32)
+  positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
+  for row, (text, place) in enumerate(copies):
+    ids = texts[text]
+    tokens[row, :len(ids)], targets[row, :len(ids)], segments[row, :len(ids)] = ids, ids, 1
+    tokens[row, place], columns[row] = mask, place
   return Batch(tokens, targets, positions=positions, segments=segments), columns

@@ -11,7 +11,7 @@ from lm import sharding
 from lm.data.rows.packed_records import check_left_out
 from lm.data.text.source import Documents
 from lm.data.tokenizers.folder import mask_id
-from lm.evaluate.score import log_probabilities, pseudo_log_probabilities
+from lm.evaluate.score import Predicted, predictions, pseudo_predictions
 from lm.train import validation
 
 Loaded = Any   # an opened run or Hugging Face model, with `model`, `params` and `tokenizer`
@@ -86,31 +86,39 @@ def begins(loaded: Loaded, bos: bool | None) -> bool:
 
 
 class Scored(NamedTuple):
-  """The scored tokens of a text, the log-probability of each in nats, and the number of their UTF-8 bytes."""
-  tokens: list[int]
-  scores: np.ndarray
-  size: int
+  """A text under a model."""
+  tokens: list[int]      # that are scored
+  predicted: Predicted   # of each of them
+  size: int              # UTF-8 bytes that they stand for
+
+  @property
+  def scores(self) -> np.ndarray:
+    """Log-probability of each token."""
+    return self.predicted.log_p
 
 
-def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
-           bos: bool) -> list[Scored]:
-  """Returns the scores of each text, after bos if `bos` is true, and given its source if there are sources."""
+def scored(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None, bos: bool, window: int | None = None,
+           stride: int | None = None) -> list[Scored]:
+  """Returns the scores of each text, given its source if there are sources, after bos if `bos` is true.
+
+  See `score.predictions` for windows. An encoder has none.
+  """
   model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
   begin, end, encoded = [tokenizer.bos_id] * bos, [tokenizer.eos_id], tokenizer.encode_batch(texts)
   ids = [np.int32([*begin, *text_ids]) for text_ids in encoded]
   if not model.causal:
     ids = [np.int32([*text_ids, *end]) for text_ids in ids]
-    scores = pseudo_log_probabilities(model, params, ids, mask_id(tokenizer))
+    predicted = pseudo_predictions(model, params, ids, mask_id(tokenizer))
   elif sources is not None:
     ids = [np.int32([*text_ids, *end]) for text_ids in ids]
-    source_ids = [np.int32([*source, *end]) for source in tokenizer.encode_batch(sources)]
-    scores = log_probabilities(model, params, ids, sources=source_ids)
+    source_ids = [np.int32([*one, *end]) for one in tokenizer.encode_batch(sources)]
+    predicted = predictions(model, params, ids, source_ids, window, stride)
   else:
-    scores = log_probabilities(model, params, ids)
+    predicted = predictions(model, params, ids, None, window, stride)
   sizes = [int(tokenizer.sizes(text, text_ids)[not bos:].sum()) if len(text_ids) else 0
            for text, text_ids in zip(texts, encoded)]
-  return [Scored(text_ids[1:1 + len(values)].tolist(), values, size)
-          for text_ids, values, size in zip(ids, scores, sizes)]
+  return [Scored(text_ids[1:1 + len(one.log_p)].tolist(), one, size)
+          for text_ids, one, size in zip(ids, predicted, sizes)]
 
 
 def show(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None,
@@ -133,7 +141,8 @@ def show_all(loaded: Loaded, texts: Sequence[str], sources: Sequence[str] | None
   print('  tokens    loss  bits a byte  text')
   for begin in range(0, len(texts), 256):
     part = slice(begin, begin + 256)
-    for text, (_, scores, size) in zip(texts[part], scored(loaded, texts[part], sources and sources[part], bos)):
+    for text, score in zip(texts[part], scored(loaded, texts[part], sources and sources[part], bos)):
+      scores, size = score.scores, score.size
       nll, count = -float(np.sum(scores, dtype=np.float64)), len(scores)
       loss = f'{nll / count:7.4f} {nll / np.log(2) / max(size, 1):12.4f}' if count else f'{"-":>7} {"-":>12}'
       print(f'{count:8,} {loss}  {text[:60]!r}')

@@ -174,6 +174,32 @@ def _smooth(values: Sequence[float], half: int) -> list[float]:
   return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
+def intervals(curves: Mapping[str, Mapping[str, Any]], png: pathlib.Path) -> bool:
+  """Plots values with their intervals; returns whether there is a figure.
+
+  Each curve, by the name of its line, has `x` and `y`, the names of the axes, `points` with `at` (a number, or the name
+  of a range), `value`, `low` and `high`, and `diagonal`: whether the line y = x is drawn to compare with.
+  """
+  figure = _figure(png, (6, 4.5))
+  if figure is None:
+    return False
+  axes = figure.subplots()
+  first = next(iter(curves.values()))
+  if first['diagonal']:
+    axes.plot([0, 1], [0, 1], '--', color='0.6', linewidth=1)
+  for i, (name, curve) in enumerate(curves.items()):
+    points = [point for point in curve['points'] if point['value'] is not None]
+    x, y = [point['at'] for point in points], [point['value'] for point in points]
+    errors = [[0. if point[end] is None else abs(point[end] - point['value']) for point in points]
+              for end in ('low', 'high')]
+    axes.errorbar(x, y, errors, fmt='o-', color=f'C{i % 10}', markersize=4, linewidth=1.2, capsize=2, label=name)
+  axes.set(xlabel=first['x'], ylabel=first['y'])
+  if any(isinstance(point['at'], str) for curve in curves.values() for point in curve['points']):
+    axes.tick_params('x', rotation=45)
+  _finish(figure, png, [axes])
+  return True
+
+
 def _figure(png: pathlib.Path, size: tuple[float, float]) -> Any:
   try:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display

@@ -16,7 +16,7 @@ from lm.data import dataset
 from lm.data.batch import Batch
 from lm.data.text.source import Source
 from lm.data.tokenizers.folder import Bytes
-from lm.evaluate import compression
+from lm.evaluate import compression, score
 from lm.models import transformer
 from lm.models.transformer import Output
 from lm.objectives import objective
@@ -131,7 +131,7 @@ def test_nothing_to_evaluate_is_refused(data):
 def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
   texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
   with meshes.on(mesh):
-    results = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts, positions=16)
+    results = evaluate.log_probabilities(Bigram(), jnp.asarray(table), texts)
   logits = table.astype(np.float64)
   for tokens, scores in zip(texts, results, strict=True):
     expected = [logits[a, b] - np.log(np.exp(logits[a]).sum()) for a, b in itertools.pairwise(tokens)]
@@ -158,18 +158,43 @@ def test_every_token_of_a_long_text_has_half_a_window_before_it():
     assert (context[8:] >= 4).all() and (context < 8).all() and len(scores) == length - 1
 
 
-def test_a_text_in_company_scores_as_alone_and_as_its_logits_say():
-  model = transformer.llama(64, 32, 2, 4, max_length=16)
-  texts = [np.random.default_rng(length).integers(64, size=length) for length in (40, 5, 17, 3, 9, 9)]
+def test_a_text_scores_as_its_logits_say_and_in_company_as_alone_to_the_last_bit():
+  model = transformer.llama(64, 32, 2, 4, max_length=96)
+  texts = [np.random.default_rng(length).integers(64, size=length) for length in (200, 5, 90, 3, 9, 9, 40, 33, 2)]
   with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
-    together = evaluate.log_probabilities(model, params, texts, positions=48)
-    for tokens, scores in zip(texts, together):
-      np.testing.assert_allclose(scores, evaluate.log_probabilities(model, params, [tokens])[0], atol=1e-5)
+    together = score.predictions(model, params, texts)
+    backwards = score.predictions(model, params, texts[::-1])[::-1]
+    for text, first, second in zip(texts, together, backwards):
+      alone, = score.predictions(model, params, [text])
+      for values, company, other_company in zip(alone, first, second):
+        np.testing.assert_array_equal(values, company)
+        np.testing.assert_array_equal(values, other_company)
     tokens = texts[2]
     logits = jax.jit(lambda batch: (out := model.apply(params, batch)).head(out.hidden))(Batch(tokens[None, :-1]))
-    expected = np.asarray(jax.nn.log_softmax(logits))[0, np.arange(16), tokens[1:]]
-  np.testing.assert_allclose(together[2], expected, atol=1e-5)
+    table = np.asarray(jax.nn.log_softmax(logits))[0]
+  np.testing.assert_allclose(together[2].log_p, table[np.arange(89), tokens[1:]], atol=1e-5)
+  np.testing.assert_allclose(together[2].top_log_p, table.max(-1), atol=1e-5)
+  np.testing.assert_array_equal(together[2].correct, table.argmax(-1) == tokens[1:])
+
+
+@pytest.mark.parametrize('window,stride,expected', [
+    # tokens before each of 12 targets, by hand
+    (4, 4, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]), (4, 1, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]),
+    (4, 2, [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3]), (5, 5, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3, 4])])
+def test_windows_read_as_many_tokens_as_they_can(window, stride, expected):
+  """With a stride of the whole window they are the rolling windows of lm-evaluation-harness."""
+  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+    predicted, = score.predictions(Counter(), None, [np.zeros(13, np.int32)], window=window, stride=stride)
+  np.testing.assert_array_equal(np.rint(np.log(np.expm1(-predicted.log_p.astype(np.float64)))), expected)
+
+
+@pytest.mark.parametrize('window,stride,message', [
+    (9, None, 'a window of 9 tokens is not between 1 and 8'), (0, None, 'a window of 0'),
+    (4, 5, 'a stride of 5 tokens is not between 1 and 4'), (None, 0, 'a stride of 0')])
+def test_windows_that_cannot_be_are_refused(window, stride, message):
+  with pytest.raises(ValueError, match=message):
+    score.predictions(Counter(), None, [np.zeros(13, np.int32)], window=window, stride=stride)
 
 
 def test_compressors_are_those_of_the_command_line():

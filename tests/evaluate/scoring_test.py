@@ -108,23 +108,13 @@ def pairs():
 @pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
 def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
-  before = scoring._log_probabilities._cache_size()
+  before = scoring._predict._cache_size()
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
-    scores = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, 256, sources)
-  assert scoring._log_probabilities._cache_size() - before == 1
+    scores = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, sources)
+  # (64, 32), (32, 128), (64, 64), (32, 32), (32, 256) and (32, 64) columns of texts and sources.
+  assert scoring._predict._cache_size() - before == 6
   for a, b in zip(scores, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_rows_hold_each_piece_once_and_no_more_than_fits():
-  rng = np.random.default_rng(0)
-  for scale in ((40, 40), (300, 20), (5, 200), (1, 1)):
-    lengths = rng.integers(1, np.array(scale) + 1, (200, 2))
-    widths = scoring._widths(lengths, 1 << 30)
-    rows = scoring._rows(lengths, widths)
-    assert sorted(itertools.chain(*rows)) == list(range(200))
-    assert all((lengths[row].sum(0) <= widths).all() for row in rows)
-    assert lengths.sum() / widths.sum() / len(rows) > 0.6
 
 
 def test_greedy_text_is_that_of_transformers(folders, transformers):
@@ -204,7 +194,7 @@ def test_a_text_has_the_same_pseudo_log_probabilities_in_a_batch_as_alone(mesh_s
   params, texts = random_params(model), [rng.integers(V, size=n) for n in (3, 48, 2, 17, 0, 5, 30)]
   alone = [evaluate.pseudo_log_probabilities(model, params, [text], MASK)[0] for text in texts]
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
-    scores = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK, positions=128)
+    scores = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK)
   for a, b, text in zip(scores, alone, texts, strict=True):
     assert len(a) == max(len(text) - 2, 0)
     np.testing.assert_allclose(a, b, atol=2e-5)

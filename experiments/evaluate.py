@@ -1,0 +1,56 @@
+"""Evaluate a model on a suite of named evaluations: every number with its interval, as a table, JSON and figures.
+
+  python experiments/evaluate.py --workdir=runs/quickstart
+  python experiments/evaluate.py --model=gpt2 --suite=suite.json
+
+A suite is a JSON file, as lm/evaluate/suites.py says; without one, the likelihood of what was held out of the run.
+"""
+import pathlib
+
+import jax
+
+from lm import launch, load, sharding
+from lm.evaluate import evaluations, report, suites
+from lm.hf import pretrained
+
+
+def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, suite: pathlib.Path | None = None,
+             out: pathlib.Path | None = None, best: bool = False, mesh: str | None = None) -> None:
+  """Evaluates a model.
+
+  Args:
+    workdir: of the run; none for runs/quickstart.
+    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
+    suite: a JSON file with the evaluations; none for the likelihood of what was held out of the run.
+    out: the folder for the results; none for the folder `evaluation` of the run, or evaluation-NAME of another model.
+      What it has of the same model and settings is not measured again, and an evaluation that was stopped goes on.
+    best: take the best checkpoint, not the newest.
+    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+  """
+  workdir, model = load.run_or_model(workdir, model)
+  if model and suite is None:
+    raise ValueError(f'--model={model} has no held-out documents of its own; give a --suite, such as '
+                     '{"likelihood": {"books": {"text": "books/*.txt"}}}')
+  chosen = suites.Suite({'held-out': evaluations.Likelihood()}) if suite is None else suites.read(suite)
+  with jax.set_mesh(sharding.make_mesh(mesh)):
+    if model:
+      loaded = pretrained.load(model)
+      identity = {'model': model, 'parameters': pretrained.start(loaded.folder, loaded.model).parameters}
+    else:
+      loaded = load.open_trained(workdir, best)
+      identity = {'workdir': workdir.name, 'step': loaded.step, 'parameters': loaded.facts.get('parameters')}
+    folder = out or (pathlib.Path(f'evaluation-{pathlib.Path(model).name}') if model else workdir / 'evaluation')
+
+    def held_out() -> list[str]:
+      if model:
+        raise ValueError(f'--model={model} has no held-out documents of its own; name files with text or jsonl')
+      return loaded.open_data().documents('validation')
+
+    subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, held_out)
+    results = suites.run(chosen, subject, identity, folder)
+  print(f'\n{report.table(results)}\n\nwritten to {folder}: ' +
+        ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.txt', '.png'))))
+
+
+if __name__ == '__main__':
+  launch.tool(evaluate)

@@ -1,0 +1,116 @@
+"""The kinds of evaluations: each is called with a model and gives measures, and is a section of a suite."""
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.data.text import corpora, source
+from lm.evaluate import likelihood, text_scores
+from lm.evaluate.report import Curve, Result
+
+CHUNK = 64   # documents between two saves
+
+
+class Subject(NamedTuple):
+  """What is evaluated: a model with its parameters, and the documents that were held out of its training."""
+  model: Any
+  params: Any
+  tokenizer: Any
+  held_out: Callable[[], Sequence[str]]   # ValueError if there are none
+
+
+class Progress(NamedTuple):
+  """Where an evaluation keeps what it has measured so far, so that it can go on after a stop."""
+  load: Callable[[], np.ndarray | None]
+  save: Callable[[np.ndarray], None]
+  show: Callable[[int, int], None]   # documents done, and all
+
+
+NO_PROGRESS = Progress(lambda: None, lambda rows: None, lambda count, total: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+  """Cross-entropy of documents, and what follows from it; see `likelihood`.
+
+  Args:
+    text: files of text, a glob pattern; a file is a document. Without files, the documents held out of the run.
+    separator: what separates documents in a file of text.
+    jsonl: files of JSON lines, a glob pattern; a line is a document.
+    key: the field of a line that holds the text.
+    limit: the first so many documents are read; none for all.
+    bos: whether a document begins with bos; none does as the tokenizer does.
+    window: tokens that are read at once; none for the context of the model.
+    stride: tokens that each further window scores; none for half a window.
+    contexts: further windows, each with half of it as the stride; the loss with each is given beside the others.
+  """
+  text: str | None = None
+  separator: str | None = None
+  jsonl: str | None = None
+  key: str = 'text'
+  limit: int | None = None
+  bos: bool | None = None
+  window: int | None = None
+  stride: int | None = None
+  contexts: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.text and self.jsonl:
+      raise ValueError(f'text={self.text!r} and jsonl={self.jsonl!r} both name documents; give one of them, and the '
+                       'other to another evaluation')
+    if self.separator and not self.text:
+      raise ValueError(f'separator={self.separator!r} is for files of text, and text is not given')
+    if self.limit is not None and self.limit < 2:
+      raise ValueError(f'limit={self.limit} is below 2, and one document gives no interval; give more, or null for all')
+
+  def documents(self, subject: Subject) -> list[str]:
+    """Returns the documents. ValueError where there are none with text."""
+    if self.text:
+      separator = self.separator and source.unescaped(self.separator)
+      documents = corpora.text(self.text, 0., separator).splits['train']
+    elif self.jsonl:
+      documents = corpora.jsonl(self.jsonl, self.key, 0.).splits['train']
+    else:
+      documents = subject.held_out()
+    texts = [documents[i] for i in range(len(documents) if self.limit is None else min(self.limit, len(documents)))]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+      raise ValueError(f'{self.text or self.jsonl or "what was held out"} has no document with text')
+    return texts
+
+  def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
+    model = subject.model
+    if not model.causal:
+      raise ValueError('likelihood is of decoders, and this model is none; leave this evaluation out')
+    bos = subject.tokenizer.adds_bos if self.bos is None else self.bos
+    texts, rows = self.documents(subject), progress.load()
+    rows = np.zeros((0, likelihood.COLUMNS + len(self.contexts))) if rows is None else rows
+    while len(rows) < len(texts):
+      progress.show(len(rows), len(texts))
+      chunk = texts[len(rows):len(rows) + CHUNK]
+      scored = text_scores.scored(subject, chunk, None, bos, self.window, self.stride)
+      new = np.stack([likelihood.row(text, one.predicted, one.size) for text, one in zip(chunk, scored)])
+      losses = [[-one.scores.sum(dtype=np.float64) for one in text_scores.scored(subject, chunk, None, bos, context)]
+                for context in self.contexts]
+      rows = np.concatenate([rows, np.concatenate([new, np.reshape(losses, (-1, len(chunk))).T], axis=1)])
+      progress.save(rows)
+    if not rows[:, likelihood.TOKENS].any():
+      raise ValueError('there is nothing to score: each document has one token, and no bos before it; give bos')
+    return self._result(rows, subject, bos)
+
+  def _result(self, rows: np.ndarray, subject: Subject, bos: bool) -> Result:
+    window = self.window or subject.model.max_length
+    stride = self.stride or max(window // 2, 1)
+    signature = (f'window:{window}|stride:{stride}|bos:{"yes" if bos else "no"}|words:white space|'
+                 f'tokens:{int(rows[:, likelihood.TOKENS].sum())}|bytes:{int(rows[:, likelihood.BYTES].sum())}')
+    curves = [Curve('reliability', 'probability of the most likely token', 'share correct',
+                    likelihood.reliability(rows, signature), diagonal=True),
+              Curve('loss_by_position', 'tokens before a token', 'cross-entropy (nats a token)',
+                    likelihood.by_position(rows, signature))]
+    if self.contexts:
+      columns = {window: likelihood.NLL, **{length: likelihood.COLUMNS + i for i, length in enumerate(self.contexts)}}
+      points = [(str(length), likelihood.loss(rows, column, f'window:{length}')) for length, column in
+                sorted(columns.items())]
+      curves.append(Curve('loss_by_context', 'tokens of a window', 'cross-entropy (nats a token)', points))
+    return Result(likelihood.measures(rows, signature), curves)

@@ -1,0 +1,174 @@
+"""Suites: named evaluations, read from a JSON file, which run on a trained model or during training.
+
+  {"likelihood": {"books": {"text": "books/*.txt", "window": 512, "stride": 256}, "held-out": {}}}
+
+The first level has the kinds of evaluations, which are the fields of `Suite`; the second has names of evaluations of
+that kind, each with its settings, which are the fields of the class of that kind.
+"""
+import dataclasses
+import difflib
+import io
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.evaluate import report
+from lm.evaluate.evaluations import Likelihood, Progress, Subject
+from lm.workdir import atomic, describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """Evaluations by name, of each kind."""
+  likelihood: Mapping[str, Likelihood] = dataclasses.field(default_factory=dict)
+
+  def evaluations(self) -> Iterator[tuple[str, Any]]:
+    """Yields (name, evaluation)."""
+    for field in dataclasses.fields(self):
+      yield from getattr(self, field.name).items()
+
+
+def read(file: pathlib.Path) -> Suite:
+  """Reads a suite. Raises ValueError, which names the file and the nearest name, where it is none."""
+  try:
+    content = json.loads(file.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f'{file} is no JSON: {error}') from None
+  kinds = {name: typing.get_args(hint)[1] for name, hint in typing.get_type_hints(Suite).items()}
+  by_kind = _object(content, f'{file}', kinds)
+  made, names = {}, set()
+  for kind, evaluations in by_kind.items():
+    for name, settings in _object(evaluations, f'{file}: {kind}').items():
+      if name in names or not name or '/' in name:
+        raise ValueError(f'{file}: an evaluation is called {name!r}, which is empty, has a / or is there twice; give '
+                         'each a name of its own')
+      names.add(name)
+      made.setdefault(kind, {})[name] = _evaluation(kinds[kind], settings, f'{file}: {kind}/{name}')
+  if not names:
+    raise ValueError(f'{file} has no evaluation; its first level has one of {", ".join(kinds)}')
+  return Suite(**made)
+
+
+def _object(value: Any, where: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  if not isinstance(value, dict):
+    raise ValueError(f'{where} is {json.dumps(value)[:50]}, and what is needed is an object, {{...}}')
+  for name in value:
+    if known is not None and name not in known:
+      nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+      raise ValueError(f'{where} has {name!r}, which is not known here; the nearest is {nearest[0]!r}')
+  return value
+
+
+def _evaluation(kind: type, settings: Any, where: str) -> Any:
+  hints = typing.get_type_hints(kind)
+  values = {name: tuple(value) if isinstance(value, list) else value
+            for name, value in _object(settings, where, hints).items()}
+  for name, value in values.items():
+    if not _is_of_type(value, hints[name]):
+      wanted = str(getattr(hints[name], '__name__', hints[name])).replace('None', 'null')
+      raise ValueError(f'{where} has {name}={json.dumps(settings[name])}, and what is needed is {wanted}')
+  try:
+    return kind(**values)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{where}: {error}') from None
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+  arguments = typing.get_args(hint)
+  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    return any(_is_of_type(value, option) for option in arguments)
+  if typing.get_origin(hint) is tuple:
+    return isinstance(value, tuple) and all(_is_of_type(item, arguments[0]) for item in value)
+  if typing.get_origin(hint) is typing.Literal:
+    return value in arguments
+  if hint is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Evaluates, prints a line for each evaluation, and writes results.json, results.txt and figures into `folder`.
+
+  Evaluations that `folder` has already, of the same settings and the same model as `identity` says, are not repeated,
+  and one that was stopped goes on where it was.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  settings = {name: _settings(evaluation) for name, evaluation in suite.evaluations()}
+  results = {}
+  for name, evaluation in suite.evaluations():
+    key = {'evaluation': settings[name], 'model': identity}
+    stored = folder / f'{name}.json'
+    result = _stored(stored, key)
+    if result is None:
+      print(f'{name}: evaluating', flush=True)
+      partial = folder / f'{name}.partial.npz'
+      result = report.to_json(evaluation(subject, _progress(name, partial, key)))
+      atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
+      partial.unlink(missing_ok=True)
+    else:
+      print(f'{name}: measured before, and read from {stored}')
+    results[name] = result
+  report.write(folder, {'model': identity, 'evaluations': settings}, results)
+  report.draw(folder, results)
+  return results
+
+
+def _settings(evaluation: Any) -> Any:
+  return json.loads(json.dumps(describe.describe(evaluation)))
+
+
+def _stored(file: pathlib.Path, key: Any) -> dict[str, Any] | None:
+  if not file.is_file():
+    return None
+  content = json.loads(file.read_text())
+  return content['result'] if content['key'] == key else None
+
+
+def _progress(name: str, file: pathlib.Path, key: Any) -> Progress:
+  text = json.dumps(key, sort_keys=True)
+
+  def load() -> np.ndarray | None:
+    if not file.is_file():
+      return None
+    with np.load(file) as stored:
+      return stored['rows'] if str(stored['key']) == text else None
+
+  def save(rows: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(content, rows=rows, key=text)
+    atomic.write(file, content.getvalue())
+
+  def show(count: int, total: int) -> None:
+    print(f'{name}: {count:,} of {total:,} documents', flush=True)
+  return Progress(load, save, show)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """For `train.Run.evaluators`: the evaluations of a suite, whose file is read when training begins.
+
+  The metrics are `NAME/metric`, and the ends of their intervals `NAME/metric/low` and `NAME/metric/high`.
+  """
+  file: pathlib.Path
+
+  def __call__(self, run: Any, data: Any, mesh: jax.sharding.Mesh) -> Callable[[Any, int], dict[str, float]]:
+    """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read`."""
+    del mesh
+    suite = read(self.file)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+      del step
+      subject, metrics = Subject(run.model, params, data.tokenizer, lambda: data.documents('validation')), {}
+      for name, evaluation in suite.evaluations():
+        for measure in evaluation(subject).measures:
+          value, low, high = measure.interval()
+          metrics |= {f'{name}/{measure.name}': value, f'{name}/{measure.name}/low': low,
+                      f'{name}/{measure.name}/high': high}
+      return metrics
+    return evaluate

@@ -1,0 +1,103 @@
+"""A suite is read strictly, resumes where it was stopped, and gives the same numbers during training."""
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lm.data.tokenizers.folder import Bytes
+from lm.evaluate import evaluations, report, suites
+from lm.models import transformer
+
+TEXTS = [f'document {i} has some words, ' * (1 + i % 3) for i in range(150)]
+
+
+@pytest.fixture(scope='module')
+def subject():
+  tokenizer = Bytes()
+  model = transformer.llama(tokenizer.vocab_size, 16, 1, 2, max_length=48)
+  return evaluations.Subject(model, jax.jit(model.init)(jax.random.key(0)), tokenizer, lambda: TEXTS)
+
+
+def written(tmp_path, content):
+  file = tmp_path / 'suite.json'
+  file.write_text(content if isinstance(content, str) else json.dumps(content))
+  return file
+
+
+@pytest.mark.parametrize('content,message', [
+    ('{', 'is no JSON'), ('[]', 'needed is an object'), ({}, 'has no evaluation'),
+    ({'likelyhood': {}}, "'likelyhood', which is not known here; the nearest is 'likelihood'"),
+    ({'likelihood': {'a': {'windw': 3}}}, "likelihood/a has 'windw', which is not known here; the nearest is 'window'"),
+    ({'likelihood': {'a': {'limit': '3'}}}, 'limit="3", and what is needed is int | null'),
+    ({'likelihood': {'a': {'limit': True}}}, 'limit=true'), ({'likelihood': {'a': {'limit': 1}}}, 'one document gives'),
+    ({'likelihood': {'a': {'contexts': [8, 'x']}}}, 'contexts='), ({'likelihood': {'a/b': {}}}, "'a/b'"),
+    ({'likelihood': {'a': {'text': 'x', 'jsonl': 'y'}}}, 'both name documents'),
+    ({'likelihood': {'a': {'separator': 'x'}}}, 'text is not given')])
+def test_a_suite_that_is_none_is_refused_with_its_place(tmp_path, content, message):
+  with pytest.raises(ValueError, match=message.replace('|', r'\|')):
+    suites.read(written(tmp_path, content))
+
+
+def test_documents_come_from_files_and_windows_are_obeyed(tmp_path, subject):
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'t': text}) + '\n' for text in TEXTS[:5]))
+  file = written(tmp_path, {'likelihood': {'files': {'jsonl': str(tmp_path / 'a.jsonl'), 'key': 't', 'window': 32,
+                                                     'stride': 8, 'contexts': [16]}}})
+  evaluation, = dict(suites.read(file).evaluations()).values()
+  result = evaluation(subject)
+  assert result.measures[0].rows.shape[0] == 5
+  assert 'window:32|stride:8' in result.measures[0].signature
+  by_context, = (curve for curve in result.curves if curve.name == 'loss_by_context')
+  losses = {x: measure.interval().value for x, measure in by_context.points}
+  assert list(losses) == ['16', '32'] and losses['32'] == result.measures[0].interval().value != losses['16']
+
+
+def test_a_suite_that_is_stopped_goes_on_and_gives_the_same_results(tmp_path, subject, monkeypatch, capsys):
+  suite = suites.Suite({'a': evaluations.Likelihood(), 'b': evaluations.Likelihood(limit=3)})
+  whole = suites.run(suite, subject, 'model 1', tmp_path / 'whole')
+  scored, calls = evaluations.text_scores.scored, []
+
+  def stopping(subject, texts, *args):
+    calls.append(len(texts))
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return scored(subject, texts, *args)
+  monkeypatch.setattr(evaluations.text_scores, 'scored', stopping)
+  with pytest.raises(KeyboardInterrupt):
+    suites.run(suite, subject, 'model 1', tmp_path / 'stopped')
+  calls.clear()
+  calls += [0] * 10
+  assert suites.run(suite, subject, 'model 1', tmp_path / 'stopped') == whole
+  assert calls[10:] == [22, 3]   # of 150 documents, 128 were measured before
+  assert (tmp_path / 'stopped/results.json').read_text() == (tmp_path / 'whole/results.json').read_text()
+  suites.run(suite, subject, 'model 1', tmp_path / 'stopped')
+  assert calls[12:] == [] and 'measured before' in capsys.readouterr().out
+  suites.run(suite, subject, 'model 2', tmp_path / 'stopped')
+  assert calls[12:] == [64, 64, 22, 3]   # of another model, nothing is known
+
+
+def test_tables_and_json_have_every_number_with_its_interval(tmp_path, subject):
+  results = suites.run(suites.Suite({'held': evaluations.Likelihood(limit=9)}), subject, 'm', tmp_path)
+  stored = json.loads((tmp_path / 'results.json').read_text())
+  for name, numbers in stored['results']['held']['metrics'].items():
+    assert numbers['low'] < numbers['value'] < numbers['high'] and numbers['documents'] == 9
+    line, = (line for line in (tmp_path / 'results.txt').read_text().splitlines() if f'held/{name} ' in line)
+    assert all(report.number(numbers[key]) in line for key in ('low', 'value', 'high'))
+  assert stored['versions']['jax'] == jax.__version__ and results['held']['curves']['reliability']['points']
+  assert {file.name for file in tmp_path.glob('*.png')} == {'reliability.png', 'loss_by_position.png'}
+
+
+def test_an_evaluator_in_training_gives_the_numbers_of_the_command(tmp_path, subject):
+  class Data:
+    tokenizer = subject.tokenizer
+    documents = staticmethod(lambda split: TEXTS if split == 'validation' else 1 / 0)
+
+  class Run:
+    model = subject.model
+
+  evaluate = suites.Evaluator(written(tmp_path, {'likelihood': {'held': {'limit': 9}}}))(Run, Data, None)
+  metrics = evaluate(subject.params, 7)
+  results = suites.run(suites.Suite({'held': evaluations.Likelihood(limit=9)}), subject, 'm', tmp_path / 'out')
+  for name, numbers in results['held']['metrics'].items():
+    assert metrics[f'held/{name}'] == numbers['value'] and metrics[f'held/{name}/low'] == numbers['low']
+  assert np.isfinite(list(metrics.values())).all()
