@@ -1,5 +1,4 @@
 """Scores and texts of encoders and encoder-decoders equal those of transformers and computations by hand."""
-import itertools
 import json
 import warnings
 
