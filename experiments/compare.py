@@ -1,11 +1,12 @@
-"""Which is better, and is it? Arms (an experiment with other knobs) on the same seeds, with equal compute.
+"""Which setting is better, and is the difference real? Compares arms on the same seeds, with equal compute.
 
   python experiments/compare.py --arms='adamw: optimizer=adamw lr=3e-3; muon: optimizer=muon lr=0.015' \
       --common='layers=2 width=128 heads=2 vocab=2048 length=256 batch=8 steps=300' --seeds=5
 
-The first arm is the one that the others are compared with. Of each arm: bits per byte of the whole validation text, the
-difference by pairs of seeds, the speed-up to the baseline's final loss, and a verdict, all with intervals.
-Arms that do not learn to predict the next token are brought to it, all arms alike, by --adapt steps.
+An arm is an experiment with some flags, here called knobs. The first arm is the baseline. The table shows for each arm
+the bits per byte of the whole validation text, the paired difference to the baseline, the speed-up to the baseline's
+final loss, all with intervals over seeds, and a verdict. If an arm has another objective than next-token prediction,
+--adapt first fine-tunes all arms on next tokens for the same number of steps.
 """
 import pathlib
 from typing import Literal
@@ -23,15 +24,17 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
   """Compares arms.
 
   Args:
-    arms: the arms, as 'name: knob=value knob=value; other: ...'; knobs are the flags of the experiment.
+    arms: the arms, as 'name: knob=value knob=value; other name: ...'; knobs are flags of the experiment.
     common: knobs of all arms.
-    experiment: the script whose function `experiment` makes the runs.
-    seeds: how many, of each arm the same; more can be added later.
-    equal: in what arms are equal, steps, tokens, FLOPs of matrix products, or seconds on this machine.
-    budget: how much of it each arm gets; none for what the first arm takes as it is.
-    adapt: steps of next-token prediction, and of infilling, after which all arms are scored too; 0 for none.
-    adapt_lr: the rate at which these begin.
-    workdir: where the runs live; one that was stopped goes on from there.
+    experiment: script whose function `experiment` makes the runs.
+    seeds: number of seeds, the same for each arm; more can be added later.
+    equal: the quantity that is equal for all arms, of which flops counts matrix products, and seconds are those of this
+      machine.
+    budget: amount of this quantity for each arm; none for the amount that the first arm needs.
+    adapt: steps of fine-tuning on next-token prediction, and on infilling, after which all arms are scored too; 0 for
+      none.
+    adapt_lr: initial learning rate of this fine-tuning.
+    workdir: folder of the runs; a stopped comparison continues from there.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   comparison.compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,

@@ -1,14 +1,14 @@
-"""Text with holes in it: trains a small T5, or BERT, to fill them in, in minutes, on two CPU cores.
+"""Trains a small T5, or BERT, to fill in hidden parts of a text, in minutes on two CPU cores.
 
   python experiments/denoise.py
   python experiments/denoise.py --objective=ul2
   python experiments/denoise.py --objective=masked
   python experiments/denoise.py --model=google-t5/t5-small --init=google-t5/t5-small --lr=1e-3
 
-Measured on 2 cores of a busy host, JAX 0.10.2, with --steps=500 (1 million positions of source), held-out text of the
-same library: T5 4.77 nats a target, 23.1% of targets right (sentinels among them), 1 of 320 spans written as it was, in
-1,350 s; BERT 6.18 nats and 9.4% of masked tokens, in 489 s. At these sizes both have learned little more than which
-tokens are frequent: they want more steps than next-token prediction, which asks for every token.
+Results of --steps=500 (1 million source positions), on held-out text of the same library, 2 cores of a busy host, JAX
+0.10.2. T5: 4.77 nats a target, 23.1% of targets right (including sentinels), 1 of 320 spans exactly right, 1,350 s.
+BERT: 6.18 nats a target, 9.4% of masked tokens right, 489 s. After so few steps, both have learned little more than
+which tokens are frequent. They need more steps than next-token prediction, which learns from every token.
 """
 import dataclasses
 import functools
@@ -28,16 +28,17 @@ from lm.objectives.objective import Objective
 from lm.objectives.ul2 import ul2
 from lm.train import validation
 
-SNIPPETS, SIZE = 64, 96   # held-out ones to fill in, and their tokens
+SNIPPETS, SIZE = 64, 96   # number of held-out snippets to fill in, and tokens of each
 
 
-def learned(name: str, tokens: tokenizers.Tokenizer | None, length: int) -> Objective:
-  """The objective, by the control tokens that a given tokenizer has for it, else by ours."""
-  known = tokens.control_names if tokens else tokenizers.CONTROL
+def make_objective(name: str, tokens: tokenizers.Tokenizer | None, length: int) -> Objective:
+  """Returns the objective, with the control tokens of an existing tokenizer, or with ours."""
+  names_in_tokenizer = tokens.control_names if tokens else tokenizers.CONTROL
   if name == 'masked':
-    return masked(mask=next((mask for mask in ('[MASK]', '<mask>') if mask in known), '<|mask|>'))
-  extra = tuple(f'<extra_id_{i}>' for i in range(100)) if '<extra_id_0>' in known else ()
-  if name == 'ul2':   # T5 has no tokens for modes: its last sentinels
+    masks = [mask for mask in ('[MASK]', '<mask>') if mask in names_in_tokenizer]
+    return masked(mask=masks[0] if masks else '<|mask|>')
+  extra = tuple(f'<extra_id_{i}>' for i in range(100)) if '<extra_id_0>' in names_in_tokenizer else ()
+  if name == 'ul2':   # the tokenizer of T5 has no tokens for modes; its last sentinels are used
     names = {'sentinels': extra[:-3], 'modes': extra[-3:]} if extra else {
         'sentinels': tokenizers.sentinels(max(32, length // 4 + 1))}
     return ul2(layout=span_corruption.ENCODER_DECODER, **names)
@@ -51,21 +52,21 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
                budget: options.Budget = options.Budget(), batch: int = 8,
                computation: options.Computation = options.Computation(),
                cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run | train.Pending:
-  """Trains a small encoder-decoder, or for masked an encoder.
+  """Trains a small encoder-decoder; for the objective masked, an encoder.
 
   Most runs set: objective, model, text, init, workdir, minutes, steps, vocab, length, layers, width, heads, batch, lr.
 
   Args:
-    objective: what is learned.
-    model: take shape and tokenizer from this folder of a T5, or for masked of a BERT, or from a run's workdir; for the
-      parameters see --init.
-    vocab: tokens of the SentencePiece tokenizer.
-    length: positions that the encoder reads.
-    layers: of the encoder, and as many of the decoder.
-    width: of the residual stream.
-    heads: of attention.
-    batch: rows a step.
-    warmup: steps of linear warm-up; none for a thirtieth of the steps.
+    objective: training objective.
+    model: use the shape and the tokenizer of this model, a T5 (for masked a BERT) or a run's workdir. The parameters
+      are new, unless --init is given too.
+    vocab: number of tokens of the SentencePiece tokenizer.
+    length: number of positions that the encoder reads.
+    layers: number of layers of the encoder, and of the decoder.
+    width: size of the residual stream.
+    heads: number of heads of attention.
+    batch: rows in a batch.
+    warmup: steps of linear warm-up; none for a thirtieth of all steps.
   """
   masks, text = objective == 'masked', corpus.source()
   update = optimizer.make(budget.count, warmup=budget.count // 30)
@@ -77,10 +78,10 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
       network = encoder.bert(vocab, width, layers, heads, length)
     else:
       network = encoder_decoder.t5(vocab, width, layers, heads, width // heads, 4 * width, gated=True, tied=False)
-    goal = learned(objective, base.tokenizer if base else None, length)
+    goal = make_objective(objective, base.tokenizer if base else None, length)
     names = [name for name in goal.control if name not in tokenizers.CONTROL]
     new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab, control=(*tokenizers.CONTROL, *names))
-    # As many positions for the targets as a full row of sources needs.
+    # The decoder has as many positions as the targets of a full row of the source can need.
     rooms = [] if masks else [form.room for form in goal.forms]
     targets = [math.ceil(r.ratio * (length - r.source_extra) / r.source_ratio + r.extra) for r in rooms]
     data = dataset.Text(text, base.tokenizer if base else new, max(targets, default=length),
@@ -93,7 +94,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints what was reached on the held-out text, and snippets of it that are filled in."""
+  """Prints the loss on held-out text, and snippets of it that the model fills in."""
   data, rng = result.data, np.random.default_rng(0)
   step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
   held_out = data.batches('validation', run.objective, run.batch, seed=0, repeat=False)

@@ -1,11 +1,11 @@
-"""A masked diffusion model of Python's own library: trained in minutes on two CPU cores, then made to fill in text.
+"""Trains a masked diffusion model on Python's own library, in minutes on two CPU cores, and generates text with it.
 
   python experiments/diffusion.py
   python experiments/diffusion.py --objective=next_token --steps=1000 --workdir=runs/next_token
 
-On 2 quiet cores of an Intel Xeon, JAX 0.10.2, 1,788 steps of 2,048 tokens in 3 minutes: at most 2.330 bits per byte of
-the held-out text, and samples that know indentation and little else. Next-token prediction by the same model is at
-1.806 after 400 steps: masked diffusion wants many more (--minutes=60).
+On 2 quiet cores of an Intel Xeon, JAX 0.10.2, 1,788 steps of 2,048 tokens in 3 minutes reach at most 2.330 bits per
+byte of held-out text (an upper bound); the samples have indentation and little else. Next-token prediction with the
+same model reaches 1.806 after 400 steps. Masked diffusion needs many more steps (--minutes=60).
 """
 import functools
 import pathlib
@@ -31,12 +31,15 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion',
   """Trains a small model.
 
   Args:
-    objective: what is predicted; next tokens by the same model, for comparison.
-    vocab: tokens of the SentencePiece tokenizer.
-    length: positions a row.
-    batch: rows a step.
-    lr: of the matrices, which Muon trains.
-    embedding_rate: how much faster the embedding learns.
+    objective: training objective; next_token trains the same model for comparison.
+    vocab: number of tokens of the SentencePiece tokenizer.
+    length: positions in a row.
+    layers: number of layers.
+    width: size of the residual stream.
+    heads: number of heads of attention.
+    batch: rows in a batch.
+    lr: learning rate of the matrices, which Muon trains.
+    embedding_rate: factor of the learning rate for all other parameters.
   """
   steps = budget.count
   schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
@@ -51,7 +54,7 @@ def experiment(*, objective: Literal['diffusion', 'next_token'] = 'diffusion',
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints what a byte of held-out text costs, and completions of prompts."""
+  """Prints the bits per byte of held-out text, and completions of prompts."""
   tokens, bound = result.data.tokenizer, 'at most ' if run.objective.control else ''
   step = validation.make_step(run.model.apply, run.objective, tokens)
   held_out = result.data.batches('validation', run.objective, run.batch, seed=None, repeat=False)
@@ -59,7 +62,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   length = run.data.length // 2
   if run.objective.control:
     samples = unmask.generate(run.model, result.params, tokens, PROMPTS,
-                                 unmask.Denoising(length // 2, 4, sampling=generate.Sampling(0.8)), length=length)
+                              unmask.Denoising(length // 2, 4, sampling=generate.Sampling(0.8)), length=length)
   else:
     samples = generate.generate(run.model, result.params, tokens, PROMPTS, generate.Sampling(0.8), max_tokens=length)
   for prompt, sample in zip(PROMPTS, samples):

@@ -1,20 +1,20 @@
-"""Teach a small decoder what a larger one makes of the text, beside the same decoder that learns from the text alone.
+"""Distils a decoder into a smaller one, and compares it with the same small decoder trained on the text alone.
 
   python experiments/quickstart.py && python experiments/distill.py
   python experiments/distill.py --teacher=models/smol --kind=reverse --temperature=2 --hard=0.1
   python experiments/distill.py --stored_top_k=32 --hard=0.5
 
-Bits per byte of held-out text after 500 steps of 2,048 positions, one seed, 2 cores of a busy AMD EPYC; the teacher is
-the quickstart's (0.69 M weights, 1.748), the student has 0.18 M:
+Bits per byte of held-out text after 500 steps of 2,048 positions, one seed, 2 cores of a busy AMD EPYC. The teacher is
+the model of the quickstart (0.69 M weights, 1.748 bits per byte), the student has 0.18 M weights:
 
   from the text alone                  1.857      --kind=forward (the default)         1.823
   --kind=reverse                       1.883      --stored_top_k=32                    1.912
                                                   --stored_top_k=32 --hard=0.5         1.818
 
-A step with this teacher takes 1.9 times as long as one without (0.32 s, 0.17 s). In the same time the text alone gives
-930 steps, and 1.752: at this size, where text is not short and the teacher hardly better, distillation pays by step and
-not by hour. Of the tokens outside of what is stored nothing is learned but their sum: take --hard with it. Storing is
-one pass of the teacher over all of the data, some 5 minutes here.
+A step with this teacher takes 1.9 times as long as a step without it (0.32 s, 0.17 s). In the same time, training on
+the text alone makes 930 steps and reaches 1.752: with plenty of text and a teacher that is hardly better, distillation
+gains per step but not per hour. With --stored_top_k, the student learns only the total probability of all other
+tokens, so use --hard with it. Storing takes one pass of the teacher over all data, about 5 minutes here.
 """
 import dataclasses
 import pathlib
@@ -45,22 +45,22 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
   Most runs set: teacher, student, kind, hard, text, workdir, length, layers, width, heads, lr, steps, batch.
 
   Args:
-    teacher: a run's workdir, a Hugging Face folder or an imported one.
-    student: take the architecture from this run's workdir, Hugging Face folder or imported one, in place of the flags
-      of shape; for the parameters see --init.
-    kind: of divergence, KL(teacher || student), KL(student || teacher), or Jensen-Shannon.
-    beta: share of the teacher in the middle of Jensen-Shannon.
-    temperature: divides the logits of both.
-    hard: weight of the text's own next tokens in the loss.
-    stored_top_k: ask the teacher once, and store so many of its likeliest tokens; 0 asks at each step.
-    length: positions a row.
-    layers: how many; none for 1.
-    width: of the residual stream; none for 64.
-    heads: of attention; none for 2.
-    steps: of training.
-    batch: rows a step.
-    warmup: steps of linear warm-up; none for a thirtieth of the steps.
-    evaluate_every: steps between evaluations; none for a quarter of the steps.
+    teacher: the teacher, as a run's workdir, a Hugging Face folder or an imported model.
+    student: use the architecture of this run's workdir, Hugging Face folder or imported model, in place of the flags of
+      shape. The parameters are new, unless --init is given too.
+    kind: divergence. forward is KL(teacher || student), reverse is KL(student || teacher), js is Jensen-Shannon.
+    beta: share of the teacher in the mixture of the Jensen-Shannon divergence.
+    temperature: divisor of the logits of teacher and student.
+    hard: weight of the cross-entropy of the text's own next tokens in the loss; the divergence has the other share.
+    stored_top_k: run the teacher once and store this many of its most probable tokens; 0 runs the teacher at each step.
+    length: positions in a row.
+    layers: number of layers; none for 1.
+    width: size of the residual stream; none for 64.
+    heads: number of heads of attention; none for 2.
+    steps: number of training steps.
+    batch: rows in a batch.
+    warmup: steps of linear warm-up; none for a thirtieth of all steps.
+    evaluate_every: steps between evaluations; none for a quarter of all steps.
   """
   if student:
     shape.refuse(DEFAULT, f'--student={student}')
@@ -81,19 +81,18 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
     if stored_top_k:
       stored = distillation.TopK(stored_top_k, base.model.vocab, temperature)
       objective = distillation.distil_stored(next_token(), stored, divergence, hard)
-      data, taught = annotate.Annotated(data, constants, stored.columns, stored), ()
+      data = annotate.Annotated(data, constants, stored.columns, stored)
     else:
       objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
-      taught = constants,
     run = train.Run(model=computation.apply(model), objective=objective, data=data, optimizer=update,
-                    steps=steps, batch=batch, constants=taught)
+                    steps=steps, batch=batch, constants=() if stored_top_k else (constants,))
     return cadence.apply(computation.with_accumulation(run), evaluations=4)
   return train.after_opening(build, base=named.decoder('teacher', teacher),
                              like=named.decoder('student', student) if student else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Trains the same student on the text alone, for as many steps; prints what all of them reach on held-out text."""
+  """Trains the same student on the text alone, for as many steps. Prints the results of all on held-out text."""
   teacher = run.constants[0] if run.constants else run.data.model
   text = run.data if run.constants else run.data.data
   print('\nthe same student, from the text alone')
@@ -111,13 +110,13 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for name, (model, params) in arms.items():
     step = validation.make_step(model.apply, next_token(), alone.data.tokenizer)
     metrics = validation.evaluate(step, params, batches, result.mesh)
-    bits = metrics.get('bits_per_byte', float('nan'))   # data of before bytes were stored does not say it
+    bits = metrics.get('bits_per_byte', float('nan'))   # older stores do not have the number of bytes
     print(f'  {name:22}{bits:7.3f}{metrics["perplexity"]:12.2f}{model_size(model):9,}'
           f'{seconds.get(name, float("nan")):10.3f}'.replace('nan', '  -'))
 
 
 def model_size(model: Any) -> int:
-  """How many parameters it has."""
+  """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
 
 

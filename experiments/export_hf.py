@@ -1,4 +1,4 @@
-"""Make a folder that `transformers` opens, of a run or of an imported model.
+"""Exports a run or an imported model as a folder that `transformers` opens.
 
   python experiments/export_hf.py --workdir=runs/books --out=models/books-hf
 """
@@ -18,13 +18,13 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   """Exports a model with its tokenizer.
 
   Args:
-    workdir: of a run.
+    workdir: workdir of a run.
     model: an imported folder, or the workdir of a run, in place of --workdir.
-    out: the folder to make.
-    dtype: of the weights, if not theirs: a run's are float32, an imported model's those of its files.
-    like: the folder whose family, tokenizer files and generation config it takes over; by default the one that the run
-      was started from.
-    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
+    out: folder to create.
+    dtype: dtype of the weights; by default that of the parameters, float32 for a run.
+    like: Hugging Face folder whose family, tokenizer files and generation config are used; by default the folder that
+      the run was started from.
+    best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
@@ -32,9 +32,9 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if isinstance(loaded.model, Reward):
-      raise ValueError(f'{workdir} is a reward model, which is not exported: transformers has no family-independent '
-                       'class for a decoder with one score a text and the template that the score depends on. '
-                       'score.py and generate.py --reward use it where it is')
+      raise ValueError(f'{workdir} is a reward model, which cannot be exported: transformers has no family-independent '
+                       'class for a decoder with one score a text and the template that the score depends on. Use its '
+                       'workdir with score.py or with generate.py --reward')
     like = like or (loaded.folder if model else load.origin_folder(loaded.run, loaded.tokenizer))
     pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
                      None if model else load.chat_template(loaded.run.data))

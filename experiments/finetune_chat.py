@@ -1,17 +1,17 @@
-"""Fine-tune a model to answer. By default: from nothing, on puzzles about letters that are made up.
+"""Fine-tunes a decoder on dialogues. By default, trains a new model on generated puzzles about letters.
 
   python experiments/finetune_chat.py
 
-2 cores of an Intel Xeon, shared with other work: 5.6 minutes of CPU time (on cores of its own perhaps 3 minutes, not
-measured), 600 steps of 4,096 positions, seed 0. Of 100 held-out questions 0 are answered exactly before, 99 after;
-validation loss 0.100, of which some 0.09 is the toss whether to be polite.
+600 steps of 4,096 positions, seed 0, take 5.6 minutes of CPU time on 2 shared cores of an Intel Xeon. Of 100 held-out
+questions, 0 are answered exactly before training, and 99 after it. The validation loss is 0.100, of which about 0.09
+comes from answers that are polite at random.
 
-On records of your own, from a run, a Hugging Face folder or the hub:
+To fine-tune on your own records, starting from a run, a Hugging Face folder or a model on the hub:
 
   python experiments/finetune_chat.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='chats/*.jsonl' --lr=2e-5
   python experiments/finetune_chat.py --jsonl=maths.jsonl --prompt=question --completion=answer --tokenizer=bpe
 
-A line holds messages, or a prompt and its completion. What is learned is what the assistant says, and where it ends.
+A line has messages, or a prompt and its completion. The loss is that of the assistant's tokens and of their ends.
 """
 import functools
 import math
@@ -23,7 +23,7 @@ from lm import generate, launch, load, named, options, train
 from lm import lora as adapters
 from lm.data import tokenizers
 from lm.data.chat import conversation, dialogues
-from lm.data.chat import messages as said
+from lm.data.chat.messages import Keys
 from lm.data.text import puzzles
 from lm.evaluate import question_replies
 from lm.launch import outcome
@@ -31,7 +31,7 @@ from lm.objectives import objective
 from lm.objectives.supervised import supervised
 
 DEFAULT = options.Size('llama', layers=3, width=128, heads=4)
-QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
+QUESTIONS = 100   # number of held-out questions that the model answers before and after training
 
 
 def experiment(*, records: options.Records = options.Records(), messages: str = 'messages', answer: str | None = None,
@@ -48,26 +48,28 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
   Most runs set: model, jsonl, prompt, completion, workdir, tokenizer, length, lora_rank, lr, steps, batch, precision.
 
   Args:
-    messages: the field with a whole dialogue, where a line has one.
-    answer: what of an answer is compared with that of the record, after training, a regular expression with one group,
-      such as '#### (.*)'; none for whole answers.
-    model: a run's workdir, a Hugging Face folder, an imported one or an id on the hub, whose tokenizer and chat
-      template are used too; none begins from nothing, with the tokenizer and the shape of the flags.
-    tokenizer: bytes, or one that is trained on the records.
-    vocab: tokens of the model, and of the tokenizer that is trained.
-    character_coverage: share of the text whose characters have a token each, from 0.98 to 1, by default 0.9995; rarer
-      ones are spelled in bytes.
-    layers: how many; none for 3.
-    width: of the residual stream; none for 128.
-    heads: of attention; none for 4.
-    warmup: steps of linear warm-up; none for 50, or a twelfth of the steps where that is less.
-    denominator: what a loss is divided by, targets or dialogues.
-    steps: of training.
-    batch: rows a step.
+    messages: field with a whole dialogue.
+    answer: regular expression with one group, such as '#### (.*)'. After training, the group is compared between an
+      answer and that of the record; none compares whole answers.
+    model: initial model, as a run's workdir, a Hugging Face folder, an imported model or an id on the hub. Its
+      tokenizer and chat template are used too. none trains a new model with the tokenizer and the shape of the flags.
+    tokenizer: tokenizer of a new model; bpe is trained on the records.
+    vocab: number of tokens of a new model, and of the tokenizer that is trained.
+    character_coverage: share of the text whose characters get tokens of their own, from 0.98 to 1; rarer characters are
+      spelled in bytes. none for 0.9995.
+    layers: number of layers; none for 3.
+    width: size of the residual stream; none for 128.
+    heads: number of heads of attention; none for 4.
+    warmup: steps of linear warm-up; none for 50, but at most a twelfth of all steps.
+    denominator: number that the loss of a batch is divided by, that of its targets (token_mean) or of its dialogues
+      (sequence_mean).
+    steps: number of training steps.
+    batch: rows in a batch.
   """
   coverage = {} if character_coverage is None else {'character_coverage': character_coverage}
   if coverage and (model or tokenizer == 'bytes'):
-    raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe, without a --model')
+    raise ValueError(f'--character_coverage={character_coverage} is for --tokenizer=bpe without a --model; leave it '
+                     'out')
   if model:
     shape.refuse(DEFAULT, f'--model={model}')
   source = records.source(puzzles.dialogues)
@@ -82,20 +84,20 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
         data=dialogues.Dialogues(
             source, tokens, records.length, template=records.template(base.template if base else None),
             allow_left_out=records.allow_left_out, answer=answer, longest=base.model.max_length if base else math.inf,
-            keys=said.Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
+            keys=Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
     return lora.adapt(cadence.apply(computation.with_accumulation(run)))
   return train.after_opening(build, base=named.decoder('model', model, computation.dtype) if model else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints how many held-out questions are answered as in their records, before and after; and some answers."""
+  """Prints how many held-out questions are answered as in their records, before and after training, and examples."""
   data, room = run.data, run.data.length // 2
   speaker = conversation.Conversation(result.data.tokenizer, data.template)
   questions = question_replies.held_out(data, speaker, QUESTIONS, room)
   if not questions:
-    print(f'no held-out question is put to the model: of the first {QUESTIONS} records, none has a question and an '
-          f'answer of less than {room} tokens, half of --length={data.length}')
+    print(f'no held-out question is asked: of the first {QUESTIONS} records, none has a question and an answer of less '
+          f'than {room} tokens, half of --length={data.length}')
     return
   model, learned = adapters.merge(run.model, result.params)
   replies = {}
@@ -108,9 +110,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
 
 
 def score(data: dialogues.Dialogues, answers: Sequence[str], replies: Sequence[str]) -> str:
-  """A line that says how many replies are the answers of their records, or agree with them in what `data.answer` finds.
+  """Returns a line with the number of replies that equal the answers of their records, or agree in `data.answer`.
 
-  A record in which that finds nothing is not counted; a reply in which it finds nothing is wrong.
+  A record that the regular expression does not match is not counted; a reply that it does not match is wrong.
   """
   pairs = [(data.essence(puzzles.solution(answer)), data.essence(puzzles.solution(reply)))
            for answer, reply in zip(answers, replies)]
@@ -120,8 +122,8 @@ def score(data: dialogues.Dialogues, answers: Sequence[str], replies: Sequence[s
   without = sum(expected is None for expected, _ in pairs)
   line = f'{right} of {len(pairs) - without} held-out questions are answered as their records say'
   missing = sum(expected is not None and reply is None for expected, reply in pairs)
-  line += f', by what --answer={data.answer} finds; it finds nothing in {missing} of these replies'
-  return line + (f', and nothing in {without} more records, which are not counted' if without else '')
+  line += f', compared by --answer={data.answer}, which does not match {missing} of these replies'
+  return line + (f'; {without} further records, which it does not match, are not counted' if without else '')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Make a checkpoint of a Hugging Face model, in its dtype, which any experiment can start from.
+"""Imports a Hugging Face model as a checkpoint, in its own dtype, from which experiments can start.
 
   python experiments/import_hf.py --model=Qwen/Qwen3-0.6B --out=models/qwen3
 """
@@ -15,11 +15,12 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
 
   Args:
     model: a folder with config.json and safetensors, or an id on the hub.
-    out: the folder to make.
-    mesh: the size of each mesh axis, such as data:4,model:2, for the devices that together hold the parameters.
+    out: folder to create.
+    mesh: the size of each mesh axis, such as data:4,model:2, over which the parameters are sharded; none puts all
+      devices on data.
   """
   if load.is_run(model):
-    raise ValueError(f'--model={model} is the workdir of a run, which needs no import; train from it with '
+    raise ValueError(f'--model={model} is the workdir of a run, which needs no import; to start from it, use '
                      f'pretrain.py --init={model}')
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.save(model, out)

@@ -1,12 +1,12 @@
-"""Does the best learning rate hold over width? With muP, and with the standard parametrisation.
+"""Is the best learning rate the same at all widths? With muP, and with the standard parametrisation.
 
   python experiments/mup.py
 
-A model is trained at each width and rate on Python's library, 100 steps of 1,024 tokens each, one seed, where 0.05
-bits per byte are noise; 16 minutes on 2 CPU cores. With muP the curves of widths 64 to 512 lie within 0.03 of one
-another up to 4e-3, and are lowest at 1.6e-2 (64, 256) or 3.2e-2 (128, 512): at 512, the best rate of 64 costs 0.07.
-With the standard parametrisation the best rate falls from 1.6e-2 at width 64 to 4e-3 at 512, where that of 64 costs
-0.24.
+A model is trained at each width and rate on Python's library, for 100 steps of 1,024 tokens, with one seed;
+differences below 0.05 bits per byte are noise. This takes 16 minutes on 2 CPU cores. With muP, the curves of widths 64
+to 512 lie within 0.03 bits per byte of each other up to a rate of 4e-3, and have their minimum at 1.6e-2 (64, 256) or
+3.2e-2 (128, 512). At width 512, the best rate of width 64 loses 0.07. With the standard parametrisation, the best rate
+falls from 1.6e-2 at width 64 to 4e-3 at width 512, where the best rate of width 64 loses 0.24.
 """
 import functools
 import math
@@ -30,13 +30,22 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
   """Trains a decoder on Python's library.
 
   Args:
-    parametrisation: of muP, or of `transformer.llama` untied, which are alike at the base shape.
-    head_size: of attention; there are as many heads as the width has room for.
-    base_width: for which --lr is meant.
-    embedding_rate: of the embedding with muP, whose entries are fifty times as large, times --lr.
+    parametrisation: muP, or that of `transformer.llama` untied; they are equal at the base shape.
+    width: size of the residual stream.
+    layers: number of layers.
+    head_size: size of each head; the number of heads is the width divided by it.
+    base_width: width at which --lr was tuned.
+    base_layers: number of layers at which --lr was tuned.
+    lr: learning rate.
+    embedding_rate: factor of the learning rate for the embedding with muP, whose entries are fifty times as large.
+    weight_decay: coefficient of decoupled weight decay.
+    vocab: number of tokens of the SentencePiece tokenizer.
+    length: positions in a row.
+    steps: number of training steps.
+    batch: rows in a batch.
   """
   if width % head_size:
-    raise ValueError(f'--width={width} is not a multiple of --head_size={head_size}')
+    raise ValueError(f'--width={width} is not a multiple of --head_size={head_size}; give a width that is')
   shape = {'vocab': vocab, 'width': width, 'layers': layers, 'heads': width // head_size, 'max_length': length}
   rate = schedules.warmup_linear(lr, steps, warmup=steps // 10)
   if parametrisation == 'mup':
@@ -56,21 +65,20 @@ def experiment(*, parametrisation: Literal['mup', 'standard'] = 'mup', width: in
 def transfer(*, widths: tuple[int, ...] = (64, 128, 256, 512),
              lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), steps: int = 100,
              workdir: pathlib.Path = pathlib.Path('runs/mup')) -> None:
-  """Trains at each width and rate, tells the best rates, and draws `mup.png`.
+  """Trains at each width and rate, prints the best rates, and draws `mup.png`.
 
   Args:
-    widths: of the models; the first is the one that muP scales from.
-    lrs: learning rates, each tried at each width.
-    steps: of each run.
-    workdir: where the runs live; what was stopped goes on from there.
+    widths: widths of the models; the first is the base width of muP.
+    lrs: learning rates, each of which is tried at each width.
+    steps: training steps of each run.
+    workdir: folder of the runs; a stopped study continues from there.
   """
-  listed = ','.join
   panels, lines = {}, ['| width | muP | standard |', '|---|---|---|']
   for name in ('mup', 'standard'):
-    done = sweep.sweep(knobs=f'width={listed(map(str, widths))}; lr={listed(map(repr, lrs))}',
-                       experiment=pathlib.Path(__file__), workdir=workdir / name,
-                       common=f'parametrisation={name} base_width={widths[0]} steps={steps}')
-    panels[name] = {f'width {width}': sorted((float(t.knobs['lr']), t.value) for t in done
+    trials = sweep.sweep(knobs=f'width={",".join(map(str, widths))}; lr={",".join(map(repr, lrs))}',
+                         experiment=pathlib.Path(__file__), workdir=workdir / name,
+                         common=f'parametrisation={name} base_width={widths[0]} steps={steps}')
+    panels[name] = {f'width {width}': sorted((float(t.knobs['lr']), t.value) for t in trials
                                              if t.knobs['width'] == str(width) and math.isfinite(t.value))
                     for width in widths}
   for width in widths:

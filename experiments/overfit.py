@@ -1,12 +1,12 @@
-"""A small corpus and a model that is large for it: what helps against overfitting, each remedy by itself.
+"""What helps against overfitting? Trains a model on a corpus that is too small for it, with one remedy at a time.
 
   python experiments/overfit.py
 
-Losses are told in bits per byte of the same held-out text, which is fair across tokenizers: each is trained on the
-documents of its arm. 1.1 M parameters on 16 files (0.2 MB, some 10 epochs), 9 minutes on 2 CPU cores, one seed, best
-and last bits per byte: plain 2.611 and 2.656; early stopping 2.611, ended at step 360 of 400; L2 2.573; weight decay
-2.546; token dropout 2.521 and still falling; dropout of 0.2 learns too slowly to help in so few steps, 2.690; four
-times the data is worth more than all of them, 2.174.
+Each arm trains a tokenizer on its own documents; bits per byte of the same held-out text are comparable across
+tokenizers. Results for 1.1 M parameters on 16 files (0.2 MB, about 10 epochs), one seed, 9 minutes on 2 CPU cores, best
+bits per byte: plain 2.611 (2.656 at the end); early stopping 2.611, stopped at step 360; L2 2.573; weight decay 2.546;
+token dropout 2.521, still falling; dropout of 0.2 learns too slowly to help in so few steps, 2.690. Four times the data
+helps more than all of them, 2.174.
 """
 import functools
 import pathlib
@@ -32,24 +32,30 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, lay
                l2: float = 0., dropout: float = 0., attention_dropout: float = 0., stochastic_depth: float = 0.,
                token_dropout: float = 0., subword_sampling: float = 0., patience: int | None = None,
                evaluate_every: int = 20) -> train.Run:
-  """Trains on so many files of Python's library, of some 830.
+  """Trains on some files of Python's library, which has about 830.
 
   Args:
-    documents: files to train on, 13 kB each on average; all others but the held-out ones are left alone.
-    vocab: tokens of the SentencePiece tokenizer.
-    length: positions a row.
-    batch: rows a step.
-    weight_decay: of AdamW, decoupled.
-    l2: coefficient of half the sum of squares, a part of the loss, whose gradient Adam divides by its size.
-    dropout: of the embedding and of what each branch of a layer adds.
-    attention_dropout: of the probabilities of attention.
-    stochastic_depth: chance of the last layer to be left out of a row; that of others rises to it.
-    token_dropout: share of the tokens that are read of which any token of the vocabulary takes the place.
-    subword_sampling: share of the merges that the tokenizer leaves out.
-    patience: evaluations in a row that are no better than the best, after which training stops there.
+    documents: number of files to train on, 13 kB each on average; of the others, only the held-out ones are used.
+    vocab: number of tokens of the SentencePiece tokenizer.
+    length: positions in a row.
+    layers: number of layers.
+    width: size of the residual stream.
+    heads: number of heads of attention.
+    batch: rows in a batch.
+    steps: number of training steps.
+    lr: highest learning rate.
+    weight_decay: coefficient of decoupled weight decay.
+    l2: coefficient of a penalty on half the sum of squares, which is a part of the loss.
+    dropout: dropout rate of the embedding, and of the output of attention and of feed-forward in each layer.
+    attention_dropout: dropout rate of the attention probabilities.
+    stochastic_depth: probability that the last layer is skipped for a row; it rises linearly from the first layer.
+    token_dropout: share of the input tokens that are replaced by random tokens.
+    subword_sampling: share of the merges that the tokenizer skips.
+    patience: training stops after this many evaluations in a row without a new best; none for never.
+    evaluate_every: steps between evaluations.
   """
-  made = ((augment.SubwordSampling, subword_sampling), (functools.partial(augment.TokenDropout, token=None),
-                                                        token_dropout))
+  rates = ((augment.SubwordSampling, subword_sampling),
+           (functools.partial(augment.TokenDropout, token=None), token_dropout))
   rate = schedules.warmup_cosine(lr, steps, warmup=steps // 20)
   return train.Run(
       model=transformer.llama(vocab, width, layers, heads, max_length=length, dropout=dropout,
@@ -60,27 +66,27 @@ def experiment(*, documents: int = 16, vocab: int = 1024, length: int = 128, lay
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.with_penalty(optim.adamw(rate, weight_decay=weight_decay), l2=l2), steps=steps, batch=batch,
       evaluate_every=evaluate_every, evaluate_batches=10, patience=patience,
-      augment=tuple(make(value) for make, value in made if value))
+      augment=tuple(augmentation(value) for augmentation, value in rates if value))
 
 
 def overfit(*, remedies: str = ARMS, common: str = '', seed: int = 0,
             workdir: pathlib.Path = pathlib.Path('runs/overfit')) -> None:
-  """Trains each arm, tells its best and its last validation loss, and draws all of them in `overfit.png`.
+  """Trains each arm, prints its best and its last validation loss, and draws the curves in `overfit.png`.
 
   Args:
     remedies: the arms, as for `compare.py`.
     common: knobs of all arms.
-    seed: of all runs.
-    workdir: where the runs live; what was stopped goes on from there.
+    seed: seed of all runs.
+    workdir: folder of the runs; a stopped study continues from there.
   """
   arms, mesh = variants.arms(variants.experiment(pathlib.Path(__file__)), remedies, common), sharding.make_mesh()
   with jax.set_mesh(mesh):
-    for arm in arms:   # what does not go together says so before anything runs
+    for arm in arms:   # contradictory flags raise an error before any run begins
       train.check(arm.make(seed), mesh)
     continued = [runs.is_continued(workdir / arm.name, 'arm.json', arm.knobs) for arm in arms]
     runs.open_data(workdir, arms)
-  for arm, was in zip(arms, continued):
-    if not was:
+  for arm, is_continued in zip(arms, continued):
+    if not is_continued:
       runs.begin(workdir / arm.name, 'arm.json', arm.knobs)
   curves = {}
   lines = ['| arm | best bits/byte | at step | last bits/byte |', '|---|---|---|---|']

@@ -1,20 +1,21 @@
-"""Align a model with preferences: DPO and its kin, KTO, or a reward model. By default: to be polite about puzzles.
+"""Aligns a model with preferences by DPO and its variants, or KTO, or trains a reward model.
 
   python experiments/finetune_chat.py
   python experiments/preference.py --method=dpo
 
-The first makes what the second starts from, a model that is polite half of the time. 2 cores of an Intel Xeon, shared
-with other work: 20 to 28 seconds of CPU time, 40 steps, seed 0. Of 67 held-out answers 25 are exactly the chosen one
-before, polite and right; after it 59 (dpo), 63 (kto), 34 (ipo), 64 (orpo) and 63 (simpo), all at the defaults. Rewards
-of DPO tell 95.5% of the held-out pairs apart, by a margin of 0.34. The pairs and the rate were chosen with DPO by the
-same 67 (see BUILD_NOTES.md); the others were run once.
+The first command trains the initial model of the second, which answers puzzles politely half of the time; the pairs
+prefer polite answers. 40 steps, seed 0, take 20 to 28 seconds of CPU time on 2 shared cores of an Intel Xeon. Of 67
+held-out answers, 25 are exactly the chosen one before training, and after it 59 (dpo), 63 (kto), 34 (ipo), 64 (orpo)
+and 63 (simpo), all with default flags. The rewards of DPO order 95.5% of the held-out pairs correctly, with a mean
+margin of 0.34. The pairs and the rate were tuned with DPO on the same 67 answers (see BUILD_NOTES.md); the other
+methods were run once.
 
-On pairs of your own, and another model:
+To train on your own pairs, starting from another model:
 
   python experiments/preference.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --jsonl='pairs/*.jsonl' --lr=1e-6
 
-A line holds a prompt with a chosen and a rejected answer, or two transcripts that begin alike. KTO learns from either
-answer by itself, or from lines with a --label, true or false.
+A line has a prompt with a chosen and a rejected answer, or two transcripts with the same beginning. KTO learns from
+each answer separately, or from lines with one answer and a --label, true or false.
 """
 import pathlib
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from lm.evaluate import annotate, question_replies
 from lm.models.reward import Reward
 from lm.objectives import preference
 
-QUESTIONS = 100   # of the held-out ones, that are put to the model before and after
+QUESTIONS = 100   # number of held-out questions that the model answers before and after training
 BASE = 'runs/finetune_chat'
 
 
@@ -47,24 +48,25 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
   Most runs set: method, model, jsonl, label, workdir, beta, length, lora_rank, lr, steps, batch, precision.
 
   Args:
-    method: the loss; orpo and simpo need no reference, and reward trains a reward model.
-    model: what training starts from, and the reference, a run's workdir, a Hugging Face folder or an id on the hub.
-    prompt: the field with what is asked, where a line has one.
-    completion: the field with the answer that is rated, with --label.
-    chosen: the field with the better answer.
-    rejected: the field with the worse answer.
-    label: the field that says whether an answer is good, for kto; none takes both answers of pairs.
-    warmup: steps of linear warm-up; none for 10, or a quarter of the steps where that is less.
-    beta: how far the model may go from its reference, or the scale of its rewards; none is the method's own.
-    smoothing: share of pairs that are thought to be the wrong way round, for cdpo.
-    gamma: the margin that simpo asks for.
-    steps: of training.
-    batch: pairs, or rated answers, a step.
+    method: the loss. reward trains a reward model; orpo and simpo need no reference model.
+    model: initial model, which is the reference too, as a run's workdir, a Hugging Face folder or an id on the hub.
+    prompt: field with the prompt.
+    completion: field with the rated answer, with --label.
+    chosen: field with the better answer.
+    rejected: field with the worse answer.
+    label: field with the rating of an answer, true or false, for kto; none for pairs, of which both answers are used.
+    warmup: steps of linear warm-up; none for 10, but at most a quarter of all steps.
+    beta: weight of the distance to the reference model, or scale of the rewards; none for the default of the method.
+    smoothing: share of the pairs whose labels are assumed to be wrong, for cdpo.
+    gamma: margin between the rewards of a pair, for simpo.
+    steps: number of training steps.
+    batch: pairs, or rated answers, in a batch.
   """
   if label and method != 'kto':
-    raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs')
+    raise ValueError(f'--label={label} is for --method=kto, and {method} learns from pairs; leave it out')
   if lora.lora_rank and method == 'reward':
-    raise ValueError(f'--lora_rank={lora.lora_rank}: a reward model trains its new row of weights too; leave it out')
+    raise ValueError(f'--lora_rank={lora.lora_rank} does not go with --method=reward, which trains a new output layer '
+                     'too; leave it out')
   keys = messages.Keys(prompt=records.prompt, completion=records.completion, chosen=chosen, rejected=rejected,
                        label=label or 'label')
   source = records.source(puzzles.preferences)
@@ -96,7 +98,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints what the held-out pairs say, and how the model answers before and after."""
+  """Prints the metrics of held-out pairs, and answers of the model before and after training."""
   prefix = 'validation/preference/'
   print('held out: ' + ', '.join(f'{name.removeprefix(prefix)} {value:.4f}' for name, value in result.metrics.items()
                                  if name.startswith(prefix)))

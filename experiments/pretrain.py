@@ -1,9 +1,9 @@
-"""Pretrain a decoder on any corpus. By default: Python's own library, 6 layers, 4 hours on 2 CPU cores.
+"""Pretrains a decoder on any corpus. By default, 6 layers on Python's own library, in 4 hours on 2 CPU cores.
 
   python experiments/pretrain.py --text='books/**/*.txt' --workdir=runs/books --layers=12 --width=768 --steps=20_000
 
-Name the corpus with one or more of --text, --jsonl, --parquet and --tfds; several are mixed in equal parts, or by
---weights. One long text file is cut into documents by --separator.
+The corpus is given by one or more of --text, --jsonl, --parquet and --tfds. Several corpora are mixed in equal parts,
+or by --weights. --separator splits one long text file into documents.
 """
 import pathlib
 
@@ -34,36 +34,37 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
   Most runs set: text, jsonl, workdir, init, size, layers, width, heads, length, objective, optimizer, lr, steps, batch.
 
   Args:
-    stop_words: drop the stop words of this language, such as en or zh; hurts a language model, for comparison only.
-    init: start from the result of another run's workdir, from a Hugging Face folder, an imported one or an id on the
-      hub; adapters lie on it. It gives the tokenizer, but where a flag of one is given, and the shape, but where a flag
-      of shape is given.
-    model: take architecture and tokenizer from a run's workdir, a Hugging Face or imported folder or an id on the hub,
-      and not the parameters, which --init gives. Goes with no flag of shape or of a tokenizer.
-    vocab: tokens of the tokenizer that is trained, and of the model; none for 8192, or those of --size.
-    length: positions a row; by default 512, or what the model reads at once, if that is less.
-    architecture: the first flag of shape; none for llama.
-    layers: how many; none for 6.
-    width: of the residual stream; none for 384.
-    heads: of attention; none for 6.
-    mup_width: width of the model that --lr was found with, of which this is a larger or smaller one, as in
-      lm/models/mup.py; 0 for a model on its own.
-    mup_layers: its number of layers; 0 for as many as here.
-    spike_guard: skip a step whose loss or gradient norm is so many standard deviations above the last 128, such as 6.
-    steps: of training.
-    batch: rows a step.
+    stop_words: remove the stop words of this language, such as en or zh. This makes a language model worse; it is for
+      comparison only.
+    init: start from the parameters of another run's workdir, a Hugging Face folder, an imported model or an id on the
+      hub. Its tokenizer and its shape are used too, unless flags give others. Adapters are added to this model.
+    model: use the architecture and the tokenizer of a run's workdir, a Hugging Face folder, an imported model or an id
+      on the hub, and not its parameters. Flags of the shape or of the tokenizer cannot be given too.
+    vocab: number of tokens of the tokenizer that is trained, and of the model; none for 8192, or that of --size.
+    length: positions in a row; none for 512, or for the context of the model if that is shorter.
+    architecture: kind of decoder; none for llama.
+    layers: number of layers; none for 6.
+    width: size of the residual stream; none for 384.
+    heads: number of heads of attention; none for 6.
+    mup_width: width at which --lr was tuned; the rate is transferred to this model by muP, see lm/models/mup.py. 0 for
+      no transfer over width.
+    mup_layers: number of layers at which --lr was tuned; 0 for no transfer over depth.
+    spike_guard: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last 128
+      steps, such as 6; none for never.
+    steps: number of training steps.
+    batch: rows in a batch.
   """
   rules = clean.DEFAULT + ((clean.StopWords(stop_words),) if stop_words else ())
   shape_flags = shape.explicit_values() | regularisation.explicit_values()
   origin = named.decoder_to_train(model, init, shape_flags, vocabulary.explicit_values(), computation.dtype)
   if length is not None and length < 1:
-    raise ValueError(f'--length={length} is not positive; leave it out, or give it 1 at least')
+    raise ValueError(f'--length={length} is not positive; leave it out, or give 1 or more')
   size, text = shape.resolve(DEFAULT), corpus.source()
   scaled = bool(mup_width or mup_layers)
   if scaled and (origin and not shape_flags or size.architecture != 'llama'
                  or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
-    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} are for the architecture llama, its shape '
-                     'given by flags, not by --model or --init, and an optimizer that steps as adamw does; not for '
+    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} need the architecture llama, a shape from '
+                     'flags and not from --model or --init, and an optimizer with the update of adam; this is '
                      f'{size.architecture} with {optimizer.optimizer}')
   scale = {'base_width': mup_width or size.width, 'base_layers': mup_layers or size.layers}
   update = optimizer.make(steps, min(100, steps // 10), mup.rates(size.width, size.layers, **scale) if scaled else ())

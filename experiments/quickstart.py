@@ -1,4 +1,4 @@
-"""Text in, a language model out: trains on Python's own library, in minutes, on two CPU cores.
+"""Trains a small language model on Python's own library, in minutes on two CPU cores.
 
   python experiments/quickstart.py
 """
@@ -24,11 +24,14 @@ def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: in
   """Trains a small decoder.
 
   Args:
-    vocab: tokens of the SentencePiece tokenizer.
-    length: positions a row.
-    batch: rows a step.
-    lr: of the matrices, which Muon trains.
-    embedding_rate: how much faster the embedding learns.
+    vocab: number of tokens of the SentencePiece tokenizer.
+    length: positions in a row.
+    layers: number of layers.
+    width: size of the residual stream.
+    heads: number of heads of attention.
+    batch: rows in a batch.
+    lr: learning rate of the matrices, which Muon trains.
+    embedding_rate: factor of the learning rate for all other parameters.
   """
   steps = budget.count
   schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
@@ -43,7 +46,7 @@ def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: in
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
-  """Prints what was reached, beside file compressors; draws the curve; lets the model write."""
+  """Prints the bits per byte of the model and of file compressors, and samples of generated text."""
   data, phases = result.data, result.phases
   with phases('evaluate'):
     step = validation.make_step(run.model.apply, run.objective, data.tokenizer)
@@ -67,12 +70,12 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     print(f'  {name:9}  {alone:.3f}  {primed:.3f}')
   print(f'  this model         {metrics["bits_per_byte"]:.3f}   perplexity {metrics["perplexity"]:.2f} a token, '
         f'{metrics["accuracy"]:.1%} of tokens right\n')
-  taken = run.steps - result.left_out
-  print(f'{taken * run.batch * run.data.length:,} tokens in {taken} steps; seconds: '
+  steps = run.steps - result.left_out
+  print(f'{steps * run.batch * run.data.length:,} tokens in {steps} steps; seconds: '
         + ', '.join(f'{name} {seconds:.0f}' for name, seconds in phases.items()))
-  if trained := phases.get('train'):   # by what was trained now, but for the first step, which compiles
+  if phases.get('train'):   # the steps of this call, without the first one, which compiles
     steps = result.step - result.start - 1
-    print(f'{steps * run.batch * run.data.length / trained:,.0f} tokens a second')
+    print(f'{steps * run.batch * run.data.length / phases["train"]:,.0f} tokens a second')
   print(f'\nwritten to {workdir}: curve.png, metrics.jsonl, tensorboard, run.json, checkpoints, data/tokenizer, '
         f'data/tokens\nnext: {outcome.command("generate", workdir, prompt="def ", temperature=0.8)}')
 

@@ -1,12 +1,13 @@
-"""A scaling law: trains a ladder of sizes at several budgets, predicts the next rung, then trains that too.
+"""Fits a scaling law: trains several sizes at several budgets, predicts the loss of a larger run, and trains that too.
 
   python experiments/scaling.py
 
-L(N, D) = E + A / N^alpha + B / D^beta is fitted to the validation losses; N is the FLOPs that a token costs, over 6,
-which counts the head and attention too, and is about the number of parameters in large models. 17 runs in 7 minutes on
-2 CPU cores: L = 1.934 + 93.4 / N^0.381 + 668 / D^0.490, with E anywhere in [0, 2.8]; predicted for N = 1.2 M and D =
-0.82 M 3.233 [3.073, 3.473], and the outcome 3.457: inside, at its upper end. One rate for all widths costs the larger
-ones: the fourth size, too, ends 0.16 above the law.
+The law is L(N, D) = E + A / N^alpha + B / D^beta, fitted to the validation losses. D is the number of tokens. N is the
+FLOPs of a token divided by 6, which includes the output head and attention, and is about the number of parameters of a
+large model. 17 runs take 7 minutes on 2 CPU cores and give L = 1.934 + 93.4 / N^0.381 + 668 / D^0.490, where the
+interval of E is [0, 2.8]. The prediction for N = 1.2 M and D = 0.82 M is 3.233 [3.073, 3.473], and the outcome is
+3.457, at the upper end of the interval. The larger sizes lose by having the same learning rate as the small ones: the
+fourth size, too, ends 0.16 above the law.
 """
 import json
 import math
@@ -33,28 +34,28 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
   """Fits a scaling law and tests it.
 
   Args:
-    sizes: the knobs of each size, with ; between them.
-    budgets: steps of training; each size is trained at each, with a schedule of its own.
-    next_size: the knobs of the rung that is predicted.
-    next_budget: its steps.
+    sizes: knobs of each size, separated by ; (knobs are flags of the experiment).
+    budgets: numbers of training steps; each size is trained for each number, with a complete schedule.
+    next_size: knobs of the size that is predicted.
+    next_budget: number of its training steps.
     common: knobs of all runs.
-    experiment: the script whose function `experiment` makes the runs.
-    seed: of all runs.
-    workdir: where the runs live; one that was stopped goes on from there.
+    experiment: script whose function `experiment` makes the runs.
+    seed: seed of all runs.
+    workdir: folder of the runs; a stopped study continues from there.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   function, devices = variants.experiment(experiment), sharding.make_mesh(mesh)
   written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]
   if len(set(written)) < 2 or len(set(budgets)) < 2 or len(set(written)) * len(set(budgets)) < 6:
-    raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not fix a law of 5 numbers; give 2 '
-                     'of each at least, and 6 runs in all')
+    raise ValueError(f'{len(set(written))} sizes at {len(set(budgets))} budgets do not determine a law of 5 numbers; '
+                     'give at least 2 of each, and 6 runs in all')
   rungs = [(size, steps) for size in written for steps in sorted(budgets)]
   runs = [variants.Arm(name(size, steps), function, variants.knobs(function, f'{common} {size} steps={steps}'))
           for size, steps in [*rungs, (next_size, next_budget)]]
   with jax.set_mesh(devices):
     places = [place(arm.make(seed), devices) for arm in runs]
     if early := [arm.name for arm in runs if arm.make(seed).patience]:
-      raise ValueError(f'{early[0]} has a patience, and a law is of runs that train to their end; leave it out')
+      raise ValueError(f'{early[0]} has a patience, but the runs of a law must train to their end; leave it out')
   settings = {'experiment': experiment.name, 'common': common, 'seed': seed}
   continued = arms.is_continued(workdir, 'scaling.json', settings)
   with jax.set_mesh(devices):
@@ -86,28 +87,31 @@ def name(size: str, steps: int) -> str:
 
 
 def place(run: train.Run, mesh: jax.sharding.Mesh) -> tuple[float, float]:
-  """(N, D): FLOPs a token over 6, and tokens."""
+  """Returns (N, D): the FLOPs of a token divided by 6, and the number of tokens."""
   plain = costs.cost(run, 'flops', mesh, optimizer=False)
   return plain / costs.cost(run, 'tokens', mesh) / 6, float(run.schedule.tokens_before(run.steps))
 
 
 def loss(study: pathlib.Path, arm: variants.Arm, seed: int, mesh: jax.sharding.Mesh) -> float:
-  """Nats a token on the validation split; trained, unless it was."""
-  told = study / arm.name / f'seed-{seed}' / 'final.json'
-  if not told.exists():
+  """Returns the validation loss in nats per token; trains the run if its result is not stored yet."""
+  result_file = study / arm.name / f'seed-{seed}' / 'final.json'
+  if not result_file.exists():
     _, _, result = arms.go(study, arm, seed, mesh)
     if not math.isfinite(nll := result.metrics['validation/nll']):
       raise train.NotFinite(f'{arm.name} diverged; lower its learning rate')
-    atomic.write(told, json.dumps({'nll': nll}))
-  return json.loads(told.read_text())['nll']
+    atomic.write(result_file, json.dumps({'nll': nll}))
+  return json.loads(result_file.read_text())['nll']
 
 
 def summary(points: scaling.Points, law: scaling.Law, laws: list[scaling.Law]) -> list[str]:
+  """Returns the lines of a table of the runs, the law, and the intervals of its numbers."""
   lines = ['| N | D | loss | the law |', '|---|---|---|---|']
-  lines += [f'| {n:,.0f} | {d:,.0f} | {found:.4f} | {float(law(n, d)):.4f} |' for n, d, found in points]
-  spread = ', '.join(f'{field} [{low:.3g}, {high:.3g}]' for field in ('E', 'A', 'alpha', 'B', 'beta')
-                     for low, high in [np.quantile([getattr(l, field) for l in laws], [0.025, 0.975])])
-  return [*lines, '', str(law), f'95 % intervals: {spread}']
+  lines += [f'| {n:,.0f} | {d:,.0f} | {value:.4f} | {float(law(n, d)):.4f} |' for n, d, value in points]
+  intervals = []
+  for field in ('E', 'A', 'alpha', 'B', 'beta'):
+    low, high = np.quantile([getattr(sample, field) for sample in laws], [0.025, 0.975])
+    intervals.append(f'{field} [{low:.3g}, {high:.3g}]')
+  return [*lines, '', str(law), f'95 % intervals: {", ".join(intervals)}']
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Draws learning rates against the step: all schedules of pretrain.py, or the ones that are named, by its flags.
+"""Draws the learning rate of each schedule of pretrain.py, with the same flags.
 
   python experiments/schedules.py --only=stable_decay --steps=20_000 --warmup=500 --cooldown=4000
 """
@@ -12,14 +12,19 @@ from lm.options.optimisation import ScheduleName
 def main(*, only: list[ScheduleName] = (), lr: float = 1e-3, steps: int = 2000, warmup: int = 100,
          cooldown: int | None = None, milestones: tuple[int, ...] = (), drop: float = 0.1,
          png: pathlib.Path = pathlib.Path('schedules.png')) -> None:
-  """Writes a picture; the flags are those of pretrain.py.
+  """Writes a picture.
 
   Args:
-    only: these schedules; none for all.
-    cooldown: last steps of stable_decay and one_cycle, in which the rate falls; none for a fifth.
-    milestones: steps at which the schedule called steps falls; by default at a half and at three quarters.
-    drop: what is then left of its rate.
-    png: the picture.
+    only: schedules to draw; by default all.
+    lr: highest learning rate.
+    steps: number of training steps.
+    warmup: steps of linear warm-up.
+    cooldown: number of final steps in which the rate of stable_decay and one_cycle falls; none for a fifth of all
+      steps.
+    milestones: steps at which the rate is lowered in the schedule steps; by default at a half and at three quarters of
+      all steps.
+    drop: factor of the rate at each milestone.
+    png: file of the picture.
   """
   import jax
 

@@ -1,4 +1,4 @@
-"""Score text under a trained run or a Hugging Face model: log-probability of each token, loss, perplexity, bits a byte.
+"""Scores text under a trained run or a Hugging Face model: log-probabilities, loss, perplexity, bits per byte.
 
   python experiments/score.py --model=gpt2 --text="Once upon a time"
   python experiments/score.py --workdir=runs/quickstart --text="Once upon a time"
@@ -27,41 +27,43 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
           context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
           encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
           allow_left_out: bool = False, mesh: str | None = None) -> None:
-  """Scores a text token by token, texts line by line, or a split of the run's data as a whole.
+  """Scores the tokens of a text, many texts, or a split of a run's data.
 
-  An encoder-decoder scores a text given its source, and how it ends. Of an encoder the scores are
-  pseudo-log-likelihoods. A reward model gives a text its reward, as an answer to --source where there is one.
+  An encoder-decoder scores a text given its source, including the end of the text. The scores of an encoder are
+  pseudo-log-likelihoods. A reward model prints the reward of a text, as the answer to --source if given.
 
   Args:
-    workdir: of the run; none for runs/quickstart.
-    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
-    text: what to score.
-    file: a text file to score.
-    jsonl: files of JSON lines, .gz and .zst too, a glob pattern; a line is a text.
-    key: the field of a line that holds the text.
-    source: what the encoder of an encoder-decoder reads, such as a text to translate; the text is the translation. Of a
+    workdir: workdir of the run; none for runs/quickstart.
+    model: a Hugging Face folder, an imported model, an id on the hub or the workdir of a run, in place of --workdir.
+    text: text to score.
+    file: text file to score.
+    jsonl: files of JSON lines, also .gz and .zst, as a glob pattern; each line is a text to score.
+    key: field of a line that holds the text.
+    source: input of the encoder of an encoder-decoder, such as a text to translate, whose translation is scored; for a
       reward model, the prompt.
-    source_key: the field of a line that holds the source.
-    split: train or validation.
-    pairs: files of JSON lines with a prompt, a chosen and a rejected answer each, as a reward model learns from them.
-    context: positions before each window of a split that are read again, for context.
-    bos: begin the text with bos, or with --nobos not: then its first token is not scored. None does as the model's own
-      tokenizer does, and begins a text as its documents began under a run.
-    windows: score a text that is longer than the model's context in windows, half overlapping.
-    encoding_errors: what happens to a line of JSON that is no UTF-8, an error, repair, or dropping it.
-    decompressed_limit: GiB that a compressed file may unpack to.
-    allow_left_out: go on also where half of the pairs are left out, as too long, or half of the lines, as empty.
+    source_key: field of a line that holds the source.
+    split: split of the run's data to score, train or validation.
+    pairs: files of JSON lines with a prompt, a chosen and a rejected answer, which a reward model compares.
+    context: number of positions before each window of a split that are read as context and not scored.
+    bos: begin the text with the token bos, or not (--nobos), in which case its first token is not scored; none does as
+      the tokenizer of the model, or as the documents of the run.
+    windows: score a text longer than the model's context in windows that overlap by half.
+    encoding_errors: treatment of a line that is not valid UTF-8. strict raises an error, replace repairs the line, drop
+      leaves it out.
+    decompressed_limit: largest size in GiB of a file after decompression.
+    allow_left_out: continue even if half of the pairs are left out because they are too long, or half of the lines
+      because they are empty.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
-    best: take the best checkpoint by the metric of the run, mostly the validation loss, not the newest.
+    best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
   """
-  if sum(given is not None for given in (text, file, jsonl, split, pairs)) != 1:
+  if sum(value is not None for value in (text, file, jsonl, split, pairs)) != 1:
     raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
   compressed.check_limit(decompressed_limit)
   if allow_left_out and jsonl is None and pairs is None:
-    raise ValueError('--allow_left_out is for --jsonl and --pairs, of which records may be left out')
+    raise ValueError('--allow_left_out is for --jsonl and --pairs; leave it out')
   workdir, model = load.run_or_model(workdir, model)
   if model and split is not None:
-    raise ValueError('--split is of a run; score a --text, a --file or a --jsonl under a --model')
+    raise ValueError('--split is for the data of a run; with --model, give --text, --file or --jsonl')
   if source is not None and text is None and file is None or source_key and jsonl is None:
     raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
   if file is not None:
@@ -70,11 +72,11 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   texts, sources = [text], None if source is None else [source]
   if jsonl is not None:
     texts, sources = read_json(jsonl, key), read_json(jsonl, source_key) if source_key else None
-  if text == '' and not sources:   # given a source, how an empty text ends is scored
-    raise ValueError('the text is empty: there is nothing to score')
+  if text == '' and not sources:   # with a source, the end of an empty text is scored
+    raise ValueError('the text is empty, so there is nothing to score; give a text')
   if jsonl is not None and not sources:
     texts = text_scores.without_empty(texts, key, allow_left_out)
-  if model:   # before the weights, which take long
+  if model:   # before the weights are read, which takes long
     text_scores.check_flags(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
@@ -83,14 +85,14 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
       rewards.show_rewards(loaded, load.chat_template(loaded.run.data), records, texts, sources, bos, allow_left_out)
       return
     if pairs is not None:
-      raise ValueError(f'--pairs is for reward models, and {model or workdir} is none; "experiments/preference.py '
-                       '--method=reward" makes one')
+      raise ValueError(f'--pairs is for reward models, and {model or workdir} is not one; train one with '
+                       '"experiments/preference.py --method=reward"')
     if split is None:
       if not model:
         text_scores.check_flags(loaded.model, sources is not None, bos)
         if loaded.run.objective.prompt is None and loaded.model.causal:
-          raise ValueError(f'the decoder in {workdir} was trained to fill in tokens that are masked, not to predict '
-                           'the next one; --split gives the loss of its objective')
+          raise ValueError(f'the decoder in {workdir} was trained to fill in masked tokens, not to predict the next '
+                           'token; --split gives the loss of its objective')
       if loaded.model.causal and not windows:
         text_scores.check_lengths(loaded, texts)
       show = text_scores.show if jsonl is None else text_scores.show_all

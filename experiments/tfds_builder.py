@@ -1,9 +1,9 @@
-"""Adds text files to TensorFlow Datasets, as a data set `local_text` with splits train and validation (seconds).
+"""Makes a TensorFlow data set `local_text` from text files, with the splits train and validation, in seconds.
 
   python experiments/tfds_builder.py --text='books/**/*.txt' --data_dir=tfds
 
-`corpora.tfds('tfds/local_text')` is then the corpus, also where this file is not; the flag `tfds` of pretrain.py takes
-the same folder.
+Use it as the corpus with pretrain.py --tfds=tfds/local_text, or with `corpora.tfds('tfds/local_text')` in Python. The
+data set can be read without this script.
 """
 import pathlib
 
@@ -14,11 +14,11 @@ from lm.data.text.source import Source
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
-  """A builder is three methods. Copy it for a corpus of your own, and give each document's fields in `_info`."""
+  """A builder with one field, the text. Copy it for your own corpus, and declare its fields in `_info`."""
   VERSION = tfds.core.Version('1.0.0')
 
   def __init__(self, *, source: Source | None = None, **options):
-    self._source = source  # needed to prepare the data, not to read them
+    self._source = source  # only needed to prepare the data
     super().__init__(**options)
 
   def _info(self):
@@ -39,17 +39,18 @@ def build(*, data_dir: pathlib.Path, corpus: options.Corpus = options.Corpus()) 
   Most runs set: text, jsonl, parquet, key, data_dir.
 
   Args:
-    data_dir: the folder to keep it in, as local_text/1.0.0.
-    validation: share of the documents that goes into the validation split.
+    data_dir: folder for the data set, which is stored in its subfolder local_text/1.0.0.
+    validation: share of the documents in the validation split.
   """
   if corpus.tfds or sum(pattern is not None for pattern in (corpus.text, corpus.jsonl, corpus.parquet)) != 1:
-    raise ValueError('a data set is built from files of one kind; give one of --text, --jsonl and --parquet')
+    raise ValueError('a data set is made from files of one kind; give one of --text, --jsonl and --parquet')
   source = corpus.source()
-  sizes = {split: len(documents) for split, documents in source.splits.items()}  # read before a folder is made
+  # The splits are read before the folder is made, so that errors in the files come first.
+  sizes = {split: len(documents) for split, documents in source.splits.items()}
   builder = LocalText(source=source, data_dir=data_dir, file_format='array_record')  # needs no TensorFlow
   if (builder.info.metadata or {}).get('source') != source.fingerprint:
-    raise ValueError(f'{builder.data_path} was made from other files or settings; delete it to make it from '
-                     f'{source.name}, or choose another --data_dir')
+    raise ValueError(f'{builder.data_path} was made from other files or settings; delete it, or choose '
+                     'another --data_dir')
   builder.download_and_prepare()
   for name, size in sizes.items():
     print(f'{name}: {size} documents in {builder.data_path}')

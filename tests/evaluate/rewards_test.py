@@ -146,7 +146,7 @@ def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, cap
                          ({'best_of': 2, 'n': 3, 'reward': opened / 'reward'}, 'at least --n=3')):
     with pytest.raises(ValueError, match=message):
       generate_script.main(**options, **wrong)
-  with pytest.raises(ValueError, match='is a reward model, which writes no text'):
+  with pytest.raises(ValueError, match='is a reward model, which generates no text'):
     generate_script.main(**{**options, 'workdir': opened / 'reward'})
   with pytest.raises(ValueError, match='no reward model'):
     generate_script.main(**options, best_of=2, reward=opened / 'decoder')

@@ -62,7 +62,9 @@ TOOLS = {
     'optimizers': ['--seeds=2'],
     'sweep': ['--knobs=lr=1,2', '--method=random'],
     'scaling': ['--budgets=1,2'],
-    'huggingface': ['--families=gpt2,bert,t5'],
+    'scoring': ['--families=gpt2,bert,t5'],
+    'decoding': ['--new_tokens=4'],
+    'importing': ['--rounds=1'],
     'human_eval': ['--outputs=a.jsonl,new=b.jsonl', '--mode=likert', '--criteria=fluency,relevance', '--raters=3'],
 }
 
@@ -314,7 +316,7 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
       for value in (2., 0., 1.)],
     *[([f'--decompressed_limit={value}', '--jsonl=a'], f'--decompressed_limit={value} is not positive')
       for value in (0., -1.)],
-    (['--mup_width=8', '--optimizer=muon'], 'not for llama with muon'), (['--mup_width=-8'], 'base_width=-8 is not'),
+    (['--mup_width=8', '--optimizer=muon'], 'this is llama with muon'), (['--mup_width=-8'], 'base_width=-8 is not'),
     (['--weights=1'], '--weights=1.0 is for a mixture'), (['--text=a', '--weights=1'], 'leave it out'),
     (['--text=a', '--tfds=b', '--weights=0,0'], '--weights=0.0,0.0 leaves all corpora out'),
     (['--text=a', '--norepeat'], '--repeat=false is for a mixture'),

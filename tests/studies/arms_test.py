@@ -180,7 +180,7 @@ def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   report = (tmp_path / 'study' / 'scaling.md').read_text()
   losses = [json.loads(p.read_text())['nll'] for p in (tmp_path / 'study').glob('*/seed-0/final.json')]
   assert len(losses) == 7 and all(f'{loss:.4f}' in report for loss in losses) and 'L = ' in report
-  with pytest.raises(ValueError, match='2 sizes at 1 budgets do not fix a law'):
+  with pytest.raises(ValueError, match='2 sizes at 1 budgets do not determine a law'):
     scaling.ladder(sizes='width=4; width=8', budgets=(4,), experiment=script, workdir=tmp_path / 'other')
 
 

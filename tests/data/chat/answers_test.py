@@ -21,8 +21,8 @@ def data(answer, answers=(RECORD,)):
 def test_a_reply_is_right_if_the_pattern_extracts_the_same_from_it():
   replies = ['#### 5', 'I say so.\n####  5 ', '#### 55', '5', RECORD, '']
   line = finetune_chat.score(data('#### (.*)'), [RECORD] * len(replies), replies)
-  assert line.startswith('3 of 6 held-out questions') and 'finds nothing in 2 of these replies' in line
-  assert 'more records' not in line
+  assert line.startswith('3 of 6 held-out questions') and 'does not match 2 of these replies' in line
+  assert 'further records' not in line
 
 
 def test_without_a_pattern_whole_answers_are_compared():
@@ -33,7 +33,8 @@ def test_without_a_pattern_whole_answers_are_compared():
 def test_a_record_without_a_match_is_reported_and_not_counted():
   """A reply without a match is not right either."""
   line = finetune_chat.score(data('#### (.*)'), [RECORD, 'five', 'six'], ['#### 5', 'five', '#### 6'])
-  assert line.startswith('1 of 1 held-out') and line.endswith('and nothing in 2 more records, which are not counted')
+  assert line.startswith('1 of 1 held-out questions')
+  assert line.endswith('2 further records, which it does not match, are not counted')
 
 
 @pytest.mark.parametrize('pattern, message', [
