@@ -65,7 +65,8 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
   if student:
     shape.refuse(DEFAULT, f'--student={student}')
     if rates := regularisation.explicit_values():
-      raise ValueError(f'--{next(iter(rates))} goes with a student whose shape is given by flags, not with --student')
+      raise ValueError(f'--{next(iter(rates))} is for a student whose shape is given by flags; leave out this flag or '
+                       '--student')
   text, update = corpus.source(), optimizer.make(steps, warmup=steps // 30)
   divergence = {'forward': distillation.forward_kl, 'reverse': distillation.reverse_kl,
                 'js': distillation.JensenShannon(beta)}[kind]
