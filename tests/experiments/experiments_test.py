@@ -309,10 +309,10 @@ def test_pretrain_cuts_one_text_file_into_documents(scripts, tmp_path):
     for name in ('text', 'jsonl', 'parquet', 'tfds', 'separator', 'model', 'init', 'tokenizer_file', 'stop_words')] + [
     ([f'--{name}={value}'], f'--{name}={value} is not positive')
     for name in ('vocab', 'length') for value in (0, -1)] + [
-    (['--text= '], '--text=  is empty'), (['--objective=span_corruption', '--mean_span=0'], '--mean_span=0.0 is not 1'),
+    (['--text= '], '--text=  is empty'), (['--objective=span_corruption', '--mean_span=0'], '--mean_span=0.0 is less'),
     (['--predict_ahead=1', '--ahead_weight=-1'], 'weight=-1.0: it must be at least 0'),
     (['--z_loss=inf'], 'a z-loss of inf'), (['--key='], '--key='),
-    *[(['--schedule=steps', '--milestones=500', f'--drop={value}'], f'--drop={value} is not a share')
+    *[(['--schedule=steps', '--milestones=500', f'--drop={value}'], f'--drop={value} is not between 0 and 1')
       for value in (2., 0., 1.)],
     *[([f'--decompressed_limit={value}', '--jsonl=a'], f'--decompressed_limit={value} is not positive')
       for value in (0., -1.)],
