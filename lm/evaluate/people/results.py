@@ -6,6 +6,7 @@ not independent. Attention checks count for raters alone.
 import collections
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from lm import statistics
 from lm.evaluate import measures
 from lm.evaluate.people import agreement, answers, ratings
-from lm.evaluate.people.study import Study
+from lm.evaluate.people.study import Study, questions
 from lm.evaluate.people.vote_store import Vote, VoteStore
 
 Cell = str | int | statistics.Interval | None
@@ -40,6 +41,8 @@ def summarise(store: VoteStore, without: Collection[int] = ()) -> Results:
   planned = sum(len(tasks) for rater, tasks in store.tasks.items() if rater not in without)
   sentences = [f'{len(votes):,} of {planned:,} answers are in, {len(votes) - len(judged)} of them to attention checks, '
                'which count for no rating.']
+  if equal := _equal_pairs(study):
+    sentences.append(f'{equal:,} pairs of equal texts were not shown, and count for no rating.')
   if without:
     sentences.append(f'Left out: rater {", ".join(map(str, sorted(without)))}.')
   tables = []
@@ -49,6 +52,12 @@ def summarise(store: VoteStore, without: Collection[int] = ()) -> Results:
       sentences += part.sentences
       tables += part.tables
   return Results(sentences, [*tables, _raters(store)])
+
+
+def _equal_pairs(study: Study) -> int:
+  """Returns how many pairs of systems are not compared on an item, in mode pairwise, as their texts are equal."""
+  pairs = len(study.items) * math.comb(len(study.systems), 2)
+  return pairs - len(questions(study)) if study.mode == 'pairwise' else 0
 
 
 def _pairwise(study: Study, votes: Sequence[Vote]) -> Results:
@@ -184,7 +193,7 @@ def _agreement(study: Study, votes: Sequence[Vote]) -> Results:
         table = agreement.confusions(values[one, common], values[other, common])
         rows.append((f'{aspect}: {raters[one]} and {raters[other]}', int(common.sum()), None, _interval_by_item(
             table, np.array(items)[common], functools.partial(agreement.kappa, weights=weights))))
-  columns = ('raters', 'judged twice', f"Krippendorff's alpha, {level}", f"Cohen's kappa, {weights}")
+  columns = ('raters', 'judged twice', f"Krippendorff's alpha, {level}", f"Cohen's kappa, {weights} weights")
   return Results([], [Table('Agreement: 1 is perfect, 0 is that of chance', columns, rows)])
 
 

@@ -77,9 +77,15 @@ class Task(NamedTuple):
 
 
 def questions(study: Study) -> list[tuple[int, tuple[str, ...]]]:
-  """Returns what is asked: the number of an item and the systems compared, all pairs in mode pairwise."""
-  groups = list(itertools.combinations(study.systems, 2)) if study.mode == 'pairwise' else [study.systems]
-  return [(item, group) for item in range(len(study.items)) for group in groups]
+  """Returns what is asked: the number of an item and the systems compared.
+
+  In mode pairwise these are all pairs of systems whose texts differ, since equal texts tell nothing.
+  """
+  if study.mode != 'pairwise':
+    return [(item, study.systems) for item in range(len(study.items))]
+  return [(number, (one, other)) for number, item in enumerate(study.items)
+          for (one, text), (other, other_text) in itertools.combinations(zip(study.systems, item.texts), 2)
+          if text != other_text]
 
 
 def assign(study: Study, raters: int, votes_per_item: int, existing: Mapping[int, Sequence[Task]]
@@ -94,7 +100,9 @@ def assign(study: Study, raters: int, votes_per_item: int, existing: Mapping[int
   assigned = {rater: {(task.item, tuple(sorted(task.shown))) for task in existing.get(rater, ()) if not task.check}
               for rater in range(1, raters + 1)}
   new: dict[int, list[tuple[int, tuple[str, ...]]]] = {rater: [] for rater in assigned}
-  for question in _shuffled(questions(study), study.seed, 'questions'):
+  if not (asked := questions(study)):
+    raise ValueError('the systems have equal texts for every item: there is nothing to judge')
+  for question in _shuffled(asked, study.seed, 'questions'):
     key = (question[0], tuple(sorted(question[1])))
     free = [rater for rater in _shuffled(assigned, study.seed, 'raters', question) if key not in assigned[rater]]
     free.sort(key=lambda rater: len(assigned[rater]))

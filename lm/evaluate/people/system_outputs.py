@@ -1,6 +1,7 @@
 """The outputs of systems, read from files and matched by id: what people compare."""
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,8 +38,9 @@ def named_files(outputs: Sequence[str]) -> dict[str, pathlib.Path]:
 def read(files: Mapping[str, pathlib.Path]) -> tuple[Item, ...]:
   """Returns the items of the files, in the order of the first.
 
-  A file whose name ends in .jsonl has JSON lines with `text`, and optionally `id` and `prompt`; any other is plain
-  text, one output a line. Ids are matched, whatever the order; files without ids must have the same number of outputs.
+  A file whose name ends in .jsonl has JSON lines with `text` (or `candidate`), and optionally `id` and `prompt`; any
+  other is plain text, one output a line. Ids are matched, whatever the order; files without ids must have the same
+  number of outputs.
 
   Raises ValueError, which names the file and the line or the id, for what does not fit together.
   """
@@ -101,11 +103,14 @@ def _parse(line: str, where: str) -> tuple[str | int | None, _Record]:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}') from None
-  if not isinstance(fields, dict) or not isinstance(fields.get('text'), str):
+  text = fields.get('text', fields.get('candidate')) if isinstance(fields, dict) else None
+  if not isinstance(text, str):
     raise ValueError(f'{where} has no text: a line is {{"id": ..., "prompt": ..., "text": "..."}}, of which only text '
                      'is required')
   id, prompt = fields.get('id'), fields.get('prompt')
+  if re.search('[\ud800-\udfff]', f'{id} {prompt} {text}'):
+    raise ValueError(f'{where} has half of a surrogate pair, such as \\ud800, which is no character; correct the text')
   if not isinstance(id, str | int | None) or not isinstance(prompt, str | None):
     raise ValueError(f'{where} has the id {id!r} and the prompt {prompt!r}; an id is a text or a whole number, a '
                      'prompt a text')
-  return id, _Record(prompt, fields['text'])
+  return id, _Record(prompt, text)

@@ -115,7 +115,7 @@ def test_likert_means_and_agreement_are_those_of_the_exported_votes(tmp_path):
         agreement.krippendorff_alpha(values, 'ordinal'))
     both = ~np.isnan(values[:2]).any(0)
     assert agreed[f'{criterion}: 1 and 2']['judged twice'] == both.sum()
-    assert agreed[f'{criterion}: 1 and 2']["Cohen's kappa, quadratic"].value == pytest.approx(
+    assert agreed[f'{criterion}: 1 and 2']["Cohen's kappa, quadratic weights"].value == pytest.approx(
         agreement.cohen_kappa(values[0, both], values[1, both], 'quadratic'))
 
 
@@ -128,7 +128,7 @@ def test_raters_who_always_agree_have_an_alpha_of_one_and_where_nothing_differs_
   agreed = table(voted(store, lambda study, task: {'choice': task.shown.index(max(task.shown) if task.item % 2 else
                                                                               min(task.shown))}), 'Agreement')
   assert agreed['preference: all']["Krippendorff's alpha, nominal"].value == 1
-  assert agreed['preference: 1 and 2']["Cohen's kappa, equal"].value == 1
+  assert agreed['preference: 1 and 2']["Cohen's kappa, equal weights"].value == 1
 
 
 @pytest.mark.parametrize('differences,words', [

@@ -107,6 +107,16 @@ def test_raters_that_are_too_few_or_have_too_little_to_do_are_refused(raters, vo
     study.assign(make(items, 2 if items == 1 else 3), raters, votes, {})
 
 
+def test_pairs_of_equal_texts_are_not_asked():
+  items = [Item(str(i), '', ('the same', 'the same' if i % 2 else 'others', f'third {i}')) for i in range(6)]
+  made = Study(('a', 'b', 'c'), tuple(items), checks=0)
+  asked = {(task.item, frozenset(task.shown)) for task in study.assign(made, 1, 1, {})[1]}
+  assert len(asked) == 6 * 3 - 3 and not any((item, frozenset('ab')) in asked for item in (1, 3, 5))
+  equal = Study(('a', 'b'), (Item('1', '', ('same', 'same')),))
+  with pytest.raises(ValueError, match='equal texts for every item: there is nothing to judge'):
+    study.assign(equal, 1, 1, {})
+
+
 def test_texts_too_short_to_scramble_are_refused():
   short = Study(('a', 'b'), (Item('1', '', ('yes', 'no')),) * 9)
   with pytest.raises(ValueError, match='--checks=4 needs a text with 6 different words'):

@@ -15,7 +15,7 @@ def write(folder, **files):
 
 def test_outputs_are_matched_by_id_in_the_order_of_the_first_file(tmp_path):
   items = write(tmp_path, a=[{'id': 2, 'text': 'two', 'prompt': 'count'}, {'id': 1, 'text': 'one'}],
-                b=[{'id': 1, 'text': 'ONE'}, {'id': 2, 'text': 'TWO'}])
+                b=[{'id': 1, 'candidate': 'ONE'}, {'id': 2, 'text': 'TWO'}])
   assert items == (('2', 'count', ('two', 'TWO')), ('1', '', ('one', 'ONE')))
 
 
@@ -34,6 +34,7 @@ def test_plain_text_has_an_output_a_line(tmp_path):
     ([{'id': 1, 'text': 'x'}, {'text': 'y'}], [], 'a.jsonl line 2 has no id, unlike the lines before'),
     ([{'id': 1, 'text': 'x'}] * 2, [], 'a.jsonl line 2 has the id 1 again'),
     ([{'id': [], 'text': 'x'}], [], r'a.jsonl line 1 has the id \[\]'), ([{'id': 1}], [], 'a.jsonl line 1 has no text'),
+    ([{'text': 'x \ud83d'}], [], 'a.jsonl line 1 has half of a surrogate pair'),
     ('{"text": "x"}\n{oops\n', [], 'a.jsonl line 2 is not JSON'), ('', [], 'a.jsonl is empty'),
     ([{'id': 1, 'text': 'x', 'prompt': 'p'}], [{'id': 1, 'text': 'x', 'prompt': 'q'}], 'different prompts for id 1')])
 def test_what_does_not_fit_is_refused(tmp_path, a, b, message):
