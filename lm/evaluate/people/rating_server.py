@@ -173,10 +173,10 @@ class _Server:
       shown = {'prompt': self.store.study.items[task.item].prompt, 'texts': study.texts(self.store.study, task)}
     if undone is not None:
       shown |= {'answer': undone.answer, 'comment': undone.comment}
-    asked = self.store.study
+    settings = self.store.study
     return self.responses.JSONResponse(
-        {'stored': stored, 'mode': asked.mode, 'question': asked.question or study.QUESTIONS[asked.mode],
-         'criteria': asked.criteria, 'scale': asked.scale, 'task': number, 'done': progress.done,
+        {'stored': stored, 'mode': settings.mode, 'question': settings.question or study.QUESTIONS[settings.mode],
+         'criteria': settings.criteria, 'scale': settings.scale, 'task': number, 'done': progress.done,
          'total': progress.total, 'skipped': progress.skipped, 'last': progress.last, **shown}, headers=self.headers)
 
 

@@ -170,9 +170,9 @@ def verdict(first: str, second: str, differences: np.ndarray, votes: float, what
   if judged.needed is None:
     why = 'no difference is seen so far' if count > 1 else 'one item says nothing'
     return f'{first} and {second} are not distinguishable: {shown}; {why}.'
-  more = max(1, judged.needed - count)
+  further = max(1, judged.needed - count)
   return (f'{first} and {second} are not distinguishable: {shown}. A difference of this size would need about '
-          f'{judged.needed:,} items, {more:,} more than now, or {round(more * votes / count):,} more votes.')
+          f'{judged.needed:,} items, {further:,} more than now, or {round(further * votes / count):,} more votes.')
 
 
 def _agreement(study: Study, votes: Sequence[Vote]) -> Results:

@@ -100,9 +100,9 @@ def assign(study: Study, raters: int, votes_per_item: int, existing: Mapping[int
   assigned = {rater: {(task.item, tuple(sorted(task.shown))) for task in existing.get(rater, ()) if not task.check}
               for rater in range(1, raters + 1)}
   new: dict[int, list[tuple[int, tuple[str, ...]]]] = {rater: [] for rater in assigned}
-  if not (asked := questions(study)):
+  if not (all_questions := questions(study)):
     raise ValueError('the systems have equal texts for every item: there is nothing to judge')
-  for question in _shuffled(asked, study.seed, 'questions'):
+  for question in _shuffled(all_questions, study.seed, 'questions'):
     key = (question[0], tuple(sorted(question[1])))
     free = [rater for rater in _shuffled(assigned, study.seed, 'raters', question) if key not in assigned[rater]]
     free.sort(key=lambda rater: len(assigned[rater]))

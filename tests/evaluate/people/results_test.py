@@ -16,8 +16,8 @@ ORDER = ('alpha', 'beta', 'gamma')
 
 
 def table(summary, start):
-  found, = (table for table in summary.tables if table.title.startswith(start))
-  return {name: dict(zip(found.columns[1:], cells)) for name, *cells in found.rows}
+  match, = (table for table in summary.tables if table.title.startswith(start))
+  return {name: dict(zip(match.columns[1:], cells)) for name, *cells in match.rows}
 
 
 def voted(store, rule):
@@ -46,10 +46,10 @@ def test_pairwise_ratings_and_win_rates_are_those_of_the_votes(tmp_path):
   wins = np.zeros((3, 3))
   for vote in store.votes():   # by the exported votes, one by one
     if not vote.task.check:
-      left, right = (ORDER.index(system) for system in vote.task.shown)
+      first, second = (ORDER.index(system) for system in vote.task.shown)
       score = {0: 1, 1: 0, 'tie': 0.5}[vote.answer['choice']]
-      wins[left, right] += score
-      wins[right, left] += 1 - score
+      wins[first, second] += score
+      wins[second, first] += 1 - score
   assert wins.sum() == 2 * 8 * 3
   expected = ratings.scaled(ratings.bradley_terry(wins))
   rated, against = table(summary, 'Bradley-Terry'), table(summary, 'Win rates')

@@ -21,8 +21,8 @@ def make(items=12, systems=3, **settings):
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
 def test_each_question_goes_to_as_many_raters_as_asked_for_and_all_have_as_much_to_do(raters, votes, seed):
   votes = min(raters, votes)
-  made = make(seed=seed, checks=0)
-  tasks = study.assign(made, raters, votes, {})
+  a_study = make(seed=seed, checks=0)
+  tasks = study.assign(a_study, raters, votes, {})
   counts = collections.Counter((task.item, frozenset(task.shown)) for own in tasks.values() for task in own)
   assert len(counts) == 12 * 3 and set(counts.values()) == {votes}
   loads = [len(own) for own in tasks.values()]
@@ -38,22 +38,22 @@ def test_orders_depend_on_seed_and_rater_alone():
 
 def test_each_system_is_as_often_left_as_right():
   tasks = study.assign(make(400, 2, checks=0), 1, 1, {})[1]
-  left = sum(task.shown[0] == 'a' for task in tasks)
-  assert abs(left - 200) < 3 * 10   # three standard deviations of a fair coin
+  first = sum(task.shown[0] == 'a' for task in tasks)
+  assert abs(first - 200) < 3 * 10   # three standard deviations of a fair coin
   first_half = sum(task.item < 200 for task in tasks[:200])
   assert abs(first_half - 100) < 3 * 10
 
 
 @pytest.mark.parametrize('mode,criteria', [('pairwise', ()), ('best_worst', ()), ('likert', ('fluency',))])
 def test_half_of_the_checks_show_a_scrambled_text_and_half_repeat_a_question_mirrored(mode, criteria):
-  made = make(mode=mode, criteria=criteria, checks=6)
-  for own in study.assign(made, 3, 2, {}).values():
+  a_study = make(mode=mode, criteria=criteria, checks=6)
+  for own in study.assign(a_study, 3, 2, {}).values():
     scrambled = [task for task in own if task.check == 'scrambled']
     assert len(scrambled) == 3 and sum(task.check == 'repeat' for task in own) == 3
     for task in scrambled:
-      texts = study.texts(made, task)
+      texts = study.texts(a_study, task)
       system = task.shown[task.scrambled]
-      intact = made.items[task.item].texts[made.systems.index(system)]
+      intact = a_study.items[task.item].texts[a_study.systems.index(system)]
       assert task.shown.count(system) == 2 and intact in texts and texts[task.scrambled] != intact
       assert sorted(texts[task.scrambled].split()) == sorted(intact.split())
       assert len(texts) == (2 if mode == 'pairwise' else 3)
@@ -77,15 +77,15 @@ def test_a_text_without_spaces_is_scrambled_by_characters():
 
 
 def test_more_raters_and_votes_are_added_to_what_is_there():
-  made = make()
-  before = study.assign(made, 2, 1, {})
-  new = study.assign(made, 3, 2, before)
+  a_study = make()
+  before = study.assign(a_study, 2, 1, {})
+  new = study.assign(a_study, 3, 2, before)
   both = {rater: [*before.get(rater, ()), *new[rater]] for rater in new}
   counts = collections.Counter((task.item, frozenset(task.shown)) for own in both.values() for task in own
                                if not task.check)
   assert set(counts.values()) == {2} and len(counts) == 36
   assert [sum(bool(task.check) for task in both[rater]) for rater in (1, 2, 3)] == [4, 4, 4]
-  assert not any(study.assign(made, 3, 2, both).values())   # nothing is new the second time
+  assert not any(study.assign(a_study, 3, 2, both).values())   # nothing is new the second time
 
 
 @pytest.mark.parametrize('settings,message', [
@@ -109,9 +109,9 @@ def test_raters_that_are_too_few_or_have_too_little_to_do_are_refused(raters, vo
 
 def test_pairs_of_equal_texts_are_not_asked():
   items = [Item(str(i), '', ('the same', 'the same' if i % 2 else 'others', f'third {i}')) for i in range(6)]
-  made = Study(('a', 'b', 'c'), tuple(items), checks=0)
-  asked = {(task.item, frozenset(task.shown)) for task in study.assign(made, 1, 1, {})[1]}
-  assert len(asked) == 6 * 3 - 3 and not any((item, frozenset('ab')) in asked for item in (1, 3, 5))
+  a_study = Study(('a', 'b', 'c'), tuple(items), checks=0)
+  questions = {(task.item, frozenset(task.shown)) for task in study.assign(a_study, 1, 1, {})[1]}
+  assert len(questions) == 6 * 3 - 3 and not any((item, frozenset('ab')) in questions for item in (1, 3, 5))
   equal = Study(('a', 'b'), (Item('1', '', ('same', 'same')),))
   with pytest.raises(ValueError, match='equal texts for every item: there is nothing to judge'):
     study.assign(equal, 1, 1, {})
@@ -134,9 +134,9 @@ PAIR, TRIPLE = Task(0, ('a', 'b')), Task(0, ('a', 'b', 'c'))
     ('likert', PAIR, {'ratings': [[1], [2, 3]]}), ('likert', PAIR, {'ratings': [[1], [2.5]]}),
     ('likert', PAIR, {'ratings': [[1], None]})])
 def test_answers_that_do_not_fit_the_task_are_refused(mode, task, answer):
-  made = make(mode=mode, criteria=('x',) if mode == 'likert' else ())
+  a_study = make(mode=mode, criteria=('x',) if mode == 'likert' else ())
   with pytest.raises(ValueError, match='does not fit a task with'):
-    answers.check(made, task, answer)
+    answers.check(a_study, task, answer)
 
 
 SCRAMBLED_PAIR, SCRAMBLED_TRIPLE = Task(0, ('a', 'a'), scrambled=0), Task(0, ('b', 'a', 'a'), scrambled=2)
@@ -159,5 +159,5 @@ SCRAMBLED_PAIR, SCRAMBLED_TRIPLE = Task(0, ('a', 'a'), scrambled=0), Task(0, ('b
     ('likert', PAIR._replace(repeats=0), {'ratings': [[1], [4]]}, {'ratings': [[5], [2]]}, False),
     ('likert', PAIR._replace(repeats=0), {'ratings': [[1], [4]]}, {'ratings': [[1], [4]]}, True)])
 def test_what_fails_an_attention_check(mode, task, answer, first, fails):
-  made = make(mode=mode, criteria=('x',) if mode == 'likert' else ())
-  assert answers.fails(made, task, answer, first) is fails
+  a_study = make(mode=mode, criteria=('x',) if mode == 'likert' else ())
+  assert answers.fails(a_study, task, answer, first) is fails

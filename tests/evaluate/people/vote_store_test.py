@@ -89,8 +89,8 @@ def test_raters_are_added_and_keep_their_votes_and_links(tmp_path):
   store = human_studies.new_study(tmp_path)
   human_studies.answer_all(store, 1, human_studies.preferred(('alpha', 'beta')))
   votes, links = store.votes(), dict(store.raters)
-  more = people.open_study(store.path, raters=3, votes_per_item=3)
-  assert more.votes() == votes and links.items() < more.raters.items() and len(more.tasks[3]) == 6 + 4
+  extended = people.open_study(store.path, raters=3, votes_per_item=3)
+  assert extended.votes() == votes and links.items() < extended.raters.items() and len(extended.tasks[3]) == 6 + 4
   with pytest.raises(ValueError, match='has 3 raters and 3 votes an item, and cannot shrink to --raters=2'):
     people.open_study(store.path, raters=2)
 
