@@ -9,18 +9,16 @@ from lm.optim.optimizers import (
   adan,
   advance,
   chain,
-  hutchinson,
   learning_rate,
   lion,
   muon,
   nadamw,
-  random_signs,
   rmsprop,
   schedule_free,
   sgd,
   soap,
-  sophia,
 )
+from lm.optim.second_order import hutchinson, random_signs, sophia
 from lm.optim.wrappers import with_penalty, with_router_balance
 
 __all__ = ['Optimizer', 'Rate', 'adafactor', 'adam', 'adamw', 'adan', 'advance', 'bind', 'chain', 'evaluation_params',
