@@ -62,6 +62,7 @@ TOOLS = {
     'optimizers': ['--seeds=2'],
     'sweep': ['--knobs=lr=1,2', '--method=random'],
     'scaling': ['--budgets=1,2'],
+    'evaluate': ['--workdir=/nowhere', '--suite=suite.json'],
     'scoring': ['--families=gpt2,bert,t5'],
     'decoding': ['--new_tokens=4'],
     'importing': ['--rounds=1'],
