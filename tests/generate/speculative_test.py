@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.decoders import GREEDY, PROMPTS, Bytes, rows_of
+from helpers.slow import slow
 
 from lm import generate, sharding
 from lm.data.batch import Batch
@@ -111,7 +112,7 @@ def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature)
 
 # Models.
 
-KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, prediction_heads.sequential],
+KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, *slow(prediction_heads.sequential)],
                                 ids=['parallel', 'sequential'])
 
 
