@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers.meshes import of_first_devices
+from helpers.meshes import mesh_of
 from helpers.runs import RUN, TEXTS, go, saved, steps_kept
 from helpers.slow import slow
 
@@ -61,7 +61,7 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
   params = {'w': rng.normal(size=(8, 4)).astype('f4'), 'b': {'c': rng.normal(size=8).astype(jax.numpy.bfloat16)}}
   expected = describe.fingerprint(params)
   for shape in ('data:1', 'data:8', 'data:4,model:2'):
-    with jax.set_mesh(mesh := of_first_devices(shape)):
+    with jax.set_mesh(mesh := mesh_of(shape)):
       specs = {'w': jax.P('data', 'model'), 'b': {'c': jax.P('data')}}
       placed = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
       assert describe.fingerprint(placed) == expected

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 
 def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean, limit=None, **options):
-  mesh = meshes.of_first_devices(mesh)
+  mesh = meshes.mesh_of(mesh)
   run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
     step = validation.make_step(Bigram().apply, run, data.tokenizer)

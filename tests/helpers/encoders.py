@@ -3,7 +3,7 @@ import functools
 
 import jax
 import numpy as np
-from helpers.meshes import of_first_devices
+from helpers.meshes import mesh_of
 
 from lm import sharding
 from lm.hf import files, weights
@@ -63,7 +63,7 @@ def count_residuals(model, params, batch) -> int:
 
 def on_mesh(model, shape, batch, key=None):
   """Returns the loss and the gradients as NumPy arrays, computed on a mesh with the model's own layout of weights."""
-  mesh = of_first_devices(shape)
+  mesh = mesh_of(shape)
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec), shapes)

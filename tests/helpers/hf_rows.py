@@ -35,7 +35,7 @@ def mean_loss(logits, tokens):
   return float((np.log(np.exp(logits).sum(-1)) - chosen).mean())
 
 
-def small(record, row, column, difference, bound=1e-4):
+def assert_small(record, row, column, difference, bound=1e-4):
   """Asserts that no absolute difference exceeds `bound`, and records the largest for the table of `pytest --rows`."""
   worst = float(np.abs(difference).max())
   record(f'{row}/{column}', worst)

@@ -5,7 +5,7 @@ import types
 
 import jax
 import numpy as np
-from helpers.meshes import of_first_devices as on
+from helpers.meshes import mesh_of
 
 from lm import optim, sharding, train
 from lm.data import dataset
@@ -81,14 +81,14 @@ RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_con
 
 def go(workdir, run=RUN, mesh='data:2', **changes) -> train.Result:
   """Trains the run, with `changes` to its fields, in a workdir and on a mesh of this shape."""
-  with jax.set_mesh(on(mesh)):
-    return train.train(dataclasses.replace(run, **changes), workdir, on(mesh))
+  with jax.set_mesh(mesh_of(mesh)):
+    return train.train(dataclasses.replace(run, **changes), workdir, mesh_of(mesh))
 
 
 def saved(workdir, run=RUN, mesh='data:2', **changes):
   """Returns (step, state) of the last checkpoint, with NumPy arrays as leaves."""
-  with jax.set_mesh(on(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
-    restored = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), on(mesh)))
+  with jax.set_mesh(mesh_of(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
+    restored = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), mesh_of(mesh)))
     return restored.step, jax.tree.map(np.asarray, restored.state)
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import hf_cases
-from helpers.hf_rows import forward, jit, mean_loss, random_tokens, rows, small
+from helpers.hf_rows import assert_small, forward, jit, mean_loss, random_tokens, rows
 
 from lm.data.batch import Batch
 from lm.hf import files, weights
@@ -34,11 +34,11 @@ def test_logits_are_those_of_transformers(opened, case, record_property):
   tokens = random_tokens(2, 64)
   actual, expected = forward(model, params, rows(tokens[:1], tokens[1:])), logits_of(theirs, tokens)
   assert np.std(expected) > 0.3
-  small(record_property, case.architecture, 'logits', actual - expected)
+  assert_small(record_property, case.architecture, 'logits', actual - expected)
   labels = hf_cases.torch.tensor(tokens).long()
   with hf_cases.torch.no_grad():
     loss = theirs(labels, labels=labels).loss.item()
-  small(record_property, case.architecture, 'loss', mean_loss(actual, tokens) - loss, bound=1e-5)
+  assert_small(record_property, case.architecture, 'loss', mean_loss(actual, tokens) - loss, bound=1e-5)
 
 
 @families
@@ -47,7 +47,7 @@ def test_padded_and_packed_rows_are_as_if_alone(opened, case, record_property):
   a, b, c = (random_tokens(n, seed=n) for n in (33, 9, 17))   # only the first exceeds the original context
   logits = np.asarray(forward(model, params, rows([a, b], [c], pads=(0, 5))))
   for document, actual in ((a, logits[0, :33]), (b, logits[0, 33:42]), (c, logits[1, 5:22])):
-    small(record_property, case.architecture, 'packed', actual - logits_of(theirs, document[None])[0])
+    assert_small(record_property, case.architecture, 'packed', actual - logits_of(theirs, document[None])[0])
 
 
 @families
@@ -64,7 +64,7 @@ def test_cached_decoding_equals_the_full_forward(opened, case, record_property):
     logits.append(out.head(out.hidden))
   logits, expected = np.concatenate(logits, axis=1), np.asarray(forward(model, params, rows([a], [b])))
   for row, pad in enumerate(pads):
-    small(record_property, case.architecture, 'cached', logits[row, pad:] - expected[row, :40 - pad])
+    assert_small(record_property, case.architecture, 'cached', logits[row, pad:] - expected[row, :40 - pad])
 
 
 @families

@@ -5,7 +5,8 @@ import sys
 
 import jax
 import pytest
-from helpers.runs import RUN, logged, on, steps_kept
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, logged, steps_kept
 
 from lm import launch, scripts
 from lm.data.store_reader import OtherSettings
@@ -209,6 +210,6 @@ def test_stored_data_of_other_settings_is_refused_by_the_flag_that_changed(tmp_p
   def build(length=8, lr=0.2):
     return dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, length=length))
 
-  with jax.set_mesh(on('data:1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
+  with jax.set_mesh(mesh_of('data:1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
        resume.name_changed_flags(flags, tmp_path, build):
     raise OtherSettings('data was made with other settings')

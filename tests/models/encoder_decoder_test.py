@@ -19,7 +19,7 @@ from helpers.encoders import (
   random_params,
   repeated,
 )
-from helpers.hf_rows import small
+from helpers.hf_rows import assert_small
 
 from lm import declarations
 from lm.data.batch import Batch
@@ -97,7 +97,7 @@ def test_logits_are_those_of_transformers(opened, version, record_property):
     expected = call(theirs, b).logits.detach().numpy()
     real = np.ones(b.tokens.shape, bool) if b.segments is None else b.segments > 0
     assert np.std(expected) > 0.5
-    small(record_property, 'T5ForConditionalGeneration', 'logits', (forward(model, params, b) - expected)[real])
+    assert_small(record_property, 'T5ForConditionalGeneration', 'logits', (forward(model, params, b) - expected)[real])
 
 
 @versions
@@ -112,7 +112,7 @@ def test_packed_rows_are_as_if_alone(opened, version, record_property):
   for tokens, source in pieces:
     alone = Batch(batch.tokens[:, tokens], source=batch.source[:, source])
     expected = call(theirs, alone).logits.detach().numpy()
-    small(record_property, 'T5ForConditionalGeneration', 'packed', actual[:, tokens] - expected)
+    assert_small(record_property, 'T5ForConditionalGeneration', 'packed', actual[:, tokens] - expected)
 
 
 @versions
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_torch(opened, version, record_property,
   theirs.zero_grad()
   result = call(theirs, batch, labels=torch.tensor(np.where(batch.weights > 0, batch.targets, -100)).long())
   result.loss.backward()
-  small(record_property, 'T5ForConditionalGeneration', 'loss', float(loss) - result.loss.item())
+  assert_small(record_property, 'T5ForConditionalGeneration', 'loss', float(loss) - result.loss.item())
   assert_same(grads, gradients(theirs, model, t5.FAMILY, folder, tmp_path / 'gradients'), 2e-5)
   assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(grads))
 
@@ -152,7 +152,8 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack, recor
     logits.append(out.head(out.hidden))
   logits = np.concatenate(logits, axis=1)
   for row, pad in enumerate(pads):
-    small(record_property, 'T5ForConditionalGeneration', 'cached', logits[row, pad:] - expected[row, :TIME - pad])
+    difference = logits[row, pad:] - expected[row, :TIME - pad]
+    assert_small(record_property, 'T5ForConditionalGeneration', 'cached', difference)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from helpers.encoders import (
   random_params,
   repeated,
 )
-from helpers.hf_rows import small
+from helpers.hf_rows import assert_small
 
 from lm.data.batch import Batch
 from lm.hf import bert, files, weights
@@ -82,7 +82,7 @@ def test_logits_are_those_of_transformers(opened, record_property):
     expected = call(theirs, b).logits.detach().numpy()
     real = np.ones(b.tokens.shape, bool) if b.segments is None else b.segments > 0
     assert np.std(expected) > 0.5
-    small(record_property, 'BertForMaskedLM', 'logits', (forward(model, params, b) - expected)[real])
+    assert_small(record_property, 'BertForMaskedLM', 'logits', (forward(model, params, b) - expected)[real])
 
 
 def test_packed_rows_are_as_if_alone(opened, record_property):
@@ -95,7 +95,7 @@ def test_packed_rows_are_as_if_alone(opened, record_property):
   for start, end in zip(ends - lengths, ends):
     alone = Batch(batch.tokens[:, start:end], types=batch.types[:, start:end])
     expected = call(theirs, alone).logits.detach().numpy()
-    small(record_property, 'BertForMaskedLM', 'packed', actual[:, start:end] - expected)
+    assert_small(record_property, 'BertForMaskedLM', 'packed', actual[:, start:end] - expected)
 
 
 def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, tmp_path):
@@ -106,7 +106,7 @@ def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, t
   theirs.zero_grad()
   result = call(theirs, batch, labels=torch.tensor(np.where(batch.weights > 0, batch.targets, -100)).long())
   result.loss.backward()
-  small(record_property, 'BertForMaskedLM', 'loss', float(loss) - result.loss.item())
+  assert_small(record_property, 'BertForMaskedLM', 'loss', float(loss) - result.loss.item())
   assert_same(grads, gradients(theirs, model, bert.FAMILY, folder, tmp_path), 2e-5)
   assert all(np.abs(g).max() > 1e-4 for path, g in jax.tree_util.tree_leaves_with_path(grads)
              if path[-1].key != 'key_bias')   # it shifts all scores of a query alike

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import on
+from helpers.meshes import mesh_of
 from helpers.slow import slow
 from helpers.transformers import GPT2, LLAMA, ROWS, TIME, make_batch, random_params
 
@@ -25,9 +25,9 @@ def test_an_activation_replaced_by_itself_changes_no_bit(mesh):
   def loss(params, taps):
     return jnp.sum(jnp.sin(LLAMA.apply(params, batch, taps=taps).hidden.astype(jnp.float32)))
 
-  with jax.set_mesh(on(mesh)):
+  with jax.set_mesh(mesh_of(mesh)):
     shapes = jax.eval_shape(LLAMA.init, jax.random.key(0))
-    params = jax.tree.map(lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(on(mesh), s.sharding.spec)),
+    params = jax.tree.map(lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(mesh_of(mesh), s.sharding.spec)),
                           random_params(LLAMA), shapes)
     plain, tapped = (jax.jit(jax.value_and_grad(lambda params, taps=taps: loss(params, taps)))(params)
                      for taps in ((), tuple((name, same) for name in (*NAMES, 'gate'))))

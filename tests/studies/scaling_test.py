@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optimizer_costs
 import pytest
-from helpers.runs import RUN, on
+from helpers.meshes import mesh_of
+from helpers.runs import RUN
 
 from lm import optim, train
 from lm.data import dataset
@@ -83,7 +84,7 @@ def test_products_are_counted_where_they_run():
 
 @pytest.mark.slow
 def test_updates_cost_what_their_formulas_say():
-  mesh, shape = on('data:1'), interleaved.SHAPES['tiny']
+  mesh, shape = mesh_of('data:1'), interleaved.SHAPES['tiny']
   make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,
                                             100, shape.batch)
   model = transformer.gpt2(*shape[:4], shape.length)
@@ -100,7 +101,7 @@ def test_updates_cost_what_their_formulas_say():
 
 
 def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():
-  mesh = on('data:1')
+  mesh = mesh_of('data:1')
   with jax.set_mesh(mesh):
     flops = costs.cost(RUN, 'flops', mesh)
     head = jax.eval_shape(lambda: train.init(RUN)).params['head'].size

@@ -89,7 +89,7 @@ def test_a_metric_that_does_not_exist_is_refused_with_those_that_do(tmp_path, mo
     patch.setattr('lm.train.start._restore', None)
     for best, named in (('validation/bits', 'validation/loss, .*validation/bits_per_byte, validation/accuracy'),
                         ('probe/value', 'begins with validation/'), ('loss', 'begins with validation/'),
-                        ('validation/accuracy', "better='higher'")):
+                        ('validation/accuracy', "set `better` to 'higher'")):
       with pytest.raises(ValueError, match=f'(?s)best={best!r}.*{named}'):
         go(tmp_path, best=best)
     with pytest.raises(ValueError, match="called 'validation'"):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from helpers.every_run import DECODER, LENGTH, configured
-from helpers.runs import RUN, go, logged, on
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, go, logged
 
 from lm import train
 from lm.data.rows.stages import Stage
@@ -24,14 +25,14 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
     ('reward', 6 * (MATRICES + SCORES + 8))])
 def test_a_token_costs_the_products_with_its_matrices(name, forward_and_backward):
   for mesh in ('data:1', 'data:4,model:2'):
-    with jax.set_mesh(on(mesh)):
-      assert flops.flops_per_token(configured(name), on(mesh)) == forward_and_backward
+    with jax.set_mesh(mesh_of(mesh)):
+      assert flops.flops_per_token(configured(name), mesh_of(mesh)) == forward_and_backward
 
 
 def test_what_is_computed_again_does_not_count():
-  with jax.set_mesh(on('data:1')):
+  with jax.set_mesh(mesh_of('data:1')):
     both = [flops.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
-                                  on('data:1'))
+                                  mesh_of('data:1'))
             for remat in (None, jax.checkpoint_policies.nothing_saveable)]
   assert both[0] == both[1]
 
@@ -63,11 +64,11 @@ def test_only_factors_that_are_trained_have_gradients():
 def test_a_program_costs_the_same_on_every_mesh():
   """This is the cost of all devices together, also where a part is written for one device, as attention is."""
   configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()
-  for mesh in ('data:1', 'data:8', 'data:4,model:2'):
-    with jax.set_mesh(on(mesh)):
+  for mesh in map(mesh_of, ('data:1', 'data:8', 'data:4,model:2')):
+    with jax.set_mesh(mesh):
       loss = lambda params, batch: next_token().loss(DECODER.apply, params, batch, None)
-      params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, on(mesh))
-      counted.add((costs.cost(configuration, 'flops', on(mesh), optimizer=False),
+      params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, mesh)
+      counted.add((costs.cost(configuration, 'flops', mesh, optimizer=False),
                    flops.count_training(loss, params, batch)))
   (step, training), = counted
   assert training == 6 * (HEAD + MATRICES + SCORES) * 8 * LENGTH
@@ -87,8 +88,8 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
 
 def test_short_rows_of_a_warm_up_count_their_own_flops():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
-  with jax.set_mesh(on('data:1')):
-    cost = flops.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), on('data:1'), [device])
+  with jax.set_mesh(mesh := mesh_of('data:1')):
+    cost = flops.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), mesh, [device])
   short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
   assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
 
@@ -96,5 +97,5 @@ def test_short_rows_of_a_warm_up_count_their_own_flops():
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
 def test_an_unknown_device_is_reported_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
-  assert flops.flops_by_step(RUN, on('data:2'), [device, device]) is None
+  assert flops.flops_by_step(RUN, mesh_of('data:2'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import RUN, on
+from helpers.meshes import mesh_of
+from helpers.runs import RUN
 from helpers.slow import slow
 
 from lm import optim, train
@@ -30,10 +31,10 @@ def test_gradients_clipped_by_row_equal_a_plain_loop(mesh, accumulate):
   run = dataclasses.replace(RUN, model=MODEL, batch=16, accumulate=accumulate, gradient=gradient.ClippedByRow(BOUND),
                             optimizer=optim.sgd(lambda step: 1., momentum=0.))
   params = jax.tree.map(lambda x: 3 * np.asarray(x), jax.jit(MODEL.init)(jax.random.key(1)))
-  with jax.set_mesh(on(mesh)):
-    layouts = jax.tree.map(lambda x: x.sharding, train.abstract_state(run, on(mesh)).params)
+  with jax.set_mesh(mesh_of(mesh)):
+    layouts = jax.tree.map(lambda x: x.sharding, train.abstract_state(run, mesh_of(mesh)).params)
     state = train.begin(run, jax.device_put(params, layouts))
-    rows = jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(on(mesh), jax.P('data'))), batch())
+    rows = jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh_of(mesh), jax.P('data'))), batch())
     new, metrics = train.make_step(run)(state, rows)
   total, losses, norms = None, [], []
 

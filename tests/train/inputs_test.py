@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 from helpers.documents import SPECIAL, documents
-from helpers.runs import RUN, Data, V, go, logged, on
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Data, V, go, logged
 from helpers.slow import slow
 
 from lm import models, optim, train
@@ -143,7 +144,7 @@ def test_a_classifier_of_images_learns(run, alone, images):
   losses, accuracy = logged(alone), logged(alone, 'validation/accuracy')
   assert losses[1] > 1 and losses[30] < 0.3 and accuracy[30] > 0.9
   assert not logged(alone, 'validation/perplexity')   # classes are no text
-  with jax.set_mesh(on('data:1')):   # the first step, in NumPy
+  with jax.set_mesh(mesh_of('data:1')):   # the first step, in NumPy
     params = jax.tree.map(np.float64, jax.jit(lambda: train.init(run))().params)
   batch = run.data.batches('train', run.objective, 16)(0)
   assert batch.inputs['image'].shape == (16, *images.SHAPE)

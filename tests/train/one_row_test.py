@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 from helpers.every_run import CASES, DECODER, LENGTH, VOCAB, configured
-from helpers.runs import RUN, Bigram, on
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Bigram
 from helpers.slow import slow
 
 from lm import sharding, train
@@ -24,8 +25,8 @@ def test_the_cases_are_of_every_kind_of_data():
     *((name, 'data:1', 1) for name in CASES if name != 'experts'), ('next_token', 'data:2', 2),
     *slow(('experts', 'data:1', 1), ('experts', 'data:2', 2), ('experts', 'model:2', 1), ('dpo', 'data:2', 2))])
 def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
-  with jax.set_mesh(on(mesh)):
-    train.check(configured(name, batch=accumulate * on(mesh).shape['data'], accumulate=accumulate), on(mesh))
+  with jax.set_mesh(mesh_of(mesh)):
+    train.check(configured(name, batch=accumulate * mesh_of(mesh).shape['data'], accumulate=accumulate), mesh_of(mesh))
 
 
 @pytest.mark.parametrize('mesh', ['data:2', *slow('data:1', 'model:2')])
@@ -34,9 +35,9 @@ def test_parts_of_one_row_add_up_to_the_batch(mesh):
   rng = np.random.default_rng(0)
   batch = Batch(*rng.integers(0, VOCAB, (2, 4, LENGTH)).astype('i4'), rng.uniform(0.5, 2, (4, LENGTH)).astype('f4'))
   losses = []
-  with jax.set_mesh(on(mesh)):
-    rows = sharding.shard_rows(batch, on(mesh))
-    for accumulate in (1, 4 // on(mesh).shape['data']):
+  with jax.set_mesh(mesh_of(mesh)):
+    rows = sharding.shard_rows(batch, mesh_of(mesh))
+    for accumulate in (1, 4 // mesh_of(mesh).shape['data']):
       state, step = jax.jit(lambda: train.init(run))(), train.make_step(dataclasses.replace(run, accumulate=accumulate))
       for _ in range(2):
         state, metrics = step(state, rows)
@@ -45,8 +46,8 @@ def test_parts_of_one_row_add_up_to_the_batch(mesh):
 
 
 def test_the_noise_scale_reads_one_row():
-  with jax.set_mesh(on('data:1')):
+  with jax.set_mesh(mesh_of('data:1')):
     gradient = noise_scale.gradient_of(DECODER.apply, next_token.next_token(), {})
     shapes = jax.eval_shape(gradient, jax.eval_shape(DECODER.init, jax.random.key(0)),
-                            train.abstract_batch(configured('next_token', batch=1), on('data:1')))
+                            train.abstract_batch(configured('next_token', batch=1), mesh_of('data:1')))
   assert shapes[1].shape == ()

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers.runs import RUN, Bigram, Data, V, go, logged, on, same, saved, steps_kept
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Bigram, Data, V, go, logged, same, saved, steps_kept
 from helpers.slow import slow
 
 from lm import optim, sharding, train
@@ -61,11 +62,11 @@ def test_a_run_goes_on_on_another_mesh(whole, stopped):
 
 def test_a_restored_state_is_laid_out_as_a_new_one(whole):
   for mesh in ('data:8', 'data:4,model:2'):
-    with jax.set_mesh(on(mesh)):
+    with jax.set_mesh(mesh_of(mesh)):
       new = jax.eval_shape(lambda: train.init(RUN)).params
       laid_out = jax.jit(lambda: train.init(RUN))()
       with checkpoint.Checkpoints(whole / 'checkpoints', create=False) as checkpoints:
-        restored = checkpoints.restore(train.abstract_state(RUN, on(mesh))).state
+        restored = checkpoints.restore(train.abstract_state(RUN, mesh_of(mesh))).state
       alike = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), laid_out, restored)
       assert all(jax.tree.leaves(alike)) and not restored.params['head'].is_fully_replicated
       assert new['head'].sharding.spec == restored.params['head'].sharding.spec
@@ -81,11 +82,11 @@ def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
 
 def one_step(run, mesh, batch, state=None):
   """Returns the state and metrics after a step, in NumPy, from a new state or the given one."""
-  with jax.set_mesh(on(mesh)):
+  with jax.set_mesh(mesh_of(mesh)):
     state = jax.jit(lambda: train.init(run))() if state is None else jax.device_put(state, jax.tree.map(
-        lambda s: s.sharding, train.abstract_state(run, on(mesh))))
+        lambda s: s.sharding, train.abstract_state(run, mesh_of(mesh))))
     before = jax.tree.map(np.array, state)
-    return before, jax.tree.map(np.asarray, train.make_step(run)(state, sharding.shard_rows(batch, on(mesh))))
+    return before, jax.tree.map(np.asarray, train.make_step(run)(state, sharding.shard_rows(batch, mesh_of(mesh))))
 
 
 def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
@@ -117,10 +118,10 @@ def test_parts_of_a_step_drop_out_differently():
   twice = Batch(*(None if x is None else np.repeat(x, 2, axis=0) for x in one))   # row i goes to part i % 2
   losses = []
   for batch, r in ((twice, run), (one, dataclasses.replace(run, batch=4, accumulate=1))):
-    with jax.set_mesh(on('data:1')):
+    with jax.set_mesh(mesh_of('data:1')):
       state, step = jax.jit(lambda r=r: train.init(r))(), train.make_step(r)
       for _ in range(2):
-        state, metrics = step(state, sharding.shard_rows(batch, on('data:1')))
+        state, metrics = step(state, sharding.shard_rows(batch, mesh_of('data:1')))
         losses.append(float(metrics['loss']))
   assert len(set(losses)) == 4   # no two steps are the same
 
@@ -169,8 +170,8 @@ def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
 
 def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, capsys):
   workdir = stopped(2)
-  with jax.set_mesh(on('data:2')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-    restored = checkpoints.restore(train.abstract_state(RUN, on('data:2')))
+  with jax.set_mesh(mesh_of('data:2')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore(train.abstract_state(RUN, mesh_of('data:2')))
     ruined = jax.tree.map(lambda x: x * np.float32(np.nan), restored.state.params)
     checkpoints.save(4, restored.state._replace(params=ruined), restored.facts)
   assert go(workdir).finished and 'going on from step 2' in capsys.readouterr().out
@@ -221,7 +222,7 @@ def test_a_damaged_log_is_repaired_from_what_the_checkpoint_knows(whole, stopped
 
 def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path, capsys):
   records.start(tmp_path, script='a.py', knobs={'lr': 1})
-  mesh = on('data:2')
+  mesh = mesh_of('data:2')
   with jax.set_mesh(mesh):
     train.train(RUN, tmp_path, mesh, lambda step, metrics: (tmp_path / 'run.json').unlink(missing_ok=True))
   assert 'run.json was deleted' in capsys.readouterr().err
@@ -390,7 +391,7 @@ def test_a_result_has_the_signal_that_stopped_the_run_or_none(tmp_path, monkeypa
   result = go(tmp_path)
   assert result.signal is None and result.finished
   result.raise_if_stopped()
-  mesh = on('data:2')
+  mesh = mesh_of('data:2')
   with jax.set_mesh(mesh):
     run = dataclasses.replace(RUN, evaluate_every=1)
     result = train.train(run, tmp_path / 'ended', mesh, lambda step, metrics: True)

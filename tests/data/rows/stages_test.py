@@ -4,7 +4,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers.runs import RUN, Data, go, logged, on, same, saved
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Data, go, logged, same, saved
 from helpers.slow import slow
 
 from lm import train
@@ -132,7 +133,7 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_compiled(tmp_path
 
 
 def test_every_shape_is_traced_before_training():
-  mesh, traced = on('data:1'), []
+  mesh, traced = mesh_of('data:1'), []
 
   @dataclasses.dataclass(frozen=True)
   class Spy(type(RUN.model)):
