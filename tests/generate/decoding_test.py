@@ -192,8 +192,8 @@ def test_the_kth_greatest_is_that_of_a_sort_with_ties_zeros_of_both_signs_and_in
                  rng.choice([0., -0., 1e-40, -1e-40, np.inf, -np.inf, 3e38], (6, 300))):
     values, k = np.float32(values), np.int32([1, 2, 50, 299, 300, 7])
     expected = np.sort(values, axis=-1)[np.arange(6), 300 - k]
-    got = jax.jit(sampling.kth_greatest)(values, k[:, None])
-    assert np.array_equal(got[:, 0], expected)
-    kept = np.isfinite(jax.jit(sampling.keep_top_k)(values, np.int32([1, 2, 50, 0, -1, 400])))
+    actual = jax.jit(sampling.kth_greatest)(values, k[:, None])
+    assert np.array_equal(actual[:, 0], expected)
+    mask = np.isfinite(jax.jit(sampling.keep_top_k)(values, np.int32([1, 2, 50, 0, -1, 400])))
     expected = np.sort(values, axis=-1)[np.arange(6), 300 - np.array([1, 2, 50, 300, 300, 300])]
-    assert np.array_equal(kept, (values >= expected[:, None]) & np.isfinite(values))
+    assert np.array_equal(mask, (values >= expected[:, None]) & np.isfinite(values))

@@ -59,8 +59,8 @@ def keys(study, answer):
       return [{0: 'ArrowLeft', 1: '2', 'tie': '0'}[choice]]
     case {'best': best, 'worst': worst}:
       return [str(best + 1), str(worst + 1)]
-    case {'ratings': given}:
-      return [*(str(value) for row in given for value in row), 'Enter']
+    case {'ratings': rows}:
+      return [*(str(value) for row in rows for value in row), 'Enter']
 
 
 @pytest.mark.parametrize('size', SIZES)

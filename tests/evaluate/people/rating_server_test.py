@@ -153,7 +153,7 @@ def test_results_leave_out_the_raters_that_are_named(tmp_path):
 
 def test_a_port_in_use_is_one_clear_line(tmp_path):
   store = study(tmp_path)
-  with socket.create_server(('127.0.0.1', 0)) as taken:
-    port = taken.getsockname()[1]
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
     with pytest.raises(OSError, match=f'cannot listen on 127.0.0.1 port {port} .*; give another --port or --host'):
       people.serve(store, '127.0.0.1', port)

@@ -100,8 +100,8 @@ def test_likert_means_and_agreement_are_those_of_the_exported_votes(tmp_path):
   means = table(summary, 'Mean ratings')
   for criterion in ('fluency', 'relevance'):
     for system in ORDER:
-      given = [float(row[criterion]) for row in rows if row['system'] == system]
-      assert means[system][criterion].value == pytest.approx(np.mean(given))
+      values = [float(row[criterion]) for row in rows if row['system'] == system]
+      assert means[system][criterion].value == pytest.approx(np.mean(values))
       by_item = [np.mean([float(row[criterion]) for row in rows if (row['system'], row['item']) == (system, f'i{i}')])
                  for i in range(8)]   # two votes each, so that items weigh the same
       expected = statistics.bootstrap(np.stack([by_item, np.ones(8)], 1), lambda sums: sums[..., 0] / sums[..., 1])
@@ -145,8 +145,8 @@ def test_the_verdict_says_whether_more_votes_are_needed(differences, words):
 def test_so_many_items_as_the_verdict_says_show_the_difference_in_four_of_five_studies():
   rng = np.random.default_rng(0)
   draw = lambda items: rng.choice([1., -1, 0], p=[0.45, 0.25, 0.3], size=items)
-  many = draw(100_000)
-  needed = statistics.pairs_needed(many.mean(), many.std())
+  differences = draw(100_000)
+  needed = statistics.pairs_needed(differences.mean(), differences.std())
   shown = np.mean(['is better' in results.verdict('a', 'b', draw(needed), needed, 'x') for _ in range(500)])
   assert abs(shown - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 500)
   text = results.verdict('a', 'b', np.tile([1., -1, 1, 0], 8), 64, 'win rates')
