@@ -1,13 +1,17 @@
 """Evaluators of the run and several validation sets are measured between steps, and any metric can be the best."""
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import TOKENIZER, go, logged, same, saved, steps_kept
+from helpers.runs import TEXTS, TOKENIZER, go, logged, same, saved, steps_kept
 
 from lm.data import dataset
 from lm.data.text.mixture import mixture
 from lm.data.text.source import Source
+from lm.evaluate import suites
+from lm.models import transformer
 from lm.train.interrupt import Interrupt
 from lm.workdir import checkpoint
 from lm.workdir.judge import Judge
@@ -151,3 +155,31 @@ def test_each_source_of_a_mixture_and_each_further_split_is_logged_apart(tmp_pat
   assert result.metrics['validation/old/loss'] == pytest.approx(expected, rel=1e-5)
   with checkpoint.Checkpoints(tmp_path / 'splits' / 'checkpoints', create=False) as checkpoints:
     assert checkpoints.best_metric() in logged(tmp_path / 'splits', 'validation/old/bits_per_byte').values()
+
+
+def test_a_suite_is_measured_once_a_step_also_where_a_run_dies_between_checkpoints(tmp_path):
+  suite = tmp_path / 'texts.json'
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[:4]))
+  suite.write_text(json.dumps({'likelihood': {'a': {'jsonl': str(tmp_path / 'a.jsonl')}}}))
+  model = transformer.llama(TOKENIZER.vocab_size, 8, 1, 2, max_length=16)
+
+  def dying(run, data, mesh):
+    evaluate = suites.Evaluator(suite)(run, data, mesh)
+
+    def metrics(params, step):
+      if step == 6:
+        raise SystemError('the machine is gone')
+      return evaluate(params, step)
+    return metrics
+  changes = {'model': model, 'steps': 8, 'evaluate_every': 2, 'save_every': 9}
+  with pytest.raises(SystemError):
+    go(tmp_path / 'twice', evaluators={'texts': dying}, **changes)
+  assert logged(tmp_path / 'twice', 'texts/a/bits_per_byte').keys() == {2, 4}
+  for name in ('twice', 'once'):
+    go(tmp_path / name, evaluators={'texts': suites.Evaluator(suite)}, **changes)
+  logs = [(tmp_path / name / 'metrics.jsonl').read_text().splitlines() for name in ('twice', 'once')]
+  rows = [[row for row in map(json.loads, lines) if 'texts/a/bits_per_byte' in row] for lines in logs]
+  assert [row['step'] for row in rows[0]] == [2, 4, 6, 8]
+  for first, second in zip(*rows, strict=True):
+    assert {key: value for key, value in first.items() if key.startswith('texts/')} == {
+        key: value for key, value in second.items() if key.startswith('texts/')}
