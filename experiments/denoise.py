@@ -90,7 +90,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
                     steps=budget.count, batch=batch, minutes=budget.limit)
     return cadence.apply(computation.with_accumulation(run))
   origin = named.encoder if masks else named.encoder_decoder
-  return train.after_opening(build, base=origin('model', model) if model else None)
+  return train.after_opening(build, base=origin('--model', model) if model else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -88,8 +88,8 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
     run = train.Run(model=computation.apply(model), objective=objective, data=data, optimizer=update,
                     steps=steps, batch=batch, constants=() if stored_top_k else (constants,))
     return cadence.apply(computation.with_accumulation(run), evaluations=4)
-  return train.after_opening(build, base=named.decoder('teacher', teacher),
-                             like=named.decoder('student', student) if student else None)
+  return train.after_opening(build, base=named.decoder('--teacher', teacher),
+                             like=named.decoder('--student', student) if student else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -87,7 +87,7 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
             keys=Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
     return lora.adapt(cadence.apply(computation.with_accumulation(run)))
-  return train.after_opening(build, base=named.decoder('model', model, computation.dtype) if model else None)
+  return train.after_opening(build, base=named.decoder('--model', model, computation.dtype) if model else None)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

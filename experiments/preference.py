@@ -94,7 +94,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
         batch=batch,
         start=(lambda model: model.start(base.start)) if scores else base.start)
     return lora.adapt(cadence.apply(computation.with_accumulation(run)))
-  return train.after_opening(build, base=named.decoder('model', model, computation.dtype))
+  return train.after_opening(build, base=named.decoder('--model', model, computation.dtype))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

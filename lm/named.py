@@ -18,7 +18,7 @@ class Named:
   """A model that a flag names, without its parameters.
 
   Args:
-    flag: the name of the flag.
+    flag: the flag, such as --model.
     name: its value: the workdir of a run, a Hugging Face folder, an imported one or an id on the hub.
     accepts: returns whether a model is of the kind that the flag needs.
     kind: that kind in words, such as 'a decoder, such as GPT-2 or Llama'.
@@ -34,15 +34,15 @@ class Named:
 
   def open(self) -> BaseModel:
     """Opens the model. Raises FileNotFoundError where it does not exist, ValueError where it is of another kind."""
-    flag, folder = f'--{self.flag}={self.name}', pathlib.Path(self.name)
+    flag, folder = f'{self.flag}={self.name}', pathlib.Path(self.name)
     script = _EXPERIMENTS / f'{folder.name}.py'
     if folder.parts[:-1] == ('runs',) and script.is_file() and not (folder / 'run.json').is_file():
       raise FileNotFoundError(f'{flag} is not there; make it with "python experiments/{script.name}", or give another '
-                              f'--{self.flag}')
+                              f'{self.flag}')
     base = load.open_base(self.name, self.dtype, self.with_tokenizer)
     if not self.accepts(base.model):
       raise ValueError(f'{flag} is {load.kind(base.model)}, and what is needed is {self.kind}; give another '
-                       f'--{self.flag}')
+                       f'{self.flag}')
     return base
 
 
@@ -72,7 +72,7 @@ def decoder_to_train(model: str | None, init: Any, shape: Mapping[str, Any], voc
   """
   if not model and not init:
     return None
-  flag, name = ('model', model) if model else ('init', str(init))
+  flag, name = ('--model', model) if model else ('--init', str(init))
   flags = {**shape, **vocabulary}
   if model and flags:
     other, value = next(iter(flags.items()))

@@ -61,6 +61,6 @@ def test_what_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(FileNotFoundError, match=r'^--teacher=runs/quickstart is not there; make it with "python '
                                               r'experiments/quickstart.py", or give another --teacher$'):
-    named.decoder('teacher', 'runs/quickstart').open()
+    named.decoder('--teacher', 'runs/quickstart').open()
   with pytest.raises(FileNotFoundError, match='^./missing is no folder$'):
-    named.decoder('teacher', './missing').open()
+    named.decoder('--teacher', './missing').open()

@@ -4,7 +4,7 @@
     ...                                  # flags that contradict one another raise here, before anything is opened
     def build(base: load.BaseModel) -> train.Run:
       return train.Run(model=base.model, start=base.start, ...)
-    return train.after_opening(build, base=named.decoder('model', model))
+    return train.after_opening(build, base=named.decoder('--model', model))
 """
 import dataclasses
 from collections.abc import Callable, Mapping
