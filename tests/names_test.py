@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ['tests']
+FOLDERS = ['lm', 'experiments', 'tests']
 # Participles, adverbs and prepositions, which leave open what the value is.
 WORDS = {
     'asked', 'at', 'begun', 'done', 'found', 'given', 'gone', 'held', 'here', 'how', 'kept', 'known', 'left', 'made',
     'many', 'meant', 'more', 'much', 'ready', 'rest', 'said', 'seen', 'taken', 'there', 'told', 'wanted'}
+STORED = {('lm/train/run.py', 'seen')}   # checkpoints have the history of the guard under this name
 
 
 def names_of(source: str) -> Iterator[tuple[int, str]]:
@@ -29,8 +30,11 @@ def names_of(source: str) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize('folder', FOLDERS)
 def test_no_name_is_a_word_that_does_not_say_what_the_value_is(folder):
-  faults = [f'{path.relative_to(ROOT)}:{line}: {name}' for path in sorted((ROOT / folder).rglob('*.py'))
-            for line, name in names_of(path.read_text()) if name.strip('_').lower() in WORDS]
+  faults = []
+  for path in sorted((ROOT / folder).rglob('*.py')):
+    file = path.relative_to(ROOT).as_posix()
+    faults += [f'{file}:{line}: {name}' for line, name in names_of(path.read_text())
+               if name.strip('_').lower() in WORDS and (file, name) not in STORED]
   assert not faults, 'say in the name what the value is:\n' + '\n'.join(faults)
 
 

@@ -15,7 +15,7 @@ import sys
 
 from lm import launch
 
-HERE = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOKENS = 128
 CASES = {'batch 1, greedy': (1, 0, 0.), 'batch 1, top-k 50': (1, 50, 1.), 'batch 8, greedy': (8, 0, 0.),
          'batch 8, top-k 50': (8, 50, 1.)}
@@ -57,7 +57,7 @@ def main(*, other: pathlib.Path, rounds: int = 5) -> None:
   if rounds < 1:
     raise ValueError(f'--rounds={rounds} measures nothing; give it 1 at least')
   with contextlib.ExitStack() as stack:
-    processes = [stack.enter_context(start(tree)) for tree in (other.resolve(), HERE)]
+    processes = [stack.enter_context(start(tree)) for tree in (other.resolve(), ROOT)]
     for name, case in CASES.items():
       (_, before), (_, now) = (generate(process, case) for process in processes)   # compiles
       if before != now:

@@ -42,25 +42,25 @@ def read(file: pathlib.Path) -> Suite:
     raise ValueError(f'{file} is no JSON: {error}') from None
   kinds = {name: typing.get_args(hint)[1] for name, hint in typing.get_type_hints(Suite).items()}
   by_kind = _object(content, f'{file}', kinds)
-  made, names = {}, set()
+  fields, names = {}, set()
   for kind, evaluations in by_kind.items():
     for name, settings in _object(evaluations, f'{file}: {kind}').items():
       if name in names or not name or '/' in name:
         raise ValueError(f'{file}: an evaluation is called {name!r}, which is empty, has a / or is there twice; give '
                          'each a name of its own')
       names.add(name)
-      made.setdefault(kind, {})[name] = _evaluation(kinds[kind], settings, f'{file}: {kind}/{name}')
+      fields.setdefault(kind, {})[name] = _evaluation(kinds[kind], settings, f'{file}: {kind}/{name}')
   if not names:
     raise ValueError(f'{file} has no evaluation; its first level has one of {", ".join(kinds)}')
-  return Suite(**made)
+  return Suite(**fields)
 
 
-def _object(value: Any, where: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _object(value: Any, where: str, allowed: Mapping[str, Any] | None = None) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f'{where} is {json.dumps(value)[:50]}, and what is needed is an object, {{...}}')
   for name in value:
-    if known is not None and name not in known:
-      nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    if allowed is not None and name not in allowed:
+      nearest = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0)
       raise ValueError(f'{where} has {name!r}, which is not known here; the nearest is {nearest[0]!r}')
   return value
 
@@ -71,8 +71,8 @@ def _evaluation(kind: type, settings: Any, where: str) -> Any:
             for name, value in _object(settings, where, hints).items()}
   for name, value in values.items():
     if not _is_of_type(value, hints[name]):
-      wanted = str(getattr(hints[name], '__name__', hints[name])).replace('None', 'null')
-      raise ValueError(f'{where} has {name}={json.dumps(settings[name])}, and what is needed is {wanted}')
+      type_name = str(getattr(hints[name], '__name__', hints[name])).replace('None', 'null')
+      raise ValueError(f'{where} has {name}={json.dumps(settings[name])}, and what is needed is {type_name}')
   try:
     return kind(**values)
   except (TypeError, ValueError) as error:

@@ -29,8 +29,8 @@ def votes_csv(store: VoteStore) -> str:
         judgements = [(shown[choice],)]
       case {'best': best, 'worst': worst}:
         judgements = [(shown[best], shown[worst])]
-      case {'ratings': given}:
-        judgements = [(system, *values) for system, values in zip(shown, given)]
+      case {'ratings': scores}:
+        judgements = [(system, *values) for system, values in zip(shown, scores)]
     rows += [(vote.id, vote.rater, vote.time, vote.seconds, study.items[vote.task.item].id, vote.task.check,
               '|'.join(shown), *judgement, _no_formula(vote.comment)) for judgement in judgements]
   return _csv(rows)

@@ -19,19 +19,19 @@ def open_study(database: pathlib.Path, outputs: Sequence[str] = (), settings: Ma
 
   Raises ValueError where the database holds another study, or something else; it is not changed then.
   """
-  given = {name: value for name, value in (settings or {}).items() if value is not None}
+  settings = {name: value for name, value in (settings or {}).items() if value is not None}
   files, store = system_outputs.named_files(outputs), vote_store.open_existing(database)
   if store is None:
     if not files:
       raise ValueError(f'{database} has no study yet; give --outputs=a.jsonl,b.jsonl to begin one')
-    study = Study(tuple(files), system_outputs.read(files), **given)
+    study = Study(tuple(files), system_outputs.read(files), **settings)
     raters = raters or votes_per_item or 1
     return vote_store.create(database, study, raters, min(2, raters) if votes_per_item is None else votes_per_item)
   try:
     if set(files) == set(store.study.systems):
       files = {name: files[name] for name in store.study.systems}
     items = system_outputs.read(files) if files else store.study.items
-    if difference := _difference(store.study, tuple(files) or store.study.systems, items, given):
+    if difference := _difference(store.study, tuple(files) or store.study.systems, items, settings):
       raise ValueError(f'{database} holds another study: {difference}; give another --database, or the files and flags '
                        'of that study')
     if (raters, votes_per_item) != (None, None):
@@ -42,15 +42,15 @@ def open_study(database: pathlib.Path, outputs: Sequence[str] = (), settings: Ma
   return store
 
 
-def _difference(study: Study, systems: tuple[str, ...], items: Sequence[Item], given: Mapping[str, Any]) -> str:
+def _difference(study: Study, systems: tuple[str, ...], items: Sequence[Item], settings: Mapping[str, Any]) -> str:
   """Returns in what a study is another one than that of these files and settings; '' if it is the same."""
-  for name, value in given.items():
+  for name, value in settings.items():
     if getattr(study, name) != value:
       return f'{name} is {getattr(study, name)!r} there, and {value!r} here'
   if systems != study.systems:
     return f'the systems are {", ".join(study.systems)} there, and {", ".join(systems)} here'
-  there, here = ({item.id: item for item in listed} for listed in (study.items, items))
-  if there.keys() != here.keys():
-    return f'it has {len(there)} items, of which these files have {len(there.keys() & here.keys())} by id'
-  changed = next((id for id in there if there[id] != here[id]), None)
+  old, new = ({item.id: item for item in listed} for listed in (study.items, items))
+  if old.keys() != new.keys():
+    return f'it has {len(old)} items, of which these files have {len(old.keys() & new.keys())} by id'
+  changed = next((id for id in old if old[id] != new[id]), None)
   return '' if changed is None else f'the prompt or a text of id {changed} is different'

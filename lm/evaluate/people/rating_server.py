@@ -66,7 +66,7 @@ def links(store: VoteStore, address: str) -> list[str]:
   lines = []
   for rater, token in store.raters.items():
     progress = store.progress(rater)
-    lines.append(f'{f"rater {rater}":{width}}  {address}/rate/{token}  {progress.done} of {progress.total} answers')
+    lines.append(f'{f"rater {rater}":{width}}  {address}/rate/{token}  {progress.answered} of {progress.total} answers')
   lines.append(f'{"results":{width}}  {address}/results/{store.results_token}  for you alone')
   return [*lines, 'Ctrl-C stops the server; the same command starts it again']
 
@@ -90,8 +90,8 @@ class _Server:
 
   async def page(self, request: Any) -> Any:
     token = request.path_params['token']
-    known = token == self.store.results_token if request.url.path.startswith('/results') else self.store.rater(token)
-    return self.responses.HTMLResponse(self.html, 200 if known else 404, self.headers)
+    is_valid = token == self.store.results_token if request.url.path.startswith('/results') else self.store.rater(token)
+    return self.responses.HTMLResponse(self.html, 200 if is_valid else 404, self.headers)
 
   async def task(self, request: Any) -> Any:
     return await self._next(self._rater(request))
@@ -176,7 +176,7 @@ class _Server:
     settings = self.store.study
     return self.responses.JSONResponse(
         {'stored': stored, 'mode': settings.mode, 'question': settings.question or study.QUESTIONS[settings.mode],
-         'criteria': settings.criteria, 'scale': settings.scale, 'task': number, 'done': progress.done,
+         'criteria': settings.criteria, 'scale': settings.scale, 'task': number, 'done': progress.answered,
          'total': progress.total, 'skipped': progress.skipped, 'last': progress.last, **shown}, headers=self.headers)
 
 

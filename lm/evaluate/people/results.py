@@ -84,7 +84,7 @@ def _pairwise(study: Study, votes: Sequence[Vote]) -> Results:
   won, lost = (total - ties / 2).sum(1).astype(int), (total - ties / 2).sum(0).astype(int)
   order = sorted(range(count), key=lambda i: -np.nan_to_num(rated[i].value, nan=-np.inf))
   table = Table('Bradley-Terry ratings', ('system', 'rating', 'won', 'tied', 'lost'),
-                [(names[i], _known(rated[i]), won[i], tied[i], lost[i]) for i in order], 0)
+                [(names[i], _if_defined(rated[i]), won[i], tied[i], lost[i]) for i in order], 0)
   cell = lambda i, j: None if i == j or not total[i, j] + total[j, i] else statistics.Interval(*matrix[i, j])
   against = Table('Win rates of the row against the column, ties as half a win', ('system', *(names[j] for j in order)),
                   [(names[i], *(cell(i, j) for j in order)) for i in order])
@@ -122,8 +122,8 @@ def _likert(study: Study, votes: Sequence[Vote]) -> Results:
   names, criteria = study.systems, study.criteria
   rows = np.zeros((len(study.items), len(names), len(criteria), 2))
   for vote in votes:
-    for system, given in zip(vote.task.shown, vote.answer['ratings']):
-      rows[vote.task.item, names.index(system)] += np.stack([given, np.ones(len(criteria))], -1)
+    for system, scores in zip(vote.task.shown, vote.answer['ratings']):
+      rows[vote.task.item, names.index(system)] += np.stack([scores, np.ones(len(criteria))], -1)
   means = [_ratios(rows[:, :, c]) for c in range(len(criteria))]
   sentences = []
   for criterion, mean, of_criterion in zip(criteria, means, np.moveaxis(rows, 2, 0)):
@@ -209,8 +209,8 @@ def _judgements(study: Study, votes: Sequence[Vote]) -> dict[str, dict[tuple[int
       case {'best': best, 'worst': worst}:
         for aspect, position in ('best', best), ('worst', worst):
           judgements[aspect][item, ''][vote.rater] = study.systems.index(shown[position])
-      case {'ratings': given}:
-        for system, of_system in zip(shown, given):
+      case {'ratings': scores}:
+        for system, of_system in zip(shown, scores):
           for criterion, value in zip(study.criteria, of_system):
             judgements[criterion][item, system][vote.rater] = value
   return judgements
@@ -246,8 +246,8 @@ def _raters(store: VoteStore) -> Table:
         failures[vote.task.check].append(answers.fails(store.study, vote.task, vote.answer, first and first.answer))
     failed = []
     for check in ('scrambled', 'repeat'):
-      known = [failure for failure in failures[check] if failure is not None]
-      failed.append(f'{sum(known)} of {len(known)}' if known else '')
+      outcomes = [failure for failure in failures[check] if failure is not None]
+      failed.append(f'{sum(outcomes)} of {len(outcomes)}' if outcomes else '')
     seconds = [vote.seconds for vote in own.values() if vote.seconds is not None]
     rows.append((f'rater {rater}', f'{len(own)} of {len(store.tasks[rater])}',
                  f'{np.median(seconds):.0f}' if seconds else '', *failed))
@@ -255,7 +255,7 @@ def _raters(store: VoteStore) -> Table:
   return Table('Raters', columns, rows)
 
 
-def _known(interval: statistics.Interval) -> statistics.Interval | None:
+def _if_defined(interval: statistics.Interval) -> statistics.Interval | None:
   return None if np.isnan(interval.value) else interval
 
 

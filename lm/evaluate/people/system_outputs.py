@@ -46,8 +46,8 @@ def read(files: Mapping[str, pathlib.Path]) -> tuple[Item, ...]:
   """
   records = {name: _read_file(path) for name, path in files.items()}
   first, *others = records
-  known = records[first]
-  if not known:
+  first_records = records[first]
+  if not first_records:
     raise ValueError(f'{files[first]} is empty: there is nothing to compare')
   for name in others:
     for owner, lacking in ((first, name), (name, first)):
@@ -58,7 +58,7 @@ def read(files: Mapping[str, pathlib.Path]) -> tuple[Item, ...]:
                          f'{files[owner]} has (ids {some}{", ..." if len(ids) > 3 else ""}); every system needs an '
                          'output for every item')
   items = []
-  for id in known:
+  for id in first_records:
     prompts = {record.prompt: name for name, other in records.items() if (record := other[id]).prompt is not None}
     if len(prompts) > 1:
       one, another, *_ = prompts.values()

@@ -49,7 +49,7 @@ class Vote(NamedTuple):
 class Progress(NamedTuple):
   """Where a rater is: the next task, or None at the end; `last` is the id of the vote that can be undone."""
   number: int | None
-  done: int
+  answered: int
   total: int
   skipped: int
   last: str | None

@@ -25,7 +25,7 @@ def test_a_vote_that_is_sent_twice_counts_once(tmp_path):
   assert store.add('vote-one', 1, 0, {'choice': 0}, 'why', 1.5) and store.add('vote-one', 1, 0, {'choice': 1})
   vote, = store.votes()
   assert vote.answer == {'choice': 0} and vote.comment == 'why' and vote.seconds == 1.5
-  assert vote.task == store.tasks[1][0] and store.progress(1)[:2] == (1, 1) and store.progress(2).done == 0
+  assert vote.task == store.tasks[1][0] and store.progress(1)[:2] == (1, 1) and store.progress(2).answered == 0
 
 
 def test_a_second_vote_on_a_task_does_not_replace_the_first(tmp_path):
@@ -143,7 +143,7 @@ def test_a_kill_while_a_study_begins_leaves_a_file_in_which_it_can_begin(tmp_pat
     with pytest.raises(KeyboardInterrupt):
       human_studies.new_study(tmp_path)
   assert (tmp_path / 'study.sqlite').exists()
-  assert human_studies.new_study(tmp_path).progress(1).done == 0
+  assert human_studies.new_study(tmp_path).progress(1).answered == 0
 
 
 def post(link, body):
@@ -182,4 +182,4 @@ def test_every_acknowledged_vote_survives_kill_9_of_a_real_server(tmp_path):
   stored = [vote.id for vote in store.votes()]
   assert set(acknowledged) <= set(stored) and len(stored) == len(set(stored)) >= 7
   assert [link.rsplit('/', 1)[1] for link in (*raters, results)] == [*store.raters.values(), store.results_token]
-  assert sum(store.progress(rater).done for rater in (1, 2)) == len(stored)
+  assert sum(store.progress(rater).answered for rater in (1, 2)) == len(stored)
