@@ -38,6 +38,7 @@ setuptools.setup(
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
         'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
+        'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2'],   # BLEU, chrF, TER, ROUGE
         'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
@@ -47,6 +48,7 @@ setuptools.setup(
             'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
             'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools', 'optuna>=4.4',
             'jinja2>=3.1.6',        # chat templates
+            'sacrebleu>=2.5', 'rouge-score>=0.1.2',   # metrics of texts
             'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # the page of human evaluation, and a client of it
         ],
     },

@@ -23,6 +23,7 @@ DOORS = {
     'stopwordsiso': {'data/text/clean'}, 'huggingface_hub': {'hf/pretrained'},
     'tokenizers': {'data/tokenizers/huggingface'}, 'jinja2': {'data/chat/template_process'},
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
+    'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
     'starlette': {'evaluate/people/rating_server'}, 'uvicorn': {'evaluate/people/rating_server'},
     'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
