@@ -77,10 +77,10 @@ def edits(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
   for symbol in second:
     equal = places.get(symbol, 0)
     diagonal = (((equal & increases) + increases) ^ increases) | equal | decreases
-    right, left = decreases | ~(diagonal | increases) & whole, increases & diagonal
-    distance += bool(right & last) - bool(left & last)
-    right, left = (right << 1 | 1) & whole, left << 1 & whole
-    increases, decreases = left | ~(diagonal | right) & whole, right & diagonal
+    rise, fall = decreases | ~(diagonal | increases) & whole, increases & diagonal
+    distance += bool(rise & last) - bool(fall & last)
+    rise, fall = (rise << 1 | 1) & whole, fall << 1 & whole
+    increases, decreases = fall | ~(diagonal | rise) & whole, rise & diagonal
   return distance
 
 
