@@ -117,8 +117,10 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray],
 
 
 def _width(length: int, most: int | None = None) -> int:
-  """Returns the width of a row for `length` tokens: a power of two from 32, so that few programs are compiled."""
+  """Returns the width of a row for `length` tokens: 32, 48, 64, 96, 128, ..., so that few programs are compiled."""
   width = max(32, 1 << (length - 1).bit_length())
+  if width > 32 and length <= 3 * width // 4:
+    width = 3 * width // 4
   return width if most is None else min(width, most)
 
 
