@@ -16,7 +16,7 @@ from lm import lora, scripts, signature, train
 from lm.data import tokenizers
 from lm.data.chat import conversation
 from lm.hf import pretrained
-from lm.models import Encoder, EncoderDecoder, MultiToken, Reward, Transformer
+from lm.models import Encoder, EncoderDecoder, MultiToken, Reward, TextScorer, Transformer
 from lm.optim import averaging
 from lm.workdir import checkpoint, mismatch, rebuild, records
 from lm.workdir.describe import describe, differences
@@ -245,12 +245,13 @@ class StoredResult:
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
 
-KINDS = Reward, EncoderDecoder, Encoder, Transformer, MultiToken
+KINDS = Reward, EncoderDecoder, Encoder, TextScorer, Transformer, MultiToken
 
 
 def kind(model: Any) -> str:
   """Says what kind of model a model is."""
-  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a decoder', 'a decoder')))
+  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a scorer of pairs of texts', 'a decoder',
+                            'a decoder')))
   return next((name for cls, name in words.items() if isinstance(model, cls)), f'of class {type(model).__name__}')
 
 

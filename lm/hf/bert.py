@@ -50,11 +50,21 @@ def layer(block: encoder.PostNormBlock) -> list[names.Map]:
           names.same('output.dense.bias', 'feed_forward/down_bias'), *_norm('output.LayerNorm', 'feed_forward_norm')]
 
 
+def embeddings(root: str) -> list[names.Map]:
+  """Returns the maps of the embeddings and their norm; the names of all tensors begin with `root`."""
+  tables = {'word': 'embedding', 'position': 'positions', 'token_type': 'types'}
+  return [*(names.same(f'{root}.embeddings.{name}_embeddings.weight', leaf) for name, leaf in tables.items()),
+          *_norm(f'{root}.embeddings.LayerNorm', 'norm')]
+
+
+def older(name: str) -> str:
+  """Returns the name that a tensor has in older files."""
+  return name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')
+
+
 def outer(model: encoder.Encoder) -> list[names.Map]:
   del model
-  tables = {'word': 'embedding', 'position': 'positions', 'token_type': 'types'}
-  return [*(names.same(f'bert.embeddings.{name}_embeddings.weight', leaf) for name, leaf in tables.items()),
-          *_norm('bert.embeddings.LayerNorm', 'norm'),
+  return [*embeddings('bert'),
           names.linear('cls.predictions.transform.dense.weight', 'transform'),
           names.same('cls.predictions.transform.dense.bias', 'transform_bias'),
           *_norm('cls.predictions.transform.LayerNorm', 'transform_norm', '_'),
@@ -69,5 +79,5 @@ FAMILY = names.Family(
     ignored=lambda name: name.startswith(_IGNORED),
     copies=lambda model: {'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
                           'cls.predictions.decoder.bias': 'cls.predictions.bias'},
-    older=lambda name: name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'),
+    older=older,
     stacks=lambda model: [('bert.encoder.layer.{}.', ('blocks',), model.blocks)])

@@ -35,6 +35,7 @@ from lm.hf import (
   qwen3_moe,
   smollm3,
   t5,
+  text_scorers,
 )
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map
@@ -45,7 +46,7 @@ from lm.workdir.describe import describe
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
             phi3.FAMILY, olmo2.FAMILY, olmo3.FAMILY, gemma2.FAMILY, gemma3.FAMILY, mixtral.FAMILY, qwen2_moe.FAMILY,
             qwen3_moe.FAMILY, gpt_oss.FAMILY, deepseek_v3.FAMILY, llama4.FAMILY, gemma3.WITH_IMAGES,
-            llama4.WITH_IMAGES, bert.FAMILY, t5.FAMILY)
+            llama4.WITH_IMAGES, bert.FAMILY, t5.FAMILY, *text_scorers.FAMILIES)
 
 
 def family_of(values: dict[str, Any], families: Sequence[Family] = FAMILIES) -> Family:

@@ -1,4 +1,4 @@
-"""The encoder, in which each position sees its whole segment: `bert` below is one. Shape legend: `transformer.py`."""
+"""Encoders, in which each position sees its whole segment: `bert` below is one. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import seeds, sharding
 from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import attention as attend
@@ -62,11 +62,32 @@ class MaskedHead:
     return logits + parts.row(self.bias_V, logits)
 
 
-class Encoder(LanguageModel):
-  """BERT (Devlin et al. 2019): embeds words, positions and types, normalises, applies the layers.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['pooler_DX', 'bias_X', 'score_X', 'score_bias'],
+                   meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ScoreHead:
+  """tanh(x pooler + bias) score + bias: maps hidden states to a float32 score of each position, [B, T].
 
-  The attention of its blocks must not be causal. Its output has the hidden states of the last layer, and the head for
-  masked language modelling.
+  The score of a text is that of its first token.
+  """
+  pooler_DX: jax.Array
+  bias_X: jax.Array
+  score_X: jax.Array
+  score_bias: jax.Array   # [1]
+
+  def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+    y = parts.einsum('BTD,DX->BTX', hidden_BTD, self.pooler_DX, jnp.float32)
+    y = jnp.tanh(y + parts.row(self.bias_X, y))
+    scores = jnp.einsum('BTX,X->BT', y, self.score_X, out_sharding=sharding.spec('BT'))
+    return scores + parts.row(self.score_bias, scores)
+
+
+class Bidirectional(LanguageModel):
+  """The base class of encoders: embeds words, positions and types, normalises, applies the layers.
+
+  The attention of its blocks must not be causal. Its output has the hidden states of the last layer, and the head that
+  `_head` declares. With an `embedding_size`, embeddings and their norm have that size, and a matrix maps them to the
+  width.
   """
   vocab: int
   width: int
@@ -80,6 +101,7 @@ class Encoder(LanguageModel):
   remat: Callable[..., bool] | None = dataclasses.field(default=parts.keep_products, compare=False)
 
   causal = False
+  embedding_size = None   # None: the width
 
   @property
   def layers(self) -> tuple[nn.Module, ...]:
@@ -96,20 +118,25 @@ class Encoder(LanguageModel):
     sharding.check('B', batch.tokens.shape[:1], 'batch')
     batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
-    init, zeros, ones = nn.initializers.normal(self.std), nn.initializers.zeros, nn.initializers.ones
+    init = nn.initializers.normal(self.std)
 
-    def rows(name, size, indices_BT):
-      table = parts.weight(self, name, '-D', (size, self.width), init, self.dtype, Role.EMBEDDING)
+    size = self.embedding_size or self.width
+
+    def rows(name, count, indices_BT):
+      table = parts.weight(self, name, '-D', (count, size), init, self.dtype, Role.EMBEDDING)
       return table.at[indices_BT].get(out_sharding=sharding.spec('BTD'))
 
     positions = batch.positions
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
       positions = sharding.constrain(positions, 'BT')
-    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, size), init, self.dtype, Role.EMBEDDING)
     x = parts.lookup(embedding, batch.tokens) + rows('positions', self.max_length, positions)
     x = x + rows('types', self.types, jnp.zeros_like(batch.tokens) if batch.types is None else batch.types)
     x = parts.dropout(self.norm(x), self.dropout, keys[0])
+    if self.embedding_size is not None:
+      projection = parts.weight(self, 'projection', 'D-', (size, self.width), init, self.dtype)
+      x = parts.add_bias(self, 'projection_bias', '-', parts.einsum('BTD,DX->BTX', x, projection))
     visible = attend.Visible(batch.segments, batch.segments, None, positions, positions)
     context = Context(positions, visible, taps=taps)
     if self.has_variable('params', 'blocks'):
@@ -117,19 +144,59 @@ class Encoder(LanguageModel):
     else:
       params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, context))
     x, aux, readings = stack.run(self.blocks, params, x, context.with_key(keys[1]), remat=self.remat)
-    norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
-            'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
-    transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype, Role.HEAD)
-    transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
-    bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
-    return Output(x, MaskedHead(transform, transform_bias, norm, Head(embedding), bias, self.norm.eps), None,
-                  aux, readings)
+    return Output(x, self._head(embedding), None, aux, readings)
+
+  def _head(self, embedding_VD: jax.Array) -> Any:
+    """Declares the weights of the head and returns it, a function of hidden states and a pytree of its weights."""
+    raise NotImplementedError
 
   @nn.nowrap
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True
              ) -> Batch:
     raise ValueError('an encoder such as BERT predicts masked tokens and writes no text; use a decoder, such as '
                      'GPT-2, or an encoder-decoder, such as T5')
+
+
+class Encoder(Bidirectional):
+  """BERT (Devlin et al. 2019), with the head for masked language modelling."""
+
+  def _head(self, embedding_VD: jax.Array) -> MaskedHead:
+    init, zeros, ones = nn.initializers.normal(self.std), nn.initializers.zeros, nn.initializers.ones
+    norm = {'scale': parts.weight(self, 'transform_norm_scale', '-', (self.width,), ones),
+            'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
+    transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype, Role.HEAD)
+    transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
+    bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
+    return MaskedHead(transform, transform_bias, norm, Head(embedding_VD), bias, self.norm.eps)
+
+
+class TextScorer(Bidirectional):
+  """An encoder that gives a text, or a pair of texts, a score: the model of BLEURT (Sellam et al. 2020).
+
+  `output.head(output.hidden[:, :1])` is the score of each row, [B, 1], if a row is one text.
+  """
+  embedding_size: int | None = None
+
+  def _head(self, embedding_VD: jax.Array) -> ScoreHead:
+    del embedding_VD
+    init, zeros = nn.initializers.normal(self.std), nn.initializers.zeros
+    pooler = parts.weight(self, 'pooler', 'D-', (self.width, self.width), init, self.dtype, Role.HEAD)
+    pooler_bias = parts.weight(self, 'pooler_bias', '-', (self.width,), zeros)
+    score = parts.weight(self, 'score', '-', (self.width,), init, role=Role.HEAD)
+    return ScoreHead(pooler, pooler_bias, score, parts.weight(self, 'score_bias', '-', (1,), zeros))
+
+  @nn.nowrap
+  def start(self, load: Callable[[Any], Any], base: Bidirectional, seed: int = 0) -> Any:
+    """Returns parameters in which those that `base` has too are `load(base)`, and the others are new."""
+    loaded, new = load(base), jax.jit(lambda: self.init(seeds.key(seed)))()
+    return {name: loaded.get(name, value) for name, value in new.items()}
+
+
+def scorer(base: Bidirectional) -> TextScorer:
+  """Returns a scorer with the layers and the embeddings of another encoder."""
+  shared = ('vocab', 'width', 'blocks', 'norm', 'max_length', 'types', 'dropout', 'std', 'dtype', 'remat',
+            'embedding_size')
+  return TextScorer(**{name: getattr(base, name) for name in shared})
 
 
 def bert(vocab: int = 30522, width: int = 768, layers: int = 12, heads: int = 12, max_length: int = 512,

@@ -309,6 +309,18 @@ PUBLISHED = {
                 pooler_type='first_token_transform')), 177_974_523),
             'bert-base-german-cased': (no_kv(sizes(768, 12, 12, 12, 3072, 512, vocab_size=30000, output_past=True,
                                                    num_labels=2, pruned_heads={}, torchscript=False)), None)}),
+    'BertForSequenceClassification': ({
+        'attention_probs_dropout_prob': 0.1, 'hidden_act': 'gelu', 'hidden_dropout_prob': 0.1, 'layer_norm_eps': 1e-12,
+        'type_vocab_size': 2, 'pad_token_id': 0, 'tie_word_embeddings': None, 'id2label': {'0': 'LABEL_0'},
+        'label2id': {'LABEL_0': 0}}, {
+            'cross-encoder/ms-marco-MiniLM-L-6-v2': (no_kv(sizes(
+                384, 6, 12, 12, 1536, 512, vocab_size=30522, gradient_checkpointing=False,
+                position_embedding_type='absolute')), 22_713_601)}),
+    'BleurtForSequenceClassification': ({
+        'attention_probs_dropout_prob': 0.1, 'hidden_act': 'gelu', 'hidden_dropout_prob': 0.1, 'layer_norm_eps': 1e-12,
+        'type_vocab_size': 2, 'pad_token_id': 0, 'position_embedding_type': 'absolute', 'use_cache': False}, {
+            'lucadiliello/BLEURT-20-D12': (no_kv(sizes(1024, 12, 16, 16, 4096, 512, vocab_size=120300,
+                                                       embedding_size=128)), 167_801_857)}),   # published: 167M
     'T5ForConditionalGeneration': ({
         'decoder_start_token_id': 0, 'dropout_rate': 0.1, 'eos_token_id': 1, 'initializer_factor': 1.,
         'pad_token_id': 0, 'is_encoder_decoder': True, 'layer_norm_epsilon': 1e-6,

@@ -179,7 +179,7 @@ def test_every_switch_of_a_config_matters_or_is_refused(opened, tmp_path):
                      'position_embedding_type', 'is_folding_model'}
 
 
-@pytest.mark.parametrize('head', ['BertForPreTraining', 'BertForSequenceClassification', 'BertLMHeadModel'])
+@pytest.mark.parametrize('head', ['BertForPreTraining', 'BertForTokenClassification', 'BertLMHeadModel'])
 def test_other_heads_are_refused_by_name(head):
   with pytest.raises(ValueError, match=rf"\['{head}'\].* is not supported.*BertForMaskedLM"):
     weights.family_of({'architectures': [head], 'model_type': 'bert'})
