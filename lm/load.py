@@ -250,8 +250,8 @@ KINDS = Reward, EncoderDecoder, Encoder, TextScorer, Transformer, MultiToken
 
 def kind(model: Any) -> str:
   """Says what kind of model a model is."""
-  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a scorer of pairs of texts', 'a decoder',
-                            'a decoder')))
+  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a scorer of pairs of texts',
+                           'a decoder', 'a decoder')))
   return next((name for cls, name in words.items() if isinstance(model, cls)), f'of class {type(model).__name__}')
 
 

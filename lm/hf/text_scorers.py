@@ -1,7 +1,7 @@
 """Encoders that score a pair of texts: BERT and RemBERT with a regression head, and the PyTorch port of BLEURT.
 
-The port is `bleurt_pytorch` (github.com/lucadiliello/bleurt-pytorch), whose checkpoints are `lucadiliello/BLEURT-20` and
-others. Its tensors are named as those of BERT, with 'bleurt.' in place of 'bert.'.
+The port is `bleurt_pytorch` (github.com/lucadiliello/bleurt-pytorch), whose checkpoints are `lucadiliello/BLEURT-20`
+and others. Its tensors are named as those of BERT, with 'bleurt.' in place of 'bert.'.
 """
 import dataclasses
 import functools

@@ -69,7 +69,8 @@ def test_scores_are_those_of_transformers(opened, record_property):
   theirs, model, params, _ = opened
   expected = call(theirs, make_batch())
   assert np.std(expected) > 0.1
-  assert_small(record_property, type(theirs).__name__, 'scores', scores_of(model, params, make_batch()) - expected, 1e-5)
+  difference = scores_of(model, params, make_batch()) - expected
+  assert_small(record_property, type(theirs).__name__, 'scores', difference, 1e-5)
 
 
 def test_exported_files_are_the_imported_ones(opened, record_property, tmp_path):
@@ -152,7 +153,6 @@ def test_a_scorer_starts_from_another_encoder():
   model = encoder.scorer(base)
   started = model.start(lambda model: params, base)
   assert jax.tree.structure(started) == jax.tree.structure(jax.eval_shape(model.init, jax.random.key(0)))
-  np.testing.assert_array_equal(started['blocks']['0']['attention']['query'], params['blocks']['0']['attention']['query'])
   batch = make_batch()
-  hidden = functools.partial(jit(lambda model, params: model.apply(params, batch).hidden, static_argnums=0))
+  hidden = jit(lambda model, params: model.apply(params, batch).hidden, static_argnums=0)
   np.testing.assert_array_equal(hidden(model, started), hidden(base, params))
