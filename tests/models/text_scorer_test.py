@@ -1,5 +1,4 @@
 """Scorers of texts equal transformers; a score depends on both texts and on nothing else; meshes agree."""
-import functools
 import json
 import warnings
 
