@@ -97,7 +97,8 @@ class Likelihood:
       progress.save(rows)
     if not rows[:, likelihood.TOKENS].any():
       raise ValueError('there is nothing to score: each document has one token, and no bos before it; give bos')
-    return self._result(rows, subject, bos)
+    documents = [source.digest(text).hex() for text in texts]
+    return self._result(rows, subject, bos)._replace(documents=documents)
 
   def _result(self, rows: np.ndarray, subject: Subject, bos: bool) -> Result:
     window = self.window or subject.model.max_length

@@ -28,6 +28,7 @@ class Result(NamedTuple):
   measures: Sequence[Measure]
   curves: Sequence[Curve] = ()
   notes: Sequence[str] = ()     # lines for the reader, such as how many documents were too long
+  documents: Sequence[str] = ()   # names of the documents of the rows, which are the same for any model
 
 
 def entry(measure: Measure, confidence: float = 0.95) -> dict[str, Any]:

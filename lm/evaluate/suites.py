@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.evaluate import report
+from lm.evaluate import report, stored_measures
 from lm.evaluate.evaluations import Likelihood, Progress, Subject
 from lm.workdir import atomic, describe
 
@@ -95,6 +95,8 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
   """Evaluates, prints a line for each evaluation, and writes results.json, results.txt and figures into `folder`.
 
+  The rows of documents are written beside them, from which results of several systems are compared.
+
   Evaluations that `folder` has already, of the same settings and the same model as `identity` says, are not repeated,
   and one that was stopped goes on where it was.
   """
@@ -104,11 +106,14 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
   for name, evaluation in suite.evaluations():
     key = {'evaluation': settings[name], 'model': identity}
     stored = folder / f'{name}.json'
-    result = _stored(stored, key)
+    rows = stored_measures.file_of(folder, name)
+    result = _stored(stored, key) if rows.is_file() else None
     if result is None:
       print(f'{name}: evaluating', flush=True)
       partial = folder / f'{name}.partial.npz'
-      result = report.to_json(evaluation(subject, _progress(name, partial, key)))
+      measured = evaluation(subject, _progress(name, partial, key))
+      stored_measures.write(rows, measured)
+      result = report.to_json(measured)
       atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
       partial.unlink(missing_ok=True)
     else:

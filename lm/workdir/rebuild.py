@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 # Functions of these modules may be called: they only compute, and access no file and no process.
-FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'jax.nn')
+FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'lm.evaluate.likelihood', 'lm.evaluate.measures',
+             'jax.nn')
 # Classes of these modules, and these classes of other modules, may be built: they only hold values.
 CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rows',
            'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from lm.data.text import source
 from lm.data.tokenizers.folder import Bytes
-from lm.evaluate import evaluations, report, suites
+from lm.evaluate import evaluations, report, stored_measures, suites
 from lm.models import transformer
 
 TEXTS = [f'document {i} has some words, ' * (1 + i % 3) for i in range(150)]
@@ -84,6 +85,9 @@ def test_tables_and_json_have_every_number_with_its_interval(tmp_path, subject):
     line, = (line for line in (tmp_path / 'results.txt').read_text().splitlines() if f'held/{name} ' in line)
     assert all(report.number(numbers[key]) in line for key in ('low', 'value', 'high'))
   assert stored['versions']['jax'] == jax.__version__ and results['held']['curves']['reliability']['points']
+  for name, (measure, documents) in stored_measures.read(tmp_path).items():
+    assert report.entry(measure) == results['held']['metrics'][name.removeprefix('held/')]
+    assert documents == [source.digest(text).hex() for text in TEXTS[:9]]
   assert {file.name for file in tmp_path.glob('*.png')} == {'reliability.png', 'loss_by_position.png'}
 
 

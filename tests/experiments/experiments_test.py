@@ -66,6 +66,7 @@ TOOLS = {
     'scoring': ['--families=gpt2,bert,t5'],
     'decoding': ['--new_tokens=4'],
     'importing': ['--rounds=1'],
+    'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'human_eval': ['--outputs=a.jsonl,new=b.jsonl', '--mode=likert', '--criteria=fluency,relevance', '--raters=3'],
 }
 

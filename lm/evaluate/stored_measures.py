@@ -1,0 +1,63 @@
+"""The measures of an evaluation on disk, with what each document adds, so that systems can be compared later."""
+import io
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.evaluate.measures import Measure
+from lm.evaluate.report import Result
+from lm.workdir import atomic, rebuild
+
+_SUFFIX = '.rows.npz'
+
+
+class StoredMeasure(NamedTuple):
+  """A measure, and the names of the documents of its rows."""
+  measure: Measure
+  documents: list[str]
+
+
+def file_of(folder: pathlib.Path, evaluation: str) -> pathlib.Path:
+  """Returns the file for the measures of an evaluation in a folder of results."""
+  return folder / f'{evaluation}{_SUFFIX}'
+
+
+def write(file: pathlib.Path, result: Result) -> None:
+  """Writes the measures of a result whose rows are of its documents, as a whole or not at all.
+
+  Those whose value is a function that cannot be stored, such as one of a script, are left out.
+  """
+  descriptions, rows = [], {}
+  for measure in result.measures:
+    value = rebuild.stored(measure.value)
+    if len(measure.rows) == len(result.documents) and not rebuild.outside(value):
+      rows[f'rows{len(descriptions)}'] = measure.rows
+      descriptions.append({**measure._asdict(), 'rows': None, 'value': value})
+  content = io.BytesIO()
+  np.savez_compressed(content, descriptions=json.dumps(descriptions), documents=json.dumps(list(result.documents)),
+                      **rows)
+  atomic.write(file, content.getvalue())
+
+
+def read(folder: pathlib.Path) -> dict[str, StoredMeasure]:
+  """Returns the measures of a folder of results, by evaluation/metric.
+
+  Raises FileNotFoundError where the folder has none, and ValueError where they are of another version of the package.
+  """
+  measures = {}
+  for file in sorted(folder.glob(f'*{_SUFFIX}')):
+    with np.load(file) as stored:
+      documents = json.loads(str(stored['documents']))
+      for i, description in enumerate(json.loads(str(stored['descriptions']))):
+        try:
+          value = rebuild.rebuilt(description['value'])
+        except rebuild.Unknown as error:
+          raise ValueError(f'{file} cannot be read: {error}; delete it and evaluate again') from None
+        measure = Measure(**{**description, 'rows': stored[f'rows{i}'], 'value': value})
+        measures[f'{file.name.removesuffix(_SUFFIX)}/{measure.name}'] = StoredMeasure(measure, documents)
+  if not measures:
+    raise FileNotFoundError(f'{folder} has no results with what each document adds; write them with '
+                            'experiments/evaluate.py')
+  return measures
