@@ -13,7 +13,7 @@ from lm.evaluate.measures import Measure
 from lm.evaluate.texts import scored_pairs, words
 from lm.evaluate.texts.scored_pairs import References
 
-Tokenizer = Literal['13a', 'intl', 'zh', 'ja-mecab', 'ko-mecab', 'char', 'none', 'flores200']
+Tokenizer = Literal['13a', 'intl', 'zh', 'ja-mecab', 'ko-mecab', 'char', 'flores200']
 _BY_LANGUAGE = {'zh': 'zh', 'ja': 'ja-mecab', 'ko': 'ko-mecab'}
 
 

@@ -1,0 +1,153 @@
+"""Texts and their references, read from files and matched."""
+import gzip
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+_TEXT, _REFERENCES = ('text', 'candidate', 'completion'), ('references', 'reference', 'text', 'candidate')
+
+
+class Records(NamedTuple):
+  """The lines of a file: what each says, and its id; `ids` is None where no line has one."""
+  path: pathlib.Path
+  lines: list[dict[str, Any]]   # a line of plain text is {'text': line}
+  ids: list[str] | None
+
+  def where(self, i: int) -> str:
+    return f'{self.path} line {i + 1}' + ('' if self.ids is None else f' (id {self.ids[i]})')
+
+
+def read(path: pathlib.Path) -> Records:
+  """Reads JSON lines, where the name ends in .jsonl or .jsonl.gz, or plain text, of which each line is a text.
+
+  Raises ValueError, with the line, for what is no UTF-8, no JSON object, or has an id on some lines alone; and for a
+  file without lines.
+  """
+  data = path.read_bytes()
+  try:
+    if path.suffix == '.gz':
+      data = gzip.decompress(data)
+    lines = data.decode('utf-8-sig').removesuffix('\n').split('\n')
+  except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    raise ValueError(f'{path} is no text in UTF-8: {error}; convert it') from None
+  if lines == ['']:
+    raise ValueError(f'{path} is empty')
+  if '.jsonl' not in path.suffixes[-2:]:
+    return Records(path, [{'text': line.removesuffix('\r')} for line in lines], None)
+  records = [_record(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
+  ids = [record.get('id', record.get('task_id')) for record in records]
+  if all(id is None for id in ids):
+    return Records(path, records, None)
+  for number, id in enumerate(ids, 1):
+    if not isinstance(id, str | int):
+      raise ValueError(f'{path}: record {number} has the id {json.dumps(id)}, and others have one; give each line an '
+                       'id, a text or a whole number, or none')
+  return Records(path, records, [str(id) for id in ids])
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{where} is no JSON: {error.msg} at character {error.pos + 1}') from None
+  if not isinstance(record, dict):
+    raise ValueError(f'{where} is {line[:50]}, and what is needed is an object, {{"id": ..., "text": ...}}')
+  return record
+
+
+def texts(records: Records) -> list[str]:
+  """Returns the text of each line. Raises ValueError for a line without one, or where none has a character."""
+  result = [_value(record, _TEXT, records.where(i)) for i, record in enumerate(records.lines)]
+  for i, text in enumerate(result):
+    if not isinstance(text, str):
+      raise ValueError(f'{records.where(i)} has a text that is {json.dumps(text)[:50]}; one string is needed')
+  if not any(text.strip() for text in result):
+    raise ValueError(f'all {len(result)} texts of {records.path} are empty')
+  return result
+
+
+def _value(record: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
+  name = next((name for name in names if name in record), None)
+  if name is None:
+    raise ValueError(f'{where} has none of the fields {", ".join(names)}, and has {", ".join(record) or "nothing"}')
+  return record[name]
+
+
+def _references(records: Records) -> list[list[str]]:
+  """Returns the references of each line, of which plain text has one."""
+  result = []
+  for i, record in enumerate(records.lines):
+    value = _value(record, _REFERENCES, records.where(i))
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, list) or not several or not all(isinstance(one, str) for one in several):
+      raise ValueError(f'{records.where(i)} has the references {json.dumps(value)[:50]}; a text, or a list with one or '
+                       'more texts, is needed')
+    result.append(several)
+  return result
+
+
+def matched(candidates: Records, references: Sequence[Records]) -> list[list[str]]:
+  """Returns the references of each candidate: those of all files, by id, or line by line in files without ids.
+
+  Without a file, the candidates' own lines have them.
+  An empty line of the second and further files of plain text is no reference. Raises ValueError where counts differ,
+  or an id is there twice or lacks in one of the files.
+  """
+  if not references:
+    if not all('references' in line or 'reference' in line for line in candidates.lines):
+      raise ValueError(f'{candidates.path} has lines without references; give a file with references')
+    return _references(candidates)
+  result: list[list[str]] = [[] for _ in candidates.lines]
+  for number, records in enumerate(references):
+    own = _references(records)
+    for place, i in enumerate(places(candidates, records)):
+      several = own[i]
+      result[place] += several if number == 0 or candidates.ids or several != [''] else []
+  return result
+
+
+def places(candidates: Records, others: Records) -> list[int]:
+  """Returns where the line of each candidate is in another file. Raises ValueError as `matched`."""
+  if candidates.ids is None or others.ids is None:
+    if len(candidates.lines) != len(others.lines):
+      raise ValueError(f'{candidates.path} has {len(candidates.lines)} texts and {others.path} has '
+                       f'{len(others.lines)}; without ids they are matched line by line, so give as many')
+    return list(range(len(others.lines)))
+  for records in candidates, others:
+    check_unique(records)
+  by_id = {id: i for i, id in enumerate(others.ids)}
+  for owner, lacking in ((candidates, others), (others, candidates)):
+    present = set(lacking.ids)
+    ids = [id for id in owner.ids if id not in present]
+    if ids:
+      raise ValueError(f'{lacking.path} lacks {len(ids)} of the {len(owner.ids)} ids of {owner.path}: '
+                       f'{", ".join(ids[:3])}{", ..." if len(ids) > 3 else ""}; give the same ids')
+  return [by_id[id] for id in candidates.ids]
+
+
+def check_unique(records: Records) -> None:
+  """Raises ValueError where two lines have the same id."""
+  first: dict[str, int] = {}
+  for i, id in enumerate(records.ids or ()):
+    if id in first:
+      raise ValueError(f'{records.path} has the id {id} on two lines, {first[id] + 1} and {i + 1}; an id is there once')
+    first[id] = i
+
+
+def by_problem(candidates: Records, problems: Records) -> list[list[str]]:
+  """Returns the programs for each problem; several lines with its id are several programs. ValueError as `matched`."""
+  programs = texts(candidates)
+  if candidates.ids is None or problems.ids is None:
+    return [[programs[i]] for i in places(candidates, problems)]
+  check_unique(problems)
+  result: dict[str, list[str]] = {id: [] for id in problems.ids}
+  for id, program in zip(candidates.ids, programs):
+    if id not in result:
+      raise ValueError(f'{candidates.path} has a program for {id}, which {problems.path} does not have')
+    result[id].append(program)
+  missing = [id for id, several in result.items() if not several]
+  if missing:
+    raise ValueError(f'{candidates.path} has no program for {len(missing)} of the {len(result)} problems of '
+                     f'{problems.path}: {", ".join(missing[:3])}')
+  return list(result.values())
