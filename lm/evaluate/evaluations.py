@@ -1,5 +1,6 @@
 """The kinds of evaluations: each is called with a model and gives measures, and is a section of a suite."""
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from lm.data.text import corpora, source
 from lm.evaluate import likelihood, text_scores
 from lm.evaluate.report import Curve, Result
+from lm.evaluate.score import check_window
 
 CHUNK = 64   # documents between two saves
 
@@ -61,6 +63,8 @@ class Likelihood:
                        'other to another evaluation')
     if self.separator and not self.text:
       raise ValueError(f'separator={self.separator!r} is for files of text, and text is not given')
+    if self.key != 'text' and not self.jsonl:
+      raise ValueError(f'key={self.key!r} is for JSON lines, and jsonl is not given')
     if self.limit is not None and self.limit < 2:
       raise ValueError(f'limit={self.limit} is below 2, and one document gives no interval; give more, or null for all')
 
@@ -79,10 +83,19 @@ class Likelihood:
       raise ValueError(f'{self.text or self.jsonl or "what was held out"} has no document with text')
     return texts
 
-  def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
-    model = subject.model
-    if not model.causal:
+  def digest(self, subject: Subject) -> str:
+    """Returns a hash of the documents. Raises ValueError where there are none, or settings do not fit the model."""
+    if not subject.model.causal or subject.model.reads_source:
       raise ValueError('likelihood is of decoders, and this model is none; leave this evaluation out')
+    check_window(self.window, self.stride, subject.model.max_length)
+    for context in self.contexts:
+      check_window(context, None, subject.model.max_length)
+    state = hashlib.blake2b(digest_size=16)
+    for text in self.documents(subject):
+      state.update(source.digest(text))
+    return state.hexdigest()
+
+  def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
     bos = subject.tokenizer.adds_bos if self.bos is None else self.bos
     texts, rows = self.documents(subject), progress.load()
     rows = np.zeros((0, likelihood.COLUMNS + len(self.contexts))) if rows is None else rows

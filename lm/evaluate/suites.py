@@ -7,6 +7,7 @@ that kind, each with its settings, which are the fields of the class of that kin
 """
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import pathlib
@@ -37,7 +38,7 @@ class Suite:
 def read(file: pathlib.Path) -> Suite:
   """Reads a suite. Raises ValueError, which names the file and the nearest name, where it is none."""
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(), object_pairs_hook=functools.partial(_without_repeats, file))
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f'{file} is no JSON: {error}') from None
   kinds = {name: typing.get_args(hint)[1] for name, hint in typing.get_type_hints(Suite).items()}
@@ -45,14 +46,23 @@ def read(file: pathlib.Path) -> Suite:
   fields, names = {}, set()
   for kind, evaluations in by_kind.items():
     for name, settings in _object(evaluations, f'{file}: {kind}').items():
-      if name in names or not name or '/' in name:
-        raise ValueError(f'{file}: an evaluation is called {name!r}, which is empty, has a / or is there twice; give '
-                         'each a name of its own')
+      if name in names or not name or '/' in name or name == 'results':
+        raise ValueError(f'{file}: an evaluation is called {name!r}, which is empty, has a /, is the name of the file '
+                         'of all results or is there twice; give each a name of its own')
       names.add(name)
       fields.setdefault(kind, {})[name] = _evaluation(kinds[kind], settings, f'{file}: {kind}/{name}')
   if not names:
     raise ValueError(f'{file} has no evaluation; its first level has one of {", ".join(kinds)}')
   return Suite(**fields)
+
+
+def _without_repeats(file: pathlib.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  content = dict(pairs)
+  if len(content) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f'{file} has {next(name for name in names if names.count(name) > 1)!r} twice; give each a name of '
+                     'its own')
+  return content
 
 
 def _object(value: Any, where: str, allowed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -97,14 +107,17 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
 
   The rows of documents are written beside them, from which results of several systems are compared.
 
-  Evaluations that `folder` has already, of the same settings and the same model as `identity` says, are not repeated,
-  and one that was stopped goes on where it was.
+  Evaluations that `folder` has already, of the same settings, documents and model, as `identity` says, are not
+  repeated, and one that was stopped goes on where it was.
+
+  Raises ValueError, before anything is measured, where an evaluation does not fit the model or has no documents.
   """
-  folder.mkdir(parents=True, exist_ok=True)
   settings = {name: _settings(evaluation) for name, evaluation in suite.evaluations()}
+  digests = check(suite, subject)
+  folder.mkdir(parents=True, exist_ok=True)
   results = {}
   for name, evaluation in suite.evaluations():
-    key = {'evaluation': settings[name], 'model': identity}
+    key = {'evaluation': settings[name], 'documents': digests[name], 'model': identity}
     stored = folder / f'{name}.json'
     rows = stored_measures.file_of(folder, name)
     result = _stored(stored, key) if rows.is_file() else None
@@ -124,6 +137,17 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
   return results
 
 
+def check(suite: Suite, subject: Subject) -> dict[str, str]:
+  """Returns a hash of what each evaluation reads; raises ValueError, with its name, where one cannot be measured."""
+  digests = {}
+  for name, evaluation in suite.evaluations():
+    try:
+      digests[name] = evaluation.digest(subject)
+    except (ValueError, OSError) as error:
+      raise ValueError(f'{name}: {error}') from error
+  return digests
+
+
 def _settings(evaluation: Any) -> Any:
   return json.loads(json.dumps(describe.describe(evaluation)))
 
@@ -132,7 +156,7 @@ def _stored(file: pathlib.Path, key: Any) -> dict[str, Any] | None:
   if not file.is_file():
     return None
   content = json.loads(file.read_text())
-  return content['result'] if content['key'] == key else None
+  return content['result'] if content.get('key') == key else None
 
 
 def _progress(name: str, file: pathlib.Path, key: Any) -> Progress:
@@ -163,15 +187,17 @@ class Evaluator:
   file: pathlib.Path
 
   def __call__(self, run: Any, data: Any, mesh: jax.sharding.Mesh) -> Callable[[Any, int], dict[str, float]]:
-    """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read`."""
+    """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read` and `check`."""
     del mesh
     suite = read(self.file)
+    subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'))
+    check(suite, subject)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
       del step
-      subject, metrics = Subject(run.model, params, data.tokenizer, lambda: data.documents('validation')), {}
+      metrics = {}
       for name, evaluation in suite.evaluations():
-        for measure in evaluation(subject).measures:
+        for measure in evaluation(subject._replace(params=params)).measures:
           value, low, high = measure.interval()
           metrics |= {f'{name}/{measure.name}': value, f'{name}/{measure.name}/low': low,
                       f'{name}/{measure.name}/high': high}

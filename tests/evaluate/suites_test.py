@@ -34,7 +34,10 @@ def written(tmp_path, content):
     ({'likelihood': {'a': {'limit': True}}}, 'limit=true'), ({'likelihood': {'a': {'limit': 1}}}, 'one document gives'),
     ({'likelihood': {'a': {'contexts': [8, 'x']}}}, 'contexts='), ({'likelihood': {'a/b': {}}}, "'a/b'"),
     ({'likelihood': {'a': {'text': 'x', 'jsonl': 'y'}}}, 'both name documents'),
-    ({'likelihood': {'a': {'separator': 'x'}}}, 'text is not given')])
+    ({'likelihood': {'a': {'separator': 'x'}}}, 'text is not given'),
+    ({'likelihood': {'a': {'key': 'x'}}}, 'jsonl is not given'),
+    ({'likelihood': {'results': {}}}, "is called 'results'"),
+    ('{"likelihood": {"a": {}, "a": {"limit": 3}}}', "has 'a' twice")])
 def test_a_suite_that_is_none_is_refused_with_its_place(tmp_path, content, message):
   with pytest.raises(ValueError, match=message.replace('|', r'\|')):
     suites.read(written(tmp_path, content))
@@ -105,3 +108,19 @@ def test_an_evaluator_in_training_gives_the_numbers_of_the_command(tmp_path, sub
   for name, numbers in results['held']['metrics'].items():
     assert metrics[f'held/{name}'] == numbers['value'] and metrics[f'held/{name}/low'] == numbers['low']
   assert np.isfinite(list(metrics.values())).all()
+
+
+def test_documents_that_were_changed_are_measured_again_and_faults_are_seen_before_anything_is_measured(
+    tmp_path, subject, capsys):
+  file = tmp_path / 'a.jsonl'
+  file.write_text('{"text": "one text"}\n{"text": "two"}\n')
+  suite = suites.Suite({'a': evaluations.Likelihood(jsonl=str(file))})
+  first = suites.run(suite, subject, 'm', tmp_path / 'out')
+  file.write_text('{"text": "one text"}\n{"text": "TWO"}\n')
+  assert suites.run(suite, subject, 'm', tmp_path / 'out') != first
+  assert 'measured before' not in capsys.readouterr().out
+  for wrong in ({'text': str(tmp_path / 'absent')}, {'window': 1000}, {'contexts': (8, 0)}, {'stride': 60}):
+    both = suites.Suite({'first': evaluations.Likelihood(), 'wrong': evaluations.Likelihood(**wrong)})
+    with pytest.raises(ValueError, match='wrong: '):
+      suites.run(both, subject, 'm', tmp_path / 'never')
+  assert 'first' not in capsys.readouterr().out and not (tmp_path / 'never').exists()
