@@ -180,7 +180,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
     generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='data:8', **flags)
     return capsys.readouterr().err
   line = warning()
-  assert line == 'up to 14 tokens, to the end of the context; --window goes on past it\n'
+  assert line == 'up to 14 tokens, to the end of the context; --window continues beyond it\n'
   assert warning(window=True) == warning(max_tokens=14) == ''
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
     warning(max_tokens=15)
