@@ -23,7 +23,7 @@ from lm.workdir.describe import describe, differences, fingerprint
 
 # Files beside the weights. An import keeps them, so that an export of the imported model is complete.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-         'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
+         'added_tokens.json', 'vocab.json', 'merges.txt', 'vocab.txt', 'chat_template.jinja', 'chat_template.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,12 @@ def locate(name: str) -> pathlib.Path:
   except Exception as error:   # the network and the hub raise errors of many types
     raise OSError(f'{name} is no folder here, and the hub does not give it: {" ".join(str(error).split())[:300]}'
                   ) from None
+
+
+def tokenizer_length(folder: pathlib.Path) -> Any:
+  """Returns the most tokens of a text by tokenizer_config.json; None if it does not say it."""
+  path = folder / 'tokenizer_config.json'
+  return read(path).get('model_max_length') if path.is_file() else None
 
 
 def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:

@@ -113,7 +113,7 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
 
   Args:
     path: a file (vocab.json and merges.txt stand for both), or a folder. In a folder, the first of these files is read:
-      bytes.json, tokenizer.json, vocab.json with merges.txt (GPT-2), a .model file.
+      bytes.json, tokenizer.json, vocab.json with merges.txt (GPT-2), vocab.txt (BERT), a .model file.
     bos: the name of the separator that begins a document. None: the name in the files beside it (separators.json, else
       tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json), else a customary name. In
       an encoder-decoder, it is the token with which the decoder starts.
@@ -149,7 +149,8 @@ def load(path: str | os.PathLike, bos: str | None = None, eos: str | None = None
 def _file(path: pathlib.Path) -> pathlib.Path:
   """Returns the file of a tokenizer: the path itself, or a file in that folder. See `load`."""
   if path.is_dir():
-    paths = [path / name for name in ('bytes.json', 'tokenizer.json', 'vocab.json') if (path / name).is_file()]
+    names = 'bytes.json', 'tokenizer.json', 'vocab.json', 'vocab.txt'
+    paths = [path / name for name in names if (path / name).is_file()]
     paths = paths[:1] or sorted(path.glob('*.model'))
     if len(paths) > 1:
       raise ValueError(f'{path} has {", ".join(file.name for file in paths)}: give the path of the one to load')
@@ -163,6 +164,8 @@ def _read(path: pathlib.Path) -> tuple[type[HuggingFace | SentencePiece], str | 
   """Returns the class of a tokenizer and its model, with the tokens that files beside it add."""
   if path.name in ('vocab.json', 'merges.txt'):
     return HuggingFace, _gpt2(path.parent)
+  if path.name == 'vocab.txt':
+    return HuggingFace, _bert(path)
   data, added = path.read_bytes(), _added(path.parent)
   if path.suffix == '.json':
     return HuggingFace, huggingface.with_added(data.decode(), added)
@@ -275,6 +278,17 @@ def _gpt2(folder: pathlib.Path) -> str:
   return huggingface.gpt2((folder / 'vocab.json').read_bytes().decode(), (folder / 'merges.txt').read_bytes().decode(),
                           list(tokens.values()), {**_json(folder / 'added_tokens.json'), **added},
                           bool(config.get('add_prefix_space')))
+
+
+def _bert(path: pathlib.Path) -> str:
+  """Returns the tokenizer.json of BERT's vocab.txt, with the settings in the tokenizer_config.json beside it.
+
+  In a folder of BLEURT for TensorFlow, bleurt_config.json says whether text is changed to lower case.
+  """
+  config = {**_json(path.parent / 'bleurt_config.json'), **_json(path.parent / 'tokenizer_config.json')}
+  words = path.read_bytes().decode().removesuffix('\n').split('\n')
+  return huggingface.wordpiece([word.rstrip('\r') for word in words], config.get('do_lower_case', True),
+                               config.get('strip_accents'), config.get('tokenize_chinese_chars', True))
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

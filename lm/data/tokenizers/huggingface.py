@@ -229,6 +229,34 @@ def gpt2(names: str, merges: str, special: Sequence[str], added: Mapping[str, in
       'pre_tokenizer': level, 'decoder': level, 'model': {'type': 'BPE', 'vocab': ids, 'merges': pairs}})
 
 
+def wordpiece(words: Sequence[str], lower_case: bool, strip_accents: bool | None = None, chinese: bool = True) -> str:
+  """Returns the tokenizer.json of BERT's vocab.txt (WordPiece), whose lines are `words`.
+
+  Args:
+    words: the names of tokens, by id.
+    lower_case: whether text is changed to lower case.
+    strip_accents: whether accents are removed; None: if text is changed to lower case.
+    chinese: whether each Chinese character is a word.
+
+  Raises ValueError if [UNK], [CLS] or [SEP] is missing.
+  """
+  ids = {word: i for i, word in enumerate(words)}
+  if missing := [name for name in ('[UNK]', '[CLS]', '[SEP]') if name not in ids]:
+    raise ValueError(f'its vocab.txt is not that of a BERT: it lacks {", ".join(missing)}; give a tokenizer.json')
+  flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+  special = sorted((ids[name], name) for name in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if name in ids)
+  return json.dumps({
+      'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [
+          {'id': i, 'content': name, **flags, 'special': True} for i, name in special],
+      'normalizer': {'type': 'BertNormalizer', 'clean_text': True, 'handle_chinese_chars': chinese,
+                     'strip_accents': strip_accents, 'lowercase': lower_case},
+      'pre_tokenizer': {'type': 'BertPreTokenizer'},
+      'post_processor': {'type': 'BertProcessing', 'sep': ['[SEP]', ids['[SEP]']], 'cls': ['[CLS]', ids['[CLS]']]},
+      'decoder': {'type': 'WordPiece', 'prefix': '##', 'cleanup': True},
+      'model': {'type': 'WordPiece', 'unk_token': '[UNK]', 'continuing_subword_prefix': '##',
+                'max_input_chars_per_word': 100, 'vocab': ids}})
+
+
 def byte_level() -> dict[str, bytes]:
   """Returns the byte of each character with which GPT-2 represents bytes.
 

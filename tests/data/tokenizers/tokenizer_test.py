@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import warnings
 
 import hypothesis
 import hypothesis.strategies as st
@@ -301,3 +302,24 @@ XY = ['<x>', '<y>']
 def test_bos_and_eos_are_those_of_the_files_beside_the_tokenizer(files, expected, tmp_path, documents):
   t = folder_with(tmp_path, documents, **files)
   assert (t.bos_id, t.eos_id) == tuple(map(t.control_id, expected))
+
+
+@pytest.mark.parametrize('lower_case', [True, False])
+def test_a_vocab_txt_of_bert_gives_the_tokens_of_transformers(lower_case, tmp_path):
+  pytest.importorskip('tokenizers')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    transformers = pytest.importorskip('transformers')
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'The', 'cafe', 'Café', ',', '!', 'un', '##believ',
+           '##able', '##s', '我', '你', '[', ']', 'cl']
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'do_lower_case': lower_case}))
+  ours = tokenizer.load(tmp_path)
+  theirs = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=lower_case)
+  for text in ('The  unbelievables, Café!', '我你 the', 'the\tqqq\u200b cafés', ''):
+    assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
+  assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (2, 3, True)
+  assert ours.encode('[CLS]').tolist() != [2]   # a name of a control token in a text is text
+  (tmp_path / 'vocab.txt').write_text('a\nb\n')
+  with pytest.raises(ValueError, match=r'it lacks \[UNK\], \[CLS\], \[SEP\]'):
+    tokenizer.load(tmp_path)
