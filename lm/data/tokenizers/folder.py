@@ -234,7 +234,7 @@ def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
     return rule
   if _json(path.parent / 'config.json').get('is_encoder_decoder'):   # bos starts the decoder, not the encoder's text
     return False
-  if path.name == 'tokenizer.json':
+  if path.name in ('tokenizer.json', 'vocab.txt'):
     front = tokenizer.front
     if front not in ((), (tokenizer.bos_id,)):
       raise ValueError(f'its post-processor puts the tokens {front} in front of a text, and bos is '
