@@ -18,7 +18,7 @@ The verdict follows the p-values, corrected for the number of comparisons by Hol
 """
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,14 @@ class Comparison(NamedTuple):
       return MOST + 1
     least = math.ceil(1 + math.log2(1 / level))   # fewer have no two-sided permutation p-value this small
     return max(needed, least, self.documents + 1)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the numbers and the verdict; null where a number is not finite."""
+    numbers = {**self._asdict(), **self.difference._asdict(), 'needed': self.needed}
+    del numbers['difference'], numbers['value']
+    numbers = {'value': self.value, 'difference': self.difference.value, **numbers}
+    return {**{name: None if isinstance(number, float) and not math.isfinite(number) else number
+               for name, number in numbers.items()}, 'verdict': self.verdict}
 
   @property
   def verdict(self) -> str:
@@ -184,11 +192,13 @@ def table(comparisons: Mapping[str, Sequence[Comparison]], baseline: str) -> str
             f'{one.adjusted:.4f}', one.verdict) for name, one in ones]
   widths = [max(map(len, column)) for column in zip(header, *cells)]
   lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *cells]]
-  first = ones[0][1]
-  lines += ['', f'Differences are of the system minus {baseline}, on {first.documents:,} documents that both have; '
-            f'intervals ({first.confidence:.0%}) are by paired bootstrap, of one comparison alone; p is of a paired '
-            f'permutation test, corrected by Holm\'s method for {len(ones)} '
-            f'comparison{"s" if len(ones) > 1 else ""}, and the verdict follows the corrected p.']
+  first, plural = ones[0][1], 's' if len(ones) > 1 else ''
+  lines += ['', f'Differences are of the system minus {baseline}. Intervals ({first.confidence:.0%}) are by paired '
+            'bootstrap over documents, each of one comparison alone; p is of a paired permutation test. The verdict '
+            f"follows p corrected for {len(ones)} comparison{plural} (Holm)."]
+  signatures = dict.fromkeys(f'{one.metric}: {one.documents:,} documents, {one.signature or "no settings"}'
+                             for _, one in ones)
+  lines += signatures
   return '\n'.join(lines)
 
 

@@ -1,7 +1,9 @@
 """The measures of an evaluation on disk, with what each document adds, so that systems can be compared later."""
+import collections
 import io
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -61,3 +63,26 @@ def read(folder: pathlib.Path) -> dict[str, StoredMeasure]:
     raise FileNotFoundError(f'{folder} has no results with what each document adds; write them with '
                             'experiments/evaluate.py')
   return measures
+
+
+def paired(systems: Mapping[str, Mapping[str, StoredMeasure]]) -> dict[str, dict[str, Measure]]:
+  """Returns the measures of systems with their documents in one order, by system and name; those that not all have
+  are left out.
+
+  Raises ValueError where an evaluation has other documents for one system than for the first, or systems share none.
+  """
+  first, *others = systems
+  names = [name for name in systems[first] if all(name in systems[other] for other in others)]
+  if not names:
+    raise ValueError(f'{first} and {", ".join(others)} have no evaluation in common; {first} has '
+                     f'{", ".join(systems[first])}')
+  for name in names:
+    documents = collections.Counter(systems[first][name].documents)
+    for other in others:
+      own = collections.Counter(systems[other][name].documents)
+      if own != documents:
+        raise ValueError(f'{name}: {(documents - own).total()} of {documents.total()} documents of {first} are not in '
+                         f'{other}, which has {(own - documents).total()} others; evaluate both on the same documents')
+  in_order = lambda one: one.measure._replace(rows=one.measure.rows[np.argsort(one.documents, kind='stable')])
+  return {system: {name: in_order(measures[name])._replace(name=name) for name in names}
+          for system, measures in systems.items()}

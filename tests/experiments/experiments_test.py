@@ -68,6 +68,8 @@ TOOLS = {
     'importing': ['--rounds=1'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem'],
+    'compare_outputs': ['--outputs=a.jsonl,new=b.jsonl', '--references=c.txt,d.txt', '--metrics=chrf', '--lowercase'],
+    'judge': ['--outputs=a.jsonl,new=b.jsonl', '--address=http://localhost', '--model=judge', '--votes=votes.csv'],
     'human_eval': ['--outputs=a.jsonl,new=b.jsonl', '--mode=likert', '--criteria=fluency,relevance', '--raters=3'],
 }
 
