@@ -12,8 +12,6 @@ from lm.evaluate.measures import Measure
 from lm.evaluate.report import Result
 from lm.workdir import atomic, rebuild
 
-_SUFFIX = '.rows.npz'
-
 
 class StoredMeasure(NamedTuple):
   """A measure, and the names of the documents of its rows."""
@@ -23,7 +21,7 @@ class StoredMeasure(NamedTuple):
 
 def file_of(folder: pathlib.Path, evaluation: str) -> pathlib.Path:
   """Returns the file for the measures of an evaluation in a folder of results."""
-  return folder / f'{evaluation}{_SUFFIX}'
+  return folder / f'{evaluation}.rows.npz'
 
 
 def write(file: pathlib.Path, result: Result) -> None:
@@ -44,12 +42,15 @@ def write(file: pathlib.Path, result: Result) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, StoredMeasure]:
-  """Returns the measures of a folder of results, by evaluation/metric.
+  """Returns the measures of a folder of results, by evaluation/metric: of the evaluations that results.json has.
 
   Raises FileNotFoundError where the folder has none, and ValueError where they are of another version of the package.
   """
-  measures = {}
-  for file in sorted(folder.glob(f'*{_SUFFIX}')):
+  results, measures = folder / 'results.json', {}
+  for evaluation in json.loads(results.read_text())['results'] if results.is_file() else ():
+    file = file_of(folder, evaluation)
+    if not file.is_file():
+      continue
     with np.load(file) as stored:
       documents = json.loads(str(stored['documents']))
       for i, description in enumerate(json.loads(str(stored['descriptions']))):
@@ -58,7 +59,7 @@ def read(folder: pathlib.Path) -> dict[str, StoredMeasure]:
         except rebuild.Unknown as error:
           raise ValueError(f'{file} cannot be read: {error}; delete it and evaluate again') from None
         measure = Measure(**{**description, 'rows': stored[f'rows{i}'], 'value': value})
-        measures[f'{file.name.removesuffix(_SUFFIX)}/{measure.name}'] = StoredMeasure(measure, documents)
+        measures[f'{evaluation}/{measure.name}'] = StoredMeasure(measure, documents)
   if not measures:
     raise FileNotFoundError(f'{folder} has no results with what each document adds; write them with '
                             'experiments/evaluate.py')
