@@ -31,7 +31,7 @@ def bootstrap(rows: np.ndarray, value: Callable[[np.ndarray], np.ndarray], confi
   Most quantities are: a perplexity, an accuracy, corpus BLEU, the mean of any score. `rows` has what each document
   adds to the sums, [documents, k], and `value` computes the quantity from sums, [..., k] -> [...]. Documents, not
   tokens, are drawn with replacement, since the tokens of a document are not independent. The same seed draws the same
-  documents for any quantity. Values that are not finite, such as those of a draw without a token, are left out.
+  documents for any quantity. Undefined values (nan), such as those of a draw without a token, are left out.
 
   Raises ValueError if there are no documents.
   """
@@ -42,7 +42,7 @@ def bootstrap_each(rows: np.ndarray, values: Callable[[np.ndarray], np.ndarray],
                    samples: int = 2000, seed: int = 0) -> list[Interval]:
   """Returns the interval of each of several quantities, which `values` computes together: sums [..., k] -> [..., n].
 
-  Otherwise as `bootstrap`. Limits are nan where no draw has a finite value.
+  Otherwise as `bootstrap`. Limits are nan where no draw has a value.
   """
   rows = np.asarray(rows, float)
   if not len(rows):
@@ -52,9 +52,9 @@ def bootstrap_each(rows: np.ndarray, values: Callable[[np.ndarray], np.ndarray],
     return [Interval(float(estimate), -math.inf, math.inf) for estimate in estimates]
   intervals = []
   for estimate, drawn in zip(estimates, values(resampled_sums(rows, samples, seed)).T):
-    finite = drawn[np.isfinite(drawn)]
-    limits = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(finite, limits) if len(finite) else (math.nan, math.nan)
+    defined, limits = drawn[~np.isnan(drawn)], [(1 - confidence) / 2, (1 + confidence) / 2]
+    method = 'linear' if np.isfinite(defined).all() else 'closest_observation'   # nothing lies between two infinities
+    low, high = np.quantile(defined, limits, method=method) if len(defined) else (math.nan, math.nan)
     intervals.append(Interval(float(estimate), float(low), float(high)))
   return intervals
 

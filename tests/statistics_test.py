@@ -111,3 +111,11 @@ def test_draws_in_chunks_are_the_draws_at_once():
   sums = statistics.resampled_sums(rows, 1000, 0)   # in two chunks
   draws = np.random.default_rng(0).integers(11_000, size=(1000, 11_000))
   np.testing.assert_allclose(sums[[0, 950, 999]], [rows[draw].sum(0) for draw in draws[[0, 950, 999]]])
+
+
+def test_an_infinite_value_is_a_value_of_the_bootstrap_and_an_undefined_one_is_not():
+  rows = np.array([[np.inf], [1.], [2.], [3.]])
+  estimate = statistics.bootstrap(rows.clip(max=1e300), lambda sums: np.where(sums > 1e200, np.inf, sums)[..., 0])
+  assert estimate.high == np.inf and 4 <= estimate.low <= 12   # about a third of the draws lack the first document
+  undefined = statistics.bootstrap(rows[1:], lambda sums: np.where(sums > 6, np.nan, sums)[..., 0])
+  assert undefined.value == 6 and 3 <= undefined.low < undefined.high <= 6

@@ -103,7 +103,7 @@ class Likelihood:
       progress.show(len(rows), len(texts))
       chunk = texts[len(rows):len(rows) + CHUNK]
       scored = text_scores.scored(subject, chunk, None, bos, self.window, self.stride)
-      new = np.stack([likelihood.row(text, one.predicted, one.size) for text, one in zip(chunk, scored)])
+      new = np.stack([likelihood.row(text, one.predicted, one.size, not bos) for text, one in zip(chunk, scored)])
       losses = [[-one.scores.sum(dtype=np.float64) for one in text_scores.scored(subject, chunk, None, bos, context)]
                 for context in self.contexts]
       rows = np.concatenate([rows, np.concatenate([new, np.reshape(losses, (-1, len(chunk))).T], axis=1)])

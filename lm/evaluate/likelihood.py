@@ -27,24 +27,25 @@ _BY_POSITION = np.arange(5 + 3 * BINS, 5 + 3 * BINS + 2 * POSITIONS).reshape(2, 
 COLUMNS = 5 + 3 * BINS + 2 * POSITIONS
 
 
-def row(text: str, predicted: Predicted, byte_count: int) -> np.ndarray:
+def row(text: str, predicted: Predicted, byte_count: int, before: int = 0) -> np.ndarray:
   """Returns what a document adds to the sums of a set, [COLUMNS].
 
   Args:
     text: the document.
     predicted: of each of its tokens.
     byte_count: of UTF-8 bytes that the predicted tokens stand for.
+    before: the number of tokens of the document before the first predicted one.
   """
   result = np.zeros(COLUMNS)
   nll = -predicted.log_p.astype(np.float64)
   count = len(nll)
   result[[NLL, TOKENS, CORRECT, BYTES]] = nll.sum(), count, predicted.correct.sum(), byte_count
-  result[WORDS] = len(re.split(r'\s+', text))   # as lm-evaluation-harness counts words
+  result[WORDS] = len(re.split(r'\s+', text)) if count else 0   # as lm-evaluation-harness counts words
   top = np.exp(predicted.top_log_p.astype(np.float64))
   bins = np.minimum((top * BINS).astype(int), BINS - 1)
   for columns, weights in zip(_CALIBRATION, (np.ones(count), top, predicted.correct)):
     result[columns] = np.bincount(bins, weights, BINS)
-  bins = np.minimum(np.frexp(np.arange(count))[1], POSITIONS - 1)   # the exponent of the power of two above
+  bins = np.minimum(np.frexp(np.arange(before, before + count))[1], POSITIONS - 1)   # the exponent of the power of two above
   for columns, weights in zip(_BY_POSITION, (nll, np.ones(count))):
     result[columns] = np.bincount(bins, weights, POSITIONS)
   return result
@@ -52,9 +53,6 @@ def row(text: str, predicted: Predicted, byte_count: int) -> np.ndarray:
 
 def measures(rows: np.ndarray, signature: str = '') -> list[Measure]:
   """Returns the metrics above of a set of documents, from the rows [documents, COLUMNS] that `row` returns."""
-  def exponential(sums):
-    return np.exp(ratio(sums))
-
   def measure(name, columns, value, better):
     return Measure(name, rows[:, columns], value, better, signature)
 
@@ -67,6 +65,12 @@ def measures(rows: np.ndarray, signature: str = '') -> list[Measure]:
           measure('calibration_error', _CALIBRATION.ravel(), calibration_error, 'lower')]
 
 
+def exponential(sums: np.ndarray) -> np.ndarray:
+  """Returns exp of the quotient of two sums, [..., 2] -> [...]; infinite where it is beyond the largest float."""
+  with np.errstate(over='ignore'):
+    return np.exp(ratio(sums))
+
+
 def loss(rows: np.ndarray, column: int = NLL, signature: str = '') -> Measure:
   """Returns the cross-entropy of a set of documents, of which `column` has the summed losses."""
   return Measure('cross_entropy', rows[:, [column, TOKENS]], ratio, 'lower', signature)
@@ -75,7 +79,7 @@ def loss(rows: np.ndarray, column: int = NLL, signature: str = '') -> Measure:
 def calibration_error(sums: np.ndarray) -> np.ndarray:
   """Returns the expected calibration error of sums [..., 3 x BINS] of tokens, top probabilities and correct tokens."""
   tokens, top, correct = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, BINS), -2, 0)
-  return np.abs(top - correct).sum(-1) / tokens.sum(-1)
+  return ratio(np.stack([np.abs(top - correct).sum(-1), tokens.sum(-1)], -1))
 
 
 def reliability(rows: np.ndarray, signature: str = '') -> list[tuple[float, Measure]]:

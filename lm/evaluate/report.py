@@ -81,6 +81,8 @@ def number(value: float | None) -> str:
   """Returns a number for a table, with about four digits; a dash where there is none."""
   if value is None:
     return '-'
+  if abs(value) >= 1e9:
+    return f'{value:.3e}'
   return f'{value:,.0f}' if abs(value) >= 10_000 else f'{value:.4g}' if abs(value) >= 1000 else f'{value:.4f}'
 
 

@@ -65,3 +65,20 @@ def test_the_loss_by_position_is_that_of_the_tokens_there():
   rows = np.stack([likelihood.row('a', predicted(-values), 1) for values in losses])
   points = {name: measure.interval().value for name, measure in likelihood.by_position(rows)}
   assert points == {'0': 5., '1': 10.5, '2-3': 2.5, '4-7': 5.5, '8-15': 8.}
+
+
+def test_a_text_that_is_one_word_may_have_a_perplexity_beyond_any_float():
+  """Chinese has no white space: a word is a document, of a probability that no float holds."""
+  rows = np.stack([likelihood.row('字' * n, predicted([-9.] * n), 3 * n) for n in (10, 70, 90, 300)])
+  word_perplexity, = (m for m in likelihood.measures(rows) if m.name == 'word_perplexity')
+  value, low, high = word_perplexity.interval()
+  assert value == high == np.inf and math.exp(9 * 10) <= low < np.inf
+
+
+def test_a_document_without_a_scored_token_adds_nothing():
+  """Without bos, the first token is read and not scored."""
+  rows = np.stack([likelihood.row('a', predicted([]), 0, 1), likelihood.row('b c d', predicted([-2., -1.]), 2, 1)])
+  assert not rows[0].any()
+  for measure in likelihood.measures(rows):   # a draw of the first document alone has no value
+    assert measure.interval()[0] == measure.interval()[1] == measure.interval()[2]
+  assert [name for name, _ in likelihood.by_position(rows)] == ['1', '2-3']
