@@ -45,7 +45,8 @@ def row(text: str, predicted: Predicted, byte_count: int, before: int = 0) -> np
   bins = np.minimum((top * BINS).astype(int), BINS - 1)
   for columns, weights in zip(_CALIBRATION, (np.ones(count), top, predicted.correct)):
     result[columns] = np.bincount(bins, weights, BINS)
-  bins = np.minimum(np.frexp(np.arange(before, before + count))[1], POSITIONS - 1)   # the exponent of the power of two above
+  # The exponent of the power of two above.
+  bins = np.minimum(np.frexp(np.arange(before, before + count))[1], POSITIONS - 1)
   for columns, weights in zip(_BY_POSITION, (nll, np.ones(count))):
     result[columns] = np.bincount(bins, weights, POSITIONS)
   return result
