@@ -12,6 +12,7 @@ import jax
 from lm import launch, load, sharding
 from lm.evaluate import evaluations, report, suites
 from lm.hf import pretrained
+from lm.objectives.objective import causal_prompt
 
 
 def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, suite: pathlib.Path | None = None,
@@ -46,7 +47,8 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
         raise ValueError(f'--model={model} has no held-out documents of its own; name files with text or jsonl')
       return loaded.open_data().documents('validation')
 
-    subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, held_out)
+    subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, held_out,
+                                  causal_prompt if model else loaded.run.objective.prompt)
     results = suites.run(chosen, subject, identity, folder)
   print(f'\n{report.table(results)}\n\nwritten to {folder}: ' +
         ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.txt', '.png'))))

@@ -6,20 +6,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lm.data.batch import Batch
 from lm.data.text import corpora, source
 from lm.evaluate import likelihood, text_scores
 from lm.evaluate.report import Curve, Result
 from lm.evaluate.score import check_window
+from lm.objectives.objective import causal_prompt
 
 CHUNK = 64   # documents between two saves
 
 
 class Subject(NamedTuple):
-  """What is evaluated: a model with its parameters, and the documents that were held out of its training."""
+  """What is evaluated: a model with its parameters, and the documents that were held out of its training.
+
+  `mark` marks prompts as in training: the `prompt` of the objective; None for a model that writes no text.
+  """
   model: Any
   params: Any
   tokenizer: Any
   held_out: Callable[[], Sequence[str]]   # ValueError if there are none
+  mark: Callable[[Batch], Batch] | None = causal_prompt
 
 
 class Progress(NamedTuple):
@@ -33,8 +39,8 @@ NO_PROGRESS = Progress(lambda: None, lambda rows: None, lambda count, total: Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Likelihood:
-  """Cross-entropy of documents, and what follows from it; see `likelihood`.
+class Documents:
+  """Documents for an evaluation.
 
   Args:
     text: files of text, a glob pattern; a file is a document. Without files, the documents held out of the run.
@@ -42,20 +48,12 @@ class Likelihood:
     jsonl: files of JSON lines, a glob pattern; a line is a document.
     key: the field of a line that holds the text.
     limit: the first so many documents are read; none for all.
-    bos: whether a document begins with bos; none does as the tokenizer does.
-    window: tokens that are read at once; none for the context of the model.
-    stride: tokens that each further window scores; none for half a window.
-    contexts: further windows, each with half of it as the stride; the loss with each is given beside the others.
   """
   text: str | None = None
   separator: str | None = None
   jsonl: str | None = None
   key: str = 'text'
   limit: int | None = None
-  bos: bool | None = None
-  window: int | None = None
-  stride: int | None = None
-  contexts: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.text and self.jsonl:
@@ -82,6 +80,22 @@ class Likelihood:
     if not texts:
       raise ValueError(f'{self.text or self.jsonl or "what was held out"} has no document with text')
     return texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood(Documents):
+  """Cross-entropy of documents, and what follows from it; see `likelihood`, and `Documents` for the first settings.
+
+  Args:
+    bos: whether a document begins with bos; none does as the tokenizer does.
+    window: tokens that are read at once; none for the context of the model.
+    stride: tokens that each further window scores; none for half a window.
+    contexts: further windows, each with half of it as the stride; the loss with each is given beside the others.
+  """
+  bos: bool | None = None
+  window: int | None = None
+  stride: int | None = None
+  contexts: tuple[int, ...] = ()
 
   def digest(self, subject: Subject) -> str:
     """Returns a hash of the documents. Raises ValueError where there are none, or settings do not fit the model."""

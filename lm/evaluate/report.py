@@ -29,6 +29,7 @@ class Result(NamedTuple):
   curves: Sequence[Curve] = ()
   notes: Sequence[str] = ()     # lines for the reader, such as how many documents were too long
   documents: Sequence[str] = ()   # names of the documents of the rows, which are the same for any model
+  outputs: Sequence[Mapping[str, Any]] = ()   # what a model wrote, with `id`, `prompt`, `text` and `references`
 
 
 def entry(measure: Measure, confidence: float = 0.95) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from lm.evaluate import report, stored_measures
 from lm.evaluate.evaluations import Likelihood, Progress, Subject
+from lm.evaluate.text_generation import Generation
 from lm.workdir import atomic, describe
 
 
@@ -28,6 +29,7 @@ from lm.workdir import atomic, describe
 class Suite:
   """Evaluations by name, of each kind."""
   likelihood: Mapping[str, Likelihood] = dataclasses.field(default_factory=dict)
+  generation: Mapping[str, Generation] = dataclasses.field(default_factory=dict)
 
   def evaluations(self) -> Iterator[tuple[str, Any]]:
     """Yields (name, evaluation)."""
@@ -126,6 +128,9 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
       partial = folder / f'{name}.partial.npz'
       measured = evaluation(subject, _progress(name, partial, key))
       stored_measures.write(rows, measured)
+      if measured.outputs:
+        atomic.write(folder / f'{name}.jsonl', ''.join(json.dumps(output, ensure_ascii=False) + '\n'
+                                                       for output in measured.outputs))
       result = report.to_json(measured)
       atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
       partial.unlink(missing_ok=True)
@@ -190,7 +195,7 @@ class Evaluator:
     """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read` and `check`."""
     del mesh
     suite = read(self.file)
-    subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'))
+    subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'), run.objective.prompt)
     check(suite, subject)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:

@@ -3,7 +3,8 @@
 The numbers and the signatures are those that sacrebleu prints. What each text adds to the sums gives the intervals.
 """
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,13 @@ def _package() -> Any:
   return require('sacrebleu.metrics', 'eval')
 
 
+def corpus_score(kind: Literal['BLEU', 'CHRF', 'TER'], word_order: int, sums: np.ndarray) -> np.ndarray:
+  """Returns the score of sums of sacrebleu's statistics, [..., k] -> [...], as sacrebleu computes it from them."""
+  metric = getattr(_package(), kind)(**({'word_order': word_order} if kind == 'CHRF' else {}))
+  scores = [metric._compute_score_from_stats(row.tolist()).score for row in sums.reshape(-1, sums.shape[-1])]
+  return np.reshape(scores, sums.shape[:-1])
+
+
 def _measure(name: str, metric: Any, better: Literal['higher', 'lower'], candidates: Sequence[str],
              references: References) -> Measure:
   """Returns the measure of a metric of sacrebleu."""
@@ -29,14 +37,8 @@ def _measure(name: str, metric: Any, better: Literal['higher', 'lower'], candida
           for candidate, several in scored_pairs.pairs(name, candidates, references)]
   count = scored_pairs.count(references)
   metric.num_refs = -1 if count == 'var' else int(count)
-  return Measure(name, np.asarray(rows, float), _value(metric), better, metric.get_signature().format())
-
-
-def _value(metric: Any) -> Callable[[np.ndarray], np.ndarray]:
-  def value(sums: np.ndarray) -> np.ndarray:
-    scores = [metric._compute_score_from_stats(row.tolist()).score for row in sums.reshape(-1, sums.shape[-1])]
-    return np.reshape(scores, sums.shape[:-1])
-  return value
+  value = functools.partial(corpus_score, type(metric).__name__, getattr(metric, 'word_order', 0))
+  return Measure(name, np.asarray(rows, float), value, better, metric.get_signature().format())
 
 
 @dataclasses.dataclass(frozen=True)
