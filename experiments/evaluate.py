@@ -3,14 +3,15 @@
   python experiments/evaluate.py --workdir=runs/quickstart
   python experiments/evaluate.py --model=gpt2 --suite=suite.json
 
-A suite is a JSON file, as lm/evaluate/suites.py says; without one, the likelihood of what was held out of the run.
+A suite is a JSON file, as lm/evaluate/suites.py says; without one, the likelihood of what was held out of the run,
+and how varied 50 texts are that go on from its beginnings.
 """
 import pathlib
 
 import jax
 
 from lm import launch, load, sharding
-from lm.evaluate import evaluations, report, suites
+from lm.evaluate import evaluations, report, suites, text_generation
 from lm.hf import pretrained
 from lm.objectives.objective import causal_prompt
 
@@ -22,7 +23,8 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
   Args:
     workdir: of the run; none for runs/quickstart.
     model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
-    suite: a JSON file with the evaluations; none for the likelihood of what was held out of the run.
+    suite: a JSON file with the evaluations; none for the likelihood of what was held out of the run, and 50 texts that
+      go on from the first tokens of it.
     out: the folder for the results; none for the folder `evaluation` of the run, or evaluation-NAME of another model.
       What it has of the same model and settings is not measured again, and an evaluation that was stopped goes on.
     best: take the best checkpoint, not the newest.
@@ -32,7 +34,7 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
   if model and suite is None:
     raise ValueError(f'--model={model} has no held-out documents of its own; give a --suite, such as '
                      '{"likelihood": {"books": {"text": "books/*.txt"}}}')
-  chosen = suites.Suite({'held-out': evaluations.Likelihood()}) if suite is None else suites.read(suite)
+  chosen = None if suite is None else suites.read(suite)
   with jax.set_mesh(sharding.make_mesh(mesh)):
     if model:
       loaded = pretrained.load(model)
@@ -49,9 +51,21 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
 
     subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, held_out,
                                   causal_prompt if model else loaded.run.objective.prompt)
-    results = suites.run(chosen, subject, identity, folder)
+    results = suites.run(chosen or default(subject), subject, identity, folder)
   print(f'\n{report.table(results)}\n\nwritten to {folder}: ' +
         ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.txt', '.png'))))
+
+
+def default(subject: evaluations.Subject) -> suites.Suite:
+  """Returns the likelihood of what was held out and, where it has prompts for the model, texts that go on from them."""
+  likelihood, size = {'held-out': evaluations.Likelihood()}, min(64, (subject.model.max_length - 1) // 2)
+  written = text_generation.Generation(limit=50, prompt_tokens=size, max_tokens=size)
+  try:
+    written.digest(subject)
+  except ValueError as error:
+    print(f'no texts are generated: {error}')
+    return suites.Suite(likelihood)
+  return suites.Suite(likelihood, {'written': written})
 
 
 if __name__ == '__main__':

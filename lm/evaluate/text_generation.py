@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm import generate
+from lm import generate, seeds
 from lm.data.text import corpora, source
 from lm.evaluate import texts
 from lm.evaluate.evaluations import NO_PROGRESS, Documents, Progress, Subject
@@ -65,9 +65,11 @@ class Generation(Documents):
     if min(self.prompt_tokens, self.max_tokens) < 1 or '' in self.stop:
       raise ValueError(f'prompt_tokens={self.prompt_tokens} and max_tokens={self.max_tokens} have to be at least 1, '
                        'and no stop string may be empty')
+    seeds.check(self.seed)
+    self.sampling()
 
-  @property
   def sampling(self) -> generate.Sampling:
+    """Returns how a token is drawn. ValueError for values that are out of range."""
     return generate.Sampling(self.temperature, self.top_k, self.top_p)
 
   def items(self, subject: Subject) -> list[Item]:
@@ -133,12 +135,12 @@ class Generation(Documents):
     while len(written) < len(items):
       progress.show(len(written), len(items))
       prompts = [item.prompt for item in items[len(written):len(written) + _BATCH]]
-      written += generate.generate(subject.model, subject.params, subject.tokenizer, prompts, self.sampling,
+      written += generate.generate(subject.model, subject.params, subject.tokenizer, prompts, self.sampling(),
                                    max_tokens=self.max_tokens, stop=self.stop, seed=self.seed, mark=subject.mark)
       progress.save(np.array([json.dumps(text) for text in written]))
     outputs = [{'id': item.id, 'prompt': item.prompt, 'text': text, 'references': item.references}
                for item, text in zip(items, written)]
-    notes = [f'up to {self.max_tokens} tokens after each prompt, {self.sampling}, seed {self.seed}']
+    notes = [f'up to {self.max_tokens} tokens after each prompt, {self.sampling()}, seed {self.seed}']
     if empty := sum(not text.strip() for text in written):
       notes.append(f'{empty:,} of {len(written):,} texts are empty')
     if note := texts.Settings(self.language).note(references):

@@ -9,6 +9,7 @@ from lm.data.text import source
 from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import evaluations, report, stored_measures, suites
 from lm.models import transformer
+from lm.objectives import next_token
 
 TEXTS = [f'document {i} has some words, ' * (1 + i % 3) for i in range(150)]
 
@@ -100,7 +101,7 @@ def test_an_evaluator_in_training_gives_the_numbers_of_the_command(tmp_path, sub
     documents = staticmethod(lambda split: TEXTS if split == 'validation' else 1 / 0)
 
   class Run:
-    model = subject.model
+    model, objective = subject.model, next_token.next_token()
 
   evaluate = suites.Evaluator(written(tmp_path, {'likelihood': {'held': {'limit': 9}}}))(Run, Data, None)
   metrics = evaluate(subject.params, 7)
