@@ -32,6 +32,23 @@ class Measure(NamedTuple):
     return self.value(self.rows)
 
 
+def intervals(measures: Sequence[Measure], confidence: float = 0.95) -> list[statistics.Interval]:
+  """Returns the metric and the bootstrap interval of each measure; documents are drawn once for all of them."""
+  by_count: dict[int, list[int]] = {}
+  for place, measure in enumerate(measures):
+    by_count.setdefault(len(measure.rows), []).append(place)
+  result = {}
+  for places in by_count.values():
+    ends = np.cumsum([measures[place].rows.shape[1] for place in places])
+
+    def values(sums: np.ndarray, places=places, ends=ends) -> np.ndarray:
+      parts = np.split(sums, ends[:-1], axis=-1)
+      return np.stack([measures[place].value(part) for place, part in zip(places, parts)], -1)
+    rows = np.concatenate([measures[place].rows for place in places], axis=1)
+    result |= zip(places, statistics.bootstrap_each(rows, values, confidence))
+  return [result[place] for place in range(len(measures))]
+
+
 def ratio(sums: np.ndarray) -> np.ndarray:
   """Returns the quotient of two sums, [..., 2] -> [...]; nan where the second is zero."""
   total, count = np.asarray(sums[..., 0], float), np.asarray(sums[..., 1], float)

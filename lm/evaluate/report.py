@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.evaluate.measures import Measure
+from lm.evaluate.measures import Measure, intervals
 from lm.workdir import atomic, figures
 
 PACKAGES = ('jax', 'numpy', 'sacrebleu', 'rouge-score', 'lm_eval')
@@ -32,19 +32,20 @@ class Result(NamedTuple):
   outputs: Sequence[Mapping[str, Any]] = ()   # what a model wrote, with `id`, `prompt`, `text` and `references`
 
 
-def entry(measure: Measure, confidence: float = 0.95) -> dict[str, Any]:
-  """Returns the JSON of a measure; an infinite or undefined number is null, which every reader of JSON takes."""
-  numbers = measure.interval(confidence)._asdict()
-  return {**{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-          'documents': len(measure.rows), 'better': measure.better, 'signature': measure.signature}
+def entries(measures: Sequence[Measure], confidence: float = 0.95) -> list[dict[str, Any]]:
+  """Returns the JSON of each measure; an infinite or undefined number is null, which every reader of JSON takes."""
+  return [{**{name: value if math.isfinite(value) else None for name, value in interval._asdict().items()},
+           'documents': len(measure.rows), 'better': measure.better, 'signature': measure.signature}
+          for measure, interval in zip(measures, intervals(measures, confidence))]
 
 
 def to_json(result: Result, confidence: float = 0.95) -> dict[str, Any]:
   """Returns the JSON of a result: `metrics` by name, `curves` with a list of points by name, and `notes`."""
-  curves = {curve.name: {'x': curve.x, 'y': curve.y, 'diagonal': curve.diagonal, 'points': [
-      {'at': x, **entry(measure, confidence)} for x, measure in curve.points]} for curve in result.curves}
-  return {'metrics': {measure.name: entry(measure, confidence) for measure in result.measures}, 'curves': curves,
-          'notes': list(result.notes)}
+  points = iter(entries([measure for curve in result.curves for _, measure in curve.points], confidence))
+  curves = {curve.name: {'x': curve.x, 'y': curve.y, 'diagonal': curve.diagonal,
+                         'points': [{'at': x, **next(points)} for x, _ in curve.points]} for curve in result.curves}
+  metrics = {measure.name: entry for measure, entry in zip(result.measures, entries(result.measures, confidence))}
+  return {'metrics': metrics, 'curves': curves, 'notes': list(result.notes)}
 
 
 def versions() -> dict[str, str]:

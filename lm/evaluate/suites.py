@@ -21,6 +21,7 @@ import numpy as np
 
 from lm.evaluate import report, stored_measures
 from lm.evaluate.evaluations import Likelihood, Progress, Subject
+from lm.evaluate.measures import intervals
 from lm.evaluate.text_generation import Generation
 from lm.workdir import atomic, describe
 
@@ -202,8 +203,8 @@ class Evaluator:
       del step
       metrics = {}
       for name, evaluation in suite.evaluations():
-        for measure in evaluation(subject._replace(params=params)).measures:
-          value, low, high = measure.interval()
+        measured = evaluation(subject._replace(params=params)).measures
+        for measure, (value, low, high) in zip(measured, intervals(measured)):
           metrics |= {f'{name}/{measure.name}': value, f'{name}/{measure.name}/low': low,
                       f'{name}/{measure.name}/high': high}
       return metrics
