@@ -31,7 +31,7 @@ class Subject(NamedTuple):
 class Progress(NamedTuple):
   """Where an evaluation keeps what it has measured so far, so that it can go on after a stop."""
   load: Callable[[], np.ndarray | None]
-  save: Callable[[np.ndarray], None]
+  save: Callable[[np.ndarray], None]         # all rows so far; those of earlier saves are not written again
   show: Callable[[int, int], None]   # documents done, and all
 
 

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import pathlib
+import shutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +127,7 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
     result = _stored(stored, key) if rows.is_file() else None
     if result is None:
       print(f'{name}: evaluating', flush=True)
-      partial = folder / f'{name}.partial.npz'
+      partial = folder / f'{name}.partial'
       measured = evaluation(subject, _progress(name, partial, key))
       stored_measures.write(rows, measured)
       if measured.outputs:
@@ -134,7 +135,7 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
                                                        for output in measured.outputs))
       result = report.to_json(measured)
       atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
-      partial.unlink(missing_ok=True)
+      shutil.rmtree(partial, ignore_errors=True)
     else:
       print(f'{name}: measured before, and read from {stored}')
     results[name] = result
@@ -165,19 +166,28 @@ def _stored(file: pathlib.Path, key: Any) -> dict[str, Any] | None:
   return content['result'] if content.get('key') == key else None
 
 
-def _progress(name: str, file: pathlib.Path, key: Any) -> Progress:
-  text = json.dumps(key, sort_keys=True)
+def _progress(name: str, folder: pathlib.Path, key: Any) -> Progress:
+  """Returns a progress with a file for the new rows of each save, named by the number of rows before them."""
+  text, saved = json.dumps(key, sort_keys=True), 0
 
   def load() -> np.ndarray | None:
-    if not file.is_file():
-      return None
-    with np.load(file) as stored:
-      return stored['rows'] if str(stored['key']) == text else None
+    nonlocal saved
+    parts = []
+    while (file := folder / f'{saved}.npz').is_file():
+      with np.load(file) as part:
+        if str(part['key']) != text or not len(part['rows']):
+          break
+        parts.append(part['rows'])
+      saved += len(parts[-1])
+    return np.concatenate(parts) if parts else None
 
   def save(rows: np.ndarray) -> None:
+    nonlocal saved
     content = io.BytesIO()
-    np.savez(content, rows=rows, key=text)
-    atomic.write(file, content.getvalue())
+    np.savez(content, rows=rows[saved:], key=text)
+    folder.mkdir(exist_ok=True)
+    atomic.write(folder / f'{saved}.npz', content.getvalue())
+    saved = len(rows)
 
   def show(count: int, total: int) -> None:
     print(f'{name}: {count:,} of {total:,} documents', flush=True)

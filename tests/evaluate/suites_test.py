@@ -127,3 +127,20 @@ def test_documents_that_were_changed_are_measured_again_and_faults_are_seen_befo
     with pytest.raises(ValueError, match='wrong: '):
       suites.run(both, subject, 'm', tmp_path / 'never')
   assert 'first' not in capsys.readouterr().out and not (tmp_path / 'never').exists()
+
+
+def test_progress_writes_each_row_once_and_reads_the_rows_of_its_own_key_alone(tmp_path):
+  rows = np.arange(20.).reshape(10, 2)
+  first = suites._progress('a', tmp_path / 'a.partial', 'key 1')
+  for count in (4, 8, 10):
+    first.save(rows[:count])
+  sizes = {file.name: len(np.load(file)['rows']) for file in (tmp_path / 'a.partial').iterdir()}
+  assert sizes == {'0.npz': 4, '4.npz': 4, '8.npz': 2}
+  np.testing.assert_array_equal(suites._progress('a', tmp_path / 'a.partial', 'key 1').load(), rows)
+  other = suites._progress('a', tmp_path / 'a.partial', 'key 2')
+  assert other.load() is None
+  other.save(rows[:4] + 1)   # what the first one wrote behind these rows stays, and is not read
+  resumed = suites._progress('a', tmp_path / 'a.partial', 'key 2')
+  np.testing.assert_array_equal(resumed.load(), rows[:4] + 1)
+  resumed.save(rows + 1)
+  np.testing.assert_array_equal(suites._progress('a', tmp_path / 'a.partial', 'key 2').load(), rows + 1)
