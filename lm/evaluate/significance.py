@@ -16,6 +16,7 @@ as well as for means:
 The verdict follows the p-values, corrected for the number of comparisons by Holm's method (1979): with probability
 `confidence`, no equal systems are told apart anywhere in a table. Intervals are of one comparison alone.
 """
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -196,9 +197,10 @@ def table(comparisons: Mapping[str, Sequence[Comparison]], baseline: str) -> str
   lines += ['', f'Differences are of the system minus {baseline}. Intervals ({first.confidence:.0%}) are by paired '
             'bootstrap over documents, each of one comparison alone; p is of a paired permutation test. The verdict '
             f"follows p corrected for {len(ones)} comparison{plural} (Holm)."]
-  signatures = dict.fromkeys(f'{one.metric}: {one.documents:,} documents, {one.signature or "no settings"}'
-                             for _, one in ones)
-  lines += signatures
+  metrics = collections.defaultdict(dict)   # names of metrics, each once, by what is said of them
+  for _, one in ones:
+    metrics[f'{one.documents:,} documents, {one.signature or "no settings"}'][one.metric] = None
+  lines += [f'{", ".join(names)}: {text}' for text, names in metrics.items()]
   return '\n'.join(lines)
 
 
