@@ -3,6 +3,7 @@
   python experiments/score_texts.py --candidates=outputs.jsonl --references=references.jsonl --metrics=bleu,rouge
   python experiments/score_texts.py --candidates=a.txt,b.txt --references=first.txt,second.txt --lowercase
   python experiments/score_texts.py --candidates=poems.txt --language=zh --metrics=distinct,self_bleu,repetition
+  python experiments/score_texts.py --candidates=a.jsonl --references=r.jsonl --bleurt=lucadiliello/BLEURT-20-D12
   python experiments/score_texts.py --candidates=samples.jsonl --problems=HumanEval.jsonl.gz --execute_code --k=1,10
 
 JSON lines have `id`, `text` (or `candidate`) and `references` (or `reference`); plain text has one text a line. Ids are
@@ -13,8 +14,10 @@ import dataclasses
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from lm import launch
+from lm import launch, options
 from lm.evaluate import report, texts
 from lm.evaluate.texts import text_files
 
@@ -23,7 +26,7 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
                 metrics: tuple[str, ...] | None = None, problems: pathlib.Path | None = None,
                 execute_code: bool = False, k: tuple[int, ...] = (1,), seconds: float = 10.,
                 allow_no_isolation: bool = False, settings: texts.Settings = texts.Settings(),
-                out: pathlib.Path | None = None) -> None:
+                learned: options.LearnedMetrics = options.LearnedMetrics(), out: pathlib.Path | None = None) -> None:
   """Scores files of texts.
 
   Args:
@@ -46,10 +49,12 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     chosen = metrics or ('bleu', 'chrf', 'rouge')
     texts.check_names(chosen)
     settings.check(chosen)
-    described = {'metrics': chosen, **dataclasses.asdict(settings)}
-    results = {name: score(records, references, chosen, settings) for name, records in named(candidates).items()}
+    described = {'metrics': chosen, **dataclasses.asdict(settings), **{
+        name: value for name, value in dataclasses.asdict(learned).items() if value}}
+    records_by_name, opened = named(candidates), learned.open()
+    results = {name: score(records, references, chosen, settings, opened) for name, records in records_by_name.items()}
   else:
-    if references or metrics or settings != texts.Settings():
+    if references or metrics or settings != texts.Settings() or learned != options.LearnedMetrics():
       raise ValueError('--problems has pass@k alone; score texts with --references and --metrics by another command')
     if not execute_code:
       raise ValueError('--problems executes the programs in --candidates, which nobody may have read; --execute_code '
@@ -75,11 +80,11 @@ def named(files: tuple[pathlib.Path, ...]) -> dict[str, text_files.Records]:
 
 
 def score(records: text_files.Records, files: tuple[pathlib.Path, ...], metrics: tuple[str, ...],
-          settings: texts.Settings) -> report.Result:
+          settings: texts.Settings, learned: Sequence[Callable[..., Any]] = ()) -> report.Result:
   """Returns the measures of the texts of a file, in the order of the metrics."""
   candidates, references, notes = text_files.texts(records), None, []
   text_files.check_unique(records)
-  if not set(metrics) <= set(texts.WITHOUT_REFERENCES):
+  if learned or not set(metrics) <= set(texts.WITHOUT_REFERENCES):
     references = text_files.matched(records, [text_files.read(file) for file in files])
     notes += filter(None, [settings.note(references)])
     for note in notes:
@@ -92,6 +97,8 @@ def score(records: text_files.Records, files: tuple[pathlib.Path, ...], metrics:
     start = time.monotonic()
     measures += settings.scores(name, candidates, references)
     print(f'{name}: {len(candidates):,} texts in {time.monotonic() - start:.1f} s', file=sys.stderr, flush=True)
+  for metric in learned:
+    measures += metric(candidates, references)
   return report.Result(measures, (), notes + [f'{empty:,} of {len(candidates):,} texts are empty'] * bool(empty))
 
 

@@ -1,7 +1,7 @@
 """Confidence intervals, and comparisons of what is paired: two arms by seed, or two systems by document."""
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,40 @@ def _draws(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
 @functools.lru_cache(maxsize=1)   # the metrics of an evaluation have the same number of documents
 def _kept_draws(count: int, samples: int, seed: int) -> list[np.ndarray]:
   return list(_draws(count, samples, seed))
+
+
+CORRELATIONS = 'pearson', 'spearman', 'kendall'
+
+
+def correlations(scores: Sequence[float], ratings: Sequence[float], groups: Sequence[Hashable] | None = None,
+                 confidence: float = 0.95, samples: int = 200, seed: int = 0) -> dict[str, Interval]:
+  """Returns Pearson's r, Spearman's rho and Kendall's tau-b of two scores, with percentile bootstrap intervals.
+
+  `groups` says which scores belong together, such as those of one item: whole groups are drawn. A coefficient is nan
+  where all scores, or all ratings, are equal. Raises ValueError if there are fewer than three pairs.
+  """
+  x, y = np.asarray(scores, float), np.asarray(ratings, float)
+  if len(x) != len(y) or len(x) < 3:
+    raise ValueError(f'{len(x)} scores and {len(y)} ratings have no correlation; give three pairs or more')
+  members: dict[Hashable, list[int]] = {}
+  for i, group in enumerate(range(len(x)) if groups is None else groups):
+    members.setdefault(group, []).append(i)
+  places, rng = list(map(np.array, members.values())), np.random.default_rng(seed)
+  draws = [np.concatenate([places[i] for i in rng.integers(len(places), size=len(places))]) for _ in range(samples)]
+  estimates, drawn = _coefficients(x, y), np.array([_coefficients(x[draw], y[draw]) for draw in draws])
+  limits = [(1 - confidence) / 2, (1 + confidence) / 2]
+  result = {}
+  for name, estimate, values in zip(CORRELATIONS, estimates, drawn.T):
+    finite = values[np.isfinite(values)]
+    result[name] = Interval(estimate, *(np.quantile(finite, limits).tolist() if len(finite) else (math.nan,) * 2))
+  return result
+
+
+def _coefficients(x: np.ndarray, y: np.ndarray) -> list[float]:
+  from scipy import stats
+  if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    return [math.nan] * len(CORRELATIONS)
+  return [float(function(x, y).statistic) for function in (stats.pearsonr, stats.spearmanr, stats.kendalltau)]
 
 
 class Verdict(NamedTuple):

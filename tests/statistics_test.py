@@ -119,3 +119,35 @@ def test_an_infinite_value_is_a_value_of_the_bootstrap_and_an_undefined_one_is_n
   assert estimate.high == np.inf and 4 <= estimate.low <= 12   # about a third of the draws lack the first document
   undefined = statistics.bootstrap(rows[1:], lambda sums: np.where(sums > 6, np.nan, sums)[..., 0])
   assert undefined.value == 6 and 3 <= undefined.low < undefined.high <= 6
+
+
+def test_correlations_are_their_definitions_and_their_intervals_cover():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=40).round(1)   # with ties
+  y = (x + rng.normal(size=40)).round(1)
+  values = statistics.correlations(x, y)
+
+  def pearson(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+  ranks = [np.array([(v < u).sum() + ((v == u).sum() + 1) / 2 for u in v]) for v in (x, y)]
+  signs = [np.sign(v[:, None] - v[None]) for v in (x, y)]
+  tau = (signs[0] * signs[1]).sum() / np.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
+  for name, expected in (('pearson', pearson(x, y)), ('spearman', pearson(*ranks)), ('kendall', tau)):
+    assert values[name].value == pytest.approx(expected)
+    assert values[name].low < expected < values[name].high
+  intervals = [statistics.correlations(*rng.multivariate_normal([0, 0], [[1, .5], [.5, 1]], 100).T, seed=i)['pearson']
+          for i in range(40)]
+  assert sum(each.low < .5 < each.high for each in intervals) >= 33
+
+
+def test_correlations_draw_whole_groups_and_constants_have_none():
+  rng = np.random.default_rng(1)
+  x, y = rng.normal(size=(2, 20))
+  once, alike = statistics.correlations(x, y), statistics.correlations(
+      np.repeat(x, 9), np.repeat(y, 9), np.repeat(np.arange(20), 9))
+  assert alike['pearson'] == pytest.approx(once['pearson'])   # nine copies of each item say no more than one
+  assert statistics.correlations(np.repeat(x, 9), np.repeat(y, 9))['pearson'].low > alike['pearson'].low + 0.1
+  assert all(np.isnan(value.value) for value in statistics.correlations(np.ones(9), np.arange(9)).values())
+  with pytest.raises(ValueError, match='2 scores and 2 ratings have no correlation'):
+    statistics.correlations([1, 2], [1, 2])

@@ -30,9 +30,16 @@ class Rated(NamedTuple):
   mismatched: Dialogue
 
 
+class RatedPair(NamedTuple):
+  """The tokens of a candidate and of its references, one or more, with the rating that the candidate got."""
+  references: tuple[np.ndarray, ...]   # int32 [n] each
+  candidate: np.ndarray                # int32 [m]
+  rating: float
+
+
 # The kinds of records that data may hold, and their names.
 KINDS = {np.ndarray: 'documents', Dialogue: 'dialogues', Pair: 'pairs of a preferred and another dialogue',
-         Rated: 'dialogues that are rated good or bad'}
+         Rated: 'dialogues that are rated good or bad', RatedPair: 'candidates with references and ratings'}
 
 
 class Example(NamedTuple):
@@ -139,7 +146,8 @@ def sample(kind: type, tokens: int, token: int) -> Any:
   document = np.full(tokens, token, np.int32)
   dialogue = Dialogue(document, np.arange(tokens) >= tokens // 2)
   return {np.ndarray: document, Dialogue: dialogue, Pair: Pair(dialogue, dialogue),
-          Rated: Rated(dialogue, True, dialogue)}[kind]
+          Rated: Rated(dialogue, True, dialogue),
+          RatedPair: RatedPair((document[:tokens // 2],), document[tokens // 2:], 0.)}[kind]
 
 
 class ExampleMaker(Protocol):

@@ -3,6 +3,7 @@ from lm.options.architecture import Shape
 from lm.options.budget_flags import Budget, Cadence
 from lm.options.computation import Computation
 from lm.options.corpus import Corpus
+from lm.options.learned_metrics import LearnedMetrics
 from lm.options.low_rank import Lora
 from lm.options.optimisation import MUON, Optimizer
 from lm.options.prediction import Ahead, Prediction
@@ -12,5 +13,6 @@ from lm.options.sizes import NAMED, Size
 from lm.options.vocabulary import Vocabulary
 from lm.options.warmup import Warmup
 
-__all__ = ['Shape', 'Budget', 'Cadence', 'Computation', 'Corpus', 'Lora', 'MUON', 'Optimizer', 'Ahead',
-           'Prediction', 'Records', 'Augmentations', 'Regularisation', 'NAMED', 'Size', 'Vocabulary', 'Warmup']
+__all__ = ['Shape', 'Budget', 'Cadence', 'Computation', 'Corpus', 'LearnedMetrics', 'Lora', 'MUON', 'Optimizer',
+           'Ahead', 'Prediction', 'Records', 'Augmentations', 'Regularisation', 'NAMED', 'Size', 'Vocabulary',
+           'Warmup']

@@ -63,7 +63,10 @@ def _arrays(tree: Any) -> dict[str, str]:
 
 
 def check_vocabulary(run: Run, data: OpenData) -> None:
-  """Raises ValueError where the tokenizer has tokens for which the model has no logits."""
+  """Raises ValueError where the tokenizer has tokens that the model does not know.
+
+  These are the tokens without logits; a model whose head gives scores, not logits, says how many it knows by `vocab`.
+  """
   def logits(constants, inputs):
     params = with_constants(run.model.init(jax.random.key(0)), constants)
     tokens = jnp.zeros((run.batch, 1), jnp.int32)
@@ -71,7 +74,8 @@ def check_vocabulary(run: Run, data: OpenData) -> None:
     outputs = run.model.apply(params, Batch(tokens, source=source, inputs=inputs))
     return outputs.head(outputs.hidden)
   inputs = abstract_batch(run, jax.sharding.get_mesh()).inputs
-  vocab = jax.eval_shape(logits, abstract_constants(run), inputs).shape[-1]
+  shape = jax.eval_shape(logits, abstract_constants(run), inputs).shape
+  vocab = shape[-1] if len(shape) == 3 else run.model.vocab
   if data.tokenizer.vocab_size > vocab:
     raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
                      'raise the vocabulary of the model')

@@ -24,8 +24,8 @@ import numpy as np
 FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'lm.evaluate.likelihood', 'lm.evaluate.measures',
              'jax.nn')
 # Classes of these modules, and these classes of other modules, may be built: they only hold values.
-CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rows',
-           'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',
+CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rated_pairs',
+           'lm.data.rows', 'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',
            'lm.hf.pretrained:Parameters', 'lm.load:StoredResult', 'lm.lora:Adapted', 'lm.train.interfaces:Constants')
 DEPTH, SIZE = 100, 100_000   # how deep values may be nested in the JSON, and how many it may have
 
