@@ -26,9 +26,9 @@ class LearnedMetrics:
   baseline: pathlib.Path | None = None
 
   def __post_init__(self):
-    given = {'layer': self.layer is not None, 'use_idf': self.use_idf, 'baseline': self.baseline is not None}
-    if self.bert_score is None and any(given.values()):
-      name = next(name for name, is_given in given.items() if is_given)
+    is_given = {'layer': self.layer is not None, 'use_idf': self.use_idf, 'baseline': self.baseline is not None}
+    if self.bert_score is None and any(is_given.values()):
+      name = next(name for name in is_given if is_given[name])
       raise ValueError(f'--{name}={getattr(self, name)} is for --bert_score, which is not given; leave it out')
     if self.baseline is not None and not self.baseline.is_file():
       raise ValueError(f'--baseline={self.baseline} is no file; give one of bert-score, such as its '
