@@ -195,8 +195,8 @@ def table(comparisons: Mapping[str, Sequence[Comparison]], baseline: str) -> str
   lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *cells]]
   first, plural = ones[0][1], 's' if len(ones) > 1 else ''
   lines += ['', f'Differences are of the system minus {baseline}. Intervals ({100 * first.confidence:g} %) are by '
-            'paired bootstrap over documents, each of one comparison alone; p is of a paired permutation test. The verdict '
-            f"follows p corrected for {len(ones)} comparison{plural} (Holm)."]
+            'paired bootstrap over documents, each of one comparison alone; p is of a paired permutation test. The '
+            f"verdict follows p corrected for {len(ones)} comparison{plural} (Holm)."]
   metrics = collections.defaultdict(dict)   # names of metrics, each once, by what is said of them
   for _, one in ones:
     metrics[f'{one.documents:,} documents, {one.signature or "no settings"}'][one.metric] = None
