@@ -89,10 +89,10 @@ def test_tables_and_json_have_every_number_with_its_interval(tmp_path, subject):
     line, = (line for line in (tmp_path / 'results.txt').read_text().splitlines() if f'held/{name} ' in line)
     assert all(report.number(numbers[key]) in line for key in ('low', 'value', 'high'))
   assert stored['versions']['jax'] == jax.__version__ and results['held']['curves']['reliability']['points']
-  kept = stored_measures.read(tmp_path)
-  again = report.to_json(report.Result([measure for measure, _ in kept.values()]))['metrics']
-  assert again == results['held']['metrics'] and list(kept) == [f'held/{name}' for name in again]
-  for _, documents in kept.values():
+  stored_rows = stored_measures.read(tmp_path)
+  again = report.to_json(report.Result([measure for measure, _ in stored_rows.values()]))['metrics']
+  assert again == results['held']['metrics'] and list(stored_rows) == [f'held/{name}' for name in again]
+  for _, documents in stored_rows.values():
     assert documents == [source.digest(text).hex() for text in TEXTS[:9]]
   assert {file.name for file in tmp_path.glob('*.png')} == {'reliability.png', 'loss_by_position.png'}
 
