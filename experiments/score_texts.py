@@ -41,7 +41,7 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     seconds: the time of each program.
     allow_no_isolation: execute programs where the system has no namespaces, with limits alone; they read what everyone
       may read, and have the network.
-    out: a folder for results.json and results.txt.
+    out: a folder for results.json, results.txt, and what came of each program.
   """
   if problems is None:
     if execute_code or allow_no_isolation or k != (1,) or seconds != 10.:
@@ -62,13 +62,16 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     metric = texts.PassAtK(k, texts.Sandbox(seconds=seconds, isolated=not allow_no_isolation))
     described = {'problems': str(problems), **dataclasses.asdict(metric)}
     results = {name: execute(records, text_files.read(problems), metric) for name, records in named(candidates).items()}
-  results = {name: report.to_json(result) for name, result in results.items()}
-  print(report.table(results))
+  tables = {name: report.to_json(result) for name, result in results.items()}
+  print(report.table(tables))
   if out:
     out.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+      if result.outputs:
+        report.write_outputs(out / f'{name}.jsonl', result.outputs)
     files = {'candidates': list(map(str, candidates)), 'references': list(map(str, references))}
-    report.write(out, {**files, **described}, results)
-    print(f'written to {out}: results.json, results.txt')
+    report.write(out, {**files, **described}, tables)
+    print(f'written to {out}')
 
 
 def named(files: tuple[pathlib.Path, ...]) -> dict[str, text_files.Records]:
@@ -106,8 +109,10 @@ def execute(records: text_files.Records, problems: text_files.Records, metric: t
   """Returns pass@k of the programs of a file, and which reasons the others had for not passing."""
   attempts = metric(text_files.by_problem(records, problems), [texts.problem(line) for line in problems.lines])
   reasons = collections.Counter(result.split(':')[0] for results in attempts.results for result in results)
-  return report.Result(attempts.measures, (), [', '.join(f'{reason}: {count}' for reason, count in
-                                                         reasons.most_common(6))])
+  note = ', '.join(f'{reason}: {count}' for reason, count in reasons.most_common(6))
+  ids = problems.ids or list(map(str, range(len(problems.lines))))
+  return report.Result(attempts.measures, (), [note], ids, [
+      {'id': id, 'results': of_problem} for id, of_problem in zip(ids, attempts.results)])
 
 
 if __name__ == '__main__':

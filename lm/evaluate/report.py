@@ -95,6 +95,11 @@ def write(folder: pathlib.Path, settings: Mapping[str, Any], results: Mapping[st
   atomic.write(folder / 'results.txt', table(results) + '\n')
 
 
+def write_outputs(file: pathlib.Path, outputs: Sequence[Mapping[str, Any]]) -> None:
+  """Writes JSON lines."""
+  atomic.write(file, ''.join(json.dumps(output, ensure_ascii=False) + '\n' for output in outputs))
+
+
 def draw(folder: pathlib.Path, results: Mapping[str, Mapping[str, Any]]) -> list[pathlib.Path]:
   """Draws a figure of each kind of curve, with a line for each evaluation; returns the files."""
   names = dict.fromkeys(curve for result in results.values() for curve in result['curves'])

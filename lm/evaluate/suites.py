@@ -131,8 +131,7 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
       measured = evaluation(subject, _progress(name, partial, key))
       stored_measures.write(rows, measured)
       if measured.outputs:
-        atomic.write(folder / f'{name}.jsonl', ''.join(json.dumps(output, ensure_ascii=False) + '\n'
-                                                       for output in measured.outputs))
+        report.write_outputs(folder / f'{name}.jsonl', measured.outputs)
       result = report.to_json(measured)
       atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
       shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 # Functions of these modules may be called: they only compute, and access no file and no process.
 FUNCTIONS = ('lm.models', 'lm.objectives', 'lm.data.text.clean', 'lm.evaluate.likelihood', 'lm.evaluate.measures',
-             'jax.nn')
+             'lm.evaluate.texts.sacre', 'jax.nn')
 # Classes of these modules, and these classes of other modules, may be built: they only hold values.
 CLASSES = ('lm.models', 'lm.objectives', 'lm.data.batch', 'lm.data.chat', 'lm.data.dataset', 'lm.data.rated_pairs',
            'lm.data.rows', 'lm.data.text.clean', 'lm.data.text.source', 'lm.evaluate.annotate:Annotated',

@@ -76,7 +76,9 @@ def test_pass_at_k_of_files(tmp_path, capsys):
   problems = lines(tmp_path / 'p.jsonl', [{'id': 'double', 'prompt': 'def f(x):\n', 'test': 'assert f(2) == 4'}])
   bodies = '2 * x', 'x', '1/0'
   samples = lines(tmp_path / 's.jsonl', [{'id': 'double', 'text': f'  return {body}'} for body in bodies])
-  run(candidates=(samples,), problems=problems, execute_code=True, k=(1, 2))
+  run(candidates=(samples,), problems=problems, execute_code=True, k=(1, 2), out=tmp_path / 'out')
   output = ' '.join(capsys.readouterr().out.split())
   assert 's/pass@1 0.3333' in output and 's/pass@2 0.6667' in output
   assert 's: passed: 1, AssertionError: 1, ZeroDivisionError: 1' in output
+  record, = map(json.loads, (tmp_path / 'out/s.jsonl').read_text().splitlines())
+  assert record == {'id': 'double', 'results': ['passed', 'AssertionError: ', 'ZeroDivisionError: division by zero']}

@@ -24,7 +24,9 @@ def _package() -> Any:
 
 def corpus_score(kind: Literal['BLEU', 'CHRF', 'TER'], word_order: int, sums: np.ndarray) -> np.ndarray:
   """Returns the score of sums of sacrebleu's statistics, [..., k] -> [...], as sacrebleu computes it from them."""
-  metric = getattr(_package(), kind)(**({'word_order': word_order} if kind == 'CHRF' else {}))
+  package = _package()
+  metric = {'BLEU': package.BLEU, 'CHRF': package.CHRF, 'TER': package.TER}[kind](
+      **({'word_order': word_order} if kind == 'CHRF' else {}))
   scores = [metric._compute_score_from_stats(row.tolist()).score for row in sums.reshape(-1, sums.shape[-1])]
   return np.reshape(scores, sums.shape[:-1])
 

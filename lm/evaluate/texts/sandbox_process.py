@@ -132,6 +132,7 @@ def _execute(request, report):
   for descriptor in range(3):
     os.dup2(os.open('/dev/null', os.O_RDWR), descriptor)
   os.dup2(report, 3)
+  os.set_inheritable(3, True)   # also where it was 3 already
   if request['isolated']:
     os.setsid()   # so that signals to its group do not reach the processes before
   _limit(request['limits'])

@@ -22,7 +22,7 @@ def read(path: pathlib.Path) -> Records:
   """Reads JSON lines, where the name ends in .jsonl or .jsonl.gz, or plain text, of which each line is a text.
 
   Raises ValueError, with the line, for what is no UTF-8, no JSON object, or has an id on some lines alone; and for a
-  file without lines.
+  file without lines, or of JSON under another name.
   """
   data = path.read_bytes()
   try:
@@ -34,6 +34,8 @@ def read(path: pathlib.Path) -> Records:
   if lines == ['']:
     raise ValueError(f'{path} is empty')
   if '.jsonl' not in path.suffixes[-2:]:
+    if lines[0].startswith('{"'):
+      raise ValueError(f'{path} has JSON, and the name of a file of JSON lines ends in .jsonl; rename it')
     return Records(path, [{'text': line.removesuffix('\r')} for line in lines], None)
   records = [_record(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
   ids = [record.get('id', record.get('task_id')) for record in records]

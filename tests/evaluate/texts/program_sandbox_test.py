@@ -3,7 +3,9 @@ import dataclasses
 import os
 import pathlib
 import socket
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -109,6 +111,22 @@ def test_processes_are_few_and_end_with_the_program():
   assert SANDBOX.run('import os\nif os.fork() == 0:\n  os.setsid()\n  os.execv("/usr/bin/sleep", '
                      '["program.py", "1000"])') == 'passed'
   assert processes() == 0   # a daemon ends as well
+
+
+def test_programs_end_with_the_process_that_executes_them():
+  script = (f'import sys\nsys.path.insert(0, {str(pathlib.Path(program_sandbox.__file__).parent)!r})\n'
+            'from program_sandbox import Sandbox\nprint(flush=True)\n'
+            'Sandbox(60.).run("import os\\nos.execv(\'/usr/bin/sleep\', [\'program.py\', \'1000\'])")')
+  with subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE) as process:
+    process.stdout.readline()
+    deadline = time.monotonic() + 60
+    while processes() == 0 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert processes() == 1
+    process.kill()
+  while processes() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert processes() == 0
 
 
 def test_memory_files_and_output_are_limited():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import shared_data
 
-from lm.evaluate import texts
+from lm.evaluate import report, stored_measures, texts
 from lm.evaluate.texts import exact, scored_pairs, words
 
 sacrebleu = pytest.importorskip('sacrebleu.metrics')
@@ -49,6 +49,19 @@ def test_the_value_and_the_signature_are_those_of_sacrebleu(metric, theirs, most
   assert low < measure.interval().value < high
   single = theirs().corpus_score([candidates[3]], streams([references[3]])).score
   assert measure.scores()[3] == single and measure.scores().shape == (40,)
+
+
+def test_what_each_text_adds_is_stored_and_read_with_the_same_scores(tmp_path):
+  candidates, references = corpus(10)
+  measures = [measure for metric in (texts.Bleu(), texts.Chrf(2), texts.Ter(), texts.Rouge(), texts.EditDistance())
+              for measure in metric(candidates, references)]
+  result = report.Result(measures, documents=list('abcdefghij'))
+  stored_measures.write(stored_measures.file_of(tmp_path, 'e'), result)
+  report.write(tmp_path, {}, {'e': report.to_json(result)})
+  stored = stored_measures.read(tmp_path)
+  assert len(stored) == len(measures)
+  for measure in measures:
+    assert stored[f'e/{measure.name}'].measure.interval() == measure.interval()
 
 
 def test_published_values():

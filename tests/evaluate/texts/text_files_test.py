@@ -66,6 +66,9 @@ def test_files_that_are_no_text_are_refused(tmp_path):
   path.write_bytes(b'\xff\xfe')
   with pytest.raises(ValueError, match='x.txt is no text in UTF-8'):
     text_files.read(path)
+  path.write_text('{"text": "a"}\n')
+  with pytest.raises(ValueError, match='x.txt has JSON, and the name of a file of JSON lines ends in .jsonl'):
+    text_files.read(path)
   (tmp_path / 'x.jsonl.gz').write_bytes(b'abc')
   with pytest.raises(ValueError, match='is no text in UTF-8'):
     text_files.read(tmp_path / 'x.jsonl.gz')
