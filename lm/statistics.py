@@ -1,7 +1,6 @@
 """Confidence intervals, and comparisons of what is paired: two arms by seed, or two systems by document."""
-import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,24 +61,14 @@ def bootstrap_each(rows: np.ndarray, values: Callable[[np.ndarray], np.ndarray],
 
 def resampled_sums(rows: np.ndarray, samples: int, seed: int) -> np.ndarray:
   """Returns sums of `rows` [documents, k] over documents drawn with replacement, [samples, k]."""
-  small = len(rows) * samples <= 40_000_000
-  draws = (_kept_draws if small else _draws)(len(rows), samples, seed)
-  return np.concatenate([counts @ rows for counts in draws])
-
-
-def _draws(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-  """Yields how often each document is drawn, [some draws, count], until there are `samples` draws."""
-  rng = np.random.default_rng(seed)
-  chunk = max(1, min(samples, 10_000_000 // count))   # so many draws at once: 80 MB
+  rng, count = np.random.default_rng(seed), len(rows)
+  chunk = max(1, min(samples, 10_000_000 // count))   # counts of documents for this many draws at once: 80 MB
+  sums = []
   for first in range(0, samples, chunk):
     draws = rng.integers(count, size=(min(chunk, samples - first), count))
     counts = np.stack([np.bincount(draw, minlength=count) for draw in draws])
-    yield counts.astype(np.min_scalar_type(counts.max()))
-
-
-@functools.lru_cache(maxsize=1)   # the metrics of an evaluation have the same number of documents
-def _kept_draws(count: int, samples: int, seed: int) -> list[np.ndarray]:
-  return list(_draws(count, samples, seed))
+    sums.append(counts @ rows)
+  return np.concatenate(sums)
 
 
 CORRELATIONS = 'pearson', 'spearman', 'kendall'
