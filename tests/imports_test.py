@@ -25,7 +25,7 @@ DOORS = {
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
     'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
     'starlette': {'evaluate/people/rating_server'}, 'uvicorn': {'evaluate/people/rating_server'},
-    'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
+    'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Libraries that are slow to import or optional are imported inside functions, so that --help answers at once.
 LAZY = set(DOORS) - {'flax'}
