@@ -38,7 +38,7 @@ setuptools.setup(
         'stopwords': ['stopwordsiso>=0.6', 'jieba>=0.42'],
         'plot': ['matplotlib>=3.9'],
         'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
-        'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2'],   # BLEU, chrF, TER, ROUGE
+        'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2', 'lm_eval>=0.4.13'],   # BLEU, chrF, TER, ROUGE; tasks
         'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],

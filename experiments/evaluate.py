@@ -2,6 +2,7 @@
 
   python experiments/evaluate.py --workdir=runs/quickstart
   python experiments/evaluate.py --model=gpt2 --suite=suite.json
+  python experiments/evaluate.py --model=gpt2 --tasks=hellaswag,piqa
 
 A suite is a JSON file, as lm/evaluate/suites.py says; without one, the likelihood of what was held out of the run,
 and how varied 50 texts are that go on from its beginnings.
@@ -12,11 +13,13 @@ import jax
 
 from lm import launch, load, sharding
 from lm.evaluate import evaluations, report, suites, text_generation
+from lm.evaluate.harness import Harness
 from lm.hf import pretrained
 from lm.objectives.objective import causal_prompt
 
 
 def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, suite: pathlib.Path | None = None,
+             tasks: tuple[str, ...] = (), include_path: str | None = None, limit: int | None = None,
              out: pathlib.Path | None = None, best: bool = False, mesh: str | None = None) -> None:
   """Evaluates a model.
 
@@ -25,16 +28,19 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
     model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
     suite: a JSON file with the evaluations; none for the likelihood of what was held out of the run, and 50 texts that
       go on from the first tokens of it.
+    tasks: tasks of lm-evaluation-harness, in place of a suite.
+    include_path: a folder with further tasks of that kind, such as experiments/tasks.
+    limit: the first so many documents of each of these tasks; none for all.
     out: the folder for the results; none for the folder `evaluation` of the run, or evaluation-NAME of another model.
       What it has of the same model and settings is not measured again, and an evaluation that was stopped goes on.
     best: take the best checkpoint, not the newest.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
   workdir, model = load.run_or_model(workdir, model)
-  if model and suite is None:
-    raise ValueError(f'--model={model} has no held-out documents of its own; give a --suite, such as '
+  if model and suite is None and not tasks:
+    raise ValueError(f'--model={model} has no held-out documents of its own; give --tasks, or a --suite such as '
                      '{"likelihood": {"books": {"text": "books/*.txt"}}}')
-  chosen = None if suite is None else suites.read(suite)
+  chosen = of_flags(suite, tasks, include_path, limit)
   with jax.set_mesh(sharding.make_mesh(mesh)):
     if model:
       loaded = pretrained.load(model)
@@ -50,10 +56,24 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
       return loaded.open_data().documents('validation')
 
     subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, held_out,
-                                  causal_prompt if model else loaded.run.objective.prompt)
+                                  causal_prompt if model else loaded.run.objective.prompt,
+                                  pretrained.folder_template(loaded.folder) if model else loaded.run.data.template)
     results = suites.run(chosen or default(subject), subject, identity, folder)
   print(f'\n{report.table(results)}\n\nwritten to {folder}: ' +
         ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.txt', '.png'))))
+
+
+def of_flags(file: pathlib.Path | None, tasks: tuple[str, ...], include_path: str | None, limit: int | None
+             ) -> suites.Suite | None:
+  """Returns the suite of a file or of tasks; None without both."""
+  if file and tasks:
+    raise ValueError(f'--suite={file} and --tasks={",".join(tasks)} both name evaluations; give one of them, and put '
+                     'the tasks into the suite: {"harness": {"tasks": {"tasks": ["' + tasks[0] + '"]}}}')
+  if not tasks and (include_path or limit):
+    raise ValueError(f'--include_path={include_path} and --limit={limit} are for --tasks, which are not given')
+  if tasks:
+    return suites.Suite(harness={'tasks': Harness(tasks, include_path, limit=limit)})
+  return None if file is None else suites.read(file)
 
 
 def default(subject: evaluations.Subject) -> suites.Suite:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.data.batch import Batch
+from lm.data.chat.conversation import Template
 from lm.data.text import corpora, source
 from lm.evaluate import likelihood, text_scores
 from lm.evaluate.report import Curve, Result
@@ -19,20 +20,22 @@ CHUNK = 64   # documents between two saves
 class Subject(NamedTuple):
   """What is evaluated: a model with its parameters, and the documents that were held out of its training.
 
-  `mark` marks prompts as in training: the `prompt` of the objective; None for a model that writes no text.
+  `mark` marks prompts as in training: the `prompt` of the objective; None for a model that writes no text. `template`
+  is its chat template; None for a model that was not trained to chat.
   """
   model: Any
   params: Any
   tokenizer: Any
   held_out: Callable[[], Sequence[str]]   # ValueError if there are none
   mark: Callable[[Batch], Batch] | None = causal_prompt
+  template: Template | None = None
 
 
 class Progress(NamedTuple):
   """Where an evaluation keeps what it has measured so far, so that it can go on after a stop."""
   load: Callable[[], np.ndarray | None]
   save: Callable[[np.ndarray], None]         # all rows so far; those of earlier saves are not written again
-  show: Callable[[int, int], None]   # documents done, and all
+  show: Callable[[int, int], None]   # documents or requests that are measured, and all
 
 
 NO_PROGRESS = Progress(lambda: None, lambda rows: None, lambda count, total: None)

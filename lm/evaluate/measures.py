@@ -55,6 +55,16 @@ def ratio(sums: np.ndarray) -> np.ndarray:
   return np.divide(total, count, out=np.full(total.shape, np.nan), where=count != 0)
 
 
+def perplexity(sums: np.ndarray) -> np.ndarray:
+  """Returns exp(-sum of log-probabilities / count), [..., 2] -> [...]."""
+  return np.exp(-ratio(sums))
+
+
+def bits(sums: np.ndarray) -> np.ndarray:
+  """Returns -sum of log-probabilities / count in bits, [..., 2] -> [...]."""
+  return -ratio(sums) / np.log(2)
+
+
 def mean(name: str, scores: Sequence[float], better: Literal['higher', 'lower', ''], signature: str = '',
          weights: Sequence[float] | None = None) -> Measure:
   """Returns the mean of a score over documents, each of weight 1 or of `weights`."""

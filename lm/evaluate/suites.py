@@ -22,6 +22,7 @@ import numpy as np
 
 from lm.evaluate import report, stored_measures
 from lm.evaluate.evaluations import Likelihood, Progress, Subject
+from lm.evaluate.harness import Harness
 from lm.evaluate.measures import intervals
 from lm.evaluate.text_generation import Generation
 from lm.workdir import atomic, describe
@@ -32,6 +33,7 @@ class Suite:
   """Evaluations by name, of each kind."""
   likelihood: Mapping[str, Likelihood] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Generation] = dataclasses.field(default_factory=dict)
+  harness: Mapping[str, Harness] = dataclasses.field(default_factory=dict)
 
   def evaluations(self) -> Iterator[tuple[str, Any]]:
     """Yields (name, evaluation)."""
@@ -189,7 +191,7 @@ def _progress(name: str, folder: pathlib.Path, key: Any) -> Progress:
     saved = len(rows)
 
   def show(count: int, total: int) -> None:
-    print(f'{name}: {count:,} of {total:,} documents', flush=True)
+    print(f'{name}: {count:,} of {total:,}', flush=True)
   return Progress(load, save, show)
 
 
@@ -205,7 +207,8 @@ class Evaluator:
     """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read` and `check`."""
     del mesh
     suite = read(self.file)
-    subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'), run.objective.prompt)
+    subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'), run.objective.prompt,
+                      run.data.template)
     check(suite, subject)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A suite is read strictly, resumes where it was stopped, and gives the same numbers during training."""
 import json
+import types
 
 import jax
 import numpy as np
@@ -103,7 +104,7 @@ def test_an_evaluator_in_training_gives_the_numbers_of_the_command(tmp_path, sub
     documents = staticmethod(lambda split: TEXTS if split == 'validation' else 1 / 0)
 
   class Run:
-    model, objective = subject.model, next_token.next_token()
+    model, objective, data = subject.model, next_token.next_token(), types.SimpleNamespace(template=None)
 
   evaluate = suites.Evaluator(written(tmp_path, {'likelihood': {'held': {'limit': 9}}}))(Run, Data, None)
   metrics = evaluate(subject.params, 7)

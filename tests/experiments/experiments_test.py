@@ -25,9 +25,10 @@ from lm.models import transformer
 from lm.workdir import track
 
 ROOT = pathlib.Path(__file__).parents[2]
-# By name: the experiments and the benchmarks, without what the benchmarks share.
+# By name: the experiments and the benchmarks, without what the benchmarks share, and the command line of another
+# program.
 SCRIPTS = {path.stem: path for folder in ('experiments', 'experiments/benchmarks')
-           for path in sorted((ROOT / folder).glob('*.py')) if path.stem != 'interleaved'}
+           for path in sorted((ROOT / folder).glob('*.py')) if path.stem not in ('interleaved', 'harness')}
 # Flags that make each experiment tiny.
 TINY = {
     'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
@@ -67,6 +68,7 @@ TOOLS = {
     'scoring': ['--families=gpt2,bert,t5'],
     'decoding': ['--new_tokens=4'],
     'importing': ['--rounds=1'],
+    'harness_requests': ['--rounds=1', '--width=64'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem',
                     '--bleurt=/nowhere', '--bert_score=/nowhere', '--use_idf'],

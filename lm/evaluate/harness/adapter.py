@@ -23,6 +23,8 @@ from lm.objectives.objective import causal_prompt
 from lm.sharding import hosts
 
 CHUNK = 256   # requests between two saves
+# Values that the harness's command line passes where the flag is not given, or that choose what is done here anyway.
+_DEFAULTS = {'batch_size': (1, '1', 'auto'), 'max_batch_size': (), 'device': ('cuda:0',)}
 
 
 class _Encoded(conversation.Conversation):
@@ -216,7 +218,7 @@ class Client:
 
   def _answer(self, method: str, requests: Sequence[Any], compute: Callable[[Sequence[Item]], list[Any]],
               disable_tqdm: bool, is_drawn: Callable[[tuple[Any, ...]], bool] = lambda args: False,
-              group: Callable[[Item], Any] = lambda item: 0, size: int = CHUNK) -> list[Any]:
+              group: Callable[[Item], Any] = lambda item: 0, size: int | None = None) -> list[Any]:
     """Returns the answers to requests in their order; what has no answer yet is computed in chunks, and saved."""
     items = harness_requests.keys(method, [request.args for request in requests], is_drawn)
     new = list({item.key: item for item in items if item.key not in self._answers}.values())
@@ -225,7 +227,7 @@ class Client:
       raise ValueError(f'process {jax.process_index()} has other requests than process 0, since its cache has other '
                        'answers; delete the caches of the harness (--use_cache) of all processes')
     with self._bar(method, len(new), disable_tqdm) as bar:
-      for chunk in harness_requests.chunks(new, group, size):
+      for chunk in harness_requests.chunks(new, group, size or CHUNK):
         for item, answer in zip(chunk, compute(chunk)):
           self._answers[item.key] = answer
           self.cache_hook.add_partial(method, item.args, answer)
@@ -257,13 +259,12 @@ def register(name: str, open_client: Callable[..., Any]) -> None:
   """
   def create(cls: type, values: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
     del cls
-    settings = {key: value for key, value in (settings or {}).items() if value is not None}
-    if str(settings.pop('batch_size', 1)) not in ('1', 'auto'):
-      raise ValueError('--batch_size is not needed: the number of rows follows from the length of the texts, and '
-                       'scores do not depend on it; leave it out')
-    if settings:
-      raise ValueError(f'--{next(iter(settings))} is not needed: the model is on all devices of JAX, which '
-                       'JAX_PLATFORMS and mesh=... of --model_args choose; leave it out')
+    reasons = {'batch_size': 'the number of rows follows from the length of the texts, and scores do not depend on it',
+               'max_batch_size': 'the number of rows follows from the length of the texts',
+               'device': 'the model is on all devices of JAX, which JAX_PLATFORMS and mesh=... of --model_args choose'}
+    for setting, value in (settings or {}).items():
+      if value not in (None, *_DEFAULTS[setting]):
+        raise ValueError(f'--{setting}={value} is not needed: {reasons[setting]}; leave it out')
     return open_client(**values)
   cls = client_class({'create_from_arg_obj': classmethod(create)})
   source.require('lm_eval.api.registry', 'eval').register_model(name)(cls)

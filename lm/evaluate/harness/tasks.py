@@ -5,8 +5,8 @@ that, and become measures. For what is not, such as BLEU over a corpus, the harn
 """
 import contextlib
 import difflib
+import functools
 import logging
-import math
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +20,12 @@ from lm.evaluate.measures import Measure
 from lm.evaluate.report import Result
 
 
-def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
-  """Returns the tasks and groups of these names, as the harness's `TaskManager.load` does.
+@functools.cache
+def task_manager(names: tuple[str, ...], include_path: str | None = None) -> Any:
+  """Returns the harness's manager of tasks, whose `load` opens these tasks and groups.
 
-  With `include_path`, a folder of tasks, those of the harness are looked up only if a name is not of that folder: to
-  list them takes ten seconds.
+  With `include_path`, a folder of tasks, those of the harness are listed only if a name is not of that folder, since
+  that takes ten seconds.
 
   Raises:
     ValueError: no task has one of the names; the message has the nearest one.
@@ -37,66 +38,84 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     manager = manager_class(include_path=include_path, include_defaults=include_path is None)
     if include_path is not None and not {*names} <= {*manager.all_tasks}:
       manager = manager_class(include_path=include_path)
-    for name in names:
-      if name not in manager.all_tasks:
-        nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0)
-        where = '' if include_path is None else f' and of {include_path}'
-        raise ValueError(f'there is no task {name!r} among those of lm-evaluation-harness{where}; the nearest is '
-                         f'{nearest[0]!r}')
-    return manager.load(list(names))
+  for name in names:
+    if name not in manager.all_tasks:
+      nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0)
+      where = '' if include_path is None else f' and of {include_path}'
+      raise ValueError(f'there is no task {name!r} among those of lm-evaluation-harness{where}; the nearest is '
+                       f'{nearest[0]!r}')
+  return manager
 
 
-def evaluate(client: Any, loaded: Mapping[str, Any], num_fewshot: int | None = None, limit: int | None = None,
-             apply_chat_template: bool = False, system_instruction: str | None = None, max_tokens: int | None = None,
-             seed: int = 1234) -> Result:
-  """Runs loaded tasks on a client, and returns a measure for each task, metric and filter.
+def evaluate(client: Any, names: tuple[str, ...], include_path: str | None = None, num_fewshot: int | None = None,
+             limit: int | None = None, apply_chat_template: bool = False, system_instruction: str | None = None,
+             max_tokens: int | None = None, seed: int = 1234) -> Result:
+  """Runs tasks on a client, and returns a measure for each task, metric and filter.
 
   Args:
     client: a model of the harness.
-    loaded: what `load_tasks` returns.
-    num_fewshot: examples before each document; None for as many as the task says.
+    names: tasks and groups of tasks.
+    include_path: a folder with further tasks, as in `task_manager`.
+    num_fewshot: examples before each document; None for as many as the task says. Tasks that say 0 keep it.
     limit: the first so many documents of each task; None for all.
     apply_chat_template: whether prompts are messages of a chat.
     system_instruction: what the system says in front of a prompt.
     max_tokens: the largest number of tokens that is written, whatever a task says.
     seed: of the choice of examples.
+
+  Raises:
+    ValueError: as `task_manager`.
+    ImportError: as `task_manager`.
   """
-  simple_evaluate = source.require('lm_eval', 'eval').simple_evaluate
-  built = [*loaded['groups'].values(), *(task for name, task in loaded['tasks'].items()
-                                         if not _is_grouped(name, loaded['groups']))]
-  with _quiet(), _same_random_state():
-    results = simple_evaluate(
-        client, tasks=built, num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction, gen_kwargs=max_tokens and {'max_gen_toks': max_tokens},
-        fewshot_random_seed=seed, torch_random_seed=None, bootstrap_iters=1000)
-  chat = f'|chat:{"yes" if apply_chat_template else "no"}' + ('|system:yes' if system_instruction else '')
+  manager, library = task_manager(names, include_path), source.require('lm_eval', 'eval')
+  with _quiet(), _seeded():
+    loaded = manager.load(list(names))
+    fixed = [name for name, task in loaded['tasks'].items() if task.get_config('num_fewshot') == 0]
+    for task in loaded['tasks'].values():
+      if max_tokens is not None and task.get_config('output_type') == 'generate_until':
+        task.set_config('generation_kwargs', {'max_gen_toks': max_tokens}, update=True)
+      if task.get_config('num_fewshot') != 0:
+        task.set_config('num_fewshot', task.get_config('num_fewshot') or 0 if num_fewshot is None else num_fewshot)
+      task.set_fewshot_seed(seed)
+    # `simple_evaluate` would list all tasks of the harness again, and the packages that are installed: 20 s.
+    results = library.evaluate(client, loaded, limit=limit, apply_chat_template=apply_chat_template,
+                               system_instruction=system_instruction, fewshot_as_multiturn=apply_chat_template,
+                               bootstrap_iters=1000)
+  result = _result(loaded, results, f'seed:{seed}|chat:{"yes" if apply_chat_template else "no"}|'
+                   f'{"system:yes|" if system_instruction else ""}lm_eval:{library.__version__}')
+  notes = [f'{name} has no examples before a document, as it says itself' for name in fixed if num_fewshot]
+  return result._replace(notes=[*result.notes, *notes])
+
+
+def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str) -> Result:
+  """Returns the measures of results of the harness, and notes with its own numbers and standard errors."""
   all_measures, notes = [], []
   for name, task in sorted(loaded['tasks'].items()):
-    signature = (f'task:{name}|version:{results["versions"][name]}|fewshot:{results["n-shot"][name]}|'
-                 f'seed:{seed}{chat}|lm_eval:{source.require("lm_eval", "eval").__version__}')
-    for key, values in _values(results['samples'][name]).items():
-      metric, filtered = key
-      measure = _measure(task, key, values, f'{signature}|filter:{filtered}')
+    signature = f'task:{name}|version:{results["versions"][name]}|fewshot:{results["n-shot"][name]}|{settings}'
+    for (metric, filtered), values in _values(results['samples'][name]).items():
+      measure = _measure(task, metric, values, f'{signature}|filter:{filtered}')
       title = f'{name}/{metric}' if filtered == 'none' else f'{name}/{metric}/{filtered}'
       numbers = results['results'][name]
       value, error = numbers[f'{metric},{filtered}'], numbers[f'{metric}_stderr,{filtered}']
       if measure is not None:
         all_measures.append(measure._replace(name=title))
-      note = '' if measure is not None else '; it is no function of sums over documents, so it has no interval'
-      notes.append(f'{title} of lm-evaluation-harness: {_number(value)}, standard error {_number(error)}{note}')
-  for name, group in sorted(loaded['groups'].items()):
+      reason = '' if measure is not None else '; it is no function of sums over documents, so it has no interval'
+      notes.append(f'{title} of lm-evaluation-harness: {_number(value)}, standard error {_number(error)}{reason}')
+  for name in sorted(loaded['groups']):
     notes += [f'{name}/{key.split(",")[0]} of lm-evaluation-harness: {_number(value)}, over the tasks of the group'
               for key, value in results.get('groups', {}).get(name, {}).items()
               if isinstance(value, float) and '_stderr' not in key]
-  return Result(all_measures, notes=notes)
-
-
-def _is_grouped(name: str, groups: Mapping[str, Any]) -> bool:
-  return any(task.task_name == name for group in groups.values() for task in group.get_all_tasks())
+  names = list(loaded['tasks']) if len(loaded['tasks']) == 1 else []   # several tasks have different documents
+  documents = [digest for name in names for digest in _documents(results['samples'][name])]
+  return Result(all_measures, notes=notes, documents=documents)
 
 
 def _number(value: Any) -> str:
   return f'{value:.6g}' if isinstance(value, int | float) else str(value)
+
+
+def _documents(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+  return [digest for _, digest in sorted({sample['doc_id']: sample['doc_hash'] for sample in samples}.items())]
 
 
 def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Any]]:
@@ -108,9 +127,8 @@ def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[
   return values
 
 
-def _measure(task: Any, key: tuple[str, str], values: Sequence[Any], signature: str) -> Measure | None:
+def _measure(task: Any, metric: str, values: Sequence[Any], signature: str) -> Measure | None:
   """Returns the measure of a metric from its values for documents; None if it is no function of sums."""
-  metric, _ = key
   aggregation = getattr(task.aggregation().get(metric), '__name__', 'mean')
   value = _FUNCTIONS.get(aggregation)
   try:
@@ -126,18 +144,10 @@ def _measure(task: Any, key: tuple[str, str], values: Sequence[Any], signature: 
   return Measure(metric, rows, value, better, signature)
 
 
-def _perplexity(sums: np.ndarray) -> np.ndarray:
-  return np.exp(-measures.ratio(sums))
-
-
-def _bits(sums: np.ndarray) -> np.ndarray:
-  return -measures.ratio(sums) / math.log(2)
-
-
 # By the name of the harness's function, which aggregates values, or pairs of a value and its weight.
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    'mean': measures.ratio, 'perplexity': _perplexity, 'weighted_mean': measures.ratio,
-    'weighted_perplexity': _perplexity, 'bits_per_byte': _bits}
+    'mean': measures.ratio, 'perplexity': measures.perplexity, 'weighted_mean': measures.ratio,
+    'weighted_perplexity': measures.perplexity, 'bits_per_byte': measures.bits}
 _WEIGHTED = 'weighted_mean', 'weighted_perplexity', 'bits_per_byte'
 
 
@@ -154,9 +164,11 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_random_state() -> Iterator[None]:
-  """Restores the random states of Python and NumPy, which the harness seeds for all."""
+def _seeded() -> Iterator[None]:
+  """Seeds Python and NumPy as the harness does by default, and restores their random states afterwards."""
   python, numpy = random.getstate(), np.random.get_state()
+  random.seed(0)
+  np.random.seed(1234)
   try:
     yield
   finally:
