@@ -60,7 +60,7 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
                                   pretrained.folder_template(loaded.folder) if model else loaded.run.data.template)
     results = suites.run(chosen or default(subject), subject, identity, folder)
   print(f'\n{report.table(results)}\n\nwritten to {folder}: ' +
-        ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.txt', '.png'))))
+        ', '.join(sorted(file.name for file in folder.iterdir() if file.suffix in ('.json', '.jsonl', '.txt', '.png'))))
 
 
 def of_flags(file: pathlib.Path | None, tasks: tuple[str, ...], include_path: str | None, limit: int | None
