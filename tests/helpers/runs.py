@@ -45,7 +45,7 @@ class Bigram:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Documents in memory, with exactly the members that `train` reads of a data set."""
+  """Documents in memory, with exactly the members that `train` and its evaluators read of a data set."""
   texts: tuple[str, ...] = tuple(TEXTS)
   length: int = 16
   fingerprint: str = 'fingerprint'
@@ -53,7 +53,7 @@ class Data:
 
   source_length, kind = None, np.ndarray
   columns = inputs = types.MappingProxyType({})
-  validation_sets = ()
+  validation_sets, template = (), None
 
   def open(self, workdir, control=(), check=dataset.unchecked):
     check(self.fingerprint, self.tokenizer.fingerprint)

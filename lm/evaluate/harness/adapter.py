@@ -226,15 +226,17 @@ class Client:
     if hosts.from_process_0(digest) != digest:
       raise ValueError(f'process {jax.process_index()} has other requests than process 0, since its cache has other '
                        'answers; delete the caches of the harness (--use_cache) of all processes')
+    count = 0
     with self._bar(method, len(new), disable_tqdm) as bar:
       for chunk in harness_requests.chunks(new, group, size or CHUNK):
         for item, answer in zip(chunk, compute(chunk)):
           self._answers[item.key] = answer
           self.cache_hook.add_partial(method, item.args, answer)
         bar.update(len(chunk))
+        count += len(chunk)
         self._save(self._answers)
         if self._show is not None:
-          self._show(bar.n, len(new))
+          self._show(count, len(new))
     return [self._answers[item.key] for item in items]
 
   def _bar(self, method: str, total: int, disable_tqdm: bool) -> Any:

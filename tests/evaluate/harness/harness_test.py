@@ -187,7 +187,7 @@ def test_a_run_that_was_stopped_scores_only_what_has_no_answer(make, monkeypatch
   from lm_eval.api.model import CachingLM
   monkeypatch.setattr('lm.evaluate.harness.adapter.CHUNK', 4)
   batch = pairs(*((f'text {i}', ' a' * i) for i in range(1, 11)))
-  whole, stored, counts = make().loglikelihood(batch), {}, []
+  whole, stored, counts, shown = make().loglikelihood(batch), {}, [], []
   predictions = score.predictions
 
   def stopping(model, params, texts, *args, **kwargs):
@@ -197,8 +197,8 @@ def test_a_run_that_was_stopped_scores_only_what_has_no_answer(make, monkeypatch
     return predictions(model, params, texts, *args, **kwargs)
   monkeypatch.setattr(score, 'predictions', stopping)
   with pytest.raises(KeyboardInterrupt):
-    make(save=stored.update).loglikelihood(batch)
-  assert len(stored) == 8
+    make(save=stored.update, show=lambda *numbers: shown.append(numbers)).loglikelihood(batch)
+  assert len(stored) == 8 and shown == [(4, 10), (8, 10)]
   counts += [0]
   assert make(answers=json.loads(json.dumps(stored))).loglikelihood(batch) == whole and counts[4:] == [2]
   counts[:] = []
