@@ -18,7 +18,7 @@ class Sandbox:
 
   A program sees no network, no other process, no environment, and no file but Python, the system's libraries and an
   empty /tmp in memory. Its process group is killed after the time. What a program cannot be kept from is to pretend:
-  it can report its own success, since it and its tests are one process.
+  its report needs a random token, but it and its tests are one process, whose memory it can search for that.
 
   Attributes:
     seconds: of time by the clock, and of the processor for each process.

@@ -39,6 +39,42 @@ def test_how_a_program_failed(program, result):
   assert SANDBOX.run(program).startswith(result)
 
 
+@pytest.mark.parametrize('program', [
+    "os.write(3, b'passed')\nos._exit(0)", "os.write(3, b'passed')\nassert False",
+    "write = os.write\nos.write = lambda descriptor, _: write(descriptor, b'passed')\nassert False",
+    "os._exit, sys.excepthook = (lambda _: None), (lambda *_: None)\nassert False", 'sys.exit(0)',
+    "import __main__\n__main__.main = lambda *_: 'passed'\nassert False", 'if os.fork(): os._exit(0)\nassert False',
+    'thread = threading.Thread(target=sys.exit, args=(0,))\nthread.start()\nthread.join()\nassert False',
+    'atexit.register(os._exit, 0)\nassert False', "print('passed')\nassert False"])
+def test_a_program_that_fails_its_tests_is_not_passed(program):
+  assert SANDBOX.run(f'import atexit, os, sys, threading\n{program}') != 'passed'
+
+
+def test_a_program_is_not_the_main_module():   # as in the evaluation of HumanEval, which skips what only a script does
+  assert SANDBOX.run('if __name__ == "__main__":\n  raise SystemExit') == 'passed'
+
+
+def test_a_program_that_cannot_be_read_or_written_is_no_error_of_the_sandbox():
+  assert SANDBOX.run('"\ud800"').startswith('UnicodeDecodeError')
+  assert dataclasses.replace(SANDBOX, disk=1 << 20).run('#' * (1 << 21)) == 'cannot be written: No space left on device'
+
+
+@pytest.mark.parametrize('call', [
+    'shmget(0, ctypes.c_size_t(4096), 0o1600)', 'msgget(0, 0o1600)', 'semget(0, 1, 0o1600)', 'memfd_create(b"x", 0)',
+    'unshare(0x10000000)', 'ptrace(0, 0, 0, 0)'])
+def test_calls_that_no_program_needs_are_refused(call):
+  assert SANDBOX.run(f'import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\nassert library.{call} == -1\n'
+                     'assert ctypes.get_errno() == 1') == 'passed'
+
+
+def test_keyrings_and_new_users_are_refused_and_threads_are_not():
+  calls = {'x86_64': (248, 250, 56), 'aarch64': (217, 219, 220)}[os.uname().machine]
+  for call, arguments in zip(calls, ('b"user", b"name", b"data", 4, -3', '0, -3, 0', '0x10000011, 0, 0, 0, 0')):
+    assert SANDBOX.run(f'import ctypes\nassert ctypes.CDLL(None).syscall({call}, {arguments}) == -1') == 'passed'
+  assert SANDBOX.run('import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()\n'
+                     'import subprocess\nsubprocess.run(["/usr/bin/true"], check=True)') == 'passed'
+
+
 def test_no_network():
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
