@@ -18,6 +18,7 @@ from lm.generate.sampling import Sampling
 pytestmark = pytest.mark.filterwarnings('ignore')   # of the libraries that the harness imports
 ROOT = pathlib.Path(__file__).parents[3]
 TASKS = str(ROOT / 'experiments/tasks')
+CONTROL = '<|user|>', '<|assistant|>', '<|system|>', '<|end|>'
 
 
 def of(*args):
@@ -36,7 +37,7 @@ def library():
 @pytest.fixture(scope='module')
 def parts():
   """Returns a random decoder of 304 tokens, its parameters, and a tokenizer with control tokens."""
-  tokenizer = Bytes(('<|user|>', '<|assistant|>', '<|system|>', '<|end|>'))
+  tokenizer = Bytes(CONTROL)
   model, params = decoders.make()
   assert tokenizer.vocab_size <= model.vocab
   return model, params, tokenizer
@@ -66,6 +67,19 @@ def test_continuations_are_scored_by_the_rules_of_the_harness(make, parts):
               plain(ids('x' * 200)[-(most - 2):], ids('yes')), plain(bos, ids('g')), plain(bos, ids(' h')), 0.,
               plain(bos + ids('ab'), ids(' cd')), plain(bos + ids('c'), ids('z' * 300))]
   assert [log_p for log_p, _ in make().loglikelihood(pairs(*PAIRS))] == expected
+
+
+def test_a_token_across_the_join_leaves_a_continuation_to_score(library, parts):
+  class Merging(Bytes):
+    """Writes 'ab' as one token, that of 'A'."""
+
+    def encode_batch(self, texts):
+      return super().encode_batch([text.replace('ab', 'A') for text in texts])
+  client = harness.client_class()(*parts[:2], Merging(CONTROL))
+  bos = [client.prefix_token_id]
+  assert client._encode_pair('xa', 'b') == (bos + list(b'xa'), list(b'b'))   # nothing would be left to score
+  assert client._encode_pair('xa', 'bc') == (bos + list(b'xa'), list(b'c'))   # as the harness encodes it
+  assert client._encode_pair('x', 'ab') == (bos + list(b'x'), list(b'A'))
 
 
 def test_an_answer_is_the_same_to_the_last_bit_in_any_company_and_few_programs_are_compiled(make, parts):
