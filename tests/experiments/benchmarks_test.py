@@ -45,6 +45,19 @@ def test_both_arms_of_decoding_write_the_same_text(tmp_path):
     assert ours() == theirs() > 0
 
 
+def test_both_arms_of_bleurt_give_the_same_scores(tmp_path, monkeypatch):
+  torch = pytest.importorskip('torch')
+  torch.manual_seed(0)
+  pytest.importorskip('transformers')
+  import bleurt_scores
+  monkeypatch.setattr(bleurt_scores, 'CONFIG', {**bleurt_scores.CONFIG, 'hidden_size': 16, 'num_hidden_layers': 2,
+                                                'num_attention_heads': 2, 'intermediate_size': 32})
+  bleurt_scores.write_model(tmp_path)
+  with jax.set_mesh(sharding.make_mesh()):
+    (ours, _), (theirs, _) = bleurt_scores.ours(tmp_path, 7), bleurt_scores.theirs(tmp_path, 7, 3)
+    assert ours() == pytest.approx(theirs(), abs=1e-6) != 0
+
+
 def test_missing_packages_are_listed(capsys):
   assert interleaved.machine('jax', 'no-such-package') == {'no-such-package'}
   assert f'jax {jax.__version__}' in capsys.readouterr().out

@@ -56,6 +56,7 @@ TOOLS = {
     'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'noise_scale': ['--batches=8', '--rows=4', '--best'],
     'training': [],
+    'bleurt_scores': ['--number=8', '--batch=4'],
     'checkouts': ['--other=/nowhere', '--rounds=2'],
     'objective_costs': ['--only=distillation', '--shape=tiny'],
     'optimizer_costs': ['--only=soap', '--shape=tiny'],

@@ -281,10 +281,7 @@ def _gpt2(folder: pathlib.Path) -> str:
 
 
 def _bert(path: pathlib.Path) -> str:
-  """Returns the tokenizer.json of BERT's vocab.txt, with the settings in the tokenizer_config.json beside it.
-
-  In a folder of BLEURT for TensorFlow, bleurt_config.json says whether text is changed to lower case.
-  """
+  """Returns the tokenizer.json of BERT's vocab.txt, with the settings beside it, which BLEURT has in its own file."""
   config = {**_json(path.parent / 'bleurt_config.json'), **_json(path.parent / 'tokenizer_config.json')}
   words = path.read_bytes().decode().removesuffix('\n').split('\n')
   return huggingface.wordpiece([word.rstrip('\r') for word in words], config.get('do_lower_case', True),

@@ -30,7 +30,7 @@ def width(length: int, most: int) -> int:
 
 def rows(width: int) -> int:
   """Returns how many rows of a width are read at once, so that the score of a text is the same in any company."""
-  positions = 2048 if sharding.platform() == 'cpu' else 65_536
+  positions = 512 if sharding.platform() == 'cpu' else 65_536
   return sharding.padded_rows(max(positions // width, 1))
 
 
