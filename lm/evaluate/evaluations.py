@@ -103,13 +103,18 @@ class Likelihood(Documents):
   def digest(self, subject: Subject) -> str:
     """Returns a hash of the documents. Raises ValueError where there are none, or settings do not fit the model."""
     if not subject.model.causal or subject.model.reads_source:
-      raise ValueError('likelihood is of decoders, and this model is none; leave this evaluation out')
+      raise ValueError('likelihood is of decoders, and this model is none; leave it out of the --suite, and score texts with '
+                       'experiments/score.py')
     check_window(self.window, self.stride, subject.model.max_length)
     for context in self.contexts:
       check_window(context, None, subject.model.max_length)
     state = hashlib.blake2b(digest_size=16)
-    for text in self.documents(subject):
-      state.update(source.digest(text))
+    for i, text in enumerate(self.documents(subject), 1):
+      try:
+        state.update(text.encode() + b'\0')
+      except UnicodeEncodeError as error:
+        raise ValueError(f'document {i} with text has {text[error.start]!r} at character {error.start}, a lone '
+                         'surrogate, which is no Unicode; repair the text') from None
     return state.hexdigest()
 
   def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
@@ -140,8 +145,8 @@ class Likelihood(Documents):
               Curve('loss_by_position', 'tokens before a token', 'cross-entropy (nats a token)',
                     likelihood.by_position(rows, signature))]
     if self.contexts:
-      columns = {window: likelihood.NLL, **{length: likelihood.COLUMNS + i for i, length in enumerate(self.contexts)}}
-      points = [(str(length), likelihood.loss(rows, column, f'window:{length}')) for length, column in
+      columns = {**{length: likelihood.COLUMNS + i for i, length in enumerate(self.contexts)}, window: likelihood.NLL}
+      points = [(length, likelihood.loss(rows, column, f'window:{length}')) for length, column in
                 sorted(columns.items())]
       curves.append(Curve('loss_by_context', 'tokens of a window', 'cross-entropy (nats a token)', points))
     return Result(likelihood.measures(rows, signature), curves)

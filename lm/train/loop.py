@@ -96,7 +96,7 @@ class Loop:
     train_step, pending, key = make_step(run), None, seeds.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=flops.flops_by_step(run, self.mesh, devices),
-                       devices=devices) as self.tracker:
+                       devices=devices, shown=[run.best]) as self.tracker:
       self.saved = self.start = start
       self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, (run.evaluate_every, run.save_every),
                                        start)

@@ -59,12 +59,13 @@ class Tracker(contextlib.AbstractContextManager):
     devices: the devices that the run uses, for the MFU; by default all.
     step: the step from which the run resumes. Later records (all, if it is 0) are dropped, as the run logs them again.
     records: the records of that step from the checkpoint; those that the file has lost are written again.
+    shown: further metrics of evaluations that a line has, such as the one that chooses the best checkpoint.
     every: seconds between lines if the output is not a terminal. Each evaluation prints a line anyway.
   """
 
   def __init__(self, folder: pathlib.Path, total_steps: int, *, tokens_before: Callable[[int], int] | None = None,
                flops_per_token: Callable[[int], float] | None = None, devices: Sequence[Any] | None = None,
-               step: int = 0, records: Sequence[Mapping[str, Any]] = (), every: float = 15.0,
+               step: int = 0, records: Sequence[Mapping[str, Any]] = (), shown: Sequence[str] = (), every: float = 15.0,
                output: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
     self.throughput = Throughput(tokens_before or (lambda step: 0), total_steps, clock=clock)
     self._total, self._flops, self._every, self._clock = total_steps, flops_per_token, every, clock
@@ -74,7 +75,7 @@ class Tracker(contextlib.AbstractContextManager):
     self._latest: dict[str, float] = {}
     self._validated: int | None = None   # the step of the latest metrics under `validation/`
     self._start, self._printed, self._pending = clock(), -math.inf, False
-    self._records = list(records)
+    self._records, self._shown = list(records), [name for name in shown if name not in _SHOWN]
     self._path, self._jsonl = folder / 'metrics.jsonl', None
     if jax.process_index() == 0:
       folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,9 @@ class Tracker(contextlib.AbstractContextManager):
     sets = {name.split('/', 1)[1].removesuffix('/loss'): value for name, value in self._latest.items()
             if step == self._validated and name.startswith('validation/') and name.endswith('/loss')}
     parts = [f'step {step}/{self._total}', *(_SHOWN[name](self._latest[name]) for name in shown),
-             *(f'{name} {value:.3f}' for name, value in sets.items() if name != 'loss')]
+             *(f'{name} {value:.3f}' for name, value in sets.items() if name != 'loss'),
+             *(f'{name} {self._latest[name]:.4g}' for name in self._shown
+               if step == self._validated and name in self._latest)]
     eta = self.throughput.eta
     return '  '.join(parts if eta is None or step >= self._total else [*parts, f'ETA {_duration(eta)}'])
 

@@ -48,14 +48,14 @@ def test_a_suite_that_is_none_is_refused_with_its_place(tmp_path, content, messa
 def test_documents_come_from_files_and_windows_are_obeyed(tmp_path, subject):
   (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'t': text}) + '\n' for text in TEXTS[:5]))
   file = written(tmp_path, {'likelihood': {'files': {'jsonl': str(tmp_path / 'a.jsonl'), 'key': 't', 'window': 32,
-                                                     'stride': 8, 'contexts': [16]}}})
+                                                     'stride': 8, 'contexts': [16, 32]}}})
   evaluation, = dict(suites.read(file).evaluations()).values()
   result = evaluation(subject)
   assert result.measures[0].rows.shape[0] == 5
   assert 'window:32|stride:8' in result.measures[0].signature
   by_context, = (curve for curve in result.curves if curve.name == 'loss_by_context')
   losses = {x: measure.interval().value for x, measure in by_context.points}
-  assert list(losses) == ['16', '32'] and losses['32'] == result.measures[0].interval().value != losses['16']
+  assert list(losses) == [16, 32] and losses[32] == result.measures[0].interval().value != losses[16]
 
 
 def test_a_suite_that_is_stopped_goes_on_and_gives_the_same_results(tmp_path, subject, monkeypatch, capsys):
@@ -145,3 +145,9 @@ def test_progress_writes_each_row_once_and_reads_the_rows_of_its_own_key_alone(t
   np.testing.assert_array_equal(resumed.load(), rows[:4] + 1)
   resumed.save(rows + 1)
   np.testing.assert_array_equal(suites._progress('a', tmp_path / 'a.partial', 'key 2').load(), rows + 1)
+
+
+def test_text_that_is_no_unicode_is_refused_with_its_number_before_anything_is_measured(tmp_path, subject):
+  subject = subject._replace(held_out=lambda: ['a', '', 'b\ud800'])
+  with pytest.raises(ValueError, match=r'a: document 2 with text has .* at character 1'):
+    suites.run(suites.Suite({'a': evaluations.Likelihood()}), subject, 'm', tmp_path)

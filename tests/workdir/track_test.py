@@ -205,3 +205,11 @@ def test_a_comparison_shows_each_arm_however_few_its_evaluations(tmp_path, curve
     assert axes.get_lines()
     for line in axes.get_lines():
       assert len(line.get_xdata()) > 1 or line.get_marker() == 'o'
+
+
+def test_a_line_has_the_metric_that_chooses_the_best_checkpoint_beside_the_usual_ones(tmp_path):
+  with tracker(tmp_path, shown=['suite/books/accuracy', 'validation/loss']) as log:
+    log.log(4, {'loss': 2., 'learning_rate': 1.})
+    log.log(4, {'validation/loss': 3., 'suite/books/accuracy': 0.1234, 'suite/books/perplexity': 20.})
+    assert 'val 3.000' in log.line(4) and 'suite/books/accuracy 0.1234' in log.line(4) and '20' not in log.line(4)
+    assert log.line(4).count('3.000') == 1 and 'suite' not in log.line(5)
