@@ -103,8 +103,8 @@ class Likelihood(Documents):
   def digest(self, subject: Subject) -> str:
     """Returns a hash of the documents. Raises ValueError where there are none, or settings do not fit the model."""
     if not subject.model.causal or subject.model.reads_source:
-      raise ValueError('likelihood is of decoders, and this model is none; leave it out of the --suite, and score texts with '
-                       'experiments/score.py')
+      raise ValueError('likelihood is of decoders, and this model is none; leave it out of the --suite, and '
+                       'score texts with experiments/score.py')
     check_window(self.window, self.stride, subject.model.max_length)
     for context in self.contexts:
       check_window(context, None, subject.model.max_length)
