@@ -25,7 +25,7 @@ def open_study(database: pathlib.Path, outputs: Sequence[str] = (), settings: Ma
     if not files:
       raise ValueError(f'{database} has no study yet; give --outputs=a.jsonl,b.jsonl to begin one')
     study = Study(tuple(files), system_outputs.read(files), **settings)
-    raters = raters or votes_per_item or 1
+    raters = (votes_per_item or 1) if raters is None else raters
     return vote_store.create(database, study, raters, min(2, raters) if votes_per_item is None else votes_per_item)
   try:
     if set(files) == set(store.study.systems):

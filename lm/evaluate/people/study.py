@@ -51,6 +51,8 @@ class Study:
     if (self.mode == 'likert') != bool(self.criteria):
       raise ValueError('--criteria is for --mode=likert, which needs at least one' if self.mode != 'likert' else
                        '--mode=likert needs --criteria, such as fluency,relevance')
+    if self.mode != 'likert' and self.scale != 5:
+      raise ValueError(f'--scale={self.scale} is for --mode=likert, and --mode={self.mode} has no ratings')
     if not 2 <= self.scale <= 9 or len(set(self.criteria)) < len(self.criteria) or not all(self.criteria):
       raise ValueError(f'--scale={self.scale} and --criteria={",".join(self.criteria)}: a scale has 2 to 9 points, and '
                        'criteria have names that differ')
@@ -95,6 +97,8 @@ def assign(study: Study, raters: int, votes_per_item: int, existing: Mapping[int
   Raters share the questions evenly, and at random. `existing` tasks stay; new ones come after them. A rater who had
   none gets attention checks. Raises ValueError where there are too few raters, or too few texts to make the checks of.
   """
+  if raters < 1:
+    raise ValueError(f'--raters={raters} is nobody; give 1 or more')
   if not 1 <= votes_per_item <= raters:
     raise ValueError(f'--votes_per_item={votes_per_item} needs as many raters, and --raters={raters}')
   assigned = {rater: {(task.item, tuple(sorted(task.shown))) for task in existing.get(rater, ()) if not task.check}

@@ -93,7 +93,8 @@ def test_more_raters_and_votes_are_added_to_what_is_there():
     ({'systems': 2, 'mode': 'best_worst'}, 'at least 3 systems, and there are 2'),
     ({'mode': 'likert'}, 'needs --criteria'), ({'criteria': ('x',)}, '--criteria is for --mode=likert'),
     ({'mode': 'likert', 'criteria': ('x',), 'scale': 12}, '--scale=12'), ({'checks': -1}, '--checks=-1'),
-    ({'mode': 'likert', 'criteria': ('x', 'x')}, '--criteria=x,x')])
+    ({'mode': 'likert', 'criteria': ('x', 'x')}, '--criteria=x,x'),
+    ({'scale': 3}, '--scale=3 is for --mode=likert, and --mode=pairwise has no ratings')])
 def test_settings_that_make_no_study_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     make(**settings)

@@ -184,3 +184,8 @@ def test_every_acknowledged_vote_survives_kill_9_of_a_real_server(tmp_path):
   assert set(acknowledged) <= set(stored) and len(stored) == len(set(stored)) >= 7
   assert [link.rsplit('/', 1)[1] for link in (*raters, results)] == [*store.raters.values(), store.results_token]
   assert sum(store.progress(rater).answered for rater in (1, 2)) == len(stored)
+
+
+def test_a_study_for_nobody_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='--raters=0 is nobody'):
+    people.open_study(tmp_path / 'study', human_studies.write_outputs(tmp_path), raters=0)
