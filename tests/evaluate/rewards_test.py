@@ -148,5 +148,5 @@ def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, cap
       generate_script.main(**options, **wrong)
   with pytest.raises(ValueError, match='is a reward model, which generates no text'):
     generate_script.main(**{**options, 'workdir': opened / 'reward'})
-  with pytest.raises(ValueError, match='no reward model'):
+  with pytest.raises(ValueError, match='what is needed is a reward model'):
     generate_script.main(**options, best_of=2, reward=opened / 'decoder')
