@@ -79,6 +79,7 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), a, b))
 
 
+@pytest.mark.slow
 def test_a_moved_run_without_its_script_generates_and_scores_the_same(trains, tmp_path, monkeypatch):
   workdir = trains('run')
   with monkeypatch.context() as patch:   # restores the function of the script

@@ -104,7 +104,7 @@ def pairs():
   return jax.tree.map(np.asarray, params), sources, texts, scores
 
 
-@pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
+@pytest.mark.parametrize('mesh_shape', ['data:1', *slow('data:4,model:2')])
 def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
   before = scoring._predict._cache_size()
@@ -116,6 +116,7 @@ def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers(folders, transformers):
   import torch
   theirs = transformers.T5ForConditionalGeneration.from_pretrained(folders / 't5').eval()
@@ -218,6 +219,7 @@ def test_two_flags_that_each_name_a_model_are_refused(tmp_path):
       script(workdir=tmp_path, model='gpt2', **({'text': 'a'} if script is score.score else {'prompt': 'a'}))
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_they_computed(folders, capsys, tmp_path):
   score.score(model=str(folders / 'bert'), text='some text')
   out = capsys.readouterr().out

@@ -140,6 +140,7 @@ def test_a_multimodal_config_may_leave_out_the_defaults_of_its_class():
     assert described(named | {'text_config': {}}) == described(named | {'text_config': text})
 
 
+@pytest.mark.slow
 def test_layers_of_deepseek_that_predict_further_tokens_are_left_out(opened, tmp_path):
   """The files of V3 and R1 have them. A further layer is refused, and so are experts of unequal shapes."""
   _, model, params, folder = opened(next(case for case in CASES if case.name == 'DeepseekV3ForCausalLM'))

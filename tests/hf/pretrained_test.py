@@ -108,6 +108,7 @@ def run(texts, **changes):
                    optim.adam(schedules.warmup_constant(1e-3, 4, 1)), steps=2, batch=2, evaluate_batches=1, **changes)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_folder(folder, params, tmp_path):
   (tmp_path / 'texts').mkdir()
   for i in range(60):

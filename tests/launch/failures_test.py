@@ -143,6 +143,7 @@ def test_a_script_names_its_flags_in_the_errors_of_functions(argv, message, tmp_
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_best_metric_that_is_not_logged_is_refused_with_the_nearest_and_one_that_is_decides(tmp_path, monkeypatch,
                                                                                               capsys):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')

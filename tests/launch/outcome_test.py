@@ -65,6 +65,7 @@ def test_pretrain_writes_a_sample_and_the_next_command_runs(program, texts, tmp_
   assert program(*argv).startswith(prompt)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_write_is_scored_next(program, texts, tmp_path, monkeypatch):
   drawn = []
   monkeypatch.setattr(figures, 'curve', lambda *paths: drawn.append(paths))

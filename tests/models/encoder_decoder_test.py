@@ -198,6 +198,7 @@ def test_an_untied_model_with_one_stored_table_is_read(transformers, tmp_path):
   np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), expected)
 
 
+@pytest.mark.slow
 @versions
 def test_every_switch_of_a_config_matters_or_is_refused(opened, version, tmp_path):
   _, model, params, folder = opened(version)

@@ -107,6 +107,7 @@ def swept(script, study, **options):
   return sweep.sweep(experiment=script, workdir=study, mesh='data:8', **options)
 
 
+@pytest.mark.slow
 def test_a_grid_is_searched_once_and_the_best_comes_first(script, tmp_path, capsys):
   settings = {'knobs': 'lr=1e-3,0.1; batch=8,16', 'common': 'steps=4'}
   trials = swept(script, tmp_path / 'study', **settings)

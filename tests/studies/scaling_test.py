@@ -19,6 +19,7 @@ LAW = scaling.Law(1.2, 30., 0.4, 80., 0.35)
 GRID = [(n, d) for n in (3e4, 6e4, 1.2e5, 2.4e5) for d in (2.5e5, 5e5, 1e6, 2e6)]
 
 
+@pytest.mark.slow
 def test_points_of_a_law_give_the_law():
   law = scaling.fit([(n, d, float(LAW(n, d))) for n, d in GRID])
   np.testing.assert_allclose([getattr(law, field) for field in vars(LAW)], list(vars(LAW).values()), rtol=2e-3)
