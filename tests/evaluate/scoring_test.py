@@ -9,6 +9,7 @@ import numpy as np
 import pretrain
 import pytest
 import score
+from helpers.slow import slow
 
 from lm import evaluate, generate, sharding, signature
 from lm.data import tokenizers
