@@ -14,6 +14,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.models.encoder import TextScorer
 from lm.objectives.objective import by_position
 from lm.train.validation import read_behind
 
@@ -172,8 +173,11 @@ def pseudo_predictions(model: Any, params: Any, texts: Sequence[np.ndarray], mas
   last token, [CLS] and [SEP], are not scored.
 
   Raises:
-    ValueError: a text is longer than the model reads at once.
+    ValueError: the model gives scores and no probabilities, or a text is longer than it reads at once.
   """
+  if isinstance(model, TextScorer):
+    raise ValueError('this model gives pairs of texts a score, and no token a probability; use it as '
+                     '"score_texts.py --bleurt", or score with another model')
   longest = max(map(len, texts), default=0)
   if longest > model.max_length:
     raise ValueError(f'a text of {longest} tokens, with the two around it, is more than the {model.max_length} that '

@@ -10,6 +10,7 @@ from helpers.encoders import random_params
 from helpers.meshes import mesh_of
 
 from lm.data import tokenizers
+from lm.evaluate import score
 from lm.evaluate.learned import bleurt, text_rows
 from lm.hf import bleurt_checkpoints as checkpoints
 from lm.hf import weights
@@ -97,6 +98,8 @@ def test_bad_input_is_refused():
   base = encoder.bert(320, 16, 2, 2, 48)
   with pytest.raises(ValueError, match='of class Encoder gives pairs of texts no score; take a checkpoint of BLEURT'):
     bleurt.Bleurt(base, None, tokenizers.Bytes())(['a'], [['a']])
+  with pytest.raises(ValueError, match='gives pairs of texts a score, and no token a probability; use it as'):
+    score.pseudo_log_probabilities(MODEL, None, [np.arange(4)], 0)
   with pytest.raises(ValueError, match='2 texts and references of 1'):
     metric()(['a', 'b'], [['a']])
 
