@@ -43,6 +43,8 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
       may read, and have the network.
     out: a folder for results.json, results.txt, and what came of each program.
   """
+  if out:
+    out.mkdir(parents=True, exist_ok=True)
   if problems is None:
     if execute_code or allow_no_isolation or k != (1,) or seconds != 10.:
       raise ValueError('--execute_code, --allow_no_isolation, --k and --seconds are for --problems, which is not given')
@@ -63,22 +65,24 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     described = {'problems': str(problems), **dataclasses.asdict(metric)}
     results = {name: execute(records, text_files.read(problems), metric) for name, records in named(candidates).items()}
   tables = {name: report.to_json(result) for name, result in results.items()}
-  print(report.table(tables))
   if out:
-    out.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
       if result.outputs:
         report.write_outputs(out / f'{name}.jsonl', result.outputs)
     files = {'candidates': list(map(str, candidates)), 'references': list(map(str, references))}
     report.write(out, {**files, **described}, tables)
+  print(report.table(tables))
+  if out:
     print(f'written to {out}')
 
 
 def named(files: tuple[pathlib.Path, ...]) -> dict[str, text_files.Records]:
-  """Returns what is in each file, by its name without what is after the first dot."""
+  """Returns what is in each file, by its name without what is after the first dot. ValueError for one given twice."""
   names = [file.name.split('.')[0] for file in files]
-  if len(set(names)) < len(names):   # such as a/outputs.jsonl and b/outputs.jsonl
-    names = list(map(str, files))
+  if len(set(names)) < len(names):   # such as a/outputs.jsonl and b/outputs.jsonl, of which files in --out are named
+    names = [str(file).strip('/').replace('/', '-') for file in files]
+  if len(set(names)) < len(names):
+    raise ValueError(f'--candidates={",".join(map(str, files))} has a file twice; give each once')
   return {name: text_files.read(file) for name, file in zip(names, files)}
 
 

@@ -163,7 +163,7 @@ def pairs_needed(difference: float, deviation: float, confidence: float = 0.95, 
   from scipy import stats
   if difference == 0 or deviation == 0:
     return None if difference == 0 else 2
-  effect = abs(difference) / deviation
+  effect = min(abs(difference) / deviation, 1e6)   # the noncentral t overflows where all differences are nearly equal
 
   def enough(n):
     if n > 2000:   # normal by then, and the noncentral t is slow and overflows

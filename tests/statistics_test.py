@@ -55,6 +55,7 @@ def test_the_advised_number_of_seeds_finds_the_difference_with_power_0_8():
 def test_the_verdict_names_the_seeds_that_are_needed():
   verdict = statistics.judge([1.01, 0.98, 1.03], [1., 1., 1.])
   assert str(verdict).startswith('not distinguishable; a difference of this size would need ')
+  assert statistics.pairs_needed(0.5, 1e-17) == 2
   assert statistics.pairs_needed(0.5, 0.) == 2 and statistics.pairs_needed(0., 1.) is None
   assert statistics.pairs_needed(1e-6, 1.) is None   # more than a million pairs
   assert statistics.pairs_needed(0.01, 1.) == pytest.approx((1.95996 + 0.84162) ** 2 * 1e4, rel=1e-3)

@@ -84,6 +84,8 @@ class Comparison(NamedTuple):
   def verdict(self) -> str:
     if self.word != 'not distinguishable':
       return self.word
+    if not math.isfinite(self.difference.value):
+      return f'{self.word}; a value is not a finite number'
     if not self.difference.value:
       return f'{self.word}; the values are equal'
     if self.needed is None:

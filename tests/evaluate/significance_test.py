@@ -120,6 +120,8 @@ def test_few_documents_can_never_tell_and_the_count_says_so():
   comparison = significance.compare(*mean_pair(one, np.zeros(4)))
   assert comparison.p == 2 / 16 and comparison.needed == 6 and 2 / 2 ** 6 <= 0.05 < 2 / 2 ** 5
   assert significance.compare(*mean_pair(one[:1], [0.])).verdict.endswith('one document tells nothing about others')
+  undefined = significance.compare(*mean_pair([0., np.nan], [0., 1.]))
+  assert undefined.verdict == 'not distinguishable; a value is not a finite number'
   assert significance.compare(*mean_pair(one, one)).verdict == 'not distinguishable; the values are equal'
 
 

@@ -35,6 +35,25 @@ def test_a_table_and_json_of_two_systems(tmp_path, capsys):
   assert output.err.count('bleu: 5 texts in ') == 2
 
 
+def test_files_of_one_name_are_told_apart_and_a_file_is_given_once(tmp_path, capsys):
+  for folder in 'a', 'b':
+    (tmp_path / folder).mkdir()
+    lines(tmp_path / folder / 'x.jsonl', [{'text': f'a b {folder}'}])
+  files = tmp_path / 'a/x.jsonl', tmp_path / 'b/x.jsonl'
+  run(candidates=files, metrics=('distinct',), out=tmp_path / 'out')
+  results = json.loads((tmp_path / 'out/results.json').read_text())['results']
+  assert len(results) == 2 and not any('/' in name for name in results)   # a name is one of files in the folder, too
+  with pytest.raises(ValueError, match='has a file twice'):
+    run(candidates=files[:1] * 2, metrics=('distinct',))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  with pytest.raises(OSError, match='file'):
+    run(candidates=(lines(tmp_path / 'c.jsonl', [{'text': 'a'}]),), metrics=('distinct',), out=tmp_path / 'file/out')
+  assert not capsys.readouterr().err
+
+
 def test_the_language_of_the_references_is_printed(tmp_path, capsys):
   pytest.importorskip('sacrebleu')
   (tmp_path / 'c.txt').write_text('猫坐在垫子上。今天天气很好。\n')

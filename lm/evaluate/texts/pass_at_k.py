@@ -13,7 +13,7 @@ from lm.evaluate.texts.program_sandbox import Sandbox
 
 
 class Problem(NamedTuple):
-  """A programming problem: a program is prompt + completion + test, and passes if it raises nothing."""
+  """A programming problem: a program is prompt + completion, and passes if neither it nor the test raises anything."""
   prompt: str
   test: str
 
@@ -63,6 +63,10 @@ class PassAtK:
   sandbox: Sandbox = Sandbox()   # noqa: RUF009, which is frozen
   workers: int | None = None
 
+  def __post_init__(self):
+    if not self.orders or min(self.orders) < 1 or len(set(self.orders)) < len(self.orders):
+      raise ValueError(f'k={",".join(map(str, self.orders))} of pass@k is not one or more different numbers from 1 on')
+
   def __call__(self, completions: Sequence[Sequence[str]], problems: Sequence[Problem]) -> Attempts:
     """Executes the completions of each problem. Raises ValueError for too few, OSError as `Sandbox.check`."""
     if not problems or len(completions) != len(problems):
@@ -72,7 +76,7 @@ class PassAtK:
       raise ValueError(f'pass@{max(self.orders)} needs at least {max(self.orders)} programs of each problem, and one '
                        f'has {fewest}')
     self.sandbox.check()
-    programs = [f'{one.prompt}{completion}\n{one.test}\n' for of_problem, one in zip(completions, problems)
+    programs = [(f'{one.prompt}{completion}\n', f'{one.test}\n') for of_problem, one in zip(completions, problems)
                 for completion in of_problem]
     results = iter(self._run(programs))
     results = [[next(results) for _ in of_problem] for of_problem in completions]
@@ -83,11 +87,11 @@ class PassAtK:
     return Attempts([mean(f'pass@{k}', [probability(size, passed, k) for size, passed in counts], 'higher', signature)
                      for k in self.orders], results)
 
-  def _run(self, programs: Sequence[str]) -> list[str]:
+  def _run(self, programs: Sequence[tuple[str, str]]) -> list[str]:
     results, step = [], max(len(programs) // 10, 20)
     with concurrent.futures.ThreadPoolExecutor(self.workers or os.cpu_count()) as executor:
       try:
-        for result in executor.map(self.sandbox.run, programs):
+        for result in executor.map(self.sandbox.run, *zip(*programs)):
           results.append(result)
           if len(results) % step == 0:
             print(f'pass@k: {len(results):,} of {len(programs):,} programs', file=sys.stderr, flush=True)

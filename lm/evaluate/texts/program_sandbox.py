@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -38,8 +39,8 @@ class Sandbox:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.name != 'isolated' and not getattr(self, field.name) > 0:
-        raise ValueError(f'{field.name}={getattr(self, field.name)} of a sandbox must be above 0')
+      if field.name != 'isolated' and not 0 < getattr(self, field.name) < math.inf:
+        raise ValueError(f'{field.name}={getattr(self, field.name)} of a sandbox must be above 0, and finite')
 
   def check(self) -> None:
     """Raises OSError, which says what is missing, unless an empty program can be executed here."""
@@ -48,15 +49,15 @@ class Sandbox:
       raise OSError(f'no program can be executed here: an empty one {result}'
                     + ('' if self.isolated or os.geteuid() else '; nobody has to be able to read the folder of Python'))
 
-  def run(self, program: str) -> str:
-    """Returns 'passed' where the program came to its end, and else why not: the exception, or the limit.
+  def run(self, program: str, test: str = '') -> str:
+    """Returns 'passed' where the program, and then its test, came to the end, and else why not: exception, or limit.
 
     Raises OSError where the process cannot be isolated; the program is not executed then.
     """
     if not sys.platform.startswith('linux'):
       raise OSError(f'generated programs are executed on Linux alone, and this is {sys.platform}')
     limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != 'isolated'}
-    request = {'program': program, 'limits': limits, 'isolated': self.isolated, 'folders': _folders(),
+    request = {'program': program, 'test': test, 'limits': limits, 'isolated': self.isolated, 'folders': _folders(),
                'python': os.path.realpath(sys.executable)}
     with tempfile.TemporaryDirectory() as folder:
       if os.geteuid() == 0 and not self.isolated:

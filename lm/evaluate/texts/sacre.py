@@ -66,7 +66,7 @@ class Bleu:
         raise
       name, extra = ('Japanese', 'ja') if tokenize == 'ja-mecab' else ('Korean', 'ko')
       raise ImportError(f"BLEU of {name} text needs MeCab: pip install 'sacrebleu[{extra}]', or compare characters "
-                        f'with tokenize=char ({str(error).splitlines()[0]})') from None
+                        f'with tokenize=char ({str(error).strip().splitlines()[0]})') from None
     return [_measure('bleu', metric, 'higher', candidates, references)]
 
 

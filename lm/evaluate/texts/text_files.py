@@ -2,6 +2,7 @@
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,10 @@ def read(path: pathlib.Path) -> Records:
     if path.suffix == '.gz':
       data = gzip.decompress(data)
     lines = data.decode('utf-8-sig').removesuffix('\n').split('\n')
-  except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+  except UnicodeDecodeError as error:
     raise ValueError(f'{path} is no text in UTF-8: {error}; convert it') from None
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(f'{path} cannot be decompressed: {error}; copy or compress it again') from None
   if lines == ['']:
     raise ValueError(f'{path} is empty')
   if '.jsonl' not in path.suffixes[-2:]:
@@ -39,6 +42,8 @@ def read(path: pathlib.Path) -> Records:
     return Records(path, [{'text': line.removesuffix('\r')} for line in lines], None)
   records = [_record(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
   ids = [record.get('id', record.get('task_id')) for record in records]
+  if not ids:
+    raise ValueError(f'{path} is empty')
   if all(id is None for id in ids):
     return Records(path, records, None)
   for number, id in enumerate(ids, 1):

@@ -26,6 +26,12 @@ def test_too_few_programs_are_refused():
     texts.PassAtK()([['a']], [texts.Problem('', '')] * 2)
 
 
+@pytest.mark.parametrize('orders', [(), (0,), (1, 1), (-1, 2)])
+def test_orders_are_different_and_above_zero(orders):
+  with pytest.raises(ValueError, match='of pass@k is not one or more different numbers'):
+    texts.PassAtK(orders)
+
+
 def isolated():
   try:
     texts.Sandbox().check()

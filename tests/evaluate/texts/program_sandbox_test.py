@@ -50,6 +50,13 @@ def test_a_program_that_fails_its_tests_is_not_passed(program):
   assert SANDBOX.run(f'import atexit, os, sys, threading\n{program}') != 'passed'
 
 
+@pytest.mark.parametrize('program', [
+    'if 0: \\', "x = '''", 'with open("test.py", "w") as file: file.write("")', 'import os\nos.remove("test.py")'])
+def test_a_program_does_not_take_its_test_in(program):
+  assert SANDBOX.run(program, "assert 1 == 2, ''''''") != 'passed'
+  assert SANDBOX.run('x = 1', 'assert x == 1') == 'passed'
+
+
 def test_a_program_is_not_the_main_module():   # as in the evaluation of HumanEval, which skips what only a script does
   assert SANDBOX.run('if __name__ == "__main__":\n  raise SystemExit') == 'passed'
 
@@ -205,5 +212,6 @@ def test_limits_alone_where_isolation_is_given_up():
 
 
 def test_limits_have_to_be_above_zero():
-  with pytest.raises(ValueError, match='seconds=0 of a sandbox must be above 0'):
-    Sandbox(seconds=0)
+  for seconds in 0, float('inf'):
+    with pytest.raises(ValueError, match=f'seconds={seconds} of a sandbox must be above 0'):
+      Sandbox(seconds=seconds)

@@ -69,9 +69,17 @@ def test_files_that_are_no_text_are_refused(tmp_path):
   path.write_text('{"text": "a"}\n')
   with pytest.raises(ValueError, match='x.txt has JSON, and the name of a file of JSON lines ends in .jsonl'):
     text_files.read(path)
-  (tmp_path / 'x.jsonl.gz').write_bytes(b'abc')
-  with pytest.raises(ValueError, match='is no text in UTF-8'):
-    text_files.read(tmp_path / 'x.jsonl.gz')
+  (tmp_path / 'x.jsonl').write_text('\n\n')
+  with pytest.raises(ValueError, match='x.jsonl is empty'):
+    text_files.read(tmp_path / 'x.jsonl')
+
+
+def test_damaged_gzip_files_are_refused(tmp_path):
+  whole = gzip.compress(b'{"text": "a b c"}\n' * 9)
+  for data in b'abc', whole[:-9], whole[:12] + bytes([whole[12] ^ 255]) * 9 + whole[21:]:
+    (tmp_path / 'x.jsonl.gz').write_bytes(data)
+    with pytest.raises(ValueError, match='cannot be decompressed'):
+      text_files.read(tmp_path / 'x.jsonl.gz')
 
 
 def test_several_programs_of_a_problem_are_its_lines(tmp_path):
