@@ -39,6 +39,8 @@ def compare_outputs(*, outputs: tuple[str, ...] = (), references: tuple[pathlib.
     raise ValueError(f'--confidence={confidence} is no probability between 0 and 1, such as 0.95')
   if results and (references or settings != texts.Settings()):
     raise ValueError('--references and settings of metrics are for --outputs; --results has its metrics already')
+  if out:
+    out.parent.mkdir(parents=True, exist_ok=True)
   named = system_outputs.named_files([one if '=' in one else f'{label(pathlib.Path(one))}={one}' for one in systems])
   measured = of_outputs(named, references, metrics, settings) if outputs else of_results(named, metrics)
   baseline = next(iter(named))

@@ -40,6 +40,7 @@ def contamination(*, items: pathlib.Path, corpus: Corpus = Corpus(), item_keys: 
   if corpus.weights or not corpus.repeat:
     raise ValueError('weights and repeat are of training; all documents of a mixture are searched once, so leave them '
                      'out')
+  out.parent.mkdir(parents=True, exist_ok=True)
   entries = item_files.read_items(items, item_keys)
   by_id = item_files.read_scores(scores, score_key) if scores else {}
   lacking = [item.id for item in entries if scores and item.id not in by_id]

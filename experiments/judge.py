@@ -43,6 +43,8 @@ def judge(*, outputs: tuple[str, ...], address: str, model: str, key_variable: s
   key = os.environ.get(key_variable) if key_variable else None
   if key_variable and not key:
     raise ValueError(f'--key_variable={key_variable}, but the environment has no such variable; export it first')
+  for file in filter(None, (out, replies)):
+    file.parent.mkdir(parents=True, exist_ok=True)
   items, preferred = system_outputs.read(files), chat_judge.preferences(votes) if votes else None
   systems = set().union(*(pair for _, pair in preferred)) if preferred else set()
   if preferred and not systems & files.keys():

@@ -53,7 +53,7 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     settings.check(chosen)
     described = {'metrics': chosen, **dataclasses.asdict(settings), **{
         name: value for name, value in dataclasses.asdict(learned).items() if value}}
-    records_by_name, opened = named(candidates), learned.open()
+    records_by_name, opened = text_files.read_named(candidates), learned.open()
     results = {name: score(records, references, chosen, settings, opened) for name, records in records_by_name.items()}
   else:
     if references or metrics or settings != texts.Settings() or learned != options.LearnedMetrics():
@@ -63,7 +63,8 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
                        'allows it')
     metric = texts.PassAtK(k, texts.Sandbox(seconds=seconds, isolated=not allow_no_isolation))
     described = {'problems': str(problems), **dataclasses.asdict(metric)}
-    results = {name: execute(records, text_files.read(problems), metric) for name, records in named(candidates).items()}
+    results = {name: execute(records, text_files.read(problems), metric)
+               for name, records in text_files.read_named(candidates).items()}
   tables = {name: report.to_json(result) for name, result in results.items()}
   if out:
     for name, result in results.items():
@@ -74,16 +75,6 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
   print(report.table(tables))
   if out:
     print(f'written to {out}')
-
-
-def named(files: tuple[pathlib.Path, ...]) -> dict[str, text_files.Records]:
-  """Returns what is in each file, by its name without what is after the first dot. ValueError for one given twice."""
-  names = [file.name.split('.')[0] for file in files]
-  if len(set(names)) < len(names):   # such as a/outputs.jsonl and b/outputs.jsonl, of which files in --out are named
-    names = [str(file).strip('/').replace('/', '-') for file in files]
-  if len(set(names)) < len(names):
-    raise ValueError(f'--candidates={",".join(map(str, files))} has a file twice; give each once')
-  return {name: text_files.read(file) for name, file in zip(names, files)}
 
 
 def score(records: text_files.Records, files: tuple[pathlib.Path, ...], metrics: tuple[str, ...],

@@ -1,10 +1,12 @@
 """Evaluation items, and scores of items, from files of JSON lines."""
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm.evaluate.contamination import Item
+from lm.evaluate.texts import text_files
 
 
 def read_items(file: pathlib.Path, keys: Sequence[str]) -> list[Item]:
@@ -33,9 +35,9 @@ def read_scores(file: pathlib.Path, key: str) -> dict[str, float]:
   scores = {}
   for where, id, record in _records(file):
     score = record.get(key)
-    if not isinstance(score, int | float):   # true and false are 1 and 0
-      raise ValueError(f'{where} has no number in {key!r}; it has the fields {", ".join(record)}, and --score_key '
-                       'names the one with the score')
+    if not isinstance(score, int | float) or not math.isfinite(score):   # true and false are 1 and 0
+      raise ValueError(f'{where} has no finite number in {key!r}; it has the fields {", ".join(record)}, and '
+                       '--score_key names the one with the score')
     scores[id] = float(score)
   return scores
 
@@ -43,7 +45,7 @@ def read_scores(file: pathlib.Path, key: str) -> dict[str, float]:
 def _records(file: pathlib.Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
   """Yields (place, id, record) of each line."""
   ids, has_ids = set(), None
-  for number, line in enumerate(file.read_text('utf-8-sig').split('\n'), 1):
+  for number, line in enumerate(text_files.content(file).split('\n'), 1):
     if not line.strip():
       continue
     where = f'{file} line {number}'

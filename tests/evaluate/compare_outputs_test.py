@@ -49,6 +49,14 @@ def test_texts_are_matched_by_id_and_the_verdicts_fit(script, files, tmp_path, c
   assert f'corrected for {2 * len(verdicts["good"])} comparisons' in text and 'rouge1' in text
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_work(script, files, tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  with pytest.raises(OSError, match='file'):
+    script.compare_outputs(outputs=tuple(files[0]), references=(files[1],), metrics=('edit_distance',),
+                           out=tmp_path / 'file/out.json')
+  assert not capsys.readouterr().out
+
+
 def test_results_of_two_runs_are_compared_by_metric(script, tmp_path, capsys):
   for name, shift in ('a', 0.), ('b', 1.):
     folder = tmp_path / name / 'evaluation'

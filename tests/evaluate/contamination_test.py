@@ -1,4 +1,5 @@
 """Items in training text: by brute force on random texts, planted leaks, and the boundaries of the rule."""
+import gzip
 import importlib
 import json
 import pathlib
@@ -166,8 +167,20 @@ def test_fields_of_items_are_joined_and_scores_are_numbers(tmp_path):
   file.write_text('{"q": "a", "choices": ["b", "c"], "right": true}\n')
   assert item_files.read_items(file, ('q', 'choices')) == [Item('1', 'a\nb\nc')]
   assert item_files.read_scores(file, 'right') == {'1': 1.}
-  with pytest.raises(ValueError, match="no number in 'q'"):
+  with pytest.raises(ValueError, match="no finite number in 'q'"):
     item_files.read_scores(file, 'q')
+  file.write_text('{"q": "a", "right": NaN}\n')
+  with pytest.raises(ValueError, match="line 1 has no finite number in 'right'"):
+    item_files.read_scores(file, 'right')
+
+
+def test_items_may_be_compressed_and_what_is_no_text_is_named(tmp_path):
+  file = tmp_path / 'x.jsonl.gz'
+  file.write_bytes(gzip.compress('{"text": "ä"}\n'.encode()))
+  assert item_files.read_items(file, ('text',)) == [Item('1', 'ä')]
+  (tmp_path / 'x.jsonl').write_bytes('{"text": "ä"}'.encode('latin-1'))
+  with pytest.raises(ValueError, match='x.jsonl is no text in UTF-8'):
+    item_files.read_items(tmp_path / 'x.jsonl', ('text',))
 
 
 def test_settings_without_meaning_are_refused():

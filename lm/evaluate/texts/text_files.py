@@ -19,21 +19,24 @@ class Records(NamedTuple):
     return f'{self.path} line {i + 1}' + ('' if self.ids is None else f' (id {self.ids[i]})')
 
 
+def content(path: pathlib.Path) -> str:
+  """Returns the text of a file, decompressed where its name ends in .gz. Raises ValueError for what is no UTF-8."""
+  data = path.read_bytes()
+  try:
+    return (gzip.decompress(data) if path.suffix == '.gz' else data).decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is no text in UTF-8: {error}; convert it') from None
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(f'{path} cannot be decompressed: {error}; copy or compress it again') from None
+
+
 def read(path: pathlib.Path) -> Records:
   """Reads JSON lines, where the name ends in .jsonl or .jsonl.gz, or plain text, of which each line is a text.
 
   Raises ValueError, with the line, for what is no UTF-8, no JSON object, or has an id on some lines alone; and for a
   file without lines, or of JSON under another name.
   """
-  data = path.read_bytes()
-  try:
-    if path.suffix == '.gz':
-      data = gzip.decompress(data)
-    lines = data.decode('utf-8-sig').removesuffix('\n').split('\n')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is no text in UTF-8: {error}; convert it') from None
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(f'{path} cannot be decompressed: {error}; copy or compress it again') from None
+  lines = content(path).removesuffix('\n').split('\n')
   if lines == ['']:
     raise ValueError(f'{path} is empty')
   if '.jsonl' not in path.suffixes[-2:]:
@@ -51,6 +54,16 @@ def read(path: pathlib.Path) -> Records:
       raise ValueError(f'{path}: record {number} has the id {json.dumps(id)}, and others have one; give each line an '
                        'id, a text or a whole number, or none')
   return Records(path, records, [str(id) for id in ids])
+
+
+def read_named(files: Sequence[pathlib.Path]) -> dict[str, Records]:
+  """Returns what is in each file, by its name without what is after the first dot. ValueError for one given twice."""
+  names = [file.name.split('.')[0] for file in files]
+  if len(set(names)) < len(names):   # such as a/outputs.jsonl and b/outputs.jsonl, of which files in --out are named
+    names = [str(file).strip('/').replace('/', '-') for file in files]
+  if len(set(names)) < len(names):
+    raise ValueError(f'--candidates={",".join(map(str, files))} has a file twice; give each once')
+  return {name: read(file) for name, file in zip(names, files)}
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
