@@ -26,7 +26,7 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
                heads: int = 4, length: int = 128,
                optimizer: options.Optimizer = options.Optimizer(lr=1e-3, schedule='linear'), steps: int = 1000,
                batch: int = 16, computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence()) -> train.Run | train.Pending:
+               cadence: options.Cadence = options.Cadence(patience=2)) -> train.Run | train.Pending:
   """Trains a scorer of pairs.
 
   Most runs set: ratings, init, held_out_systems, lr, steps, batch, length, workdir.

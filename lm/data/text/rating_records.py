@@ -60,7 +60,7 @@ def rated(pattern: str, validation: float = 0.1, held_out_systems: tuple[str, ..
 
 
 @source.deferred
-def synthetic(count: int = 8000, validation: float = 0.1, seed: int = 0) -> Source:
+def synthetic(count: int = 30_000, validation: float = 0.1, seed: int = 0) -> Source:
   """Returns lines of Python's own library and copies with errors, as in the synthetic pre-training of BLEURT.
 
   The rating is the share of words without an error: 'drop' leaves words out, 'swap' exchanges neighbours, 'replace'
@@ -71,7 +71,7 @@ def synthetic(count: int = 8000, validation: float = 0.1, seed: int = 0) -> Sour
   rng.shuffle(documents)
   for document in documents:
     candidates = [' '.join(line.split()) for line in document.splitlines() if 6 <= len(line.split()) <= 20]
-    lines += rng.sample(candidates, min(len(candidates), 20))
+    lines += rng.sample(candidates, min(len(candidates), 60))
     if len(lines) >= count:
       break
   words = [word for line in lines for word in line.split()]
@@ -82,7 +82,7 @@ def synthetic(count: int = 8000, validation: float = 0.1, seed: int = 0) -> Sour
 
 def _corrupted(line: str, vocabulary: list[str], rng: random.Random) -> dict[str, str | float]:
   """Returns a record whose candidate is the line with errors in a random share of its words."""
-  words, kind = line.split(), rng.choice(KINDS)
+  words, kind = line.split(), rng.choices(KINDS, weights=(5, 5, 5, 1))[0]
   places = rng.sample(range(len(words)), rng.randint(0, len(words)))
   result: list[str | None] = list(words)
   for place in places:
