@@ -1,5 +1,6 @@
 """Texts that a model writes after prompts are scored, stored, and not written again after a stop."""
 import json
+import types
 
 import jax
 import numpy as np
@@ -97,7 +98,7 @@ def test_it_runs_during_training(tmp_path, subject):
     documents = staticmethod(lambda split: TEXTS)
 
   class Run:
-    model = subject.model
+    model, data = subject.model, types.SimpleNamespace(template=None)
 
     class objective:   # noqa: N801
       prompt = staticmethod(lambda batch: batch)
