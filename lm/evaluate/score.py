@@ -1,8 +1,6 @@
 """Log-probabilities of texts by decoders, encoder-decoders and encoders.
 
-Each piece of a text has a row of its own, and the width of the row and the number of rows in its batch follow from the
-length of the piece alone. Hence a score is the same to the last bit whatever texts are scored with it: programs for
-other shapes round differently, but a piece always meets the same one.
+A score is the same to the last bit whatever texts are scored with it, see `row_shapes`.
 """
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,6 +12,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.evaluate import row_shapes
 from lm.models.encoder import TextScorer
 from lm.objectives.objective import by_position
 from lm.train.validation import read_behind
@@ -99,9 +98,9 @@ def predictions(model: Any, params: Any, texts: Sequence[np.ndarray], sources: S
   pieces = [piece for text, count in enumerate(counts) for piece in _pieces(text, count, window, stride)]
 
   def shape(piece: _Piece) -> tuple[int, ...]:
-    width = _width(piece.stop - piece.first, model.max_length)
-    return (width,) if sources is None else (width, _width(len(sources[piece.text])))
-  groups = list(_groups([shape(piece) for piece in pieces]))
+    width = row_shapes.width(piece.stop - piece.first, model.max_length)
+    return (width,) if sources is None else (width, row_shapes.width(len(sources[piece.text])))
+  groups = list(row_shapes.groups([shape(piece) for piece in pieces]))
   batches = (_batch(texts, sources, [pieces[i] for i in group], *of_shape) for group, of_shape in groups)
   for predicted, (group, _) in zip(read_behind(_predict(model.apply, params, batch) for batch in batches), groups):
     for row, i in enumerate(group):
@@ -117,34 +116,10 @@ def log_probabilities(model: Any, params: Any, texts: Sequence[np.ndarray],
   return [predicted.log_p for predicted in predictions(model, params, texts, sources)]
 
 
-def _width(length: int, most: int | None = None) -> int:
-  """Returns the width of a row for `length` tokens: 32, 48, 64, 96, 128, ..., so that few programs are compiled."""
-  width = max(32, 1 << (length - 1).bit_length())
-  if width > 32 and length <= 3 * width // 4:
-    width = 3 * width // 4
-  return width if most is None else min(width, most)
-
-
-def _groups(shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-  """Yields (places, shape): which of `shapes` make the rows of a batch. They are alike, and at most `_rows(shape)`."""
-  places: dict[tuple[int, ...], list[int]] = {}
-  for place, shape in enumerate(shapes):
-    places.setdefault(shape, []).append(place)
-  for shape, group in sorted(places.items()):
-    for first in range(0, len(group), _rows(shape)):
-      yield group[first:first + _rows(shape)], shape
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-  """Returns how many rows a batch has: enough positions for efficient matrix products, split evenly over the mesh."""
-  positions = 256 if sharding.platform() == 'cpu' else 8192
-  return sharding.padded_rows(max(positions // max(shape), 1))
-
-
 def _batch(texts: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, pieces: Sequence[_Piece], width: int,
            source_width: int = 0) -> Batch:
   """Returns a batch with a row for each piece, and empty rows after them."""
-  rows = _rows((width, source_width))
+  rows = row_shapes.rows((width, source_width))
   tokens, targets, segments = np.zeros((3, rows, width), np.int32)
   positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
   batch = Batch(tokens, targets, positions=positions, segments=segments)
@@ -185,7 +160,7 @@ def pseudo_predictions(model: Any, params: Any, texts: Sequence[np.ndarray], mas
   counts = [max(len(tokens) - 2, 0) for tokens in texts]
   result = [_empty(count) for count in counts]
   copies = [(text, place) for text, count in enumerate(counts) for place in range(1, count + 1)]
-  groups = list(_groups([(_width(len(texts[text]), model.max_length),) for text, _ in copies]))
+  groups = list(row_shapes.groups([(row_shapes.width(len(texts[text]), model.max_length),) for text, _ in copies]))
   calls = (_predict(model.apply, params, *_masked(texts, [copies[i] for i in group], *shape, mask))
            for group, shape in groups)
   for predicted, (group, _) in zip(read_behind(calls), groups):
@@ -199,7 +174,7 @@ def pseudo_predictions(model: Any, params: Any, texts: Sequence[np.ndarray], mas
 def _masked(texts: Sequence[np.ndarray], copies: Sequence[tuple[int, int]], width: int, mask: int
             ) -> tuple[Batch, np.ndarray]:
   """Returns a batch with a row for each copy (text, place), and the column of the mask in each row."""
-  rows = _rows((width,))
+  rows = row_shapes.rows((width,))
   tokens, targets, segments = np.zeros((3, rows, width), np.int32)
   columns = np.zeros(rows, np.int32)
   positions = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))

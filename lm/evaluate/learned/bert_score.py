@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data import tokenizers
-from lm.evaluate import measures
+from lm.evaluate import measures, row_shapes
 from lm.evaluate.learned import text_rows
 from lm.evaluate.measures import Measure
 from lm.evaluate.texts import scored_pairs
@@ -79,7 +79,7 @@ def matches(pairs: Sequence[tuple[int, int]], states: Sequence[np.ndarray], weig
   lengths = [len(state) for state in states]
   by_shape: dict[tuple[int, int], list[int]] = {}
   for i, places in enumerate(pairs):
-    shape = tuple(text_rows.width(lengths[place], 1 << 30) for place in places)
+    shape = tuple(row_shapes.width(lengths[place]) for place in places)
     by_shape.setdefault(shape, []).append(i)
   for shape, members in by_shape.items():
     count = max(1, 65_536 // max(shape))

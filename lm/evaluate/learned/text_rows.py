@@ -10,6 +10,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
+from lm.evaluate import row_shapes
 
 _SECONDS = 3.   # between two lines of progress
 
@@ -20,33 +21,14 @@ class Text(NamedTuple):
   types: np.ndarray    # int32 [n]: 0, or 1
 
 
-def width(length: int, most: int) -> int:
-  """Returns the width of a row for `length` tokens: 2^n or 3 * 2^n from 16, so that few programs are compiled."""
-  size = 16
-  while size < length:
-    size = size * 3 // 2 if size & size - 1 == 0 else size * 4 // 3
-  return min(size, most)
-
-
-def rows(width: int) -> int:
-  """Returns how many rows of a width are read at once, so that the score of a text is the same in any company."""
-  positions = 512 if sharding.platform() == 'cpu' else 65_536
-  return sharding.padded_rows(max(positions // width, 1))
-
-
 def batches(texts: Sequence[Text], most: int) -> Iterator[tuple[list[int], Batch]]:
   """Yields the places of texts and a batch with a row for each of them, and empty rows after them."""
-  by_width: dict[int, list[int]] = {}
-  for i, text in enumerate(texts):
-    by_width.setdefault(width(len(text.tokens), most), []).append(i)
-  for size, places in sorted(by_width.items(), reverse=True):
-    for first in range(0, len(places), rows(size)):
-      chosen = places[first:first + rows(size)]
-      tokens, types, segments = np.zeros((3, rows(size), size), np.int32)
-      for row, i in enumerate(chosen):
-        count = len(texts[i].tokens)
-        tokens[row, :count], types[row, :count], segments[row, :count] = *texts[i], 1
-      yield chosen, Batch(tokens, segments=segments, types=types)
+  for places, shape in row_shapes.groups([(row_shapes.width(len(text.tokens), most),) for text in texts]):
+    tokens, types, segments = np.zeros((3, row_shapes.rows(shape), *shape), np.int32)
+    for row, i in enumerate(places):
+      count = len(texts[i].tokens)
+      tokens[row, :count], types[row, :count], segments[row, :count] = *texts[i], 1
+    yield places, Batch(tokens, segments=segments, types=types)
 
 
 def compute(name: str, function: Callable[[Batch], Any], texts: Sequence[Text], most: int,

@@ -86,13 +86,6 @@ def test_what_cannot_be_compared_is_refused(opened, tmp_path):
     bert_score.BertScore(transformer.llama(32, 8, 1, 2), None, tokenizers.Bytes(), 'llama')
 
 
-def test_widths_are_few_and_wide_enough():
-  widths = [text_rows.width(n, 512) for n in range(1, 513)]
-  assert all(size >= n for n, size in enumerate(widths, 1))
-  assert sorted({*widths}) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
-  assert text_rows.width(40, 40) == 40
-
-
 def test_the_first_layers_are_those_of_the_whole_encoder():
   model = encoder.bert(32, 16, 3, 2, 16)
   params = model.init(jax.random.key(0))

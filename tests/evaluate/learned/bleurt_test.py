@@ -87,10 +87,10 @@ def test_a_mesh_changes_nothing():
 
 
 def test_long_inputs_show_progress(capsys):
-  texts = [text_rows.Text(np.arange(n, dtype=np.int32), np.zeros(n, np.int32)) for n in (40, 20, 5)]
+  texts = [text_rows.Text(np.arange(n, dtype=np.int32), np.zeros(n, np.int32)) for n in (90, 40, 5)]
   seconds = iter(range(0, 1000, 10))
-  shown = list(text_rows.compute('bleurt', lambda batch: batch.tokens.sum(1), texts, 48, lambda: next(seconds)))
-  assert {i: int(values[0]) for (i,), values in shown} == {0: 780, 1: 190, 2: 10}
+  shown = list(text_rows.compute('bleurt', lambda batch: batch.tokens.sum(1), texts, 96, lambda: next(seconds)))
+  assert {i: int(values[0]) for (i,), values in shown} == {0: 4005, 1: 780, 2: 10}
   assert capsys.readouterr().err.splitlines() == ['bleurt: 1 of 3 texts', 'bleurt: 2 of 3 texts']
 
 
