@@ -62,7 +62,7 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
   def build_from(base: load.BaseModel) -> train.Run:
     return build(encoder.scorer(base.model), base.tokenizer, lambda model: model.start(base.start, base.model))
   return train.after_opening(build_from, base=named.Named(
-      'init', init, lambda model: isinstance(model, encoder.Bidirectional), 'an encoder, such as BERT'))
+      '--init', init, lambda model: isinstance(model, encoder.Bidirectional), 'an encoder, such as BERT'))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -27,7 +27,7 @@ def write_model(folder: str, width: int) -> None:
   from lm.models import transformer
   tokenizer = Bytes()
   model = transformer.gpt2(tokenizer.vocab_size, width, 4, 4, max_length=512)
-  pretrained.write(pathlib.Path(folder, 'model'), model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
+  pretrained.write(pathlib.Path(folder, 'exported'), model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
 
 
 def requests(count: int) -> list[Any]:
@@ -42,10 +42,10 @@ def requests(count: int) -> list[Any]:
 
 def ours(folder: str, count: int) -> Prepared:
   """The arm of our client; it forgets its answers after each step."""
-  model, params = open_folder(pathlib.Path(folder, 'model'))
+  model, params = open_folder(pathlib.Path(folder, 'exported'))
   from lm.data import tokenizers
   from lm.evaluate import harness
-  tokenizer, items = tokenizers.load(pathlib.Path(folder, 'model')), requests(count)
+  tokenizer, items = tokenizers.load(pathlib.Path(folder, 'exported')), requests(count)
   make = harness.client_class()
 
   def step() -> float:
@@ -59,7 +59,7 @@ def theirs(folder: str, count: int, batch: int) -> Prepared:
   torch_library()
   transformers_library()
   from lm_eval.models.huggingface import HFLM
-  client = HFLM(str(pathlib.Path(folder, 'model')), device='cpu', dtype='float32', batch_size=batch)
+  client = HFLM(str(pathlib.Path(folder, 'exported')), device='cpu', dtype='float32', batch_size=batch)
   items = requests(count)
   return lambda: -sum(log_p for log_p, _ in client.loglikelihood(items, disable_tqdm=True)) / count, {}
 

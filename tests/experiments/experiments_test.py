@@ -39,7 +39,7 @@ TINY = {
     'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
                 '--steps=2'],
     'denoise': ['--steps=2', '--vocab=600', '--length=32', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
-    'learned_metric': ['--steps=2', '--vocab=600', '--length=64', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
+    'learned_metric': ['--steps=2', '--patience=1', '--vocab=600', '--length=64', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'infill': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'diffusion': ['--steps=2', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8'],
     'overfit': ['--steps=2', '--documents=8', '--vocab=600', '--length=16', '--layers=1', '--width=16', '--heads=2',

@@ -37,7 +37,7 @@ FLAGS = [('pretrain', {'model': DECODER}), ('pretrain', {'init': DECODER}),
          ('finetune_chat', {'jsonl': 'no/*.jsonl', 'tokenizer': 'bpe', 'lora_rank': 2}),
          *(('preference', {'model': DECODER, 'method': method}) for method in ('dpo', 'kto', 'orpo', 'reward')),
          ('preference', {'model': DECODER, 'jsonl': 'no/*.jsonl', 'method': 'kto', 'label': 'good'}),
-         ('distill', {'teacher': DECODER, 'student': DECODER}),
+         ('learned_metric', {'init': BERT}), ('distill', {'teacher': DECODER, 'student': DECODER}),
          ('distill', {'teacher': DECODER, 'text': 'no/*.txt', 'stored_top_k': 4})]
 CASES = [*((name, {}) for name in EXPERIMENTS), *FLAGS]
 

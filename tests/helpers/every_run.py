@@ -27,6 +27,7 @@ from lm.objectives import (
   objective,
   preference,
   prefix,
+  rating,
   span_corruption,
   supervised,
   ul2,
@@ -69,7 +70,7 @@ CASES = {
     'distil': (DECODER, distillation.distil(next_token.next_token(), DECODER.apply)),
     'distil_stored': (DECODER, distillation.distil_stored(next_token.next_token(), TOP)),
     'dpo': (DECODER, preference.preference(preference.dpo())), 'kto': (DECODER, preference.kto()),
-    'reward': (reward.Reward(DECODER), preference.reward())}
+    'reward': (reward.Reward(DECODER), preference.reward()), 'rating': (encoder.scorer(BERT), rating.rating())}
 
 COLUMNS = {'dpo': preference.COLUMNS, 'kto': preference.COLUMNS, 'distil_stored': TOP.columns}
 

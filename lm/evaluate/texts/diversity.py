@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lm import seeds
 from lm.evaluate.measures import Measure, mean, ratio
 from lm.evaluate.texts import words
 from lm.evaluate.texts.scored_pairs import References
@@ -95,7 +96,7 @@ class SelfBleu:
       raise ValueError('self_bleu compares texts with each other, and there is one; give more, or leave it out')
     chosen = np.arange(count)
     if count > self.limit:
-      chosen = np.sort(np.random.default_rng(self.seed).choice(count, self.limit, replace=False))
+      chosen = np.sort(seeds.generator(self.seed).choice(count, self.limit, replace=False))
     scores, weights = np.zeros(count), np.zeros(count)
     scores[chosen], weights[chosen] = _self_bleu([tokens[i] for i in chosen]), 1
     drawn = f'|drawn_from:{count}|seed:{self.seed}' if count > self.limit else ''
