@@ -11,7 +11,7 @@ from helpers import decoders
 
 from lm.data.chat import conversation, templates
 from lm.data.tokenizers.folder import Bytes
-from lm.evaluate import evaluations, harness, score, stored_measures, suites
+from lm.evaluate import evaluations, harness, row_shapes, score, stored_measures, suites
 from lm.evaluate.harness import requests
 from lm.generate.sampling import Sampling
 
@@ -88,7 +88,7 @@ def test_an_answer_is_the_same_to_the_last_bit_in_any_company_and_few_programs_a
   batch = pairs(*((text[:i % 40], text[i % 40:] or 'e') for i, text in enumerate(texts)))
   before = score._predict._cache_size()
   together = make().loglikelihood(batch)
-  assert score._predict._cache_size() - before <= len({score._width(length, 128) for length in range(1, 129)})
+  assert score._predict._cache_size() - before <= len({row_shapes.width(length, 128) for length in range(1, 129)})
   alone = make()
   assert [alone.loglikelihood([request])[0] for request in batch[:12]] == together[:12]
   assert make().loglikelihood(batch[::-1]) == together[::-1]
