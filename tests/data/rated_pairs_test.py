@@ -48,10 +48,17 @@ def test_records_without_systems_have_two_splits(tmp_path):
 @pytest.mark.parametrize('record', [
     {'candidate': 'x', 'rating': 1}, {'reference': 'x', 'rating': 1}, {'reference': 'x', 'candidate': 'y'},
     {'reference': 'x', 'candidate': 'y', 'rating': 'good'}, {'reference': 'x', 'candidate': 'y', 'rating': True},
-    {'references': [], 'candidate': 'y', 'rating': 1}, {'references': [3], 'candidate': 'y', 'rating': 1}])
+    {'references': [], 'candidate': 'y', 'rating': 1}, {'references': [3], 'candidate': 'y', 'rating': 1},
+    {'references': 'a text', 'candidate': 'y', 'rating': 1},
+    {'references': [], 'candidate': 'y', 'rating': 1, 'item': 'z'}])
 def test_what_is_no_rating_is_refused(record):
   with pytest.raises(ValueError, match='is no rating; a line has candidate, rating'):
     rating_records.read(json.dumps(record))
+
+
+def test_a_system_or_an_item_that_is_null_is_absent():
+  rating = rating_records.read('{"reference": "x", "candidate": "y", "rating": 1, "system": null, "item": null}')
+  assert (rating.system, rating.item) == ('', 'x')
 
 
 def test_an_unknown_system_and_an_empty_split_are_refused(tmp_path):

@@ -29,12 +29,16 @@ def read(record: str) -> Rating:
   """Reads a record. Raises ValueError, with the record, if a field is missing or of another type."""
   try:
     values = json_value(record)
-    references = tuple(values['references'] if 'references' in values else [values['reference']])
-    rating = Rating(references, values['candidate'], values['rating'], str(values.get('system', '')),
-                    str(values.get('item', references[0])))
+    references = values['references'] if 'references' in values else [values['reference']]
+    if not isinstance(references, list):
+      raise ValueError
+    system, item = values.get('system'), values.get('item')   # null stands for nothing
+    rating = Rating(tuple(references), values['candidate'], values['rating'], '' if system is None else str(system),
+                    references[0] if item is None else str(item))
   except (ValueError, TypeError, KeyError, IndexError):
     rating = None
-  if (rating is None or not all(isinstance(text, str) for text in (rating.candidate, *rating.references))
+  if (rating is None or not rating.references
+      or not all(isinstance(text, str) for text in (rating.candidate, *rating.references))
       or type(rating.rating) not in (int, float) or not math.isfinite(rating.rating)):
     raise ValueError(f'{record:.200} is no rating; a line has candidate, rating (a number), reference or a list of '
                      'references, and optionally system and item')
