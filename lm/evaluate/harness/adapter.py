@@ -6,6 +6,7 @@ batch, except for text that is written, so no setting of a batch size is needed.
 """
 import functools
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class Client:
     self._answers = {key: tuple(answer) if isinstance(answer, list) else answer
                      for key, answer in hosts.from_process_0(dict(answers or {})).items()}
     self._save, self._show = save, show
+    self.notes: list[str] = []   # what a reader of the results has to know
 
   @property
   def max_length(self) -> int:
@@ -163,9 +165,12 @@ class Client:
 
   def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """Returns (log-probability of the continuation, whether each of its tokens is the most likely) of each request."""
+    pairs = list(dict.fromkeys((context, text) for context, text in (request.args for request in requests)))
+    encoded = dict(zip(pairs, self._encode_pairs(pairs)))
+    self._note_cuts('loglikelihood', [sum(map(len, ids)) <= self.max_length + 1 for ids in encoded.values()])
+
     def compute(items: Sequence[Item]) -> list[tuple[float, bool]]:
-      pairs = [item.args for item in items]
-      return self._loglikelihood_tokens([(pair, *ids) for pair, ids in zip(pairs, self._encode_pairs(pairs))])
+      return self._loglikelihood_tokens([(item.args, *encoded[item.args]) for item in items])
     return self._answer('loglikelihood', requests, compute, disable_tqdm)
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
@@ -201,20 +206,34 @@ class Client:
         raise ValueError(f'a task asks for up to {writing.max_tokens} tokens (max_gen_toks), and the model reads '
                          f'{self.max_length} with the context; give fewer, with --gen_kwargs max_gen_toks=... of the '
                          'harness or max_tokens in a suite')
+    contexts = list(dict.fromkeys(request.args[0] for request in requests))
+    encoded = dict(zip(contexts, self._encode(contexts, self._tokens.adds_bos)))
+    self._note_cuts('generate_until', [len(encoded[context]) + writings[str(settings)].max_tokens <= self.max_length
+                                       for context, settings in (request.args for request in requests)])
     rows = sharding.padded_rows(16 if sharding.platform() == 'cpu' else 128)
     return self._answer(
-        'generate_until', requests, lambda items: self._written(items, writings[str(items[0].args[1])]), disable_tqdm,
+        'generate_until', requests, lambda items: self._written(
+            [encoded[item.args[0]] for item in items], writings[str(items[0].args[1])], items[0].copy), disable_tqdm,
         lambda args: not writings[str(args[1])].sampling.greedy, lambda item: (str(item.args[1]), item.copy), rows)
 
-  def _written(self, items: Sequence[Item], writing: harness_requests.Writing) -> list[str]:
+  def _written(self, contexts: Sequence[list[int]], writing: harness_requests.Writing, seed: int) -> list[str]:
     room = self.max_length - writing.max_tokens
-    prompts = [ids[-room:] for ids in self._encode([item.args[0] for item in items], self._tokens.adds_bos)]
+    prompts = [ids[-room:] for ids in contexts]
     rows = 1 << (len(prompts) - 1).bit_length()   # few numbers of rows, so that few programs are compiled
     encoded = _Encoded(self._tokens, self._template or conversation.Plain())
     texts = generate.generate(self._model, self._params, encoded, prompts + prompts[-1:] * (rows - len(prompts)),
-                              writing.sampling, max_tokens=writing.max_tokens, stop=writing.stop, seed=items[0].copy,
+                              writing.sampling, max_tokens=writing.max_tokens, stop=writing.stop, seed=seed,
                               mark=self._mark)
     return texts[:len(prompts)]
+
+  def _note_cuts(self, method: str, fits: Sequence[bool]) -> None:
+    """Notes how many requests lose the beginning of their context, and says so on stderr."""
+    if all(fits):
+      return
+    self.notes.append(f'{len(fits) - sum(fits):,} of {len(fits):,} {method} requests are longer, with their answer, '
+                      f'than the {self.max_length} tokens that the model reads, and lose the beginning of the context')
+    if jax.process_index() == 0:
+      print(self.notes[-1], file=sys.stderr)
 
   def _answer(self, method: str, requests: Sequence[Any], compute: Callable[[Sequence[Item]], list[Any]],
               disable_tqdm: bool, is_drawn: Callable[[tuple[Any, ...]], bool] = lambda args: False,

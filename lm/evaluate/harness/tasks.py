@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import os
 import pathlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ def evaluate(client: Any, names: tuple[str, ...], include_path: str | None = Non
     ImportError: as `task_manager`.
   """
   manager, library = task_manager(names, include_path), source.require('lm_eval', 'eval')
-  with _quiet(), _seeded():
+  with _quiet(), _seeded(), _one_process():
     loaded = manager.load(list(names))
     fixed = [name for name, task in loaded['tasks'].items() if task.get_config('num_fewshot') == 0]
     for task in loaded['tasks'].values():
@@ -84,7 +85,7 @@ def evaluate(client: Any, names: tuple[str, ...], include_path: str | None = Non
   result = _result(loaded, results, f'seed:{seed}|chat:{"yes" if apply_chat_template else "no"}|'
                    f'{"system:yes|" if system_instruction else ""}lm_eval:{library.__version__}')
   notes = [f'{name} has no examples before a document, as it says itself' for name in fixed if num_fewshot]
-  return result._replace(notes=[*result.notes, *notes])
+  return result._replace(notes=[*result.notes, *notes, *client.notes])
 
 
 def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str) -> Result:
@@ -174,3 +175,16 @@ def _seeded() -> Iterator[None]:
   finally:
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+  """Lets the harness draw its bootstrap samples here: a fork of a process with the threads of JAX may hang."""
+  before = os.environ.get('DISABLE_MULTIPROC')
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  try:
+    yield
+  finally:
+    del os.environ['DISABLE_MULTIPROC']
+    if before is not None:
+      os.environ['DISABLE_MULTIPROC'] = before

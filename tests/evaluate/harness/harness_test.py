@@ -1,7 +1,9 @@
 """lm-evaluation-harness as a client: requests are answered alike in any company, once, and with one bos."""
 import json
 import math
+import os
 import pathlib
+import shutil
 import types
 
 import jax
@@ -176,6 +178,14 @@ def test_texts_that_are_written_end_before_stop_strings_and_are_cut_on_the_left(
   assert short == whole[:whole.index(stop)]
 
 
+def test_how_many_contexts_are_cut_is_said(make, capsys):
+  client = make()
+  client.loglikelihood(pairs(('x' * 126, 'ab'), ('x' * 127, 'ab'), ('x' * 127, 'ab'), ('a', 'b')))   # after bos
+  client.generate_until(pairs(('w' * 119, {'max_gen_toks': 8}), ('w' * 120, {'max_gen_toks': 8})))
+  assert [note.split(' requests')[0] for note in client.notes] == ['1 of 3 loglikelihood', '1 of 2 generate_until']
+  assert all(note in capsys.readouterr().err for note in client.notes[:1])
+
+
 def test_drawn_texts_differ_between_copies_and_not_between_runs(make):
   batch = pairs(*[('def f', {'do_sample': True, 'temperature': 1., 'max_gen_toks': 8})] * 3)
   texts = make().generate_until(batch)
@@ -258,6 +268,20 @@ def test_tasks_of_a_suite_have_the_numbers_of_the_harness_with_intervals(tmp_pat
   stored = stored_measures.read(tmp_path)
   assert list(stored) == ['choice/lm_everyday/acc', 'choice/lm_everyday/acc_norm']
   assert len(set(stored['choice/lm_everyday/acc'].documents)) == 12
+
+
+def test_the_harness_forks_no_process_that_has_threads(tmp_path, subject, monkeypatch):
+  def refused(*args):
+    raise AssertionError('a process was forked')
+  for name in ('local_files.py', 'everyday.jsonl'):
+    shutil.copy(f'{TASKS}/{name}', tmp_path)
+  (tmp_path / 'words.yaml').write_text('''{task: lm_words, output_type: loglikelihood, test_split: test,
+    custom_dataset: !function local_files.load, dataset_kwargs: {file: everyday.jsonl}, doc_to_text: "{{question}}",
+    doc_to_target: " {{choices[answer]}}", metric_list: [{metric: perplexity}], metadata: {version: 1.0}}''')
+  monkeypatch.setattr('multiprocessing.Pool', refused)
+  result = harness.Harness(('lm_words',), str(tmp_path))(subject)
+  assert [measure.name for measure in result.measures] == ['lm_words/perplexity']
+  assert 'DISABLE_MULTIPROC' not in os.environ and 'standard error' in result.notes[0]
 
 
 def test_what_does_not_exist_is_refused_before_anything_is_measured(tmp_path, subject, monkeypatch):
