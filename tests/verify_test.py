@@ -100,6 +100,7 @@ def test_all_changed_files_are_reported_at_once(program, workdir):
       path.write_bytes(before)
 
 
+@pytest.mark.slow
 def test_files_without_checksums_are_named_and_a_tokenizer_gets_them(program, workdir):
   path = workdir / 'data' / 'tokenizer' / 'settings.json'
   data = path.read_text()

@@ -154,6 +154,7 @@ class Twelve(Bytes):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) % 10 for text in texts]
 
 
+@pytest.mark.slow
 @KINDS
 def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   """After each round, whatever was accepted, the modules have read the true tokens and the earlier drafts."""

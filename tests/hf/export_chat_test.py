@@ -61,6 +61,7 @@ def answer(model, params, tokens, template):
   return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, keeps', [('turns', False), ('plain', False), ('chatml', False), ('chatml', True),
                                          ('turns on chatml', True)])
 def test_an_exported_chat_gives_the_same_answer_and_ends(kind, keeps, tmp_path):

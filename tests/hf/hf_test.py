@@ -87,6 +87,7 @@ def test_exported_files_are_the_imported_ones(opened, case, record_property, tmp
   assert describe(family.model(Config(values))) == describe(model)
 
 
+@pytest.mark.slow
 def test_a_text_that_outgrows_the_original_context_in_a_cache_goes_on_as_in_transformers(opened):
   """Later tokens use the other factors, and the keys in the cache stay as they are."""
   theirs, model, params, _ = opened(next(case for case in CASES if case.name == 'Phi3ForCausalLM'))

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from helpers.declared import bound
 from helpers.experts import EXPERTS, KINDS, ROWS, TIME, WIDTH
-from helpers.slow import slow
 
 from lm import optim, train
 from lm.data.batch import Batch
@@ -69,7 +68,8 @@ def test_the_bias_of_an_expert_falls_where_it_is_chosen_too_often():
     moe.BiasBalance()(decision._replace(correction=None), mask)
 
 
-@pytest.mark.parametrize('accumulate', [1, *slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize('accumulate', [1, 2])
 def test_a_balancing_loss_and_its_metric_reach_the_loss_and_the_log(accumulate):
   balance = moe.SwitchBalance(0.3), moe.SequenceBalance(0.2)
   block = layers.Block(attention.Attention(2, 2, 4), KINDS['mixtral'].clone(balance=balance), layers.RMSNorm(),

@@ -271,6 +271,7 @@ def test_the_decoder_sees_what_is_not_later_and_all_of_its_source():
     np.testing.assert_array_equal(depends, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('causal', [True, False])
 def test_attention_over_several_blocks_equals_the_dense_formula(causal):
   """With a bias, which has gradients; without causality, over another number of keys."""

@@ -10,7 +10,6 @@ import pytest
 from helpers.experts import KINDS
 from helpers.meshes import on
 from helpers.runs import Bigram, go, logged
-from helpers.slow import slow
 from jax.sharding import PartitionSpec as P
 
 from lm import evaluate, sharding
@@ -82,7 +81,8 @@ def on_one_device():
   return jax.tree.map(np.asarray, jit(loss_and_grads)(random_params(), batch(), jax.random.key(2)))
 
 
-@pytest.mark.parametrize('name', ['units', *slow('rows', 'rows_and_weights', 'experts')])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['units', 'rows', 'rows_and_weights', 'experts'])
 def test_losses_and_gradients_are_those_of_one_device(name, monkeypatch):
   expected = on_one_device()
   monkeypatch.setattr(axes, 'TABLE', TABLES[name])

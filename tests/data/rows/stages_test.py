@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, Data, go, logged, same, saved
-from helpers.slow import slow
 
 from lm import train
 from lm.data.batch import Batch
@@ -85,7 +84,8 @@ def whole(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize('last_step, mesh', [(3, 'data:4'), *slow((2, 'data:2'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('last_step, mesh', [(3, 'data:4'), (2, 'data:2')])
 def test_resumed_across_stages_is_uninterrupted(whole, stopped, last_step, mesh, capsys):
   workdir = stopped(last_step, stages=STAGES, mesh=mesh)
   capsys.readouterr()
