@@ -46,7 +46,7 @@ def _load_tensorflow(folder: pathlib.Path, name: str) -> Bleurt:
   config = Config(values, str(path))
   model = _FAMILY.model(config)
   config.finish()
-  tokenizer = tokenizers.load(folder)
+  tokenizer = tokenizers.load(folder, '[CLS]', '[SEP]')   # a SentencePiece model may have <s> and </s> too
   with tf_checkpoint.Variables(folder / 'variables' / 'variables') as variables:
     params = weights.load_params(model, _FAMILY, Renamed(variables))
   return Bleurt(model, params, tokenizer, name, _length(settings.get('max_seq_length'), model.max_length))

@@ -47,6 +47,16 @@ def test_a_hugging_face_folder_gives_the_scores_of_the_checkpoint(tmp_path):
                                                       EXPECTED['references'][2:], EXPECTED['candidates'][2:], 20))
 
 
+def test_texts_of_a_sentencepiece_model_lie_between_cls_and_sep(tmp_path):
+  trainer = pytest.importorskip('sentencepiece').SentencePieceTrainer
+  folder = shutil.copytree(TENSORFLOW, tmp_path / 'bleurt', ignore=shutil.ignore_patterns('vocab.txt'))
+  trainer.train(sentence_iterator=iter(['some words of a text', 'and other words']), vocab_size=32, minloglevel=2,
+                model_prefix=str(folder / 'sent_piece'), control_symbols=['[CLS]', '[SEP]'], hard_vocab_limit=False)
+  tokenizer = checkpoints.load(str(folder)).tokenizer
+  assert {'<s>', '[CLS]'} <= {*tokenizer.control_names}
+  assert (tokenizer.bos_id, tokenizer.eos_id) == tuple(map(tokenizer.control_id, ('[CLS]', '[SEP]')))
+
+
 def longest_first(reference, candidate, room):
   """Removes one token after another, as bleurt/encoding.py does."""
   reference, candidate = list(reference), list(candidate)
