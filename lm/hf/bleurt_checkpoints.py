@@ -47,6 +47,9 @@ def _load_tensorflow(folder: pathlib.Path, name: str) -> Bleurt:
   model = _FAMILY.model(config)
   config.finish()
   tokenizer = tokenizers.load(folder, '[CLS]', '[SEP]')   # a SentencePiece model may have <s> and </s> too
+  if tokenizer.vocab_size > model.vocab:
+    raise ValueError(f'{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the weights only {model.vocab}; they '
+                     'are not of one model')
   with tf_checkpoint.Variables(folder / 'variables' / 'variables') as variables:
     params = weights.load_params(model, _FAMILY, Renamed(variables))
   return Bleurt(model, params, tokenizer, name, _length(settings.get('max_seq_length'), model.max_length))

@@ -5,6 +5,7 @@ the rank is 0 of 1 for the harness, and process 0 alone writes files. Answers ar
 batch, except for text that is written, so no setting of a batch size is needed.
 """
 import functools
+import inspect
 import re
 import sys
 import types
@@ -276,7 +277,7 @@ def client_class(members: Mapping[str, Any] = types.MappingProxyType({})) -> typ
 def register(name: str, open_client: Callable[..., Any]) -> None:
   """Makes `--model=name` of the harness's command line call `open_client` with the values of `--model_args`.
 
-  Raises ValueError, when it is called, for a batch size or a device.
+  Raises ValueError, when it is called, for a batch size, a device, or a value that `open_client` does not take.
   """
   def create(cls: type, values: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
     del cls
@@ -286,6 +287,10 @@ def register(name: str, open_client: Callable[..., Any]) -> None:
     for setting, value in (settings or {}).items():
       if value not in (None, *_DEFAULTS[setting]):
         raise ValueError(f'--{setting}={value} is not needed: {reasons[setting]}; leave it out')
+    known = inspect.signature(open_client).parameters
+    if unknown := [setting for setting in values if setting not in known]:
+      raise ValueError(f'--model_args has {unknown[0]}={values[unknown[0]]}, which is no setting of --model {name}; '
+                       f'leave it out, or give one of {", ".join(known)}')
     return open_client(**values)
   cls = client_class({'create_from_arg_obj': classmethod(create)})
   source.require('lm_eval.api.registry', 'eval').register_model(name)(cls)

@@ -310,9 +310,11 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_the_command_line_refuses_what_it_does_not_obey(library):
   from lm_eval.api import registry
-  harness.register('lm-test', lambda **values: values)
+  harness.register('lm-test', lambda path, best=False: {'path': path})
   cls = registry.get_model('lm-test')
   assert cls.create_from_arg_obj({'path': 'x'}, {'batch_size': 1, 'device': 'cuda:0'}) == {'path': 'x'}
   for name, value in (('batch_size', 8), ('device', 'cpu')):
     with pytest.raises(ValueError, match=f'--{name}={value} is not needed'):
       cls.create_from_arg_obj({'path': 'x'}, {name: value})
+  with pytest.raises(ValueError, match='--model_args has dtype=float32, .* of --model lm-test; .* one of path, best'):
+    cls.create_from_arg_obj({'path': 'x', 'dtype': 'float32'})

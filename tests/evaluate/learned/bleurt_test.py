@@ -57,6 +57,15 @@ def test_texts_of_a_sentencepiece_model_lie_between_cls_and_sep(tmp_path):
   assert (tokenizer.bos_id, tokenizer.eos_id) == tuple(map(tokenizer.control_id, ('[CLS]', '[SEP]')))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+  pytest.importorskip('tokenizers')
+  folder = shutil.copytree(TENSORFLOW, tmp_path / 'bleurt')
+  with (folder / 'vocab.txt').open('a') as file:
+    file.write('another\n')
+  with pytest.raises(ValueError, match='the tokenizer has 33 tokens, the weights only 32'):
+    checkpoints.load(str(folder))
+
+
 def longest_first(reference, candidate, room):
   """Removes one token after another, as bleurt/encoding.py does."""
   reference, candidate = list(reference), list(candidate)
