@@ -20,6 +20,7 @@ import numpy as np
 
 _MAGIC = (0xdb4775248b80fb57).to_bytes(8, 'little')
 _FOOTER = 48
+_LONGEST_KEY = 4096   # bytes
 _DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 9: np.int64, 14: jnp.bfloat16, 19: np.float16}   # types.proto
 
 
@@ -49,7 +50,7 @@ class Variables(Mapping[str, np.ndarray]):
       raise FileNotFoundError(f'{index} is missing; give the prefix of a TensorFlow checkpoint, such as '
                               'FOLDER/variables/variables')
     entries = dict(_table(index.read_bytes(), str(index)))
-    header = dict(_fields(entries.pop(b'', b''), str(index)))
+    header = _numbers(entries.pop(b'', b''), str(index))
     if header.get(2, 0):
       raise ValueError(f'{index} is of a big-endian machine, which is not supported')
     count = header.get(1, 0)
@@ -147,6 +148,8 @@ def _block(data: bytes, offset: int, size: int, path: str) -> Iterator[tuple[byt
     shared, place = _varint(block, place)
     own, place = _varint(block, place)
     length, place = _varint(block, place)
+    if shared + own > _LONGEST_KEY:   # a small file could otherwise take all memory
+      raise ValueError(f'{path} is damaged: a name has {shared + own} bytes; copy it anew')
     key = key[:shared] + block[place:place + own]
     yield key, block[place + own:place + own + length]
     place += own + length
@@ -155,32 +158,39 @@ def _block(data: bytes, offset: int, size: int, path: str) -> Iterator[tuple[byt
 def _fields(message: bytes, path: str) -> Iterator[tuple[int, int | bytes]]:
   """Yields the number and the value of each field of a protocol buffer."""
   place = 0
-  while place < len(message):
-    tag, place = _varint(message, place)
-    kind = tag & 7
-    if kind == 0:
-      value, place = _varint(message, place)
-    elif kind == 2:
-      size, place = _varint(message, place)
-      value, place = message[place:place + size], place + size
-    elif kind in (1, 5):
-      size = 8 if kind == 1 else 4
-      value, place = int.from_bytes(message[place:place + size], 'little'), place + size
-    else:
-      raise ValueError(f'{path} is damaged: a field has wire type {kind}; copy it anew')
-    yield tag >> 3, value
+  try:
+    while place < len(message):
+      tag, place = _varint(message, place)
+      kind = tag & 7
+      if kind == 0:
+        value, place = _varint(message, place)
+      elif kind in (1, 2, 5):
+        size, place = _varint(message, place) if kind == 2 else (8 if kind == 1 else 4, place)
+        value, place = message[place:place + size], place + size
+      else:
+        raise ValueError(f'{path} is damaged: a field has wire type {kind}; copy it anew')
+      yield tag >> 3, value
+  except IndexError:
+    place = len(message) + 1
+  if place > len(message):
+    raise ValueError(f'{path} is damaged: a field is cut off; copy it anew')
+
+
+def _numbers(message: bytes, path: str) -> dict[int, int]:
+  """Returns the integers of a protocol buffer by the number of their field."""
+  return {number: value for number, value in _fields(message, path) if isinstance(value, int)}
 
 
 def _entry(message: bytes, path: str) -> Entry | None:
   """Returns an entry; None if its type is neither float nor integer. Raises ValueError if it is stored in slices."""
-  fields = list(_fields(message, path))
-  by_number = dict(fields)
+  by_number = _numbers(message, path)
   if by_number.get(1) not in _DTYPES:
     return None
-  if 7 in by_number:
+  parts = [(number, value) for number, value in _fields(message, path) if isinstance(value, bytes)]
+  if any(number == 7 for number, _ in parts):
     raise ValueError(f'{path} has a variable that is stored in slices, which is not supported; save it in one piece')
-  shape = tuple(dict(_fields(value, path)).get(1, 0) for number, value in _fields(by_number.get(2, b''), path)
-                if number == 2)
+  shape = tuple(_numbers(size, path).get(1, 0) for number, value in parts if number == 2
+                for dimension, size in _fields(value, path) if dimension == 2 and isinstance(size, bytes))
   entry = Entry(np.dtype(_DTYPES[by_number[1]]), shape, by_number.get(3, 0), by_number.get(4, 0), by_number.get(5, 0))
   if math.prod(shape) * entry.dtype.itemsize != entry.size:
     raise ValueError(f'{path} is damaged: {entry.size} bytes for shape {shape} of {entry.dtype}; copy it anew')

@@ -53,3 +53,35 @@ def test_damaged_files_are_refused(copied):
     tf_checkpoint.Variables(copied / 'variables')
   with pytest.raises(FileNotFoundError, match='no.index is missing'):
     tf_checkpoint.Variables(copied / 'no')
+
+
+def varint(number):
+  return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def index_of(entries):
+  """Returns an index with the checksums of what it holds: `entries` are lists of (shared, key, value)."""
+  result, handles = b'', b''
+  for block in entries, None:
+    block = block or [(0, b'z', handles)]
+    body = b''.join(varint(shared) + varint(len(key)) + varint(len(value)) + key + value
+                    for shared, key, value in block) + bytes(4) + bytes([1, 0, 0, 0])
+    handles = varint(len(result)) + varint(len(body))
+    result += body + b'\0' + tf_checkpoint._masked(tf_checkpoint.crc32c(body + b'\0')).to_bytes(4, 'little')
+  return result + (bytes(2) + handles).ljust(40, b'\0') + tf_checkpoint._MAGIC
+
+
+def test_an_index_that_was_made_to_be_wrong_is_refused(copied):
+  header, index = (0, b'', b'\x08\x01'), copied / 'variables.index'
+  index.write_bytes(index_of([header, (0, b'x', b'\x08\x01\x12\x04\x12\x02\x08\x01\x28\x04')]))
+  assert tf_checkpoint.Variables(copied / 'variables')['x'].shape == (1,)
+  for entries, message in (
+      ([(0, b'', b'\x08')], 'a field is cut off'), ([(0, b'', b'\x0a\x01a')], 'no header'),
+      ([header, (0, b'x', b'\x08\x01\x20')], 'a field is cut off'),
+      ([header, (0, b'x', b'\x08\x01\x12\x7f')], 'a field is cut off'),
+      ([header, (0, b'x', b'\x08\x01\x12\x00\x2a\x01a')], '0 bytes for shape'),
+      ([header, (0, b'x', b'\x08\x01\x18' + varint(2 ** 64 - 1) + b'\x28\x04')], 'beyond the end'),
+      ([header, (0, b'x' * 4000, b''), *[(4000, b'y' * 100, b'')] * 2], 'a name has 4100 bytes')):
+    index.write_bytes(index_of(entries))
+    with pytest.raises(ValueError, match=message):
+      tf_checkpoint.Variables(copied / 'variables')
