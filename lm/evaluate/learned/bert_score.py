@@ -149,6 +149,10 @@ class BertScore:
                  f'refs:{scored_pairs.count(references)} (best)')
     return [measures.mean(f'bert_score_{name}', best[:, i], 'higher', signature) for i, name in enumerate(NAMES)]
 
+  @functools.cached_property   # a new one for each chunk would be compiled anew
+  def _first_layers(self) -> tuple[Bidirectional, Any]:
+    return first_layers(self.model, self.params, self.layer)
+
   def _encode(self, ids: np.ndarray) -> np.ndarray:
     room = self.model.max_length - 2
     return np.concatenate([[self.tokenizer.bos_id], ids[:room], [self.tokenizer.eos_id]]).astype(np.int32)
@@ -164,18 +168,18 @@ class BertScore:
   def _best(self, candidates: Sequence[str], references: References, encoded: Mapping[str, np.ndarray],
             weight: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Returns precision, recall and F1 of each candidate, [n, 3], each the best over its references."""
-    model, params = first_layers(self.model, self.params, self.layer)
     flat = [text.strip() for several in references for text in several]
     place = {text: i for i, text in enumerate(dict.fromkeys([*(text.strip() for text in candidates), *flat]))}
     tokens = [encoded[text] for text in place]
     owner = np.repeat(np.arange(len(candidates)), [len(several) for several in references])
     pairs = [(place[candidates[i].strip()], place[text]) for i, text in zip(owner, flat)]
-    values = matches(pairs, self._states(model, params, tokens), [weight(each) for each in tokens])
+    values = matches(pairs, self._states(tokens), [weight(each) for each in tokens])
     best = np.full((len(candidates), 3), -np.inf)
     np.maximum.at(best, owner, values)
     return best
 
-  def _states(self, model: Bidirectional, params: Any, encoded: Sequence[np.ndarray]) -> list[np.ndarray]:
+  def _states(self, encoded: Sequence[np.ndarray]) -> list[np.ndarray]:
+    model, params = self._first_layers
     states: list[Any] = [None] * len(encoded)
     rows = [text_rows.Text(tokens, np.zeros_like(tokens)) for tokens in encoded]
     function = functools.partial(text_rows.hidden, model.apply, params)

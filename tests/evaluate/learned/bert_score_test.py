@@ -62,6 +62,14 @@ def test_a_score_is_the_same_in_any_company_and_order(opened, monkeypatch):
     np.testing.assert_array_equal([values[::-1][i] for values in chunks], value)
 
 
+def test_an_encoder_with_fewer_layers_is_compiled_once(opened):
+  metric = opened(1)
+  metric(CASE['candidates'], CASE['references'])
+  programs = text_rows.hidden._cache_size()
+  metric(CASE['candidates'], CASE['references'])
+  assert text_rows.hidden._cache_size() == programs
+
+
 def test_a_text_equals_itself_and_a_mesh_changes_nothing(opened):
   texts = ['the cat sat on a mat', 'a big dog']
   for measure in opened(2)(texts, [[text] for text in texts]):
