@@ -36,7 +36,7 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
     best: take the best checkpoint, not the newest.
     mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
   """
-  workdir, model = load.run_or_model(workdir, model)
+  workdir, model = load.run_or_model(workdir, model, best)
   if model and suite is None and not tasks:
     raise ValueError(f'--model={model} has no held-out documents of its own; give --tasks, or a --suite such as '
                      '{"likelihood": {"books": {"text": "books/*.txt"}}}')

@@ -28,7 +28,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
   """
   if (workdir is None) == (model is None):
     raise ValueError('give one of --workdir and --model')
-  workdir, model = load.run_or_model(workdir, model)
+  workdir, model = load.run_or_model(workdir, model, best)
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if isinstance(loaded.model, Reward):
@@ -37,7 +37,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, out: 
                        'workdir with score.py or with generate.py --reward')
     like = like or (loaded.folder if model else load.origin_folder(loaded.run, loaded.tokenizer))
     pretrained.write(out, loaded.model, loaded.params, loaded.tokenizer, dtype and jax.numpy.dtype(dtype), like,
-                     None if model else load.chat_template(loaded.run.data))
+                     None if model else loaded.run.data.template)
   print(f'written: {out}; open it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})')
 
 

@@ -52,7 +52,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     draft: number of tokens that are drafted at a time (speculative decoding), for a model trained with --predict_ahead;
       0 for no drafting.
   """
-  workdir, model = load.run_or_model(workdir, model)
+  workdir, model = load.run_or_model(workdir, model, best)
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   seeds.check(seed)
   if n < 1:
@@ -111,7 +111,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
 
 def show_best(judge: load.TrainedModel, prompt: str, texts: list[str], count: int, shown: str) -> None:
   """Prints the `count` texts with the highest rewards, the best first. `shown` is printed before each."""
-  template = load.chat_template(judge.run.data)
+  template = judge.run.data.template
   values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)
   for place, i in enumerate(sorted(range(len(texts)), key=lambda i: -values[i])[:count]):
     print(('' if place == 0 else f'\n{"-" * 80}\n') + shown + texts[i])

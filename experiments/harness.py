@@ -30,7 +30,7 @@ def open_client(path: str | None = None, best: bool = False, mesh: str | None = 
   jax.set_mesh(sharding.make_mesh(mesh))
   if load.is_run(path):
     loaded = load.open_trained(pathlib.Path(path).expanduser(), best)
-    template, mark = load.chat_template(loaded.run.data), loaded.run.objective.prompt
+    template, mark = loaded.run.data.template, loaded.run.objective.prompt
   else:
     loaded = pretrained.load(path)
     template, mark = pretrained.folder_template(loaded.folder), causal_prompt

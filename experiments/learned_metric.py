@@ -22,8 +22,8 @@ OTHERS = 'bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL'   # the metrics beside it
 
 
 def experiment(*, ratings: str | None = None, init: str | None = None, validation: float = 0.1,
-               held_out_systems: tuple[str, ...] = (), vocab: int = 2048, layers: int = 2, width: int = 128,
-               heads: int = 4, length: int = 128,
+               held_out_systems: tuple[str, ...] = (), vocab: int | None = None, layers: int | None = None,
+               width: int | None = None, heads: int | None = None, length: int = 128,
                optimizer: options.Optimizer = options.Optimizer(lr=1e-3, schedule='linear'), steps: int = 1000,
                batch: int = 16, computation: options.Computation = options.Computation(),
                cadence: options.Cadence = options.Cadence(patience=2)) -> train.Run | train.Pending:
@@ -36,10 +36,10 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
     init: encoder to start from, as a folder or an id on the hub of BERT or of BLEURT, or a run; none for a new one.
     validation: share of the items that is held out.
     held_out_systems: systems whose candidates are not trained on; none for a quarter of four or more systems.
-    vocab: number of tokens, of a new encoder.
-    layers: number of layers, of a new encoder.
-    width: size of the hidden states, of a new encoder.
-    heads: number of heads, of a new encoder.
+    vocab: number of tokens of a new encoder; none for 2048.
+    layers: number of layers of a new encoder; none for 2.
+    width: size of the hidden states of a new encoder; none for 128.
+    heads: number of heads of a new encoder; none for 4.
     length: positions of a row, which holds several pairs.
     steps: number of training steps.
     batch: rows in a batch.
@@ -48,6 +48,11 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
     raise ValueError(f'--held_out_systems={",".join(held_out_systems)} is for --ratings; leave it out')
   records = (rating_records.rated(ratings, validation, held_out_systems) if ratings else
              rating_records.synthetic(validation=validation))
+  shape = {'vocab': vocab, 'layers': layers, 'width': width, 'heads': heads}
+  explicit = {name: value for name, value in shape.items() if value is not None}
+  if init and explicit:
+    name, value = next(iter(explicit.items()))
+    raise ValueError(f'--{name}={value} is for a new encoder, and --init={init} gives one; leave one of them out')
   update = optimizer.make(steps, warmup=min(100, steps // 10))
 
   def build(model: Any, tokenizer: Any, start: Any) -> train.Run:
@@ -56,8 +61,9 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
     return cadence.apply(computation.with_accumulation(run))
 
   if init is None:
-    model = encoder.scorer(encoder.bert(vocab, width, layers, heads, length))
-    return build(model, functools.partial(tokenizers.train_sentencepiece, vocab=vocab), None)
+    shape = {'vocab': 2048, 'width': 128, 'layers': 2, 'heads': 4} | explicit
+    model = encoder.scorer(encoder.bert(**shape, max_length=length))
+    return build(model, functools.partial(tokenizers.train_sentencepiece, vocab=shape['vocab']), None)
 
   def build_from(base: load.BaseModel) -> train.Run:
     return build(encoder.scorer(base.model), base.tokenizer, lambda model: model.start(base.start, base.model))

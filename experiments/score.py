@@ -61,7 +61,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   compressed.check_limit(decompressed_limit)
   if allow_left_out and jsonl is None and pairs is None:
     raise ValueError('--allow_left_out is for --jsonl and --pairs; leave it out')
-  workdir, model = load.run_or_model(workdir, model)
+  workdir, model = load.run_or_model(workdir, model, best)
   if model and split is not None:
     raise ValueError('--split is for the data of a run; with --model, give --text, --file or --jsonl')
   if source is not None and text is None and file is None or source_key and jsonl is None:
@@ -82,7 +82,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if split is None and isinstance(loaded.model, Reward):
       records = None if pairs is None else read_json(pairs, None)
-      rewards.show_rewards(loaded, load.chat_template(loaded.run.data), records, texts, sources, bos, allow_left_out)
+      rewards.show_rewards(loaded, loaded.run.data.template, records, texts, sources, bos, allow_left_out)
       return
     if pairs is not None:
       raise ValueError(f'--pairs is for reward models, and {model or workdir} is not one; train one with '

@@ -180,15 +180,18 @@ def is_run(name: str) -> bool:
   return bool(records.read(pathlib.Path(name).expanduser()))
 
 
-def run_or_model(workdir: pathlib.Path | None, model: str | None) -> tuple[pathlib.Path, str | None]:
+def run_or_model(workdir: pathlib.Path | None, model: str | None, best: bool) -> tuple[pathlib.Path, str | None]:
   """Returns the workdir of a run, and the name of the Hugging Face model to use instead, or None.
 
-  `model` may also name the workdir of a run. Without both, the run is that of the quickstart; ValueError for both.
+  `model` may also name the workdir of a run. Without both, the run is that of the quickstart. Raises ValueError
+  for both, and for the `best` checkpoint of what is no run.
   """
   if workdir and model:
     raise ValueError(f'--workdir={workdir} and --model={model} both name a model; give one of them')
   if model and is_run(model):
     return pathlib.Path(model).expanduser(), None
+  if model and best:
+    raise ValueError(f'--best is for the checkpoints of a run, and --model={model} is none; leave it out')
   return workdir or pathlib.Path('runs/quickstart'), model
 
 
@@ -215,7 +218,7 @@ def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> Base
     stored = _open(folder)
     model = lora.base_model(stored.run.model)
     model = model if dtype is None else model.with_dtype(dtype)
-    return BaseModel(model, stored.tokenizer if with_tokenizer else None, chat_template(stored.run.data),
+    return BaseModel(model, stored.tokenizer if with_tokenizer else None, stored.run.data.template,
                      StoredResult(folder.resolve(), stored.step, stored.facts.get('parameters')))
   folder = pretrained.locate(name)
   model = pretrained.open_model(folder, jnp.float32 if dtype is None else dtype)
@@ -283,15 +286,10 @@ def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path 
   return start.folder if tokenizers.load(start.folder).fingerprint == tokens.fingerprint else None
 
 
-def chat_template(data: Any) -> conversation.Template | None:
-  """Returns the chat template of a run's data; None where the data is not of dialogues."""
-  return data.template
-
-
 def chat_tokenizer(loaded: TrainedModel | pretrained.Pretrained) -> conversation.Conversation:
   """Returns the tokenizer for a chat with a model. Raises ValueError where the model has no chat template."""
   if isinstance(loaded, TrainedModel):
-    template = chat_template(loaded.run.data)
+    template = loaded.run.data.template
   else:
     template = pretrained.folder_template(loaded.folder)
   if template is None:

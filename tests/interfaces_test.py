@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import generate, load, optim, sharding, train
+from lm import generate, optim, sharding, train
 from lm.data import batch, batches, dataset, tokenizers
 from lm.data.text import mixture, source
 from lm.evaluate import score
@@ -236,7 +236,7 @@ def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, caps
 
   outcome.show(run, workdir, result, workdir / 'script.py', sample=True)
   assert "the model continues 'one two'" in capsys.readouterr().out
-  assert load.chat_template(run.data) is None and checkpoint.stored_facts(workdir / 'checkpoints')['data'] == 'numbers'
+  assert run.data.template is None and checkpoint.stored_facts(workdir / 'checkpoints')['data'] == 'numbers'
 
 
 def test_texts_mixtures_and_samples_read_exact_sources(tmp_path):

@@ -2,6 +2,7 @@
 import importlib
 import pathlib
 
+import learned_metric
 import pytest
 
 from lm import load, named, signature, train
@@ -64,3 +65,13 @@ def test_what_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
     named.decoder('--teacher', 'runs/quickstart').open()
   with pytest.raises(FileNotFoundError, match='^./missing is no folder$'):
     named.decoder('--teacher', './missing').open()
+
+
+def test_the_best_checkpoint_of_what_is_no_run_is_refused():
+  with pytest.raises(ValueError, match='--best is for the checkpoints of a run, and --model=gpt2 is none'):
+    load.run_or_model(None, 'gpt2', True)
+
+
+def test_the_shape_of_a_scorer_that_starts_from_another_is_refused():
+  with pytest.raises(ValueError, match='--width=8 is for a new encoder, and --init=bert gives one'):
+    learned_metric.experiment(init='bert', width=8)

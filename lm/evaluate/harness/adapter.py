@@ -287,10 +287,10 @@ def register(name: str, open_client: Callable[..., Any]) -> None:
     for setting, value in (settings or {}).items():
       if value not in (None, *_DEFAULTS[setting]):
         raise ValueError(f'--{setting}={value} is not needed: {reasons[setting]}; leave it out')
-    known = inspect.signature(open_client).parameters
-    if unknown := [setting for setting in values if setting not in known]:
+    parameters = inspect.signature(open_client).parameters
+    if unknown := [setting for setting in values if setting not in parameters]:
       raise ValueError(f'--model_args has {unknown[0]}={values[unknown[0]]}, which is no setting of --model {name}; '
-                       f'leave it out, or give one of {", ".join(known)}')
+                       f'leave it out, or give one of {", ".join(parameters)}')
     return open_client(**values)
   cls = client_class({'create_from_arg_obj': classmethod(create)})
   source.require('lm_eval.api.registry', 'eval').register_model(name)(cls)
