@@ -131,12 +131,12 @@ def test_a_loop_without_end_and_a_sleep_are_stopped():
                    '  except (OSError, ValueError): pass\nwhile True: pass') == 'took more than 0.3 s'
 
 
-def processes():
-  """Returns how many processes there are on this machine that a sandbox started."""
+def processes(name='program.py'):
+  """Returns how many processes there are on this machine whose arguments are `name` and, as a sandbox has it, others."""
   count = 0
   for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
     try:
-      count += b'program.py' in path.read_bytes()
+      count += path.read_bytes().split(b'\0')[0] == name.encode()
     except OSError:
       continue
   return count
@@ -159,17 +159,17 @@ def test_processes_are_few_and_end_with_the_program():
 def test_programs_end_with_the_process_that_executes_them():
   script = (f'import sys\nsys.path.insert(0, {str(pathlib.Path(program_sandbox.__file__).parent)!r})\n'
             'from program_sandbox import Sandbox\nprint(flush=True)\n'
-            'Sandbox(60.).run("import os\\nos.execv(\'/usr/bin/sleep\', [\'program.py\', \'1000\'])")')
+            'Sandbox(60.).run("import os\\nos.execv(\'/usr/bin/sleep\', [\'endless.py\', \'1000\'])")')
   with subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE) as process:
     process.stdout.readline()
     deadline = time.monotonic() + 60
-    while processes() == 0 and time.monotonic() < deadline:
+    while processes('endless.py') == 0 and time.monotonic() < deadline:
       time.sleep(0.01)
-    assert processes() == 1
+    assert processes('endless.py') == 1
     process.kill()
-  while processes() and time.monotonic() < deadline:
+  while processes('endless.py') and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert processes() == 0
+  assert processes('endless.py') == 0
 
 
 def test_memory_files_and_output_are_limited():
