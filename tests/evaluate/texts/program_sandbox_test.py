@@ -132,7 +132,7 @@ def test_a_loop_without_end_and_a_sleep_are_stopped():
 
 
 def processes(name='program.py'):
-  """Returns how many processes there are on this machine whose arguments are `name` and, as a sandbox has it, others."""
+  """Returns how many processes there are on this machine that call themselves `name`."""
   count = 0
   for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
     try:
