@@ -1,5 +1,4 @@
 """Evaluation items, and scores of items, from files of JSON lines."""
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -49,12 +48,7 @@ def _records(file: pathlib.Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if not line.strip():
       continue
     where = f'{file} line {number}'
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}') from None
-    if not isinstance(record, dict):
-      raise ValueError(f'{where} is {line[:40]!r}, and what is needed is an object, such as {{"id": 1, "text": "..."}}')
+    record = text_files.json_object(line, where)
     if has_ids not in (None, 'id' in record):
       raise ValueError(f'{where} has {"an" if "id" in record else "no"} id, unlike the lines before; give every line '
                        'an id, or none')

@@ -1,9 +1,10 @@
 """The outputs of systems, read from files and matched by id: what people compare."""
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from lm.evaluate.texts import text_files
 
 
 class Item(NamedTuple):
@@ -99,11 +100,8 @@ def _read_file(path: pathlib.Path) -> dict[str, _Record]:
 
 
 def _parse(line: str, where: str) -> tuple[str | int | None, _Record]:
-  try:
-    fields = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}') from None
-  text = fields.get('text', fields.get('candidate')) if isinstance(fields, dict) else None
+  fields = text_files.json_object(line, where)
+  text = fields.get('text', fields.get('candidate'))
   if not isinstance(text, str):
     raise ValueError(f'{where} has no text: a line is {{"id": ..., "prompt": ..., "text": "..."}}, of which only text '
                      'is required')

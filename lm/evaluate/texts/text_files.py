@@ -43,7 +43,7 @@ def read(path: pathlib.Path) -> Records:
     if lines[0].startswith('{"'):
       raise ValueError(f'{path} has JSON, and the name of a file of JSON lines ends in .jsonl; rename it')
     return Records(path, [{'text': line.removesuffix('\r')} for line in lines], None)
-  records = [_record(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
+  records = [json_object(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
   ids = [record.get('id', record.get('task_id')) for record in records]
   if not ids:
     raise ValueError(f'{path} is empty')
@@ -66,11 +66,12 @@ def read_named(files: Sequence[pathlib.Path]) -> dict[str, Records]:
   return {name: read(file) for name, file in zip(names, files)}
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def json_object(line: str, where: str) -> dict[str, Any]:
+  """Returns the object in a line of JSON. Raises ValueError, which names the place `where`, if there is none."""
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'{where} is no JSON: {error.msg} at character {error.pos + 1}') from None
+    raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}') from None
   if not isinstance(record, dict):
     raise ValueError(f'{where} is {line[:50]}, and what is needed is an object, {{"id": ..., "text": ...}}')
   return record
