@@ -117,6 +117,10 @@ class Likelihood(Documents):
                          'surrogate, which is no Unicode; repair the text') from None
     return state.hexdigest()
 
+  def metric_names(self) -> list[str]:
+    """Returns the names of the measures."""
+    return [measure.name for measure in likelihood.measures(np.zeros((0, likelihood.COLUMNS)))]
+
   def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
     bos = subject.tokenizer.adds_bos if self.bos is None else self.bos
     texts, rows = self.documents(subject), progress.load()

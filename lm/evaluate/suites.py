@@ -195,6 +195,9 @@ def _progress(name: str, folder: pathlib.Path, key: Any) -> Progress:
   return Progress(load, save, show)
 
 
+_ENDS = '', '/low', '/high'   # of the logged names of a metric and the ends of its interval
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
   """For `train.Run.evaluators`: the evaluations of a suite, whose file is read when training begins.
@@ -204,20 +207,31 @@ class Evaluator:
   file: pathlib.Path
 
   def __call__(self, run: Any, data: Any, mesh: jax.sharding.Mesh) -> Callable[[Any, int], dict[str, float]]:
-    """Returns the evaluator of a run, `(params, step) -> metrics`. Raises as `read` and `check`."""
+    """Returns the evaluator of a run, which declares its metrics. Raises as `read` and `check`."""
     del mesh
     suite = read(self.file)
     subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'), run.objective.prompt,
                       run.data.template)
     check(suite, subject)
+    return _OpenEvaluator(suite, subject)
 
-    def evaluate(params: Any, step: int) -> dict[str, float]:
-      del step
-      metrics = {}
-      for name, evaluation in suite.evaluations():
-        measured = evaluation(subject._replace(params=params)).measures
-        for measure, (value, low, high) in zip(measured, intervals(measured)):
-          metrics |= {f'{name}/{measure.name}': value, f'{name}/{measure.name}/low': low,
-                      f'{name}/{measure.name}/high': high}
-      return metrics
-    return evaluate
+
+@dataclasses.dataclass(frozen=True)
+class _OpenEvaluator:
+  """The evaluator of a suite for one run."""
+  suite: Suite
+  subject: Subject
+
+  def __call__(self, params: Any, step: int) -> dict[str, float]:
+    del step
+    metrics = {}
+    for name, evaluation in self.suite.evaluations():
+      measured = evaluation(self.subject._replace(params=params)).measures
+      for measure, numbers in zip(measured, intervals(measured)):
+        metrics |= {f'{name}/{measure.name}{end}': number for end, number in zip(_ENDS, numbers)}
+    return metrics
+
+  def metric_names(self) -> list[str]:
+    """Returns the names of the metrics; one that ends in / stands for all names that begin with it."""
+    return [f'{name}/{metric}{end}' for name, evaluation in self.suite.evaluations()
+            for metric in evaluation.metric_names() for end in (('',) if metric.endswith('/') else _ENDS)]

@@ -127,6 +127,10 @@ class Generation(Documents):
     self._measures([several[0] for several in few], few)   # each metric is computed once, before texts are written
     return source.digest(json.dumps(items)).hex()
 
+  def metric_names(self) -> list[str]:
+    """Returns the names of the measures. Raises ImportError where a metric lacks a package."""
+    return [measure.name for measure in self._measures(['a text'] * 2, [['a text']] * 2)]
+
   def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
     items = self.items(subject)
     references = [item.references for item in items]

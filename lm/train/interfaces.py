@@ -92,7 +92,9 @@ class Constants:
   load: Callable[[Model], Any]
 
 
-# `(params, step) -> metrics`. `Run.evaluators` has functions that make these once the data of a run is opened.
+# `(params, step) -> metrics`. `Run.evaluators` has functions that make these once the data of a run is opened. One that
+# also has a method `metric_names()` declares the names of its metrics, so that `Run.best` is checked before training; a
+# declared name that ends in / stands for all names that begin with it.
 Evaluator = Callable[[Any, int], Mapping[str, float]]
 
 

@@ -102,7 +102,8 @@ class Evaluation:
   names, and `NAME/metric` for an evaluator.
 
   Raises:
-    ValueError: the metric that chooses the best checkpoint is not one of the validation sets.
+    ValueError: the metric that chooses the best checkpoint is not one of the validation sets, or of an evaluator that
+      declares its metrics.
   """
 
   def __init__(self, run: Run, data: OpenData, mesh: jax.sharding.Mesh):
@@ -116,6 +117,9 @@ class Evaluation:
       metrics = metric_names(self._step, params, self._sets['validation'], mesh)
       check_best(run.best, [f'{name}/{metric}' for name in self._sets for metric in metrics])
     self._evaluators = {name: make(run, data, mesh) for name, make in run.evaluators.items()}
+    for name, evaluator in self._evaluators.items():
+      if run.best.startswith(f'{name}/') and hasattr(evaluator, 'metric_names'):
+        check_best(run.best, [f'{name}/{metric}' for metric in evaluator.metric_names()])
 
   def summary(self) -> list[str]:
     """Returns a line for each validation set on the batches that are read of it."""
@@ -138,9 +142,12 @@ class Evaluation:
 
 
 def check_best(best: str, names: Iterable[str]) -> None:
-  """Raises ValueError where the metric that compares checkpoints is not among these names."""
+  """Raises ValueError where the metric that compares checkpoints is not among these names.
+
+  A name that ends in / stands for all names that begin with it.
+  """
   names = list(names)
-  if best not in names:
+  if best not in names and not best.startswith(tuple(name for name in names if name.endswith('/'))):
     nearest = ' or '.join(difflib.get_close_matches(best, names, n=2, cutoff=0))
     raise ValueError(f'best={best!r} is not a metric that is evaluated; the nearest is {nearest}; there are '
                      + ', '.join(names))

@@ -112,6 +112,7 @@ def test_an_evaluator_in_training_gives_the_numbers_of_the_command(tmp_path, sub
   for name, numbers in results['held']['metrics'].items():
     assert metrics[f'held/{name}'] == numbers['value'] and metrics[f'held/{name}/low'] == numbers['low']
   assert np.isfinite(list(metrics.values())).all()
+  assert evaluate.metric_names() == list(metrics)
 
 
 def test_documents_that_were_changed_are_measured_again_and_faults_are_seen_before_anything_is_measured(

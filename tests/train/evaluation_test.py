@@ -157,6 +157,23 @@ def test_each_source_of_a_mixture_and_each_further_split_is_logged_apart(tmp_pat
     assert checkpoints.best_metric() in logged(tmp_path / 'splits', 'validation/old/bits_per_byte').values()
 
 
+def test_a_misspelt_metric_of_a_suite_is_refused_before_parameters_are_initialised(tmp_path, monkeypatch):
+  file = tmp_path / 'suite.json'
+  file.write_text(json.dumps({'likelihood': {'held': {'limit': 2}},
+                              'generation': {'text': {'limit': 3, 'prompt_tokens': 1, 'max_tokens': 2,
+                                                      'metrics': ['distinct']}}}))
+  monkeypatch.setattr('lm.train.start._restore', None)
+  changes = {'evaluators': {'suite': suites.Evaluator(file)},
+             'model': transformer.llama(TOKENIZER.vocab_size, 8, 1, 2, max_length=16),
+             'data': dataset.Text(corpus('news', 'today'), TOKENIZER, 16, ())}
+  for best, nearest in (('suite/held/bits_per_bite', 'suite/held/bits_per_byte'),
+                        ('suite/texts/distinct_2', 'suite/text/distinct_2')):
+    with pytest.raises(ValueError, match=f'best={best!r}.* the nearest is {nearest} '):
+      go(tmp_path / 'run', best=best, **changes)
+  with pytest.raises(TypeError):   # a name that is declared comes as far as the parameters
+    go(tmp_path / 'run', best='suite/held/bits_per_byte/high', **changes)
+
+
 def test_a_suite_is_measured_once_a_step_also_where_a_run_dies_between_checkpoints(tmp_path):
   suite = tmp_path / 'texts.json'
   (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[:4]))

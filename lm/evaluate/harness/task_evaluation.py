@@ -11,7 +11,7 @@ import numpy as np
 
 from lm.evaluate.evaluations import NO_PROGRESS, Progress, Subject
 from lm.evaluate.harness.adapter import client_class
-from lm.evaluate.harness.tasks import evaluate, task_manager
+from lm.evaluate.harness.tasks import evaluate, metric_names, task_manager
 from lm.evaluate.report import Result
 
 
@@ -62,6 +62,10 @@ class Harness:
       if file.is_file() and '__pycache__' not in file.parts:
         state.update(f'{file.name} {file.stat().st_size} '.encode() + file.read_bytes())
     return state.hexdigest()
+
+  def metric_names(self) -> list[str]:
+    """Returns the names of the measures, as `tasks.metric_names`."""
+    return metric_names(self.tasks, self.include_path)
 
   def __call__(self, subject: Subject, progress: Progress = NO_PROGRESS) -> Result:
     stored = progress.load()

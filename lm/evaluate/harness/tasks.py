@@ -48,6 +48,25 @@ def task_manager(names: tuple[str, ...], include_path: str | None = None) -> Any
   return manager
 
 
+def metric_names(names: tuple[str, ...], include_path: str | None = None) -> list[str]:
+  """Returns the names of the measures that `evaluate` may return.
+
+  Of a task that computes its metrics by functions of its own, these are only known when it has been run; 'TASK/' then
+  stands for all of them. Raises as `task_manager`.
+  """
+  manager, result = task_manager(names, include_path), []
+  with _quiet(), _seeded():
+    loaded = manager.load(list(names))['tasks']
+  for name, task in sorted(loaded.items()):
+    is_class = type(task).__name__ != 'ConfigurableTask'
+    if is_class or task.get_config('process_results') or not {*task.aggregation()} <= _OF_HARNESS:
+      result.append(f'{name}/')
+    else:
+      result += [_title(name, metric, filtered.name) for filtered in task._filters for metric in task.aggregation()
+                 if _aggregation(task, metric) in _FUNCTIONS]
+  return result
+
+
 def evaluate(client: Any, names: tuple[str, ...], include_path: str | None = None, num_fewshot: int | None = None,
              limit: int | None = None, apply_chat_template: bool = False, system_instruction: str | None = None,
              max_tokens: int | None = None, seed: int = 1234) -> Result:
@@ -95,7 +114,7 @@ def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str
     signature = f'task:{name}|version:{results["versions"][name]}|fewshot:{results["n-shot"][name]}|{settings}'
     for (metric, filtered), values in _values(results['samples'][name]).items():
       measure = _measure(task, metric, values, f'{signature}|filter:{filtered}')
-      title = f'{name}/{metric}' if filtered == 'none' else f'{name}/{metric}/{filtered}'
+      title = _title(name, metric, filtered)
       numbers = results['results'][name]
       value, error = numbers[f'{metric},{filtered}'], numbers[f'{metric}_stderr,{filtered}']
       if measure is not None:
@@ -109,6 +128,10 @@ def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str
   names = list(loaded['tasks']) if len(loaded['tasks']) == 1 else []   # several tasks have different documents
   documents = [digest for name in names for digest in _documents(results['samples'][name])]
   return Result(all_measures, notes=notes, documents=documents)
+
+
+def _title(task: str, metric: str, filtered: str) -> str:
+  return f'{task}/{metric}' if filtered == 'none' else f'{task}/{metric}/{filtered}'
 
 
 def _number(value: Any) -> str:
@@ -128,9 +151,14 @@ def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[
   return values
 
 
+def _aggregation(task: Any, metric: str) -> str:
+  """Returns the name of the function that aggregates a metric; 'mean' where the task names none."""
+  return getattr(task.aggregation().get(metric), '__name__', 'mean')
+
+
 def _measure(task: Any, metric: str, values: Sequence[Any], signature: str) -> Measure | None:
   """Returns the measure of a metric from its values for documents; None if it is no function of sums."""
-  aggregation = getattr(task.aggregation().get(metric), '__name__', 'mean')
+  aggregation = _aggregation(task, metric)
   value = _FUNCTIONS.get(aggregation)
   try:
     rows = np.array(values, float)
@@ -149,6 +177,9 @@ def _measure(task: Any, metric: str, values: Sequence[Any], signature: str) -> M
 _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'mean': measures.ratio, 'perplexity': measures.perplexity, 'weighted_mean': measures.ratio,
     'weighted_perplexity': measures.perplexity, 'bits_per_byte': measures.bits}
+# Metrics that the harness itself computes, each under its own name.
+_OF_HARNESS = {'acc', 'acc_norm', 'acc_bytes', 'acc_mutual_info', 'exact_match', 'perplexity', 'word_perplexity',
+               'byte_perplexity', 'bits_per_byte', 'f1', 'mcc', 'brier_score', 'likelihood', 'bleu', 'chrf', 'ter'}
 _WEIGHTED = 'weighted_mean', 'weighted_perplexity', 'bits_per_byte'
 
 

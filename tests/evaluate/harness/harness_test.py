@@ -265,6 +265,8 @@ def test_tasks_of_a_suite_have_the_numbers_of_the_harness_with_intervals(tmp_pat
     assert numbers['low'] <= numbers['value'] <= numbers['high']
   assert 'fewshot:1' in metrics['lm_everyday/acc']['signature'] and metrics['lm_everyday/acc']['better'] == 'higher'
   assert metrics['lm_paragraphs/bits_per_byte']['better'] == 'lower'
+  declared = [name for _, evaluation in suites.read(file).evaluations() for name in evaluation.metric_names()]
+  assert sorted(declared) == sorted(metrics)
   stored = stored_measures.read(tmp_path)
   assert list(stored) == ['choice/lm_everyday/acc', 'choice/lm_everyday/acc_norm']
   assert len(set(stored['choice/lm_everyday/acc'].documents)) == 12
