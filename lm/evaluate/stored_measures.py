@@ -4,7 +4,7 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,12 @@ def file_of(folder: pathlib.Path, evaluation: str) -> pathlib.Path:
   return folder / f'{evaluation}.rows.npz'
 
 
-def write(file: pathlib.Path, result: Result) -> None:
+def write(file: pathlib.Path, result: Result, key: Any) -> None:
   """Writes the measures of a result whose rows are of its documents, as a whole or not at all.
 
-  Those whose value is a function that cannot be stored, such as one of a script, are left out.
+  `key` is JSON that says which settings, documents and model they are of; its entries `evaluation` and `model` are
+  those of the settings in results.json. Measures whose value is a function that cannot be stored, such as one of a
+  script, are left out.
   """
   descriptions, rows = [], {}
   for measure in result.measures:
@@ -37,20 +39,33 @@ def write(file: pathlib.Path, result: Result) -> None:
       descriptions.append({**measure._asdict(), 'rows': None, 'value': value})
   content = io.BytesIO()
   np.savez_compressed(content, descriptions=json.dumps(descriptions), documents=json.dumps(list(result.documents)),
-                      **rows)
+                      key=json.dumps(key), **rows)
   atomic.write(file, content.getvalue())
+
+
+def key_of(file: pathlib.Path) -> Any:
+  """Returns the key of the measures of a file; None in a file of an earlier version, which has none."""
+  with np.load(file) as stored:
+    return json.loads(str(stored['key'])) if 'key' in stored else None
 
 
 def read(folder: pathlib.Path) -> dict[str, StoredMeasure]:
   """Returns the measures of a folder of results, by evaluation/metric: of the evaluations that results.json has.
 
-  Raises FileNotFoundError where the folder has none, and ValueError where they are of another version of the package.
+  Raises FileNotFoundError where the folder has none, and ValueError where they are of another version of the package,
+  or of other settings than those in results.json.
   """
-  results, measures = folder / 'results.json', {}
-  for evaluation in json.loads(results.read_text())['results'] if results.is_file() else ():
+  file, measures = folder / 'results.json', {}
+  content = json.loads(file.read_text()) if file.is_file() else {'results': {}}
+  for evaluation in content['results']:
     file = file_of(folder, evaluation)
     if not file.is_file():
       continue
+    key, settings = key_of(file) or {}, content['settings']
+    own = settings.get('evaluations', {}).get(evaluation), settings.get('model')
+    if not key or (key['evaluation'], key['model']) != own:
+      raise ValueError(f'{file} is not of the settings in results.json, since an evaluation was stopped, or is of an '
+                       'earlier version; run the same evaluation again')
     with np.load(file) as stored:
       documents = json.loads(str(stored['documents']))
       for i, description in enumerate(json.loads(str(stored['descriptions']))):

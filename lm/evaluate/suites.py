@@ -5,6 +5,7 @@
 The first level has the kinds of evaluations, which are the fields of `Suite`; the second has names of evaluations of
 that kind, each with its settings, which are the fields of the class of that kind.
 """
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -25,7 +26,8 @@ from lm.evaluate.evaluations import Likelihood, Progress, Subject
 from lm.evaluate.harness import Harness
 from lm.evaluate.measures import intervals
 from lm.evaluate.text_generation import Generation
-from lm.workdir import atomic, describe
+from lm.sharding import hosts
+from lm.workdir import atomic, describe, locks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,35 +116,52 @@ def run(suite: Suite, subject: Subject, identity: Any, folder: pathlib.Path) -> 
   The rows of documents are written beside them, from which results of several systems are compared.
 
   Evaluations that `folder` has already, of the same settings, documents and model, as `identity` says, are not
-  repeated, and one that was stopped goes on where it was.
+  repeated, and one that was stopped goes on where it was. While another process evaluates into `folder`, this one
+  waits.
 
   Raises ValueError, before anything is measured, where an evaluation does not fit the model or has no documents.
   """
   settings = {name: _settings(evaluation) for name, evaluation in suite.evaluations()}
   digests = check(suite, subject)
   folder.mkdir(parents=True, exist_ok=True)
-  results = {}
-  for name, evaluation in suite.evaluations():
-    key = {'evaluation': settings[name], 'documents': digests[name], 'model': identity}
-    stored = folder / f'{name}.json'
-    rows = stored_measures.file_of(folder, name)
-    result = _stored(stored, key) if rows.is_file() else None
-    if result is None:
-      print(f'{name}: evaluating', flush=True)
-      partial = folder / f'{name}.partial'
-      measured = evaluation(subject, _progress(name, partial, key))
-      stored_measures.write(rows, measured)
-      if measured.outputs:
-        report.write_outputs(folder / f'{name}.jsonl', measured.outputs)
-      result = report.to_json(measured)
-      atomic.write(stored, json.dumps({'key': key, 'result': result}, allow_nan=False))
-      shutil.rmtree(partial, ignore_errors=True)
-    else:
-      print(f'{name}: measured before, and read from {stored}')
-    results[name] = result
-  report.write(folder, {'model': identity, 'evaluations': settings}, results)
-  report.draw(folder, results)
+  with _locked(folder):
+    results = {}
+    for name, evaluation in suite.evaluations():
+      key = {'evaluation': settings[name], 'documents': digests[name], 'model': identity}
+      results[name] = _result(name, evaluation, subject, key, folder)
+    report.write(folder, {'model': identity, 'evaluations': settings}, results)
+    report.draw(folder, results)
   return results
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """Lets one evaluation after another write into a folder; process 0 holds the lock for all processes of one."""
+  waiting = f'waiting for the process that evaluates into {folder}; give another folder (--out) to evaluate now'
+  with locks.hold(folder, waiting, print) if jax.process_index() == 0 else contextlib.nullcontext():
+    hosts.from_process_0(None)   # the others read what is in the folder after process 0 has the lock
+    yield
+
+
+def _result(name: str, evaluation: Any, subject: Subject, key: Any, folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the result of an evaluation of this key as JSON: that of the folder, or a new one, which is written."""
+  file, rows = folder / f'{name}.json', stored_measures.file_of(folder, name)
+  # The rows are written first; after a kill in between, they may be of another key than the result.
+  if file.is_file() and rows.is_file() and stored_measures.key_of(rows) == key:
+    content = json.loads(file.read_text())
+    if content.get('key') == key:
+      print(f'{name}: measured before, and read from {file}')
+      return content['result']
+  print(f'{name}: evaluating', flush=True)
+  partial = folder / f'{name}.partial'
+  measured = evaluation(subject, _progress(name, partial, key))
+  stored_measures.write(rows, measured, key)
+  if measured.outputs:
+    report.write_outputs(folder / f'{name}.jsonl', measured.outputs)
+  result = report.to_json(measured)
+  atomic.write(file, json.dumps({'key': key, 'result': result}, allow_nan=False))
+  shutil.rmtree(partial, ignore_errors=True)
+  return result
 
 
 def check(suite: Suite, subject: Subject) -> dict[str, str]:
@@ -158,13 +177,6 @@ def check(suite: Suite, subject: Subject) -> dict[str, str]:
 
 def _settings(evaluation: Any) -> Any:
   return json.loads(json.dumps(describe.describe(evaluation)))
-
-
-def _stored(file: pathlib.Path, key: Any) -> dict[str, Any] | None:
-  if not file.is_file():
-    return None
-  content = json.loads(file.read_text())
-  return content['result'] if content.get('key') == key else None
 
 
 def _progress(name: str, folder: pathlib.Path, key: Any) -> Progress:

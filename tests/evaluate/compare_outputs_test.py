@@ -63,8 +63,8 @@ def test_results_of_two_runs_are_compared_by_metric(script, tmp_path, capsys):
     folder.mkdir(parents=True)
     result = report.Result([measures.mean(metric, RNG.normal(shift, 1, 50), 'lower') for metric in ('loss', 'other')],
                            documents=[f'd{i}' for i in range(50)])
-    stored_measures.write(stored_measures.file_of(folder, 'held'), result)
-    report.write(folder, {}, {'held': report.to_json(result)})
+    stored_measures.write(stored_measures.file_of(folder, 'held'), result, {'evaluation': 1, 'model': 2})
+    report.write(folder, {'evaluations': {'held': 1}, 'model': 2}, {'held': report.to_json(result)})
   folders = tuple(str(tmp_path / name / 'evaluation') for name in 'ab')
   script.compare_outputs(results=folders, metrics=('loss',))
   header, line, *_ = capsys.readouterr().out.splitlines()

@@ -200,8 +200,8 @@ def test_the_script_shows_scores_and_results_by_item(tmp_path, monkeypatch, caps
   (tmp_path / 'train.jsonl').write_text('\n'.join(json.dumps({'text': one}) for one in texts[:10] + ['other'] * 3))
   result = report.Result([measures.mean('loss', range(39), 'lower')],
                          documents=[source.digest(one).hex() for one in reversed(texts[1:])])
-  stored_measures.write(stored_measures.file_of(tmp_path, 'held'), result)
-  report.write(tmp_path, {}, {'held': report.to_json(result)})
+  stored_measures.write(stored_measures.file_of(tmp_path, 'held'), result, {'evaluation': 1, 'model': 2})
+  report.write(tmp_path, {'evaluations': {'held': 1}, 'model': 2}, {'held': report.to_json(result)})
   arguments = {'items': tmp_path / 'items.jsonl', 'item_keys': ('question',), 'scores': tmp_path / 'items.jsonl',
                'score_key': 'right', 'results': tmp_path, 'out': tmp_path / 'out.json'}
   script.contamination(**arguments, corpus=Corpus(jsonl=str(tmp_path / 'train.jsonl'), validation=1e-9))

@@ -15,8 +15,9 @@ def written(folder, **results):
   """A folder of results, of evaluations by name."""
   folder.mkdir(exist_ok=True)
   for name, result in results.items():
-    stored_measures.write(stored_measures.file_of(folder, name), result)
-  report.write(folder, {}, {name: report.to_json(result) for name, result in results.items()})
+    stored_measures.write(stored_measures.file_of(folder, name), result, {'evaluation': name, 'model': 'm'})
+  settings = {'evaluations': {name: name for name in results}, 'model': 'm'}
+  report.write(folder, settings, {name: report.to_json(result) for name, result in results.items()})
   return folder
 
 
@@ -40,10 +41,10 @@ def test_what_has_no_rows_of_documents_or_another_function_is_left_out(tmp_path)
 def test_a_folder_without_rows_and_a_function_that_may_not_be_called_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match='has no results with what each document adds'):
     stored_measures.read(tmp_path)
-  (tmp_path / 'results.json').write_text('{"results": {"a": {}, "b": {}}}')
+  (tmp_path / 'results.json').write_text('{"results": {"a": {}, "b": {}}, "settings": {"evaluations": {"a": 1}}}')
   description = {**measures.mean('m', [1.], '')._asdict(), 'rows': None, 'value': {'function': 'os:system'}}
   np.savez(stored_measures.file_of(tmp_path, 'a'), descriptions=json.dumps([description]), documents='["x"]',
-           rows0=np.ones((1, 2)))
+           rows0=np.ones((1, 2)), key='{"evaluation": 1, "model": null}')
   with pytest.raises(ValueError, match='os:system is not a class or function of this package'):
     stored_measures.read(tmp_path)
 
@@ -52,6 +53,15 @@ def test_an_evaluation_that_results_do_not_have_any_longer_is_not_read(tmp_path)
   written(tmp_path, old=report.Result([measures.mean('m', range(20), '')], documents=DOCUMENTS))
   written(tmp_path, new=report.Result([measures.mean('m', range(20), '')], documents=DOCUMENTS))
   assert list(stored_measures.read(tmp_path)) == ['new/m']
+
+
+def test_rows_of_other_settings_than_the_results_are_refused(tmp_path):
+  result = report.Result([measures.mean('m', range(20), '')], documents=DOCUMENTS)
+  written(tmp_path, a=result)
+  for key in ({'evaluation': 'other', 'model': 'm'}, {'evaluation': 'a', 'model': 'other'}, None):   # as after a kill
+    stored_measures.write(stored_measures.file_of(tmp_path, 'a'), result, key)
+    with pytest.raises(ValueError, match='is not of the settings in results.json'):
+      stored_measures.read(tmp_path)
 
 
 def test_documents_are_paired_in_any_order(tmp_path):

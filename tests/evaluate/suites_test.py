@@ -1,5 +1,6 @@
 """A suite is read strictly, resumes where it was stopped, and gives the same numbers during training."""
 import json
+import threading
 import types
 
 import jax
@@ -80,6 +81,41 @@ def test_a_suite_that_is_stopped_goes_on_and_gives_the_same_results(tmp_path, su
   assert calls[12:] == [] and 'measured before' in capsys.readouterr().out
   suites.run(suite, subject, 'model 2', tmp_path / 'stopped')
   assert calls[12:] == [64, 64, 22, 3]   # of another model, nothing is known
+
+
+def test_a_kill_between_two_files_leaves_no_result_with_the_rows_of_other_settings(tmp_path, subject, monkeypatch):
+  short, long = (suites.Suite({'a': evaluations.Likelihood(limit=limit)}) for limit in (3, 4))
+  suites.run(short, subject, 'm', tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(suites.report, 'to_json', lambda result: 1 / 0)   # the rows are on disk then, and the result is not
+    with pytest.raises(ZeroDivisionError):
+      suites.run(long, subject, 'm', tmp_path)
+  with pytest.raises(ValueError, match='run the same evaluation again'):
+    stored_measures.read(tmp_path)
+  suites.run(short, subject, 'm', tmp_path)
+  assert {len(documents) for _, documents in stored_measures.read(tmp_path).values()} == {3}
+
+
+def test_one_evaluation_after_another_writes_into_a_folder(tmp_path, subject, monkeypatch, capsys):
+  suite = suites.Suite({'a': evaluations.Likelihood(limit=3)})
+  scored, calls, waits = evaluations.text_scores.scored, [], threading.Event()
+
+  def counted(*args):
+    calls.append(args)
+    second.start()
+    assert waits.wait(20)
+    return scored(*args)
+
+  def shown(line, **settings):
+    if line.startswith(f'waiting for the process that evaluates into {tmp_path}'):
+      waits.set()
+    print(line, **settings)
+  monkeypatch.setattr(suites, 'print', shown, raising=False)
+  monkeypatch.setattr(evaluations.text_scores, 'scored', counted)
+  second = threading.Thread(target=suites.run, args=(suite, subject, 'm', tmp_path))
+  suites.run(suite, subject, 'm', tmp_path)
+  second.join()
+  assert 'measured before' in capsys.readouterr().out and len(calls) == 1
 
 
 def test_tables_and_json_have_every_number_with_its_interval(tmp_path, subject):
