@@ -1,8 +1,7 @@
 """Evaluation items, and scores of items, from files of JSON lines."""
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lm.evaluate.contamination import Item
 from lm.evaluate.texts import text_files
@@ -16,45 +15,34 @@ def read_items(file: pathlib.Path, keys: Sequence[str]) -> list[Item]:
   Raises ValueError, which names the file and the line.
   """
   items = []
-  for where, id, record in _records(file):
+  records = _read(file)
+  for i, record in enumerate(records.lines):
     texts = []
     for key in keys:
       value = record.get(key)
       value = value if isinstance(value, list) else [value]
       if not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f'{where} has no text in {key!r}; it has the fields {", ".join(record)}, of which '
+        raise ValueError(f'{records.where(i)} has no text in {key!r}; it has the fields {", ".join(record)}, of which '
                          '--item_keys takes one or several')
       texts += value
-    items.append(Item(id, '\n'.join(texts)))
+    items.append(Item(records.name(i), '\n'.join(texts)))
   return items
 
 
 def read_scores(file: pathlib.Path, key: str) -> dict[str, float]:
   """Returns the scores of items by id; otherwise as `read_items`."""
-  scores = {}
-  for where, id, record in _records(file):
+  scores, records = {}, _read(file)
+  for i, record in enumerate(records.lines):
     score = record.get(key)
     if not isinstance(score, int | float) or not math.isfinite(score):   # true and false are 1 and 0
-      raise ValueError(f'{where} has no finite number in {key!r}; it has the fields {", ".join(record)}, and '
-                       '--score_key names the one with the score')
-    scores[id] = float(score)
+      raise ValueError(f'{records.where(i)} has no finite number in {key!r}; it has the fields {", ".join(record)}, '
+                       'and --score_key names the one with the score')
+    scores[records.name(i)] = float(score)
   return scores
 
 
-def _records(file: pathlib.Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  """Yields (place, id, record) of each line."""
-  ids, has_ids = set(), None
-  for number, line in enumerate(text_files.content(file).split('\n'), 1):
-    if not line.strip():
-      continue
-    where = f'{file} line {number}'
-    record = text_files.json_object(line, where)
-    if has_ids not in (None, 'id' in record):
-      raise ValueError(f'{where} has {"an" if "id" in record else "no"} id, unlike the lines before; give every line '
-                       'an id, or none')
-    has_ids = 'id' in record
-    id = str(record.get('id', number))
-    if id in ids:
-      raise ValueError(f'{where} has the id {id} again; an id stands once in a file')
-    ids.add(id)
-    yield where, id, record
+def _read(file: pathlib.Path) -> text_files.Records:
+  """Returns the lines of a file, whose ids differ."""
+  records = text_files.read(file)
+  text_files.check_unique(records)
+  return records

@@ -154,8 +154,8 @@ def test_scores_of_clean_and_dirty_items_are_beside_each_other():
 
 @pytest.mark.parametrize('lines,message', [
     ('{', 'line 1 is not JSON'), ('[]', 'line 1 is'), ('{"text": 3}', "line 1 has no text in 'text'; it has"),
-    ('{"id": 1, "text": "a"}\n{"text": "b"}', 'line 2 has no id, unlike'),
-    ('{"id": 1, "text": "a"}\n\n{"id": 1, "text": "b"}', 'line 3 has the id 1 again')])
+    ('{"id": 1, "text": "a"}\n{"text": "b"}', 'line 2 has the id null, and others have one'),
+    ('{"id": 1, "text": "a"}\n\n{"id": 1, "text": "b"}', 'has the id 1 on two lines, 1 and 3')])
 def test_files_of_items_are_refused_with_the_line(tmp_path, lines, message):
   (tmp_path / 'x.jsonl').write_text(lines)
   with pytest.raises(ValueError, match=message):

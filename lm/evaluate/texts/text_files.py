@@ -10,13 +10,18 @@ _TEXT, _REFERENCES = ('text', 'candidate', 'completion'), ('references', 'refere
 
 
 class Records(NamedTuple):
-  """The lines of a file: what each says, and its id; `ids` is None where no line has one."""
+  """The lines of a file: what each says, its number, and its id; `ids` is None where no line has one."""
   path: pathlib.Path
   lines: list[dict[str, Any]]   # a line of plain text is {'text': line}
-  ids: list[str] | None
+  numbers: list[int]            # from 1; empty lines between JSON lines are left out
+  ids: list[str] | None = None
 
   def where(self, i: int) -> str:
-    return f'{self.path} line {i + 1}' + ('' if self.ids is None else f' (id {self.ids[i]})')
+    return f'{self.path} line {self.numbers[i]}' + ('' if self.ids is None else f' (id {self.ids[i]})')
+
+  def name(self, i: int) -> str:
+    """Returns the id of a line, or its number in a file without ids."""
+    return str(self.numbers[i]) if self.ids is None else self.ids[i]
 
 
 def content(path: pathlib.Path) -> str:
@@ -42,18 +47,19 @@ def read(path: pathlib.Path) -> Records:
   if '.jsonl' not in path.suffixes[-2:]:
     if lines[0].startswith('{"'):
       raise ValueError(f'{path} has JSON, and the name of a file of JSON lines ends in .jsonl; rename it')
-    return Records(path, [{'text': line.removesuffix('\r')} for line in lines], None)
-  records = [json_object(line, f'{path} line {number}') for number, line in enumerate(lines, 1) if line.strip()]
+    return Records(path, [{'text': line.removesuffix('\r')} for line in lines], list(range(1, len(lines) + 1)))
+  numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
+  records = [json_object(lines[number - 1], f'{path} line {number}') for number in numbers]
   ids = [record.get('id', record.get('task_id')) for record in records]
   if not ids:
     raise ValueError(f'{path} is empty')
   if all(id is None for id in ids):
-    return Records(path, records, None)
-  for number, id in enumerate(ids, 1):
+    return Records(path, records, numbers)
+  for number, id in zip(numbers, ids):
     if not isinstance(id, str | int):
-      raise ValueError(f'{path}: record {number} has the id {json.dumps(id)}, and others have one; give each line an '
-                       'id, a text or a whole number, or none')
-  return Records(path, records, [str(id) for id in ids])
+      raise ValueError(f'{path} line {number} has the id {json.dumps(id)}, and others have one; give each line an id, '
+                       'a text or a whole number, or none')
+  return Records(path, records, numbers, [str(id) for id in ids])
 
 
 def read_named(files: Sequence[pathlib.Path]) -> dict[str, Records]:
@@ -152,7 +158,8 @@ def check_unique(records: Records) -> None:
   first: dict[str, int] = {}
   for i, id in enumerate(records.ids or ()):
     if id in first:
-      raise ValueError(f'{records.path} has the id {id} on two lines, {first[id] + 1} and {i + 1}; an id is there once')
+      raise ValueError(f'{records.path} has the id {id} on two lines, {records.numbers[first[id]]} and '
+                       f'{records.numbers[i]}; an id is there once')
     first[id] = i
 
 

@@ -27,13 +27,15 @@ def test_plain_text_has_an_output_a_line(tmp_path):
 
 
 @pytest.mark.parametrize('a,b,message', [
-    ([{'text': 'x'}] * 3, [{'text': 'x'}] * 2, 'b.jsonl has 2 outputs and lacks 1 that .*a.jsonl has .ids 3.'),
-    ([{'id': 7, 'text': 'x'}], [{'id': 8, 'text': 'x'}], 'b.jsonl .*lacks 1 that .*a.jsonl has .ids 7.'),
-    ([{'text': 'x'}], [{'text': 'x'}] * 2, 'a.jsonl has 1 outputs and lacks 1 that .*b.jsonl has .ids 2.'),
-    ([{'id': 1, 'text': ' '}], [{'id': 1, 'text': 'x'}], r'a.jsonl line 1 .id 1. has an empty text'),
-    ([{'id': 1, 'text': 'x'}, {'text': 'y'}], [], 'a.jsonl line 2 has no id, unlike the lines before'),
-    ([{'id': 1, 'text': 'x'}] * 2, [], 'a.jsonl line 2 has the id 1 again'),
-    ([{'id': [], 'text': 'x'}], [], r'a.jsonl line 1 has the id \[\]'), ([{'id': 1}], [], 'a.jsonl line 1 has no text'),
+    ([{'text': 'x'}] * 3, [{'text': 'x'}] * 2, 'a.jsonl has 3 texts and .*b.jsonl has 2; without ids'),
+    ([{'id': 7, 'text': 'x'}], [{'id': 8, 'text': 'x'}], 'b.jsonl lacks 1 of the 1 ids of .*a.jsonl: 7;'),
+    ([{'text': 'x'}], [{'text': 'x'}] * 2, 'a.jsonl has 1 texts and .*b.jsonl has 2;'),
+    ([{'id': 1, 'text': ' '}, {'id': 2, 'text': 'x'}], [], r'a.jsonl line 1 .id 1. has an empty text'),
+    ([{'id': 1, 'text': 'x'}, {'text': 'y'}], [], 'a.jsonl line 2 has the id null, and others have one'),
+    ([{'id': 1, 'text': 'x'}] * 2, [{'text': 'x'}], 'a.jsonl has the id 1 on two lines, 1 and 2'),
+    ('{"id": 1, "text": "x"}\n\n' * 2, [{'id': 1, 'text': 'x'}], 'a.jsonl has the id 1 on two lines, 1 and 3'),
+    ([{'id': [], 'text': 'x'}], [], r'a.jsonl line 1 has the id \[\]'),
+    ([{'id': 1}], [], 'a.jsonl line 1 .id 1. has none of the fields text'),
     ([{'text': 'x \ud83d'}], [], 'a.jsonl line 1 has half of a surrogate pair'),
     ('{"text": "x"}\n{oops\n', [], 'a.jsonl line 2 is not JSON'), ('', [], 'a.jsonl is empty'),
     ([{'id': 1, 'text': 'x', 'prompt': 'p'}], [{'id': 1, 'text': 'x', 'prompt': 'q'}], 'different prompts for id 1')])
@@ -44,7 +46,7 @@ def test_what_does_not_fit_is_refused(tmp_path, a, b, message):
 
 def test_text_that_is_not_utf_8_is_refused(tmp_path):
   (tmp_path / 'a').write_bytes(b'caf\xe9\n')
-  with pytest.raises(ValueError, match='a is not UTF-8 .* at byte 3'):
+  with pytest.raises(ValueError, match='a is no text in UTF-8: .* in position 3'):
     system_outputs.read({'a': tmp_path / 'a'})
 
 

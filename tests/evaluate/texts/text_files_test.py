@@ -48,7 +48,7 @@ def test_candidates_may_have_their_references_with_them(tmp_path):
     ([{'id': 1, 'text': 'a'}, {'id': 2, 'text': 'b'}], [{'id': 1, 'text': 'a'}], 'r.jsonl lacks 1 of the 2 ids .*: 2;'),
     ([{'id': 1, 'text': 'a'}] * 2, [{'id': 1, 'text': 'a'}] * 2, 'has the id 1 on two lines, 1 and 2'),
     ([{'text': 'a'}], [{'id': 1, 'text': 'a'}, {'id': 2, 'text': 'b'}], 'has 1 texts and .* has 2; without ids'),
-    ([{'id': 1, 'text': 'a'}, {'text': 'a'}], [], 'record 2 has the id null, and others have one'),
+    ([{'id': 1, 'text': 'a'}, {'text': 'a'}], [], 'c.jsonl line 2 has the id null, and others have one'),
     ([{'id': 1, 'out': 'a'}], [], r'line 1 \(id 1\) has none of the fields text, candidate, completion, and'),
     ([{'text': 3}], [], 'has a text that is 3; one string'), ([{'text': ' '}], [], 'all 1 texts of .* are empty'),
     (['{'], [], 'c.jsonl line 1 is not JSON'), (['[]'], [], r'line 1 is \[\], and what is needed'),
