@@ -224,8 +224,8 @@ class Evaluator:
     suite = read(self.file)
     subject = Subject(run.model, None, data.tokenizer, lambda: data.documents('validation'), run.objective.prompt,
                       run.data.template)
-    check(suite, subject)
-    return _OpenEvaluator(suite, subject)
+    settings = {name: _settings(evaluation) for name, evaluation in suite.evaluations()}
+    return _OpenEvaluator(suite, subject, describe.digest([settings, check(suite, subject)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +233,7 @@ class _OpenEvaluator:
   """The evaluator of a suite for one run."""
   suite: Suite
   subject: Subject
+  fingerprint: str   # of the settings of the evaluations, and of what they read
 
   def __call__(self, params: Any, step: int) -> dict[str, float]:
     del step

@@ -94,7 +94,8 @@ class Constants:
 
 # `(params, step) -> metrics`. `Run.evaluators` has functions that make these once the data of a run is opened. One that
 # also has a method `metric_names()` declares the names of its metrics, so that `Run.best` is checked before training; a
-# declared name that ends in / stands for all names that begin with it.
+# declared name that ends in / stands for all names that begin with it. One that reads files has a `fingerprint`, a hash
+# of what they hold: an evaluation of the same parameters is done again only where it, or the settings, have changed.
 Evaluator = Callable[[Any, int], Mapping[str, float]]
 
 

@@ -21,6 +21,7 @@ from lm.train.step import make_step
 from lm.workdir import checkpoint, integrity, track
 from lm.workdir.describe import fingerprint
 from lm.workdir.judge import Judge
+from lm.workdir.ledger import Ledger
 
 
 class Result(NamedTuple):
@@ -77,6 +78,7 @@ class Loop:
   checkpoints: checkpoint.Checkpoints
   judge: Judge                # compares checkpoints
   facts: Mapping[str, Any]    # are stored in every checkpoint
+  ledger: Ledger              # has the evaluations of earlier processes
   interrupt: Interrupt
   phases: track.Phases
   watch: Callable[[int, dict[str, float]], bool] | None
@@ -105,6 +107,7 @@ class Loop:
       if self.awaits_validation(start):
         stopped, declined = self._validate(start, state)
         if not stopped:
+          self.tracker.commit(start)
           self.checkpoints.set_metric(start, self.metrics[run.best])
       ended = not (stopped or declined) and (step >= run.steps or self.out_of_patience(step))
       while not (ended or stopped or declined):
@@ -173,8 +176,8 @@ class Loop:
     left_out = self.pace.left_out if self.pace else 0
     if ended and left_out:
       print(f'{left_out:,} of {step:,} steps were left out, to keep to the time: steps took longer than planned')
-    if ended and self.evaluated < 0:   # this state has not been evaluated since the start
-      stopped = not self._evaluate(step, state)
+    if ended and self.evaluated < 0:   # the metrics of this state are not known since the start
+      stopped = not self._evaluate(step if best is None else best, state)
     number = None
     if stopped:
       ended, number = False, self.interrupt.signal or signal.SIGTERM   # in a cluster, JAX handles SIGTERM
@@ -243,20 +246,25 @@ class Loop:
     return f'the checkpoint of step {self.saved} is good' if self.saved else 'no checkpoint was saved before'
 
   def _evaluate(self, step: int, state: State) -> bool:
-    """Evaluates a step. Returns False where a signal cut that short."""
+    """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""
     # The first evaluation compiles, which does not count for the pace either.
     paused = self._paused() if self.compiles_evaluation else self.tracker.pause()
     with paused, self.phases('validate'):
-      metrics = self.evaluation(self._params(state), step, lambda: self.interrupt.should_stop(step))
-    self.compiles_evaluation = False
-    if metrics is not None:
-      self.metrics = metrics
-    return metrics is not None
+      parameters = fingerprint(averaging.evaluation_params(state.opt_state, state.params))
+      metrics = self.ledger.metrics(step, parameters)
+      if metrics is None:
+        metrics = self.evaluation(self._params(state), step, lambda: self.interrupt.should_stop(step))
+        self.compiles_evaluation = False
+        if metrics is None:
+          return False
+        self.ledger.add(step, parameters, metrics)
+    self.metrics = metrics
+    return True
 
   def _save(self, step: int, state: State) -> None:
     if step > self.saved:
       with self.tracker.pause(), self.phases('checkpoint'):
         facts = {**self.facts, 'parameters': fingerprint(state.params)}
         metric = self.metrics[self.run.best] if self.evaluated == step else None
-        self.checkpoints.save(step, state, facts, metric, self.tracker.records(step))
+        self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step))
       self.saved = step

@@ -17,6 +17,7 @@ from lm.train.loop import Loop, Result
 from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, run_to_json
 from lm.workdir import checkpoint, mismatch, records, track
 from lm.workdir.judge import Judge
+from lm.workdir.ledger import Ledger
 
 
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
@@ -65,8 +66,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     # Only a record with these facts is a run that was accepted, which can be opened later.
     records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
     _print_size(run, mesh, state, workdir)
-    loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts, interrupt, phases,
-                watch)
+    loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts,
+                Ledger(workdir, evaluation.fingerprint), interrupt, phases, watch)
     if start >= run.steps and not loop.awaits_validation(start):
       print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
     elif start and not loop.out_of_patience(start):

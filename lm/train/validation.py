@@ -15,6 +15,7 @@ from lm.data.tokenizers.folder import Tokenizer
 from lm.objectives.objective import Objective
 from lm.train.interfaces import OpenData
 from lm.train.run import Run, abstract_constants, with_constants
+from lm.workdir.describe import describe, digest
 
 
 def make_step(apply: Callable[..., Any], objective: Objective, tokenizer: Tokenizer) -> Callable:
@@ -101,6 +102,10 @@ class Evaluation:
   Metrics have their names in the log: `validation/loss`, `validation/NAME/loss` for a validation set that the data
   names, and `NAME/metric` for an evaluator.
 
+  Attributes:
+    fingerprint: a hash of what is measured, and how. An evaluator that reads files has a `fingerprint` of them, see
+      `interfaces.Evaluator`.
+
   Raises:
     ValueError: the metric that chooses the best checkpoint is not one of the validation sets, or of an evaluator that
       declares its metrics.
@@ -120,6 +125,10 @@ class Evaluation:
     for name, evaluator in self._evaluators.items():
       if run.best.startswith(f'{name}/') and hasattr(evaluator, 'metric_names'):
         check_best(run.best, [f'{name}/{metric}' for metric in evaluator.metric_names()])
+    self.fingerprint = digest({
+        'objective': describe(run.objective, inside=True), 'batches': run.evaluate_batches, 'sets': list(self._sets),
+        'evaluators': describe(run.evaluators),
+        'inputs': {name: getattr(evaluator, 'fingerprint', None) for name, evaluator in self._evaluators.items()}})
 
   def summary(self) -> list[str]:
     """Returns a line for each validation set on the batches that are read of it."""

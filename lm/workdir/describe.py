@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,6 +41,11 @@ def fingerprint(params: Any) -> str:
            jax.tree_util.tree_leaves_with_path(params)]
   facts += [(jax.tree_util.keystr(path), int(number)) for path, number in sums]
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def digest(description: Any) -> str:
+  """Returns a hash of JSON, such as a description."""
+  return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
 
 
 @jax.jit

@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 import jax
 
 from lm.workdir import atomic
+from lm.workdir.tensorboard import TensorBoard
 from lm.workdir.throughput import Throughput, mfu
 
 
@@ -81,7 +81,9 @@ class Tracker(contextlib.AbstractContextManager):
       folder.mkdir(parents=True, exist_ok=True)
       self._repair(step)
       self._jsonl = self._path.open('a')
-      self._tensorboard = _TensorBoard(folder / 'tensorboard', step and step + 1)
+      self._tensorboard = TensorBoard(folder / 'tensorboard', step)
+      for record in self._records:
+        self._tensorboard.write(step, _metrics(record))
 
   def pause(self) -> contextlib.AbstractContextManager[None]:
     """Excludes the time inside, such as of evaluation and checkpoints, from training time."""
@@ -103,19 +105,31 @@ class Tracker(contextlib.AbstractContextManager):
     # JSON has neither inf nor NaN; null keeps the line readable by all tools.
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     seconds = round(self._clock() - self._start, 3)
-    record = {'step': step, 'seconds': seconds, **finite}
-    self._records = [*self.records(step), record]
-    with atomic.naming(self._path):
-      self._jsonl.write(json.dumps(record, allow_nan=False) + '\n')
-      self._jsonl.flush()
-    self._tensorboard.write(step, {name: value for name, value in finite.items() if value is not None})
+    is_logged = any(record.keys() >= finite.keys() for record in self._of_step(step))
+    if not is_logged:   # an earlier process may have died after it had logged the evaluation of a checkpoint
+      record = {'step': step, 'seconds': seconds, **finite}
+      self._records = [*self._of_step(step), record]
+      with atomic.naming(self._path):
+        self._jsonl.write(json.dumps(record, allow_nan=False) + '\n')
+        self._jsonl.flush()
+      self._tensorboard.write(step, finite)
     self._latest.update(metrics)
     milestone = any(name.startswith('validation/') for name in metrics)
     self._validated = step if milestone else self._validated
     self._print(step, milestone)
 
-  def records(self, step: int) -> list[Mapping[str, Any]]:
-    """Returns the records of `step`; only those of the last logged step are kept."""
+  def commit(self, step: int) -> list[Mapping[str, Any]]:
+    """Returns the records of `step`, the last one that was logged, when all records so far are on disk.
+
+    A run that continues from the checkpoint of a step logs no step until there again.
+    """
+    if self._jsonl is not None:
+      with atomic.naming(self._path):
+        os.fsync(self._jsonl.fileno())
+      self._tensorboard.flush()
+    return self._of_step(step)
+
+  def _of_step(self, step: int) -> list[Mapping[str, Any]]:
     return [record for record in self._records if record['step'] == step]
 
   def line(self, step: int) -> str:
@@ -157,41 +171,11 @@ class Tracker(contextlib.AbstractContextManager):
     """Removes damaged lines and records after `step`; adds the records of `step` that the file has lost."""
     stored, damaged = _read(self._path) if self._path.exists() else ([], 0)
     stored = [record for record in stored if step > 0 and record['step'] <= step]
-    lost = [record for record in self.records(step) if record not in stored]
+    lost = [record for record in self._of_step(step) if record not in stored]
     if damaged:
       print(f'{self._path}: {damaged} lines could not be read, and are left out', file=self._output, flush=True)
     atomic.write(self._path, ''.join(json.dumps(record) + '\n' for record in (*stored, *lost)))
-
-
-class _TensorBoard:
-  """Writes scalars for TensorBoard to a new file. It writes them at once, so that a full disk raises an error there."""
-
-  def __init__(self, folder: pathlib.Path, purge_step: int):
-    from tensorboardX import proto, record_writer, summary  # 0.2 s: not for --help
-    self._event, self._scalar = proto.event_pb2.Event, summary.scalar
-    self._path = folder / f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
-    with atomic.naming(self._path):
-      folder.mkdir(parents=True, exist_ok=True)
-      self._file = record_writer.RecordWriter(str(self._path))
-    self._add(file_version='brain.Event:2')
-    if purge_step:   # TensorBoard then hides the records of earlier files from this step on
-      self._add(step=purge_step, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
-
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-      self._add(step=step, summary=self._scalar(name, value))
-
-  def _add(self, **fields: Any) -> None:
-    with atomic.naming(self._path):
-      self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-  def flush(self) -> None:
-    with atomic.naming(self._path):
-      self._file.flush()
-
-  def close(self) -> None:
-    with atomic.naming(self._path):
-      self._file.close()
+    self._records = [record for record in (*stored, *lost) if record['step'] == step]
 
 
 def read_metrics(metrics_jsonl: pathlib.Path) -> list[dict[str, Any]]:
@@ -209,6 +193,10 @@ def _read(metrics_jsonl: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
           and isinstance(record.get('step'), int)):
         records.append(record)
   return records, len(lines) - len(records)
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in record.items() if name not in ('step', 'seconds')}
 
 
 def _short(number: float) -> str:

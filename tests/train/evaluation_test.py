@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.runs import TEXTS, TOKENIZER, go, logged, same, saved, steps_kept
 
+from lm import optim
 from lm.data import dataset
 from lm.data.text.mixture import mixture
 from lm.data.text.source import Source
@@ -120,6 +121,33 @@ def test_an_evaluation_that_a_signal_interrupts_is_repeated(tmp_path, monkeypatc
   assert logged(tmp_path, 'count/value') == {3: 3., 6: 6.}
 
 
+def test_an_evaluation_is_not_done_again_when_a_run_repeats_its_step(tmp_path, stopped):
+  calls = tmp_path / 'calls'   # a file, because an evaluator that refers to another value is another one
+
+  def count(run, data, mesh):
+    def evaluate(params, step):
+      with calls.open('a') as f:
+        f.write(f'{step} ')
+      return {'norm': float(jnp.sum(params['embedding'] ** 2))}
+    return evaluate
+  measured = lambda: [int(step) for step in calls.read_text().split()]
+  changes = {'evaluators': {'count': count}, 'save_every': 9}
+  workdir = stopped(5, dead=True, **changes)
+  assert not steps_kept(workdir) and measured() == [3]
+  first = [logged(workdir, name) for name in ('count/norm', 'validation/loss')]
+  result = go(workdir, **changes)
+  assert measured() == [3, 6] and (result.start, result.step) == (0, 6)
+  last = [logged(workdir, name) for name in ('count/norm', 'validation/loss')]
+  assert [{3: rows[3]} for rows in last] == first and [list(rows) for rows in last] == [[3, 6]] * 2
+  assert go(workdir, **changes).metrics == result.metrics and measured() == [3, 6]   # the run is finished
+  again = go(workdir, evaluate_batches=1, **changes)   # which measures something else
+  assert measured() == [3, 6, 6] and again.metrics['validation/loss'] != result.metrics['validation/loss']
+  assert again.metrics['count/norm'] == result.metrics['count/norm']
+  go(workdir / 'other', optimizer=optim.adamw(lambda step: 0.01), **changes)
+  (workdir / 'other' / 'ledger.jsonl').replace(workdir / 'ledger.jsonl')   # of other parameters at the same steps
+  assert go(workdir, **changes).metrics == result.metrics and measured() == [3, 6, 6, 3, 6, 6]
+
+
 def corpus(name, word, **further_splits):
   splits = {'train': 12, 'validation': 5, **further_splits}
   texts = {split: [f'{word} {split} {"ha" * (i % 5)} {i}' for i in range(count)] for split, count in splits.items()}
@@ -200,3 +228,6 @@ def test_a_suite_is_measured_once_a_step_also_where_a_run_dies_between_checkpoin
   for first, second in zip(*rows, strict=True):
     assert {key: value for key, value in first.items() if key.startswith('texts/')} == {
         key: value for key, value in second.items() if key.startswith('texts/')}
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS[4:9]))
+  again = go(tmp_path / 'once', evaluators={'texts': suites.Evaluator(suite)}, **changes)   # of other texts
+  assert again.step == 8 and again.metrics['texts/a/bits_per_byte'] != rows[1][-1]['texts/a/bits_per_byte']

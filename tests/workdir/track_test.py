@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import os
 import sys
 import types
 
@@ -10,7 +11,7 @@ from helpers.disks import files_of
 from helpers.figures import points, saved_figures
 
 from lm.workdir import figures as plot
-from lm.workdir import track
+from lm.workdir import tensorboard, track
 
 
 class Clock:
@@ -65,8 +66,8 @@ def test_lost_lines_of_the_last_step_are_restored_and_damaged_lines_are_reported
     for step in range(1, 6):
       t.log(step, {'loss': step / 3, 'other': math.nan})
     t.log(5, {'validation/loss': 2.})
-    records = json.loads(json.dumps(t.records(5)))   # as a checkpoint gives them back
-  assert len(records) == 2 and not t.records(4)
+    records = json.loads(json.dumps(t.commit(5)))   # as a checkpoint gives them back
+    assert len(records) == 2 and not t.commit(4)
   path = tmp_path / 'metrics.jsonl'
   before = path.read_bytes()
   lines = before.splitlines(keepends=True)
@@ -97,10 +98,10 @@ def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
   assert not list(tmp_path.glob('*.new'))
 
 
-def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
+def test_tensorboard_has_the_scalars_of_a_step_that_is_not_purged(tmp_path):
   from tensorboardX import proto
   with tracker(tmp_path, step=5) as t:
-    t.log(6, {'loss': 1.5})
+    t.log(6, {'loss': 1.5, 'other': math.nan})
   data = next((tmp_path / 'tensorboard').glob('events*')).read_bytes()
   events, offset = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
   while offset < len(data):
@@ -108,8 +109,48 @@ def test_tensorboard_has_the_scalars_and_purges_what_is_made_again(tmp_path):
     events.append(proto.event_pb2.Event.FromString(data[offset + 12:offset + 12 + size]))
     offset += size + 16
   assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == [('loss', 1.5, 6)]
-  started = [e.step for e in events if e.HasField('session_log')]
-  assert started == [6]
+  # TensorBoard takes no notice of the first start of a session that it reads.
+  assert [e.step for e in events if e.HasField('session_log')] == [5, 5] and events[0].file_version
+  assert tensorboard.read(tmp_path / 'tensorboard') == {'loss': [(6, 1.5)]}
+
+
+def killed(t):
+  """Ends a tracker as a kill does: what its buffers hold is lost."""
+  for file in (t._jsonl, t._tensorboard._file._writer):
+    os.dup2(nothing := os.open(os.devnull, os.O_WRONLY), file.fileno())
+    os.close(nothing)
+    file.close()
+
+
+@pytest.mark.parametrize('clock', [[100.] * 9, [500., 400., 300., 200., 100.]], ids=['at once', 'set back'])
+def test_tensorboard_has_each_step_once_after_kills(tmp_path, monkeypatch, clock):
+  """A run is killed before its first checkpoint, after it, with records in buffers, and after a late evaluation."""
+  times, pids = iter(clock), iter((7, 30, 2, 9, 8))
+  def train(step, last, validated=None, saved=None, records=()):
+    now, pid = next(times), next(pids)
+    monkeypatch.setattr(tensorboard, 'time', types.SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(tensorboard, 'os', types.SimpleNamespace(getpid=lambda: pid))
+    t = tracker(tmp_path, step=step, records=records, every=1e9)
+    if validated:
+      t.log(validated, {'validation/loss': 10. * validated})
+    for n in range(step + 1, last + 1):
+      t.log(n, {'loss': float(n)})
+      records = t.commit(n) if n == saved else records
+    killed(t)
+    return records
+
+  train(0, 3)
+  records = train(0, 6, saved=4)
+  train(4, 4, validated=4, records=records)   # dies before the checkpoint has its metric
+  records = train(4, 9, validated=4, records=records, saved=8)
+  with tracker(tmp_path, step=8, records=records) as t:
+    t.log(9, {'loss': 9.})
+  expected = {'loss': [(n, float(n)) for n in range(1, 10)], 'validation/loss': [(4, 40.)]}
+  assert tensorboard.read(tmp_path / 'tensorboard') == expected
+  rows = [(name, (row['step'], row[name])) for row in track.read_metrics(tmp_path / 'metrics.jsonl')
+          for name in row if name not in ('step', 'seconds')]
+  assert {name: [row for other, row in rows if other == name] for name in expected} == expected
+  assert len(rows) == 10
 
 
 def test_lines_are_rare_without_a_terminal_and_in_place_on_one(tmp_path):
