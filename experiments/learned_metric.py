@@ -34,7 +34,7 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
   Args:
     ratings: files of JSON lines, a glob pattern; none makes pairs from Python's library.
     init: encoder to start from, as a folder or an id on the hub of BERT or of BLEURT, or a run; none for a new one.
-    validation: share of the items that is held out.
+    validation: share of the items that is held out for --patience, and of those that are held out for the table.
     held_out_systems: systems whose candidates are not trained on; none for a quarter of four or more systems.
     vocab: number of tokens of a new encoder; none for 2048.
     layers: number of layers of a new encoder; none for 2.
@@ -73,7 +73,7 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints the correlation of the metric, and of others, with the ratings that were held out."""
-  for split, title in (('validation', 'held-out items'), ('validation-systems', 'held-out systems')):
+  for split, title in (('validation-items', 'held-out items'), ('validation-systems', 'held-out systems')):
     rated = [rating_records.read(record) for record in run.data.source.splits.get(split, ())]
     if len(rated) < 3:
       continue
@@ -81,7 +81,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     metric = bleurt.Bleurt(run.model, result.params, result.data.tokenizer, workdir.name)
     measures = metric(candidates, references)
     try:
-      for other in (texts.Bleu(), texts.Chrf(), texts.Rouge()):
+      for other in (texts.Bleu(effective_order=True), texts.Chrf(), texts.Rouge()):
         measures += [measure for measure in other(candidates, references) if measure.name in OTHERS]
     except ModuleNotFoundError as error:
       print(f'without BLEU, chrF and ROUGE: {error}')

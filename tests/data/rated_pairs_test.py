@@ -1,4 +1,5 @@
 """Ratings are read, split by item and by system, encoded, and packed into rows."""
+import itertools
 import json
 
 import numpy as np
@@ -25,11 +26,13 @@ def records(items=60, systems='abcdefgh'):
 def test_no_item_and_no_system_that_is_held_out_is_trained_on(tmp_path):
   source = rating_records.rated(write(tmp_path, records()), 0.2)
   splits = {split: [rating_records.read(record) for record in documents] for split, documents in source.splits.items()}
-  assert set(splits) == {'train', 'validation', 'validation-systems'}
+  assert set(splits) == {'train', 'validation', 'validation-items', 'validation-systems'}
   assert sum(map(len, splits.values())) == 480
   items, systems = ({split: {getattr(each, field) for each in splits[split]} for split in splits}
                     for field in ('item', 'system'))
-  assert not items['train'] & items['validation'] and 4 < len(items['validation']) < 20
+  for one, other in itertools.combinations(('train', 'validation', 'validation-items'), 2):
+    assert not items[one] & items[other]
+  assert 4 < len(items['validation']) < 20 and 4 < len(items['validation-items']) < 20
   assert len(systems['validation-systems']) == 2
   assert not systems['validation-systems'] & (systems['train'] | systems['validation'])
   named = rating_records.rated(write(tmp_path, records()), 0.2, ('c',))
@@ -37,10 +40,10 @@ def test_no_item_and_no_system_that_is_held_out_is_trained_on(tmp_path):
   assert named.fingerprint != source.fingerprint
 
 
-def test_records_without_systems_have_two_splits(tmp_path):
+def test_records_without_systems_have_no_split_of_systems(tmp_path):
   plain = [{'reference': f'text {i}', 'candidate': 'x', 'rating': 1} for i in range(50)]
   source = rating_records.rated(write(tmp_path, plain), 0.3)
-  assert set(source.splits) == {'train', 'validation'}
+  assert set(source.splits) == {'train', 'validation', 'validation-items'}
   first = rating_records.read(source.splits['train'][0])
   assert first.item == first.references[0]
 
@@ -89,7 +92,7 @@ def test_synthetic_ratings_are_the_share_of_right_words():
 def test_each_rating_is_read_once_an_epoch(tmp_path):
   source = rating_records.rated(write(tmp_path, records()), 0.2)
   opened = rated_pairs.RatedPairs(source, tokenizers.Bytes(), 64).open(tmp_path / 'run', progress=lambda line: None)
-  assert opened.validation_sets == ('systems',)
+  assert opened.validation_sets == ('items', 'systems')
   batches = opened.batches('train', rating(), 4, seed=3)
   ratings = []
   for step in range(batches.steps_per_epoch):

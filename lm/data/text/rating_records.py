@@ -49,9 +49,10 @@ def read(record: str) -> Rating:
 def rated(pattern: str, validation: float = 0.1, held_out_systems: tuple[str, ...] = ()) -> Source:
   """Returns the records in files of JSON lines, .gz and .zst too, that match a glob pattern.
 
-  A hash of its item decides whether a record is for 'train' or 'validation'. All records of the systems that are held
-  out are in the split 'validation-systems': no candidate of theirs is trained on. Without names, a quarter of the
-  systems is held out, chosen by a hash, if there are four or more.
+  A hash of its item decides whether a record is for 'train', 'validation', which may stop the training, or
+  'validation-items', which has no influence on it; each of the latter two has the share `validation`. All records of
+  the systems that are held out are in the split 'validation-systems': no candidate of theirs is trained on. Without
+  names, a quarter of the systems is held out, chosen by a hash, if there are four or more.
   """
   files = corpora.jsonl(pattern, None, 0.5)
   records = [record for documents in files.splits.values() for record in documents]
@@ -104,15 +105,15 @@ def _corrupted(line: str, vocabulary: list[str], rng: random.Random) -> dict[str
 
 def _split(name: str, records: Iterable[str], validation: float, held_out_systems: tuple[str, ...], fingerprint: str
            ) -> Source:
-  splits: dict[str, list[str]] = {'train': [], 'validation': [], 'validation-systems': []}
+  splits: dict[str, list[str]] = {'train': [], 'validation': [], 'validation-items': [], 'validation-systems': []}
   for record in records:
     rating = read(record)
     share = int.from_bytes(source.digest(rating.item)[:8]) / 2 ** 64
     splits['validation-systems' if rating.system in held_out_systems else
-           'validation' if share < validation else 'train'].append(record)
+           'validation' if share < validation else
+           'validation-items' if share < 2 * validation else 'train'].append(record)
   for split in ('train', 'validation'):
     if not splits[split]:
       raise ValueError(f'{name} has no rating in the split {split}; give more items, or another share to hold out')
-  if not splits['validation-systems']:
-    del splits['validation-systems']
-  return Source(name, splits, f'{fingerprint} {validation} {",".join(held_out_systems)}')
+  splits = {split: of_split for split, of_split in splits.items() if of_split}
+  return Source(name, splits, f'{fingerprint} items {validation} {",".join(held_out_systems)}')

@@ -22,11 +22,14 @@ def _package() -> Any:
   return require('sacrebleu.metrics', 'eval')
 
 
-def corpus_score(kind: Literal['BLEU', 'CHRF', 'TER'], word_order: int, sums: np.ndarray) -> np.ndarray:
-  """Returns the score of sums of sacrebleu's statistics, [..., k] -> [...], as sacrebleu computes it from them."""
+def corpus_score(kind: Literal['BLEU', 'CHRF', 'TER'], order: int, sums: np.ndarray) -> np.ndarray:
+  """Returns the score of sums of sacrebleu's statistics, [..., k] -> [...], as sacrebleu computes it from them.
+
+  `order` is the word order of chrF; for BLEU it is 1 where the order is the effective one, and otherwise 0.
+  """
   package = _package()
-  metric = {'BLEU': package.BLEU, 'CHRF': package.CHRF, 'TER': package.TER}[kind](
-      **({'word_order': word_order} if kind == 'CHRF' else {}))
+  metric = {'BLEU': lambda: package.BLEU(effective_order=bool(order)),
+            'CHRF': lambda: package.CHRF(word_order=order), 'TER': package.TER}[kind]()
   scores = [metric._compute_score_from_stats(row.tolist()).score for row in sums.reshape(-1, sums.shape[-1])]
   return np.reshape(scores, sums.shape[:-1])
 
@@ -39,7 +42,8 @@ def _measure(name: str, metric: Any, better: Literal['higher', 'lower'], candida
           for candidate, several in scored_pairs.pairs(name, candidates, references)]
   count = scored_pairs.count(references)
   metric.num_refs = -1 if count == 'var' else int(count)
-  value = functools.partial(corpus_score, type(metric).__name__, getattr(metric, 'word_order', 0))
+  order = getattr(metric, 'word_order', 0) or int(getattr(metric, 'effective_order', False))
+  value = functools.partial(corpus_score, type(metric).__name__, order)
   return Measure(name, np.asarray(rows, float), value, better, metric.get_signature().format())
 
 
@@ -51,16 +55,19 @@ class Bleu:
     tokenize: one of sacrebleu's tokenizers; none for the one of the language.
     language: zh, ja or ko choose the tokenizer; none for the language of the references, by their script.
     lowercase: compare in lower case.
+    effective_order: n-grams for which there are too few words do not count, as is usual for BLEU of single texts.
   """
   tokenize: Tokenizer | None = None
   language: str | None = None
   lowercase: bool = False
+  effective_order: bool = False
 
   def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
     scored_pairs.check('bleu', candidates, references)
     tokenize = self.tokenize or _BY_LANGUAGE.get(self.language or words.of_references(references), '13a')
     try:
-      metric = _package().BLEU(lowercase=self.lowercase, tokenize=tokenize, force=True)
+      metric = _package().BLEU(lowercase=self.lowercase, tokenize=tokenize, force=True,
+                               effective_order=self.effective_order)
     except RuntimeError as error:
       if not tokenize.endswith('-mecab'):
         raise

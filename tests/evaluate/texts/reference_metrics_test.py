@@ -51,13 +51,22 @@ def test_the_value_and_the_signature_are_those_of_sacrebleu(metric, theirs, most
   assert measure.scores()[3] == single and measure.scores().shape == (40,)
 
 
+def test_bleu_of_single_texts_is_the_sentence_bleu_of_sacrebleu():
+  candidates, references = corpus()
+  measure, = texts.Bleu(effective_order=True)(candidates, references)
+  theirs = sacrebleu.BLEU(effective_order=True)
+  expected = [theirs.sentence_score(candidate, several).score for candidate, several in zip(candidates, references)]
+  assert measure.scores().tolist() == expected and measure.signature.startswith('nrefs:var|case:mixed|eff:yes|')
+  assert (measure.scores() > texts.Bleu()(candidates, references)[0].scores()).any()
+
+
 def test_what_each_text_adds_is_stored_and_read_with_the_same_scores(tmp_path):
   candidates, references = corpus(10)
-  measures = [measure for metric in (texts.Bleu(), texts.Chrf(2), texts.Ter(), texts.Rouge(), texts.EditDistance())
-              for measure in metric(candidates, references)]
+  metrics = texts.Bleu(effective_order=True), texts.Chrf(2), texts.Ter(), texts.Rouge(), texts.EditDistance()
+  measures = [measure for metric in metrics for measure in metric(candidates, references)]
   result = report.Result(measures, documents=list('abcdefghij'))
-  stored_measures.write(stored_measures.file_of(tmp_path, 'e'), result)
-  report.write(tmp_path, {}, {'e': report.to_json(result)})
+  stored_measures.write(stored_measures.file_of(tmp_path, 'e'), result, {'evaluation': 1, 'model': 2})
+  report.write(tmp_path, {'evaluations': {'e': 1}, 'model': 2}, {'e': report.to_json(result)})
   stored = stored_measures.read(tmp_path)
   assert len(stored) == len(measures)
   for measure in measures:
