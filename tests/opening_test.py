@@ -247,7 +247,7 @@ def test_a_base_that_trains_on_or_is_damaged_is_noticed(program, tmp_path):
   program('run')
   program('run', steps=6)
   base = load.open_base(str(tmp_path / 'run'))
-  for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'state').rglob('d/*'):
+  for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'params').rglob('d/*'):
     file.write_bytes(b'')
   with pytest.raises(OSError, match='step 6 of .* cannot be read, only step 4; .* move .*/checkpoints/6 away'):
     base.start(base.model)

@@ -29,8 +29,8 @@ def write_checksums(folder: Any, parts: Sequence[str]) -> None:
     (folder / FILE).write_text(json.dumps(dict(zip(names, sums)), indent=1))
 
 
-def changed(folder: Any, part: str = '', share: slice = slice(None)) -> list[str]:
-  """Returns the names of the files under the subfolder `part` of a folder that are missing or changed.
+def changed(folder: Any, parts: tuple[str, ...] = ('',), share: slice = slice(None)) -> list[str]:
+  """Returns the names of the files that are missing or changed, of those whose names begin with one of `parts`.
 
   Only the slice `share` of the list of files is checked. If the folder has no checksums, no file counts as changed.
   Raises ValueError if the file of checksums is damaged itself.
@@ -41,7 +41,7 @@ def changed(folder: Any, part: str = '', share: slice = slice(None)) -> list[str
   stored = json.loads(path.read_text())
   if not isinstance(stored, dict):
     raise ValueError(f'{FILE} is damaged')
-  names = [name for name in stored if name.startswith(part)][share]
+  names = [name for name in stored if name.startswith(parts)][share]
 
   def intact(name):
     return (folder / name).exists() and checksum(folder / name) == stored[name]

@@ -1,6 +1,7 @@
 """The metric by which checkpoints are judged, and the choice of the best one."""
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -27,3 +28,23 @@ class Judge(NamedTuple):
     if other is None:
       return math.isfinite(metric)
     return metric > other if self.better == 'higher' else metric < other
+
+
+@dataclasses.dataclass
+class Metrics:
+  """The metrics of the steps of a run, each with its judge.
+
+  The best step is chosen among those with the judge `judged_by`, or with that of the newest step if it is None.
+  """
+  judged_by: Judge | None
+  by_step: dict[int, tuple[float | None, Judge]] = dataclasses.field(default_factory=dict)
+
+  def of(self, step: int | None) -> float | None:
+    """Returns the metric of a step; None if it has none."""
+    return self.by_step.get(step, (None, None))[0]
+
+  def best_step(self, steps: Sequence[int]) -> int | None:
+    """Returns the best one of `steps`, which are in order; None if none of them has a metric."""
+    metrics = {step: self.by_step.get(step, (None, Judge())) for step in steps}
+    judge = self.judged_by or (metrics[steps[-1]][1] if steps else Judge())
+    return judge.best({step: metric for step, (metric, other) in metrics.items() if other == judge})

@@ -107,6 +107,16 @@ def test_restores_params_alone(tmp_path, mesh):
     checkpoints.restore_params({'w': target['w']})
 
 
+def test_params_are_read_without_the_bytes_of_the_optimizer(tmp_path, mesh, warned):
+  fill(tmp_path, mesh)
+  shutil.rmtree(tmp_path / '20' / 'state')
+  state = make_state(mesh, 20, 20)
+  checkpoints, target = checkpoint.Checkpoints(tmp_path, create=False), abstract(state, mesh)
+  assert same_bytes(checkpoints.restore_params(target.params).state, state.params) and not warned
+  assert checkpoints.restore(target).step == 10   # the whole state is not to be had
+  assert len(warned) == 1 and '20 is damaged' in warned[0]
+
+
 def test_params_are_cast_on_request_alone(tmp_path, mesh):
   checkpoints, params = fill(tmp_path, mesh), make_state(mesh, 10, 10).params
   target = jax.tree.map(lambda x: x.update(dtype=jnp.float16), abstract(params, make_mesh(1, 1)))
@@ -174,8 +184,8 @@ def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
 
 
 # The files of a step, by kind, without files of Orbax that nothing reads.
-KINDS = {'facts/metadata', 'state/_METADATA', 'state/array_metadatas/*', 'state/manifest.ocdbt', 'state/d/*',
-         'state/ocdbt.process_0/d/*'}
+ARRAY_FILES = '_METADATA', 'array_metadatas/*', 'manifest.ocdbt', 'd/*', 'ocdbt.process_0/d/*'
+KINDS = {'facts/metadata', *(f'{part}/{name}' for part in ('params', 'state') for name in ARRAY_FILES)}
 
 
 def halve(path):
@@ -285,13 +295,25 @@ def test_a_damaged_step_that_is_named_is_not_replaced_by_another(tmp_path, mesh)
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path, mesh):
-  for name in 'notes', '5.orbax-checkpoint-tmp', '7.damaged-20250101-000000', '009', 'x1':
+  for name in 'notes', 'my.orbax-checkpoint-tmp', '7.damaged-20250101-000000', '009', 'x1':
     (tmp_path / name).mkdir()
   (tmp_path / '3').write_text('a file')
   before = set(os.listdir(tmp_path))
   checkpoints = fill(tmp_path, mesh, range(10, 15), keep=1)
   assert checkpoints.steps() == [14]
   assert set(os.listdir(tmp_path)) == before | {'14'}
+
+
+def test_unfinished_saves_are_ignored_and_removed_by_the_next_save(tmp_path, mesh):
+  fill(tmp_path, mesh, [10])
+  for name in '20.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1700000000000':
+    shutil.copytree(tmp_path / '10', tmp_path / name)
+  before = sorted(os.listdir(tmp_path))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [10] and checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
+    assert sorted(os.listdir(tmp_path)) == before   # reading changes nothing
+    checkpoints.save(20, make_state(mesh, 20, 20), {'seen': 20})
+  assert sorted(os.listdir(tmp_path)) == ['10', '20']
 
 
 def test_refuses_to_go_back_and_bad_arguments(tmp_path, mesh):
