@@ -6,7 +6,8 @@
 
 All other flags are those of the harness: `python experiments/harness.py run --help`. `path` is a workdir of a run, a
 Hugging Face folder, an imported one or an id on the hub; `best=True` takes the best checkpoint of a run, and `mesh` is
-the size of each mesh axis, such as mesh=data:4. On several hosts, run the same command on each.
+the size of each mesh axis, such as mesh=data:4. A mesh of two axes has a comma, and needs --model_args in JSON:
+'{"path": "gpt2", "mesh": "data:4,model:2"}'. On several hosts, run the same command on each.
 """
 import importlib
 import os
@@ -42,7 +43,7 @@ def main() -> None:
   hosts.join(None, None, None)
   # All processes run all requests, and the harness lets the one with LOCAL_RANK=0 write.
   os.environ['LOCAL_RANK'] = str(jax.process_index())
-  harness.register('lm', open_client)
+  harness.register('lm', open_client, sys.argv[1:])
   importlib.import_module('lm_eval.__main__').cli_evaluate()
 
 

@@ -5,7 +5,6 @@ the rank is 0 of 1 for the harness, and process 0 alone writes files. Answers ar
 batch, except for text that is written, so no setting of a batch size is needed.
 """
 import functools
-import inspect
 import re
 import sys
 import types
@@ -25,8 +24,6 @@ from lm.objectives.objective import causal_prompt
 from lm.sharding import hosts
 
 CHUNK = 256   # requests between two saves
-# Values that the harness's command line passes where the flag is not given, or that choose what is done here anyway.
-_DEFAULTS = {'batch_size': (1, '1', 'auto'), 'max_batch_size': (), 'device': ('cuda:0',)}
 
 
 class _Encoded(conversation.Conversation):
@@ -272,25 +269,3 @@ def client_class(members: Mapping[str, Any] = types.MappingProxyType({})) -> typ
   """
   base = source.require('lm_eval.api.model', 'eval').TemplateLM
   return type('Client', (Client, base), dict(members))
-
-
-def register(name: str, open_client: Callable[..., Any]) -> None:
-  """Makes `--model=name` of the harness's command line call `open_client` with the values of `--model_args`.
-
-  Raises ValueError, when it is called, for a batch size, a device, or a value that `open_client` does not take.
-  """
-  def create(cls: type, values: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
-    del cls
-    reasons = {'batch_size': 'the number of rows follows from the length of the texts, and scores do not depend on it',
-               'max_batch_size': 'the number of rows follows from the length of the texts',
-               'device': 'the model is on all devices of JAX, which JAX_PLATFORMS and mesh=... of --model_args choose'}
-    for setting, value in (settings or {}).items():
-      if value not in (None, *_DEFAULTS[setting]):
-        raise ValueError(f'--{setting}={value} is not needed: {reasons[setting]}; leave it out')
-    parameters = inspect.signature(open_client).parameters
-    if unknown := [setting for setting in values if setting not in parameters]:
-      raise ValueError(f'--model_args has {unknown[0]}={values[unknown[0]]}, which is no setting of --model {name}; '
-                       f'leave it out, or give one of {", ".join(parameters)}')
-    return open_client(**values)
-  cls = client_class({'create_from_arg_obj': classmethod(create)})
-  source.require('lm_eval.api.registry', 'eval').register_model(name)(cls)

@@ -112,8 +112,9 @@ def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str
   all_measures, notes = [], []
   for name, task in sorted(loaded['tasks'].items()):
     signature = f'task:{name}|version:{results["versions"][name]}|fewshot:{results["n-shot"][name]}|{settings}'
-    for (metric, filtered), values in _values(results['samples'][name]).items():
-      measure = _measure(task, metric, values, f'{signature}|filter:{filtered}')
+    samples = results['samples'][name]
+    for (metric, filtered), values in _values(samples).items():
+      measure = _measure(task, metric, values, list(_documents(samples)), f'{signature}|filter:{filtered}')
       title = _title(name, metric, filtered)
       numbers = results['results'][name]
       value, error = numbers[f'{metric},{filtered}'], numbers[f'{metric}_stderr,{filtered}']
@@ -121,12 +122,15 @@ def _result(loaded: Mapping[str, Any], results: Mapping[str, Any], settings: str
         all_measures.append(measure._replace(name=title))
       reason = '' if measure is not None else '; it is no function of sums over documents, so it has no interval'
       notes.append(f'{title} of lm-evaluation-harness: {_number(value)}, standard error {_number(error)}{reason}')
+      if missing := len(_documents(samples)) - len(values):
+        notes.append(f'{title}: the task gives {missing:,} of {len(_documents(samples)):,} documents no value, and '
+                     'they count for nothing')
   for name in sorted(loaded['groups']):
     notes += [f'{name}/{key.split(",")[0]} of lm-evaluation-harness: {_number(value)}, over the tasks of the group'
               for key, value in results.get('groups', {}).get(name, {}).items()
               if isinstance(value, float) and '_stderr' not in key]
   names = list(loaded['tasks']) if len(loaded['tasks']) == 1 else []   # several tasks have different documents
-  documents = [digest for name in names for digest in _documents(results['samples'][name])]
+  documents = [digest for name in names for digest in _documents(results['samples'][name]).values()]
   return Result(all_measures, notes=notes, documents=documents)
 
 
@@ -138,16 +142,17 @@ def _number(value: Any) -> str:
   return f'{value:.6g}' if isinstance(value, int | float) else str(value)
 
 
-def _documents(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-  return [digest for _, digest in sorted({sample['doc_id']: sample['doc_hash'] for sample in samples}.items())]
+def _documents(samples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+  """Returns the hash of each document by its id, in the order of ids."""
+  return dict(sorted({sample['doc_id']: sample['doc_hash'] for sample in samples}.items()))
 
 
-def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Any]]:
-  """Returns the values of documents by (metric, filter)."""
-  values: dict[tuple[str, str], list[Any]] = {}
-  for sample in sorted(samples, key=lambda sample: sample['doc_id']):
+def _values(samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
+  """Returns the values by (metric, filter), each by the id of its document; a task may give a document none."""
+  values: dict[tuple[str, str], dict[int, Any]] = {}
+  for sample in samples:
     for metric in sample['metrics']:
-      values.setdefault((metric, sample['filter']), []).append(sample[metric])
+      values.setdefault((metric, sample['filter']), {})[sample['doc_id']] = sample[metric]
   return values
 
 
@@ -156,18 +161,23 @@ def _aggregation(task: Any, metric: str) -> str:
   return getattr(task.aggregation().get(metric), '__name__', 'mean')
 
 
-def _measure(task: Any, metric: str, values: Sequence[Any], signature: str) -> Measure | None:
-  """Returns the measure of a metric from its values for documents; None if it is no function of sums."""
+def _measure(task: Any, metric: str, values: Mapping[int, Any], documents: Sequence[int], signature: str
+             ) -> Measure | None:
+  """Returns the measure of a metric from its values by document, with a row for each of `documents`.
+
+  Documents without a value add nothing. Returns None if the metric is no function of sums.
+  """
   aggregation = _aggregation(task, metric)
   value = _FUNCTIONS.get(aggregation)
   try:
-    rows = np.array(values, float)
+    given = np.array(list(values.values()), float)
   except (TypeError, ValueError):   # texts, or lists of several lengths
     return None
-  if value is None or rows.ndim != (2 if aggregation in _WEIGHTED else 1):
+  if value is None or given.ndim != (2 if aggregation in _WEIGHTED else 1):
     return None
-  if aggregation not in _WEIGHTED:
-    rows = np.stack([rows, np.ones(len(rows))], axis=1)
+  rows = np.zeros((len(documents), 2))
+  rows[np.searchsorted(documents, list(values))] = (
+      given if aggregation in _WEIGHTED else np.stack([given, np.ones(len(given))], axis=1))
   higher = task.higher_is_better().get(metric)
   better = '' if higher is None else 'higher' if higher else 'lower'
   return Measure(metric, rows, value, better, signature)

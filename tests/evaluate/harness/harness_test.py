@@ -286,6 +286,26 @@ def test_the_harness_forks_no_process_that_has_threads(tmp_path, subject, monkey
   assert 'DISABLE_MULTIPROC' not in os.environ and 'standard error' in result.notes[0]
 
 
+def test_documents_without_a_value_add_nothing_and_the_others_keep_their_places(tmp_path, subject):
+  for name in ('local_files.py', 'everyday.jsonl'):
+    shutil.copy(f'{TASKS}/{name}', tmp_path)
+  (tmp_path / 'skip.py').write_text('''def score(doc, results):
+    return {'length': 0. + len(doc['question'])} if doc['answer'] else {}''')
+  (tmp_path / 'skips.yaml').write_text('''{task: lm_skips, output_type: loglikelihood, test_split: test,
+    custom_dataset: !function local_files.load, dataset_kwargs: {file: everyday.jsonl}, doc_to_text: "{{question}}",
+    doc_to_target: " {{choices[answer]}}", process_results: !function skip.score, metadata: {version: 1.0},
+    metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]}''')
+  result = harness.Harness(('lm_skips',), str(tmp_path))(subject)
+  measure, = result.measures
+  lines = [json.loads(line) for line in (tmp_path / 'everyday.jsonl').read_text().splitlines()]
+  expected = [[len(line['question']), 1] if line['answer'] else [0, 0] for line in lines]
+  assert measure.rows.tolist() == expected and 0 < sum(row == [0, 0] for row in expected) < 12
+  assert len(result.documents) == 12 and math.isclose(measure.interval().value, float(
+      result.notes[0].split(': ')[1].split(',')[0]), rel_tol=1e-5)
+  assert 'of 12 documents no value' in result.notes[1]
+  assert harness.Harness(('lm_skips',), str(tmp_path)).metric_names() == ['lm_skips/']
+
+
 def test_what_does_not_exist_is_refused_before_anything_is_measured(tmp_path, subject, monkeypatch):
   def suite(**settings):
     file = tmp_path / 'suite.json'
@@ -312,7 +332,10 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_the_command_line_refuses_what_it_does_not_obey(library):
   from lm_eval.api import registry
-  harness.register('lm-test', lambda path, best=False: {'path': path})
+
+  def opened(path: str | None = None, best: bool = False):
+    return {'path': path}
+  harness.register('lm-test', opened)
   cls = registry.get_model('lm-test')
   assert cls.create_from_arg_obj({'path': 'x'}, {'batch_size': 1, 'device': 'cuda:0'}) == {'path': 'x'}
   for name, value in (('batch_size', 8), ('device', 'cpu')):
@@ -320,3 +343,11 @@ def test_the_command_line_refuses_what_it_does_not_obey(library):
       cls.create_from_arg_obj({'path': 'x'}, {name: value})
   with pytest.raises(ValueError, match='--model_args has dtype=float32, .* of --model lm-test; .* one of path, best'):
     cls.create_from_arg_obj({'path': 'x', 'dtype': 'float32'})
+  for values, message in (({'path': 123}, 'path=123, and what is needed is .*; give text in quotes, \'"123"\''),
+                          ({'best': 'yes'}, 'best=yes, and what is needed is bool; give True or False'),
+                          ({'best': 1}, 'best=1')):
+    with pytest.raises(ValueError, match=f'--model_args has {message}'):
+      cls.create_from_arg_obj({'path': 'x', **values})
+  for words in (['--device', 'cuda:0'], ['run', '--device=cuda:0'], ['--dev', 'cpu']):
+    with pytest.raises(ValueError, match='--dev.* is not needed: the model is on all devices'):
+      harness.register('lm-test', opened, words)
