@@ -35,7 +35,7 @@ def main(*, arms: str, common: str = '', experiment: pathlib.Path = SCRIPT, seed
       none.
     adapt_lr: initial learning rate of this fine-tuning.
     workdir: folder of the runs; a stopped comparison continues from there.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   comparison.compare(arms_text=arms, workdir=workdir, experiment=experiment, common=common, seeds=seeds, equal=equal,
                      budget=budget, adapt=adapt, adapt_lr=adapt_lr, mesh=mesh)

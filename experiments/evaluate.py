@@ -34,7 +34,7 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
     out: the folder for the results; none for the folder `evaluation` of the run, or evaluation-NAME of another model.
       What it has of the same model and settings is not measured again, and an evaluation that was stopped goes on.
     best: take the best checkpoint, not the newest.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   workdir, model = load.run_or_model(workdir, model, best)
   if model and suite is None and not tasks:

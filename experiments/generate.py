@@ -42,7 +42,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     stop: end the text before this string; may be repeated for several strings, as in --stop=END --stop=STOP.
     n: number of completions.
     seed: seed of the sampling.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
     best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
     chat: use the prompt as the message of a user, with the chat template of the model, and print only the answer.
     bos: begin the prompt with the token bos, or not (--nobos); none does as the tokenizer or the chat template does.

@@ -6,8 +6,8 @@
 
 All other flags are those of the harness: `python experiments/harness.py run --help`. `path` is a workdir of a run, a
 Hugging Face folder, an imported one or an id on the hub; `best=True` takes the best checkpoint of a run, and `mesh` is
-the size of each mesh axis, such as mesh=data:4. A mesh of two axes has a comma, and needs --model_args in JSON:
-'{"path": "gpt2", "mesh": "data:4,model:2"}'. On several hosts, run the same command on each.
+the size of each mesh axis, such as mesh=fsdp:4. A mesh of two axes has a comma, and needs --model_args in JSON:
+'{"path": "gpt2", "mesh": "fsdp:4,tensor:2"}'. On several hosts, run the same command on each.
 """
 import importlib
 import os

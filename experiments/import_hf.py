@@ -16,7 +16,7 @@ def main(*, model: str, out: pathlib.Path, mesh: str | None = None) -> None:
   Args:
     model: a folder with config.json and safetensors, or an id on the hub.
     out: folder to create.
-    mesh: the size of each mesh axis, such as data:4,model:2, over which the parameters are sharded; none puts all
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2, over which the parameters are sharded; none puts all
       devices on data.
   """
   if load.is_run(model):

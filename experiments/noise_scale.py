@@ -23,7 +23,7 @@ def main(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), batches: in
     batches: number of gradients that are compared; each is computed twice.
     rows: rows in a batch; none for as many as in the run.
     best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   if batches < 3:
     raise ValueError(f'--batches={batches} is too few for an interval; give 3 or more')

@@ -42,7 +42,7 @@ def ladder(*, sizes: str = SIZES, budgets: tuple[int, ...] = (100, 200, 400, 800
     experiment: script whose function `experiment` makes the runs.
     seed: seed of all runs.
     workdir: folder of the runs; a stopped study continues from there.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   function, devices = variants.experiment(experiment), sharding.make_mesh(mesh)
   written = [' '.join(size.split()) for size in sizes.split(';') if size.strip()]

@@ -53,7 +53,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
     decompressed_limit: largest size in GiB of a file after decompression.
     allow_left_out: continue even if half of the pairs are left out because they are too long, or half of the lines
       because they are empty.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
     best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
   """
   if sum(value is not None for value in (text, file, jsonl, split, pairs)) != 1:

@@ -32,7 +32,7 @@ def sweep(*, knobs: str, common: str = '', experiment: pathlib.Path = SCRIPT,
     metric: validation metric to minimise.
     seed: seed of the runs and of the random points.
     workdir: folder of the runs; a stopped sweep continues from there.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   sweeps.sweep(knobs=knobs, experiment=experiment, workdir=workdir, common=common, method=method, trials=trials,
                metric=metric, seed=seed, mesh=mesh)

@@ -27,7 +27,7 @@ def knobs(*argv):
 
 @pytest.fixture(scope='module')
 def mesh():
-  with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     yield mesh
 
 

@@ -84,7 +84,7 @@ SHAPES = {'attention/query': ('DNH', 1), 'attention/key': ('DKH', 1), 'attention
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shape', [None, pytest.param('data:2,model:2', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('shape', [None, pytest.param('fsdp:2,tensor:2', marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
   """dA = scale dW B^T, dB = scale A^T dW, on every mesh."""
   with on(shape):
@@ -182,7 +182,7 @@ def configured(**changes):
 
 
 def test_a_run_trains_adapters_alone_and_exports_the_sum(tmp_path):
-  with on('data:1'):
+  with on('fsdp:1'):
     mesh, base = jax.sharding.get_mesh(), load(MODEL)
     run = lora.adapt(configured(start=load), 2)
     assert run.start is None and lora.adapt(run, 0) is run

@@ -60,7 +60,7 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
   rng = np.random.default_rng(0)
   params = {'w': rng.normal(size=(8, 4)).astype('f4'), 'b': {'c': rng.normal(size=8).astype(jax.numpy.bfloat16)}}
   expected = describe.fingerprint(params)
-  for shape in ('data:1', 'data:8', 'data:4,model:2'):
+  for shape in ('fsdp:1', 'fsdp:8', 'fsdp:4,tensor:2'):
     with jax.set_mesh(mesh := mesh_of(shape)):
       specs = {'w': jax.P('data', 'model'), 'b': {'c': jax.P('data')}}
       placed = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
@@ -148,7 +148,7 @@ def program(tmp_path, monkeypatch):
   monkeypatch.setattr(scripts, '_trusted', [])
   monkeypatch.setattr(sys, 'argv', [str(folder / 'small.py')])
   monkeypatch.delitem(sys.modules, 'neighbour', raising=False)
-  mesh = sharding.make_mesh('data:2', jax.devices()[:2])
+  mesh = sharding.make_mesh('fsdp:2', jax.devices()[:2])
 
   def go(name, init=None, ignore=False, **knobs):
     function = scripts.function(folder / 'small.py', 'experiment')

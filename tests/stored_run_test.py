@@ -61,7 +61,7 @@ def trains(tmp_path, monkeypatch):
     launch.start(function, {'steps': 2, **knobs}, tmp_path / name, mesh, init)
     monkeypatch.delitem(sys.modules, 'small')
     return tmp_path / name
-  with jax.set_mesh(mesh := sharding.make_mesh('data:2', jax.devices()[:2])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:2', jax.devices()[:2])):
     yield go
 
 

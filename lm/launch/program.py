@@ -62,7 +62,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
       hub; adapters are trained on top of it.
     init_ignore_tokenizer: start from it also where this run has another tokenizer.
     seed: fixes the data order, the initialisation and the losses.
-    mesh: the size of each mesh axis, such as data:4,model:2; none puts all devices on data.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
     coordinator_address: host:port of process 0, in a cluster that JAX does not detect by itself.
     num_processes: the number of processes in that cluster.
     process_id: the number of this process, from 0.

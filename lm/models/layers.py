@@ -103,7 +103,10 @@ def _einsum_backward(formula, dtype, residuals, dy):
   order = w_axes
   if sharding.platform() == 'cpu':   # XLA transposes the operand whose axes come first, which should be the smaller one
     order = ''.join(sorted(w_axes, key=lambda axis: (axis in y_axes) == (x.size <= dy.size)))
-  dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, sharding.gathered_spec(order))
+  layout = sharding.gradient_spec(w)
+  if layout is not None:
+    layout = layout.update(partitions=[layout.partitions[w_axes.index(axis)] for axis in order])
+  dw = _product(f'{x_axes},{y_axes}->{order}', x, dy, layout)
   if order != w_axes:
     dw = jax.lax.optimization_barrier(dw).transpose([order.index(axis) for axis in w_axes])
   return dx.astype(x.dtype), dw.astype(w.dtype)
@@ -123,7 +126,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     rows = table[jnp.where(is_local, tokens, 0)]
     return sharding.sum_of_parts(jnp.where(is_local[..., None], rows, 0), 'V')
 
-  specs = sharding.spec('V-'), sharding.spec('BT')
+  specs = jax.typeof(table_VD).sharding.spec, sharding.spec('BT')
   return jax.shard_map(local, in_specs=specs, out_specs=sharding.spec('BTD'))(table_VD, tokens_BT)
 
 

@@ -201,7 +201,7 @@ class Experts(nn.Module):
     if sharding.spec('B') is None:
       y = self._local(params, x_BTD, weights, chosen)
     else:
-      rows, split = sharding.spec('BTD'), {name: sharding.spec('E') for name in params}
+      rows, split = sharding.spec('BTD'), jax.tree.map(lambda w: jax.typeof(w).sharding.spec, params)
       y = jax.shard_map(self._on_shard, in_specs=(split, rows, rows, rows), out_specs=rows)(
           params, x_BTD, weights, chosen)
     y = y.astype(x_BTD.dtype)
@@ -221,14 +221,12 @@ class Experts(nn.Module):
     return Aux(sum(losses[1:], losses[0]) if losses else None, {'router/violation': (violation, jnp.float32(1))})
 
   def _on_shard(self, params, x, weights, chosen):
-    """Computes the rows of this shard with its experts, and sums the results over the shards of experts."""
-    def vary(a, letter):
-      """Marks an array as different on each shard, so that its gradient is summed over them, in float32."""
-      return sharding.mark_varying(a.astype(jnp.float32), letter).astype(a.dtype)
-    params = {name: vary(a, 'B') for name, a in params.items()}
-    x, weights = vary(x, 'E'), vary(weights, 'E')
+    """Computes rows with the experts of this shard, and sums the results over the shards of experts."""
+    # In float32, because the gradients of a row are summed over the shards.
+    x = sharding.rows_of_parts(x.astype(jnp.float32), 'E').astype(x.dtype)
+    weights, chosen = sharding.rows_of_parts(weights, 'E'), sharding.rows_of_parts(chosen, 'E')
     first = sharding.part_index('E') * params['up'].shape[0]
-    return sharding.sum_of_parts(self._local(params, x, weights, chosen - first), 'E')
+    return sharding.sum_rows_of_parts(self._local(params, x, weights, chosen - first), 'E')
 
   def _local(self, params, x_BTD, weights_BTk, chosen_BTk):
     experts, k, width = params['up'].shape[0], chosen_BTk.shape[-1], x_BTD.shape[-1]

@@ -97,7 +97,7 @@ def init(stacks: Stacks, key: jax.Array, x: jax.Array, *args: Any) -> dict[str, 
   for stack, keys in _split(stacks, key):
     for i, block in enumerate(stack.pattern):
       new = functools.partial(_init, block, x, args)
-      trees[str(len(trees))] = jax.vmap(new)(keys[:, i])
+      trees[str(len(trees))] = jax.lax.map(new, keys[:, i])   # `vmap` does not take weights that are reduced
   return trees
 
 

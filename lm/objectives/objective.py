@@ -161,14 +161,14 @@ def _forward(token_loss, hidden_BTD, head, args, whole):
     terms, (hidden_grad, head_terms) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(xs[0], head)
     return (_add(sums, terms), _add(head_grad, head_terms)), hidden_grad
 
-  zero = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), head)
+  zero = jax.tree.map(sharding.zero_gradient, head)
   (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks, whole), zero), chunks)
   hidden_grad = sharding.merge_axes(jnp.moveaxis(hidden_grad, 0, 1), 1)[:, :hidden_BTD.shape[1]]
   return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
 
 
 def _backward(token_loss, grads, cotangents):
-  return (*jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), grads), None, None)
+  return (*jax.tree.map(lambda g: sharding.scale_gradient(g, cotangents[0]), grads), None, None)
 
 
 over_vocabulary.defvjp(_forward, _backward)

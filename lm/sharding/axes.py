@@ -1,96 +1,54 @@
-"""The mesh, and the one table from tensor axes to mesh axes.
+"""The one table from tensor axes to mesh axes, and how arrays are laid out by it.
 
-Tensor axes are the letters of the shape legend in `models/transformer.py`. `TABLE` says which mesh axis, or which tuple
-of mesh axes, splits a letter. All other code names letters only, so that a new mesh axis is a new entry of the table.
+Tensor axes are the letters of the shape legend in `models/transformer.py`. `TABLE` says which mesh axes split a letter.
+All other code names letters only, so that a new mesh axis is a new entry of `AXES` and of the table.
 
-* `data` splits the batch, and the weights while they are stored (fully sharded data parallelism).
-* `model` splits heads, hidden units, vocabulary and experts (tensor and expert parallelism).
-
-The mesh axes are explicit: a wrong sharding is a type error.
+The mesh axes are explicit: a wrong sharding is a type error. Mesh axes of size 1 split nothing, and appear in no
+layout.
 """
+import functools
 import math
-import re
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-DEFAULT = 'data'   # the mesh axis that has all devices where no mesh is given
-TABLE: dict[str, str | tuple[str, ...]] = {
-    'B': 'data', 'D': 'data', 'N': 'model', 'K': 'model', 'F': 'model', 'V': 'model', 'E': 'model'}
+# What each mesh axis splits. Devices that are neighbours on the last axis are next to each other: they exchange most.
+AXES = {
+    'replica': 'the batch; weights are whole on each part',
+    'fsdp': 'the batch, and the weights and the state of the optimizer at rest',
+    'expert': 'experts, and for all other layers what fsdp splits',
+    'tensor': 'heads, hidden units and the vocabulary',
+}
+TABLE: dict[str, tuple[str, ...]] = {
+    'B': ('replica', 'fsdp', 'expert'), 'D': ('fsdp', 'expert'), 'E': ('expert', 'tensor'),
+    'N': ('tensor',), 'K': ('tensor',), 'F': ('tensor',), 'V': ('tensor',)}
 
 
-def mesh_axes() -> tuple[str, ...]:
-  """Returns the names of all mesh axes, in the order in which the table mentions them."""
-  return tuple(dict.fromkeys(axis for letter in TABLE for axis in axes_of(letter)))
+def axes_of(letters: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+  """Returns the mesh axes that split these tensor axes, each once, on the given mesh or the one in use."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  axes = dict.fromkeys(axis for letter in letters for axis in TABLE.get(letter, ()))
+  return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
-def axes_of(letters: str) -> tuple[str, ...]:
-  """Returns the mesh axes that split these tensor axes, each once; none for letters that are not in the table."""
-  entries = [TABLE.get(letter, ()) for letter in letters]
-  return tuple(dict.fromkeys(axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)))
-
-
-def make_mesh(shape: str | None = None, devices=None) -> Mesh:
-  """Returns a mesh from a text such as `'data:4,model:2'`; None puts every device on `data`.
-
-  The order of the axes in the text does not matter, and an axis that is left out has size 1. Raises ValueError where
-  the text cannot be read, or does not fit the number of devices.
-  """
-  devices = jax.devices() if devices is None else devices
-  sizes = _sizes(f'{DEFAULT}:{len(devices)}' if shape is None else shape)
-  if math.prod(sizes) != len(devices):
-    raise ValueError(f'mesh {shape!r} needs {math.prod(sizes)} devices, but there are {len(devices)}; give sizes whose '
-                     f'product is {len(devices)}, such as {DEFAULT}:{len(devices)}')
-  return jax.make_mesh(sizes, mesh_axes(), axis_types=(AxisType.Explicit,) * len(sizes), devices=devices)
-
-
-def abstract_mesh(shape: str, device: jax.sharding.AbstractDevice | None = None) -> AbstractMesh:
-  """Returns a mesh without devices, on which full-size programs are lowered; `device` is the kind they are lowered for.
-  """
-  sizes = _sizes(shape)
-  return AbstractMesh(sizes, mesh_axes(), axis_types=(AxisType.Explicit,) * len(sizes), abstract_device=device)
-
-
-def mesh_text(mesh: Mesh | AbstractMesh, axes: tuple[str, ...] | None = None) -> str:
-  """Returns a mesh as text, such as `'data:4,model:2'`: all of its axes, or those that are given."""
-  return ','.join(f'{axis}:{mesh.shape.get(axis, 1)}' for axis in (mesh.axis_names if axes is None else axes))
-
-
-def _sizes(shape: str) -> tuple[int, ...]:
-  """Returns the size of each mesh axis, in the order of `mesh_axes`."""
-  _check_table()
-  names, sizes = mesh_axes(), {}
-  if re.fullmatch(r'\d+x\d+', shape):
-    data, model = shape.split('x')
-    raise ValueError(f'mesh {shape!r} does not name its axes; write --mesh=data:{data},model:{model}')
-  for part in shape.split(','):
-    axis, colon, size = (word.strip() for word in part.partition(':'))
-    if not colon:
-      raise ValueError(f'mesh {shape!r} has the part {part!r}, which is not AXIS:SIZE; write it as in {DEFAULT}:8; the '
-                       f'axes are {", ".join(names)}')
-    if axis not in names:
-      raise ValueError(f'mesh {shape!r} has the axis {axis!r}, which does not exist; choose from {", ".join(names)}')
-    if axis in sizes:
-      raise ValueError(f'mesh {shape!r} has the axis {axis} twice; give it once')
-    if not re.fullmatch(r'0*[1-9]\d*', size):
-      raise ValueError(f'mesh {shape!r} has the size {size!r} for the axis {axis}; give a whole number from 1')
-    sizes[axis] = int(size)
-  return tuple(sizes.get(name, 1) for name in names)
-
-
-def _check_table() -> None:
+def check_table() -> None:
   """Raises ValueError for a table with which tensors would be split wrongly."""
+  for letter, axes in TABLE.items():
+    for axis in axes:
+      if axis not in AXES:
+        raise ValueError(f'the sharding table splits {letter} over {axis}, which is not a mesh axis; add it to AXES')
   # Rows and what they are multiplied with stand in one tensor, where a mesh axis can split only one of them. D is
-  # exempt, since weights are gathered along it for use.
-  for letter in TABLE:
-    shared = set(axes_of('B')) & set(axes_of(letter))
-    if shared and letter not in 'BD':
+  # exempt, since weights are gathered along it for use, and E, since rows are exchanged between experts.
+  for letter, axes in TABLE.items():
+    shared = set(TABLE['B']) & set(axes)
+    if shared and letter not in 'BDE':
       raise ValueError(f'the sharding table splits both B and {letter} over {", ".join(sorted(shared))}; give them '
                        'different mesh axes')
-  if axes_of('N') != axes_of('K'):   # each shard attends with the keys of its own queries
-    raise ValueError(f'the sharding table splits query heads N over {axes_of("N")} and key heads K over '
-                     f'{axes_of("K")}; give both the same mesh axes')
+  if TABLE.get('N') != TABLE.get('K'):   # each shard attends with the keys of its own queries
+    raise ValueError(f'the sharding table splits query heads N over {TABLE.get("N")} and key heads K over '
+                     f'{TABLE.get("K")}; give both the same mesh axes')
 
 
 def platform() -> str:
@@ -103,7 +61,7 @@ def parts(letter: str, mesh: Mesh | AbstractMesh | None = None) -> int:
   """Returns the number of parts into which a tensor axis is split, on the given mesh or the one in use; 1 without one.
   """
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  return math.prod(mesh.shape.get(axis, 1) for axis in axes_of(letter))
+  return math.prod(mesh.shape[axis] for axis in axes_of(letter, mesh))
 
 
 def padded_rows(rows: int) -> int:
@@ -113,7 +71,7 @@ def padded_rows(rows: int) -> int:
 
 
 def spec(axes: str) -> P | None:
-  """Returns the sharding of a tensor with these axes: `spec('BTD') == P('data', None, None)`.
+  """Returns the sharding of a tensor with these axes: `spec('BTD') == P('fsdp', None, None)`.
 
   Returns None where no mesh is set, and inside a `shard_map`, where each device computes with its own part. Each mesh
   axis splits only the first letter that has it: D is split in a weight, but not in an activation, which has B.
@@ -165,30 +123,97 @@ def _reshape(x, shape, change):
   """Reshapes `x`; `change` gives the entries of the new PartitionSpec from those of the old one."""
   if not is_laid_out():
     return x.reshape(shape)
-  entries = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[:x.ndim]
-  return jax.lax.reshape(x, shape, out_sharding=P(*change(entries)))
+  partition = jax.typeof(x).sharding.spec
+  entries = change((*partition.partitions, *[None] * x.ndim)[:x.ndim])
+  return jax.lax.reshape(x, shape, out_sharding=partition.update(partitions=entries))
 
 
 def gathered_spec(axes: str) -> P | None:
-  """Returns the sharding of a weight in use: its parts along D are gathered, and other axes are split as in storage."""
-  return spec(axes.replace('D', '-'))
+  """Returns the sharding of a weight in use: its parts along D are gathered, and other axes are split as in storage.
+
+  Where activations are split, each device computes a part of the gradient of such a weight. The sharding says so: the
+  weight is `reduced` over these mesh axes, and its gradient is `unreduced`.
+  """
+  partition = spec(axes.replace('D', '-'))
+  if partition is None or 'D' not in axes:
+    return partition
+  used = axes_of(axes.replace('D', ''))
+  return partition.update(reduced=frozenset(axis for axis in axes_of('BT') if axis not in used))
 
 
+def gradient_spec(weight: jax.Array) -> P | None:
+  """Returns the sharding of the gradient of a gathered weight, which devices have parts of."""
+  if not is_laid_out():
+    return None
+  partition = jax.typeof(weight).sharding.spec
+  return partition.update(reduced=frozenset(), unreduced=partition.reduced)
+
+
+def zero_gradient(weight: jax.Array) -> jax.Array:
+  """Returns float32 zeros, to which gradients of a gathered weight are added."""
+  zeros, partition = jnp.zeros(weight.shape, jnp.float32), gradient_spec(weight)
+  return zeros if partition is None else jax.sharding.reshard(zeros, partition)
+
+
+def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+  """Returns the gradient of a gathered weight, of which devices have parts, times a scalar."""
+  unreduced = jax.typeof(gradient).sharding.spec.unreduced
+  factor = factor.astype(gradient.dtype)
+  return gradient * (jax.sharding.reshard(factor, P(reduced=unreduced)) if unreduced else factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(weight: jax.Array, axes: str) -> jax.Array:
-  """Returns a weight for use, laid out as `gathered_spec` says."""
+  """Returns a weight for use, laid out as `gathered_spec` says.
+
+  The parts of its gradient are summed in float32 and scattered in one operation, a reduce-scatter.
+  """
   partition = gathered_spec(axes)
   return weight if partition is None else jax.sharding.reshard(weight, partition)
+
+
+def _gather_forward(weight, axes):
+  return gather(weight, axes), jnp.zeros((), weight.dtype)
+
+
+def _gather_backward(axes, like, gradient):
+  if not is_laid_out() or not jax.typeof(gradient).sharding.spec.unreduced:
+    return (constrain(gradient, axes),)
+  unreduced = jax.typeof(gradient).sharding.spec.unreduced
+  stored, dimension = spec(axes), axes.index('D')
+  scattered = _names(stored[dimension])
+
+  def add(part):
+    part = part.astype(jnp.float32)
+    if scattered:
+      part = jax.lax.psum_scatter(part, scattered, scatter_dimension=dimension, tiled=True)
+    others = tuple(axis for axis in AXES if axis in unreduced and axis not in scattered)
+    return (jax.lax.psum(part, others) if others else part).astype(like.dtype)
+
+  return (jax.shard_map(add, in_specs=jax.typeof(gradient).sharding.spec, out_specs=stored)(gradient),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def check(axes: str, sizes: tuple[int, ...], name: str) -> None:
   """Raises ValueError unless the mesh axes of each tensor axis divide its size."""
   mesh = jax.sharding.get_abstract_mesh()
   for letter, size, entry in zip(axes, sizes, spec(axes) or ()):
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    names = _names(entry)
     count = math.prod(mesh.shape[axis] for axis in names)
     if size % count:
+      divisors = [number for number in range(1, count) if size % number == 0]
       raise ValueError(f'{name}: its axis {letter} has size {size}, which is not a multiple of {count}, the size of '
-                       f'the mesh axes {mesh_text(mesh, names)}; choose another --mesh or size')
+                       f'the mesh axes {", ".join(f"{axis}:{mesh.shape[axis]}" for axis in names)}; choose another '
+                       f'--mesh, where that size is {" or ".join(map(str, divisors))}, or another size of the model')
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of an entry of a PartitionSpec."""
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else entry
 
 
 def layout(mesh: Mesh | AbstractMesh, partition: P | None) -> jax.sharding.Sharding:
@@ -200,7 +225,7 @@ def layout(mesh: Mesh | AbstractMesh, partition: P | None) -> jax.sharding.Shard
 
 def row_layout(mesh: Mesh | AbstractMesh) -> jax.sharding.Sharding:
   """Returns how an array `[B, ...]` lies on a mesh."""
-  return layout(mesh, P(_entry(axes_of('B'))))
+  return layout(mesh, P(_entry(axes_of('B', mesh))))
 
 
 def require(mesh: Mesh | AbstractMesh) -> None:

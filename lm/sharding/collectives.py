@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm.sharding.axes import axes_of, is_laid_out, mesh_axes
+from lm.sharding.axes import axes_of, is_laid_out
 
 
 def part_index(letter: str) -> jax.Array:
   """Returns which part of a tensor axis this device holds, from 0."""
-  return jax.lax.axis_index(axes_of(letter))
+  axes = axes_of(letter)
+  return jax.lax.axis_index(axes) if axes else jnp.int32(0)
 
 
 def sum_of_parts(x: jax.Array, letter: str) -> jax.Array:
   """Returns the sum of `x` over the devices that hold the parts of a tensor axis."""
-  return jax.lax.psum(x, axes_of(letter))
+  axes = axes_of(letter)
+  return jax.lax.psum(x, axes) if axes else x
 
 
 def mark_varying(x: jax.Array, letters: str) -> jax.Array:
@@ -29,8 +31,31 @@ def mark_varying(x: jax.Array, letters: str) -> jax.Array:
 
   The gradient of `x` is then the sum over these devices.
   """
-  inside = jax.sharding.get_abstract_mesh().manual_axes
-  return jax.lax.pcast(x, axes_of(letters), to='varying') if inside else x
+  return _vary(x, axes_of(letters)) if jax.sharding.get_abstract_mesh().manual_axes else x
+
+
+def _vary(x, axes):
+  return jax.lax.pcast(x, axes, to='varying') if axes else x
+
+
+def _with_rows(letter: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Returns the mesh axes of a letter that split rows too, and its others."""
+  axes, rows = axes_of(letter), axes_of('B')
+  return tuple(axis for axis in axes if axis in rows), tuple(axis for axis in axes if axis not in rows)
+
+
+def rows_of_parts(x_B: jax.Array, letter: str) -> jax.Array:
+  """Returns the rows of all devices that hold the parts of a tensor axis, some of which hold the same rows."""
+  axes, others = _with_rows(letter)
+  x_B = _vary(x_B, others)
+  return jax.lax.all_gather(x_B, axes, axis=0, tiled=True) if axes else x_B
+
+
+def sum_rows_of_parts(y_B: jax.Array, letter: str) -> jax.Array:
+  """Returns the sum over these devices for the rows of this device: the reverse of `rows_of_parts`."""
+  axes, others = _with_rows(letter)
+  y_B = jax.lax.psum(y_B, others) if others else y_B
+  return jax.lax.psum_scatter(y_B, axes, scatter_dimension=0, tiled=True) if axes else y_B
 
 
 def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:
@@ -43,14 +68,14 @@ def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any
     return function(whole, *rows)
   mesh, layouts = jax.sharding.get_abstract_mesh(), jax.tree.map(lambda x: jax.typeof(x).sharding.spec, whole)
   divides = jax.tree.leaves(rows)[0].shape[0] % math.prod(mesh.shape.values()) == 0
-  axes = mesh_axes() if divides else axes_of('B')
+  axes = tuple(axis for axis, size in mesh.shape.items() if size > 1) if divides else axes_of('B')
 
   def local(whole, *rows):
-    return jax.tree.map(lambda x: jax.lax.psum(x, axes), function(whole, *rows))
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes) if axes else x, function(whole, *rows))
 
   everywhere = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), whole)
-  rows = jax.tree.map(lambda x: jax.sharding.reshard(x, P(axes)), rows)
-  specs = jax.tree.map(lambda _: P(), everywhere), *jax.tree.map(lambda _: P(axes), rows)
+  rows = jax.tree.map(lambda x: jax.sharding.reshard(x, P(axes or None)), rows)
+  specs = jax.tree.map(lambda _: P(), everywhere), *jax.tree.map(lambda _: P(axes or None), rows)
   sums, tree = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(everywhere, *rows)
   return sums, jax.tree.map(jax.sharding.reshard, tree, layouts)
 

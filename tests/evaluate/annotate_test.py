@@ -53,19 +53,19 @@ def annotated(function=log_probabilities, model=Bigram(), folder=None) -> annota
                             {'reference': (np.float32, ())}, function, folder)
 
 
-def batches(workdir, data=None, shape='data:1', split='train', **options):
+def batches(workdir, data=None, shape='fsdp:1', split='train', **options):
   with on(shape):
     return (data or annotated()).open(workdir).batches(split, next_token(), 4, **options)
 
 
 @pytest.fixture
 def table():
-  with on('data:1'):
+  with on('fsdp:1'):
     logits = np.asarray(load(Bigram())['table'], np.float64)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize('shape', ['data:1', 'data:4,model:2'])
+@pytest.mark.parametrize('shape', ['fsdp:1', 'fsdp:4,tensor:2'])
 def test_each_position_has_the_log_probability_of_the_model_in_every_epoch(tmp_path, table, shape):
   stream = batches(tmp_path, shape=shape)
   assert stream.steps_per_epoch > 1
@@ -126,6 +126,6 @@ def test_a_run_trains_on_stored_columns(tmp_path, table):
 
   run = train.Run(Bigram(), objective.Objective(next_token().forms, loss), annotated(),
                   optim.sgd(schedules.warmup_constant(0.1, 10, 1)), steps=3, batch=4, start=load)
-  with on('data:2'):
+  with on('fsdp:2'):
     result = train.train(run, tmp_path, jax.sharding.get_mesh())
   assert result.finished and result.metrics['validation/loss'] < 1e-9 and result.metrics['validation/gap'] < 1e-9

@@ -100,7 +100,7 @@ def test_a_space_in_front_of_a_document_has_no_bytes(tmp_path):
   head = jax.tree_util.Partial(lambda x: x @ jax.numpy.zeros((1, t.vocab_size)))
   apply = lambda params, batch, **_: types.SimpleNamespace(
       hidden=jax.numpy.zeros((*batch.tokens.shape, 1)) + params, head=head)
-  with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     step = validation.make_step(apply, next_token(), t)
     metrics = validation.evaluate(step, np.float32(0), data.batches('train', next_token(), 2, repeat=False), mesh)
   expected = tokens * np.log2(t.vocab_size) / sum(len(text.encode()) for text in texts)
@@ -152,7 +152,7 @@ def test_bytes_of_targets_add_up_to_the_documents(kind, in_place, texts, part):
   objective, step = in_place
   hypothesis.assume(any(len(kind.encode(text)) for text in texts))
   size = sum(len(text.encode()) for text in texts if len(kind.encode(text)))
-  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     data = opened(texts, pathlib.Path(folder), kind, 5)   # so that rows cut the documents
     batches = data.batches('train', objective, 2, repeat=False).with_bytes()
     assert sum(int(step(None, batches(i))['bytes']) for i in range(batches.steps_per_epoch)) == size
@@ -165,7 +165,7 @@ def test_bytes_of_targets_add_up_to_the_documents(kind, in_place, texts, part):
 def test_bits_per_byte_are_omitted_if_the_bytes_of_targets_are_unknown(objective, source_length, name, tmp_path):
   """For 'a', span corruption predicts '<0>', '▁a': a space that the text lacks, after another token than bos."""
   t = KINDS[name]()
-  with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     data = opened(['a', 'anna'], tmp_path, t, 16, source_length)
     objective = without_loss(objective)
     metrics = validation.evaluate(validation.make_step(None, objective, t), None,

@@ -50,7 +50,7 @@ def data(tmp_path_factory):
   return dataset.Text(source, TOKENIZER, 12).open(tmp_path_factory.mktemp('data'), progress=lambda line: None)
 
 
-def measure(data, table, mesh='data:1', rows=4, denominator=objective.token_mean, limit=None, **options):
+def measure(data, table, mesh='fsdp:1', rows=4, denominator=objective.token_mean, limit=None, **options):
   mesh = meshes.mesh_of(mesh)
   run = next_token(denominator=denominator)
   with jax.set_mesh(mesh):
@@ -85,8 +85,8 @@ def by_hand(table):
 
 
 @pytest.mark.parametrize('mesh, rows, options', [
-    ('data:1', 1, {}), ('data:1', 5, {'seed': None}), ('data:1', 16, {'seed': 3}), ('data:8', 8, {}),
-    ('data:4,model:2', 8, {'context': 6})])
+    ('fsdp:1', 1, {}), ('fsdp:1', 5, {'seed': None}), ('fsdp:1', 16, {'seed': 3}), ('fsdp:8', 8, {}),
+    ('fsdp:4,tensor:2', 8, {'context': 6})])
 def test_metrics_are_those_by_hand_for_any_batch_order_context_and_mesh(data, table, by_hand, mesh, rows, options):
   metrics, (nll, tokens, right, size) = measure(data, table, mesh, rows, **options), by_hand
   expected = {'loss': nll / tokens, 'nll': nll / tokens, 'perplexity': np.exp(nll / tokens),
@@ -120,13 +120,13 @@ def test_nothing_to_evaluate_is_refused(data):
     def __call__(self, step, rows):
       return batches(step, rows)._replace(weights=np.zeros((len(rows), batches.length), np.float32))
 
-  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
+  mesh = sharding.make_mesh('fsdp:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match='nothing to evaluate'):
     step = validation.make_step(Bigram().apply, next_token(), data.tokenizer)
     validation.evaluate(step, jnp.zeros((V, V)), Unasked(), mesh)
 
 
-@pytest.mark.parametrize('mesh', ['data:1', 'data:8'])
+@pytest.mark.parametrize('mesh', ['fsdp:1', 'fsdp:8'])
 @pytest.mark.parametrize('lengths', [[2], [9], [40], [1, 3, 0, 8, 10, 21, 2, 2, 5, 40, 9]], ids=str)
 def test_log_probabilities_of_texts_are_those_of_their_pairs(table, mesh, lengths):
   texts = [np.random.default_rng(length).integers(256, size=length) for length in lengths]
@@ -150,7 +150,7 @@ class Counter:
 
 def test_every_token_of_a_long_text_has_half_a_window_before_it():
   lengths = [2, 8, 9, 13, 14, 30]
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     texts = evaluate.log_probabilities(Counter(), None, [np.zeros(length, np.int32) for length in lengths])
   for length, scores in zip(lengths, texts, strict=True):
     context = np.rint(np.log(np.expm1(-scores.astype(np.float64))))   # inverts -log(1 + e^t)
@@ -161,7 +161,7 @@ def test_every_token_of_a_long_text_has_half_a_window_before_it():
 def test_a_text_scores_as_its_logits_say_and_in_company_as_alone_to_the_last_bit():
   model = transformer.llama(64, 32, 2, 4, max_length=96)
   texts = [np.random.default_rng(length).integers(64, size=length) for length in (200, 5, 90, 3, 9, 9, 40, 33, 2)]
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
     together = score.predictions(model, params, texts)
     backwards = score.predictions(model, params, texts[::-1])[::-1]
@@ -184,7 +184,7 @@ def test_a_text_scores_as_its_logits_say_and_in_company_as_alone_to_the_last_bit
     (4, 2, [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3]), (5, 5, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3, 4])])
 def test_windows_read_as_many_tokens_as_they_can(window, stride, expected):
   """With a stride of the whole window they are the rolling windows of lm-evaluation-harness."""
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     predicted, = score.predictions(Counter(), None, [np.zeros(13, np.int32)], window=window, stride=stride)
   np.testing.assert_array_equal(np.rint(np.log(np.expm1(-predicted.log_p.astype(np.float64)))), expected)
 

@@ -13,7 +13,7 @@ def test_the_nats_of_a_middle_are_those_of_its_row_alone():
   rng = np.random.default_rng(1)
   before = [rng.integers(0, 64, size).astype('i4') for size in rng.integers(3, 12, 40)]
   middles = [rng.integers(0, 64, size).astype('i4') for size in rng.integers(1, 9, 40)]
-  with jax.set_mesh(sharding.make_mesh('data:1,model:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1,tensor:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
     nats, right = infilling.judge(model, params, before, middles)
     for i in (0, 17, 39):

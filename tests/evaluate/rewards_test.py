@@ -33,7 +33,7 @@ class Run:
 
 @pytest.fixture(scope='module')
 def judge():
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype('f4'),
                           jax.eval_shape(MODEL.init, jax.random.key(0)))
@@ -69,11 +69,11 @@ def test_pairs_and_a_split_are_scored_alike_and_there_is_no_text_in_it(judge, op
   scores = judge.pairs(PAIRS, messages.Keys())
   assert 0 < scores.accuracy < 1
   (opened / 'pairs.jsonl').write_text('\n'.join(PAIRS))
-  score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='data:8')
+  score.score(workdir=opened / 'reward', pairs=f'{opened}/pairs.jsonl', mesh='fsdp:8')
   lines = capsys.readouterr().out.splitlines()
   assert lines[-1] == f'9 pairs: {scores.accuracy:.1%} right, margin {scores.margin:.4f}'
   assert sum('wrong' in line for line in lines) == sum(scores.chosen <= scores.rejected)
-  score.score(workdir=opened / 'reward', split='validation', mesh='data:8')
+  score.score(workdir=opened / 'reward', split='validation', mesh='fsdp:8')
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith('validation: all 1 batches of 8 rows of 64 positions')
   metrics = dict(line.split() for line in lines if len(line.split()) == 2)
@@ -86,25 +86,25 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(judge, opened, capsys)
   path, long = opened / 'pairs.jsonl', [PAIRS[0].replace('yes', 'y' * 99), PAIRS[1].replace('nono', 'n' * 99)]
   expected = judge.pairs(PAIRS, messages.Keys())
   path.write_text('\n\n'.join([*PAIRS[:5], long[0], *PAIRS[5:]]))   # every second line is empty
-  score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8')
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='fsdp:8')
   lines = capsys.readouterr().out.splitlines()
   assert f'9 pairs: {expected.accuracy:.1%} right, margin {expected.margin:.4f}' == lines[-1]
   assert lines[0].startswith(f'warning: 1 of 10 pairs are left out, longer than the 64 tokens that the model reads at '
                              f'once; the first is {path}:11')
   path.write_text('\n'.join([long[1], PAIRS[0]]))
   with pytest.raises(ValueError, match=rf'1 of 2 pairs .* {path}:1; .*--allow_left_out'):
-    score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8')
-  score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8', allow_left_out=True)
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='fsdp:8')
+  score.score(workdir=opened / 'reward', pairs=str(path), mesh='fsdp:8', allow_left_out=True)
   assert '\n1 pairs: ' in capsys.readouterr().out
   path.write_text('\n'.join(long))
   with pytest.raises(ValueError, match='none of 2 pairs'):
-    score.score(workdir=opened / 'reward', pairs=str(path), mesh='data:8', allow_left_out=True)
+    score.score(workdir=opened / 'reward', pairs=str(path), mesh='fsdp:8', allow_left_out=True)
 
 
 def test_texts_of_a_file_that_are_empty_or_too_long_are_left_out_and_counted(judge, opened, capsys):
   path, texts = opened / 'texts.jsonl', ['yes', '', 'no', 'y' * 99, *['yes'] * 6]
   path.write_text('\n'.join(json.dumps({'text': text}) for text in texts))
-  score.score(workdir=opened / 'reward', jsonl=str(path), mesh='data:8')
+  score.score(workdir=opened / 'reward', jsonl=str(path), mesh='fsdp:8')
   lines = capsys.readouterr().out.splitlines()
   assert any(f'1 of 10 texts are left out, as they are empty; the first is {path}:2' in line for line in lines)
   assert any(f'1 of 9 texts are left out, longer than the 64 tokens that the model reads at once; the first is {path}:4'
@@ -113,7 +113,7 @@ def test_texts_of_a_file_that_are_empty_or_too_long_are_left_out_and_counted(jud
   assert [line.split()[0] for line in lines[-8:]] == [f'{value:.4f}' for value in expected]
   path.write_text(json.dumps({'text': 'y' * 99}))
   with pytest.raises(ValueError, match='1 of 1 texts .*longer than|none of 1 texts'):
-    score.score(workdir=opened / 'reward', jsonl=str(path), mesh='data:8')
+    score.score(workdir=opened / 'reward', jsonl=str(path), mesh='fsdp:8')
 
 
 def test_a_reward_model_is_not_exported_and_the_message_says_why(opened, tmp_path):
@@ -124,16 +124,16 @@ def test_a_reward_model_is_not_exported_and_the_message_says_why(opened, tmp_pat
 def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys):
   expected = judge.answers(['q1', ''], ['yes', 'yes'])
   for source, value in zip(('q1', None), expected):
-    score.score(workdir=opened / 'reward', text='yes', source=source, mesh='data:8')
+    score.score(workdir=opened / 'reward', text='yes', source=source, mesh='fsdp:8')
     assert capsys.readouterr().out.splitlines()[-1].split() == [f'{value:.4f}', "'yes'"]
   assert expected[0] != expected[1]
   with pytest.raises(ValueError, match='--pairs is for reward models'):
-    score.score(workdir=opened / 'decoder', pairs='x', mesh='data:8')
+    score.score(workdir=opened / 'decoder', pairs='x', mesh='fsdp:8')
 
 
 @pytest.mark.slow
 def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, capsys):
-  options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': 'data:8', 'chat': True}
+  options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': 'fsdp:8', 'chat': True}
   generate_script.main(**options, n=8)
   answers = capsys.readouterr().out.removesuffix('\n').split(f'\n\n{"-" * 80}\n')
   generate_script.main(**options, n=2, best_of=8, reward=opened / 'reward')

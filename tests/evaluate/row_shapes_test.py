@@ -16,12 +16,12 @@ def test_widths_are_few_and_wide_enough():
 
 def test_groups_have_each_place_once_and_rows_for_all_devices():
   shapes = [(int(a), int(b)) for a, b in np.random.default_rng(0).choice([32, 48, 256], (100, 2))]
-  with meshes.on('data:8'):
+  with meshes.on('fsdp:8'):
     groups = list(row_shapes.groups(shapes))
     rows = {shape: row_shapes.rows(shape) for shape in shapes}
   assert sorted(itertools.chain(*(places for places, _ in groups))) == list(range(100))
   for places, shape in groups:
     assert {shapes[place] for place in places} == {shape} and len(places) <= rows[shape]
   assert rows[32, 32] == 8 and rows[256, 32] == 8   # eight rows of 32 are 256 positions; each device has a row
-  with meshes.on('data:1'):
+  with meshes.on('fsdp:1'):
     assert row_shapes.rows((256, 32)) == 1

@@ -39,7 +39,7 @@ def random_params(model):
 
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     yield
 
 
@@ -92,7 +92,7 @@ def pairs():
   """(parameters, sources, texts, scores by the logits of each pair alone)"""
   model, rng = MODELS['t5'], np.random.default_rng(0)
   lengths = [(3, 60), (90, 2), (3, 1), (40, 40), (3, 12), (200, 9), (40, 5), (90, 20)]
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     # Initial weights, whose scores round less than those of larger ones.
     params = jax.jit(model.init)(jax.random.key(0))
     alone = jax.jit(lambda params, batch: jax.nn.log_softmax((out := model.apply(params, batch)).head(out.hidden)))
@@ -105,11 +105,11 @@ def pairs():
   return jax.tree.map(np.asarray, params), sources, texts, scores
 
 
-@pytest.mark.parametrize('mesh_shape', ['data:1', *slow('data:4,model:2')])
+@pytest.mark.parametrize('mesh_shape', ['fsdp:1', *slow('fsdp:4,tensor:2')])
 def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
   before = scoring._predict._cache_size()
-  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
+  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'fsdp:4,tensor:2' else 1])):
     scores = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, sources)
   # (64, 32), (32, 96), (48, 48), (32, 32), (32, 256) and (32, 48) columns of texts and sources.
   assert scoring._predict._cache_size() - before == 6
@@ -189,12 +189,12 @@ def test_pseudo_log_probabilities_are_those_of_masking_by_hand(folders, transfor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh_shape', ['data:1', 'data:4,model:2'])
+@pytest.mark.parametrize('mesh_shape', ['fsdp:1', 'fsdp:4,tensor:2'])
 def test_a_text_has_the_same_pseudo_log_probabilities_in_a_batch_as_alone(mesh_shape):
   model, rng = MODELS['bert'], np.random.default_rng(0)
   params, texts = random_params(model), [rng.integers(V, size=n) for n in (3, 48, 2, 17, 0, 5, 30)]
   alone = [evaluate.pseudo_log_probabilities(model, params, [text], MASK)[0] for text in texts]
-  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'data:4,model:2' else 1])):
+  with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'fsdp:4,tensor:2' else 1])):
     scores = evaluate.pseudo_log_probabilities(model, jax.tree.map(jnp.asarray, params), texts, MASK)
   for a, b, text in zip(scores, alone, texts, strict=True):
     assert len(a) == max(len(text) - 2, 0)

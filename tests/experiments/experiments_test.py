@@ -139,7 +139,7 @@ def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch
   monkeypatch.setattr(corpora, 'python_library', lambda validation=0.05: small_default)
   argv = [f'{name}.py', *(flag.format(folder=texts) for flag in TINY[name])]
   (knobs, shared), debug = launch.parse([scripts[name].experiment, launcher._train], argv)
-  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
+  mesh = sharding.make_mesh('fsdp:1', jax.devices()[:1])
   assert not debug and shared['workdir'] is None
   with jax.set_mesh(mesh):
     run = train.build(signature.call(scripts[name].experiment, knobs))
@@ -160,7 +160,7 @@ def defaults(module, name: str, texts) -> train.Run:
   return train.build(signature.call(module.experiment, knobs))
 
 
-@pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:8')])
+@pytest.mark.parametrize('shape', ['fsdp:4,tensor:2', *slow('fsdp:8')])
 @pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
@@ -237,7 +237,7 @@ def test_pretrain_learns_other_objectives(name, scripts, texts, monkeypatch):
   (knobs,), _ = launch.parse([scripts['pretrain'].experiment], argv)
   run = signature.call(scripts['pretrain'].experiment, knobs)
   assert set(run.objective.control) <= set(run.data.tokenizer.control_names)
-  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
+  mesh = sharding.make_mesh('fsdp:1', jax.devices()[:1])
   with jax.set_mesh(mesh):
     train.check(run, mesh)
 
@@ -254,7 +254,7 @@ def test_pretrain_names_control_tokens(scripts):
 
 @pytest.mark.parametrize('method', ['cdpo', 'ipo', 'kto', 'orpo', 'simpo', 'reward'])
 def test_every_method_of_preference_fits_together(method, scripts, small):
-  mesh = sharding.abstract_mesh('data:4,model:2')
+  mesh = sharding.abstract_mesh('fsdp:4,tensor:2')
   with jax.sharding.use_abstract_mesh(mesh):
     (knobs,), _ = launch.parse([scripts['preference'].experiment], ['preference.py', f'--method={method}', '--steps=3'])
     train.check(signature.call(scripts['preference'].experiment, knobs).open(), mesh)

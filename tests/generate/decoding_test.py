@@ -177,7 +177,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   monkeypatch.setattr(pretrained, 'load', lambda name: opened)
 
   def warning(**flags):
-    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='data:8', **flags)
+    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='fsdp:8', **flags)
     return capsys.readouterr().err
   line = warning()
   assert line == 'up to 14 tokens, to the end of the context; --window continues beyond it\n'

@@ -130,7 +130,7 @@ def test_the_likelihood_of_a_text_is_estimated():
   texts = [np.int32([BOS, *text]) for text in TEXTS[:6]]
   estimates = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=512)
   np.testing.assert_allclose(estimates, np.log(JOINT.ravel()[:6]), atol=0.15)
-  with jax.set_mesh(sharding.make_mesh('data:8')):
+  with jax.set_mesh(sharding.make_mesh('fsdp:8')):
     again = unmask.log_likelihood(Exact(), JOINT, texts[:1], MASK, draws=512)
   np.testing.assert_allclose(again, estimates[:1], rtol=1e-5)
   conditional = unmask.log_likelihood(Exact(), JOINT, texts, MASK, draws=64, prefix=3)   # the last token alone
@@ -253,7 +253,7 @@ def test_the_loss_is_the_same_on_a_mesh():
   a, b = examples([np.int32([BOS, 0, 1, 2]), np.int32([1, 2, 2, 0])])
   batch = batch_of([[a, b], [b]])
   expected, grads = value_and_grad(params(), batch)
-  with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
     loss, other = value_and_grad(placed(MODEL, params()), sharding.shard_rows(batch, jax.sharding.get_mesh()))
   assert float(loss) == pytest.approx(float(expected), rel=1e-5)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), grads, other)
@@ -315,7 +315,7 @@ def test_prompts_stay_and_a_completion_does_not_depend_on_its_batch():
   make = functools.partial(unmask.generate, model, weights, words, denoising=denoising, length=8, seed=1)
   together = make(['ab', '', 'ab', 'a longer one'])
   assert together[0] == make(['ab'])[0] != together[2] and together[1] == make([''])[0]
-  with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
     assert unmask.generate(model, placed(model, weights), words, ['ab', '', 'ab'], denoising, length=8,
                               seed=1) == together[:3]
 

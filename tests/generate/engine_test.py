@@ -151,7 +151,7 @@ def test_rows_join_on_a_mesh():
   model, params, _ = case('llama')
   requests = [REQUESTS[i] for i in (0, 2, 3)]
   expected = serve(engine_of(model, params), requests, rows=4)
-  with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])) as mesh:
+  with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])) as mesh:
     model, params = make(kv_heads=2, tied=False, mesh=mesh)
     engine = engine_of(model, params)
     state, _ = read(engine, ('x', generate.Sampling(), 0, 0), 4)

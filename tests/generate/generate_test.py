@@ -146,7 +146,7 @@ def test_a_completion_does_not_depend_on_its_batch(sampling):
 @pytest.mark.slow
 def test_a_mesh_makes_the_same_tokens():
   expected = tokens_of(*tiny(), PROMPTS, MIXED, 24)
-  with jax.set_mesh(sharding.make_mesh('data:4,model:2')) as mesh:
+  with jax.set_mesh(sharding.make_mesh('fsdp:4,tensor:2')) as mesh:
     generated = tokens_of(*tiny(mesh), PROMPTS[:3], MIXED, 10)
   np.testing.assert_array_equal(generated, expected[:3, :10])   # the mesh adds a row of padding
 

@@ -192,7 +192,7 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
                                                               tokenizer=Twelve(), seed=5)
   together = make(model, params, PROMPTS[:3], draft=speculative.SelfSpeculation())
   np.testing.assert_array_equal(make(model, params, PROMPTS[1:2], draft=speculative.SelfSpeculation())[0], together[1])
-  with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
     placed = jax.tree.map(lambda x, like: jax.device_put(
         x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), like.sharding.spec)), params,
                           jax.eval_shape(model.init, jax.random.key(0)))

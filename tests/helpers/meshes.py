@@ -9,7 +9,7 @@ from lm import sharding
 
 
 def mesh_of(shape: str) -> jax.sharding.Mesh:
-  """Returns a mesh of this shape, such as `data:2,model:4`, of as many of the first devices as it needs."""
+  """Returns a mesh of this shape, such as `fsdp:2,tensor:4`, of as many of the first devices as it needs."""
   return sharding.make_mesh(shape, jax.devices()[:math.prod(int(size) for size in re.findall(r':(\d+)', shape))])
 
 

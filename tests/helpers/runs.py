@@ -79,13 +79,13 @@ RUN = train.Run(Bigram(), next_token(), Data(), optim.adamw(schedules.warmup_con
                 evaluate_every=3, save_every=2, keep=5)
 
 
-def go(workdir, run=RUN, mesh='data:2', **changes) -> train.Result:
+def go(workdir, run=RUN, mesh='fsdp:2', **changes) -> train.Result:
   """Trains the run, with `changes` to its fields, in a workdir and on a mesh of this shape."""
   with jax.set_mesh(mesh_of(mesh)):
     return train.train(dataclasses.replace(run, **changes), workdir, mesh_of(mesh))
 
 
-def saved(workdir, run=RUN, mesh='data:2', **changes):
+def saved(workdir, run=RUN, mesh='fsdp:2', **changes):
   """Returns (step, state) of the last checkpoint, with NumPy arrays as leaves."""
   with jax.set_mesh(mesh_of(mesh)), checkpoint.Checkpoints(workdir / 'checkpoints', create=False) as checkpoints:
     restored = checkpoints.restore(train.abstract_state(dataclasses.replace(run, **changes), mesh_of(mesh)))

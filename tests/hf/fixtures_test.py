@@ -69,7 +69,7 @@ def test_experts_are_read_into_the_shards_of_a_mesh():
   model, family = weights.open_model(folder)
   with files.Weights(folder) as stored:
     params = weights.load_params(model, family, stored)
-    with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
+    with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
       split = weights.load_params(model, family, stored)
       gate = split['blocks']['1']['feed_forward']['gate']   # [repeats, E, D, F]
       assert {shard.data.shape[1] for shard in gate.addressable_shards} == {2}

@@ -80,7 +80,7 @@ def test_a_quantised_folder_gives_the_model_of_its_dequantised_weights(config, t
 
 
 @pytest.mark.parametrize('config', [GPT_OSS, QWEN], ids=['mxfp4', 'fp8'])
-@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:2,model:2')])
+@pytest.mark.parametrize('mesh', ['fsdp:4,tensor:2', *slow('fsdp:1', 'fsdp:2,tensor:2')])
 def test_each_shard_dequantises_its_part(config, mesh, tmp_path):
   make_folder(tmp_path / 'a', config)
   expected = load(tmp_path / 'a')[1]
@@ -105,7 +105,7 @@ def test_one_layer_at_a_time_is_dequantised(config, kind, tmp_path, monkeypatch)
   load(tmp_path / 'a')
   whole, sizes[:] = list(sizes), []
   assert len(whole) == (3 * (2 + 1) if kind is quantized.Mxfp4 else 3 * 4 + 2 * 3 * 4 + 3)
-  with jax.set_mesh(sharding.make_mesh('model:2', jax.devices()[:2])):
+  with jax.set_mesh(sharding.make_mesh('tensor:2', jax.devices()[:2])):
     load(tmp_path / 'a')
   if kind is quantized.Mxfp4:
     assert whole == [4] * 9 and sizes == [2] * 18

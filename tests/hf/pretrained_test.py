@@ -64,7 +64,7 @@ def test_what_was_exported_opens_as_the_same_model(folder, params):
   assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
 
 
-@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:2,model:2')])
+@pytest.mark.parametrize('mesh', ['fsdp:4,tensor:2', *slow('fsdp:1', 'fsdp:2,tensor:2')])
 def test_parameters_are_read_into_the_shards_of_any_mesh(folder, params, tmp_path, mesh):
   with on(mesh):
     direct = pretrained.load(str(folder))
@@ -119,7 +119,7 @@ def test_a_run_starts_from_a_folder(folder, params, tmp_path):
     started.append(pretrained.start(folder, model)(model))
     return started[-1]
 
-  with jax.set_mesh(mesh := sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     result = train.train(run(tmp_path / 'texts', start=start), tmp_path / 'run', mesh)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.params, params)
     assert 0 < max(jax.tree.leaves(moved)) < 2.5e-3   # two steps of Adam at a rate of 1e-3 from the imported weights

@@ -164,7 +164,7 @@ def build(*, width: int = 4):
 def test_run_trains_records_and_calls_then(program):
   calls = []
   then = lambda *arguments: calls.append(arguments)
-  assert program(build, '--width=8', '--seed=3', '--mesh=data:4,model:2', then=then) == 0
+  assert program(build, '--width=8', '--seed=3', '--mesh=fsdp:4,tensor:2', then=then) == 0
   (run, workdir, mesh), = program.calls
   assert run == Run(8, seed=3) and workdir == program.workdir and dict(mesh.shape) == {'data': 4, 'model': 2}
   assert calls == [(run, workdir, RESULT)]
@@ -178,7 +178,7 @@ def test_run_trains_records_and_calls_then(program):
 def test_a_bad_input_is_one_line_and_nothing_is_trained(program, capsys):
   assert program(build, '--width=3') == 1
   assert capsys.readouterr().err == 'error: width 3 is odd  (--debug shows where)\n'
-  assert program(build, '--mesh=data:3') == 1 and 'data:3' in capsys.readouterr().err
+  assert program(build, '--mesh=fsdp:3') == 1 and 'fsdp:3' in capsys.readouterr().err
   assert program(build, '--process_id=1') == 1 and '--num_processes' in capsys.readouterr().err
   assert program(build, '--width=3', '--debug') == 1 and 'Traceback' in capsys.readouterr().err
   assert not program.calls and not (program.workdir / 'run.json').exists()

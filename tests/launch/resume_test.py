@@ -74,7 +74,7 @@ def program(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv, workdir='run'):
-    monkeypatch.setattr(sys, 'argv', ['small.py', f'--workdir={tmp_path / workdir}', '--mesh=data:8', *argv])
+    monkeypatch.setattr(sys, 'argv', ['small.py', f'--workdir={tmp_path / workdir}', '--mesh=fsdp:8', *argv])
     code = 0
     try:
       launch.run(function)
@@ -92,7 +92,7 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   assert program(*flags)[0] == 0
   code, out, err = program('--steps=6', '--lr=0.01', '--evaluate_every=3')
   size = f'{2 * 16 * Bytes().vocab_size:,}'
-  assert re.search(size + r' parameters to train on 8 cpu \(data:8,model:1\); 768 positions in 6 steps;', out)
+  assert re.search(size + r' parameters to train on 8 cpu \(fsdp:8,tensor:1\); 768 positions in 6 steps;', out)
   assert re.search(r'\none epoch is [\d,]+ tokens; this run reads [\d,]+ tokens, \d\S* epochs\n', out)
   assert re.search(r'held out: loss \d\S+, .*; saved in .*/run: checkpoints.*\nnext: python experiments/score.py '
                    r'--workdir=\S+/run --split=validation --script=\S+/small.py\n', out)
@@ -210,6 +210,6 @@ def test_stored_data_of_other_settings_is_refused_by_the_flag_that_changed(tmp_p
   def build(length=8, lr=0.2):
     return dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, length=length))
 
-  with jax.set_mesh(mesh_of('data:1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
+  with jax.set_mesh(mesh_of('fsdp:1')), pytest.raises(ValueError, match='--length is 16 there, not 8. Leave it out'), \
        resume.name_changed_flags(flags, tmp_path, build):
     raise OtherSettings('data was made with other settings')

@@ -182,7 +182,7 @@ def test_layer_drop_draws_once_for_the_batch():
 @pytest.mark.parametrize('dropout', [stack.layer_drop(4, 0.5), stack.stochastic_depth(4, 0.9)], ids=['batch', 'row'])
 def test_layers_are_left_out_alike_on_any_mesh(dropout):
   expected = added(dropout, jax.random.key(5), 8)
-  for mesh in ('data:8', 'data:4,model:2'):
+  for mesh in ('fsdp:8', 'fsdp:4,tensor:2'):
     with jax.set_mesh(sharding.make_mesh(mesh)):
       np.testing.assert_array_equal(added(dropout, jax.random.key(5), 8), expected)
 

@@ -315,8 +315,8 @@ def test_remat_saves_memory():
 @pytest.mark.slow
 def test_loss_and_gradients_are_the_same_on_every_mesh():
   batch = repeated(make_batch())
-  expected = on_mesh(MODEL, 'data:1', batch)
-  for shape in ('data:4,model:2', 'data:2,model:4'):
+  expected = on_mesh(MODEL, 'fsdp:1', batch)
+  for shape in ('fsdp:4,tensor:2', 'fsdp:2,tensor:4'):
     assert_same(on_mesh(MODEL, shape, batch), expected)
 
 

@@ -213,8 +213,8 @@ def test_remat_changes_nothing_and_saves_memory():
 @pytest.mark.slow
 def test_loss_dropout_and_gradients_are_the_same_on_every_mesh():
   batch, key = repeated(make_batch()), jax.random.key(2)
-  expected = on_mesh(MODEL, 'data:1', batch, key)
-  for shape in ('data:4,model:2', 'data:2,model:4'):
+  expected = on_mesh(MODEL, 'fsdp:1', batch, key)
+  for shape in ('fsdp:4,tensor:2', 'fsdp:2,tensor:4'):
     assert_same(on_mesh(MODEL, shape, batch, key), expected)
 
 

@@ -112,7 +112,7 @@ def test_output_and_gradients_are_those_of_numpy(module):
       assert abs(np.sum(grad * direction) - slope) < 2e-5 * np.linalg.norm(grad) * np.sqrt(grad.size), path
 
 
-@pytest.mark.parametrize('shape', ['data:2,model:4', *slow('data:1', 'data:4,model:2')])
+@pytest.mark.parametrize('shape', ['fsdp:2,tensor:4', *slow('fsdp:1', 'fsdp:4,tensor:2')])
 def test_output_and_gradients_are_the_same_on_every_mesh(shape):
   expected = without_mesh(BIASED)
   with on(shape):
@@ -125,7 +125,7 @@ def test_output_and_gradients_are_the_same_on_every_mesh(shape):
 
 def test_heads_are_split_over_model_and_ranks_over_data():
   P = jax.sharding.PartitionSpec
-  with on('data:2,model:4'):
+  with on('fsdp:2,tensor:4'):
     specs = jax.tree.map(lambda x: x.sharding.spec, shapes(FULL))
   heads = P('data', 'model', None)
   assert {k: v for k, v in specs.items() if not k.endswith('norm')} == {
@@ -147,7 +147,7 @@ def model(module):
 
 
 @pytest.mark.parametrize('module,chunks,shape', [
-    (FULL, [1] * TIME, None), *slow((PLAIN, [4, 1, 1, 1], 'data:2,model:4'))], ids=['one_by_one', 'data:2,model:4'])
+    (FULL, [1] * TIME, None), *slow((PLAIN, [4, 1, 1, 1], 'fsdp:2,tensor:4'))], ids=['one_by_one', 'fsdp:2,tensor:4'])
 def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
   """Rows of unequal length are padded on the left, and the cache has more slots than needed."""
   lm, rng = model(module), np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_cached_decoding_equals_the_full_forward(module, chunks, shape):
 
 def test_one_key_head_is_still_decoded_on_a_mesh():
   """The cache is split over a `model` axis of one device."""
-  with on('data:4'):
+  with on('fsdp:4'):
     lm = model(attention.Attention(4, 1, 4))
     step = lambda: lm.apply(lm.init(jax.random.key(0)), Batch(jnp.zeros((4, 1), jnp.int32)), cache=lm.init_cache(4, 4))
     assert jax.eval_shape(step).hidden.shape == (4, 1, WIDTH)

@@ -151,7 +151,7 @@ def module_with_experts(router):
 
 
 @pytest.mark.parametrize('kind,shape', [
-    ('deepseek', 'data:4,model:2'), *slow(('gpt_oss', 'data:1'), ('gpt_oss', 'data:2,model:4'))])
+    ('deepseek', 'fsdp:4,tensor:2'), *slow(('gpt_oss', 'fsdp:1'), ('gpt_oss', 'fsdp:2,tensor:4'))])
 def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape):
   expected = without_mesh(kind)
   with on(shape):
@@ -164,11 +164,11 @@ def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape):
 
 def test_experts_are_split_over_model_and_their_matrices_over_data():
   P = jax.sharding.PartitionSpec
-  with on('data:2,model:4'):
+  with on('fsdp:2,tensor:4'):
     specs = {k: x.sharding.spec for k, x in shapes(KINDS['gpt_oss']).items() if k != 'router'}
   assert specs == {'gate': P('model', 'data', None), 'up': P('model', 'data', None), 'down': P('model', None, 'data'),
                    'gate_bias': P('model', None), 'up_bias': P('model', None), 'down_bias': P('model', None)}
-  with on('model:8'), pytest.raises(ValueError, match='gate: its axis E has size 4, .* 8, .* mesh axes model:8;'):
+  with on('tensor:8'), pytest.raises(ValueError, match='gate: its axis E has size 4, .* 8, .* mesh axes tensor:8;'):
     shapes(KINDS['mixtral'].clone(experts=4))
 
 
@@ -194,7 +194,7 @@ def test_products_of_groups_equal_the_loop_over_groups(sizes, platform, monkeypa
   assert_close(dw, [x[:total][group == e].T.astype('f8') @ dy[:total][group == e] for e in range(4)])
 
 
-@pytest.mark.parametrize('shape', [None, 'data:2,model:4'])
+@pytest.mark.parametrize('shape', [None, 'fsdp:2,tensor:4'])
 def test_an_expert_may_have_all_tokens_and_others_none(shape):
   module, (x, _) = KINDS['gpt_oss'].clone(router=moe.SoftmaxRouter(1, bias=True)), inputs()
   params = random_params(module)

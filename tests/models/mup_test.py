@@ -130,7 +130,7 @@ def test_each_matrix_has_its_factor():
 def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_text(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')
   experiment, rates = importlib.import_module('mup').experiment, (4e-3, 1.6e-2, 6.4e-2)
-  mesh, best = sharding.make_mesh('data:1', jax.devices()[:1]), {}
+  mesh, best = sharding.make_mesh('fsdp:1', jax.devices()[:1]), {}
   jax.config.update('jax_disable_most_optimizations', False)
   try:
     with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ def same(x, layer):
   return x, None
 
 
-@pytest.mark.parametrize('mesh', ['data:2,model:2', *slow('data:1')])
+@pytest.mark.parametrize('mesh', ['fsdp:2,tensor:2', *slow('fsdp:1')])
 def test_an_activation_replaced_by_itself_changes_no_bit(mesh):
   batch = jax.tree.map(lambda x: x[:2], make_batch(True))
 

@@ -143,7 +143,7 @@ def test_scores_and_gradients_are_the_same_on_every_mesh():
       inputs = jax.device_put(random_params(MODEL), layouts), sharding.shard_rows(batch, mesh)
       return jax.tree.map(np.asarray, jit(jax.value_and_grad(loss))(*inputs))
 
-  assert_same(on_mesh('data:4,model:2'), on_mesh('data:1'), 1e-5)
+  assert_same(on_mesh('fsdp:4,tensor:2'), on_mesh('fsdp:1'), 1e-5)
 
 
 def test_a_scorer_starts_from_another_encoder():

@@ -182,7 +182,7 @@ def test_gradients_are_finite_where_the_best_have_nearly_all_mass(remainder):
     assert 0 < value < 0.1 and np.abs(grad).max() < 0.3   # neither is nan
 
 
-@pytest.mark.parametrize('shape', ['data:2,model:4', *slow('data:4')])
+@pytest.mark.parametrize('shape', ['fsdp:2,tensor:4', *slow('fsdp:4')])
 def test_a_split_vocabulary_changes_nothing(shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   top_k = TopK(3, VOCAB, 2.)
@@ -266,7 +266,7 @@ def test_a_run_learns_from_stored_predictions_and_validates_the_divergence(tmp_p
   configured = run(distil_stored(next_token(), top_k), llama())
   teacher = train.Constants('teacher', llama(width=16), load)
   data = annotate.Annotated(configured.data, teacher, top_k.columns, top_k)
-  with on('data:1'):
+  with on('fsdp:1'):
     result = train.train(dataclasses.replace(configured, data=data), tmp_path, jax.sharding.get_mesh())
   divergence, loss = (result.metrics[f'validation/{name}'] for name in ('divergence', 'loss'))
   assert result.finished and 0 < divergence == pytest.approx(loss, rel=1e-5)
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs():
   teacher, top_k = train.Constants('teacher', llama(300), None), TopK(4, 300)
   fits = run(distil_stored(next_token(), top_k), llama())
   annotated = dataclasses.replace(fits, data=annotate.Annotated(fits.data, teacher, top_k.columns, top_k))
-  with on('data:1'):
+  with on('fsdp:1'):
     for configured, message in (
         (run(distil(next_token(), teacher.model.apply), llama(), constants=(teacher,)), f'for 300 .* student for {V}'),
         (annotated, f'for 300 .* student for {V}'), (fits, 'no columns teacher_ids and teacher_log_probs')):

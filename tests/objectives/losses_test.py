@@ -30,7 +30,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize('name', ['all', *slow('nll', 'smoothed', 'z')])
-@pytest.mark.parametrize('shape', [None, 'data:2,model:4'])
+@pytest.mark.parametrize('shape', [None, 'fsdp:2,tensor:4'])
 def test_losses_and_gradients_are_those_of_optax(name, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 3)
   parts, reference = LOSSES[name]
@@ -102,7 +102,7 @@ def repetition(logits, batch):
 
 
 @pytest.mark.parametrize('shape, chunk', [
-    (None, 3), ('data:2,model:4', 3), *slow((None, TIME), ('data:8', 5))], ids=str)
+    (None, 3), ('fsdp:2,tensor:4', 3), *slow((None, TIME), ('fsdp:8', 5))], ids=str)
 def test_unlikelihood_is_the_formula(shape, chunk, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: chunk)
   hidden, head, _, _ = make_inputs()

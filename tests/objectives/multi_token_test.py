@@ -238,7 +238,7 @@ def test_loss_and_gradients_are_the_same_on_a_mesh():
   model, batch, key = SEQUENTIAL, packed_batch(), jax.random.key(4)
   params = random_params(model)
   expected = loss_and_grads(model, params, batch, key)
-  with jax.set_mesh(sharding.make_mesh('data:2,model:2', jax.devices()[:4])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
     mesh = jax.sharding.get_mesh()
     placed = jax.tree.map(lambda x, like: jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec)),
                           params, jax.eval_shape(model.init, jax.random.key(0)))

@@ -35,7 +35,7 @@ def over_vocabulary(hidden, head, targets, weights):
 
 
 @pytest.mark.parametrize('shape,chunk', [
-    (None, 8), (None, 1), (None, 3), ('data:8', 5), ('data:2,model:4', 4)], ids=str)
+    (None, 8), (None, 1), (None, 3), ('fsdp:8', 5), ('fsdp:2,tensor:4', 4)], ids=str)
 def test_the_loss_over_chunks_is_the_whole_loss(shape, chunk, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: chunk)
   inputs = make_inputs()
@@ -94,7 +94,7 @@ def test_training_never_holds_all_logits(monkeypatch):
   assert largest == {limit: limit for limit in largest}
 
 
-@pytest.mark.parametrize('shape,devices', [(None, 1), ('data:8', 8), ('data:2,model:4', 8)])
+@pytest.mark.parametrize('shape,devices', [(None, 1), ('fsdp:8', 8), ('fsdp:2,tensor:4', 8)])
 def test_chunks_are_the_fewest_that_fit_a_device_and_nearly_equal(shape, devices):
   with on(shape):
     for batch, time, vocab, limit in [(8, 12, 10, 500), (8, 12, 10, 79), (8, 7, 10, 400), (16, 64, 100, 3200),

@@ -154,7 +154,7 @@ def computed(goal, batch, logits=LOGITS):
       name: float(x[0] / x[1]) if isinstance(x, tuple) else float(x) for name, x in sums.items()}
 
 
-@pytest.mark.parametrize('shape', [None, *slow('data:4,model:2')])
+@pytest.mark.parametrize('shape', [None, *slow('fsdp:4,tensor:2')])
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_losses_and_gradients_are_those_of_the_formulas(method, shape, monkeypatch):
   monkeypatch.setattr(objective, 'chunk_length', lambda *sizes: 7)
@@ -259,7 +259,7 @@ class Toy:
     (OBJECTIVES['dpo'], Pair, 'compares with a reference'), (OBJECTIVES['ipo'], Pair, 'compares with a reference'),
     (OBJECTIVES['kto'], Rated, 'compares with a reference')])
 def test_objectives_and_data_that_do_not_fit_are_refused_before_training(goal, kind, message):
-  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
+  mesh = sharding.make_mesh('fsdp:1', jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
     train.check(train.Run(tiny(), goal, Toy(kind), ADAM, steps=1, batch=2), mesh)
 
@@ -267,7 +267,7 @@ def test_objectives_and_data_that_do_not_fit_are_refused_before_training(goal, k
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_a_step_is_lowered_on_a_mesh(name):
-  mesh = sharding.abstract_mesh('data:4,model:2')
+  mesh = sharding.abstract_mesh('fsdp:4,tensor:2')
   goal = OBJECTIVES[name]
   data = Toy(goal.needs, {} if name in ('orpo', 'simpo') else preference.COLUMNS)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -277,7 +277,7 @@ def test_a_step_is_lowered_on_a_mesh(name):
         lowering_platforms=('tpu',))
 
 
-@pytest.mark.parametrize('shape', ['data:1', *slow('data:4,model:2')])
+@pytest.mark.parametrize('shape', ['fsdp:1', *slow('fsdp:4,tensor:2')])
 def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(shape):
   records, goal, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
   batch = packed(records, goal)(0)
@@ -300,7 +300,7 @@ def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(
 
 def test_a_reward_model_starts_from_a_decoder():
   model = reward.Reward(tiny())
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     decoder_params = jax.jit(lambda: model.decoder.init(jax.random.key(5)))()
     params = model.start(lambda decoder: decoder_params)
     shapes = jax.eval_shape(model.init, jax.random.key(0))

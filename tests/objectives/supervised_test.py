@@ -39,7 +39,7 @@ def log_softmax(x):
   return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:1')])
+@pytest.mark.parametrize('shape', ['fsdp:4,tensor:2', *slow('fsdp:1')])
 @pytest.mark.parametrize('denominator, by', [(None, 'tokens'), *slow((sequence_mean, 'dialogues'))])
 def test_the_loss_is_the_masked_loss_of_each_dialogue_alone(shape, denominator, by):
   model = transformer.llama(V, 8, 1, heads=2, hidden=8, max_length=T)

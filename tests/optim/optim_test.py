@@ -194,7 +194,7 @@ def test_steps_and_states_keep_their_layout_on_a_mesh(make):
   """Updates have the sharding of the parameters, and the state keeps its own."""
   optimizer = averaging.with_average(make(schedule), 0.9) if make is not optim.schedule_free else make(schedule)
   optimizer = optim.with_penalty(optimizer, l1=0.1)
-  with jax.set_mesh(sharding.make_mesh('data:4,model:2')):
+  with jax.set_mesh(sharding.make_mesh('fsdp:4,tensor:2')):
     model = transformer.llama(16, 256, 2, heads=4, max_length=4, tied=False)
     optimizer = optim.bind(optimizer, declarations.of(model))
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -243,7 +243,7 @@ def test_an_optimizer_that_keeps_no_rate_has_none():
   assert optim.learning_rate(optax.adam(1e-3).init(PARAMS)) is None
 
 
-@pytest.mark.parametrize('mesh', [None, *slow('data:4,model:2')])
+@pytest.mark.parametrize('mesh', [None, *slow('fsdp:4,tensor:2')])
 def test_muon_orthogonalises_the_matrices_of_blocks_and_is_adam_for_the_rest(mesh):
   with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
     model = transformer.llama(16, 32, 2, heads=4, max_length=4)

@@ -107,7 +107,7 @@ def test_sophia_s_curvature_is_that_of_finite_differences():
   model, objective = transformer.llama(16, 16, 2, heads=2, kv_heads=1, tied=False), next_token()
   tokens = np.random.default_rng(0).integers(0, 16, (8, 9))
   batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((8, 8)))
-  with jax.default_matmul_precision('highest'), jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.default_matmul_precision('highest'), jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     params = jax.jit(model.init)(jax.random.key(0))
     params['embedding'] = 50 * params['embedding']   # otherwise the first norm is too curved for finite differences
 
@@ -152,7 +152,7 @@ def test_sophia_reads_a_batch_in_the_parts_that_gradients_are_computed_in():
   tokens = np.random.default_rng(0).integers(0, 64, (16, 33))
   batch = Batch(jnp.array(tokens[:, :-1]), targets=jnp.array(tokens[:, 1:]), weights=jnp.ones((16, 32)))
   states, memory = [], []
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     for parts in (1, 8):
       run = train.Run(transformer.llama(64, 32, 2, heads=1), next_token(), dataset.Text(None, None, 32),
                       optim.sophia(lambda step: 1e-3), steps=1, batch=16, accumulate=parts)
@@ -169,7 +169,7 @@ def test_soap_goes_the_same_way_on_a_mesh():
   w, grads = random.normal(size=(2, 8, 8)), random.normal(size=(4, 2, 8, 8))
   soap = bound(optim.soap(lambda step: 0.1, precondition_every=2), block(w))
   plain = walk(soap, block(w), lambda _, i: block(grads[i]), 4)
-  mesh = sharding.make_mesh('data:4,model:2')
+  mesh = sharding.make_mesh('fsdp:4,tensor:2')
   with jax.set_mesh(mesh):
     split = functools.partial(jax.tree.map, lambda x: jax.device_put(
         x, jax.sharding.NamedSharding(mesh, P(None, 'data', 'model'))))

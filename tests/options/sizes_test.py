@@ -27,7 +27,7 @@ def shaped(*, shape: options.Shape = options.Shape()): ...   # noqa: B008
 
 def parameters(model):
   """Returns the shape of each parameter by its path. Nothing is allocated."""
-  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh('data:1,model:1')):
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh('fsdp:1,tensor:1')):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 

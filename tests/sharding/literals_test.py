@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from lm.sharding.axes import mesh_axes
+from lm.sharding.axes import AXES
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = [path for folder in ('lm', 'experiments') for path in (ROOT / folder).rglob('*.py')
@@ -19,7 +19,7 @@ def literals(source: str) -> list[int]:
   lines, tree = [], ast.parse(source)
   parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
   for node in ast.walk(tree):
-    if isinstance(node, ast.Constant) and node.value in mesh_axes():
+    if isinstance(node, ast.Constant) and node.value in tuple(AXES):
       parent = parents[node]
       while isinstance(parent, ast.Tuple | ast.List):
         parent = parents[parent]
@@ -43,9 +43,9 @@ def _is_another_thing(node, parent) -> bool:
 
 
 @pytest.mark.parametrize('code', [
-    "P('data', None)", "jax.P(None, ('data', 'model'))", "jax.lax.psum(x, 'model')", "jax.lax.axis_index('data')",
-    "mesh.shape['data']", "dict(mesh.shape).get('model', 1)", "f(axis='model')", "def f(axis='data'): pass",
-    "AXES = ('data', 'model')", "jax.lax.pcast(x, ('model',), to='varying')", "axis = 'data' if split else None"])
+    "P('fsdp', None)", "jax.P(None, ('fsdp', 'tensor'))", "jax.lax.psum(x, 'tensor')", "jax.lax.axis_index('fsdp')",
+    "mesh.shape['fsdp']", "dict(mesh.shape).get('tensor', 1)", "f(axis='tensor')", "def f(axis='fsdp'): pass",
+    "AXES = ('fsdp', 'tensor')", "jax.lax.pcast(x, ('tensor',), to='varying')", "axis = 'fsdp' if split else None"])
 def test_the_name_of_a_mesh_axis_is_seen(code):
   assert set(literals(code)) == {1}
 

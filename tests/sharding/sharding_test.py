@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED
-from helpers.meshes import on
+from helpers.meshes import mesh_of, on
 from helpers.slow import slow
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +18,7 @@ from lm.models import layers as parts
 from lm.models.context import Aux
 from lm.objectives.next_token import next_token
 
-MESHES = ['data:1', 'data:8', 'data:4,model:2', 'data:2,model:4']
+MESHES = ['fsdp:1', 'fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,tensor:4']
 VOCAB, ROWS, TIME = 32, 8, 8
 # One program with every kind of weight and part: grouped queries, rotary and learned positions, gates, biases.
 TURN = rotary.Rotary(scaling=rotary.LongRope((1., 1.), (2., 3.), 4, 1.))   # its factors depend on the length of a text
@@ -85,7 +85,7 @@ def without_mesh():
   return first
 
 
-@pytest.mark.parametrize('shape', ['data:4,model:2', *slow('data:1', 'data:8', 'data:2,model:4')])
+@pytest.mark.parametrize('shape', ['fsdp:4,tensor:2', *slow('fsdp:1', 'fsdp:8', 'fsdp:2,tensor:4')])
 def test_loss_dropout_and_gradients_are_the_same_on_every_mesh(shape, without_mesh):
   result, = on_mesh(MODEL, shape, random_params(MODEL), packed_batch(), jax.random.key(2))
   assert_same(result, without_mesh)
@@ -117,24 +117,24 @@ def test_initial_parameters_are_the_same_bytes_on_every_mesh():
 
 
 def test_weights_are_split_as_the_table_says():
-  with on('data:2,model:4'):
+  with on('fsdp:2,tensor:4'):
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
     placed, _ = place(MODEL, random_params(MODEL), packed_batch())
   expected = {
-      'embedding': P('model', 'data'), 'head': P('model', 'data'), 'positions': P(None, 'data'),
+      'embedding': P('tensor', 'fsdp'), 'head': P('tensor', 'fsdp'), 'positions': P(None, 'fsdp'),
       'norm': {'scale': P(None), 'bias': P(None)},
       'blocks': {'0': {
           'attention_norm': {'scale': P(None, None)},
           'feed_forward_norm': {'scale': P(None, None), 'bias': P(None, None)},
           'attention': {
-              'query': P(None, 'data', 'model', None), 'query_bias': P(None, 'model', None),
-              'key': P(None, 'data', 'model', None), 'key_bias': P(None, 'model', None),
-              'value': P(None, 'data', 'model', None), 'value_bias': P(None, 'model', None),
-              'out': P(None, 'model', None, 'data'), 'out_bias': P(None, None)},
+              'query': P(None, 'fsdp', 'tensor', None), 'query_bias': P(None, 'tensor', None),
+              'key': P(None, 'fsdp', 'tensor', None), 'key_bias': P(None, 'tensor', None),
+              'value': P(None, 'fsdp', 'tensor', None), 'value_bias': P(None, 'tensor', None),
+              'out': P(None, 'tensor', None, 'fsdp'), 'out_bias': P(None, None)},
           'feed_forward': {
-              'gate': P(None, 'data', 'model'), 'gate_bias': P(None, 'model'),
-              'up': P(None, 'data', 'model'), 'up_bias': P(None, 'model'),
-              'down': P(None, 'model', 'data'), 'down_bias': P(None, None)}}}}
+              'gate': P(None, 'fsdp', 'tensor'), 'gate_bias': P(None, 'tensor'),
+              'up': P(None, 'fsdp', 'tensor'), 'up_bias': P(None, 'tensor'),
+              'down': P(None, 'tensor', 'fsdp'), 'down_bias': P(None, None)}}}}
   full = lambda spec, x: P(*spec, *[None] * (x.ndim - len(spec)))
   assert jax.tree.map(lambda x: full(x.sharding.spec, x), shapes) == expected
   assert placed['embedding'].addressable_shards[0].data.shape == (32 // 4, 32 // 2)
@@ -178,9 +178,9 @@ def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
   params, batch = random_params(model), packed_batch()
   expected = on_mesh(model, None, params, batch, None)
   assert all(np.any(g != 0) for g in jax.tree.leaves(expected))
-  assert_same(on_mesh(model, 'data:8', params, batch, None), expected)
+  assert_same(on_mesh(model, 'fsdp:8', params, batch, None), expected)
   inside = MODEL.clone(blocks=stack.stacks([block.clone(feed_forward=OwnFeedForward()) for block in MODEL.layers]))
-  with on('data:8'):
+  with on('fsdp:8'):
     loss, grads = jax.eval_shape(functools.partial(loss_and_grads, inside),
                                  *place(inside, random_params(inside), batch), jax.random.key(0))
   assert loss.shape == ()
@@ -189,14 +189,14 @@ def test_a_block_of_stock_flax_layers_runs_under_data_parallelism():
 
 def abstract_inputs(model, mesh, rows, time):
   def row(dtype):
-    return jax.ShapeDtypeStruct((rows, time), dtype, sharding=jax.sharding.NamedSharding(mesh, P('data', None)))
+    return jax.ShapeDtypeStruct((rows, time), dtype, sharding=jax.sharding.NamedSharding(mesh, P('fsdp', None)))
 
   return (jax.eval_shape(lambda: model.init(jax.random.key(0))),
           Batch(row(jnp.int32), row(jnp.int32), row(jnp.float32), row(jnp.int32), row(jnp.int32)))
 
 
 def test_gpt2_is_lowered_for_256_abstract_devices():
-  mesh = sharding.abstract_mesh('data:64,model:4')
+  mesh = sharding.abstract_mesh('fsdp:64,tensor:4')
   model = transformer.gpt2(vocab=50304, dtype=jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
     inputs = abstract_inputs(model, mesh, 128, 1024)
@@ -209,12 +209,12 @@ def test_gpt2_is_lowered_for_256_abstract_devices():
 
 
 @pytest.mark.parametrize('model,shape,message', [
-    (transformer.gpt2(), 'data:64,model:4',
-     r'embedding: .* V has size 50257, .* model:4; choose another --mesh or size'),
-    (transformer.gpt2(vocab=64), 'data:2,model:8', r'query: .* N has size 12, .* model:8'),
-    (transformer.gpt2(vocab=64), 'data:512', r'embedding: .* D has size 768, .* data:512'),
-    (transformer.llama(64, 32, 1, heads=4, kv_heads=2), 'model:4', r'key: .* K has size 2, .* model:4'),
-    (transformer.llama(64, 32, 1, heads=4, hidden=10), 'model:4', r'gate: .* F has size 10, .* model:4'),
+    (transformer.gpt2(), 'fsdp:64,tensor:4',
+     r'embedding: .* V has size 50257, .* tensor:4; choose another --mesh, where that size is 1, or another size of the model'),
+    (transformer.gpt2(vocab=64), 'fsdp:2,tensor:8', r'query: .* N has size 12, .* tensor:8'),
+    (transformer.gpt2(vocab=64), 'fsdp:512', r'embedding: .* D has size 768, .* fsdp:512'),
+    (transformer.llama(64, 32, 1, heads=4, kv_heads=2), 'tensor:4', r'key: .* K has size 2, .* tensor:4'),
+    (transformer.llama(64, 32, 1, heads=4, hidden=10), 'tensor:4', r'gate: .* F has size 10, .* tensor:4'),
 ], ids=['vocab', 'heads', 'width', 'kv_heads', 'hidden'])
 def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
   with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)), pytest.raises(ValueError, match=message):
@@ -222,49 +222,97 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
 
 
 @pytest.mark.parametrize('shape,message', [
-    ('4x2', "mesh '4x2' does not name its axes; write --mesh=data:4,model:2$"),
-    ('8', "the part '8', which is not AXIS:SIZE; write it as in data:8; the axes are data, model$"),
-    ('', "mesh '' has the part ''"), ('data:4,', "the part ''"), ('2x2x2', "the part '2x2x2'"),
-    ('data', "the part 'data'"),
-    ('data:8,modle:1', "the axis 'modle', which does not exist; choose from data, model$"),
-    ('data:4,data:2', 'the axis data twice; give it once$'), ('data:0', "the size '0' for the axis data; give a whole"),
-    ('data:-8', "the size '-8'"), ('data:x', "the size 'x'"), ('model:', "the size ''"),
-    ('data:4,model:4', "mesh 'data:4,model:4' needs 16 devices, but there are 8; give sizes whose product is 8"),
-    ('model:4', "mesh 'model:4' needs 4 devices, but there are 8"),
+    ('4x2', "mesh '4x2' does not name its axes; write --mesh=fsdp:4,tensor:2$"),
+    ('8', "the part '8', which is not AXIS:SIZE; write it as in fsdp:8; the axes are replica, fsdp, expert, tensor$"),
+    ('', "mesh '' has the part ''"), ('fsdp:4,', "the part ''"), ('2x2x2', "the part '2x2x2'"),
+    ('fsdp', "the part 'fsdp'"),
+    ('fsdp:8,tenser:1', "the axis 'tenser', which does not exist; choose from replica, fsdp, expert, tensor$"),
+    ('data:8', "the axis 'data', which does not exist; it is now called fsdp; choose from"),
+    ('model:8', "the axis 'model', which does not exist; it is now called tensor; choose from"),
+    ('fsdp:4,fsdp:2', 'the axis fsdp twice; give it once$'), ('fsdp:0', "the size '0' for the axis fsdp; give a whole"),
+    ('fsdp:-8', "the size '-8'"), ('fsdp:x', "the size 'x'"), ('tensor:', "the size ''"),
+    ('fsdp:-1,tensor:-1', 'the size -1 for fsdp, tensor; give it to one axis'),
+    ('fsdp:-1,tensor:3', 'no whole number of devices for the axis fsdp: 3 does not divide the 8 devices'),
+    ('fsdp:4,tensor:4', "mesh 'fsdp:4,tensor:4' needs 16 devices, but there are 8; give sizes whose product is 8"),
+    ('tensor:4', "mesh 'tensor:4' needs 4 devices, but there are 8"),
 ])
 def test_a_bad_mesh_is_refused(shape, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(shape)
 
 
-def test_a_mesh_puts_all_devices_on_data_by_default():
-  assert dict(sharding.make_mesh().shape) == {'data': 8, 'model': 1}
-  assert dict(sharding.make_mesh('data:2,model:4').shape) == {'data': 2, 'model': 4}
-  assert sharding.make_mesh('model:4, data:2') == sharding.make_mesh('data:2,model:4')   # in any order
-  assert dict(sharding.make_mesh('model:8').shape) == {'data': 1, 'model': 8}
-  assert sharding.mesh_text(sharding.make_mesh('model:4,data:2')) == 'data:2,model:4'
-  assert dict(sharding.abstract_mesh('data:64,model:4').shape) == {'data': 64, 'model': 4}
+def shape(mesh):
+  """Returns the axes of a mesh that are larger than 1."""
+  return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
+def test_a_mesh_puts_all_devices_on_fsdp_by_default():
+  assert shape(sharding.make_mesh()) == {'fsdp': 8}
+  assert shape(sharding.make_mesh('fsdp:2,tensor:4')) == {'fsdp': 2, 'tensor': 4}
+  assert sharding.make_mesh('tensor:4, fsdp:2') == sharding.make_mesh('fsdp:2,tensor:4')   # in any order
+  assert shape(sharding.make_mesh('fsdp:-1,tensor:4')) == {'fsdp': 2, 'tensor': 4}
+  assert shape(sharding.make_mesh('replica:2,fsdp:-1')) == {'replica': 2, 'fsdp': 4}
+  assert sharding.mesh_text(sharding.make_mesh('tensor:4,fsdp:2')) == 'fsdp:2,tensor:4'
+  assert sharding.mesh_text(mesh_of('fsdp:1')) == 'fsdp:1'
+  assert shape(sharding.abstract_mesh('fsdp:64,tensor:4')) == {'fsdp': 64, 'tensor': 4}
+
+
+@pytest.mark.parametrize('width,rows,expected,reason', [
+    (32, 8, 'fsdp:8', 'weights are split over all devices'),
+    (12, 8, 'replica:2,fsdp:4', 'over 4 devices; over more: w: its axis D has size 12, which is not a multiple of 8'),
+    (9, 8, 'replica:8', 'over 1 devices; over more: w: its axis D has size 9')])
+def test_the_mesh_is_chosen_such_that_a_model_fits(width, rows, expected, reason):
+  def fits(mesh):
+    with jax.sharding.use_abstract_mesh(mesh):
+      sharding.check('DF', (width, 8), 'w')
+
+  mesh, why = sharding.choose_mesh(fits)
+  assert sharding.mesh_text(mesh) == expected and reason in why
+
+
+def test_where_no_mesh_fits_the_last_error_is_raised():
+  def fits(mesh):
+    raise ValueError(f'{mesh.shape["replica"]} replicas do not fit')
+  with pytest.raises(ValueError, match='8 replicas'):
+    sharding.choose_mesh(fits)
+
+
+def test_slices_hold_replicas():
+  class Device:
+    def __init__(self, number):
+      self.id, self.slice_index = number, number // 4
+  fits, seen = lambda mesh: seen.append(sharding.mesh_text(mesh)) or sharding.make_mesh('fsdp:9'), []
+  with pytest.raises(ValueError):
+    sharding.choose_mesh(fits, [Device(i) for i in range(8)])
+  assert seen == ['replica:2,fsdp:4', 'replica:4,fsdp:2', 'replica:8']
 
 
 def test_a_mesh_axis_is_used_once_by_the_first_letter():
   assert sharding.spec('BTD') is None
-  with on('data:4,model:2'):
-    assert sharding.spec('BTD') == P('data', None, None)
-    assert sharding.spec('DNH') == P('data', 'model', None)
-    assert sharding.spec('VD') == P('model', 'data')
-    assert sharding.spec('NKF') == P('model', None, None)
+  with on('fsdp:4,tensor:2'):
+    assert sharding.spec('BTD') == P('fsdp', None, None)
+    assert sharding.spec('DNH') == P('fsdp', 'tensor', None)
+    assert sharding.spec('VD') == P('tensor', 'fsdp')
+    assert sharding.spec('NKF') == P('tensor', None, None)
     assert sharding.spec('-') == P(None)
+  with on('tensor:8'):   # axes of size 1 are not in layouts
+    assert sharding.spec('BTD') == P(None, None, None)
+  with on('replica:2,fsdp:2,expert:2'):
+    assert sharding.spec('BTD') == P(('replica', 'fsdp', 'expert'), None, None)
+    assert sharding.spec('DNH') == P(('fsdp', 'expert'), None, None)
+    assert sharding.spec('EDF') == P('expert', 'fsdp', None)
+    assert sharding.gathered_spec('EDF') == P('expert', None, None, reduced={'replica', 'fsdp'})
 
 
-def test_rows_of_a_batch_are_split_over_data_in_order():
+def test_rows_of_a_batch_are_split_in_order():
   rows = np.arange(16 * 3).reshape(16, 3)
-  mesh = sharding.make_mesh('data:4,model:2')
+  mesh = sharding.make_mesh('fsdp:4,tensor:2')
   assert sharding.local_rows(16, mesh) == range(16)
   batch = sharding.shard_rows({'x': rows}, mesh)['x']
   np.testing.assert_array_equal(batch, rows)
   for shard in batch.addressable_shards:
-    (data, _), = np.argwhere(mesh.devices == shard.device)
-    np.testing.assert_array_equal(shard.data, rows[4 * data:4 * data + 4])
+    _, fsdp, _, _ = np.argwhere(mesh.devices == shard.device)[0]
+    np.testing.assert_array_equal(shard.data, rows[4 * fsdp:4 * fsdp + 4])
 
 
 @pytest.mark.parametrize('shape', MESHES)
@@ -275,8 +323,8 @@ def test_logits_of_one_position_have_the_gradients_of_the_formula(shape):
   loss = lambda hidden, weight: jnp.sum(jnp.sin(jnp.einsum('BTD,VD->BTV', hidden, weight)))
   expected = jax.grad(loss, argnums=(0, 1))(hidden, weight)
   with on(shape):
-    laid_out = sharding.constrain(hidden, 'BTD'), sharding.gather(jnp.asarray(weight), 'VD')
-    loss = lambda hidden, weight: jnp.sum(jnp.sin(transformer.Head(weight)(hidden)))
+    laid_out = sharding.constrain(hidden, 'BTD'), sharding.constrain(jnp.asarray(weight), 'VD')
+    loss = lambda hidden, weight: jnp.sum(jnp.sin(transformer.Head(sharding.gather(weight, 'VD'))(hidden)))
     actual = jit(jax.grad(loss, argnums=(0, 1)))(*laid_out)
   for a, b in zip(actual, expected):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

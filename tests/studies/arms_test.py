@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures('compiled_once')
 
 def compared(script, study, text, **options):
   settings = {'seeds': 3, **options}
-  return comparison.compare(arms_text=text, workdir=study, experiment=script, mesh='data:8', **settings)
+  return comparison.compare(arms_text=text, workdir=study, experiment=script, mesh='fsdp:8', **settings)
 
 
 def test_a_comparison_finds_the_better_arm_and_resumes(script, tmp_path, capsys, monkeypatch):
@@ -65,7 +65,7 @@ def test_the_same_arm_twice_is_the_same(script, tmp_path, capsys):
 def test_arms_get_equal_compute(script, tmp_path, equal, budget, steps):
   function = variants.experiment(script)
   arms = variants.arms(function, 'small: ; large: batch=16' + ' width=32' * (equal == 'flops'))
-  mesh = sharding.make_mesh('data:8')
+  mesh = sharding.make_mesh('fsdp:8')
   with jax.set_mesh(mesh):   # 6 FLOPs for each weight of the head and each token; 4 x as wide, twice the batch
     a_step = 6 * 8 * arms[0].make().model.vocab * 8 * 16
     equalised, _ = costs.equal(arms, equal, a_step * budget if equal == 'flops' else budget, mesh)
@@ -104,7 +104,7 @@ def test_arms_that_cannot_be_compared_are_refused_before_anything_runs(script, t
 
 
 def swept(script, study, **options):
-  return sweep.sweep(experiment=script, workdir=study, mesh='data:8', **options)
+  return sweep.sweep(experiment=script, workdir=study, mesh='fsdp:8', **options)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_whole_ranges_give_whole_numbers():
 @pytest.mark.slow
 def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   scaling.ladder(sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
-                 common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='data:8')
+                 common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='fsdp:8')
   out = capsys.readouterr().out
   predicted, outcome = out.index('predicted for width=32-16'), out.index('--- run 7 of 7')
   assert predicted < outcome < out.index('outcome: ')
@@ -215,7 +215,7 @@ def test_unusable_data_is_refused_before_settings_are_stored(script, tmp_path):
              'sweep.json': lambda common: swept(script, tmp_path, knobs='lr=0.1,0.2', common=common),
              'scaling.json': lambda common: scaling.ladder(
                  sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
-                 common=common, experiment=script, workdir=tmp_path, mesh='data:8')}
+                 common=common, experiment=script, workdir=tmp_path, mesh='fsdp:8')}
   for settings, study in studies.items():
     with pytest.raises(ValueError, match='the model only 3'):
       study('vocab=3')
@@ -243,7 +243,7 @@ def test_stages_cost_what_they_read(script, unit):
       return dataclasses.replace(run, stages=stages.stages([(4, 8)], [], run.batch, run.data.length))
   plain, late = variants.arms(variants.experiment(script), 'plain: ; late: batch=16 steps=8')
   late = Staged(late.name, late.function, late.knobs)
-  mesh = sharding.make_mesh('data:8')
+  mesh = sharding.make_mesh('fsdp:8')
   with jax.set_mesh(mesh):
     spent = costs.spending(late.make(), unit, mesh)
     assert spent(6) == 2 * spent(4) == 4 * spent(2) == 8 * spent(1)

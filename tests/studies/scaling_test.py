@@ -85,7 +85,7 @@ def test_products_are_counted_where_they_run():
 
 @pytest.mark.slow
 def test_updates_cost_what_their_formulas_say():
-  mesh, shape = mesh_of('data:1'), interleaved.SHAPES['tiny']
+  mesh, shape = mesh_of('fsdp:1'), interleaved.SHAPES['tiny']
   make = lambda optimizer, model: train.Run(model, next_token(), dataset.Text(None, None, shape.length), optimizer,
                                             100, shape.batch)
   model = transformer.gpt2(*shape[:4], shape.length)
@@ -102,7 +102,7 @@ def test_updates_cost_what_their_formulas_say():
 
 
 def test_a_step_costs_six_flops_a_weight_of_the_head_and_token():
-  mesh = mesh_of('data:1')
+  mesh = mesh_of('fsdp:1')
   with jax.set_mesh(mesh):
     flops = costs.cost(RUN, 'flops', mesh)
     head = jax.eval_shape(lambda: train.init(RUN)).params['head'].size

@@ -90,9 +90,9 @@ def test_a_policy_learns_from_what_it_writes(whole):
   rewards = list(logged(whole, 'reward').values())
   assert np.mean(rewards[:3]) < 0.65 and np.mean(rewards[-3:]) > 0.9
   _, state = saved(whole, POLICY)
-  with jax.set_mesh(mesh_of('data:2')):
-    written = Written(POLICY, POLICY.data, mesh_of('data:2')).write(jax.device_put(state.params, jax.tree.map(
-        lambda s: s.sharding, train.abstract_state(POLICY, mesh_of('data:2')).params)), jax.random.key(3))
+  with jax.set_mesh(mesh_of('fsdp:2')):
+    written = Written(POLICY, POLICY.data, mesh_of('fsdp:2')).write(jax.device_put(state.params, jax.tree.map(
+        lambda s: s.sharding, train.abstract_state(POLICY, mesh_of('fsdp:2')).params)), jax.random.key(3))
   assert np.asarray(reward(written.targets)).mean() > 0.9   # it samples from the given parameters
 
 
@@ -131,7 +131,7 @@ def test_what_does_not_fit_a_feed_is_refused(tmp_path, changes, named):
 
 def test_data_is_read_one_step_ahead_and_from_any_step():
   """In any order of steps, the rows are those that the data has for the step."""
-  run, mesh, reads = RUN, mesh_of('data:2'), []
+  run, mesh, reads = RUN, mesh_of('fsdp:2'), []
   data = run.data.open(None)
   data_feed = feed.DataFeed(run, data, mesh)
   read = data_feed._read

@@ -24,15 +24,15 @@ HEAD, MATRICES, SCORES = 64 * 8, 4 * 8 * 8 + 3 * 8 * 8, 2 * LENGTH * 8   # multi
     ('distil', 8 * (HEAD + MATRICES + SCORES)),   # of a teacher of the same shape, only the forward pass
     ('reward', 6 * (MATRICES + SCORES + 8))])
 def test_a_token_costs_the_products_with_its_matrices(name, forward_and_backward):
-  for mesh in ('data:1', 'data:4,model:2'):
+  for mesh in ('fsdp:1', 'fsdp:4,tensor:2'):
     with jax.set_mesh(mesh_of(mesh)):
       assert flops.flops_per_token(configured(name), mesh_of(mesh)) == forward_and_backward
 
 
 def test_what_is_computed_again_does_not_count():
-  with jax.set_mesh(mesh_of('data:1')):
+  with jax.set_mesh(mesh_of('fsdp:1')):
     both = [flops.flops_per_token(dataclasses.replace(configured('next_token'), model=DECODER.clone(remat=remat)),
-                                  mesh_of('data:1'))
+                                  mesh_of('fsdp:1'))
             for remat in (None, jax.checkpoint_policies.nothing_saveable)]
   assert both[0] == both[1]
 
@@ -64,7 +64,7 @@ def test_only_factors_that_are_trained_have_gradients():
 def test_a_program_costs_the_same_on_every_mesh():
   """This is the cost of all devices together, also where a part is written for one device, as attention is."""
   configuration, counted = dataclasses.replace(configured('next_token'), batch=8), set()
-  for mesh in map(mesh_of, ('data:1', 'data:8', 'data:4,model:2')):
+  for mesh in map(mesh_of, ('fsdp:1', 'fsdp:8', 'fsdp:4,tensor:2')):
     with jax.set_mesh(mesh):
       loss = lambda params, batch: next_token().loss(DECODER.apply, params, batch, None)
       params, batch = jax.eval_shape(DECODER.init, jax.random.key(0)), train.abstract_batch(configuration, mesh)
@@ -88,7 +88,7 @@ def test_the_log_of_a_run_has_its_mfu(tmp_path, monkeypatch, capsys):
 
 def test_short_rows_of_a_warm_up_count_their_own_flops():
   device = types.SimpleNamespace(device_kind='NVIDIA H200')
-  with jax.set_mesh(mesh := mesh_of('data:1')):
+  with jax.set_mesh(mesh := mesh_of('fsdp:1')):
     cost = flops.flops_by_step(configured('next_token', stages=(Stage(2, 8, LENGTH // 2),)), mesh, [device])
   short, long = (6 * (HEAD + MATRICES + scores) for scores in (SCORES / 2, SCORES))
   assert [cost(step) for step in (1, 2, 3, 6)] == [short, short, long, long]   # the first step is number 1
@@ -97,5 +97,5 @@ def test_short_rows_of_a_warm_up_count_their_own_flops():
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb'])
 def test_an_unknown_device_is_reported_once(kind, capsys):
   device = types.SimpleNamespace(device_kind=kind, num_cores=1)
-  assert flops.flops_by_step(RUN, mesh_of('data:2'), [device, device]) is None
+  assert flops.flops_by_step(RUN, mesh_of('fsdp:2'), [device, device]) is None
   assert capsys.readouterr().out.count(f'the peak FLOP/s of {kind} is not known') == 1

@@ -26,7 +26,7 @@ def batch():
   return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments=np.ones((16, 8), 'i4'))
 
 
-@pytest.mark.parametrize(('mesh', 'accumulate'), [('data:4,model:2', 1), ('data:8', 2), *slow(('data:8', 1))])
+@pytest.mark.parametrize(('mesh', 'accumulate'), [('fsdp:4,tensor:2', 1), ('fsdp:8', 2), *slow(('fsdp:8', 1))])
 def test_gradients_clipped_by_row_equal_a_plain_loop(mesh, accumulate):
   run = dataclasses.replace(RUN, model=MODEL, batch=16, accumulate=accumulate, gradient=gradient.ClippedByRow(BOUND),
                             optimizer=optim.sgd(lambda step: 1., momentum=0.))

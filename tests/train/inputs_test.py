@@ -135,7 +135,7 @@ def run(images):
 def alone(run, tmp_path_factory):
   """Returns the workdir of a run on one device."""
   workdir = tmp_path_factory.mktemp('alone')
-  go(workdir, run, 'data:1')
+  go(workdir, run, 'fsdp:1')
   return workdir
 
 
@@ -144,7 +144,7 @@ def test_a_classifier_of_images_learns(run, alone, images):
   losses, accuracy = logged(alone), logged(alone, 'validation/accuracy')
   assert losses[1] > 1 and losses[30] < 0.3 and accuracy[30] > 0.9
   assert not logged(alone, 'validation/perplexity')   # classes are no text
-  with jax.set_mesh(mesh_of('data:1')):   # the first step, in NumPy
+  with jax.set_mesh(mesh_of('fsdp:1')):   # the first step, in NumPy
     params = jax.tree.map(np.float64, jax.jit(lambda: train.init(run))().params)
   batch = run.data.batches('train', run.objective, 16)(0)
   assert batch.inputs['image'].shape == (16, *images.SHAPE)
@@ -154,7 +154,7 @@ def test_a_classifier_of_images_learns(run, alone, images):
   assert losses[1] == pytest.approx(-log_probabilities[np.arange(16), batch.targets[:, 0]].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize('mesh, accumulate', [('data:4,model:2', 4), *slow(('data:8', 2), ('data:1', 8))])
+@pytest.mark.parametrize('mesh, accumulate', [('fsdp:4,tensor:2', 4), *slow(('fsdp:8', 2), ('fsdp:1', 8))])
 def test_losses_are_the_same_on_any_mesh_and_in_any_number_of_parts(run, alone, tmp_path, mesh, accumulate):
   go(tmp_path, run, mesh, accumulate=accumulate)
   for name in ('loss', 'grad_norm', 'validation/loss', 'validation/accuracy'):

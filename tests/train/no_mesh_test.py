@@ -70,7 +70,7 @@ def test_a_run_is_opened_in_a_process_without_a_mesh(tmp_path, monkeypatch):
   (tmp_path / 'small_experiment.py').write_text(SCRIPT)
   (tmp_path / 'notebook.py').write_text(NOTEBOOK)
   monkeypatch.syspath_prepend(tmp_path)
-  with jax.set_mesh(mesh := sharding.make_mesh('data:2', jax.devices()[:2])):
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:2', jax.devices()[:2])):
     experiment = importlib.import_module('small_experiment').experiment
     run, result = launch.start(experiment, {'steps': 2}, tmp_path / 'run', mesh)
     texts = [np.array(result.data.tokenizer.encode('number 7 and'))]

@@ -22,14 +22,14 @@ def test_the_cases_are_of_every_kind_of_data():
 
 
 @pytest.mark.parametrize('name, mesh, accumulate', [
-    *((name, 'data:1', 1) for name in CASES if name != 'experts'), ('next_token', 'data:2', 2),
-    *slow(('experts', 'data:1', 1), ('experts', 'data:2', 2), ('experts', 'model:2', 1), ('dpo', 'data:2', 2))])
+    *((name, 'fsdp:1', 1) for name in CASES if name != 'experts'), ('next_token', 'fsdp:2', 2),
+    *slow(('experts', 'fsdp:1', 1), ('experts', 'fsdp:2', 2), ('experts', 'tensor:2', 1), ('dpo', 'fsdp:2', 2))])
 def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
   with jax.set_mesh(mesh_of(mesh)):
     train.check(configured(name, batch=accumulate * mesh_of(mesh).shape['data'], accumulate=accumulate), mesh_of(mesh))
 
 
-@pytest.mark.parametrize('mesh', ['data:2', *slow('data:1', 'model:2')])
+@pytest.mark.parametrize('mesh', ['fsdp:2', *slow('fsdp:1', 'tensor:2')])
 def test_parts_of_one_row_add_up_to_the_batch(mesh):
   run = dataclasses.replace(RUN, model=Bigram(dropout=0., vocab=VOCAB), batch=4)
   rng = np.random.default_rng(0)
@@ -46,8 +46,8 @@ def test_parts_of_one_row_add_up_to_the_batch(mesh):
 
 
 def test_the_noise_scale_reads_one_row():
-  with jax.set_mesh(mesh_of('data:1')):
+  with jax.set_mesh(mesh_of('fsdp:1')):
     gradient = noise_scale.gradient_of(DECODER.apply, next_token.next_token(), {})
     shapes = jax.eval_shape(gradient, jax.eval_shape(DECODER.init, jax.random.key(0)),
-                            train.abstract_batch(configured('next_token', batch=1), mesh_of('data:1')))
+                            train.abstract_batch(configured('next_token', batch=1), mesh_of('fsdp:1')))
   assert shapes[1].shape == ()

@@ -54,14 +54,14 @@ def test_resumed_is_uninterrupted(whole, stopped, last_step, dead, capsys):
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(whole, stopped):
-  workdir = stopped(3, mesh='data:8')
-  go(workdir, mesh='data:4,model:2')
+  workdir = stopped(3, mesh='fsdp:8')
+  go(workdir, mesh='fsdp:4,tensor:2')
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), saved(workdir), saved(whole))
   np.testing.assert_allclose([*logged(workdir).values()], [*logged(whole).values()], rtol=1e-5)
 
 
 def test_a_restored_state_is_laid_out_as_a_new_one(whole):
-  for mesh in ('data:8', 'data:4,model:2'):
+  for mesh in ('fsdp:8', 'fsdp:4,tensor:2'):
     with jax.set_mesh(mesh_of(mesh)):
       new = jax.eval_shape(lambda: train.init(RUN)).params
       laid_out = jax.jit(lambda: train.init(RUN))()
@@ -72,7 +72,7 @@ def test_a_restored_state_is_laid_out_as_a_new_one(whole):
       assert new['head'].sharding.spec == restored.params['head'].sharding.spec
 
 
-@pytest.mark.parametrize('mesh', ['data:4,model:2', *slow('data:1', 'data:8')])
+@pytest.mark.parametrize('mesh', ['fsdp:4,tensor:2', *slow('fsdp:1', 'fsdp:8')])
 def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
   go(tmp_path, mesh=mesh)
   np.testing.assert_allclose([*logged(tmp_path).values()], [*logged(whole).values()], rtol=1e-5)
@@ -93,9 +93,9 @@ def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
   model = transformer.llama(V, width=16, layers=1, heads=4, kv_heads=2, hidden=16, max_length=16, dropout=0.1)
   run = dataclasses.replace(RUN, model=model, optimizer=optim.sgd(lambda step: 0.1))
   batch = Data().batches('train', run.objective, 8)(0)
-  state, single = one_step(run, 'data:1', batch)
+  state, single = one_step(run, 'fsdp:1', batch)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-               one_step(run, 'data:4,model:2', batch, state)[1], single)
+               one_step(run, 'fsdp:4,tensor:2', batch, state)[1], single)
 
 
 @pytest.mark.parametrize('denominator', [objective.token_mean, objective.sequence_mean])
@@ -106,9 +106,9 @@ def test_accumulation_is_one_large_batch(denominator):
   batch = batch._replace(weights=(uneven * batch.weights).astype(np.float32))
   run = dataclasses.replace(RUN, model=Bigram(dropout=0.), objective=next_token(denominator),
                             optimizer=optim.sgd(lambda step: 1.))
-  state, whole = one_step(run, 'data:2', batch)
+  state, whole = one_step(run, 'fsdp:2', batch)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-               one_step(dataclasses.replace(run, accumulate=4), 'data:2', batch, state)[1], whole)
+               one_step(dataclasses.replace(run, accumulate=4), 'fsdp:2', batch, state)[1], whole)
 
 
 @pytest.mark.slow
@@ -118,10 +118,10 @@ def test_parts_of_a_step_drop_out_differently():
   twice = Batch(*(None if x is None else np.repeat(x, 2, axis=0) for x in one))   # row i goes to part i % 2
   losses = []
   for batch, r in ((twice, run), (one, dataclasses.replace(run, batch=4, accumulate=1))):
-    with jax.set_mesh(mesh_of('data:1')):
+    with jax.set_mesh(mesh_of('fsdp:1')):
       state, step = jax.jit(lambda r=r: train.init(r))(), train.make_step(r)
       for _ in range(2):
-        state, metrics = step(state, sharding.shard_rows(batch, mesh_of('data:1')))
+        state, metrics = step(state, sharding.shard_rows(batch, mesh_of('fsdp:1')))
         losses.append(float(metrics['loss']))
   assert len(set(losses)) == 4   # no two steps are the same
 
@@ -170,8 +170,8 @@ def test_parameters_that_an_update_ruins_are_never_saved(tmp_path, guard):
 
 def test_a_run_goes_back_from_a_checkpoint_that_is_not_finite(whole, stopped, capsys):
   workdir = stopped(2)
-  with jax.set_mesh(mesh_of('data:2')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
-    restored = checkpoints.restore(train.abstract_state(RUN, mesh_of('data:2')))
+  with jax.set_mesh(mesh_of('fsdp:2')), checkpoint.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore(train.abstract_state(RUN, mesh_of('fsdp:2')))
     ruined = jax.tree.map(lambda x: x * np.float32(np.nan), restored.state.params)
     checkpoints.save(4, restored.state._replace(params=ruined), restored.facts)
   assert go(workdir).finished and 'going on from step 2' in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_a_damaged_log_is_repaired_from_what_the_checkpoint_knows(whole, stopped
 
 def test_records_that_are_deleted_while_a_run_trains_are_written_again(tmp_path, capsys):
   records.start(tmp_path, script='a.py', knobs={'lr': 1})
-  mesh = mesh_of('data:2')
+  mesh = mesh_of('fsdp:2')
   with jax.set_mesh(mesh):
     train.train(RUN, tmp_path, mesh, lambda step, metrics: (tmp_path / 'run.json').unlink(missing_ok=True))
   assert 'run.json was deleted' in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_a_result_has_the_signal_that_stopped_the_run_or_none(tmp_path, monkeypa
   result = go(tmp_path)
   assert result.signal is None and result.finished
   result.raise_if_stopped()
-  mesh = mesh_of('data:2')
+  mesh = mesh_of('fsdp:2')
   with jax.set_mesh(mesh):
     run = dataclasses.replace(RUN, evaluate_every=1)
     result = train.train(run, tmp_path / 'ended', mesh, lambda step, metrics: True)

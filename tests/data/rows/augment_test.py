@@ -208,7 +208,7 @@ def test_training_alone_is_augmented_and_a_resumed_run_keeps_its_augmentations(t
   data = dataset.Text(corpora.text(f'{tmp_path}/text/*.txt', 0.2), tokenizers.Bytes(), 16, clean.DEFAULT)
   run = train.Run(transformer.llama(320, 8, 1, 2, max_length=16, hidden=8), next_token(), data,
                   optim.sgd(lambda step: 0.1), steps=1, batch=2, augment=(TokenDropout(0.5),))
-  mesh = sharding.make_mesh('data:1', jax.devices()[:1])
+  mesh = sharding.make_mesh('fsdp:1', jax.devices()[:1])
   go = functools.partial(train.train, workdir=tmp_path / 'run', mesh=mesh)
   with jax.set_mesh(mesh):
     go(run)

@@ -32,7 +32,7 @@ def test_a_pair_is_read_as_its_dialogues_alone_with_learned_positions():
   records, model = pairs(6), transformer.gpt2(V, 16, 1, 2, T)
   batch = Packed(preference.preference(preference.dpo()), Special(0, 1, V, ()), T, 4, records=records, repeat=False)(0)
   rng = np.random.default_rng(1)
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype('f4'),
                           jax.eval_shape(model.init, jax.random.key(0)))
     scores = jax.jit(lambda batch: preference.reference(model.apply, params, batch)['reference'])

@@ -85,7 +85,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('last_step, mesh', [(3, 'data:4'), (2, 'data:2')])
+@pytest.mark.parametrize('last_step, mesh', [(3, 'fsdp:4'), (2, 'fsdp:2')])
 def test_resumed_across_stages_is_uninterrupted(whole, stopped, last_step, mesh, capsys):
   workdir = stopped(last_step, stages=STAGES, mesh=mesh)
   capsys.readouterr()
@@ -97,7 +97,7 @@ def test_resumed_across_stages_is_uninterrupted(whole, stopped, last_step, mesh,
                        for step, shape in shapes.items() if step >= last_step]
   (step, state), (_, expected) = saved(workdir), saved(whole)
   assert step == 6
-  if mesh == 'data:2':
+  if mesh == 'fsdp:2':
     assert same(state, expected) and logged(workdir) == logged(whole)
   np.testing.assert_allclose([*logged(workdir).values()], [*logged(whole).values()], rtol=1e-5)
 
@@ -133,7 +133,7 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_compiled(tmp_path
 
 
 def test_every_shape_is_traced_before_training():
-  mesh, traced = mesh_of('data:1'), []
+  mesh, traced = mesh_of('fsdp:1'), []
 
   @dataclasses.dataclass(frozen=True)
   class Spy(type(RUN.model)):

@@ -149,7 +149,7 @@ def test_the_loss_of_packed_rows_is_that_of_their_pieces_alone(make):
   pad = lambda rows, dtype: np.stack([np.pad(row, (0, 24 - len(row))) for row in rows]).astype(dtype)
   weights = pad([np.ones(len(piece)) for piece in pieces], np.float32)
   alone = Batch(pad(pieces, np.int32), pad(next_tokens, np.int32), weights)   # no segments: the causal mask suffices
-  with jax.set_mesh(sharding.make_mesh('data:1', jax.devices()[:1])):
+  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
     params = jax.jit(lambda: jax.tree.map(lambda x: 20 * x, model.init(jax.random.key(0))))()
     loss = jax.jit(lambda batch: objective.loss(model.apply, params, batch, None))
     (packed, tokens, _), (single, count, _) = loss(batch), loss(alone)

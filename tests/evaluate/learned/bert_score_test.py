@@ -75,7 +75,7 @@ def test_a_text_equals_itself_and_a_mesh_changes_nothing(opened):
   for measure in opened(2)(texts, [[text] for text in texts]):
     np.testing.assert_allclose(measure.scores(), 1, atol=1e-6)
   expected = [measure.scores() for measure in opened(1)(CASE['candidates'], CASE['references'])]
-  with jax.set_mesh(mesh_of('data:4,model:2')):
+  with jax.set_mesh(mesh_of('fsdp:4,tensor:2')):
     model, params = load(FIXTURES / 'bert')
     metric = dataclasses.replace(opened(1), model=model, params=jax.tree.map(lambda x: x.astype(np.float32), params))
     actual = [measure.scores() for measure in metric(CASE['candidates'], CASE['references'])]

@@ -100,7 +100,7 @@ def test_a_mesh_changes_nothing():
   texts = [chr(97 + i) * (3 * i + 1) for i in range(9)]
   references = [[text[::-1] + 'q'] for text in texts]
   expected = metric()(texts, references)[0].scores()
-  with jax.set_mesh(mesh_of('data:4,model:2')):
+  with jax.set_mesh(mesh_of('fsdp:4,tensor:2')):
     actual = metric()(texts, references)[0].scores()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 

@@ -1,4 +1,4 @@
-"""A third mesh axis is an entry of the table: losses, gradients, training and scores are then those of one device."""
+"""On every mesh, losses, gradients, training and scores are those of one device."""
 import dataclasses
 import functools
 import types
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.experts import KINDS
 from helpers.meshes import on
-from helpers.runs import Bigram, go, logged
+from helpers.runs import Bigram
 from jax.sharding import PartitionSpec as P
 
 from lm import evaluate, sharding
@@ -20,16 +20,7 @@ from lm.objectives.unlikelihood import unlikelihood
 from lm.sharding import axes
 
 VOCAB, ROWS, TIME = 32, 8, 8
-# One axis more for the batch and the stored weights, or for heads, hidden units, vocabulary and experts. Each has a
-# name of its own, because compiled programs are kept by mesh.
-TABLES = {
-    'rows': axes.TABLE | {'B': ('replica', 'data')},
-    'rows_and_weights': axes.TABLE | dict.fromkeys('BD', ('data', 'shard')),
-    'units': axes.TABLE | dict.fromkeys('NKFVE', ('model', 'part')),
-    'experts': axes.TABLE | {'E': ('expert', 'model'), 'F': 'expert'},
-}
-MESHES = {'rows': 'data:2,replica:2,model:2', 'rows_and_weights': 'data:2,shard:2,model:2',
-          'units': 'data:2,model:2,part:2', 'experts': 'data:2,model:2,expert:2'}
+MESHES = ['replica:2,fsdp:2,tensor:2', 'replica:4,expert:2', 'fsdp:2,expert:2,tensor:2', 'fsdp:2,expert:4']
 # These programs are run once: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
@@ -82,68 +73,53 @@ def on_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['units', 'rows', 'rows_and_weights', 'experts'])
-def test_losses_and_gradients_are_those_of_one_device(name, monkeypatch):
+@pytest.mark.parametrize('mesh', MESHES)
+def test_losses_and_gradients_are_those_of_one_device(mesh):
   expected = on_one_device()
-  monkeypatch.setattr(axes, 'TABLE', TABLES[name])
-  with on(MESHES[name]):
+  with on(mesh):
     rows = sharding.shard_rows(batch(), jax.sharding.get_mesh())
     actual = jit(lambda *args: loss_and_grads(*args))(placed(random_params()), rows, jax.random.key(2))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * (np.abs(b).max() + 0.01)),
                actual, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['rows_and_weights', 'units'])
-def test_a_run_has_the_losses_that_it_has_on_two_axes(name, monkeypatch, tmp_path):
-  go(tmp_path / 'two', mesh='data:2', steps=2)
-  monkeypatch.setattr(axes, 'TABLE', TABLES[name])
-  go(tmp_path / 'three', mesh=MESHES[name], steps=2)
-  losses = [[*logged(tmp_path / folder).values()] for folder in ('two', 'three')]
-  assert len(losses[0]) == 2
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize('name', ['rows', 'units'])
-def test_texts_have_the_scores_that_they_have_on_one_device(name, monkeypatch):
+@pytest.mark.parametrize('mesh', ['replica:2,fsdp:2,tensor:2'])
+def test_texts_have_the_scores_that_they_have_on_one_device(mesh):
   rng = np.random.default_rng(0)
   texts = [rng.integers(0, VOCAB, n, dtype=np.int32) for n in (8, 7, 8, 6, 8)]   # rows that the mesh cannot split
   table = rng.normal(size=(2, VOCAB, 8)).astype('f4')
   params, bigram = dict(zip(('embedding', 'head'), table)), Bigram(dropout=0., vocab=VOCAB)
   bigram = types.SimpleNamespace(apply=bigram.apply, max_length=TIME, causal=True)
   expected = evaluate.log_probabilities(bigram, params, texts)
-  monkeypatch.setattr(axes, 'TABLE', TABLES[name])
-  with on(MESHES[name]):
+  with on(mesh):
     laid_out = {key: sharding.constrain(jnp.asarray(value), 'VD') for key, value in params.items()}
     actual = evaluate.log_probabilities(bigram, laid_out, texts)
   for a, b in zip(actual, expected):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
-def test_a_letter_is_split_over_several_mesh_axes(monkeypatch):
-  monkeypatch.setattr(axes, 'TABLE', TABLES['rows_and_weights'])
-  with on(MESHES['rows_and_weights']):
+def test_a_letter_is_split_over_several_mesh_axes():
+  with on('replica:2,fsdp:2,tensor:2'):
     mesh = jax.sharding.get_mesh()
-    assert sharding.mesh_text(mesh) == 'data:2,shard:2,model:2'
-    assert sharding.spec('BTD') == P(('data', 'shard'), None, None)
-    assert sharding.spec('DNH') == P(('data', 'shard'), 'model', None)
-    assert sharding.gathered_spec('DNH') == P(None, 'model', None)
-    assert [sharding.parts(letter) for letter in 'BDNT'] == [4, 4, 2, 1]
+    assert sharding.spec('BTD') == P(('replica', 'fsdp'), None, None)
+    assert [sharding.parts(letter) for letter in 'BDNT'] == [4, 2, 2, 1]
     assert [sharding.padded_rows(rows) for rows in (1, 4, 5)] == [4, 4, 8]
     rows = sharding.shard_rows(np.arange(8), mesh)
     for shard in rows.addressable_shards:   # the first mesh axis of the tuple is the slower one
-      data, split, _ = np.argwhere(mesh.devices == shard.device)[0]
-      np.testing.assert_array_equal(shard.data, 2 * (2 * data + split) + np.arange(2))
+      replica, fsdp = np.argwhere(mesh.devices == shard.device)[0][:2]
+      np.testing.assert_array_equal(shard.data, 2 * (2 * replica + fsdp) + np.arange(2))
     part = jax.shard_map(lambda x: x + 10 * sharding.part_index('B'), in_specs=sharding.spec('B'),
                          out_specs=sharding.spec('B'))(rows)
     np.testing.assert_array_equal(part, [0, 1, 12, 13, 24, 25, 36, 37])
-    with pytest.raises(ValueError, match='w: .* D has size 6, .* multiple of 4, .* data:2,shard:2; choose'):
-      sharding.check('DF', (6, 4), 'w')
+  with on('fsdp:2,expert:2'), pytest.raises(ValueError, match='w: .* D has size 6, .* 4, .* fsdp:2, expert:2; choose '
+                                            'another --mesh, where that size is 1 or 2 or 3, or'):
+    sharding.check('DF', (6, 4), 'w')
 
 
 @pytest.mark.parametrize('entry,message', [
-    ({'B': ('data', 'model')}, 'splits both B and N over model; give them different mesh axes'),
-    ({'K': 'other'}, 'query heads N over .*model.* and key heads K over .*other')])
+    ({'N': ('fsdp',), 'K': ('fsdp',)}, 'splits both B and N over fsdp; give them different mesh axes'),
+    ({'K': ('replica',)}, 'both B and K|query heads N over .*tensor.* and key heads K over .*replica'),
+    ({'F': ('units',)}, 'splits F over units, which is not a mesh axis; add it to AXES')])
 def test_a_table_that_would_split_tensors_wrongly_is_refused(entry, message, monkeypatch):
   monkeypatch.setattr(axes, 'TABLE', axes.TABLE | entry)
   with pytest.raises(ValueError, match=message):
