@@ -222,7 +222,9 @@ class Experts(nn.Module):
 
   def _on_shard(self, params, x, weights, chosen):
     """Computes rows with the experts of this shard, and sums the results over the shards of experts."""
-    # In float32, because the gradients of a row are summed over the shards.
+    # In float32, because gradients are summed over the shards.
+    params = {name: sharding.mark_varying(a.astype(jnp.float32), 'BT', 'E').astype(a.dtype)
+              for name, a in params.items()}
     x = sharding.rows_of_parts(x.astype(jnp.float32), 'E').astype(x.dtype)
     weights, chosen = sharding.rows_of_parts(weights, 'E'), sharding.rows_of_parts(chosen, 'E')
     first = sharding.part_index('E') * params['up'].shape[0]

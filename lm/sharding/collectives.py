@@ -26,12 +26,14 @@ def sum_of_parts(x: jax.Array, letter: str) -> jax.Array:
   return jax.lax.psum(x, axes) if axes else x
 
 
-def mark_varying(x: jax.Array, letters: str) -> jax.Array:
+def mark_varying(x: jax.Array, letters: str, split: str = '') -> jax.Array:
   """Returns `x`, marked as different on the devices that hold the parts of these tensor axes; outside, `x` as it is.
 
-  The gradient of `x` is then the sum over these devices.
+  The gradient of `x` is then the sum over these devices. `split` are tensor axes whose parts `x` has already.
   """
-  return _vary(x, axes_of(letters)) if jax.sharding.get_abstract_mesh().manual_axes else x
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return x
+  return _vary(x, tuple(axis for axis in axes_of(letters) if axis not in axes_of(split)))
 
 
 def _vary(x, axes):
