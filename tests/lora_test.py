@@ -96,10 +96,10 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(shape):
     assert jax.tree.all(jax.tree.map(lambda x, g: x.sharding == g.sharding, adapters, grads))
     if shape:   # adapters are split as their matrices are
       layouts = {path: x.sharding.spec for path, x in paths(adapters['adapters']['blocks']['0']).items()}
-      assert layouts['attention/query/A'] == P(None, 'data', None)
-      assert layouts['attention/query/B'] == P(None, None, 'model', None)
-      assert layouts['attention/out/A'] == P(None, 'model', None, None)
-      assert layouts['feed_forward/down/B'] == P(None, None, 'data')
+      assert layouts['attention/query/A'] == P(None, 'fsdp', None)
+      assert layouts['attention/query/B'] == P(None, None, 'tensor', None)
+      assert layouts['attention/out/A'] == P(None, 'tensor', None, None)
+      assert layouts['feed_forward/down/B'] == P(None, None, 'fsdp')
     base, merged, adapters, grads, full = jax.tree.map(np.asarray, (base, merged, adapters, grads, full))
   assert value == pytest.approx(float(full_value), rel=1e-6)
   adapter_grads, block = grads['adapters']['blocks']['0'], full['blocks']['0']

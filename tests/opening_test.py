@@ -62,7 +62,7 @@ def test_a_fingerprint_of_parameters_is_that_of_their_bits_on_any_mesh():
   expected = describe.fingerprint(params)
   for shape in ('fsdp:1', 'fsdp:8', 'fsdp:4,tensor:2'):
     with jax.set_mesh(mesh := mesh_of(shape)):
-      specs = {'w': jax.P('data', 'model'), 'b': {'c': jax.P('data')}}
+      specs = {'w': jax.P('fsdp', 'tensor'), 'b': {'c': jax.P('fsdp')}}
       placed = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), params, specs)
       assert describe.fingerprint(placed) == expected
   fingerprints = {expected}

@@ -5,6 +5,7 @@ at once.
 """
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import pathlib
@@ -62,7 +63,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
       hub; adapters are trained on top of it.
     init_ignore_tokenizer: start from it also where this run has another tokenizer.
     seed: fixes the data order, the initialisation and the losses.
-    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; -1 is what remains. By default, one that fits is chosen.
     coordinator_address: host:port of process 0, in a cluster that JAX does not detect by itself.
     num_processes: the number of processes in that cluster.
     process_id: the number of this process, from 0.
@@ -72,7 +73,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
   from lm import sharding
   from lm.sharding import hosts
   hosts.join(coordinator_address, num_processes, process_id)
-  start(experiment, knobs, workdir, sharding.make_mesh(mesh), init, seed,
+  start(experiment, knobs, workdir, mesh and sharding.make_mesh(mesh), init, seed,
         report and (lambda run, result: report(run, workdir, result)),
         init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, program_flags=program_flags,
         verify=verify)
@@ -88,7 +89,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     experiment: a function that returns a `train.Run`.
     knobs: the values of the experiment's flags, by name.
     workdir: the folder of the run.
-    mesh: the mesh to train on.
+    mesh: the mesh to train on; None chooses one that fits the run.
     init: the folder or the id on the hub whose parameters training starts from.
     seed: the seed of the run.
     report: called as `report(run, result)` after training.
@@ -119,8 +120,10 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   prints_outcome, program_flags = program_flags is not None, program_flags or resume.UNCHANGED
   build = _builder(experiment, knobs, workdir, init, seed, init_ignore_tokenizer, 'init' in program_flags.changes)
   script = pathlib.Path(inspect.getfile(experiment))
-  with records.claim(workdir, script.name), jax.set_mesh(mesh):
+  with records.claim(workdir, script.name), contextlib.ExitStack() as stack:
     try:
+      mesh = mesh or _choose_mesh(build)
+      stack.enter_context(jax.set_mesh(mesh))
       run = budget.plan(build, records.read(workdir))
     except FileNotFoundError as error:
       if init is None or not _has_checkpoint(workdir):
@@ -142,6 +145,20 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     if report:
       report(run, result)
   return run, result
+
+
+def _choose_mesh(build: Callable[..., Any]) -> Any:
+  """Returns a mesh of all devices that fits the run; where there are several, it is printed with the reason."""
+  import jax
+
+  from lm import sharding
+  from lm.train import checks
+  if len(jax.devices()) == 1:
+    return sharding.make_mesh()
+  mesh, reason = sharding.choose_mesh(functools.partial(checks.check_mesh, build()))
+  if jax.process_index() == 0:
+    print(f'mesh {sharding.mesh_text(mesh)}: {reason}; --mesh gives another')
+  return mesh
 
 
 def _builder(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, init: pathlib.Path | None,

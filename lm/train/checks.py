@@ -21,13 +21,8 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
     ValueError: parts of the run do not fit together, or do not fit the mesh.
   """
   sharding.require(mesh)
-  split = sharding.parts('B', mesh)
-  parts = split * run.accumulate
+  _check_rows(run, mesh)
   shapes = run.schedule.shapes()
-  uneven = [rows for rows, _ in ((run.batch, 0), *shapes) if rows % parts]
-  if uneven:
-    raise ValueError(f'batch={uneven[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
-                     f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
   longest = run.model.max_length
   if run.data.length > longest:
     raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model reads at once; '
@@ -46,6 +41,22 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   for shape in shapes:
     jax.eval_shape(make_step(run), jax.eval_shape(lambda: init(run)), abstract_batch(run, mesh, shape),
                    abstract_constants(run))
+
+
+def check_mesh(run: Run, mesh: jax.sharding.AbstractMesh) -> None:
+  """Raises ValueError where the mesh does not divide the batch of a run, or its weights."""
+  _check_rows(run, mesh)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.eval_shape(lambda: run.model.init(jax.random.key(0)))
+
+
+def _check_rows(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+  split = sharding.parts('B', mesh)
+  parts = split * run.accumulate
+  uneven = [rows for rows, _ in ((run.batch, 0), *run.schedule.shapes()) if rows % parts]
+  if uneven:
+    raise ValueError(f'batch={uneven[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
+                     f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
 
 
 def check_batch(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int], batch: Batch) -> None:

@@ -14,7 +14,7 @@ import jax
 import pytest
 from absl import flags
 
-from lm import launch, train
+from lm import launch, sharding, train
 from lm.launch import program as launcher
 from lm.train import Result
 from lm.workdir import records
@@ -140,6 +140,7 @@ def program(monkeypatch, tmp_path):
   """
   calls = []
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
+  monkeypatch.setattr('lm.train.checks.check_mesh', lambda run, mesh: None)   # the stand-in of a run has no batch
   monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective:
                       calls.append((run, workdir, mesh)) or go.result)
 
@@ -166,11 +167,11 @@ def test_run_trains_records_and_calls_then(program):
   then = lambda *arguments: calls.append(arguments)
   assert program(build, '--width=8', '--seed=3', '--mesh=fsdp:4,tensor:2', then=then) == 0
   (run, workdir, mesh), = program.calls
-  assert run == Run(8, seed=3) and workdir == program.workdir and dict(mesh.shape) == {'data': 4, 'model': 2}
+  assert run == Run(8, seed=3) and workdir == program.workdir and mesh == sharding.make_mesh('fsdp:4,tensor:2')
   assert calls == [(run, workdir, RESULT)]
   assert program(build) == 0
   first, second = json.loads((workdir / 'run.json').read_text())
-  assert first['knobs'] == {'width': 8} and first['seed'] == 3 and first['mesh'] == {'data': 4, 'model': 2}
+  assert first['knobs'] == {'width': 8} and first['seed'] == 3 and first['mesh'] == {'replica': 1, 'fsdp': 4, 'expert': 1, 'tensor': 2}
   assert first['versions']['jax'] == jax.__version__ and first['devices'] == 8 and first['script'] == 'launch_test.py'
   assert second['knobs'] == {'width': 4} and second['argv'][1].startswith('--workdir')
 

@@ -92,7 +92,7 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   assert program(*flags)[0] == 0
   code, out, err = program('--steps=6', '--lr=0.01', '--evaluate_every=3')
   size = f'{2 * 16 * Bytes().vocab_size:,}'
-  assert re.search(size + r' parameters to train on 8 cpu \(fsdp:8,tensor:1\); 768 positions in 6 steps;', out)
+  assert re.search(size + r' parameters to train on 8 cpu \(fsdp:8\); 768 positions in 6 steps;', out)
   assert re.search(r'\none epoch is [\d,]+ tokens; this run reads [\d,]+ tokens, \d\S* epochs\n', out)
   assert re.search(r'held out: loss \d\S+, .*; saved in .*/run: checkpoints.*\nnext: python experiments/score.py '
                    r'--workdir=\S+/run --split=validation --script=\S+/small.py\n', out)

@@ -123,14 +123,14 @@ def test_output_and_gradients_are_the_same_on_every_mesh(shape):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-6), actual, expected)
 
 
-def test_heads_are_split_over_model_and_ranks_over_data():
+def test_heads_are_split_over_tensor_and_ranks_over_fsdp():
   P = jax.sharding.PartitionSpec
   with on('fsdp:2,tensor:4'):
     specs = jax.tree.map(lambda x: x.sharding.spec, shapes(FULL))
-  heads = P('data', 'model', None)
+  heads = P('fsdp', 'tensor', None)
   assert {k: v for k, v in specs.items() if not k.endswith('norm')} == {
-      'query_down': P('data', None), 'query_up': heads, 'key_value_down': P('data', None),
-      'key_rope': P('data', None), 'key_up': heads, 'value_up': heads, 'out': P('model', None, 'data')}
+      'query_down': P('fsdp', None), 'query_up': heads, 'key_value_down': P('fsdp', None),
+      'key_rope': P('fsdp', None), 'key_up': heads, 'value_up': heads, 'out': P('tensor', None, 'fsdp')}
 
 
 def test_a_packed_document_is_as_if_alone():

@@ -162,12 +162,12 @@ def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape):
     jax.tree.map(functools.partial(assert_close, tolerance=5e-6), actual, expected)
 
 
-def test_experts_are_split_over_model_and_their_matrices_over_data():
+def test_experts_are_split_over_tensor_and_their_matrices_over_fsdp():
   P = jax.sharding.PartitionSpec
   with on('fsdp:2,tensor:4'):
     specs = {k: x.sharding.spec for k, x in shapes(KINDS['gpt_oss']).items() if k != 'router'}
-  assert specs == {'gate': P('model', 'data', None), 'up': P('model', 'data', None), 'down': P('model', None, 'data'),
-                   'gate_bias': P('model', None), 'up_bias': P('model', None), 'down_bias': P('model', None)}
+  assert specs == {'gate': P('tensor', 'fsdp', None), 'up': P('tensor', 'fsdp', None), 'down': P('tensor', None, 'fsdp'),
+                   'gate_bias': P('tensor', None), 'up_bias': P('tensor', None), 'down_bias': P('tensor', None)}
   with on('tensor:8'), pytest.raises(ValueError, match='gate: its axis E has size 4, .* 8, .* mesh axes tensor:8;'):
     shapes(KINDS['mixtral'].clone(experts=4))
 

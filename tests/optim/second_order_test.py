@@ -172,7 +172,7 @@ def test_soap_goes_the_same_way_on_a_mesh():
   mesh = sharding.make_mesh('fsdp:4,tensor:2')
   with jax.set_mesh(mesh):
     split = functools.partial(jax.tree.map, lambda x: jax.device_put(
-        x, jax.sharding.NamedSharding(mesh, P(None, 'data', 'model'))))
+        x, jax.sharding.NamedSharding(mesh, P(None, 'fsdp', 'tensor'))))
     params, update = split(block(w)), jax.jit(soap.update)
     state = jax.jit(soap.init)(params)
     for i, expected in enumerate(plain):

@@ -34,7 +34,7 @@ def test_gradients_clipped_by_row_equal_a_plain_loop(mesh, accumulate):
   with jax.set_mesh(mesh_of(mesh)):
     layouts = jax.tree.map(lambda x: x.sharding, train.abstract_state(run, mesh_of(mesh)).params)
     state = train.begin(run, jax.device_put(params, layouts))
-    rows = jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh_of(mesh), jax.P('data'))), batch())
+    rows = jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh_of(mesh), jax.P('fsdp'))), batch())
     new, metrics = train.make_step(run)(state, rows)
   total, losses, norms = None, [], []
 
