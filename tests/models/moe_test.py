@@ -166,7 +166,8 @@ def test_experts_are_split_over_tensor_and_their_matrices_over_fsdp():
   P = jax.sharding.PartitionSpec
   with on('fsdp:2,tensor:4'):
     specs = {k: x.sharding.spec for k, x in shapes(KINDS['gpt_oss']).items() if k != 'router'}
-  assert specs == {'gate': P('tensor', 'fsdp', None), 'up': P('tensor', 'fsdp', None), 'down': P('tensor', None, 'fsdp'),
+  assert specs == {'gate': P('tensor', 'fsdp', None), 'up': P('tensor', 'fsdp', None),
+                   'down': P('tensor', None, 'fsdp'),
                    'gate_bias': P('tensor', None), 'up_bias': P('tensor', None), 'down_bias': P('tensor', None)}
   with on('tensor:8'), pytest.raises(ValueError, match='gate: its axis E has size 4, .* 8, .* mesh axes tensor:8;'):
     shapes(KINDS['mixtral'].clone(experts=4))
