@@ -85,6 +85,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
         measures += [measure for measure in other(candidates, references) if measure.name in OTHERS]
     except ModuleNotFoundError as error:
       print(f'without BLEU, chrF and ROUGE: {error}')
+    if note := metric.note(candidates, references):
+      print(note)
     print(f'\n{title}: {len(rated):,} ratings, correlation with 95 % intervals over items')
     for measure in measures:
       values = statistics.correlations(measure.scores(), [record.rating for record in rated],

@@ -14,11 +14,11 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lm import launch, options
 from lm.evaluate import report, texts
+from lm.evaluate.learned import BertScore, Bleurt
 from lm.evaluate.texts import text_files
 
 
@@ -78,7 +78,7 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
 
 
 def score(records: text_files.Records, files: tuple[pathlib.Path, ...], metrics: tuple[str, ...],
-          settings: texts.Settings, learned: Sequence[Callable[..., Any]] = ()) -> report.Result:
+          settings: texts.Settings, learned: Sequence[Bleurt | BertScore] = ()) -> report.Result:
   """Returns the measures of the texts of a file, in the order of the metrics."""
   candidates, references, notes = text_files.texts(records), None, []
   text_files.check_unique(records)
@@ -97,6 +97,7 @@ def score(records: text_files.Records, files: tuple[pathlib.Path, ...], metrics:
     print(f'{name}: {len(candidates):,} texts in {time.monotonic() - start:.1f} s', file=sys.stderr, flush=True)
   for metric in learned:
     measures += metric(candidates, references)
+    notes += filter(None, [metric.note(candidates, references)])
   return report.Result(measures, (), notes + [f'{empty:,} of {len(candidates):,} texts are empty'] * bool(empty))
 
 

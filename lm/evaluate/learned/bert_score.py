@@ -149,6 +149,15 @@ class BertScore:
                  f'refs:{scored_pairs.count(references)} (best)')
     return [measures.mean(f'bert_score_{name}', best[:, i], 'higher', signature) for i, name in enumerate(NAMES)]
 
+  def note(self, candidates: Sequence[str], references: References) -> str | None:
+    """Returns a line that says how many texts are cut; None without any."""
+    most = self.model.max_length
+    sizes = text_rows.sizes(self.tokenizer, [text.strip() for text in candidates],
+                            [[text.strip() for text in several] for several in references])
+    cut = [size > most - 2 for size in sizes.values()]
+    return (f'bert_score reads {most} tokens of a text with [CLS] and [SEP], and {sum(cut):,} of {len(cut):,} '
+            'different texts are longer: they lose their ends' if any(cut) else None)
+
   @functools.cached_property   # a new one for each chunk would be compiled anew
   def _first_layers(self) -> tuple[Bidirectional, Any]:
     return first_layers(self.model, self.params, self.layer)

@@ -85,3 +85,11 @@ class Bleurt:
     signature = (f'bleurt model:{self.name} refs:{scored_pairs.count(references)} (best) '
                  f'length:{self.length or self.model.max_length}')
     return [measures.mean('bleurt', best, 'higher', signature)]
+
+  def note(self, candidates: Sequence[str], references: References) -> str | None:
+    """Returns a line that says how many pairs are cut; None without any."""
+    most, sizes = self.length or self.model.max_length, text_rows.sizes(self.tokenizer, candidates, references)
+    cut = [sizes[candidate] + sizes[reference] > most - 3
+           for candidate, several in zip(candidates, references) for reference in several]
+    return (f'bleurt reads {most} tokens of a pair with 3 separators, and {sum(cut):,} of {len(cut):,} pairs are '
+            'longer: they lose the end of the longer text' if any(cut) else None)

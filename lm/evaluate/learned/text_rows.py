@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from lm import sharding
+from lm.data import tokenizers
 from lm.data.batch import Batch
 from lm.evaluate import row_shapes
+from lm.evaluate.texts.scored_pairs import References
 
 _SECONDS = 3.   # between two lines of progress
 
@@ -19,6 +21,12 @@ class Text(NamedTuple):
   """The tokens of a row, and the sentence of a pair that each of them belongs to."""
   tokens: np.ndarray   # int32 [n]
   types: np.ndarray    # int32 [n]: 0, or 1
+
+
+def sizes(tokenizer: tokenizers.Tokenizer, candidates: Sequence[str], references: References) -> dict[str, int]:
+  """Returns the number of tokens of each text."""
+  texts = list(dict.fromkeys([*candidates, *(text for several in references for text in several)]))
+  return dict(zip(texts, map(len, tokenizer.encode_batch(texts))))
 
 
 def batches(texts: Sequence[Text], most: int) -> Iterator[tuple[list[int], Batch]]:

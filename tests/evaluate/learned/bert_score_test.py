@@ -51,6 +51,12 @@ def test_scores_are_those_of_the_package(opened, settings):
     assert f'layer:{layer} idf:{"yes" if idf else "no"}' in measure.signature
 
 
+def test_texts_that_are_cut_are_counted(opened):
+  texts = {*CASE['candidates'], *(text for several in CASE['references'] for text in several)}
+  assert f'2 of {len(texts)} different texts are longer' in opened(1).note(CASE['candidates'], CASE['references'])
+  assert opened(1).note(['a'], [['b']]) is None
+
+
 def test_a_score_is_the_same_in_any_company_and_order(opened, monkeypatch):
   metric, candidates, references = opened(1), CASE['candidates'], CASE['references']
   together = [measure.scores() for measure in metric(candidates, references)]

@@ -96,6 +96,15 @@ def test_the_best_reference_counts_and_company_changes_no_bit():
   assert len({*scores}) == 3
 
 
+def test_pairs_that_are_cut_are_counted():
+  candidates, references = ['a' * 40, 'b', 'c' * 30], [['x' * 5, 'y' * 6], ['z'], ['w' * 15]]   # 48 - 3 tokens are read
+  assert metric().note(candidates, references).endswith(
+      'and 1 of 4 pairs are longer: they lose the end of the longer text')
+  assert metric(length=50).note(candidates, references) is None
+  short, = metric()(['a' * 40], [['y' * 6]])
+  assert short.scores() == metric()(['a' * 39], [['y' * 6]])[0].scores()   # what is cut is not read
+
+
 def test_a_mesh_changes_nothing():
   texts = [chr(97 + i) * (3 * i + 1) for i in range(9)]
   references = [[text[::-1] + 'q'] for text in texts]
