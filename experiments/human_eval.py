@@ -40,6 +40,9 @@ def human_eval(*, outputs: tuple[str, ...] = (), database: pathlib.Path = pathli
     export: write all votes to this CSV file, print the results, and do not serve.
     export_results: write the numbers of the results to this CSV file, print them, and do not serve.
   """
+  for path in export, export_results:
+    if path is not None and not path.absolute().parent.is_dir():
+      raise ValueError(f'{path} cannot be written, as there is no folder {path.parent}; make it, or give another file')
   settings = {'mode': mode, 'criteria': criteria, 'scale': scale, 'question': question, 'checks': checks, 'seed': seed}
   store = people.open_study(database, outputs, settings, raters, votes_per_item)
   if export is None and export_results is None:

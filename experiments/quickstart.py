@@ -20,7 +20,7 @@ PROMPTS = ('def ', 'class ', 'import ', '"""Return ')
 
 def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: int = 2048, length: int = 256,
                layers: int = 2, width: int = 128, heads: int = 2, batch: int = 8, lr: float = 0.015,
-               embedding_rate: float = 4.) -> train.Run:
+               embedding_rate: float = 4., cadence: options.Cadence = options.Cadence(evaluate_batches=4)) -> train.Run:
   """Trains a small decoder.
 
   Args:
@@ -35,14 +35,14 @@ def experiment(*, budget: options.Budget = options.Budget(minutes=3.), vocab: in
   """
   steps = budget.count
   schedule = schedules.warmup_linear(lr, steps, warmup=steps // 30)
-  return train.Run(
+  run = train.Run(
       model=transformer.llama(vocab, width, layers, heads, max_length=length),
       objective=next_token(),
       data=dataset.Text(corpora.python_library(),
                         functools.partial(tokenizers.train_sentencepiece, vocab=vocab), length),
       optimizer=optim.muon(schedule, other_rate=embedding_rate),
-      steps=steps, batch=batch, evaluate_every=max(steps // 8, 1), evaluate_batches=4, save_every=max(steps // 4, 1),
-      minutes=budget.limit)
+      steps=steps, batch=batch, minutes=budget.limit)
+  return cadence.apply(run)
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

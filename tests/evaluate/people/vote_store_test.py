@@ -1,6 +1,7 @@
 """Votes are stored once, survive a kill of the server, and are never lost by what is sent twice, undone or skipped."""
 import contextlib
 import http.client
+import importlib
 import json
 import os
 import pathlib
@@ -19,6 +20,15 @@ from lm.evaluate import people
 from lm.evaluate.people import vote_store
 
 SCRIPT = pathlib.Path(__file__).parents[3] / 'experiments' / 'human_eval.py'
+
+
+def test_an_export_into_a_folder_that_is_missing_is_refused_before_the_study_is_opened(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(SCRIPT.parent)
+  script, database = importlib.import_module('human_eval'), tmp_path / 'study.sqlite'
+  for name in 'export', 'export_results':
+    with pytest.raises(ValueError, match=f'there is no folder {tmp_path}/missing; make it, or give another file'):
+      script.human_eval(outputs=('a.jsonl', 'b.jsonl'), database=database, **{name: tmp_path / 'missing/votes.csv'})
+  assert not database.exists()
 
 
 def test_a_vote_that_is_sent_twice_counts_once(tmp_path):
