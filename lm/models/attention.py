@@ -1,4 +1,4 @@
-"""Attention modules and their cache; `kernels` has the computation. Shape legend: `transformer.py`."""
+"""Attention modules and their cache; `kernel_choice` has the computation. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from lm import sharding
 from lm.models import layers
 from lm.models.context import Context
-from lm.models.kernels import AttentionScores, Visible, attend
+from lm.models.kernel_choice import attend
+from lm.models.kernels import AttentionScores, Visible
 from lm.models.rotary import Rotary
 
 

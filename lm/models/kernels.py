@@ -1,4 +1,4 @@
-"""Attention masks and attention kernels. Shape legend: `transformer.py`."""
+"""Masks of attention, and the kernel that computes all of them on any platform. Shape legend: `transformer.py`."""
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -6,9 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
-
-from lm import sharding
 
 
 class Visible(NamedTuple):
@@ -91,29 +88,26 @@ class AttentionDropout(NamedTuple):
     return jnp.where(bits >= dropped, 1 / (1 - dropped / 2 ** 16), 0.)
 
 
-def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scores: AttentionScores = AttentionScores(),
-           sinks_N: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-  """Returns softmax(scores) v over the visible keys, [B, T, N, H]; each shard computes its own rows and heads.
+def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible,
+              scores: AttentionScores = AttentionScores(),
+              sinks_N: jax.Array | None = None, drop: AttentionDropout | None = None) -> jax.Array:
+  """Computes attention for a block of queries at a time. Scores are not stored, nor computed above the diagonal.
 
-  Keys and values are [B, T, K, H], or, if `visible` has a start, those of a cache, [B, K, S, H]. The H of values may
-  differ from that of keys. A cache that all heads share is replicated where heads are sharded. `sinks` are the scores
-  of an additional key of each head, whose value is zero (Xiao et al. 2024). With a `key`, there is dropout, which is
-  the same on any mesh.
+  The backward pass recomputes them in float32 from the outputs and the logarithms of the softmax's denominators (Dao et
+  al. 2022), and draws the same dropout again.
   """
-  drop = None
-  if key is not None and scores.dropout and visible.start is None:
-    indices = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
-    drop = AttentionDropout(key, *indices)
-  local = functools.partial(_attend if visible.start is None else _attend_cached, scores)
-  if sharding.spec('B') is None:
-    return local(q_BTNH, k, v, sinks_N, visible, drop)
-  heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
-  start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
-  bias = sharding.spec('BNTS'[-getattr(visible.bias_NTS, 'ndim', 3):])
-  restrictions = Visible(rows, rows, rows, rows, rows, start, bias)
-  drops = None if drop is None else AttentionDropout(P(), sharding.spec('B'), sharding.spec('N'))
-  specs = heads, keys, keys, sharding.spec('N'), restrictions, drops
-  return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k, v, sinks_N, visible, drop)
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BTKH.shape[2])
+  return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible, drop))
+
+
+def cached(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible: Visible, scores: AttentionScores,
+           sinks_N: jax.Array | None = None, drop: AttentionDropout | None = None) -> jax.Array:
+  """Computes attention over the slots of a cache, all scores at once."""
+  del drop   # training uses no cache
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BKSH.shape[1])
+  queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
+  y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
+  return _ungrouped(y.astype(q_BTNH.dtype))
 
 
 def _grouped(scores, q_BTNH, sinks_N, groups):
@@ -128,39 +122,6 @@ def _grouped(scores, q_BTNH, sinks_N, groups):
 def _ungrouped(y_BKGTH):
   batch, groups, each, time, size = y_BKGTH.shape
   return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, time, groups * each, size)
-
-
-def _attend_cached(scores, q_BTNH, k_BKSH, v_BKSH, sinks_N, visible, drop=None):
-  del drop   # training uses no cache
-  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BKSH.shape[1])
-  queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
-  y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
-  return _ungrouped(y.astype(q_BTNH.dtype))
-
-
-def _attend(scores, q, k, v, sinks, visible, drop=None):
-  fused = sharding.platform() in ('gpu', 'cuda') and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-  simple = sinks is None and visible.bias_NTS is None and scores.softcap is None and v.shape == k.shape
-  if not fused or not simple or drop is not None:
-    return blockwise(q, k, v, visible, scores, sinks, drop)
-  plain = (visible.segments_BT is None and visible.bidirectional_BS is None and scores.window is None
-           and scores.chunk is None)
-  mask = None if plain else visible.mask(slice(0, q.shape[1]), slice(0, k.shape[1]), scores)
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=plain and scores.causal, scale=scores.scale,
-                                   implementation='cudnn')
-  return checkpoint_name(y, 'attended')
-
-
-def blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible,
-              scores: AttentionScores = AttentionScores(),
-              sinks_N: jax.Array | None = None, drop: AttentionDropout | None = None) -> jax.Array:
-  """Computes attention for a block of queries at a time. Scores are not stored, nor computed above the diagonal.
-
-  The backward pass recomputes them in float32 from the outputs and the logarithms of the softmax's denominators (Dao et
-  al. 2022), and draws the same dropout again.
-  """
-  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_BTKH.shape[2])
-  return _ungrouped(_blockwise(scores, q, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), sinks, visible, drop))
 
 
 def _blocks(time: int, keys: int, visible: Visible, scores: AttentionScores) -> list[tuple[slice, slice]]:

@@ -26,7 +26,7 @@ def counter(function: Callable[..., Any], *args: Any) -> Callable[..., float]:
 
   It counts matrix products and convolutions, as 2 operations for each multiplication with its addition, and QR and
   symmetric eigenvalue decompositions, by the formulas of Golub and Van Loan. Elementwise operations are left out, since
-  memory bounds them rather than arithmetic. So is attention by cuDNN, which is not a matrix product to JAX.
+  memory bounds them rather than arithmetic. So is attention by a fused kernel, which is not a matrix product to JAX.
 
   The body of a scan counts as often as it runs, while `cost_analysis` of XLA counts it once. Where the condition of a
   branch depends only on scalars of NumPy in `args`, the branch that they choose counts. Otherwise, and inside loops and
@@ -70,8 +70,9 @@ def flops_per_token(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int] | 
   Raises:
     ValueError: the operations of the model cannot be counted.
   """
-  # On a TPU all products are JAX's own. Those in loops, as on CPU, and in fused attention cannot be counted.
-  device = jax.sharding.AbstractDevice('TPU v4', 1, 'tpu')
+  # On a platform without kernels of its own, all products are JAX's, and are counted. Those in loops, as on CPU, and
+  # those in fused attention cannot be.
+  device = jax.sharding.AbstractDevice('any', 1, 'any')
   mesh = sharding.abstract_mesh(sharding.mesh_text(mesh), device)
 
   def loss(params, batch, constants):

@@ -1,4 +1,4 @@
-"""Blockwise attention has the values and gradients of the plain formula, for every kind of mask."""
+"""Each kernel of attention has the values and gradients of the plain formula, for every kind of mask it accepts."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,10 @@ import pytest
 from helpers.slow import slow
 
 from lm import sharding
+from lm.models import kernel_choice
 from lm.models.attention import AttentionScores, Visible, attend
+from lm.models.kernel_choice import Choice, choose, splash
+from lm.models.kernels import AttentionDropout, blockwise
 
 TIME = 300   # three blocks
 
@@ -19,7 +22,8 @@ def plain(q, k, v, visible, scores, sinks):
   if scores.softcap is not None:
     s = scores.softcap * jnp.tanh(s / scores.softcap)
   t = np.arange(q.shape[1])
-  mask = jnp.broadcast_to((t[:, None] >= t[None])[None], (len(q), TIME, TIME))
+  visible_from = t[:, None] >= t[None] if scores.causal else np.full((len(t), len(t)), True)
+  mask = jnp.broadcast_to(visible_from[None], (len(q), q.shape[1], q.shape[1]))
   if visible.bidirectional_BS is not None:
     mask = mask | visible.bidirectional_BS[:, None]
   if scores.window is not None:
@@ -32,7 +36,7 @@ def plain(q, k, v, visible, scores, sinks):
   s = jnp.where(mask[:, None], s, -jnp.inf)
   if sinks is not None:
     s = jnp.concatenate([s, jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))], axis=-1)
-  return jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(s)[..., :TIME], v)
+  return jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(s)[..., :q.shape[1]], v)
 
 
 PACKED = np.repeat([[1, 2, 3], [1, 2, 0]], [140, 90, 70], axis=1).astype(np.int32)
@@ -101,8 +105,8 @@ def test_the_fused_kernel_has_the_mask_of_the_plain_formula(fused, scores, visib
   q, k, v = half(16, 16, 16)
   actual = attend(q, k, v, VISIBLE[visibility], scores)
   assert [call['implementation'] for call in fused] == ['cudnn']
-  masks = fused[0]['mask'] is None, scores == AttentionScores(window=None, scale=scores.scale, causal=scores.causal)
-  assert masks[0] == (masks[1] and visibility == 'causal')   # cuDNN is quickest without one
+  has_mask = visibility != 'causal' or scores.chunk is not None
+  assert ('mask' in fused[0]) == has_mask   # cuDNN is quickest without one
   if scores.causal:
     expected = plain(*(x.astype(jnp.float32) for x in (q, k, v)), VISIBLE[visibility], scores, None)
     real = np.ones((2, TIME), bool) if VISIBLE[visibility].segments_BT is None else VISIBLE[visibility].segments_BT > 0
@@ -121,7 +125,64 @@ def test_the_fused_kernel_is_not_called_for_what_it_cannot_compute(fused, arrays
   assert not fused and actual.shape == (2, TIME, 4, arrays[2].shape[-1])
 
 
-def test_another_platform_has_no_fused_kernel(fused, monkeypatch):
-  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
-  attend(*half(16, 16, 16), Visible())
-  assert not fused
+def test_a_platform_without_a_fused_kernel_computes_blockwise_and_has_no_reason_to_give():
+  assert choose('cpu', *half(16, 16, 16), Visible(), AttentionScores()) == Choice(blockwise)
+
+
+DROP = AttentionDropout(jax.random.key(0), np.arange(2), np.arange(4))
+
+
+@pytest.mark.parametrize('platform, length, options, reason', [
+    ('tpu', 256, {'scores': AttentionScores(chunk=64)}, 'chunks of positions are not'),
+    ('tpu', 256, {'visible': Visible(bidirectional_BS=np.ones((2, 256), bool))}, 'bidirectional tokens are not'),
+    ('tpu', 256, {'visible': Visible(bias_NTS=np.ones((4, 256, 256)))}, 'no bias'),
+    ('tpu', 256, {'drop': DROP}, 'no dropout'), ('tpu', 200, {}, 'multiples of 128, not 200 and 200'),
+    ('tpu', 256, {'dtype': jnp.float16}, 'not in float16'),
+    ('cuda', 256, {'dtype': jnp.float32, 'drop': DROP}, 'no dropout of attention; it computes in bfloat16 or float16'),
+    ('cuda', 256, {'size': 12}, 'multiple of 8 up to 128, not 12'), ('cuda', 256, {'size': 256}, 'up to 128, not 256'),
+    ('cuda', 255, {}, 'lengths are even, not 255 and 255'), ('gpu', 256, {'sinks_N': np.ones(4)}, 'no sinks')], ids=str)
+def test_what_a_fused_kernel_cannot_compute_is_said_and_is_computed_blockwise(platform, length, options, reason):
+  options = dict(options)
+  q = jax.ShapeDtypeStruct((2, length, 4, options.pop('size', 16)), options.pop('dtype', jnp.bfloat16))
+  k = jax.ShapeDtypeStruct((2, length, 2, q.shape[-1]), q.dtype)
+  options = {'visible': Visible(), 'scores': AttentionScores(), **options}
+  choice = choose(platform, q, k, k, **options)
+  assert choice.kernel is blockwise and reason in choice.reason
+
+
+def test_the_kernel_is_printed_once(fused, capsys):
+  kernel_choice._print.cache_clear()
+  for _ in range(2):
+    attend(*half(16, 16, 16), Visible())
+    attend(*half(16, 16, 16), Visible(), AttentionScores(softcap=30.))
+  assert capsys.readouterr().err.splitlines() == [
+      'cudnn attention', 'blockwise attention, because cudnn does not fit: it has no softcap']
+
+
+LENGTH = 384   # three blocks of the splash kernel
+SEGMENTS = np.repeat([[1, 2, 3], [1, 2, 0]], [200, 90, 94], axis=1).astype(np.int32)
+
+
+@pytest.mark.parametrize('packed, scores, sinks, sizes', [
+    (True, AttentionScores(0.3, 1.5, 150), True, (16, 24)), (False, AttentionScores(), False, (64, 64)),
+    *slow((True, AttentionScores(), False, (16, 16)), (False, AttentionScores(causal=False), False, (16, 16)),
+          (True, AttentionScores(window=100, causal=False), False, (16, 16)))], ids=str)
+def test_the_splash_kernel_has_the_values_and_gradients_of_the_plain_formula(packed, scores, sinks, sizes):
+  keys = jax.random.split(jax.random.key(0), 5)
+  q, k = jax.random.normal(keys[0], (2, LENGTH, 4, sizes[0])) * 2, jax.random.normal(keys[1], (2, LENGTH, 2, sizes[0]))
+  v, dy = jax.random.normal(keys[2], (2, LENGTH, 2, sizes[1])), jax.random.normal(keys[3], (2, LENGTH, 4, sizes[1]))
+  inputs = (q, k, v, jax.random.normal(keys[4], (4,)) * 2) if sinks else (q, k, v)
+  visible = Visible(SEGMENTS, SEGMENTS) if packed else Visible()
+  assert choose('tpu', q, k, v, visible, scores, inputs[3:] or None).kernel is splash
+
+  @jax.jit
+  def both(*inputs):
+    def of(function):
+      y, pull = jax.vjp(lambda q, k, v, s=None: function(q, k, v, s), *inputs)
+      return y, *pull(dy)
+    return (of(lambda q, k, v, s: splash(q, k, v, visible, scores, s, interpret=True)),
+            of(lambda q, k, v, s: plain(q, k, v, visible, scores, s)))
+
+  for name, actual, expected in zip(('y', 'dq', 'dk', 'dv', 'dsinks'), *both(*inputs)):
+    assert np.abs(expected).max() > 1e-3, name
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * max(1, np.abs(expected).max()), err_msg=name)

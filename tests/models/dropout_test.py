@@ -13,7 +13,8 @@ from lm.data.batch import Batch
 from lm.models import kernels, stack, transformer
 from lm.models import layers as parts
 from lm.models.context import Aux, Context
-from lm.models.kernels import AttentionDropout, AttentionScores, Visible, attend
+from lm.models.kernel_choice import attend
+from lm.models.kernels import AttentionDropout, AttentionScores, Visible
 
 TIME, RATE = 200, 0.3   # two blocks of queries
 SEGMENTS = np.repeat([[1, 2, 3], [1, 2, 0]], [90, 60, 50], axis=1).astype(np.int32)

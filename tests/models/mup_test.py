@@ -12,7 +12,9 @@ import pytest
 
 from lm import declarations, optim, sharding, train
 from lm.data.batch import Batch
-from lm.models import kernels, mup, stack, transformer
+from lm.models import mup, stack, transformer
+from lm.models.kernel_choice import attend
+from lm.models.kernels import Visible
 from lm.objectives.next_token import next_token
 from lm.optim import groups
 
@@ -153,5 +155,5 @@ def test_scores_of_aligned_queries_and_keys_do_not_grow_with_the_size_of_a_head(
   scores = model.layers[0].attention.scores
   key = jnp.stack([jnp.ones((1, 2, size)), jnp.zeros((1, 2, size))], axis=1)
   value = jnp.stack([jnp.ones((1, 2, size)), jnp.zeros((1, 2, size))], axis=1)
-  share = kernels.attend(jnp.full((1, 2, 2, size), 1 / 8), key, value, kernels.Visible(), scores)[0, 1, 0, 0]
+  share = attend(jnp.full((1, 2, 2, size), 1 / 8), key, value, Visible(), scores)[0, 1, 0, 0]
   assert float(share) == pytest.approx(1 / (1 + np.exp(-1)), rel=1e-5)

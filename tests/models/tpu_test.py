@@ -1,0 +1,52 @@
+"""Programs for TPU, without one: lowered on any machine, and compiled where libtpu is installed."""
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lm import sharding
+from lm.data.batch import Batch
+from lm.models import transformer
+from lm.objectives.next_token import next_token
+
+TPU = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+
+
+@pytest.fixture
+def topology():
+  """Returns the devices of a slice of four chips, for which programs can be compiled, and not run."""
+  pytest.importorskip('libtpu')
+  from jax.experimental import topologies
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')   # there is no metadata server to ask
+  return topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+
+
+def gradient(model, mesh, length=256):
+  """Traces the gradient of a model's loss over packed documents, on a mesh that is set."""
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  rows = functools.partial(jax.ShapeDtypeStruct, (2 * sharding.parts('B'), length), sharding=sharding.row_layout(mesh))
+  batch = Batch(*(rows(dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+  loss = next_token().loss
+  return jax.jit(jax.grad(lambda params, batch: loss(model.apply, params, batch, None)[0])).trace(params, batch)
+
+
+def tiny(**options):
+  return transformer.llama(64, 64, 2, 4, kv_heads=2, max_length=256, **options)
+
+
+def test_a_model_is_lowered_with_the_splash_kernel_on_every_shard():
+  mesh = sharding.abstract_mesh('data:4,model:2', TPU)
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = gradient(tiny(), mesh).lower(lowering_platforms=('tpu',)).as_text()
+  for name in ('fwd', 'dq', 'dkv'):
+    calls = [line for line in text.splitlines() if f'splash_mha_{name}_segmented' in line and 'custom_call' in line]
+    assert calls and all('tensor<2x2x256x16xf32>' in line for line in calls), name   # rows and heads of one shard
+
+
+def test_a_model_is_compiled_with_the_splash_kernel(topology):
+  mesh = sharding.make_mesh(None, topology)
+  with jax.set_mesh(mesh):
+    program = gradient(tiny(dtype=jnp.bfloat16), mesh).lower().compile()
+  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3   # forward, dq, and dk with dv
