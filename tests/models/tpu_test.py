@@ -37,7 +37,7 @@ def tiny(**options):
 
 
 def test_a_model_is_lowered_with_the_splash_kernel_on_every_shard():
-  mesh = sharding.abstract_mesh('data:4,model:2', TPU)
+  mesh = sharding.abstract_mesh('fsdp:4,tensor:2', TPU)
   with jax.sharding.use_abstract_mesh(mesh):
     text = gradient(tiny(), mesh).lower(lowering_platforms=('tpu',)).as_text()
   for name in ('fwd', 'dq', 'dkv'):
