@@ -14,7 +14,7 @@ import pytest
 from lm import generate, optim, sharding, train
 from lm.data import batch, batches, dataset, tokenizers
 from lm.data.text import mixture, source
-from lm.evaluate import score
+from lm.evaluate import continuations, score
 from lm.launch import outcome
 from lm.models import layers
 from lm.models.context import Aux
@@ -207,7 +207,7 @@ def logits(params, tokens):
   return np.stack(rows).astype(float) @ params['head'].T
 
 
-def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, capsys):
+def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, capsys, monkeypatch):
   run, workdir, result, again = trained
   jax.tree.map(np.testing.assert_array_equal, result.params, again.params)
   params = jax.tree.map(np.asarray, result.params)
@@ -219,6 +219,9 @@ def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, caps
     expected = own[range(len(own)), ids[1:]] - np.log(np.exp(own).sum(-1))
     np.testing.assert_allclose(values, expected, atol=1e-5)
   assert result.metrics['validation/nll'] == pytest.approx(-np.concatenate(scores).mean(), abs=1e-5)
+  monkeypatch.setattr(continuations, '_SHORTEST', 2)
+  for values, predicted in zip(scores, continuations.predictions(run.model, result.params, texts, [5] * len(texts))):
+    np.testing.assert_allclose(predicted.log_p, values[4:], atol=1e-5)
 
   written, = generate.generate(run.model, result.params, Tokenizer(), ['on'], generate.Sampling(0), max_tokens=6)
   ids = [BOS, *b'on']

@@ -30,10 +30,17 @@ def _empty(count: int) -> Predicted:
 
 
 @functools.partial(jax.jit, static_argnames='apply')
-def _predict(apply, params, batch: Batch, columns_B: jax.Array | None = None) -> Predicted:
-  """Returns the predictions of the targets, [B, T]; with `columns_B`, of one column of each row, [B, 1]."""
+def predict(apply, params, batch: Batch, columns_B: jax.Array | None = None, cache: Any = None,
+            cache_rows_B: jax.Array | None = None) -> Predicted:
+  """Returns the predictions of the targets, [B, T]; with `columns_B`, of one column of each row, [B, 1].
+
+  With a `cache`, row b of the batch continues row `cache_rows_B[b]` of the cache, which several rows may share.
+  """
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  outputs = apply(params, batch)
+  if cache is None:
+    outputs = apply(params, batch)
+  else:
+    outputs = apply(params, batch, cache=sharding.take_rows(cache, cache_rows_B))
   hidden_BTD, targets_BT = outputs.hidden, batch.targets
   if columns_B is not None:
     columns_BT = sharding.constrain(columns_B[:, None], 'BT')
@@ -102,7 +109,7 @@ def predictions(model: Any, params: Any, texts: Sequence[np.ndarray], sources: S
     return (width,) if sources is None else (width, row_shapes.width(len(sources[piece.text])))
   groups = list(row_shapes.groups([shape(piece) for piece in pieces]))
   batches = (_batch(texts, sources, [pieces[i] for i in group], *of_shape) for group, of_shape in groups)
-  for predicted, (group, _) in zip(read_behind(_predict(model.apply, params, batch) for batch in batches), groups):
+  for predicted, (group, _) in zip(read_behind(predict(model.apply, params, batch) for batch in batches), groups):
     for row, i in enumerate(group):
       text, first, start, stop = pieces[i]
       for values, values_BT in zip(result[text], predicted):
@@ -161,7 +168,7 @@ def pseudo_predictions(model: Any, params: Any, texts: Sequence[np.ndarray], mas
   result = [_empty(count) for count in counts]
   copies = [(text, place) for text, count in enumerate(counts) for place in range(1, count + 1)]
   groups = list(row_shapes.groups([(row_shapes.width(len(texts[text]), model.max_length),) for text, _ in copies]))
-  calls = (_predict(model.apply, params, *_masked(texts, [copies[i] for i in group], *shape, mask))
+  calls = (predict(model.apply, params, *_masked(texts, [copies[i] for i in group], *shape, mask))
            for group, shape in groups)
   for predicted, (group, _) in zip(read_behind(calls), groups):
     for row, i in enumerate(group):

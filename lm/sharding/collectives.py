@@ -100,3 +100,14 @@ def insert_rows(tree: Any, new: Any, rows: jax.Array) -> Any:
                          out_specs=layout, check_vma=False)(old, jax.sharding.reshard(new, whole), rows)
 
   return jax.tree.map(place, tree, new)
+
+
+def take_rows(tree: Any, rows: jax.Array) -> Any:
+  """Returns a tree of arrays whose row i is row `rows[i]` of `tree`, whose arrays are led by the rows of a batch."""
+  def take(x):
+    if not is_laid_out():
+      return x[rows]
+    layout = jax.typeof(x).sharding.spec
+    whole = jax.sharding.reshard(x, P(None, *layout[1:]))
+    return whole.at[rows].get(out_sharding=layout)
+  return jax.tree.map(take, tree)

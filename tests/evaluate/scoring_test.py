@@ -108,11 +108,11 @@ def pairs():
 @pytest.mark.parametrize('mesh_shape', ['fsdp:1', *slow('fsdp:4,tensor:2')])
 def test_a_pair_scores_in_a_batch_as_alone_with_few_shapes(pairs, mesh_shape):
   params, sources, texts, expected = pairs
-  before = scoring._predict._cache_size()
+  before = scoring.predict._cache_size()
   with jax.set_mesh(sharding.make_mesh(mesh_shape, jax.devices()[:8 if mesh_shape == 'fsdp:4,tensor:2' else 1])):
     scores = evaluate.log_probabilities(MODELS['t5'], jax.tree.map(jnp.asarray, params), texts, sources)
   # (64, 32), (32, 96), (48, 48), (32, 32), (32, 256) and (32, 48) columns of texts and sources.
-  assert scoring._predict._cache_size() - before == 6
+  assert scoring.predict._cache_size() - before == 6
   for a, b in zip(scores, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 

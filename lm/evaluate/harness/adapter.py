@@ -17,7 +17,7 @@ import numpy as np
 from lm import generate, sharding
 from lm.data.chat import conversation, templates
 from lm.data.text import source
-from lm.evaluate import score
+from lm.evaluate import continuations, score
 from lm.evaluate.harness import requests as harness_requests
 from lm.evaluate.harness.requests import Item
 from lm.objectives.objective import causal_prompt
@@ -176,12 +176,9 @@ class Client:
     del disable_tqdm   # requests come in chunks, whose progress is shown
     texts = [np.int32([*context, *continuation][-max(len(continuation), self.max_length) - 1:])
              for _, context, continuation in requests]
-    predicted = score.predictions(self._model, self._params, texts)
-    result = []
-    for one, (_, _, continuation) in zip(predicted, requests):
-      first = len(one.log_p) - len(continuation)
-      result.append((float(one.log_p[first:].sum(dtype=np.float64)), bool(one.correct[first:].all())))
-    return result
+    starts = [len(tokens) - len(continuation) for tokens, (_, _, continuation) in zip(texts, requests)]
+    predicted = continuations.predictions(self._model, self._params, texts, starts)
+    return [(float(one.log_p.sum(dtype=np.float64)), bool(one.correct.all())) for one in predicted]
 
   def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
     """Returns the log-probability of each document after one bos, in windows that score each token once."""

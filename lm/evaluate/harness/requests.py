@@ -64,14 +64,14 @@ def keys(method: str, requests: Sequence[tuple[Any, ...]], is_drawn: Callable[[t
 
 
 def chunks(items: Sequence[Item], group: Callable[[Item], Any], size: int) -> Iterator[list[Item]]:
-  """Yields items of one group at a time, at most `size`, the longest texts first, so that batches are alike in length.
+  """Yields items of one group at a time, at most `size`, those with the longest contexts first.
 
-  `group` returns what can be compared.
+  So batches are alike in length, and items that share a context come together. `group` returns what can be compared.
   """
   groups = collections.defaultdict(list)
   for item in items:
     groups[group(item)].append(item)
   for _, members in sorted(groups.items()):
-    members.sort(key=lambda item: -sum(len(text) for text in item.args if isinstance(text, str)))
+    members.sort(key=lambda item: (-len(item.args[0]), item.args[0]))
     for first in range(0, len(members), size):
       yield members[first:first + size]

@@ -57,6 +57,7 @@ def test_continuations_have_the_same_scores(clients):
   rng = np.random.default_rng(0)
   texts = [''.join(rng.choice(list('abc d.é'), size=rng.integers(2, 140))) for _ in range(40)]
   requests = instances(*((text[:len(text) // 2].strip(), ' ' + text[len(text) // 2:]) for text in texts), ('', 'ab'),
+                       *(('it is ' * 12 + text[:12], ' ' + letter * 8) for text in texts[:4] for letter in 'abcd'),
                        *((context, letter) for context in ['it', *chats(clients[0])]
                          for letter in 'abcdefghijklmnopqrstuvwxyz'))
   ours, theirs = (client.loglikelihood(requests, disable_tqdm=True) for client in clients)
