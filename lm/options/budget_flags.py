@@ -43,6 +43,7 @@ class Cadence:
     patience: training stops after so many evaluations in a row that are no better than the best.
     save_every: steps between checkpoints; none for a quarter of the steps.
     keep: number of the last checkpoints to keep, beside the best.
+    keep_every: steps between checkpoints that are never deleted, also where --save_every gives none; none for none.
   """
   evaluate_every: int | None = None
   evaluate_batches: int | None = 20
@@ -52,6 +53,7 @@ class Cadence:
   patience: int | None = None
   save_every: int | None = None
   keep: int = 2
+  keep_every: int | None = None
 
   def apply(self, run: train.Run, evaluations: int = 8) -> train.Run:
     """Returns the run with this cadence; it has so many `evaluations` where --evaluate_every is none."""
@@ -61,4 +63,5 @@ class Cadence:
         run, evaluators={**run.evaluators, **suite},
         evaluate_every=evaluate if self.evaluate_every is None else self.evaluate_every,
         evaluate_batches=self.evaluate_batches, patience=self.patience, best=self.best, better=self.better,
-        save_every=save if self.save_every is None else self.save_every, keep=self.keep)
+        save_every=save if self.save_every is None else self.save_every, keep=self.keep,
+        keep_every=self.keep_every)

@@ -17,6 +17,7 @@ from lm.train.interfaces import Feed, OpenData
 from lm.train.interrupt import Interrupt, Stopped
 from lm.train.pace import Pace
 from lm.train.run import Run, State, abstract_state, advance, with_constants
+from lm.train.saver import Saver
 from lm.train.step import make_step
 from lm.workdir import checkpoint, integrity, track
 from lm.workdir.describe import fingerprint
@@ -86,7 +87,7 @@ class Loop:
   def __post_init__(self):
     self.shapes: set[tuple[int, int]] = set()   # of batches whose step is compiled
     self.metrics: dict[str, float] = {}
-    self.evaluated = self.saved = -1
+    self.evaluated = -1
     self.compiles_evaluation = True
     # The steps that were planned before and the last learning rate, where the number of steps has changed.
     self.earlier_plan: tuple[int, float] | None = None
@@ -99,9 +100,9 @@ class Loop:
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=flops.flops_by_step(run, self.mesh, devices),
                        devices=devices, shown=[run.best]) as self.tracker:
-      self.saved = self.start = start
-      self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, (run.evaluate_every, run.save_every),
-                                       start)
+      self.saver, self.start = Saver(self.checkpoints, start), start
+      stops = [every for every in (run.evaluate_every, run.save_every, run.keep_every) if every]
+      self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, stops, start)
       # `stopped` by a signal, `ended` by the steps or the patience, `declined` by `watch`.
       stopped = declined = False
       if self.awaits_validation(start):
@@ -121,7 +122,7 @@ class Loop:
           pending = step, metrics
           if compiles:
             jax.block_until_ready(state)
-        self.checkpoints.check_for_errors()
+        self.saver.check(step)
         skipped = self.pace.next_step(step) - step if self.pace else 0
         if skipped:
           self._report(pending)
@@ -129,7 +130,7 @@ class Loop:
           self.tracker.throughput.skip(skipped)
         stopped, ended = self.interrupt.should_stop(step), step == run.steps
         evaluates = self._evaluates(step)
-        if stopped or evaluates or step % run.save_every == 0:
+        if stopped or evaluates or self._saves(step):
           with self.phases('train'):
             self._report(pending)    # raises, before anything is saved, where values are not finite
             self._check_finite(step, state)
@@ -139,13 +140,20 @@ class Loop:
             best = self.checkpoints.best_metric()
             stopped, declined = self._validate(step, state)
             improved = not stopped and run.patience is not None and self.judge.prefers(self.metrics[run.best], best)
-          if stopped or declined or improved or ended or step % run.save_every == 0 or self.out_of_patience(step):
+          if stopped or declined or improved or ended or self._saves(step) or self.out_of_patience(step):
             self._save(step, state)
           ended = not stopped and (ended or self.out_of_patience(step))
+      self.saver.finish(step, lambda: self._start_saving(step, state))
       return self._result(state, start, step, ended, stopped, declined)
 
   def _evaluates(self, step: int) -> bool:
     return step == self.run.steps or step % self.run.evaluate_every == 0
+
+  def _saves(self, step: int) -> bool:
+    return step % self.run.save_every == 0 or self._is_permanent(step) or self.saver.is_due(step)
+
+  def _is_permanent(self, step: int) -> bool:
+    return self.run.keep_every is not None and step % self.run.keep_every == 0
 
   def awaits_validation(self, step: int) -> bool:
     """Whether a checkpoint lacks the validation that is due at its step, because a signal cut that short."""
@@ -243,7 +251,8 @@ class Loop:
                       'Lower the learning rate, or warm up longer')
 
   def _last_checkpoint(self) -> str:
-    return f'the checkpoint of step {self.saved} is good' if self.saved else 'no checkpoint was saved before'
+    step = self.saver.saved
+    return f'the checkpoint of step {step} is good' if step else 'no checkpoint was saved before'
 
   def _evaluate(self, step: int, state: State) -> bool:
     """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""
@@ -262,9 +271,11 @@ class Loop:
     return True
 
   def _save(self, step: int, state: State) -> None:
-    if step > self.saved:
+    if step > self.saver.saved:
       with self.tracker.pause(), self.phases('checkpoint'):
-        facts = {**self.facts, 'parameters': fingerprint(state.params)}
-        metric = self.metrics[self.run.best] if self.evaluated == step else None
-        self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step))
-      self.saved = step
+        self.saver.save(step, lambda: self._start_saving(step, state))
+
+  def _start_saving(self, step: int, state: State) -> None:
+    facts = {**self.facts, 'parameters': fingerprint(state.params)}
+    metric = self.metrics[self.run.best] if self.evaluated == step else None
+    self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step), self._is_permanent(step))

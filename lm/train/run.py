@@ -41,6 +41,7 @@ class Run:
     evaluate_batches: the batches of the validation split in each evaluation; None for all.
     save_every: the steps between checkpoints.
     keep: how many of the last checkpoints are kept, beside the best.
+    keep_every: every checkpoint at a multiple of so many steps is kept for good; None for none.
     start: `start(model)` returns the parameters that training starts from; None initialises new ones.
     start_tokenizer: the fingerprint of the tokenizer that these parameters, or those of constants, are for; training
       with another tokenizer is refused. None allows any.
@@ -73,6 +74,7 @@ class Run:
   evaluate_batches: int | None = 20
   save_every: int = 1000
   keep: int = 2
+  keep_every: int | None = None
   start: Callable[[Model], Any] | None = None
   start_tokenizer: str | None = None
   constants: tuple[Constants, ...] = ()
@@ -93,6 +95,8 @@ class Run:
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
     seeds.check(self.seed)
+    if self.keep_every is not None and self.keep_every < 1:
+      raise ValueError(f'keep_every={self.keep_every} is not positive; None keeps no checkpoint for good')
     if self.minutes is not None and not 0 < self.minutes < 1e6:
       raise ValueError(f'minutes={self.minutes} is not between 0 and a million')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
@@ -216,8 +220,8 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 # Fields that nothing needs which reads the result of a run: to generate, to score, to export, or to start from it.
-_NOT_STORED = {'optimizer', 'save_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed', 'evaluators',
-               'best', 'better'}
+_NOT_STORED = {'optimizer', 'save_every', 'keep_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed',
+               'evaluators', 'best', 'better'}
 _STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 

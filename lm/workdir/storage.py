@@ -130,7 +130,8 @@ class Storage:
     if jax.process_index() == 0:
       for folder in self.folder.iterdir():
         if _UNFINISHED.fullmatch(folder.name):
-          folder.rmtree()
+          with contextlib.suppress(OSError):   # what a thread of a failed save still writes, the next save removes
+            folder.rmtree()
 
 
 def _is_relevant(record: Any) -> bool:
