@@ -220,8 +220,8 @@ def test_a_run_of_fakes_is_trained_loaded_and_generates_and_scores(trained, caps
     np.testing.assert_allclose(values, expected, atol=1e-5)
   assert result.metrics['validation/nll'] == pytest.approx(-np.concatenate(scores).mean(), abs=1e-5)
   monkeypatch.setattr(continuations, '_SHORTEST', 2)
-  for values, predicted in zip(scores, continuations.predictions(run.model, result.params, texts, [5] * len(texts))):
-    np.testing.assert_allclose(predicted.log_p, values[4:], atol=1e-5)
+  for values, predicted in zip(scores, continuations.predictions(run.model, result.params, texts, [6] * len(texts))):
+    np.testing.assert_allclose(predicted.log_p, values[5:], atol=1e-5)
 
   written, = generate.generate(run.model, result.params, Tokenizer(), ['on'], generate.Sampling(0), max_tokens=6)
   ids = [BOS, *b'on']
