@@ -102,8 +102,12 @@ class Checkpoints:
 
   def check_for_errors(self) -> None:
     """Raises OSError if an earlier save failed. It does not wait for a save in progress, so call it at every step."""
-    if not self._storage.is_saving():
+    if self.is_finished():
       self.wait()
+
+  def is_finished(self) -> bool:
+    """Returns whether no save is in progress; it may have failed."""
+    return not self._storage.is_saving()
 
   def wait(self) -> None:
     """Waits until the save in progress is on disk. Raises OSError if it failed."""

@@ -71,6 +71,7 @@ TOOLS = {
     'scoring': ['--families=gpt2,bert,t5'],
     'decoding': ['--new_tokens=4'],
     'importing': ['--rounds=1'],
+    'checkpoint_stall': ['--width=64', '--saves=1'],
     'harness_requests': ['--rounds=1', '--width=64'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem',

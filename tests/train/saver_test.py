@@ -51,7 +51,7 @@ def train(tmp_path, monkeypatch):
         checkpoints.save(step, state(step), {'step': step})
 
       for step in range(first + 1, steps + 1):
-        while checkpoints._storage.is_saving():
+        while not checkpoints.is_finished():
           time.sleep(1e-3)
         saves.check(step)
         if step % 2 == 0 or saves.is_due(step):
