@@ -23,6 +23,7 @@ from lm.workdir.storage import Storage
 
 Tree = Any
 _METRIC = 'metric.json'   # lies in the folder of a step that was evaluated after it was saved
+_MESSAGE = 400   # bytes of a message from one process to the others
 _ATTEMPTS = 2   # reads of a step before it counts as damaged, because some file systems fail now and then
 
 
@@ -191,11 +192,15 @@ class Checkpoints:
       else:
         for part in parts:
           integrity.check_arrays(path / part, names)
+    except MemoryError:   # the files are intact
+      raise
     except Exception as error:   # missing, truncated and garbled files raise errors of any type
       problem = integrity.reason(error)
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(bool(problem))))
-    if len(failed):
-      raise ValueError(problem or f'process {failed[0]} cannot read it')
+    sent = np.frombuffer(problem.encode()[:_MESSAGE].ljust(_MESSAGE), np.uint8)
+    received = multihost_utils.process_allgather(sent).reshape(-1, _MESSAGE)
+    problems = [text for text in (row.tobytes().decode(errors='ignore').strip() for row in received) if text]
+    if problems:
+      raise ValueError(problems[0])
     return document, parts
 
   def _read(self, abstract: Tree, partly: bool, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:

@@ -1,4 +1,6 @@
 """Checkpoints restore the same bytes on any mesh, survive damage, kills and full disks, and cast nothing silently."""
+import errno
+import json
 import logging
 import os
 import pathlib
@@ -16,10 +18,11 @@ import numpy as np
 import optax
 import pytest
 from absl import logging as absl_logging
+from helpers.faults import failing, faults
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm.workdir import checkpoint, mismatch
+from lm.workdir import arrays, checkpoint, mismatch
 from lm.workdir.judge import Judge
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -239,6 +242,29 @@ def test_a_checkpoint_without_checksums_is_read(tmp_path, mesh, warned):
   (tmp_path / '20' / 'checksums.json').unlink()
   restored = checkpoint.Checkpoints(tmp_path).restore(abstract(make_state(mesh), mesh))
   assert restored.step == 20 and same_bytes(restored.state, make_state(mesh, 20, 20)) and not warned
+
+
+def test_a_checkpoint_of_one_part_is_read(tmp_path, mesh, monkeypatch):
+  """Earlier versions stored the parameters among the other arrays."""
+  with monkeypatch.context() as patch:
+    patch.setattr(arrays, 'parts', lambda state: {'state': state._asdict()})
+    fill(tmp_path, mesh)
+  for step in '10', '20':
+    path = tmp_path / step / 'facts' / 'metadata'
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in document.items() if name not in ('parts', 'permanent')}))
+    (tmp_path / step / 'checksums.json').unlink()
+  checkpoints, state = checkpoint.Checkpoints(tmp_path), make_state(mesh, 20, 20)
+  assert same_bytes(checkpoints.restore(abstract(state, mesh)).state, state)
+  assert same_bytes(checkpoints.restore_params(abstract(state, mesh).params).state, state.params)
+
+
+@pytest.mark.parametrize('times, step', [(1, 20), (2, 10)])
+def test_a_read_that_fails_once_is_repeated(tmp_path, mesh, warned, times, step):
+  fill(tmp_path, mesh)
+  with faults('open', r'/20/state/manifest', failing(errno.EIO, times)):
+    restored = checkpoint.Checkpoints(tmp_path).restore(abstract(make_state(mesh), mesh))
+  assert restored.step == step and len(warned) == (step == 10)
 
 
 @pytest.mark.parametrize('number', [np.inf, np.nan, 1e30])
