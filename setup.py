@@ -29,6 +29,7 @@ setuptools.setup(
         'cuda': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
         'zstd': ['zstandard>=0.23'],
+        'quantized': ['qwix>=0.1.8'],   # products of 8 bits
         'tokenizers': ['tokenizers>=0.21'],
         'hf': [
             'tokenizers>=0.21',     # tokenizer.json files
@@ -47,6 +48,7 @@ setuptools.setup(
         'test': [
             'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
             'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools', 'optuna>=4.4',
+            'qwix>=0.1.8',
             'jinja2>=3.1.6',        # chat templates
             'sacrebleu>=2.5', 'rouge-score>=0.1.2',   # metrics of texts
             'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # the page of human evaluation, and a client of it

@@ -39,6 +39,7 @@ from lm.hf import (
 )
 from lm.hf.config import Config, read
 from lm.hf.names import Family, Map
+from lm.models.quantized_decoder import exact
 from lm.models.transformer import Transformer
 from lm.workdir.describe import describe
 
@@ -265,7 +266,7 @@ def _computes(model: Transformer) -> Any:
     if isinstance(tree, dict):
       return {k: strip(v) for k, v in tree.items() if k not in training}
     return [strip(item) for item in tree] if isinstance(tree, list) else tree
-  return strip(describe(model))
+  return strip(describe(exact(model)))
 
 
 def write(folder: pathlib.Path, model: Transformer, params: Any, families: Sequence[Family] = FAMILIES,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lm import declarations, sharding
 from lm.data.batch import Batch
 from lm.declarations import Role
+from lm.models import rounding
 from lm.models.context import Aux, Context
 
 Initializer = Callable[..., jax.Array]
@@ -76,30 +77,39 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
   """Multiplies by a gathered weight. The letters of the formula also define the sharding of the result.
 
-  All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32. The result has
-  `dtype`; None means the dtype of `x`.
+  All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32; in a model that
+  rounds factors to 8 bits, the first two multiply these (see `rounding`). The result has `dtype`; None means the dtype
+  of `x`.
   """
-  return _product(formula, x, w, sharding.spec(formula.split('->')[1])).astype(dtype or x.dtype)
+  return _einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype))
 
 
-def _product(formula, a, b, layout):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _einsum(formula, x, w, dtype, rounds):
+  dtypes = None if rounds is None else (rounds.forward, rounds.forward)
+  return _product(formula, x, w, sharding.spec(formula.split('->')[1]), dtypes).astype(dtype)
+
+
+def _product(formula, a, b, layout, dtypes=None):
+  if dtypes is not None:
+    return rounding.product(formula, a, b, layout, dtypes)
   return jnp.einsum(formula, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
 
 
-def _einsum_forward(formula, x, w, dtype):
-  return einsum(formula, x, w, dtype), (x, w)
+def _einsum_forward(formula, x, w, dtype, rounds):
+  return _einsum(formula, x, w, dtype, rounds), (x, w)
 
 
-def _einsum_backward(formula, dtype, residuals, dy):
+def _einsum_backward(formula, dtype, rounds, residuals, dy):
   x, w = residuals
   operands, y_axes = formula.split('->')
   x_axes, w_axes = operands.split(',')
   dy = dy.astype(x.dtype)
-  dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.spec(x_axes))
+  dtypes = None if rounds is None else (rounds.backward, rounds.forward)
+  dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.spec(x_axes), dtypes)
   order = w_axes
   if sharding.platform() == 'cpu':   # XLA transposes the operand whose axes come first, which should be the smaller one
     order = ''.join(sorted(w_axes, key=lambda axis: (axis in y_axes) == (x.size <= dy.size)))
@@ -112,7 +122,7 @@ def _einsum_backward(formula, dtype, residuals, dy):
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def parametrised(model: transformer.Transformer, base_width: int, base_layers: i
     return block.clone(attention=attention.clone(scores=scores, std=std, out_std=out_std),
                        feed_forward=block.feed_forward.clone(std=std, out_std=out_std))
 
-  fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ('parent', 'name')}
+  fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(MupDecoder) if f.name not in ('parent', 'name')}
   blocks = stack.stacks([scaled(block) for block in model.layers])
   return MupDecoder(**{**fields, 'blocks': blocks, 'tied': False, 'std': 1.})
 

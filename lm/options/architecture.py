@@ -60,13 +60,12 @@ class Shape:
     options = {'max_length': max_length, 'dropout': regularisation.dropout or 0.,
                'embedding_dropout': regularisation.embedding_dropout,
                'attention_dropout': regularisation.attention_dropout or 0.,
-               'layer_dropout': regularisation.layer_dropout_of(size.layers),
-               'dtype': computation.dtype, 'remat': computation.policy}
+               'layer_dropout': regularisation.layer_dropout_of(size.layers)}
     if size.architecture == 'gpt2':
-      return transformer.gpt2(vocab, size.width, size.layers, size.heads, **options)
-    return transformer.llama(vocab, size.width, size.layers, size.heads, kv_heads=size.kv_heads, hidden=size.hidden,
-                             theta=size.rope_theta, tied=size.tied, head_size=size.head_size, qk_norm=size.qk_norm,
-                             **options)
+      return computation.apply(transformer.gpt2(vocab, size.width, size.layers, size.heads, **options))
+    return computation.apply(transformer.llama(
+        vocab, size.width, size.layers, size.heads, kv_heads=size.kv_heads, hidden=size.hidden, theta=size.rope_theta,
+        tied=size.tied, head_size=size.head_size, qk_norm=size.qk_norm, **options))
 
   def refuse(self, default: Size, source: str) -> None:
     """Raises ValueError where flags give another shape than `default`, which `source` gives."""
