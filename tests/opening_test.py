@@ -246,7 +246,10 @@ def test_a_run_without_its_tokenizer_says_how_to_get_it_back(program, tmp_path):
 def test_a_base_that_trains_on_or_is_damaged_is_noticed(program, tmp_path):
   program('run')
   program('run', steps=6)
+  expected = load.open_trained(tmp_path / 'run').params
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6' / 'state')   # the state of the optimizer, which no reader needs
   base = load.open_base(str(tmp_path / 'run'))
+  assert same(load.open_trained(tmp_path / 'run').params, expected) and same(base.start(base.model), expected)
   for file in (tmp_path / 'run' / 'checkpoints' / '6' / 'params').rglob('d/*'):
     file.write_bytes(b'')
   with pytest.raises(OSError, match='step 6 of .* cannot be read, only step 4; .* move .*/checkpoints/6 away'):

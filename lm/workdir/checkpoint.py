@@ -70,6 +70,7 @@ class Checkpoints:
           self._metrics.by_step[step] = metric, Judge(*judge)
       except Exception:  # damage is reported when the step is read, not here
         self._metrics.by_step[step] = None, Judge()
+        self._permanent.add(step)   # it may be one
 
   def __enter__(self) -> 'Checkpoints':
     return self

@@ -170,6 +170,16 @@ def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
   assert checkpoints.best_step() == 8
 
 
+@pytest.mark.parametrize('damaged', [False, True])
+def test_permanent_steps_stay_also_where_their_facts_cannot_be_read(tmp_path, mesh, damaged):
+  with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    for step in 1, 2, 3:
+      checkpoints.save(step, make_state(mesh), {}, permanent=step == 2)
+  if damaged:
+    (tmp_path / '2' / 'facts' / 'metadata').write_text('{')
+  assert fill(tmp_path, mesh, [4], keep=1).steps() == [2, 4]
+
+
 @pytest.mark.parametrize('change, line', [
     (lambda s: s._replace(params={**s.params, 'w': s.params['w'].update(dtype=jnp.bfloat16)}),
      "params.w: 'float32[64, 256]' before, 'bfloat16[64, 256]' now"),
