@@ -38,7 +38,8 @@ def copy(source: str | os.PathLike, target: str | os.PathLike, step: int | None 
     OSError: a file cannot be written, or has other bytes when it is read back.
   """
   from etils import epath  # here, not at the top, because it takes long
-  source, target = (epath.Path(os.fspath(path)).expanduser().resolve() for path in (source, target))
+  source, target = (epath.Path(path) if '://' in str(path) else epath.Path(path).expanduser().resolve()
+                    for path in (source, target))   # to resolve a URL would make it a local path
   steps = _steps(source)
   if not steps or step not in (None, *steps):
     wanted = 'no checkpoint' if step is None else f'no checkpoint of step {step}'

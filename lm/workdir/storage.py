@@ -85,7 +85,8 @@ class Storage:
         # The manager lists the failed step, lacks those that it was about to delete, and says that a save is going on.
         with contextlib.suppress(Exception):
           self._manager.close()
-        self._manager = self._open()
+        with contextlib.suppress(OSError):   # the folder cannot be listed either: the next save tries again
+          self._manager = self._open()
       raise OSError(f'a checkpoint could not be written to {self.folder}: {integrity.reason(error)} (the earlier '
                     'ones are intact)') from error
 

@@ -7,6 +7,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from etils.epath import testing
 from helpers.faults import faults
 
 from lm.workdir import checkpoint, copying
@@ -120,3 +121,22 @@ def test_only_an_earlier_copy_is_written_over(original, run, tmp_path):
   (run / 'run.json').write_text(json.dumps([{'script': 'a.py', 'seed': 0}] * 2))   # it has trained on since
   with pytest.raises(ValueError, match='no earlier copy of'):
     copying.copy(original, run)
+
+
+def test_on_an_object_store_the_file_that_finishes_a_checkpoint_is_written_last(original, tmp_path, monkeypatch):
+  """Without a cloud, etils writes gs://bucket/run into a local folder."""
+  monkeypatch.chdir(tmp_path)
+  opened = []
+
+  def record(original_open, path, mode):
+    opened.append((str(path), mode))
+    return original_open(path, mode)
+
+  with testing.mock_epath(open=record):
+    copying.copy(original, 'gs://bucket/run')
+  assert contents(tmp_path / 'gs:' / 'bucket' / 'run') == contents(original)
+  written = [path.removeprefix('gs://bucket/run/') for path, mode in opened if 'w' in mode]
+  for step in '1', '2':
+    of_step = [path for path in written if path.startswith(f'checkpoints/{step}/')]
+    assert of_step[-1] == f'checkpoints/{step}/commit_success.txt'
+  assert written[-1] == 'run.json' and not any('.copying' in path for path in written)
