@@ -95,7 +95,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
     """Returns the output [B, T, D] and the new cache, if any. All attention modules have this signature."""
-    positions_BT, visible = context.positions_BT, context.visible
+    positions_BT, visible, x_BTD = context.positions_BT, context.visible, sharding.enter(x_BTD)
     std = self.std if self.query_std is None else self.query_std
     q = project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, self.bias, std)
     k = project(self, 'key', x_BTD, 'KH', self.kv_heads, self.head_size, self.bias, self.std)

@@ -37,9 +37,10 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None):
     """Returns the output and a cache of the source's keys and values. If a cache is given, the source is not read."""
-    memory_BSD, visible = context.source
+    (memory_BSD, visible), x_BTD = context.source, sharding.enter(x_BTD)
     q = attend.project(self, 'query', x_BTD, 'NH', self.heads, self.head_size, False, self.query_std)
     if cache is None:
+      memory_BSD = sharding.enter(memory_BSD)
       k, v = (attend.project(self, name, memory_BSD, 'KH', self.heads, self.head_size, False, self.std)
               for name in ('key', 'value'))
       cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))

@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context, cache: LatentCache | None = None):
-    positions_BT, visible = context.positions_BT, context.visible
+    positions_BT, visible, x_BTD = context.positions_BT, context.visible, sharding.enter(x_BTD)
     scores = self.scores
     if scores.scale is None:
       scores = dataclasses.replace(scores, scale=(self.nope_size + self.rope_size) ** -0.5)

@@ -84,19 +84,30 @@ def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.A
   rounds factors to 8 bits, the first two multiply these (see `rounding`). The result has `dtype`; None means the dtype
   of `x`.
   """
-  return _einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype))
+  return sharding.leave(_einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def _einsum(formula, x, w, dtype, rounds):
-  dtypes = None if rounds is None else (rounds.forward, rounds.forward)
-  return _product(formula, x, w, sharding.spec(formula.split('->')[1]), dtypes).astype(dtype)
+  """Multiplies; where contracted axes are split, each device has a part of the result."""
+  dtypes, layout = None if rounds is None else (rounds.forward, rounds.forward), sharding.spec(formula.split('->')[1])
+  if layout is not None:
+    layout = layout.update(unreduced=frozenset(sharding.contracted(formula, x)))
+  return _product(formula, x, w, layout, dtypes).astype(dtype)
 
 
 def _product(formula, a, b, layout, dtypes=None):
-  if dtypes is not None:
-    return rounding.product(formula, a, b, layout, dtypes)
-  return jnp.einsum(formula, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
+  """Multiplies two operands in float32. The layout says over which mesh axes devices have parts of the result."""
+  a, b = sharding.whole(a), sharding.whole(b)
+  with_parts = layout
+  if layout is not None:   # rounded factors have scales, which multiply whole results
+    axes = frozenset() if dtypes else layout.unreduced & sharding.contracted(formula, a)
+    with_parts = layout.update(unreduced=axes)
+  if dtypes:
+    y = rounding.product(formula, a, b, with_parts, dtypes)
+  else:
+    y = jnp.einsum(formula, a, b, out_sharding=with_parts, preferred_element_type=jnp.float32)
+  return y if with_parts == layout else jax.sharding.reshard(y, layout)
 
 
 def _einsum_forward(formula, x, w, dtype, rounds):
@@ -109,7 +120,7 @@ def _einsum_backward(formula, dtype, rounds, residuals, dy):
   x_axes, w_axes = operands.split(',')
   dy = dy.astype(x.dtype)
   dtypes = None if rounds is None else (rounds.backward, rounds.forward)
-  dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.spec(x_axes), dtypes)
+  dx = _product(f'{y_axes},{w_axes}->{x_axes}', dy, w, sharding.gradient_spec(x), dtypes)
   order = w_axes
   if sharding.platform() == 'cpu':   # XLA transposes the operand whose axes come first, which should be the smaller one
     order = ''.join(sorted(w_axes, key=lambda axis: (axis in y_axes) == (x.size <= dy.size)))
@@ -218,7 +229,7 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
     """Returns the output [B, T, D] and an auxiliary output. All feed-forward modules have this signature."""
-    width = x_BTD.shape[-1]
+    width, x_BTD = x_BTD.shape[-1], sharding.enter(x_BTD)
 
     def up(name):
       w = weight(self, name, 'DF', (width, self.hidden), nn.initializers.normal(self.std), x_BTD.dtype)

@@ -187,7 +187,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
-    width, init = x_BTD.shape[-1], nn.initializers.normal
+    width, init, x_BTD = x_BTD.shape[-1], nn.initializers.normal, sharding.constrain(x_BTD, 'BTD')
     into, out = (self.experts, width, self.hidden), (self.experts, self.hidden, width)
     params = {'gate': layers.weight(self, 'gate', 'EDF', into, init(self.std), x_BTD.dtype),
               'up': layers.weight(self, 'up', 'EDF', into, init(self.std), x_BTD.dtype),
@@ -204,13 +204,13 @@ class Experts(nn.Module):
       rows, split = sharding.spec('BTD'), jax.tree.map(lambda w: jax.typeof(w).sharding.spec, params)
       y = jax.shard_map(self._on_shard, in_specs=(split, rows, rows, rows), out_specs=rows)(
           params, x_BTD, weights, chosen)
-    y = y.astype(x_BTD.dtype)
+    y = sharding.spread(y.astype(x_BTD.dtype))
     if self.shared is None:
       return y, aux
     shared, _ = self.shared(x_BTD, context)
     if self.shared_gate:
       w = layers.weight(self, 'shared_gate', 'DX', (width, 1), init(self.std), x_BTD.dtype, Role.ROUTER)
-      shared = shared * jax.nn.sigmoid(layers.einsum('BTD,DX->BTX', x_BTD, w))
+      shared = shared * sharding.spread(jax.nn.sigmoid(layers.einsum('BTD,DX->BTX', x_BTD, w)))
     return y + shared, aux
 
   def _aux(self, routing, segments_BT):

@@ -30,7 +30,7 @@ class ParallelHead(nn.Module):
 
   @nn.compact
   def __call__(self, hidden_BTD, previous_BTD, ahead_BTD, context: Context, cache=None):
-    return self.block(hidden_BTD, context, cache)
+    return self.block(sharding.spread(hidden_BTD), context, cache)
 
 
 class SequentialModule(nn.Module):
@@ -48,7 +48,7 @@ class SequentialModule(nn.Module):
     both = jnp.concatenate([self.hidden_norm(previous_BTD), self.token_norm(ahead_BTD)], axis=-1)
     shape = both.shape[-1], previous_BTD.shape[-1]   # C, the two widths together, is not sharded
     merge = parts.weight(self, 'merge', 'CD', shape, nn.initializers.normal(shape[0] ** -0.5), both.dtype)
-    x_BTD = parts.einsum('BTC,CD->BTD', both, merge)
+    x_BTD = sharding.spread(parts.einsum('BTC,CD->BTD', both, merge))
     return self.block(x_BTD, context, cache)
 
 
@@ -157,6 +157,7 @@ class MultiToken:
     ahead = jnp.where(tokens_BT[..., None] < 0, 0, ahead)
     tree = stack.unstacked(self._stacks, params['depths'])[k - 1]
     x, cache, aux = self.module.apply({'params': tree}, hidden_BTD, previous_BTD, ahead, context, cache)
+    x = sharding.constrain(x, 'BTD')
     return x, self.trunk.norm.apply({'params': params['norm']}, x), cache, aux
 
   def prompt(self, texts: Sequence[np.ndarray], rows: int, bos: int, eos: int, adds_bos: bool = True

@@ -60,7 +60,7 @@ def product(formula: str, a: jax.Array, b: jax.Array, layout: Any, dtypes: tuple
   """
   qwix = require('qwix', 'quantized')
   operands, result = formula.split('->')
-  a, b = (qwix.quantize(_as_array(x), dtype,
+  a, b = (qwix.quantize(x.astype(jnp.float32), dtype,
                         channelwise_axes=[i for i, letter in enumerate(letters) if letter in result])
           for x, letters, dtype in zip((a, b), operands.split(','), dtypes, strict=True))
   total = jnp.int32 if jnp.issubdtype(a.qvalue.dtype, jnp.integer) else jnp.float32
@@ -68,13 +68,3 @@ def product(formula: str, a: jax.Array, b: jax.Array, layout: Any, dtypes: tuple
   # A scale has size 1 along contracted axes, so that this product has the scale of each entry of the result.
   scales = jnp.einsum(formula, a.scale, b.scale, out_sharding=layout, precision='highest')
   return values.astype(jnp.float32) * scales
-
-
-def _as_array(x: jax.Array) -> jax.Array:
-  """Returns `x` in float32. A gathered weight loses the mark that the parts of its gradient are still to be summed.
-
-  The gradient does not pass through here (see `layers.einsum`), and JAX cannot take the maximum of a marked array.
-  """
-  partition = jax.typeof(x).sharding.spec
-  x = x.astype(jnp.float32)
-  return jax.sharding.reshard(x, partition.update(reduced=frozenset())) if partition.reduced else x

@@ -117,7 +117,7 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
   Raises:
     ValueError: `dropout` does not have a rate for each layer, or no layer has an activation that is tapped.
   """
-  drops = _drops(stacks, dropout, context.key)
+  drops, x = _drops(stacks, dropout, context.key), sharding.spread(x)
 
   def layer(block, params, x, context):
     x, _, aux, readings = _apply(block, params, x, context)
@@ -147,7 +147,7 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
     read = [reading for _, reading in reports]
     readings += [jax.tree.map(operator.itemgetter(i), read[j]) for i in range(stack.repeats) for j in range(len(read))]
     first += count
-  return x, total, _stacked(context.taps, readings)
+  return sharding.constrain(x, 'BTD'), total, _stacked(context.taps, readings)
 
 
 def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, caches: tuple[Any, ...]
@@ -157,13 +157,13 @@ def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, cach
   It does not use a scan, which would copy the weights and the cache of each layer at every step (half of the time on
   CPU).
   """
-  new, total, readings = [], Aux(), []
+  new, total, readings, x = [], Aux(), [], sharding.spread(x)
   for i, (block, tree, cache) in enumerate(zip(layers(stacks), unstacked(stacks, params), caches)):
     x, cache, aux, read = _apply(block, tree, x, dataclasses.replace(context, layer=jnp.int32(i)), cache)
     new.append(cache)
     total = total.plus(aux)
     readings.append(read)
-  return x, tuple(new), total, _stacked(context.taps, readings)
+  return sharding.constrain(x, 'BTD'), tuple(new), total, _stacked(context.taps, readings)
 
 
 def _apply(block, params, x, context, cache=None):

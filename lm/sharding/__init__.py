@@ -2,9 +2,6 @@
 from lm.sharding.axes import (
   check,
   constrain,
-  gather,
-  gathered_spec,
-  gradient_spec,
   layout,
   local_rows,
   merge_axes,
@@ -13,11 +10,9 @@ from lm.sharding.axes import (
   platform,
   require,
   row_layout,
-  scale_gradient,
   shard_rows,
   spec,
   split_axis,
-  zero_gradient,
 )
 from lm.sharding.collectives import (
   insert_rows,
@@ -31,9 +26,20 @@ from lm.sharding.collectives import (
 )
 from lm.sharding.hosts import join, process_0_first
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
+from lm.sharding.partial import (
+  contracted,
+  enter,
+  gather,
+  gradient_spec,
+  leave,
+  scale_gradient,
+  spread,
+  whole,
+  zero_gradient,
+)
 
-__all__ = ['abstract_mesh', 'check', 'choose_mesh', 'constrain', 'gather', 'gathered_spec', 'gradient_spec', 'layout',
-           'local_rows', 'make_mesh', 'merge_axes', 'mesh_text', 'padded_rows', 'parts', 'platform', 'require',
-           'row_layout', 'scale_gradient', 'shard_rows', 'spec', 'split_axis', 'zero_gradient', 'insert_rows',
-           'mark_varying', 'part_index', 'rows_of_parts', 'sum_of_parts', 'sum_over_devices', 'sum_rows_of_parts',
-           'take_rows', 'join', 'process_0_first']
+__all__ = ['check', 'constrain', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts', 'platform', 'require',
+           'row_layout', 'shard_rows', 'spec', 'split_axis', 'insert_rows', 'mark_varying', 'part_index',
+           'rows_of_parts', 'sum_of_parts', 'sum_over_devices', 'sum_rows_of_parts', 'take_rows', 'join',
+           'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text', 'contracted', 'enter', 'gather',
+           'gradient_spec', 'leave', 'spread', 'scale_gradient', 'whole', 'zero_gradient']

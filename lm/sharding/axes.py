@@ -3,14 +3,11 @@
 Tensor axes are the letters of the shape legend in `models/transformer.py`. `TABLE` says which mesh axes split a letter.
 All other code names letters only, so that a new mesh axis is a new entry of `AXES` and of the table.
 
-The mesh axes are explicit: a wrong sharding is a type error. Mesh axes of size 1 split nothing, and appear in no
-layout.
+The mesh axes are explicit: a wrong sharding is a type error. A mesh has only the axes whose size is above 1.
 """
-import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +27,7 @@ def axes_of(letters: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str,
   """Returns the mesh axes that split these tensor axes, each once, on the given mesh or the one in use."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   axes = dict.fromkeys(axis for letter in letters for axis in TABLE.get(letter, ()))
-  return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+  return tuple(axis for axis in axes if axis in mesh.shape)
 
 
 def check_table() -> None:
@@ -83,15 +80,22 @@ def spec(axes: str) -> P | None:
   for letter in axes:
     free = tuple(axis for axis in axes_of(letter) if axis not in used)
     used.update(free)
-    entries.append(_entry(free))
+    entries.append(entry_of(free))
   return P(*entries)
 
 
-def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+def entry_of(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
   """Returns mesh axes as an entry of a PartitionSpec."""
   if len(axes) > 1:
     return axes
   return axes[0] if axes else None
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of an entry of a PartitionSpec."""
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else entry
 
 
 def is_laid_out() -> bool:
@@ -128,92 +132,17 @@ def _reshape(x, shape, change):
   return jax.lax.reshape(x, shape, out_sharding=partition.update(partitions=entries))
 
 
-def gathered_spec(axes: str) -> P | None:
-  """Returns the sharding of a weight in use: its parts along D are gathered, and other axes are split as in storage.
-
-  Where activations are split, each device computes a part of the gradient of such a weight. The sharding says so: the
-  weight is `reduced` over these mesh axes, and its gradient is `unreduced`.
-  """
-  partition = spec(axes.replace('D', '-'))
-  if partition is None or 'D' not in axes:
-    return partition
-  used = axes_of(axes.replace('D', ''))
-  return partition.update(reduced=frozenset(axis for axis in axes_of('BT') if axis not in used))
-
-
-def gradient_spec(weight: jax.Array) -> P | None:
-  """Returns the sharding of the gradient of a gathered weight, which devices have parts of."""
-  if not is_laid_out():
-    return None
-  partition = jax.typeof(weight).sharding.spec
-  return partition.update(reduced=frozenset(), unreduced=partition.reduced)
-
-
-def zero_gradient(weight: jax.Array) -> jax.Array:
-  """Returns float32 zeros, to which gradients of a gathered weight are added."""
-  zeros, partition = jnp.zeros(weight.shape, jnp.float32), gradient_spec(weight)
-  return zeros if partition is None else jax.sharding.reshard(zeros, partition)
-
-
-def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
-  """Returns the gradient of a gathered weight, of which devices have parts, times a scalar."""
-  unreduced = jax.typeof(gradient).sharding.spec.unreduced
-  factor = factor.astype(gradient.dtype)
-  return gradient * (jax.sharding.reshard(factor, P(reduced=unreduced)) if unreduced else factor)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(weight: jax.Array, axes: str) -> jax.Array:
-  """Returns a weight for use, laid out as `gathered_spec` says.
-
-  The parts of its gradient are summed in float32 and scattered in one operation, a reduce-scatter.
-  """
-  partition = gathered_spec(axes)
-  return weight if partition is None else jax.sharding.reshard(weight, partition)
-
-
-def _gather_forward(weight, axes):
-  return gather(weight, axes), jnp.zeros((), weight.dtype)
-
-
-def _gather_backward(axes, like, gradient):
-  if not is_laid_out() or not jax.typeof(gradient).sharding.spec.unreduced:
-    return (constrain(gradient, axes),)
-  unreduced = jax.typeof(gradient).sharding.spec.unreduced
-  stored, dimension = spec(axes), axes.index('D')
-  scattered = _names(stored[dimension])
-
-  def add(part):
-    part = part.astype(jnp.float32)
-    if scattered:
-      part = jax.lax.psum_scatter(part, scattered, scatter_dimension=dimension, tiled=True)
-    others = tuple(axis for axis in AXES if axis in unreduced and axis not in scattered)
-    return (jax.lax.psum(part, others) if others else part).astype(like.dtype)
-
-  return (jax.shard_map(add, in_specs=jax.typeof(gradient).sharding.spec, out_specs=stored)(gradient),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)
-
-
 def check(axes: str, sizes: tuple[int, ...], name: str) -> None:
   """Raises ValueError unless the mesh axes of each tensor axis divide its size."""
   mesh = jax.sharding.get_abstract_mesh()
   for letter, size, entry in zip(axes, sizes, spec(axes) or ()):
-    names = _names(entry)
+    names = names_of(entry)
     count = math.prod(mesh.shape[axis] for axis in names)
     if size % count:
       divisors = [number for number in range(1, count) if size % number == 0]
       raise ValueError(f'{name}: its axis {letter} has size {size}, which is not a multiple of {count}, the size of '
                        f'the mesh axes {", ".join(f"{axis}:{mesh.shape[axis]}" for axis in names)}; choose another '
                        f'--mesh, where that size is {" or ".join(map(str, divisors))}, or another size of the model')
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  """Returns the mesh axes of an entry of a PartitionSpec."""
-  if entry is None:
-    return ()
-  return (entry,) if isinstance(entry, str) else entry
 
 
 def layout(mesh: Mesh | AbstractMesh, partition: P | None) -> jax.sharding.Sharding:
@@ -225,7 +154,7 @@ def layout(mesh: Mesh | AbstractMesh, partition: P | None) -> jax.sharding.Shard
 
 def row_layout(mesh: Mesh | AbstractMesh) -> jax.sharding.Sharding:
   """Returns how an array `[B, ...]` lies on a mesh."""
-  return layout(mesh, P(_entry(axes_of('B', mesh))))
+  return layout(mesh, P(entry_of(axes_of('B', mesh))))
 
 
 def require(mesh: Mesh | AbstractMesh) -> None:

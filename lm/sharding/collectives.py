@@ -70,7 +70,7 @@ def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any
     return function(whole, *rows)
   mesh, layouts = jax.sharding.get_abstract_mesh(), jax.tree.map(lambda x: jax.typeof(x).sharding.spec, whole)
   divides = jax.tree.leaves(rows)[0].shape[0] % math.prod(mesh.shape.values()) == 0
-  axes = tuple(axis for axis, size in mesh.shape.items() if size > 1) if divides else axes_of('B')
+  axes = mesh.axis_names if divides else axes_of('B')
 
   def local(whole, *rows):
     return jax.tree.map(lambda x: jax.lax.psum(x, axes) if axes else x, function(whole, *rows))

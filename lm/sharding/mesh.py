@@ -25,16 +25,17 @@ def make_mesh(shape: str | None = None, devices: Sequence[Any] | None = None) ->
   """
   devices = jax.devices() if devices is None else devices
   sizes = _sizes('fsdp:-1' if shape is None else shape, len(devices))
-  if math.prod(sizes) != len(devices):
-    raise ValueError(f'mesh {shape!r} needs {math.prod(sizes)} devices, but there are {len(devices)}; give sizes whose '
+  count = math.prod(sizes.values())
+  if count != len(devices):
+    raise ValueError(f'mesh {shape!r} needs {count} devices, but there are {len(devices)}; give sizes whose '
                      f'product is {len(devices)}, such as fsdp:{len(devices)}')
   explicit = (AxisType.Explicit,) * len(sizes)
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
-  if slices > 1 and sizes[0] % slices == 0:
-    across = slices, *[1] * (len(sizes) - 1)
-    grid = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), across, devices)
-    return Mesh(grid, tuple(AXES), axis_types=explicit)
-  return jax.make_mesh(sizes, tuple(AXES), axis_types=explicit, devices=devices)
+  slices, replicas = len({getattr(device, 'slice_index', 0) for device in devices}), sizes.get('replica', 1)
+  if slices > 1 and replicas % slices == 0:
+    within = replicas // slices, *list(sizes.values())[1:]
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, *[1] * (len(sizes) - 1)), devices)
+    return Mesh(grid, tuple(sizes), axis_types=explicit)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
 
 
 def choose_mesh(fits: Callable[[AbstractMesh], None], devices: Sequence[Any] | None = None) -> tuple[Mesh, str]:
@@ -74,18 +75,20 @@ def abstract_mesh(shape: str, device: jax.sharding.AbstractDevice | None = None)
   """Returns a mesh without devices, on which full-size programs are lowered; `device` is the kind they are lowered for.
   """
   sizes = _sizes(shape)
-  return AbstractMesh(sizes, tuple(AXES), axis_types=(AxisType.Explicit,) * len(sizes), abstract_device=device)
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes),
+                      abstract_device=device)
 
 
-def mesh_text(mesh: Mesh | AbstractMesh, axes: tuple[str, ...] | None = None) -> str:
-  """Returns a mesh as text, such as `'fsdp:4,tensor:2'`: its axes of a size above 1, or those that are given."""
-  if axes is None:
-    axes = tuple(axis for axis, size in mesh.shape.items() if size > 1) or ('fsdp',)
-  return ','.join(f'{axis}:{mesh.shape.get(axis, 1)}' for axis in axes)
+def mesh_text(mesh: Mesh | AbstractMesh) -> str:
+  """Returns a mesh as text, such as `'fsdp:4,tensor:2'`."""
+  return ','.join(f'{axis}:{size}' for axis, size in mesh.shape.items())
 
 
-def _sizes(shape: str, devices: int | None = None) -> tuple[int, ...]:
-  """Returns the size of each mesh axis, in the order of `AXES`; -1 becomes what remains of the number of devices."""
+def _sizes(shape: str, devices: int | None = None) -> dict[str, int]:
+  """Returns the mesh axes of a size above 1, in the order of `AXES`; fsdp:1 if there is none.
+
+  The size -1 becomes what remains of the number of devices.
+  """
   check_table()
   sizes = dict(_parts(shape))
   free = [axis for axis, size in sizes.items() if size == -1]
@@ -98,7 +101,7 @@ def _sizes(shape: str, devices: int | None = None) -> tuple[int, ...]:
       raise ValueError(f'mesh {shape!r} leaves no whole number of devices for the axis {free[0]}: {others} does not '
                        f'divide the {devices} devices; change the other sizes')
     sizes[free[0]] = devices // others
-  return tuple(sizes.get(name, 1) for name in AXES)
+  return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1} or {'fsdp': 1}
 
 
 def _parts(shape: str) -> Iterator[tuple[str, int]]:

@@ -171,7 +171,7 @@ def test_run_trains_records_and_calls_then(program):
   assert calls == [(run, workdir, RESULT)]
   assert program(build) == 0
   first, second = json.loads((workdir / 'run.json').read_text())
-  assert first['mesh'] == {'replica': 1, 'fsdp': 4, 'expert': 1, 'tensor': 2}
+  assert first['mesh'] == {'fsdp': 4, 'tensor': 2}
   assert first['knobs'] == {'width': 8} and first['seed'] == 3
   assert first['versions']['jax'] == jax.__version__ and first['devices'] == 8 and first['script'] == 'launch_test.py'
   assert second['knobs'] == {'width': 4} and second['argv'][1].startswith('--workdir')

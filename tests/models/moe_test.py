@@ -45,7 +45,8 @@ def inputs(seed=1):
 def run(module, params, x, dy):
   """Returns the output, and the gradients of <output, dy> by the parameters and x."""
   def apply(params, x):
-    return module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
+    y = module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
+    return sharding.constrain(y, 'BTD')
 
   y, back = jax.vjp(apply, params, x)
   return y, *back(sharding.constrain(dy, 'BTD'))

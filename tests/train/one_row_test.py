@@ -25,8 +25,9 @@ def test_the_cases_are_of_every_kind_of_data():
     *((name, 'fsdp:1', 1) for name in CASES if name != 'experts'), ('next_token', 'fsdp:2', 2),
     *slow(('experts', 'fsdp:1', 1), ('experts', 'fsdp:2', 2), ('experts', 'tensor:2', 1), ('dpo', 'fsdp:2', 2))])
 def test_one_row_is_trained_by_any_objective(name, mesh, accumulate):
+  rows = accumulate * mesh_of(mesh).shape.get('fsdp', 1)
   with jax.set_mesh(mesh_of(mesh)):
-    train.check(configured(name, batch=accumulate * mesh_of(mesh).shape['fsdp'], accumulate=accumulate), mesh_of(mesh))
+    train.check(configured(name, batch=rows, accumulate=accumulate), mesh_of(mesh))
 
 
 @pytest.mark.parametrize('mesh', ['fsdp:2', *slow('fsdp:1', 'tensor:2')])
@@ -37,7 +38,7 @@ def test_parts_of_one_row_add_up_to_the_batch(mesh):
   losses = []
   with jax.set_mesh(mesh_of(mesh)):
     rows = sharding.shard_rows(batch, mesh_of(mesh))
-    for accumulate in (1, 4 // mesh_of(mesh).shape['fsdp']):
+    for accumulate in (1, 4 // mesh_of(mesh).shape.get('fsdp', 1)):
       state, step = jax.jit(lambda: train.init(run))(), train.make_step(dataclasses.replace(run, accumulate=accumulate))
       for _ in range(2):
         state, metrics = step(state, rows)

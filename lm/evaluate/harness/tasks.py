@@ -170,14 +170,14 @@ def _measure(task: Any, metric: str, values: Mapping[int, Any], documents: Seque
   aggregation = _aggregation(task, metric)
   value = _FUNCTIONS.get(aggregation)
   try:
-    given = np.array(list(values.values()), float)
+    numbers = np.array(list(values.values()), float)
   except (TypeError, ValueError):   # texts, or lists of several lengths
     return None
-  if value is None or given.ndim != (2 if aggregation in _WEIGHTED else 1):
+  if value is None or numbers.ndim != (2 if aggregation in _WEIGHTED else 1):
     return None
   rows = np.zeros((len(documents), 2))
   rows[np.searchsorted(documents, list(values))] = (
-      given if aggregation in _WEIGHTED else np.stack([given, np.ones(len(given))], axis=1))
+      numbers if aggregation in _WEIGHTED else np.stack([numbers, np.ones(len(numbers))], axis=1))
   higher = task.higher_is_better().get(metric)
   better = '' if higher is None else 'higher' if higher else 'lower'
   return Measure(metric, rows, value, better, signature)

@@ -1,0 +1,91 @@
+"""Shows that a run has the same batches, losses and gradients on every mesh of the devices that there are.
+
+  python experiments/proof.py
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/proof.py
+
+A small decoder is trained on packed documents of Python's library for some steps on one mesh after the other. The table
+has, for each mesh, whether the batches are the same bytes, the largest relative difference of a loss and of a norm of
+the gradient from those of the first mesh, how far rounding explains them (see `lm/studies/mesh_traces.py`), and the
+bytes that devices exchange in a step. It is printed, and written to `proof.md` in the workdir. The exit code is 1 where
+a mesh differs by more than rounding.
+"""
+import pathlib
+import sys
+
+import jax
+
+from lm import launch, optim, sharding, train
+from lm.data import dataset, tokenizers
+from lm.data.text import corpora, source
+from lm.models import transformer
+from lm.objectives.next_token import next_token
+from lm.optim import schedules
+from lm.studies import mesh_traces
+from lm.workdir import atomic
+
+
+def meshes_of(count: int) -> str:
+  """Returns meshes for a number of devices, separated by `;`, the first of which is the reference."""
+  names = [f'fsdp:{count}', f'replica:{count}']
+  if count % 2 == 0:
+    names += [f'fsdp:{count // 2},tensor:2', f'replica:2,fsdp:{count // 2}']
+  if count % 4 == 0:
+    names += [f'replica:2,fsdp:{count // 4},tensor:2', f'fsdp:{count // 4},tensor:4']
+  return '; '.join(names)
+
+
+def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width: int = 64, heads: int = 4,
+          length: int = 128, batch: int = 16, seed: int = 0,
+          workdir: pathlib.Path = pathlib.Path('runs/proof')) -> None:
+  """Trains on each mesh and compares.
+
+  Args:
+    meshes: the meshes, separated by `;`, such as `fsdp:8; fsdp:4,tensor:2`; by default several of all devices.
+    steps: the number of steps on each mesh.
+    layers: the number of layers.
+    width: the size of the residual stream.
+    heads: the number of heads of attention.
+    length: the positions in a row.
+    batch: the rows in a batch.
+    seed: fixes the data order, the initialisation and the losses.
+    workdir: the folder of the data and of the table.
+  """
+  run = train.Run(transformer.llama(256 + 16, width, layers, heads, max_length=length), next_token(),
+                  dataset.Text(source.sample(corpora.python_library(), 64), tokenizers.Bytes, length),
+                  optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=2)), steps, batch, seed=seed)
+  shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]
+  laid_out = [sharding.make_mesh(shape) for shape in shapes]
+  for mesh in laid_out:
+    with jax.set_mesh(mesh):
+      train.check(run, mesh)
+  workdir.mkdir(parents=True, exist_ok=True)
+  data = run.data.open(workdir, control=run.objective.control)
+  reference = mesh_traces.trace(run, data, laid_out[0])
+  perturbed = [mesh_traces.trace(run, data, laid_out[0], perturbation) for perturbation in range(3)]
+  bound = mesh_traces.bound(reference, perturbed, batch * length)[:, -1]
+  lines = [f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} processes, JAX '
+           f'{jax.__version__}, {steps} steps of {batch} x {length} positions', '',
+           '| mesh | batches | loss differs by | norm differs by | within rounding | exchanged in a step |',
+           '|---|---|---|---|---|---|',
+           f'| {shapes[0]} | | | | at most {bound[0]:.1e}, {bound[1]:.1e} | {_exchanged(reference)} |']
+  fails = False
+  for mesh in laid_out[1:]:
+    trace = mesh_traces.trace(run, data, mesh)
+    loss, norm = mesh_traces.deviation(trace, reference)[:, -1]
+    same, within = trace.batches == reference.batches, loss <= bound[0] and norm <= bound[1]
+    fails |= not (same and within)
+    lines.append(f'| {trace.mesh} | {"same" if same else "OTHERS"} | {loss:.1e} | {norm:.1e} | '
+                 f'{"yes" if within else "NO"} | {_exchanged(trace)} |')
+  if jax.process_index() == 0:
+    print('\n'.join(lines))
+    atomic.write(workdir / 'proof.md', '\n'.join(lines) + '\n')
+  if fails:
+    sys.exit(1)
+
+
+def _exchanged(trace: mesh_traces.Trace) -> str:
+  return ', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, (_, size) in trace.exchanges.items()) or 'nothing'
+
+
+if __name__ == '__main__':
+  launch.tool(proof)

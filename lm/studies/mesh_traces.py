@@ -1,0 +1,112 @@
+"""The losses of a run on several meshes, and how far float32 lets them differ.
+
+Meshes add the same numbers in other orders, so that results differ by rounding. Two kinds of it bound the difference:
+
+* A loss is a sum over n targets. Added in any tree, its relative error is at most u log2(n), where u = 2^-24 is half of
+  the distance from 1 to the next number (Higham 1993), so two sums differ by twice of that.
+* Rounding within a step changes the parameters, which later steps enlarge. How much they do in this run, with this
+  optimizer, is measured: the run is repeated on one mesh with parameters that are moved at each step by at most one
+  unit in the last place. A step rounds at more than one place, hence `FACTOR`.
+"""
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding, train
+from lm.train import communication
+from lm.train.feed import DataFeed
+from lm.train.interfaces import OpenData
+
+FACTOR = 8.
+
+
+class Trace(NamedTuple):
+  """The steps of a run on a mesh.
+
+  Attributes:
+    mesh: the mesh as text.
+    losses: the loss of each step, [steps].
+    norms: the norm of the gradient of each step, [steps].
+    batches: a fingerprint of the bytes of all batches.
+    exchanges: the exchanges of a step, by kind: their number, and their bytes; see `communication.totals`.
+    seconds: the time of a step without compilation.
+  """
+  mesh: str
+  losses: np.ndarray
+  norms: np.ndarray
+  batches: str
+  exchanges: Mapping[str, tuple[int, int]]
+  seconds: float
+
+
+def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation: int | None = None) -> Trace:
+  """Returns the steps of a run on a mesh. Nothing is evaluated or saved.
+
+  Args:
+    run: the run; its optimizer, guard and accumulation count.
+    data: the opened data of the run.
+    mesh: the mesh.
+    perturbation: the seed of perturbations of the parameters by rounding; None for none.
+  """
+  with jax.set_mesh(mesh):
+    feed, digest = DataFeed(run, data, mesh), hashlib.sha256()
+    key = jax.random.key(run.seed)
+    state, metrics, compiled = jax.jit(lambda: train.init(run))(), [], None
+    start = time.monotonic()
+    for number in range(run.steps):
+      batch = feed(number, state)
+      _add_rows(digest, batch)
+      if compiled is None:
+        compiled = train.make_step(run).lower(state, batch, {}, key).compile()
+        start = time.monotonic()
+      if perturbation is not None:
+        state = state._replace(params=_perturb(state.params, jax.random.key(perturbation), number))
+      state, values = compiled(state, batch, {}, key)
+      metrics.append(values)
+    jax.block_until_ready(state)
+    seconds = (time.monotonic() - start) / run.steps
+    losses, norms = (np.float64([step[name] for step in metrics]) for name in ('loss', 'grad_norm'))
+    feed.close()
+  return Trace(sharding.mesh_text(mesh), losses, norms, digest.hexdigest()[:16],
+               communication.totals(compiled.as_text()), seconds)
+
+
+@jax.jit
+def _perturb(params, key, number):
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
+  ulp = jnp.finfo(jnp.float32).eps
+
+  def move(x, key):
+    layout = jax.typeof(x).sharding if jax.typeof(x).sharding.mesh.axis_names else None
+    return x * (1 + ulp * (jax.random.randint(key, x.shape, -1, 2, out_sharding=layout)))
+
+  return jax.tree.unflatten(tree, map(move, leaves, keys))
+
+
+def _add_rows(digest: Any, batch: Any) -> None:
+  """Adds the rows of a batch that this process holds, each once and in order."""
+  for array in jax.tree.leaves(batch):
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    for start in sorted(shards):
+      digest.update(np.asarray(shards[start]).tobytes())
+
+
+def deviation(trace: Trace, reference: Trace) -> np.ndarray:
+  """Returns the largest relative difference of losses and of norms up to each step, [2, steps]."""
+  pairs = (trace.losses, reference.losses), (trace.norms, reference.norms)
+  return np.maximum.accumulate([np.abs(a - b) / np.abs(b) for a, b in pairs], axis=1)
+
+
+def bound(reference: Trace, perturbed: Sequence[Trace], targets: int) -> np.ndarray:
+  """Returns how far losses and norms may differ from those of the reference up to each step, [2, steps].
+
+  `targets` is the number of targets of a step.
+  """
+  moved = np.max([deviation(trace, reference) for trace in perturbed], axis=0)
+  return 2 * 2 ** -24 * np.log2(targets) + FACTOR * moved
