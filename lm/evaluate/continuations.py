@@ -19,7 +19,7 @@ from lm.train.validation import read_behind
 
 _SHORTEST = 64   # context, in tokens, that is read apart; programs for shorter ones would not repay their compilation
 _LONGEST = 64    # continuation, in tokens, for which a cache has slots
-_SLOTS = 8192    # of all contexts that are kept at once
+_SLOTS = 8192    # of all contexts in a cache
 
 
 def predictions(model: Any, params: Any, texts: Sequence[np.ndarray], starts: Sequence[int]) -> list[Predicted]:
@@ -65,19 +65,19 @@ def _calls(model: Any, params: Any, texts: Sequence[np.ndarray], starts: Sequenc
   `width` is that of the rows of contexts.
   """
   slots = width + _LONGEST
-  kept = sharding.padded_rows(max(_SLOTS // slots, 1))   # contexts
-  for part in _parts(groups, kept):
-    cache = _empty(model, kept, slots)
-    rows = min(row_shapes.rows((width,)), kept)
+  capacity = sharding.padded_rows(max(_SLOTS // slots, 1))   # contexts
+  for part in _parts(groups, capacity):
+    cache = _empty(model, capacity, slots)
+    rows = min(row_shapes.rows((width,)), capacity)
     for places in _parts(range(len(part)), rows):
       contexts = [texts[part[place][0]][:starts[part[place][0]] - 1] for place in places]
-      cache = _read(model, params, cache, _contexts(contexts, rows, width), _padded(places, rows, kept))
+      cache = _read(model, params, cache, _contexts(contexts, rows, width), _padded(places, rows, capacity))
     by_width: dict[int, list[tuple[int, int]]] = {}
     for place, group in enumerate(part):
       for text in group:
         by_width.setdefault(max(32, _power_of_two(len(texts[text]) - starts[text])), []).append((text, place))
     for size, members in sorted(by_width.items()):
-      rows = min(row_shapes.rows((size,)), kept)
+      rows = min(row_shapes.rows((size,)), capacity)
       for some in _parts(members, rows):
         batch = _continuations([(texts[text], starts[text]) for text, _ in some], rows, size)
         cache_rows = _padded([place for _, place in some], rows, 0)

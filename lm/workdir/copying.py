@@ -42,8 +42,8 @@ def copy(source: str | os.PathLike, target: str | os.PathLike, step: int | None 
                     for path in (source, target))   # to resolve a URL would make it a local path
   steps = _steps(source)
   if not steps or step not in (None, *steps):
-    wanted = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
-    raise FileNotFoundError(f'{source} has {wanted}; its steps are {steps}')
+    missing = 'no checkpoint' if step is None else f'no checkpoint of step {step}'
+    raise FileNotFoundError(f'{source} has {missing}; its steps are {steps}')
   _check_target(source, target)
   target.mkdir(parents=True, exist_ok=True)
   (target / _MARK).write_text(str(source))
@@ -69,10 +69,10 @@ def _check_target(source: Any, target: Any) -> None:
   if not target.exists() or (target / _MARK).exists() or not any(target.iterdir()):
     return
   try:
-    there, here = (json.loads((folder / 'run.json').read_text()) for folder in (target, source))
+    copied, original = (json.loads((folder / 'run.json').read_text()) for folder in (target, source))
     # The last record gets further facts while a run trains.
-    is_copy = len(there) <= len(here) and all(old.items() <= new.items() for old, new in zip(map(_flat, there),
-                                                                                             map(_flat, here)))
+    is_copy = len(copied) <= len(original) and all(old.items() <= new.items() for old, new in zip(map(_flat, copied),
+                                                                                             map(_flat, original)))
   except (OSError, ValueError, AttributeError):
     is_copy = False
   if not is_copy:
