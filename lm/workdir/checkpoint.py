@@ -37,9 +37,10 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run. As a context manager, it waits at its end for a save in progress.
 
-  It keeps the last `keep` steps and, with `keep_best`, the one with the best metric, chosen among the steps that were
-  saved with the judge `judged_by`, or with that of the newest step if it is None. Readers give `create=False`, which
-  needs a folder that exists. Raises OSError if the folder cannot be made, written to, or found.
+  It keeps the last `keep` steps, those that were saved as permanent and, with `keep_best`, the one with the best
+  metric, chosen among the steps that were saved with the judge `judged_by`, or with that of the newest step if it is
+  None. Readers give `create=False`, which needs a folder that exists. Raises OSError if the folder cannot be made,
+  written to, or found.
   """
 
   def __init__(self, folder: str | os.PathLike, keep: int = 3, keep_best: bool = True, create: bool = True,
