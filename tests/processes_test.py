@@ -26,14 +26,14 @@ if place:
 texts = [f'text number {i} of some, with words like w{i * 7} and more' for i in range(2000)]
 source = Source('texts', {'train': texts, 'validation': ['held out']}, 'texts')
 data = dataset.Text(source, lambda documents: tokenizer.train_sentencepiece(documents, 500), 32)
-print('ready', flush=True)
+print('ready', file=sys.stderr, flush=True)   # of a cluster, only process 0 prints to stdout
 sys.stdin.readline()
 lines = []
 opened = data.open(pathlib.Path(folder), lines.append)
 batch = opened.batches('train', next_token(), 4)(0)
 print(json.dumps({'lines': lines, 'tokenizer': opened.tokenizer.fingerprint, 'data': opened.fingerprint,
                   'tokens': hashlib.sha256(opened.stores['train'].tokens.tobytes()).hexdigest(),
-                  'batch': batch.tokens.tolist()}), flush=True)
+                  'batch': batch.tokens.tolist()}), file=sys.stderr, flush=True)
 """
 FLAGS = ['--vocab=400', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1',
          '--evaluate_every=1', '--evaluate_batches=1', r'--separator=\n\n']
@@ -71,14 +71,14 @@ def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
   script.write_text(OPEN)
   processes = [start([script, workdir, *([coordinator, i] if kind == 'cluster' else [])], tmp_path) for i in range(2)]
   for process in processes:   # both processes wait here; a cluster prints further lines
-    while process.stdout.readline() not in ('ready\n', ''):
+    while process.stderr.readline() not in ('ready\n', ''):
       pass
   for process in processes:
     process.stdin.write('\n')
     process.stdin.flush()
   ends = results(processes)
   assert [process.returncode for process in processes] == [0, 0], ends
-  first, second = (json.loads(out[out.index('{'):].splitlines()[0]) for out, _ in ends)
+  first, second = (json.loads(err[err.index('{"lines'):].splitlines()[0]) for _, err in ends)
   lines = [first.pop('lines'), second.pop('lines')]
   assert first == second
   trained = ['training the tokenizer' in each for each in lines]
@@ -90,7 +90,7 @@ def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
 
   alone, = results([start([script, tmp_path / 'alone'], tmp_path)])
   # The same files as one process writes.
-  assert alone[0].count('ready') == 1 and contents(tmp_path / 'alone' / 'data') == files
+  assert alone[1].count('ready') == 1 and contents(tmp_path / 'alone' / 'data') == files
 
 
 @pytest.mark.slow
@@ -107,6 +107,7 @@ def test_programs_that_start_at_once_share_a_workdir_only_in_a_cluster(tmp_path,
   codes = [process.returncode for process in processes]
   if kind == 'cluster':
     assert codes == [0, 0] and 'held out: loss' in ends[0][0] and 'training the tokenizer' in ends[0][0], ends
+    assert '2 processes (flags)' in ends[0][0] and ends[1][0] == ''   # only process 0 prints
   else:
     assert sorted(codes) in ([0, 0], [0, 1]), ends   # the slower process may start after the other has ended
     assert 1 not in codes or 'another process is training in the workdir' in ends[codes.index(1)][1]

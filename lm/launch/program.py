@@ -54,7 +54,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
            program_flags: Any = None, /, *, workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
            coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-           new_objective: bool = False, verify: bool = False):
+           heartbeat: int = 100, new_objective: bool = False, verify: bool = False):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.
 
   Args:
@@ -67,12 +67,13 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
     coordinator_address: host:port of process 0, in a cluster that JAX does not detect by itself.
     num_processes: the number of processes in that cluster.
     process_id: the number of this process, from 0.
+    heartbeat: in a cluster, the seconds after which a process that does not answer is lost, and the run ends.
     new_objective: continue from a checkpoint of another objective; the best checkpoint is then the best by this one.
     verify: first compare all files of the data (tokenizer, tokens, columns) with their checksums.
   """
   from lm import sharding
   from lm.sharding import hosts
-  hosts.join(coordinator_address, num_processes, process_id)
+  hosts.join(coordinator_address, num_processes, process_id, heartbeat)
   start(experiment, knobs, workdir, mesh and sharding.make_mesh(mesh), init, seed,
         report and (lambda run, result: report(run, workdir, result)),
         init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, program_flags=program_flags,

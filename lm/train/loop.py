@@ -116,6 +116,11 @@ class Loop:
         compiles = self._compiles(step, batch)
         with self.phases('compile and first step' if compiles else 'train'):
           with self._paused() if compiles else contextlib.nullcontext():
+            if compiles:
+              self._report(pending)
+              pending = None
+              with self._saving_at_signal(step, state):   # the call of the step donates the state, this does not
+                train_step.lower(state, batch, self.constants, key).compile()
             state, metrics = train_step(state, batch, self.constants, key)
           step += 1
           self._report(pending)      # the metrics of the step before, while this one runs
@@ -258,7 +263,7 @@ class Loop:
     """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""
     # The first evaluation compiles, which does not count for the pace either.
     paused = self._paused() if self.compiles_evaluation else self.tracker.pause()
-    with paused, self.phases('validate'):
+    with paused, self.phases('validate'), self._saving_at_signal(step, state):
       parameters = fingerprint(averaging.evaluation_params(state.opt_state, state.params))
       metrics = self.ledger.metrics(step, parameters)
       if metrics is None:
@@ -279,3 +284,21 @@ class Loop:
     facts = {**self.facts, 'parameters': fingerprint(state.params)}
     metric = self.metrics[self.run.best] if self.evaluated == step else None
     self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step), self._is_permanent(step))
+
+  def _saving_at_signal(self, step: int, state: State) -> contextlib.AbstractContextManager[None]:
+    """Saves a step from another thread, and ends the process, where a block does not return soon after a signal.
+
+    Processes of a cluster cannot agree on a step in such a block, so that one of them ends only where nothing is lost.
+    """
+    if jax.process_count() > 1 and step > self.saver.saved:
+      return contextlib.nullcontext()
+
+    def rescue() -> None:
+      if step > self.saver.saved:
+        with jax.set_mesh(self.mesh):   # each thread has its own
+          self._check_finite(step, state)
+          self._start_saving(step, state)
+        self.checkpoints.wait()
+      print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there', flush=True)
+
+    return self.interrupt.during(rescue)

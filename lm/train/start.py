@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lm import optim, seeds, sharding
+from lm.sharding import hosts
 from lm.train import validation
 from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
@@ -58,7 +59,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': run_to_json(run)}
   judge = Judge(facts['objective'], run.best, run.better)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
-        Interrupt() as interrupt, contextlib.closing(feed)):
+        Interrupt() as interrupt, contextlib.closing(feed), hosts.ending_with_peers()):
     with phases('restore or initialise'):
       constants = load_constants(run)
       state, start, logged = _restore(run, mesh, checkpoints)
