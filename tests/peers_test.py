@@ -1,4 +1,4 @@
-"""Two processes train together. A signal to one saves in both; a process that is lost ends the other, which names it."""
+"""Two processes train together: a signal to one saves in both, and a lost one ends the other, which names it."""
 import os
 import pathlib
 import re

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import absl.logging  # noqa: F401  (defines --v and other flags of logging)
 from absl import flags
@@ -54,7 +54,8 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
            program_flags: Any = None, /, *, workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
            coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-           heartbeat: int = 100, new_objective: bool = False, verify: bool = False):
+           heartbeat: int = 100, new_objective: bool = False, verify: bool = False,
+           on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.
 
   Args:
@@ -70,6 +71,10 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
     heartbeat: in a cluster, the seconds after which a process that does not answer is lost, and the run ends.
     new_objective: continue from a checkpoint of another objective; the best checkpoint is then the best by this one.
     verify: first compare all files of the data (tokenizer, tokens, columns) with their checksums.
+    on_not_finite: what happens at a step whose loss or gradient is not finite; skip leaves its update out, go_back
+      continues from the last checkpoint without the batches in between; none skips with a spike guard, else stops.
+    replay: instead of training, compute this step, which was not finite, in float32, and name the first module that is
+      not finite.
   """
   from lm import sharding
   from lm.sharding import hosts
@@ -77,13 +82,14 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
   start(experiment, knobs, workdir, mesh and sharding.make_mesh(mesh), init, seed,
         report and (lambda run, result: report(run, workdir, result)),
         init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, program_flags=program_flags,
-        verify=verify)
+        verify=verify, on_not_finite=on_not_finite, replay=replay)
 
 
 def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
           init: pathlib.Path | None = None, seed: int = 0, report: Callable[..., None] | None = None,
           watch: Callable[..., bool] | None = None, init_ignore_tokenizer: bool = False,
-          new_objective: bool = False, program_flags: Any = None, verify: bool = False) -> tuple[Any, Any]:
+          new_objective: bool = False, program_flags: Any = None, verify: bool = False,
+          on_not_finite: str | None = None, replay: int | None = None) -> tuple[Any, Any]:
   """Trains the run of an experiment in a workdir, and records there how it was started.
 
   Args:
@@ -99,6 +105,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     new_objective: whether the checkpoint in the workdir may be of another objective.
     program_flags: the `resume.ProgramFlags` of a program, which prints the outcome; None for a run of a study.
     verify: whether the files of the data are first compared with their checksums.
+    on_not_finite: what happens at a step that is not finite, as the flag says.
+    replay: the step to replay instead of training; the result is then None.
 
   Returns:
     The run and its result, see `train.train`.
@@ -132,6 +140,11 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       raise FileNotFoundError(f'{error}. The run in {workdir} started from there, and still reads there what lies '
                               'under its adapters, or its shape and tokenizer; put it back. Where flags give the shape '
                               'and the tokenizer, --init=none continues without it') from None
+    run = _with_policy(run, on_not_finite)
+    if replay is not None:
+      from lm.train import replay as replays
+      print('\n'.join(replays.replay(run, workdir, mesh, replay)))
+      return run, None
     resume.check_minutes(program_flags, run)
     resume.check_start(program_flags, workdir, build)
     unverified = run.data.verify(workdir) if verify else []
@@ -146,6 +159,22 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     if report:
       report(run, result)
   return run, result
+
+
+def _with_policy(run: Any, on_not_finite: str | None) -> Any:
+  """Returns the run with what `--on_not_finite` says. Raises ValueError where its guard contradicts it."""
+  from lm import train
+  match on_not_finite:
+    case 'stop' if run.guard is not None:
+      raise ValueError('--on_not_finite=stop is given, and the spike guard of the run skips steps that are not finite; '
+                       'leave one of them out')
+    case 'stop':
+      return dataclasses.replace(run, not_finite=None)
+    case 'skip':   # with a guard, it is what counts the steps
+      return run if run.guard is not None else dataclasses.replace(run, not_finite=train.Skip())
+    case 'go_back':
+      return dataclasses.replace(run, not_finite=train.GoBack())
+  return run
 
 
 def _choose_mesh(build: Callable[..., Any]) -> Any:

@@ -1,10 +1,12 @@
 """Training: a `Run` describes what is trained, and `train` trains it from the newest checkpoint in its workdir."""
 from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
+from lm.train.guard import GoBack, Skip
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
 from lm.train.interrupt import Stopped
-from lm.train.loop import NotFinite, Result, result_step
+from lm.train.not_finite import NotFinite
 from lm.train.pending import Pending, after_opening, build
+from lm.train.result import Result, result_step
 from lm.train.run import (
   Run,
   State,
@@ -22,7 +24,7 @@ from lm.train.run import (
 from lm.train.start import train
 from lm.train.step import make_step, step_function
 
-__all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'Model', 'NotFinite', 'OpenData', 'Pending', 'Result',
-           'Run', 'State', 'Stopped', 'abstract_batch', 'abstract_constants', 'abstract_state', 'after_opening',
-           'begin', 'build', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants', 'make_step',
-           'result_step', 'run_from_json', 'step_function', 'train', 'with_constants', 'with_shardings']
+__all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'GoBack', 'Model', 'NotFinite', 'OpenData', 'Pending',
+           'Result', 'Run', 'Skip', 'State', 'Stopped', 'abstract_batch', 'abstract_constants', 'abstract_state',
+           'after_opening', 'begin', 'build', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants',
+           'make_step', 'result_step', 'run_from_json', 'step_function', 'train', 'with_constants', 'with_shardings']

@@ -1,4 +1,4 @@
-"""A guard that skips steps at which the loss spikes."""
+"""A guard that skips steps at which the loss spikes, and what a run may do at a step that is not finite."""
 import dataclasses
 from typing import NamedTuple
 
@@ -76,3 +76,30 @@ class Guard:
     mean = jnp.sum(values * in_use) / size
     variance = jnp.sum(jnp.square(values - mean) * in_use) / (size - 1)
     return new - mean <= self.sigma * jnp.sqrt(variance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+  """Leaves out the update of a step that is not finite; more than `most` in `window` steps end the run."""
+  most: int = 16
+  window: int = 128
+
+  def __post_init__(self):
+    if not 0 < self.most < self.window:
+      raise ValueError(f'most={self.most} steps left out of window={self.window} end a run never, or at once; allow '
+                       'fewer than the window has, and one at least')
+
+
+@dataclasses.dataclass(frozen=True)
+class GoBack:
+  """Goes back to the last checkpoint where a step is not finite, and leaves out all batches from there to this step.
+
+  This is what PaLM's authors did at spikes (Chowdhery et al. 2022, section 5.1). `further` more batches are left out.
+  The run ends after it went back `most` times.
+  """
+  further: int = 0
+  most: int = 5
+
+  def __post_init__(self):
+    if self.further < 0 or self.most < 1:
+      raise ValueError(f'further={self.further} batches are less than 0, or most={self.most} times are less than 1')

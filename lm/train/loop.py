@@ -5,17 +5,21 @@ import math
 import pathlib
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 
 from lm import seeds
 from lm.data.batch import Batch
 from lm.optim import averaging
-from lm.train import checks, flops, validation
+from lm.train import checks, flops, not_finite, validation
+from lm.train.guard import GoBack, Skip
 from lm.train.interfaces import Feed, OpenData
-from lm.train.interrupt import Interrupt, Stopped
+from lm.train.interrupt import Interrupt
+from lm.train.not_finite import NotFinite
 from lm.train.pace import Pace
+from lm.train.result import Result, result_step
 from lm.train.run import Run, State, abstract_state, advance, with_constants
 from lm.train.saver import Saver
 from lm.train.step import make_step
@@ -23,47 +27,6 @@ from lm.workdir import checkpoint, integrity, track
 from lm.workdir.describe import fingerprint
 from lm.workdir.judge import Judge
 from lm.workdir.ledger import Ledger
-
-
-class Result(NamedTuple):
-  """A run as `train` returns it: at its end, or where something stopped it.
-
-  Attributes:
-    step: the number of steps so far.
-    start: the step that training continued from.
-    params: the parameters to evaluate, with the constants of the run among them.
-    data: the data.
-    mesh: the mesh.
-    metrics: the metrics of the last evaluation, by their names in the log.
-    finished: whether the run is at its end.
-    phases: the time that each phase took.
-    signal: the number of the signal that stopped the run; None for none.
-    left_out: the number of steps that were left out to keep to the minutes of the run.
-  """
-  step: int
-  start: int
-  params: Any
-  data: OpenData
-  mesh: jax.sharding.Mesh
-  metrics: dict[str, float]
-  finished: bool
-  phases: track.Phases
-  signal: int | None = None
-  left_out: int = 0
-
-  def raise_if_stopped(self) -> None:
-    """Raises Stopped, a KeyboardInterrupt, where a signal stopped the run before its end."""
-    if self.signal:
-      raise Stopped(self.signal)
-
-
-class NotFinite(FloatingPointError):
-  """The loss or the gradient is infinite or not a number, or spikes too often."""
-
-
-def result_step(run: Run, checkpoints: checkpoint.Checkpoints, best: bool = False) -> int | None:
-  """Returns the step of the best checkpoint for a run with patience, and with `best`; None for the newest one."""
-  return checkpoints.best_step() if best or run.patience is not None else None
 
 
 @dataclasses.dataclass
@@ -80,6 +43,7 @@ class Loop:
   judge: Judge                # compares checkpoints
   facts: Mapping[str, Any]    # are stored in every checkpoint
   ledger: Ledger              # has the evaluations of earlier processes
+  left_out: not_finite.LeftOutBatches
   interrupt: Interrupt
   phases: track.Phases
   watch: Callable[[int, dict[str, float]], bool] | None
@@ -89,6 +53,7 @@ class Loop:
     self.metrics: dict[str, float] = {}
     self.evaluated = -1
     self.compiles_evaluation = True
+    self.not_finite: list[int] = []   # steps whose update was left out
     # The steps that were planned before and the last learning rate, where the number of steps has changed.
     self.earlier_plan: tuple[int, float] | None = None
 
@@ -112,32 +77,36 @@ class Loop:
           self.checkpoints.set_metric(start, self.metrics[run.best])
       ended = not (stopped or declined) and (step >= run.steps or self.out_of_patience(step))
       while not (ended or stopped or declined):
-        batch = self.feed(step, state._replace(params=with_constants(state.params, self.constants)))
+        batch = self.feed(self.left_out.index(step),
+                          state._replace(params=with_constants(state.params, self.constants)))
         compiles = self._compiles(step, batch)
         with self.phases('compile and first step' if compiles else 'train'):
           with self._paused() if compiles else contextlib.nullcontext():
+            arguments = batch, self.constants, key, np.int32(step)
             if compiles:
-              self._report(pending)
-              pending = None
+              state, pending = self._report(pending, state), None
               with self._saving_at_signal(step, state):   # the call of the step donates the state, this does not
-                train_step.lower(state, batch, self.constants, key).compile()
-            state, metrics = train_step(state, batch, self.constants, key)
+                train_step.lower(state, *arguments).compile()
+            state, metrics = train_step(state, *arguments)
+          before, state = state, self._report(pending, state)   # of the step before, while this one runs
+          if state is not before:
+            pending = None   # the step before was left out, and this one, which did nothing, is computed again
+            continue
           step += 1
-          self._report(pending)      # the metrics of the step before, while this one runs
-          pending = step, metrics
+          pending = step, metrics, batch
           if compiles:
             jax.block_until_ready(state)
         self.saver.check(step)
         skipped = self.pace.next_step(step) - step if self.pace else 0
         if skipped:
-          self._report(pending)
+          state = self._report(pending, state)
           pending, step, state = None, step + skipped, advance(state, skipped)
           self.tracker.throughput.skip(skipped)
         stopped, ended = self.interrupt.should_stop(step), step == run.steps
         evaluates = self._evaluates(step)
         if stopped or evaluates or self._saves(step):
           with self.phases('train'):
-            self._report(pending)    # raises, before anything is saved, where values are not finite
+            state = self._report(pending, state)   # before anything is saved
             self._check_finite(step, state)
           pending = None
           improved = False
@@ -224,20 +193,42 @@ class Loop:
       print(f'step {step}: batches of {shape[0]} x {shape[1]} from here on, compiling')
     return True
 
-  def _report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-    """Logs the metrics of a step. Raises NotFinite where its loss or gradient is not finite, or spikes too often."""
+  def _report(self, pending: tuple[int, dict[str, jax.Array], Batch] | None, state: State) -> State:
+    """Logs the metrics of a step. Returns the state; another one where the step is not finite and is left out.
+
+    Raises:
+      NotFinite: the loss or gradient of the step is not finite, or too many steps were skipped or left out.
+    """
     if pending is None:
-      return
-    step, metrics = pending[0], {name: float(value) for name, value in pending[1].items()}
+      return state
+    run, step = self.run, pending[0]
+    metrics = {name: float(value) for name, value in pending[1].items()}
     self.tracker.log(step, metrics)
     self._report_jump(step, metrics.get('learning_rate', 0.))
-    guard = self.run.guard
+    is_finite = math.isfinite(metrics['loss'] + metrics['grad_norm'])
+    if not is_finite:   # the state is the one before the step, which later steps leave as it is
+      not_finite.keep(self.workdir, step, state, pending[2], metrics)
+    guard = run.guard
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
                       f'more than {guard.most}; {self._last_checkpoint()}. Lower the learning rate')
-    if not guard and not math.isfinite(metrics['loss'] + metrics['grad_norm']):
-      raise NotFinite(f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}; '
-                      f'{self._last_checkpoint()}. Lower the learning rate, or warm up longer')
+    return state if is_finite else self._leave_out(step, metrics, state)
+
+  def _leave_out(self, step: int, metrics: Mapping[str, float], state: State) -> State:
+    """Returns the state after a step that is not finite, and whose update is left out. Raises NotFinite elsewhere."""
+    policy = self.run.not_finite
+    values = f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}'
+    advice = _advice(step)
+    if isinstance(policy, GoBack) or (policy is None and self.run.guard is None):
+      raise NotFinite(f'{values}; {self._last_checkpoint()}. Lower the learning rate, or warm up longer; {advice}',
+                      step)
+    self.not_finite.append(step)
+    lately = sum(other > step - policy.window for other in self.not_finite) if isinstance(policy, Skip) else 0
+    if lately and lately > policy.most:
+      raise NotFinite(f'{values}; of the last {policy.window} steps, {lately} were left out, more than {policy.most}; '
+                      f'{self._last_checkpoint()}. Lower the learning rate; {advice}')
+    print(f'{values}: its update is left out; {advice}')
+    return not_finite.left_out(self.run, state)
 
   def _report_jump(self, step: int, rate: float) -> None:
     """Prints a line where the learning rate jumps at the first step, because the number of steps has changed."""
@@ -253,7 +244,7 @@ class Loop:
     """Raises NotFinite where the update of a step made parameters that are not finite, which its loss does not show."""
     if not integrity.all_finite(state.params):
       raise NotFinite(f'step {step}: the update made parameters whose norm is not finite; {self._last_checkpoint()}. '
-                      'Lower the learning rate, or warm up longer')
+                      f'Lower the learning rate, or warm up longer; {_advice(step)}', step)
 
   def _last_checkpoint(self) -> str:
     step = self.saver.saved
@@ -302,3 +293,7 @@ class Loop:
       print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there', flush=True)
 
     return self.interrupt.during(rescue)
+
+
+def _advice(step: int) -> str:
+  return f'--replay={step}, added to the same command, names the first module that is not finite'

@@ -16,7 +16,7 @@ from lm.data.rows.stages import Schedule, Stage
 from lm.objectives.objective import Objective
 from lm.optim import averaging
 from lm.train.gradient import Gradient, accumulate_gradients
-from lm.train.guard import Guard
+from lm.train.guard import GoBack, Guard, Skip
 from lm.train.interfaces import Constants, Data, Evaluator, Feed, Model, OpenData
 from lm.workdir import rebuild
 from lm.workdir.describe import describe
@@ -51,6 +51,8 @@ class Run:
     patience: training stops after so many evaluations in a row without an improvement, and the best checkpoint is then
       the result.
     guard: skips steps at which the loss spikes.
+    not_finite: what happens at a step whose loss or gradient is not finite. By default the run stops, or, with a guard,
+      leaves the update out.
     minutes: steps are left out where training would take longer. `launch` chooses `steps` where an experiment has none.
     gradient: computes the gradient of a step, see `lm.train.gradient`.
     feed: `feed(run, data, mesh)` makes the feed, see `interfaces.Feed`; None reads the batches of the data.
@@ -82,6 +84,7 @@ class Run:
   stages: tuple[Stage, ...] = ()
   patience: int | None = None
   guard: Guard | None = None
+  not_finite: Skip | GoBack | None = None
   minutes: float | None = None
   gradient: Gradient = accumulate_gradients
   feed: 'Callable[[Run, OpenData, jax.sharding.Mesh], Feed] | None' = None   # None: `feed.DataFeed`
@@ -109,6 +112,9 @@ class Run:
       name = 'augment' if self.augment else 'stages'
       raise ValueError(f'{name}={getattr(self, name)} is for batches of the data, and feed={self.feed} gives others; '
                        'leave one of them out')
+    if self.stages and isinstance(self.not_finite, GoBack):
+      raise ValueError(f'stages={self.stages} give batches of a shape to certain steps, and not_finite=GoBack gives '
+                       'steps other batches; leave one of them out')
     if self.stages and self.stages[-1].until > self.steps:
       raise ValueError(f'a stage ends at step {self.stages[-1].until}, beyond the {self.steps} steps of the run')
 
@@ -220,8 +226,8 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 # Fields that nothing needs which reads the result of a run: to generate, to score, to export, or to start from it.
-_NOT_STORED = {'optimizer', 'save_every', 'keep_every', 'start', 'augment', 'guard', 'minutes', 'gradient', 'feed',
-               'evaluators', 'best', 'better'}
+_NOT_STORED = {'optimizer', 'save_every', 'keep_every', 'start', 'augment', 'guard', 'not_finite', 'minutes',
+               'gradient', 'feed', 'evaluators', 'best', 'better'}
 _STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 

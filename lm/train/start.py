@@ -13,8 +13,10 @@ from lm.sharding import hosts
 from lm.train import validation
 from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
+from lm.train.guard import GoBack
 from lm.train.interrupt import Interrupt
 from lm.train.loop import Loop, Result
+from lm.train.not_finite import LeftOutBatches, NotFinite
 from lm.train.run import Run, State, abstract_state, begin, identity, init, load_constants, run_to_json
 from lm.workdir import checkpoint, mismatch, records, track
 from lm.workdir.judge import Judge
@@ -62,22 +64,33 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
         Interrupt() as interrupt, contextlib.closing(feed), hosts.ending_with_peers()):
     with phases('restore or initialise'):
       constants = load_constants(run)
-      state, start, logged = _restore(run, mesh, checkpoints)
-    planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
-    # Only a record with these facts is a run that was accepted, which can be opened later.
-    records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
-    _print_size(run, mesh, state, workdir)
-    loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts,
-                Ledger(workdir, evaluation.fingerprint), interrupt, phases, watch)
-    if start >= run.steps and not loop.awaits_validation(start):
-      print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
-    elif start and not loop.out_of_patience(start):
-      print(f'going on from step {start}')
-      rate = optim.learning_rate(state.opt_state)
-      if planned != run.steps and rate is not None:
-        loop.earlier_plan = planned, float(rate)
-    with records.preserve(workdir):
-      return loop.train(state, start, logged)
+    batches = LeftOutBatches(workdir)
+    if batches.total:
+      run = dataclasses.replace(run, steps=min(run.steps, feed.steps(run.steps + batches.total) - batches.total))
+    while True:
+      with phases('restore or initialise'):
+        state, start, logged = _restore(run, mesh, checkpoints)
+      planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
+      # Only a record with these facts is a run that was accepted, which can be opened later.
+      records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
+      _print_size(run, mesh, state, workdir)
+      loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts,
+                  Ledger(workdir, evaluation.fingerprint), batches, interrupt, phases, watch)
+      if start >= run.steps and not loop.awaits_validation(start):
+        print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
+      elif start and not loop.out_of_patience(start):
+        print(f'going on from step {start}')
+        rate = optim.learning_rate(state.opt_state)
+        if planned != run.steps and rate is not None:
+          loop.earlier_plan = planned, float(rate)
+      try:
+        with records.preserve(workdir):
+          return loop.train(state, start, logged)
+      except NotFinite as error:
+        if not isinstance(run.not_finite, GoBack) or error.step is None:
+          raise
+        checkpoints.wait()   # the one in progress is good too
+        batches.go_back(run.not_finite, error, max(checkpoints.steps(), default=0))
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:

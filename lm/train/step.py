@@ -20,12 +20,14 @@ def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
 
 
 def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """Returns the pure function `(state, batch, constants={}, key=None) -> (state, metrics)` of a step.
+  """Returns the pure function `(state, batch, constants={}, key=None, number=None) -> (state, metrics)` of a step.
 
-  The key is by default that of the run's seed; it is folded with the number of the step.
+  The key is by default that of the run's seed; it is folded with the number of the step. A step whose loss or gradient
+  is not finite returns the state as it was, its number included. So does a step whose `number`, that of the steps
+  before it, is not the one of the state: the host starts a step before it knows the loss of the last one.
   """
   def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
-           key: jax.Array | None = None):
+           key: jax.Array | None = None, number: jax.Array | None = None):
     def loss(params, batch, key):
       reports = []
 
@@ -66,7 +68,10 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
       keeps, history = run.guard.judge(state.seen, mean, norm)
       new = jax.tree.map(functools.partial(jnp.where, keeps), new, advance(state, 1))._replace(seen=history)
       metrics |= {'skipped': history.total, 'skipped_lately': jnp.sum(history.skipped)}
-    return new, metrics
+    is_next = jnp.isfinite(mean) & jnp.isfinite(norm)
+    if number is not None:
+      is_next &= state.step == number
+    return jax.tree.map(functools.partial(jnp.where, is_next), new, state), metrics
 
   return step
 

@@ -153,8 +153,7 @@ def test_the_second_signal_ends_a_process_whose_main_thread_is_in_c(ended, capfd
 
 def test_a_block_that_returns_after_a_signal_saves_as_usual(ended, monkeypatch):
   monkeypatch.setattr(Interrupt, 'patience', 60.)
-  with Interrupt() as interrupt:
-    with interrupt.during(lambda: ended.append('rescued')):
-      terminate()
-      assert interrupt.should_stop(1)
+  with Interrupt() as interrupt, interrupt.during(lambda: ended.append('rescued')):
+    terminate()
+    assert interrupt.should_stop(1)
   assert not ended

@@ -1,0 +1,134 @@
+"""What happens at a step whose loss or gradient is not finite: what is kept of it, and how the run goes on."""
+import json
+import math
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm import sharding
+from lm.data.batch import Batch
+from lm.sharding import hosts
+from lm.train.guard import GoBack
+from lm.train.run import Run, State, abstract_batch, abstract_state, advance
+from lm.workdir import atomic, checkpoint, records
+
+FAILURES = 2   # the failures whose state and batch stay on disk
+_FIELD = 'left_out_batches'   # of the records of a workdir
+
+
+class NotFinite(FloatingPointError):
+  """The loss or the gradient is infinite or not a number, or spikes too often.
+
+  `step` is the number of the step where the run may go back to before it, and None where it has to stop.
+  """
+
+  def __init__(self, message: str, step: int | None = None):
+    super().__init__(message)
+    self.step = step
+
+
+def left_out(run: Run, state: State) -> State:
+  """Returns the state after a step that is left out: schedules advance, and a guard counts the step."""
+  state = advance(state, 1)
+  if run.guard is None:
+    return state
+  nan = np.float32(math.nan)
+  return state._replace(seen=jax.jit(lambda history: run.guard.judge(history, nan, nan)[1])(state.seen))
+
+
+def keep(workdir: pathlib.Path, step: int, state: State, batch: Batch, metrics: Mapping[str, float]) -> None:
+  """Keeps the state before a step, its batch and its metrics in `workdir/failures/step-N`; the oldest are deleted.
+
+  All processes of a cluster call it. A step that is kept already is left as it is. Where the disk does not take it, a
+  line says so.
+  """
+  folder = workdir / 'failures' / f'step-{step}'
+  if hosts.from_process_0((folder / 'failure.json').exists()):
+    return
+  arrays = multihost_utils.process_allgather(batch, tiled=True) if jax.process_count() > 1 else batch
+  try:
+    if jax.process_index() == 0:
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir(parents=True)
+      np.savez(folder / 'batch.npz', *map(np.asarray, jax.tree.leaves(arrays)))
+    with checkpoint.Checkpoints(folder / 'state', keep=1) as checkpoints:
+      checkpoints.save(step - 1, state, {'objective': None})
+    if jax.process_index() == 0:
+      finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+      atomic.write(folder / 'failure.json', json.dumps({'step': step, 'metrics': finite}, indent=1) + '\n')
+      for older in sorted(_folders(workdir), key=_number)[:-FAILURES]:
+        shutil.rmtree(older, ignore_errors=True)
+  except OSError as error:
+    print(f'step {step} is not kept for a replay: {error}')
+
+
+def steps_kept(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps that `keep` has kept, in order."""
+  return sorted(_number(folder) for folder in _folders(workdir) if (folder / 'failure.json').exists())
+
+
+def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) -> tuple[State | None, Batch]:
+  """Returns the state before a step that was kept, and its batch.
+
+  The state is None where its parameters are not finite. The step is one of `steps_kept`.
+  """
+  folder = workdir / 'failures' / f'step-{step}'
+  structure = jax.tree.structure(abstract_batch(run, mesh))
+  with np.load(folder / 'batch.npz') as stored:
+    batch = jax.tree.unflatten(structure, [stored[f'arr_{i}'] for i in range(structure.num_leaves)])
+  rows = sharding.local_rows(len(batch.tokens), mesh)
+  batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows.start:rows.stop], batch), mesh)
+  try:
+    with checkpoint.Checkpoints(folder / 'state', create=False) as checkpoints:
+      return checkpoints.restore(abstract_state(run, mesh)).state, batch
+  except OSError as error:
+    if 'not finite' in str(error):
+      return None, batch
+    raise
+
+
+class LeftOutBatches:
+  """The batches that a run leaves out because it went back, as its workdir records them.
+
+  Attributes:
+    entries: (step, count): from that step on, the run reads `count` batches further than before.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    self._workdir = workdir
+    stored = [record[_FIELD] for record in records.read(workdir) if _FIELD in record]
+    self.entries: Sequence[Sequence[int]] = hosts.from_process_0(stored[-1] if stored else [])
+
+  @property
+  def total(self) -> int:
+    return sum(count for _, count in self.entries)
+
+  def index(self, step: int) -> int:
+    """Returns the number of the batch of a step, where `step` is the number of steps before it."""
+    return step + sum(count for first, count in self.entries if step >= first)
+
+  def go_back(self, policy: GoBack, error: NotFinite, step: int) -> None:
+    """Records that the run goes back to `step`, and leaves out the batches from there to the one that failed.
+
+    Raises:
+      NotFinite: the run went back as often as it may.
+    """
+    if len(self.entries) >= policy.most:
+      raise NotFinite(f'{error}. The run has gone back {len(self.entries)} times, which is all it may') from error
+    count = error.step - step + policy.further
+    self.entries = [*self.entries, [step, count]]
+    records.add(self._workdir, **{_FIELD: self.entries})
+    print(f'{error}\ngoing back to step {step}: the next {count} batches, up to the one of step {error.step}'
+          f'{f" and {policy.further} more" if policy.further else ""}, are left out')
+
+
+def _folders(workdir: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in (workdir / 'failures').glob('step-*') if re.fullmatch(r'step-\d+', path.name)]
+
+
+_number: Callable[[pathlib.Path], int] = lambda folder: int(folder.name.removeprefix('step-'))

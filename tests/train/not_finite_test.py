@@ -1,0 +1,143 @@
+"""A step that is not finite: its state and batch are kept, and the run stops, skips it or goes back."""
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Bigram, go, logged, same, saved, steps_kept
+
+from lm import seeds, train
+from lm.train import not_finite
+from lm.train.guard import Guard
+from lm.train.run import advance
+from lm.workdir import records
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoilt(Bigram):
+  """A model whose hidden states are not finite for training batches whose tokens have one of these sums."""
+  sums: tuple[int, ...] = ()
+  dropout: float = 0.1
+
+  def apply(self, params, batch, *, key=None, cache=None):
+    out = super().apply(params, batch, key=key, cache=cache)
+    if key is None:
+      return out
+    is_bad = jnp.any(jnp.sum(batch.tokens) == jnp.array(self.sums or (-1,)))
+    return out._replace(hidden=out.hidden * jnp.where(is_bad, jnp.nan, 1.))
+
+
+BATCHES = RUN.data.batches('train', RUN.objective, RUN.batch, RUN.seed)
+SUMS = [int(BATCHES(step).tokens.sum()) for step in range(12)]
+BAD = dataclasses.replace(RUN, model=Spoilt(sums=(SUMS[4],)), steps=8, evaluate_every=8, save_every=2)
+GOOD = dataclasses.replace(BAD, model=Spoilt())
+
+
+def plain_steps(order, skipped=(), run=GOOD):
+  """Returns the state after steps on the batches of these numbers, by a plain loop that knows which to leave out."""
+  mesh = mesh_of('fsdp:2')
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda: train.init(run))()
+    step = train.make_step(run)
+    feed = train.DataFeed(GOOD, GOOD.data, mesh)
+    for number in order:
+      if number in skipped:
+        state = advance(state, 1)
+      else:   # the same program as that of the loop
+        state, _ = step(state, feed(number, state), {}, seeds.key(run.seed), np.int32(state.step))
+    feed.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def test_a_run_stops_with_the_state_before_the_step_and_its_batch(tmp_path):
+  with pytest.raises(train.NotFinite, match=r'step 5: the loss is nan.*checkpoint of step 4 is good.*--replay=5'):
+    go(tmp_path, BAD)
+  assert steps_kept(tmp_path) == [2, 4] and not_finite.steps_kept(tmp_path) == [5]
+  mesh = mesh_of('fsdp:2')
+  with jax.set_mesh(mesh):
+    state, batch = not_finite.load(BAD, tmp_path, mesh, 5)
+  assert same(jax.tree.map(np.asarray, state), saved(tmp_path, BAD)[1])   # the state of step 4, not that of 5 or 6
+  assert same(batch, jax.tree.map(np.asarray, BATCHES(4)))
+  assert json.loads((tmp_path / 'failures/step-5/failure.json').read_text())['metrics']['loss'] == 'nan'
+
+
+def test_a_step_that_is_not_the_next_one_changes_nothing():
+  """The host starts a step before it knows whether the last one was finite."""
+  mesh = mesh_of('fsdp:2')
+  with jax.set_mesh(mesh):
+    state = jax.jit(lambda: train.init(BAD))()
+    step, feed = jax.jit(train.step_function(BAD)), train.DataFeed(BAD, BAD.data, mesh)
+    key = jax.random.key(0)
+    bad, metrics = step(state, feed(4, state), {}, key, np.int32(0))
+    assert not np.isfinite(metrics['loss']) and same(*jax.tree.map(np.asarray, (state, bad)))
+    late, metrics = step(bad, feed(5, state), {}, key, np.int32(1))
+    assert np.isfinite(metrics['loss']) and same(*jax.tree.map(np.asarray, (state, late)))
+    new, _ = step(bad, feed(5, state), {}, key, np.int32(0))
+    assert int(new.step) == 1 and not same(*jax.tree.map(np.asarray, (state.params, new.params)))
+    feed.close()
+
+
+@pytest.mark.parametrize('save_every', [5, 8])   # the failure is noticed at the step, or one step later
+def test_a_step_is_skipped_as_if_its_update_were_none(tmp_path, capsys, save_every):
+  result = go(tmp_path, BAD, not_finite=train.Skip(), save_every=save_every)
+  assert result.finished and 'step 5: the loss is nan' in (out := capsys.readouterr().out) and 'left out' in out
+  step, state = saved(tmp_path, BAD)
+  assert step == 8 and same(state, plain_steps(range(8), skipped=[4]))
+  assert [step for step, loss in logged(tmp_path).items() if loss is None] == [5]
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path):
+  with pytest.raises(train.NotFinite, match='of the last 5 steps, 2 were left out, more than 1'):
+    go(tmp_path, BAD, model=Spoilt(sums=(SUMS[1], SUMS[4])), not_finite=train.Skip(most=1, window=5))
+
+
+def test_a_guard_skips_it_too_and_counts_it(tmp_path):
+  guard = Guard(window=8, most=4)
+  result = go(tmp_path, BAD, guard=guard)
+  _, state = saved(tmp_path, BAD, guard=guard)
+  assert result.finished and state.seen.skipped.tolist() == [False] * 4 + [True] + [False] * 3
+  expected = plain_steps(range(8), skipped=[4], run=dataclasses.replace(GOOD, guard=guard))
+  assert same(state._replace(seen=None), expected._replace(seen=None))
+
+
+def test_a_run_goes_back_and_leaves_out_the_batches_in_between_also_when_it_is_resumed(tmp_path, capsys):
+  policy = train.GoBack(further=1)
+  changes = {'not_finite': policy, 'save_every': 3, 'evaluate_every': 3, 'steps': 6}
+  assert go(tmp_path / 'whole', BAD, **changes).finished
+  assert 'going back to step 3: the next 3 batches, up to the one of step 5 and 1 more' in capsys.readouterr().out
+  expected = plain_steps([0, 1, 2, 6, 7, 8])
+  assert same(saved(tmp_path / 'whole', BAD)[1], expected)
+  assert list(logged(tmp_path / 'whole')) == list(range(1, 7)) and None not in logged(tmp_path / 'whole').values()
+
+  with pytest.MonkeyPatch.context() as patch:   # stopped after it went back, and resumed
+    patch.setattr('lm.train.interrupt.Interrupt.should_stop',
+                  lambda self, step: step == 4 and not_finite.LeftOutBatches(tmp_path / 'parts').total == 3)
+    assert go(tmp_path / 'parts', BAD, **changes).step == 4
+  assert go(tmp_path / 'parts', BAD, **changes).finished
+  assert same(saved(tmp_path / 'parts', BAD)[1], expected)
+  assert records.read(tmp_path / 'parts')[-1]['left_out_batches'] == [[3, 3]]
+
+
+def test_a_run_without_a_checkpoint_goes_back_to_its_start_and_not_for_ever(tmp_path):
+  with pytest.raises(train.NotFinite, match='step 2: .*gone back 1 times'):
+    go(tmp_path, BAD, model=Spoilt(sums=(SUMS[1], SUMS[3])), not_finite=train.GoBack(most=1), save_every=8)
+  assert records.read(tmp_path)[-1]['left_out_batches'] == [[0, 2]]
+  assert not_finite.steps_kept(tmp_path) == [2]
+
+
+def test_only_the_newest_failures_are_kept(tmp_path):
+  go(tmp_path, BAD, model=Spoilt(sums=tuple(SUMS[1:8:2])), not_finite=train.Skip())
+  assert not_finite.steps_kept(tmp_path) == [6, 8]
+
+
+@pytest.mark.parametrize('make, named', [
+    (lambda: train.Skip(most=0), 'most=0'), (lambda: train.GoBack(most=0), 'most=0'),
+    (lambda: train.GoBack(further=-1), 'further=-1')])
+def test_a_policy_that_does_nothing_is_refused(make, named):
+  with pytest.raises(ValueError, match=named):
+    make()
