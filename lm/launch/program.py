@@ -55,7 +55,8 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
            coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
            heartbeat: int = 100, new_objective: bool = False, verify: bool = False,
-           on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None):
+           on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None,
+           deterministic: bool = False):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.
 
   Args:
@@ -75,10 +76,17 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
       continues from the last checkpoint without the batches in between; none skips with a spike guard, else stops.
     replay: instead of training, compute this step, which was not finite, in float32, and name the first module that is
       not finite.
+    deterministic: on a GPU, compute the same bits at each start, which may be slower.
   """
+  import jax
+
   from lm import sharding
-  from lm.sharding import hosts
+  from lm.sharding import determinism, hosts
+  if deterministic:
+    determinism.require()   # before the backend starts
   hosts.join(coordinator_address, num_processes, process_id, heartbeat)
+  if deterministic:
+    print(determinism.describe(jax.default_backend()))
   start(experiment, knobs, workdir, mesh and sharding.make_mesh(mesh), init, seed,
         report and (lambda run, result: report(run, workdir, result)),
         init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, program_flags=program_flags,
@@ -117,7 +125,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   import jax
 
   from lm import train
-  from lm.launch import outcome, resume
+  from lm.launch import outcome, policy, resume
   from lm.train import budget
   from lm.workdir import records
 
@@ -140,7 +148,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       raise FileNotFoundError(f'{error}. The run in {workdir} started from there, and still reads there what lies '
                               'under its adapters, or its shape and tokenizer; put it back. Where flags give the shape '
                               'and the tokenizer, --init=none continues without it') from None
-    run = _with_policy(run, on_not_finite)
+    run = policy.with_policy(run, on_not_finite)
     if replay is not None:
       from lm.train import replay as replays
       print('\n'.join(replays.replay(run, workdir, mesh, replay)))
@@ -159,22 +167,6 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     if report:
       report(run, result)
   return run, result
-
-
-def _with_policy(run: Any, on_not_finite: str | None) -> Any:
-  """Returns the run with what `--on_not_finite` says. Raises ValueError where its guard contradicts it."""
-  from lm import train
-  match on_not_finite:
-    case 'stop' if run.guard is not None:
-      raise ValueError('--on_not_finite=stop is given, and the spike guard of the run skips steps that are not finite; '
-                       'leave one of them out')
-    case 'stop':
-      return dataclasses.replace(run, not_finite=None)
-    case 'skip':   # with a guard, it is what counts the steps
-      return run if run.guard is not None else dataclasses.replace(run, not_finite=train.Skip())
-    case 'go_back':
-      return dataclasses.replace(run, not_finite=train.GoBack())
-  return run
 
 
 def _choose_mesh(build: Callable[..., Any]) -> Any:
