@@ -206,9 +206,10 @@ class Loop:
     self.tracker.log(step, metrics)
     self._report_jump(step, metrics.get('learning_rate', 0.))
     is_finite = math.isfinite(metrics['loss'] + metrics['grad_norm'])
-    if not is_finite:   # the state is the one before the step, which later steps leave as it is
-      not_finite.keep(self.workdir, step, state, pending[2], metrics)
     guard = run.guard
+    if not is_finite:   # unless the run stops, the state is still the one before the step
+      stops = guard is None and run.not_finite is None
+      not_finite.keep(self.workdir, step, None if stops else state, pending[2], metrics)
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
                       f'more than {guard.most}; {self._last_checkpoint()}. Lower the learning rate')
@@ -216,9 +217,8 @@ class Loop:
 
   def _leave_out(self, step: int, metrics: Mapping[str, float], state: State) -> State:
     """Returns the state after a step that is not finite, and whose update is left out. Raises NotFinite elsewhere."""
-    policy = self.run.not_finite
+    policy, advice = self.run.not_finite, _advice(step)
     values = f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}'
-    advice = _advice(step)
     if isinstance(policy, GoBack) or (policy is None and self.run.guard is None):
       raise NotFinite(f'{values}; {self._last_checkpoint()}. Lower the learning rate, or warm up longer; {advice}',
                       step)

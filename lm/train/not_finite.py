@@ -41,11 +41,11 @@ def left_out(run: Run, state: State) -> State:
   return state._replace(seen=jax.jit(lambda history: run.guard.judge(history, nan, nan)[1])(state.seen))
 
 
-def keep(workdir: pathlib.Path, step: int, state: State, batch: Batch, metrics: Mapping[str, float]) -> None:
+def keep(workdir: pathlib.Path, step: int, state: State | None, batch: Batch, metrics: Mapping[str, float]) -> None:
   """Keeps the state before a step, its batch and its metrics in `workdir/failures/step-N`; the oldest are deleted.
 
-  All processes of a cluster call it. A step that is kept already is left as it is. Where the disk does not take it, a
-  line says so.
+  The state is None where the step has changed it. All processes of a cluster call it. A step that is kept already is
+  left as it is. Where the disk does not take it, a line says so.
   """
   folder = workdir / 'failures' / f'step-{step}'
   if hosts.from_process_0((folder / 'failure.json').exists()):
@@ -56,8 +56,9 @@ def keep(workdir: pathlib.Path, step: int, state: State, batch: Batch, metrics: 
       shutil.rmtree(folder, ignore_errors=True)
       folder.mkdir(parents=True)
       np.savez(folder / 'batch.npz', *map(np.asarray, jax.tree.leaves(arrays)))
-    with checkpoint.Checkpoints(folder / 'state', keep=1) as checkpoints:
-      checkpoints.save(step - 1, state, {'objective': None})
+    if state is not None:
+      with checkpoint.Checkpoints(folder / 'state', keep=1) as checkpoints:
+        checkpoints.save(step - 1, state, {'objective': None})
     if jax.process_index() == 0:
       finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
       atomic.write(folder / 'failure.json', json.dumps({'step': step, 'metrics': finite}, indent=1) + '\n')
@@ -75,7 +76,7 @@ def steps_kept(workdir: pathlib.Path) -> list[int]:
 def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) -> tuple[State | None, Batch]:
   """Returns the state before a step that was kept, and its batch.
 
-  The state is None where its parameters are not finite. The step is one of `steps_kept`.
+  The state is None where it was not kept, or its parameters are not finite. The step is one of `steps_kept`.
   """
   folder = workdir / 'failures' / f'step-{step}'
   structure = jax.tree.structure(abstract_batch(run, mesh))
@@ -83,6 +84,8 @@ def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) ->
     batch = jax.tree.unflatten(structure, [stored[f'arr_{i}'] for i in range(structure.num_leaves)])
   rows = sharding.local_rows(len(batch.tokens), mesh)
   batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows.start:rows.stop], batch), mesh)
+  if not (folder / 'state').exists():
+    return None, batch
   try:
     with checkpoint.Checkpoints(folder / 'state', create=False) as checkpoints:
       return checkpoints.restore(abstract_state(run, mesh)).state, batch

@@ -22,9 +22,10 @@ def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
 def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
   """Returns the pure function `(state, batch, constants={}, key=None, number=None) -> (state, metrics)` of a step.
 
-  The key is by default that of the run's seed; it is folded with the number of the step. A step whose loss or gradient
-  is not finite returns the state as it was, its number included. So does a step whose `number`, that of the steps
-  before it, is not the one of the state: the host starts a step before it knows the loss of the last one.
+  The key is by default that of the run's seed; it is folded with the number of the step. Unless the run stops at it, a
+  step whose loss or gradient is not finite returns the state as it was, its number included. So does a step whose
+  `number`, that of the steps before it, is not the one of the state: the host starts a step before it knows the loss of
+  the last one.
   """
   def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
            key: jax.Array | None = None, number: jax.Array | None = None):
@@ -68,6 +69,8 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
       keeps, history = run.guard.judge(state.seen, mean, norm)
       new = jax.tree.map(functools.partial(jnp.where, keeps), new, advance(state, 1))._replace(seen=history)
       metrics |= {'skipped': history.total, 'skipped_lately': jnp.sum(history.skipped)}
+    if run.guard is None and run.not_finite is None:   # the run stops: the selection would take memory, and change bits
+      return new, metrics
     is_next = jnp.isfinite(mean) & jnp.isfinite(norm)
     if number is not None:
       is_next &= state.step == number
