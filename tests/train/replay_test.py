@@ -69,7 +69,7 @@ def replayed(workdir, **changes):
     ({'feed_forward': overflows}, 2, 'layer 1, feed_forward: output', 'the normalised output of the last layer, '
      'the logits, the loss'),
     ({'norm': OverflowingNorm}, 1, 'layer 1, attention: query',
-     'layer 1, attention: key, layer 1, attention: value',
+     'layer 1, attention: key, layer 1, attention: value'),
     ({'feed_forward': has_no_gradient}, 1, 'the gradient of layer 1, feed_forward: gate',
      'the gradient of layer 1, attention: residual, the gradient of layer 1, attention: attended')])
 def test_the_layer_and_the_module_are_named(tmp_path, settings, accumulate, place, later):
