@@ -18,7 +18,6 @@ setuptools.setup(
         'scipy>=1.14',              # Student's t; jax brings it anyway
         'absl-py>=2.3',
         'sentencepiece>=0.2.1',
-        'tensorboardX>=2.6',        # TensorBoard events without TensorFlow
         'ftfy>=6.3',                # broken Unicode
         'tensorflow-datasets>=4.9.10',
         'importlib_resources',      # which tensorflow-datasets imports and does not ask for
@@ -49,6 +48,7 @@ setuptools.setup(
             'pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tokenizers>=0.21', 'zstandard>=0.23',
             'stopwordsiso>=0.6', 'jieba>=0.42', 'matplotlib>=3.9', 'safetensors>=0.5', 'setuptools', 'optuna>=4.4',
             'qwix>=0.1.8',
+            'tensorboardX>=2.6',    # another writer of event files
             'jinja2>=3.1.6',        # chat templates
             'sacrebleu>=2.5', 'rouge-score>=0.1.2',   # metrics of texts
             'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # the page of human evaluation, and a client of it

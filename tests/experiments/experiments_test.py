@@ -62,6 +62,7 @@ TOOLS = {
     'checkouts': ['--other=/nowhere', '--rounds=2'],
     'objective_costs': ['--only=distillation', '--shape=tiny'],
     'optimizer_costs': ['--only=soap', '--shape=tiny'],
+    'chaos': ['--kills=3', '--places=1x8,2x4', '--move'],
     'schedules': ['--only=steps', '--milestones=3,4'],
     'compare': ['--arms=a: ; b: lr=1', '--equal=flops'],
     'optimizers': ['--seeds=2'],

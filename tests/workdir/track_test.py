@@ -1,11 +1,14 @@
 """The log of a run: records on disk, the line on the terminal, throughput, MFU, and figures."""
+import importlib
 import io
 import json
 import math
 import os
 import sys
+import time
 import types
 
+import numpy as np
 import pytest
 from helpers.disks import files_of
 from helpers.figures import points, saved_figures
@@ -98,25 +101,36 @@ def test_a_full_disk_names_the_file_and_is_one_error(tmp_path):
   assert not list(tmp_path.glob('*.new'))
 
 
-def test_tensorboard_has_the_scalars_of_a_step_that_is_not_purged(tmp_path):
-  from tensorboardX import proto
-  with tracker(tmp_path, step=5) as t:
-    t.log(6, {'loss': 1.5, 'other': math.nan})
-  data = next((tmp_path / 'tensorboard').glob('events*')).read_bytes()
-  events, offset = [], 0  # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
-  while offset < len(data):
-    size = int.from_bytes(data[offset:offset + 8], 'little')
-    events.append(proto.event_pb2.Event.FromString(data[offset + 12:offset + 12 + size]))
-    offset += size + 16
-  assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == [('loss', 1.5, 6)]
+def test_event_files_are_those_of_another_writer(tmp_path):
+  """Their records have the same bytes, and their events are read by the code that TensorBoard generates."""
+  proto, writer = (importlib.import_module(f'tensorboardX.{name}') for name in ('proto.event_pb2', 'record_writer'))
+  values = {'loss': 1.5, 'suite/of things/high': -1e-30, 'zero': 0., 'n' * 200: 3e38}
+  with tracker(tmp_path, step=2 ** 33) as t:
+    for step in (0, 6, 300, 2 ** 40):
+      t.log(step, {**values, 'other': math.nan})
+  path, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  data, events = path.read_bytes(), []
+  while data:   # a record: length (8 bytes), its checksum (4), the event, its checksum (4)
+    size = int.from_bytes(data[:8], 'little')
+    events.append(proto.Event.FromString(data[12:12 + size]))
+    data = data[size + 16:]
+  other = writer.RecordWriter(str(tmp_path / 'other'))
+  for event in events:
+    other.write(event.SerializeToString(deterministic=True))
+  other.close()
+  assert (tmp_path / 'other').read_bytes() == path.read_bytes()
+  expected = [(name, np.float32(value), step) for step in (0, 6, 300, 2 ** 40) for name, value in values.items()]
+  assert [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value] == expected
   # TensorBoard takes no notice of the first start of a session that it reads.
-  assert [e.step for e in events if e.HasField('session_log')] == [5, 5] and events[0].file_version
-  assert tensorboard.read(tmp_path / 'tensorboard') == {'loss': [(6, 1.5)]}
+  assert [e.step for e in events if e.session_log.status == 1] == [2 ** 33] * 2
+  assert events[0].file_version == 'brain.Event:2' and abs(events[-1].wall_time - time.time()) < 1000
+  assert tensorboard.read(tmp_path / 'tensorboard') == {
+      name: [(step, np.float32(value)) for step in (0, 6, 300, 2 ** 40)] for name, value in values.items()}
 
 
 def killed(t):
   """Ends a tracker as a kill does: what its buffers hold is lost."""
-  for file in (t._jsonl, t._tensorboard._file._writer):
+  for file in (t._jsonl, t._tensorboard._file):
     os.dup2(nothing := os.open(os.devnull, os.O_WRONLY), file.fileno())
     os.close(nothing)
     file.close()
@@ -126,10 +140,11 @@ def killed(t):
 def test_tensorboard_has_each_step_once_after_kills(tmp_path, monkeypatch, clock):
   """A run is killed before its first checkpoint, after it, with records in buffers, and after a late evaluation."""
   times, pids = iter(clock), iter((7, 30, 2, 9, 8))
+
   def train(step, last, validated=None, saved=None, records=()):
     now, pid = next(times), next(pids)
     monkeypatch.setattr(tensorboard, 'time', types.SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr(tensorboard, 'os', types.SimpleNamespace(getpid=lambda: pid))
+    monkeypatch.setattr(tensorboard.os, 'getpid', lambda: pid)
     t = tracker(tmp_path, step=step, records=records, every=1e9)
     if validated:
       t.log(validated, {'validation/loss': 10. * validated})
