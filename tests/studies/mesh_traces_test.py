@@ -1,0 +1,53 @@
+"""Traces of a run on several meshes: the same batches, and losses that differ by rounding alone."""
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers.meshes import mesh_of
+from helpers.runs import RUN, Data
+
+from lm import optim
+from lm.models import transformer
+from lm.optim import schedules
+from lm.studies import mesh_traces
+
+LENGTH = 16
+RUN = dataclasses.replace(
+    RUN, model=transformer.llama(260, 32, 2, heads=4, max_length=LENGTH, dropout=0.1), data=Data(length=LENGTH),
+    batch=16, steps=20, optimizer=optim.adamw(schedules.warmup_constant(0.01, 100, 2)))
+
+
+@pytest.fixture(scope='module')
+def reference():
+  return mesh_traces.trace(RUN, RUN.data, mesh_of('fsdp:1'))
+
+
+@pytest.fixture(scope='module')
+def bound(reference):
+  perturbed = [mesh_traces.trace(RUN, RUN.data, mesh_of('fsdp:1'), perturbation) for perturbation in range(2)]
+  return mesh_traces.bound(reference, perturbed, RUN.batch * LENGTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'replica:2,fsdp:2,tensor:2'])
+def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, bound):
+  trace = mesh_traces.trace(RUN, RUN.data, mesh_of(mesh))
+  assert trace.batches == reference.batches and len(trace.losses) == 20
+  difference = mesh_traces.deviation(trace, reference)
+  assert np.all(difference <= bound), (difference / bound).max(axis=1)
+  assert np.all(bound < 1e-3) and reference.losses[-1] < 0.9 * reference.losses[0]   # the run learns
+
+
+@pytest.mark.slow
+def test_another_seed_differs_by_more(reference, bound):
+  trace = mesh_traces.trace(dataclasses.replace(RUN, seed=1), RUN.data, mesh_of('fsdp:1'))
+  assert trace.batches != reference.batches
+  assert np.all(mesh_traces.deviation(trace, reference) > 10 * bound)
+
+
+def test_the_bound_has_the_rounding_of_a_sum_and_a_multiple_of_the_largest_move():
+  make = lambda *losses: mesh_traces.Trace('', np.float64(losses), np.float64(losses), '', {}, 0.)
+  reference = make(1., 2.)
+  actual = mesh_traces.bound(reference, [make(1., 2 + 2e-6), make(1 - 1e-6, 2.)], targets=1024)
+  np.testing.assert_allclose(actual, np.full((2, 2), 20 * 2 ** -24 + 8e-6), rtol=1e-6)
+  np.testing.assert_allclose(mesh_traces.deviation(make(1.5, 2.), reference), [[0.5, 0.5]] * 2)   # the largest so far
