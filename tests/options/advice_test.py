@@ -14,7 +14,7 @@ from lm.data.text import compressed, corpora
 from lm.launch import program as launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
-HARNESS = {'gen_kwargs', 'model_args', 'use_cache'}   # flags of lm-evaluation-harness, which harness.py has
+HARNESS = {'device', 'gen_kwargs', 'model_args', 'use_cache'}   # flags of lm-evaluation-harness, which harness.py has
 ALWAYS = {'debug', 'help', 'helpfull', 'script'}
 GIT = {'abbrev', 'always', 'dirty', 'exclude'}   # flags of git
 
