@@ -1,4 +1,5 @@
 """A feed gives the batch of a step: here, text that the policy itself writes, in the same loop and through a kill."""
+import contextlib
 import dataclasses
 import functools
 
@@ -10,7 +11,7 @@ from helpers.meshes import mesh_of
 from helpers.runs import RUN, Bigram, Data, go, logged, same, saved, steps_kept
 
 from lm import optim, seeds, sharding, train
-from lm.data import Example, Form
+from lm.data import Example, Form, batches
 from lm.data.batch import Batch
 from lm.data.rows.augment import Shuffle
 from lm.objectives import Objective, objective
@@ -140,3 +141,19 @@ def test_data_is_read_one_step_ahead_and_from_any_step():
     assert same(data_feed(step, None), data.batches('train', run.objective, run.batch, run.seed)(step))
   data_feed.close()
   assert reads == [3, 4, 5, 6, 9, 10, 2, 3]
+
+
+def test_each_process_reads_its_own_rows_and_no_others(monkeypatch):
+  """Of two processes with four rows of a batch each; the rows are those of the whole batch."""
+  run, places = RUN, []
+  compose = batches.Batches.compose
+  monkeypatch.setattr(batches.Batches, 'compose', lambda self, rows: places.append(len(rows)) or compose(self, rows))
+  monkeypatch.setattr(sharding, 'shard_rows', lambda batch, mesh: batch)
+  whole = run.data.batches('train', run.objective, run.batch, run.seed)
+  for rows in (range(4), range(4, 8)):
+    monkeypatch.setattr(sharding, 'local_rows', lambda count, mesh, rows=rows: rows)
+    with contextlib.closing(train.DataFeed(run, run.data, None)) as own:
+      places.clear()
+      batch = own(3, None)
+    assert set(places) == {4} and len(places) == 2   # this step and the next one, which is read ahead
+    assert same(batch, jax.tree.map(lambda x, rows=rows: x[rows.start:rows.stop], whole(3)))
