@@ -88,8 +88,9 @@ def series(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
   """Returns {name: [(step, value), ...]} of the log, in its order, without the metrics of time."""
   rows: dict[str, list[tuple[int, float]]] = {}
   for row in track.read_metrics(workdir / 'metrics.jsonl'):
-    for name in row.keys() - _TIMES - {'step'}:
-      rows.setdefault(name, []).append((row['step'], row[name]))
+    for name, value in row.items():
+      if name not in (*_TIMES, 'step'):
+        rows.setdefault(name, []).append((row['step'], value))
   return rows
 
 
@@ -112,7 +113,7 @@ def faults(workdir: pathlib.Path, whole: pathlib.Path, bound: float) -> list[str
   if logged.keys() != expected.keys():
     lines.append(f'the log has the metrics {sorted(logged)}, not {sorted(expected)}')
   shown = tensorboard.read(workdir / 'tensorboard')
-  for name in logged.keys() & expected.keys():
+  for name in (name for name in expected if name in logged):
     (steps, values), (expected_steps, expected_values) = zip(*logged[name]), zip(*expected[name])
     if steps != expected_steps:
       lines.append(f'metrics.jsonl has {name} at steps {steps}, not {expected_steps}')
