@@ -81,8 +81,8 @@ def _blocks(x, sizes):
 
 
 def zeros(*shape):
-  """Returns float32 zeros, which vary over the shards inside a `shard_map` over rows and experts."""
-  return sharding.mark_varying(jnp.zeros(shape, jnp.float32), 'BE')
+  """Returns float32 zeros, which differ on the devices that split activations inside a `shard_map`."""
+  return sharding.mark_varying(jnp.zeros(shape, jnp.float32), 'BTF')
 
 
 def _forward(dtype, x, w, sizes):

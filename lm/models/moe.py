@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm import sharding
 from lm.declarations import Role
-from lm.models import grouped, layers
+from lm.models import expert_exchange, grouped, layers
 from lm.models.context import Aux, Context
 
 
@@ -103,9 +103,9 @@ class SoftmaxRouter(nn.Module):
     logits = context.tap('router', _logits(self, x_BTD, experts, self.std, self.bias))
     scores = jax.nn.softmax(logits)
     if self.renormalize:
-      logits, chosen = jax.lax.top_k(logits, self.top_k)
+      logits, chosen = sharding.top_k(logits, self.top_k)
       return Routing(jax.nn.softmax(logits), chosen, scores)
-    return Routing(*jax.lax.top_k(scores, self.top_k), scores)
+    return Routing(*sharding.top_k(scores, self.top_k), scores)
 
 
 class SigmoidRouter(nn.Module):
@@ -116,7 +116,7 @@ class SigmoidRouter(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
     logits = context.tap('router', _logits(self, x_BTD, experts, self.std))
-    best, chosen = jax.lax.top_k(logits, self.top_k)
+    best, chosen = sharding.top_k(logits, self.top_k)
     return Routing(jax.nn.sigmoid(best), chosen, jax.nn.sigmoid(logits))
 
 
@@ -143,10 +143,10 @@ class SigmoidGroupRouter(nn.Module):
     corrected = jax.lax.stop_gradient(scores + layers.row(correction, scores))
     if self.groups > 1:
       by_group = sharding.split_axis(corrected, 2, (self.groups, experts // self.groups))
-      best = jnp.sum(jax.lax.top_k(by_group, min(2, by_group.shape[-1]))[0], axis=-1)
-      chosen = jnp.any(jax.nn.one_hot(jax.lax.top_k(best, self.top_groups)[1], self.groups, dtype=bool), axis=-2)
+      best = jnp.sum(sharding.top_k(by_group, min(2, by_group.shape[-1]))[0], axis=-1)
+      chosen = jnp.any(jax.nn.one_hot(sharding.top_k(best, self.top_groups)[1], self.groups, dtype=bool), axis=-2)
       corrected = sharding.merge_axes(jnp.where(chosen[..., None], by_group, -jnp.inf), 2)
-    chosen = jax.lax.top_k(corrected, self.top_k)[1]
+    chosen = sharding.top_k(corrected, self.top_k)[1]
     weights = jnp.sum(jax.nn.one_hot(chosen, experts) * scores[:, :, None], axis=-1)
     if self.renormalize:
       weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -201,9 +201,7 @@ class Experts(nn.Module):
     if sharding.spec('B') is None:
       y = self._local(params, x_BTD, weights, chosen)
     else:
-      rows, split = sharding.spec('BTD'), jax.tree.map(lambda w: jax.typeof(w).sharding.spec, params)
-      y = jax.shard_map(self._on_shard, in_specs=(split, rows, rows, rows), out_specs=rows)(
-          params, x_BTD, weights, chosen)
+      y = self._on_mesh(params, x_BTD, weights, chosen)
     y = sharding.spread(y.astype(x_BTD.dtype))
     if self.shared is None:
       return y, aux
@@ -220,21 +218,37 @@ class Experts(nn.Module):
     losses = [balance(routing, mask) for balance in self.balance]
     return Aux(sum(losses[1:], losses[0]) if losses else None, {'router/violation': (violation, jnp.float32(1))})
 
+  def _on_mesh(self, params, x_BTD, weights_BTk, chosen_BTk):
+    """Computes each position on one device, which has it between products too, or on those of the chosen experts."""
+    time = x_BTD.shape[1]
+
+    def split(x, value):
+      padding = sharding.padded_length(time) - time
+      if padding:
+        x = jnp.pad(sharding.constrain(x, 'B--'), ((0, 0), (0, padding), (0, 0)), constant_values=value)
+      return sharding.spread(x)
+
+    rows = split(x_BTD, 0), split(weights_BTk, 0), split(chosen_BTk, self.experts)   # no expert for added positions
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (params, *rows))
+    y = jax.shard_map(self._on_shard, in_specs=specs, out_specs=specs[1])(params, *rows)
+    return y if y.shape[1] == time else sharding.constrain(y, 'B--')[:, :time]
+
   def _on_shard(self, params, x, weights, chosen):
-    """Computes rows with the experts of this shard, and sums the results over the shards of experts."""
     # In float32, because gradients are summed over the shards.
-    params = {name: sharding.mark_varying(a.astype(jnp.float32), 'BT', 'E').astype(a.dtype)
+    params = {name: sharding.mark_varying(a.astype(jnp.float32), 'BTF', 'E').astype(a.dtype)
               for name, a in params.items()}
-    x = sharding.rows_of_parts(x.astype(jnp.float32), 'E').astype(x.dtype)
-    weights, chosen = sharding.rows_of_parts(weights, 'E'), sharding.rows_of_parts(chosen, 'E')
-    first = sharding.part_index('E') * params['up'].shape[0]
-    return sharding.sum_rows_of_parts(self._local(params, x, weights, chosen - first), 'E')
+    if sharding.parts('E') == 1:
+      return self._local(params, x, weights, chosen)
+    k, width = chosen.shape[-1], x.shape[-1]
+    y = expert_exchange.apply(self._local, params, x.reshape(-1, width), weights.reshape(-1, k), chosen.reshape(-1, k),
+                              params['up'].shape[0])
+    return y.reshape(x.shape)
 
   def _local(self, params, x_BTD, weights_BTk, chosen_BTk):
+    """Computes rows with the experts of this device. The number of these experts stands for none."""
     experts, k, width = params['up'].shape[0], chosen_BTk.shape[-1], x_BTD.shape[-1]
     chosen = chosen_BTk.reshape(-1)
-    chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts)   # rows of other shards' experts come last
-    order = jnp.argsort(chosen)
+    order = jnp.argsort(chosen)   # rows of no expert come last
     token, weights, is_local = order // k, weights_BTk.reshape(-1)[order][:, None], (chosen[order] < experts)[:, None]
     sizes = jnp.sum(chosen[:, None] == jnp.arange(experts)[None], axis=0)
 

@@ -15,14 +15,15 @@ from lm.sharding.axes import (
   split_axis,
 )
 from lm.sharding.collectives import (
+  exchange_parts,
   insert_rows,
+  largest_of_all,
   mark_varying,
   part_index,
-  rows_of_parts,
   sum_of_parts,
   sum_over_devices,
-  sum_rows_of_parts,
   take_rows,
+  top_k,
 )
 from lm.sharding.hosts import join, process_0_first
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
@@ -32,6 +33,7 @@ from lm.sharding.partial import (
   gather,
   gradient_spec,
   leave,
+  padded_length,
   scale_gradient,
   spread,
   whole,
@@ -39,7 +41,7 @@ from lm.sharding.partial import (
 )
 
 __all__ = ['check', 'constrain', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts', 'platform', 'require',
-           'row_layout', 'shard_rows', 'spec', 'split_axis', 'insert_rows', 'mark_varying', 'part_index',
-           'rows_of_parts', 'sum_of_parts', 'sum_over_devices', 'sum_rows_of_parts', 'take_rows', 'join',
+           'row_layout', 'shard_rows', 'spec', 'split_axis', 'exchange_parts', 'insert_rows', 'largest_of_all',
+           'mark_varying', 'part_index', 'sum_of_parts', 'sum_over_devices', 'take_rows', 'top_k', 'join',
            'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text', 'contracted', 'enter', 'gather',
-           'gradient_spec', 'leave', 'spread', 'scale_gradient', 'whole', 'zero_gradient']
+           'gradient_spec', 'leave', 'padded_length', 'spread', 'scale_gradient', 'whole', 'zero_gradient']

@@ -43,6 +43,10 @@ def check_table() -> None:
     if shared and letter not in 'BDE':
       raise ValueError(f'the sharding table splits both B and {letter} over {", ".join(sorted(shared))}; give them '
                        'different mesh axes')
+  activations = {axis for letter in 'BTF' for axis in TABLE.get(letter, ())}
+  if not activations.issuperset(TABLE.get('E', ())):   # each row is sent to experts by one device
+    raise ValueError(f'the sharding table splits experts E over {TABLE["E"]}, which do not all split activations; take '
+                     f'mesh axes of {", ".join(activations)}')
   if TABLE.get('N') != TABLE.get('K'):   # each shard attends with the keys of its own queries
     raise ValueError(f'the sharding table splits query heads N over {TABLE.get("N")} and key heads K over '
                      f'{TABLE.get("K")}; give both the same mesh axes')

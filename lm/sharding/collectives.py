@@ -1,6 +1,6 @@
 """Operations across devices, by the letters of tensor axes.
 
-The first three are called inside a `jax.shard_map`, where each device holds its own part of a tensor.
+The first five are called inside a `jax.shard_map`, where each device holds its own part of a tensor.
 """
 import functools
 import math
@@ -40,24 +40,30 @@ def _vary(x, axes):
   return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
-def _with_rows(letter: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Returns the mesh axes of a letter that split rows too, and its others."""
-  axes, rows = axes_of(letter), axes_of('B')
-  return tuple(axis for axis in axes if axis in rows), tuple(axis for axis in axes if axis not in rows)
+def exchange_parts(x: jax.Array, letter: str) -> jax.Array:
+  """Cuts `x` along its first axis into a part for each device that holds a part of a tensor axis, and sends them.
+
+  Returns the parts that these devices sent to this one, in the order of the devices.
+  """
+  axes = axes_of(letter)
+  return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True) if axes else x
 
 
-def rows_of_parts(x_B: jax.Array, letter: str) -> jax.Array:
-  """Returns the rows of all devices that hold the parts of a tensor axis, some of which hold the same rows."""
-  axes, others = _with_rows(letter)
-  x_B = _vary(x_B, others)
-  return jax.lax.all_gather(x_B, axes, axis=0, tiled=True) if axes else x_B
+def largest_of_all(x: jax.Array) -> jax.Array:
+  """Returns the maximum over all devices that split activations between products."""
+  return jax.lax.pmax(x, axes_of('BTF'))
 
 
-def sum_rows_of_parts(y_B: jax.Array, letter: str) -> jax.Array:
-  """Returns the sum over these devices for the rows of this device: the reverse of `rows_of_parts`."""
-  axes, others = _with_rows(letter)
-  y_B = jax.lax.psum(y_B, others) if others else y_B
-  return jax.lax.psum_scatter(y_B, axes, scatter_dimension=0, tiled=True) if axes else y_B
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the k largest values along the last axis, which is not split, and their indices; call it outside.
+
+  Each device takes those of its own part: XLA would gather `x` on all devices.
+  """
+  select = lambda x: tuple(jax.lax.top_k(x, k))
+  if not is_laid_out():
+    return select(x)
+  layout = jax.typeof(x).sharding.spec
+  return jax.shard_map(select, in_specs=layout, out_specs=(layout, layout))(x)
 
 
 def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:

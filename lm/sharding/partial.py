@@ -33,11 +33,16 @@ def residual_spec(shape: tuple[int, ...]) -> P | None:
   partition = spec('BTD')
   if partition is None:
     return None
-  axes = axes_of('T') + axes_of('F')
-  mesh = jax.sharding.get_abstract_mesh()
-  if shape[1] % math.prod(mesh.shape[axis] for axis in axes):
+  if shape[1] != padded_length(shape[1]):
     return partition
-  return P(partition[0], entry_of(axes), None)
+  return P(partition[0], entry_of(axes_of('TF')), None)
+
+
+def padded_length(length: int) -> int:
+  """Returns the least number of positions, not below `length`, that devices can split between products."""
+  mesh = jax.sharding.get_abstract_mesh()
+  count = math.prod(mesh.shape[axis] for axis in axes_of('TF'))
+  return -(-length // count) * count
 
 
 def spread(x_BTD: jax.Array) -> jax.Array:
@@ -64,7 +69,7 @@ def leave(y: jax.Array) -> jax.Array:
   if not is_laid_out() or not jax.typeof(y).sharding.spec.unreduced:
     return y
   partition = jax.typeof(y).sharding.spec
-  return _leave(y, partition.update(unreduced=frozenset(), reduced=partition.unreduced))
+  return _leave(y, P(*partition.partitions, reduced=partition.unreduced))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

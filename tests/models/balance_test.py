@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from helpers.declared import bound
 from helpers.experts import EXPERTS, KINDS, ROWS, TIME, WIDTH
+from helpers.meshes import on
 
-from lm import optim, train
+from lm import optim, sharding, train
 from lm.data.batch import Batch
 from lm.declarations import Role, declare
 from lm.models import attention, layers, moe, stack, transformer
@@ -32,6 +33,24 @@ def test_balancing_losses_are_their_papers_formulas():
   np.testing.assert_allclose(moe.SequenceBalance(0.5)(decision, mask), np.mean(rows), rtol=1e-5)
   even = moe.Routing(None, np.arange(ROWS * TIME * 2).reshape(ROWS, TIME, 2) % EXPERTS, np.ones_like(decision.scores))
   np.testing.assert_allclose(moe.SwitchBalance(0.5)(even, np.ones((ROWS, TIME), bool)), 2 * 0.5, rtol=1e-6)
+
+
+def test_balancing_losses_are_the_same_on_a_mesh():
+  """Also where the devices have unequal loads and numbers of tokens: the loads are those of the whole batch."""
+  decision, mask = routing()
+  losses = moe.SwitchBalance(0.5), moe.SequenceBalance(0.5), moe.BiasBalance()
+
+  def values_and_grads(scores, correction, chosen, mask):
+    def apply(scores, correction):
+      parts = moe.Routing(None, sharding.constrain(chosen, 'BTX'), sharding.constrain(scores, 'BTX'), correction)
+      return jnp.stack([loss(parts, sharding.constrain(mask, 'BT')) for loss in losses])
+    return apply(scores, correction), jax.jacrev(apply, (0, 1))(scores, correction)
+
+  arrays = decision.scores, decision.correction, decision.chosen, mask
+  expected = jax.jit(values_and_grads)(*arrays)
+  with on('fsdp:2,expert:2,tensor:2'):
+    actual = jax.jit(values_and_grads)(*arrays)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
 
 
 def test_the_loss_of_balance_is_that_of_transformers():

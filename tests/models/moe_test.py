@@ -13,8 +13,9 @@ from helpers.slow import slow
 
 from lm import declarations, optim, sharding
 from lm.data.batch import Batch
-from lm.models import attention, grouped, layers, moe, stack, transformer
+from lm.models import attention, expert_exchange, grouped, layers, moe, stack, transformer
 from lm.models.context import Context
+from lm.train import communication
 
 # These programs are run once or twice: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
@@ -151,9 +152,17 @@ def module_with_experts(router):
   return moe.Experts(router, EXPERTS, HIDDEN)
 
 
+@pytest.fixture
+def several_rounds(monkeypatch):
+  """Lets devices send few rows in a round, so that the rows need several."""
+  monkeypatch.setattr(expert_exchange, 'LEAST', 1)
+
+
 @pytest.mark.parametrize('kind,shape', [
-    ('deepseek', 'fsdp:4,tensor:2'), *slow(('gpt_oss', 'fsdp:1'), ('gpt_oss', 'fsdp:2,tensor:4'))])
-def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape):
+    ('deepseek', 'fsdp:2,expert:2,tensor:2'),
+    *slow(('gpt_oss', 'fsdp:1'), ('gpt_oss', 'fsdp:2,tensor:4'), ('gpt_oss', 'fsdp:2,expert:4'),
+          ('mixtral', 'fsdp:2,expert:4'), ('deepseek', 'fsdp:4,tensor:2'))])
+def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape, several_rounds):
   expected = without_mesh(kind)
   with on(shape):
     layouts = jax.tree.map(lambda x: jax.sharding.NamedSharding(jax.sharding.get_mesh(), x.sharding.spec),
@@ -197,7 +206,7 @@ def test_products_of_groups_equal_the_loop_over_groups(sizes, platform, monkeypa
 
 
 @pytest.mark.parametrize('shape', [None, 'fsdp:2,tensor:4'])
-def test_an_expert_may_have_all_tokens_and_others_none(shape):
+def test_an_expert_may_have_all_tokens_and_others_none(shape, several_rounds):
   module, (x, _) = KINDS['gpt_oss'].clone(router=moe.SoftmaxRouter(1, bias=True)), inputs()
   params = random_params(module)
   params['router']['router_bias'] += 100 * np.eye(EXPERTS, dtype='f4')[3]
@@ -207,6 +216,19 @@ def test_an_expert_may_have_all_tokens_and_others_none(shape):
     assert_close(y, feed_forward(only, np.float64(x), clamped))
     for name in ('gate', 'up', 'down', 'up_bias'):
       assert [e for e in range(EXPERTS) if np.any(np.asarray(grads[name])[e])] == [3]
+
+
+def test_rows_go_to_experts_by_all_to_all_and_no_activation_is_gathered():
+  module, x = KINDS['mixtral'], inputs()[0]
+  with on('expert:4'):
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape, out_sharding=s.sharding), shapes(module))
+    apply = lambda params, x: module.apply({'params': params}, sharding.constrain(x, 'BTD'), CONTEXT)[0]
+    program = jit(apply).lower(params, sharding.constrain(x, 'BTD')).compile().as_text()
+  totals = communication.totals(program)
+  # In a round, 8 rows to each of four devices: inputs, results, and the number and the weight of an expert.
+  assert totals['all-to-all'][1] == 4 * expert_exchange.LEAST * (2 * WIDTH + 2) * 4
+  assert totals['all-gather'] == (1, WIDTH * EXPERTS * 4)   # the weight of the router
+  assert totals['all-reduce'] == (1, 4) and len(totals) == 3   # the number of rounds
 
 
 def model(kind, **changes):
