@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Packages and files in order: each imports only from those before it.
 ROOMS = ('seeds', 'exits', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
          'objectives', 'optim', 'train', 'generate', 'evaluate', 'hf', 'lora', 'scripts', 'load', 'named',
-         'options', 'launch', 'studies')
+         'options', 'doctor', 'launch', 'studies')
 
 # The files that may import a library, at the top or inside a function.
 DOORS = {

@@ -53,7 +53,7 @@ def program(workdir, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv):
-    monkeypatch.setattr(sys, 'argv', ['verify_test.py', f'--workdir={workdir}', *argv])
+    monkeypatch.setattr(sys, 'argv', ['verify_test.py', f'--workdir={workdir}', '--nodoctor', *argv])
     capsys.readouterr()
     try:
       launch.run(experiment)

@@ -56,7 +56,7 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
            coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
            heartbeat: int = 100, new_objective: bool = False, verify: bool = False,
            on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None,
-           deterministic: bool = False):
+           deterministic: bool = False, doctor: bool = True, diagnose: bool = False):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.
 
   Args:
@@ -77,9 +77,13 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
     replay: instead of training, compute this step, which was not finite, in float32, and name the first module that is
       not finite.
     deterministic: on a GPU, compute the same bits at each start, which may be slower.
+    doctor: before the first step, check in seconds that the run does what it says (masks, labels, gradients), and stop
+      where it does not; --nodoctor leaves it out.
+    diagnose: print what all checks of the doctor find, with a table of the optimizer, and train nothing.
   """
   import jax
 
+  from lm import doctor as checks
   from lm import sharding
   from lm.sharding import determinism, hosts
   if deterministic:
@@ -87,17 +91,19 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
   hosts.join(coordinator_address, num_processes, process_id, heartbeat)
   if deterministic:
     print(determinism.describe(jax.default_backend()))
+  examine = checks.diagnose if diagnose else checks.check_start if doctor else None
   start(experiment, knobs, workdir, mesh and sharding.make_mesh(mesh), init, seed,
         report and (lambda run, result: report(run, workdir, result)),
         init_ignore_tokenizer=init_ignore_tokenizer, new_objective=new_objective, program_flags=program_flags,
-        verify=verify, on_not_finite=on_not_finite, replay=replay)
+        verify=verify, on_not_finite=on_not_finite, replay=replay, examine=examine)
 
 
 def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,
           init: pathlib.Path | None = None, seed: int = 0, report: Callable[..., None] | None = None,
           watch: Callable[..., bool] | None = None, init_ignore_tokenizer: bool = False,
           new_objective: bool = False, program_flags: Any = None, verify: bool = False,
-          on_not_finite: str | None = None, replay: int | None = None) -> tuple[Any, Any]:
+          on_not_finite: str | None = None, replay: int | None = None,
+          examine: Callable[..., None] | None = None) -> tuple[Any, Any]:
   """Trains the run of an experiment in a workdir, and records there how it was started.
 
   Args:
@@ -115,6 +121,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     verify: whether the files of the data are first compared with their checksums.
     on_not_finite: what happens at a step that is not finite, as the flag says.
     replay: the step to replay instead of training; the result is then None.
+    examine: called as `examine(workdir, train.Start)` before the first step.
 
   Returns:
     The run and its result, see `train.train`.
@@ -160,7 +167,7 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       print(f'not verified, since it has no checksums: {", ".join(unverified)}')
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.name_changed_flags(program_flags, workdir, build):
-      result = train.train(run, workdir, mesh, watch, new_objective)
+      result = train.train(run, workdir, mesh, watch, new_objective, examine and functools.partial(examine, workdir))
     result.raise_if_stopped()
     if prints_outcome and result.finished:
       outcome.show(run, workdir, result, script, sample=report is None)   # a report prints samples of its own

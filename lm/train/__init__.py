@@ -21,10 +21,11 @@ from lm.train.run import (
   with_constants,
   with_shardings,
 )
-from lm.train.start import train
+from lm.train.start import Start, train
 from lm.train.step import make_step, step_function
 
 __all__ = ['Constants', 'Data', 'DataFeed', 'Evaluator', 'Feed', 'GoBack', 'Model', 'NotFinite', 'OpenData', 'Pending',
-           'Result', 'Run', 'Skip', 'State', 'Stopped', 'abstract_batch', 'abstract_constants', 'abstract_state',
+           'Result', 'Run', 'Skip', 'Start', 'State', 'Stopped', 'abstract_batch', 'abstract_constants',
+           'abstract_state',
            'after_opening', 'begin', 'build', 'check', 'check_vocabulary', 'identity', 'init', 'load_constants',
            'make_step', 'result_step', 'run_from_json', 'step_function', 'train', 'with_constants', 'with_shardings']

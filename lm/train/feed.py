@@ -20,8 +20,8 @@ class DataFeed(Feed):
 
   def __init__(self, run: Run, data: OpenData, mesh: jax.sharding.Mesh):
     objective = augmented(run.objective, run.augment, data.tokenizer)
-    self._rows, self._schedule, self._mesh = data.batches('train', objective, run.batch, run.seed), run.schedule, mesh
-    self._batches = Staged(self._rows, run.schedule)
+    self.rows, self._schedule, self._mesh = data.batches('train', objective, run.batch, run.seed), run.schedule, mesh
+    self._batches = Staged(self.rows, run.schedule)
     self._reader = ThreadPoolExecutor(1)
     self._ahead: dict[int, Future[Batch]] = {}   # the batch that is being read ahead, by its step
 
@@ -41,7 +41,7 @@ class DataFeed(Feed):
     Raises:
       ValueError: there are too few rows for a single step.
     """
-    end = self._rows.end()
+    end = self.rows.end()
     if end is None or self._schedule.rows_before(planned) <= end[0]:
       return planned
     rows, name = end
@@ -54,7 +54,7 @@ class DataFeed(Feed):
     return steps
 
   def summary(self, steps: int) -> list[str]:
-    return self._rows.summary(self._schedule.rows_before(steps))
+    return self.rows.summary(self._schedule.rows_before(steps))
 
   def close(self) -> None:
     self._reader.shutdown()

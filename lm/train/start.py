@@ -3,8 +3,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,6 +14,7 @@ from lm.train import validation
 from lm.train.checks import check, check_vocabulary
 from lm.train.feed import DataFeed
 from lm.train.guard import GoBack
+from lm.train.interfaces import Feed, OpenData
 from lm.train.interrupt import Interrupt
 from lm.train.loop import Loop, Result
 from lm.train.not_finite import LeftOutBatches, NotFinite
@@ -23,8 +24,30 @@ from lm.workdir.judge import Judge
 from lm.workdir.ledger import Ledger
 
 
+class Start(NamedTuple):
+  """A run that is ready for its next step.
+
+  Attributes:
+    run: the run.
+    data: its data, opened.
+    feed: gives the batch of each step.
+    mesh: the mesh, which is also the one that is set.
+    state: the state before the next step.
+    constants: the constants of the run, by name.
+    step: the number of steps so far.
+  """
+  run: Run
+  data: OpenData
+  feed: Feed
+  mesh: jax.sharding.Mesh
+  state: State
+  constants: Mapping[str, Any]
+  step: int
+
+
 def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
-          watch: Callable[[int, dict[str, float]], bool] | None = None, new_objective: bool = False) -> Result:
+          watch: Callable[[int, dict[str, float]], bool] | None = None, new_objective: bool = False,
+          examine: Callable[[Start], None] | None = None) -> Result:
   """Trains a run to `run.steps`, from the newest checkpoint in its workdir if there is one.
 
   At SIGINT, SIGTERM or SIGHUP, training saves after the present step and returns. A validation is cut short, and
@@ -36,6 +59,7 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
     mesh: the mesh to train on, which is also the one that is set.
     watch: called as `watch(step, metrics)` after each evaluation; training stops where it returns True.
     new_objective: whether the checkpoint may be of another objective; the best checkpoint is then the best by this one.
+    examine: called before the next step; an error that it raises ends the run.
 
   Raises:
     NotFinite: a loss, or the parameters to be saved, are not finite. Earlier checkpoints stay.
@@ -74,6 +98,9 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
       # Only a record with these facts is a run that was accepted, which can be opened later.
       records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
       _print_size(run, mesh, state, workdir)
+      if examine is not None:
+        with phases('examine'):
+          examine(Start(run, data, feed, mesh, state, constants, start))
       loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts,
                   Ledger(workdir, evaluation.fingerprint), batches, interrupt, phases, watch)
       if start >= run.steps and not loop.awaits_validation(start):

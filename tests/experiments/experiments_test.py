@@ -105,7 +105,8 @@ def start(scripts, tmp_path_factory):
   (knobs,), _ = launch.parse([scripts['finetune_chat'].experiment], ['finetune_chat.py', *TINY['finetune_chat']])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(puzzles, 'dialogues', functools.partial(puzzles.dialogues, 300))
-    launcher._train(scripts['finetune_chat'].experiment, knobs, None, workdir=folder / 'runs/finetune_chat')
+    launcher._train(scripts['finetune_chat'].experiment, knobs, None, workdir=folder / 'runs/finetune_chat',
+                    doctor=False)
   return folder
 
 
@@ -375,7 +376,7 @@ def test_a_trained_run_opens_without_its_corpus(scripts, texts, tmp_path, monkey
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def pretrain(*argv):
-    monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], '--workdir=run', *argv])
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], '--workdir=run', '--nodoctor', *argv])
     launch.run(scripts['pretrain'].experiment)
   pretrain('--text=texts/*.txt')
   texts.rename(tmp_path / 'moved')
@@ -390,7 +391,7 @@ def test_a_trained_run_opens_without_its_corpus(scripts, texts, tmp_path, monkey
 @pytest.mark.slow
 def test_every_script_with_a_model_flag_accepts_a_workdir(scripts, texts, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
-  monkeypatch.setattr(sys, 'argv', ['pretrain.py', *TINY['pretrain'][1:], f'--text={texts}/*.txt',
+  monkeypatch.setattr(sys, 'argv', ['pretrain.py', '--nodoctor', *TINY['pretrain'][1:], f'--text={texts}/*.txt',
                                     f'--workdir={tmp_path}/run'])
   launch.run(scripts['pretrain'].experiment)
   run, shown = tmp_path / 'run', {}

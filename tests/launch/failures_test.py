@@ -151,7 +151,7 @@ def test_a_best_metric_that_is_not_logged_is_refused_with_the_nearest_and_one_th
   (tmp_path / 'text.txt').write_text('\n'.join(f'line {i} of some text' for i in range(200)))
   argv = ['pretrain.py', f'--workdir={tmp_path}/run', f'--text={tmp_path}/text.txt', '--tokenizer_kind=bytes',
           '--vocab=320', '--length=16', '--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=4', '--warmup=0',
-          '--evaluate_every=1', '--evaluate_batches=1', '--save_every=1', '--lr=0.1']
+          '--evaluate_every=1', '--evaluate_batches=1', '--save_every=1', '--lr=0.1', '--nodoctor']
   experiment = importlib.import_module('pretrain').experiment
 
   def start(*flags):

@@ -141,7 +141,7 @@ def program(monkeypatch, tmp_path):
   calls = []
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
   monkeypatch.setattr('lm.train.checks.check_mesh', lambda run, mesh: None)   # the stand-in of a run has no batch
-  monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective:
+  monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective, examine:
                       calls.append((run, workdir, mesh)) or go.result)
 
   def go(function, *argv, then=None):

@@ -26,8 +26,9 @@ def program(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv):
-    monkeypatch.setattr(sys, 'argv', list(argv))
     name = argv[0].rpartition('/')[2]
+    trains = name in ('pretrain.py', 'finetune_chat.py')
+    monkeypatch.setattr(sys, 'argv', [*argv, *(['--nodoctor'] if trains else [])])
     if name == 'pretrain.py':
       launch.run(pretrain.experiment)
     elif name == 'finetune_chat.py':

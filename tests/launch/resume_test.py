@@ -74,7 +74,8 @@ def program(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('lm.launch.program._cache_compilations', lambda: None)
 
   def go(*argv, workdir='run'):
-    monkeypatch.setattr(sys, 'argv', ['small.py', f'--workdir={tmp_path / workdir}', '--mesh=fsdp:8', *argv])
+    flags = f'--workdir={tmp_path / workdir}', '--mesh=fsdp:8', '--nodoctor'
+    monkeypatch.setattr(sys, 'argv', ['small.py', *flags, *argv])
     code = 0
     try:
       launch.run(function)

@@ -365,7 +365,7 @@ def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
   folder = pathlib.Path(__file__).parent
   environment = os.environ | {'PYTHONPATH': f'{folder}:{folder.parent}', 'XDG_CACHE_HOME': str(tmp_path),
                               'PYTHONUNBUFFERED': '1', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  command = [sys.executable, '-W', 'error', str(tmp_path / 'program.py'), f'--workdir={tmp_path / "run"}']
+  command = [sys.executable, '-W', 'error', str(tmp_path / 'program.py'), f'--workdir={tmp_path / "run"}', '--nodoctor']
   with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
     first = next(line for line in process.stdout if line.startswith('step '))
     process.send_signal(signal.SIGTERM)

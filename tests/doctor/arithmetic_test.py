@@ -1,0 +1,67 @@
+"""Probes of arithmetic name a wrong kernel, a wrong initial loss, and what makes a step compile again."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.every_run import decoder
+from helpers.examined import Changed, examined, longer, run_of
+
+from lm.doctor import arithmetic
+from lm.doctor.findings import Verdict
+from lm.models import attention, kernels, layers
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+RUN = run_of('next_token')
+WINDOWED = dataclasses.replace(RUN, model=longer(decoder(
+    attention.Attention(2, 1, 4, scores=kernels.AttentionScores(window=5, softcap=3.), sinks=True),
+    layers.FeedForward(8))))
+
+
+def test_sound_arithmetic():
+  with examined(WINDOWED) as subject:
+    for probe in (arithmetic.attention_kernel, arithmetic.loss_at_initialisation, arithmetic.step_compiles_once):
+      assert probe(subject).verdict is Verdict.OK
+
+
+def test_the_plain_formula_is_the_kernel_of_jax():
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(9, n, 4)).astype(np.float32) for n in (4, 2, 2))
+  ours = arithmetic.plain_attention(q, k, v, np.ones(9), np.arange(9), None, kernels.AttentionScores(window=3), None)
+  theirs = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(2, 0))
+  np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_window_that_is_off_by_one_is_a_fault(monkeypatch):
+  sound = kernels.Visible.mask
+
+  def wide(self, queries, keys, scores):
+    return sound(self, queries, keys, dataclasses.replace(scores, window=scores.window + 1))
+  monkeypatch.setattr(kernels.Visible, 'mask', wide)
+  with examined(WINDOWED) as subject:
+    finding = arithmetic.attention_kernel(subject)
+    assert finding.verdict is Verdict.FAULT and 'with a window of 5' in finding.text
+
+
+@pytest.mark.parametrize('scale, verdict, words', [(300., Verdict.WARNING, 'too large'),
+                                                   (None, Verdict.FAULT, 'lower than any guess')])
+def test_an_initial_loss_that_is_no_guess(scale, verdict, words):
+  def change(model, params, batch, cache):
+    outputs = model.apply(params, batch, cache=cache)
+    if scale is not None:
+      return outputs._replace(hidden=outputs.hidden * scale)
+    answers = 10 * jax.nn.one_hot(batch.targets, 64)   # the model sees what it has to predict
+    return outputs._replace(hidden=answers, head=lambda hidden: hidden)
+  with examined(dataclasses.replace(RUN, model=Changed(RUN.model, change))) as subject:
+    finding = arithmetic.loss_at_initialisation(subject)
+    assert finding.verdict is verdict and words in finding.text
+
+
+def test_a_state_that_changes_its_type_compiles_again():
+  counts = optax.GradientTransformation(lambda params: jnp.int32(0),
+                                        lambda grads, count, params=None: (grads, count + 1.))
+  with examined(dataclasses.replace(RUN, optimizer=counts)) as subject:
+    finding = arithmetic.step_compiles_once(subject)
+    assert finding.verdict is Verdict.WARNING and 'opt_state is int32[]' in finding.text
