@@ -13,14 +13,14 @@ from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import rounding
 from lm.models.context import Aux, Context
+from lm.models.kept import Kept
 
 Initializer = Callable[..., jax.Array]
 
-# The policy of `jax.checkpoint` for activations that are stored: results of matrix products that the backward pass
-# reads, and the outputs of attention. All others (norms, activations, rotations) are cheaper to compute again.
-keep_products = jax.checkpoint_policies.save_only_these_names(
-    'query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key', 'cross_value',
-    'cross_residual')
+# Results of matrix products that the backward pass reads, and the outputs of attention. All others (norms, activations,
+# rotations) are cheaper to compute again.
+keep_products = Kept(('query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key',
+                      'cross_value', 'cross_residual'))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight', 'a', 'b'], meta_fields=['scale'])

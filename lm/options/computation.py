@@ -1,13 +1,12 @@
 """Flags of how a step is computed: precision, memory and accumulation."""
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from lm import train
 from lm.models import layers
+from lm.models.kept import Kept
 from lm.models.prediction_heads import MultiToken
 from lm.models.quantized_decoder import quantized
 from lm.models.rounding import FP8, INT8, Rounding
@@ -20,11 +19,14 @@ class Computation:
   Args:
     precision: type of activations; parameters, norms and losses are float32. int8 and fp8 are bfloat16 with factors of
       8 bits in the products with the weights of blocks.
-    remat: what the backward pass recomputes to save memory, all but matrix products, nothing, or all.
+    keep_activations: what is kept of a layer for the backward pass, which computes the others again: products (of
+      matrices), all, none, or names such as query,key,value,attended,residual,gate,up.
+    offload: names of activations that are kept in the memory of the host.
     accumulate: number of parts that a step is computed in, one after the other.
   """
   precision: Literal['float32', 'bfloat16', 'int8', 'fp8'] = 'float32'
-  remat: Literal['products', 'none', 'full'] = 'products'
+  keep_activations: tuple[str, ...] = ('products',)
+  offload: tuple[str, ...] = ()
   accumulate: int = 1
 
   @property
@@ -36,17 +38,31 @@ class Computation:
     """How factors of products are rounded; None where they are not."""
     return {'int8': INT8, 'fp8': FP8}.get(self.precision)
 
-  @property
-  def policy(self) -> Callable[..., bool] | None:
-    """The policy of `jax.checkpoint` for what is kept of a layer; None keeps all."""
-    return {'products': layers.keep_products, 'none': None,
-            'full': jax.checkpoint_policies.nothing_saveable}[self.remat]
-
-  def apply(self, model: Any) -> Any:
-    """Returns a model that computes with this precision and remat.
+  def policy(self, model: Any) -> Kept | None:
+    """Returns which activations of a model are kept; None for all.
 
     Raises:
-      ValueError: the class of the model has a fixed precision or remat, and it is another one.
+      ValueError: the model does not have an activation, or cannot keep it on the host.
+    """
+    words = {'all': None, 'none': Kept(), 'products': layers.keep_products}
+    if len(self.keep_activations) == 1 and self.keep_activations[0] in words:
+      kept = words[self.keep_activations[0]]
+      if kept is None and self.offload:
+        raise ValueError(f'--offload={",".join(self.offload)} needs --keep_activations with names, products or none, '
+                         'and not all')
+      if not self.offload:
+        return kept
+      Kept(on_host=self.offload).check(model)
+      return dataclasses.replace(kept, on_host=self.offload)
+    kept = Kept(self.keep_activations, self.offload)
+    kept.check(model)
+    return kept
+
+  def apply(self, model: Any) -> Any:
+    """Returns a model that computes with this precision, and keeps these activations.
+
+    Raises:
+      ValueError: the class of the model has a fixed precision, or keeps other activations.
       ImportError: the precision needs a package that is not installed.
     """
     model = model.with_dtype(self.dtype)
@@ -55,9 +71,10 @@ class Computation:
     if self.rounding:
       model = quantized(model, self.rounding)
     if any(field.name == 'remat' for field in dataclasses.fields(model)):
-      return model.clone(remat=self.policy)
-    if self.remat != 'products':
-      raise ValueError(f'a model of class {type(model).__name__} takes no --remat={self.remat}; leave it out')
+      return model.clone(remat=self.policy(model))
+    if self.offload or self.keep_activations != ('products',):
+      raise ValueError(f'what a model of class {type(model).__name__} keeps is fixed; leave out '
+                       f'--keep_activations={",".join(self.keep_activations)} and --offload')
     return model
 
   def with_accumulation(self, run: train.Run) -> train.Run:
