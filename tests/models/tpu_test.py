@@ -10,6 +10,7 @@ from lm import sharding
 from lm.data.batch import Batch
 from lm.models import transformer
 from lm.objectives.next_token import next_token
+from lm.options import Computation
 
 TPU = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
 
@@ -50,3 +51,11 @@ def test_a_model_is_compiled_with_the_splash_kernel(topology):
   with jax.set_mesh(mesh):
     program = gradient(tiny(dtype=jnp.bfloat16), mesh).lower().compile()
   assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3   # forward, dq, and dk with dv
+
+
+def test_activations_are_kept_in_the_memory_of_the_host(topology):
+  mesh = sharding.make_mesh(None, topology)
+  with jax.set_mesh(mesh):
+    model = Computation('bfloat16', offload=('gate', 'up')).apply(tiny())
+    memory = gradient(model, mesh).lower().compile().memory_analysis()
+  assert memory.host_temp_size_in_bytes == 2 * 2 * 2 * 256 * 192 * 2   # names, layers, rows, T, F, bytes
