@@ -45,10 +45,13 @@ class Kept:
 
 def activation_names(model: Any) -> list[str]:
   """Returns the names of the activations of a model, from its trace, sorted."""
-  tokens = jnp.zeros((sharding.parts('B'), 1), jnp.int32)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  hidden = jax.make_jaxpr(lambda params: model.apply(params, Batch(tokens, source=tokens)).hidden)(params)
-  return sorted(set(_names(hidden)))
+  def hidden(params):
+    tokens = jnp.zeros((sharding.parts('B'), 1), jnp.int32)
+    return model.apply(params, Batch(tokens, source=tokens)).hidden
+
+  # Nothing is computed, because the mesh may be one of another machine.
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+  return sorted(set(_names(jax.make_jaxpr(hidden)(params))))
 
 
 def _names(jaxpr: Any) -> Iterator[str]:
