@@ -2,10 +2,8 @@
 
   python experiments/doctor.py --workdir=runs/quickstart
 
-A run that has not been trained is examined by its own script, with its flags and --diagnose, which also prints how the
-optimizer treats each parameter:
-
-  python experiments/quickstart.py --diagnose
+A run that has not been trained is examined by its own command with the flag `diagnose`, which also prints how the
+optimizer treats each parameter; see docs/doctor.md.
 
 The exit code is 1 where there is a fault.
 """

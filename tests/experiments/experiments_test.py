@@ -53,6 +53,7 @@ TOOLS = {
     'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b', '--draft=1'],
     'score': ['--text=something', '--source=some', '--best'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
+    'doctor': ['--workdir=/nowhere', '--best', '--mesh=fsdp:1'],
     'copy_run': ['--workdir=/nowhere', '--out=gs://bucket/run', '--step=3'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
