@@ -67,7 +67,7 @@ def losses(workdir, name='loss'):
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_whole_ones(tmp_path):
   """In one process and in two: the state and the log bit for bit, and each record once in all files."""
-  rows = rows_of(tmp_path, kill, '15,1x2', '5,2x1')
+  rows = rows_of(tmp_path, kill, '17,1x2', '3,2x1')
   assert sum(killed for _, killed, _ in rows) == 20
   ends = {name: faults for name, _, faults in rows if faults is not None}
   assert {name.split('-')[1] for name in ends} == {'1x2', '2x1'} and not any(ends.values()), ends
