@@ -1,7 +1,6 @@
 """Shows that a run has the same batches, losses and gradients on every mesh of the devices that there are.
 
   python experiments/proof.py
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/proof.py
 
 A small decoder is trained on packed documents of Python's library for some steps on one mesh after the other. The table
 has, for each mesh, whether the batches are the same bytes, the largest relative difference of a loss and of a norm of

@@ -1,6 +1,6 @@
 """What does a mesh cost the host? The time in which a step is started, and the time of a step without a mesh.
 
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 python experiments/benchmarks/mesh_costs.py
+  python experiments/benchmarks/mesh_costs.py
 
 The first line is the time until the batch is on the devices and the call of the step has returned, while the devices
 still compute. The second compares a mesh of one device with no mesh, in turns.
