@@ -44,11 +44,11 @@ def apply(compute: Compute, params: Any, x_ND: jax.Array, weights_Nk: jax.Array,
   equal = -(-int(SHARE * chosen.size) // devices)
   size = min(tokens * min(k, experts), max(LEAST, equal))
   rounds = sharding.largest_of_all(-(-jnp.max(counts) // size))
-  send = functools.partial(_send, compute, experts, size)
+  send = functools.partial(_send, compute, experts, size, x_ND.dtype)
   return _sum(send, rounds, (params, x_ND, weights_Nk.reshape(-1)), (jnp.argsort(chosen), chosen, counts))
 
 
-def _send(compute, experts, size, number, values, choices):
+def _send(compute, experts, size, dtype, number, values, choices):
   """Returns what the rows of one round add to the result."""
   (params, x, weights), (order, chosen, counts) = values, choices
   place = number * size + jnp.arange(size)[None]                   # in the queue of rows for a device
@@ -57,7 +57,7 @@ def _send(compute, experts, size, number, values, choices):
   row = order[jnp.minimum(place, order.size - 1).reshape(-1)]
   token = row // (order.size // x.shape[0])
   # Gathered from float32, so that the gradients of a token's rows are summed in float32.
-  rows = jnp.where(is_row[:, None], x.astype(jnp.float32)[token], 0).astype(x.dtype)
+  rows = jnp.where(is_row[:, None], x.astype(jnp.float32)[token], 0).astype(dtype)
   expert = jnp.where(is_row, chosen[row] % experts, experts)
   rows, expert, weights = (sharding.exchange_parts(a, 'E') for a in (rows, expert, weights[row]))
   y = sharding.exchange_parts(compute(params, rows, weights[:, None], expert[:, None]), 'E')
@@ -77,9 +77,11 @@ def _forward(send, rounds, values, choices):
 
 def _backward(send, residuals, dy):
   rounds, values, choices = residuals
+  params, x, weights = values
+  operands = params, x.astype(jnp.float32), weights   # the gradient of x is summed over rounds, too
 
   def add(number, sums):
-    gradients, = jax.vjp(lambda values: send(number, values, choices), values)[1](dy)
+    gradients, = jax.vjp(lambda operands: send(number, operands, choices), operands)[1](dy)
     return jax.tree.map(lambda total, gradient: total + gradient.astype(jnp.float32), sums, gradients)
 
   sums = jax.lax.fori_loop(0, rounds, add, jax.tree.map(lambda x: grouped.zeros(*x.shape), values))

@@ -160,8 +160,8 @@ def several_rounds(monkeypatch):
 
 @pytest.mark.parametrize('kind,shape', [
     ('deepseek', 'fsdp:2,expert:2,tensor:2'),
-    *slow(('gpt_oss', 'fsdp:1'), ('gpt_oss', 'fsdp:2,tensor:4'), ('gpt_oss', 'fsdp:2,expert:4'),
-          ('mixtral', 'fsdp:2,expert:4'), ('deepseek', 'fsdp:4,tensor:2'))])
+    *slow(('gpt_oss', 'fsdp:1'), ('gpt_oss', 'fsdp:2,tensor:4'), ('gpt_oss', 'expert:4,tensor:2'),
+          ('mixtral', 'fsdp:2,expert:2'), ('deepseek', 'fsdp:4,tensor:2'))])
 def test_output_and_gradients_are_the_same_on_every_mesh(kind, shape, several_rounds):
   expected = without_mesh(kind)
   with on(shape):
@@ -216,6 +216,15 @@ def test_an_expert_may_have_all_tokens_and_others_none(shape, several_rounds):
     assert_close(y, feed_forward(only, np.float64(x), clamped))
     for name in ('gate', 'up', 'down', 'up_bias'):
       assert [e for e in range(EXPERTS) if np.any(np.asarray(grads[name])[e])] == [3]
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_refused_with_the_sizes_that_would_do():
+  refusal = 'gate: its axis E has size 8, .* multiple of 16, .* expert:4, tensor:4; .* 1 or 2 or 4 or 8, or'
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh('expert:4,tensor:4')):
+    x_BTD = jax.ShapeDtypeStruct((ROWS, 1, WIDTH), jnp.float32, sharding=jax.sharding.NamedSharding(
+        jax.sharding.get_abstract_mesh(), sharding.spec('BTD')))
+    with pytest.raises(ValueError, match=refusal):
+      jax.eval_shape(lambda x: KINDS['mixtral'].init(jax.random.key(0), x, CONTEXT), x_BTD)
 
 
 def test_rows_go_to_experts_by_all_to_all_and_no_activation_is_gathered():

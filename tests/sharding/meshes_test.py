@@ -119,6 +119,7 @@ def test_a_letter_is_split_over_several_mesh_axes():
 @pytest.mark.parametrize('entry,message', [
     ({'N': ('fsdp',), 'K': ('fsdp',)}, 'splits both B and N over fsdp; give them different mesh axes'),
     ({'K': ('replica',)}, 'both B and K|query heads N over .*tensor.* and key heads K over .*replica'),
+    ({'B': ('replica', 'fsdp')}, 'splits experts E over .*expert.*, which do not all split activations; take'),
     ({'F': ('units',)}, 'splits F over units, which is not a mesh axis; add it to AXES')])
 def test_a_table_that_would_split_tensors_wrongly_is_refused(entry, message, monkeypatch):
   monkeypatch.setattr(axes, 'TABLE', axes.TABLE | entry)
