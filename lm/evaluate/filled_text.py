@@ -41,6 +41,7 @@ def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
   batch = Batch(np.where(is_masked, np.int32(tokenizer.control_id(run.objective.control[0])), snippets))
 
   @jax.jit
+  @sharding.whole_rows()
   def likeliest(params, batch):
     outputs = run.model.apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
     return sharding.constrain(jax.numpy.argmax(sharding.constrain(outputs.head(outputs.hidden), 'B--'), -1), '--')

@@ -36,6 +36,7 @@ def cases(documents: Any, tokens: tokenizers.Tokenizer, room: int, lines: bool, 
 
 
 @functools.partial(jax.jit, static_argnames='apply')
+@sharding.whole_rows()
 def _predictions(apply, params, batch):
   """Returns the log-probability of each target, and whether it is the likeliest token, both [B, T]."""
   outputs = apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))

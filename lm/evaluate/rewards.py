@@ -72,6 +72,7 @@ class Judge:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@sharding.whole_rows()
 def _rewards(apply, params, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
   """Returns the score of each row at the index `last_B` of its last token, [B], on every device."""
   scores = apply(params, Batch(sharding.constrain(tokens_BT, 'BT'))).scores

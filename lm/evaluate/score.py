@@ -30,6 +30,7 @@ def _empty(count: int) -> Predicted:
 
 
 @functools.partial(jax.jit, static_argnames='apply')
+@sharding.whole_rows()
 def predict(apply, params, batch: Batch, columns_B: jax.Array | None = None, cache: Any = None,
             cache_rows_B: jax.Array | None = None) -> Predicted:
   """Returns the predictions of the targets, [B, T]; with `columns_B`, of one column of each row, [B, 1].

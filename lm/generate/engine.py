@@ -100,6 +100,7 @@ def split_rows(tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots'))
+@sharding.whole_rows()
 def _prefill(model, params, batch: Batch, present, settings, written, limit, ends, *, vocab, slots
              ) -> tuple[State, Tokens]:
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
@@ -117,6 +118,7 @@ def replicate_tokens(ids_BT: jax.Array, log_probabilities_BT: jax.Array, count_B
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='state')
+@sharding.whole_rows()
 def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, Tokens]:
   """Draws up to `count` tokens of each row; fewer if all rows end."""
   def add_token(carry):

@@ -131,6 +131,7 @@ def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: 
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafts'))
+@sharding.whole_rows()
 def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, vocab, slots, drafts
              ) -> tuple[DraftState, Tokens]:
   """Reads prompts into new caches, draws the first token and drafts the next ones. Empty rows count as ended."""
@@ -193,6 +194,7 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'rounds', 'drafts'), donate_argnames='state')
+@sharding.whole_rows()
 def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, drafts
             ) -> tuple[DraftState, Tokens, Counts]:
   """Computes `count` rounds, at most `rounds`; fewer if all rows end."""

@@ -56,6 +56,7 @@ class Denoising:
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'denoising', 'length', 'mask', 'vocab'))
+@sharding.whole_rows()
 def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax.Array, *, denoising: Denoising,
             length: int, mask: int, vocab: int) -> jax.Array:
   """Returns the last `length` tokens of each row, which are masks in `batch`: [B, length], on every device.
@@ -140,6 +141,7 @@ def _text(tokenizer: Tokenizer, prompt: np.ndarray, generated: np.ndarray) -> st
 
 
 @functools.partial(jax.jit, static_argnames='apply')
+@sharding.whole_rows()
 def _log_probabilities(apply, params, batch: Batch) -> jax.Array:
   """Returns the weighted sum of the log-probabilities of each row's targets, [B]."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)

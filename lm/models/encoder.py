@@ -115,7 +115,7 @@ class Bidirectional(LanguageModel):
     if batch.tokens.shape[1] > self.max_length:
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
                        'once; shorten the input')
-    sharding.check('B', batch.tokens.shape[:1], 'batch')
+    sharding.check('BT', batch.tokens.shape, 'batch')
     batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)

@@ -110,7 +110,7 @@ class RelativePositions:
     later = jnp.expand_dims(keys_S, tuple(range(queries_T.ndim))) - queries_T[..., None]
     distance = jnp.maximum(-later, 0) if causal else jnp.abs(later)
     buckets = jnp.asarray(table, jnp.int32).at[jnp.minimum(distance, self.max_distance)].get(
-        out_sharding=sharding.spec('BTS'[3 - distance.ndim:]))
+        out_sharding=sharding.spec('B--'[3 - distance.ndim:]))
     return buckets if causal else buckets + count * (later > 0)
 
 
@@ -152,7 +152,7 @@ class EncoderDecoder(LanguageModel):
   def __call__(self, batch: Batch, key=None, cache: EncoderDecoderCache | None = None, taps: Taps = ()) -> Output:
     if batch.source is None and (cache is None or cache.source_segments_BS is None):
       raise ValueError('an encoder-decoder reads batch.source, which is missing; with a cache, the first batch has it')
-    sharding.check('B', batch.tokens.shape[:1], 'batch')
+    sharding.check('BT', batch.tokens.shape, 'batch')
     batch = parts.text_batch(batch)
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), nn.initializers.normal(self.std),
@@ -204,7 +204,7 @@ class EncoderDecoder(LanguageModel):
     init = nn.initializers.normal(self.width ** -0.5)
     table = parts.weight(self, name + '_bias', '-N', (self.relative.buckets, heads), init, role=Role.VECTOR)
     buckets = self.relative(queries_T, keys_S, causal=name == 'decoder')
-    bias = table.at[buckets].get(out_sharding=sharding.spec('BTSN'[3 - buckets.ndim:]))
+    bias = table.at[buckets].get(out_sharding=sharding.spec('B--N'[3 - buckets.ndim:]))
     return jnp.moveaxis(bias, -1, -3)
 
   def _cached(self, params, x, batch, memory, cache, taps):
@@ -257,6 +257,7 @@ class EncoderDecoder(LanguageModel):
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> EncoderDecoderCache:
     """Returns an empty cache with `slots` slots of tokens for each row. The first batch adds the source."""
+    sharding.require_whole_rows()
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
     return EncoderDecoderCache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None,
                                sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))

@@ -1,5 +1,6 @@
 """Attention, and the choice of the kernel that computes it. Shape legend: `transformer.py`."""
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models.kernels import AttentionDropout, AttentionScores, Visible, blockwise, cached
@@ -29,29 +29,49 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
            sinks_N: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
   """Returns softmax(scores) v over the visible keys, [B, T, N, H]; each shard computes its own rows and heads.
 
+  Where T is split, its parts are exchanged for parts of the heads, and back (DeepSpeed-Ulysses, Jacobs et al. 2023), so
+  that each shard has all positions of its heads: masks, kernels and random bits are those without a split.
+
   Keys and values are [B, T, K, H], or, if `visible` has a start, those of a cache, [B, K, S, H]. The H of values may
   differ from that of keys. A cache that all heads share is replicated where heads are sharded. `sinks` are the scores
   of an additional key of each head, whose value is zero (Xiao et al. 2024). With a `key`, there is dropout, which is
   the same on any mesh.
+
+  Raises:
+    ValueError: T is split, and its mesh axes do not divide the heads.
   """
-  drop = None
-  if key is not None and scores.dropout and visible.start is None:
-    indices = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BN'))
+  drop, is_cached = None, visible.start is not None
+  if key is not None and scores.dropout and not is_cached:
+    indices = (sharding.constrain(jnp.arange(n), axis) for n, axis in zip(q_BTNH.shape[::2], 'BM'))
     drop = AttentionDropout(key, *indices)
 
   def local(q, k, v, visible, sinks, drop):
-    kernel = cached if visible.start is not None else chosen_kernel(q, k, v, visible, scores, sinks, drop)
+    kernel = cached if is_cached else chosen_kernel(q, k, v, visible, scores, sinks, drop)
     return kernel(q, k, v, visible, scores, sinks, drop)
 
   if sharding.spec('B') is None:
     return local(q_BTNH, k, v, visible, sinks_N, drop)
-  heads, keys, rows = sharding.spec('BTNH'), jax.typeof(k).sharding.spec, sharding.spec('BT')
-  start = sharding.spec('B' * getattr(visible.start, 'ndim', 0))
-  bias = sharding.spec('BNTS'[-getattr(visible.bias_NTS, 'ndim', 3):])
-  restrictions = Visible(rows, rows, rows, rows, rows, start, bias)
-  drops = None if drop is None else AttentionDropout(P(), sharding.spec('B'), sharding.spec('N'))
-  specs = heads, keys, keys, restrictions, sharding.spec('N'), drops
-  return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k, v, visible, sinks_N, drop)
+  q = q_BTNH
+  if not is_cached:
+    sharding.check('M', q.shape[2:3], 'the heads of attention')
+    q, k, v = (sharding.constrain(x, 'B-MH') for x in (q, _enough_heads(k), _enough_heads(v)))
+    sinks_N = None if sinks_N is None else sharding.constrain(sinks_N, 'M')
+    bias = None if visible.bias_NTS is None else sharding.constrain(visible.bias_NTS, 'M--')
+    rows = jax.tree.map(lambda x: sharding.constrain(x, 'B-'), visible._replace(bias_NTS=None))
+    visible = rows._replace(bias_NTS=bias)
+  local = jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec, check_vma=False)
+  return sharding.constrain(local(q, k, v, visible, sinks_N, drop), 'BTNH')
+
+
+def _enough_heads(x_BSKH: jax.Array) -> jax.Array:
+  """Returns keys or values with each head repeated, as often as needed for every shard to have those of its queries.
+  """
+  heads, shards = x_BSKH.shape[2], sharding.parts('M')
+  if heads % shards == 0:
+    return x_BSKH
+  repeats = math.lcm(heads, shards) // heads
+  shape = (*x_BSKH.shape[:3], repeats, x_BSKH.shape[3])
+  return sharding.merge_axes(jnp.broadcast_to(x_BSKH[:, :, :, None], shape), 2)
 
 
 def chosen_kernel(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, scores: AttentionScores,

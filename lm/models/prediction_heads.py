@@ -106,9 +106,9 @@ class MultiToken:
     params = self.trunk.init(key)
     if not self.depths:
       return params
-    rows = sharding.parts('B')
-    x = sharding.constrain(jnp.zeros((rows, 1, self.trunk.width), self.trunk.dtype), 'BTD')
-    positions = sharding.constrain(jnp.zeros((rows, 1), jnp.int32), 'BT')
+    shape = sharding.parts('B'), sharding.parts('T')
+    x = sharding.constrain(jnp.zeros((*shape, self.trunk.width), self.trunk.dtype), 'BTD')
+    positions = sharding.constrain(jnp.zeros(shape, jnp.int32), 'BT')
     visible = attend.Visible(positions_BT=positions, key_positions_BS=positions)
     context = Context(positions, visible)
     return params | {'depths': stack.init(self._stacks, jax.random.fold_in(key, 1), x, x, x, context)}
@@ -186,8 +186,11 @@ class MultiToken:
 def _ahead(batch: Batch, k: int) -> jax.Array:
   """Returns the token k positions ahead in the same segment; -1 if there is none."""
   time = batch.tokens.shape[1]
-  def shift(x, fill):
-    return jnp.pad(x[:, k:], ((0, 0), (0, min(k, time))), constant_values=fill)
+
+  def shift(x, fill):   # of whole rows, because positions cross the borders of parts
+    x = jnp.pad(sharding.constrain(x, 'B-')[:, k:], ((0, 0), (0, min(k, time))), constant_values=fill)
+    return sharding.constrain(x, 'BT')
+
   tokens = shift(batch.tokens, -1)
   return tokens if batch.segments is None else jnp.where(batch.segments == shift(batch.segments, -1), tokens, -1)
 

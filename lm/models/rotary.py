@@ -126,4 +126,5 @@ def _in_any_of_segment(beyond_BT: jax.Array, segments_BT: jax.Array | None) -> j
   """Returns whether any position of the same segment is true, [B, T or 1]; other texts in the row do not matter."""
   if segments_BT is None:
     return beyond_BT.any(axis=1, keepdims=True)
-  return (beyond_BT[:, None] & (segments_BT[:, None] == segments_BT[:, :, None])).any(axis=-1)
+  beyond_BS, segments_BS = (sharding.constrain(x, 'B-') for x in (beyond_BT, segments_BT))
+  return (beyond_BS[:, None] & (segments_BS[:, None] == segments_BT[:, :, None])).any(axis=-1)

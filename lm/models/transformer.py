@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
     """Returns new float32 parameters, sharded over the current mesh. Call it inside `jax.jit`."""
-    tokens = jnp.zeros((sharding.parts('B'), 1), jnp.int32)
+    tokens = jnp.zeros((sharding.parts('B'), sharding.parts('T')), jnp.int32)
     return super().init(key, Batch(tokens, source=tokens))['params']
 
   @nn.nowrap
@@ -164,7 +164,7 @@ class Transformer(LanguageModel):
     if batch.tokens.shape[1] > self.max_length:
       raise ValueError(f'{batch.tokens.shape[1]} tokens are more than the {self.max_length} that the model reads at '
                        'once; raise its length or shorten the input')
-    sharding.check('B', batch.tokens.shape[:1], 'batch')
+    sharding.check('BT', batch.tokens.shape, 'batch')
     batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)
@@ -223,6 +223,7 @@ class Transformer(LanguageModel):
   @nn.nowrap
   def init_cache(self, batch_size: int, slots: int) -> Cache:
     """Returns an empty cache with `slots` slots for each row."""
+    sharding.require_whole_rows()
     layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in self.layers)
     empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
     return Cache(layers, empty, empty, sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))

@@ -205,6 +205,6 @@ def _spread(ids_BTk: jax.Array, values_BTk: jax.Array, vocab: int) -> jax.Array:
 
   if sharding.spec('V') is None:
     return local(ids_BTk, values_BTk, 0, vocab)
-  size, rows = vocab // sharding.parts('V'), sharding.spec('B')
+  size, rows = vocab // sharding.parts('V'), sharding.spec('BT-')
   return jax.shard_map(lambda *args: local(*args, sharding.part_index('V') * size, size), in_specs=(rows, rows),
                        out_specs=sharding.spec('BTV'))(ids_BTk, values_BTk)

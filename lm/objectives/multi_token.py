@@ -5,18 +5,23 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lm import sharding
 from lm.data.batch import Batch
 from lm.objectives.objective import Objective, cross_entropy, over_vocabulary
 
 
 def shifted(batch: Batch, depth: int) -> tuple[jax.Array, jax.Array]:
   """Returns the targets and weights `depth` positions further ahead; the weight is 0 where that is another segment."""
+  targets, weights, segments = jax.tree.map(   # whole rows, because targets cross the borders of their parts
+      lambda x: sharding.constrain(x, 'B-'), (batch.targets, batch.weights, batch.segments))
+
   def ahead(x):
     return jnp.pad(x[:, depth:], ((0, 0), (0, min(depth, x.shape[1]))))
-  weights = ahead(batch.weights)
-  if batch.segments is not None:
-    weights = jnp.where(batch.segments == ahead(batch.segments), weights, 0)
-  return ahead(batch.targets), weights
+
+  weights = ahead(weights)
+  if segments is not None:
+    weights = jnp.where(segments == ahead(segments), weights, 0)
+  return ahead(targets), weights
 
 
 def multi_token(objective: Objective, weight: float = 0.3) -> Objective:

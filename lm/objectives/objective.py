@@ -82,9 +82,8 @@ def by_position(function: Callable[..., Any], hidden_BTD: jax.Array, head: Any, 
   """
   chunk = jax.checkpoint(lambda xs: function(head(xs[0]), *xs[1:]))
 
-  def whole(x):
-    return sharding.merge_axes(jnp.moveaxis(x, 0, 1), 1)[:, :hidden_BTD.shape[1]]
-  return jax.tree.map(whole, jax.lax.map(chunk, _chunks(hidden_BTD, head, args)))
+  chunks = jax.lax.map(chunk, _chunks(hidden_BTD, head, args))
+  return jax.tree.map(lambda x: _joined(x, hidden_BTD.shape[1]), chunks)
 
 
 def target_scores(hidden_BTD: jax.Array, head: Any, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +103,8 @@ def target_log_probabilities(hidden_BTD: jax.Array, head: Any, targets_BT: jax.A
 def chunk_length(batch: int, time: int, vocab: int, limit: int | None = None) -> int:
   """Returns how many positions a chunk of logits has: the fewest equal chunks of at most `limit` elements on a device.
 
-  By default, chunks are small enough for the caches of a CPU, and larger elsewhere; they are never too small for an
-  efficient matrix product.
+  `time` is the number of positions on a device. By default, chunks are small enough for the caches of a CPU, and larger
+  elsewhere; they are never too small for an efficient matrix product.
   """
   if limit is None:
     limit = max(2 ** 22, 256 * vocab) if sharding.platform() == 'cpu' else max(2 ** 26, 2048 * vocab)
@@ -118,15 +117,34 @@ def _add(sums, terms):
   return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, terms)
 
 
+def _parts_of_rows() -> int:
+  """Returns the number of parts into which the positions of rows are split here."""
+  return 1 if sharding.spec('T') is None else sharding.parts('T')
+
+
 def _chunks(hidden_BTD: jax.Array, head: Any, args: tuple) -> tuple:
-  """Returns `(hidden, *args)` cut along T into chunks, `[n, B, c, ...]`; the last one is padded with zeros."""
-  batch, time = hidden_BTD.shape[:2]
+  """Returns `(hidden, *args)` cut along T into chunks, `[n, B, c, ...]`; the last one is padded with zeros.
+
+  Where T is split over devices, a chunk has positions of every part, so that all devices compute at the same time.
+  """
+  batch, parts = hidden_BTD.shape[0], _parts_of_rows()
+  time = hidden_BTD.shape[1] // parts
   c = chunk_length(batch, time, jax.eval_shape(head, hidden_BTD).shape[-1])
 
   def cut(x):
-    x = jnp.pad(x, [(0, 0), (0, -time % c)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(sharding.split_axis(x, 1, (x.shape[1] // c, c)), 1, 0)
+    x = sharding.split_axis(sharding.constrain(x, 'BT' + '-' * (x.ndim - 2)), 1, (parts, time))
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -time % c)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(sharding.split_axis(x, 2, (x.shape[2] // c, c)), 2, 0)
+    return sharding.merge_axes(x, 2)
   return tuple(map(cut, (hidden_BTD, *args)))
+
+
+def _joined(chunks: jax.Array, time: int) -> jax.Array:
+  """Returns the chunks `[n, B, c, ...]` as `[B, time, ...]`, the reverse of `_chunks`."""
+  parts = _parts_of_rows()
+  x = sharding.split_axis(chunks, 2, (parts, chunks.shape[2] // parts))
+  x = sharding.merge_axes(jnp.moveaxis(x, 0, 2), 2)[:, :, :time // parts]
+  return sharding.merge_axes(x, 1)
 
 
 def _zero_sums(token_loss, head, chunks, whole) -> tuple[jax.Array, Sums]:
@@ -163,7 +181,7 @@ def _forward(token_loss, hidden_BTD, head, args, whole):
 
   zero = jax.tree.map(sharding.zero_gradient, head)
   (sums, head_grad), hidden_grad = jax.lax.scan(chunk, (_zero_sums(token_loss, head, chunks, whole), zero), chunks)
-  hidden_grad = sharding.merge_axes(jnp.moveaxis(hidden_grad, 0, 1), 1)[:, :hidden_BTD.shape[1]]
+  hidden_grad = _joined(hidden_grad, hidden_BTD.shape[1])
   return sums, (hidden_grad, jax.tree.map(lambda g, w: g.astype(w.dtype), head_grad, head))
 
 

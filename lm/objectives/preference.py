@@ -208,7 +208,7 @@ def reward(centering: float = 0.) -> Objective:
 def segment_sums(values: dict[str, jax.Array], segments_BT: jax.Array) -> dict[str, jax.Array]:
   """Returns sums over segments, in pairs: [B, T] -> [B, P, 2]. Segments 1 and 2 of a row are at [0], 3 and 4 at [1].
 
-  Each shard sums its own rows.
+  Each shard sums its own rows, which are whole.
   """
   time = segments_BT.shape[1]
   count = 2 * -(-time // 2)
@@ -222,7 +222,7 @@ def segment_sums(values: dict[str, jax.Array], segments_BT: jax.Array) -> dict[s
   rows = sharding.spec('B')
   if rows is not None:
     local = jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)
-  return local(*jax.tree.map(lambda x: sharding.constrain(x, 'BT'), (values, segments_BT)))
+  return local(*jax.tree.map(lambda x: sharding.constrain(x, 'B-'), (values, segments_BT)))
 
 
 def _segments(first: Dialogue, second: Dialogue) -> Example:

@@ -28,8 +28,8 @@ def _cost(logits_BTV, log_z_BT, candidates_BTS, tokens_BS):
 
   if sharding.spec('B') is None:
     return local(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
-  rows = sharding.spec('BT')
-  return jax.shard_map(on_shard, in_specs=(sharding.spec('BTV'), rows, rows, rows), out_specs=rows,
+  places, rows = sharding.spec('BT'), sharding.spec('B-')
+  return jax.shard_map(on_shard, in_specs=(sharding.spec('BTV'), places, places, rows), out_specs=places,
                        check_vma=False)(logits_BTV, log_z_BT, candidates_BTS, tokens_BS)
 
 
@@ -58,7 +58,8 @@ def unlikelihood(objective: Objective, alpha: float = 1.) -> Objective:
     outputs = apply(params, batch, key=key)
     segments = jnp.ones_like(batch.tokens) if batch.segments is None else batch.segments
     places = sharding.constrain(jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape), 'BT')
-    whole = batch.tokens, segments, _first_of_segment(batch.tokens, segments)
+    tokens, segments_BS = (sharding.constrain(x, 'B-') for x in (batch.tokens, segments))
+    whole = tokens, segments_BS, _first_of_segment(tokens, segments_BS)
     args = batch.targets, batch.weights, segments, places
     loss_sum, sums = over_vocabulary(both, outputs.hidden, outputs.head, args, whole)
     return loss_sum, denominator(batch), sums

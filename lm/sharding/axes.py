@@ -5,7 +5,10 @@ All other code names letters only, so that a new mesh axis is a new entry of `AX
 
 The mesh axes are explicit: a wrong sharding is a type error. A mesh has only the axes whose size is above 1.
 """
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
@@ -15,18 +18,38 @@ from jax.sharding import PartitionSpec as P
 AXES = {
     'replica': 'the batch; weights are whole on each part',
     'fsdp': 'the batch, and the weights and the state of the optimizer at rest',
+    'context': 'the positions of a row, and weights at rest as fsdp does',
     'expert': 'experts, and for all other layers what fsdp splits',
     'tensor': 'heads, hidden units and the vocabulary',
 }
+# M are heads that have all positions: those of attention, where each device has whole rows for a part of its heads.
 TABLE: dict[str, tuple[str, ...]] = {
-    'B': ('replica', 'fsdp', 'expert'), 'D': ('fsdp', 'expert'), 'E': ('expert', 'tensor'),
-    'N': ('tensor',), 'K': ('tensor',), 'F': ('tensor',), 'V': ('tensor',)}
+    'B': ('replica', 'fsdp', 'expert'), 'T': ('context',), 'D': ('fsdp', 'context', 'expert'),
+    'E': ('expert', 'tensor'), 'N': ('tensor',), 'K': ('tensor',), 'M': ('tensor', 'context'), 'F': ('tensor',),
+    'V': ('tensor',)}
+
+_rows_are_whole = contextvars.ContextVar('rows_are_whole', default=False)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+  """A context, or a decorator, in which no mesh axis splits the positions of a row.
+
+  Programs without gradients are traced in it whose rows may have any number of positions, such as generation, or whose
+  caches have all positions. Devices that hold parts of a row in training then compute the same.
+  """
+  token = _rows_are_whole.set(True)
+  try:
+    yield
+  finally:
+    _rows_are_whole.reset(token)
 
 
 def axes_of(letters: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
   """Returns the mesh axes that split these tensor axes, each once, on the given mesh or the one in use."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  axes = dict.fromkeys(axis for letter in letters for axis in TABLE.get(letter, ()))
+  table = {**TABLE, 'T': (), 'M': TABLE['N']} if _rows_are_whole.get() else TABLE
+  axes = dict.fromkeys(axis for letter in letters for axis in table.get(letter, ()))
   return tuple(axis for axis in axes if axis in mesh.shape)
 
 
@@ -36,13 +59,15 @@ def check_table() -> None:
     for axis in axes:
       if axis not in AXES:
         raise ValueError(f'the sharding table splits {letter} over {axis}, which is not a mesh axis; add it to AXES')
-  # Rows and what they are multiplied with stand in one tensor, where a mesh axis can split only one of them. D is
-  # exempt, since weights are gathered along it for use, and E, since rows are exchanged between experts.
-  for letter, axes in TABLE.items():
-    shared = set(TABLE['B']) & set(axes)
-    if shared and letter not in 'BDE':
-      raise ValueError(f'the sharding table splits both B and {letter} over {", ".join(sorted(shared))}; give them '
-                       'different mesh axes')
+  # Rows, their positions and what they are multiplied with stand in one tensor, where a mesh axis can split only one of
+  # them. D is exempt, since weights are gathered along it for use, E, since rows are exchanged between experts, and M,
+  # since positions are exchanged for heads.
+  for rows, exempt in (('B', 'BDE'), ('T', 'TDM')):
+    for letter, axes in TABLE.items():
+      shared = set(TABLE[rows]) & set(axes)
+      if shared and letter not in exempt:
+        raise ValueError(f'the sharding table splits both {rows} and {letter} over {", ".join(sorted(shared))}; give '
+                         'them different mesh axes')
   activations = {axis for letter in 'BTF' for axis in TABLE.get(letter, ())}
   if not activations.issuperset(TABLE.get('E', ())):   # each row is sent to experts by one device
     raise ValueError(f'the sharding table splits experts E over {TABLE["E"]}, which do not all split activations; take '
@@ -75,7 +100,7 @@ def spec(axes: str) -> P | None:
   """Returns the sharding of a tensor with these axes: `spec('BTD') == P('fsdp', None, None)`.
 
   Returns None where no mesh is set, and inside a `shard_map`, where each device computes with its own part. Each mesh
-  axis splits only the first letter that has it: D is split in a weight, but not in an activation, which has B.
+  axis splits only the first letter that has it. D is split in a weight, but not in an activation, which has B.
   """
   if not is_laid_out():
     return None
@@ -83,6 +108,8 @@ def spec(axes: str) -> P | None:
   entries: list[str | tuple[str, ...] | None] = []
   for letter in axes:
     free = tuple(axis for axis in axes_of(letter) if axis not in used)
+    if letter == 'D' and 'B' in axes:
+      free = ()
     used.update(free)
     entries.append(entry_of(free))
   return P(*entries)
@@ -165,6 +192,13 @@ def require(mesh: Mesh | AbstractMesh) -> None:
   """Raises ValueError where the mesh is empty, because none is set."""
   if mesh.empty:
     raise ValueError('no mesh is set: call it in "with jax.set_mesh(sharding.make_mesh()) as mesh:"')
+
+
+def require_whole_rows() -> None:
+  """Raises ValueError where a mesh axis splits the positions of rows."""
+  if parts('T') > 1:
+    raise ValueError('a cache has all positions of its rows, and the mesh splits them over '
+                     f'{", ".join(axes_of("T"))}; trace the program in sharding.whole_rows()')
 
 
 def local_rows(rows: int, mesh: Mesh) -> range:

@@ -22,6 +22,7 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   """
   sharding.require(mesh)
   _check_rows(run, mesh)
+  _check_lengths(run, mesh)
   shapes = run.schedule.shapes()
   longest = run.model.max_length
   if run.data.length > longest:
@@ -59,6 +60,19 @@ def _check_rows(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -
                      f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
 
 
+def _check_lengths(run: Run, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError where the mesh does not divide the positions of rows, also those of a stage."""
+  split = sharding.parts('T', mesh)
+  lengths = [('--length', run.data.length), ('source_length', run.data.source_length or split),
+             *(('the length of a stage', length) for _, length in run.schedule.shapes())]
+  for name, length in lengths:
+    if length % split:
+      fits = [size for size in (length // split * split, -(-length // split) * split) if size]
+      raise ValueError(f'{name}={length} is not a multiple of {split}, the number of parts into which the mesh '
+                       f'{sharding.mesh_text(mesh)} splits the positions of a row; choose '
+                       f'{" or ".join(map(str, fits))}, or another --mesh')
+
+
 def check_batch(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int], batch: Batch) -> None:
   """Raises ValueError, which names the differences, where a feed gives other arrays than those of `abstract_batch`."""
   lines = differences(_arrays(abstract_batch(run, mesh, shape)), _arrays(batch))
@@ -80,7 +94,7 @@ def check_vocabulary(run: Run, data: OpenData) -> None:
   """
   def logits(constants, inputs):
     params = with_constants(run.model.init(jax.random.key(0)), constants)
-    tokens = jnp.zeros((run.batch, 1), jnp.int32)
+    tokens = jnp.zeros((run.batch, sharding.parts('T')), jnp.int32)
     source = None if run.data.source_length is None else tokens
     outputs = run.model.apply(params, Batch(tokens, source=source, inputs=inputs))
     return outputs.head(outputs.hidden)

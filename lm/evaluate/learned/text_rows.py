@@ -58,6 +58,7 @@ def compute(name: str, function: Callable[[Batch], Any], texts: Sequence[Text], 
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@sharding.whole_rows()
 def scores(apply: Callable[..., Any], params: Any, batch: Batch) -> jax.Array:
   """Returns the score of each row by a `models.TextScorer`, [B], on every device."""
   output = apply(params, batch)
@@ -65,6 +66,7 @@ def scores(apply: Callable[..., Any], params: Any, batch: Batch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@sharding.whole_rows()
 def hidden(apply: Callable[..., Any], params: Any, batch: Batch) -> jax.Array:
   """Returns the hidden states of each row, float32 [B, T, D], on every device."""
   return sharding.constrain(apply(params, batch).hidden.astype(np.float32), '---')
