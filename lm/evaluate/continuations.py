@@ -89,11 +89,13 @@ def _padded(values: Sequence[int], count: int, padding: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@sharding.whole_rows()
 def _empty(model: Any, rows: int, slots: int) -> Any:
   return model.init_cache(rows, slots)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+@sharding.whole_rows()
 def _read(model: Any, params: Any, cache: Any, batch: Batch, places: jax.Array) -> Any:
   """Returns the cache with the contexts of a batch in its rows `places`; a row that the cache has not is left out."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
