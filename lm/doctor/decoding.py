@@ -53,6 +53,7 @@ def cache_equals_forward(subject: Subject) -> Finding:
     return sharding.constrain(target_log_probabilities(outputs.hidden, outputs.head, targets), '--')
 
   @compiled_fast
+  @sharding.whole_rows()
   def read(params, batch, cache=None):
     outputs = model.apply(params, batch, cache=cache)
     return log_p(outputs, batch.targets), outputs.cache
@@ -64,7 +65,7 @@ def cache_equals_forward(subject: Subject) -> Finding:
     return subject.on_mesh(columns if start == 0 else columns._replace(source=None, source_segments=None))
 
   whole = np.asarray(read(params, subject.on_mesh(batch))[0])[0]
-  cache = compiled_fast(functools.partial(model.init_cache, rows, time + 1))()
+  cache = compiled_fast(sharding.whole_rows()(functools.partial(model.init_cache, rows, time + 1)))()
   first, cache = read(params, part(0, PROMPT), cache)
   values = [np.asarray(first)[0]]
   for place in range(PROMPT, time):
@@ -130,4 +131,4 @@ def _trained_nll(subject: Subject, model: Any, params: Any, text: np.ndarray, so
 
   def nll(params, batch):
     return goal.loss(model.apply, params, batch, None)[2]['nll']
-  return float(compiled_fast(nll)(params, subject.on_mesh(batch)))
+  return float(compiled_fast(sharding.whole_rows()(nll))(params, subject.on_mesh(batch)))
