@@ -13,7 +13,7 @@ def with_policy(run: train.Run, on_not_finite: str | None) -> train.Run:
     case 'stop':
       return dataclasses.replace(run, not_finite=None)
     case 'skip':   # with a guard, it is what counts the steps
-      return run if run.guard is not None else dataclasses.replace(run, not_finite=train.Skip())
+      return dataclasses.replace(run, not_finite=train.Skip() if run.guard is None else None)
     case 'go_back':
       return dataclasses.replace(run, not_finite=train.GoBack())
   return run

@@ -47,7 +47,7 @@ class Saver:
   def finish(self, step: int, start: Callable[[], None]) -> None:
     """Waits until the last step is saved. No step follows, so a failure is repeated after 1, 2, 4 and 8 seconds."""
     self._attempt(step, self._checkpoints.wait)
-    while self._due is not None:
+    while self._due is not None and step > self.saved:   # a step may be saved, and what follows may fail
       _wait(2 ** (self._failures - 1))
       self.save(step, start)
       self._attempt(step, self._checkpoints.wait)

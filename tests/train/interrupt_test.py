@@ -7,12 +7,14 @@ import threading
 
 import jax
 import pytest
+from helpers.faults import faults
 from helpers.runs import RUN, go, logged, same, saved, steps_kept
 
 from lm import exits
 from lm.data.rows.stages import Stage
 from lm.train import gradient, loop
 from lm.train.interrupt import Interrupt
+from lm.workdir import checkpoint
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -93,9 +95,23 @@ def test_a_signal_in_an_evaluator_that_does_not_return_saves_the_step(tmp_path, 
 
 @pytest.mark.parametrize('last_step', [0, 2])
 def test_a_signal_while_a_step_compiles_saves_what_there_is(tmp_path, ended, monkeypatch, last_step):
-  """Before the first step, there is nothing. Later, a stage with another shape of batches compiles again."""
+  """Before the first step, there is nothing. Later, a stage with another shape of batches compiles again.
+
+  The save of the last step is still in progress then, and goes on once the process waits for it, or ends.
+  """
   stages, original = (Stage(2, 4, 16),), loop.make_step
-  shapes = []
+  shapes, steps_at_end, goes_on, wait = [], [], threading.Event(), checkpoint.Checkpoints.wait
+
+  def ends():
+    steps_at_end.extend(steps_kept(tmp_path / 'run'))
+    goes_on.set()
+
+  def waits(checkpoints):
+    if threading.current_thread() is not threading.main_thread():
+      goes_on.set()
+    wait(checkpoints)
+
+  ended.hook = ends
 
   def make_step(run):
     step = original(run)
@@ -115,9 +131,10 @@ def test_a_signal_while_a_step_compiles_saves_what_there_is(tmp_path, ended, mon
 
   with monkeypatch.context() as patch:
     patch.setattr(loop, 'make_step', make_step)
-    with pytest.raises(InterruptedError):
+    patch.setattr(checkpoint.Checkpoints, 'wait', waits)
+    with faults('rename', r'/2\.orbax[^/]*$', goes_on.wait), pytest.raises(InterruptedError):
       go(tmp_path / 'run', stages=stages)
-  assert ended == [128 + signal.SIGTERM] and steps_kept(tmp_path / 'run') == ([last_step] if last_step else [])
+  assert ended == [128 + signal.SIGTERM] and steps_at_end == ([last_step] if last_step else [])
   if last_step:
     go(tmp_path / 'run', stages=stages)
     go(tmp_path / 'whole', stages=stages)

@@ -11,6 +11,7 @@ from helpers.runs import RUN, Bigram, go, logged, same, saved
 from helpers.slow import slow
 
 from lm import seeds, train
+from lm.launch import policy as policy_of_flag
 from lm.train import not_finite, replay
 from lm.train.guard import Guard
 from lm.train.run import advance
@@ -140,6 +141,15 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_start_and_not_for_ever(tmp_
 def test_only_the_newest_failures_are_kept(tmp_path):
   go(tmp_path, BAD, model=Spoilt(sums=tuple(SUMS[1:8:2])), not_finite=train.Skip())
   assert not_finite.steps_kept(tmp_path) == [6, 8]
+
+
+@pytest.mark.parametrize('flag, guard, expected', [
+    ('skip', None, train.Skip()), ('skip', Guard(), None), ('go_back', Guard(), train.GoBack()),
+    ('go_back', None, train.GoBack()), ('stop', None, None)])
+def test_a_flag_has_its_way_whatever_the_experiment_says(flag, guard, expected):
+  for policy in None, train.Skip(most=2), train.GoBack(most=2):
+    run = policy_of_flag.with_policy(dataclasses.replace(RUN, guard=guard, not_finite=policy), flag)
+    assert (run.guard, run.not_finite) == (guard, expected)
 
 
 @pytest.mark.parametrize('make, named', [

@@ -146,6 +146,12 @@ def test_a_run_whose_saves_fail_loses_nothing(tmp_path, monkeypatch):
     assert same(saved(tmp_path / name)[1], saved(tmp_path / 'whole')[1])
 
 
+def test_a_last_step_that_is_saved_is_not_saved_again_where_an_older_one_cannot_be_deleted(tmp_path):
+  with faults('rmtree', '/3$', failing(errno.EIO, 1)):
+    assert go(tmp_path, save_every=3, keep=1).finished
+  assert max(steps_kept(tmp_path)) == 6
+
+
 def test_permanent_checkpoints_are_never_deleted(tmp_path):
   changes = {'save_every': 4, 'evaluate_every': 99, 'keep': 1}
   go(tmp_path, keep_every=3, **changes)
