@@ -29,7 +29,8 @@ def bound(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'replica:2,fsdp:2,tensor:2'])
+@pytest.mark.parametrize('mesh', ['fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4', 'fsdp:2,expert:4',
+                                  'replica:2,fsdp:2,tensor:2'])
 def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, bound):
   trace = mesh_traces.trace(RUN, RUN.data, mesh_of(mesh))
   assert trace.batches == reference.batches and len(trace.losses) == 20
