@@ -104,8 +104,9 @@ class LeftOutBatches:
 
   def __init__(self, workdir: pathlib.Path):
     self._workdir = workdir
+    # Each process reads the file: a collective right after the barrier of the checkpoints may hang, see BUILD_NOTES.md.
     stored = [record[_FIELD] for record in records.read(workdir) if _FIELD in record]
-    self.entries: Sequence[Sequence[int]] = hosts.from_process_0(stored[-1] if stored else [])
+    self.entries: Sequence[Sequence[int]] = stored[-1] if stored else []
 
   @property
   def total(self) -> int:
