@@ -13,13 +13,13 @@ from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import rounding
 from lm.models.context import Aux, Context
-from lm.models.kept import Kept
+from lm.models.rematerialisation import SavePolicy
 
 Initializer = Callable[..., jax.Array]
 
 # Results of matrix products that the backward pass reads, and the outputs of attention. All others (norms, activations,
 # rotations) are cheaper to compute again.
-keep_products = Kept(('query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key',
+keep_products = SavePolicy(('query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key',
                       'cross_value', 'cross_residual'))
 
 

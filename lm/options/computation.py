@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 from lm import train
 from lm.models import layers
-from lm.models.kept import Kept
 from lm.models.prediction_heads import MultiToken
 from lm.models.quantized_decoder import quantized
+from lm.models.rematerialisation import SavePolicy
 from lm.models.rounding import FP8, INT8, Rounding
 
 
@@ -38,25 +38,25 @@ class Computation:
     """How factors of products are rounded; None where they are not."""
     return {'int8': INT8, 'fp8': FP8}.get(self.precision)
 
-  def policy(self, model: Any) -> Kept | None:
+  def policy(self, model: Any) -> SavePolicy | None:
     """Returns which activations of a model are kept; None for all.
 
     Raises:
       ValueError: the model does not have an activation, or cannot keep it on the host.
     """
-    words = {'all': None, 'none': Kept(), 'products': layers.keep_products}
+    words = {'all': None, 'none': SavePolicy(), 'products': layers.keep_products}
     if len(self.keep_activations) == 1 and self.keep_activations[0] in words:
-      kept = words[self.keep_activations[0]]
-      if kept is None and self.offload:
+      policy = words[self.keep_activations[0]]
+      if policy is None and self.offload:
         raise ValueError(f'--offload={",".join(self.offload)} needs --keep_activations with names, products or none, '
                          'and not all')
       if not self.offload:
-        return kept
-      Kept(on_host=self.offload).check(model)
-      return dataclasses.replace(kept, on_host=self.offload)
-    kept = Kept(self.keep_activations, self.offload)
-    kept.check(model)
-    return kept
+        return policy
+      SavePolicy(on_host=self.offload).check(model)
+      return dataclasses.replace(policy, on_host=self.offload)
+    policy = SavePolicy(self.keep_activations, self.offload)
+    policy.check(model)
+    return policy
 
   def apply(self, model: Any) -> Any:
     """Returns a model that computes with this precision, and keeps these activations.

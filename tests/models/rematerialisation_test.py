@@ -8,8 +8,8 @@ import pytest
 
 from lm.data.batch import Batch
 from lm.models import encoder, transformer
-from lm.models.kept import Kept, activation_names
 from lm.models.layers import keep_products
+from lm.models.rematerialisation import SavePolicy, activation_names
 from lm.options import Computation
 
 MODEL = transformer.llama(32, 16, 2, 4, kv_heads=2, max_length=16)
@@ -62,4 +62,4 @@ def test_all_that_is_kept_by_default_exists():
   assert set(activation_names(MODEL)) == set(keep_products.names) - {
       'cross_query', 'cross_key', 'cross_value', 'cross_residual'}
   assert Computation().apply(MODEL).remat is keep_products
-  assert Computation(keep_activations=('none',)).apply(encoder.bert(32, 32, 1, 2)).remat == Kept()
+  assert Computation(keep_activations=('none',)).apply(encoder.bert(32, 32, 1, 2)).remat == SavePolicy()

@@ -13,7 +13,7 @@ HOST = 'pinned_host'   # the memory of the host that devices can read
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class SavePolicy:
   """A policy of `jax.checkpoint`: keeps the activations of these names, and computes all others again.
 
   Those of `on_host` are kept too, in the memory of the host.
