@@ -45,27 +45,54 @@ def keep(workdir: pathlib.Path, step: int, state: State | None, batch: Batch, me
   """Keeps the state before a step, its batch and its metrics in `workdir/failures/step-N`; the oldest are deleted.
 
   The state is None where the step has changed it. All processes of a cluster call it. A step that is kept already is
-  left as it is. Where the disk does not take it, a line says so.
+  left as it is. Where the disk does not take it, a line says so, and nothing of it stays.
+
+  Raises:
+    OSError: in a cluster, a process cannot write its part of the state: the others wait for it.
   """
   folder = workdir / 'failures' / f'step-{step}'
   if hosts.from_process_0((folder / 'failure.json').exists()):
     return
   arrays = multihost_utils.process_allgather(batch, tiled=True) if jax.process_count() > 1 else batch
+  problem = hosts.from_process_0(_keep_batch(folder, arrays) if jax.process_index() == 0 else '')
+  if not problem and state is not None:
+    problem = _keep_state(folder, step, state)
+  if not problem and jax.process_index() == 0:
+    finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    problem = _problem(lambda: atomic.write(folder / 'failure.json', json.dumps({'step': step, 'metrics': finite},
+                                                                                indent=1) + '\n'))
+  if jax.process_index() == 0:
+    for unwanted in [folder] if problem else sorted(_folders(workdir), key=_number)[:-FAILURES]:
+      shutil.rmtree(unwanted, ignore_errors=True)
+  if problem:
+    print(f'step {step} is not kept for a replay: {problem}')
+
+
+def _keep_batch(folder: pathlib.Path, batch: Batch) -> str:
+  def write():
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    np.savez(folder / 'batch.npz', *map(np.asarray, jax.tree.leaves(batch)))
+  return _problem(write)
+
+
+def _keep_state(folder: pathlib.Path, step: int, state: State) -> str:
+  def write():
+    with checkpoint.Checkpoints(folder / 'state', keep=1) as checkpoints:
+      checkpoints.save(step - 1, state, {'objective': None})
+  problem = _problem(write)
+  if problem and jax.process_count() > 1:
+    raise OSError(f'step {step} cannot be kept for a replay: {problem}')
+  return problem
+
+
+def _problem(write: Callable[[], None]) -> str:
+  """Calls a function that writes. Returns the message of its OSError, '' where there is none."""
   try:
-    if jax.process_index() == 0:
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir(parents=True)
-      np.savez(folder / 'batch.npz', *map(np.asarray, jax.tree.leaves(arrays)))
-    if state is not None:
-      with checkpoint.Checkpoints(folder / 'state', keep=1) as checkpoints:
-        checkpoints.save(step - 1, state, {'objective': None})
-    if jax.process_index() == 0:
-      finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-      atomic.write(folder / 'failure.json', json.dumps({'step': step, 'metrics': finite}, indent=1) + '\n')
-      for older in sorted(_folders(workdir), key=_number)[:-FAILURES]:
-        shutil.rmtree(older, ignore_errors=True)
+    write()
+    return ''
   except OSError as error:
-    print(f'step {step} is not kept for a replay: {error}')
+    return str(error)
 
 
 def steps_kept(workdir: pathlib.Path) -> list[int]:

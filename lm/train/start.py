@@ -86,30 +86,23 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   judge = Judge(facts['objective'], run.best, run.better)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
         Interrupt() as interrupt, contextlib.closing(feed), hosts.ending_with_peers()):
-    with phases('restore or initialise'):
+    with phases('restore or initialise'), interrupt.during(_say_nothing_is_lost):
       constants = load_constants(run)
     batches = LeftOutBatches(workdir)
-    if batches.total:
-      run = dataclasses.replace(run, steps=min(run.steps, feed.steps(run.steps + batches.total) - batches.total))
     while True:
-      with phases('restore or initialise'):
+      run = _within_data(run, feed, batches.total)
+      with phases('restore or initialise'), interrupt.during(_say_nothing_is_lost):
         state, start, logged = _restore(run, mesh, checkpoints)
-      planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
-      # Only a record with these facts is a run that was accepted, which can be opened later.
-      records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
       _print_size(run, mesh, state, workdir)
       if examine is not None:
-        with phases('examine'):
+        with phases('examine'), interrupt.during(_say_nothing_is_lost):
           examine(Start(run, data, feed, mesh, state, constants, start))
+      planned = next((record['steps'] for record in reversed(records.read(workdir)) if 'steps' in record), run.steps)
+      # Only a record with these facts is a run that was accepted, which can be opened later, and continued.
+      records.add(workdir, data=data.fingerprint, steps=run.steps, minutes=run.minutes)
       loop = Loop(run, workdir, mesh, data, feed, evaluation, constants, checkpoints, judge, facts,
                   Ledger(workdir, evaluation.fingerprint), batches, interrupt, phases, watch)
-      if start >= run.steps and not loop.awaits_validation(start):
-        print(f'finished: {workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
-      elif start and not loop.out_of_patience(start):
-        print(f'going on from step {start}')
-        rate = optim.learning_rate(state.opt_state)
-        if planned != run.steps and rate is not None:
-          loop.earlier_plan = planned, float(rate)
+      _announce(loop, state, start, planned)
       try:
         with records.preserve(workdir):
           return loop.train(state, start, logged)
@@ -118,6 +111,28 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
           raise
         checkpoints.wait()   # the one in progress is good too
         batches.go_back(run.not_finite, error, max(checkpoints.steps(), default=0))
+
+
+def _announce(loop: Loop, state: State, start: int, planned: int) -> None:
+  """Says from which step a run goes on; `planned` are the steps that it had when it was started before."""
+  run = loop.run
+  if start >= run.steps and not loop.awaits_validation(start):
+    print(f'finished: {loop.workdir} is at step {start} of {run.steps}; more steps (--steps) go on from there')
+  elif start and not loop.out_of_patience(start):
+    print(f'going on from step {start}')
+    rate = optim.learning_rate(state.opt_state)
+    if planned != run.steps and rate is not None:
+      loop.earlier_plan = planned, float(rate)
+
+
+def _say_nothing_is_lost() -> None:
+  print('stopped before the next step: the same command goes on from there', flush=True)
+
+
+def _within_data(run: Run, feed: Feed, left_out: int) -> Run:
+  """Returns a run of which so many batches are left out, with the steps that there are batches for."""
+  steps = feed.steps(run.steps + left_out) - left_out if left_out else run.steps
+  return dataclasses.replace(run, steps=min(run.steps, steps))
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:

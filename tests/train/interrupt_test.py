@@ -8,13 +8,14 @@ import threading
 import jax
 import pytest
 from helpers.faults import faults
+from helpers.meshes import mesh_of
 from helpers.runs import RUN, go, logged, same, saved, steps_kept
 
-from lm import exits
+from lm import exits, train
 from lm.data.rows.stages import Stage
 from lm.train import gradient, loop
 from lm.train.interrupt import Interrupt
-from lm.workdir import checkpoint
+from lm.workdir import checkpoint, records
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -139,6 +140,17 @@ def test_a_signal_while_a_step_compiles_saves_what_there_is(tmp_path, ended, mon
     go(tmp_path / 'run', stages=stages)
     go(tmp_path / 'whole', stages=stages)
     assert same(saved(tmp_path / 'run')[1], saved(tmp_path / 'whole')[1])
+
+
+def test_a_signal_while_a_run_is_examined_ends_the_process_and_leaves_no_accepted_start(tmp_path, ended):
+  def examine(start):
+    terminate()
+    assert ended.event.wait(20)
+    raise InterruptedError('as if ended')
+
+  with jax.set_mesh(mesh_of('fsdp:2')), pytest.raises(InterruptedError):
+    train.train(RUN, tmp_path, mesh_of('fsdp:2'), examine=examine)
+  assert ended == [128 + signal.SIGTERM] and not records.read(tmp_path)
 
 
 def test_a_step_is_compiled_once(tmp_path, caplog):

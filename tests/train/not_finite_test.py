@@ -1,6 +1,8 @@
 """A step that is not finite: its state and batch are kept, and the run stops, skips it or goes back."""
 import dataclasses
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from lm.launch import policy as policy_of_flag
 from lm.train import not_finite, replay
 from lm.train.guard import Guard
 from lm.train.run import advance
-from lm.workdir import records
+from lm.workdir import checkpoint, records
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -131,6 +133,23 @@ def test_a_run_goes_back_and_leaves_out_the_batches_in_between_also_when_it_is_r
   assert records.read(tmp_path / 'parts')[-1]['left_out_batches'] == [[3, 3]]
 
 
+class Ending(train.DataFeed):
+  """A feed whose batches end after eight steps."""
+
+  def __call__(self, step, state):
+    assert step < 8
+    return super().__call__(step, state)
+
+  def steps(self, planned):
+    return min(planned, 8)
+
+
+def test_a_run_that_goes_back_ends_where_its_batches_end(tmp_path):
+  result = go(tmp_path, BAD, not_finite=train.GoBack(), save_every=3, feed=Ending)
+  assert result.finished and result.step == 6
+  assert same(saved(tmp_path, BAD)[1], plain_steps([0, 1, 2, 5, 6, 7], run=SKIPPING))
+
+
 def test_a_run_without_a_checkpoint_goes_back_to_its_start_and_not_for_ever(tmp_path):
   with pytest.raises(train.NotFinite, match='step 2: .*gone back 1 times'):
     go(tmp_path, BAD, model=Spoilt(sums=(SUMS[1], SUMS[3])), not_finite=train.GoBack(most=1), save_every=8)
@@ -141,6 +160,21 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_start_and_not_for_ever(tmp_
 def test_only_the_newest_failures_are_kept(tmp_path):
   go(tmp_path, BAD, model=Spoilt(sums=tuple(SUMS[1:8:2])), not_finite=train.Skip())
   assert not_finite.steps_kept(tmp_path) == [6, 8]
+
+
+@pytest.mark.parametrize('part', ['batch', 'state'])
+def test_a_full_disk_neither_ends_a_run_that_skips_nor_is_filled_further(tmp_path, capsys, monkeypatch, part):
+  save = checkpoint.Checkpoints.save
+
+  def fails(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  if part == 'batch':
+    monkeypatch.setattr(np, 'savez', fails)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', lambda self, *args, **kwargs: (
+      fails if 'failures' in self.folder.parts else save)(self, *args, **kwargs))
+  assert go(tmp_path, BAD, not_finite=train.Skip()).finished
+  assert 'step 5 is not kept for a replay: ' in capsys.readouterr().out
+  assert not list((tmp_path / 'failures').iterdir())
 
 
 @pytest.mark.parametrize('flag, guard, expected', [
