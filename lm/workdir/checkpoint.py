@@ -176,13 +176,13 @@ class Checkpoints:
     """Restores parts of the state, given as nested dicts by the names of its fields, down to complete trees."""
     return self._newest_readable(step, functools.partial(self._read, abstract_parts, True, dtypes))
 
-  def _check(self, names: tuple[str, ...], step: int) -> tuple[dict, list[str]]:
-    """Checks the files of the arrays whose names begin with one of `names`. Returns the facts, and their parts.
+  def _check(self, names: tuple[str, ...], step: int) -> tuple[dict, dict[str, Tree]]:
+    """Checks the files of the arrays whose names begin with one of `names`. Returns facts, and the metadata by part.
 
     Each process reads its share of the files; an error of any process is raised in all, so that all of them fall back
     to an earlier step together. Raises ValueError.
     """
-    document, parts, problem = {}, [], ''
+    document, metadata, problem = {}, {}, ''
     try:
       document, path = self._read_facts(step), self.folder / str(step)
       # Checkpoints of earlier versions have the parameters among the other arrays.
@@ -194,6 +194,7 @@ class Checkpoints:
       else:
         for part in parts:
           integrity.check_arrays(path / part, names)
+          metadata[part] = self._storage.metadata(step, part)
     except MemoryError:   # the files are intact
       raise
     except Exception as error:   # missing, truncated and garbled files raise errors of any type
@@ -203,13 +204,12 @@ class Checkpoints:
     problems = [text for text in (row.tobytes().decode(errors='ignore').strip() for row in received) if text]
     if problems:
       raise ValueError(problems[0])
-    return document, parts
+    return document, metadata
 
   def _read(self, abstract: Tree, partly: bool, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
     path, requested = self.folder / str(step), arrays.named(abstract)
     names = ('params.', *(name for name in requested if not name.startswith('params.'))) if partly else ('',)
-    document, parts = self._check(names, step)
-    metadata = {part: self._storage.metadata(step, part) for part in parts}
+    document, metadata = self._check(names, step)
     stored = {name: leaf for tree in metadata.values() for name, leaf in arrays.named(tree).items()
               if name.startswith(names)}
     mismatch.check_arrays(path, stored, requested, with_dtypes=dtypes is None)

@@ -55,9 +55,14 @@ class TensorBoard:
       self._add(_field(_STEP, _VARINT, step), _field(_SUMMARY, _BYTES, summary))
 
   def flush(self) -> None:
-    """Returns when all records are on disk."""
+    """Shows all records to readers of the file. They outlive this process, but not the machine."""
     with atomic.naming(self._path):
       self._file.flush()
+
+  def sync(self) -> None:
+    """Returns when all records are on disk, which may take long on the file system of a network."""
+    self.flush()
+    with atomic.naming(self._path):
       os.fsync(self._file.fileno())
 
   def close(self) -> None:

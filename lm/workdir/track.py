@@ -126,7 +126,7 @@ class Tracker(contextlib.AbstractContextManager):
     if self._jsonl is not None:
       with atomic.naming(self._path):
         os.fsync(self._jsonl.fileno())
-      self._tensorboard.flush()
+      self._tensorboard.sync()
     return self._of_step(step)
 
   def _of_step(self, step: int) -> list[Mapping[str, Any]]:

@@ -49,6 +49,17 @@ def test_every_record_is_a_line_of_strict_json_at_once(tmp_path):
   assert record['loss'] == 2.5 and record['gradient_norm'] is None and record['other'] is None
 
 
+def test_steps_do_not_wait_for_the_disk_and_a_commit_does(tmp_path, monkeypatch):
+  synced = []
+  with tracker(tmp_path, every=0.) as t:
+    monkeypatch.setattr(os, 'fsync', synced.append)
+    for step in 1, 2:
+      t.log(step, {'loss': 2.})
+    assert tensorboard.read(tmp_path / 'tensorboard')['loss'] == [(1, 2.), (2, 2.)] and not synced
+    t.commit(2)
+    assert len(set(synced)) == 2
+
+
 def test_a_resumed_run_has_every_step_once(tmp_path):
   with tracker(tmp_path) as t:
     for step in range(1, 8):
