@@ -5,8 +5,8 @@ import jax
 
 from lm.doctor import (
   arithmetic,
+  cached_decoding,
   dataset_figures,
-  decoding,
   gradients,
   labels,
   machine,
@@ -46,8 +46,8 @@ ALL: Mapping[str, Probe] = {
     **START,
     'accumulation': gradients.accumulation,
     'sharding': gradients.sharded_equals_single,
-    'cache': decoding.cache_equals_forward,
-    'one model': decoding.sampler_scorer_trainer_agree,
+    'cache': cached_decoding.cache_equals_forward,
+    'one model': cached_decoding.sampler_scorer_trainer_agree,
     'duplicates': dataset_figures.duplicates,
     'versions': machine.versions,
     'optimizer': optimizer_table.optimizer_table,

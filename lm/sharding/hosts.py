@@ -1,6 +1,7 @@
 """Processes, often on several hosts, that train together."""
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -10,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import exits
 
 HEARTBEAT = 100   # seconds, the default of JAX
+_DAY = 86_400_000  # milliseconds that processes wait for the value of process 0, whose loss is noticed by the heartbeat
+_PART = 2 ** 20   # characters that the coordination service is given at once
+_values = itertools.count()   # numbers the values of process 0: all processes ask for them in the same order
 _ANSWER = 3       # seconds in which the processes of a cluster come to a barrier after an error
 # Errors of collectives and of the coordination service. Errors of bad input are those of all processes at once.
 _TRANSPORT = 'Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|[Cc]oordination service'
@@ -39,13 +42,21 @@ def process_0_first(what: str) -> Iterator[None]:
 def from_process_0(value: Any) -> Any:
   """Returns the value of process 0, which JSON can hold, in all processes; all of them must call it.
 
-  So they decide alike even where their clocks or the files on their disks differ.
+  So they decide alike even where their clocks or the files on their disks differ. The value goes through JAX's
+  coordination service, and not through the devices: a collective of the host hung now and then among others on CPU.
   """
   if jax.process_count() == 1:
     return value
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(data, size))))
+  client, number = _client(), next(_values)
+  if jax.process_index() == 0:
+    text = json.dumps(value)
+    parts = [text[start:start + _PART] for start in range(0, len(text), _PART)]
+    for i, part in enumerate(parts):
+      client.key_value_set(f'lm/value/{number}/{i}', part)
+    client.key_value_set(f'lm/value/{number}/parts', str(len(parts)))
+    return json.loads(text)
+  read = lambda name: client.blocking_key_value_get(f'lm/value/{number}/{name}', _DAY)
+  return json.loads(''.join(read(i) for i in range(int(read('parts')))))
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding, train
+from lm import seeds, sharding, train
 from lm.train import communication
 from lm.train.feed import DataFeed
 from lm.train.interfaces import OpenData
@@ -55,7 +55,7 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
   """
   with jax.set_mesh(mesh):
     feed, digest = DataFeed(run, data, mesh), hashlib.sha256()
-    key = jax.random.key(run.seed)
+    key = seeds.key(run.seed)
     state, metrics, compiled = jax.jit(lambda: train.init(run))(), [], None
     start = time.monotonic()
     for number in range(run.steps):
@@ -65,7 +65,7 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
         compiled = train.make_step(run).lower(state, batch, {}, key).compile()
         start = time.monotonic()
       if perturbation is not None:
-        state = state._replace(params=_perturb(state.params, jax.random.key(perturbation), number))
+        state = state._replace(params=_perturb(state.params, seeds.key(perturbation), number))
       state, values = compiled(state, batch, {}, key)
       metrics.append(values)
     jax.block_until_ready(state)

@@ -1,9 +1,11 @@
 """Clusters are detected from the variables that launchers set; JAX then reads each process's place from them."""
+import itertools
 import os
 import sys
 
 import jax
 import pytest
+from helpers.clusters import Service
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
@@ -95,3 +97,16 @@ def test_a_heartbeat_that_the_network_misses_is_refused(join):
   with pytest.raises(ValueError, match='heartbeat=1 s is less than 6 s'):
     join({}, heartbeat=1)
   assert 'SLURM_PROCID' not in os.environ
+
+
+def test_a_value_of_process_0_arrives_in_parts_that_the_service_takes(monkeypatch):
+  service, value = Service(), {'text': 'é"' * 700_000, 'numbers': [1, None, 2.5]}
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for index, own in ((0, value), (1, 'something else')):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    monkeypatch.setattr(hosts, '_values', itertools.count(7))
+    assert hosts.from_process_0(own) == value
+    if index == 0:
+      assert len(service.values) > 3 and max(map(len, service.values.values())) <= 2 ** 20
+  assert not service.values

@@ -1,16 +1,18 @@
 """A run keeps to its minutes: on a slow machine it skips steps, and skips the same ones when it resumes."""
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
+from helpers.clusters import Service
 from helpers.runs import RUN, go, logged, same, saved, steps_kept
-from jax.experimental import multihost_utils
 
 from lm import optim
 from lm.optim import schedules
+from lm.sharding import hosts
 from lm.train import budget, loop, pace
 from lm.train.interrupt import Interrupt
 
@@ -52,22 +54,23 @@ def test_steps_are_left_out_where_they_would_take_too_long(tmp_path, slow):
 
 
 def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
-  """Process 0 has a workdir with decisions. Process 1 has an empty one, and gets the collectives of process 0."""
+  """Process 0 has a workdir with decisions. Process 1 has an empty one, and gets the values of process 0."""
   whole = walk(tmp_path / '0', lambda step: 3. if step > 300 else 1., until=600)[1]
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   record = {'steps': 50, 'minutes': 3.}
   make = lambda steps=1000: dataclasses.replace(RUN, steps=steps, minutes=3.)
   monkeypatch.setattr(budget, 'fit', lambda make, minutes: pytest.fail('one process measures by itself'))
-  sent = []
-  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.append(value) or value)
+  service = Service()
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(hosts, '_values', itertools.count())
   steps = walk(tmp_path / '0', lambda step: 1., start=200)[1]
   assert budget.plan(make, (record,)).steps == 50
   assert steps[:len(whole) - 200] == [step for step in whole if step >= 200]
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', lambda value: sent.pop(0))
+  monkeypatch.setattr(hosts, '_values', itertools.count())
   assert walk(tmp_path / '1', lambda step: 9., start=200)[1] == steps
   assert budget.plan(make, ()).steps == 50
-  assert not sent and not (tmp_path / '1' / 'pace.json').exists()
+  assert not service.values and not (tmp_path / '1' / 'pace.json').exists()
 
 
 @pytest.fixture
