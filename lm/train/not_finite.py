@@ -1,4 +1,5 @@
 """What happens at a step whose loss or gradient is not finite: what is kept of it, and how the run goes on."""
+import contextlib
 import json
 import math
 import pathlib
@@ -44,16 +45,17 @@ def left_out(run: Run, state: State) -> State:
 def keep(workdir: pathlib.Path, step: int, state: State | None, batch: Batch, metrics: Mapping[str, float]) -> None:
   """Keeps the state before a step, its batch and its metrics in `workdir/failures/step-N`; the oldest are deleted.
 
-  The state is None where the step has changed it. All processes of a cluster call it. A step that is kept already is
-  left as it is. Where the disk does not take it, a line says so, and nothing of it stays.
+  The state is None where the step has changed it. All processes of a cluster call it. A step that is kept already, with
+  this batch, is left as it is; after the run went back, a step of the same number has another batch. Where the disk
+  does not take it, a line says so, and nothing of it stays.
 
   Raises:
     OSError: in a cluster, a process cannot write its part of the state: the others wait for it.
   """
   folder = workdir / 'failures' / f'step-{step}'
-  if hosts.from_process_0((folder / 'failure.json').exists()):
-    return
   arrays = multihost_utils.process_allgather(batch, tiled=True) if jax.process_count() > 1 else batch
+  if hosts.from_process_0(_is_kept(folder, arrays)):
+    return
   problem = hosts.from_process_0(_keep_batch(folder, arrays) if jax.process_index() == 0 else '')
   if not problem and state is not None:
     problem = _keep_state(folder, step, state)
@@ -66,6 +68,15 @@ def keep(workdir: pathlib.Path, step: int, state: State | None, batch: Batch, me
       shutil.rmtree(unwanted, ignore_errors=True)
   if problem:
     print(f'step {step} is not kept for a replay: {problem}')
+
+
+def _is_kept(folder: pathlib.Path, batch: Batch) -> bool:
+  """Returns whether a step is kept with this batch. Damaged files, which raise errors of any type, do not count."""
+  if not (folder / 'failure.json').exists():
+    return False
+  with contextlib.suppress(Exception), np.load(folder / 'batch.npz') as stored:
+    return all(np.array_equal(stored[f'arr_{i}'], np.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(batch)))
+  return False
 
 
 def _keep_batch(folder: pathlib.Path, batch: Batch) -> str:

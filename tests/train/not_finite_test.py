@@ -150,6 +150,15 @@ def test_a_run_that_goes_back_ends_where_its_batches_end(tmp_path):
   assert same(saved(tmp_path, BAD)[1], plain_steps([0, 1, 2, 5, 6, 7], run=SKIPPING))
 
 
+def test_a_step_that_fails_again_with_another_batch_is_kept_with_that(tmp_path):
+  go(tmp_path, BAD, model=Spoilt(sums=(SUMS[4], SUMS[6])), not_finite=train.GoBack(), save_every=3, steps=6)
+  mesh = mesh_of('fsdp:2')
+  with jax.set_mesh(mesh):
+    state, batch = not_finite.load(BAD, tmp_path, mesh, 5)
+  assert records.read(tmp_path)[-1]['left_out_batches'] == [[3, 2], [3, 2]]
+  assert int(batch.tokens.sum()) == SUMS[6] and int(state.step) == 4
+
+
 def test_a_run_without_a_checkpoint_goes_back_to_its_start_and_not_for_ever(tmp_path):
   with pytest.raises(train.NotFinite, match='step 2: .*gone back 1 times'):
     go(tmp_path, BAD, model=Spoilt(sums=(SUMS[1], SUMS[3])), not_finite=train.GoBack(most=1), save_every=8)
