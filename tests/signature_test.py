@@ -101,3 +101,12 @@ def test_records_keep_flat_names_which_a_run_that_goes_on_takes_up(tmp_path):
   inherited = resume.inherit_flags(cart, parse('--load=2'), shared, tmp_path)
   assert signature.call(cart, inherited.knobs) == ('x', Wheels(3, 0.25, (1, 2)), 2)
   assert dict(inherited.from_workdir) == {'count': 3, 'spokes': (1, 2)}
+
+
+def test_a_run_without_a_checkpoint_is_taken_up_by_its_workdir_alone(tmp_path):
+  records.start(tmp_path, script=pathlib.Path(__file__).name, knobs=parse('--count=3'), seed=5, init=None, data='some')
+  shared, = launch.parse([launcher._train], ['script.py'])[0]
+  inherited = resume.inherit_flags(cart, parse(), shared, tmp_path)
+  assert inherited.knobs['count'] == 3 and inherited.shared['seed'] == 5
+  new = resume.inherit_flags(cart, parse('--load=2'), shared, tmp_path)
+  assert new.knobs['count'] == parse()['count'] and new.shared['seed'] == 0

@@ -51,13 +51,15 @@ UNCHANGED = ProgramFlags({}, {}, {}, {})
 def inherit_flags(experiment: Callable[..., Any], knobs: Values, shared: Values, workdir: pathlib.Path) -> ProgramFlags:
   """Returns the flags of a program; flags that the command line leaves out have the values of the run in the workdir.
 
-  Only a run of the same script that has a checkpoint counts. Of the flags that all runs share, `--seed` and `--init`
-  are taken from it.
+  Only a run of the same script counts. One that ended before its first checkpoint counts where the command line sets no
+  flag of the experiment: such a command asks for that run, and would train another one with the defaults. Of the flags
+  that all runs share, `--seed` and `--init` are taken from it.
   """
   script = pathlib.Path(inspect.getfile(experiment)).name
   on_command_line = knobs.on_command_line | shared.on_command_line
   accepted = [record for record in records.read(workdir) if 'data' in record and record.get('script') == script]
-  if not accepted or not any((workdir / 'checkpoints').glob('[0-9]*')):
+  has_checkpoint = any((workdir / 'checkpoints').glob('[0-9]*'))
+  if not accepted or knobs.on_command_line and not has_checkpoint:
     return ProgramFlags(knobs, shared, {}, {}, on_command_line)
   own = {flag.name: flag for flag in signature.flags(experiment)}
   kinds = {name: flag.kind for name, flag in own.items()} | {'init': pathlib.Path | None, 'seed': int}

@@ -27,7 +27,7 @@ def make_mesh(shape: str | None = None, devices: Sequence[Any] | None = None) ->
   sizes = _sizes('fsdp:-1' if shape is None else shape, len(devices))
   count = math.prod(sizes.values())
   if count != len(devices):
-    raise ValueError(f'mesh {shape!r} needs {count} devices, but there are {len(devices)}; give sizes whose '
+    raise ValueError(f'mesh {shape!r} needs {count} devices, but JAX sees {len(devices)}; give sizes whose '
                      f'product is {len(devices)}, such as fsdp:{len(devices)}')
   explicit = (AxisType.Explicit,) * len(sizes)
   slices, replicas = len({getattr(device, 'slice_index', 0) for device in devices}), sizes.get('replica', 1)

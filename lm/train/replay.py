@@ -37,7 +37,12 @@ def replay(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) 
 
   A step that `not_finite.keep` has kept is loaded. For others, and where the parameters before the step are not finite
   themselves, the steps from the last checkpoint on are computed again, up to the one whose update made them so.
+
+  Raises:
+    ValueError: the run has no such step, or the steps before it cannot be computed again.
   """
+  if not 1 <= step <= run.steps:
+    raise ValueError(f'the run has no step {step} to replay, its steps are 1 to {run.steps}; give one of them')
   constants = load_constants(run)
   state, batch = not_finite.load(run, workdir, mesh, step) if step in not_finite.steps_kept(workdir) else (None, None)
   lines = []
@@ -71,7 +76,8 @@ def _compute_again(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, las
                      'more often (--save_every), and let it fail again')
   if state is None:
     state = jax.jit(functools.partial(init, run))(seeds.key(run.seed))
-  print(f'steps {int(state.step) + 1} to {last} are computed again')
+  first = int(state.step) + 1
+  print(f'step {last} is computed again' if first == last else f'steps {first} to {last} are computed again')
   data = run.data.open(workdir, control=run.objective.control)
   compute, batches = jax.jit(step_function(run)), not_finite.LeftOutBatches(workdir)
   with contextlib.closing((run.feed or DataFeed)(run, data, mesh)) as feed:

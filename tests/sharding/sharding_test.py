@@ -235,8 +235,8 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
     ('fsdp:-8', "the size '-8'"), ('fsdp:x', "the size 'x'"), ('tensor:', "the size ''"),
     ('fsdp:-1,tensor:-1', 'the size -1 for fsdp, tensor; give it to one axis'),
     ('fsdp:-1,tensor:3', 'no whole number of devices for the axis fsdp: 3 does not divide the 8 devices'),
-    ('fsdp:4,tensor:4', "mesh 'fsdp:4,tensor:4' needs 16 devices, but there are 8; give sizes whose product is 8"),
-    ('tensor:4', "mesh 'tensor:4' needs 4 devices, but there are 8"),
+    ('fsdp:4,tensor:4', "mesh 'fsdp:4,tensor:4' needs 16 devices, but JAX sees 8; give sizes whose product is 8"),
+    ('tensor:4', "mesh 'tensor:4' needs 4 devices, but JAX sees 8"),
 ])
 def test_a_bad_mesh_is_refused(shape, message):
   with pytest.raises(ValueError, match=message):

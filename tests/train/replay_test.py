@@ -104,3 +104,9 @@ def test_what_is_finite_in_float32_is_named_in_the_dtype_of_the_run(tmp_path):
 def test_a_step_that_is_finite_says_so(tmp_path):
   first, second = replayed(tmp_path)
   assert first == 'step 1 in float32: all values are finite' and 'does not come again' in second
+
+
+@pytest.mark.parametrize('step', [0, -1, RUN.steps + 1])
+def test_a_step_that_the_run_does_not_have_is_refused(tmp_path, step):
+  with pytest.raises(ValueError, match=f'the run has no step {step} to replay, its steps are 1 to'):
+    replay.replay(RUN, tmp_path, mesh_of('fsdp:2'), step)
