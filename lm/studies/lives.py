@@ -241,6 +241,7 @@ def _watch_steps(first_step: pathlib.Path, moment: Moment | None) -> None:
         file.write(str(time.monotonic()))
       fuse()
       return result
+    call.lower = step.lower   # the loop compiles the step before it calls it
     return call
   loop.make_step = make
 
