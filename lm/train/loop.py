@@ -201,12 +201,11 @@ class Loop:
     """
     if pending is None:
       return state
-    run, step = self.run, pending[0]
+    run, guard, step = self.run, self.run.guard, pending[0]
     metrics = {name: float(value) for name, value in pending[1].items()}
     self.tracker.log(step, metrics)
     self._report_jump(step, metrics.get('learning_rate', 0.))
     is_finite = math.isfinite(metrics['loss'] + metrics['grad_norm'])
-    guard = run.guard
     if not is_finite:   # unless the run stops, the state is still the one before the step
       stops = guard is None and run.not_finite is None
       not_finite.keep(self.workdir, step, None if stops else state, pending[2], metrics)
@@ -247,8 +246,8 @@ class Loop:
                       f'Lower the learning rate, or warm up longer; {_advice(step)}', step)
 
   def _last_checkpoint(self) -> str:
-    step = self.saver.saved
-    return f'the checkpoint of step {step} is good' if step else 'no checkpoint was saved before'
+    saved = self.saver.saved
+    return f'the checkpoint of step {saved} is good' if saved else 'no checkpoint was saved before'
 
   def _evaluate(self, step: int, state: State) -> bool:
     """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""
@@ -274,7 +273,8 @@ class Loop:
   def _start_saving(self, step: int, state: State) -> None:
     facts = {**self.facts, 'parameters': fingerprint(state.params)}
     metric = self.metrics[self.run.best] if self.evaluated == step else None
-    self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step), self._is_permanent(step))
+    permanent = any(map(self._is_permanent, range(self.saver.saved + 1, step + 1)))   # one may have failed
+    self.checkpoints.save(step, state, facts, metric, self.tracker.commit(step), permanent)
 
   def _saving_at_signal(self, step: int, state: State) -> contextlib.AbstractContextManager[None]:
     """Saves a step from another thread, and ends the process, where a block does not return soon after a signal.

@@ -160,5 +160,17 @@ def test_permanent_checkpoints_are_never_deleted(tmp_path):
   assert steps_kept(tmp_path) == [3, 6, 9]
 
 
+def test_the_save_that_follows_a_permanent_one_that_failed_is_permanent(tmp_path, monkeypatch):
+  save, fault = checkpoint.Checkpoints.save, failing(errno.EIO)
+
+  def fails_at_3(self, step, *args, **kwargs):
+    if step == 3:
+      fault()
+    save(self, step, *args, **kwargs)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', fails_at_3)
+  go(tmp_path, keep_every=3, save_every=5, evaluate_every=99, keep=1)
+  assert fault.calls == 1 and steps_kept(tmp_path) == [4, 6]   # not 5
+
+
 def steps_of(folder):
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
