@@ -52,7 +52,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   """
   run = train.Run(transformer.llama(256 + 16, width, layers, heads, max_length=length), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizers.Bytes, length),
-                  optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=2)), steps, batch, seed=seed)
+                  optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
   shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]
   laid_out = [sharding.make_mesh(shape) for shape in shapes]
   for mesh in laid_out:

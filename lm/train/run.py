@@ -99,7 +99,7 @@ class Run:
         raise ValueError(f'{name}={getattr(self, name)} is not positive')
     seeds.check(self.seed)
     if self.keep_every is not None and self.keep_every < 1:
-      raise ValueError(f'keep_every={self.keep_every} is not positive; None keeps no checkpoint for good')
+      raise ValueError(f'keep_every={self.keep_every} is not positive; leave it out to keep no checkpoint for good')
     if self.minutes is not None and not 0 < self.minutes < 1e6:
       raise ValueError(f'minutes={self.minutes} is not between 0 and a million')
     if self.evaluate_batches is not None and self.evaluate_batches < 1:
