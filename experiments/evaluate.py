@@ -69,8 +69,9 @@ def of_flags(file: pathlib.Path | None, tasks: tuple[str, ...], include_path: st
   if file and tasks:
     raise ValueError(f'--suite={file} and --tasks={",".join(tasks)} both name evaluations; give one of them, and put '
                      'the tasks into the suite: {"harness": {"tasks": {"tasks": ["' + tasks[0] + '"]}}}')
-  if not tasks and (include_path or limit):
-    raise ValueError(f'--include_path={include_path} and --limit={limit} are for --tasks, which are not given')
+  for name, value in (('include_path', include_path), ('limit', limit)):
+    if value and not tasks:
+      raise ValueError(f'--{name}={value} is for --tasks, which are not given; give tasks, or leave it out')
   if tasks:
     return suites.Suite(harness={'tasks': Harness(tasks, include_path, limit=limit)})
   return None if file is None else suites.read(file)

@@ -50,6 +50,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     seed: fixes the data order, the initialisation and the losses.
     workdir: the folder of the data and of the table.
   """
+  sharding.join(None, None, None)   # in a cluster, the same command runs in each process
   run = train.Run(transformer.llama(256 + 16, width, layers, heads, max_length=length), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizers.Bytes, length),
                   optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)

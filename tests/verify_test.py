@@ -66,6 +66,7 @@ def program(workdir, monkeypatch, capsys):
   return go
 
 
+@pytest.mark.slow
 def test_unchanged_files_are_verified(program, workdir):
   code, out, err = program('--verify')
   assert code == 0 and 'not verified' not in out and not err

@@ -54,6 +54,10 @@ class Computation:
         return policy
       SavePolicy(on_host=self.offload).check(model)
       return dataclasses.replace(policy, on_host=self.offload)
+    alone = [name for name in self.keep_activations if name in words]
+    if alone:
+      raise ValueError(f'--keep_activations={",".join(self.keep_activations)} has {alone[0]}, which stands alone; '
+                       'leave it out, or the names beside it')
     policy = SavePolicy(self.keep_activations, self.offload)
     policy.check(model)
     return policy

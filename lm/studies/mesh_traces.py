@@ -9,9 +9,8 @@ Meshes add the same numbers in other orders, so that results differ by rounding.
   unit in the last place. A step rounds at more than one place, hence `FACTOR`.
 """
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from lm import seeds, sharding, train
 from lm.train import communication
 from lm.train.feed import DataFeed
 from lm.train.interfaces import OpenData
+from lm.workdir import describe
 
 FACTOR = 8.
 
@@ -34,14 +34,12 @@ class Trace(NamedTuple):
     norms: the norm of the gradient of each step, [steps].
     batches: a fingerprint of the bytes of all batches.
     exchanges: the exchanges of a step, by kind: their number, and their bytes; see `communication.totals`.
-    seconds: the time of a step without compilation.
   """
   mesh: str
   losses: np.ndarray
   norms: np.ndarray
   batches: str
   exchanges: Mapping[str, tuple[int, int]]
-  seconds: float
 
 
 def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation: int | None = None) -> Trace:
@@ -57,23 +55,19 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
     feed, digest = DataFeed(run, data, mesh), hashlib.sha256()
     key = seeds.key(run.seed)
     state, metrics, compiled = jax.jit(lambda: train.init(run))(), [], None
-    start = time.monotonic()
     for number in range(run.steps):
       batch = feed(number, state)
-      _add_rows(digest, batch)
+      digest.update(describe.fingerprint(batch).encode())
       if compiled is None:
         compiled = train.make_step(run).lower(state, batch, {}, key).compile()
-        start = time.monotonic()
       if perturbation is not None:
         state = state._replace(params=_perturb(state.params, seeds.key(perturbation), number))
       state, values = compiled(state, batch, {}, key)
       metrics.append(values)
-    jax.block_until_ready(state)
-    seconds = (time.monotonic() - start) / run.steps
     losses, norms = (np.float64([step[name] for step in metrics]) for name in ('loss', 'grad_norm'))
     feed.close()
   return Trace(sharding.mesh_text(mesh), losses, norms, digest.hexdigest()[:16],
-               communication.totals(compiled.as_text()), seconds)
+               communication.totals(compiled.as_text()))
 
 
 @jax.jit
@@ -87,14 +81,6 @@ def _perturb(params, key, number):
     return x * (1 + ulp * (jax.random.randint(key, x.shape, -1, 2, out_sharding=layout)))
 
   return jax.tree.unflatten(tree, map(move, leaves, keys))
-
-
-def _add_rows(digest: Any, batch: Any) -> None:
-  """Adds the rows of a batch that this process holds, each once and in order."""
-  for array in jax.tree.leaves(batch):
-    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    for start in sorted(shards):
-      digest.update(np.asarray(shards[start]).tobytes())
 
 
 def deviation(trace: Trace, reference: Trace) -> np.ndarray:

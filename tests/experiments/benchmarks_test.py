@@ -63,6 +63,7 @@ def test_missing_packages_are_listed(capsys):
   assert f'jax {jax.__version__}' in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ours_is_measured():
   flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
@@ -95,6 +96,7 @@ def test_each_objective_of_the_table_gives_examples_and_is_traced():
     assert 0 < module.count_tokens(batch) <= 2 * batch.tokens.size
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_checkout_writes_what_it_writes_itself(monkeypatch, capsys):
   import checkouts

@@ -6,6 +6,7 @@ import pytest
 NOTEBOOK = pathlib.Path(__file__).parents[2] / 'experiments' / 'tour.ipynb'
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')   # the client raises it itself
 def test_the_tour_runs(tmp_path):

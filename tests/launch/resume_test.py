@@ -153,6 +153,7 @@ def test_a_workdir_alone_goes_on_from_what_it_was_started_from(program, tmp_path
   assert code == 1 and f'{tmp_path}/other' in err and steps_kept(tmp_path / 'run')[-1] == 10
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_workdir_alone_goes_on_with_adapters(program, tmp_path):
   scripts.trust(tmp_path / 'small.py')

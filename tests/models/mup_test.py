@@ -74,6 +74,7 @@ def deep(layers):
   return {'vocab': VOCAB, 'width': 64, 'layers': layers, 'heads': 2, 'max_length': 16, 'remat': None}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('widths', [(64, 256), (64, 256, 1024)])
 def test_changes_do_not_depend_on_width(widths):
@@ -83,6 +84,7 @@ def test_changes_do_not_depend_on_width(widths):
   assert np.abs(exponents).max() < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_changes_grow_with_width_in_the_standard_parametrisation():
   exponents = slopes((64, 256), lambda width: transformer.llama(**wide(width), tied=False), lambda width: ())
@@ -128,6 +130,7 @@ def test_each_matrix_has_its_factor():
   assert block['attention']['out'] == block['feed_forward']['down'] == pytest.approx(1 / 12)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_best_rate_of_a_small_width_is_that_of_four_times_the_width_on_real_text(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / 'experiments')

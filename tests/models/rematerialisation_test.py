@@ -48,6 +48,8 @@ def test_names_and_memories_that_do_not_exist_are_refused(monkeypatch):
   assert activation_names(MODEL) == ACTIVATIONS
   with pytest.raises(ValueError, match=f'no activation quarry to keep; it has {", ".join(ACTIVATIONS)}'):
     Computation(keep_activations=('query', 'quarry')).apply(MODEL)
+  with pytest.raises(ValueError, match='keep_activations=all,query has all, which stands alone'):
+    Computation(keep_activations=('all', 'query')).apply(MODEL)
   with pytest.raises(ValueError, match='no activation router'):
     Computation(offload=('router',)).apply(MODEL)
   with pytest.raises(ValueError, match='--offload=up needs'):

@@ -47,7 +47,7 @@ def test_another_seed_differs_by_more(reference, bound):
 
 
 def test_the_bound_has_the_rounding_of_a_sum_and_a_multiple_of_the_largest_move():
-  make = lambda *losses: mesh_traces.Trace('', np.float64(losses), np.float64(losses), '', {}, 0.)
+  make = lambda *losses: mesh_traces.Trace('', np.float64(losses), np.float64(losses), '', {})
   reference = make(1., 2.)
   actual = mesh_traces.bound(reference, [make(1., 2 + 2e-6), make(1 - 1e-6, 2.)], targets=1024)
   np.testing.assert_allclose(actual, np.full((2, 2), 20 * 2 ** -24 + 8e-6), rtol=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.faults import failing, faults
 from helpers.runs import go, same, saved, steps_kept
+from helpers.slow import slow
 
 from lm.train import saver
 from lm.workdir import checkpoint
@@ -71,7 +72,7 @@ def assert_good(folder, step):
   assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (restored.state, state(step))), strict=True))
 
 
-@pytest.mark.parametrize('call', CALLS)
+@pytest.mark.parametrize('call', ['checksums', 'name', *slow('folder', 'facts', 'listing')])
 def test_what_fails_once_is_saved_at_a_later_step(train, tmp_path, caplog, capfd, call):
   name, pattern = CALLS[call]
   with faults(name, pattern.format(2), failing(errno.ENOSPC)):
@@ -82,7 +83,7 @@ def test_what_fails_once_is_saved_at_a_later_step(train, tmp_path, caplog, capfd
   assert 'the disk is full' in output and 'attempt 2 of 5 follows at step' in output and 'Traceback' not in output
 
 
-@pytest.mark.parametrize('call', ['folder', 'name'])
+@pytest.mark.parametrize('call', ['name', *slow('folder')])
 def test_what_fails_for_good_ends_training_and_harms_nothing(train, tmp_path, call):
   train(2)
   name, pattern = CALLS[call]
@@ -96,7 +97,7 @@ def test_what_fails_for_good_ends_training_and_harms_nothing(train, tmp_path, ca
   assert fault.calls == saver.ATTEMPTS and not train.seconds
 
 
-@pytest.mark.parametrize('times', [1, 3])
+@pytest.mark.parametrize('times', [1, *slow(3)])
 def test_the_last_save_is_repeated_after_seconds(train, tmp_path, times):
   name, pattern = CALLS['name']
   with faults(name, pattern.format(4), failing(errno.EIO, times)):
@@ -118,6 +119,7 @@ def test_a_slow_save_does_not_keep_the_steps_waiting(tmp_path):
   assert_good(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(train, tmp_path, monkeypatch):
   """It jumps by days during a save, and back during the next one, and the files of newer steps have older times."""
   clock, jumps = time.time, itertools.chain([1e6], itertools.repeat(-1e6))
