@@ -84,13 +84,11 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
       raise ValueError('only some of --coordinator_address, --num_processes and --process_id are given; give all '
                        'three or none')
     kind = 'flags'
-    _order_programs()
     jax.distributed.initialize(*flags, cluster_detection_method='deactivate', **settings)
   else:
     kind, method, place = _detect(os.environ)
     if kind is None:
       return
-    _order_programs()
     # A Cloud TPU that is in no cluster has no coordinator address.
     with contextlib.suppress(ValueError) if kind == 'Cloud TPU' else contextlib.nullcontext():
       jax.distributed.initialize(*place, cluster_detection_method=method, **settings)
@@ -168,15 +166,6 @@ def ending_with_peers() -> Iterator[None]:
           'process ends too; start all of them again, and they continue from the last checkpoint '
           f'({" ".join(str(error).split())[:200]})', file=sys.stderr, flush=True)
     exits.at_once(1)
-
-
-def _order_programs() -> None:
-  """Lets processes with one CPU device run programs one after the other, as with other devices.
-
-  Otherwise such a process starts programs at once that do not depend on each other, and where these exchange arrays,
-  one process may come to the first exchange while another one comes to that of the next program.
-  """
-  jax.config.update('jax_cpu_enable_async_dispatch', False)   # has no effect on GPU and TPU
 
 
 def _silent_processes() -> list[int]:

@@ -29,8 +29,6 @@ NAMES = {*SLURM, *OPEN_MPI, *MULTISLICE, *XPK, 'TPU_PROCESS_ADDRESSES', 'TPU_PRO
 @pytest.fixture
 def join(monkeypatch):
   """Returns a function that joins with these variables, and returns where JAX would join: (address, count, index)."""
-  monkeypatch.setattr(hosts, '_order_programs', lambda: None)   # it is for the whole process
-
   def joined(variables, *flags, **settings):
     places = []
 
