@@ -102,7 +102,7 @@ def _product(formula, a, b, layout, dtypes=None):
   with_parts = layout
   if layout is not None:   # rounded factors have scales, which multiply whole results
     axes = frozenset() if dtypes else layout.unreduced & sharding.contracted(formula, a)
-    with_parts = layout.update(unreduced=axes)
+    with_parts = jax.P(*layout.partitions, unreduced=axes)
   if dtypes:
     y = rounding.product(formula, a, b, with_parts, dtypes)
   else:

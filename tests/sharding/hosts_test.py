@@ -69,6 +69,7 @@ def test_a_process_that_is_alone_joins_nothing(join, variables):
   assert join(variables) == []
 
 
+@pytest.mark.filterwarnings('ignore:.*maxsplit.*:DeprecationWarning')   # in JAX, from Python 3.13 on
 def test_a_cloud_tpu_is_detected_by_its_metadata_server(join, monkeypatch):
   metadata = {'agent-worker-number': '1', 'worker-network-endpoints': 'a:0:127.0.0.1,b:1:127.0.0.2',
               'tpu-env': "ACCELERATOR_TYPE: 'v4-16'\n"}
