@@ -18,6 +18,7 @@ from lm.data.tokenizers.base import TokenizerBase
 from lm.doctor.subject import Subject
 from lm.models import EncoderDecoder
 from lm.objectives import distillation, next_token
+from lm.train import interfaces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Changed:
   """
   model: object
   change: object
+
+  def __post_init__(self):   # protocols see no members that `__getattr__` finds, from Python 3.12 on
+    for name in interfaces.Decoder.__protocol_attrs__ if hasattr(interfaces.Decoder, '__protocol_attrs__') else ():
+      if name != 'apply' and hasattr(self.model, name):
+        object.__setattr__(self, name, getattr(self.model, name))
 
   def __getattr__(self, name):
     return getattr(self.model, name)
