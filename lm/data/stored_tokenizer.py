@@ -55,7 +55,7 @@ def prepare(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer | tokenizers.I
     new.save(path.parent)
     _write_settings(path, settings, tokenizers.load(path.parent))
 
-  with hosts.process_0_first('tokenizer'):
+  with hosts.process_0_first():
     if must_write():
       folder.parent.mkdir(parents=True, exist_ok=True)
       with locks.hold(folder.parent, f'waiting for the process that makes {path.parent}', progress):

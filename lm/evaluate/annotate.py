@@ -2,7 +2,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lm import sharding
 from lm.data import dataset
@@ -19,6 +17,7 @@ from lm.data.batches import Batches
 from lm.data.chat.conversation import Template
 from lm.data.chat.messages import Messages
 from lm.objectives.objective import Objective
+from lm.sharding import hosts
 from lm.train import interfaces
 from lm.workdir import atomic, integrity
 from lm.workdir.describe import describe, differences
@@ -217,8 +216,7 @@ class _Stored:
     self.rows_done = rows
 
   def read(self) -> dict[str, np.memmap]:
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'columns in {os.fspath(self.folder)}')
+    hosts.wait_for_all()
     return {name: np.load(self.folder / f'{name}.npy', mmap_mode='r') for name in self._shapes}
 
 

@@ -4,7 +4,6 @@ Functions import JAX and the modules that need it when they are called, so that 
 at once.
 """
 import contextlib
-import dataclasses
 import functools
 import inspect
 import os
@@ -132,29 +131,20 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   import jax
 
   from lm import train
-  from lm.launch import outcome, policy, resume
+  from lm.launch import building, outcome, policy, resume
   from lm.train import budget
   from lm.workdir import records
 
-  init = init or knobs.get('init')
-  if init and init.exists():   # otherwise it is an id on the hub
-    init = init.resolve()
-  if 'init' in knobs:
-    knobs = {**knobs, 'init': init}
+  knobs, init = building.with_init(knobs, init)
   prints_outcome, program_flags = program_flags is not None, program_flags or resume.UNCHANGED
-  build = _builder(experiment, knobs, workdir, init, seed, init_ignore_tokenizer, 'init' in program_flags.changes)
+  build = building.builder(experiment, knobs, workdir, init, seed, init_ignore_tokenizer,
+                           'init' in program_flags.changes)
   script = pathlib.Path(inspect.getfile(experiment))
   with records.claim(workdir, script.name), contextlib.ExitStack() as stack:
-    try:
-      mesh = mesh or _choose_mesh(build)
+    with building.naming_init(workdir, init):
+      mesh = mesh or building.choose_mesh(build)
       stack.enter_context(jax.set_mesh(mesh))
       run = budget.plan(build, records.read(workdir))
-    except FileNotFoundError as error:
-      if init is None or not _has_checkpoint(workdir):
-        raise
-      raise FileNotFoundError(f'{error}. The run in {workdir} started from there, and still reads there what lies '
-                              'under its adapters, or its shape and tokenizer; put it back. Where flags give the shape '
-                              'and the tokenizer, --init=none continues without it') from None
     run = policy.with_policy(run, on_not_finite)
     if replay is not None:
       from lm.train import replay as replays
@@ -162,9 +152,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       return run, None
     resume.check_minutes(program_flags, run)
     resume.check_start(program_flags, workdir, build)
-    unverified = run.data.verify(workdir) if verify else []
-    if unverified:
-      print(f'not verified, since it has no checksums: {", ".join(unverified)}')
+    if verify:
+      _verify(run, workdir)
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.name_changed_flags(program_flags, workdir, build):
       result = train.train(run, workdir, mesh, watch, new_objective, examine and functools.partial(examine, workdir))
@@ -176,44 +165,11 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   return run, result
 
 
-def _choose_mesh(build: Callable[..., Any]) -> Any:
-  """Returns a mesh of all devices that fits the run; where there are several, it is printed with the reason."""
-  import jax
-
-  from lm import sharding
-  from lm.train import checks
-  if len(jax.devices()) == 1:
-    return sharding.make_mesh()
-  mesh, reason = sharding.choose_mesh(functools.partial(checks.check_mesh, build()))
-  if jax.process_index() == 0:
-    print(f'mesh {sharding.mesh_text(mesh)}: {reason}; --mesh gives another')
-  return mesh
-
-
-def _builder(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, init: pathlib.Path | None,
-             seed: int, init_ignore_tokenizer: bool, init_changed: bool) -> Callable[..., Any]:
-  """Returns `build(**changes)`, which builds the run of an experiment with other values of some flags."""
-  from lm import load, lora, train
-
-  def build(seed: int = seed, init: pathlib.Path | None = init, **changes: Any) -> Any:
-    own_init = {'init': init} if 'init' in knobs else {}
-    run = train.build(signature.call(experiment, {**knobs, **changes, **own_init}))
-    run = dataclasses.replace(run, seed=seed)
-    if init is None:
-      return lora.start_from(run, None)
-    try:
-      return load.start_from(run, str(init), init_ignore_tokenizer)
-    except OSError:   # the folder no longer exists, or the hub cannot be reached
-      if init_changed or isinstance(run.model, lora.Adapted) or not _has_checkpoint(workdir):
-        raise
-      return run   # the checkpoints of the run hold all its parameters
-
-  return build
-
-
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-  from lm.workdir import checkpoint
-  return checkpoint.stored_facts(workdir / 'checkpoints') is not None
+def _verify(run: Any, workdir: pathlib.Path) -> None:
+  """Compares the files of the data with their checksums, and prints those that have none."""
+  unverified = run.data.verify(workdir)
+  if unverified:
+    print(f'not verified, since it has no checksums: {", ".join(unverified)}')
 
 
 def record(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathlib.Path, mesh: Any,

@@ -11,32 +11,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from lm import exits
 
 HEARTBEAT = 100   # seconds, the default of JAX
-_DAY = 86_400_000  # milliseconds that processes wait for the value of process 0, whose loss is noticed by the heartbeat
+_DAY = 86_400_000  # milliseconds to wait for another process, whose loss is noticed by the heartbeat
 _PART = 2 ** 20   # characters that the coordination service is given at once
-_values = itertools.count()   # numbers the values of process 0: all processes ask for them in the same order
+_values = itertools.count()   # numbers the values: all processes ask for them in the same order
 _ANSWER = 3       # seconds in which the processes of a cluster come to a barrier after an error
 # Errors of collectives and of the coordination service. Errors of bad input are those of all processes at once.
 _TRANSPORT = 'Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|[Cc]oordination service'
 
 
 @contextlib.contextmanager
-def process_0_first(what: str) -> Iterator[None]:
-  """Runs a block in process 0 before the others run it, so that they find its files where they share a disk.
-
-  `what` names the block; all processes give the same name.
-  """
+def process_0_first() -> Iterator[None]:
+  """Runs a block in process 0 before the others run it, so that they find its files where they share a disk."""
   if jax.process_index() > 0:
-    multihost_utils.sync_global_devices(what)
+    wait_for_all()
   try:
     yield
   finally:   # also after an error, which the other processes then raise too, instead of waiting for ever
     if jax.process_index() == 0:
-      multihost_utils.sync_global_devices(what)
+      wait_for_all()
 
 
 def from_process_0(value: Any) -> Any:
@@ -47,16 +43,38 @@ def from_process_0(value: Any) -> Any:
   """
   if jax.process_count() == 1:
     return value
-  client, number = _client(), next(_values)
-  if jax.process_index() == 0:
-    text = json.dumps(value)
-    parts = [text[start:start + _PART] for start in range(0, len(text), _PART)]
-    for i, part in enumerate(parts):
-      client.key_value_set(f'lm/value/{number}/{i}', part)
-    client.key_value_set(f'lm/value/{number}/parts', str(len(parts)))
-    return json.loads(text)
-  read = lambda name: client.blocking_key_value_get(f'lm/value/{number}/{name}', _DAY)
-  return json.loads(''.join(read(i) for i in range(int(read('parts')))))
+  name = str(next(_values))
+  if jax.process_index() > 0:
+    return _receive(name)
+  _send(name, value)
+  return json.loads(json.dumps(value))   # the same types as in the others
+
+
+def from_all(value: Any) -> list[Any]:
+  """Returns the value of each process, which JSON can hold, in all processes; all of them must call it, and wait."""
+  if jax.process_count() == 1:
+    return [value]
+  name = str(next(_values))
+  _send(f'{name}/{jax.process_index()}', value)
+  return [_receive(f'{name}/{process}') for process in range(jax.process_count())]
+
+
+def wait_for_all() -> None:
+  """Waits until all processes call it."""
+  from_all(None)
+
+
+def _send(name: str, value: Any) -> None:
+  text = json.dumps(value)
+  parts = [text[start:start + _PART] for start in range(0, len(text), _PART)]
+  for number, part in enumerate(parts):
+    _client().key_value_set(f'lm/value/{name}/part/{number}', part)
+  _client().key_value_set(f'lm/value/{name}/parts', str(len(parts)))
+
+
+def _receive(name: str) -> Any:
+  read = lambda key: _client().blocking_key_value_get(f'lm/value/{name}/{key}', _DAY)
+  return json.loads(''.join(read(f'part/{number}') for number in range(int(read('parts')))))
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None,

@@ -69,12 +69,7 @@ class Loop:
       stops = [every for every in (run.evaluate_every, run.save_every, run.keep_every) if every]
       self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, stops, start)
       # `stopped` by a signal, `ended` by the steps or the patience, `declined` by `watch`.
-      stopped = declined = False
-      if self.awaits_validation(start):
-        stopped, declined = self._validate(start, state)
-        if not stopped:
-          self.tracker.commit(start)
-          self.checkpoints.set_metric(start, self.metrics[run.best])
+      stopped, declined = self._validate_start(start, state)
       ended = not (stopped or declined) and (step >= run.steps or self.out_of_patience(step))
       while not (ended or stopped or declined):
         batch = self.feed(self.left_out.index(step),
@@ -148,6 +143,16 @@ class Loop:
     self.evaluated = step
     return False, self.watch is not None and self.watch(step, self.metrics)
 
+  def _validate_start(self, start: int, state: State) -> tuple[bool, bool]:
+    """Does what `_validate` does for the step that training continues from, where that is still to be done."""
+    if not self.awaits_validation(start):
+      return False, False
+    stopped, declined = self._validate(start, state)
+    if not stopped:
+      self.tracker.commit(start)
+      self.checkpoints.set_metric(start, self.metrics[self.run.best])
+    return stopped, declined
+
   def _result(self, state: State, start: int, step: int, ended: bool, stopped: bool, declined: bool) -> Result:
     best = result_step(self.run, self.checkpoints)
     if ended and best not in (None, step):
@@ -216,7 +221,7 @@ class Loop:
 
   def _leave_out(self, step: int, metrics: Mapping[str, float], state: State) -> State:
     """Returns the state after a step that is not finite, and whose update is left out. Raises NotFinite elsewhere."""
-    policy, advice = self.run.not_finite, _advice(step)
+    policy, advice = self.run.not_finite, not_finite.advice(step)
     values = f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}'
     if isinstance(policy, GoBack) or (policy is None and self.run.guard is None):
       raise NotFinite(f'{values}; {self._last_checkpoint()}. Lower the learning rate, or warm up longer; {advice}',
@@ -243,7 +248,7 @@ class Loop:
     """Raises NotFinite where the update of a step made parameters that are not finite, which its loss does not show."""
     if not integrity.all_finite(state.params):
       raise NotFinite(f'step {step}: the update made parameters whose norm is not finite; {self._last_checkpoint()}. '
-                      f'Lower the learning rate, or warm up longer; {_advice(step)}', step)
+                      f'Lower the learning rate, or warm up longer; {not_finite.advice(step)}', step)
 
   def _last_checkpoint(self) -> str:
     saved = self.saver.saved
@@ -293,7 +298,3 @@ class Loop:
       print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there', flush=True)
 
     return self.interrupt.during(rescue)
-
-
-def _advice(step: int) -> str:
-  return f'--replay={step}, added to the same command, names the first module that is not finite'

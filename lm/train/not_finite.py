@@ -174,3 +174,8 @@ def _folders(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 _number: Callable[[pathlib.Path], int] = lambda folder: int(folder.name.removeprefix('step-'))
+
+
+def advice(step: int) -> str:
+  """Returns how to find out why a step is not finite."""
+  return f'--replay={step}, added to the same command, names the first module that is not finite'

@@ -69,19 +69,8 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
   check(run, mesh)
-  before = checkpoint.stored_facts(workdir / 'checkpoints')
-  with phases('prepare data'):
-    data = run.data.open(workdir, control=run.objective.control,
-                         check=functools.partial(_check_data, run, before, new_objective))
-    check_vocabulary(run, data)
-    # Signals are not caught yet: preparing the data may take long, and the next start continues it.
-    feed = (run.feed or DataFeed)(run, data, mesh)
-    run = dataclasses.replace(run, steps=feed.steps(run.steps))
-    for line in feed.summary(run.steps):
-      print(line)
-    evaluation = validation.Evaluation(run, data, mesh)
-    for line in evaluation.summary():
-      print(line)
+  with phases('prepare data'):   # signals are not caught yet: this may take long, and the next start continues it
+    run, data, feed, evaluation = _open_data(run, workdir, mesh, new_objective)
   facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': run_to_json(run)}
   judge = Judge(facts['objective'], run.best, run.better)
   with (checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, judged_by=judge) as checkpoints,
@@ -111,6 +100,21 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
           raise
         checkpoints.wait()   # the one in progress is good too
         batches.go_back(run.not_finite, error, max(checkpoints.steps(), default=0))
+
+
+def _open_data(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, new_objective: bool
+               ) -> tuple[Run, OpenData, Feed, validation.Evaluation]:
+  """Opens the data of a run and describes it. Returns the run with the steps that there is data for, and readers."""
+  before = checkpoint.stored_facts(workdir / 'checkpoints')
+  data = run.data.open(workdir, control=run.objective.control,
+                       check=functools.partial(_check_data, run, before, new_objective))
+  check_vocabulary(run, data)
+  feed = (run.feed or DataFeed)(run, data, mesh)
+  run = dataclasses.replace(run, steps=feed.steps(run.steps))
+  evaluation = validation.Evaluation(run, data, mesh)
+  for line in (*feed.summary(run.steps), *evaluation.summary()):
+    print(line)
+  return run, data, feed, evaluation
 
 
 def _announce(loop: Loop, state: State, start: int, planned: int) -> None:

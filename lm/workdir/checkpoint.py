@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
+from lm.sharding import hosts
 from lm.workdir import arrays, integrity, mismatch, rebuild
 from lm.workdir.judge import Judge, Metrics
 from lm.workdir.mismatch import Mismatch
@@ -23,7 +22,6 @@ from lm.workdir.storage import Storage
 
 Tree = Any
 _METRIC = 'metric.json'   # lies in the folder of a step that was evaluated after it was saved
-_MESSAGE = 400   # bytes of a message from one process to the others
 _ATTEMPTS = 2   # reads of a step before it counts as damaged, because some file systems fail now and then
 
 
@@ -199,9 +197,7 @@ class Checkpoints:
       raise
     except Exception as error:   # missing, truncated and garbled files raise errors of any type
       problem = integrity.reason(error)
-    sent = np.frombuffer(problem.encode()[:_MESSAGE].ljust(_MESSAGE), np.uint8)
-    received = multihost_utils.process_allgather(sent).reshape(-1, _MESSAGE)
-    problems = [text for text in (row.tobytes().decode(errors='ignore').strip() for row in received) if text]
+    problems = [text for text in hosts.from_all(problem) if text]
     if problems:
       raise ValueError(problems[0])
     return document, metadata

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from lm.sharding import hosts
 from lm.workdir import arrays, integrity
 
 Tree = Any
@@ -34,9 +35,12 @@ class Storage:
 
   def _open(self) -> Any:
     ocp = self._ocp
+    # Orbax's barriers of named processes go through the coordination service, and not through the devices.
+    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
             create=False, preservation_policy=self,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)),
         item_handlers={**{part: ocp.PyTreeCheckpointHandler() for part in arrays.PARTS},
                        'facts': ocp.JsonCheckpointHandler()})
@@ -94,7 +98,7 @@ class Storage:
     """Renames the folder of a step, in process 0; all processes wait for that, and call it. Raises OSError."""
     if jax.process_index() == 0:
       self.write(lambda: (self.folder / str(step)).rename(self.folder / name))
-    self._ocp.multihost.sync_global_processes('lm.workdir.storage: a step is set aside')
+    hosts.wait_for_all()
     self._manager.reload()
 
   def document(self, step: int) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import pytest
-from jax.experimental import multihost_utils
 
 from lm.data import dataset, tokenizers
 from lm.data.chat import dialogues
@@ -14,6 +13,7 @@ from lm.data.text import clean
 from lm.data.text.source import Source
 from lm.data.tokenizers.folder import Bytes
 from lm.objectives.next_token import next_token
+from lm.sharding import hosts
 
 TEXTS = [f'document {i}: ' + 'ha ' * i for i in range(12)]
 SOURCE = Source('tiny', {'train': TEXTS[:9], 'validation': [*TEXTS[9:], '  \n']}, 'fingerprint')
@@ -198,7 +198,7 @@ def test_in_a_cluster_process_0_trains_the_tokenizer_while_the_others_wait(tmp_p
     return Bytes()
 
   monkeypatch.setattr(jax, 'process_index', lambda: process)
-  monkeypatch.setattr(multihost_utils, 'sync_global_devices', lambda name: events.add('met'))
+  monkeypatch.setattr(hosts, 'wait_for_all', lambda: events.add('met'))
   text = dataset.Text(SOURCE, train, 16)
   if fails:
     with pytest.raises(ValueError, match='too little'):

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from helpers.every_run import CASES, configured
 from helpers.experts import KINDS
-from helpers.meshes import mesh_of, on
+from helpers.meshes import mesh_of, on, packed_batch, random_params
 from helpers.slow import slow
 
 from lm import evaluate, generate, sharding, train
-from lm.data.batch import Batch
 from lm.data.rows.stages import Stage
 from lm.generate.engine import Engine
 from lm.models import attention, encoder_decoder, latent, layers, prediction_heads, rotary, stack, transformer
@@ -74,24 +73,6 @@ RUNS = {
     'preference': (decoder(block(chunks())), preference.preference(preference.dpo()), paired)}
 
 
-def batch():
-  rng = np.random.default_rng(1)
-  tokens, targets = rng.integers(0, VOCAB, (2, ROWS, TIME)).astype('i4')
-  segments = np.sort(rng.integers(1, 5, (ROWS, TIME))).astype('i4')
-  positions = np.stack([np.arange(TIME) - np.searchsorted(row, row) for row in segments]).astype('i4')
-  return Batch(tokens, targets, rng.uniform(0, 2, (ROWS, TIME)).astype('f4'), positions, segments)
-
-
-def laid_out(model):
-  """Returns random parameters as a run lays them out on the current mesh."""
-  rng, mesh = np.random.default_rng(0), jax.sharding.get_mesh()
-
-  def place(like):
-    x = (0.3 * rng.normal(size=like.shape)).astype('f4')
-    return x if mesh.empty else jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec))
-  return jax.tree.map(place, jax.eval_shape(model.init, jax.random.key(0)))
-
-
 @functools.cache
 def loss_and_gradients(name, mesh):
   """Returns the loss with dropout, and its gradients, in NumPy."""
@@ -102,9 +83,9 @@ def loss_and_gradients(name, mesh):
     return loss / weight
 
   with on(mesh):
-    rows = change(batch())
+    rows = change(packed_batch(VOCAB, ROWS, TIME, 4))
     rows = rows if mesh is None else sharding.shard_rows(rows, jax.sharding.get_mesh())
-    return jax.tree.map(np.asarray, jit(jax.value_and_grad(mean_loss))(laid_out(model), rows))
+    return jax.tree.map(np.asarray, jit(jax.value_and_grad(mean_loss))(random_params(model), rows))
 
 
 @pytest.mark.parametrize('name, mesh', [
@@ -144,7 +125,7 @@ def test_texts_and_scores_are_those_of_one_device():
 
   def results(mesh):
     with on(mesh):
-      params = laid_out(model)
+      params = random_params(model)
       prompt = model.prompt([text[:5] for text in texts], 4, 1, 2)
       engine = Engine(model, params, 24, VOCAB, [2])
       settings = generate.settings([generate.Sampling(0.8)] * 4, [0] * 4, np.arange(4))
@@ -179,7 +160,8 @@ def test_positions_are_exchanged_for_heads_and_activations_are_not_gathered():
   model = decoder(*[block(attention.Attention(8, 8, 4, rotary.Rotary()))] * 3)   # a loop over layers: one body each way
   with on('context:4'):
     loss = lambda params, batch: next_token().loss(model.apply, params, batch, None)[0]
-    program = jax.jit(jax.grad(loss)).lower(laid_out(model), batch()).compile().as_text()
+    batch = packed_batch(VOCAB, ROWS, TIME, 4)
+    program = jax.jit(jax.grad(loss)).lower(random_params(model), batch).compile().as_text()
   assert len(re.findall(r' all-to-all\(', program)) == 4 + 8
   gathered = re.findall(r'= (\S+)\{\S* all-gather\(', program)
   assert gathered and not [array for array in gathered if array.startswith(f'f32[{ROWS},')]   # weights only

@@ -111,3 +111,15 @@ def test_a_value_of_process_0_arrives_in_parts_that_the_service_takes(monkeypatc
     if index == 0:
       assert len(service.values) > 3 and max(map(len, service.values.values())) <= 2 ** 20
   assert not service.values
+
+
+def test_each_process_has_the_values_of_all_in_their_order(monkeypatch):
+  """Process 0 waits for the value of process 1, which is there, as that for process 0 is when process 1 reads."""
+  service = Service()
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  service.key_value_set('lm/value/7/1/part/0', '"late"')
+  service.key_value_set('lm/value/7/1/parts', '1')
+  monkeypatch.setattr(jax, 'process_index', lambda: 0)
+  monkeypatch.setattr(hosts, '_values', itertools.count(7))
+  assert hosts.from_all(['first']) == [['first'], 'late'] and not service.values

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.experts import KINDS
-from helpers.meshes import on
+from helpers.meshes import on, packed_batch, random_params
 from helpers.runs import Bigram
 from jax.sharding import PartitionSpec as P
 
 from lm import evaluate, sharding
-from lm.data.batch import Batch
 from lm.models import attention, layers, rotary, stack, transformer
 from lm.objectives.next_token import next_token
 from lm.objectives.unlikelihood import unlikelihood
 from lm.sharding import axes
 
 VOCAB, ROWS, TIME = 32, 8, 8
+BATCH = packed_batch(VOCAB, ROWS, TIME, 3)
 MESHES = ['replica:2,fsdp:2,tensor:2', 'replica:4,expert:2', 'fsdp:2,expert:2,tensor:2', 'fsdp:2,expert:4']
 # These programs are run once: optimising them takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
@@ -36,29 +36,6 @@ def model():
   return transformer.Transformer(VOCAB, 32, stack.stacks([block]), layers.LayerNorm(), TIME, positions=True, tied=False)
 
 
-def random_params():
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype('f4'),
-                      jax.eval_shape(model().init, jax.random.key(0)))
-
-
-def placed(params):
-  """Returns the parameters as a run lays them out on the current mesh."""
-  mesh = jax.sharding.get_mesh()
-  if mesh.empty:
-    return params
-  return jax.tree.map(lambda x, like: jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec)), params,
-                      jax.eval_shape(model().init, jax.random.key(0)))
-
-
-def batch():
-  rng = np.random.default_rng(1)
-  tokens, targets = rng.integers(0, VOCAB, (2, ROWS, TIME)).astype('i4')
-  segments = np.sort(rng.integers(1, 4, (ROWS, TIME))).astype('i4')
-  positions = np.stack([np.arange(TIME) - np.searchsorted(row, row) for row in segments]).astype('i4')
-  return Batch(tokens, targets, rng.uniform(0, 2, (ROWS, TIME)).astype('f4'), positions, segments)
-
-
 def loss_and_grads(params, batch, key):
   """Returns the loss, which reads the vocabulary in parts, and its gradients."""
   def mean_loss(params):
@@ -69,7 +46,7 @@ def loss_and_grads(params, batch, key):
 
 @functools.cache
 def on_one_device():
-  return jax.tree.map(np.asarray, jit(loss_and_grads)(random_params(), batch(), jax.random.key(2)))
+  return jax.tree.map(np.asarray, jit(loss_and_grads)(random_params(model()), BATCH, jax.random.key(2)))
 
 
 @pytest.mark.slow
@@ -77,8 +54,8 @@ def on_one_device():
 def test_losses_and_gradients_are_those_of_one_device(mesh):
   expected = on_one_device()
   with on(mesh):
-    rows = sharding.shard_rows(batch(), jax.sharding.get_mesh())
-    actual = jit(lambda *args: loss_and_grads(*args))(placed(random_params()), rows, jax.random.key(2))
+    rows = sharding.shard_rows(BATCH, jax.sharding.get_mesh())
+    actual = jit(lambda *args: loss_and_grads(*args))(random_params(model()), rows, jax.random.key(2))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * (np.abs(b).max() + 0.01)),
                actual, expected)
 
