@@ -6,7 +6,6 @@
 A completion is a function of the seed, the prompt, and the number of equal prompts before it. The other prompts of the
 batch do not change it. Shapes: the legend in `models/transformer.py`.
 """
-import codecs
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,19 +15,11 @@ from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.completion import Draft, Request, complete, complete_past_context, prompt_batch
 from lm.generate.sampling import Sampling
+from lm.generate.text_stream import TextStream, with_bos
 from lm.models.transformer import LanguageModel
 
 PLAIN = Sampling()
 DEFAULT = 128   # the number of tokens to write if none is given and the context has room for them
-
-
-def _with_bos(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
-  """Returns a prompt with or without bos; None adds it if the tokenizer does, and keeps one that is in the prompt."""
-  has_bos = len(ids) > 0 and ids[0] == tokenizer.bos_id
-  needs_bos = has_bos or tokenizer.adds_bos if bos is None else bos
-  if has_bos == needs_bos:
-    return ids
-  return np.int32([tokenizer.bos_id, *ids]) if needs_bos else ids[1:]
 
 
 def _token_count(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_tokens: int | None,
@@ -55,77 +46,12 @@ def _token_count(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_t
   return max_tokens
 
 
-class _Text:
-  """Decodes the tokens of one row into text that later tokens cannot change.
-
-  It releases whole characters, and holds back text that may be the beginning of a stop string.
-  """
-
-  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
-    # The prompt is context: whether the first new token begins with a space may depend on it.
-    self._tokenizer, self._ids = tokenizer, prompt.tolist()
-    # The text of ids[_start:_end] has been decoded. It is decoded again with the tokens that follow.
-    self._start, self._end = 0, len(prompt)
-    self._stop = stop
-    self._stop_overlap = max(map(len, stop), default=1) - 1   # characters that may belong to a stop string
-    self._pending = ''                                        # decoded text that is held back
-    self.has_ended = False
-
-  def push(self, token: int) -> str:
-    """Adds a token. Returns the text that is certain now and was not before."""
-    if self.has_ended or token in self._tokenizer.eos_ids:
-      return self.end()
-    self._ids.append(int(token))
-    old, new = self._decode()
-    if len(new) <= len(old) or new.endswith('\ufffd'):   # the token may end within a character
-      return ''
-    self._start, self._end = self._end, len(self._ids)
-    return self._release(new[len(old):])
-
-  def end(self) -> str:
-    """Returns the text that was held back. A character that is still incomplete is dropped."""
-    if self.has_ended:
-      return ''
-    old, new = self._decode()
-    text = self._release(self._without_incomplete(new[len(old):]))
-    if not self.has_ended:   # there is no stop string in it
-      text += self._pending
-      self.has_ended = True
-    return text
-
-  def _without_incomplete(self, text: str) -> str:
-    """Returns the last text without the U+FFFD of an incomplete character; one that the model wrote stays."""
-    if not text.endswith('\ufffd'):
-      return text
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    complete = decoder.decode(self._tokenizer.decode_bytes(self._ids[self._start:]))
-    written = len(complete) - len(complete.rstrip('\ufffd'))
-    return text[:len(text.rstrip('\ufffd')) + written]
-
-  def _decode(self) -> tuple[str, str]:
-    """Returns the text of the last piece, and that of the piece with all tokens after it.
-
-    They are decoded together, because the text of a token may depend on the tokens before it.
-    """
-    last = self._tokenizer.decode(self._ids[self._start:self._end])
-    return last, self._tokenizer.decode(self._ids[self._start:])
-
-  def _release(self, text: str) -> str:
-    """Adds text, and returns what no stop string can cut off: the text before the first stop string ends the row."""
-    self._pending += text
-    places = [place for place in (self._pending.find(stop) for stop in self._stop) if place >= 0]
-    self.has_ended = bool(places)
-    end = min(places, default=max(len(self._pending) - self._stop_overlap, 0))
-    text, self._pending = self._pending[:end], self._pending[end:]
-    return text
-
-
 def _encode(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None
             ) -> tuple[list[np.ndarray], Batch]:
   """Returns the ids of each prompt, and the batch that the model reads of them."""
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
   if not model.reads_source:
-    encoded = [_with_bos(ids, tokenizer, bos) for ids in encoded]
+    encoded = [with_bos(ids, tokenizer, bos) for ids in encoded]
   return encoded, prompt_batch(model, encoded, tokenizer, adds_bos=False)
 
 
@@ -171,7 +97,7 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
   if window and draft is not None:
     raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
-  texts = [_Text(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
+  texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
   request = Request(model, params, tokenizer, sampling, max_tokens, seed, draft)
   for pieces in _pieces(request, encoded, mark(batch)):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, pieces)]

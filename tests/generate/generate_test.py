@@ -10,7 +10,6 @@ from helpers.decoders import GREEDY, PROMPTS, Bytes, make, rows_of, text_of, tok
 from lm import generate, sharding
 from lm.data.batch import Batch
 from lm.generate import engine as engine_module
-from lm.generate import text as text_module
 from lm.models import transformer
 
 LOGITS = np.float32([2, 1, 0.5, 0, -1, -3])
@@ -180,7 +179,7 @@ def test_pieces_are_whole_characters_and_join_to_the_text():
     ('the sign \ufffd'.encode(), 'the sign \ufffd'), ('\ufffd'.encode(), '\ufffd'), (b'caf\xc3', 'caf'),
     ('\ufffd\ufffd'.encode() + b'\xe2\x82', '\ufffd\ufffd'), (b'a\xf0\x9f\x98', 'a'), ('€'.encode(), '€')])
 def test_a_replacement_character_that_was_written_stays_and_that_of_half_a_character_does_not(data, shown):
-  text = text_module._Text(Bytes(), np.zeros(0, np.int32), ())
+  text = generate.TextStream(Bytes(), np.zeros(0, np.int32), ())
   assert ''.join([*(text.push(byte) for byte in data), text.end()]) == shown
 
 

@@ -5,7 +5,6 @@ from jax.sharding import NamedSharding
 
 from lm import generate
 from lm.generate import completion
-from lm.generate import text as text_module
 from lm.models import transformer
 
 GREEDY = generate.Sampling(temperature=0)
@@ -61,5 +60,5 @@ def tokens_of(*args, **kwargs):
 
 def text_of(ids, tokenizer=None, prompt=(), stop=()):
   """Returns the strings that the streaming decoder gives: one after each token id, and one at the end."""
-  text = text_module._Text(tokenizer or Bytes(), np.int32(prompt), stop)
+  text = generate.TextStream(tokenizer or Bytes(), np.int32(prompt), stop)
   return [text.push(i) for i in ids] + [text.end()]
