@@ -24,7 +24,7 @@ class Draft(Protocol):
     """Returns an engine whose rows have at least `slots` slots; see `Engine` for the arguments."""
 
 
-class Request(NamedTuple):
+class Completion(NamedTuple):
   """The model that completes texts, how a token is drawn, and the largest number of tokens to write."""
   model: LanguageModel
   params: Any
@@ -70,7 +70,7 @@ def random_streams(texts: Sequence[np.ndarray], rows: int, bos: int) -> np.ndarr
   return numbers
 
 
-def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, streams: np.ndarray | None = None,
+def complete(request: Completion, texts: Sequence[np.ndarray], batch: Batch, streams: np.ndarray | None = None,
              step: int = 0, full_texts: Sequence[np.ndarray] = ()) -> Iterator[list[np.ndarray]]:
   """Yields new tokens of each text, at most about CHUNK at a time, and none for a text that has ended.
 
@@ -99,7 +99,7 @@ def complete(request: Request, texts: Sequence[np.ndarray], batch: Batch, stream
     state, tokens = engine.step(state)
 
 
-def complete_past_context(request: Request, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
+def complete_past_context(request: Completion, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
   """Like `complete`, but reads texts again where a cache cannot continue. `texts` contain all control tokens.
 
   That is so after the token with which a text exceeds LongRoPE's original context, as in `generate` of transformers,

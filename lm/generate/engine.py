@@ -23,9 +23,17 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.generate.sampling import Settings, draw, process, row_keys
+from lm.generate.filters import TokenHistory, draw, new_history, process
+from lm.generate.sampling import Settings, row_keys
 
 CHUNK = 16   # the most tokens of a call of `step`: few enough to be read as they come, enough to hide its overhead
+TOP = 20     # the most alternatives to a token whose log-probabilities are given
+
+
+class Alternatives(NamedTuple):
+  """The most probable tokens of each position, the most probable first, and their log-probabilities."""
+  ids_BTK: jax.Array
+  log_probabilities_BTK: jax.Array
 
 
 class Tokens(NamedTuple):
@@ -33,11 +41,13 @@ class Tokens(NamedTuple):
 
   `log_probabilities_BT`, in nats, are those of the model's own distribution over its whole vocabulary, at temperature
   1, without penalty and filters, as from `evaluate.log_probabilities`; not of the distribution that tokens are drawn
-  from.
+  from. So are those of the alternatives, TOP for each position, or all tokens if there are fewer; they are zeros unless
+  a row has a `State.top_B`.
   """
   ids_BT: jax.Array
   log_probabilities_BT: jax.Array
   count_B: jax.Array
+  alternatives: Alternatives | None = None
 
   def rows(self, count: int) -> list[np.ndarray]:
     """Returns the new ids of each of the first `count` rows."""
@@ -51,10 +61,10 @@ class State(NamedTuple):
   token_B: jax.Array       # the last token of each row, which is not in the cache yet
   position_B: jax.Array    # the position of that token in the text
   ended_B: jax.Array       # whether a row has ended, or is empty
-  present_BV: jax.Array    # whether a token occurs in the prompt or the output, for the repetition penalty
+  history: TokenHistory    # its number of tokens written gives a row's next random key
   settings: Settings
-  written_B: jax.Array     # the number of tokens written, from which a row's next random key is made
   limit_B: jax.Array       # the number of tokens with which a row ends
+  top_B: jax.Array         # the number of alternatives whose log-probabilities are needed
 
 
 def map_shards(function: Any, *args: Any) -> Any:
@@ -75,23 +85,41 @@ def token_log_probabilities(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Arr
   return jnp.take_along_axis(table, ids_BT[..., None], axis=-1)[..., 0]
 
 
-def _add_token(state: State, out: Any, vocab: int, ends: jax.Array) -> tuple[State, jax.Array]:
-  """Draws a token from the last position of a forward pass. Returns the new state and the log-probabilities [B]."""
-  def local(logits, present, settings, written):
-    in_vocab = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # without the padding
-    token = draw(process(in_vocab, settings, present), settings, row_keys(settings, written))
-    present = present.at[jnp.arange(len(token)), token].set(True)
-    return token, present, token_log_probabilities(logits[:, None], token[:, None])[:, 0]
+def most_probable(logits_BTV: jax.Array, vocab: int, is_needed: jax.Array) -> Alternatives:
+  """Returns the most probable tokens below `vocab`; zeros if they are not needed."""
+  size = min(TOP, vocab)
 
-  logits = out.head(out.hidden[:, -1:])[:, 0]
-  token, present, log_probability = map_shards(local, logits, state.present_BV, state.settings, state.written_B)
+  def compute():
+    table = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
+    values, ids = jax.lax.top_k(table[..., :vocab], size)
+    return Alternatives(ids, values)
+
+  def fill():
+    shape = *logits_BTV.shape[:-1], size
+    return Alternatives(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+  return jax.lax.cond(is_needed, compute, fill)
+
+
+def add_token(state: State, logits_BV: jax.Array, vocab: int, ends: jax.Array) -> tuple[State, Tokens]:
+  """Draws the next token of each row. Returns the new state and the tokens, of which a row that has ended has none."""
+  def local(logits, history, settings, top, is_live, ends):
+    in_vocab = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # without the padding
+    token = draw(process(in_vocab, settings, history, ends), settings, row_keys(settings, history.written_B))
+    token = jnp.where(is_live, token, ends[:, 0])
+    is_end = (token[:, None] == ends).any(-1) | (token[:, None] == settings.stop_ids).any(-1)
+    log_probability = token_log_probabilities(logits[:, None], token[:, None])
+    alternatives = most_probable(logits[:, None], vocab, (top > 0).any())
+    return token, is_end, history.add(token, is_live), log_probability, alternatives
+
   is_live = ~state.ended_B
-  token = jnp.where(is_live, token, ends[0])
-  written = state.written_B + is_live
-  ended = state.ended_B | (token[:, None] == ends[None]).any(-1) | (written >= state.limit_B)
-  state = state._replace(cache=out.cache, token_B=token, position_B=state.position_B + is_live, ended_B=ended,
-                         present_BV=present, written_B=written)
-  return state, jnp.where(is_live, log_probability, 0)
+  ends = jnp.broadcast_to(ends, (len(state.token_B), len(ends)))
+  token, is_end, history, log_probability, alternatives = map_shards(
+      local, logits_BV, state.history, state.settings, state.top_B, is_live, ends)
+  ended = state.ended_B | is_end | (history.written_B >= state.limit_B)
+  state = state._replace(token_B=token, position_B=state.position_B + is_live, ended_B=ended, history=history)
+  log_probability = jnp.where(is_live[:, None], log_probability, 0)
+  return state, Tokens(token[:, None], log_probability, is_live.astype(jnp.int32), alternatives)
 
 
 def split_rows(tree: Any) -> Any:
@@ -99,49 +127,62 @@ def split_rows(tree: Any) -> Any:
   return jax.tree.map(lambda x: sharding.constrain(x, 'B' + '-' * (x.ndim - 1)), tree)
 
 
+def last_logits(out: Any) -> jax.Array:
+  """Returns the logits at the last position of a forward pass, [B, V]."""
+  return out.head(out.hidden[:, -1:])[:, 0]
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots'))
 @sharding.whole_rows()
-def _prefill(model, params, batch: Batch, present, settings, written, limit, ends, *, vocab, slots
-             ) -> tuple[State, Tokens]:
+def _prefill(model, params, batch: Batch, history, settings, limit, ends, *, vocab, slots) -> tuple[State, Tokens]:
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  present, settings, written, limit = split_rows((present, settings, written, limit))
+  history, settings, limit = split_rows((history, settings, limit))
   out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
-  ended = (batch.segments[:, -1] == 0) | (written >= limit)
-  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], ended, present, settings, written, limit)
-  state, log_probability = _add_token(state, out, vocab, ends)
-  return state, replicate_tokens(state.token_B[:, None], log_probability[:, None], state.written_B - written)
+  ended = (batch.segments[:, -1] == 0) | (history.written_B >= limit)
+  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], ended, history, settings, limit,
+                jnp.zeros_like(limit))
+  state, tokens = add_token(state, last_logits(out), vocab, ends)
+  return state, replicate(tokens)
 
 
-def replicate_tokens(ids_BT: jax.Array, log_probabilities_BT: jax.Array, count_B: jax.Array) -> Tokens:
-  """Returns the tokens on all devices, so that every host can read them."""
-  return Tokens(*(sharding.constrain(x, '-' * x.ndim) for x in (ids_BT, log_probabilities_BT, count_B)))
+def replicate(tree: Any) -> Any:
+  """Returns arrays on all devices, so that every host can read them."""
+  return jax.tree.map(lambda x: sharding.constrain(x, '-' * x.ndim), tree)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='state')
 @sharding.whole_rows()
 def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, Tokens]:
   """Draws up to `count` tokens of each row; fewer if all rows end."""
-  def add_token(carry):
-    n, state, ids, log_probabilities = carry
+  def add_column(carry):
+    n, state, columns = carry
     batch = Batch(state.token_B[:, None], positions=state.position_B[:, None])
-    state, log_probability = _add_token(state, model.apply(params, batch, cache=state.cache), vocab, ends)
-    ids = jax.lax.dynamic_update_slice(ids, state.token_B[:, None], (0, n))
-    return n + 1, state, ids, jax.lax.dynamic_update_slice(log_probabilities, log_probability[:, None], (0, n))
+    out = model.apply(params, batch, cache=state.cache)
+    state, tokens = add_token(state._replace(cache=out.cache), last_logits(out), vocab, ends)
+    columns = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
+                           tokens._replace(count_B=None))
+    return n + 1, state, columns
 
   shape = len(state.token_B), CHUNK
-  ids, log_probabilities = split_rows((jnp.full(shape, ends[0]), jnp.zeros(shape)))
-  written = state.written_B
-  carry = jnp.int32(0), state, ids, log_probabilities
-  _, state, ids, log_probabilities = jax.lax.while_loop(
-      lambda carry: (carry[0] < count) & ~carry[1].ended_B.all(), add_token, carry)
-  return state, replicate_tokens(ids, log_probabilities, state.written_B - written)
+  top = *shape, min(TOP, vocab)
+  columns = split_rows(Tokens(jnp.full(shape, ends[0]), jnp.zeros(shape), None,
+                              Alternatives(jnp.zeros(top, jnp.int32), jnp.zeros(top))))
+  written = state.history.written_B
+  _, state, columns = jax.lax.while_loop(
+      lambda carry: (carry[0] < count) & ~carry[1].ended_B.all(), add_column, (jnp.int32(0), state, columns))
+  return state, replicate(columns._replace(count_B=state.history.written_B - written))
+
+
+def insert_state(model: Any, state: State, new: State, rows: jax.Array) -> State:
+  """Returns `state` with row `rows[i]` replaced by row i of `new`, unless `state` has no such row."""
+  cache = model.insert(state.cache, new.cache, rows)
+  state, new = (x._replace(cache=None) for x in (state, new))
+  return sharding.insert_rows(state, new, rows)._replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
 def _insert(model, state: State, new: State, rows) -> State:
-  cache = model.insert(state.cache, new.cache, rows)
-  state, new = (x._replace(cache=None) for x in (state, new))
-  return sharding.insert_rows(state, new, rows)._replace(cache=cache)
+  return insert_state(model, state, new, rows)
 
 
 @functools.partial(jax.jit, donate_argnames='state')
@@ -180,7 +221,7 @@ class Engine:
       settings: the sampling of each row.
       limit: the largest number of tokens of each row, `[B]`, which includes those that it wrote earlier.
       written: the number of tokens that the rows wrote earlier: their random numbers continue after these.
-      texts: all tokens of each row, if a repetition penalty counts more tokens than the batch has.
+      texts: all tokens of the first rows, if a penalty counts more tokens than the batch has.
 
     Raises:
       ValueError: the cache does not have enough slots.
@@ -191,16 +232,13 @@ class Engine:
     if width + needed + self.spare_slots > self.slots:
       raise ValueError(f'prompts padded to {width} columns and {needed} new tokens do not fit slots={self.slots}; '
                        'make the engine with more slots')
-    present = np.zeros((rows, self.model.vocab), bool)
-    row, column = np.nonzero(batch.segments)
-    present[row, batch.tokens[row, column]] = True
-    for row, ids in enumerate(texts):
-      present[row, ids] = True
-    return self._prefill(batch, present, settings, np.full(rows, written, np.int32), limit)
+    read = [row_tokens[segments > 0] for row_tokens, segments in zip(batch.tokens, batch.segments)]
+    history = new_history([*texts, *read[len(texts):]], self.model.vocab, written)
+    return self._prefill(batch, history, settings, limit)
 
-  def _prefill(self, batch, present, settings, written, limit):
-    return _prefill(self.model, self.params, batch, present, settings, written, limit, np.int32(self.ends),
-                    vocab=self.vocab, slots=self.slots)
+  def _prefill(self, batch, history, settings, limit):
+    return _prefill(self.model, self.params, batch, history, settings, limit, np.int32(self.ends), vocab=self.vocab,
+                    slots=self.slots)
 
   def step(self, state: State, count: int = CHUNK) -> tuple[State, Tokens]:
     """Draws up to `count` tokens, at most CHUNK, of each row that has not ended. It donates `state`."""

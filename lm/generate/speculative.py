@@ -29,11 +29,12 @@ from lm.generate.engine import (
     Engine,
     Tokens,
     map_shards,
-    replicate_tokens,
+    replicate,
     split_rows,
     token_log_probabilities,
 )
-from lm.generate.sampling import Settings, process, row_keys
+from lm.generate.filters import process
+from lm.generate.sampling import Settings, first_that_needs_history, row_keys
 from lm.models.attention import Visible, write
 from lm.models.context import Context
 from lm.models.prediction_heads import MultiToken
@@ -154,7 +155,7 @@ def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, voc
   state = DraftState(out.cache, caches, out.hidden, tokens, None, first, ended, settings, total, limit)
   state = _draft(model, params, out.head, state, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
   ids = jnp.where(is_empty, ends[0], token)[:, None]
-  return state, replicate_tokens(ids, jnp.where(is_empty[:, None], 0, log_probability), total - written)
+  return state, replicate(Tokens(ids, jnp.where(is_empty[:, None], 0, log_probability), total - written))
 
 
 def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
@@ -212,7 +213,7 @@ def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, dra
   carry = jnp.int32(0), state, ids, log_probabilities, Counts(jnp.int32(0), jnp.int32(0))
   _, state, ids, log_probabilities, counts = jax.lax.while_loop(
       lambda carry: (carry[0] < count) & ~carry[1].ended_B.all(), compute_round, carry)
-  return state, replicate_tokens(ids, log_probabilities, state.written_B - before), counts
+  return state, replicate(Tokens(ids, log_probabilities, state.written_B - before)), counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +226,15 @@ class DraftingEngine(Engine):
   def spare_slots(self) -> int:
     return 1 + 2 * self.drafts   # for drafts after the last token
 
-  def _prefill(self, batch, present, settings, written, limit):
-    del present
+  def _prefill(self, batch, history, settings, limit):
     most = min(self.model.depths, batch.tokens.shape[1] // 2)
     if most < self.drafts:
       raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
-    penalties = settings.repetition_penalty[settings.repetition_penalty != 1]
-    if penalties.size:
-      raise ValueError(f'repetition_penalty={penalties[0]:g} is not supported with drafts; leave one out')
-    return _prefill(self.model, self.params, batch, settings, written, limit, np.int32(self.ends), vocab=self.vocab,
-                    slots=self.slots, drafts=self.drafts)
+    name = first_that_needs_history(settings)
+    if name is not None:
+      raise ValueError(f'{name} is not supported with drafts; leave one out')
+    return _prefill(self.model, self.params, batch, settings, history.written_B, limit, np.int32(self.ends),
+                    vocab=self.vocab, slots=self.slots, drafts=self.drafts)
 
   def step(self, state: DraftState, count: int | None = None) -> tuple[DraftState, Tokens]:
     """Computes `count` rounds, each of which gives a row 1 to `drafts` + 1 tokens; by default about CHUNK tokens."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
-from lm.generate.completion import Draft, Request, complete, complete_past_context, prompt_batch
+from lm.generate.completion import Completion, Draft, complete, complete_past_context, prompt_batch
 from lm.generate.sampling import Sampling
 from lm.generate.text_stream import TextStream, with_bos
 from lm.models.transformer import LanguageModel
@@ -98,7 +98,7 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
-  request = Request(model, params, tokenizer, sampling, max_tokens, seed, draft)
+  request = Completion(model, params, tokenizer, sampling, max_tokens, seed, draft)
   for pieces in _pieces(request, encoded, mark(batch)):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, pieces)]
     if all(text.has_ended for text in texts):
@@ -122,7 +122,7 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
   """Like `generate`, but takes token ids, without bos, and returns token ids, without the eos that ends them."""
   batch = prompt_batch(model, prompts, tokenizer)
   max_tokens = _token_count(model, tokenizer, batch, max_tokens)
-  request = Request(model, params, tokenizer, sampling, max_tokens, seed)
+  request = Completion(model, params, tokenizer, sampling, max_tokens, seed)
   if not model.reads_source:
     prompts = [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]
   pieces = zip(*_pieces(request, prompts, mark(batch)))
@@ -130,7 +130,7 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
   return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in rows]
 
 
-def _pieces(request: Request, prompts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
+def _pieces(request: Completion, prompts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
   if request.model.reads_source or request.draft is not None:
     return complete(request, prompts, batch)
   return complete_past_context(request, prompts, batch)

@@ -18,7 +18,8 @@ from lm import seeds, sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.completion import random_streams
-from lm.generate.sampling import Sampling, process
+from lm.generate.filters import process
+from lm.generate.sampling import Sampling
 from lm.objectives.objective import target_log_probabilities
 
 
@@ -41,7 +42,8 @@ class Denoising:
     steps: the number of forward passes; as many as there are tokens draws one at a time.
     blocks: the number of parts that are filled from left to right, each in its share of the steps.
     remasking: `low_confidence`, `random`, or another function `(log_probabilities [T], key) -> priorities [T]`.
-    sampling: how a token is drawn; without a repetition penalty, because tokens are not written in their order.
+    sampling: how a token is drawn; its temperature, top_k, top_p and min_p alone, because tokens are not written in
+      their order.
   """
   steps: int = 64
   blocks: int = 1
@@ -51,8 +53,11 @@ class Denoising:
   def __post_init__(self):
     if self.blocks < 1 or self.steps < 1 or self.steps % self.blocks:
       raise ValueError(f'steps={self.steps} are not a positive multiple of blocks={self.blocks}')
-    if self.sampling.repetition_penalty != 1:
-      raise ValueError(f'repetition_penalty={self.sampling.repetition_penalty}: tokens have no order here')
+    plain = Sampling(self.sampling.temperature, self.sampling.top_k, self.sampling.top_p, self.sampling.min_p)
+    for field in dataclasses.fields(plain):
+      value = getattr(self.sampling, field.name)
+      if value != getattr(plain, field.name):
+        raise ValueError(f'{field.name}={value}: tokens have no order here; leave it out')
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'denoising', 'length', 'mask', 'vocab'))

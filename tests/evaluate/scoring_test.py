@@ -126,7 +126,7 @@ def test_greedy_text_is_that_of_transformers(folders, transformers):
   mask = torch.arange(ids.shape[1])[None] < torch.tensor(list(map(len, sources)))[:, None]
   generated = theirs.generate(ids, attention_mask=mask.long(), max_new_tokens=20, do_sample=False).numpy()[:, 1:]
   texts = [TOKENIZER.encode(text) for text in SOURCES]
-  request = completion.Request(loaded.model, loaded.params, loaded.tokenizer, generate.Sampling(0.), 20, 0)
+  request = completion.Completion(loaded.model, loaded.params, loaded.tokenizer, generate.Sampling(0.), 20, 0)
   pieces = completion.complete(request, texts, completion.prompt_batch(loaded.model, texts, loaded.tokenizer))
   ours = [np.concatenate(row) for row in zip(*pieces)]
   for a, b in zip(ours, generated, strict=True):

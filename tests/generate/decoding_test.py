@@ -13,7 +13,7 @@ from helpers.slow import slow
 from lm import generate
 from lm.data.batch import Batch
 from lm.evaluate import text_scores
-from lm.generate import completion, sampling
+from lm.generate import completion, filters
 from lm.hf import pretrained
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
@@ -152,7 +152,7 @@ def test_the_default_fills_the_context_and_a_window_goes_on_past_it():
     generate.generate(model, params, tokenizer, [prompt], GREEDY, max_tokens=15)
   text = [256, *ids[0]]
   def past(sampling, count):
-    request = completion.Request(model, params, tokenizer, sampling, count, 0)
+    request = completion.Completion(model, params, tokenizer, sampling, count, 0)
     batch = completion.prompt_batch(model, [np.int32(text)], tokenizer, adds_bos=False)
     return np.concatenate([row for row, in completion.complete_past_context(request, [np.int32(text)], batch)])
 
@@ -192,8 +192,8 @@ def test_the_kth_greatest_is_that_of_a_sort_with_ties_zeros_of_both_signs_and_in
                  rng.choice([0., -0., 1e-40, -1e-40, np.inf, -np.inf, 3e38], (6, 300))):
     values, k = np.float32(values), np.int32([1, 2, 50, 299, 300, 7])
     expected = np.sort(values, axis=-1)[np.arange(6), 300 - k]
-    actual = jax.jit(sampling.kth_greatest)(values, k[:, None])
+    actual = jax.jit(filters.kth_greatest)(values, k[:, None])
     assert np.array_equal(actual[:, 0], expected)
-    mask = np.isfinite(jax.jit(sampling.keep_top_k)(values, np.int32([1, 2, 50, 0, -1, 400])))
+    mask = np.isfinite(jax.jit(filters.keep_top_k)(values, np.int32([1, 2, 50, 0, -1, 400])))
     expected = np.sort(values, axis=-1)[np.arange(6), 300 - np.array([1, 2, 50, 300, 300, 300])]
     assert np.array_equal(mask, (values >= expected[:, None]) & np.isfinite(values))

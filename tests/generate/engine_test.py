@@ -1,5 +1,6 @@
 """Rows of the engine share one compiled step with any settings, join and leave, and equal their text alone."""
 import functools
+import operator
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ from helpers.decoders import PROMPTS, Bytes, make
 
 from lm import evaluate, generate, sharding
 from lm.generate import engine as engine_module
-from lm.generate import speculative
+from lm.generate import filters, speculative
 from lm.models import attention, encoder_decoder, latent, prediction_heads, rotary, stack, transformer
 from lm.models import layers as parts
 
@@ -170,11 +171,12 @@ def test_rows_join_on_a_mesh():
 @pytest.mark.slow
 def test_filters_of_rows_are_those_of_each_row():
   rng = np.random.default_rng(0)
-  logits, present = rng.normal(0, 3, (len(REQUESTS), 40)).astype('f4'), rng.random((len(REQUESTS), 40)) < 0.3
-  samplings = [sampling for _, sampling, _, _ in REQUESTS]
-  rows = generate.process(logits, generate.settings(samplings, [0] * len(logits), np.arange(len(logits))), present)
-  for row, sampling in enumerate(samplings):
-    alone = generate.process(logits[row:row + 1], sampling, present[row:row + 1])
+  logits, texts = rng.normal(0, 3, (len(REQUESTS), 40)).astype('f4'), rng.integers(0, 40, (len(REQUESTS), 20))
+  settings = generate.settings([sampling for _, sampling, _, _ in REQUESTS], [0] * len(logits), np.arange(len(logits)))
+  history = filters.new_history(texts, 40, written=10)
+  rows = generate.process(logits, settings, history)
+  for row in range(len(rows)):
+    alone = generate.process(*jax.tree.map(operator.itemgetter(slice(row, row + 1)), (logits, settings, history)))
     np.testing.assert_array_equal(rows[row:row + 1], alone)
 
 

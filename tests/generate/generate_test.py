@@ -10,6 +10,7 @@ from helpers.decoders import GREEDY, PROMPTS, Bytes, make, rows_of, text_of, tok
 from lm import generate, sharding
 from lm.data.batch import Batch
 from lm.generate import engine as engine_module
+from lm.generate import filters
 from lm.models import transformer
 
 LOGITS = np.float32([2, 1, 0.5, 0, -1, -3])
@@ -43,8 +44,8 @@ def places_of(logits):
 
 
 def test_penalty_and_temperature_match_published_numbers():
-  present = np.isin(np.arange(6), [0, 3, 4])[None]
-  np.testing.assert_allclose(generate.process(LOGITS[None], generate.Sampling(repetition_penalty=1.2), present)[0],
+  row = generate.settings([generate.Sampling(repetition_penalty=1.2)], [0], np.arange(1))
+  np.testing.assert_allclose(generate.process(LOGITS[None], row, filters.new_history([np.int32([0, 3, 4])], 6))[0],
                              [1.666667, 1, 0.5, 0, -1.2, -3], rtol=1e-6)
   np.testing.assert_allclose(generate.process(LOGITS[None], generate.Sampling(temperature=0.7))[0],
                              [2.857143, 1.428571, 0.714286, 0, -1.428571, -4.285714], rtol=1e-6)

@@ -46,7 +46,7 @@ def rows_of(model, params, prompts, sampling, n, seed=0, tokenizer=None, draft=N
   """Returns the new token ids of each prompt as one array: up to the end of its text, and at most `n`."""
   tokenizer = tokenizer or Bytes()
   ids = tokenizer.encode_batch(prompts)
-  request = completion.Request(model, params, tokenizer, sampling, n, seed, draft)
+  request = completion.Completion(model, params, tokenizer, sampling, n, seed, draft)
   pieces = completion.complete(request, ids, completion.prompt_batch(model, ids, tokenizer))
   return [np.concatenate(row) for row in zip(*pieces)]
 

@@ -1,0 +1,199 @@
+"""From the logits of a model to a token: bans, biases, penalties, the temperature and filters, then the draw.
+
+The functions of filters and penalties map float32 logits [B, V] to logits; those of excluded tokens become -inf. Their
+further argument is one number, or an array [B] with one for each row. Shapes: the legend in `models/transformer.py`.
+"""
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.generate.sampling import BAD_WORD_LENGTH, Sampling, Settings
+
+
+class TokenHistory(NamedTuple):
+  """What the draws of a row depend on besides its logits. `recent_BL` are the last tokens of the text, -1 before it."""
+  prompt_BV: jax.Array    # whether a token occurs in the prompt
+  counts_BV: jax.Array    # how often a token occurs in the output
+  recent_BL: jax.Array    # one less than the longest bad word
+  written_B: jax.Array    # the number of tokens of the output
+
+  def add(self, token_B: jax.Array, is_live_B: jax.Array) -> 'TokenHistory':
+    """Returns the history after another token of each row that is live."""
+    counts = self.counts_BV.at[jnp.arange(len(token_B)), token_B].add(is_live_B.astype(jnp.int32))
+    recent = jnp.concatenate([self.recent_BL[:, 1:], token_B[:, None]], axis=1)
+    return TokenHistory(self.prompt_BV, counts, recent, self.written_B + is_live_B)
+
+
+def new_history(texts: Sequence[np.ndarray], vocab: int, written: int = 0) -> TokenHistory:
+  """Returns the history of texts in NumPy, of each of which the last `written` tokens are output."""
+  prompt, counts = np.zeros((len(texts), vocab), bool), np.zeros((len(texts), vocab), np.int32)
+  recent = np.full((len(texts), BAD_WORD_LENGTH - 1), -1, np.int32)
+  for row, ids in enumerate(texts):
+    start = len(ids) - written
+    prompt[row, ids[:start]] = True
+    np.add.at(counts[row], ids[start:], 1)
+    last = ids[-recent.shape[1]:]
+    recent[row, recent.shape[1] - len(last):] = last
+  return TokenHistory(prompt, counts, recent, np.full(len(texts), written, np.int32))
+
+
+def _column(value: jax.Array | float) -> jax.Array:
+  return jnp.reshape(jnp.asarray(value), (-1, 1))
+
+
+def _exclude(logits_BV: jax.Array, ids_BN: jax.Array, is_banned_BN: jax.Array) -> jax.Array:
+  """Excludes the tokens `ids_BN` where `is_banned_BN` is true."""
+  ids = jnp.where(is_banned_BN & (ids_BN >= 0), ids_BN, logits_BV.shape[-1])
+  return logits_BV.at[jnp.arange(len(ids))[:, None], ids].set(-jnp.inf, mode='drop')
+
+
+def exclude_bad_words(logits_BV: jax.Array, words_BNL: jax.Array, recent_BL: jax.Array) -> jax.Array:
+  """Excludes the last token of each word whose other tokens are the last of the text; -1 in a word is no token."""
+  beginnings = words_BNL[..., :-1]
+  matches = ((beginnings < 0) | (beginnings == recent_BL[:, None])).all(-1)
+  return _exclude(logits_BV, words_BNL[..., -1], matches)
+
+
+def exclude_ends(logits_BV: jax.Array, ends_BN: jax.Array, is_early_B: jax.Array) -> jax.Array:
+  """Excludes the tokens that end a text in the rows that may not end yet."""
+  return _exclude(logits_BV, ends_BN, jnp.broadcast_to(is_early_B[:, None], ends_BN.shape))
+
+
+def add_bias(logits_BV: jax.Array, ids_BN: jax.Array, values_BN: jax.Array) -> jax.Array:
+  """Adds values to the logits of tokens; an id of -1 is no token."""
+  ids = jnp.where(ids_BN >= 0, ids_BN, logits_BV.shape[-1])
+  return logits_BV.at[jnp.arange(len(ids))[:, None], ids].add(values_BN, mode='drop')
+
+
+def penalize(logits_BV: jax.Array, present_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
+  """Divides the positive logits of the tokens in `present_BV` by `penalty`, and multiplies the negative ones by it."""
+  penalty = _column(penalty)
+  penalized = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  return jnp.where(present_BV, penalized, logits_BV)
+
+
+def penalize_counts(logits_BV: jax.Array, counts_BV: jax.Array, presence: jax.Array | float,
+                    frequency: jax.Array | float) -> jax.Array:
+  """Subtracts `presence` from the logits of the tokens that occur, and `frequency` once for each occurrence."""
+  return logits_BV - _column(frequency) * counts_BV - _column(presence) * (counts_BV > 0)
+
+
+def keep_min_p(logits_BV: jax.Array, share: jax.Array | float) -> jax.Array:
+  """Excludes tokens less probable than `share` times the most probable one; 0 excludes none."""
+  return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + jnp.log(_column(share)), logits_BV, -jnp.inf)
+
+
+def keep_top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
+  """Excludes tokens below the k-th greatest logit, and keeps those equal to it; 0 or less excludes none."""
+  size, k = logits_BV.shape[-1], _column(k)
+  least = kth_greatest(logits_BV, jnp.broadcast_to(jnp.clip(k, 1, size), (len(logits_BV), 1)))
+  return jnp.where((k < 1) | (logits_BV >= least), logits_BV, -jnp.inf)
+
+
+_SIGN = 1 << 31
+
+
+def _ordered(values: jax.Array) -> jax.Array:
+  """Returns uint32 integers in the order of float32 values, none of which is NaN."""
+  bits, sign = jax.lax.bitcast_convert_type(values, jnp.uint32), jnp.uint32(_SIGN)
+  return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _greatest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+  """Returns the greatest uint32 number of each row, [B, 1], for which `holds` is true, [B, 1].
+
+  `holds` is true for 0, and for every number below one for which it is true. So the number is determined bit by bit,
+  from the highest, in 32 calls.
+  """
+  def set_bit(i, number):
+    candidate = number | (jnp.uint32(_SIGN) >> i.astype(jnp.uint32))
+    return jnp.where(holds(candidate), candidate, number)
+
+  return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((rows, 1), jnp.uint32))
+
+
+def kth_greatest(values_BV: jax.Array, k_B1: jax.Array) -> jax.Array:
+  """The k-th greatest of the float32 values of each row, [B, 1]; `k_B1` is at least 1 and at most V.
+
+  That takes 32 counts over the row, in place of sorting it, and k need not be static. No value is NaN.
+  """
+  ordered, sign = _ordered(values_BV), jnp.uint32(_SIGN)
+  kth = _greatest(lambda number: jnp.sum(ordered >= number, axis=-1, keepdims=True) >= k_B1, len(values_BV))
+  return jax.lax.bitcast_convert_type(jnp.where(kth >= sign, kth ^ sign, ~kth), jnp.float32)
+
+
+def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
+  """Excludes the least probable tokens whose probabilities sum to at most 1 - `mass`; 1 excludes none.
+
+  Of equally probable tokens, those with lower ids are excluded first. The most probable token stays. The logit of the
+  last token that stays takes 32 sums over the row, in place of sorting it.
+  """
+  mass, ordered = _column(mass), _ordered(logits_BV)
+  weights = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
+
+  def below(number):
+    return jnp.sum(jnp.where(ordered < number, weights, 0), axis=-1, keepdims=True)
+
+  excluded = (1 - mass) * jnp.sum(weights, axis=-1, keepdims=True)
+  least = _greatest(lambda number: below(number) <= excluded, len(logits_BV))
+  least = jnp.minimum(least, ordered.max(-1, keepdims=True))
+  is_least = ordered == least
+  weight = jnp.max(jnp.where(is_least, weights, 0), axis=-1, keepdims=True)
+  ties = jnp.sum(is_least, axis=-1, keepdims=True)
+  count = jnp.floor((excluded - below(least)) / jnp.maximum(weight, 1e-37))   # of these, that are excluded too
+  count = jnp.clip(count, 0, ties - 1).astype(jnp.int32)
+  is_first = jax.lax.cond(jnp.any(count > 0), lambda: is_least & (jnp.cumsum(is_least, axis=-1) <= count),
+                          lambda: jnp.zeros_like(is_least))
+  return jnp.where((mass < 1) & ((ordered < least) | is_first), -jnp.inf, logits_BV)
+
+
+def process(logits_BV: jax.Array, sampling: Sampling | Settings, history: TokenHistory | None = None,
+            ends_BE: jax.Array | None = None) -> jax.Array:
+  """Returns the logits that tokens are drawn from; see `Sampling` for the order.
+
+  Without a `history`, only the temperature and the filters are applied. `ends_BE` are the ids that end any text, for
+  `min_tokens`. The logits of greedy rows are not filtered, because no filter removes the most probable token. What no
+  row uses costs nothing.
+  """
+  logits = logits_BV.astype(jnp.float32)
+  if history is not None:
+    logits = _edit(logits, sampling, history, ends_BE)
+  is_drawn = ~jnp.asarray(sampling.greedy)
+  min_p, top_k, top_p = (jnp.asarray(x) for x in (sampling.min_p, sampling.top_k, sampling.top_p))
+  filtered = logits / _column(jnp.maximum(jnp.asarray(sampling.temperature), 0.01))
+  filtered = _apply_if(is_drawn & (min_p > 0), keep_min_p, filtered, min_p)
+  filtered = _apply_if(is_drawn & (top_k > 0), keep_top_k, filtered, top_k)
+  filtered = _apply_if(is_drawn & (top_p < 1), keep_top_p, filtered, top_p)
+  return jnp.where(_column(is_drawn), filtered, logits)
+
+
+def _apply_if(is_used, function, logits, *args):
+  """Applies a function if any row uses it."""
+  return jax.lax.cond(jnp.any(is_used), function, lambda logits, *_: logits, logits, *args)
+
+
+def _edit(logits: jax.Array, settings: Settings, history: TokenHistory, ends_BE: jax.Array | None) -> jax.Array:
+  """Applies what depends on the history of a row, and the biases."""
+  ends = settings.stop_ids if ends_BE is None else jnp.concatenate([settings.stop_ids, ends_BE], axis=1)
+  is_early = history.written_B < settings.min_tokens
+  presence, frequency = settings.presence_penalty, settings.frequency_penalty
+  logits = _apply_if(settings.bad_words >= 0, exclude_bad_words, logits, settings.bad_words, history.recent_BL)
+  logits = _apply_if(is_early, exclude_ends, logits, ends, is_early)
+  logits = _apply_if(settings.bias_ids >= 0, add_bias, logits, settings.bias_ids, settings.biases)
+  penalty = settings.repetition_penalty
+  logits = _apply_if(penalty != 1, lambda logits: penalize(logits, history.prompt_BV | (history.counts_BV > 0),
+                                                           penalty), logits)
+  return _apply_if((presence != 0) | (frequency != 0), penalize_counts, logits, history.counts_BV, presence, frequency)
+
+
+def draw(logits_BV: jax.Array, settings: Settings, keys_B: jax.Array) -> jax.Array:
+  """Draws a token of each row from processed logits; takes the most probable one if the row is greedy."""
+  best = jnp.argmax(logits_BV, axis=-1)
+
+  def draw_some():
+    return jnp.where(settings.greedy, best, jax.vmap(jax.random.categorical)(keys_B, logits_BV))
+
+  return jax.lax.cond(settings.greedy.all(), lambda: best, draw_some)

@@ -1,0 +1,87 @@
+"""Requests to a `scheduler`, and the events with which it answers them."""
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lm import seeds
+from lm.generate.engine import TOP, Engine
+from lm.generate.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+  """A prompt to be continued. Requests are compared by identity.
+
+  Args:
+    ids: the prompt, with its control tokens such as bos; one token at least.
+    sampling: how tokens are drawn.
+    max_tokens: the largest number of tokens to write; None for as many as the context has room for. With 0, the prompt
+      is only scored.
+    seed: of the random numbers; choice i draws from stream i of the seed.
+    choices: the number of continuations (`n`), which differ in their random numbers.
+    top: the number of alternatives at each token whose log-probabilities are given.
+    scores_prompt: whether the log-probabilities of the prompt's tokens are given too.
+  """
+  ids: Sequence[int]
+  sampling: Sampling = Sampling()
+  max_tokens: int | None = None
+  seed: int = 0
+  choices: int = 1
+  top: int = 0
+  scores_prompt: bool = False
+
+  def check(self, engine: Engine, context: int) -> None:
+    """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens."""
+    size, model, sampling = len(self.ids), engine.model, self.sampling
+    if not size:
+      raise ValueError('ids=[] must have one token at least; begin an empty prompt with bos')
+    ids = np.asarray(self.ids)
+    if ids.ndim != 1 or ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= model.vocab:
+      raise ValueError(f'ids must be whole numbers from 0 to {model.vocab - 1}; they are {ids.min()} to {ids.max()}')
+    for token in sampling.ids:
+      if not 0 <= token < engine.vocab:
+        raise ValueError(f'id {token} in logit_bias, bad_words or stop_ids is not one of 0 to {engine.vocab - 1}')
+    if self.choices < 1:
+      raise ValueError(f'choices={self.choices} must be at least 1')
+    if not 0 <= self.top <= min(TOP, engine.vocab):
+      raise ValueError(f'top={self.top} must be from 0 to {min(TOP, engine.vocab)}')
+    seeds.check(self.seed)
+    if self.max_tokens is not None and self.max_tokens < 0:
+      raise ValueError(f'max_tokens={self.max_tokens} must be 0 or more')
+    needed = size + (1 if self.max_tokens is None else self.max_tokens)
+    if needed > context:
+      new = 'a new one' if self.max_tokens is None else f'max_tokens={self.max_tokens}'
+      raise ValueError(f'a prompt of {size} tokens and {new} are more than the {context} of the context; shorten one '
+                       'of them')
+    if self.max_tokens is not None and sampling.min_tokens > self.max_tokens:
+      raise ValueError(f'min_tokens={sampling.min_tokens} is more than max_tokens={self.max_tokens}')
+
+
+class Scores(NamedTuple):
+  """Log-probabilities in nats at temperature 1, as from `evaluate.log_probabilities`, of the tokens of a text.
+
+  `top_ids_TK` are the K = `Request.top` most probable tokens at each place, the most probable first.
+  """
+  log_probabilities_T: np.ndarray
+  top_ids_TK: np.ndarray
+  top_log_probabilities_TK: np.ndarray
+
+
+class Event(NamedTuple):
+  """New tokens of a choice of a request, or its end, or both.
+
+  The first event of a choice has the scores of the prompt's tokens from the second on, if the request needs them.
+  """
+  request: Request
+  choice: int
+  ids: list[int]
+  scores: Scores
+  finish_reason: str | None = None     # 'stop', 'length' or 'abort'; None if the choice goes on
+  prompt_scores: Scores | None = None
+
+  @property
+  def log_probabilities(self) -> list[float]:
+    """The log-probabilities of `ids`."""
+    return self.scores.log_probabilities_T.tolist()

@@ -1,0 +1,231 @@
+"""Continuous batching: requests join the rows of a decoding state and leave them between steps, in arrival order.
+
+  scheduler = Scheduler(Engine(model, model.unstack(params), slots=1024, vocab=tokenizer.vocab_size, ends=eos_ids))
+  scheduler.warm_up()                                  # compiles everything; `scheduler.compilations` then stays 0
+  request = Request(ids, Sampling(0.8, top_p=0.95), max_tokens=100, seed=7)
+  scheduler.submit(request)                            # ValueError if it can never run
+  while scheduler.is_busy:
+    for event in scheduler.step():                     # reads a part of a prompt, then draws the next tokens of rows
+      event.request, event.choice, event.ids, event.log_probabilities, event.finish_reason
+  scheduler.abort(request)                             # its rows are free at once, and its last events say 'abort'
+
+All is synchronous, and one thread may use it. Token ids go in and come out; stop strings are of the layer of text,
+which holds back partial matches and calls `abort`. The last event of each choice has a `finish_reason`: 'stop' (its
+last id is one of the engine's ends or of the request's `stop_ids`), 'length' or 'abort'.
+
+In float32, the ids and log-probabilities of a request depend, to the last bit, on the request alone: not on the
+requests beside it, nor on the order of arrival. They do depend on the number of rows, because other shapes are rounded
+differently.
+"""
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.generate import compilations
+from lm.generate.engine import CHUNK, Engine, Tokens
+from lm.generate.request import Event, Request, Scores
+from lm.generate.sampling import Sampling
+from lm.generate.slots import WIDTHS, Prompt, Slots
+
+_NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+
+
+@dataclasses.dataclass
+class _Row:
+  """A choice that is being written."""
+  request: Request
+  choice: int
+  limit: int
+  written: int = 0
+
+
+@dataclasses.dataclass
+class _Reading:
+  """A request whose prompt is being read, or whose next choice waits for a row."""
+  request: Request
+  ids: np.ndarray
+  cache: Any                     # donated by each chunk
+  prompt: Prompt | None = None   # after the first chunk
+  count: int = 0                 # of tokens that have been read
+  choice: int = 0                # the next to join a row
+  scores: list[Scores] = dataclasses.field(default_factory=list)   # of each chunk
+
+
+class Scheduler:
+  """Serves requests with an engine; see the docstring of the module.
+
+  Args:
+    engine: decodes; `engine.slots` is the longest text, prompt and output together.
+    rows: the number of choices that are written at the same time.
+    widths: of the chunks in which prompts are read; 1 is one of them. A step reads about as many tokens as the largest
+      while rows are being written.
+    tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier.
+
+  Raises:
+    ValueError: the engine's model reads its prompt as a source, or the engine makes drafts.
+  """
+
+  def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1):
+    if engine.model.reads_source or engine.spare_slots:
+      raise ValueError(f'{type(engine).__name__} of {type(engine.model).__name__} cannot read prompts in chunks; give '
+                       'an Engine of a decoder')
+    if rows < 1 or not 1 <= tokens_per_step <= CHUNK:
+      raise ValueError(f'rows={rows} must be at least 1, and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
+    model = engine.model
+    limits = [limit for limit in (engine.slots, model.max_length, model.original_context) if limit is not None]
+    self.context = int(min(limits))   # the longest text, in tokens
+    self.engine, self.tokens_per_step = engine, tokens_per_step
+    self._slots = Slots(engine, rows, tuple(width for width in sorted(set(widths), reverse=True)
+                                            if width <= max(self.context // 2, 1)))
+    if self._slots.widths[-1:] != (1,):
+      raise ValueError(f'widths={tuple(widths)} must include 1, because prompts are read without padding')
+    self._state = self._slots.empty()
+    self._waiting: collections.deque[Request] = collections.deque()
+    self._reading: _Reading | None = None
+    self._rows: list[_Row | None] = [None] * rows
+    self._events: list[Event] = []
+    self._compiled_before = compilations.count()
+
+  @property
+  def running(self) -> int:
+    """The number of rows that are being written."""
+    return sum(row is not None for row in self._rows)
+
+  @property
+  def waiting(self) -> int:
+    """The number of requests that are not, or not wholly, in rows."""
+    return len(self._waiting) + (self._reading is not None)
+
+  @property
+  def is_busy(self) -> bool:
+    """Whether `step` has anything to do."""
+    return bool(self.running or self.waiting or self._events)
+
+  @property
+  def compilations(self) -> int:
+    """How many programs this process has compiled since `warm_up`; see `compilations`."""
+    return compilations.count() - self._compiled_before
+
+  def warm_up(self) -> None:
+    """Compiles all programs that requests need. Call it before the first request."""
+    for seed in 0, 2 ** 40:   # seeds of one and of two words
+      self.submit(Request([0], Sampling(min_tokens=2), max_tokens=2, seed=seed))
+    for width in self._slots.widths:
+      self.submit(Request([0] * width, max_tokens=0))
+    while self.is_busy:
+      self.step()
+    self._state = self.engine.evict(self._state, [])
+    self._compiled_before = compilations.count()
+
+  def submit(self, request: Request) -> None:
+    """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
+    request.check(self.engine, self.context)
+    self._waiting.append(request)
+
+  def abort(self, request: Request) -> None:
+    """Ends a request: its rows are free at once, and the next step gives its last events. One that has ended stays so.
+    """
+    aborted = []
+    if request in self._waiting:
+      self._waiting.remove(request)
+      aborted += range(request.choices)
+    elif self._reading is not None and self._reading.request is request:
+      aborted += range(self._reading.choice, request.choices)
+      self._reading = None
+    rows = [i for i, row in enumerate(self._rows) if row is not None and row.request is request]
+    if rows:
+      self._state = self.engine.evict(self._state, rows)
+    for i in rows:
+      aborted.append(self._rows[i].choice)
+      self._rows[i] = None
+    self._events += [Event(request, choice, [], _NO_SCORES, 'abort') for choice in sorted(aborted)]
+
+  def step(self) -> list[Event]:
+    """Lets requests join as far as rows are free, then draws the next tokens of each row. Returns what is new."""
+    self._admit()
+    if self.running:
+      self._state, tokens = self.engine.step(self._state, self.tokens_per_step)
+      self._collect(tokens)
+    events, self._events = self._events, []
+    return events
+
+  def _admit(self) -> None:
+    """Reads prompts and lets them join: about one chunk while rows are written, as much as needed if none is."""
+    budget = self._slots.widths[0]
+    while budget > 0 or not (self.running or self._events):
+      reading = self._reading
+      if reading is None:
+        if not self._waiting or None not in self._rows:
+          return
+        request = self._waiting.popleft()
+        self._reading = _Reading(request, np.asarray(request.ids, np.int32), self._slots.empty_cache())
+      elif reading.count < len(reading.ids):
+        budget -= self._read(reading)
+      elif None in self._rows:
+        self._join(reading)
+      else:
+        return
+
+  def _read(self, reading: _Reading) -> int:
+    """Reads a chunk of a prompt. Returns the number of its tokens."""
+    request, start = reading.request, reading.count
+    reading.prompt, tokens = self._slots.read(reading.cache, reading.ids, start, request.scores_prompt)
+    reading.cache = reading.prompt.cache
+    reading.count += tokens.ids_BT.shape[1]
+    if request.scores_prompt:
+      reading.scores.append(_scores(tokens, 0, reading.count - start, request.top))
+    return reading.count - start
+
+  def _join(self, reading: _Reading) -> None:
+    """Lets the next choice of a request join a free row, and draws its first token."""
+    request, choice = reading.request, reading.choice
+    reading.choice += 1
+    if reading.choice == request.choices:
+      self._reading = None
+    prompt_scores = None
+    if request.scores_prompt:
+      columns = (np.concatenate(parts)[:-1] for parts in zip(*reading.scores))   # nothing follows the last token
+      prompt_scores = Scores(*columns)
+    limit = self.context - len(reading.ids) if request.max_tokens is None else request.max_tokens
+    if limit == 0:
+      self._events.append(Event(request, choice, [], _NO_SCORES, 'length', prompt_scores))
+      return
+    row = self._rows.index(None)
+    start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice)
+    self._state, tokens = self._slots.join(self._state, reading.prompt, start, row)
+    self._rows[row] = _Row(request, choice, limit)
+    self._add_event(row, tokens, 0, prompt_scores)
+
+  def _collect(self, tokens: Tokens) -> None:
+    counts = np.asarray(tokens.count_B)
+    tokens = tokens._replace(ids_BT=np.asarray(tokens.ids_BT), count_B=counts,
+                             log_probabilities_BT=np.asarray(tokens.log_probabilities_BT))
+    for row in np.flatnonzero(counts).tolist():
+      self._add_event(row, tokens, row, None)
+
+  def _add_event(self, row: int, tokens: Tokens, column: int, prompt_scores: Scores | None) -> None:
+    """Adds the event of the new tokens of a row, which are row `column` of `tokens`, and frees the row if it ends."""
+    own = self._rows[row]
+    count = int(tokens.count_B[column])
+    ids = np.asarray(tokens.ids_BT)[column, :count].tolist()
+    own.written += count
+    reason = None
+    if ids[-1] in self.engine.ends or ids[-1] in own.request.sampling.stop_ids:
+      reason = 'stop'
+    elif own.written >= own.limit:
+      reason = 'length'
+    if reason is not None:
+      self._rows[row] = None
+    scores = _scores(tokens, column, count, own.request.top)
+    self._events.append(Event(own.request, own.choice, ids, scores, reason, prompt_scores))
+
+
+def _scores(tokens: Tokens, row: int, count: int, top: int) -> Scores:
+  """Returns the scores of the first `count` tokens of a row."""
+  log_probabilities = np.asarray(tokens.log_probabilities_BT)[row, :count]
+  if not top:
+    return Scores(log_probabilities, np.zeros((count, 0), np.int32), np.zeros((count, 0), np.float32))
+  return Scores(log_probabilities, *(np.asarray(x)[row, :count, :top] for x in tokens.alternatives))

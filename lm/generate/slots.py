@@ -1,0 +1,146 @@
+"""Slots: the rows of one decoding state, which prompts join and leave. A `scheduler` decides which prompt joins when.
+
+A prompt is read in chunks without padding, into a cache of its own: as many of the largest width as it has, then
+smaller ones. So the widths of its chunks follow from its length alone, and its numbers do not depend, to the last bit,
+on what else is decoded. The cache is then copied into the row of the state that the prompt joins.
+
+Shapes: the legend in `models/transformer.py`; R are the rows of a cache into which a prompt is read, of which the first
+has the prompt and the others repeat it where a mesh splits rows.
+"""
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import sharding
+from lm.data.batch import Batch
+from lm.generate.engine import (
+    Engine,
+    State,
+    Tokens,
+    add_token,
+    insert_state,
+    last_logits,
+    map_shards,
+    most_probable,
+    replicate,
+    split_rows,
+    token_log_probabilities,
+)
+from lm.generate.filters import TokenHistory, new_history
+from lm.generate.sampling import Sampling, Settings, settings
+
+WIDTHS = 64, 32, 16, 8, 4, 2, 1   # of chunks
+
+
+class Prompt(NamedTuple):
+  """A prompt that is read so far: its cache, and the logits after its last token, [R, V]."""
+  cache: Any
+  logits_RV: jax.Array
+
+
+class Start(NamedTuple):
+  """What a row begins with besides its prompt, in NumPy, led by R."""
+  history: TokenHistory
+  settings: Settings
+  position_R: np.ndarray   # of the last token of the prompt
+  limit_R: np.ndarray
+  top_R: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
+@sharding.whole_rows()
+def _empty(model, history, settings, *, rows, slots) -> State:
+  history, settings = split_rows((history, settings))
+  zeros = split_rows(jnp.zeros(rows, jnp.int32))
+  return State(model.init_cache(rows, slots), zeros, zeros, zeros == 0, history, settings, zeros, zeros)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
+@sharding.whole_rows()
+def _empty_cache(model, *, rows, slots) -> Any:
+  return model.init_cache(rows, slots)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='cache')
+@sharding.whole_rows()
+def _read(model, params, cache, batch: Batch, is_scored, *, vocab) -> tuple[Prompt, Tokens]:
+  """Reads a chunk. Returns the log-probabilities of the targets too if `is_scored` is true, otherwise zeros."""
+  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  out = model.apply(params, batch._replace(targets=None), cache=cache)
+
+  def score(logits, targets):
+    return Tokens(targets, token_log_probabilities(logits, targets), None, most_probable(logits, vocab, True))
+
+  def compute():
+    return replicate(map_shards(score, out.head(out.hidden), batch.targets))
+
+  def fill():
+    shapes = jax.eval_shape(compute)
+    return replicate(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+  return Prompt(out.cache, last_logits(out)), jax.lax.cond(is_scored, compute, fill)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='state')
+@sharding.whole_rows()
+def _join(model, state: State, prompt: Prompt, start: Start, ends, row, *, vocab) -> tuple[State, Tokens]:
+  start = split_rows(start)
+  zeros = jnp.zeros_like(start.limit_R)
+  new = State(prompt.cache, zeros, start.position_R, zeros > 0, start.history, start.settings, start.limit_R,
+              start.top_R)
+  new, tokens = add_token(new, prompt.logits_RV, vocab, ends)
+  places = jnp.where(jnp.arange(len(zeros)) == 0, row, len(state.token_B))   # the repetitions have no place
+  return insert_state(model, state, new, places), replicate(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """Reads prompts and lets them join the rows of a state, for an engine and a number of rows."""
+  engine: Engine
+  rows: int
+  widths: Sequence[int] = WIDTHS
+
+  def empty(self) -> State:
+    """Returns a state without prompts."""
+    engine = self.engine
+    row_settings = settings([Sampling()] * self.rows, [0] * self.rows, np.zeros(self.rows))
+    history = new_history([np.int32([])] * self.rows, engine.model.vocab)
+    return _empty(engine.model, history, row_settings, rows=self.rows, slots=engine.slots)
+
+  def empty_cache(self) -> Any:
+    """Returns a cache for a prompt that is read from its beginning."""
+    return _empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.engine.slots)
+
+  def width(self, count: int) -> int:
+    """Returns the width of the next chunk of a prompt of which `count` tokens are not read yet."""
+    return next(width for width in self.widths if width <= count)
+
+  def read(self, cache: Any, ids: np.ndarray, start: int, is_scored: bool) -> tuple[Prompt, Tokens]:
+    """Reads the next chunk of a prompt, from its token `start` on. It donates `cache`.
+
+    Returns the prompt, and of each token of the chunk the log-probabilities of the token after it, if they are scored.
+    """
+    width, rows = self.width(len(ids) - start), sharding.padded_rows(1)
+    chunk = np.arange(start, start + width)
+    tokens, positions, targets = (np.repeat(np.int32(x)[None], rows, axis=0)
+                                  for x in (ids[chunk], chunk, ids[np.minimum(chunk + 1, len(ids) - 1)]))
+    engine = self.engine
+    return _read(engine.model, engine.params, cache, Batch(tokens, targets, positions=positions), is_scored,
+                 vocab=engine.vocab)
+
+  def start(self, ids: np.ndarray, sampling: Sampling, limit: int, top: int, seed: int, stream: int) -> Start:
+    """Returns what a row begins with, which draws from the random stream `stream` of its seed."""
+    rows = sharding.padded_rows(1)
+    return Start(new_history([ids] * rows, self.engine.model.vocab),
+                 settings([sampling] * rows, [seed] * rows, np.full(rows, stream)),
+                 *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)))
+
+  def join(self, state: State, prompt: Prompt, start: Start, row: int) -> tuple[State, Tokens]:
+    """Replaces a row by a prompt that has been read, and draws its first token. It donates `state`, not `prompt`."""
+    engine = self.engine
+    return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), vocab=engine.vocab)
