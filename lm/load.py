@@ -286,12 +286,14 @@ def origin_folder(run: train.Run, tokens: tokenizers.Tokenizer) -> pathlib.Path 
   return start.folder if tokenizers.load(start.folder).fingerprint == tokens.fingerprint else None
 
 
+def chat_template(loaded: TrainedModel | pretrained.Pretrained) -> conversation.Template | None:
+  """Returns the chat template of a model; None for a model that was not trained to chat."""
+  return loaded.run.data.template if isinstance(loaded, TrainedModel) else pretrained.folder_template(loaded.folder)
+
+
 def chat_tokenizer(loaded: TrainedModel | pretrained.Pretrained) -> conversation.Conversation:
   """Returns the tokenizer for a chat with a model. Raises ValueError where the model has no chat template."""
-  if isinstance(loaded, TrainedModel):
-    template = loaded.run.data.template
-  else:
-    template = pretrained.folder_template(loaded.folder)
+  template = chat_template(loaded)
   if template is None:
     raise ValueError('--chat: this model has no chat template; leave it out, or take a model that was trained to chat')
   return conversation.Conversation(loaded.tokenizer, template)

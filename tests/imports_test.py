@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Packages and files in order: each imports only from those before it.
 ROOMS = ('seeds', 'exits', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
-         'objectives', 'optim', 'train', 'generate', 'evaluate', 'hf', 'lora', 'scripts', 'load', 'named',
+         'objectives', 'optim', 'train', 'generate', 'evaluate', 'serve', 'hf', 'lora', 'scripts', 'load', 'named',
          'options', 'doctor', 'launch', 'studies')
 
 # The files that may import a library, at the top or inside a function.
@@ -24,7 +24,8 @@ DOORS = {
     'tokenizers': {'data/tokenizers/huggingface'}, 'jinja2': {'data/chat/template_process'},
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
     'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
-    'starlette': {'evaluate/people/rating_server'}, 'uvicorn': {'evaluate/people/rating_server'},
+    'starlette': {'evaluate/people/rating_server', 'serve/application'}, 'prometheus_client': {'serve/server_metrics'},
+    'uvicorn': {'evaluate/people/rating_server', 'serve/serving'},
     'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Libraries that are slow to import or optional are imported inside functions, so that --help answers at once.

@@ -1,0 +1,80 @@
+r"""Serves a trained run or a Hugging Face model: a chat page, and the endpoints of OpenAI's protocol.
+
+  python experiments/serve.py --model=runs/quickstart
+  python experiments/serve.py --model=gpt2 --port=8001
+  curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \
+    -d '{"prompt": "def ", "max_tokens": 40}'
+
+Prints the address when it answers. Needs `pip install -e '.[serve]'`.
+"""
+import functools
+import os
+import pathlib
+import sys
+
+import jax
+
+from lm import generate, launch, load, serve, sharding
+from lm.hf import pretrained
+from lm.objectives.objective import causal_prompt
+
+
+def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
+         port: int = 8000, rows: int = 8, context: int | None = None, waiting: int = 64, api_key: str | None = None,
+         cors: tuple[str, ...] = (), max_tokens: int | None = None, max_body: int = 1 << 20, deadline: float = 600,
+         drain: int = 60, mesh: str | None = None) -> None:
+  """Serves a model until Ctrl-C or SIGTERM; answers that are being written are finished first.
+
+  Args:
+    model: the workdir of a run, a Hugging Face folder, an imported model, or an id on the hub.
+    best: use the best checkpoint of a run by its metric, instead of the newest.
+    name: how clients name the model; none for the name of its folder, or its id.
+    host: the address to listen on; 0.0.0.0 opens the server to the network.
+    port: 0 takes any that is free.
+    rows: answers that are written at the same time; others wait.
+    context: the longest text, a prompt and its answer together, in tokens; none for that of the model, 4096 at most.
+    waiting: answers that may wait; a request for more is refused with status 429.
+    api_key: what clients have to send as a bearer token; none for the environment variable LM_API_KEY, or for no key.
+    cors: origins of other web pages that may use the server, such as https://example.org.
+    max_tokens: the most tokens of an answer; none for what the context has room for.
+    max_body: the most bytes of a request.
+    deadline: seconds after which an answer that is not whole is refused.
+    drain: seconds that answers have to end in when the server is stopped.
+    mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
+  """
+  if min(rows, max_body, drain) < 1 or waiting < 0 or not deadline > 0 or max_tokens is not None and max_tokens < 1:
+    raise ValueError(f'rows={rows}, max_body={max_body}, drain={drain}, deadline={deadline:g} and '
+                     f'max_tokens={max_tokens} must be at least 1, and waiting={waiting} at least 0')
+  if context is not None and context < 2:
+    raise ValueError(f'context={context} must be at least 2: a token of a prompt, and one of an answer')
+  listener = serve.listen(host, port)   # before the model is read, which may take long
+  workdir, folder = load.run_or_model(None, model, best)
+  mesh = sharding.make_mesh(mesh)
+  with jax.set_mesh(mesh):
+    loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
+    decoder, tokenizer = loaded.model, loaded.tokenizer
+    prompt = causal_prompt if folder else loaded.run.objective.prompt
+    if not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
+      raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
+                       'prompt; give a decoder that was trained to')
+    params = decoder.unstack(loaded.params)
+    slots = context or min(decoder.max_length, 4096)
+    engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
+    scheduler = generate.Scheduler(engine, rows)
+  thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
+  thread.start(scheduler.warm_up).result()
+  template = load.chat_template(loaded)
+  served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
+                             decoder, params, tokenizer, scheduler.context, template)
+  key = api_key or os.environ.get('LM_API_KEY') or None
+  if key is None and not serve.hosts(host):
+    print('anyone on the network can use this server; --api_key=... asks for a key', file=sys.stderr)
+  app = serve.application(served, thread, serve.Limits(key, cors, serve.hosts(host), max_body, max_tokens, deadline))
+  print(f'{served.name} answers at {serve.address(listener)} (a {"chat" if template else "completion"} page; the base '
+        'URL of clients is this and /v1); Ctrl-C stops it', flush=True)
+  serve.serve(app, listener, drain, lambda: thread.count)
+  thread.close()
+
+
+if __name__ == '__main__':
+  launch.tool(main)

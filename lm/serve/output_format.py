@@ -1,0 +1,76 @@
+"""The form that an answer is constrained to: JSON, a regular expression, a grammar, or one of some texts."""
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lm.serve import body_fields
+from lm.serve.api_errors import bad_request
+from lm.serve.body_fields import Field, shown
+
+_MOST_CHARACTERS = 65536   # of a schema or a grammar
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFormat:
+  """A constraint on a whole answer. `text` is a JSON schema, a regular expression or a grammar in Lark's syntax."""
+  kind: Literal['json', 'regex', 'grammar']
+  text: str
+
+
+def _schema(schema: Any, place: str) -> OutputFormat:
+  text = schema if isinstance(schema, str) else json.dumps(schema)
+  if not isinstance(schema, dict | str) or len(text) > _MOST_CHARACTERS:
+    raise bad_request(f'{place}={shown(schema)} must be a JSON schema of at most {_MOST_CHARACTERS} characters', place)
+  return OutputFormat('json', text)
+
+
+def _choice(values: Any) -> OutputFormat:
+  return _schema_of_texts(body_fields.texts(256).read(values))
+
+
+def _schema_of_texts(texts: tuple[str, ...]) -> OutputFormat:
+  return OutputFormat('grammar', 'start: ' + ' | '.join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+
+def read_response_format(value: Mapping[str, Any] | None, place: str = 'response_format') -> OutputFormat | None:
+  """Returns the constraint of OpenAI's `response_format`; None for text of any form. Raises ApiError."""
+  match value:
+    case None | {'type': 'text'}:
+      return None
+    case {'type': 'json_object'}:
+      return OutputFormat('json', '{"type": "object"}')
+    case {'type': 'json_schema', 'json_schema': {'schema': schema}} | {'type': 'json_schema', 'schema': schema}:
+      return _schema(schema, f'{place}.json_schema')
+  raise bad_request(f'{place}={shown(value)} must have a type, text, json_object or json_schema, and the last one a '
+                    'json_schema with a name and a schema', place)
+
+
+def read_structured_outputs(value: Mapping[str, Any] | None) -> OutputFormat | None:
+  """Returns the constraint of vLLM's `structured_outputs`, an object with one of json, regex, choice, grammar."""
+  if value is None:
+    return None
+  place = 'structured_outputs'
+  try:
+    match value:
+      case {'json': schema} if len(value) == 1:
+        return _schema(schema, f'{place}.json')
+      case {'choice': choices} if len(value) == 1:
+        return _choice(choices)
+      case {'regex': str(text)} | {'grammar': str(text)} if len(value) == 1 and len(text) <= _MOST_CHARACTERS:
+        return OutputFormat('regex' if 'regex' in value else 'grammar', body_fields.text(text))
+  except ValueError as error:
+    raise bad_request(f'{place}.choice {error}', place) from None
+  raise bad_request(f'{place}={shown(value)} must have exactly one of json, regex, choice and grammar', place)
+
+
+FORMATS: Mapping[str, Field] = {'response_format': body_fields.ANY_OBJECT, 'structured_outputs': body_fields.ANY_OBJECT}
+
+
+def read_format(values: Mapping[str, Any]) -> OutputFormat | None:
+  """Returns the constraint of a body's fields. Raises ApiError, also where they give two."""
+  formats = [read_response_format(values['response_format']), read_structured_outputs(values['structured_outputs'])]
+  if all(formats):
+    raise bad_request('response_format and structured_outputs both constrain the answer; give one of them',
+                      'structured_outputs')
+  return next(filter(None, formats), None)

@@ -1,0 +1,75 @@
+"""The answers to a request while they are written: pieces as they come, until they end or nobody reads them."""
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from lm.data.tokenizers.folder import Tokenizer
+from lm.generate import Event, Request
+from lm.serve.api_errors import ApiError
+from lm.serve.choice_text import ChoiceText, Piece
+from lm.serve.engine_thread import EngineThread
+
+
+class Observer(Protocol):
+  """Counts what happens to answers; see `server_metrics`."""
+
+  def arrive(self, requests: Sequence[Request]) -> None: ...
+
+  def observe(self, event: Event) -> None: ...
+
+  def end(self, request: Request, choice: int, reason: str) -> None: ...
+
+
+class RunningAnswer:
+  """The choices of requests, by number: those of the first prompt, of the second, and so on."""
+
+  def __init__(self, thread: EngineThread, tokenizer: Tokenizer, requests: Sequence[Request], stop: Sequence[str],
+               observer: Observer):
+    """Gives the requests to the engine; ApiError where it does not take them. Call it in a running event loop."""
+    self._thread, self._observer = thread, observer
+    names = [(request, choice) for request in requests for choice in range(request.choices)]
+    self._texts = {name: ChoiceText(i, tokenizer, name[0].ids, stop, name[0].sampling.stop_ids)
+                   for i, name in enumerate(names)}
+    self._queue: asyncio.Queue[Event | ApiError] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def deliver(request: Request, event: Event | ApiError) -> None:
+      if isinstance(event, Event):
+        observer.observe(event)
+      with contextlib.suppress(RuntimeError):   # the loop is closed: the server ends
+        loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    thread.submit(requests, deliver, lambda: observer.arrive(requests))
+
+  @property
+  def token_count(self) -> int:
+    """The number of tokens that were drawn."""
+    return sum(text.count for text in self._texts.values())
+
+  async def pieces(self) -> AsyncIterator[Piece]:
+    """Yields the pieces of all choices as they come. Raises ApiError where the engine fails."""
+    while not self._has_ended():
+      event = await self._queue.get()
+      if isinstance(event, ApiError):
+        raise event
+      text = self._texts[event.request, event.choice]
+      if not text.has_ended:
+        piece = text.push(event)
+        if text.has_ended and event.finish_reason is None:   # a stop string, which the engine does not know
+          self._observer.end(event.request, event.choice, 'stop')
+          if self._has_ended(event.request):
+            self._thread.abort([event.request])
+        yield piece
+
+  def _has_ended(self, request: Request | None = None) -> bool:
+    """Returns whether all choices of a request, or of all requests, have ended."""
+    return all(text.has_ended for (each, _), text in self._texts.items() if request in (None, each))
+
+  def abort(self) -> None:
+    """Frees the rows of requests that have not ended."""
+    running = [name for name, text in self._texts.items() if not text.has_ended]
+    if running:
+      self._thread.abort(list(dict.fromkeys(request for request, _ in running)))
+    for request, choice in running:
+      self._observer.end(request, choice, 'abort')

@@ -1,0 +1,145 @@
+"""A model as a server needs it: ids of prompts, and embeddings of texts."""
+import codecs
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import generate, sharding
+from lm.data.batch import Batch
+from lm.data.chat import conversation, templates
+from lm.data.tokenizers.folder import Tokenizer
+from lm.evaluate import row_shapes
+from lm.serve.answers_format import Echo
+from lm.serve.api_errors import bad_request
+from lm.serve.chat_messages import NO_TOOLS, ToolUse
+from lm.serve.token_texts import TokenTexts
+
+DEFAULT_TOKENS = 16   # of a completion whose length the body does not say, as in OpenAI's
+NO_TEMPLATE = ('this model has no chat template: use /v1/completions, put a chat_template.jinja into the folder of the '
+               'model, or train a model to chat with experiments/finetune_chat.py')
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+  """A decoder with its tokenizer and chat template, which is None for a model that was not trained to chat.
+
+  `embed` computes, and is called in the engine's thread.
+  """
+  name: str
+  model: Any
+  params: Any
+  tokenizer: Tokenizer
+  context: int   # the longest text, a prompt and its answer together, in tokens
+  template: conversation.Template | None = None
+
+  @functools.cached_property
+  def texts(self) -> TokenTexts:
+    return TokenTexts(self.tokenizer)
+
+  @functools.cached_property
+  def chat_ends(self) -> tuple[int, ...]:
+    """The ids that end an answer of a chat, in addition to those of the tokenizer."""
+    ends = () if self.template is None else self.template.ends(self.tokenizer)
+    return tuple(i for i in ends if i not in self.tokenizer.eos_ids)
+
+  def encode(self, prompt: str | Sequence[int], adds_special_tokens: bool = True, param: str = 'prompt') -> np.ndarray:
+    """Returns the ids of a prompt, one at least.
+
+    Names of control tokens in a text are these tokens, as clients that write templates themselves expect it; bos comes
+    first if the tokenizer adds it. Raises ApiError for ids that the tokenizer does not have.
+    """
+    if isinstance(prompt, str):
+      ids = np.asarray(self.tokenizer.parse(prompt)[0], np.int32)
+      ids = generate.with_bos(ids, self.tokenizer, None) if adds_special_tokens else ids
+    else:
+      self.check_ids(prompt, param)
+      ids = np.int32(prompt)
+    return ids if len(ids) else np.int32([self.tokenizer.bos_id])
+
+  def check_ids(self, ids: Sequence[int], param: str) -> None:
+    """Raises ApiError for ids that the tokenizer does not have."""
+    if ids and max(ids) >= self.tokenizer.vocab_size:
+      raise bad_request(f'{param} has the token id {max(ids)}, and the tokenizer has {self.tokenizer.vocab_size} '
+                        'tokens', param)
+
+  def encode_chat(self, messages: Sequence[Mapping[str, Any]], tool_use: ToolUse = NO_TOOLS,
+                  adds_generation_prompt: bool = True) -> np.ndarray:
+    """Returns the ids of messages, up to where an answer begins; ApiError where the template does not take them."""
+    if self.template is None:
+      raise bad_request(NO_TEMPLATE, 'messages', 'no_chat_template')
+    tools = {}
+    if tool_use.tools and tool_use.choice != 'none':
+      if not isinstance(self.template, templates.JinjaTemplate) or not re.search(r'\btools\b', self.template.source):
+        raise bad_request('the chat template of this model does not write tools; leave them out', 'tools')
+      tools = {'tools': tool_use.tools}
+    try:
+      return self.template.encode(self.tokenizer, messages, adds_generation_prompt, **tools)[0]
+    except ValueError as error:
+      raise bad_request(f'the chat template does not take these messages: {error}', 'messages') from None
+
+  def room(self, ids: Sequence[int], max_tokens: int | None, param: str) -> int:
+    """Returns the largest number of tokens after a prompt; for None, all that there is room for.
+
+    Raises ApiError where there is less room than needed.
+    """
+    free = self.context - len(ids)
+    needed = 1 if max_tokens is None else max_tokens
+    if needed > free:
+      raise bad_request(f'the prompt has {len(ids)} tokens, and with max_tokens={needed} these are more than the '
+                        f'{self.context} that the model reads at once; shorten one of the two', param,
+                        'context_length_exceeded')
+    return free if max_tokens is None else max_tokens
+
+  def check_length(self, ids: Sequence[int], param: str) -> None:
+    """Raises ApiError where a text is longer than the context."""
+    if len(ids) > self.context:
+      raise bad_request(f'{param} has a text of {len(ids)} tokens, and the model reads {self.context} at '
+                        'once; shorten it', param, 'context_length_exceeded')
+
+  def echo(self, prompt: str | Sequence[int], ids: np.ndarray) -> Echo:
+    """Returns a prompt as an answer repeats it."""
+    text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+    return Echo(text, ids.tolist(), self._starts(prompt, text, ids))
+
+  def _starts(self, prompt: str | Sequence[int], text: str, ids: np.ndarray) -> list[int]:
+    """Returns the character of the text of a prompt where each of its tokens begins."""
+    if isinstance(prompt, str):
+      _, spans = self.tokenizer.parse(prompt)
+      return [0] * (len(ids) - len(spans)) + np.asarray(spans)[:, 0].tolist()   # bos may come first
+    pieces = [self.texts.bytes_of(int(i)) for i in ids]
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    place = min(len(text.encode()) - sum(map(len, pieces)), 0)   # some tokenizers put a space before a text
+    starts = []
+    for piece in pieces:
+      starts.append(min(max(place, 0), len(text)))
+      place += len(decoder.decode(piece))
+    return starts
+
+  def _row(self, ids: np.ndarray) -> Batch:
+    """Returns a batch with a text in its first row; its shape follows from the length alone."""
+    width = row_shapes.width(len(ids), self.model.max_length)
+    tokens, segments = np.zeros((2, row_shapes.rows((width,)), width), np.int32)
+    tokens[0, :len(ids)], segments[0, :len(ids)] = ids, 1
+    positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+    return Batch(tokens, positions=positions, segments=segments)
+
+  def embed(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the mean of the last hidden states of a text, scaled to length 1, float32 [D]."""
+    return np.asarray(_embedding(self.model.apply, self.params, self._row(ids)))[0]
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+@sharding.whole_rows()
+def _embedding(apply: Any, params: Any, batch: Batch) -> jax.Array:
+  """Returns the normalised mean of the hidden states of each row, [B, D]."""
+  batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  hidden = sharding.constrain(apply(params, batch).hidden.astype(jnp.float32), '---')
+  is_text = sharding.constrain(batch.segments > 0, '--')[..., None]
+  total = jnp.where(is_text, hidden, 0).sum(1)
+  return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)

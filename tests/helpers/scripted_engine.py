@@ -1,0 +1,94 @@
+"""An engine that writes what a test scripts, and a server of it; no step waits for a compiled program."""
+import contextlib
+
+import numpy as np
+from helpers import decoders
+
+from lm import serve
+from lm.data.chat import Turns
+from lm.data.tokenizers.base import Bytes
+from lm.generate import Event, Scores
+
+CONTROL = ('<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
+TOKENS = Bytes(CONTROL)
+CHAT = Turns()
+ENDS = TOKENS.eos_id, TOKENS.control_id('<|end|>')
+
+
+class ScriptedEngine:
+  """Writes `script(request, choice)`, token ids, of each choice, `size` tokens at a step, in `rows` rows.
+
+  `wait` is called at the beginning of each step.
+  """
+  compilations = 0
+
+  def __init__(self, script, size=1, rows=4, wait=lambda: None):
+    self.script, self.size, self.rows, self.wait = script, size, rows, wait
+    self.rest, self.aborted, self.steps = {}, [], 0
+
+  @property
+  def running(self):
+    return min(len(self.rest), self.rows)
+
+  @property
+  def waiting(self):
+    return len(self.rest) - self.running
+
+  @property
+  def is_busy(self):
+    return bool(self.rest)
+
+  def submit(self, request):
+    for choice in range(request.choices):
+      self.rest[request, choice] = list(self.script(request, choice))[:request.max_tokens]
+
+  def abort(self, request):
+    self.aborted.append(request)
+    self.rest = {name: ids for name, ids in self.rest.items() if name[0] is not request}
+
+  def step(self):
+    self.wait()
+    self.steps += 1
+    return [self._event(*name) for name in list(self.rest)[:self.rows]]
+
+  def _event(self, request, choice):
+    name, prompt = (request, choice), None
+    ids, self.rest[name] = self.rest[name][:self.size], self.rest[name][self.size:]
+    finish = None
+    if not self.rest[name]:
+      finish = 'stop' if set(ids) & set(ENDS) else 'length'
+      del self.rest[name]
+    if request.scores_prompt:
+      prompt = self._scores(request, request.ids[1:])
+    return Event(request, choice, ids, self._scores(request, ids), finish, prompt)
+
+  def _scores(self, request, ids):
+    """Returns scores by which token i is the most probable one, and the tokens after it follow."""
+    top = np.arange(request.top)
+    values = -.25 * (1 + np.asarray(ids, int) % 7)
+    return Scores(values, np.asarray(ids, int)[:, None] + top, values[:, None] - top)
+
+
+def text_script(text, ends=True):
+  """Returns a script that writes a text, byte by byte, and ends it."""
+  return lambda request, choice: [*text.encode(), *([TOKENS.eos_id] if ends else [])]
+
+
+@contextlib.contextmanager
+def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, context=128, **limits):
+  """Yields the application of a server and the thread of its engine."""
+  model, params = model or decoders.make()
+  thread = serve.EngineThread(engine, most)
+  try:
+    model = serve.ServedModel('tiny', model, params, tokenizer, context, template)
+    yield serve.application(model, thread, serve.Limits(**limits)), thread
+  finally:
+    thread.close()
+
+
+@contextlib.contextmanager
+def client_of(engine, *args, **kwargs):
+  """Yields a client of a server whose engine is `engine`."""
+  from starlette.testclient import TestClient
+  with application(engine, *args, **kwargs) as (app, _), TestClient(app, raise_server_exceptions=False) as client:
+    yield client

@@ -1,0 +1,155 @@
+"""Clients come, wait, go away and are late: rows are free within a step, and nothing is lost for the others."""
+import asyncio
+import threading
+
+import pytest
+from helpers.scripted_engine import ScriptedEngine, application, text_script
+
+pytest.importorskip('starlette')
+pytest.importorskip('prometheus_client')
+
+BODY = {'prompt': 'a', 'max_tokens': 60}
+FOREVER = text_script('x' * 60, ends=False)
+
+
+class Steps:
+  """Lets an engine compute as many steps as a test allows."""
+
+  def __init__(self):
+    self._allowed = threading.Semaphore(0)
+
+  def __call__(self):
+    self._allowed.acquire(timeout=20)
+
+  def allow(self, count):
+    self._allowed.release(count)
+
+
+def post(app, path, body, disconnect=None):
+  """Returns a task of a request in this event loop; its result is (status, headers, body).
+
+  The client goes away when the event `disconnect` is set.
+  """
+  import json
+  sent = iter([{'type': 'http.request', 'body': json.dumps(body).encode(), 'more_body': False}])
+  parts = []
+
+  async def receive():
+    for message in sent:
+      return message
+    await (disconnect or asyncio.Event()).wait()
+    return {'type': 'http.disconnect'}
+
+  async def send(message):
+    parts.append(message)
+
+  async def run():
+    scope = {'type': 'http', 'method': 'POST', 'path': path, 'raw_path': path.encode(), 'query_string': b'',
+             'headers': [(b'host', b'x')], 'asgi': {'spec_version': '2.3'}, 'scheme': 'http', 'root_path': '',
+             'http_version': '1.1', 'client': None, 'server': None}
+    await app(scope, receive, send)
+    return parts[0]['status'], dict(parts[0]['headers']), b''.join(part.get('body', b'') for part in parts[1:])
+  task = asyncio.create_task(run())
+  task.parts = parts
+  return task
+
+
+async def until(condition):
+  for _ in range(4000):
+    if condition():
+      return
+    await asyncio.sleep(.005)
+  raise AssertionError('it did not happen')
+
+
+@pytest.mark.parametrize('stream', (False, True))
+def test_a_client_that_goes_away_frees_its_row_within_a_step(stream):
+  steps = Steps()
+  engine = ScriptedEngine(FOREVER, rows=1, wait=steps)
+
+  async def main(app, thread):
+    gone = asyncio.Event()
+    first, second = post(app, '/v1/completions', {**BODY, 'stream': stream}, gone), None
+    await until(lambda: engine.rest)
+    second = post(app, '/v1/completions', {**BODY, 'max_tokens': 2})
+    await until(lambda: thread.count == 2)
+    steps.allow(3)
+    await until(lambda: engine.steps == 3)
+    gone.set()
+    await first
+    await until(lambda: thread.count == 1 or steps.allow(1))
+    assert engine.steps <= 5   # the step that it computed, and those that this test allowed to see the end
+    steps.allow(10)
+    assert (await second)[0] == 200
+
+  with application(engine) as (app, thread):
+    asyncio.run(main(app, thread))
+    assert len(engine.aborted) == 1 and thread.count == 0
+
+
+def test_a_queue_that_is_full_refuses_and_what_waits_is_written():
+  steps = Steps()
+  engine = ScriptedEngine(text_script('abc'), rows=2, wait=steps)
+
+  async def main(app, thread):
+    accepted = [post(app, '/v1/completions', {**BODY, 'n': 2}) for _ in range(2)]
+    await until(lambda: thread.count == 4)
+    status, headers, body = await post(app, '/v1/completions', BODY)
+    assert status == 429 and headers[b'retry-after'] == b'1' and b'rate_limit_error' in body
+    steps.allow(100)
+    for task in accepted:
+      status, _, body = await task
+      assert status == 200 and body.count(b'abc') == 2
+    assert (await post(app, '/v1/completions', BODY))[0] == 200
+
+  with application(engine, most=4) as (app, thread):
+    asyncio.run(main(app, thread))
+
+
+@pytest.mark.parametrize('stream', (False, True))
+def test_an_answer_that_takes_too_long_is_refused_and_frees_its_row(stream):
+  steps = Steps()
+  engine = ScriptedEngine(FOREVER, wait=steps)
+
+  async def main(app, thread):
+    status, _, body = await post(app, '/v1/completions', {**BODY, 'stream': stream})
+    assert (status == 504 or stream) and b'not whole after 0.05 seconds' in body and b'[DONE]' not in body
+    steps.allow(2)
+    await until(lambda: thread.count == 0)
+
+  with application(engine, seconds=.05) as (app, thread):
+    asyncio.run(main(app, thread))
+  assert len(engine.aborted) == 1
+
+
+def test_an_engine_that_fails_tells_every_client(capfd):
+  def fail():
+    raise RuntimeError('no memory')
+
+  async def main(app, thread):
+    results = await asyncio.gather(*(post(app, '/v1/completions', {**BODY, 'stream': stream})
+                                     for stream in (False, True, False)))
+    assert all(status in (200, 500, 503) and b'the engine has stopped: no memory' in body
+               for status, _, body in results)
+    assert (await post(app, '/v1/embeddings', {'input': 'a'}))[0] == 503
+
+  with application(ScriptedEngine(FOREVER, wait=fail)) as (app, thread):
+    asyncio.run(main(app, thread))
+  assert 'RuntimeError: no memory' in capfd.readouterr().err
+
+
+def test_a_stop_string_frees_the_row_when_no_other_choice_needs_it():
+  steps = Steps()
+  engine = ScriptedEngine(lambda request, choice: b'ab' if choice else b'x' + b'a' * 50, rows=2, wait=steps)
+
+  async def main(app, thread):
+    task = post(app, '/v1/completions', {**BODY, 'n': 2, 'stop': 'a', 'max_tokens': 51})
+    steps.allow(2)
+    status, _, body = await task
+    assert status == 200 and body.count(b'"finish_reason":"stop"') == 2
+    steps.allow(2)
+    await until(lambda: thread.count == 0)
+
+  with application(engine) as (app, thread):
+    asyncio.run(main(app, thread))
+  assert engine.steps <= 4
