@@ -8,7 +8,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['lm', 'lm.*']),
-    package_data={'lm.evaluate.people': ['page.html']},
+    package_data={'lm.evaluate.people': ['page.html'], 'lm.serve': ['chat_page.html']},
     install_requires=[
         'jax>=0.10',                # explicit sharding, jax.set_mesh, jax.shard_map
         'flax>=0.12',
@@ -40,6 +40,8 @@ setuptools.setup(
         'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
         'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2', 'lm_eval>=0.4.13'],   # BLEU, chrF, TER, ROUGE; tasks
         'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
+        # The server of experiments/serve.py; answers that keep to a schema or a grammar.
+        'serve': ['starlette>=0.47', 'uvicorn>=0.34', 'prometheus_client>=0.22', 'jinja2>=3.1.6', 'llguidance>=1.3'],
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.
@@ -51,7 +53,8 @@ setuptools.setup(
             'tensorboardX>=2.6',    # another writer of event files
             'jinja2>=3.1.6',        # chat templates
             'sacrebleu>=2.5', 'rouge-score>=0.1.2',   # metrics of texts
-            'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # the page of human evaluation, and a client of it
+            'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # web pages, and a client of them
+            'prometheus_client>=0.22', 'openai>=2.0',   # the server, and a client of it
         ],
     },
 )

@@ -18,6 +18,8 @@ from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
 from lm.objectives.objective import causal_prompt
 
+_WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
+
 
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
          port: int = 8000, rows: int = 8, context: int | None = None, waiting: int = 64, api_key: str | None = None,
@@ -60,7 +62,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     params = decoder.unstack(loaded.params)
     slots = context or min(decoder.max_length, 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
-    scheduler = generate.Scheduler(engine, rows)
+    scheduler = generate.Scheduler(engine, rows, _WIDTHS)
   thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
   thread.start(scheduler.warm_up).result()
   template = load.chat_template(loaded)

@@ -24,8 +24,8 @@ DOORS = {
     'tokenizers': {'data/tokenizers/huggingface'}, 'jinja2': {'data/chat/template_process'},
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
     'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
-    'starlette': {'evaluate/people/rating_server', 'serve/application'}, 'prometheus_client': {'serve/server_metrics'},
-    'uvicorn': {'evaluate/people/rating_server', 'serve/serving'},
+    'starlette': {'evaluate/people/rating_server', 'serve/web_application'},
+    'uvicorn': {'evaluate/people/rating_server', 'serve/serving'}, 'prometheus_client': {'serve/server_metrics'},
     'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Libraries that are slow to import or optional are imported inside functions, so that --help answers at once.

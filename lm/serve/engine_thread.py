@@ -164,9 +164,10 @@ class EngineThread:
         while self._wait():
           for event in self.engine.step() if self.engine.is_busy else ():
             if event.request in self._requests:   # it has not been aborted
-              self._requests[event.request].deliver(event.request, event)
-              if event.finish_reason is not None:
+              deliver = self._requests[event.request].deliver
+              if event.finish_reason is not None:   # before the client knows of it, who may send the next request
                 self._end(event.request)
+              deliver(event.request, event)
     except BaseException as error:   # nothing else would say so, and all clients would wait forever
       traceback.print_exception(error)
       with self._changed:

@@ -1,5 +1,6 @@
 """An engine that writes what a test scripts, and a server of it; no step waits for a compiled program."""
 import contextlib
+import threading
 
 import numpy as np
 from helpers import decoders
@@ -84,6 +85,24 @@ def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, co
     yield serve.application(model, thread, serve.Limits(**limits)), thread
   finally:
     thread.close()
+
+
+@contextlib.contextmanager
+def address_of(engine, *args, **kwargs):
+  """Yields the address of a server that listens on a port of this machine."""
+  import uvicorn
+  with application(engine, *args, **kwargs) as (app, _):
+    server = uvicorn.Server(uvicorn.Config(app, log_level='error', lifespan='off', ws='none', http='h11',
+                                           timeout_graceful_shutdown=1))
+    listener = serve.listen('127.0.0.1', 0)
+    thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
+    thread.start()
+    try:
+      yield serve.address(listener)
+    finally:
+      server.should_exit = True
+      thread.join()
+      listener.close()
 
 
 @contextlib.contextmanager
