@@ -53,7 +53,7 @@ class Checkpoints:
       raise FileNotFoundError(f'there is no folder of checkpoints {self.folder}; check the path')
     self._keep, self._keep_best = keep, keep_best
     self._damaged: dict[int, str] = {}  # step: reason
-    self._storage = Storage(self.folder, self._preserved)
+    self._storage = Storage(self.folder, self._preserved, only_reads=not create)
     # JSON turns tuples into lists, as in the files of the steps.
     self._metrics = Metrics(judged_by and Judge(*json.loads(json.dumps(judged_by))))
     self._permanent: set[int] = set()

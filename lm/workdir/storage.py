@@ -25,22 +25,26 @@ class Storage:
   """A folder of steps. After a save that failed, the steps before are as they were, and the next save starts anew.
 
   When a step is written, those that `preserved()` does not name are deleted.
+
+  All processes of a cluster open a folder to write to it, and wait for one another. A process that only reads waits for
+  no other, since each may see at another moment that the folder exists.
   """
 
-  def __init__(self, folder: Any, preserved: Callable[[], set[int]]):
+  def __init__(self, folder: Any, preserved: Callable[[], set[int]], only_reads: bool = False):
     import orbax.checkpoint as ocp  # here, not at the top, because it takes half a second
     logging.get_absl_logger().addFilter(_is_relevant)
-    self.folder, self._preserved, self._ocp = folder, preserved, ocp
+    self.folder, self._preserved, self._only_reads, self._ocp = folder, preserved, only_reads, ocp
     self._manager = self._open()
 
   def _open(self) -> Any:
     ocp = self._ocp
-    # Orbax's barriers of named processes go through the coordination service, and not through the devices.
-    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    # Barriers of processes that are named go through JAX's coordination service, and not through the devices. Those of
+    # a single one are left out.
+    processes = {jax.process_index()} if self._only_reads else set(range(jax.process_count()))
     return ocp.CheckpointManager(
         self.folder, options=ocp.CheckpointManagerOptions(
             create=False, preservation_policy=self,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=processes),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(min(processes), processes),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)),
         item_handlers={**{part: ocp.PyTreeCheckpointHandler() for part in arrays.PARTS},
                        'facts': ocp.JsonCheckpointHandler()})
