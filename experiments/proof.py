@@ -2,13 +2,15 @@
 
   python experiments/proof.py
 
-A small decoder is trained on packed documents of Python's library for some steps on one mesh after the other. The table
-has, for each mesh, whether the batches are the same bytes, the largest relative difference of a loss and of a norm of
+A small decoder is trained on packed documents of Python's library for some steps on one mesh after the other, and at
+last on one mesh for half of the steps and then, from its checkpoint, on another. The table has, for each mesh, whether the batches are the same bytes, the largest relative difference of a loss and of a norm of
 the gradient from those of the first mesh, how far rounding explains them (see `lm/studies/mesh_traces.py`), and the
 bytes that devices exchange in a step. It is printed, and written to `proof.md` in the workdir. The exit code is 1 where
 a mesh differs by more than rounding.
 """
+import functools
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -19,6 +21,7 @@ from lm.data.text import corpora, source
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.optim import schedules
+from lm.sharding import hosts
 from lm.studies import mesh_traces
 from lm.workdir import atomic
 
@@ -70,8 +73,12 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
            '|---|---|---|---|---|---|',
            f'| {shapes[0]} | | | | at most {bound[0]:.1e}, {bound[1]:.1e} | {_exchanged(reference)} |']
   fails = False
-  for mesh in laid_out[1:]:
-    trace = mesh_traces.trace(run, data, mesh)
+  traces = [functools.partial(mesh_traces.trace, run, data, mesh) for mesh in laid_out[1:]]
+  if steps > 1:
+    moves = laid_out[1 % len(laid_out)], laid_out[-1]
+    traces.append(lambda: mesh_traces.resumed(run, _empty(workdir / 'resumed'), moves, steps // 2))
+  for make in traces:
+    trace = make()
     loss, norm = mesh_traces.deviation(trace, reference)[:, -1]
     same, within = trace.batches == reference.batches, loss <= bound[0] and norm <= bound[1]
     fails |= not (same and within)
@@ -82,6 +89,14 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     atomic.write(workdir / 'proof.md', '\n'.join(lines) + '\n')
   if fails:
     sys.exit(1)
+
+
+def _empty(folder: pathlib.Path) -> pathlib.Path:
+  """Returns a folder, from which an earlier run is removed."""
+  with hosts.process_0_first():
+    if jax.process_index() == 0:
+      shutil.rmtree(folder, ignore_errors=True)
+  return folder
 
 
 def _exchanged(trace: mesh_traces.Trace) -> str:

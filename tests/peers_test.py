@@ -55,7 +55,7 @@ def pair(tmp_path, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('receiver', [0, 1])
+@pytest.mark.parametrize('receiver', [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_to_one_saves_the_same_step_in_both(pair, tmp_path, receiver):
   pair[receiver].send_signal(signal.SIGTERM)
   (out, _), (other, _) = ends = results(pair)
@@ -71,6 +71,7 @@ def test_a_process_that_is_killed_is_named_by_the_other(pair):
   assert pair[0].returncode == 1 and re.search(r'error: process 1 \(on host .*\) does not answer', err), err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named_by_the_coordination_service(pair):
   pair[1].send_signal(signal.SIGSTOP)
@@ -78,6 +79,7 @@ def test_a_process_that_hangs_is_named_by_the_coordination_service(pair):
   assert pair[0].returncode == -signal.SIGABRT and re.search(r'stopped sending heartbeats\):\s+(/job.*)?1\n', err), err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_loss_of_process_0_ends_the_other(pair):
   pair[0].kill()

@@ -21,9 +21,7 @@ from lm.train import feed, loop, validation
 from lm.workdir import atomic, checkpoint, records, storage, tensorboard, track
 from lm.workdir.ledger import Ledger
 
-# Seconds until the first step of a cluster, and starts that may take longer. On a busy machine, the first collective of
-# processes on one host, which Gloo computes, may hang for ever; they are then started again, as a launcher does.
-PATIENCE, ATTEMPTS = 180, 4
+PATIENCE = 600   # seconds until the first step of a life
 STEP = 'after a step'
 # Points at which a process may die: before or after the calls of a function.
 POINTS: dict[str, tuple[Any, str, bool]] = {
@@ -103,29 +101,25 @@ class Subject:
     workdir.mkdir(parents=True, exist_ok=True)
     output.write_text('')
     first_step.unlink(missing_ok=True)
-    victim, killed, attempts = moment.process % place.processes if moment else None, None, 0
-    while killed is None:
-      address, start, attempts = _free_address(), time.monotonic(), attempts + 1
-      processes = [_start(place.processes == 1, _train, self, workdir, output, first_step, place, address, rank,
-                          moment if rank == victim else None) for rank in range(place.processes)]
-      try:
-        killed = _await(processes, victim, moment, start, first_step)
-        if killed is None and attempts == ATTEMPTS:
-          raise RuntimeError(f'{attempts} starts came to no step in {PATIENCE} s')
-      except RuntimeError as error:
-        raise RuntimeError(f'{name}, {moment or "to its end"}: {error}; its output ends:\n'
-                           + output.read_text()[-4000:]) from None
-      finally:
-        for process in processes:
-          process.kill()
-          process.join()
+    victim, address, start = moment.process % place.processes if moment else None, _free_address(), time.monotonic()
+    processes = [_start(_train, self, workdir, output, first_step, place, address, rank,
+                        moment if rank == victim else None) for rank in range(place.processes)]
+    try:
+      killed = _await(processes, victim, moment, start, first_step)
+    except RuntimeError as error:
+      raise RuntimeError(f'{name}, {moment or "to its end"}: {error}; its output ends:\n'
+                         + output.read_text()[-4000:]) from None
+    finally:
+      for process in processes:
+        process.kill()
+        process.join()
     return Life(killed, time.monotonic() - start,
                 float(first_step.read_text()) - start if first_step.exists() else None, last_step(workdir))
 
   def state(self, name: str) -> dict[str, str]:
     """Returns the step of the newest checkpoint in the workdir `name`, and a hash of each of its arrays."""
     result = self.folder / f'{name}.state'
-    process = _start(True, _write_state, self, self.folder / name, result)
+    process = _start(_write_state, self, self.folder / name, result)
     process.join()
     if process.exitcode:
       raise RuntimeError(f'the checkpoint of {name} cannot be read; see the error above')
@@ -138,26 +132,20 @@ def last_step(workdir: pathlib.Path) -> int:
   return max((row['step'] for row in track.read_metrics(log)), default=0) if log.exists() else 0
 
 
-def _start(is_alone: bool, function: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
-  """Starts a process that calls a function.
-
-  One that is alone is forked from a server that has imported this module, which saves a second. Those of a cluster are
-  new ones, because JAX's distributed runtime has threads.
-  """
-  context = multiprocessing.get_context('forkserver' if is_alone else 'spawn')
-  if is_alone:
-    context.set_forkserver_preload(['__main__', 'lm.studies.lives', 'orbax.checkpoint'])
+def _start(function: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:
+  """Starts a process that calls a function. It is forked from a server that has imported this module."""
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['__main__', 'lm.studies.lives', 'orbax.checkpoint'])
   process = context.Process(target=function, args=arguments)
   process.start()
   return process
 
 
 def _await(processes: Sequence[multiprocessing.process.BaseProcess], victim: int | None, moment: Moment | None,
-           start: float, first_step: pathlib.Path) -> bool | None:
+           start: float, first_step: pathlib.Path) -> bool:
   """Waits for processes, and kills one where its moment comes. Returns whether it was killed; its peers are not yet.
 
-  Returns None where a cluster came to no step in time. Raises RuntimeError where a process ends by itself, and not at
-  the end of the run.
+  Raises RuntimeError where a process ends by itself, and not at the end of the run, or no step is done in time.
   """
   while any(process.exitcode != 0 for process in processes):
     seconds = time.monotonic() - start
@@ -169,8 +157,8 @@ def _await(processes: Sequence[multiprocessing.process.BaseProcess], victim: int
     codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
     if codes and not (moment and _dies(processes[victim])):
       raise RuntimeError(f'processes ended with the codes {codes}, after {seconds:.0f} s')
-    if len(processes) > 1 and seconds > PATIENCE and not first_step.exists():
-      return None
+    if seconds > PATIENCE and not first_step.exists():
+      raise RuntimeError(f'no step was done in {PATIENCE} s')
     time.sleep(0.01)
   return False
 

@@ -8,7 +8,9 @@ Meshes add the same numbers in other orders, so that results differ by rounding.
   optimizer, is measured: the run is repeated on one mesh with parameters that are moved at each step by at most one
   unit in the last place. A step rounds at more than one place, hence `FACTOR`.
 """
+import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from lm import seeds, sharding, train
 from lm.train import communication
 from lm.train.feed import DataFeed
 from lm.train.interfaces import OpenData
-from lm.workdir import describe
+from lm.workdir import describe, track
 
 FACTOR = 8.
 
@@ -68,6 +70,29 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
     feed.close()
   return Trace(sharding.mesh_text(mesh), losses, norms, digest.hexdigest()[:16],
                communication.totals(compiled.as_text()))
+
+
+def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding.Mesh], step: int) -> Trace:
+  """Returns the steps of a run that ends after `step` on one mesh, and goes on from its checkpoint on another one.
+
+  It trains in a new workdir. Nothing but the files there passes from one mesh to the other. The exchanges are left out.
+  """
+  digest = hashlib.sha256()
+
+  class HashedFeed(DataFeed):
+    def __call__(self, step, state):
+      batch = super().__call__(step, state)
+      digest.update(describe.fingerprint(batch).encode())
+      return batch
+
+  run = dataclasses.replace(run, feed=HashedFeed, evaluate_every=step, save_every=step, evaluate_batches=1)
+  for mesh, stops in zip(meshes, (True, False)):
+    with jax.set_mesh(mesh):
+      train.train(run, workdir, mesh, lambda number, _: stops and number == step)
+  rows = [row for row in track.read_metrics(workdir / 'metrics.jsonl') if 'loss' in row]
+  losses, norms = (np.float64([row[name] for row in rows]) for name in ('loss', 'grad_norm'))
+  first, second = map(sharding.mesh_text, meshes)
+  return Trace(f'{first}, from step {step + 1} on {second}', losses, norms, digest.hexdigest()[:16], {})
 
 
 @jax.jit

@@ -1,12 +1,22 @@
-"""Traces of a run on several meshes: the same batches, and losses that differ by rounding alone."""
-import dataclasses
+"""Traces of a run on several meshes: the same batches, and losses that differ by rounding alone.
 
+This file is also the program of a process of a cluster, whose trace it prints.
+"""
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
 import numpy as np
 import pytest
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, Data
+from processes_test import address, results
 
-from lm import optim
+from lm import optim, sharding
 from lm.models import transformer
 from lm.optim import schedules
 from lm.studies import mesh_traces
@@ -40,6 +50,23 @@ def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, 
 
 
 @pytest.mark.slow
+def test_two_processes_equal_one(reference, bound):
+  """Processes of 4 devices each have the batches of one process, and its losses and norms to rounding."""
+  root, coordinator = pathlib.Path(__file__).parents[2], address()
+  environment = os.environ | {
+      'PYTHONPATH': f'{root}:{root / "tests"}', 'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  processes = [subprocess.Popen([sys.executable, __file__, coordinator, str(i)], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  ends = results(processes)
+  assert [process.returncode for process in processes] == [0, 0], ends
+  losses, norms, batches = json.loads(ends[0][0].splitlines()[-1])
+  assert batches == reference.batches
+  difference = mesh_traces.deviation(mesh_traces.Trace('', np.float64(losses), np.float64(norms), batches, {}), reference)
+  assert np.all(difference <= bound), (difference / bound).max(axis=1)
+
+
+@pytest.mark.slow
 def test_another_seed_differs_by_more(reference, bound):
   trace = mesh_traces.trace(dataclasses.replace(RUN, seed=1), RUN.data, mesh_of('fsdp:1'))
   assert trace.batches != reference.batches
@@ -52,3 +79,10 @@ def test_the_bound_has_the_rounding_of_a_sum_and_a_multiple_of_the_largest_move(
   actual = mesh_traces.bound(reference, [make(1., 2 + 2e-6), make(1 - 1e-6, 2.)], targets=1024)
   np.testing.assert_allclose(actual, np.full((2, 2), 20 * 2 ** -24 + 8e-6), rtol=1e-6)
   np.testing.assert_allclose(mesh_traces.deviation(make(1.5, 2.), reference), [[0.5, 0.5]] * 2)   # the largest so far
+
+
+if __name__ == '__main__':
+  sharding.join(sys.argv[1], 2, int(sys.argv[2]))
+  assert (jax.process_count(), jax.device_count()) == (2, 8)
+  TRACE = mesh_traces.trace(RUN, RUN.data, sharding.make_mesh('fsdp:8'))
+  print(json.dumps([TRACE.losses.tolist(), TRACE.norms.tolist(), TRACE.batches]))
