@@ -3,10 +3,11 @@
   python experiments/proof.py
 
 A small decoder is trained on packed documents of Python's library for some steps on one mesh after the other, and at
-last on one mesh for half of the steps and then, from its checkpoint, on another. The table has, for each mesh, whether the batches are the same bytes, the largest relative difference of a loss and of a norm of
-the gradient from those of the first mesh, how far rounding explains them (see `lm/studies/mesh_traces.py`), and the
-bytes that devices exchange in a step. It is printed, and written to `proof.md` in the workdir. The exit code is 1 where
-a mesh differs by more than rounding.
+last on one mesh for half of the steps and then, from its checkpoint, on another. The table has, for each mesh, whether
+the batches are the same bytes, the largest relative difference of a loss and of a norm of the gradient from those of
+the first mesh, how far rounding explains them (see `lm/studies/mesh_traces.py`), and the bytes that devices exchange in
+a step. It is printed, and written to `proof.md` in the workdir. The exit code is 1 where a mesh differs by more than
+rounding.
 """
 import functools
 import pathlib
@@ -54,8 +55,9 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     workdir: the folder of the data and of the table.
   """
   sharding.join(None, None, None)   # in a cluster, the same command runs in each process
-  run = train.Run(transformer.llama(256 + 16, width, layers, heads, max_length=length), next_token(),
-                  dataset.Text(source.sample(corpora.python_library(), 64), tokenizers.Bytes, length),
+  tokenizer = tokenizers.Bytes()
+  run = train.Run(transformer.llama(tokenizer.vocab_size, width, layers, heads, max_length=length), next_token(),
+                  dataset.Text(source.sample(corpora.python_library(), 64), tokenizer, length),
                   optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
   shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]
   laid_out = [sharding.make_mesh(shape) for shape in shapes]
@@ -100,6 +102,8 @@ def _empty(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _exchanged(trace: mesh_traces.Trace) -> str:
+  if trace.exchanges is None:
+    return ''
   return ', '.join(f'{kind} {size / 1e6:.2f} MB' for kind, (_, size) in trace.exchanges.items()) or 'nothing'
 
 

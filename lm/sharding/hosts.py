@@ -1,5 +1,6 @@
 """Processes, often on several hosts, that train together."""
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from lm import exits
 
@@ -114,6 +117,27 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     _client().key_value_set(f'lm/host/{jax.process_index()}', socket.gethostname())
     _print_from_process_0()
     print(f'{jax.process_count()} processes ({kind}); one that does not answer for {heartbeat} s ends the run')
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+  """Opens the connections of a mesh on CPU while all processes wait for that; does nothing on other devices.
+
+  Gloo opens those of a group of devices at its first exchange, and fails where a process comes to it 30 seconds late,
+  as one does that compiles on a busy machine.
+  """
+  if jax.process_count() == 1 or mesh.devices.flat[0].platform != 'cpu':
+    return
+  axes = tuple(name for name, size in mesh.shape.items() if size > 1)
+  layout = jax.sharding.NamedSharding(mesh, P(axes))
+  zeros = jax.make_array_from_callback((mesh.size,), layout, lambda _: np.zeros(1, np.float32))
+  for count in range(1, len(axes) + 1):
+    for group in itertools.combinations(axes, count):
+      others = tuple(axis for axis in axes if axis not in group)
+      total = jax.shard_map(functools.partial(jax.lax.psum, axis_name=group), mesh=mesh, in_specs=P(axes),
+                            out_specs=P(others))
+      compiled = jax.jit(total).lower(zeros).compile()
+      wait_for_all()
+      jax.block_until_ready(compiled(zeros))
 
 
 def _detect(variables: Mapping[str, str]) -> tuple[str | None, str | None, tuple[str, int, int] | tuple[()]]:

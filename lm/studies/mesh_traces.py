@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import seeds, sharding, train
+from lm.sharding import hosts
 from lm.train import communication
 from lm.train.feed import DataFeed
 from lm.train.interfaces import OpenData
@@ -35,13 +36,14 @@ class Trace(NamedTuple):
     losses: the loss of each step, [steps].
     norms: the norm of the gradient of each step, [steps].
     batches: a fingerprint of the bytes of all batches.
-    exchanges: the exchanges of a step, by kind: their number, and their bytes; see `communication.totals`.
+    exchanges: the exchanges of a step, by kind: their number, and their bytes; see `communication.totals`. None where
+      they are not known.
   """
   mesh: str
   losses: np.ndarray
   norms: np.ndarray
   batches: str
-  exchanges: Mapping[str, tuple[int, int]]
+  exchanges: Mapping[str, tuple[int, int]] | None
 
 
 def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation: int | None = None) -> Trace:
@@ -53,6 +55,7 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
     mesh: the mesh.
     perturbation: the seed of perturbations of the parameters by rounding; None for none.
   """
+  hosts.connect(mesh)
   with jax.set_mesh(mesh):
     feed, digest = DataFeed(run, data, mesh), hashlib.sha256()
     key = seeds.key(run.seed)
@@ -75,7 +78,7 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
 def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding.Mesh], step: int) -> Trace:
   """Returns the steps of a run that ends after `step` on one mesh, and goes on from its checkpoint on another one.
 
-  It trains in a new workdir. Nothing but the files there passes from one mesh to the other. The exchanges are left out.
+  It trains in a new workdir. Nothing but the files there passes from one mesh to the other.
   """
   digest = hashlib.sha256()
 
@@ -86,13 +89,13 @@ def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding
       return batch
 
   run = dataclasses.replace(run, feed=HashedFeed, evaluate_every=step, save_every=step, evaluate_batches=1)
-  for mesh, stops in zip(meshes, (True, False)):
+  for mesh, watch in zip(meshes, (lambda number, _: number == step, None)):
     with jax.set_mesh(mesh):
-      train.train(run, workdir, mesh, lambda number, _: stops and number == step)
+      train.train(run, workdir, mesh, watch)
   rows = [row for row in track.read_metrics(workdir / 'metrics.jsonl') if 'loss' in row]
   losses, norms = (np.float64([row[name] for row in rows]) for name in ('loss', 'grad_norm'))
   first, second = map(sharding.mesh_text, meshes)
-  return Trace(f'{first}, from step {step + 1} on {second}', losses, norms, digest.hexdigest()[:16], {})
+  return Trace(f'{first}, from step {step + 1} on {second}', losses, norms, digest.hexdigest()[:16], None)
 
 
 @jax.jit

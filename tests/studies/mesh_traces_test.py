@@ -50,6 +50,15 @@ def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, 
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, reference, bound):
+  trace = mesh_traces.resumed(RUN, tmp_path, [mesh_of('fsdp:4,tensor:2'), mesh_of('replica:2,fsdp:2')], 10)
+  assert trace.mesh == 'fsdp:4,tensor:2, from step 11 on replica:2,fsdp:2'
+  assert trace.batches == reference.batches and len(trace.losses) == 20
+  difference = mesh_traces.deviation(trace, reference)
+  assert np.all(difference <= bound) and difference[0, -1] > 0, (difference / bound).max(axis=1)
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(reference, bound):
   """Processes of 4 devices each have the batches of one process, and its losses and norms to rounding."""
   root, coordinator = pathlib.Path(__file__).parents[2], address()
@@ -62,7 +71,8 @@ def test_two_processes_equal_one(reference, bound):
   assert [process.returncode for process in processes] == [0, 0], ends
   losses, norms, batches = json.loads(ends[0][0].splitlines()[-1])
   assert batches == reference.batches
-  difference = mesh_traces.deviation(mesh_traces.Trace('', np.float64(losses), np.float64(norms), batches, {}), reference)
+  trace = mesh_traces.Trace('', np.float64(losses), np.float64(norms), batches, None)
+  difference = mesh_traces.deviation(trace, reference)
   assert np.all(difference <= bound), (difference / bound).max(axis=1)
 
 
