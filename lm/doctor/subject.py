@@ -148,11 +148,11 @@ class Subject:
       hidden = sharding.constrain(outputs.hidden.astype(jnp.float32), '---')   # every process reads all rows
       size = jnp.sqrt(jnp.mean(jnp.square(hidden[:1])))
       changes = jnp.max(jnp.abs(hidden - hidden[:1]), axis=-1) / jnp.maximum(size, 1e-30)
-      logits = jax.eval_shape(outputs.head, outputs.hidden).shape
-      if len(logits) < 3 or hasattr(outputs, 'scores'):   # the loss is of scores, not of logits
+      vocab = sharding.vocabulary_of(outputs.head, outputs.hidden)
+      if vocab is None or hasattr(outputs, 'scores'):   # the loss is of scores, not of logits
         return changes, None, None
       log_p = target_log_probabilities(outputs.hidden, outputs.head, batch.targets)
-      return changes, sharding.constrain(log_p, '--'), logits[-1]
+      return changes, sharding.constrain(log_p, '--'), vocab
 
     static = {}   # the vocabulary of the model, which is known when the program is traced
 

@@ -65,7 +65,7 @@ def gradient(objective: Objective, depths: int) -> Callable[[jax.Array, Batch, M
   """Returns a function `(W, batch, constants) -> gradient [B, T, D]`, to be compiled; `depths` is that of the model."""
   def of_hidden(table_VD, batch, constants):
     def loss(hidden):
-      head = Head(sharding.gather(jnp.asarray(table_VD), 'VD'))
+      head = Head(sharding.gather(jnp.asarray(table_VD), 'VD'), vocab=len(table_VD))
 
       def apply(params, batch, **kwargs):
         del params, batch, kwargs

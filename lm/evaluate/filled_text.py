@@ -44,7 +44,7 @@ def fill_masks(run: train.Run, result: train.Result, snippets: np.ndarray) -> No
   @sharding.whole_rows()
   def likeliest(params, batch):
     outputs = run.model.apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
-    return sharding.constrain(jax.numpy.argmax(sharding.constrain(outputs.head(outputs.hidden), 'B--'), -1), '--')
+    return sharding.constrain(jax.numpy.argmax(sharding.whole_logits(outputs.head, outputs.hidden), -1), '--')
 
   predictions = np.asarray(likeliest(result.params, batch))
   for predicted, original, masks in list(zip(predictions.tolist(), snippets.tolist(), is_masked))[:3]:

@@ -40,7 +40,7 @@ def cases(documents: Any, tokens: tokenizers.Tokenizer, room: int, lines: bool, 
 def _predictions(apply, params, batch):
   """Returns the log-probability of each target, and whether it is the likeliest token, both [B, T]."""
   outputs = apply(params, jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch))
-  logits = sharding.constrain(outputs.head(outputs.hidden), 'B--')
+  logits = sharding.whole_logits(outputs.head, outputs.hidden)
   targets = sharding.constrain(batch.targets, 'BT')
   log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
   return log_probabilities[..., 0], jnp.argmax(logits, -1) == targets

@@ -129,7 +129,7 @@ def split_rows(tree: Any) -> Any:
 
 def last_logits(out: Any) -> jax.Array:
   """Returns the logits at the last position of a forward pass, [B, V]."""
-  return out.head(out.hidden[:, -1:])[:, 0]
+  return sharding.whole_logits(out.head, out.hidden[:, -1:])[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots'))

@@ -77,7 +77,7 @@ def _read(model, params, cache, batch: Batch, is_scored, *, vocab) -> tuple[Prom
     return Tokens(targets, token_log_probabilities(logits, targets), None, most_probable(logits, vocab, True))
 
   def compute():
-    return replicate(map_shards(score, out.head(out.hidden), batch.targets))
+    return replicate(map_shards(score, sharding.whole_logits(out.head, out.hidden), batch.targets))
 
   def fill():
     shapes = jax.eval_shape(compute)

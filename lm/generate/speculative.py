@@ -124,7 +124,7 @@ def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: 
     previous, hidden, cache, _ = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k),
                                              Context(positions, visible), state.depths[k - 1])
     draw = functools.partial(draw_draft, _DRAFT + k)
-    q, token = map_shards(draw, head(hidden[:, -1:]), state.settings, index - first)
+    q, token = map_shards(draw, sharding.whole_logits(head, hidden[:, -1:]), state.settings, index - first)
     tokens = write(tokens, token[:, None], index + k)
     caches.append(cache)
     drafted.append(q)
@@ -146,7 +146,8 @@ def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, voc
   rows, width = batch.tokens.shape
   out = model.apply(params, batch, cache=model.init_cache(rows, slots))
   first = jnp.sum(batch.segments == 0, axis=1)
-  token, log_probability = map_shards(first_token, out.head(out.hidden[:, -1:]), settings, width - first - 1)
+  logits = sharding.whole_logits(out.head, out.hidden[:, -1:])
+  token, log_probability = map_shards(first_token, logits, settings, width - first - 1)
   tokens = jnp.pad(jnp.concatenate([batch.tokens, token[:, None]], axis=1), ((0, 0), (0, slots - width - 1)))
   is_empty = (first == width) | (written >= limit)
   total = written + ~is_empty
@@ -179,7 +180,8 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
   positions = jnp.minimum(index[:, None] + columns - first[:, None], model.max_length - 1)   # drafts may exceed it
   out = model.apply(params, Batch(tokens, positions=positions), cache=state.cache)
   accepted, token, new, log_probabilities = map_shards(
-      verify_rows, out.head(out.hidden), state.drafted_BDV, tokens[:, 1:], state.settings, index - first)
+      verify_rows, sharding.whole_logits(out.head, out.hidden), state.drafted_BDV, tokens[:, 1:], state.settings,
+      index - first)
   is_live = ~state.ended_B
   accepted = jnp.where(is_live, accepted, 0)
   tokens_BS = write(state.tokens_BS, token[:, None], index + accepted + 1)

@@ -91,7 +91,7 @@ def denoise(model: Any, params: Any, batch: Batch, stream_B: jax.Array, key: jax
   def step(i, tokens):
     start = tokens.shape[1] - length + i // steps_per_block * size
     out = model.apply(params, batch._replace(tokens=tokens))
-    logits = sharding.constrain(out.head(jax.lax.dynamic_slice_in_dim(out.hidden, start, size, 1)), 'B--')
+    logits = sharding.whole_logits(out.head, jax.lax.dynamic_slice_in_dim(out.hidden, start, size, 1))
     count = size // steps_per_block + (i % steps_per_block < size % steps_per_block)
     block, local = jax.lax.dynamic_slice_in_dim(tokens, start, size, 1), fill
     rows = sharding.spec('B')

@@ -54,6 +54,10 @@ class MaskedHead:
   bias_V: jax.Array
   eps: float
 
+  @property
+  def vocab(self) -> int | None:
+    return self.words.vocab
+
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
     y = parts.einsum('BTD,DX->BTX', hidden_BTD, self.transform_DX, jnp.float32)
     y = gelu(y + parts.row(self.bias_X, y))
@@ -130,7 +134,7 @@ class Bidirectional(LanguageModel):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
       positions = sharding.constrain(positions, 'BT')
-    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, size), init, self.dtype, Role.EMBEDDING)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, size), init, self.dtype, Role.EMBEDDING, padded=True)
     x = parts.lookup(embedding, batch.tokens) + rows('positions', self.max_length, positions)
     x = x + rows('types', self.types, jnp.zeros_like(batch.tokens) if batch.types is None else batch.types)
     x = parts.dropout(self.norm(x), self.dropout, keys[0])
@@ -166,8 +170,8 @@ class Encoder(Bidirectional):
             'bias': parts.weight(self, 'transform_norm_bias', '-', (self.width,), zeros)}
     transform = parts.weight(self, 'transform', 'D-', (self.width, self.width), init, self.dtype, Role.HEAD)
     transform_bias = parts.weight(self, 'transform_bias', '-', (self.width,), zeros)
-    bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros)
-    return MaskedHead(transform, transform_bias, norm, Head(embedding_VD), bias, self.norm.eps)
+    bias = parts.weight(self, 'head_bias', 'V', (self.vocab,), zeros, padded=True)
+    return MaskedHead(transform, transform_bias, norm, Head(embedding_VD, vocab=self.vocab), bias, self.norm.eps)
 
 
 class TextScorer(Bidirectional):

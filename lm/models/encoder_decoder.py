@@ -156,7 +156,7 @@ class EncoderDecoder(LanguageModel):
     batch = parts.text_batch(batch)
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), nn.initializers.normal(self.std),
-                             self.dtype, Role.EMBEDDING)
+                             self.dtype, Role.EMBEDDING, padded=True)
 
     def embed(tokens, key):
       return parts.dropout(parts.lookup(embedding, tokens), self.dropout, key)
@@ -187,10 +187,11 @@ class EncoderDecoder(LanguageModel):
     aux, readings = aux.plus(decoder_aux), {**readings, **read}
     x = parts.dropout(self.decoder_norm(x), self.dropout, keys[5])
     if self.tied:
-      return Output(x * jnp.asarray(self.width ** -0.5, x.dtype), Head(embedding), cache, aux, readings)
+      x = x * jnp.asarray(self.width ** -0.5, x.dtype)
+      return Output(x, Head(embedding, vocab=self.vocab), cache, aux, readings)
     init = nn.initializers.normal(self.width ** -0.5)
-    head = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD)
-    return Output(x, Head(head), cache, aux, readings)
+    head = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD, padded=True)
+    return Output(x, Head(head, vocab=self.vocab), cache, aux, readings)
 
   def _init_blocks(self, rng, x):
     keys = jax.random.split(rng)

@@ -56,22 +56,28 @@ def text_batch(batch: Batch) -> Batch:
 
 
 def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init: Initializer, dtype=None,
-           role: Role | None = None, inputs: str | None = None) -> jax.Array:
+           role: Role | None = None, inputs: str | None = None, padded: bool = False) -> jax.Array:
   """Declares a float32 parameter, which is stored in shards, and returns it gathered for use, in `dtype`.
 
   `role` and `inputs` declare the weight to optimizers and adapters; see `declarations.declare`. By default, a weight
-  with one axis is a vector, and one with more axes is a matrix of the last two, [in, out].
+  with one axis is a vector, and one with more axes is a matrix of the last two, [in, out]. With `padded`, a vocabulary
+  V may have any size: where its mesh axes do not divide it, the weight in use has more rows, which are zeros, and the
+  caller hides their logits, as `Head` does.
 
   Raises:
     ValueError: the size of an axis is not a multiple of its mesh axis, or the declaration is not valid.
   """
-  sharding.check(axes, shape, name)
+  sharding.check(axes, shape, name, sharding.stored_spec(axes, shape) if padded else None)
   declaration = declarations.declare(axes, role, inputs)
 
   def new(key):
-    return declarations.attach(sharding.constrain(init(key, shape, jnp.float32), axes), declaration)
+    return declarations.attach(sharding.store(init(key, shape, jnp.float32), axes), declaration)
 
-  value = declarations.detach(module.param(name, new))
+  return in_use(declarations.detach(module.param(name, new)), axes, dtype)
+
+
+def in_use(value: jax.Array | LowRank, axes: str, dtype: Any = None) -> jax.Array:
+  """Returns a stored parameter gathered for use, in `dtype`."""
   if isinstance(value, LowRank):
     value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)

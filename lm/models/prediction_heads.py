@@ -150,7 +150,7 @@ class MultiToken:
 
     Returns its hidden states, these normalised (the input of the head), its cache, and its auxiliary output.
     """
-    table = sharding.gather(params['embedding'].astype(self.trunk.dtype), 'VD')
+    table = parts.in_use(params['embedding'], 'VD', self.trunk.dtype)
     ahead = parts.lookup(table, jnp.maximum(tokens_BT, 0))
     if self.trunk.embedding_scale is not None:
       ahead = ahead * jnp.asarray(self.trunk.embedding_scale, ahead.dtype)

@@ -24,15 +24,17 @@ from lm.models.context import Aux, Context, Taps
 from lm.models.rotary import LongRope, Rotary
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap'])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap', 'vocab'])
 @dataclasses.dataclass(frozen=True)
 class Head:
   """Maps hidden states to float32 logits. A model returns it unapplied, so that losses need not store all of [B, T, V].
 
-  With a `softcap`, logits are softcap * tanh(logits / softcap) (Gemma 2).
+  With a `softcap`, logits are softcap * tanh(logits / softcap) (Gemma 2). On a mesh that does not divide the `vocab`,
+  the weight has more rows, and their logits are hidden; None says that the weight has no such rows.
   """
   weight_VD: jax.Array
   softcap: float | None = None
+  vocab: int | None = None
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
     if sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # in decoding, this order is twice as fast
@@ -40,7 +42,9 @@ class Head:
                           preferred_element_type=jnp.float32).transpose(1, 2, 0)
     else:
       logits = parts.einsum('BTD,VD->BTV', hidden_BTD, self.weight_VD, jnp.float32)
-    return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+    if self.softcap is not None:
+      logits = self.softcap * jnp.tanh(logits / self.softcap)
+    return logits if self.vocab is None else sharding.hide_padding(logits, self.vocab)
 
 
 class Cache(NamedTuple):
@@ -168,7 +172,8 @@ class Transformer(LanguageModel):
     batch = parts.text_batch(batch)
     keys = (None, None) if key is None else jax.random.split(key)
     init = nn.initializers.normal(self.std)
-    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING)
+    embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING,
+                             padded=True)
     x = parts.lookup(embedding, batch.tokens)
     if self.embedding_scale is not None:
       x = x * jnp.asarray(self.embedding_scale, x.dtype)
@@ -185,8 +190,8 @@ class Transformer(LanguageModel):
     x, cache, aux, readings = self._blocks(x, positions, batch, cache, keys[1], taps)
     x = self.norm(x)
     if not self.tied:
-      embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD)
-    return Output(x, Head(embedding, self.softcap), cache, aux, readings)
+      embedding = parts.weight(self, 'head', 'VD', (self.vocab, self.width), init, self.dtype, Role.HEAD, padded=True)
+    return Output(x, Head(embedding, self.softcap, self.vocab), cache, aux, readings)
 
   def _blocks(self, x, positions, batch, cache, key, taps):
     visible = attend.Visible(batch.segments, batch.segments, batch.bidirectional, positions, positions)

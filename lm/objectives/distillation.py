@@ -79,7 +79,7 @@ def distil(objective: Objective, teacher: Callable[..., Any], divergence: Diverg
   def loss(apply, params, batch, key):
     teacher_outputs = teacher(params['teacher'], batch)   # `over_vocabulary` does not differentiate its args
     outputs = apply(params, batch, key=key)
-    _check_sizes(*(jax.eval_shape(out.head, out.hidden).shape[-1] for out in (teacher_outputs, outputs)))
+    _check_sizes(*(sharding.vocabulary_of(out.head, out.hidden) for out in (teacher_outputs, outputs)))
     loss_sum, sums = over_vocabulary(with_teacher, outputs.hidden, outputs.head,
                                      (batch.targets, batch.weights, teacher_outputs.hidden), (teacher_outputs.head,))
     return loss_sum, denominator(batch), sums
@@ -148,7 +148,7 @@ def distil_stored(objective: Objective, stored: TopK, divergence: Divergence = f
     if missing:
       raise ValueError(f'the data has no columns {" and ".join(missing)}; annotate it: annotate.Annotated')
     outputs = apply(params, batch, key=key)
-    _check_sizes(stored.vocab, jax.eval_shape(outputs.head, outputs.hidden).shape[-1])
+    _check_sizes(stored.vocab, sharding.vocabulary_of(outputs.head, outputs.hidden))
     args = batch.targets, batch.weights, *(batch.columns[name] for name in stored.columns)
     loss_sum, sums = over_vocabulary(with_stored, outputs.hidden, outputs.head, args)
     return loss_sum, denominator(batch), sums

@@ -6,11 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm import sharding
 from lm.objectives.objective import TokenLoss, cross_entropy
 
 
 class TokenScores(NamedTuple):
-  """Logits minus the highest of their position, the same of the target, and log sum exp of all: what terms read."""
+  """Logits minus the highest of their position, the same of the target, and log sum exp of all: what terms read.
+
+  On a mesh, V may be padded with logits of about -1e30; a mean over V leaves them out, see `smoothing`.
+  """
   logits_BTV: jax.Array
   target_BT: jax.Array
   log_z_BT: jax.Array
@@ -32,7 +36,7 @@ def smoothing(epsilon: float) -> Part:
   """
   if not 0 <= epsilon < 1:
     raise ValueError(f'label smoothing by {epsilon}: it must be at least 0 and less than 1')
-  return lambda scores: epsilon * (scores.target_BT - jnp.mean(scores.logits_BTV, axis=-1))
+  return lambda scores: epsilon * (scores.target_BT - sharding.mean_over_vocabulary(scores.logits_BTV))
 
 
 def z_loss(coefficient: float) -> Part:

@@ -14,6 +14,8 @@ from lm.sharding.axes import (
   shard_rows,
   spec,
   split_axis,
+  store,
+  stored_spec,
   whole_rows,
 )
 from lm.sharding.collectives import (
@@ -41,10 +43,12 @@ from lm.sharding.partial import (
   whole,
   zero_gradient,
 )
+from lm.sharding.vocabulary import hide_padding, mean_over_vocabulary, vocabulary_of, whole_logits
 
 __all__ = ['check', 'constrain', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts', 'platform', 'require',
-           'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'whole_rows', 'exchange_parts',
-           'insert_rows', 'largest_of_all', 'mark_varying', 'part_index', 'sum_of_parts', 'sum_over_devices',
-           'take_rows', 'top_k', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text',
-           'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length', 'spread', 'scale_gradient',
-           'whole', 'zero_gradient']
+           'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store', 'stored_spec', 'whole_rows',
+           'exchange_parts', 'insert_rows', 'largest_of_all', 'mark_varying', 'part_index', 'sum_of_parts',
+           'sum_over_devices', 'take_rows', 'top_k', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh',
+           'make_mesh', 'mesh_text', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length',
+           'spread', 'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary',
+           'vocabulary_of', 'whole_logits']

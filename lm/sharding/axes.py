@@ -115,6 +115,21 @@ def spec(axes: str) -> P | None:
   return P(*entries)
 
 
+def stored_spec(axes: str, shape: tuple[int, ...]) -> P | None:
+  """Returns the sharding of a weight at rest: `spec(axes)`, except where the mesh axes of V do not divide its size.
+
+  These mesh axes then split D in its place, so that each device stores as much as if they had split V.
+  """
+  partition = spec(axes)
+  if partition is None or 'V' not in axes or shape[axes.index('V')] % parts('V') == 0:
+    return partition
+  entries = dict(zip(axes, partition))
+  moved, entries['V'] = names_of(entries['V']), None
+  if 'D' in entries:
+    entries['D'] = entry_of((*names_of(entries['D']), *moved))
+  return P(*(entries[letter] for letter in axes))
+
+
 def entry_of(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
   """Returns mesh axes as an entry of a PartitionSpec."""
   if len(axes) > 1:
@@ -141,6 +156,12 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return x if partition is None else jax.sharding.reshard(x, partition)
 
 
+def store(x: jax.Array, axes: str) -> jax.Array:
+  """Returns a weight, laid out as at rest."""
+  partition = stored_spec(axes, x.shape)
+  return x if partition is None else jax.sharding.reshard(x, partition)
+
+
 def split_axis(x: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
   """Returns `x` with one axis as two axes of these sizes; the first is laid out as the axis was."""
   # The layout is given, because `jnp.reshape` drops the mesh axis of an axis of size 1.
@@ -163,17 +184,23 @@ def _reshape(x, shape, change):
   return jax.lax.reshape(x, shape, out_sharding=partition.update(partitions=entries))
 
 
-def check(axes: str, sizes: tuple[int, ...], name: str) -> None:
-  """Raises ValueError unless the mesh axes of each tensor axis divide its size."""
-  mesh = jax.sharding.get_abstract_mesh()
-  for letter, size, entry in zip(axes, sizes, spec(axes) or ()):
+def check(axes: str, sizes: tuple[int, ...], name: str, partition: P | None = None) -> None:
+  """Raises ValueError unless the mesh axes of each tensor axis divide its size.
+
+  `partition` says which mesh axes these are; None stands for those of the table.
+  """
+  mesh, partition = jax.sharding.get_abstract_mesh(), spec(axes) if partition is None else partition
+  for letter, size, entry in zip(axes, sizes, partition or ()):
     names = names_of(entry)
     count = math.prod(mesh.shape[axis] for axis in names)
     if size % count:
       divisors = [number for number in range(1, count) if size % number == 0]
+      moved = [axis for axis in names if axis not in axes_of(letter)]
+      reason = f' ({", ".join(moved)} is one of them because it does not divide V)' if moved else ''
       raise ValueError(f'{name}: its axis {letter} has size {size}, which is not a multiple of {count}, the size of '
-                       f'the mesh axes {", ".join(f"{axis}:{mesh.shape[axis]}" for axis in names)}; choose another '
-                       f'--mesh, where that size is {" or ".join(map(str, divisors))}, or another size of the model')
+                       f'the mesh axes {", ".join(f"{axis}:{mesh.shape[axis]}" for axis in names)}{reason}; choose '
+                       f'another --mesh, where that size is {" or ".join(map(str, divisors))}, or another size of the '
+                       'model')
 
 
 def layout(mesh: Mesh | AbstractMesh, partition: P | None) -> jax.sharding.Sharding:

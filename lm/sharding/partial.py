@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm.sharding.axes import AXES, axes_of, entry_of, is_laid_out, names_of, spec
+from lm.sharding.vocabulary import padded
 
 
 def gathered_spec(axes: str) -> P | None:
@@ -117,9 +118,16 @@ def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
   return gradient * (jax.sharding.reshard(factor, P(reduced=unreduced)) if unreduced else factor)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(weight: jax.Array, axes: str) -> jax.Array:
-  """Returns a weight for use, laid out as `gathered_spec` says. Its gradient is summed in float32."""
+  """Returns a weight for use, laid out as `gathered_spec` says. Its gradient is summed in float32.
+
+  Where mesh axes do not divide the vocabulary, the weight in use has more rows, which are zeros (see `vocabulary`).
+  """
+  return _gather(padded(weight, axes), axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight, axes):
   partition = gathered_spec(axes)
   return weight if partition is None else jax.sharding.reshard(weight, partition)
 
@@ -128,7 +136,7 @@ def _gather_backward(axes, like, gradient):
   return (_sum(gradient.astype(jnp.float32), spec(axes)).astype(like.dtype) if is_laid_out() else gradient,)
 
 
-gather.defvjp(lambda weight, axes: (gather(weight, axes), jnp.zeros((), weight.dtype)), _gather_backward)
+_gather.defvjp(lambda weight, axes: (_gather(weight, axes), jnp.zeros((), weight.dtype)), _gather_backward)
 
 
 def _reduced(partition, axes):

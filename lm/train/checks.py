@@ -92,15 +92,17 @@ def check_vocabulary(run: Run, data: OpenData) -> None:
 
   These are the tokens without logits; a model whose head gives scores, not logits, says how many it knows by `vocab`.
   """
-  def logits(constants, inputs):
+  counts = []
+
+  def count(constants, inputs):
     params = with_constants(run.model.init(jax.random.key(0)), constants)
     tokens = jnp.zeros((run.batch, sharding.parts('T')), jnp.int32)
     source = None if run.data.source_length is None else tokens
     outputs = run.model.apply(params, Batch(tokens, source=source, inputs=inputs))
-    return outputs.head(outputs.hidden)
-  inputs = abstract_batch(run, jax.sharding.get_mesh()).inputs
-  shape = jax.eval_shape(logits, abstract_constants(run), inputs).shape
-  vocab = shape[-1] if len(shape) == 3 else run.model.vocab
+    counts.append(sharding.vocabulary_of(outputs.head, outputs.hidden) or run.model.vocab)
+
+  jax.eval_shape(count, abstract_constants(run), abstract_batch(run, jax.sharding.get_mesh()).inputs)
+  vocab = counts[0]
   if data.tokenizer.vocab_size > vocab:
     raise ValueError(f'the tokenizer has {data.tokenizer.vocab_size} tokens, the model only {vocab}; '
                      'raise the vocabulary of the model')
