@@ -24,7 +24,7 @@ from lm.objectives.next_token import next_token
 from lm.optim import schedules
 
 TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
-VOCAB, ROWS, TIME = TOKENIZER.vocab_size + 4, 4, 8
+VOCAB, ROWS, TIME = TOKENIZER.vocab_size + 5, 4, 8
 MODEL = transformer.llama(VOCAB, 16, 3, heads=4, kv_heads=2, hidden=24, max_length=32)
 ADAPTED = lora.Adapted(MODEL, 2, 6.)
 # Other uses of matrices: experts with a router, latent attention, biases.

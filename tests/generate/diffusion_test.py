@@ -307,7 +307,7 @@ def test_low_confidence_keeps_the_most_probable_token_each_time():
 
 
 def test_prompts_stay_and_a_completion_does_not_depend_on_its_batch():
-  model, words = transformer.llama(320, 16, 1, heads=2, hidden=16, max_length=32), tokenizers.Bytes()
+  model, words = transformer.llama(321, 16, 1, heads=2, hidden=16, max_length=32), tokenizers.Bytes()
   rng = np.random.default_rng(3)
   weights = jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype('f4'),
                          jax.eval_shape(model.init, jax.random.key(0)))

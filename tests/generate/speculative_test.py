@@ -187,7 +187,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
 
 @pytest.mark.slow
 def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
-  model = prediction_heads.sequential(SMALL, 2)
+  model = prediction_heads.sequential(SMALL.clone(vocab=13), 2)
   params, make = random_params(model, 0.5), functools.partial(rows_of, sampling=generate.Sampling(top_p=0.9), n=24,
                                                               tokenizer=Twelve(), seed=5)
   together = make(model, params, PROMPTS[:3], draft=speculative.SelfSpeculation())

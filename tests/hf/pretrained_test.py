@@ -28,7 +28,7 @@ from lm.objectives.next_token import next_token
 from lm.optim import schedules
 
 TOKENIZER = Bytes(('<|bos|>', '<|eos|>'))
-MODEL = transformer.llama(TOKENIZER.vocab_size + 6, 16, 2, heads=4, kv_heads=2, max_length=32)
+MODEL = transformer.llama(TOKENIZER.vocab_size + 7, 16, 2, heads=4, kv_heads=2, max_length=32)
 TOKENS = np.random.default_rng(0).integers(0, TOKENIZER.vocab_size, (8, 32), np.int32)
 
 

@@ -28,7 +28,7 @@ from lm.hf.config import Config
 from lm.models import attention, encoder_decoder
 from lm.optim import groups
 
-VOCAB, ROWS, TIME, SOURCE = 96, 4, 20, 40
+VOCAB, ROWS, TIME, SOURCE = 97, 4, 20, 40
 V10 = {'d_model': 32, 'd_kv': 8, 'd_ff': 48, 'num_layers': 2, 'num_decoder_layers': 3, 'num_heads': 4,
        'vocab_size': VOCAB, 'relative_attention_num_buckets': 16, 'relative_attention_max_distance': 24,
        'decoder_start_token_id': 0}

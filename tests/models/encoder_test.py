@@ -26,7 +26,7 @@ from lm.data.batch import Batch
 from lm.hf import bert, files, weights
 from lm.models import encoder
 
-VOCAB, ROWS, TIME = 96, 4, 24
+VOCAB, ROWS, TIME = 97, 4, 24
 MODEL = encoder.bert(VOCAB, 32, 2, 4, TIME, dropout=0.1)
 CONFIG = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 48,
           'vocab_size': VOCAB, 'max_position_embeddings': TIME, 'type_vocab_size': 3}

@@ -23,7 +23,7 @@ from lm.objectives.multi_token import multi_token as multi_token_loss
 from lm.objectives.next_token import next_token
 from lm.objectives.unlikelihood import unlikelihood
 
-VOCAB, WIDTH, TIME = 24, 16, 8
+VOCAB, WIDTH, TIME = 25, 16, 8
 TRUNK = transformer.llama(VOCAB, WIDTH, 1, heads=4, kv_heads=2, hidden=12, max_length=TIME, tied=False, dropout=0.1)
 SEQUENTIAL = prediction_heads.sequential(TRUNK, 2)
 KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, *slow(prediction_heads.sequential)],
