@@ -31,6 +31,7 @@ from lm.sharding.collectives import (
 )
 from lm.sharding.hosts import join, process_0_first
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
+from lm.sharding.padded_vocabulary import hide_padding, mean_over_vocabulary, vocabulary_of, whole_logits
 from lm.sharding.partial import (
   contracted,
   enter,
@@ -43,7 +44,6 @@ from lm.sharding.partial import (
   whole,
   zero_gradient,
 )
-from lm.sharding.vocabulary import hide_padding, mean_over_vocabulary, vocabulary_of, whole_logits
 
 __all__ = ['check', 'constrain', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts', 'platform', 'require',
            'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store', 'stored_spec', 'whole_rows',

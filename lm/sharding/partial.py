@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm.sharding.axes import AXES, axes_of, entry_of, is_laid_out, names_of, spec
-from lm.sharding.vocabulary import padded
+from lm.sharding.padded_vocabulary import padded
 
 
 def gathered_spec(axes: str) -> P | None:
@@ -121,7 +121,7 @@ def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
 def gather(weight: jax.Array, axes: str) -> jax.Array:
   """Returns a weight for use, laid out as `gathered_spec` says. Its gradient is summed in float32.
 
-  Where mesh axes do not divide the vocabulary, the weight in use has more rows, which are zeros (see `vocabulary`).
+  Where mesh axes do not divide the vocabulary, the weight in use has more rows: zeros (see `padded_vocabulary`).
   """
   return _gather(padded(weight, axes), axes)
 
