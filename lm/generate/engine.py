@@ -156,7 +156,8 @@ def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, To
   """Draws up to `count` tokens of each row; fewer if all rows end."""
   def add_column(carry):
     n, state, columns = carry
-    batch = Batch(state.token_B[:, None], positions=state.position_B[:, None])
+    is_live = (~state.ended_B).astype(jnp.int32)
+    batch = Batch(state.token_B[:, None], positions=state.position_B[:, None], segments=is_live[:, None])
     out = model.apply(params, batch, cache=state.cache)
     state, tokens = add_token(state._replace(cache=out.cache), last_logits(out), vocab, ends)
     columns = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
@@ -173,16 +174,15 @@ def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, To
   return state, replicate(columns._replace(count_B=state.history.written_B - written))
 
 
-def insert_state(model: Any, state: State, new: State, rows: jax.Array) -> State:
-  """Returns `state` with row `rows[i]` replaced by row i of `new`, unless `state` has no such row."""
-  cache = model.insert(state.cache, new.cache, rows)
+def insert_state(state: State, new: State, rows: jax.Array, cache: Any) -> State:
+  """Returns `state` with row `rows[i]` replaced by row i of `new`, unless it has no such row, and with this cache."""
   state, new = (x._replace(cache=None) for x in (state, new))
   return sharding.insert_rows(state, new, rows)._replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
 def _insert(model, state: State, new: State, rows) -> State:
-  return insert_state(model, state, new, rows)
+  return insert_state(state, new, rows, model.insert(state.cache, new.cache, rows))
 
 
 @functools.partial(jax.jit, donate_argnames='state')

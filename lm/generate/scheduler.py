@@ -26,9 +26,11 @@ import numpy as np
 
 from lm.generate import compilations
 from lm.generate.engine import CHUNK, Engine, Tokens
+from lm.generate.page_pool import PagePool, prefix_keys
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling
 from lm.generate.slots import WIDTHS, Prompt, Slots
+from lm.models import paged
 
 _NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
 
@@ -39,6 +41,7 @@ class _Row:
   request: Request
   choice: int
   limit: int
+  pages: Sequence[int] = ()
   written: int = 0
 
 
@@ -47,9 +50,10 @@ class _Reading:
   """A request whose prompt is being read, or whose next choice waits for a row."""
   request: Request
   ids: np.ndarray
+  keys: Sequence[bytes]          # of the full pages of the prompt
   cache: Any                     # donated by each chunk
+  count: int                     # of tokens that have been read
   prompt: Prompt | None = None   # after the first chunk
-  count: int = 0                 # of tokens that have been read
   choice: int = 0                # the next to join a row
   scores: list[Scores] = dataclasses.field(default_factory=list)   # of each chunk
 
@@ -63,12 +67,17 @@ class Scheduler:
     widths: of the chunks in which prompts are read; 1 is one of them. A step reads about as many tokens as the largest
       while rows are being written.
     tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier.
+    pages: the number of pages of the cache, each of which has as many slots as the largest width. A request takes those
+      for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
+      is then not read again. None for rows with `engine.slots` slots each, on any mesh.
 
   Raises:
-    ValueError: the engine's model reads its prompt as a source, or the engine makes drafts.
+    ValueError: the engine's model reads its prompt as a source, the engine makes drafts, or the cache cannot have
+      pages.
   """
 
-  def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1):
+  def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1,
+               pages: int | None = None):
     if engine.model.reads_source or engine.spare_slots:
       raise ValueError(f'{type(engine).__name__} of {type(engine.model).__name__} cannot read prompts in chunks; give '
                        'an Engine of a decoder')
@@ -78,11 +87,18 @@ class Scheduler:
     limits = [limit for limit in (engine.slots, model.max_length, model.original_context) if limit is not None]
     self.context = int(min(limits))   # the longest text, in tokens
     self.engine, self.tokens_per_step = engine, tokens_per_step
-    self._slots = Slots(engine, rows, tuple(width for width in sorted(set(widths), reverse=True)
-                                            if width <= max(self.context // 2, 1)))
-    if self._slots.widths[-1:] != (1,):
-      raise ValueError(f'widths={tuple(widths)} must include 1, because prompts are read without padding')
+    widths = tuple(width for width in sorted(set(widths), reverse=True) if width <= max(self.context // 2, 1))
+    if widths[-1:] != (1,):
+      raise ValueError(f'widths={widths} must include 1, because prompts are read without padding')
+    if pages is not None and pages < 2:
+      raise ValueError(f'pages={pages} must be at least 2, because no text uses page 0')
+    self._slots = Slots(engine, rows, widths, pages)
+    self.context = min(self.context, self._slots.slots)
     self._state = self._slots.empty()
+    self.pool = None if pages is None else PagePool(pages)   # which pages are used
+    self._shares = pages is not None and paged.has_all_in_pages(self._state.cache)
+    self.prompt_tokens = 0   # of all prompts so far
+    self.shared_tokens = 0   # those of them that were in pages, and not read again
     self._waiting: collections.deque[Request] = collections.deque()
     self._reading: _Reading | None = None
     self._rows: list[_Row | None] = [None] * rows
@@ -117,12 +133,19 @@ class Scheduler:
       self.submit(Request([0] * width, max_tokens=0))
     while self.is_busy:
       self.step()
-    self._state = self.engine.evict(self._state, [])
+    self._state = self._slots.leave(self._state, [])
+    if self.pool is not None:
+      self._slots.read_prefix(self._state, [])
+    self.prompt_tokens = 0
     self._compiled_before = compilations.count()
 
   def submit(self, request: Request) -> None:
     """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
     request.check(self.engine, self.context)
+    if self.pool is not None and self._pages_of(request) > self.pool.total:
+      raise ValueError(f'{len(request.ids)} tokens of a prompt and max_tokens={request.max_tokens} need '
+                       f'{self._pages_of(request)} pages, and there are {self.pool.total}; shorten one of them, or give '
+                       'more pages')
     self._waiting.append(request)
 
   def abort(self, request: Request) -> None:
@@ -136,11 +159,8 @@ class Scheduler:
       aborted += range(self._reading.choice, request.choices)
       self._reading = None
     rows = [i for i, row in enumerate(self._rows) if row is not None and row.request is request]
-    if rows:
-      self._state = self.engine.evict(self._state, rows)
-    for i in rows:
-      aborted.append(self._rows[i].choice)
-      self._rows[i] = None
+    aborted += [self._rows[i].choice for i in rows]
+    self._free(rows)
     self._events += [Event(request, choice, [], _NO_SCORES, 'abort') for choice in sorted(aborted)]
 
   def step(self) -> list[Event]:
@@ -160,14 +180,23 @@ class Scheduler:
       if reading is None:
         if not self._waiting or None not in self._rows:
           return
-        request = self._waiting.popleft()
-        self._reading = _Reading(request, np.asarray(request.ids, np.int32), self._slots.empty_cache())
+        self._reading = self._begin(self._waiting.popleft())
       elif reading.count < len(reading.ids):
         budget -= self._read(reading)
-      elif None in self._rows:
-        self._join(reading)
-      else:
+      elif not self._join(reading):
         return
+
+  def _begin(self, request: Request) -> _Reading:
+    """Begins to read a prompt, after the pages that it shares with others. One token at least is read."""
+    ids, size = np.asarray(request.ids, np.int32), self._slots.size
+    keys = prefix_keys(ids, size) if self._shares else []
+    pages = []
+    if keys and not request.scores_prompt:
+      pages = self.pool.find(keys[:(len(ids) - 1) // size])
+    cache = self._slots.read_prefix(self._state, pages) if pages else self._slots.empty_cache()
+    self.prompt_tokens += len(ids)
+    self.shared_tokens += len(pages) * size
+    return _Reading(request, ids, keys, cache, len(pages) * size)
 
   def _read(self, reading: _Reading) -> int:
     """Reads a chunk of a prompt. Returns the number of its tokens."""
@@ -179,9 +208,17 @@ class Scheduler:
       reading.scores.append(_scores(tokens, 0, reading.count - start, request.top))
     return reading.count - start
 
-  def _join(self, reading: _Reading) -> None:
-    """Lets the next choice of a request join a free row, and draws its first token."""
-    request, choice = reading.request, reading.choice
+  def _join(self, reading: _Reading) -> bool:
+    """Lets the next choice of a request join a row, and draws its first token. Returns whether there was room."""
+    request, choice, pages, stored = reading.request, reading.choice, (), 0
+    limit = self._limit(request)
+    if limit and None not in self._rows:
+      return False
+    if limit and self.pool is not None:
+      taken_pages = self.pool.take(reading.keys, self._pages_of(request))
+      if taken_pages is None:
+        return False
+      pages, stored = taken_pages
     reading.choice += 1
     if reading.choice == request.choices:
       self._reading = None
@@ -189,25 +226,42 @@ class Scheduler:
     if request.scores_prompt:
       columns = (np.concatenate(parts)[:-1] for parts in zip(*reading.scores))   # nothing follows the last token
       prompt_scores = Scores(*columns)
-    limit = self.context - len(reading.ids) if request.max_tokens is None else request.max_tokens
-    if limit == 0:
+    if not limit:
       self._events.append(Event(request, choice, [], _NO_SCORES, 'length', prompt_scores))
-      return
+      return True
     row = self._rows.index(None)
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice)
-    self._state, tokens = self._slots.join(self._state, reading.prompt, start, row)
-    self._rows[row] = _Row(request, choice, limit)
-    self._add_event(row, tokens, 0, prompt_scores)
+    self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages, stored)
+    self._rows[row] = _Row(request, choice, limit, pages)
+    if self._add_event(row, tokens, 0, prompt_scores):
+      self._free([row])
+    return True
+
+  def _limit(self, request: Request) -> int:
+    """Returns the largest number of tokens of a request."""
+    return self.context - len(request.ids) if request.max_tokens is None else request.max_tokens
+
+  def _pages_of(self, request: Request) -> int:
+    """Returns the number of pages of a choice of a request."""
+    return -(-(len(request.ids) + self._limit(request)) // self._slots.size)
+
+  def _free(self, rows: Sequence[int]) -> None:
+    """Ends rows, so that other requests may join them."""
+    if rows:
+      self._state = self._slots.leave(self._state, rows)
+    for i in rows:
+      if self.pool is not None:
+        self.pool.release(self._rows[i].pages)
+      self._rows[i] = None
 
   def _collect(self, tokens: Tokens) -> None:
     counts = np.asarray(tokens.count_B)
     tokens = tokens._replace(ids_BT=np.asarray(tokens.ids_BT), count_B=counts,
                              log_probabilities_BT=np.asarray(tokens.log_probabilities_BT))
-    for row in np.flatnonzero(counts).tolist():
-      self._add_event(row, tokens, row, None)
+    self._free([row for row in np.flatnonzero(counts).tolist() if self._add_event(row, tokens, row, None)])
 
-  def _add_event(self, row: int, tokens: Tokens, column: int, prompt_scores: Scores | None) -> None:
-    """Adds the event of the new tokens of a row, which are row `column` of `tokens`, and frees the row if it ends."""
+  def _add_event(self, row: int, tokens: Tokens, column: int, prompt_scores: Scores | None) -> bool:
+    """Adds the event of the new tokens of a row, which are row `column` of `tokens`. Returns whether the row ends."""
     own = self._rows[row]
     count = int(tokens.count_B[column])
     ids = np.asarray(tokens.ids_BT)[column, :count].tolist()
@@ -217,10 +271,9 @@ class Scheduler:
       reason = 'stop'
     elif own.written >= own.limit:
       reason = 'length'
-    if reason is not None:
-      self._rows[row] = None
     scores = _scores(tokens, column, count, own.request.top)
     self._events.append(Event(own.request, own.choice, ids, scores, reason, prompt_scores))
+    return reason is not None
 
 
 def _scores(tokens: Tokens, row: int, count: int, top: int) -> Scores:

@@ -2,7 +2,10 @@
 
 A prompt is read in chunks without padding, into a cache of its own: as many of the largest width as it has, then
 smaller ones. So the widths of its chunks follow from its length alone, and its numbers do not depend, to the last bit,
-on what else is decoded. The cache is then copied into the row of the state that the prompt joins.
+on what else is decoded. The cache is then copied into the row of the state that the prompt joins, or into its pages.
+
+With pages, prompts share those of a prefix: a chunk of the largest width fills a page, so that what is read from a page
+is, to the last bit, what reading the chunk would give.
 
 Shapes: the legend in `models/transformer.py`; R are the rows of a cache into which a prompt is read, of which the first
 has the prompt and the others repeat it where a mesh splits rows.
@@ -33,6 +36,7 @@ from lm.generate.engine import (
 )
 from lm.generate.filters import TokenHistory, new_history
 from lm.generate.sampling import Sampling, Settings, settings
+from lm.models import paged
 
 WIDTHS = 64, 32, 16, 8, 4, 2, 1   # of chunks
 
@@ -52,12 +56,16 @@ class Start(NamedTuple):
   top_R: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots', 'pages', 'size'))
 @sharding.whole_rows()
-def _empty(model, history, settings, *, rows, slots) -> State:
+def _empty(model, history, settings, *, rows, slots, pages, size) -> State:
   history, settings = split_rows((history, settings))
   zeros = split_rows(jnp.zeros(rows, jnp.int32))
-  return State(model.init_cache(rows, slots), zeros, zeros, zeros == 0, history, settings, zeros, zeros)
+  if pages is None:
+    cache = model.init_cache(rows, slots)
+  else:
+    cache = paged.init_cache(model, rows, pages, size, slots // size)
+  return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
@@ -88,33 +96,74 @@ def _read(model, params, cache, batch: Batch, is_scored, *, vocab) -> tuple[Prom
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='state')
 @sharding.whole_rows()
-def _join(model, state: State, prompt: Prompt, start: Start, ends, row, *, vocab) -> tuple[State, Tokens]:
+def _join(model, state: State, prompt: Prompt, start: Start, ends, row, pages, *, vocab) -> tuple[State, Tokens]:
   start = split_rows(start)
   zeros = jnp.zeros_like(start.limit_R)
   new = State(prompt.cache, zeros, start.position_R, zeros > 0, start.history, start.settings, start.limit_R,
               start.top_R)
   new, tokens = add_token(new, prompt.logits_RV, vocab, ends)
   places = jnp.where(jnp.arange(len(zeros)) == 0, row, len(state.token_B))   # the repetitions have no place
-  return insert_state(model, state, new, places), replicate(tokens)
+  if pages is None:
+    cache = model.insert(state.cache, prompt.cache, places)
+  else:
+    cache = paged.insert(state.cache, prompt.cache, row, *pages)
+  return insert_state(state, new, places, cache), replicate(tokens)
+
+
+@jax.jit
+def _read_prefix(cache, pages_M, count) -> Any:
+  return paged.read_prefix(cache, pages_M, count)
+
+
+@functools.partial(jax.jit, donate_argnames='state')
+def _leave(state: State, is_free_B) -> State:
+  is_free = sharding.constrain(is_free_B, 'B')
+  state = state._replace(ended_B=state.ended_B | is_free)
+  if getattr(state.cache, 'pages_BM', None) is None:
+    return state
+  return state._replace(cache=paged.release(state.cache, is_free))
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """Reads prompts and lets them join the rows of a state, for an engine and a number of rows."""
+  """Reads prompts and lets them join the rows of a state, for an engine and a number of rows.
+
+  With `pages`, the cache of the state has so many pages, of the largest width; otherwise each row has its own slots.
+  """
   engine: Engine
   rows: int
   widths: Sequence[int] = WIDTHS
+  pages: int | None = None
+
+  @property
+  def size(self) -> int:
+    """The number of slots of a page."""
+    return self.widths[0]
+
+  @property
+  def slots(self) -> int:
+    """The number of slots of a row."""
+    return self.engine.slots if self.pages is None else self.engine.slots // self.size * self.size
 
   def empty(self) -> State:
     """Returns a state without prompts."""
     engine = self.engine
     row_settings = settings([Sampling()] * self.rows, [0] * self.rows, np.zeros(self.rows))
     history = new_history([np.int32([])] * self.rows, engine.model.vocab)
-    return _empty(engine.model, history, row_settings, rows=self.rows, slots=engine.slots)
+    return _empty(engine.model, history, row_settings, rows=self.rows, slots=self.slots, pages=self.pages,
+                  size=self.size)
 
   def empty_cache(self) -> Any:
     """Returns a cache for a prompt that is read from its beginning."""
-    return _empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.engine.slots)
+    return _empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.slots)
+
+  def read_prefix(self, state: State, pages: Sequence[int]) -> Any:
+    """Returns a cache for a prompt whose first tokens are in these pages."""
+    return _read_prefix(state.cache, self._padded(pages), np.int32(len(pages)))
+
+  def _padded(self, pages: Sequence[int]) -> np.ndarray:
+    """Returns the pages of a row, [M], with page 0 for those that it does not need."""
+    return np.int32([*pages, *[0] * (self.slots // self.size - len(pages))])
 
   def width(self, count: int) -> int:
     """Returns the width of the next chunk of a prompt of which `count` tokens are not read yet."""
@@ -140,7 +189,19 @@ class Slots:
                  settings([sampling] * rows, [seed] * rows, np.full(rows, stream)),
                  *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)))
 
-  def join(self, state: State, prompt: Prompt, start: Start, row: int) -> tuple[State, Tokens]:
-    """Replaces a row by a prompt that has been read, and draws its first token. It donates `state`, not `prompt`."""
-    engine = self.engine
-    return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), vocab=engine.vocab)
+  def join(self, state: State, prompt: Prompt, start: Start, row: int, pages: Sequence[int] = (), stored: int = 0
+           ) -> tuple[State, Tokens]:
+    """Replaces a row by a prompt that has been read, and draws its first token. It donates `state`, not `prompt`.
+
+    `pages` are those of the row, if the state has pages; the first `stored` of them have the prompt's prefix already.
+    """
+    engine, row_pages = self.engine, None
+    if self.pages is not None:
+      blocks = np.arange(self.slots // self.size)
+      row_pages = self._padded(pages), (blocks >= stored) & (blocks < len(pages))
+    return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), row_pages,
+                 vocab=engine.vocab)
+
+  def leave(self, state: State, rows: Sequence[int]) -> State:
+    """Ends rows, which have no pages any more. It donates `state`."""
+    return _leave(state, np.isin(np.arange(self.rows), rows))

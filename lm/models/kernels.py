@@ -14,7 +14,8 @@ class Visible(NamedTuple):
   A window or a chunk restricts both kinds of keys; a window is as wide towards later keys as towards earlier ones. A
   field that is None does not restrict. In cached decoding, `start` is the slot of the first query among the keys, a
   scalar or one for each row. Positions, which count within a document, are used by `AttentionScores.chunk`. `bias` is
-  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S].
+  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S]. `pages` are the numbers of
+  the M pages that have the slots of each row, if the cache has pages.
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
@@ -23,6 +24,7 @@ class Visible(NamedTuple):
   key_positions_BS: jax.Array | None = None
   start: jax.Array | None = None
   bias_NTS: jax.Array | None = None
+  pages_BM: jax.Array | None = None
 
   def mask(self, queries: slice, keys: slice, scores: 'AttentionScores') -> jax.Array:
     """Returns the mask of a block of queries and keys, bool [B or 1, 1, T, S]."""
@@ -108,6 +110,45 @@ def cached(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible: Vis
   queries, keys = slice(0, q.shape[3]), slice(0, k_BKSH.shape[2])
   y, _ = _softmax(_scores(scores, q.astype(k_BKSH.dtype), k_BKSH, visible, queries, keys), v_BKSH, sinks)
   return _ungrouped(y.astype(q_BTNH.dtype))
+
+
+def paged(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, visible: Visible, scores: AttentionScores,
+          sinks_N: jax.Array | None = None) -> jax.Array:
+  """Computes attention over the pages of each row, each of which has S slots, one page of all rows at a time.
+
+  It reads as many pages as the longest row has, without gathering them. A page of which a row sees nothing changes no
+  bit of the row's output, so that the output does not depend on the other rows.
+  """
+  q, sinks = _grouped(scores, q_BTNH, sinks_N, k_PKSH.shape[1])
+  table, time, size = visible.pages_BM, q.shape[3], k_PKSH.shape[2]
+  mask = visible.mask(slice(0, time), slice(0, table.shape[1] * size), scores)[:, :, None]
+  is_live = visible.segments_BT[:, -1] > 0
+  last = jnp.max(jnp.where(is_live, visible.start, 0)) + time - 1
+  first = 0
+  if scores.window is not None:
+    earliest = jnp.min(jnp.where(is_live, visible.start, last)) - scores.window + 1
+    first = jnp.maximum(earliest, 0) // size
+
+  def add_page(number, carry):
+    y, highest, total = carry
+    pages = table[:, number]
+    s = jnp.einsum('BKGTH,BKSH->BKGTS', q.astype(k_PKSH.dtype), k_PKSH[pages], preferred_element_type=jnp.float32)
+    if scores.softcap is not None:
+      s = scores.softcap * jnp.tanh(s / scores.softcap)
+    s = jnp.where(jax.lax.dynamic_slice_in_dim(mask, number * size, size, axis=4), s, -1e30)
+    new_highest = jnp.maximum(highest, jnp.max(s, axis=-1, keepdims=True))
+    weights, factor = jnp.exp(s - new_highest), jnp.exp(highest - new_highest)
+    values = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_PKSH.dtype), v_PKSH[pages],
+                        preferred_element_type=jnp.float32)
+    return y * factor + values, new_highest, total * factor + jnp.sum(weights, axis=-1, keepdims=True)
+
+  shape = q.shape[:4]
+  y, highest, total = jax.lax.fori_loop(first, jnp.minimum(last // size + 1, table.shape[1]), add_page, (
+      jnp.zeros((*shape, v_PKSH.shape[-1])), jnp.full((*shape, 1), -1e30), jnp.zeros((*shape, 1))))
+  if sinks is not None:
+    new_highest = jnp.maximum(highest, sinks)
+    y, total = y * jnp.exp(highest - new_highest), total * jnp.exp(highest - new_highest) + jnp.exp(sinks - new_highest)
+  return _ungrouped((y / total).astype(q_BTNH.dtype))
 
 
 def _grouped(scores, q_BTNH, sinks_N, groups):

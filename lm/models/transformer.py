@@ -53,6 +53,7 @@ class Cache(NamedTuple):
   segments_BS: jax.Array   # 0: empty or padding
   positions_BS: jax.Array
   index: jax.Array         # [B], how many slots of each row are filled; later slots are not visible
+  pages_BM: jax.Array | None = None   # the pages that have the slots of each row; see `paged`
 
 
 class Output(NamedTuple):
@@ -212,10 +213,11 @@ class Transformer(LanguageModel):
     bidirectional = None
     if batch.bidirectional is not None:   # of the new tokens; earlier ones are visible anyway
       bidirectional = attend.write(jnp.zeros_like(filled, bool), batch.bidirectional, cache.index)
-    visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index)
+    visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index,
+                             pages_BM=cache.pages_BM)
     context = Context(positions, visible, taps=taps)
     x, layers, aux, readings = stack.run_cached(self.blocks, params, x, context, cache.layers)
-    return x, Cache(layers, filled, key_positions, cache.index + batch.tokens.shape[1]), aux, readings
+    return x, Cache(layers, filled, key_positions, cache.index + batch.tokens.shape[1], cache.pages_BM), aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:

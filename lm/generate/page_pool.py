@@ -1,0 +1,84 @@
+"""Which texts use which pages of a cache, and the pages of prefixes that later prompts can use again."""
+import collections
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def prefix_keys(ids: np.ndarray, size: int) -> list[bytes]:
+  """Returns a key for each full page of a prompt, a hash of all tokens up to its end."""
+  keys, key = [], b''
+  for end in range(size, len(ids) + 1, size):
+    key = hashlib.sha256(key + np.int32(ids[end - size:end]).tobytes()).digest()
+    keys.append(key)
+  return keys
+
+
+class PagePool:
+  """The pages 1 to `pages` - 1 of a cache, each free, used by one or more texts, or idle.
+
+  An idle page has the keys and values of a prefix and no user. When pages are needed, the least recently used ones are
+  taken.
+  """
+
+  def __init__(self, pages: int):
+    self._free = list(range(pages - 1, 0, -1))
+    self._users: collections.Counter[int] = collections.Counter()
+    self._page_of: dict[bytes, int] = {}
+    self._key_of: dict[int, bytes] = {}
+    self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()   # the least recently used first
+    self.total = pages - 1
+
+  @property
+  def used(self) -> int:
+    """The number of pages that texts use."""
+    return self.total - len(self._free) - len(self._idle)
+
+  def find(self, keys: Sequence[bytes]) -> list[int]:
+    """Returns the pages of the longest prefix that is stored, given the keys of a prompt."""
+    pages = []
+    for key in keys:
+      if key not in self._page_of:
+        break
+      pages.append(self._page_of[key])
+    return pages
+
+  def take(self, keys: Sequence[bytes], count: int) -> tuple[list[int], int] | None:
+    """Takes `count` pages for a text, which begins with the full pages that have these keys.
+
+    Returns the pages and the number of the first ones that are stored already. The others have to be written; those
+    with keys are found from then on. Returns None, and takes none, if there are too few.
+    """
+    shared = self.find(keys)
+    idle = sum(page in self._idle for page in shared)
+    if count - len(shared) > len(self._free) + len(self._idle) - idle:
+      return None
+    for page in shared:
+      self._idle.pop(page, None)
+    new = [self._next() for _ in range(count - len(shared))]
+    for key, page in zip(keys[len(shared):], new):
+      if key not in self._page_of:   # a later page of a prefix may be stored where an earlier one is forgotten
+        self._page_of[key], self._key_of[page] = page, key
+    self._users.update(shared + new)
+    return shared + new, len(shared)
+
+  def _next(self) -> int:
+    """Returns a free page, or the idle one that was used least recently, whose prefix is forgotten."""
+    if self._free:
+      return self._free.pop()
+    page, _ = self._idle.popitem(last=False)
+    del self._page_of[self._key_of.pop(page)]
+    return page
+
+  def release(self, pages: Sequence[int]) -> None:
+    """Ends the use of pages by a text. Those of a prefix stay until others need them, its last page first."""
+    for page in reversed(pages):
+      self._users[page] -= 1
+      if self._users[page]:
+        continue
+      del self._users[page]
+      if page in self._key_of:
+        self._idle[page] = None
+      else:
+        self._free.append(page)

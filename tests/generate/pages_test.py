@@ -1,0 +1,135 @@
+"""Prompts share the pages of their prefixes, with the same bits as alone; pages return; attention is that of a row."""
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.decoders import Bytes, make
+
+from lm import evaluate, generate
+from lm.generate import Request, Sampling, Scheduler, page_pool
+from lm.models import attention, kernels, paged
+
+PREFIX = [Bytes.bos_id, *b'a prefix of more than four pages.']
+
+
+@functools.cache
+def model_and_params():
+  return make(kv_heads=2, tied=False)
+
+
+def scheduler(pages=22):
+  model, params = model_and_params()
+  engine = generate.Engine(model, model.unstack(params), 96, Bytes.vocab_size, Bytes().eos_ids)
+  subject = Scheduler(engine, 3, (8, 2, 1), pages=pages)
+  subject.warm_up()
+  return subject
+
+
+def requests():
+  return [Request([*PREFIX, *b'first'], Sampling(0), 9), Request([*PREFIX, *b'next'], Sampling(top_p=0.8), 30, seed=3),
+          Request(PREFIX[:32], Sampling(), 6, choices=2), Request(PREFIX[:32], Sampling(0), 40, scores_prompt=True),
+          Request([*PREFIX[:20], *b'another text'], Sampling(0.7), 12), Request([5], Sampling(), 60),
+          Request([*PREFIX[:20], *b'another text, longer'], Sampling(0.7), 8)]
+
+
+def answers(subject, new):
+  """Returns the exact answers to requests, by number and choice."""
+  result = collections.defaultdict(list)
+  while subject.is_busy:
+    for event in subject.step():
+      result[new.index(event.request), event.choice] += [*event.ids, *event.log_probabilities, event.finish_reason]
+  return {key: [x for x in value if x is not None] for key, value in result.items()}
+
+
+def test_a_shared_prefix_is_read_once_and_gives_the_same_bits():
+  alone = {}
+  for number, request in enumerate(requests()):
+    subject = scheduler()
+    subject.submit(request)
+    alone |= {(number, choice): answer for (_, choice), answer in answers(subject, [request]).items()}
+    assert subject.shared_tokens == 0
+  subject, rng, shared = scheduler(), np.random.default_rng(0), []
+  for _ in range(4):
+    new, before = requests(), subject.shared_tokens
+    for number in rng.permutation(len(new)):
+      subject.submit(new[number])
+    assert answers(subject, new) == alone
+    shared.append(subject.shared_tokens - before)
+    assert subject.pool.used == 0 and subject.compilations == 0
+  assert min(shared) > 40 and shared[-1] > shared[0]
+
+
+def test_scores_are_those_of_the_scorer():
+  subject = scheduler()
+  for request in requests()[:2]:
+    subject.submit(request)
+    ids, scores = [], []
+    while subject.is_busy:
+      for event in subject.step():
+        ids += event.ids
+        scores += event.log_probabilities
+    full, = evaluate.log_probabilities(*model_and_params(), [np.int32([*request.ids, *ids])])
+    np.testing.assert_allclose(scores, full[-len(ids):], rtol=0, atol=1e-5)
+  assert subject.shared_tokens == 32
+
+
+@pytest.mark.parametrize(('scores', 'time', 'sinks'), [
+    (kernels.AttentionScores(), 1, False), (kernels.AttentionScores(window=9, softcap=2.), 1, True),
+    (kernels.AttentionScores(chunk=8, scale=0.7), 3, True)])
+def test_attention_over_pages_is_that_over_a_row(scores, time, sinks):
+  rng, rows, heads, size, blocks = np.random.default_rng(0), 3, 2, 4, 6
+  q, *new = (rng.normal(size=(rows, time, n, 8)).astype('f4') for n in (4, heads, heads))
+  pools = rng.normal(size=(2, 20, heads, size, 8)).astype('f4')
+  pages, start = rng.permutation(np.arange(1, 20))[:rows * blocks].reshape(rows, blocks), jnp.int32([0, 7, 20])
+  k, v = (pool[pages].swapaxes(1, 2).reshape(rows, heads, blocks * size, 8) for pool in pools)
+  sinks = rng.normal(size=4).astype('f4') if sinks else None
+  positions = start[:, None] + np.arange(time)[None]
+  slots = np.arange(blocks * size)[None].repeat(rows, 0)
+  visible = kernels.Visible(np.ones((rows, time), 'i4'), (slots < start[:, None] + time).astype('i4'), None, positions,
+                            slots, start)
+  dense, row_cache = attention.LayerCache(k, v).attend(q, *new, visible, scores, sinks)
+  visible = visible._replace(pages_BM=np.int32(pages))
+  attend = jax.jit(paged.LayerPages.attend, static_argnums=5)
+  actual, cache = attend(paged.LayerPages(*pools), q, *new, visible, scores, sinks)
+  np.testing.assert_allclose(actual, dense, rtol=0, atol=2e-6)
+  for row in range(rows):
+    copied = cache.copy_out(jnp.int32(pages[row]), blocks)
+    for x, expected in zip(copied, row_cache):
+      np.testing.assert_array_equal(x[0], expected[row])
+
+
+def test_a_pool_knows_which_pages_are_used_and_forgets_the_oldest_prefix_first():
+  pool, rng, texts = page_pool.PagePool(30), np.random.default_rng(0), []
+  stored: dict[int, bytes] = {}   # the content of each page, as a device would have it
+  for _ in range(500):
+    if texts and rng.random() < 0.5:
+      pool.release(texts.pop(rng.integers(len(texts))))
+    else:
+      ids = rng.integers(0, 2, rng.integers(1, 20))
+      keys, count = page_pool.prefix_keys(ids, 4), -(-len(ids) // 4) + int(rng.integers(0, 3))
+      assert keys == page_pool.prefix_keys(np.r_[ids[:len(keys) * 4], 7], 4) and len(keys) == len(ids) // 4
+      pages_and_shared = pool.take(keys, count)
+      if pages_and_shared is None:
+        assert count > pool.total - pool.used
+        continue
+      pages, shared = pages_and_shared
+      assert [stored.get(page) for page in pages[:shared]] == keys[:shared]
+      assert not set(pages[shared:]) & {page for text in texts for page in text} and 0 not in pages
+      for i, page in enumerate(pages[shared:], shared):
+        stored[page] = keys[i] if i < len(keys) else b''
+      texts.append(pages)
+    assert pool.used == len({page for text in texts for page in text})
+  for text in texts:
+    pool.release(text)
+  assert pool.used == 0
+  pool = page_pool.PagePool(4)
+  for key in b'a', b'b', b'a', b'c':
+    pages, _ = pool.take([key], 1)
+    pool.release(pages)
+  pool.release(pool.take([], 1)[0])   # needs a page: b is the oldest
+  assert [len(pool.find([key])) for key in (b'a', b'b', b'c')] == [1, 0, 1]
+  pool.take([], 2)
+  assert [len(pool.find([key])) for key in (b'a', b'b', b'c')] == [0, 0, 1]
