@@ -25,6 +25,8 @@ from lm import sharding
 from lm.data.batch import Batch
 from lm.generate.filters import TokenHistory, draw, new_history, process
 from lm.generate.sampling import Settings, row_keys
+from lm.models import paged
+from lm.models.transformer import Cache
 
 CHUNK = 16   # the most tokens of a call of `step`: few enough to be read as they come, enough to hide its overhead
 TOP = 20     # the most alternatives to a token whose log-probabilities are given
@@ -187,7 +189,11 @@ def _insert(model, state: State, new: State, rows) -> State:
 
 @functools.partial(jax.jit, donate_argnames='state')
 def _evict(state: State, evicted) -> State:
-  return state._replace(ended_B=state.ended_B | sharding.constrain(evicted, 'B'))
+  evicted = sharding.constrain(evicted, 'B')
+  state = state._replace(ended_B=state.ended_B | evicted)
+  if isinstance(state.cache, Cache) and state.cache.pages_BM is not None:
+    return state._replace(cache=paged.release(state.cache, evicted))
+  return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,5 +262,5 @@ class Engine:
     return _insert(self.model, state, new, np.int32(rows))
 
   def evict(self, state: State, rows: Sequence[int]) -> State:
-    """Ends rows: they give no more tokens, and others may replace them. It donates `state`."""
+    """Ends rows: they give no more tokens, have no pages, and others may replace them. It donates `state`."""
     return _evict(state, np.isin(np.arange(len(state.ended_B)), rows))

@@ -133,7 +133,7 @@ class Scheduler:
       self.submit(Request([0] * width, max_tokens=0))
     while self.is_busy:
       self.step()
-    self._state = self._slots.leave(self._state, [])
+    self._state = self.engine.evict(self._state, [])
     if self.pool is not None:
       self._slots.read_prefix(self._state, [])
     self.prompt_tokens = 0
@@ -144,13 +144,12 @@ class Scheduler:
     request.check(self.engine, self.context)
     if self.pool is not None and self._pages_of(request) > self.pool.total:
       raise ValueError(f'{len(request.ids)} tokens of a prompt and max_tokens={request.max_tokens} need '
-                       f'{self._pages_of(request)} pages, and there are {self.pool.total}; shorten one of them, or give '
-                       'more pages')
+                       f'{self._pages_of(request)} pages, and there are {self.pool.total}; shorten one of them, or '
+                       'give more pages')
     self._waiting.append(request)
 
   def abort(self, request: Request) -> None:
-    """Ends a request: its rows are free at once, and the next step gives its last events. One that has ended stays so.
-    """
+    """Ends a request: its rows are free at once, and the next step gives its last events."""
     aborted = []
     if request in self._waiting:
       self._waiting.remove(request)
@@ -209,7 +208,7 @@ class Scheduler:
     return reading.count - start
 
   def _join(self, reading: _Reading) -> bool:
-    """Lets the next choice of a request join a row, and draws its first token. Returns whether there was room."""
+    """Lets the next choice of a request join a row, and draws its first token. Returns whether it has room."""
     request, choice, pages, stored = reading.request, reading.choice, (), 0
     limit = self._limit(request)
     if limit and None not in self._rows:
@@ -248,7 +247,7 @@ class Scheduler:
   def _free(self, rows: Sequence[int]) -> None:
     """Ends rows, so that other requests may join them."""
     if rows:
-      self._state = self._slots.leave(self._state, rows)
+      self._state = self.engine.evict(self._state, rows)
     for i in rows:
       if self.pool is not None:
         self.pool.release(self._rows[i].pages)
@@ -261,7 +260,7 @@ class Scheduler:
     self._free([row for row in np.flatnonzero(counts).tolist() if self._add_event(row, tokens, row, None)])
 
   def _add_event(self, row: int, tokens: Tokens, column: int, prompt_scores: Scores | None) -> bool:
-    """Adds the event of the new tokens of a row, which are row `column` of `tokens`. Returns whether the row ends."""
+    """Adds the event of a row, whose new tokens are in row `column` of `tokens`. Returns whether the row ends."""
     own = self._rows[row]
     count = int(tokens.count_B[column])
     ids = np.asarray(tokens.ids_BT)[column, :count].tolist()

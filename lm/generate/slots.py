@@ -115,15 +115,6 @@ def _read_prefix(cache, pages_M, count) -> Any:
   return paged.read_prefix(cache, pages_M, count)
 
 
-@functools.partial(jax.jit, donate_argnames='state')
-def _leave(state: State, is_free_B) -> State:
-  is_free = sharding.constrain(is_free_B, 'B')
-  state = state._replace(ended_B=state.ended_B | is_free)
-  if getattr(state.cache, 'pages_BM', None) is None:
-    return state
-  return state._replace(cache=paged.release(state.cache, is_free))
-
-
 @dataclasses.dataclass(frozen=True)
 class Slots:
   """Reads prompts and lets them join the rows of a state, for an engine and a number of rows.
@@ -201,7 +192,3 @@ class Slots:
       row_pages = self._padded(pages), (blocks >= stored) & (blocks < len(pages))
     return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), row_pages,
                  vocab=engine.vocab)
-
-  def leave(self, state: State, rows: Sequence[int]) -> State:
-    """Ends rows, which have no pages any more. It donates `state`."""
-    return _leave(state, np.isin(np.arange(self.rows), rows))
