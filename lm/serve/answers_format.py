@@ -96,7 +96,7 @@ class CompletionWriter(_ChoicesWriter):
   def __init__(self, body: CompletionBody, model: str, texts: TokenTexts, echoes: Sequence[Echo]):
     """Makes a writer; `echoes` has the prompt of each choice, and none without `echo`."""
     super().__init__(body, model, texts)
-    self._echoes, self._begun = echoes, set()
+    self._echoes, self._echoed = echoes, set()
 
   def begin(self) -> list[Chunk]:
     return []
@@ -104,9 +104,9 @@ class CompletionWriter(_ChoicesWriter):
   def add(self, piece: Piece) -> list[Chunk]:
     """Returns the chunks of a piece; the first one of a choice is the prompt, where it is repeated."""
     chunks = []
-    if self._echoes and piece.choice not in self._begun:
+    if self._echoes and piece.choice not in self._echoed:
       chunks.append(self._prompt(piece))
-    self._begun.add(piece.choice)
+    self._echoed.add(piece.choice)
     if piece.text or piece.tokens or piece.finish is not None:
       shift = len(self._echoes[piece.choice].text) if self._echoes else 0
       chunks.append(self._one(piece.choice, piece.text, piece.tokens, shift, piece.finish))

@@ -35,12 +35,12 @@ class Limits:
   most_tokens: int | None = None
   seconds: float = 600.
 
-  def tokens(self, wanted: int | None, room: int) -> int:
-    """Returns the largest number of tokens of an answer; ApiError where more are wanted than the server allows."""
+  def tokens(self, max_tokens: int | None, room: int) -> int:
+    """Returns the largest number of tokens of an answer; ApiError where the body wants more than the server allows."""
     if self.most_tokens is None:
       return room
-    if wanted is not None and wanted > self.most_tokens:
-      raise bad_request(f'max_tokens={wanted} is more than the {self.most_tokens} that this server writes',
+    if max_tokens is not None and max_tokens > self.most_tokens:
+      raise bad_request(f'max_tokens={max_tokens} is more than the {self.most_tokens} that this server writes',
                         'max_tokens')
     return min(room, self.most_tokens)
 

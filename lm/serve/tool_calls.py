@@ -72,11 +72,11 @@ class ToolCallReader:
     content, parts = [], []
     while True:
       before, mark, after = self._pending.partition(_OPEN)
-      inside, close, rest = after.partition(_CLOSE)
+      inside, close, following = after.partition(_CLOSE)
       if not mark:
-        held = next((n for n in range(min(len(_OPEN) - 1, len(before)), 0, -1) if before.endswith(_OPEN[:n])), 0)
-        content.append(self._content(before[:len(before) - held]))
-        self._pending = before[len(before) - held:]
+        overlap = next((n for n in range(min(len(_OPEN) - 1, len(before)), 0, -1) if before.endswith(_OPEN[:n])), 0)
+        content.append(self._content(before[:len(before) - overlap]))
+        self._pending = before[len(before) - overlap:]
         break
       content.append(self._content(before))
       self._pending = mark + after
@@ -88,7 +88,7 @@ class ToolCallReader:
       else:
         self._skips_space = True
         parts += call
-      self._pending = rest
+      self._pending = following
     return ''.join(content), parts
 
   def _call(self, text: str) -> list[CallPart] | None:

@@ -171,16 +171,16 @@ class _Server:
 
   async def _until_disconnected(self, request: Any, work: Coroutine[Any, Any, Any]) -> Any:
     """Returns the result of some work, which is cancelled where the client goes away, or where it takes too long."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request.receive))
+    task, disconnection = asyncio.create_task(work), asyncio.create_task(_disconnected(request.receive))
     try:
-      await asyncio.wait((task, gone), timeout=self._limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+      await asyncio.wait((task, disconnection), timeout=self._limits.seconds, return_when=asyncio.FIRST_COMPLETED)
       if task.done():
         return task.result()
-      raise ApiError(499, 'the client went away') if gone.done() else self._limits.too_late()
+      raise ApiError(499, 'the client went away') if disconnection.done() else self._limits.too_late()
     finally:
-      for each in task, gone:
+      for each in task, disconnection:
         each.cancel()
-      await asyncio.gather(task, gone, return_exceptions=True)
+      await asyncio.gather(task, disconnection, return_exceptions=True)
 
   async def embeddings(self, request: Any) -> Any:
     body = await self._read(request, request_bodies.read_embeddings)

@@ -25,40 +25,40 @@ class ScriptedEngine:
 
   def __init__(self, script, size=1, rows=4, wait=lambda: None):
     self.script, self.size, self.rows, self.wait = script, size, rows, wait
-    self.rest, self.aborted, self.steps = {}, [], 0
+    self.remaining, self.aborted, self.steps = {}, [], 0
 
   @property
   def running(self):
-    return min(len(self.rest), self.rows)
+    return min(len(self.remaining), self.rows)
 
   @property
   def waiting(self):
-    return len(self.rest) - self.running
+    return len(self.remaining) - self.running
 
   @property
   def is_busy(self):
-    return bool(self.rest)
+    return bool(self.remaining)
 
   def submit(self, request):
     for choice in range(request.choices):
-      self.rest[request, choice] = list(self.script(request, choice))[:request.max_tokens]
+      self.remaining[request, choice] = list(self.script(request, choice))[:request.max_tokens]
 
   def abort(self, request):
     self.aborted.append(request)
-    self.rest = {name: ids for name, ids in self.rest.items() if name[0] is not request}
+    self.remaining = {name: ids for name, ids in self.remaining.items() if name[0] is not request}
 
   def step(self):
     self.wait()
     self.steps += 1
-    return [self._event(*name) for name in list(self.rest)[:self.rows]]
+    return [self._event(*name) for name in list(self.remaining)[:self.rows]]
 
   def _event(self, request, choice):
     name, prompt = (request, choice), None
-    ids, self.rest[name] = self.rest[name][:self.size], self.rest[name][self.size:]
+    ids, self.remaining[name] = self.remaining[name][:self.size], self.remaining[name][self.size:]
     finish = None
-    if not self.rest[name]:
+    if not self.remaining[name]:
       finish = 'stop' if set(ids) & set(ENDS) else 'length'
-      del self.rest[name]
+      del self.remaining[name]
     if request.scores_prompt:
       prompt = self._scores(request, request.ids[1:])
     return Event(request, choice, ids, self._scores(request, ids), finish, prompt)

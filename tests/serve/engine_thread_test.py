@@ -68,14 +68,14 @@ def test_a_client_that_goes_away_frees_its_row_within_a_step(stream):
   engine = ScriptedEngine(FOREVER, rows=1, wait=steps)
 
   async def main(app, thread):
-    gone = asyncio.Event()
-    first, second = post(app, '/v1/completions', {**BODY, 'stream': stream}, gone), None
-    await until(lambda: engine.rest)
+    disconnect = asyncio.Event()
+    first, second = post(app, '/v1/completions', {**BODY, 'stream': stream}, disconnect), None
+    await until(lambda: engine.remaining)
     second = post(app, '/v1/completions', {**BODY, 'max_tokens': 2})
     await until(lambda: thread.count == 2)
     steps.allow(3)
     await until(lambda: engine.steps == 3)
-    gone.set()
+    disconnect.set()
     await first
     await until(lambda: thread.count == 1 or steps.allow(1))
     assert engine.steps <= 5   # the step that it computed, and those that this test allowed to see the end

@@ -33,9 +33,9 @@ def assembled(chunks):
       delta = part.get('delta', part)
       choice['text'] += delta.get('text') or delta.get('content') or ''
       for call in delta.get('tool_calls', ()):
-        known = choice['calls'].setdefault(call['index'], {'name': '', 'arguments': ''})
-        known['name'] += call['function'].get('name', '')
-        known['arguments'] += call['function']['arguments']
+        call_of_index = choice['calls'].setdefault(call['index'], {'name': '', 'arguments': ''})
+        call_of_index['name'] += call['function'].get('name', '')
+        call_of_index['arguments'] += call['function']['arguments']
       if part['logprobs']:
         logprobs = part['logprobs']
         choice['logprobs'] += logprobs.get('content') or list(zip(*(logprobs[name] for name in sorted(logprobs))))
