@@ -32,7 +32,8 @@ class Piece(NamedTuple):
   Attributes:
     choice: the number of the answer.
     text: its next text.
-    tokens: those whose text begins in the text so far, and did not before.
+    tokens: those whose text begins in the text so far, and did not before; in the last piece also those without text,
+      such as eos and a stop string, so that all tokens that were drawn are in one of the pieces.
     finish: 'stop' or 'length' in the last piece, and None before.
     prompt: in the first piece, the tokens of the prompt, where they are scored.
   """
@@ -75,10 +76,10 @@ class ChoiceText:
       if self.has_ended:
         break
       self.count += 1
+      self._waiting.append(ScoredToken(token, self._stream.length, log_probability, top))
       if token in self._ends:
         finish = 'stop'
       else:
-        self._waiting.append(ScoredToken(token, self._stream.length, log_probability, top))
         texts.append(self._stream.push(token))
         finish = 'stop' if self._stream.has_ended else None
       self.has_ended = finish is not None
@@ -90,7 +91,8 @@ class ChoiceText:
     text = ''.join(texts)
     self._length += len(text)
     tokens = []
-    while self._waiting and self._waiting[0].start < self._length:
-      tokens.append(self._waiting.popleft())
+    while self._waiting and (self._waiting[0].start < self._length or self.has_ended):
+      token = self._waiting.popleft()
+      tokens.append(token._replace(start=min(token.start, self._length)))
     prompt = None if event.prompt_scores is None else token_scores(event.prompt_scores)
     return Piece(self._choice, text, tuple(tokens), finish, prompt)

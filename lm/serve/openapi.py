@@ -16,6 +16,7 @@ _POSTS = {
 _GETS = {
     '/': ('The chat page.', 'text/html'), '/health': ('200 while the engine runs.', None),
     '/metrics': ('Figures for Prometheus.', 'text/plain'), '/version': ('The version.', 'application/json'),
+    '/tokenizer_info': ('Names of control tokens, and the chat template.', 'application/json'),
     '/openapi.json': ('This document.', 'application/json'), '/v1/models': ('The model.', 'application/json')}
 _STATUSES = {'400': 'the body is wrong', '401': 'the API key is missing or wrong', '403': 'not from this origin',
              '404': 'there is no such model', '413': 'the body is too large', '429': 'too many requests wait',

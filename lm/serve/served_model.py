@@ -48,6 +48,13 @@ class ServedModel:
     ends = () if self.template is None else self.template.ends(self.tokenizer)
     return tuple(i for i in ends if i not in self.tokenizer.eos_ids)
 
+  def tokenizer_info(self) -> dict[str, Any]:
+    """Returns what clients ask for that encode and write templates themselves, by the names of Hugging Face."""
+    names = {self.tokenizer.control_id(name): name for name in self.tokenizer.control_names}
+    template = None if self.template is None else self.template.jinja(self.tokenizer)
+    return {'bos_token': names[self.tokenizer.bos_id], 'eos_token': names[self.tokenizer.eos_id], 'pad_token': None,
+            'add_bos_token': self.tokenizer.adds_bos, 'chat_template': template}
+
   def encode(self, prompt: str | Sequence[int], adds_special_tokens: bool = True, param: str = 'prompt') -> np.ndarray:
     """Returns the ids of a prompt, one at least.
 

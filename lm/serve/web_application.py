@@ -37,11 +37,11 @@ def application(served: ServedModel, thread: EngineThread, limits: Limits) -> An
   routes = [routing.Route(path, endpoint, methods=[method]) for method, path, endpoint in (
       ('GET', '/', server.page), ('GET', '/health', server.health), ('GET', '/version', server.version),
       ('GET', '/metrics', server.metrics_text), ('GET', '/openapi.json', server.openapi),
-      ('GET', '/v1/models', server.models), ('GET', '/v1/models/{id:path}', server.model),
-      ('POST', '/v1/completions', server.completions), ('POST', '/v1/chat/completions', server.chat),
-      ('POST', '/v1/responses', server.responses), ('POST', '/v1/embeddings', server.embeddings),
-      ('POST', '/v1/score', server.score), ('POST', '/tokenize', server.tokenize),
-      ('POST', '/detokenize', server.detokenize))]
+      ('GET', '/tokenizer_info', server.tokenizer_info), ('GET', '/v1/models', server.models),
+      ('GET', '/v1/models/{id:path}', server.model), ('POST', '/v1/completions', server.completions),
+      ('POST', '/v1/chat/completions', server.chat), ('POST', '/v1/responses', server.responses),
+      ('POST', '/v1/embeddings', server.embeddings), ('POST', '/v1/score', server.score),
+      ('POST', '/tokenize', server.tokenize), ('POST', '/detokenize', server.detokenize))]
   http = require('starlette.exceptions', 'serve').HTTPException
   app = require('starlette.applications', 'serve').Starlette(routes=routes, exception_handlers={
       ApiError: server.refused, http: server.no_route, Exception: server.failed})
@@ -227,6 +227,9 @@ class _Server:
     ids = [int(i) for i in ids]
     strings = {'token_strs': [served.texts.text(i) for i in ids]} if body.with_strings else {}
     return self._json({'count': len(ids), 'max_model_len': served.context, 'tokens': ids, **strings})
+
+  async def tokenizer_info(self, request: Any) -> Any:
+    return self._json(self._served.tokenizer_info())
 
   async def detokenize(self, request: Any) -> Any:
     body = await self._read(request, request_bodies.read_detokenize)

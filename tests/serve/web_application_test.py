@@ -101,7 +101,10 @@ def test_text_ends_before_a_stop_string_and_usage_counts_the_tokens_that_were_dr
     ask = lambda **fields: client.post('/v1/completions', json={'prompt': 'x', 'max_tokens': 99, **fields}).json()
     choice = ask(stop='ab🙂', logprobs=1)['choices'][0]
     assert (choice['text'], choice['finish_reason']) == ('abc', 'stop')
-    assert choice['logprobs']['tokens'] == ['a', 'b', 'c'] and choice['logprobs']['text_offset'] == [0, 1, 2]
+    # All tokens that were drawn have their log-probabilities, also those of the stop string, and eos below.
+    assert choice['logprobs']['tokens'] == ['a', 'b', 'c', 'a', 'b', *'\ufffd' * 4]
+    assert choice['logprobs']['text_offset'] == [0, 1, 2, 3, 3, 3, 3, 3, 3]
+    assert ask(logprobs=0)['choices'][0]['logprobs']['tokens'][-1] == '</s>'
     assert ask()['usage'] == {'prompt_tokens': 2, 'completion_tokens': 11, 'total_tokens': 13,
                               'prompt_tokens_details': {'cached_tokens': 0}}
     cut = ask(max_tokens=7)['choices'][0]   # within a character
