@@ -40,8 +40,8 @@ setuptools.setup(
         'sweep': ['optuna>=4.4', 'matplotlib>=3.9'],   # grid, random and halving searches that resume
         'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2', 'lm_eval>=0.4.13'],   # BLEU, chrF, TER, ROUGE; tasks
         'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
-        # The server of experiments/serve.py; answers that keep to a schema or a grammar.
-        'serve': ['starlette>=0.47', 'uvicorn>=0.34', 'prometheus_client>=0.22', 'jinja2>=3.1.6', 'llguidance>=1.3'],
+        # The server of experiments/serve.py.
+        'serve': ['starlette>=0.47', 'uvicorn>=0.34', 'prometheus_client>=0.22', 'jinja2>=3.1.6'],
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.

@@ -134,7 +134,8 @@ class _Server:
     sampling = dataclasses.replace(settings.sampling, stop_ids=(*settings.sampling.stop_ids, *ends))
     self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
     if body.format is not None:
-      raise bad_request('this server does not constrain answers to a format; leave it out', 'response_format')
+      raise bad_request('this server does not constrain answers: response_format, structured_outputs and a tool_choice '
+                        'that forces a call are not supported; leave them out', 'response_format')
     seed = random.SystemRandom().randint(0, MOST_SEED) if settings.seed is None else settings.seed
     return generate.Request(ids, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
                             settings.logprobs or 0, scores_prompt)
