@@ -5,17 +5,15 @@
 
 The same command continues a copy that was cut short, and brings an earlier copy up to date.
 """
-import pathlib
-
 from lm import launch
 from lm.workdir import copying
 
 
-def main(*, workdir: pathlib.Path, out: str, step: int | None = None) -> None:
+def main(*, workdir: str, out: str, step: int | None = None) -> None:
   """Copies a run.
 
   Args:
-    workdir: workdir of a run, or folder of an imported model.
+    workdir: workdir of a run, or folder of an imported model; a path, or a URL.
     out: folder to create; a path, or a URL such as gs://bucket/folder.
     step: the only checkpoint to copy; none copies all.
   """

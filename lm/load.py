@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import lora, scripts, signature, train
+from lm import lora, paths, scripts, signature, train
 from lm.data import tokenizers
 from lm.data.chat import conversation
 from lm.hf import pretrained
@@ -50,7 +50,7 @@ def open_trained(workdir: str | pathlib.Path, best: bool = False) -> TrainedMode
     FileNotFoundError: as in `open_run`, or the tokenizer is missing.
     ValueError: as in `open_run`, or the model, the tokenizer or the base of adapters is not that of the checkpoint.
   """
-  return _read(_open(pathlib.Path(workdir), best))
+  return _read(_open(paths.local(workdir), best))
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
@@ -177,7 +177,7 @@ def _average_path(stored: _StoredRun) -> list[str] | None:
 
 def is_run(name: str) -> bool:
   """Whether a name is the workdir of a run, rather than a folder of a model or an id on the hub."""
-  return bool(records.read(pathlib.Path(name).expanduser()))
+  return bool(records.read(paths.local(name)))
 
 
 def run_or_model(workdir: pathlib.Path | None, model: str | None, best: bool) -> tuple[pathlib.Path, str | None]:
@@ -189,7 +189,7 @@ def run_or_model(workdir: pathlib.Path | None, model: str | None, best: bool) ->
   if workdir and model:
     raise ValueError(f'--workdir={workdir} and --model={model} both name a model; give one of them')
   if model and is_run(model):
-    return pathlib.Path(model).expanduser(), None
+    return paths.local(model), None
   if model and best:
     raise ValueError(f'--best is for the checkpoints of a run, and --model={model} is none; leave it out')
   return workdir or pathlib.Path('runs/quickstart'), model
@@ -213,7 +213,7 @@ def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> Base
     FileNotFoundError: nothing has that name.
     ValueError: the class of the model has a fixed dtype, and it is another one.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = paths.local(name)
   if is_run(name):
     stored = _open(folder)
     model = lora.base_model(stored.run.model)

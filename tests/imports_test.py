@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Packages and files in order: each imports only from those before it.
-ROOMS = ('seeds', 'exits', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
+ROOMS = ('seeds', 'exits', 'paths', 'signature', 'declarations', 'statistics', 'sharding', 'workdir', 'data', 'models',
          'objectives', 'optim', 'train', 'generate', 'evaluate', 'serve', 'hf', 'lora', 'scripts', 'load', 'named',
          'options', 'doctor', 'launch', 'studies')
 
@@ -150,5 +150,5 @@ def test_the_launcher_imports_nothing_that_a_run_needs():
   for name in ('launch', 'launch/program', 'launch/arguments'):
     top = imports(node for node in ast.walk(tree(name)) if getattr(node, 'col_offset', 1) == 0)
     assert not {dotted for dotted in top if dotted.startswith(('jax', 'numpy'))}
-    allowed = 'lm.launch.', 'lm.exits', 'lm.signature'
+    allowed = 'lm.launch.', 'lm.exits', 'lm.paths', 'lm.signature'
     assert all(dotted.startswith(allowed) for dotted in top if dotted.startswith('lm.'))

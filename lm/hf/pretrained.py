@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import paths, sharding
 from lm.data import tokenizers
 from lm.data.chat import conversation, templates
 from lm.data.text import source
@@ -43,9 +43,10 @@ def folder_template(folder: pathlib.Path) -> conversation.Template | None:
 def locate(name: str) -> pathlib.Path:
   """Returns the folder `name`, or that of the downloaded files of the model `name` of the Hugging Face hub.
 
-  Raises FileNotFoundError if `name` is a path of no folder, OSError if the hub does not give the files.
+  Raises FileNotFoundError if `name` is a path of no folder, `paths.Remote` if it is a URL, OSError if the hub does not
+  give the files.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = paths.local(name)
   if folder.is_dir():
     return folder
   if name.count('/') > 1 or name.startswith(('.', '~', '/')):

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from lm import signature
+from lm import paths, signature
 from lm.signature import AnyText, Texts
 
 
@@ -156,6 +156,8 @@ class _Parser(flags.ArgumentParser):
       return argument
     try:
       return _convert(self.kind, argument)
+    except paths.Remote:
+      raise
     except (ValueError, KeyError):
       unset = '' if argument.strip() else '; it is empty, perhaps an unset shell variable'
       raise ValueError(f'expected {self.allowed}{unset}') from None
@@ -188,7 +190,7 @@ def _convert(kind: Any, text: str) -> Any:
   if kind is pathlib.Path:
     if not text:
       raise ValueError('the path is empty')
-    return pathlib.Path(text).expanduser()
+    return paths.local(text)
   value = kind(text)
   if value != value:
     raise ValueError('it is not a number')

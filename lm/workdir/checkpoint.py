@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
+from lm import paths
 from lm.sharding import hosts
 from lm.workdir import arrays, integrity, mismatch, rebuild
 from lm.workdir.judge import Judge, Metrics
@@ -46,7 +47,7 @@ class Checkpoints:
     from etils import epath  # here, not at the top, because it takes long
     if keep < 1:
       raise ValueError(f'keep={keep} is less than 1; at least the last checkpoint is kept')
-    self.folder = epath.Path(folder).expanduser().resolve()
+    self.folder = epath.Path(paths.local(folder)).resolve()
     if create:
       integrity.check_writable(self.folder)
     elif not self.folder.is_dir():
