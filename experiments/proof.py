@@ -10,6 +10,7 @@ a step. It is printed, and written to `proof.md` in the workdir. The exit code i
 rounding.
 """
 import functools
+import math
 import pathlib
 import shutil
 import sys
@@ -56,7 +57,8 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   """
   sharding.join(None, None, None)   # in a cluster, the same command runs in each process
   tokenizer = tokenizers.Bytes()
-  run = train.Run(transformer.llama(tokenizer.vocab_size, width, layers, heads, max_length=length), next_token(),
+  vocabulary = math.ceil(tokenizer.vocab_size / 16) * 16   # so that meshes split it
+  run = train.Run(transformer.llama(vocabulary, width, layers, heads, max_length=length), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizer, length),
                   optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
   shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]
