@@ -68,7 +68,8 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
     coordinator_address: host:port of process 0, in a cluster that JAX does not detect by itself.
     num_processes: the number of processes in that cluster.
     process_id: the number of this process, from 0.
-    heartbeat: in a cluster, the seconds after which a process that does not answer is lost, and the run ends.
+    heartbeat: in a cluster, the seconds after which a process that does not answer is lost, and the run ends; refused
+      where there is one process.
     new_objective: continue from a checkpoint of another objective; the best checkpoint is then the best by this one.
     verify: first compare all files of the data (tokenizer, tokens, columns) with their checksums.
     on_not_finite: what happens at a step whose loss or gradient is not finite; skip leaves its update out, go_back

@@ -93,7 +93,8 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     heartbeat: the seconds after which a process that does not answer is lost, and all others end.
 
   Raises:
-    ValueError: only some of the flags are given, or the cluster that is detected does not say where process 0 is.
+    ValueError: only some of the flags are given, the cluster that is detected does not say where process 0 is, or a
+      heartbeat is given without a cluster.
   """
   if heartbeat < 2 * _ANSWER:
     raise ValueError(f'heartbeat={heartbeat} s is less than {2 * _ANSWER} s, in which a short pause of the network '
@@ -109,6 +110,9 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
   else:
     kind, method, place = _detect(os.environ)
     if kind is None:
+      if heartbeat != HEARTBEAT:
+        raise ValueError(f'heartbeat={heartbeat} s is given, and there is one process, which no other one can miss; '
+                         'leave it out')
       return
     # A Cloud TPU that is in no cluster has no coordinator address.
     with contextlib.suppress(ValueError) if kind == 'Cloud TPU' else contextlib.nullcontext():

@@ -53,7 +53,7 @@ class Loop:
     self.metrics: dict[str, float] = {}
     self.evaluated = -1
     self.compiles_evaluation = True
-    self.not_finite: list[int] = []   # steps whose update was left out
+    self.failing: int | None = None   # the first of the last steps, one after the other, that were not finite
     # The steps that were planned before and the last learning rate, where the number of steps has changed.
     self.earlier_plan: tuple[int, float] | None = None
 
@@ -65,7 +65,7 @@ class Loop:
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=flops.flops_by_step(run, self.mesh, devices),
                        devices=devices, shown=[run.best]) as self.tracker:
-      self.saver, self.start = Saver(self.checkpoints, start), start
+      self.saver, self.left_out_steps = Saver(self.checkpoints, start), not_finite.steps_left_out(self.workdir, start)
       stops = [every for every in (run.evaluate_every, run.save_every, run.keep_every) if every]
       self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, stops, start)
       # `stopped` by a signal, `ended` by the steps or the patience, `declined` by `watch`.
@@ -160,12 +160,11 @@ class Loop:
       print(f'{early}at step {step}; the best checkpoint, of step {best}, is the result')
       with self.phases('restore or initialise'):
         state, self.evaluated = self.checkpoints.restore(abstract_state(self.run, self.mesh), best).state, -1
-    left_out = self.pace.left_out if self.pace else 0
+    left_out, number = self.pace.left_out if self.pace else 0, None
     if ended and left_out:
       print(f'{left_out:,} of {step:,} steps were left out, to keep to the time: steps took longer than planned')
     if ended and self.evaluated < 0:   # the metrics of this state are not known since the start
       stopped = not self._evaluate(step if best is None else best, state)
-    number = None
     if stopped:
       ended, number = False, self.interrupt.signal or signal.SIGTERM   # in a cluster, JAX handles SIGTERM
       print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there')
@@ -211,8 +210,10 @@ class Loop:
     self.tracker.log(step, metrics)
     self._report_jump(step, metrics.get('learning_rate', 0.))
     is_finite = math.isfinite(metrics['loss'] + metrics['grad_norm'])
-    if not is_finite:   # unless the run stops, the state is still the one before the step
-      stops = guard is None and run.not_finite is None
+    if is_finite:
+      self.failing = None
+    elif self.failing is None:   # unless the run stops, the state is still the one before the step
+      stops, self.failing = guard is None and run.not_finite is None, step
       not_finite.keep(self.workdir, step, None if stops else state, pending[2], metrics)
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
@@ -221,13 +222,13 @@ class Loop:
 
   def _leave_out(self, step: int, metrics: Mapping[str, float], state: State) -> State:
     """Returns the state after a step that is not finite, and whose update is left out. Raises NotFinite elsewhere."""
-    policy, advice = self.run.not_finite, not_finite.advice(step)
+    policy, advice = self.run.not_finite, not_finite.advice(self.failing)
     values = f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}'
     if isinstance(policy, GoBack) or (policy is None and self.run.guard is None):
       raise NotFinite(f'{values}; {self._last_checkpoint()}. Lower the learning rate, or warm up longer; {advice}',
                       step)
-    self.not_finite.append(step)
-    lately = sum(other > step - policy.window for other in self.not_finite) if isinstance(policy, Skip) else 0
+    self.left_out_steps.append(step)
+    lately = sum(other > step - policy.window for other in self.left_out_steps) if isinstance(policy, Skip) else 0
     if lately and lately > policy.most:
       raise NotFinite(f'{values}; of the last {policy.window} steps, {lately} were left out, more than {policy.most}; '
                       f'{self._last_checkpoint()}. Lower the learning rate; {advice}')
@@ -251,8 +252,8 @@ class Loop:
                       f'Lower the learning rate, or warm up longer; {not_finite.advice(step)}', step)
 
   def _last_checkpoint(self) -> str:
-    saved = self.saver.saved
-    return f'the checkpoint of step {saved} is good' if saved else 'no checkpoint was saved before'
+    step = self.saver.saved
+    return f'the checkpoint of step {step} is good' if step else 'no checkpoint was saved before'
 
   def _evaluate(self, step: int, state: State) -> bool:
     """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""

@@ -16,7 +16,7 @@ from lm.data.batch import Batch
 from lm.sharding import hosts
 from lm.train.guard import GoBack
 from lm.train.run import Run, State, abstract_batch, abstract_state, advance
-from lm.workdir import atomic, checkpoint, records
+from lm.workdir import atomic, checkpoint, records, track
 
 FAILURES = 2   # the failures whose state and batch stay on disk
 _FIELD = 'left_out_batches'   # of the records of a workdir
@@ -68,6 +68,13 @@ def keep(workdir: pathlib.Path, step: int, state: State | None, batch: Batch, me
       shutil.rmtree(unwanted, ignore_errors=True)
   if problem:
     print(f'step {step} is not kept for a replay: {problem}')
+
+
+def steps_left_out(workdir: pathlib.Path, start: int) -> list[int]:
+  """Returns the steps up to `start` that were not finite, by the log of process 0; all processes call it."""
+  rows = track.read_metrics(workdir / 'metrics.jsonl') if start and jax.process_index() == 0 else []
+  return hosts.from_process_0([row['step'] for row in rows if row['step'] <= start
+                               and None in (row.get('loss', 0.), row.get('grad_norm', 0.))])
 
 
 def _is_kept(folder: pathlib.Path, batch: Batch) -> bool:

@@ -116,9 +116,12 @@ def _places(run: Run, model: Model, state: State, batch: Batch, constants: Any) 
                                                    obj_fn=lambda params: value)
     return updates, opt_state, optax.apply_updates(state.params, updates)
 
-  for what, tree in zip(('the update of the optimizer for', 'the state of the optimizer,', 'the new value of'),
-                        update(state, grads, mean)):
+  trees = update(state, grads, mean)
+  for what, tree in zip(('the update of the optimizer for', 'the state of the optimizer,', 'the new value of'), trees):
     yield from (f'{what} {name}' for name in _leaves(tree))
+  if not _leaves(trees[-1]) and not integrity.all_finite(trees[-1]):   # squares overflow before values do
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(trees[-1]))
+    yield f'the norm of the new parameters, whose largest value is {largest:.1e}'
 
 
 def _compute(run: Run, model: Model, names: Sequence[str], order: list[str], params: Any, batch: Batch, constants: Any,

@@ -249,7 +249,8 @@ class Checkpoints:
       logging.warning('checkpoint %s is damaged: %s', self.folder / str(candidate), problem)
     if candidates:
       raise OSError(f'no checkpoint in {self.folder} can be read: ' + '; '.join(
-          f'step {n} is damaged: {self._damaged[n]}' for n in candidates) + ' (nothing was deleted)')
+          f'step {n} is damaged: {self._damaged[n]}' for n in candidates) + ' (nothing was deleted); restore '
+                    'its files from a copy, or train anew in another workdir')
     return None
 
   def _set_damaged_aside(self) -> None:

@@ -97,6 +97,8 @@ def test_what_cannot_be_joined_is_refused(join, monkeypatch, variables, flags, n
 def test_a_heartbeat_that_the_network_misses_is_refused(join):
   with pytest.raises(ValueError, match='heartbeat=1 s is less than 6 s'):
     join({}, heartbeat=1)
+  with pytest.raises(ValueError, match='heartbeat=17 s is given, and there is one process'):
+    join({}, heartbeat=17)
   assert 'SLURM_PROCID' not in os.environ
 
 

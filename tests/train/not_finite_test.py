@@ -106,6 +106,20 @@ def test_too_many_skipped_steps_end_the_run(tmp_path):
     go(tmp_path, BAD, model=Spoilt(sums=(SUMS[1], SUMS[4])), not_finite=train.Skip(most=1, window=5))
 
 
+def test_steps_that_were_skipped_before_a_restart_count(stopped):
+  changes = {'model': Spoilt(sums=(SUMS[1], SUMS[4])), 'not_finite': train.Skip(most=1, window=5), 'steps': 8}
+  workdir = stopped(3, **changes)
+  with pytest.raises(train.NotFinite, match='of the last 5 steps, 2 were left out, more than 1'):
+    go(workdir, **changes)
+
+
+def test_of_steps_that_fail_one_after_the_other_the_first_is_kept(tmp_path, capsys):
+  go(tmp_path, BAD, model=Spoilt(sums=(*SUMS[1:4], SUMS[6])), not_finite=train.Skip())
+  assert not_finite.steps_kept(tmp_path) == [2, 7]
+  out = capsys.readouterr().out
+  assert [out.count(f'--replay={step},') for step in range(1, 9)] == [0, 3, 0, 0, 0, 0, 1, 0]
+
+
 def test_a_guard_skips_it_too_and_counts_it(tmp_path):
   guard = Guard(window=8, most=4)
   result = go(tmp_path, BAD, guard=guard)

@@ -1,5 +1,6 @@
 """A replay names the layer and the module that was made to overflow: forward, backward only, in the optimizer only."""
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, V, go
 
-from lm import train
+from lm import optim, train
 from lm.models import attention, layers, rotary, stack, transformer
+from lm.optim import schedules
 from lm.train import not_finite, replay
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -92,6 +94,16 @@ def test_an_update_that_ruins_parameters_is_found_from_the_checkpoint_before(tmp
   assert first.startswith(f'step {step} in float32: {place}')
   assert others == ([] if step == noticed else
                     ['the parameters before step 4 are not finite: the update of step 3 made them so'])
+
+
+def test_parameters_whose_squares_overflow_are_named_by_their_norm(tmp_path):
+  run = dataclasses.replace(RUN, optimizer=optim.adamw(schedules.warmup_constant(1e30, 100, 2)))
+  with pytest.raises(train.NotFinite, match=r'--replay=(\d)') as error:
+    go(tmp_path, run)
+  with jax.set_mesh(mesh_of('fsdp:2')):
+    lines = replay.replay(run, tmp_path, mesh_of('fsdp:2'), int(re.search(r'--replay=(\d)', str(error.value))[1]))
+  assert re.search(r'the first .* is the norm of the new parameters, whose largest value is 3\.\de\+29', lines[0]), lines
+  assert not any('all values are finite' in line for line in lines), lines
 
 
 @pytest.mark.slow
