@@ -51,8 +51,7 @@ class Loop:
   def __post_init__(self):
     self.shapes: set[tuple[int, int]] = set()   # of batches whose step is compiled
     self.metrics: dict[str, float] = {}
-    self.evaluated = -1
-    self.compiles_evaluation = True
+    self.evaluated, self.compiles_evaluation = -1, True
     self.failing: int | None = None   # the first of the last steps, one after the other, that were not finite
     # The steps that were planned before and the last learning rate, where the number of steps has changed.
     self.earlier_plan: tuple[int, float] | None = None
