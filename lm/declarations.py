@@ -104,6 +104,11 @@ class _Declared:
 _collecting: contextvars.ContextVar[bool] = contextvars.ContextVar('collecting', default=False)
 
 
+def collects() -> bool:
+  """Whether new parameters have their declarations, because `of` runs."""
+  return _collecting.get()
+
+
 def attach(value: jax.Array, weight: Weight) -> Any:
   """Returns a new parameter with its declaration while `of` runs, and the parameter alone otherwise."""
   return _Declared(value, weight) if _collecting.get() else value

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import sharding
+from lm import declarations, sharding
 from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import attention as attend
@@ -69,6 +69,16 @@ def prompt_width(texts: Sequence[np.ndarray]) -> int:
   return max(16, 1 << max(map(len, texts)).bit_length())
 
 
+# A run asks several times for the shapes of its parameters. A model is traced for them once for each mesh, and the
+# operations of that trace become part of the program that asks, as if they had been traced anew.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _init(model: 'LanguageModel', declares: bool, key: jax.Array) -> Any:
+  """Returns new parameters, with their declarations if these are being collected, as `declares` says."""
+  del declares   # two traces of a model differ in it
+  tokens = jnp.zeros((sharding.parts('B'), sharding.parts('T')), jnp.int32)
+  return nn.Module.init(model, key, Batch(tokens, source=tokens))['params']
+
+
 class LanguageModel(nn.Module):
   """Base class of models: Flax modules whose parameters are an explicit tree."""
   causal = True             # an output depends only on its own and earlier tokens, except on bidirectional ones
@@ -89,8 +99,7 @@ class LanguageModel(nn.Module):
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
     """Returns new float32 parameters, sharded over the current mesh. Call it inside `jax.jit`."""
-    tokens = jnp.zeros((sharding.parts('B'), sharding.parts('T')), jnp.int32)
-    return super().init(key, Batch(tokens, source=tokens))['params']
+    return _init(self, declarations.collects(), key)
 
   @nn.nowrap
   def apply(self, params: Any, batch: Batch, *, key: jax.Array | None = None, cache: Cache | None = None,
