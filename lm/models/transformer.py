@@ -210,6 +210,7 @@ class Transformer(LanguageModel):
       params = self.get_variable('params', 'blocks')
     else:
       params = self.param('blocks', lambda rng: stack.init(self.blocks, rng, x, Context(positions, visible)))
+      return x, None, Aux(), {}   # parameters do not depend on what the blocks compute
     if cache is not None:
       return self._cached(params, x, positions, batch, cache, taps)
     x, aux, readings = stack.run(self.blocks, params, x, context, self.remat, self.layer_dropout)

@@ -1,5 +1,4 @@
 """Checks that the parts of a run fit together, before anything is compiled."""
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +14,8 @@ from lm.train.step import make_step
 from lm.workdir.describe import differences
 
 
-def check(run: Run, mesh: jax.sharding.Mesh, step: Callable | None = None) -> None:
+def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   """Checks a run by tracing its step, in seconds, without data and without memory of devices.
-
-  A `step` of `make_step(run)` that is traced here is not traced again when it is called with arrays like these.
 
   Raises:
     ValueError: parts of the run do not fit together, or do not fit the mesh.
@@ -42,10 +39,9 @@ def check(run: Run, mesh: jax.sharding.Mesh, step: Callable | None = None) -> No
   if len({length for _, length in shapes}) > 1 and has_whole_rows:
     raise ValueError('rows of sources, of dialogues and with inputs cannot be cut into shorter ones; leave out the '
                      'stages of length')
-  step = step or make_step(run)
-  for shape in shapes:
-    jax.eval_shape(step, abstract_state(run, mesh), abstract_batch(run, mesh, shape), abstract_constants(run),
-                   seeds.key(run.seed), np.int32(0))
+  for shape in shapes:   # with the arguments of the loop, which then does not trace the step again
+    jax.eval_shape(make_step(run), abstract_state(run, mesh), abstract_batch(run, mesh, shape),
+                   abstract_constants(run), seeds.key(run.seed), np.int32(0))
 
 
 def check_mesh(run: Run, mesh: jax.sharding.AbstractMesh) -> None:

@@ -22,6 +22,7 @@ from lm.train.pace import Pace
 from lm.train.result import Result, result_step
 from lm.train.run import Run, State, abstract_state, advance, with_constants
 from lm.train.saver import Saver
+from lm.train.step import make_step
 from lm.workdir import checkpoint, integrity, track
 from lm.workdir.describe import fingerprint
 from lm.workdir.judge import Judge
@@ -32,7 +33,6 @@ from lm.workdir.ledger import Ledger
 class Loop:
   """The loop of `train`."""
   run: Run
-  step: Callable              # of `make_step`, for this run
   workdir: pathlib.Path
   mesh: jax.sharding.Mesh
   data: OpenData
@@ -60,7 +60,7 @@ class Loop:
     """Trains from the step `start`; `logged` are the records of the log until there."""
     run, step = self.run, start
     devices = list(self.mesh.devices.flat)
-    train_step, pending, key = self.step, None, seeds.key(run.seed)
+    train_step, pending, key = make_step(run), None, seeds.key(run.seed)
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=flops.flops_by_step(run, self.mesh, devices),
                        devices=devices, shown=[run.best]) as self.tracker:

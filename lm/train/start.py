@@ -111,7 +111,7 @@ def _open_data(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, new_obj
                        check=functools.partial(_check_data, run, before, new_objective))
   check_vocabulary(run, data)
   feed = (run.feed or DataFeed)(run, data, mesh)
-  run = dataclasses.replace(run, steps=feed.steps(run.steps))
+  run = _with_steps(run, feed.steps(run.steps))
   evaluation = validation.Evaluation(run, data, mesh)
   for line in (*feed.summary(run.steps), *evaluation.summary()):
     print(line)
@@ -137,7 +137,12 @@ def _say_nothing_is_lost() -> None:
 def _within_data(run: Run, feed: Feed, left_out: int) -> Run:
   """Returns a run of which so many batches are left out, with the steps that there are batches for."""
   steps = feed.steps(run.steps + left_out) - left_out if left_out else run.steps
-  return dataclasses.replace(run, steps=min(run.steps, steps))
+  return _with_steps(run, min(run.steps, steps))
+
+
+def _with_steps(run: Run, steps: int) -> Run:
+  """Returns a run of so many steps: the same object where it has them, which keeps what was traced for it."""
+  return run if steps == run.steps else dataclasses.replace(run, steps=steps)
 
 
 def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer: str) -> None:

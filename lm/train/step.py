@@ -15,8 +15,13 @@ from lm.train.run import Run, State, advance, with_constants
 
 
 def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """Returns `step_function(run)`, jitted; it donates the state."""
-  return jax.jit(step_function(run), donate_argnums=0)
+  """Returns `step_function(run)`, jitted; it donates the state.
+
+  It is the same function whenever it is made for the same run, so that a step is traced once.
+  """
+  if '_step' not in vars(run):   # as `functools.cached_property` would keep it
+    vars(run)['_step'] = jax.jit(step_function(run), donate_argnums=0)
+  return vars(run)['_step']
 
 
 def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
