@@ -211,3 +211,15 @@ def test_a_transformation_of_optax_is_an_optimizer_too():
   other = dataclasses.replace(run, optimizer=optim.with_average(optax.sgd(0.1), 0.9))
   assert jax.eval_shape(lambda: train.init(run)).opt_state == optax.sgd(0.1).init({})
   assert optim.has_average(jax.eval_shape(lambda: train.init(other)).opt_state)
+
+
+def test_parameters_are_traced_once_for_a_model_and_once_for_its_declarations(monkeypatch):
+  traced, init = [], stack.init
+  monkeypatch.setattr(stack, 'init', lambda *args: traced.append(1) or init(*args))
+  for _ in range(2):   # equal models, not the same object
+    model, key = llama(16, 12, 2, heads=2, hidden=20), jax.random.key(0)
+    shapes, params = jax.eval_shape(model.init, key), jax.jit(model.init)(key)
+    of = declarations.of(model)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert jax.tree.structure(params) == jax.tree.structure(of)
+  assert len(traced) == 2

@@ -9,7 +9,7 @@ from lm import seeds, sharding
 from lm.data.batch import KINDS, Batch
 from lm.data.rows.augment import augmented
 from lm.train.interfaces import OpenData
-from lm.train.run import Run, abstract_batch, abstract_constants, abstract_state, with_constants
+from lm.train.run import Run, abstract_batch, abstract_constants, abstract_state, with_constants, with_shardings
 from lm.train.step import make_step
 from lm.workdir.describe import differences
 
@@ -39,9 +39,10 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if len({length for _, length in shapes}) > 1 and has_whole_rows:
     raise ValueError('rows of sources, of dialogues and with inputs cannot be cut into shorter ones; leave out the '
                      'stages of length')
+  key = with_shardings(jax.eval_shape(lambda: seeds.key(run.seed)), mesh)
   for shape in shapes:   # with the arguments of the loop, which then does not trace the step again
     jax.eval_shape(make_step(run), abstract_state(run, mesh), abstract_batch(run, mesh, shape),
-                   abstract_constants(run), seeds.key(run.seed), np.int32(0))
+                   abstract_constants(run), key, np.int32(0))
 
 
 def check_mesh(run: Run, mesh: jax.sharding.AbstractMesh) -> None:

@@ -9,7 +9,7 @@ import jax
 import pytest
 from helpers.faults import faults
 from helpers.meshes import mesh_of
-from helpers.runs import RUN, go, logged, same, saved, steps_kept
+from helpers.runs import RUN, Bigram, go, logged, same, saved, steps_kept
 
 from lm import exits, train
 from lm.data.rows.stages import Stage
@@ -159,6 +159,19 @@ def test_a_step_is_compiled_once(tmp_path, caplog):
   with jax.log_compiles(True), caplog.at_level('WARNING', 'jax'):
     go(tmp_path, run)
   assert sum('Compiling jit(step) with' in record.getMessage() for record in caplog.records) == 2   # and validation's
+
+
+def test_a_step_is_traced_once(tmp_path):
+  """Though it is checked with shapes alone before data is opened."""
+  traced = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Counted(Bigram):
+    def apply(self, params, batch, *, key=None, cache=None):
+      traced.append(key is not None)   # validation has no key
+      return super().apply(params, batch, key=key, cache=cache)
+  go(tmp_path, model=Counted(), steps=2)
+  assert sum(traced) == 1
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
