@@ -16,15 +16,16 @@ import jax
 
 from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
+from lm.models import Reward
 from lm.objectives.objective import causal_prompt
 
 _WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
 
 
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
-         port: int = 8000, rows: int = 8, context: int | None = None, waiting: int = 64, api_key: str | None = None,
-         cors: tuple[str, ...] = (), max_tokens: int | None = None, max_body: int = 1 << 20, deadline: float = 600,
-         drain: int = 60, mesh: str | None = None) -> None:
+         port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
+         api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
+         max_body: int = 1 << 20, deadline: float = 600, drain: int = 60, mesh: str | None = None) -> None:
   """Serves a model until Ctrl-C or SIGTERM; answers that are being written are finished first.
 
   Args:
@@ -35,6 +36,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     port: 0 takes any that is free.
     rows: answers that are written at the same time; others wait.
     context: the longest text, a prompt and its answer together, in tokens; none for that of the model, 4096 at most.
+    pages: pages of the cache, of 64 tokens each: prompts that begin alike share those of the beginning, which is read
+      once, as in a conversation that goes on; none for a whole context for each row.
     waiting: answers that may wait; a request for more is refused with status 429.
     api_key: what clients have to send as a bearer token; none for the environment variable LM_API_KEY, or for no key.
     cors: origins of other web pages that may use the server, such as https://example.org.
@@ -56,16 +59,16 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
     decoder, tokenizer = loaded.model, loaded.tokenizer
     prompt = causal_prompt if folder else loaded.run.objective.prompt
-    if not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
+    if isinstance(decoder, Reward) or not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
       raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
                        'prompt; give a decoder that was trained to')
-    params = decoder.unstack(loaded.params)
+    params, template = decoder.unstack(loaded.params), load.chat_template(loaded)
+    del loaded   # the stacked parameters, so that there is one copy
     slots = context or min(decoder.max_length, 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
-    scheduler = generate.Scheduler(engine, rows, _WIDTHS)
+    scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages)
   thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
   thread.start(scheduler.warm_up).result()
-  template = load.chat_template(loaded)
   served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
                              decoder, params, tokenizer, scheduler.context, template)
   key = api_key or os.environ.get('LM_API_KEY') or None

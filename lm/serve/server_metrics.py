@@ -58,6 +58,13 @@ class ServerMetrics:
         ('lm:compilations_after_warmup', 'Programs compiled since the start, of embeddings too.',
          lambda: engine.compilations)):
       prometheus.Gauge(name, note, labels, registry=registry).labels(*values).set_function(figure)
+    if engine.pool is not None:
+      gauge = prometheus.Gauge('vllm:kv_cache_usage_perc', 'The used share of the pages; 1 is all.', labels,
+                               registry=registry)
+      gauge.labels(*values).set_function(lambda: engine.pool.used / engine.pool.total)
+    self._engine, self._counted = engine, [0, 0]
+    self._prefixes = [counter('prefix_cache_queries', 'Tokens of prompts that were looked up in pages.'),
+                      counter('prefix_cache_hits', 'Those of them that were not read again.')]
     # Of each choice: the arrival, the first and the last token, and the number of tokens.
     self._times: dict[tuple[Request, int], list[float]] = {}
     self._lock = threading.Lock()
@@ -105,4 +112,9 @@ class ServerMetrics:
 
   def text(self) -> bytes:
     """Returns all figures."""
+    totals = [self._engine.prompt_tokens, self._engine.shared_tokens] if self._engine.pool is not None else [0, 0]
+    with self._lock:
+      for counter, total, before in zip(self._prefixes, totals, self._counted):
+        counter.inc(total - before)
+      self._counted = totals
     return self._library.generate_latest(self._registry)

@@ -31,7 +31,7 @@ def served(model):
   """Yields a client of a server, and the scheduler behind it."""
   decoder, params = model
   engine = generate.Engine(decoder, decoder.unstack(params), 128, TOKENS.vocab_size, TOKENS.eos_ids)
-  scheduler = generate.Scheduler(engine, 4, (16, 4, 1))
+  scheduler = generate.Scheduler(engine, 4, (16, 4, 1), pages=40)
   scheduler.warm_up()
   with address_of(scheduler, None, 64, model, TOKENS) as address, httpx.Client(base_url=address, timeout=120) as client:
     yield client, scheduler
@@ -65,6 +65,23 @@ def test_a_seed_fixes_an_answer_streamed_or_not_and_choices_differ(served):
     streamed[choice['index']] += choice['text']
   assert [choice['text'] for choice in whole] == list(streamed.values()) and len(set(streamed.values())) == 3
   assert scheduler.compilations == compiled
+
+
+def figure(client, name):
+  """Returns a figure of /metrics."""
+  line, = (line for line in client.get('/metrics').text.splitlines() if line.startswith(f'vllm:{name}{{'))
+  return float(line.rpartition(' ')[2])
+
+
+def test_a_prompt_that_comes_again_is_not_read_again_and_has_the_same_answer(served):
+  client, _ = served
+  body = {'prompt': 'a prompt of more than two pages of sixteen', 'max_tokens': 5, 'seed': 1, 'logprobs': 1}
+  answers, hits = [], [figure(client, 'prefix_cache_hits_total')]
+  for _ in range(2):
+    answers.append(client.post('/v1/completions', json=body).json()['choices'])
+    hits.append(figure(client, 'prefix_cache_hits_total'))
+  assert answers[0] == answers[1] and [after - before for before, after in zip(hits, hits[1:])] == [0, 32]
+  assert figure(client, 'kv_cache_usage_perc') == 0 and figure(client, 'num_requests_running') == 0
 
 
 def test_the_client_of_the_harness_gets_the_numbers_of_our_adapter(model, served):
