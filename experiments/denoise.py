@@ -88,7 +88,7 @@ def experiment(*, objective: Literal['span_corruption', 'ul2', 'masked'] = 'span
                         source_length=None if masks else length)
     run = train.Run(model=computation.apply(network), objective=goal, data=data, optimizer=update,
                     steps=budget.count, batch=batch, minutes=budget.limit)
-    return cadence.apply(computation.with_accumulation(run))
+    return cadence.apply(computation.apply_to_steps(run))
   origin = named.encoder if masks else named.encoder_decoder
   return train.after_opening(build, base=origin('--model', model) if model else None)
 

@@ -87,7 +87,7 @@ def experiment(*, teacher: str = 'runs/quickstart', student: str | None = None,
       objective = distillation.distil(next_token(), base.model.apply, divergence, temperature, hard)
     run = train.Run(model=computation.apply(model), objective=objective, data=data, optimizer=update,
                     steps=steps, batch=batch, constants=() if stored_top_k else (constants,))
-    return cadence.apply(computation.with_accumulation(run), evaluations=4)
+    return cadence.apply(computation.apply_to_steps(run), evaluations=4)
   return train.after_opening(build, base=named.decoder('--teacher', teacher),
                              like=named.decoder('--student', student) if student else None)
 

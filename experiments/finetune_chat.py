@@ -86,7 +86,7 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
             allow_left_out=records.allow_left_out, answer=answer, longest=base.model.max_length if base else math.inf,
             keys=Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
-    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
+    return lora.adapt(cadence.apply(computation.apply_to_steps(run)))
   return train.after_opening(build, base=named.decoder('--model', model, computation.dtype) if model else None)
 
 

@@ -56,7 +56,7 @@ def experiment(*, rate: float = 0.9, spm: float = 0.7, corpus: options.Corpus = 
       model=shape.decoder(DEFAULT, vocab, length, computation, regularisation), objective=goal,
       data=dataset.Text(corpus.source(), vocabulary.tokenizer(vocab, goal.control), length),
       optimizer=optimizer.make(steps, warmup=steps // 30), steps=steps, batch=batch, minutes=budget.limit)
-  return cadence.apply(computation.with_accumulation(run))
+  return cadence.apply(computation.apply_to_steps(run))
 
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:

@@ -58,7 +58,7 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
   def build(model: Any, tokenizer: Any, start: Any) -> train.Run:
     data = rated_pairs.RatedPairs(records, tokenizer, length)
     run = train.Run(computation.apply(model), rating(), data, update, steps, batch, start=start)
-    return cadence.apply(computation.with_accumulation(run))
+    return cadence.apply(computation.apply_to_steps(run))
 
   if init is None:
     shape = {'vocab': 2048, 'width': 128, 'layers': 2, 'heads': 4} | explicit

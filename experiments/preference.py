@@ -93,7 +93,7 @@ def experiment(*, method: Literal['dpo', 'cdpo', 'ipo', 'kto', 'orpo', 'simpo', 
         model=Reward(trained) if scores else trained, objective=objective, data=data, optimizer=update, steps=steps,
         batch=batch,
         start=(lambda model: model.start(base.start)) if scores else base.start)
-    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
+    return lora.adapt(cadence.apply(computation.apply_to_steps(run)))
   return train.after_opening(build, base=named.decoder('--model', model, computation.dtype))
 
 

@@ -83,7 +83,7 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
         model=network, objective=goal, data=dataset.Text(text, tokens, positions, rules), optimizer=update,
         steps=steps, batch=batch, augment=augmentations.make(), stages=warmup.stages(batch, positions),
         guard=None if spike_guard is None else guard.Guard(sigma=spike_guard))
-    return lora.adapt(cadence.apply(computation.with_accumulation(run)))
+    return lora.adapt(cadence.apply(computation.apply_to_steps(run)))
   return train.after_opening(build, base=origin)
 
 

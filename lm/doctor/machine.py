@@ -33,6 +33,9 @@ XLA_FLAGS = (
     ('--xla_cpu_use_fusion_emitters=false', 'programs for CPUs are fused by the older emitters'),
     ('--xla_gpu_autotune_level=0', 'kernels of GPUs are not tuned'),
 )  # yapf: disable
+TPU_FLAGS = tuple((f'--{name}=false', 'devices wait for each weight that they gather') for name in (
+    'xla_tpu_enable_latency_hiding_scheduler', 'xla_tpu_enable_async_collective_fusion', 'xla_enable_async_all_gather',
+    'xla_tpu_enable_async_collective_fusion_fuse_all_gather'))
 
 
 def devices(subject: Subject) -> Finding:
@@ -134,8 +137,8 @@ def judge_settings(environment: Mapping[str, str], device: str) -> Finding:
   """Returns the finding for an environment on devices of a platform, such as 'cpu'."""
   hurting = [f'{name}={environment[name]} ({effect})' for name, values, effect in VARIABLES
              if environment.get(name, '').lower() in values]
-  xla_flags = environment.get('XLA_FLAGS', '')
-  hurting += [f'XLA_FLAGS {flag} ({effect})' for flag, effect in XLA_FLAGS if flag in xla_flags]
+  for variable, flags in (('XLA_FLAGS', XLA_FLAGS), ('LIBTPU_INIT_ARGS', TPU_FLAGS)):
+    hurting += [f'{variable} {flag} ({effect})' for flag, effect in flags if flag in environment.get(variable, '')]
   precision = environment.get('JAX_DEFAULT_MATMUL_PRECISION', '')
   if precision in ('highest', 'float32') and device != 'cpu':
     hurting.append(f'JAX_DEFAULT_MATMUL_PRECISION={precision} (products take several passes)')

@@ -217,7 +217,7 @@ class Subject:
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
     step = train.step_function(dataclasses.replace(self.run, model=Quiet(self.run.model), optimizer=record, guard=None,
-                                                   not_finite=None, accumulate=parts))
+                                                   not_finite=None, accumulate=parts, offload_optimizer=False))
 
     def gradients(params, batch, constants, key):
       state = train.State(jnp.int32(0), params, jax.tree.map(jnp.zeros_like, params))

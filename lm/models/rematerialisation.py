@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from lm import sharding
 from lm.data.batch import Batch
 
-HOST = 'pinned_host'   # the memory of the host that devices can read
-
 
 @dataclasses.dataclass(frozen=True)
 class SavePolicy:
@@ -26,7 +24,7 @@ class SavePolicy:
       return jax.checkpoint_policies.save_only_these_names(*self.names)(*operation, **params)
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[name for name in self.names if name not in self.on_host],
-        names_which_can_be_offloaded=list(self.on_host), offload_src='device', offload_dst=HOST)
+        names_which_can_be_offloaded=list(self.on_host), offload_src='device', offload_dst=sharding.HOST)
     return policy(*operation, **params)
 
   def check(self, model: Any) -> None:
@@ -36,11 +34,7 @@ class SavePolicy:
     if missing:
       raise ValueError(f'the model has no activation {", ".join(missing)} to keep; it has {", ".join(existing)}')
     if self.on_host:
-      device = jax.local_devices()[0]
-      kinds = [memory.kind for memory in device.addressable_memories()]
-      if HOST not in kinds:
-        raise ValueError(f'{", ".join(self.on_host)} cannot be kept on the host: devices of {device.platform} have the '
-                         f'memories {", ".join(kinds)}, and no {HOST}; leave out --offload')
+      sharding.require_host_memory(', '.join(self.on_host), '--offload')
 
 
 def activation_names(model: Any) -> list[str]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import ScheduleFreeState
 
+from lm import sharding
 from lm.optim import groups
 from lm.optim.groups import Optimizer
 
@@ -114,7 +115,7 @@ def evaluation_params(opt_state: Any, params: Any) -> Any:
   state = next(filter(_is_average, jax.tree.leaves(opt_state, is_leaf=_is_average)), None)
   match state:
     case Averaged(average=average):
-      return average
+      return sharding.to_devices(average)   # a run may keep it on the host
     case ScheduleFreeState():
-      return optax.contrib.schedule_free_eval_params(state, params)
+      return optax.contrib.schedule_free_eval_params(sharding.to_devices(state), params)
   return params

@@ -22,11 +22,13 @@ class Computation:
     keep_activations: what is kept of a layer for the backward pass, which computes the others again: products (of
       matrices), all, none, or names such as query,key,value,attended,residual,gate,up.
     offload: names of activations that are kept in the memory of the host.
+    offload_optimizer: keep the state of the optimizer in the memory of the host between its updates.
     accumulate: number of parts that a step is computed in, one after the other.
   """
   precision: Literal['float32', 'bfloat16', 'int8', 'fp8'] = 'float32'
   keep_activations: tuple[str, ...] = ('products',)
   offload: tuple[str, ...] = ()
+  offload_optimizer: bool = False
   accumulate: int = 1
 
   @property
@@ -81,6 +83,6 @@ class Computation:
                        f'--keep_activations={",".join(self.keep_activations)} and --offload')
     return model
 
-  def with_accumulation(self, run: train.Run) -> train.Run:
-    """Returns the run with steps that are computed in parts."""
-    return dataclasses.replace(run, accumulate=self.accumulate)
+  def apply_to_steps(self, run: train.Run) -> train.Run:
+    """Returns the run with steps that are computed in these parts, and this memory for the state of its optimizer."""
+    return dataclasses.replace(run, accumulate=self.accumulate, offload_optimizer=self.offload_optimizer)

@@ -2,6 +2,7 @@
 from lm.sharding.axes import (
   check,
   constrain,
+  is_on_one_device,
   layout,
   local_rows,
   merge_axes,
@@ -29,8 +30,10 @@ from lm.sharding.collectives import (
   take_rows,
   top_k,
 )
+from lm.sharding.host_memory import HOST, abstract_on_host, require_host_memory, to_devices, to_host
 from lm.sharding.hosts import join, process_0_first
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
+from lm.sharding.overlap import overlap_options
 from lm.sharding.padded_vocabulary import hide_padding, mean_over_vocabulary, vocabulary_of, whole_logits
 from lm.sharding.partial import (
   contracted,
@@ -45,10 +48,11 @@ from lm.sharding.partial import (
   zero_gradient,
 )
 
-__all__ = ['check', 'constrain', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts', 'platform', 'require',
-           'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store', 'stored_spec', 'whole_rows',
-           'exchange_parts', 'insert_rows', 'largest_of_all', 'mark_varying', 'part_index', 'sum_of_parts',
-           'sum_over_devices', 'take_rows', 'top_k', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh',
-           'make_mesh', 'mesh_text', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length',
-           'spread', 'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary',
-           'vocabulary_of', 'whole_logits']
+__all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts',
+           'platform', 'require', 'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store',
+           'stored_spec', 'whole_rows', 'exchange_parts', 'insert_rows', 'largest_of_all', 'mark_varying', 'part_index',
+           'sum_of_parts', 'sum_over_devices', 'take_rows', 'top_k', 'HOST', 'abstract_on_host', 'require_host_memory',
+           'to_devices', 'to_host', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text',
+           'overlap_options', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length', 'spread',
+           'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary', 'vocabulary_of',
+           'whole_logits']

@@ -150,6 +150,11 @@ def is_laid_out() -> bool:
   return not mesh.empty and not mesh.are_all_axes_manual
 
 
+def is_on_one_device() -> bool:
+  """Returns whether no tensor is split: on one device, without a mesh, and inside a `shard_map`."""
+  return not is_laid_out() or jax.sharding.get_abstract_mesh().size == 1
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """Returns `x`, laid out as the table says."""
   partition = spec(axes)
@@ -236,4 +241,4 @@ def local_rows(rows: int, mesh: Mesh) -> range:
 
 def shard_rows(batch, mesh: Mesh):
   """Returns a tree of global arrays `[B, ...]` on the devices, from this process's rows `[b, ...]`."""
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(row_layout(mesh), x), batch)
+  return jax.make_array_from_process_local_data(row_layout(mesh), batch)   # one call takes less time than many

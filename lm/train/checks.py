@@ -28,6 +28,8 @@ def check(run: Run, mesh: jax.sharding.Mesh) -> None:
   if run.data.length > longest:
     raise ValueError(f'rows of {run.data.length} positions are longer than the {longest} that the model reads at once; '
                      f'give --length={longest} or less')
+  if run.offload_optimizer:
+    sharding.require_host_memory('the state of the optimizer', '--offload_optimizer')
   if run.objective.needs is not run.data.kind:
     raise ValueError(f'the objective learns from {KINDS[run.objective.needs]}, and the data holds '
                      f'{KINDS[run.data.kind]}; choose another objective or other data')

@@ -4,6 +4,7 @@ The order is that of the computation: parameters, activations by layer, logits, 
 from the last layer to the first, and those of parameters; then the update of the optimizer.
 """
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ def replay(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) 
   """
   if not 1 <= step <= run.steps:
     raise ValueError(f'the run has no step {step} to replay, its steps are 1 to {run.steps}; give one of them')
+  run = dataclasses.replace(run, offload_optimizer=False)   # its state is read on the devices
   constants = load_constants(run)
   state, batch = not_finite.load(run, workdir, mesh, step) if step in not_finite.steps_kept(workdir) else (None, None)
   lines = []

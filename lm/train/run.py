@@ -55,6 +55,7 @@ class Run:
       leaves the update out.
     minutes: steps are left out where training would take longer. `launch` chooses `steps` where an experiment has none.
     gradient: computes the gradient of a step, see `lm.train.gradient`.
+    offload_optimizer: whether the state of the optimizer is kept in the memory of the host between its updates.
     feed: `feed(run, data, mesh)` makes the feed, see `interfaces.Feed`; None reads the batches of the data.
     evaluators: `evaluators[name](run, data, mesh)` makes a function `(params, step) -> metrics`, which each
       evaluation calls. Its metrics are logged as `name/metric`.
@@ -87,6 +88,7 @@ class Run:
   not_finite: Skip | GoBack | None = None
   minutes: float | None = None
   gradient: Gradient = accumulate_gradients
+  offload_optimizer: bool = False
   feed: 'Callable[[Run, OpenData, jax.sharding.Mesh], Feed] | None' = None   # None: `feed.DataFeed`
   evaluators: 'Mapping[str, Callable[[Run, OpenData, jax.sharding.Mesh], Evaluator]]' = dataclasses.field(
       default_factory=dict)
@@ -170,7 +172,9 @@ def init(run: Run, key: jax.Array | None = None) -> State:
 
 def begin(run: Run, params: Any) -> State:
   """Returns the state before the first step, with these parameters."""
-  return State(jnp.int32(0), params, run.transformation.init(params), run.guard and run.guard.init())
+  opt_state = run.transformation.init(params)
+  return State(jnp.int32(0), params, sharding.to_host(opt_state) if run.offload_optimizer else opt_state,
+               run.guard and run.guard.init())
 
 
 def advance(state: State, steps: int) -> State:
@@ -180,7 +184,8 @@ def advance(state: State, steps: int) -> State:
 
 def abstract_state(run: Run, mesh: jax.sharding.Mesh) -> State:
   """Returns the shapes, dtypes and shardings of the state, which a checkpoint is restored into."""
-  return with_shardings(jax.eval_shape(lambda: init(run)), mesh)
+  state = with_shardings(jax.eval_shape(lambda: init(run)), mesh)
+  return state._replace(opt_state=sharding.abstract_on_host(state.opt_state)) if run.offload_optimizer else state
 
 
 def with_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -227,7 +232,7 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # Fields that nothing needs which reads the result of a run: to generate, to score, to export, or to start from it.
 _NOT_STORED = {'optimizer', 'save_every', 'keep_every', 'start', 'augment', 'guard', 'not_finite', 'minutes',
-               'gradient', 'feed', 'evaluators', 'best', 'better'}
+               'gradient', 'offload_optimizer', 'feed', 'evaluators', 'best', 'better'}
 _STORED = tuple(field.name for field in dataclasses.fields(Run) if field.name not in _NOT_STORED)
 
 

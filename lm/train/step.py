@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import optim, seeds
+from lm import optim, seeds, sharding
 from lm.data.batch import Batch
 from lm.train.gradient import accumulate
 from lm.train.run import Run, State, advance, with_constants
 
 
 def make_step(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-  """Returns `step_function(run)`, jitted; it donates the state.
+  """Returns `step_function(run)`, jitted for the platform of the mesh in use; it donates the state.
 
-  It is the same function whenever it is made for the same run, so that a step is traced once.
+  It is the same function whenever it is made for the same run and platform, so that a step is traced once.
   """
-  if '_step' not in vars(run):   # as `functools.cached_property` would keep it
-    vars(run)['_step'] = jax.jit(step_function(run), donate_argnums=0)
-  return vars(run)['_step']
+  name = f'_step_{sharding.platform()}'
+  if name not in vars(run):   # as `functools.cached_property` would keep it
+    vars(run)[name] = jax.jit(step_function(run), donate_argnums=0, compiler_options=sharding.overlap_options() or None)
+  return vars(run)[name]
 
 
 def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
@@ -58,6 +59,9 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
     factor = 1 / weight_sum   # multiply: XLA fuses it into each consumer, but materialises a division
     grads = jax.tree.map(lambda g: g * factor, grads)
     mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
+    if run.offload_optimizer:   # it comes after the gradient, so that activations have its memory before
+      grads, on_host = jax.lax.optimization_barrier((grads, state.opt_state))
+      state = state._replace(opt_state=sharding.to_devices(on_host))
     # For second derivatives: no activations of one part are kept while the next one is computed.
     part_loss = loss if run.accumulate == 1 else jax.checkpoint(loss)
     updates, opt_state = run.transformation.update(
@@ -81,7 +85,11 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
       is_next &= state.step == number
     return jax.tree.map(functools.partial(jnp.where, is_next), new, state), metrics
 
-  return step
+  def step_to_host(*args: Any, **kwargs: Any):
+    new, metrics = step(*args, **kwargs)
+    return new._replace(opt_state=sharding.to_host(new.opt_state)), metrics
+
+  return step_to_host if run.offload_optimizer else step
 
 
 def _checked(result: Any) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 """Probes of arithmetic name a wrong kernel, a wrong initial loss, and what makes a step compile again."""
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,13 @@ def test_sound_arithmetic():
 
 def test_the_plain_formula_is_the_kernel_of_jax():
   rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=(9, n, 4)).astype(np.float32) for n in (4, 2, 2))
-  ours = arithmetic.plain_attention(q, k, v, np.ones(9), np.arange(9), None, kernels.AttentionScores(window=3), None)
-  theirs = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(2, 0))
-  np.testing.assert_allclose(ours, theirs, atol=1e-6)
+  q, k, v, dy = (rng.normal(size=(9, n, 4)).astype(np.float32) for n in (4, 2, 2, 4))
+  ours = arithmetic.plain_attention(q, k, v, np.ones(9), np.arange(9), None, kernels.AttentionScores(window=3), None,
+                                    dy)
+  attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=(2, 0))
+  y, gradient = jax.vjp(attend, q, k, v)
+  for a, b in zip(ours, (y, *gradient(dy))):
+    np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_a_window_that_is_off_by_one_is_a_fault(monkeypatch):
@@ -43,6 +47,19 @@ def test_a_window_that_is_off_by_one_is_a_fault(monkeypatch):
   with examined(WINDOWED) as subject:
     finding = arithmetic.attention_kernel(subject)
     assert finding.verdict is Verdict.FAULT and 'with a window of 5' in finding.text
+
+
+def test_a_kernel_with_a_wrong_gradient_alone_is_a_fault(monkeypatch):
+  """The gradient of the scores lacks the mean that the softmax subtracts."""
+  def without_mean(scores, residuals, dy):
+    *others, y, log = residuals
+    return kernels._backward(scores, (*others, 0 * y, log), dy)
+  wrong = jax.custom_vjp(kernels._blockwise.fun, nondiff_argnums=(0,))
+  wrong.defvjp(kernels._forward, without_mean)
+  monkeypatch.setattr(kernels, '_blockwise', wrong)
+  with examined(WINDOWED) as subject:
+    finding = arithmetic.attention_kernel(subject)
+    assert finding.verdict is Verdict.FAULT and 'the gradient of' in finding.text
 
 
 @pytest.mark.parametrize('scale, verdict, words', [(300., Verdict.WARNING, 'too large'),

@@ -98,6 +98,8 @@ def test_settings_that_hurt_are_named():
   assert machine.judge_settings({}, 'cpu').verdict is Verdict.OK
   finding = machine.judge_settings({'JAX_DISABLE_JIT': 'True', 'XLA_FLAGS': '--xla_dump_to=/x'}, 'cpu')
   assert finding.verdict is Verdict.WARNING and 'nothing is compiled' in finding.text and 'to disk' in finding.text
+  waiting = {'LIBTPU_INIT_ARGS': '--xla_a=1 --xla_tpu_enable_async_collective_fusion=false'}
+  assert 'devices wait for each weight' in machine.judge_settings(waiting, 'tpu').text
   precise = {'JAX_DEFAULT_MATMUL_PRECISION': 'highest'}
   assert machine.judge_settings(precise, 'cpu').verdict is Verdict.OK
   assert machine.judge_settings(precise, 'gpu').verdict is Verdict.WARNING

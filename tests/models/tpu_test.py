@@ -1,27 +1,15 @@
 """Programs for TPU, without one: lowered on any machine, and compiled where libtpu is installed."""
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
-import pytest
+from helpers import tpu
 
 from lm import sharding
 from lm.data.batch import Batch
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.options import Computation
-
-TPU = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
-
-
-@pytest.fixture
-def topology():
-  """Returns the devices of a slice of four chips, for which programs can be compiled, and not run."""
-  pytest.importorskip('libtpu')
-  from jax.experimental import topologies
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')   # there is no metadata server to ask
-  return topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
 
 
 def gradient(model, mesh, length=256):
@@ -38,7 +26,7 @@ def tiny(**options):
 
 
 def test_a_model_is_lowered_with_the_splash_kernel_on_every_shard():
-  mesh = sharding.abstract_mesh('fsdp:4,tensor:2', TPU)
+  mesh = sharding.abstract_mesh('fsdp:4,tensor:2', tpu.KIND)
   with jax.sharding.use_abstract_mesh(mesh):
     text = gradient(tiny(), mesh).lower(lowering_platforms=('tpu',)).as_text()
   for name in ('fwd', 'dq', 'dkv'):
@@ -46,15 +34,15 @@ def test_a_model_is_lowered_with_the_splash_kernel_on_every_shard():
     assert calls and all('tensor<2x2x256x16xf32>' in line for line in calls), name   # rows and heads of one shard
 
 
-def test_a_model_is_compiled_with_the_splash_kernel(topology):
-  mesh = sharding.make_mesh(None, topology)
+def test_a_model_is_compiled_with_the_splash_kernel():
+  mesh = sharding.make_mesh(None, tpu.devices('v5e:2x2'))
   with jax.set_mesh(mesh):
     program = gradient(tiny(dtype=jnp.bfloat16), mesh).lower().compile()
   assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3   # forward, dq, and dk with dv
 
 
-def test_activations_are_kept_in_the_memory_of_the_host(topology):
-  mesh = sharding.make_mesh(None, topology)
+def test_activations_are_kept_in_the_memory_of_the_host():
+  mesh = sharding.make_mesh(None, tpu.devices('v5e:2x2'))
   with jax.set_mesh(mesh):
     model = Computation('bfloat16', offload=('gate', 'up')).apply(tiny(hidden=256))
     memory = gradient(model, mesh).lower().compile().memory_analysis()

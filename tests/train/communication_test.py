@@ -2,11 +2,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
+from helpers import tpu
 from helpers.meshes import mesh_of
 from helpers.runs import RUN
 
-from lm import train
+from lm import sharding, train
 from lm.models import transformer
 from lm.train import communication
 from lm.train.run import abstract_batch, abstract_constants, abstract_state
@@ -32,25 +34,67 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 }
 '''
   first, second, third = communication.exchanges(program)
-  assert first == ('all-gather', ('f32[8,32]',), 1024, 4, 15, 'jit(f)/a')
-  assert second == ('all-reduce', ('f32[4]', 'bf16[2,3]'), 28, 2, 15, '')
-  assert third == ('reduce-scatter', ('f32[2,3]',), 96, 4, 3, '')   # the whole is four times the part
+  assert first == ('all-gather', ('f32[8,32]',), 1024, 4, 15, 'jit(f)/a', 0)
+  assert second == ('all-reduce', ('f32[4]', 'bf16[2,3]'), 28, 2, 15, '', 0)
+  assert third == ('reduce-scatter', ('f32[2,3]',), 96, 4, 3, '', 0)   # the whole is four times the part
   assert communication.totals(program) == {
       'all-gather': (15, 15360), 'reduce-scatter': (3, 288), 'all-reduce': (30, 420)}
 
 
-def compiled(mesh):
-  run = dataclasses.replace(RUN, model=MODEL, batch=ROWS)
-  with jax.set_mesh(mesh := mesh_of(mesh)):
+def test_products_during_an_exchange_are_counted():
+  """One is asynchronous, one is spread over the fusions of a chain, and devices wait for the third."""
+  program = '''HloModule jit_step
+%start (p: f32[4]) -> f32[8] {
+  ROOT %a = f32[8]{0} all-gather(%p), replica_groups={{0,1}}, frontend_attributes={chain_id="7"}
+}
+%fused (p: f32[4], x: f32[2,2]) -> f32[8] {
+  %d = f32[2,2]{1,0} convolution(%x, %x)
+  ROOT %b = f32[8]{0} all-gather(%p), replica_groups={{0,1}}, frontend_attributes={chain_id="7"}
+}
+%test (t: (s32[])) -> pred[] {
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%layer (t: (s32[])) -> (s32[]) {
+  %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}
+  %d = f32[2,2]{1,0} dot(%y, %y)
+  %c = f32[8]{0} fusion(%x), kind=kCustom, calls=%start
+  %e = f32[8]{0} fusion(%c, %y), kind=kCustom, calls=%fused
+  %t = f32[8]{0} all-gather-done(%s)
+  %g = f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}
+  %h = f32[2,2]{1,0} dot(%y, %y)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[]) while(%t), condition=%test, body=%layer
+}
+'''
+  kinds = [('all-gather', ('f32[8]',), 32, 2, 5, '', products) for products in (2, 1, 0)]
+  assert communication.exchanges(program) == kinds
+
+
+def compiled(mesh, model=MODEL, length=None):
+  """Returns the program of a step on a mesh, or on one of this shape."""
+  run = dataclasses.replace(RUN, model=model, batch=ROWS)
+  if length is not None:
+    run = dataclasses.replace(run, data=dataclasses.replace(RUN.data, length=length))
+  with jax.set_mesh(mesh := mesh_of(mesh) if isinstance(mesh, str) else mesh):
     arguments = abstract_state(run, mesh), abstract_batch(run, mesh), abstract_constants(run)
     return train.make_step(run).lower(*arguments).compile().as_text()
 
 
-def weights() -> tuple[int, int]:
+def test_flags_of_the_user_decide_on_the_options_of_tpus(monkeypatch):
+  assert not sharding.overlap_options()   # on CPUs there are none
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh('fsdp:8', tpu.KIND)):
+    options = sharding.overlap_options()
+    monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_enable_async_all_gather=false --xla_other=1')
+    assert options.pop('xla_enable_async_all_gather') and sharding.overlap_options() == options
+
+
+def weights(model=MODEL) -> tuple[int, int]:
   """Returns the bytes of the matrices of all layers, and of the embedding."""
-  params = jax.eval_shape(MODEL.init, jax.random.key(0))
+  params = jax.eval_shape(model.init, jax.random.key(0))
   blocks = sum(x.size for x in jax.tree.leaves(params['blocks']) if x.ndim > 2)
-  return FLOAT * blocks, FLOAT * VOCAB * WIDTH
+  return FLOAT * blocks, FLOAT * params['embedding'].size
 
 
 @pytest.mark.parametrize('mesh', ['fsdp:8', pytest.param('replica:2,fsdp:4', marks=pytest.mark.slow)])
@@ -79,3 +123,16 @@ def test_a_layer_gathers_and_scatters_activations_twice_in_each_direction():
   assert totals['all-gather'][1] == (2 * blocks + embedding) // 2 + gathers * activations
   assert totals['reduce-scatter'][1] == (blocks + embedding) // 2 + LAYERS * (2 + 2) * activations
   assert totals['all-to-all'][1] == 2 * embedding // 8
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize('topology, width, waits', [('v5e:2x4', 1024, 1), ('v6e:2x4', 512, 3)])
+def test_on_tpus_weights_are_gathered_during_products(topology, width, waits):
+  """Devices wait for few of the 14 weights that a layer gathers, in bfloat16."""
+  model = transformer.llama(8 * width, width, LAYERS, heads=width // 128, max_length=width, dtype=jnp.bfloat16)
+  program = compiled(sharding.make_mesh('fsdp:8', tpu.devices(topology)), model, length=width)
+  blocks, embedding = weights(model)
+  assert communication.totals(program)['all-gather'] == (LAYERS * 14 + 1, (2 * blocks + embedding) // 2)
+  gathers = [each for each in communication.exchanges(program) if each.kind == 'all-gather' and each.times == LAYERS]
+  assert len(gathers) == 14 and sum(not each.products for each in gathers) <= waits
