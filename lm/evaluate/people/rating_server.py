@@ -1,15 +1,13 @@
 """The web server of a study: the page of each rater, which never learns a system's name, and the page of results."""
-import base64
-import hashlib
 import json
 import pathlib
-import re
 import socket
 import sqlite3
 from typing import Any
 
 from lm.data.text.source import require
 from lm.evaluate.people import exports, results, study
+from lm.evaluate.people.page_headers import read_page
 from lm.evaluate.people.vote_store import Vote, VoteStore
 
 _PAGE = pathlib.Path(__file__).with_name('page.html')
@@ -78,15 +76,7 @@ class _Server:
     self.store = store
     self.responses = require('starlette.responses', 'human')
     self.in_thread = require('starlette.concurrency', 'human').run_in_threadpool
-    self.html = _PAGE.read_text('utf-8')
-    hashed = lambda tag: ' '.join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
-        for body in re.findall(f'<{tag}>(.*?)</{tag}>', self.html, re.DOTALL))
-    self.headers = {
-        'Content-Security-Policy': f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; "
-                                   "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-                                   "frame-ancestors 'none'",
-        'Referrer-Policy': 'no-referrer', 'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
+    self.html, self.headers = read_page(_PAGE)
 
   async def page(self, request: Any) -> Any:
     token = request.path_params['token']
