@@ -98,9 +98,9 @@ class ServedModel:
     free = self.context - len(ids)
     needed = 1 if max_tokens is None else max_tokens
     if needed > free:
-      raise bad_request(f'the prompt has {len(ids)} tokens, and with max_tokens={needed} these are more than the '
-                        f'{self.context} that the model reads at once; shorten one of the two', param,
-                        'context_length_exceeded')
+      answer = 'a token of an answer' if max_tokens is None else f'max_tokens={max_tokens}'
+      raise bad_request(f'the prompt has {len(ids)} tokens, and with {answer} these are more than the {self.context} '
+                        'that the model reads at once; shorten it', param, 'context_length_exceeded')
     return free if max_tokens is None else max_tokens
 
   def check_length(self, ids: Sequence[int], param: str) -> None:
