@@ -167,7 +167,8 @@ def defaults(module, name: str, texts) -> train.Run:
   return train.build(signature.call(module.experiment, knobs))
 
 
-@pytest.mark.parametrize('shape', ['fsdp:4,tensor:2', *slow('fsdp:8')])
+@pytest.mark.parametrize('shape', [
+    'fsdp:4,tensor:2', pytest.param('fsdp:8', marks=[pytest.mark.slow, pytest.mark.long])])
 @pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)

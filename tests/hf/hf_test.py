@@ -17,8 +17,18 @@ from lm.workdir.describe import describe
 CASES, described, logits_of = hf_cases.CASES, hf_cases.described, hf_cases.logits_of
 transformers = hf_cases.transformers
 FAST = 'LlamaForCausalLM', 'Gemma3ForCausalLM'
-families = pytest.mark.parametrize('case', [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST)) for case in CASES])
+
+
+def families(longest):
+  """Returns the parametrisation by cases: a few are fast, the others slow; those that `longest` selects are long."""
+  return pytest.mark.parametrize('case', [
+      pytest.param(case, id=case.name, marks=[*[pytest.mark.slow] * (case.name not in FAST),
+                                              *[pytest.mark.long] * longest(case)]) for case in CASES])
+
+
+every_case = families(lambda case: False)
+# What does not depend on the reading of configs is shown by one case of each family, and by all in the long tests.
+first_cases = families(lambda case: '-' in case.name)
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +37,7 @@ def opened(tmp_path_factory):
   gc.collect()
 
 
-@families
+@every_case
 def test_logits_are_those_of_transformers(opened, case, record_property):
   """The rows are as long as the model allows: past windows, chunks, and the original context of stretched positions."""
   theirs, model, params, _ = opened(case)
@@ -41,7 +51,7 @@ def test_logits_are_those_of_transformers(opened, case, record_property):
   assert_small(record_property, case.architecture, 'loss', mean_loss(actual, tokens) - loss, bound=1e-5)
 
 
-@families
+@first_cases
 def test_padded_and_packed_rows_are_as_if_alone(opened, case, record_property):
   theirs, model, params, _ = opened(case)
   a, b, c = (random_tokens(n, seed=n) for n in (33, 9, 17))   # only the first exceeds the original context
@@ -50,7 +60,7 @@ def test_padded_and_packed_rows_are_as_if_alone(opened, case, record_property):
     assert_small(record_property, case.architecture, 'packed', actual - logits_of(theirs, document[None])[0])
 
 
-@families
+@first_cases
 def test_cached_decoding_equals_the_full_forward(opened, case, record_property):
   _, model, params, _ = opened(case)
   a, b = (random_tokens(n, seed=n) for n in (40, 20))
@@ -67,7 +77,7 @@ def test_cached_decoding_equals_the_full_forward(opened, case, record_property):
     assert_small(record_property, case.architecture, 'cached', logits[row, pad:] - expected[row, :40 - pad])
 
 
-@families
+@every_case
 def test_exported_files_are_the_imported_ones(opened, case, record_property, tmp_path):
   """Byte for byte; and transformers opens the export with no key missing or unexpected."""
   theirs, model, params, folder = opened(case)
