@@ -12,14 +12,19 @@ from processes_test import address, results
 
 ROOT, PATIENCE = pathlib.Path(__file__).parents[1], 300   # seconds to the first step
 PROGRAM = """
-import dataclasses, os, pathlib, time
+import dataclasses, time
 import jax
 from helpers.runs import RUN
 from lm import launch
-def experiment(*, steps: int = 1_000_000):
-  # Process 1 starts when process 0 has made the folder of checkpoints, and finds it, as process 0 did not.
-  while jax.process_index() and not pathlib.Path(os.environ['CHECKPOINTS']).exists():
+from lm.workdir import checkpoint
+stored_facts = checkpoint.stored_facts
+def look_late(folder):
+  # Process 1 looks when process 0 has made the folder of checkpoints, and sees it, as process 0 did not.
+  while jax.process_index() and not folder.exists():
     time.sleep(0.05)
+  return stored_facts(folder)
+checkpoint.stored_facts = look_late
+def experiment(*, steps: int = 1_000_000):
   return dataclasses.replace(RUN, steps=steps, save_every=10 ** 9, evaluate_every=10 ** 9)
 if __name__ == '__main__':
   launch.run(experiment)
@@ -38,7 +43,7 @@ def pair(tmp_path, cache):
   script.write_text(PROGRAM)
   environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
                               'PYTHONUNBUFFERED': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                              'JAX_COMPILATION_CACHE_DIR': str(cache), 'CHECKPOINTS': str(tmp_path / 'run/checkpoints')}
+                              'JAX_COMPILATION_CACHE_DIR': str(cache)}
   processes = [subprocess.Popen(
       [sys.executable, str(script), f'--workdir={tmp_path / "run"}', f'--coordinator_address={coordinator}',
        '--num_processes=2', f'--process_id={i}', '--heartbeat=6', '--nodoctor'], env=environment, text=True,
