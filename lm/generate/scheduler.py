@@ -69,7 +69,8 @@ class Scheduler:
     tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier.
     pages: the number of pages of the cache, each of which has as many slots as the largest width. A request takes those
       for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
-      is then not read again. None for rows with `engine.slots` slots each, on any mesh.
+      is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages: on a
+      mesh that splits rows. With 0, each row has `engine.slots` slots of its own.
 
   Raises:
     ValueError: the engine's model reads its prompt as a source, the engine makes drafts, or the cache cannot have
@@ -90,13 +91,14 @@ class Scheduler:
     widths = tuple(width for width in sorted(set(widths), reverse=True) if width <= max(self.context // 2, 1))
     if widths[-1:] != (1,):
       raise ValueError(f'widths={widths} must include 1, because prompts are read without padding')
-    if pages is not None and pages < 2:
-      raise ValueError(f'pages={pages} must be at least 2, because no text uses page 0')
+    if pages is None:
+      pages = rows * -(-engine.slots // widths[0]) + 1 if paged.can_have_pages(model) else 0
+    if pages < 0 or pages == 1:
+      raise ValueError(f'pages={pages} must be 0 or at least 2, because no text uses page 0')
     self._slots = Slots(engine, rows, widths, pages)
-    self.context = min(self.context, self._slots.slots)
     self._state = self._slots.empty()
-    self.pool = None if pages is None else PagePool(pages)   # which pages are used
-    self._shares = pages is not None and paged.has_all_in_pages(self._state.cache)
+    self.pool = PagePool(pages) if pages else None   # which pages are used
+    self._shares = pages > 0 and paged.has_all_in_pages(self._state.cache)
     self.prompt_tokens = 0   # of all prompts so far
     self.shared_tokens = 0   # those of them that were in pages, and not read again
     self._waiting: collections.deque[Request] = collections.deque()

@@ -61,10 +61,7 @@ class Start(NamedTuple):
 def _empty(model, history, settings, *, rows, slots, pages, size) -> State:
   history, settings = split_rows((history, settings))
   zeros = split_rows(jnp.zeros(rows, jnp.int32))
-  if pages is None:
-    cache = model.init_cache(rows, slots)
-  else:
-    cache = paged.init_cache(model, rows, pages, size, slots // size)
+  cache = paged.init_cache(model, rows, pages, size, slots // size) if pages else model.init_cache(rows, slots)
   return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros)
 
 
@@ -110,21 +107,19 @@ def _join(model, state: State, prompt: Prompt, start: Start, ends, row, pages, *
   return insert_state(state, new, places, cache), replicate(tokens)
 
 
-@jax.jit
-def _read_prefix(cache, pages_M, count) -> Any:
-  return paged.read_prefix(cache, pages_M, count)
+_read_prefix = jax.jit(paged.read_prefix)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
   """Reads prompts and lets them join the rows of a state, for an engine and a number of rows.
 
-  With `pages`, the cache of the state has so many pages, of the largest width; otherwise each row has its own slots.
+  The cache of the state has `pages` pages of the largest width; with 0, each row has slots of its own.
   """
   engine: Engine
   rows: int
   widths: Sequence[int] = WIDTHS
-  pages: int | None = None
+  pages: int = 0
 
   @property
   def size(self) -> int:
@@ -134,7 +129,7 @@ class Slots:
   @property
   def slots(self) -> int:
     """The number of slots of a row."""
-    return self.engine.slots if self.pages is None else self.engine.slots // self.size * self.size
+    return -(-self.engine.slots // self.size) * self.size if self.pages else self.engine.slots
 
   def empty(self) -> State:
     """Returns a state without prompts."""
@@ -187,7 +182,7 @@ class Slots:
     `pages` are those of the row, if the state has pages; the first `stored` of them have the prompt's prefix already.
     """
     engine, row_pages = self.engine, None
-    if self.pages is not None:
+    if self.pages:
       blocks = np.arange(self.slots // self.size)
       row_pages = self._padded(pages), (blocks >= stored) & (blocks < len(pages))
     return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), row_pages,

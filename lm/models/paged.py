@@ -7,6 +7,7 @@ M of them. A layer without keys and values for each slot, such as a recurrent on
 A text is read into a cache of one row without pages, and then copied into pages; its next tokens go into the pages.
 Shapes: the legend in `transformer.py`, P pages, S slots of a page, C entries of a latent.
 """
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,14 @@ def _from_pages(pool: jax.Array, pages_M: jax.Array, count: jax.Array, axis: int
   return jax.lax.fori_loop(0, count, copy, jnp.zeros(shape, pool.dtype))[None]
 
 
+def _on_shards(function: Callable[..., Any], like: Any, *args: Any) -> Any:
+  """Calls a function whose result is laid out as `like`. On a mesh, each shard computes with its own heads."""
+  if sharding.spec('B') is None:
+    return function(*args)
+  layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+  return jax.shard_map(function, out_specs=layout, check_vma=False)(*args)
+
+
 class LayerPages(NamedTuple):
   """Keys and values of one layer, in pages."""
   k_PKSH: jax.Array
@@ -55,10 +64,12 @@ class LayerPages(NamedTuple):
   def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, visible: Visible, scores: AttentionScores,
              sinks_N: jax.Array | None = None) -> tuple[jax.Array, 'LayerPages']:
     """Like `LayerCache.attend`."""
-    pages, slots = _places(visible, k_BTKH.shape[1], self.k_PKSH.shape[2])
-    cache = LayerPages(*(pool.at[pages, :, slots].set(new.astype(pool.dtype))
-                         for pool, new in zip(self, (k_BTKH, v_BTKH))))
-    return kernels.paged(q_BTNH, *cache, visible, scores, sinks_N), cache
+    def local(cache, q, k, v, visible, sinks):
+      pages, slots = _places(visible, k.shape[1], cache.k_PKSH.shape[2])
+      cache = LayerPages(*(pool.at[pages, :, slots].set(new.astype(pool.dtype)) for pool, new in zip(cache, (k, v))))
+      return kernels.paged(q, *cache, visible, scores, sinks), cache
+
+    return _on_shards(local, (q_BTNH, self), self, q_BTNH, k_BTKH, v_BTKH, visible, sinks_N)
 
   def copy_in(self, row: LayerCache, pages_M: jax.Array) -> 'LayerPages':
     """Returns pages with the keys and values of a row."""
@@ -76,10 +87,13 @@ class LatentPages(NamedTuple):
   def attend(self, q_BTNC: jax.Array, latent_BTC: jax.Array, visible: Visible, scores: AttentionScores
              ) -> tuple[jax.Array, 'LatentPages']:
     """Like `LatentCache.attend`."""
-    pages, slots = _places(visible, latent_BTC.shape[1], self.latent_PSC.shape[1])
-    cache = LatentPages(self.latent_PSC.at[pages, slots].set(latent_BTC.astype(self.latent_PSC.dtype)))
-    latents_P1SC = cache.latent_PSC[:, None]
-    return kernels.paged(q_BTNC, latents_P1SC, latents_P1SC, visible, scores), cache
+    def local(cache, q, latent, visible):
+      pages, slots = _places(visible, latent.shape[1], cache.latent_PSC.shape[1])
+      cache = LatentPages(cache.latent_PSC.at[pages, slots].set(latent.astype(cache.latent_PSC.dtype)))
+      latents_P1SC = cache.latent_PSC[:, None]
+      return kernels.paged(q, latents_P1SC, latents_P1SC, visible, scores), cache
+
+    return _on_shards(local, (q_BTNC, self), self, q_BTNC, latent_BTC, visible)
 
   def copy_in(self, row: LatentCache, pages_M: jax.Array) -> 'LatentPages':
     """Returns pages with the latents of a row."""
@@ -91,27 +105,31 @@ class LatentPages(NamedTuple):
 
 
 _PAGES_OF = {LayerCache: LayerPages, LatentCache: LatentPages}
+_ROW_OF = {pages: row for row, pages in _PAGES_OF.items()}
+
+
+def can_have_pages(model: Any) -> bool:
+  """Returns whether a cache of the model can have pages: no mesh splits rows, and the cache is that of a decoder."""
+  return sharding.parts('B') == 1 and isinstance(jax.eval_shape(lambda: model.init_cache(1, 1)), Cache)
 
 
 def init_cache(model: Any, rows: int, pages: int, size: int, blocks: int) -> Cache:
   """Returns an empty cache of rows with `blocks` pages each, from a pool of `pages` pages of `size` slots.
 
   Raises:
-    ValueError: the mesh splits rows, or the model's cache is of another kind.
+    ValueError: the cache cannot have pages.
   """
+  if not can_have_pages(model):
+    raise ValueError(f'the cache of {type(model).__name__} cannot have pages, or the mesh splits rows; give pages=0')
   pool, own = model.init_cache(pages, size), model.init_cache(rows, blocks * size)
-  if not isinstance(own, Cache):
-    raise ValueError(f'a cache of class {type(own).__name__} cannot have pages; leave out pages')
-  if sharding.parts('B') > 1:
-    raise ValueError('the pages of a cache belong to all rows, and the mesh splits the rows; leave out pages')
   layers = tuple(_PAGES_OF[type(layer)](*layer) if type(layer) in _PAGES_OF else row
                  for layer, row in zip(pool.layers, own.layers))
-  return own._replace(layers=layers, pages_BM=jnp.zeros((rows, blocks), jnp.int32))
+  return own._replace(layers=layers, pages_BM=sharding.constrain(jnp.zeros((rows, blocks), jnp.int32), 'B-'))
 
 
 def has_all_in_pages(cache: Cache) -> bool:
   """Returns whether all that a cache knows of a text is in its pages, so that a prefix can be shared."""
-  return all(isinstance(layer, tuple(_PAGES_OF.values())) for layer in cache.layers)
+  return all(type(layer) in _ROW_OF for layer in cache.layers)
 
 
 def insert(cache: Cache, new: Cache, row: jax.Array, pages_M: jax.Array, is_new_M: jax.Array) -> Cache:
@@ -119,23 +137,29 @@ def insert(cache: Cache, new: Cache, row: jax.Array, pages_M: jax.Array, is_new_
 
   `pages_M` are the pages of the row. Those of which `is_new_M` is not true have their keys and values already.
   """
-  targets = jnp.where(is_new_M, pages_M, _NONE)
-  layers = []
-  for layer, new_layer in zip(cache.layers, new.layers):
-    if isinstance(layer, tuple(_PAGES_OF.values())):
-      layers.append(layer.copy_in(new_layer, targets))
-    else:
-      layers.append(sharding.insert_rows(layer, new_layer, row[None]))
-  rows = sharding.insert_rows(cache._replace(layers=(), pages_BM=None), new._replace(layers=()), row[None])
-  return rows._replace(layers=tuple(layers), pages_BM=cache.pages_BM.at[row].set(pages_M))
+  def local(cache, new, row, pages_M, is_new_M):
+    targets, layers = jnp.where(is_new_M, pages_M, _NONE), []
+    for layer, new_layer in zip(cache.layers, new.layers):
+      if type(layer) in _ROW_OF:
+        layers.append(layer.copy_in(new_layer, targets))
+      else:
+        layers.append(sharding.insert_rows(layer, new_layer, row[None]))
+    rows = sharding.insert_rows(cache._replace(layers=(), pages_BM=None), new._replace(layers=()), row[None])
+    return rows._replace(layers=tuple(layers), pages_BM=cache.pages_BM.at[row].set(pages_M))
+
+  return _on_shards(local, cache, cache, new, row, pages_M, is_new_M)
 
 
 def read_prefix(cache: Cache, pages_M: jax.Array, count: jax.Array) -> Cache:
   """Returns a cache of one row without pages, with the contents of the first `count` of these pages."""
-  slots = jnp.arange(cache.segments_BS.shape[1])[None]
-  filled = count * (slots.size // len(pages_M))
-  layers = tuple(layer.copy_out(pages_M, count) for layer in cache.layers)
-  return Cache(layers, (slots < filled).astype(jnp.int32), slots, jnp.reshape(filled, (1,)))
+  def local(cache, pages_M, count):
+    slots = jnp.arange(cache.segments_BS.shape[1])[None]
+    filled = count * (slots.size // len(pages_M))
+    layers = tuple(layer.copy_out(pages_M, count) for layer in cache.layers)
+    return Cache(layers, (slots < filled).astype(jnp.int32), slots, jnp.reshape(filled, (1,)))
+
+  rows = tuple(_ROW_OF[type(layer)](*layer) for layer in cache.layers)
+  return _on_shards(local, cache._replace(layers=rows, pages_BM=None), cache, pages_M, count)
 
 
 def release(cache: Cache, is_free_B: jax.Array) -> Cache:

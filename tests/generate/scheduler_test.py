@@ -1,4 +1,4 @@
-"""Requests join and leave the rows of a scheduler, obey their settings, and are as they are alone, bit for bit."""
+"""Requests join and leave the rows of a scheduler, and are as they are alone, bit for bit. `pages_test` has pages."""
 import functools
 
 import jax
@@ -21,7 +21,7 @@ def model_and_params():
 def scheduler(rows=3, **options):
   model, params = model_and_params()
   engine = generate.Engine(model, model.unstack(params), 96, VOCAB, (EOS,))
-  return Scheduler(engine, rows, **{'widths': (16, 4, 1), **options})
+  return Scheduler(engine, rows, **{'widths': (16, 4, 1), 'pages': 0, **options})
 
 
 def ids(text):
@@ -188,3 +188,7 @@ def test_a_scheduler_that_cannot_work_is_refused():
     scheduler(widths=(4, 2))
   with pytest.raises(ValueError, match='rows=0'):
     scheduler(rows=0)
+  with pytest.raises(ValueError, match='pages=1 must be 0 or at least 2'):
+    scheduler(pages=1)
+  with pytest.raises(ValueError, match='need 4 pages, and there are 3'):
+    scheduler(pages=4).submit(Request([1] * 17, max_tokens=32))
