@@ -10,7 +10,8 @@ from helpers.decoders import Bytes, make
 
 from lm import evaluate, generate, sharding
 from lm.generate import Request, Sampling, Scheduler, page_pool
-from lm.models import attention, kernels, paged
+from lm.models import attention, kernels, latent, paged, rotary, stack, transformer
+from lm.models import layers as parts
 
 PREFIX = [Bytes.bos_id, *b'a prefix of more than four pages.']
 
@@ -137,3 +138,25 @@ def test_a_pool_knows_which_pages_are_used_and_forgets_the_oldest_prefix_first()
   assert [len(pool.find([key])) for key in (b'a', b'b', b'c')] == [1, 0, 1]
   pool.take([], 2)
   assert [len(pool.find([key])) for key in (b'a', b'b', b'c')] == [0, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('attend', [
+    attention.Attention(4, 2, 8, rotary.Rotary(), scores=attention.AttentionScores(window=5), sinks=True),
+    latent.LatentAttention(4, None, 8, 4, 4, 8)])
+def test_windows_and_latents_have_pages_too(attend):
+  block = parts.Block(attend, parts.FeedForward(16), parts.RMSNorm(), parts.RMSNorm())
+  model = transformer.Transformer(264, 32, stack.stacks([block]), parts.RMSNorm(), 96, tied=False)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: (0.6 * rng.normal(size=x.shape)).astype('f4'),
+                        jax.eval_shape(model.init, jax.random.key(0)))
+  texts = [PREFIX[1:], [*PREFIX[1:20], *b'other'], [*PREFIX[1:], *b'more']]
+  expected = generate.tokens(model, params, Bytes(), [np.int32(text) for text in texts], Sampling(0), max_tokens=12)
+  subject = Scheduler(generate.Engine(model, model.unstack(params), 96, 258, Bytes().eos_ids), 2, (8, 1))
+  new = [Request([Bytes.bos_id, *text], Sampling(0), 12) for text in texts]
+  for request in new:
+    subject.submit(request)
+  written = answers(subject, new)
+  for number, ids in enumerate(expected):
+    assert [x for x in written[number, 0] if isinstance(x, int) and x != Bytes.eos_id] == ids.tolist()
+  assert subject.shared_tokens == 16 + 32

@@ -106,3 +106,21 @@ def test_a_new_mixer_writes_each_text_of_a_batch_as_alone(model):
   together = generate.generate(model, params, tokenizer, TEXTS, sampling, max_tokens=12)
   assert len(set(together)) == len(TEXTS)
   assert together == [generate.generate(model, params, tokenizer, [text], sampling, max_tokens=12)[0] for text in TEXTS]
+
+
+@pytest.mark.slow
+def test_a_scheduler_serves_a_new_mixer(model):
+  params, tokenizer = jax.jit(model.init)(jax.random.key(0)), Bytes(('<|a|>', '<|b|>'))
+  texts = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch([*TEXTS, TEXTS[2]])]
+  expected = generate.tokens(model, params, tokenizer, texts, generate.Sampling(0), max_tokens=12)
+  engine = generate.Engine(model, model.unstack(params), 64, tokenizer.vocab_size, tokenizer.eos_ids)
+  scheduler = generate.Scheduler(engine, 2, (4, 1))
+  requests = [generate.Request([tokenizer.bos_id, *ids], generate.Sampling(0), 12) for ids in texts]
+  for request in requests:
+    scheduler.submit(request)
+  written = {request: [] for request in requests}
+  while scheduler.is_busy:
+    for event in scheduler.step():
+      written[event.request] += [token for token in event.ids if token not in tokenizer.eos_ids]
+  assert list(written.values()) == [ids.tolist() for ids in expected]
+  assert scheduler.shared_tokens == 0   # its state has no pages, so every prompt is read
