@@ -46,8 +46,7 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
     layers: number of layers; none for 6.
     width: size of the residual stream; none for 384.
     heads: number of heads of attention; none for 6.
-    mup_width: width at which --lr was tuned; the rate is transferred to this model by muP, see lm/models/mup.py. 0 for
-      no transfer over width.
+    mup_width: width at which --lr was tuned; muP transfers it to this model, see lm/models/mup.py. 0 for no transfer.
     mup_layers: number of layers at which --lr was tuned; 0 for no transfer over depth.
     spike_guard: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last 128
       steps, such as 6; none for never.
@@ -60,24 +59,17 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
   if length is not None and length < 1:
     raise ValueError(f'--length={length} is not positive; leave it out, or give 1 or more')
   size, text = shape.resolve(DEFAULT), corpus.source()
-  scaled = bool(mup_width or mup_layers)
-  if scaled and (origin and not shape_flags or size.architecture != 'llama'
-                 or optimizer.optimizer in ('sgd', 'muon', 'adafactor')):
-    raise ValueError(f'--mup_width={mup_width} and --mup_layers={mup_layers} need the architecture llama, a shape from '
-                     'flags and not from --model or --init, and an optimizer with the update of adam; this is '
-                     f'{size.architecture} with {optimizer.optimizer}')
-  scale = {'base_width': mup_width or size.width, 'base_layers': mup_layers or size.layers}
-  update = optimizer.make(steps, min(100, steps // 10), mup.rates(size.width, size.layers, **scale) if scaled else ())
+  scale = mup_scale(mup_width, mup_layers, size, bool(origin and not shape_flags), optimizer.optimizer)
+  update = optimizer.make(steps, min(100, steps // 10), mup.rates(size.width, size.layers, **scale) if scale else ())
 
   def build(base: load.BaseModel | None) -> train.Run:
     decoder = named.trunk(base.model) if base and not shape_flags else None
     vocab = vocabulary.vocab or (base.model.vocab if base else size.vocab)
     positions = length or min(512, decoder.max_length if decoder else 512)
     goal = prediction.make(positions)
-    tokens = base.tokenizer if base else None
-    tokens = tokens or vocabulary.tokenizer(vocab, goal.control, kind='bpe')
+    tokens = base and base.tokenizer or vocabulary.tokenizer(vocab, goal.control, kind='bpe')
     decoder = decoder or shape.decoder(DEFAULT, vocab, positions, computation, regularisation)
-    decoder = computation.apply(mup.parametrised(decoder, **scale) if scaled else decoder)
+    decoder = computation.apply(mup.parametrised(decoder, **scale) if scale else decoder)
     network, goal = ahead.apply(decoder, prediction, goal)
     run = train.Run(
         model=network, objective=goal, data=dataset.Text(text, tokens, positions, rules), optimizer=update,
@@ -85,6 +77,20 @@ def experiment(*, corpus: options.Corpus = options.Corpus(), stop_words: str | N
         guard=None if spike_guard is None else guard.Guard(sigma=spike_guard))
     return lora.adapt(cadence.apply(computation.apply_to_steps(run)))
   return train.after_opening(build, base=origin)
+
+
+def mup_scale(width: int, layers: int, size: Size, is_given: bool, optimizer: str) -> dict[str, int]:
+  """Returns the sizes at which the learning rate was tuned, for a transfer by muP; none for no transfer.
+
+  Raises ValueError where the decoder, whose shape may be given by another model, or the optimizer allows no transfer.
+  """
+  if not width and not layers:
+    return {}
+  if is_given or size.architecture != 'llama' or optimizer in ('sgd', 'muon', 'adafactor'):
+    raise ValueError(f'--mup_width={width} and --mup_layers={layers} need the architecture llama, a shape from flags '
+                     'and not from --model or --init, and an optimizer with the update of adam; this is '
+                     f'{size.architecture} with {optimizer}')
+  return {'base_width': width or size.width, 'base_layers': layers or size.layers}
 
 
 if __name__ == '__main__':

@@ -56,49 +56,66 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
     best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
   """
-  if sum(value is not None for value in (text, file, jsonl, split, pairs)) != 1:
-    raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
-  compressed.check_limit(decompressed_limit)
-  if allow_left_out and jsonl is None and pairs is None:
-    raise ValueError('--allow_left_out is for --jsonl and --pairs; leave it out')
   workdir, model = load.run_or_model(workdir, model, best)
-  if model and split is not None:
-    raise ValueError('--split is for the data of a run; with --model, give --text, --file or --jsonl')
-  if source is not None and text is None and file is None or source_key and jsonl is None:
-    raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
-  if file is not None:
-    text = text_scores.read_text(file)
+  check_flags(model, text, file, jsonl, split, pairs, source, source_key, allow_left_out)
+  compressed.check_limit(decompressed_limit)
   read_json = lambda pattern, key: corpora.jsonl(pattern, key, 0., encoding_errors, decompressed_limit).splits['train']
-  texts, sources = [text], None if source is None else [source]
-  if jsonl is not None:
+  if jsonl is None:
+    texts, sources = one_text(text, file, source)
+  else:
     texts, sources = read_json(jsonl, key), read_json(jsonl, source_key) if source_key else None
-  if text == '' and not sources:   # with a source, the end of an empty text is scored
-    raise ValueError('the text is empty, so there is nothing to score; give a text')
-  if jsonl is not None and not sources:
-    texts = text_scores.without_empty(texts, key, allow_left_out)
+    texts = texts if sources else text_scores.without_empty(texts, key, allow_left_out)
   if model:   # before the weights are read, which takes long
     text_scores.check_flags(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
-    if split is None and isinstance(loaded.model, Reward):
+    if split is not None:
+      text_scores.show_split(loaded, split, context, devices)
+    elif isinstance(loaded.model, Reward):
       records = None if pairs is None else read_json(pairs, None)
       rewards.show_rewards(loaded, loaded.run.data.template, records, texts, sources, bos, allow_left_out)
-      return
-    if pairs is not None:
-      raise ValueError(f'--pairs is for reward models, and {model or workdir} is not one; train one with '
-                       '"experiments/preference.py --method=reward"')
-    if split is None:
-      if not model:
-        text_scores.check_flags(loaded.model, sources is not None, bos)
-        if loaded.run.objective.prompt is None and loaded.model.causal:
-          raise ValueError(f'the decoder in {workdir} was trained to fill in masked tokens, not to predict the next '
-                           'token; --split gives the loss of its objective')
+    else:
+      check_model(loaded, model or workdir, pairs is not None, sources is not None, bos)
       if loaded.model.causal and not windows:
         text_scores.check_lengths(loaded, texts)
       show = text_scores.show if jsonl is None else text_scores.show_all
       show(loaded, texts, sources, text_scores.begins(loaded, bos))
-      return
-    text_scores.show_split(loaded, split, context, devices)
+
+
+def check_flags(model: str | None, text: str | None, file: pathlib.Path | None, jsonl: str | None, split: str | None,
+                pairs: str | None, source: str | None, source_key: str | None, allow_left_out: bool) -> None:
+  """Raises ValueError where flags contradict one another."""
+  if sum(value is not None for value in (text, file, jsonl, split, pairs)) != 1:
+    raise ValueError('give one of --text, --file, --jsonl, --split and --pairs')
+  if allow_left_out and jsonl is None and pairs is None:
+    raise ValueError('--allow_left_out is for --jsonl and --pairs; leave it out')
+  if model and split is not None:
+    raise ValueError('--split is for the data of a run; with --model, give --text, --file or --jsonl')
+  if source is not None and text is None and file is None or source_key and jsonl is None:
+    raise ValueError('--source goes with --text or --file, --source_key with --jsonl')
+
+
+def one_text(text: str | None, file: pathlib.Path | None, source: str | None) -> tuple[list, list | None]:
+  """Returns the texts and the sources of `--text` or `--file`. Raises ValueError where there is nothing to score."""
+  if file is not None:
+    text = text_scores.read_text(file)
+  if text == '' and source is None:   # with a source, the end of an empty text is scored
+    raise ValueError('the text is empty, so there is nothing to score; give a text')
+  return [text], None if source is None else [source]
+
+
+def check_model(loaded: load.TrainedModel | pretrained.Pretrained, name: pathlib.Path | str, has_pairs: bool,
+                has_sources: bool, bos: bool | None) -> None:
+  """Raises ValueError where a model, which is no reward model, cannot score texts as the flags say."""
+  if has_pairs:
+    raise ValueError(f'--pairs is for reward models, and {name} is not one; train one with '
+                     '"experiments/preference.py --method=reward"')
+  if isinstance(loaded, pretrained.Pretrained):   # whose flags were checked before
+    return
+  text_scores.check_flags(loaded.model, has_sources, bos)
+  if loaded.run.objective.prompt is None and loaded.model.causal:
+    raise ValueError(f'the decoder in {name} was trained to fill in masked tokens, not to predict the next token; '
+                     '--split gives the loss of its objective')
 
 
 if __name__ == '__main__':

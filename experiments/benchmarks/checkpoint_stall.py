@@ -55,8 +55,7 @@ def benchmark(*, width: int = 1024, layers: int = 8, saves: int = 5, folder: pat
     state = jax.block_until_ready(step(state))
     return state, time.perf_counter() - start
 
-  state, _ = seconds(state)
-  stalls = []
+  (state, _), stalls = seconds(state), []
   with tempfile.TemporaryDirectory(dir=folder) as new, checkpoint.Checkpoints(new, keep=1) as checkpoints:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     for number in range(1, saves + 1):

@@ -1,4 +1,4 @@
-"""Probes of arithmetic: the loss of new parameters, the attention kernel, and what makes a step compile again."""
+"""Probes of arithmetic: the loss of new parameters, and the attention kernel."""
 import dataclasses
 import functools
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import seeds, sharding, train
+from lm import sharding
 from lm.doctor.findings import DoesNotApply, Finding, Verdict, judge
 from lm.doctor.subject import Subject
 from lm.models import kernel_choice
@@ -160,38 +160,3 @@ def plain_attention(q_TNH: np.ndarray, k_TKH: np.ndarray, v_TKH: np.ndarray, seg
   gradients = (np.einsum('NTS,SNH->TNH', ds, k), by_group(np.einsum('NTS,TNH->SNH', ds, q_TNH)),
                by_group(np.einsum('NTS,TNH->SNH', weights, dy_TNH)))
   return y, *gradients, None if sinks_N is None else -np.sum(sink / total * mean, axis=(1, 2))
-
-
-def step_compiles_once(subject: Subject) -> Finding:
-  """Whether a step returns a state of the same types as the state that it is given, so that the next step is the same.
-
-  Types are shapes, dtypes, weak types and shardings.
-  """
-  if subject.state is None:
-    raise DoesNotApply('the workdir does not describe the optimizer')
-  run = subject.run
-  batch = train.abstract_batch(run, subject.mesh)
-  new, _ = jax.eval_shape(train.step_function(run), subject.state, batch, subject.constants, seeds.key(run.seed))
-  before = {_path(path): _type(x) for path, x in jax.tree_util.tree_leaves_with_path(subject.state)}
-  after = {_path(path): _type(x) for path, x in jax.tree_util.tree_leaves_with_path(new)}
-  changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-  shapes = len({*run.schedule.shapes()})
-  text = f'a step changes the types of {len(changed)} of {len(before)} arrays of its state'
-  if not changed:
-    times = 'once' if shapes == 1 else f'once for each of {shapes} shapes of batches'
-    return judge(True, f'{text}, so that it compiles {times}')
-  path = changed[0]
-  return judge(False, text, f'it compiles again; {path} is {before.get(path)} before and {after.get(path)} after',
-               Verdict.WARNING)
-
-
-def _path(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _type(x: Any) -> str:
-  aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-  layout = aval.sharding
-  spec = tuple(layout.spec) if getattr(layout, 'spec', None) is not None else ()
-  spec += (None,) * (len(aval.shape) - len(spec))
-  return f'{aval.dtype}{list(aval.shape)}{" weak" if aval.weak_type else ""} {spec}'

@@ -1,10 +1,12 @@
 """Probes of gradients: of padding, of accumulation, of each parameter, and on several devices."""
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lm import declarations, sharding, train
 from lm.declarations import Role
@@ -14,17 +16,18 @@ from lm.doctor.subject import Pass, Subject, compiled_fast
 from lm.optim import groups
 
 
-@jax.jit
-def _distance(first: Any, second: Any) -> tuple[jax.Array, jax.Array]:
-  """Returns the norms of the difference of two trees, and of the first."""
-  total = lambda function, *trees: jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(
-      lambda *xs: jnp.sum(jnp.square(function(*(x.astype(jnp.float32) for x in xs)))), *trees))))
-  return total(jnp.subtract, first, second), total(lambda x: x, first)
+@functools.cache
+def _distance_program() -> Any:
+  """Returns a compiled function of two trees that returns the norms of their difference, and of the first."""
+  def distance(first, second):
+    first, second = jax.tree.map(lambda x: x.astype(jnp.float32), (first, second))
+    return optax.tree.norm(jax.tree.map(jnp.subtract, first, second)), optax.tree.norm(first)
+  return compiled_fast(distance)
 
 
 def difference(first: Pass, second: Pass) -> float:
   """Returns the relative difference of two gradients, or that of their losses if it is larger."""
-  gap, norm = map(float, _distance(first.gradients, second.gradients))
+  gap, norm = map(float, _distance_program()(first.gradients, second.gradients))
   losses = [float(each.metrics['loss']) for each in (first, second)]
   return max(gap / max(norm, 1e-30), abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-30))
 

@@ -10,7 +10,7 @@ from lm.doctor.trained_labels import Labels
 
 
 def labels_shifted_once(subject: Subject) -> Finding:
-  """Whether the label of each position is the next token, or in an encoder the token that was masked there."""
+  """Whether the label of each position is the next token, or, of encoders and of diffusion, the one that was masked."""
   labels = subject.labels
   batch, trained = labels.batch, labels.trained_BT
   total = int(trained.sum())
@@ -19,7 +19,8 @@ def labels_shifted_once(subject: Subject) -> Finding:
   own = labels.is_trained_on(batch.targets) & trained
   if own.sum() < 0.95 * total:
     return _misplaced(subject, own)
-  if not getattr(subject.base_model, 'causal', False):
+  masked = np.isin(batch.tokens, subject.special.control) & trained
+  if not getattr(subject.base_model, 'causal', False) or masked.sum() > 0.5 * total:
     share = ((batch.tokens == batch.targets) & trained).sum() / total
     return judge(share < 0.5, f'{share:.0%} of {total:,} labels can be read in the input of their own position',
                  'the model is asked for what it reads')

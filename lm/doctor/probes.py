@@ -6,6 +6,7 @@ import jax
 from lm.doctor import (
   arithmetic,
   cached_decoding,
+  compile_counts,
   dataset_figures,
   gradients,
   labels,
@@ -33,7 +34,7 @@ START: Mapping[str, Probe] = {
     'accumulation': gradients.accumulation_in_use,
     'initial loss': arithmetic.loss_at_initialisation,
     'attention kernel': arithmetic.attention_kernel,
-    'compiles once': arithmetic.step_compiles_once,
+    'compiles once': compile_counts.state_keeps_its_types,
     'tokenizer': texts.tokenizer_round_trips,
     'padding share': dataset_figures.padding_share,
     'cut examples': dataset_figures.cut_examples,
@@ -45,6 +46,7 @@ START: Mapping[str, Probe] = {
 ALL: Mapping[str, Probe] = {
     **START,
     'accumulation': gradients.accumulation,
+    'compiles once': compile_counts.step_compiles_once,
     'sharding': gradients.sharded_equals_single,
     'cache': cached_decoding.cache_equals_forward,
     'one model': cached_decoding.sampler_scorer_trainer_agree,

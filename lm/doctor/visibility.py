@@ -21,6 +21,9 @@ def no_future(subject: Subject) -> Finding:
   """Whether a change of a token changes no output before it, unless the token is marked as bidirectional."""
   if not getattr(subject.base_model, 'causal', False):
     raise DoesNotApply('the model reads in both directions')
+  marks = subject.small().bidirectional
+  if marks is not None and marks[subject.small().segments > 0].all():
+    raise DoesNotApply('the objective lets each position see all tokens')
   return _unseen(subject, _earlier_positions, 'later tokens',
                  'the model sees the tokens that it has to predict, so that its loss means nothing')
 
@@ -43,6 +46,8 @@ def answers_hidden(subject: Subject) -> Finding:
   position, following = np.s_[:, :-1], np.s_[:, 1:]
   targets = (batch.weights[position] != 0) & (batch.segments[position] == batch.segments[following])
   targets &= batch.targets[position] == batch.tokens[following]
+  if targets.sum() < 0.5 * (batch.weights != 0).sum():   # some are by chance
+    raise DoesNotApply('labels are not the tokens after their positions')
   count = int((targets & batch.bidirectional[following]).sum())
   return judge(not count, f'{count} of {int(targets.sum())} targets are marked as bidirectional',
                'the model sees them before it predicts them')

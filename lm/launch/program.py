@@ -106,6 +106,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
           examine: Callable[..., None] | None = None) -> tuple[Any, Any]:
   """Trains the run of an experiment in a workdir, and records there how it was started.
 
+  Returns the run and its result, see `train.train`.
+
   Args:
     experiment: a function that returns a `train.Run`.
     knobs: the values of the experiment's flags, by name.
@@ -122,9 +124,6 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
     on_not_finite: what happens at a step that is not finite, as the flag says.
     replay: the step to replay instead of training; the result is then None.
     examine: called as `examine(workdir, train.Start)` before the first step.
-
-  Returns:
-    The run and its result, see `train.train`.
 
   Raises:
     interrupt.Stopped: a signal stopped the run.
@@ -148,13 +147,8 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
       run = budget.plan(build, records.read(workdir))
     run = policy.with_policy(run, on_not_finite)
     if replay is not None:
-      from lm.train import replay as replays
-      print('\n'.join(replays.replay(run, workdir, mesh, replay)))
-      return run, None
-    resume.check_minutes(program_flags, run)
-    resume.check_start(program_flags, workdir, build)
-    if verify:
-      _verify(run, workdir)
+      return run, _replay(run, workdir, mesh, replay)
+    _check(run, build, workdir, program_flags, verify)
     record(experiment, knobs, workdir, mesh, init, seed)
     with resume.name_changed_flags(program_flags, workdir, build):
       result = train.train(run, workdir, mesh, watch, new_objective, examine and functools.partial(examine, workdir))
@@ -166,10 +160,18 @@ def start(experiment: Callable[..., Any], knobs: dict[str, Any], workdir: pathli
   return run, result
 
 
-def _verify(run: Any, workdir: pathlib.Path) -> None:
-  """Compares the files of the data with their checksums, and prints those that have none."""
-  unverified = run.data.verify(workdir)
-  if unverified:
+def _replay(run: Any, workdir: pathlib.Path, mesh: Any, step: int) -> None:
+  """Prints what is not finite first in a step."""
+  from lm.train import replay
+  print('\n'.join(replay.replay(run, workdir, mesh, step)))
+
+
+def _check(run: Any, build: Callable[[], Any], workdir: pathlib.Path, program_flags: Any, verify: bool) -> None:
+  """Raises ValueError where a run cannot continue with its flags, or, with `verify`, where its data is damaged."""
+  from lm.launch import resume
+  resume.check_minutes(program_flags, run)
+  resume.check_start(program_flags, workdir, build)
+  if verify and (unverified := run.data.verify(workdir)):
     print(f'not verified, since it has no checksums: {", ".join(unverified)}')
 
 

@@ -46,7 +46,8 @@ def replay(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) 
     raise ValueError(f'the run has no step {step} to replay, its steps are 1 to {run.steps}; give one of them')
   run = dataclasses.replace(run, offload_optimizer=False)   # its state is read on the devices
   constants = load_constants(run)
-  state, batch = not_finite.load(run, workdir, mesh, step) if step in not_finite.steps_kept(workdir) else (None, None)
+  is_kept = step in not_finite.steps_kept(workdir)
+  state, batch = not_finite.load(run, workdir, mesh, step) if is_kept else (None, None)
   lines = []
   if state is None:
     last, (step, state, batch) = step, _compute_again(run, workdir, mesh, step, constants)
@@ -64,6 +65,8 @@ def replay(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) 
       after = f'; after it: {", ".join(shown)}' if shown else ''
       return [f'step {step} in {name}: the first that is not finite is {places[0]}{after}', *lines]
     lines.append(f'step {step} in {name}: all values are finite')
+  if not is_kept:
+    return [*lines, f'{workdir} has no record of a fault at this step']
   return [*lines, 'the fault does not come again: it may be one of the device, or of operations whose order varies']
 
 

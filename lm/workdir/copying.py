@@ -103,20 +103,21 @@ def _copy_step(source: Any, target: Any) -> str:
   return f'checkpoint {target.name}: {_summary(sizes)}'
 
 
-def _summary(sizes: list[int]) -> str:
+def _summary(sizes: list[int | None]) -> str:
   """Returns what was copied; `sizes` are those of `_copy_file`."""
-  return f'{len(sizes)} files, {sum(size > 0 for size in sizes)} of them copied ({sum(sizes) / 1e6:,.1f} MB)'
+  copied = [size for size in sizes if size is not None]
+  return f'{len(sizes)} files, {len(copied)} of them copied ({sum(copied) / 1e6:,.1f} MB)'
 
 
-def _copy_file(source: Any, target: Any, checksum: int | None = None) -> int:
-  """Copies a file unless the target has the same bytes. Returns the number of bytes that were copied.
+def _copy_file(source: Any, target: Any, checksum: int | None = None) -> int | None:
+  """Copies a file. Returns the number of its bytes; None where the target had the same ones already.
 
   Raises ValueError where the source does not have the checksum, and OSError where the copy does not have its bytes.
   """
   if target.exists() and target.stat().length == source.stat().length:
     expected = integrity.checksum(source) if checksum is None else checksum
     if integrity.checksum(target) == expected:
-      return 0
+      return None
   target.parent.mkdir(parents=True, exist_ok=True)
   new = target.with_name(f'{target.name}.copying') if _can_rename(target) else target
   crc = size = 0

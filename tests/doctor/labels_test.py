@@ -8,8 +8,8 @@ from helpers.examined import examined, run_of
 from helpers.slow import slow
 
 from lm.data.batch import Example, Form
-from lm.doctor import labels
-from lm.doctor.findings import Verdict
+from lm.doctor import labels, visibility
+from lm.doctor.findings import DoesNotApply, Verdict
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 RUN = run_of('next_token')
@@ -35,6 +35,15 @@ def test_labels_of_sound_objectives(name):
   with examined(run_of(name)) as subject:
     assert labels.labels_shifted_once(subject).verdict is Verdict.OK
     assert labels.targets_alone_are_trained(subject).verdict is Verdict.OK
+
+
+def test_a_decoder_that_is_trained_by_diffusion_is_sound():
+  with examined(run_of('diffusion', model=RUN.model)) as subject:
+    finding = labels.labels_shifted_once(subject)
+    assert finding.verdict is Verdict.OK and 'in the input of their own position' in finding.text
+    for probe in (visibility.no_future, visibility.answers_hidden):
+      with pytest.raises(DoesNotApply, match='see all tokens|labels are not the tokens after'):
+        probe(subject)
 
 
 @pytest.mark.parametrize('run, verdict, words', [

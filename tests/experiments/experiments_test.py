@@ -57,6 +57,7 @@ TOOLS = {
     'copy_run': ['--workdir=/nowhere', '--out=gs://bucket/run', '--step=3'],
     'proof': ['--meshes=fsdp:8; fsdp:4,tensor:2', '--steps=3'],
     'mesh_costs': ['--steps=3'],
+    'start_up': ['--restarts=2'],
     'export_hf': ['--workdir=/nowhere', '--out=/nowhere/else', '--dtype=bfloat16'],
     'tfds_builder': ['--text=*.txt', '--data_dir=/nowhere', r'--separator=\n\n'],
     'noise_scale': ['--batches=8', '--rows=4', '--best'],

@@ -98,7 +98,7 @@ class Changed:
 
   def __post_init__(self):   # protocols see no members that `__getattr__` finds, from Python 3.12 on
     for name in interfaces.Decoder.__protocol_attrs__ if hasattr(interfaces.Decoder, '__protocol_attrs__') else ():
-      if name != 'apply' and hasattr(self.model, name):
+      if not hasattr(type(self), name) and hasattr(self.model, name):
         object.__setattr__(self, name, getattr(self.model, name))
 
   def __getattr__(self, name):

@@ -1,6 +1,7 @@
 """A replay names the layer and the module that was made to overflow: forward, backward only, in the optimizer only."""
 import dataclasses
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,11 @@ def test_what_is_finite_in_float32_is_named_in_the_dtype_of_the_run(tmp_path):
 def test_a_step_that_is_finite_says_so(tmp_path):
   first, second = replayed(tmp_path)
   assert first == 'step 1 in float32: all values are finite' and 'does not come again' in second
+  shutil.rmtree(tmp_path / 'failures')
+  (tmp_path / 'checkpoints').mkdir()
+  with jax.set_mesh(mesh_of('fsdp:2')):
+    assert replay.replay(RUN, tmp_path, mesh_of('fsdp:2'), 1) == [first, f'{tmp_path} has no record of a fault at '
+                                                                  'this step']
 
 
 @pytest.mark.parametrize('step', [0, -1, RUN.steps + 1])

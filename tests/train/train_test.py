@@ -2,13 +2,7 @@
 import dataclasses
 import itertools
 import json
-import os
-import pathlib
-import pty
-import re
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,8 +12,7 @@ from helpers.meshes import mesh_of
 from helpers.runs import RUN, Bigram, Data, V, go, logged, same, saved, steps_kept
 from helpers.slow import slow
 
-from lm import optim, sharding, train
-from lm.data.batch import Batch
+from lm import optim, train
 from lm.models import transformer
 from lm.objectives import objective
 from lm.objectives.next_token import next_token
@@ -78,52 +71,6 @@ def test_losses_are_the_same_on_any_mesh(whole, tmp_path, mesh):
   np.testing.assert_allclose([*logged(tmp_path).values()], [*logged(whole).values()], rtol=1e-5)
   actual, expected = logged(tmp_path, 'validation/loss'), logged(whole, 'validation/loss')
   np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
-
-
-def one_step(run, mesh, batch, state=None):
-  """Returns the state and metrics after a step, in NumPy, from a new state or the given one."""
-  with jax.set_mesh(mesh_of(mesh)):
-    state = jax.jit(lambda: train.init(run))() if state is None else jax.device_put(state, jax.tree.map(
-        lambda s: s.sharding, train.abstract_state(run, mesh_of(mesh))))
-    before = jax.tree.map(np.array, state)
-    return before, jax.tree.map(np.asarray, train.make_step(run)(state, sharding.shard_rows(batch, mesh_of(mesh))))
-
-
-def test_a_step_of_a_decoder_is_the_same_on_any_mesh():
-  model = transformer.llama(V, width=16, layers=1, heads=4, kv_heads=2, hidden=16, max_length=16, dropout=0.1)
-  run = dataclasses.replace(RUN, model=model, optimizer=optim.sgd(lambda step: 0.1))
-  batch = Data().batches('train', run.objective, 8)(0)
-  state, single = one_step(run, 'fsdp:1', batch)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-               one_step(run, 'fsdp:4,tensor:2', batch, state)[1], single)
-
-
-@pytest.mark.parametrize('denominator', [objective.token_mean, objective.sequence_mean])
-def test_accumulation_is_one_large_batch(denominator):
-  rng = np.random.default_rng(0)
-  batch = Data().batches('train', next_token(), 8)(0)
-  uneven = rng.random(batch.weights.shape) ** 4 * 3 * rng.integers(2, size=(8, 1))   # some rows have weight zero
-  batch = batch._replace(weights=(uneven * batch.weights).astype(np.float32))
-  run = dataclasses.replace(RUN, model=Bigram(dropout=0.), objective=next_token(denominator),
-                            optimizer=optim.sgd(lambda step: 1.))
-  state, whole = one_step(run, 'fsdp:2', batch)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-               one_step(dataclasses.replace(run, accumulate=4), 'fsdp:2', batch, state)[1], whole)
-
-
-@pytest.mark.slow
-def test_parts_of_a_step_drop_out_differently():
-  run = dataclasses.replace(RUN, model=Bigram(dropout=0.5), optimizer=optim.sgd(lambda step: 0.), accumulate=2)
-  one = Data().batches('train', next_token(), 4)(0)
-  twice = Batch(*(None if x is None else np.repeat(x, 2, axis=0) for x in one))   # row i goes to part i % 2
-  losses = []
-  for batch, r in ((twice, run), (one, dataclasses.replace(run, batch=4, accumulate=1))):
-    with jax.set_mesh(mesh_of('fsdp:1')):
-      state, step = jax.jit(lambda r=r: train.init(r))(), train.make_step(r)
-      for _ in range(2):
-        state, metrics = step(state, sharding.shard_rows(batch, mesh_of('fsdp:1')))
-        losses.append(float(metrics['loss']))
-  assert len(set(losses)) == 4   # no two steps are the same
 
 
 def explosive():
@@ -303,110 +250,3 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, monkeypatch):
 def test_the_schedule_and_the_key_follow_the_step(whole):
   rates = logged(whole, 'learning_rate')
   np.testing.assert_allclose([rates[n] for n in range(1, 7)], [0.05 / 3, 0.1 / 3] + [0.05] * 4, rtol=1e-6)
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_signal_asks_to_stop_and_the_second_ends_the_process(monkeypatch, capfd, number):
-  ended = []
-  monkeypatch.setattr(os, '_exit', ended.append)
-  before = signal.getsignal(number)
-  with Interrupt() as interrupt:
-    assert not interrupt.should_stop(1)
-    signal.raise_signal(number)
-    assert interrupt.should_stop(2) and not ended and 'to save' in capfd.readouterr().err
-    signal.raise_signal(number)
-    assert ended == [128 + number]
-  assert signal.getsignal(number) is before
-
-
-PROGRAM = """
-import pathlib, sys
-import train_test as t
-from lm import launch
-def experiment(*, steps: int = 1_000_000):
-  import dataclasses
-  return dataclasses.replace(t.RUN, steps=steps, save_every=10 ** 9, evaluate_every=10 ** 9)
-if __name__ == '__main__':
-  launch.run(experiment)
-"""
-
-
-def test_a_signal_that_is_ignored_stays_ignored():
-  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  try:
-    with Interrupt() as interrupt:
-      signal.raise_signal(signal.SIGHUP)
-      assert not interrupt.should_stop(1)
-  finally:
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_a_closed_terminal_is_a_signal_to_save(tmp_path):
-  """Writing to it is an error from then on, which must not end the run."""
-  program = ('import fcntl, sys, termios, time; from lm.train.interrupt import Interrupt\n'
-             'fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n'
-             'with Interrupt() as interrupt:\n'
-             '  print("ready", flush=True)\n'
-             '  while not interrupt.should_stop(1): time.sleep(0.01)\n'
-             '  print("stopped", flush=True); open(sys.argv[1], "w").write(str(interrupt.signal))')
-  ours, theirs = pty.openpty()
-  with subprocess.Popen([sys.executable, '-c', program, str(tmp_path / 'signal')], stdin=theirs, stdout=theirs,
-                        stderr=theirs, start_new_session=True, cwd=pathlib.Path(__file__).parents[2]) as process:
-    os.close(theirs)
-    assert b'ready' in os.read(ours, 100)
-    os.close(ours)
-    assert process.wait(timeout=60) == 0
-  assert (tmp_path / 'signal').read_text() == str(int(signal.SIGHUP))
-
-
-@pytest.mark.slow
-def test_sigterm_saves_exits_with_143_and_the_run_goes_on(tmp_path):
-  (tmp_path / 'program.py').write_text(PROGRAM)
-  folder = pathlib.Path(__file__).parent
-  environment = os.environ | {'PYTHONPATH': f'{folder}:{folder.parent}', 'XDG_CACHE_HOME': str(tmp_path),
-                              'PYTHONUNBUFFERED': '1', 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  command = [sys.executable, '-W', 'error', str(tmp_path / 'program.py'), f'--workdir={tmp_path / "run"}', '--nodoctor']
-  with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-    first = next(line for line in process.stdout if line.startswith('step '))
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-  assert process.returncode == 143, err
-  step = int(re.search(r'stopped at step (\d+) of 1000000', out)[1])
-  assert first and steps_kept(tmp_path / 'run') == [step] and 'Traceback' not in err
-  result = go(tmp_path / 'run', steps=step + 2, save_every=10 ** 9, evaluate_every=10 ** 9)
-  assert result.step == step + 2 and list(logged(tmp_path / 'run')) == list(range(1, step + 3))
-  assert json.loads((tmp_path / 'run' / 'run.json').read_text())[0]['knobs'] == {'steps': 1_000_000}
-
-
-def test_a_result_has_the_signal_that_stopped_the_run_or_none(tmp_path, monkeypatch):
-  def stop_requested(self, step):
-    self.signal = signal.SIGINT if step == 2 else None
-    return step == 2
-  monkeypatch.setattr(Interrupt, 'should_stop', stop_requested)
-  result = go(tmp_path)
-  assert (result.signal, result.finished) == (signal.SIGINT, False)
-  with pytest.raises(KeyboardInterrupt) as stop:
-    result.raise_if_stopped()
-  assert stop.value.code == 130
-  result = go(tmp_path)
-  assert result.signal is None and result.finished
-  result.raise_if_stopped()
-  mesh = mesh_of('fsdp:2')
-  with jax.set_mesh(mesh):
-    run = dataclasses.replace(RUN, evaluate_every=1)
-    result = train.train(run, tmp_path / 'ended', mesh, lambda step, metrics: True)
-  assert (result.signal, result.finished, result.step) == (None, False, 1)
-  result.raise_if_stopped()
-
-
-@pytest.mark.parametrize('result, kind', [
-    (lambda loss, weight, sums: loss, 'a scalar'),
-    (lambda loss, weight, sums: (loss, weight), 'a scalar, a scalar'),
-    (lambda loss, weight, sums: (loss, weight, {'nll': loss}), r"a scalar, a scalar, \['nll'\]"),
-    (lambda loss, weight, sums: (loss[None], weight, sums), r'an array \[1\], a scalar, .*')])
-def test_a_loss_that_returns_something_else_is_refused(result, kind, tmp_path):
-  def loss(*args):
-    return result(*RUN.objective.loss(*args))
-  with pytest.raises(ValueError, match=f'the loss of the objective returned {kind}; return .loss_sum, weight_sum, '):
-    go(tmp_path, objective=dataclasses.replace(RUN.objective, loss=loss))
-  assert not list(tmp_path.iterdir())

@@ -1,7 +1,4 @@
-"""Checkpoints restore the same bytes on any mesh, survive damage, kills and full disks, and cast nothing silently."""
-import errno
-import json
-import logging
+"""Checkpoints restore the same bytes on any mesh, survive kills and full disks, and cast nothing silently."""
 import os
 import pathlib
 import re
@@ -10,78 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from absl import logging as absl_logging
-from helpers.faults import failing, faults
-from jax.sharding import AxisType, NamedSharding
+from helpers.checkpoint_states import State, abstract, fill, make_mesh, make_state, same_bytes
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm.workdir import arrays, checkpoint, mismatch
+from lm.workdir import checkpoint, mismatch
 from lm.workdir.judge import Judge
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-class State(NamedTuple):
-  step: Any
-  params: Any
-  opt_state: Any
-
-
-def make_mesh(*shape):
-  return jax.make_mesh(shape, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2,
-                       devices=jax.devices()[:np.prod(shape)])
-
-
-def make_state(mesh, seed=0, step=1):
-  rng = np.random.default_rng(seed)
-  put = lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec))
-  with jax.set_mesh(mesh):
-    params = {'w': put(P('data', 'model'), rng.normal(size=(64, 256)).astype('f4')),
-              'h': {'b': put(P('data'), jnp.asarray(rng.normal(size=16), jnp.bfloat16))}}
-    optimizer = optax.adamw(1e-3)
-    updates, opt_state = optimizer.update(params, optimizer.init(params), params)
-    return State(put(P(), np.int32(step)), optax.apply_updates(params, updates), opt_state)
-
-
-def abstract(state, mesh):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
-                      state)
-
-
-def same_bytes(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-@pytest.fixture(scope='module')
-def mesh():
-  return make_mesh(8, 1)
-
-
-@pytest.fixture
-def warned():
-  """Returns the lines that absl logs; its logger may not propagate to pytest's."""
-  lines = []
-  handler = logging.Handler()
-  handler.emit = lambda record: lines.append(record.getMessage())
-  absl_logging.get_absl_logger().addHandler(handler)
-  yield lines
-  absl_logging.get_absl_logger().removeHandler(handler)
-
-
-def fill(folder, mesh, steps=(10, 20), metrics=None, **kwargs):
-  with checkpoint.Checkpoints(folder, **kwargs) as checkpoints:
-    for i, step in enumerate(steps):
-      checkpoints.save(step, make_state(mesh, step, step), {'seen': step}, metrics and metrics[i])
-  return checkpoint.Checkpoints(folder, **kwargs)
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8), (1, 1)])
@@ -194,140 +132,6 @@ def test_names_the_leaf_that_does_not_fit(tmp_path, mesh, warned, change, line):
   with pytest.raises(mismatch.Mismatch, match=re.escape(line)):
     checkpoints.restore(change(abstract(make_state(mesh), mesh)))
   assert not warned  # a whole checkpoint of another model is not a damaged one
-
-
-# The files of a step, by kind, without files of Orbax that nothing reads.
-ARRAY_FILES = '_METADATA', 'array_metadatas/*', 'manifest.ocdbt', 'd/*', 'ocdbt.process_0/d/*'
-KINDS = {'facts/metadata', *(f'{part}/{name}' for part in ('params', 'state') for name in ARRAY_FILES)}
-
-
-def halve(path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize('damage', [halve, lambda path: path.write_bytes(b''), pathlib.Path.unlink],
-                         ids=['halved', 'empty', 'missing'])
-def test_falls_back_from_a_damaged_step_and_says_so(tmp_path, mesh, warned, damage, capfd):
-  fill(tmp_path / 'whole', mesh)
-  target, older, newer = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10), make_state(mesh, 20, 20)
-  fallen = set()
-  for kind in sorted(KINDS):
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
-    for path in (tmp_path / 'run' / '20').glob(kind):
-      damage(path)
-    restored = checkpoint.Checkpoints(tmp_path / 'run').restore(target)
-    assert same_bytes(restored.state, {10: older, 20: newer}[restored.step])
-    assert len(warned) == (restored.step == 10)  # one line
-    if warned:
-      assert f'{tmp_path}/run/20 is damaged: ' in warned.pop()
-      fallen.add(kind)
-    shutil.rmtree(tmp_path / 'run')
-  assert fallen == KINDS
-  assert 'Traceback' not in capfd.readouterr().err
-
-
-def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, mesh, warned):
-  fill(tmp_path / 'whole', mesh)
-  target, older = abstract(make_state(mesh), mesh), make_state(mesh, 10, 10)
-  rng = np.random.default_rng(0)
-  for kind in sorted(KINDS):
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
-    for path in (tmp_path / 'run' / '20').glob(kind):
-      data = bytearray(path.read_bytes())
-      data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-      path.write_bytes(data)
-      restored = checkpoint.Checkpoints(tmp_path / 'run').restore(target)
-      assert restored.step == 10 and same_bytes(restored.state, older)
-      name = path.relative_to(tmp_path / 'run' / '20')
-      assert len(warned) == 1 and 'as it was written' in warned[0].replace('they were', 'it was')
-      assert str(name) in warned.pop()
-      assert checkpoint.Checkpoints(tmp_path / 'run').facts() == {'seen': 10 if kind.startswith('facts') else 20}
-      warned.clear()
-      path.write_bytes((tmp_path / 'whole' / '20' / name).read_bytes())
-    shutil.rmtree(tmp_path / 'run')
-
-
-def test_a_checkpoint_without_checksums_is_read(tmp_path, mesh, warned):
-  fill(tmp_path, mesh)
-  (tmp_path / '20' / 'checksums.json').unlink()
-  restored = checkpoint.Checkpoints(tmp_path).restore(abstract(make_state(mesh), mesh))
-  assert restored.step == 20 and same_bytes(restored.state, make_state(mesh, 20, 20)) and not warned
-
-
-def test_a_checkpoint_of_one_part_is_read(tmp_path, mesh, monkeypatch):
-  """Earlier versions stored the parameters among the other arrays."""
-  with monkeypatch.context() as patch:
-    patch.setattr(arrays, 'parts', lambda state: {'state': state._asdict()})
-    fill(tmp_path, mesh)
-  for step in '10', '20':
-    path = tmp_path / step / 'facts' / 'metadata'
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in document.items() if name not in ('parts', 'permanent')}))
-    (tmp_path / step / 'checksums.json').unlink()
-  checkpoints, state = checkpoint.Checkpoints(tmp_path), make_state(mesh, 20, 20)
-  assert same_bytes(checkpoints.restore(abstract(state, mesh)).state, state)
-  assert same_bytes(checkpoints.restore_params(abstract(state, mesh).params).state, state.params)
-
-
-@pytest.mark.parametrize('times, step', [(1, 20), (2, 10)])
-def test_a_read_that_fails_once_is_repeated(tmp_path, mesh, warned, times, step):
-  fill(tmp_path, mesh)
-  with faults('open', r'/20/state/manifest', failing(errno.EIO, times)):
-    restored = checkpoint.Checkpoints(tmp_path).restore(abstract(make_state(mesh), mesh))
-  assert restored.step == step and len(warned) == (step == 10)
-
-
-@pytest.mark.parametrize('number', [np.inf, np.nan, 1e30])
-def test_parameters_that_are_not_finite_are_never_restored(tmp_path, mesh, warned, number):
-  state = make_state(mesh, 20, 20)
-  w = np.array(state.params['w'])
-  w[63, 255] = number
-  ruined = state._replace(params={**state.params, 'w': jax.device_put(w, state.params['w'].sharding)})
-  # The state of an optimizer may hold infinities, parameters may not.
-  infinite = state._replace(step=state.step * np.inf)
-  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
-    checkpoints.save(5, infinite, {})
-    checkpoints.save(20, ruined._replace(step=infinite.step), {})
-  target = abstract(infinite, mesh)
-  assert checkpoint.Checkpoints(tmp_path).restore(target).step == 5
-  assert checkpoint.Checkpoints(tmp_path).restore_params(target.params).step == 5
-  assert len(warned) == 2 and '20 is damaged: the norm of its parameters is not finite' in warned[0]
-
-
-def test_goes_on_over_a_damaged_step(tmp_path, mesh, warned):
-  fill(tmp_path, mesh, [10, 20, 30], keep=3)
-  for step, path in (20, 'state/_METADATA'), (30, 'facts/metadata'):
-    (tmp_path / str(step) / path).write_text('{')
-  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
-    assert checkpoints.facts() == {'seen': 20}
-    assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
-    assert [line.split(' is ')[0].rsplit('/')[-1] for line in warned] == ['30', '20']  # each is named once
-    assert sorted(os.listdir(tmp_path)) == ['10', '20', '30']  # reading changes nothing
-    checkpoints.save(20, make_state(mesh), {'seen': 'anew'})
-  names = sorted(os.listdir(tmp_path))
-  assert [name.split('-')[0] for name in names] == ['10', '20', '20.damaged', '30.damaged']
-  assert checkpoint.Checkpoints(tmp_path).facts() == {'seen': 'anew'}
-
-
-def test_never_starts_from_scratch_when_all_are_damaged(tmp_path, mesh):
-  fill(tmp_path, mesh)
-  for step in '10', '20':
-    shutil.rmtree(tmp_path / step / 'state')
-  checkpoints = checkpoint.Checkpoints(tmp_path)
-  target = abstract(make_state(mesh), mesh)
-  for _ in range(2):
-    with pytest.raises(OSError, match='step 20 is damaged: .*step 10 is damaged: .*nothing was deleted.*from a copy'):
-      checkpoints.restore(target)
-  assert sorted(os.listdir(tmp_path)) == ['10', '20']
-  with pytest.raises(FileNotFoundError, match=r'no step 15 in .*\[10, 20\]'):
-    checkpoints.restore(target, step=15)
-
-
-def test_a_damaged_step_that_is_named_is_not_replaced_by_another(tmp_path, mesh):
-  checkpoints = fill(tmp_path, mesh)
-  (tmp_path / '20/facts/metadata').unlink()
-  with pytest.raises(OSError, match='step 20 is damaged'):
-    checkpoints.facts(20)
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path, mesh):
