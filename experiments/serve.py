@@ -7,6 +7,7 @@ r"""Serves a trained run or a Hugging Face model: a chat page, and the endpoints
 
 Prints the address when it answers. Needs `pip install -e '.[serve]'`.
 """
+import contextlib
 import functools
 import os
 import pathlib
@@ -37,7 +38,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     rows: answers that are written at the same time; others wait.
     context: the longest text, a prompt and its answer together, in tokens; none for that of the model, 4096 at most.
     pages: pages of the cache, of 64 tokens each: prompts that begin alike share those of the beginning, which is read
-      once, as in a conversation that goes on; none for a whole context for each row.
+      once, as in a conversation that goes on. For one device; none for a whole context for each row.
     waiting: answers that may wait; a request for more is refused with status 429.
     api_key: what clients have to send as a bearer token; none for the environment variable LM_API_KEY, or for no key.
     cors: origins of other web pages that may use the server, such as https://example.org.
@@ -52,6 +53,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
                      f'max_tokens={max_tokens} must be at least 1, and waiting={waiting} at least 0')
   if context is not None and context < 2:
     raise ValueError(f'context={context} must be at least 2: a token of a prompt, and one of an answer')
+  if pages is not None and jax.device_count() > 1:
+    raise ValueError(f'pages={pages} is for one device, and there are {jax.device_count()}; leave it out')
   listener = serve.listen(host, port)   # before the model is read, which may take long
   workdir, folder = load.run_or_model(None, model, best)
   mesh = sharding.make_mesh(mesh)
@@ -64,10 +67,15 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
                        'prompt; give a decoder that was trained to')
     params, template = decoder.unstack(loaded.params), load.chat_template(loaded)
     del loaded   # the stacked parameters, so that there is one copy
+  on_mesh = functools.partial(jax.set_mesh, mesh)
+  if pages is not None:   # they are not split over devices
+    on_mesh = contextlib.nullcontext
+    params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  with on_mesh():
     slots = context or min(decoder.max_length, 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
     scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages)
-  thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
+  thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
   thread.start(scheduler.warm_up).result()
   served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
                              decoder, params, tokenizer, scheduler.context, template)
