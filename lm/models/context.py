@@ -71,6 +71,16 @@ class Context:
   def with_key(self, key: jax.Array | None) -> 'Context':
     return dataclasses.replace(self, key=key)
 
+  def rows(self) -> tuple[Any, ...]:
+    """Returns what is led by the rows of a batch."""
+    return self.positions_BT, self.visible._replace(bias_NTS=None), self.source
+
+  def with_rows(self, rows: tuple[Any, ...]) -> 'Context':
+    """Returns the context with other rows in the place of `rows()`."""
+    positions_BT, visible, source = rows
+    visible = visible._replace(bias_NTS=self.visible.bias_NTS)
+    return dataclasses.replace(self, positions_BT=positions_BT, visible=visible, source=source)
+
   def tap(self, name: str, x: jax.Array) -> jax.Array:
     """Passes the activation `name` through the taps of that name, and stores their readings."""
     for tapped, function in self.taps:

@@ -59,7 +59,7 @@ def attend(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, scor
     bias = None if visible.bias_NTS is None else sharding.constrain(visible.bias_NTS, 'M--')
     rows = jax.tree.map(lambda x: sharding.constrain(x, 'B-'), visible._replace(bias_NTS=None))
     visible = rows._replace(bias_NTS=bias)
-  local = jax.shard_map(local, out_specs=jax.typeof(q).sharding.spec, check_vma=False)
+  local = sharding.per_device(local, jax.typeof(q).sharding.spec, check_vma=False)
   return sharding.constrain(local(q, k, v, visible, sinks_N, drop), 'BTNH')
 
 

@@ -93,8 +93,7 @@ def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.A
   return sharding.leave(_einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def _einsum(formula, x, w, dtype, rounds):
+def _multiply(formula, x, w, dtype, rounds):
   """Multiplies; where contracted axes are split, each device has a part of the result."""
   dtypes, layout = None if rounds is None else (rounds.forward, rounds.forward), sharding.spec(formula.split('->')[1])
   if layout is not None:
@@ -117,7 +116,7 @@ def _product(formula, a, b, layout, dtypes=None):
 
 
 def _einsum_forward(formula, x, w, dtype, rounds):
-  return _einsum(formula, x, w, dtype, rounds), (x, w)
+  return _multiply(formula, x, w, dtype, rounds), (x, w)
 
 
 def _einsum_backward(formula, dtype, rounds, residuals, dy):
@@ -139,7 +138,7 @@ def _einsum_backward(formula, dtype, rounds, residuals, dy):
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum = sharding.custom_vjp(_multiply, _einsum_forward, _einsum_backward, nondiff_argnums=(0, 3, 4))
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

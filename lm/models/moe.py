@@ -229,8 +229,7 @@ class Experts(nn.Module):
       return sharding.spread(x)
 
     rows = split(x_BTD, 0), split(weights_BTk, 0), split(chosen_BTk, self.experts)   # no expert for added positions
-    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (params, *rows))
-    y = jax.shard_map(self._on_shard, in_specs=specs, out_specs=specs[1])(params, *rows)
+    y = sharding.per_device(self._on_shard, jax.typeof(rows[0]).sharding.spec)(params, *rows)
     return y if y.shape[1] == time else sharding.constrain(y, 'B--')[:, :time]
 
   def _on_shard(self, params, x, weights, chosen):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import declarations, sharding
+from lm.models import pipeline
 from lm.models.context import Aux, Context, Taps
 
 
@@ -123,10 +124,11 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
     x, _, aux, readings = _apply(block, params, x, context)
     return x, aux, readings
 
+  stored_layer = layer
   if remat is not None:
-    layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
+    stored_layer = jax.checkpoint(layer, policy=remat, prevent_cse=False, static_argnums=0)
 
-  def repeat(stack, x, xs):
+  def repeat(stack, layer, context, x, xs):
     trees, keys, drops, numbers = xs
     reports = []
     for i, block in enumerate(stack.pattern):
@@ -139,15 +141,44 @@ def run(stacks: Stacks, params: dict[str, Any], x: jax.Array, context: Context,
 
   total, readings, first = Aux(), [], 0
   for (stack, keys), trees, stack_drops in zip(_split(stacks, context.key), _trees(stacks, params), drops):
+    groups = sharding.pipeline_groups(stack.repeats)
+    if groups is not None:
+      x, aux = _pipeline(functools.partial(repeat, stack, layer), x, context, (trees, keys, stack_drops), groups, remat)
+      total = total.plus(aux)
+      continue
     count = stack.repeats * len(stack.pattern)
     numbers = first + jnp.arange(count).reshape(stack.repeats, -1) if context.taps else None
-    x, reports = jax.lax.scan(functools.partial(repeat, stack), x, (trees, keys, stack_drops, numbers))
+    body = functools.partial(repeat, stack, stored_layer, context)
+    x, reports = jax.lax.scan(body, x, (trees, keys, stack_drops, numbers))
     for aux, _ in reports:
       total = total.plus(jax.tree.map(lambda each: jnp.sum(each, axis=0), aux))
     read = [reading for _, reading in reports]
     readings += [jax.tree.map(operator.itemgetter(i), read[j]) for i in range(stack.repeats) for j in range(len(read))]
     first += count
   return sharding.constrain(x, 'BTD'), total, _stacked(context.taps, readings)
+
+
+def _pipeline(repeat, x, context, layers, groups, remat):
+  """Applies a stack as a pipeline. Returns x and the auxiliary output: sums over layers, losses being means of parts.
+
+  Each layer has its own key for each microbatch, so that masks of dropout are not those without a pipeline.
+  """
+  if context.taps:
+    raise ValueError(f'activations are tapped, {", ".join(name for name, _ in context.taps)}, in a step on a mesh with '
+                     'the axis stage, whose devices have other layers; choose a --mesh without it')
+
+  def visit(layers, microbatch, x, rows):
+    trees, keys, drops = layers
+    own = jax.vmap(jax.random.fold_in, (0, None))
+    keys = None if keys is None else own(keys, microbatch)
+    drops = None if drops is None else (drops[0], own(drops[1], microbatch))
+    x, reports = repeat(context.with_rows(rows), x, (trees, keys, drops, None))
+    return x, functools.reduce(Aux.plus, (aux for aux, _ in reports))
+
+  policy = remat or jax.checkpoint_policies.everything_saveable
+  x, aux = pipeline.run(visit, layers, x, context.rows(), groups, policy)
+  microbatches = groups * sharding.number_of_stages()
+  return x, aux if aux.loss is None else aux._replace(loss=aux.loss / microbatches)
 
 
 def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, caches: tuple[Any, ...]

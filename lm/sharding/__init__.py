@@ -25,11 +25,13 @@ from lm.sharding.collectives import (
   largest_of_all,
   mark_varying,
   part_index,
+  per_device,
   sum_of_parts,
   sum_over_devices,
   take_rows,
   top_k,
 )
+from lm.sharding.each_stage import custom_vjp
 from lm.sharding.host_memory import HOST, abstract_on_host, require_host_memory, to_devices, to_host
 from lm.sharding.hosts import join, process_0_first
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
@@ -47,6 +49,7 @@ from lm.sharding.partial import (
   whole,
   zero_gradient,
 )
+from lm.sharding.pipeline_arrays import number_of_stages, pipeline_groups, pipelined
 
 __all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts',
            'platform', 'require', 'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store',
@@ -55,4 +58,4 @@ __all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'me
            'to_devices', 'to_host', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text',
            'overlap_options', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length', 'spread',
            'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary', 'vocabulary_of',
-           'whole_logits']
+           'whole_logits', 'per_device', 'custom_vjp', 'number_of_stages', 'pipeline_groups', 'pipelined']

@@ -14,9 +14,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from lm.sharding.each_stage import is_for_each_stage
+
 # What each mesh axis splits. Devices that are neighbours on the last axis are next to each other: they exchange most.
 AXES = {
     'replica': 'the batch; weights are whole on each part',
+    'stage': 'the layers in a step of training, and otherwise what fsdp splits',
     'fsdp': 'the batch, and the weights and the state of the optimizer at rest',
     'context': 'the positions of a row, and weights at rest as fsdp does',
     'expert': 'experts, and for all other layers what fsdp splits',
@@ -24,9 +27,11 @@ AXES = {
 }
 # M are heads that have all positions: those of attention, where each device has whole rows for a part of its heads.
 TABLE: dict[str, tuple[str, ...]] = {
-    'B': ('replica', 'fsdp', 'expert'), 'T': ('context',), 'D': ('fsdp', 'context', 'expert'),
+    'B': ('replica', 'stage', 'fsdp', 'expert'), 'T': ('context',), 'D': ('fsdp', 'context', 'expert', 'stage'),
     'E': ('expert', 'tensor'), 'N': ('tensor',), 'K': ('tensor',), 'M': ('tensor', 'context'), 'F': ('tensor',),
     'V': ('tensor',)}
+
+STAGE = 'stage'   # the last of the axes of D, so that `pipeline` exchanges parts of D for layers
 
 _rows_are_whole = contextvars.ContextVar('rows_are_whole', default=False)
 
@@ -46,11 +51,14 @@ def whole_rows() -> Iterator[None]:
 
 
 def axes_of(letters: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
-  """Returns the mesh axes that split these tensor axes, each once, on the given mesh or the one in use."""
+  """Returns the mesh axes that split these tensor axes, each once, on the given mesh or the one in use.
+
+  What is traced for each stage on its own has no tensor axis that is split over stages.
+  """
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   table = {**TABLE, 'T': (), 'M': TABLE['N']} if _rows_are_whole.get() else TABLE
   axes = dict.fromkeys(axis for letter in letters for axis in table.get(letter, ()))
-  return tuple(axis for axis in axes if axis in mesh.shape)
+  return tuple(axis for axis in axes if axis in mesh.shape and not (axis == STAGE and is_for_each_stage()))
 
 
 def check_table() -> None:
@@ -147,7 +155,7 @@ def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def is_laid_out() -> bool:
   """Returns whether tensors have shardings: a mesh is set, and this is not the inside of a `shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and not mesh.are_all_axes_manual
+  return not mesh.empty and not mesh.manual_axes
 
 
 def is_on_one_device() -> bool:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm.sharding.axes import axes_of, is_laid_out
+from lm.sharding.axes import STAGE, axes_of, is_laid_out
+from lm.sharding.each_stage import is_for_each_stage, scope
 
 
 def part_index(letter: str) -> jax.Array:
@@ -37,6 +38,7 @@ def mark_varying(x: jax.Array, letters: str, split: str = '') -> jax.Array:
 
 
 def _vary(x, axes):
+  axes = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
   return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
@@ -54,6 +56,46 @@ def largest_of_all(x: jax.Array) -> jax.Array:
   return jax.lax.pmax(x, axes_of('BTF'))
 
 
+def per_device(function: Callable[..., Any], out_specs: Any, check_vma: bool = True) -> Callable[..., Any]:
+  """Returns `jax.shard_map` of a function of arrays as they are laid out; call it outside of others.
+
+  In a pipeline, it can be called for each stage. There JAX would keep the axis of stages out of the `shard_map`, which
+  XLA does not compile where operands are reduced over others; so the `shard_map` is made once for all stages.
+  """
+  def mapped(*args):
+    return jax.shard_map(function, in_specs=_specs(args), out_specs=out_specs, check_vma=check_vma)(*args)
+
+  if not is_for_each_stage():
+    return mapped
+
+  @jax.custom_batching.custom_vmap
+  def for_each_stage(*args):   # gives only shapes and types: `for_all_stages` takes its place
+    return mapped(*jax.tree.map(_without_parts, args))
+
+  @for_each_stage.def_vmap
+  def for_all_stages(stages, is_batched, *args):
+    def of_stage(*args):
+      args = jax.tree.map(lambda x, batched: x[0] if batched else x, args, tuple(is_batched))
+      with scope(False):
+        return jax.tree.map(lambda x: x[None], function(*args))
+
+    specs = jax.tree.map(lambda spec: spec.update(partitions=(STAGE, *spec.partitions)), out_specs,
+                         is_leaf=lambda spec: isinstance(spec, P))
+    result = jax.shard_map(of_stage, in_specs=_specs(args), out_specs=specs, check_vma=check_vma)(*args)
+    return result, jax.tree.map(lambda _: True, result)
+
+  return for_each_stage
+
+
+def _specs(args):
+  return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+
+
+def _without_parts(x):
+  spec = jax.typeof(x).sharding.spec
+  return jax.sharding.reshard(x, P(*spec.partitions)) if spec.reduced or spec.unreduced else x
+
+
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """Returns the k largest values along the last axis, which is not split, and their indices; call it outside.
 
@@ -63,7 +105,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   if not is_laid_out():
     return select(x)
   layout = jax.typeof(x).sharding.spec
-  return jax.shard_map(select, in_specs=layout, out_specs=(layout, layout))(x)
+  return per_device(select, (layout, layout))(x)
 
 
 def sum_over_devices(function: Callable[..., Any], whole: Any, rows: Any) -> Any:

@@ -10,7 +10,6 @@ product of a layer, and the parts of the result of its last product are summed a
 The types of JAX say so: an operand is `reduced` over the mesh axes whose devices have parts of its gradient, and the
 gradient is `unreduced` over them.
 """
-import functools
 import math
 
 import jax
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lm.sharding.axes import AXES, axes_of, entry_of, is_laid_out, names_of, spec
+from lm.sharding.collectives import per_device
+from lm.sharding.each_stage import custom_vjp
 from lm.sharding.padded_vocabulary import padded
 
 
@@ -57,12 +58,13 @@ def enter(x_BTD: jax.Array) -> jax.Array:
   return _enter(x_BTD, jax.typeof(x_BTD).sharding.spec) if is_laid_out() else x_BTD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _enter(x_BTD, before):
+def _gathered(x_BTD, before):
+  del before
   return jax.sharding.reshard(x_BTD, _reduced(spec('BTD'), set(axes_of('F'))))
 
 
-_enter.defvjp(lambda x, before: (_enter(x, before), None), lambda before, _, gradient: (_sum(gradient, before),))
+_enter = custom_vjp(_gathered, lambda x, before: (_gathered(x, before), None),
+                    lambda before, _, gradient: (_sum(gradient, before),), nondiff_argnums=(1,))
 
 
 def leave(y: jax.Array) -> jax.Array:
@@ -73,13 +75,12 @@ def leave(y: jax.Array) -> jax.Array:
   return _leave(y, P(*partition.partitions, reduced=partition.unreduced))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _leave(y, gradient_partition):
+def _summed(y, gradient_partition):
   return _sum(y, residual_spec(y.shape) if y.ndim == 3 else P(*gradient_partition.partitions))
 
 
-_leave.defvjp(lambda y, partition: (_leave(y, partition), None),
-              lambda partition, _, gradient: (jax.sharding.reshard(gradient, partition),))
+_leave = custom_vjp(_summed, lambda y, partition: (_summed(y, partition), None),
+                    lambda partition, _, gradient: (jax.sharding.reshard(gradient, partition),), nondiff_argnums=(1,))
 
 
 def whole(operand: jax.Array) -> jax.Array:
@@ -123,20 +124,20 @@ def gather(weight: jax.Array, axes: str) -> jax.Array:
 
   Where mesh axes do not divide the vocabulary, the weight in use has more rows: zeros (see `padded_vocabulary`).
   """
-  return _gather(padded(weight, axes), axes)
+  weight = padded(weight, axes)
+  return _gather(weight, axes) if is_laid_out() else weight
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(weight, axes):
-  partition = gathered_spec(axes)
-  return weight if partition is None else jax.sharding.reshard(weight, partition)
+def _for_use(weight, axes):
+  return jax.sharding.reshard(weight, gathered_spec(axes))
 
 
 def _gather_backward(axes, like, gradient):
-  return (_sum(gradient.astype(jnp.float32), spec(axes)).astype(like.dtype) if is_laid_out() else gradient,)
+  return (_sum(gradient.astype(jnp.float32), spec(axes)).astype(like.dtype),)
 
 
-_gather.defvjp(lambda weight, axes: (_gather(weight, axes), jnp.zeros((), weight.dtype)), _gather_backward)
+_gather = custom_vjp(_for_use, lambda weight, axes: (_for_use(weight, axes), jnp.zeros((), weight.dtype)),
+                     _gather_backward, nondiff_argnums=(1,))
 
 
 def _reduced(partition, axes):
@@ -165,4 +166,4 @@ def _sum(parts, partition):
       x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
     return jax.lax.psum(x, tuple(name for name in AXES if name in others)) if others else x
 
-  return jax.shard_map(add, in_specs=present, out_specs=partition)(parts)
+  return per_device(add, partition)(parts)

@@ -20,8 +20,16 @@ Gradient = Callable[[Callable[..., Any], Any, Any, jax.Array, int], tuple[Any, A
 
 def accumulate_gradients(loss: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int
                          ) -> tuple[Any, Any]:
-  """Returns the gradient of the sum of the losses of all parts."""
-  return accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, key, parts)
+  """Returns the gradient of the sum of the losses of all parts.
+
+  On a mesh with stages, the loss is that of the whole batch, and its layers are a pipeline, whose microbatches are the
+  rows of a part on each stage. They have as many rows on a device as a part has on a mesh without stages.
+  """
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  if sharding.number_of_stages() == 1:
+    return accumulate(gradient, params, batch, key, parts)
+  with sharding.pipelined(parts):
+    return gradient(params, batch, key)
 
 
 def accumulate(function: Callable[..., Any], params: Any, batch: Any, key: jax.Array, parts: int) -> Any:

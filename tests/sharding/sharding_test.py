@@ -225,11 +225,12 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
 
 @pytest.mark.parametrize('shape,message', [
     ('4x2', "mesh '4x2' does not name its axes; write --mesh=fsdp:4,tensor:2$"),
-    ('8', "the part '8', which is not AXIS:SIZE; write it as in fsdp:8; the axes are replica, fsdp, context, "
+    ('8', "the part '8', which is not AXIS:SIZE; write it as in fsdp:8; the axes are replica, stage, fsdp, context, "
           "expert, tensor$"),
     ('', "mesh '' has the part ''"), ('fsdp:4,', "the part ''"), ('2x2x2', "the part '2x2x2'"),
     ('fsdp', "the part 'fsdp'"),
-    ('fsdp:8,tenser:1', "the axis 'tenser', which does not exist; choose from replica, fsdp, context, expert, tensor$"),
+    ('fsdp:8,tenser:1', "the axis 'tenser', which does not exist; choose from replica, stage, fsdp, context, expert, "
+     "tensor$"),
     ('data:8', "the axis 'data', which does not exist; it is now called fsdp; choose from"),
     ('model:8', "the axis 'model', which does not exist; it is now called tensor; choose from"),
     ('fsdp:4,fsdp:2', 'the axis fsdp twice; give it once$'), ('fsdp:0', "the size '0' for the axis fsdp; give a whole"),

@@ -136,3 +136,21 @@ def test_on_tpus_weights_are_gathered_during_products(topology, width, waits):
   assert communication.totals(program)['all-gather'] == (LAYERS * 14 + 1, (2 * blocks + embedding) // 2)
   gathers = [each for each in communication.exchanges(program) if each.kind == 'all-gather' and each.times == LAYERS]
   assert len(gathers) == 14 and sum(not each.products for each in gathers) <= waits
+
+
+@pytest.mark.slow
+def test_a_pipeline_exchanges_weights_once_and_passes_activations_on():
+  """A stage passes a microbatch on at each iteration; one more waits to start, and one has ended, in each direction.
+
+  Weights of a layer are gathered and scattered at each iteration, as they are for each part of an accumulated batch.
+  """
+  model = transformer.llama(VOCAB, WIDTH, 4, heads=4, max_length=64)   # two rounds of two stages, for two microbatches
+  program, iterations = compiled('stage:2,fsdp:4', model), 2 * 2 + 1
+  totals, (blocks, embedding) = communication.totals(program), weights(model)
+  assert totals['all-to-all'] == (2 * 7 * 2, 2 * blocks // 8)   # each device sends a part to each of two stages
+  moved = [exchange for exchange in communication.exchanges(program)
+           if exchange.kind == 'collective-permute' and exchange.shapes[0].startswith('f32')]
+  assert sum(exchange.times for exchange in moved) == 2 * 3 * iterations
+  assert {exchange.bytes for exchange in moved} == {FLOAT * ROWS // 8 * RUN.data.length * WIDTH}
+  assert totals['all-gather'] == (iterations * 2 * 7 + 1, 2 * iterations * blocks // 4 + embedding)
+  assert totals['reduce-scatter'] == (iterations * 7 + 1, iterations * blocks // 4 + embedding)
