@@ -23,7 +23,8 @@ class Computation:
       matrices), all, none, or names such as query,key,value,attended,residual,gate,up.
     offload: names of activations that are kept in the memory of the host.
     offload_optimizer: keep the state of the optimizer in the memory of the host between its updates.
-    accumulate: number of parts that a step is computed in, one after the other.
+    accumulate: number of parts that a step is computed in, one after the other; in a pipeline, each of them has a
+      microbatch for each stage.
   """
   precision: Literal['float32', 'bfloat16', 'int8', 'fp8'] = 'float32'
   keep_activations: tuple[str, ...] = ('products',)

@@ -35,7 +35,8 @@ class Run:
     optimizer: a function of `lm.optim`, or a transformation of Optax.
     steps: the number of steps.
     batch: the rows of a step, over all devices and parts.
-    accumulate: the number of parts that a step is computed in, one after the other.
+    accumulate: the number of parts that a step is computed in, one after the other. On a mesh with stages, each part is
+      a microbatch for each stage.
     seed: fixes the data order, the initial parameters and the losses.
     evaluate_every: the steps between evaluations.
     evaluate_batches: the batches of the validation split in each evaluation; None for all.
