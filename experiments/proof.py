@@ -34,8 +34,8 @@ def meshes_of(count: int) -> str:
   if count % 2 == 0:
     names += [f'fsdp:{count // 2},tensor:2', f'replica:2,fsdp:{count // 2}']
   if count % 4 == 0:
-    names += [f'replica:2,fsdp:{count // 4},tensor:2', f'fsdp:{count // 4},tensor:4', f'fsdp:{count // 4},context:4',
-              f'fsdp:{count // 4},expert:4', f'stage:2,fsdp:{count // 2}']
+    names += [f'replica:2,fsdp:{count // 4},tensor:2', f'fsdp:{count // 4},tensor:4', f'stage:2,fsdp:{count // 2}',
+              f'fsdp:{count // 4},context:4', f'fsdp:{count // 4},expert:4']
   return '; '.join(names)
 
 
