@@ -13,7 +13,8 @@ SAMPLINGS = [   # a row each
     Sampling(), Sampling(0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25),
     Sampling(0.7, top_k=4, repetition_penalty=0.8), Sampling(1.5, top_p=0.8, frequency_penalty=-1.5),
     Sampling(2., min_p=0.2, presence_penalty=-2., logit_bias=((0, 5.), (29, -100.), (3, 0.5))),
-    Sampling(top_k=9, top_p=0.7, min_p=0.05, bad_words=((4,), (1, 2), (5, 1, 6), (1, 2, 3, 5, 1, 8))),
+    Sampling(top_k=9, top_p=0.7, min_p=0.05, bad_words=((4,), (1, 2), (2, 10), (5, 1, 6), (9, 1, 11),
+                                                  (1, 2, 3, 5, 1, 8))),
     Sampling(0.9, min_tokens=12, stop_ids=(1, 2)), Sampling(0, min_tokens=11, stop_ids=(3,), logit_bias=((7, 50.),)),
     Sampling(1., 6, 0.9, 0.01, 1.1, 1., 0.5, ((5, 2.),), ((5, 1, 2),), 20, (5,))]
 TEXT, WRITTEN = [4, 1, 1, 2, 3, 5, 1, 2, 3, 5, 1, 2, 3, 5, 1], 11   # the first four are the prompt
