@@ -93,9 +93,9 @@ def _computed(bodies: Bodies, line: str) -> Iterator[str]:
 
 def _trips(bodies: Bodies, line: str) -> int:
   """Returns how often the computations that a line calls run. XLA for TPUs says so in the condition of a loop alone."""
-  known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-  if known:
-    return int(known[1])
+  count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+  if count:
+    return int(count[1])
   condition = re.search(r' while\(.*condition=%?([\w.\-]+)', line)
   text = '\n'.join(bodies.get(condition[1], ())) if condition else ''
   bounds = re.findall(r' constant\((\d+)\)', text)
