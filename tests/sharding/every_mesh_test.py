@@ -31,7 +31,7 @@ from lm.objectives.preference import reward as reward_objective
 from lm.objectives.span_corruption import span_corruption
 
 MESHES = ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4', 'fsdp:2,expert:4', 'replica:2,fsdp:2,tensor:2',
-          'fsdp:2,tensor:4']
+          'fsdp:2,tensor:4', 'stage:2,fsdp:4']
 VOCAB, WIDTH, ROWS, TIME = 401, 32, 8, 32   # a vocabulary that no mesh with `tensor` divides
 MASK = '<|mask|>'
 
