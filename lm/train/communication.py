@@ -105,8 +105,9 @@ def _trips(bodies: Bodies, line: str) -> int:
 def _read(line: str, instruction: re.Match, times: int, products: int) -> Exchange:
   _, result, kind, start = instruction.groups()
   shapes, devices = tuple(re.findall(r'\w+\[[\d,]*\]', result)), _group_size(line)
-  if start and kind == 'all-gather':   # what it starts from comes before what it ends with
-    shapes = shapes[len(shapes) // 2:]
+  if start and kind != 'all-reduce':   # the operands come before the results, and counters of the transfer after them
+    arrays = [shape for shape in shapes if shape not in ('u32[]', 's32[]')]
+    shapes = tuple(arrays[len(arrays) // 2:])
   size = sum(map(_bytes, shapes)) * (devices if kind == 'reduce-scatter' else 1)
   path = re.search(r'op_name="([^"]*)"', line)
   return Exchange(kind, shapes, size, devices, times, path[1] if path else '', products)

@@ -41,6 +41,19 @@ ENTRY %main (x: f32[4]) -> f32[4] {
       'all-gather': (15, 15360), 'reduce-scatter': (3, 288), 'all-reduce': (30, 420)}
 
 
+def test_an_exchange_that_is_started_counts_its_results_alone():
+  """Its operands are named before them, and what the devices count during the transfer after them."""
+  program = '''HloModule jit_step
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %p = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %s = ((f32[4]{0}, bf16[8]{0}), (f32[2]{0}, bf16[4]{0})) reduce-scatter-start(%x, %y), replica_groups={{0,1}}
+  %r = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce-start(%x, %y), replica_groups={{0,1}}
+}
+'''
+  assert communication.totals(program) == {
+      'reduce-scatter': (2, 2 * (8 + 8)), 'all-reduce': (2, 16 + 12), 'collective-permute': (1, 128)}
+
+
 def test_products_during_an_exchange_are_counted():
   """One is asynchronous, one is spread over the fusions of a chain, and devices wait for the third."""
   program = '''HloModule jit_step
