@@ -141,7 +141,9 @@ def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) ->
 
 
 class LeftOutBatches:
-  """The batches that a run leaves out because it went back, as its workdir records them.
+  """The batches that a run leaves out because it went back, as its workdir records them for process 0.
+
+  All processes of a cluster have to make one.
 
   Attributes:
     entries: (step, count): from that step on, the run reads `count` batches further than before.
@@ -149,9 +151,9 @@ class LeftOutBatches:
 
   def __init__(self, workdir: pathlib.Path):
     self._workdir = workdir
-    # Each process reads the file: a collective right after the barrier of the checkpoints may hang, see BUILD_NOTES.md.
     stored = [record[_FIELD] for record in records.read(workdir) if _FIELD in record]
-    self.entries: Sequence[Sequence[int]] = stored[-1] if stored else []
+    # Processes that read different batches would train on parts of different steps, without an error.
+    self.entries: Sequence[Sequence[int]] = hosts.from_process_0(stored[-1] if stored else [])
 
   @property
   def total(self) -> int:

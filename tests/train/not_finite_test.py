@@ -1,6 +1,7 @@
 """A step that is not finite: its state and batch are kept, and the run stops, skips it or goes back."""
 import dataclasses
 import errno
+import itertools
 import json
 import os
 
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.clusters import Service
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, Bigram, go, logged, same, saved
 from helpers.slow import slow
 
 from lm import seeds, train
 from lm.launch import policy as policy_of_flag
+from lm.sharding import hosts
 from lm.train import not_finite, replay
 from lm.train.guard import Guard
 from lm.train.run import advance
@@ -145,6 +148,20 @@ def test_a_run_goes_back_and_leaves_out_the_batches_in_between_also_when_it_is_r
   assert go(tmp_path / 'parts', BAD, **changes).finished
   assert same(saved(tmp_path / 'parts', BAD)[1], expected)
   assert records.read(tmp_path / 'parts')[-1]['left_out_batches'] == [[3, 3]]
+
+
+def test_processes_leave_out_the_batches_that_process_0_does(tmp_path, monkeypatch):
+  """The workdir of process 1 may be on another disk, or be seen late."""
+  service = Service()
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  batches = []
+  for index, entries in ((0, [[3, 2]]), (1, [])):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    monkeypatch.setattr(hosts, '_values', itertools.count())
+    monkeypatch.setattr(records, 'read', lambda _, entries=entries: [{'left_out_batches': entries}])
+    batches.append([not_finite.LeftOutBatches(tmp_path).index(step) for step in range(5)])
+  assert batches == 2 * [[0, 1, 2, 5, 6]]
 
 
 class Ending(train.DataFeed):
