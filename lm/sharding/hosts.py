@@ -109,15 +109,15 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     jax.distributed.initialize(*flags, cluster_detection_method='deactivate', **settings)
   else:
     kind, method, place = _detect(os.environ)
-    if kind is None:
-      if heartbeat != HEARTBEAT:
-        raise ValueError(f'heartbeat={heartbeat} s is given, and there is one process, which no other one can miss; '
-                         'leave it out')
-      return
-    # A Cloud TPU that is in no cluster has no coordinator address.
-    with contextlib.suppress(ValueError) if kind == 'Cloud TPU' else contextlib.nullcontext():
-      jax.distributed.initialize(*place, cluster_detection_method=method, **settings)
-  if jax.process_count() > 1:
+    if kind is not None:
+      # A Cloud TPU that is in no cluster has no coordinator address.
+      with contextlib.suppress(ValueError) if kind == 'Cloud TPU' else contextlib.nullcontext():
+        jax.distributed.initialize(*place, cluster_detection_method=method, **settings)
+  if kind is None or jax.process_count() == 1:
+    if heartbeat != HEARTBEAT:
+      raise ValueError(f'heartbeat={heartbeat} s is given, and there is only one process, for which no other one '
+                       'waits; leave it out')
+  else:
     _client().key_value_set(f'lm/host/{jax.process_index()}', socket.gethostname())
     _print_from_process_0()
     print(f'{jax.process_count()} processes ({kind}); one that does not answer for {heartbeat} s ends the run')

@@ -30,13 +30,14 @@ NAMES = {*SLURM, *OPEN_MPI, *MULTISLICE, *XPK, 'TPU_PROCESS_ADDRESSES', 'TPU_PRO
 def join(monkeypatch):
   """Returns a function that joins with these variables, and returns where JAX would join: (address, count, index)."""
   def joined(variables, *flags, **settings):
-    places = []
+    places, service = [], Service()
 
     def initialize(*place, cluster_detection_method, heartbeat_timeout_seconds):
       # A single machine of one process per device would restrict the devices; that is JAX's part.
       detected = (*place, None) if place else clusters.ClusterEnv.auto_detect_unset_distributed_params(
           None, None, None, None, cluster_detection_method, 10)
       places.append((*detected[:3], heartbeat_timeout_seconds))
+      patch.setattr(jax, 'process_count', lambda: detected[1])
 
     with monkeypatch.context() as patch:
       for name in NAMES:
@@ -44,6 +45,7 @@ def join(monkeypatch):
       for name, value in variables.items():
         patch.setenv(name, value)
       patch.setattr(jax.distributed, 'initialize', initialize)
+      patch.setattr(hosts, '_client', lambda: service)
       patch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', 'TPU_ML_PLATFORM' in variables)
       hosts.join(*(flags or (None,) * 3), **settings)
     return places
@@ -77,6 +79,9 @@ def test_a_cloud_tpu_is_detected_by_its_metadata_server(join, monkeypatch):
   with monkeypatch.context() as patch:
     patch.delenv('TPU_SKIP_MDS_QUERY', raising=False)   # JAX sets it where there is no TPU
     assert join(TPU) == [('127.0.0.1:8482', 2, 1, hosts.HEARTBEAT)]
+    metadata.update({'agent-worker-number': '0', 'worker-network-endpoints': 'a:0:127.0.0.1'})
+    with pytest.raises(ValueError, match='heartbeat=17 s is given, and there is only one process'):
+      join(TPU, heartbeat=17)
 
 
 def test_flags_come_before_what_is_detected(join):
@@ -97,8 +102,9 @@ def test_what_cannot_be_joined_is_refused(join, monkeypatch, variables, flags, n
 def test_a_heartbeat_that_the_network_misses_is_refused(join):
   with pytest.raises(ValueError, match='heartbeat=1 s is less than 6 s'):
     join({}, heartbeat=1)
-  with pytest.raises(ValueError, match='heartbeat=17 s is given, and there is one process'):
-    join({}, heartbeat=17)
+  for variables, flags in (({}, ()), ({}, ('host:1', 1, 0))):
+    with pytest.raises(ValueError, match='heartbeat=17 s is given, and there is only one process'):
+      join(variables, *flags, heartbeat=17)
   assert 'SLURM_PROCID' not in os.environ
 
 
