@@ -11,7 +11,6 @@ the size of each mesh axis, such as mesh=fsdp:4. A mesh of two axes has a comma,
 """
 import importlib
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -30,7 +29,7 @@ def open_client(path: str | None = None, best: bool = False, mesh: str | None = 
     raise ValueError('--model_args has no path; give path=, such as path=runs/quickstart')
   jax.set_mesh(sharding.make_mesh(mesh))
   if load.is_run(path):
-    loaded = load.open_trained(pathlib.Path(path).expanduser(), best)
+    loaded = load.open_trained(path, best)
     template, mark = loaded.run.data.template, loaded.run.objective.prompt
   else:
     loaded = pretrained.load(path)

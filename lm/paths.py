@@ -17,4 +17,4 @@ def local(text: str | os.PathLike) -> pathlib.Path:
     raise Remote(f'{text} is a URL, and a path of a mounted file system is needed: mount the storage (gcsfuse mounts '
                  'buckets of gs://, mount-s3 those of s3://) and give the path there; copy_run.py copies a run to '
                  'a URL and back')
-  return pathlib.Path(text).expanduser()
+  return pathlib.Path(os.path.expanduser(text))   # pathlib raises RuntimeError for a user that does not exist

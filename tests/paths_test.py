@@ -5,6 +5,8 @@ import pytest
 from absl import flags
 
 from lm import launch, load, paths
+from lm.data.text import source_files
+from lm.evaluate.people import system_outputs
 from lm.workdir import checkpoint
 
 
@@ -12,6 +14,7 @@ from lm.workdir import checkpoint
     lambda url: launch.parse([_function], ['', f'--workdir={url}']),
     lambda url: launch.parse([_function], ['', f'--files=here,{url}']),
     lambda url: load.run_or_model(None, url, False), load.open_base, load.open_trained,
+    source_files.matching, lambda url: system_outputs.named_files([f'system={url}']),
     lambda url: checkpoint.Checkpoints(pathlib.Path(url), create=False)])
 @pytest.mark.parametrize('url', ['gs://bucket/run', 's3://bucket/run'])
 def test_a_url_is_refused_with_what_to_mount(use, url):
@@ -19,7 +22,7 @@ def test_a_url_is_refused_with_what_to_mount(use, url):
     use(url)
 
 
-@pytest.mark.parametrize('text', ['runs/a', '/mnt/bucket/run', 'a:b/c', 'C:/run', 'x/gs:/y'])
+@pytest.mark.parametrize('text', ['runs/a', '/mnt/bucket/run', '~no-user/run', 'a:b/c', 'C:/run', 'x/gs:/y'])
 def test_other_paths_are_kept(text):
   assert paths.local(text) == pathlib.Path(text)
   assert launch.parse([_function], ['', f'--workdir={text}'])[0][0]['workdir'] == pathlib.Path(text)

@@ -1,7 +1,6 @@
 """Flags of metrics that a neural network computes, by the name of a run, of a folder or of a model on the hub."""
 import dataclasses
 import pathlib
-from typing import Any
 
 from lm import load
 from lm.evaluate.learned import BertScore, Bleurt
@@ -45,7 +44,7 @@ class LearnedMetrics:
     if self.bleurt is not None:
       metrics.append(open_bleurt(self.bleurt))
     if self.bert_score is not None:
-      opened = _trained(self.bert_score) if load.is_run(self.bert_score) else pretrained.load(self.bert_score)
+      opened = load.open_trained(self.bert_score) if load.is_run(self.bert_score) else pretrained.load(self.bert_score)
       metrics.append(BertScore(opened.model, opened.params, opened.tokenizer, self.bert_score, self.layer, self.use_idf,
                                self.baseline))
     return metrics
@@ -55,9 +54,5 @@ def open_bleurt(name: str) -> Bleurt:
   """Opens a run of learned_metric.py, or a checkpoint of BLEURT, see `bleurt_checkpoints.load`."""
   if not load.is_run(name):
     return bleurt_checkpoints.load(name)
-  trained = _trained(name)
+  trained = load.open_trained(name)
   return Bleurt(trained.model, trained.params, trained.tokenizer, name)
-
-
-def _trained(name: str) -> Any:
-  return load.open_trained(pathlib.Path(name).expanduser())

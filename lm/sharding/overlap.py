@@ -10,6 +10,6 @@ _OPTIONS = {'tpu': ('xla_enable_async_all_gather', 'xla_tpu_overlap_compute_coll
 
 
 def overlap_options() -> dict[str, bool]:
-  """Returns the compiler options for a step on the mesh in use; LIBTPU_INIT_ARGS decides on those that it has."""
+  """Returns the compiler options for a step on the mesh in use, without those that LIBTPU_INIT_ARGS sets."""
   flags = [flag.partition('=')[0].lstrip('-') for flag in os.environ.get('LIBTPU_INIT_ARGS', '').split()]
   return {name: True for name in _OPTIONS.get(platform(), ()) if name not in flags}

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm import paths
+
 # The fingerprint of up to _WHOLE bytes covers all of them; that of more, the first and last _END bytes of each file.
 _WHOLE, _END = 64 << 20, 64 << 10
 
@@ -13,16 +15,20 @@ _WHOLE, _END = 64 << 20, 64 << 10
 def matching(pattern: str) -> list[pathlib.Path]:
   """Returns the file of this name or, if there is none, the files that match it as a glob pattern, sorted.
 
-  A file that several links lead to is returned once, by the shortest path. Raises FileNotFoundError if there is none.
+  A file that several links lead to is returned once, by the shortest path.
+
+  Raises:
+    FileNotFoundError: there is none.
+    paths.Remote: the pattern is a URL.
   """
-  name = os.path.expanduser(pattern)
-  paths = [name] if os.path.isfile(name) else filter(os.path.isfile, glob.glob(name, recursive=True))
+  name = str(paths.local(pattern))
+  names = [name] if os.path.isfile(name) else filter(os.path.isfile, glob.glob(name, recursive=True))
   by_file = {}
-  for path in sorted(paths, key=lambda path: (len(path), path)):
+  for path in sorted(names, key=lambda path: (len(path), path)):
     by_file.setdefault(os.path.realpath(path), pathlib.Path(path))
   files = sorted(by_file.values())
   if not files:
-    below = '' if os.path.isabs(os.path.expanduser(pattern)) else f' in {os.getcwd()}'
+    below = '' if os.path.isabs(name) else f' in {os.getcwd()}'
     raise FileNotFoundError(f'no file matches {pattern!r}{below}; ** stands for folders of any depth')
   return files
 

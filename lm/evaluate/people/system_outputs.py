@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lm import paths
 from lm.evaluate.texts import text_files
 
 
@@ -17,12 +18,12 @@ class Item(NamedTuple):
 def named_files(outputs: Sequence[str]) -> dict[str, pathlib.Path]:
   """Returns the file of each system, by name, from `file` or `name=file`; a file alone names its system by its stem.
 
-  Raises ValueError where two systems have the same name.
+  Raises ValueError where two systems have the same name, or a file is given by its URL.
   """
   files: dict[str, pathlib.Path] = {}
   for output in outputs:
     name, equals, path = output.partition('=')
-    file = pathlib.Path(path if equals else output).expanduser()
+    file = paths.local(path if equals else output)
     name = name.strip() if equals else file.stem
     if not name or name in files:
       raise ValueError(f'{output!r} gives a system the name {name!r}, which is empty or of another system already; '
