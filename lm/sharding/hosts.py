@@ -42,7 +42,7 @@ def from_process_0(value: Any) -> Any:
   """Returns the value of process 0, which JSON can hold, in all processes; all of them must call it.
 
   So they decide alike even where their clocks or the files on their disks differ. The value goes through JAX's
-  coordination service, and not through the devices: a collective of the host hung now and then among others on CPU.
+  coordination service, and not through the devices, where it would have to keep its place among other programs.
   """
   if jax.process_count() == 1:
     return value

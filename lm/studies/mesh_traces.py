@@ -78,7 +78,10 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
 def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding.Mesh], step: int) -> Trace:
   """Returns the steps of a run that ends after `step` on one mesh, and goes on from its checkpoint on another one.
 
-  It trains in a new workdir. Nothing but the files there passes from one mesh to the other.
+  The workdir is a new one. All that the second mesh knows of the first is in its files.
+
+  Raises:
+    train.Stopped: a signal stopped the run.
   """
   digest = hashlib.sha256()
 
@@ -91,7 +94,7 @@ def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding
   run = dataclasses.replace(run, feed=HashedFeed, evaluate_every=step, save_every=step, evaluate_batches=1)
   for mesh, watch in zip(meshes, (lambda number, _: number == step, None)):
     with jax.set_mesh(mesh):
-      train.train(run, workdir, mesh, watch)
+      train.train(run, workdir, mesh, watch).raise_if_stopped()
   rows = [row for row in track.read_metrics(workdir / 'metrics.jsonl') if 'loss' in row]
   losses, norms = (np.float64([row[name] for row in rows]) for name in ('loss', 'grad_norm'))
   first, second = map(sharding.mesh_text, meshes)

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 from helpers.meshes import mesh_of
-from helpers.runs import RUN, Data
+from helpers.runs import RUN, Bigram, Data
 from processes_test import address, results
 
-from lm import optim, sharding
+from lm import optim, sharding, train
 from lm.models import transformer
 from lm.optim import schedules
 from lm.studies import mesh_traces
@@ -56,6 +56,13 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(tmp_path, reference, 
   assert trace.batches == reference.batches and len(trace.losses) == 20
   difference = mesh_traces.deviation(trace, reference)
   assert np.all(difference <= bound) and difference[0, -1] > 0, (difference / bound).max(axis=1)
+
+
+def test_a_signal_ends_a_run_that_would_go_on_on_another_mesh(tmp_path, monkeypatch):
+  monkeypatch.setattr('lm.train.interrupt.Interrupt.should_stop', lambda self, step: step == 1)
+  run = dataclasses.replace(RUN, model=Bigram(), data=Data(), optimizer=optim.adamw(0.01))
+  with pytest.raises(train.Stopped):
+    mesh_traces.resumed(run, tmp_path, [mesh_of('fsdp:1')] * 2, 10)
 
 
 @pytest.mark.slow
