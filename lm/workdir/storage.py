@@ -99,10 +99,17 @@ class Storage:
                     'ones are intact)') from error
 
   def set_aside(self, step: int, name: str) -> None:
-    """Renames the folder of a step, in process 0; all processes wait for that, and call it. Raises OSError."""
+    """Renames the folder of a damaged step in process 0. All processes call it; where it fails, all raise OSError."""
+    problem = ''
     if jax.process_index() == 0:
-      self.write(lambda: (self.folder / str(step)).rename(self.folder / name))
-    hosts.wait_for_all()
+      try:
+        (self.folder / str(step)).rename(self.folder / name)
+      except OSError as error:
+        problem = integrity.reason(error)
+    problem = hosts.from_process_0(problem)
+    if problem:
+      raise OSError(f'the damaged checkpoint of step {step} in {self.folder} cannot be renamed to {name}: {problem}; '
+                    'make the folder writable')
     self._manager.reload()
 
   def document(self, step: int) -> Any:

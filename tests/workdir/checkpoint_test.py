@@ -1,4 +1,5 @@
 """Checkpoints restore the same bytes on any mesh, survive kills and full disks, and cast nothing silently."""
+import itertools
 import os
 import pathlib
 import re
@@ -13,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.checkpoint_states import State, abstract, fill, make_mesh, make_state, same_bytes
+from helpers.clusters import Service
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lm.sharding import hosts
 from lm.workdir import checkpoint, mismatch
 from lm.workdir.judge import Judge
+from lm.workdir.storage import Storage
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -106,6 +110,20 @@ def test_keeps_the_last_and_the_best(tmp_path, mesh, keep_best):
   checkpoints.close()
   assert checkpoints.steps() == [7, 8]
   assert checkpoints.best_step() == 8
+
+
+def test_a_damaged_step_that_cannot_be_renamed_is_an_error_in_all_processes(tmp_path, monkeypatch):
+  """No process waits for process 0, which is the one that cannot rename it."""
+  storage, service, errors = Storage(tmp_path, set, only_reads=True), Service(), []
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for index in range(2):
+    monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+    monkeypatch.setattr(hosts, '_values', itertools.count())
+    with pytest.raises(OSError, match='of step 3 in .* cannot be renamed to 3.damaged-1: .*No such') as raised:
+      storage.set_aside(3, '3.damaged-1')
+    errors.append(str(raised.value))
+  assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize('damaged', [False, True])
