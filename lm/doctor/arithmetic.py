@@ -111,7 +111,8 @@ def _kernel_differences(subject: Subject, kind: Heads, dtype: Any) -> dict[str, 
   @jax.jit
   def with_gradient(visible, factors, dy):
     y, gradient = jax.vjp(functools.partial(attend, *visible), *factors)
-    return y, *gradient(sharding.constrain(dy, '----'))
+    gradients = gradient(sharding.constrain(dy, '----'))
+    return y, *jax.tree.map(lambda x: sharding.constrain(x, '-' * x.ndim), gradients)   # every process reads all rows
 
   repeat = lambda tree: jax.tree.map(lambda x: np.repeat(x, rows, axis=0), tree)
   ours = with_gradient(repeat((segments, positions.astype(np.int32), marks)), (*repeat((q, k, v)), sinks), repeat(dy))

@@ -32,6 +32,6 @@ def test_two_processes_find_the_same_and_no_fault(tmp_path):
     (verdict, _), (other, _) = first.pop(name), second.pop(name)
     assert verdict == other == 'ok'
   assert first == second
-  assert {verdict for verdict, _ in first.values()} == {'ok', 'skipped'}, first
+  assert {name: text for name, (verdict, text) in first.items() if verdict not in ('ok', 'skipped')} == {}
   assert {name for name, (verdict, _) in first.items() if verdict == 'skipped'} == {
-      'answers hidden', 'chat mask', 'tokenizer'}, first
+      'answers hidden', 'chat mask', 'tokenizer'}
