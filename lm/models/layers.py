@@ -144,7 +144,7 @@ _einsum = sharding.custom_vjp(_multiply, _einsum_forward, _einsum_backward, nond
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
   """Returns the rows of a table for tokens, [B, T, D]. Where V is sharded, each shard looks up its own rows."""
   if sharding.is_on_one_device():   # a `shard_map` would sum the gradient over it
-    return table_VD.at[tokens_BT].get(out_sharding=sharding.spec('BTD'))
+    return jnp.asarray(table_VD).at[tokens_BT].get(out_sharding=sharding.spec('BTD'))
 
   def local(table, tokens):
     tokens = tokens - sharding.part_index('V') * table.shape[0]
