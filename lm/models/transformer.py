@@ -4,6 +4,7 @@ Shapes: B batch, T query time, S key time, D model width, N query heads, K key/v
 F feed-forward, V vocabulary, L layers, P learned positions. A name ends in its shape where that helps. The einsums and
 the sharding table use the same letters.
 """
+import collections.abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,10 @@ class LanguageModel(nn.Module):
   @nn.nowrap
   def init(self, key: jax.Array) -> Any:
     """Returns new float32 parameters, sharded over the current mesh. Call it inside `jax.jit`."""
+    for field in dataclasses.fields(self):
+      if field.compare and not isinstance(getattr(self, field.name), collections.abc.Hashable):
+        raise ValueError(f'the field {field.name} of the model {type(self).__name__} is a '
+                         f'{type(getattr(self, field.name)).__name__}, which cannot be hashed; give a tuple')
     return _init(self, declarations.collects(), key)
 
   @nn.nowrap

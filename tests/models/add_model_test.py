@@ -5,9 +5,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lm import declarations
 from lm.data.batch import Batch
+from lm.models import transformer
 from lm.objectives.next_token import next_token
 from lm.optim import groups
 
@@ -47,3 +49,11 @@ def test_commands_of_the_documentation_train_in_folders_of_their_own():
   folders = [(re.findall(r'--workdir=(\S+)', flags) or [f'runs/{script}'])[0] for script, flags in commands
              if script in trains]
   assert len(folders) > 25 and sorted(folders) == sorted(set(folders))
+
+
+def test_a_model_with_a_field_that_cannot_be_hashed_is_refused():
+  class Listed(transformer.LanguageModel):
+    sizes: tuple[int, ...]
+
+  with pytest.raises(ValueError, match='the field sizes of the model Listed is a ndarray, .* give a tuple'):
+    jax.eval_shape(Listed(np.array([1, 2])).init, jax.random.key(0))
