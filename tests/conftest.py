@@ -2,6 +2,7 @@
 import collections
 import importlib.metadata
 import os
+import signal
 
 # Before JAX starts: flags are read once.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -42,6 +43,14 @@ def pytest_terminal_summary(terminalreporter, config):
       cells = [worst.get(column, '-') for column in columns]
       terminalreporter.write_line(f'{row:34}' + ''.join(
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
+
+
+@pytest.fixture
+def hears_hangup():
+  """SIGHUP has its usual effect, also where the tests were started by `nohup`, which makes programs ignore it."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope='module')

@@ -17,7 +17,7 @@ from lm.train import gradient, loop
 from lm.train.interrupt import Interrupt
 from lm.workdir import checkpoint, records
 
-pytestmark = pytest.mark.usefixtures('compiled_once')
+pytestmark = pytest.mark.usefixtures('compiled_once', 'hears_hangup')
 
 
 def terminate():

@@ -17,6 +17,8 @@ from helpers.runs import RUN, go, logged, steps_kept
 from lm import train
 from lm.train.interrupt import Interrupt
 
+pytestmark = pytest.mark.usefixtures('hears_hangup')
+
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_to_stop_and_the_second_ends_the_process(monkeypatch, capfd, number):
