@@ -1,17 +1,15 @@
 """The strictest setting: eight host devices, warnings are errors, no silent rank promotion."""
 import collections
-import importlib.metadata
 import os
 import signal
 
+from helpers import as_shipped
+
 # Before JAX starts: flags are read once.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-# Compiler options of `jax.jit` for tests whose result depends on the kernels that users run.
-AS_SHIPPED = {}
-if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 11):
-  # Programs compile in half the time without the newer fusion emitters. Later versions of jaxlib have no such switch.
+if as_shipped.OPTIONS:
+  # Programs compile in half the time without the newer fusion emitters.
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
-  AS_SHIPPED = {'xla_cpu_use_fusion_emitters': True}
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis  # noqa: E402

@@ -52,6 +52,7 @@ TINY = {
 TOOLS = {
     'generate': ['--prompt=def ', '--temperature=0.5', '--stop=a,b', '--draft=1'],
     'score': ['--text=something', '--source=some', '--best'],
+    'serve': ['--port=0', '--rows=2', '--cors=https://example.org'],
     'import_hf': ['--model=a/b', '--out=/nowhere'],
     'doctor': ['--workdir=/nowhere', '--best', '--mesh=fsdp:1'],
     'copy_run': ['--workdir=/nowhere', '--out=gs://bucket/run', '--step=3'],

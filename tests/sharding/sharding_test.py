@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import AS_SHIPPED
+from helpers import as_shipped
 from helpers.meshes import mesh_of, on
 from helpers.slow import slow
 from jax.sharding import PartitionSpec as P
@@ -105,7 +105,7 @@ def test_initial_parameters_are_the_same_bytes_on_every_mesh():
   values = []
   for shape in MESHES:
     with on(shape):
-      init = jax.jit(model.init, compiler_options=AS_SHIPPED)
+      init = jax.jit(model.init, compiler_options=as_shipped.OPTIONS)
       values.append(jax.tree.map(np.asarray, init(jax.random.key(0))))
   for other in values[1:]:
     jax.tree.map(np.testing.assert_array_equal, other, values[0])
