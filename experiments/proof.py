@@ -69,8 +69,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   workdir.mkdir(parents=True, exist_ok=True)
   data = run.data.open(workdir, control=run.objective.control)
   reference = mesh_traces.trace(run, data, laid_out[0])
-  perturbed = [mesh_traces.trace(run, data, laid_out[0], perturbation) for perturbation in range(3)]
-  bound = mesh_traces.bound(reference, perturbed, batch * length)[:, -1]
+  bound = mesh_traces.bound(reference, mesh_traces.perturbed(run, data, laid_out[0]), batch * length)[:, -1]
   lines = [f'{jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} processes, JAX '
            f'{jax.__version__}, {steps} steps of {batch} x {length} positions', '',
            '| mesh | batches | loss differs by | norm differs by | within rounding | exchanged in a step |',

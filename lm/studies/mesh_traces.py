@@ -26,6 +26,7 @@ from lm.train.interfaces import OpenData
 from lm.workdir import describe, track
 
 FACTOR = 8.
+PERTURBATIONS = 3   # the largest move of one run alone is a poor estimate: it was four times smaller than that of three
 
 
 class Trace(NamedTuple):
@@ -73,6 +74,11 @@ def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation:
     feed.close()
   return Trace(sharding.mesh_text(mesh), losses, norms, digest.hexdigest()[:16],
                communication.totals(compiled.as_text()))
+
+
+def perturbed(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh) -> list[Trace]:
+  """Returns the steps of several runs whose parameters are moved by rounding, from which `bound` is computed."""
+  return [trace(run, data, mesh, perturbation) for perturbation in range(PERTURBATIONS)]
 
 
 def resumed(run: train.Run, workdir: pathlib.Path, meshes: Sequence[jax.sharding.Mesh], step: int) -> Trace:
