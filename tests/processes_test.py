@@ -94,7 +94,7 @@ def test_one_process_builds_the_data_and_all_read_the_same(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['cluster', 'plain'])
+@pytest.mark.parametrize('kind', [pytest.param('cluster', marks=pytest.mark.long), 'plain'])
 def test_programs_that_start_at_once_share_a_workdir_only_in_a_cluster(tmp_path, kind):
   """In a cluster both train. Alone, one of them trains, and the other is told to wait."""
   text, coordinator, workdir = tmp_path / 'a.txt', address(), tmp_path / 'run'

@@ -21,6 +21,7 @@ print('findings', json.dumps({{name: (finding.verdict.value, finding.text) for n
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_find_the_same_and_no_fault(tmp_path):
   script, coordinator = tmp_path / 'program.py', address()
   script.write_text(PROGRAM)

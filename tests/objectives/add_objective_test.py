@@ -48,6 +48,7 @@ def test_an_objective_and_an_experiment_in_files_of_their_own_are_trained_by_fla
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_its_run_is_opened_by_other_programs_if_they_name_its_script(folder):
   run(folder, '--layers=1', '--width=64', '--steps=2')
   score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'

@@ -172,6 +172,7 @@ def test_whole_ranges_give_whole_numbers():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_ladder_predicts_its_next_rung(script, tmp_path, capsys):
   scaling.ladder(sizes='width=8; width=16; width=24', budgets=(4, 16), next_size='width=32', next_budget=16,
                  common='lr=0.03', experiment=script, workdir=tmp_path / 'study', mesh='fsdp:8')
@@ -235,7 +236,7 @@ def test_an_arm_that_diverges_has_no_result_and_the_others_do(script, tmp_path, 
   assert compared(script, tmp_path, text, **options) == results
 
 
-@pytest.mark.parametrize('unit', ['tokens', *slow('flops')])
+@pytest.mark.parametrize('unit', ['tokens', pytest.param('flops', marks=[pytest.mark.slow, pytest.mark.long])])
 def test_stages_cost_what_they_read(script, unit):
   class Staged(variants.Arm):
     def make(self, seed=0, **knobs):

@@ -26,6 +26,7 @@ def test_points_of_a_law_give_the_law():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_intervals_hold_the_outcome_about_as_often_as_they_say():
   """The outcome is the next rung, at twice the size and tokens, with noise of half a percent."""
   inside, trials = 0, 12
