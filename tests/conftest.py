@@ -43,6 +43,12 @@ def pytest_terminal_summary(terminalreporter, config):
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
 
 
+@pytest.fixture(scope='module')
+def browser():
+  from helpers import browsers  # which skips the tests where there is none
+  yield from browsers.chromium()
+
+
 @pytest.fixture
 def hears_hangup():
   """SIGHUP has its usual effect, also where the tests were started by `nohup`, which makes programs ignore it."""

@@ -1,22 +1,16 @@
 """The chat page in a real browser: text cannot bring elements, and what a token could have been is shown."""
 import contextlib
-import os
-import pathlib
-import shutil
 import threading
 
 import pytest
+from helpers import browsers
 from helpers.scripted_engine import ScriptedEngine, address_of, text_script
 
-playwright = pytest.importorskip('playwright.sync_api')
-pytest.importorskip('uvicorn')
 pytest.importorskip('prometheus_client')
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')]
+pytestmark = browsers.MARKS
 SIZES = {'desktop': {'viewport': {'width': 1280, 'height': 800}},
          'phone': {'viewport': {'width': 390, 'height': 844}, 'is_mobile': True, 'has_touch': True},
          'dark': {'viewport': {'width': 1100, 'height': 700}, 'color_scheme': 'dark'}}
-SCREENSHOTS = os.environ.get('SCREENSHOTS')   # a folder for pictures to look at
 TEXT = '''## Bubble **sort**
 
 It *swaps* neighbours, `a > b`, naïve 日本 🙂:
@@ -40,29 +34,14 @@ def sort(a):
 '''
 
 
-@pytest.fixture(scope='module')
-def browser():
-  with playwright.sync_playwright() as started:
-    chromium = started.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-    yield chromium
-    chromium.close()
-
-
 @contextlib.contextmanager
 def page_of(browser, address, size='desktop', expected=''):
-  """A page of a new browser profile; nothing may go wrong in its console but what is expected."""
-  with contextlib.closing(browser.new_context(**SIZES[size])) as context:
-    page, wrong = context.new_page(), []
-    page.on('pageerror', lambda error: wrong.append(str(error)))
-    page.on('console', lambda message: wrong.append(message.text) if message.type == 'error' else None)
-    page.on('dialog', lambda dialog: wrong.append('a script in a text was run'))
-    page.on('request', lambda request: wrong.append(request.url) if not request.url.startswith(
-        (address, 'data:')) else None)
+  """The chat page, which is not wider than the screen."""
+  with browsers.watched_page(browser, SIZES[size], expected, address) as page:
     page.goto(address)
     page.wait_for_selector('body[data-ready=idle]')
     yield page
     assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
-    assert [text for text in wrong if not expected or expected not in text] == []
 
 
 def send(page, text, key='Enter'):
@@ -70,16 +49,11 @@ def send(page, text, key='Enter'):
   page.press('#input', key)
 
 
-def picture(page, name):
-  if SCREENSHOTS:
-    page.screenshot(path=str(pathlib.Path(SCREENSHOTS) / f'{name}.png'))
-
-
 @pytest.mark.parametrize('size', SIZES)
 def test_markdown_is_drawn_and_text_brings_no_element_of_its_own(browser, size):
   engine = ScriptedEngine(text_script(TEXT), 3)
   with address_of(engine, context=2048) as address, page_of(browser, address, size) as page:
-    picture(page, f'empty_{size}')
+    browsers.picture(page, f'empty_{size}')
     send(page, '<b>sort</b>?')
     page.wait_for_selector('.tools button')
     text = page.locator('.text')
@@ -94,10 +68,10 @@ def test_markdown_is_drawn_and_text_brings_no_element_of_its_own(browser, size):
     last = text.locator('p').last.inner_text()
     assert '<img src=x onerror=alert(1)>' in last and 'snake_case_name 2 * 3 * 4' in last
     page.check('#heat')
-    picture(page, f'answer_{size}')
+    browsers.picture(page, f'answer_{size}')
     if size == 'phone':
       page.click('#menu')
-      picture(page, 'menu_phone')
+      browsers.picture(page, 'menu_phone')
       page.click('#new')
       assert page.locator('.message').count() == 0
 
@@ -113,7 +87,7 @@ def test_the_probabilities_of_tokens_are_shown_by_pointer_and_by_keys(browser):
     rows = page.locator('#tip tr')
     assert rows.count() == 5 and rows.first.inner_text().split('\t')[:2] == ['b', '78 %']   # exp(-.25)
     assert page.locator('#tip tr.chosen').inner_text() == rows.first.inner_text()
-    picture(page, 'hover')
+    browsers.picture(page, 'hover')
     page.mouse.move(0, 0)
     page.focus('.text')
     for _ in range(3):
@@ -132,7 +106,7 @@ def test_stop_retry_conversations_and_settings(browser):
     page.press('#system', 'Escape')
     send(page, 'first question')
     gate.release(5)
-    playwright.expect(page.locator('.text')).to_have_text('xxxxx')
+    browsers.playwright.expect(page.locator('.text')).to_have_text('xxxxx')
     page.keyboard.press('Escape')
     gate.release(2)
     page.wait_for_selector('body[data-ready=idle]')
@@ -140,7 +114,7 @@ def test_stop_retry_conversations_and_settings(browser):
     assert engine.aborted[0].sampling.temperature == .5 and engine.aborted[0].max_tokens == 50
     gate.release(200)
     page.keyboard.press('Alt+r')
-    playwright.expect(page.locator('.text')).to_have_text('x' * 50)
+    browsers.playwright.expect(page.locator('.text')).to_have_text('x' * 50)
     assert 'cut off' in page.locator('.tools').inner_text() and page.locator('.message').count() == 2
     page.keyboard.press('Alt+n')
     send(page, 'second', 'Shift+Enter')
@@ -163,11 +137,11 @@ def test_a_model_without_a_template_continues_the_text(browser):
     send(page, 'Once')
     page.wait_for_selector('.tools button')
     send(page, '')
-    playwright.expect(page.locator('.message.assistant')).to_have_count(2)
+    browsers.playwright.expect(page.locator('.message.assistant')).to_have_count(2)
     page.wait_for_selector('body[data-ready=idle]')
     assert page.locator('.message.user').all_inner_texts() == ['Once']
     assert page.locator('.text').all_inner_texts() == ['ééé', 'ééé']
-    picture(page, 'completion')
+    browsers.picture(page, 'completion')
 
 
 def test_errors_are_shown_and_a_key_is_asked_for(browser):
@@ -177,7 +151,7 @@ def test_errors_are_shown_and_a_key_is_asked_for(browser):
     page.click('#settings')
     page.fill('#key', 'secret')
     page.press('#key', 'Enter')
-    playwright.expect(page.locator('#model')).to_have_text('tiny')
+    browsers.playwright.expect(page.locator('#model')).to_have_text('tiny')
     send(page, 'hi')
     page.wait_for_selector('.tools button')
     assert page.locator('.text').inner_text() == 'fine'
@@ -186,4 +160,4 @@ def test_errors_are_shown_and_a_key_is_asked_for(browser):
     send(page, 'long ' * 50)
     page.wait_for_selector('.problem')
     assert 'more than the 128 that the model reads' in page.locator('.problem').inner_text()
-    picture(page, 'problem')
+    browsers.picture(page, 'problem')

@@ -1,43 +1,20 @@
 """A study is rated from beginning to end in a real browser: by keyboard, by touch, and over a lost connection."""
 import contextlib
 import json
-import os
-import pathlib
-import shutil
 
 import pytest
-from helpers import human_studies
+from helpers import browsers, human_studies
 
 from lm.evaluate import people
 
-playwright = pytest.importorskip('playwright.sync_api')
-pytest.importorskip('uvicorn')
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')]
+pytestmark = browsers.MARKS
 SIZES = {'desktop': {'viewport': {'width': 1280, 'height': 800}},
          'phone': {'viewport': {'width': 390, 'height': 844}, 'is_mobile': True, 'has_touch': True},
          'dark': {'viewport': {'width': 320, 'height': 568}, 'color_scheme': 'dark'}}
-SCREENSHOTS = os.environ.get('SCREENSHOTS')   # a folder for pictures to look at
 
 
-@pytest.fixture(scope='module')
-def browser():
-  with playwright.sync_playwright() as started:
-    chromium = started.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-    yield chromium
-    chromium.close()
-
-
-@contextlib.contextmanager
 def page_of(browser, size='desktop'):
-  """A page of a new browser profile; nothing may go wrong in its console."""
-  with contextlib.closing(browser.new_context(**SIZES[size])) as context:
-    page, wrong = context.new_page(), []
-    page.on('pageerror', lambda error: wrong.append(str(error)))
-    page.on('console', lambda message: wrong.append(message.text) if message.type == 'error' else None)
-    page.on('dialog', lambda dialog: wrong.append('a script in a text was run'))
-    yield page
-    assert [text for text in wrong if 'ERR_INTERNET_DISCONNECTED' not in text] == []
+  return browsers.watched_page(browser, SIZES[size], expected='ERR_INTERNET_DISCONNECTED')
 
 
 def wait(page, state):
@@ -45,11 +22,6 @@ def wait(page, state):
   page.wait_for_selector(f'body[data-ready="{state}"]')
   # Nothing is wider than the screen.
   assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
-
-
-def picture(page, name):
-  if SCREENSHOTS:
-    page.screenshot(path=str(pathlib.Path(SCREENSHOTS) / f'{name}.png'))
 
 
 def keys(study, answer):
@@ -83,15 +55,14 @@ def test_a_whole_study_is_rated_by_keyboard(browser, tmp_path, mode, size):
       *first, last = keys(store.study, answers[-1])
       for key in first:
         page.keyboard.press(key)
-      picture(page, f'{mode}_{size}_{number}')
+      browsers.picture(page, f'{mode}_{size}_{number}')
       page.keyboard.press(last)
     wait(page, 'done')
     assert page.locator('h1').inner_text() == 'All done. Thank you!'
     page.goto(f'{address}/results/{store.results_token}')
     wait(page, 'done')
     assert page.locator('table').count() == len(people.summarise(store).tables)
-    if SCREENSHOTS:
-      page.screenshot(path=f'{SCREENSHOTS}/{mode}_{size}_results.png', full_page=True)
+    browsers.picture(page, f'{mode}_{size}_results', full_page=True)
   assert [vote.answer for vote in store.votes()] == answers
 
 
@@ -159,7 +130,7 @@ def test_a_vote_is_kept_and_counted_once_where_the_connection_is_lost(browser, t
     page.route('**/vote', lambda route: route.abort('internetdisconnected'))
     page.keyboard.press('0')
     page.get_by_text('Your answer is kept on this device').wait_for()
-    picture(page, 'lost_connection')
+    browsers.picture(page, 'lost_connection')
     page.unroute('**/vote')
     page.goto(link)   # as if the rater came back later
     wait(page, 2)
