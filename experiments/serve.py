@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -21,6 +22,19 @@ from lm.models import Reward
 from lm.objectives.objective import causal_prompt
 
 _WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
+
+
+def _open(model: str, best: bool) -> tuple[Any, Any, Any, Any]:
+  """Returns a decoder, its parameters, its tokenizer and its chat template, which is None where it has none."""
+  workdir, folder = load.run_or_model(None, model, best)
+  loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
+  prompt = causal_prompt if folder else loaded.run.objective.prompt
+  decoder = loaded.model
+  if isinstance(decoder, Reward) or not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
+    raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
+                     'prompt; give a decoder that was trained to')
+  # The stacked parameters end with this function, so that there is one copy.
+  return decoder, decoder.unstack(loaded.params), loaded.tokenizer, load.chat_template(loaded)
 
 
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
@@ -56,17 +70,9 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
   if pages is not None and jax.device_count() > 1:
     raise ValueError(f'pages={pages} is for one device, and there are {jax.device_count()}; leave it out')
   listener = serve.listen(host, port)   # before the model is read, which may take long
-  workdir, folder = load.run_or_model(None, model, best)
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
-    loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
-    decoder, tokenizer = loaded.model, loaded.tokenizer
-    prompt = causal_prompt if folder else loaded.run.objective.prompt
-    if isinstance(decoder, Reward) or not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
-      raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
-                       'prompt; give a decoder that was trained to')
-    params, template = decoder.unstack(loaded.params), load.chat_template(loaded)
-    del loaded   # the stacked parameters, so that there is one copy
+    decoder, params, tokenizer, template = _open(model, best)
   on_mesh = functools.partial(jax.set_mesh, mesh)
   if pages is not None:   # they are not split over devices
     on_mesh = contextlib.nullcontext
