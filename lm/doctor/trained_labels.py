@@ -13,7 +13,7 @@ import numpy as np
 from lm import sharding
 from lm.data.batch import Batch
 from lm.models import Aux
-from lm.models.transformer import Head
+from lm.models.head import Head
 from lm.objectives.objective import Objective
 
 WIDTH = 64   # of hidden states: enough to tell labels apart

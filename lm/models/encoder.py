@@ -16,7 +16,8 @@ from lm.models import attention as attend
 from lm.models import layers as parts
 from lm.models import stack
 from lm.models.context import Aux, Context, Taps
-from lm.models.transformer import Head, LanguageModel, Output
+from lm.models.head import Head
+from lm.models.transformer import LanguageModel, Output
 
 
 def gelu(x: jax.Array) -> jax.Array:

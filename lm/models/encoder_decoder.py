@@ -22,7 +22,8 @@ from lm.models import layers as parts
 from lm.models import stack
 from lm.models.attention import LayerCache, Visible
 from lm.models.context import Aux, Context, EncodedSource, Taps
-from lm.models.transformer import Head, LanguageModel, Output, prompt_width
+from lm.models.head import Head
+from lm.models.transformer import LanguageModel, Output, prompt_width
 
 
 class CrossAttention(nn.Module):

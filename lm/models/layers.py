@@ -115,10 +115,6 @@ def _product(formula, a, b, layout, dtypes=None):
   return y if with_parts == layout else jax.sharding.reshard(y, layout)
 
 
-def _einsum_forward(formula, x, w, dtype, rounds):
-  return _multiply(formula, x, w, dtype, rounds), (x, w)
-
-
 def _einsum_backward(formula, dtype, rounds, residuals, dy):
   x, w = residuals
   operands, y_axes = formula.split('->')
@@ -138,7 +134,8 @@ def _einsum_backward(formula, dtype, rounds, residuals, dy):
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-_einsum = sharding.custom_vjp(_multiply, _einsum_forward, _einsum_backward, nondiff_argnums=(0, 3, 4))
+_einsum = sharding.custom_vjp(_multiply, lambda *args: (_multiply(*args), args[1:3]), _einsum_backward,
+                              nondiff_argnums=(0, 3, 4))
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
