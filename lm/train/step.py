@@ -35,23 +35,7 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
   """
   def step(state: State, batch: Batch, constants: Mapping[str, Any] = types.MappingProxyType({}),
            key: jax.Array | None = None, number: jax.Array | None = None):
-    def loss(params, batch, key):
-      reports = []
-
-      def apply(*args, **kwargs):
-        outputs = run.model.apply(*args, **kwargs)
-        reports.append(outputs.aux)
-        return outputs
-
-      loss_sum, weight_sum, sums = _checked(run.objective.loss(apply, with_constants(params, constants), batch, key))
-      if reports:
-        aux = functools.reduce(lambda total, other: total.plus(other), reports)
-        sums = {**sums, **aux.metrics}
-        if aux.loss is not None:   # a mean, which is weighted like the losses of the parts of a batch
-          loss_sum += weight_sum * aux.loss
-          sums['auxiliary_loss'] = (aux.loss, jnp.float32(1))
-      return loss_sum, (weight_sum, sums)
-
+    loss = functools.partial(_loss, run, constants)
     key = seeds.key(run.seed) if key is None else key
     key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
     (loss_sum, (weight_sum, sums)), grads = run.gradient(loss, state.params, batch, key, run.accumulate)
@@ -90,6 +74,25 @@ def step_function(run: Run) -> Callable[..., tuple[State, dict[str, jax.Array]]]
     return new._replace(opt_state=sharding.to_host(new.opt_state)), metrics
 
   return step_to_host if run.offload_optimizer else step
+
+
+def _loss(run: Run, constants: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
+  """Returns (loss_sum, (weight_sum, sums)) of a part of a batch, with the auxiliary outputs of the model."""
+  reports = []
+
+  def apply(*args, **kwargs):
+    outputs = run.model.apply(*args, **kwargs)
+    reports.append(outputs.aux)
+    return outputs
+
+  loss_sum, weight_sum, sums = _checked(run.objective.loss(apply, with_constants(params, constants), batch, key))
+  if reports:
+    aux = functools.reduce(lambda total, other: total.plus(other), reports)
+    sums = {**sums, **aux.metrics}
+    if aux.loss is not None:   # a mean, which is weighted like the losses of the parts of a batch
+      loss_sum += weight_sum * aux.loss
+      sums['auxiliary_loss'] = (aux.loss, jnp.float32(1))
+  return loss_sum, (weight_sum, sums)
 
 
 def _checked(result: Any) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:
