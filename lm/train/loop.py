@@ -64,7 +64,8 @@ class Loop:
     with track.Tracker(self.workdir, run.steps, tokens_before=run.schedule.tokens_before, step=start, records=logged,
                        flops_per_token=flops.flops_by_step(run, self.mesh, devices),
                        devices=devices, shown=[run.best]) as self.tracker:
-      self.saver, self.left_out_steps = Saver(self.checkpoints, start), not_finite.steps_left_out(self.workdir, start)
+      self.saver = Saver(self.checkpoints, start)
+      self.left_out_steps = not_finite.steps_left_out(self.workdir, start) if isinstance(run.not_finite, Skip) else []
       stops = [every for every in (run.evaluate_every, run.save_every, run.keep_every) if every]
       self.pace = run.minutes and Pace(self.workdir, run.steps, 60 * run.minutes, stops, start)
       # `stopped` by a signal, `ended` by the steps or the patience, `declined` by `watch`.

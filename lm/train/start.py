@@ -69,8 +69,9 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
   check(run, mesh)
-  hosts.connect(mesh)
-  with phases('prepare data'):   # signals are not caught yet: this may take long, and the next start continues it
+  # Signals are not caught yet: preparing the data may take long, and the next start continues it.
+  with hosts.ending_with_peers(), phases('prepare data'):
+    hosts.connect(mesh)
     run, data, feed, evaluation = _open_data(run, workdir, mesh, new_objective)
   facts = {**identity(run, data.fingerprint, data.tokenizer.fingerprint), 'run': run_to_json(run)}
   judge = Judge(facts['objective'], run.best, run.better)
