@@ -41,7 +41,8 @@ setuptools.setup(
         'eval': ['sacrebleu>=2.5', 'rouge-score>=0.1.2', 'lm_eval>=0.4.13'],   # BLEU, chrF, TER, ROUGE; tasks
         'human': ['starlette>=0.47', 'uvicorn>=0.34'],   # the web page of experiments/human_eval.py
         # The server of experiments/serve.py.
-        'serve': ['starlette>=0.47', 'uvicorn>=0.34', 'prometheus_client>=0.22', 'jinja2>=3.1.6'],
+        'serve': ['starlette>=0.47', 'uvicorn>=0.34', 'prometheus_client>=0.22', 'jinja2>=3.1.6',
+                  'llguidance>=1.6.1'],   # answers that match a schema
         # experiments/tour.ipynb, and to run it without a browser.
         'notebook': ['nbclient>=0.10', 'ipykernel>=6.29', 'matplotlib>=3.9', 'tokenizers>=0.21'],
         # What the benchmark measures against; the CPU builds are enough.
@@ -55,6 +56,7 @@ setuptools.setup(
             'sacrebleu>=2.5', 'rouge-score>=0.1.2',   # metrics of texts
             'starlette>=0.47', 'uvicorn>=0.34', 'httpx>=0.28',   # web pages, and a client of them
             'prometheus_client>=0.22', 'openai>=2.0',   # the server, and a client of it
+            'llguidance>=1.6.1',    # answers that match a schema
         ],
     },
 )

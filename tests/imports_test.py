@@ -26,7 +26,8 @@ DOORS = {
     'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
     'starlette': {'evaluate/people/rating_server', 'serve/web_application'},
     'uvicorn': {'evaluate/people/rating_server', 'serve/serving'}, 'prometheus_client': {'serve/server_metrics'},
-    'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'}, 'scipy': {'statistics', 'studies/scaling'},
+    'llguidance': {'generate/grammars'}, 'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'},
+    'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}
 # Libraries that are slow to import or optional are imported inside functions, so that --help answers at once.
 LAZY = set(DOORS) - {'flax'}

@@ -13,6 +13,7 @@ from lm import sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.engine import Engine
+from lm.generate.grammars import Matcher, allowed_tokens
 from lm.generate.sampling import Sampling, settings
 from lm.models.transformer import LanguageModel
 
@@ -25,7 +26,10 @@ class Draft(Protocol):
 
 
 class Completion(NamedTuple):
-  """The model that completes texts, how a token is drawn, and the largest number of tokens to write."""
+  """The model that completes texts, how a token is drawn, and the largest number of tokens to write.
+
+  `matchers` are those of the texts, if they have to match a grammar; they follow what is written.
+  """
   model: LanguageModel
   params: Any
   tokenizer: Tokenizer
@@ -33,6 +37,7 @@ class Completion(NamedTuple):
   max_tokens: int
   seed: int
   draft: Draft | None = None
+  matchers: Sequence[Matcher] = ()
 
   def engine(self, slots: int) -> Engine:
     """Returns an engine whose rows have at least `slots` slots."""
@@ -81,22 +86,31 @@ def complete(request: Completion, texts: Sequence[np.ndarray], batch: Batch, str
     streams: the random streams of the rows; None computes those of `texts`.
     step: the number of tokens that were written earlier: random numbers continue after these.
     full_texts: texts with the tokens that no longer fit the context, all of which a repetition penalty counts.
+
+  Raises ValueError if the parser of a grammar reaches its limits.
   """
   rows, width = batch.tokens.shape
   if streams is None:
     streams = random_streams(texts, rows, request.tokenizer.bos_id)
   engine, limit = request.engine(width + request.max_tokens), step + request.max_tokens
   row_settings = settings([request.sampling] * rows, [request.seed] * rows, streams)
-  state, tokens = engine.prefill(batch, row_settings, [limit] * rows, step, full_texts)
+  allowed = allowed_tokens(request.matchers, engine.model.vocab)
+  state, tokens = engine.prefill(batch, row_settings, [limit] * rows, step, full_texts, allowed)
   written, ended = np.zeros(len(texts), int), np.zeros(len(texts), bool)
   while True:
     pieces = tokens.rows(len(texts))
+    for matcher, piece in zip(request.matchers, pieces):
+      matcher.add(piece.tolist())
     written += [len(piece) for piece in pieces]
     ended |= [np.isin(piece, engine.ends).any() for piece in pieces]
     yield pieces
     if (ended | (written >= request.max_tokens)).all():
       return
-    state, tokens = engine.step(state)
+    allowed = allowed_tokens(request.matchers, engine.model.vocab)
+    failures = [matcher.failure for matcher in request.matchers if matcher.failure]
+    if failures:
+      raise ValueError(f'the grammar allows no further token: {failures[0]}')
+    state, tokens = engine.step(state) if allowed is None else engine.step(state, 1, allowed)
 
 
 def complete_past_context(request: Completion, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:

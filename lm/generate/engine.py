@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.generate.filters import TokenHistory, draw, new_history, process
+from lm.generate.filters import TokenHistory, draw, keep_allowed, new_history, process, word_count
 from lm.generate.sampling import Settings, row_keys
 from lm.models import paged
 from lm.models.transformer import Cache
@@ -103,10 +103,15 @@ def most_probable(logits_BTV: jax.Array, vocab: int, is_needed: jax.Array) -> Al
   return jax.lax.cond(is_needed, compute, fill)
 
 
-def add_token(state: State, logits_BV: jax.Array, vocab: int, ends: jax.Array) -> tuple[State, Tokens]:
-  """Draws the next token of each row. Returns the new state and the tokens, of which a row that has ended has none."""
-  def local(logits, history, settings, top, is_live, ends):
+def add_token(state: State, logits_BV: jax.Array, allowed_BW: jax.Array, vocab: int, ends: jax.Array
+              ) -> tuple[State, Tokens]:
+  """Draws the next token of each row. Returns the new state and the tokens, of which a row that has ended has none.
+
+  `allowed_BW` are the tokens that may be drawn, as in `grammars`.
+  """
+  def local(logits, history, settings, top, is_live, allowed, ends):
     in_vocab = jnp.where(jnp.arange(logits.shape[-1])[None] < vocab, logits, -jnp.inf)   # without the padding
+    in_vocab = keep_allowed(in_vocab, allowed)
     token = draw(process(in_vocab, settings, history, ends), settings, row_keys(settings, history.written_B))
     token = jnp.where(is_live, token, ends[:, 0])
     is_end = (token[:, None] == ends).any(-1) | (token[:, None] == settings.stop_ids).any(-1)
@@ -117,7 +122,7 @@ def add_token(state: State, logits_BV: jax.Array, vocab: int, ends: jax.Array) -
   is_live = ~state.ended_B
   ends = jnp.broadcast_to(ends, (len(state.token_B), len(ends)))
   token, is_end, history, log_probability, alternatives = map_shards(
-      local, logits_BV, state.history, state.settings, state.top_B, is_live, ends)
+      local, logits_BV, state.history, state.settings, state.top_B, is_live, allowed_BW, ends)
   ended = state.ended_B | is_end | (history.written_B >= state.limit_B)
   state = state._replace(token_B=token, position_B=state.position_B + is_live, ended_B=ended, history=history)
   log_probability = jnp.where(is_live[:, None], log_probability, 0)
@@ -136,14 +141,15 @@ def last_logits(out: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots'))
 @sharding.whole_rows()
-def _prefill(model, params, batch: Batch, history, settings, limit, ends, *, vocab, slots) -> tuple[State, Tokens]:
+def _prefill(model, params, batch: Batch, history, settings, limit, allowed, ends, *, vocab, slots
+             ) -> tuple[State, Tokens]:
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  history, settings, limit = split_rows((history, settings, limit))
+  history, settings, limit, allowed = split_rows((history, settings, limit, allowed))
   out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
   ended = (batch.segments[:, -1] == 0) | (history.written_B >= limit)
   state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], ended, history, settings, limit,
                 jnp.zeros_like(limit))
-  state, tokens = add_token(state, last_logits(out), vocab, ends)
+  state, tokens = add_token(state, last_logits(out), allowed, vocab, ends)
   return state, replicate(tokens)
 
 
@@ -154,14 +160,16 @@ def replicate(tree: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='state')
 @sharding.whole_rows()
-def _step(model, params, state: State, count, ends, *, vocab) -> tuple[State, Tokens]:
+def _step(model, params, state: State, count, allowed, ends, *, vocab) -> tuple[State, Tokens]:
   """Draws up to `count` tokens of each row; fewer if all rows end."""
+  allowed = split_rows(allowed)
+
   def add_column(carry):
     n, state, columns = carry
     is_live = (~state.ended_B).astype(jnp.int32)
     batch = Batch(state.token_B[:, None], positions=state.position_B[:, None], segments=is_live[:, None])
     out = model.apply(params, batch, cache=state.cache)
-    state, tokens = add_token(state._replace(cache=out.cache), last_logits(out), vocab, ends)
+    state, tokens = add_token(state._replace(cache=out.cache), last_logits(out), allowed, vocab, ends)
     columns = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
                            tokens._replace(count_B=None))
     return n + 1, state, columns
@@ -219,7 +227,7 @@ class Engine:
     return 0
 
   def prefill(self, batch: Batch, settings: Settings, limit: Sequence[int], written: int = 0,
-              texts: Sequence[np.ndarray] = ()) -> tuple[State, Tokens]:
+              texts: Sequence[np.ndarray] = (), allowed: np.ndarray | None = None) -> tuple[State, Tokens]:
     """Reads prompts, as `model.prompt` makes them, and draws the token after each. Empty rows count as ended.
 
     Args:
@@ -228,6 +236,7 @@ class Engine:
       limit: the largest number of tokens of each row, `[B]`, which includes those that it wrote earlier.
       written: the number of tokens that the rows wrote earlier: their random numbers continue after these.
       texts: all tokens of the first rows, if a penalty counts more tokens than the batch has.
+      allowed: the tokens that may be drawn, int32 `[B, W]` as in `grammars`; None for all.
 
     Raises:
       ValueError: the cache does not have enough slots.
@@ -240,17 +249,30 @@ class Engine:
                        'make the engine with more slots')
     read = [row_tokens[segments > 0] for row_tokens, segments in zip(batch.tokens, batch.segments)]
     history = new_history([*texts, *read[len(texts):]], self.model.vocab, written)
-    return self._prefill(batch, history, settings, limit)
+    return self._prefill(batch, history, settings, limit, allowed)
 
-  def _prefill(self, batch, history, settings, limit):
-    return _prefill(self.model, self.params, batch, history, settings, limit, np.int32(self.ends), vocab=self.vocab,
-                    slots=self.slots)
+  def _prefill(self, batch, history, settings, limit, allowed):
+    return _prefill(self.model, self.params, batch, history, settings, limit, self.allowed(len(limit), allowed),
+                    np.int32(self.ends), vocab=self.vocab, slots=self.slots)
 
-  def step(self, state: State, count: int = CHUNK) -> tuple[State, Tokens]:
-    """Draws up to `count` tokens, at most CHUNK, of each row that has not ended. It donates `state`."""
+  def allowed(self, rows: int, allowed: np.ndarray | None = None) -> np.ndarray:
+    """Returns the tokens that may be drawn in each row, int32 `[B, W]`: all of them in rows that `allowed` lacks."""
+    every = np.full((rows, word_count(self.model.vocab)), -1, np.int32)
+    if allowed is not None:
+      every[:len(allowed)] = allowed
+    return every
+
+  def step(self, state: State, count: int = CHUNK, allowed: np.ndarray | None = None) -> tuple[State, Tokens]:
+    """Draws up to `count` tokens, at most CHUNK, of each row that has not ended. It donates `state`.
+
+    `allowed` are the tokens that may be drawn, int32 `[B, W]` as in `grammars`, for `count=1`; None for all.
+    """
     if not 1 <= count <= CHUNK:
       raise ValueError(f'count={count} tokens in one step must be 1 to {CHUNK}')
-    return _step(self.model, self.params, state, np.int32(count), np.int32(self.ends), vocab=self.vocab)
+    if allowed is not None and count != 1:
+      raise ValueError(f'count={count} tokens in one step must be 1 where `allowed` restricts the next one')
+    return _step(self.model, self.params, state, np.int32(count), self.allowed(len(state.ended_B), allowed),
+                 np.int32(self.ends), vocab=self.vocab)
 
   def insert(self, state: State, new: State, rows: Sequence[int]) -> State:
     """Replaces row `rows[i]` by row i of `new`, which continues there. It donates `state`.

@@ -50,6 +50,20 @@ def _exclude(logits_BV: jax.Array, ids_BN: jax.Array, is_banned_BN: jax.Array) -
   return logits_BV.at[jnp.arange(len(ids))[:, None], ids].set(-jnp.inf, mode='drop')
 
 
+def word_count(vocab: int) -> int:
+  """Returns the number of words of 32 bits that have a bit for each token."""
+  return -(-vocab // 32)
+
+
+def keep_allowed(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+  """Excludes each token v whose bit is 0: bit v % 32 of word v // 32, int32. What no row needs costs nothing."""
+  def exclude(logits, allowed):
+    bits = (allowed[..., None] >> jnp.arange(32)[None, None]) & 1
+    return jnp.where(bits.reshape(len(bits), -1)[:, :logits.shape[-1]] == 1, logits, -jnp.inf)
+
+  return _apply_if(allowed_BW != -1, exclude, logits_BV, allowed_BW)
+
+
 def exclude_bad_words(logits_BV: jax.Array, words_BNL: jax.Array, recent_BL: jax.Array) -> jax.Array:
   """Excludes the last token of each word whose other tokens are the last of the text; -1 in a word is no token."""
   beginnings = words_BNL[..., :-1]

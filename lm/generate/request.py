@@ -7,6 +7,7 @@ import numpy as np
 
 from lm import seeds
 from lm.generate.engine import TOP, Engine
+from lm.generate.grammars import Grammar, check_sampling
 from lm.generate.sampling import Sampling
 
 
@@ -23,6 +24,7 @@ class Request:
     choices: the number of continuations (`n`), which differ in their random numbers.
     top: the number of alternatives at each token whose log-probabilities are given.
     scores_prompt: whether the log-probabilities of the prompt's tokens are given too.
+    grammar: what each continuation has to match, from `Grammars.compile`; None for any text.
   """
   ids: Sequence[int]
   sampling: Sampling = Sampling()
@@ -31,6 +33,7 @@ class Request:
   choices: int = 1
   top: int = 0
   scores_prompt: bool = False
+  grammar: Grammar | None = None
 
   def check(self, engine: Engine, context: int) -> None:
     """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens."""
@@ -43,6 +46,8 @@ class Request:
     for token in sampling.ids:
       if not 0 <= token < engine.vocab:
         raise ValueError(f'id {token} in logit_bias, bad_words or stop_ids is not one of 0 to {engine.vocab - 1}')
+    if self.grammar is not None:
+      check_sampling(sampling)
     if self.choices < 1:
       raise ValueError(f'choices={self.choices} must be at least 1')
     if not 0 <= self.top <= min(TOP, engine.vocab):
@@ -78,7 +83,7 @@ class Event(NamedTuple):
   choice: int
   ids: list[int]
   scores: Scores
-  finish_reason: str | None = None     # 'stop', 'length' or 'abort'; None if the choice goes on
+  finish_reason: str | None = None     # 'stop', 'length', 'abort' or 'grammar'; None if the choice goes on
   prompt_scores: Scores | None = None
 
   @property

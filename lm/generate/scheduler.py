@@ -11,7 +11,8 @@
 
 All is synchronous, and one thread may use it. Token ids go in and come out; stop strings are of the layer of text,
 which holds back partial matches and calls `abort`. The last event of each choice has a `finish_reason`: 'stop' (its
-last id is one of the engine's ends or of the request's `stop_ids`), 'length' or 'abort'.
+last id is one of the engine's ends or of the request's `stop_ids`), 'length', 'abort', or 'grammar' (the parser of the
+request's grammar has reached its limits).
 
 In float32, the ids and log-probabilities of a request depend, to the last bit, on the request alone: not on the
 requests beside it, nor on the order of arrival. They do depend on the number of rows, because other shapes are rounded
@@ -26,6 +27,7 @@ import numpy as np
 
 from lm.generate import compilations
 from lm.generate.engine import CHUNK, Engine, Tokens
+from lm.generate.grammars import Matcher, allowed_tokens
 from lm.generate.page_pool import PagePool, prefix_keys
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling
@@ -41,6 +43,7 @@ class _Row:
   request: Request
   choice: int
   limit: int
+  matcher: Matcher | None = None
   pages: Sequence[int] = ()
   written: int = 0
 
@@ -66,7 +69,8 @@ class Scheduler:
     rows: the number of choices that are written at the same time.
     widths: of the chunks in which prompts are read; 1 is one of them. A step reads about as many tokens as the largest
       while rows are being written.
-    tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier.
+    tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier. While a row
+      has a grammar, it is 1.
     pages: the number of pages of the cache, each of which has as many slots as the largest width. A request takes those
       for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
       is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages: on a
@@ -168,7 +172,9 @@ class Scheduler:
     """Lets requests join as far as rows are free, then draws the next tokens of each row. Returns what is new."""
     self._admit()
     if self.running:
-      self._state, tokens = self.engine.step(self._state, self.tokens_per_step)
+      matchers = [row and row.matcher for row in self._rows]
+      allowed = allowed_tokens(matchers, self.engine.model.vocab)
+      self._state, tokens = self.engine.step(self._state, self.tokens_per_step if allowed is None else 1, allowed)
       self._collect(tokens)
     events, self._events = self._events, []
     return events
@@ -231,9 +237,11 @@ class Scheduler:
       self._events.append(Event(request, choice, [], _NO_SCORES, 'length', prompt_scores))
       return True
     row = self._rows.index(None)
-    start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice)
+    matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
+    allowed = allowed_tokens([matcher], self.engine.model.vocab)
+    start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages, stored)
-    self._rows[row] = _Row(request, choice, limit, pages)
+    self._rows[row] = _Row(request, choice, limit, matcher, pages)
     if self._add_event(row, tokens, 0, prompt_scores):
       self._free([row])
     return True
@@ -267,8 +275,12 @@ class Scheduler:
     count = int(tokens.count_B[column])
     ids = np.asarray(tokens.ids_BT)[column, :count].tolist()
     own.written += count
+    if own.matcher is not None:
+      own.matcher.add(ids)
     reason = None
-    if ids[-1] in self.engine.ends or ids[-1] in own.request.sampling.stop_ids:
+    if own.matcher is not None and own.matcher.failure:
+      reason = 'grammar'
+    elif ids[-1] in self.engine.ends or ids[-1] in own.request.sampling.stop_ids:
       reason = 'stop'
     elif own.written >= own.limit:
       reason = 'length'

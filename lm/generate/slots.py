@@ -54,6 +54,7 @@ class Start(NamedTuple):
   position_R: np.ndarray   # of the last token of the prompt
   limit_R: np.ndarray
   top_R: np.ndarray
+  allowed_RW: np.ndarray   # the tokens that may be drawn first
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots', 'pages', 'size'))
@@ -98,7 +99,7 @@ def _join(model, state: State, prompt: Prompt, start: Start, ends, row, pages, *
   zeros = jnp.zeros_like(start.limit_R)
   new = State(prompt.cache, zeros, start.position_R, zeros > 0, start.history, start.settings, start.limit_R,
               start.top_R)
-  new, tokens = add_token(new, prompt.logits_RV, vocab, ends)
+  new, tokens = add_token(new, prompt.logits_RV, start.allowed_RW, vocab, ends)
   places = jnp.where(jnp.arange(len(zeros)) == 0, row, len(state.token_B))   # the repetitions have no place
   if pages is None:
     cache = model.insert(state.cache, prompt.cache, places)
@@ -168,12 +169,17 @@ class Slots:
     return _read(engine.model, engine.params, cache, Batch(tokens, targets, positions=positions), is_scored,
                  vocab=engine.vocab)
 
-  def start(self, ids: np.ndarray, sampling: Sampling, limit: int, top: int, seed: int, stream: int) -> Start:
-    """Returns what a row begins with, which draws from the random stream `stream` of its seed."""
+  def start(self, ids: np.ndarray, sampling: Sampling, limit: int, top: int, seed: int, stream: int,
+            allowed: np.ndarray | None = None) -> Start:
+    """Returns what a row begins with, which draws from the random stream `stream` of its seed.
+
+    `allowed` are the tokens that may be drawn first, int32 [1, W] as in `grammars`; None for all.
+    """
     rows = sharding.padded_rows(1)
     return Start(new_history([ids] * rows, self.engine.model.vocab),
                  settings([sampling] * rows, [seed] * rows, np.full(rows, stream)),
-                 *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)))
+                 *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)),
+                 self.engine.allowed(rows, allowed))
 
   def join(self, state: State, prompt: Prompt, start: Start, row: int, pages: Sequence[int] = (), stored: int = 0
            ) -> tuple[State, Tokens]:

@@ -228,7 +228,9 @@ class DraftingEngine(Engine):
   def spare_slots(self) -> int:
     return 1 + 2 * self.drafts   # for drafts after the last token
 
-  def _prefill(self, batch, history, settings, limit):
+  def _prefill(self, batch, history, settings, limit, allowed):
+    if allowed is not None:
+      raise ValueError('a grammar is not supported with drafts; leave one out')
     most = min(self.model.depths, batch.tokens.shape[1] // 2)
     if most < self.drafts:
       raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')

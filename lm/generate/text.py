@@ -14,6 +14,7 @@ import numpy as np
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.completion import Completion, Draft, complete, complete_past_context, prompt_batch
+from lm.generate.grammars import Grammar, check_sampling
 from lm.generate.sampling import Sampling
 from lm.generate.text_stream import TextStream, with_bos
 from lm.models.transformer import LanguageModel
@@ -64,7 +65,7 @@ def room(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos
 def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = PLAIN,
            *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
            mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
-           window: bool = False) -> Iterator[list[str]]:
+           window: bool = False, grammar: Grammar | None = None) -> Iterator[list[str]]:
   """Yields the completions of all prompts piece by piece; each item has the next piece of each, which may be empty.
 
   Pieces hold whole characters. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
@@ -83,10 +84,11 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     draft: drafts several tokens for each forward pass of the model; see `speculative`.
     bos: whether a prompt begins with bos; None decides by `tokenizer.adds_bos`. An empty prompt always does.
     window: whether to go on past the context: where it is full, its last half is read again.
+    grammar: what each completion has to match, from `Grammars.compile`; None for any text.
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
-      model is an encoder.
+      model is an encoder; the parser of the grammar reaches its limits.
   """
   if isinstance(prompts, str) or isinstance(stop, str) or '' in stop:
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
@@ -98,7 +100,11 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
-  request = Completion(model, params, tokenizer, sampling, max_tokens, seed, draft)
+  matchers = []
+  if grammar is not None:
+    check_sampling(sampling)
+    matchers = [grammar.start(sampling.stop_ids) for _ in encoded]
+  request = Completion(model, params, tokenizer, sampling, max_tokens, seed, draft, matchers)
   for pieces in _pieces(request, encoded, mark(batch)):
     yield [''.join(map(text.push, row)) for text, row in zip(texts, pieces)]
     if all(text.has_ended for text in texts):
@@ -109,10 +115,10 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
 def generate(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Sequence[str],
              sampling: Sampling = PLAIN, *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
              mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
-             window: bool = False) -> list[str]:
+             window: bool = False, grammar: Grammar | None = None) -> list[str]:
   """Returns the completion of each prompt, without the prompt; see `stream`."""
   pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark,
-                  draft=draft, bos=bos, window=window)
+                  draft=draft, bos=bos, window=window, grammar=grammar)
   return [''.join(column) for column in zip(*pieces)]
 
 

@@ -1,12 +1,15 @@
 """The form that an answer is constrained to: JSON, a regular expression, a grammar, or one of some texts."""
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lm import generate
 from lm.serve import body_fields
 from lm.serve.api_errors import bad_request
 from lm.serve.body_fields import Field, shown
+from lm.workdir.parsing import json_value
 
 _MOST_CHARACTERS = 65536   # of a schema or a grammar
 
@@ -17,20 +20,40 @@ class OutputFormat:
   kind: Literal['json', 'regex', 'grammar']
   text: str
 
+  def compile(self, grammars: generate.Grammars) -> generate.Grammar:
+    """Returns the grammar of the answer. Raises ApiError, with what is wrong, for one that cannot be used."""
+    try:
+      match self.kind:
+        case 'json':
+          return grammars.compile(generate.of_json_schema(json_value(self.text)))
+        case 'regex':
+          return grammars.compile(generate.of_regex(self.text))
+        case 'grammar':
+          return grammars.compile(self.text)
+    except ImportError as error:
+      raise bad_request(f'this server does not constrain answers: {error}', 'response_format') from None
+    except ValueError as error:
+      what = {'json': 'JSON schema', 'regex': 'regular expression', 'grammar': 'grammar'}[self.kind]
+      raise bad_request(f'the {what} {shown(self.text)} cannot be used: {error}', 'response_format') from None
+
 
 def _schema(schema: Any, place: str) -> OutputFormat:
-  text = schema if isinstance(schema, str) else json.dumps(schema)
-  if not isinstance(schema, dict | str) or len(text) > _MOST_CHARACTERS:
-    raise bad_request(f'{place}={shown(schema)} must be a JSON schema of at most {_MOST_CHARACTERS} characters', place)
+  try:
+    value = json_value(schema) if isinstance(schema, str) else schema
+  except ValueError:
+    value = None
+  text = json.dumps(value)
+  if not isinstance(value, dict) or len(text) > _MOST_CHARACTERS:
+    raise bad_request(f'{place}={shown(schema)} must be a JSON schema, an object of at most {_MOST_CHARACTERS} '
+                      'characters', place)
   return OutputFormat('json', text)
 
 
 def _choice(values: Any) -> OutputFormat:
-  return _schema_of_texts(body_fields.texts(256).read(values))
-
-
-def _schema_of_texts(texts: tuple[str, ...]) -> OutputFormat:
-  return OutputFormat('grammar', 'start: ' + ' | '.join(json.dumps(text, ensure_ascii=False) for text in texts))
+  texts = body_fields.texts(256).read(values)
+  if not texts or sum(map(len, texts)) > _MOST_CHARACTERS:
+    raise ValueError(f'must have a text at least, and at most {_MOST_CHARACTERS} characters')
+  return OutputFormat('regex', '|'.join(map(re.escape, texts)))
 
 
 def read_response_format(value: Mapping[str, Any] | None, place: str = 'response_format') -> OutputFormat | None:

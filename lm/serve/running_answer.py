@@ -6,7 +6,7 @@ from typing import Protocol
 
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate import Event, Request
-from lm.serve.api_errors import ApiError
+from lm.serve.api_errors import ApiError, bad_request
 from lm.serve.choice_text import ChoiceText, Piece
 from lm.serve.engine_thread import EngineThread
 
@@ -53,6 +53,9 @@ class RunningAnswer:
       event = await self._queue.get()
       if isinstance(event, ApiError):
         raise event
+      if event.finish_reason == 'grammar':
+        raise bad_request('the answer has reached the limits of the parser of its format; give a simpler schema, '
+                          'regular expression or grammar', 'response_format')
       text = self._texts[event.request, event.choice]
       if not text.has_ended:
         piece = text.push(event)

@@ -43,6 +43,10 @@ class ServedModel:
     return TokenTexts(self.tokenizer)
 
   @functools.cached_property
+  def grammars(self) -> generate.Grammars:
+    return generate.Grammars(self.tokenizer, self.model.vocab)
+
+  @functools.cached_property
   def chat_ends(self) -> tuple[int, ...]:
     """The ids that end an answer of a chat, in addition to those of the tokenizer."""
     ends = () if self.template is None else self.template.ends(self.tokenizer)

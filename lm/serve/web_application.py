@@ -15,7 +15,7 @@ from lm.data.text.source import require
 from lm.evaluate.people.page_headers import read_page
 from lm.serve import openapi, request_bodies
 from lm.serve.answers_format import ChatWriter, Chunk, CompletionWriter, Usage, Writer, as_json
-from lm.serve.api_errors import ApiError, bad_request
+from lm.serve.api_errors import ApiError
 from lm.serve.chat_messages import NO_TOOLS
 from lm.serve.choice_text import Piece
 from lm.serve.engine_thread import EngineThread
@@ -102,12 +102,13 @@ class _Server:
     body = await self._read(request, request_bodies.read_completion)
     served, settings = self._served, body.settings
     prompts = [served.encode(prompt, body.adds_special_tokens) for prompt in body.prompts]
+    grammar = await self._grammar(body)
     requests, echoes = [], []
     for prompt, ids in zip(body.prompts, prompts):
       room = served.room(ids, settings.max_tokens, 'prompt')
       room = min(room, DEFAULT_TOKENS) if settings.max_tokens is None else room
       scores_prompt = body.echo and settings.logprobs is not None
-      requests.append(self._engine_request(ids, body, room, scores_prompt=scores_prompt))
+      requests.append(self._engine_request(ids, body, room, grammar, scores_prompt=scores_prompt))
       echoes += [served.echo(prompt, ids)] * settings.n if body.echo else []
     writer = CompletionWriter(body, served.name, served.texts, echoes)
     return await self._answer(request, requests, writer, body)
@@ -125,20 +126,25 @@ class _Server:
     served = self._served
     ids = await asyncio.to_thread(served.encode_chat, body.messages, body.tool_use)   # a template may take seconds
     room = served.room(ids, body.settings.max_tokens, 'messages')
-    return await self._answer(request, [self._engine_request(ids, body, room, served.chat_ends)], writer, body)
+    grammar = await self._grammar(body)
+    requests = [self._engine_request(ids, body, room, grammar, served.chat_ends)]
+    return await self._answer(request, requests, writer, body)
 
-  def _engine_request(self, ids: np.ndarray, body: Body, room: int, ends: Sequence[int] = (),
-                      scores_prompt: bool = False) -> generate.Request:
+  async def _grammar(self, body: Body) -> generate.Grammar | None:
+    """Returns what the answers have to match; None for any text."""
+    if body.format is None:
+      return None
+    return await asyncio.to_thread(body.format.compile, self._served.grammars)   # a large schema may take a second
+
+  def _engine_request(self, ids: np.ndarray, body: Body, room: int, grammar: generate.Grammar | None,
+                      ends: Sequence[int] = (), scores_prompt: bool = False) -> generate.Request:
     """Returns the engine's request for a prompt, after which there is `room`; `ends` end an answer too."""
     settings = body.settings
     sampling = dataclasses.replace(settings.sampling, stop_ids=(*settings.sampling.stop_ids, *ends))
     self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
-    if body.format is not None:
-      raise bad_request('this server does not constrain answers: response_format, structured_outputs and a tool_choice '
-                        'that forces a call are not supported; leave them out', 'response_format')
     seed = random.SystemRandom().randint(0, MOST_SEED) if settings.seed is None else settings.seed
     return generate.Request(ids, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
-                            settings.logprobs or 0, scores_prompt)
+                            settings.logprobs or 0, scores_prompt, grammar)
 
   async def _answer(self, request: Any, requests: Sequence[generate.Request], writer: Writer, body: Body) -> Any:
     """Returns the answer of requests: a stream, or the whole that its chunks join to."""
