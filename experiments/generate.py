@@ -5,6 +5,7 @@ r"""Generates text with a trained run or a Hugging Face model, and prints it tok
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd"
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --best_of=8 \
     --reward=runs/reward
+  python experiments/generate.py --workdir=runs/quickstart --prompt="x = " --regex="[0-9]{1,4}"
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
@@ -24,7 +25,8 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
          temperature: float = 1., top_k: int = 0, top_p: float = 1., min_p: float = 0., repetition_penalty: float = 1.,
          max_tokens: int | None = None, window: bool = False, stop: launch.Texts = (), n: int = 1, seed: int = 0,
          best: bool = False, chat: bool = False, bos: bool | None = None, draft: int = 0, best_of: int = 0,
-         reward: pathlib.Path | None = None, mesh: str | None = None) -> None:
+         reward: pathlib.Path | None = None, json_schema: pathlib.Path | None = None, regex: str | None = None,
+         mesh: str | None = None) -> None:
   """Prints the prompt and its completions; of an encoder-decoder, only the output.
 
   Args:
@@ -49,24 +51,25 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     best_of: generate this many completions, and print the --n that the reward model rates highest; 0 for no reward
       model.
     reward: workdir of the reward model, see preference.py.
+    json_schema: file of a JSON schema, which each completion has to match (pip install 'lm[serve]').
+    regex: a regular expression, which each completion has to match as a whole.
     draft: number of tokens that are drafted at a time (speculative decoding), for a model trained with --predict_ahead;
       0 for no drafting.
   """
   workdir, model = load.run_or_model(workdir, model, best)
   sampling = generate.Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
   seeds.check(seed)
-  if n < 1:
-    raise ValueError(f'--n={n} must be at least 1')
   if max_tokens is not None and max_tokens < 1 or '' in stop:
     raise ValueError(f'--max_tokens={max_tokens} must be at least 1, and no --stop may be empty')
-  if min(draft, best_of) < 0:
-    raise ValueError(f'--draft={draft} and --best_of={best_of} must be 0 or more')
+  if n < 1 or min(draft, best_of) < 0:
+    raise ValueError(f'--n={n} must be at least 1, and --draft={draft} and --best_of={best_of} must be 0 or more')
   if (best_of > 0) != (reward is not None) or 0 < best_of < n:
     raise ValueError(f'--best_of={best_of} and --reward={reward} go together, and --best_of must be at least --n={n}; '
                      'give both flags, or none')
   if max(n, best_of) > 1 and sampling.greedy:
     raise ValueError(f'all {max(n, best_of)} completions would be equal with --temperature=0; leave out this flag, or '
                      '--n and --best_of')
+  text = generate.read_grammar(json_schema, regex)
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
@@ -80,6 +83,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; the output of an encoder-decoder always begins '
                        'with bos')
     tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
+    grammar = None if text is None else generate.Grammars(tokens, loaded.model.vocab).compile(text)
     judge = None if reward is None else load.open_trained(reward)
     if judge and not isinstance(judge.model, Reward):
       raise ValueError(f'--reward={reward} is {load.kind(judge.model)}, and what is needed is a reward model; '
@@ -90,14 +94,14 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
     shown = '' if chat or loaded.model.reads_source else prompt
     if judge is not None:
       texts = generate.generate(loaded.model, loaded.params, tokens, [prompt] * best_of, sampling, seed=seed, stop=stop,
-                                max_tokens=max_tokens, mark=mark, bos=bos, window=window)
+                                max_tokens=max_tokens, mark=mark, bos=bos, window=window, grammar=grammar)
       show_best(judge, prompt, texts, n, shown)
       return
     drafting = speculative.SelfSpeculation(draft) if draft else None
     texts, prefix = [''] * n, shown
     for pieces in generate.stream(loaded.model, loaded.params, tokens, [prompt] * n, sampling,
                                   max_tokens=max_tokens, stop=stop, seed=seed, mark=mark, draft=drafting,
-                                  bos=bos, window=window):
+                                  bos=bos, window=window, grammar=grammar):
       print(prefix + pieces[0], end='', flush=True)   # only the first text is printed while it is generated
       prefix = ''
       texts = [text + piece for text, piece in zip(texts, pieces)]

@@ -2,7 +2,7 @@
 from lm.generate.completion import Draft, random_streams
 from lm.generate.engine import Engine, State, Tokens
 from lm.generate.filters import keep_min_p, keep_top_k, keep_top_p, process
-from lm.generate.grammars import Grammar, Grammars, of_choices, of_json_schema, of_regex
+from lm.generate.grammars import Grammar, Grammars, of_choices, of_json_schema, of_regex, read_grammar
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling, Settings, settings
 from lm.generate.scheduler import Scheduler
@@ -10,6 +10,6 @@ from lm.generate.text import DEFAULT, PLAIN, generate, room, stream, tokens
 from lm.generate.text_stream import TextStream, with_bos
 
 __all__ = ['Draft', 'random_streams', 'Engine', 'State', 'Tokens', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process',
-           'Grammar', 'Grammars', 'of_choices', 'of_json_schema', 'of_regex', 'Sampling', 'Settings', 'settings',
-           'Event', 'Request', 'Scheduler', 'Scores', 'DEFAULT', 'PLAIN', 'generate', 'room', 'stream', 'tokens',
+           'Grammar', 'Grammars', 'of_choices', 'of_json_schema', 'of_regex', 'read_grammar', 'Sampling', 'Settings',
+           'settings', 'Event', 'Request', 'Scheduler', 'Scores', 'DEFAULT', 'PLAIN', 'generate', 'room', 'stream', 'tokens',
            'TextStream', 'with_bos']

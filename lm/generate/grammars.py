@@ -15,6 +15,7 @@ says whether token v is allowed.
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from lm.data.text.source import require
 from lm.data.tokenizers.base import Tokenizer
 from lm.generate.filters import word_count
 from lm.generate.sampling import Sampling
+from lm.workdir.parsing import json_value
 
 # Between two parts of JSON: at most a line break and an indentation, because a model that is unsure writes space after
 # space.
@@ -46,6 +48,22 @@ def of_regex(pattern: str) -> str:
 def of_choices(texts: Sequence[str]) -> str:
   """Returns the grammar of some texts."""
   return of_regex('|'.join(map(re.escape, texts)))
+
+
+def read_grammar(schema_file: pathlib.Path | None, pattern: str | None) -> str | None:
+  """Returns the grammar of the JSON schema in a file, or of a regular expression; None if neither is given.
+
+  Raises ValueError if both are, or if the file has no JSON schema.
+  """
+  if schema_file is None:
+    return None if pattern is None else of_regex(pattern)
+  if pattern is not None:
+    raise ValueError(f'the JSON schema {schema_file} and the regular expression {pattern!r} cannot both constrain the '
+                     'text; give one of them')
+  schema = json_value(schema_file.read_text())
+  if not isinstance(schema, dict):
+    raise ValueError(f'{schema_file} must have a JSON schema, which is an object')
+  return of_json_schema(schema)
 
 
 class Matcher:

@@ -114,11 +114,11 @@ class ToolUse:
     functions = [tool['function'] for tool in self.tools]
     arguments = {f['name']: f.get('parameters') or {'type': 'object'} for f in functions}
     if self.named is not None:
-      return OutputFormat('json', json.dumps(arguments[self.named]))
+      return OutputFormat('json', json.dumps(arguments[self.named]), 'tools')
     # Each schema is a resource of its own, so that references such as #/$defs/Item stay within it.
     calls = [{'type': 'object', 'properties': {'name': {'const': name}, 'arguments': {'$id': f'tool:{name}', **schema}},
               'required': ['name', 'arguments'], 'additionalProperties': False} for name, schema in arguments.items()]
-    return OutputFormat('json', json.dumps({'anyOf': calls}))
+    return OutputFormat('json', json.dumps({'anyOf': calls}), 'tools')
 
 
 NO_TOOLS = ToolUse()

@@ -16,9 +16,13 @@ _MOST_CHARACTERS = 65536   # of a schema or a grammar
 
 @dataclasses.dataclass(frozen=True)
 class OutputFormat:
-  """A constraint on a whole answer. `text` is a JSON schema, a regular expression or a grammar in Lark's syntax."""
+  """A constraint on a whole answer. `text` is a JSON schema, a regular expression or a grammar in Lark's syntax.
+
+  `param` is the field of the body that gives it.
+  """
   kind: Literal['json', 'regex', 'grammar']
   text: str
+  param: str = dataclasses.field(default='response_format', compare=False)
 
   def compile(self, grammars: generate.Grammars) -> generate.Grammar:
     """Returns the grammar of the answer. Raises ApiError, with what is wrong, for one that cannot be used."""
@@ -31,10 +35,10 @@ class OutputFormat:
         case 'grammar':
           return grammars.compile(self.text)
     except ImportError as error:
-      raise bad_request(f'this server does not constrain answers: {error}', 'response_format') from None
+      raise bad_request(f'this server does not constrain answers: {error}', self.param) from None
     except ValueError as error:
       what = {'json': 'JSON schema', 'regex': 'regular expression', 'grammar': 'grammar'}[self.kind]
-      raise bad_request(f'the {what} {shown(self.text)} cannot be used: {error}', 'response_format') from None
+      raise bad_request(f'the {what} {shown(self.text)} cannot be used: {error}', self.param) from None
 
 
 def _schema(schema: Any, place: str) -> OutputFormat:
@@ -46,14 +50,14 @@ def _schema(schema: Any, place: str) -> OutputFormat:
   if not isinstance(value, dict) or len(text) > _MOST_CHARACTERS:
     raise bad_request(f'{place}={shown(schema)} must be a JSON schema, an object of at most {_MOST_CHARACTERS} '
                       'characters', place)
-  return OutputFormat('json', text)
+  return OutputFormat('json', text, place)
 
 
 def _choice(values: Any) -> OutputFormat:
   texts = body_fields.texts(256).read(values)
   if not texts or sum(map(len, texts)) > _MOST_CHARACTERS:
     raise ValueError(f'must have a text at least, and at most {_MOST_CHARACTERS} characters')
-  return OutputFormat('regex', '|'.join(map(re.escape, texts)))
+  return OutputFormat('regex', '|'.join(map(re.escape, texts)), 'structured_outputs.choice')
 
 
 def read_response_format(value: Mapping[str, Any] | None, place: str = 'response_format') -> OutputFormat | None:
@@ -81,7 +85,8 @@ def read_structured_outputs(value: Mapping[str, Any] | None) -> OutputFormat | N
       case {'choice': choices} if len(value) == 1:
         return _choice(choices)
       case {'regex': str(text)} | {'grammar': str(text)} if len(value) == 1 and len(text) <= _MOST_CHARACTERS:
-        return OutputFormat('regex' if 'regex' in value else 'grammar', body_fields.text(text))
+        kind = 'regex' if 'regex' in value else 'grammar'
+        return OutputFormat(kind, body_fields.text(text), f'{place}.{kind}')
   except ValueError as error:
     raise bad_request(f'{place}.choice {error}', place) from None
   raise bad_request(f'{place}={shown(value)} must have exactly one of json, regex, choice and grammar', place)

@@ -98,7 +98,7 @@ class ServerMetrics:
       self.end(event.request, event.choice, event.finish_reason)
 
   def end(self, request: Request, choice: int, reason: str) -> None:
-    """Counts the end of an answer, once: 'stop', 'length', or 'abort' where nobody reads it any more."""
+    """Counts the end of an answer, once: a reason of `Event`; 'abort' where nobody reads it any more."""
     with self._lock:
       times = self._times.pop((request, choice), None)
     if times is None:

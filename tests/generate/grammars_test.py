@@ -132,7 +132,8 @@ def test_the_allowed_tokens_are_those_of_a_plain_loop():
     matcher, prefix = compiled.start(stop_ids=(0,)), Pieces().decode_bytes(ids)
     matcher.add(ids)
     words = matcher.allowed()
-    longer = {i for i, piece in enumerate(Pieces.pieces) if piece and any(x.startswith(prefix + piece) for x in spelled)}
+    longer = {i for i, piece in enumerate(Pieces.pieces)
+              if piece and any(text.startswith(prefix + piece) for text in spelled)}
     assert words.shape == (3,) and words.dtype == np.int32 and not matcher.failure
     assert bits_of(words) == longer | ({0, 7, 14} if prefix in spelled else set())
     seen.add(prefix)
