@@ -69,7 +69,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
   if max(n, best_of) > 1 and sampling.greedy:
     raise ValueError(f'all {max(n, best_of)} completions would be equal with --temperature=0; leave out this flag, or '
                      '--n and --best_of')
-  text = generate.read_grammar(json_schema, regex)
+  grammar_text = generate.read_grammar(json_schema, regex)
   with jax.set_mesh(sharding.make_mesh(mesh)):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     mark = causal_prompt if model else loaded.run.objective.prompt
@@ -83,7 +83,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, promp
       raise ValueError(f'--{"" if bos else "no"}bos is for decoders; the output of an encoder-decoder always begins '
                        'with bos')
     tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
-    grammar = None if text is None else generate.Grammars(tokens, loaded.model.vocab).compile(text)
+    grammar = None if grammar_text is None else generate.Grammars(tokens, loaded.model.vocab).compile(grammar_text)
     judge = None if reward is None else load.open_trained(reward)
     if judge and not isinstance(judge.model, Reward):
       raise ValueError(f'--reward={reward} is {load.kind(judge.model)}, and what is needed is a reward model; '

@@ -11,5 +11,5 @@ from lm.generate.text_stream import TextStream, with_bos
 
 __all__ = ['Draft', 'random_streams', 'Engine', 'State', 'Tokens', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process',
            'Grammar', 'Grammars', 'of_choices', 'of_json_schema', 'of_regex', 'read_grammar', 'Sampling', 'Settings',
-           'settings', 'Event', 'Request', 'Scheduler', 'Scores', 'DEFAULT', 'PLAIN', 'generate', 'room', 'stream', 'tokens',
-           'TextStream', 'with_bos']
+           'settings', 'Event', 'Request', 'Scheduler', 'Scores', 'DEFAULT', 'PLAIN', 'generate', 'room', 'stream',
+           'tokens', 'TextStream', 'with_bos']

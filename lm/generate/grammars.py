@@ -60,9 +60,12 @@ def read_grammar(schema_file: pathlib.Path | None, pattern: str | None) -> str |
   if pattern is not None:
     raise ValueError(f'the JSON schema {schema_file} and the regular expression {pattern!r} cannot both constrain the '
                      'text; give one of them')
-  schema = json_value(schema_file.read_text())
+  try:
+    schema = json_value(schema_file.read_text())
+  except ValueError as error:
+    raise ValueError(f'{schema_file} is no JSON: {error}; give the file of a JSON schema') from None
   if not isinstance(schema, dict):
-    raise ValueError(f'{schema_file} must have a JSON schema, which is an object')
+    raise ValueError(f'{schema_file} has a {type(schema).__name__}; give the file of a JSON schema, which is an object')
   return of_json_schema(schema)
 
 
