@@ -154,9 +154,7 @@ class _Tokens:
 
   def __init__(self, tokenizer: Tokenizer, vocab: int):
     self.eos_token_id = tokenizer.eos_id
-    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-    # No character of UTF-8 has the byte 0xFF, with which the library marks control tokens.
-    pieces = [b'' if i in tokenizer.eos_ids or b'\xff' in piece else piece for i, piece in enumerate(pieces)]
+    pieces = [b'' if i in tokenizer.eos_ids else tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     self.tokens = pieces + [b''] * (vocab - len(pieces))
 
   def __call__(self, text: str) -> list[int]:

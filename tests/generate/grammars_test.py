@@ -136,6 +136,10 @@ def test_the_allowed_tokens_are_those_of_a_plain_loop():
               if piece and any(text.startswith(prefix + piece) for text in spelled)}
     assert words.shape == (3,) and words.dtype == np.int32 and not matcher.failure
     assert bits_of(words) == longer | ({0, 7, 14} if prefix in spelled else set())
+    for end in (0, 7, 14) if prefix in spelled else ():
+      ended = compiled.start(stop_ids=(0,))
+      ended.add([*ids, end])
+      assert not ended.failure
     seen.add(prefix)
     for i in longer:
       walk([*ids, i])
