@@ -126,7 +126,7 @@ def bits_of(words):
 def test_the_allowed_tokens_are_those_of_a_plain_loop():
   texts = ['ab', 'abc', 'b', 'cbab', 'cé', 'abcb']
   compiled = Grammars(Pieces(), 70).compile(generate.of_choices(texts))
-  spelled, seen = [text.encode() for text in texts], set()
+  spelled, visited = [text.encode() for text in texts], set()
 
   def walk(ids):
     matcher, prefix = compiled.start(stop_ids=(0,)), Pieces().decode_bytes(ids)
@@ -140,12 +140,12 @@ def test_the_allowed_tokens_are_those_of_a_plain_loop():
       ended = compiled.start(stop_ids=(0,))
       ended.add([*ids, end])
       assert not ended.failure
-    seen.add(prefix)
+    visited.add(prefix)
     for i in longer:
       walk([*ids, i])
 
   walk([])
-  assert set(spelled) < seen
+  assert set(spelled) < visited
 
 
 @pytest.mark.parametrize('tokenizer', [
