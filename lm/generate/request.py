@@ -16,7 +16,8 @@ class Request:
   """A prompt to be continued. Requests are compared by identity.
 
   Args:
-    ids: the prompt, with its control tokens such as bos; one token at least.
+    ids: the prompt, with its control tokens such as bos; one token at least. For an encoder-decoder, the beginning of
+      the text that it writes: the token that starts the decoder.
     sampling: how tokens are drawn.
     max_tokens: the largest number of tokens to write; None for as many as the context has room for. With 0, the prompt
       is only scored.
@@ -25,6 +26,7 @@ class Request:
     top: the number of alternatives at each token whose log-probabilities are given.
     scores_prompt: whether the log-probabilities of the prompt's tokens are given too.
     grammar: what each continuation has to match, from `Grammars.compile`; None for any text.
+    source: what the encoder of an encoder-decoder reads, with its control tokens; None for a decoder.
   """
   ids: Sequence[int]
   sampling: Sampling = Sampling()
@@ -34,15 +36,27 @@ class Request:
   top: int = 0
   scores_prompt: bool = False
   grammar: Grammar | None = None
+  source: Sequence[int] | None = None
+
+  @property
+  def prompt_size(self) -> int:
+    """The number of tokens of the prompt, which is the source of an encoder-decoder."""
+    return len(self.ids if self.source is None else self.source)
 
   def check(self, engine: Engine, context: int) -> None:
     """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens."""
     size, model, sampling = len(self.ids), engine.model, self.sampling
-    if not size:
-      raise ValueError('ids=[] must have one token at least; begin an empty prompt with bos')
-    ids = np.asarray(self.ids)
-    if ids.ndim != 1 or ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= model.vocab:
-      raise ValueError(f'ids must be whole numbers from 0 to {model.vocab - 1}; they are {ids.min()} to {ids.max()}')
+    _check_ids('ids', self.ids, model.vocab)
+    if model.reads_source and self.source is None:
+      raise ValueError('source=None, and an encoder-decoder reads a source; give one, and as ids the token that starts '
+                       'the decoder')
+    if self.source is not None:
+      if not model.reads_source:
+        raise ValueError(f'a source of {len(self.source)} tokens is for an encoder-decoder; leave it out')
+      _check_ids('source', self.source, model.vocab)
+      if len(self.source) > context:
+        raise ValueError(f'a source of {len(self.source)} tokens is more than the {context} that are read at once; '
+                         'shorten it')
     for token in sampling.ids:
       if not 0 <= token < engine.vocab:
         raise ValueError(f'id {token} in logit_bias, bad_words or stop_ids is not one of 0 to {engine.vocab - 1}')
@@ -62,6 +76,16 @@ class Request:
                        'of them')
     if self.max_tokens is not None and sampling.min_tokens > self.max_tokens:
       raise ValueError(f'min_tokens={sampling.min_tokens} is more than max_tokens={self.max_tokens}')
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab: int) -> None:
+  """Raises ValueError for no token ids, and for ids that a vocabulary does not have."""
+  if not len(ids):
+    raise ValueError(f'{name}=[] must have one token at least; begin an empty prompt with bos, and end a source with '
+                     'eos')
+  ids = np.asarray(ids)
+  if ids.ndim != 1 or ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= vocab:
+    raise ValueError(f'{name} must be whole numbers from 0 to {vocab - 1}; they are {ids.min()} to {ids.max()}')
 
 
 class Scores(NamedTuple):

@@ -19,46 +19,19 @@ requests beside it, nor on the order of arrival. They do depend on the number of
 differently.
 """
 import collections
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from lm.generate import compilations
 from lm.generate.engine import CHUNK, Engine, Tokens
-from lm.generate.grammars import Matcher, allowed_tokens
+from lm.generate.grammars import allowed_tokens
 from lm.generate.page_pool import PagePool, prefix_keys
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling
-from lm.generate.slots import WIDTHS, Prompt, Slots
+from lm.generate.scheduled import NO_SCORES, PromptReading, WrittenChoice, row_scores
+from lm.generate.slots import WIDTHS, Slots
 from lm.models import paged
-
-_NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
-
-
-@dataclasses.dataclass
-class _Row:
-  """A choice that is being written."""
-  request: Request
-  choice: int
-  limit: int
-  matcher: Matcher | None = None
-  pages: Sequence[int] = ()
-  written: int = 0
-
-
-@dataclasses.dataclass
-class _Reading:
-  """A request whose prompt is being read, or whose next choice waits for a row."""
-  request: Request
-  ids: np.ndarray
-  keys: Sequence[bytes]          # of the full pages of the prompt
-  cache: Any                     # donated by each chunk
-  count: int                     # of tokens that have been read
-  prompt: Prompt | None = None   # after the first chunk
-  choice: int = 0                # the next to join a row
-  scores: list[Scores] = dataclasses.field(default_factory=list)   # of each chunk
 
 
 class Scheduler:
@@ -77,15 +50,14 @@ class Scheduler:
       mesh that splits rows. With 0, each row has `engine.slots` slots of its own.
 
   Raises:
-    ValueError: the engine's model reads its prompt as a source, the engine makes drafts, or the cache cannot have
-      pages.
+    ValueError: the engine makes drafts, or the cache cannot have pages.
   """
 
   def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1,
                pages: int | None = None):
-    if engine.model.reads_source or engine.spare_slots:
+    if engine.spare_slots:
       raise ValueError(f'{type(engine).__name__} of {type(engine.model).__name__} cannot read prompts in chunks; give '
-                       'an Engine of a decoder')
+                       'an Engine')
     if rows < 1 or not 1 <= tokens_per_step <= CHUNK:
       raise ValueError(f'rows={rows} must be at least 1, and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
     model = engine.model
@@ -106,8 +78,8 @@ class Scheduler:
     self.prompt_tokens = 0   # of all prompts so far
     self.shared_tokens = 0   # those of them that were in pages, and not read again
     self._waiting: collections.deque[Request] = collections.deque()
-    self._reading: _Reading | None = None
-    self._rows: list[_Row | None] = [None] * rows
+    self._reading: PromptReading | None = None
+    self._rows: list[WrittenChoice | None] = [None] * rows
     self._events: list[Event] = []
     self._compiled_before = compilations.count()
 
@@ -133,10 +105,14 @@ class Scheduler:
 
   def warm_up(self) -> None:
     """Compiles all programs that requests need. Call it before the first request."""
+    reads_source = self.engine.model.reads_source
+    source = [0] if reads_source else None
     for seed in 0, 2 ** 40:   # seeds of one and of two words
-      self.submit(Request([0], Sampling(min_tokens=2), max_tokens=2, seed=seed))
+      self.submit(Request([0], Sampling(min_tokens=2), max_tokens=2, seed=seed, source=source))
     for width in self._slots.widths:
-      self.submit(Request([0] * width, max_tokens=0))
+      self.submit(Request([0] * (width + reads_source), max_tokens=0, source=source))
+    for width in self._slots.source_widths() if reads_source else ():
+      self.submit(Request([0], max_tokens=0, source=[0] * width))
     while self.is_busy:
       self.step()
     self._state = self.engine.evict(self._state, [])
@@ -166,7 +142,7 @@ class Scheduler:
     rows = [i for i, row in enumerate(self._rows) if row is not None and row.request is request]
     aborted += [self._rows[i].choice for i in rows]
     self._free(rows)
-    self._events += [Event(request, choice, [], _NO_SCORES, 'abort') for choice in sorted(aborted)]
+    self._events += [Event(request, choice, [], NO_SCORES, 'abort') for choice in sorted(aborted)]
 
   def step(self) -> list[Event]:
     """Lets requests join as far as rows are free, then draws the next tokens of each row. Returns what is new."""
@@ -193,7 +169,7 @@ class Scheduler:
       elif not self._join(reading):
         return
 
-  def _begin(self, request: Request) -> _Reading:
+  def _begin(self, request: Request) -> PromptReading:
     """Begins to read a prompt, after the pages that it shares with others. One token at least is read."""
     ids, size = np.asarray(request.ids, np.int32), self._slots.size
     keys = prefix_keys(ids, size) if self._shares else []
@@ -201,21 +177,22 @@ class Scheduler:
     if keys and not request.scores_prompt:
       pages = self.pool.find(keys[:(len(ids) - 1) // size])
     cache = self._slots.read_prefix(self._state, pages) if pages else self._slots.empty_cache()
-    self.prompt_tokens += len(ids)
+    self.prompt_tokens += request.prompt_size
     self.shared_tokens += len(pages) * size
-    return _Reading(request, ids, keys, cache, len(pages) * size)
+    return PromptReading(request, ids, keys, cache, len(pages) * size)
 
-  def _read(self, reading: _Reading) -> int:
-    """Reads a chunk of a prompt. Returns the number of its tokens."""
+  def _read(self, reading: PromptReading) -> int:
+    """Reads a chunk of a prompt. Returns the number of tokens that are read."""
     request, start = reading.request, reading.count
-    reading.prompt, tokens = self._slots.read(reading.cache, reading.ids, start, request.scores_prompt)
+    source = None if request.source is None else np.asarray(request.source, np.int32)
+    reading.prompt, tokens = self._slots.read(reading.cache, reading.ids, start, request.scores_prompt, source)
     reading.cache = reading.prompt.cache
     reading.count += tokens.ids_BT.shape[1]
     if request.scores_prompt:
-      reading.scores.append(_scores(tokens, 0, reading.count - start, request.top))
-    return reading.count - start
+      reading.scores.append(row_scores(tokens, 0, reading.count - start, request.top))
+    return reading.count - start + (len(source) if source is not None and not start else 0)
 
-  def _join(self, reading: _Reading) -> bool:
+  def _join(self, reading: PromptReading) -> bool:
     """Lets the next choice of a request join a row, and draws its first token. Returns whether it has room."""
     request, choice, pages, stored = reading.request, reading.choice, (), 0
     limit = self._limit(request)
@@ -234,14 +211,14 @@ class Scheduler:
       columns = (np.concatenate(parts)[:-1] for parts in zip(*reading.scores))   # nothing follows the last token
       prompt_scores = Scores(*columns)
     if not limit:
-      self._events.append(Event(request, choice, [], _NO_SCORES, 'length', prompt_scores))
+      self._events.append(Event(request, choice, [], NO_SCORES, 'length', prompt_scores))
       return True
     row = self._rows.index(None)
     matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
     allowed = allowed_tokens([matcher], self.engine.model.vocab)
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages, stored)
-    self._rows[row] = _Row(request, choice, limit, matcher, pages)
+    self._rows[row] = WrittenChoice(request, choice, limit, matcher, pages)
     if self._add_event(row, tokens, 0, prompt_scores):
       self._free([row])
     return True
@@ -284,14 +261,6 @@ class Scheduler:
       reason = 'stop'
     elif own.written >= own.limit:
       reason = 'length'
-    scores = _scores(tokens, column, count, own.request.top)
+    scores = row_scores(tokens, column, count, own.request.top)
     self._events.append(Event(own.request, own.choice, ids, scores, reason, prompt_scores))
     return reason is not None
-
-
-def _scores(tokens: Tokens, row: int, count: int, top: int) -> Scores:
-  """Returns the scores of the first `count` tokens of a row."""
-  log_probabilities = np.asarray(tokens.log_probabilities_BT)[row, :count]
-  if not top:
-    return Scores(log_probabilities, np.zeros((count, 0), np.int32), np.zeros((count, 0), np.float32))
-  return Scores(log_probabilities, *(np.asarray(x)[row, :count, :top] for x in tokens.alternatives))

@@ -4,6 +4,9 @@ A prompt is read in chunks without padding, into a cache of its own: as many of 
 smaller ones. So the widths of its chunks follow from its length alone, and its numbers do not depend, to the last bit,
 on what else is decoded. The cache is then copied into the row of the state that the prompt joins, or into its pages.
 
+The source of an encoder-decoder is read at once, together with the first token, in a width that follows from the number
+of its tokens. Each row has room for the longest source.
+
 With pages, prompts share those of a prefix: a chunk of the largest width fills a page, so that what is read from a page
 is, to the last bit, what reading the chunk would give.
 
@@ -57,19 +60,24 @@ class Start(NamedTuple):
   allowed_RW: np.ndarray   # the tokens that may be drawn first
 
 
+def _new_cache(model: Any, rows: int, slots: int) -> Any:
+  """Returns an empty cache without pages; sources may be as long as texts."""
+  return model.init_cache(rows, slots, slots) if model.reads_source else model.init_cache(rows, slots)
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots', 'pages', 'size'))
 @sharding.whole_rows()
 def _empty(model, history, settings, *, rows, slots, pages, size) -> State:
   history, settings = split_rows((history, settings))
   zeros = split_rows(jnp.zeros(rows, jnp.int32))
-  cache = paged.init_cache(model, rows, pages, size, slots // size) if pages else model.init_cache(rows, slots)
+  cache = paged.init_cache(model, rows, pages, size, slots // size) if pages else _new_cache(model, rows, slots)
   return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
 @sharding.whole_rows()
 def _empty_cache(model, *, rows, slots) -> Any:
-  return model.init_cache(rows, slots)
+  return _new_cache(model, rows, slots)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='cache')
@@ -156,18 +164,32 @@ class Slots:
     """Returns the width of the next chunk of a prompt of which `count` tokens are not read yet."""
     return next(width for width in self.widths if width <= count)
 
-  def read(self, cache: Any, ids: np.ndarray, start: int, is_scored: bool) -> tuple[Prompt, Tokens]:
+  def source_width(self, count: int) -> int:
+    """Returns the width in which a source of `count` tokens is read: a power of two, or the number of slots."""
+    return min(max(16, 1 << (count - 1).bit_length()), self.slots)
+
+  def source_widths(self) -> list[int]:
+    """Returns all widths in which sources are read."""
+    return sorted({self.source_width(count) for count in range(1, self.slots + 1)})
+
+  def read(self, cache: Any, ids: np.ndarray, start: int, is_scored: bool, source: np.ndarray | None = None
+           ) -> tuple[Prompt, Tokens]:
     """Reads the next chunk of a prompt, from its token `start` on. It donates `cache`.
 
     Returns the prompt, and of each token of the chunk the log-probabilities of the token after it, if they are scored.
+    A `source` is read with the first token.
     """
-    width, rows = self.width(len(ids) - start), sharding.padded_rows(1)
+    reads_source = source is not None and start == 0
+    width, rows = 1 if reads_source else self.width(len(ids) - start), sharding.padded_rows(1)
     chunk = np.arange(start, start + width)
     tokens, positions, targets = (np.repeat(np.int32(x)[None], rows, axis=0)
                                   for x in (ids[chunk], chunk, ids[np.minimum(chunk + 1, len(ids) - 1)]))
-    engine = self.engine
-    return _read(engine.model, engine.params, cache, Batch(tokens, targets, positions=positions), is_scored,
-                 vocab=engine.vocab)
+    engine, batch = self.engine, Batch(tokens, targets, positions=positions)
+    if reads_source:
+      padded, segments = np.zeros((2, rows, self.source_width(len(source))), np.int32)
+      padded[:, :len(source)], segments[:, :len(source)] = source, 1
+      batch = batch._replace(source=padded, source_segments=segments)
+    return _read(engine.model, engine.params, cache, batch, is_scored, vocab=engine.vocab)
 
   def start(self, ids: np.ndarray, sampling: Sampling, limit: int, top: int, seed: int, stream: int,
             allowed: np.ndarray | None = None) -> Start:

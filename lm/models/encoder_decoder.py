@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from lm.models import stack
 from lm.models.attention import LayerCache, Visible
 from lm.models.context import Aux, Context, EncodedSource, Taps
 from lm.models.head import Head
+from lm.models.source_cache import DecoderCache, EncoderDecoderCache
 from lm.models.transformer import LanguageModel, Output, prompt_width
 
 
@@ -51,11 +52,10 @@ class CrossAttention(nn.Module):
     y = context.tap('cross_attended', attend.attend(q, k, v, visible, self.scores, key=context.key))
     return attend.output(self, y, x_BTD.shape[-1], False, self.out_std), cache
 
-
-class DecoderCache(NamedTuple):
-  """The cache of a layer of the decoder: keys and values of its tokens, and of the source after it was read."""
-  tokens: LayerCache
-  source: LayerCache | None
+  @nn.nowrap
+  def init_cache(self, batch_size: int, slots: int, dtype: Any) -> LayerCache:
+    shape = batch_size, self.heads, slots, self.head_size
+    return LayerCache(*(sharding.constrain(jnp.zeros(shape, dtype), 'BKSH') for _ in 'kv'))
 
 
 class DecoderBlock(nn.Module):
@@ -83,8 +83,9 @@ class DecoderBlock(nn.Module):
     return context.tap('output', x_BTD + parts.dropout(y, self.dropout, keys[2])), cache, aux
 
   @nn.nowrap
-  def init_cache(self, batch_size: int, slots: int, dtype: Any) -> DecoderCache:
-    return DecoderCache(self.attention.init_cache(batch_size, slots, dtype), None)
+  def init_cache(self, batch_size: int, slots: int, dtype: Any, source_slots: int | None = None) -> DecoderCache:
+    source = None if source_slots is None else self.cross_attention.init_cache(batch_size, source_slots, dtype)
+    return DecoderCache(self.attention.init_cache(batch_size, slots, dtype), source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +114,6 @@ class RelativePositions:
     buckets = jnp.asarray(table, jnp.int32).at[jnp.minimum(distance, self.max_distance)].get(
         out_sharding=sharding.spec('B--'[3 - distance.ndim:]))
     return buckets if causal else buckets + count * (later > 0)
-
-
-class EncoderDecoderCache(NamedTuple):
-  """The cache, like `transformer.Cache`. A batch with a source starts a text, and one without continues it."""
-  layers: tuple[DecoderCache, ...]
-  segments_BS: jax.Array
-  source_segments_BS: jax.Array | None
-  index: jax.Array
 
 
 _OF_ENCODER = 'encoder/'   # prefix of names of taps in the encoder
@@ -221,7 +214,10 @@ class EncoderDecoder(LanguageModel):
     seen_source = _of_source(batch, sources)._replace(start=jnp.int32(0))
     context = Context(None, visible, source=EncodedSource(memory, seen_source), taps=taps)
     x, layers, aux, readings = stack.run_cached(self.decoder, params, x, context, cache.layers)
-    return x, EncoderDecoderCache(layers, filled, sources, cache.index + batch.tokens.shape[1]), aux, readings
+    new = EncoderDecoderCache(layers, filled, sources, cache.index + batch.tokens.shape[1])
+    if cache.source_segments_BS is not None:   # a new source leaves the room that the cache has for a wider one
+      new = new.widened(max(cache.source_segments_BS.shape[1], sources.shape[1]))
+    return x, new, aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
@@ -232,17 +228,7 @@ class EncoderDecoder(LanguageModel):
   @nn.nowrap
   def insert(self, cache: EncoderDecoderCache, new: EncoderDecoderCache, rows: jax.Array) -> EncoderDecoderCache:
     """See `LanguageModel.insert`. The sources of `new` may be narrower. Raises ValueError if they are wider."""
-    width, needed = cache.source_segments_BS.shape[1], new.source_segments_BS.shape[1]
-    if needed > width:
-      raise ValueError(f'a source of {needed} tokens (padded) does not fit a cache for sources of {width}; make the '
-                       'cache of a longer source')
-
-    def widen(x, axis):
-      return jnp.pad(x, [(0, width - needed if i == axis else 0) for i in range(x.ndim)])
-
-    layers = tuple(DecoderCache(layer.tokens, LayerCache(*(widen(x, 2) for x in layer.source)))
-                   for layer in new.layers)
-    new = new._replace(layers=layers, source_segments_BS=widen(new.source_segments_BS, 1))
+    new = new.widened(cache.source_segments_BS.shape[1])
     return super().insert(cache, new, rows)
 
   @nn.nowrap
@@ -257,12 +243,19 @@ class EncoderDecoder(LanguageModel):
                  source=source, source_segments=segments)
 
   @nn.nowrap
-  def init_cache(self, batch_size: int, slots: int) -> EncoderDecoderCache:
-    """Returns an empty cache with `slots` slots of tokens for each row. The first batch adds the source."""
+  def init_cache(self, batch_size: int, slots: int, source_slots: int | None = None) -> EncoderDecoderCache:
+    """Returns an empty cache with `slots` slots of tokens for each row. The first batch adds the source.
+
+    With `source_slots`, the cache has room for sources of so many tokens from the beginning, and then keeps its shape.
+    """
     sharding.require_whole_rows()
-    layers = tuple(block.init_cache(batch_size, slots, self.dtype) for block in stack.layers(self.decoder))
-    return EncoderDecoderCache(layers, sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS'), None,
-                               sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
+    layers = tuple(block.init_cache(batch_size, slots, self.dtype, source_slots)
+                   for block in stack.layers(self.decoder))
+    empty = sharding.constrain(jnp.zeros((batch_size, slots), jnp.int32), 'BS')
+    sources = None
+    if source_slots is not None:
+      sources = sharding.constrain(jnp.zeros((batch_size, source_slots), jnp.int32), 'BS')
+    return EncoderDecoderCache(layers, empty, sources, sharding.constrain(jnp.zeros(batch_size, jnp.int32), 'B'))
 
 
 def _of_source(batch: Batch, segments_BS: jax.Array | None) -> Visible:

@@ -1,0 +1,45 @@
+"""What a scheduler knows of each prompt that is being read, and of each choice that is being written."""
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.generate.engine import Tokens
+from lm.generate.grammars import Matcher
+from lm.generate.request import Request, Scores
+from lm.generate.slots import Prompt
+
+NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+
+
+@dataclasses.dataclass
+class WrittenChoice:
+  """A choice that is being written in a row."""
+  request: Request
+  choice: int
+  limit: int
+  matcher: Matcher | None = None
+  pages: Sequence[int] = ()
+  written: int = 0
+
+
+@dataclasses.dataclass
+class PromptReading:
+  """A request whose prompt is being read, or whose next choice waits for a row."""
+  request: Request
+  ids: np.ndarray
+  keys: Sequence[bytes]          # of the full pages of the prompt
+  cache: Any                     # donated by each chunk
+  count: int                     # of tokens that have been read
+  prompt: Prompt | None = None   # after the first chunk
+  choice: int = 0                # the next to join a row
+  scores: list[Scores] = dataclasses.field(default_factory=list)   # of each chunk
+
+
+def row_scores(tokens: Tokens, row: int, count: int, top: int) -> Scores:
+  """Returns the scores of the first `count` tokens of a row."""
+  log_probabilities = np.asarray(tokens.log_probabilities_BT)[row, :count]
+  if not top:
+    return Scores(log_probabilities, np.zeros((count, 0), np.int32), np.zeros((count, 0), np.float32))
+  return Scores(log_probabilities, *(np.asarray(x)[row, :count, :top] for x in tokens.alternatives))
