@@ -25,16 +25,17 @@ _WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which t
 
 
 def _open(model: str, best: bool) -> tuple[Any, Any, Any, Any]:
-  """Returns a decoder, its parameters, its tokenizer and its chat template, which is None where it has none."""
+  """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none."""
   workdir, folder = load.run_or_model(None, model, best)
   loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
   prompt = causal_prompt if folder else loaded.run.objective.prompt
   decoder = loaded.model
-  if isinstance(decoder, Reward) or not decoder.causal or decoder.reads_source or prompt is not causal_prompt:
+  if isinstance(decoder, Reward) or not decoder.causal or prompt is not causal_prompt:
     raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
-  return decoder, decoder.unstack(loaded.params), loaded.tokenizer, load.chat_template(loaded)
+  template = None if decoder.reads_source else load.chat_template(loaded)
+  return decoder, decoder.unstack(loaded.params), loaded.tokenizer, template
 
 
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
@@ -51,6 +52,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     port: 0 takes any that is free.
     rows: answers that are written at the same time; others wait.
     context: the longest text, a prompt and its answer together, in tokens; none for that of the model, 4096 at most.
+      For an encoder-decoder, the longest prompt, and the longest answer; none for 1024.
     pages: pages of the cache, of 64 tokens each: prompts that begin alike share those of the beginning, which is read
       once, as in a conversation that goes on. For one device; none for a whole context for each row.
     waiting: answers that may wait; a request for more is refused with status 429.
@@ -78,7 +80,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     on_mesh = contextlib.nullcontext
     params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   with on_mesh():
-    slots = context or min(decoder.max_length, 4096)
+    slots = context or min(decoder.max_length, 1024 if decoder.reads_source else 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
     scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages)
   thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)

@@ -27,15 +27,16 @@ NO_TEMPLATE = ('this model has no chat template: use /v1/completions, put a chat
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-  """A decoder with its tokenizer and chat template, which is None for a model that was not trained to chat.
+  """A model with its tokenizer and chat template, which is None for a model that was not trained to chat.
 
-  `embed` computes, and is called in the engine's thread.
+  It is a decoder, or an encoder-decoder, which reads a prompt as its source and writes after bos. `embed` computes, and
+  is called in the engine's thread.
   """
   name: str
   model: Any
   params: Any
   tokenizer: Tokenizer
-  context: int   # the longest text, a prompt and its answer together, in tokens
+  context: int   # the longest text, a prompt and its answer together, in tokens; also the longest source
   template: conversation.Template | None = None
 
   @functools.cached_property
@@ -63,15 +64,29 @@ class ServedModel:
     """Returns the ids of a prompt, one at least.
 
     Names of control tokens in a text are these tokens, as clients that write templates themselves expect it; bos comes
-    first if the tokenizer adds it. Raises ApiError for ids that the tokenizer does not have.
+    first if the tokenizer adds it, and eos ends a source. Raises ApiError for ids that the tokenizer does not have.
     """
-    if isinstance(prompt, str):
-      ids = np.asarray(self.tokenizer.parse(prompt)[0], np.int32)
-      ids = generate.with_bos(ids, self.tokenizer, None) if adds_special_tokens else ids
-    else:
+    reads_source, eos = self.model.reads_source, self.tokenizer.eos_id
+    if not isinstance(prompt, str):
       self.check_ids(prompt, param)
       ids = np.int32(prompt)
-    return ids if len(ids) else np.int32([self.tokenizer.bos_id])
+    else:
+      ids = np.asarray(self.tokenizer.parse(prompt)[0], np.int32)
+      if adds_special_tokens and reads_source:
+        ids = np.int32([*ids, eos])
+      elif adds_special_tokens:
+        ids = generate.with_bos(ids, self.tokenizer, None)
+    return ids if len(ids) else np.int32([eos if reads_source else self.tokenizer.bos_id])
+
+  def text_and_source(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns what the model continues after a prompt, and what its encoder reads; None for a decoder."""
+    return (np.int32([self.tokenizer.bos_id]), ids) if self.model.reads_source else (ids, None)
+
+  def check_is_decoder(self, feature: str, param: str) -> None:
+    """Raises ApiError, status 400, if the model is an encoder-decoder, which does not support a feature."""
+    if self.model.reads_source:
+      raise bad_request(f'{feature} not supported: this model is an encoder-decoder, which reads a prompt as its '
+                        'source and does not score it', param)
 
   def check_ids(self, ids: Sequence[int], param: str) -> None:
     """Raises ApiError for ids that the tokenizer does not have."""
@@ -99,12 +114,14 @@ class ServedModel:
 
     Raises ApiError where there is less room than needed.
     """
-    free = self.context - len(ids)
+    if self.model.reads_source:
+      self.check_length(ids, param)
+    free = self.context - len(self.text_and_source(ids)[0])
     needed = 1 if max_tokens is None else max_tokens
     if needed > free:
       answer = 'a token of an answer' if max_tokens is None else f'max_tokens={max_tokens}'
-      raise bad_request(f'the prompt has {len(ids)} tokens, and with {answer} these are more than the {self.context} '
-                        'that the model reads at once; shorten it', param, 'context_length_exceeded')
+      raise bad_request(f'the prompt has {self.context - free} tokens, and with {answer} these are more than the '
+                        f'{self.context} that the model reads at once; shorten it', param, 'context_length_exceeded')
     return free if max_tokens is None else max_tokens
 
   def check_length(self, ids: Sequence[int], param: str) -> None:
@@ -141,7 +158,7 @@ class ServedModel:
     return Batch(tokens, positions=positions, segments=segments)
 
   def embed(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the mean of the last hidden states of a text, scaled to length 1, float32 [D]."""
+    """Returns, for a decoder, the mean of the last hidden states of a text, scaled to length 1, float32 [D]."""
     return np.asarray(_embedding(self.model.apply, self.params, self._row(ids)))[0]
 
 

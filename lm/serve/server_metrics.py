@@ -75,8 +75,8 @@ class ServerMetrics:
       with self._lock:
         for choice in range(request.choices):
           self._times[request, choice] = [time.perf_counter(), 0., 0., 0]
-      self._prompt.inc(len(request.ids))
-      self._prompt_size.observe(len(request.ids))
+      self._prompt.inc(request.prompt_size)
+      self._prompt_size.observe(request.prompt_size)
       self._limit.observe(request.max_tokens or 0)
       self._choices.observe(request.choices)
 

@@ -85,7 +85,8 @@ class _Server:
 
   def _model_card(self) -> dict[str, Any]:
     return {'id': self._served.name, 'object': 'model', 'created': self._created, 'owned_by': 'lm',
-            'max_model_len': self._served.context, 'has_chat_template': self._served.template is not None}
+            'max_model_len': self._served.context, 'has_chat_template': self._served.template is not None,
+            'reads_source': self._served.model.reads_source}
 
   def _check_model(self, name: str | None) -> None:
     if name not in (None, self._served.name):
@@ -101,6 +102,8 @@ class _Server:
   async def completions(self, request: Any) -> Any:
     body = await self._read(request, request_bodies.read_completion)
     served, settings = self._served, body.settings
+    if body.echo:
+      served.check_is_decoder('echo is', 'echo')
     prompts = [served.encode(prompt, body.adds_special_tokens) for prompt in body.prompts]
     grammar = await self._grammar(body)
     requests, echoes = [], []
@@ -143,13 +146,14 @@ class _Server:
     sampling = dataclasses.replace(settings.sampling, stop_ids=(*settings.sampling.stop_ids, *ends))
     self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
     seed = random.SystemRandom().randint(0, MOST_SEED) if settings.seed is None else settings.seed
-    return generate.Request(ids, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
-                            settings.logprobs or 0, scores_prompt, grammar)
+    text, source = self._served.text_and_source(ids)
+    return generate.Request(text, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
+                            settings.logprobs or 0, scores_prompt, grammar, source)
 
   async def _answer(self, request: Any, requests: Sequence[generate.Request], writer: Writer, body: Body) -> Any:
     """Returns the answer of requests: a stream, or the whole that its chunks join to."""
     answer = RunningAnswer(self._thread, self._served.tokenizer, requests, body.settings.stop, self._metrics)
-    prompt_tokens = sum(len(each.ids) for each in requests)
+    prompt_tokens = sum(each.prompt_size for each in requests)
 
     async def chunks() -> AsyncIterator[Chunk]:
       for chunk in writer.begin():
@@ -191,6 +195,7 @@ class _Server:
 
   async def embeddings(self, request: Any) -> Any:
     body = await self._read(request, request_bodies.read_embeddings)
+    self._served.check_is_decoder('embeddings are', 'model')
     texts = [self._served.encode(text, param='input') for text in body.texts]
     for ids in texts:
       self._served.check_length(ids, 'input')
@@ -208,19 +213,20 @@ class _Server:
     """Answers with log p(text_2 | text_1) in nats, of each pair."""
     body, served, pairs = await self._read(request, request_bodies.read_score), self._served, []
     for first, second in body.pairs:
-      context = served.encode(first, param='text_1')
+      context, source = served.text_and_source(served.encode(first, param='text_1'))
       ids = np.concatenate([context, served.encode(second, False, 'text_2')]) if second else context
       served.check_length(ids, 'text_2')
-      pairs.append((ids, len(context)))
-    requests = [generate.Request(ids, max_tokens=0, scores_prompt=True) for ids, _ in pairs]
+      served.check_length(() if source is None else source, 'text_1')
+      pairs.append((ids, source, len(context)))
+    requests = [generate.Request(ids, max_tokens=0, scores_prompt=True, source=source) for ids, source, _ in pairs]
     answer = RunningAnswer(self._thread, served.tokenizer, requests, (), self._metrics)
 
     async def collect() -> list[Piece]:
       return [piece async for piece in answer.pieces()]
     pieces = sorted(await self._finish(request, answer, collect()), key=lambda piece: piece.choice)
     data = [{'object': 'score', 'index': i, 'score': sum(value for value, _ in piece.prompt[start - 1:]),
-             'tokens': len(ids) - start} for i, (piece, (ids, start)) in enumerate(zip(pieces, pairs))]
-    count = sum(len(ids) for ids, _ in pairs)
+             'tokens': len(ids) - start} for i, (piece, (ids, _, start)) in enumerate(zip(pieces, pairs))]
+    count = sum(len(ids) + (0 if source is None else len(source)) for ids, source, _ in pairs)
     return self._json({'object': 'list', 'data': data, 'model': served.name,
                        'usage': {'prompt_tokens': count, 'total_tokens': count}})
 
