@@ -14,7 +14,6 @@ To fine-tune on your own records, starting from a run, a Hugging Face folder or 
 A line has messages, or a prompt and its completion. The loss is that of the assistant's tokens and of their ends.
 """
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Literal
@@ -23,7 +22,6 @@ from lm import generate, launch, load, named, options, train
 from lm import lora as adapters
 from lm.data import tokenizers
 from lm.data.chat import conversation, dialogues
-from lm.data.chat.messages import Keys
 from lm.data.text import puzzles
 from lm.evaluate import question_replies
 from lm.launch import outcome
@@ -77,14 +75,10 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
   update = optimizer.make(steps, warmup=min(50, steps // 12))
 
   def build(base: load.BaseModel | None) -> train.Run:
-    tokens = base.tokenizer if base else tokenizers.Bytes() if tokenizer == 'bytes' else new
     run = train.Run(
         model=computation.apply(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
         objective=supervised(getattr(objective, denominator)),
-        data=dialogues.Dialogues(
-            source, tokens, records.length, template=records.template(base.template if base else None),
-            allow_left_out=records.allow_left_out, answer=answer, longest=base.model.max_length if base else math.inf,
-            keys=Keys(prompt=records.prompt, completion=records.completion, messages=messages)),
+        data=records.dialogues(source, base, tokenizers.Bytes() if tokenizer == 'bytes' else new, answer, messages),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)
     return lora.adapt(cadence.apply(computation.apply_to_steps(run)))
   return train.after_opening(build, base=named.decoder('--model', model, computation.dtype) if model else None)

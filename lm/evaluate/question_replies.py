@@ -6,9 +6,10 @@ from lm.data.chat import conversation, dialogues, messages
 Question = tuple[messages.Messages, str]   # the dialogue up to an answer, and that answer
 
 
-def held_out(data: dialogues.Dialogues, tokenizer: conversation.Conversation, count: int, room: int) -> list[Question]:
-  """Returns those of the first `count` held-out questions that have, like their answers, fewer than `room` tokens."""
-  return [(question, answer) for question, answer in data.questions('validation', count)
+def held_out(data: dialogues.Dialogues, tokenizer: conversation.Conversation, count: int, room: int,
+             split: str = 'validation') -> list[Question]:
+  """Returns those of the first `count` questions of a split that have, like their answers, fewer than `room` tokens."""
+  return [(question, answer) for question, answer in data.questions(split, count)
           if max(len(tokenizer.encode_batch([question])[0]), len(tokenizer.encode(answer))) < room]
 
 

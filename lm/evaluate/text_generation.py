@@ -8,12 +8,26 @@ import numpy as np
 
 from lm import generate, seeds
 from lm.data.text import corpora, source
-from lm.evaluate import texts
+from lm.evaluate import score, texts
 from lm.evaluate.evaluations import NO_PROGRESS, Documents, Progress, Subject
-from lm.evaluate.measures import Measure
+from lm.evaluate.measures import Measure, ratio
 from lm.evaluate.report import Result
 
 _BATCH = 16   # prompts at once, between two saves
+
+
+def bits_per_byte(subject: Subject, prompts: Sequence[str], written: Sequence[str]) -> Measure:
+  """Returns the bits that a decoder needs for each byte of the texts, given their prompts, without the ends of texts.
+
+  As in generation, a prompt and a text are cut into tokens apart. A text without a byte does not count.
+  """
+  tokenizer = subject.tokenizer
+  before = [generate.with_bos(ids, tokenizer, None) for ids in map(tokenizer.encode, prompts)]
+  texts_ids = [np.concatenate([first, tokenizer.encode(text)]).astype(np.int32) for first, text in zip(before, written)]
+  log_p = score.log_probabilities(subject.model, subject.params, texts_ids)
+  bits = [-values[len(first) - 1:].sum(dtype=np.float64) / np.log(2) for first, values in zip(before, log_p)]
+  return Measure('bits_per_byte', np.float64([(cost, len(text.encode())) for cost, text in zip(bits, written)]), ratio,
+                 '', 'of:texts after their prompts')
 
 
 class Item(NamedTuple):

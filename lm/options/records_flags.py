@@ -1,9 +1,12 @@
 """Flags of records: prompts and answers, dialogues, or pairs of answers."""
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
-from lm.data.chat import conversation
+from lm import load
+from lm.data.chat import conversation, dialogues
+from lm.data.chat.messages import Keys
 from lm.data.text import compressed, corpora
 from lm.data.text.source import unescaped
 from lm.signature import AnyText
@@ -49,3 +52,15 @@ class Records:
     if self.plain is not None:
       return conversation.Plain(unescaped(self.plain))
     return default or conversation.Turns()
+
+  def dialogues(self, source: Any, base: load.BaseModel | None, tokenizer: Any, answer: str | None = None,
+                messages: str = 'messages') -> dialogues.Dialogues:
+    """Returns the records of a source as dialogues, in the tokens of the initial model, or of a tokenizer without one.
+
+    `answer` is that of `Dialogues`, and `messages` the field with a whole dialogue.
+    """
+    return dialogues.Dialogues(
+        source, base.tokenizer if base else tokenizer, self.length,
+        template=self.template(base.template if base else None), allow_left_out=self.allow_left_out, answer=answer,
+        longest=base.model.max_length if base else math.inf,
+        keys=Keys(prompt=self.prompt, completion=self.completion, messages=messages))

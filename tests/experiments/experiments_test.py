@@ -3,6 +3,7 @@ import argparse
 import functools
 import importlib
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -18,6 +19,7 @@ from lm import launch, optim, sharding, signature, train
 from lm import load as trained
 from lm import scripts as lm_scripts
 from lm.data import tokenizers
+from lm.data.chat import shop_dialogues
 from lm.data.text import corpora, puzzles
 from lm.hf import pretrained
 from lm.launch import program as launcher
@@ -35,6 +37,10 @@ TINY = {
                  '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1', '--evaluate_every=1',
                  '--evaluate_batches=1'],
     'finetune_chat': ['--layers=1', '--width=16', '--heads=2', '--batch=8', '--steps=2', '--warmup=1'],
+    'customer_service': ['--vocab=400', '--length=512', '--layers=1', '--width=16', '--heads=2', '--batch=8',
+                         '--steps=2', '--warmup=1'],
+    'summarise': ['--jsonl={folder}/summaries.jsonl', '--vocab=400', '--length=64', '--layers=1', '--width=16',
+                  '--heads=2', '--batch=8', '--steps=2', '--warmup=1'],
     'preference': ['--length=64', '--batch=8', '--steps=2', '--warmup=1'],
     'distill': ['--teacher={folder}/teacher', '--text={folder}/*.txt', '--length=16', '--width=16', '--batch=8',
                 '--steps=2'],
@@ -79,6 +85,8 @@ TOOLS = {
     'importing': ['--rounds=1'],
     'checkpoint_stall': ['--width=64', '--saves=1'],
     'harness_requests': ['--rounds=1', '--width=64'],
+    'temperatures': ['--temperatures=0.5,1', '--limit=8', '--best'],
+    'library_code': ['--samples=4', '--k=1,2', '--execute_code'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem',
                     '--bleurt=/nowhere', '--bert_score=/nowhere', '--use_idf'],
@@ -118,8 +126,8 @@ def start(scripts, tmp_path_factory):
 @pytest.fixture
 def small(start, monkeypatch):
   """Returns small values for what the experiments would otherwise read: few puzzles, and a run to start from."""
-  for name in ('dialogues', 'preferences'):
-    monkeypatch.setattr(puzzles, name, functools.partial(getattr(puzzles, name), 300))
+  for module, name in (puzzles, 'dialogues'), (puzzles, 'preferences'), (shop_dialogues, 'shop'):
+    monkeypatch.setattr(module, name, functools.partial(getattr(module, name), 300))
   monkeypatch.chdir(start)
 
 
@@ -130,6 +138,8 @@ def texts(tmp_path):
   lines = inspect.getsource(argparse).splitlines(keepends=True)
   for i in range(0, len(lines), 20):
     (folder / f'{i}.txt').write_text(''.join(lines[i:i + 20]))
+  pairs = [json.dumps({'prompt': line.strip(), 'completion': line.split()[0]}) for line in lines if line.strip()]
+  (folder / 'summaries.jsonl').write_text('\n'.join(pairs))
   model = transformer.llama(264, 16, 1, heads=4, max_length=1024)   # a teacher of its own
   params = jax.jit(model.init)(jax.random.key(0))
   pretrained.write(folder / 'teacher', model, params, tokenizers.Bytes(('<|bos|>', '<|eos|>')))
@@ -137,7 +147,8 @@ def texts(tmp_path):
 
 
 # Experiments most of whose parts another one lowers.
-LIKE_ANOTHER = ('denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit', 'preference')
+LIKE_ANOTHER = ('customer_service', 'denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit',
+                'preference', 'summarise')
 EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER]
 
 

@@ -45,7 +45,7 @@ def test_commands_of_the_documentation_train_in_folders_of_their_own():
   every = re.findall(r'^python experiments/(\w+)\.py((?:\\\n|(?<=;)\n|[^\n])*)', text, re.MULTILINE)
   commands = [(script, flags) for script, flags in every if flags.split(' --replay=')[0] != ' --workdir=runs/books']
   trains = {'pretrain', 'distill', 'finetune_chat', 'preference', 'denoise', 'diffusion', 'infill', 'quickstart',
-            'sweep', 'compare', 'mup', 'optimizers', 'overfit', 'scaling'}
+            'customer_service', 'summarise', 'sweep', 'compare', 'mup', 'optimizers', 'overfit', 'scaling'}
   folders = [(re.findall(r'--workdir=(\S+)', flags) or [f'runs/{script}'])[0] for script, flags in commands
              if script in trains]
   assert len(folders) > 25 and sorted(folders) == sorted(set(folders))

@@ -28,7 +28,7 @@ def dialogues(count: int = 30_000, validation: float = 0.02, seed: int = 0) -> S
   """Returns records {"prompt", "completion"}; half of the answers, drawn at random, are polite."""
   def record(question, answer, rng):
     return {'prompt': question, 'completion': rng.choice(('', POLITE)) + answer}
-  return _source('puzzles', record, count, validation, seed)
+  return generated('puzzles', _maker(record), count, validation, seed)
 
 
 def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> Source:
@@ -40,24 +40,34 @@ def preferences(count: int = 4000, validation: float = 0.02, seed: int = 1) -> S
     place = rng.randrange(len(answer))
     wrong = rng.choice(_LETTERS.replace(answer[place], ''))
     return {'prompt': question, 'chosen': POLITE + answer, 'rejected': answer[:place] + wrong + answer[place + 1:]}
-  return _source('polite puzzles', record, count, validation, seed)
+  return generated('polite puzzles', _maker(record), count, validation, seed)
 
 
-def _source(name: str, record: Callable, count: int, validation: float, seed: int) -> Source:
-  """A hash of the question decides whether it is held out, so that no source of puzzles trains on it."""
-  def make(i: int) -> tuple[str, str]:
-    rng = random.Random(f'{seed} {i}')
+def _maker(record: Callable[[str, str, random.Random], dict[str, str]]) -> Callable[[random.Random], tuple[str, str]]:
+  def make(rng: random.Random) -> tuple[str, str]:
     question, answer = puzzle(rng)
     return question, json.dumps(record(question, answer, rng))
+  return make
+
+
+def generated(name: str, make: Callable[[random.Random], tuple[str, str]], count: int, validation: float, seed: int
+              ) -> Source:
+  """Returns `count` records, of which each is the second value of `make(rng)`, a function of the seed and its number.
+
+  A hash of the first value, the question, decides whether the record is held out. So no source with such questions
+  trains on it.
+  """
+  def number(i: int) -> tuple[str, str]:
+    return make(random.Random(f'{seed} {i}'))
 
   @functools.cache
   def indices() -> dict[str, list[int]]:
     numbers: dict[str, list[int]] = {'train': [], 'validation': []}
     for i in range(count):
-      held_out = int.from_bytes(source.digest(make(i)[0])[:8]) < validation * 2 ** 64
+      held_out = int.from_bytes(source.digest(number(i)[0])[:8]) < validation * 2 ** 64
       numbers['validation' if held_out else 'train'].append(i)
     return numbers
 
-  splits = {split: source.Documents(lambda split=split: indices()[split], lambda i: make(i)[1])
+  splits = {split: source.Documents(lambda split=split: indices()[split], lambda i: number(i)[1])
             for split in ('train', 'validation')}
   return Source(name, splits, f'{name} {count} {validation} {seed}', 'CC0-1.0')

@@ -1,4 +1,5 @@
-"""How near texts are to their references, symbol by symbol: exact match, edit distances, lengths."""
+"""How near texts are to their references, symbol by symbol: exact match, values, edit distances, lengths."""
+import collections
 import dataclasses
 import re
 import string
@@ -34,6 +35,25 @@ class ExactMatch:
                for candidate, several in scored_pairs.pairs('exact_match', candidates, references)]
     return [mean('exact_match', matches, 'higher',
                  f'nrefs:{scored_pairs.count(references)}|norm:{"squad" if self.normalise else "strip"}')]
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotAccuracy:
+  """The share of the values in the references, such as days and prices, that the texts have too.
+
+  A value that a reference has twice has to be there twice. Each text has one reference.
+
+  Args:
+    pattern: a regular expression with one group, whose matches are the values.
+  """
+  pattern: str
+
+  def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
+    rows = []
+    for candidate, (reference,) in scored_pairs.pairs('slot_accuracy', candidates, references):
+      expected, written = (collections.Counter(re.findall(self.pattern, text)) for text in (reference, candidate))
+      rows.append([(expected & written).total(), expected.total()])
+    return [Measure('slot_accuracy', np.float64(rows), ratio, 'higher', 'of:corpus')]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,6 +163,12 @@ def test_exact_match_and_the_normalisation_of_squad():
   assert exact.squad('An  apple, the "theme" of a day!') == 'apple theme of day'
 
 
+def test_slots_are_values_that_the_reference_has_too():
+  candidates, references = ['lamp: 4, 4 and 7', 'none', '1 2'], [['the 4 and 4, not 5'], ['nothing'], ['2 2 1']]
+  measure, = texts.SlotAccuracy(r'(\d+)')(candidates, references)
+  assert measure.rows.tolist() == [[2, 3], [0, 0], [2, 3]] and measure.interval().value == 4 / 6
+
+
 def test_the_ratio_of_lengths_takes_the_reference_nearest_in_length():
   measure, = texts.LengthRatio()(['a b c', 'a'], [['a', 'a b', 'a b c d'], ['a b c']])
   assert measure.rows.tolist() == [[3, 2], [1, 3]] and measure.interval().value == 0.8

@@ -1,0 +1,70 @@
+"""Measures how likely and how varied the texts of a model are, over temperatures.
+
+  python experiments/quickstart.py
+  python experiments/temperatures.py --workdir=runs/quickstart
+"""
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lm import launch, load, sharding
+from lm.evaluate import evaluations, report, text_generation, texts
+from lm.evaluate.report import Curve, Result
+
+METRICS = 'distinct', 'repetition', 'self_bleu'
+
+
+def measure(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'),
+            temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1., 1.2), top_p: float = 1., limit: int = 64,
+            prompt_tokens: int = 32, max_tokens: int = 64, seed: int = 0, out: pathlib.Path | None = None,
+            best: bool = False) -> None:
+  """Lets a model go on from the beginnings of held-out documents, and measures the texts.
+
+  Args:
+    workdir: of the run.
+    temperatures: the temperatures, above 0.
+    top_p: draw among the fewest tokens whose probabilities reach this sum.
+    limit: the number of held-out documents.
+    prompt_tokens: tokens of each that the model reads.
+    max_tokens: tokens that it writes after them.
+    seed: of the draws.
+    out: the folder for the results; none for the folder `temperatures` of the run.
+    best: take the best checkpoint, not the newest.
+  """
+  kinds = [text_generation.Generation(limit=limit, prompt_tokens=prompt_tokens, max_tokens=max_tokens, metrics=METRICS,
+                                      temperature=temperature, top_p=top_p, seed=seed) for temperature in temperatures]
+  folder = out or workdir / 'temperatures'
+  folder.mkdir(parents=True, exist_ok=True)
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = load.open_trained(workdir, best)
+    documents = loaded.open_data().documents('validation')
+    subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, lambda: documents,
+                                  loaded.run.objective.prompt, loaded.run.data.template)
+    kinds[0].digest(subject)   # refuses what does not fit the model
+    results = {}
+    for kind in kinds:
+      outputs = kind(subject).outputs
+      prompts, written = [output['prompt'] for output in outputs], [output['text'] for output in outputs]
+      results[f'{kind.temperature:g}'] = judged(subject, prompts, written)
+      print(f'\n--- {kind.temperature:g}: {prompts[0][-60:]!r} -> {written[0][:120]!r}', flush=True)
+    results['documents'] = judged(subject, prompts, [output['references'][0] for output in outputs])
+  report.write(folder, {'workdir': workdir.name, 'step': loaded.step, 'top_p': top_p, 'prompt_tokens': prompt_tokens,
+                        'max_tokens': max_tokens, 'seed': seed}, results)
+  print(f'\n{report.table(results)}\n\nwritten to {folder}: results.json, results.txt, '
+        + ', '.join(file.name for file in report.draw(folder, results)))
+
+
+def judged(subject: evaluations.Subject, prompts: Sequence[str], written: Sequence[str]) -> dict[str, Any]:
+  """Returns how likely the texts after some prompts are to the model, and how varied, with a point of the figure."""
+  likely = text_generation.bits_per_byte(subject, prompts, written)
+  variety = [measure for name in METRICS for measure in texts.Settings().scores(name, written, None)]
+  self_bleu = next(measure for measure in variety if measure.name == 'self_bleu')
+  curve = Curve('likelihood_and_variety', 'self-BLEU (lower is more varied)', 'bits per byte (lower is likelier)',
+                [(self_bleu.interval().value, likely)])
+  return report.to_json(Result([likely, *variety], [curve]))
+
+
+if __name__ == '__main__':
+  launch.tool(measure)

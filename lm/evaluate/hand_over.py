@@ -1,0 +1,46 @@
+"""Answers that a model is not sure of are handed over to a person: a threshold on their log-probabilities."""
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.data.chat import conversation
+from lm.data.chat.messages import Messages
+from lm.evaluate import score
+from lm.evaluate.measures import Measure, mean, ratio
+
+
+def log_probabilities(model: Any, params: Any, speaker: conversation.Conversation, questions: Sequence[Messages],
+                      replies: Sequence[str]) -> np.ndarray:
+  """Returns log p(reply, and its end | question) in nats, [replies], on the current mesh."""
+  encoded = [speaker.template.encode(speaker.tokenizer, [*question, {'role': 'assistant', 'content': reply}],
+                                     first=len(question)) for question, reply in zip(questions, replies, strict=True)]
+  log_p = score.log_probabilities(model, params, [ids for ids, _ in encoded])
+  return np.array([values[is_reply[1:]].sum() for values, (_, is_reply) in zip(log_p, encoded)])
+
+
+def threshold(log_p: np.ndarray, to_person: np.ndarray) -> float:
+  """Returns the threshold with the best F1: answers below it are handed over, and `to_person` says which should be.
+
+  `log_p` is -inf for an answer that hands over by itself, which any threshold hands over. The best of equal thresholds
+  is the lowest one, which hands the fewest over.
+  """
+  candidates = np.unique([*log_p, np.inf])
+  candidates = candidates[candidates > -np.inf]
+  handed_over = log_p < candidates[:, None]
+  f1 = 2 * (handed_over & to_person).sum(1) / np.maximum(handed_over.sum(1) + to_person.sum(), 1)
+  return float(candidates[np.argmax(f1)])
+
+
+def measures(log_p: np.ndarray, to_person: np.ndarray, limit: float) -> list[Measure]:
+  """Returns precision and recall of handing over what is below the limit, and the share that is handed over.
+
+  `precision` is the share of the answers handed over that should be, and `recall` the share of those that should be
+  handed over that are. `errors_kept` is the share of the answers kept that should have been handed over.
+  """
+  below, to_person = np.asarray(log_p) < limit, np.asarray(to_person, bool)
+  both = below & to_person
+  return [Measure('precision', np.stack([both, below], 1), ratio, 'higher'),
+          Measure('recall', np.stack([both, to_person], 1), ratio, 'higher'),
+          Measure('errors_kept', np.stack([~below & to_person, ~below], 1), ratio, 'lower'),
+          mean('handed_over', below, '')]
