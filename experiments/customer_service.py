@@ -1,6 +1,26 @@
 """Fine-tunes a decoder to answer the customers of a shop from its records, or to hand over to a person.
 
   python experiments/customer_service.py
+
+400 steps of 4,096 positions, seed 0, take 3.9 minutes of CPU time on 2 crowded cores of an AMD EPYC (10 minutes by the
+clock), JAX 0.10.2. Brackets are 95 % intervals over dialogues. Of 331 held-out answers, 0.49 [0.44, 0.54] are exactly
+those of the records, and of the values in them 0.79 [0.76, 0.82] are right. Of 299 questions of kinds that no training
+record has, 0.04 [0.02, 0.06] are answered as they should be, by handing over. The loss was still falling.
+
+Handing over, measured on 315 dialogues, half of them with a new kind of question:
+
+                          precision           recall              errors among answers kept
+  by its own words        0.71 [0.44, 0.93]   0.04 [0.02, 0.07]   0.76 [0.71, 0.81]
+  by a threshold (-0.175) 0.83 [0.78, 0.87]   0.98 [0.96, 1.00]   0.13 [0.03, 0.26]
+
+The threshold keeps a tenth of the answers, since so small a model is wrong in three of four of these dialogues.
+
+  good  'Where do you send the radio?'     'The radio goes to Vienna.'            (three orders)
+        'When will it arrive?'             'The table arrives on Saturday.'       (one order)
+        'On which day do I get it?'        'The printer arrives on Monday.'       (three orders)
+  bad   'What did the kettle cost?'        'The kettle cost 30 euro.'             the price of another order
+        'How long can I send it back?'     'The mirror can be returned until 2 April.'   the date of another order
+        'Who signed for the drill?'        'The drill cost 70 euro.'              no such value; kind of question is new
 """
 import functools
 import pathlib
@@ -21,7 +41,7 @@ QUESTIONS = 400   # number of held-out questions of each kind
 
 
 def experiment(*, records: options.Records = options.Records(), messages: str = 'messages',
-               answer: str = shop_dialogues.SLOTS, model: str | None = None, vocab: int = 700,
+               answer: str | None = None, model: str | None = None, vocab: int = 700,
                shape: options.Shape = options.Shape(),
                optimizer: options.Optimizer = options.MUON, steps: int = 400,
                batch: int = 16, computation: options.Computation = options.Computation(),
@@ -34,7 +54,8 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
   Args:
     jsonl: files of JSON lines, .gz and .zst too, a glob pattern; none generates dialogues of a shop.
     messages: field with a whole dialogue.
-    answer: regular expression with one group, whose matches in an answer are the values that have to be right.
+    answer: regular expression with one group, whose matches in an answer are the values that have to be right; none
+      for the items, days and prices of generated dialogues, and with jsonl for no values.
     model: initial model, as a run's workdir, a Hugging Face folder, an imported model or an id on the hub. none trains
       a new model, with a tokenizer that is trained on the records.
     vocab: number of tokens of a new model.
@@ -49,11 +70,12 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
     shape.refuse(DEFAULT, f'--model={model}')
   source, update = records.source(shop_dialogues.shop), optimizer.make(steps, warmup=steps // 10)
   new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
+  slots = answer if answer or records.jsonl else shop_dialogues.SLOTS
 
   def build(base: load.BaseModel | None) -> train.Run:
     return cadence.apply(computation.apply_to_steps(train.Run(
         model=computation.apply(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
-        objective=supervised(), data=records.dialogues(source, base, new, answer, messages),
+        objective=supervised(), data=records.dialogues(source, base, new, slots, messages),
         optimizer=update, steps=steps, batch=batch, start=base.start if base else None)))
   return train.after_opening(build, base=named.decoder('--model', model, computation.dtype) if model else None)
 
@@ -70,15 +92,17 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     written = generate.generate(run.model, result.params, speaker, [question for question, _ in some],
                                 generate.Sampling(temperature=0), max_tokens=room)
     references = [[answer] for _, answer in some]
-    measures[split] = [measure for metric in (texts.ExactMatch(), texts.SlotAccuracy(run.data.answer))
-                       for measure in metric(written, references)]
+    measures[split] = texts.ExactMatch()(written, references)
+    if run.data.answer:
+      measures[split] += texts.SlotAccuracy(run.data.answer)(written, references)
     questions, replies = questions + some, replies + written
   if not questions:
     raise ValueError(f'no held-out question has fewer than {room} tokens, half of --length={run.data.length}')
-  answers, handed_over = np.array([answer for _, answer in questions]), np.array(replies) == HAND_OVER
+  answers, handed_over = [answer for _, answer in questions], np.array([reply == HAND_OVER for reply in replies])
   log_p = np.where(handed_over, -np.inf, hand_over.log_probabilities(
       run.model, result.params, speaker, [question for question, _ in questions], replies))
-  to_person = (answers == HAND_OVER) | ~handed_over & (np.array(replies) != answers)
+  to_person = np.array([answer == HAND_OVER or reply not in (answer, HAND_OVER)
+                        for answer, reply in zip(answers, replies)])
   limit = hand_over.threshold(log_p[::2], to_person[::2])
   measures['by itself'] = hand_over.measures(log_p[1::2], to_person[1::2], -np.finfo(float).max)
   measures['by threshold'] = hand_over.measures(log_p[1::2], to_person[1::2], limit)

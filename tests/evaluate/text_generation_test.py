@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lm import generate
+from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import evaluations, suites, text_generation, texts
 from lm.evaluate.text_generation import Generation
@@ -51,6 +52,19 @@ def test_prompts_and_references_are_fields_of_lines(tmp_path, subject):
   assert len(free(subject).outputs) == 2
   with pytest.raises(ValueError, match='record 1 has p=null'):
     Generation(jsonl=file, prompt_key='p').items(subject)
+
+
+def test_bits_are_those_of_the_text_alone_after_its_prompt(subject):
+  prompts, written = ['ab', 'abcd'], ['wör', 'x']
+  measure = text_generation.bits_per_byte(subject, prompts, written)
+  for prompt, text, (bits, size) in zip(prompts, written, measure.rows):
+    before = [subject.tokenizer.bos_id, *subject.tokenizer.encode(prompt)]
+    ids = np.int32([*before, *subject.tokenizer.encode(text)])[None]
+    outputs = subject.model.apply(subject.params, Batch(ids[:, :-1], ids[:, 1:]))
+    log_p = np.asarray(jax.nn.log_softmax(outputs.head(outputs.hidden))[0])
+    expected = -sum(log_p[i, token] for i, token in enumerate(ids[0, 1:]) if i >= len(before) - 1) / np.log(2)
+    assert size == len(text.encode()) and bits == pytest.approx(expected, rel=1e-5)
+  assert measure.interval().value == pytest.approx(measure.rows[:, 0].sum() / 5)
 
 
 def test_texts_are_those_of_the_generator_and_are_scored(subject):

@@ -2,6 +2,7 @@
 
   {"prompt": "...", "completion": "..."}                       also with messages in place of the strings
   {"messages": [{"role": "user", "content": "..."}, ...]}      also {"from": "human", "value": "..."}
+                                                               and {"speaker": "user", "text": "..."}
   {"prompt": "...", "chosen": "...", "rejected": "..."}
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}     transcripts, or messages; both begin alike
   {"prompt": "\\n\\nHuman: ...\\n\\nAssistant:", "completion": "..."}     a transcript up to the answer
@@ -130,6 +131,8 @@ def _transcript(value: Any) -> Messages:
 def _message(message: Any, key: str) -> dict[str, str]:
   if isinstance(message, dict) and 'from' in message:
     message = {'role': _ROLES.get(message['from'], message['from']), 'content': message.get('value')}
+  if isinstance(message, dict) and 'speaker' in message:
+    message = {'role': _ROLES.get(message['speaker'], message['speaker']), 'content': message.get('text')}
   if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ('role', 'content')):
     raise ValueError(f"a message in {key!r} is not {{'role': 'user', 'content': 'text'}}: {json.dumps(message)[:100]}")
   return message

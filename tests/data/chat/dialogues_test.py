@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import shared_data
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,7 @@ TALK = '<s><|user|>hi<|end|><|assistant|>YO<|END|>'
     ({'prompt': [USER('hi')], 'completion': [SAYS('yo')]}, TALK),
     ({'messages': [USER('hi'), SAYS('yo')]}, TALK),
     ({'messages': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'yo'}]}, TALK),
+    ({'messages': [{'speaker': 'user', 'text': 'hi'}, {'speaker': 'assistant', 'text': 'yo'}]}, TALK),
     ({'messages': '\n\nHuman: hi\n\nAssistant: yo'}, TALK),
     ({'messages': [{'role': 'system', 'content': 's'}, USER('a'), SAYS('b'), USER('c'), SAYS('d')]},
      '<s><|system|>s<|end|><|user|>a<|end|><|assistant|>B<|END|><|user|>c<|end|><|assistant|>D<|END|>'),
@@ -329,6 +331,15 @@ def test_puzzles_are_right_and_no_question_is_on_both_sides():
                 'Shift': letters.translate(str.maketrans('abcdefghijklmnopqrstuvwxyz', 'bcdefghijklmnopqrstuvwxyza'))}
     assert expected[verb] == puzzles.solution(row['chosen']) == row['chosen'].removeprefix('Sure: ')
     assert sum(a != b for a, b in zip(row['rejected'], expected[verb], strict=True)) == 1
+
+
+def test_the_dialogues_of_taskmaster_are_read():
+  rows = json.loads(gzip.decompress((shared_data.folder('taskmaster4') / 'data_07.json.gz').read_bytes()))
+  for row in rows:
+    (dialogue,) = messages.read(json.dumps(row), Dialogue, messages.Keys(messages='utterances')).answers
+    assert [(message['role'], message['content']) for message in dialogue] == [
+        (turn['speaker'], turn['text']) for turn in row['utterances']]
+  assert len(rows) == 210
 
 
 @pytest.mark.slow

@@ -1,0 +1,85 @@
+r"""Classifies texts without training: by which words, of several, a model finds the likeliest after them.
+
+  python experiments/quickstart.py
+  python experiments/classify.py --workdir=runs/quickstart
+  python experiments/classify.py --model=gpt2 --jsonl=reviews.jsonl --between='\nThis film is' \
+    --classes='pos= great,neg= bad'
+"""
+import collections
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from lm import launch, load, sharding
+from lm.data.text import corpora
+from lm.data.text.source import unescaped
+from lm.evaluate import report, verbalisers
+from lm.evaluate.measures import mean
+from lm.evaluate.report import Result
+from lm.hf import pretrained
+
+KINDS = 'Python=    def ,C=#define ,prose=The '   # how a line begins in each kind of file of Python's library
+
+
+def kind(document: str) -> str:
+  """Returns the kind of a file of Python's library: C has comments of its own, and Python imports or defines."""
+  if '/*' in document and '#' in document:
+    return 'C'
+  is_code = any(line.startswith(('import ', 'from ', 'def ', 'class ')) for line in document.split('\n'))
+  return 'Python' if is_code else 'prose'
+
+
+def classify(*, workdir: pathlib.Path | None = None, model: str | None = None, jsonl: str | None = None,
+             text_key: str = 'text', label_key: str = 'label', between: str = r'\n',
+             classes: tuple[str, ...] = tuple(KINDS.split(',')), limit: int | None = 300, best: bool = False) -> None:
+  """Classifies texts, and prints the accuracy.
+
+  Args:
+    workdir: of the run; none for runs/quickstart.
+    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
+    jsonl: files of JSON lines with a text and its class, a glob pattern; none takes pieces of the files that were held
+      out of the run.
+    text_key: field with the text.
+    label_key: field with the name of the class.
+    between: text between a text and the verbaliser, with \\n for a new line.
+    classes: CLASS=VERBALISER of each class.
+    limit: the first so many texts; none for all.
+    best: take the best checkpoint, not the newest.
+  """
+  workdir, model = load.run_or_model(workdir, model, best)
+  if model and not jsonl:
+    raise ValueError(f'--model={model} has no held-out documents of its own; give --jsonl')
+  words = dict(one.split('=', 1) for one in classes if '=' in one)
+  if len(words) < max(len(classes), 2):
+    raise ValueError(f'--classes={",".join(classes)} is not two or more different CLASS=VERBALISER')
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
+    if jsonl:
+      records = [json.loads(line) for line in corpora.jsonl(jsonl, None, 0.).splits['train'][:limit]]
+      if bad := next((record for record in records if not {text_key, label_key} <= set(record)), None):
+        raise ValueError(f'{jsonl}: a record has {", ".join(bad)}, and neither or one of {text_key} and {label_key}; '
+                         'name its fields by --text_key and --label_key')
+      texts, labels = [record[text_key] for record in records], [str(record[label_key]) for record in records]
+    else:
+      documents = loaded.open_data().documents('validation')
+      texts = [text[len(text) // 2:][:600] for text in documents[:limit]]
+      labels = [kind(text) for text in documents[:limit]]
+    if unknown := set(labels) - set(words):
+      raise ValueError(f'--classes={",".join(classes)} has no verbaliser of {", ".join(sorted(unknown)[:5])}')
+    contexts = [text + unescaped(between) for text in ('', *texts)]   # the first one is without a text
+    scores = verbalisers.log_probabilities(loaded.model, loaded.params, loaded.tokenizer, contexts,
+                                           list(words.values()))
+  expected = np.array([list(words).index(label) for label in labels])
+  common = collections.Counter(expected.tolist()).most_common(1)[0][0]
+  measures = [mean('likeliest', scores[1:].argmax(1) == expected, 'higher'),
+              mean('gained_most', (scores[1:] - scores[0]).argmax(1) == expected, 'higher'),
+              mean('most_common', expected == common, 'higher')]
+  for i in range(0, len(texts), max(len(texts) // 6, 1)):
+    print(f'{labels[i]} as {list(words)[int(scores[i + 1].argmax())]}: {texts[i][-80:]!r}')
+  print('\n' + report.table({'accuracy': report.to_json(Result(measures))}))
+
+
+if __name__ == '__main__':
+  launch.tool(classify)
