@@ -58,7 +58,8 @@ def shop(count: int = 20_000, validation: float = 0.02, seed: int = 0) -> Source
     messages = dialogue(rng)
     return messages[0]['content'], json.dumps({'messages': messages})
 
-  known = puzzles.generated('shop dialogues', make, count, validation, seed)
+  dialogues = puzzles.generated('shop dialogues', make, count, validation, seed)
   new = source.Documents(lambda: range(int(count * validation)), lambda i: json.dumps(
       {'messages': dialogue(random.Random(f'new {seed} {i}'), new=True)}))
-  return Source(known.name, {**known.splits, 'validation-new': new}, f'{known.fingerprint} new', known.license)
+  return Source(dialogues.name, {**dialogues.splits, 'validation-new': new}, f'{dialogues.fingerprint} new',
+                dialogues.license)

@@ -23,9 +23,9 @@ def summaries(code: str, least: int = 12) -> list[tuple[str, str]]:
   pairs = []
   for node in ast.walk(tree):
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-      first, _, rest = inspect.cleandoc(ast.get_docstring(node, clean=False) or '').partition('\n\n')
-      if '\n' not in first and len(first.split()) > 2 and len(rest.split()) >= least:
-        pairs.append((rest.strip(), first.strip()))
+      first, _, text = inspect.cleandoc(ast.get_docstring(node, clean=False) or '').partition('\n\n')
+      if '\n' not in first and len(first.split()) > 2 and len(text.split()) >= least:
+        pairs.append((text.strip(), first.strip()))
   return pairs
 
 

@@ -9,12 +9,12 @@ from lm.data.chat.shop_dialogues import HAND_OVER
 # What each question asks for, by a word of it, as the record has it.
 STATE, DAY, PRICE, CITY, RETURN = (r' It is (\w+)\.', r' It arrives on (\w+)\.', r' It cost (\d+) euro\.',
                                    r' It goes to (\w+)\.', r' It can be returned until (\d+ \w+)\.')
-ASKED = {'Where is': STATE, 'state': STATE, 'When': DAY, 'day': DAY, 'pay': PRICE, 'cost': PRICE, 'you send': CITY,
+PATTERNS = {'Where is': STATE, 'state': STATE, 'When': DAY, 'day': DAY, 'pay': PRICE, 'cost': PRICE, 'you send': CITY,
          'address': CITY, 'Can I return': RETURN, 'back?': RETURN}
 
 
 def expected(records: str, question: str, item: str) -> str | None:
-  pattern, = {ASKED[word] for word in ASKED if word in question}
+  pattern, = {PATTERNS[word] for word in PATTERNS if word in question}
   line = next((line for line in records.split('\n') if line.startswith(f'The {item} order.')), '')
   match = re.search(pattern, line)
   return match and match[1]

@@ -9,9 +9,9 @@ from lm.data.text import corpora, docstrings, source
 def test_pairs_are_the_docstrings_that_objects_have():
   pairs = dict(docstrings.summaries(inspect.getsource(textwrap)))
   for thing in (textwrap.wrap, textwrap.fill, textwrap.dedent, textwrap.TextWrapper._wrap_chunks):
-    first, rest = inspect.getdoc(thing).split('\n\n', 1) if '\n\n' in inspect.getdoc(thing) else ('', '')
+    first, text = inspect.getdoc(thing).split('\n\n', 1) if '\n\n' in inspect.getdoc(thing) else ('', '')
     if '\n' not in first and first:
-      assert pairs[rest.strip()] == first
+      assert pairs[text.strip()] == first
   assert len(pairs) >= 4
   assert docstrings.summaries('no code, but \\d text') == []
   assert docstrings.summaries('def f():\n  """Too short."""\n\nclass A:\n  """One that\n  goes on.\n\n  ' + 'w ' * 20
