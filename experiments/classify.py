@@ -4,6 +4,14 @@ r"""Classifies texts without training: by which words, of several, a model finds
   python experiments/classify.py --workdir=runs/quickstart
   python experiments/classify.py --model=gpt2 --jsonl=reviews.jsonl --between='\nThis film is' \
     --classes='pos= great,neg= bad'
+
+The second command takes 9 s of CPU time on 2 crowded cores of an AMD EPYC. The model here is that of
+`quickstart.py --minutes=2.5`, which had time for 140 steps there (2.16 bits per byte). Of 43 pieces of held-out files
+of Python's library, 0.67 [0.53, 0.81] are rightly Python, C or prose by the likeliest verbaliser, and 0.63 [0.49, 0.77]
+by what each gains by the text; always saying Python is right for 0.60 [0.47, 0.74]. So no difference to that is shown.
+The brackets are 95 % intervals over files. Rightly Python are 'self._timeout_handler.cancel()', 'from unittest import
+main' and 'def prepare_predicate(next, token):'; wrongly prose are the C headers 'int use_environment;' and '#endif /*
+!Py_ITEROBJECT_H */', and wrongly Python is a table on "if" and "else" from the language reference.
 """
 import collections
 import json

@@ -1,7 +1,28 @@
-"""Measures how likely and how varied the texts of a model are, over temperatures.
+r"""Measures how likely and how varied the texts of a model are, over temperatures.
 
   python experiments/quickstart.py
   python experiments/temperatures.py --workdir=runs/quickstart
+
+With --limit=32, the second command takes 14 s of CPU time on 2 crowded cores of an AMD EPYC. The model here is that of
+`quickstart.py --minutes=2.5`, which had time for 140 steps there (2.16 bits per byte of held-out text). 64 tokens after
+the beginnings of 32 held-out documents, with 95 % intervals over documents:
+
+  temperature  bits per byte      distinct-2         self-BLEU            repeated 4-grams
+  0.3          1.45 [1.31, 1.62]  0.55 [0.51, 0.60]  26.9 [22.4, 31.5]    0.045
+  0.5          1.73 [1.57, 1.92]  0.70 [0.65, 0.75]  18.8 [15.2, 22.9]    0.007
+  0.7          2.03 [1.88, 2.19]  0.84 [0.82, 0.87]   9.3 [7.9, 10.8]     0.001
+  0.85         2.24 [2.10, 2.41]  0.86 [0.81, 0.90]   8.4 [7.1, 9.8]      0.018
+  1            2.46 [2.33, 2.60]  0.88 [0.83, 0.91]   6.9 [5.9, 8.0]      0.014
+  1.2          2.64 [2.51, 2.77]  0.87 [0.83, 0.91]   7.5 [6.4, 8.8]      0.010
+  documents    2.38 [2.24, 2.53]  0.66 [0.57, 0.75]  26.0 [17.7, 34.6]    0.054
+
+Where texts of the model are as likely as the documents (between 0.85 and 1), they share fewer phrases than documents
+do: so small a model varies where code and prose repeat themselves. No temperature has both numbers of the documents.
+After '#define Py_PYCORECONFIG_H\n#ifndef Py_' it writes, all of it bad:
+
+  0.3  'BUILDGMOREADTGNAL_ANNOTATHOREFrame(5\n    # TLUPY_READSTION(_READAL_REPEATHAR'
+  0.7  'DE_H_HGMOUTTATGS_S_skip_EN_CHORETORes\n'
+  1.2  ' FntIuple(readsT:\n        # and_scro and specified argument element sargses work,'
 """
 import pathlib
 from collections.abc import Sequence
