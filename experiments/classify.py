@@ -6,7 +6,7 @@ r"""Classifies texts without training: by which words, of several, a model finds
     --classes='pos= great,neg= bad'
 
 The second command takes 9 s of CPU time on 2 crowded cores of an AMD EPYC. The model here is that of
-`quickstart.py --minutes=2.5`, which had time for 140 steps there (2.16 bits per byte). Of 43 pieces of held-out files
+the quickstart after 2.5 minutes, which were 140 steps there (2.16 bits per byte). Of 43 pieces of held-out files
 of Python's library, 0.67 [0.53, 0.81] are rightly Python, C or prose by the likeliest verbaliser, and 0.63 [0.49, 0.77]
 by what each gains by the text; always saying Python is right for 0.60 [0.47, 0.74]. So no difference to that is shown.
 The brackets are 95 % intervals over files. Rightly Python are 'self._timeout_handler.cancel()', 'from unittest import

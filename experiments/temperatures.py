@@ -4,7 +4,7 @@ r"""Measures how likely and how varied the texts of a model are, over temperatur
   python experiments/temperatures.py --workdir=runs/quickstart
 
 With --limit=32, the second command takes 14 s of CPU time on 2 crowded cores of an AMD EPYC. The model here is that of
-`quickstart.py --minutes=2.5`, which had time for 140 steps there (2.16 bits per byte of held-out text). 64 tokens after
+the quickstart after 2.5 minutes, which were 140 steps there (2.16 bits per byte of held-out text). 64 tokens after
 the beginnings of 32 held-out documents, with 95 % intervals over documents:
 
   temperature  bits per byte      distinct-2         self-BLEU            repeated 4-grams
