@@ -2,6 +2,20 @@
 
   python experiments/quickstart.py
   python experiments/summarise.py --model=runs/quickstart
+
+100 steps, 205 thousand positions, take 50 s of CPU time on 2 crowded cores of an AMD EPYC. They started from the
+quickstart after 2.5 minutes, which were 140 steps there. ROUGE (F) of 70 held-out docstrings, the others of 99 being
+longer than half a row, with 95 % intervals over docstrings:
+
+                   ROUGE-1            ROUGE-2            ROUGE-L
+  this model       0.13 [0.10, 0.16]  0.02 [0.01, 0.04]  0.13 [0.10, 0.16]
+  first sentence   0.18 [0.15, 0.22]  0.05 [0.03, 0.07]  0.16 [0.13, 0.19]
+  random sentence  0.17 [0.14, 0.21]  0.05 [0.03, 0.08]  0.15 [0.12, 0.19]
+
+It is no better than a sentence at random: it has learned the form of a first line, and reads little of the text. All
+of these are bad: 'Returns a singleton.' for 'Cannot perform the division adequately.', 'Returns a list of the queue.'
+for 'Format a Decimal instance according to the given specifier.', and 'Return the given port is a singleton.' for 'A
+buffered interface to random access streams.'
 """
 import functools
 import pathlib
@@ -27,9 +41,9 @@ def sentences(text: str) -> list[str]:
 
 
 def experiment(*, records: options.Records = options.Records(), model: str | None = None, vocab: int = 2048,
-               shape: options.Shape = options.Shape(), optimizer: options.Optimizer = options.MUON, steps: int = 200,
+               shape: options.Shape = options.Shape(), optimizer: options.Optimizer = options.MUON, steps: int = 100,
                batch: int = 8, computation: options.Computation = options.Computation(),
-               cadence: options.Cadence = options.Cadence(evaluate_every=50, save_every=100)
+               cadence: options.Cadence = options.Cadence(evaluate_every=50, save_every=50)
                ) -> train.Run | train.Pending:
   """Fine-tunes a decoder on texts and their summaries.
 
@@ -75,7 +89,7 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   question_replies.show(questions, summaries, 'record')
   scores = {name: [measure for measure in texts.Rouge(stem=True)(written, [[answer] for _, answer in questions])
                    if measure.name in ('rouge1', 'rouge2', 'rougeL')] for name, written in summaries.items()}
-  print(reports.table({name: reports.to_json(Result(measures)) for name, measures in scores.items()}))
+  print('\n' + reports.table({name: reports.to_json(Result(measures)) for name, measures in scores.items()}))
 
 
 if __name__ == '__main__':
