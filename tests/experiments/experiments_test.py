@@ -87,7 +87,6 @@ TOOLS = {
     'harness_requests': ['--rounds=1', '--width=64'],
     'temperatures': ['--temperatures=0.5,1', '--limit=8', '--best'],
     'classify': ['--classes=a= good,b= bad', '--jsonl=x.jsonl', '--label_key=class', '--limit=none'],
-    'library_code': ['--samples=4', '--k=1,2', '--execute_code'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem',
                     '--bleurt=/nowhere', '--bert_score=/nowhere', '--use_idf'],
