@@ -147,12 +147,14 @@ def texts(tmp_path):
 
 
 # Experiments most of whose parts another one lowers.
-LIKE_ANOTHER = ('customer_service', 'denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit',
-                'preference', 'summarise')
-EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER]
+LIKE_ANOTHER = 'denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit', 'preference'
+LIKE_FINETUNE_CHAT = 'customer_service', 'summarise'   # other data, and another report
+EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER + LIKE_FINETUNE_CHAT]
+CASES = [*EXPERIMENTS, *slow(*LIKE_ANOTHER),
+         *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in LIKE_FINETUNE_CHAT)]
 
 
-@pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
+@pytest.mark.parametrize('name', CASES)
 def test_an_experiment_trains(name, scripts, texts, small, tmp_path, monkeypatch):
   assert name in TINY, f'give {name} the flags that make it tiny'
   small_default = corpora.text(f'{texts}/*.txt')
@@ -182,7 +184,7 @@ def defaults(module, name: str, texts) -> train.Run:
 
 @pytest.mark.parametrize('shape', [
     'fsdp:4,tensor:2', pytest.param('fsdp:8', marks=[pytest.mark.slow, pytest.mark.long])])
-@pytest.mark.parametrize('name', [*EXPERIMENTS, *slow(*LIKE_ANOTHER)])
+@pytest.mark.parametrize('name', CASES)
 def test_an_experiment_lowers_at_its_own_size_on_many_devices(name, shape, scripts, texts, small):
   mesh = sharding.abstract_mesh(shape)
   with jax.sharding.use_abstract_mesh(mesh):
