@@ -43,6 +43,10 @@ class Request:
     """The number of tokens of the prompt, which is the source of an encoder-decoder."""
     return len(self.ids if self.source is None else self.source)
 
+  def limit(self, context: int) -> int:
+    """Returns the largest number of tokens to write, in texts of `context` tokens."""
+    return context - len(self.ids) if self.max_tokens is None else self.max_tokens
+
   def check(self, engine: Engine, context: int) -> None:
     """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens."""
     size, model, sampling = len(self.ids), engine.model, self.sampling
@@ -101,7 +105,8 @@ class Scores(NamedTuple):
 class Event(NamedTuple):
   """New tokens of a choice of a request, or its end, or both.
 
-  The first event of a choice has the scores of the prompt's tokens from the second on, if the request needs them.
+  The first event of a choice has the scores of the prompt's tokens from the second on, if the request needs them, and
+  `reading_start`, the `time.perf_counter` at which the engine began to read the prompt.
   """
   request: Request
   choice: int
@@ -109,6 +114,7 @@ class Event(NamedTuple):
   scores: Scores
   finish_reason: str | None = None     # 'stop', 'length', 'abort' or 'grammar'; None if the choice goes on
   prompt_scores: Scores | None = None
+  reading_start: float | None = None
 
   @property
   def log_probabilities(self) -> list[float]:

@@ -1,5 +1,6 @@
 """What a scheduler knows of each prompt that is being read, and of each choice that is being written."""
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class PromptReading:
   count: int                     # of tokens that have been read
   prompt: Prompt | None = None   # after the first chunk
   choice: int = 0                # the next to join a row
+  start: float = dataclasses.field(default_factory=time.perf_counter)   # of the reading
   scores: list[Scores] = dataclasses.field(default_factory=list)   # of each chunk
 
 

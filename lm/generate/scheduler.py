@@ -8,6 +8,7 @@
     for event in scheduler.step():                     # reads a part of a prompt, then draws the next tokens of rows
       event.request, event.choice, event.ids, event.log_probabilities, event.finish_reason
   scheduler.abort(request)                             # its rows are free at once, and its last events say 'abort'
+  scheduler.abort(request, choice)                     # this row alone is
 
 All is synchronous, and one thread may use it. Token ids go in and come out; stop strings are of the layer of text,
 which holds back partial matches and calls `abort`. The last event of each choice has a `finish_reason`: 'stop' (its
@@ -130,19 +131,23 @@ class Scheduler:
                        'give more pages')
     self._waiting.append(request)
 
-  def abort(self, request: Request) -> None:
-    """Ends a request: its rows are free at once, and the next step gives its last events."""
+  def abort(self, request: Request, choice: int | None = None) -> None:
+    """Ends a request, or one choice that is being written: rows are free at once, the next step gives the last events.
+
+    A choice that waits for a row, or that has ended, is left alone.
+    """
     aborted = []
-    if request in self._waiting:
+    if choice is None and request in self._waiting:
       self._waiting.remove(request)
       aborted += range(request.choices)
-    elif self._reading is not None and self._reading.request is request:
+    elif choice is None and self._reading is not None and self._reading.request is request:
       aborted += range(self._reading.choice, request.choices)
       self._reading = None
-    rows = [i for i, row in enumerate(self._rows) if row is not None and row.request is request]
+    rows = [i for i, row in enumerate(self._rows)
+            if row is not None and row.request is request and choice in (None, row.choice)]
     aborted += [self._rows[i].choice for i in rows]
     self._free(rows)
-    self._events += [Event(request, choice, [], NO_SCORES, 'abort') for choice in sorted(aborted)]
+    self._events += [Event(request, each, [], NO_SCORES, 'abort') for each in sorted(aborted)]
 
   def step(self) -> list[Event]:
     """Lets requests join as far as rows are free, then draws the next tokens of each row. Returns what is new."""
@@ -195,7 +200,7 @@ class Scheduler:
   def _join(self, reading: PromptReading) -> bool:
     """Lets the next choice of a request join a row, and draws its first token. Returns whether it has room."""
     request, choice, pages, stored = reading.request, reading.choice, (), 0
-    limit = self._limit(request)
+    limit = request.limit(self.context)
     if limit and None not in self._rows:
       return False
     if limit and self.pool is not None:
@@ -211,7 +216,7 @@ class Scheduler:
       columns = (np.concatenate(parts)[:-1] for parts in zip(*reading.scores))   # nothing follows the last token
       prompt_scores = Scores(*columns)
     if not limit:
-      self._events.append(Event(request, choice, [], NO_SCORES, 'length', prompt_scores))
+      self._events.append(Event(request, choice, [], NO_SCORES, 'length', prompt_scores, reading.start))
       return True
     row = self._rows.index(None)
     matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
@@ -219,17 +224,15 @@ class Scheduler:
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages, stored)
     self._rows[row] = WrittenChoice(request, choice, limit, matcher, pages)
-    if self._add_event(row, tokens, 0, prompt_scores):
+    has_ended = self._add_event(row, tokens, 0)
+    self._events[-1] = self._events[-1]._replace(prompt_scores=prompt_scores, reading_start=reading.start)
+    if has_ended:
       self._free([row])
     return True
 
-  def _limit(self, request: Request) -> int:
-    """Returns the largest number of tokens of a request."""
-    return self.context - len(request.ids) if request.max_tokens is None else request.max_tokens
-
   def _pages_of(self, request: Request) -> int:
     """Returns the number of pages of a choice of a request."""
-    return -(-(len(request.ids) + self._limit(request)) // self._slots.size)
+    return -(-(len(request.ids) + request.limit(self.context)) // self._slots.size)
 
   def _free(self, rows: Sequence[int]) -> None:
     """Ends rows, so that other requests may join them."""
@@ -244,9 +247,9 @@ class Scheduler:
     counts = np.asarray(tokens.count_B)
     tokens = tokens._replace(ids_BT=np.asarray(tokens.ids_BT), count_B=counts,
                              log_probabilities_BT=np.asarray(tokens.log_probabilities_BT))
-    self._free([row for row in np.flatnonzero(counts).tolist() if self._add_event(row, tokens, row, None)])
+    self._free([row for row in np.flatnonzero(counts).tolist() if self._add_event(row, tokens, row)])
 
-  def _add_event(self, row: int, tokens: Tokens, column: int, prompt_scores: Scores | None) -> bool:
+  def _add_event(self, row: int, tokens: Tokens, column: int) -> bool:
     """Adds the event of a row, whose new tokens are in row `column` of `tokens`. Returns whether the row ends."""
     own = self._rows[row]
     count = int(tokens.count_B[column])
@@ -262,5 +265,5 @@ class Scheduler:
     elif own.written >= own.limit:
       reason = 'length'
     scores = row_scores(tokens, column, count, own.request.top)
-    self._events.append(Event(own.request, own.choice, ids, scores, reason, prompt_scores))
+    self._events.append(Event(own.request, own.choice, ids, scores, reason))
     return reason is not None

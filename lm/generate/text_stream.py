@@ -23,10 +23,9 @@ class TextStream:
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
-    # The prompt is context: whether the first new token begins with a space may depend on it.
-    self._tokenizer, self._ids = tokenizer, prompt.tolist()
-    # The text of ids[_start:_end] has been decoded. It is decoded again with the tokens that follow.
-    self._start, self._end = 0, len(prompt)
+    self._tokenizer = tokenizer
+    self._context = prompt.tolist()   # tokens that are decoded again with those that follow; see `_decode`
+    self._new: list[int] = []         # the tokens after them, whose text is not certain
     self._stop = stop
     self._stop_overlap = max(map(len, stop), default=1) - 1   # characters that may belong to a stop string
     self._pending = ''                                        # decoded text that is held back
@@ -42,12 +41,17 @@ class TextStream:
     """Adds a token. Returns the text that is certain now and was not before."""
     if self.has_ended or token in self._tokenizer.eos_ids:
       return self.end()
-    self._ids.append(int(token))
+    self._new.append(int(token))
     old, new = self._decode()
     if len(new) <= len(old) or new.endswith('\ufffd'):   # the token may end within a character
       return ''
-    self._start, self._end = self._end, len(self._ids)
-    text = self._release(new[len(old):])
+    text = new[len(old):]
+    if text.strip(' '):
+      self._context = self._new
+    elif not old.strip(' '):
+      self._context = self._context + self._new
+    self._new = []
+    text = self._release(text)
     self._released += len(text)
     return text
 
@@ -68,17 +72,17 @@ class TextStream:
     if not text.endswith('\ufffd'):
       return text
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    complete = decoder.decode(self._tokenizer.decode_bytes(self._ids[self._start:]))
+    complete = decoder.decode(self._tokenizer.decode_bytes(self._context + self._new))
     written = len(complete) - len(complete.rstrip('\ufffd'))
     return text[:len(text.rstrip('\ufffd')) + written]
 
   def _decode(self) -> tuple[str, str]:
-    """Returns the text of the last piece, and that of the piece with all tokens after it.
+    """Returns the text of the context, and that of the context with the new tokens.
 
-    They are decoded together, because the text of a token may depend on the tokens before it.
+    They are decoded together, because the spaces of a token may depend on the tokens before it: some tokenizers remove
+    those at the beginning of a text. So the context is all that came before, or tokens whose text is more than spaces.
     """
-    last = self._tokenizer.decode(self._ids[self._start:self._end])
-    return last, self._tokenizer.decode(self._ids[self._start:])
+    return self._tokenizer.decode(self._context), self._tokenizer.decode(self._context + self._new)
 
   def _release(self, text: str) -> str:
     """Adds text, and returns what no stop string can cut off: the text before the first stop string ends the row."""

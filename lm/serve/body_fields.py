@@ -117,6 +117,14 @@ def text(value: Any) -> str:
   return value
 
 
+def text_at(place: str, value: str) -> str:
+  """Returns a string at a place of the body. Raises ApiError where it has a lone surrogate."""
+  try:
+    return text(value)
+  except ValueError as error:
+    raise bad_request(f'{place}: {error}', place) from None
+
+
 TEXT = Field({'type': 'string'}, text)
 
 

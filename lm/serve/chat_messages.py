@@ -58,19 +58,12 @@ def content_text(content: Any, place: str, kinds: Sequence[str] = ('text',)) -> 
   for part in parts:
     match part:
       case {'type': str(kind), 'text': str(text)} if kind in kinds:
-        texts.append(_checked(text, place))
+        texts.append(body_fields.text_at(place, text))
       case _:
         kind = part.get('type') if isinstance(part, dict) else part
         raise bad_request(f'{place} must be text, or a list of parts with type={kinds[0]!r} and a text, and has '
                           f'{shown(kind)}; this model reads text alone', place)
   return ''.join(texts)
-
-
-def _checked(text: str, place: str) -> str:
-  try:
-    return body_fields.text(text)
-  except ValueError as error:
-    raise bad_request(f'{place}: {error}', place) from None
 
 
 def _call(value: Any, place: str) -> dict[str, Any]:

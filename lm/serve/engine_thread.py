@@ -37,7 +37,7 @@ class StepEngine(Protocol):
 
   def submit(self, request: Request) -> None: ...
 
-  def abort(self, request: Request) -> None: ...
+  def abort(self, request: Request, choice: int | None = None) -> None: ...
 
   def step(self) -> Sequence[Event]: ...
 
@@ -98,9 +98,12 @@ class EngineThread:
     accepted()
     self._add(lambda: self._submit(requests, deliver))
 
-  def abort(self, requests: Sequence[Request]) -> None:
-    """Ends requests before the next step; those that have ended already are left alone."""
-    self._add(lambda: self._abort(requests))
+  def abort(self, request: Request, choice: int | None = None) -> None:
+    """Ends a request before the next step, or one choice of which tokens were delivered.
+
+    What has ended already is left alone. The last events say 'abort'.
+    """
+    self._add(lambda: self._abort(request, choice))
 
   def start(self, function: Callable[[], Any]) -> concurrent.futures.Future:
     """Returns the future of a function, which the thread calls between two steps. Raises ApiError if it has ended."""
@@ -148,11 +151,9 @@ class EngineThread:
         deliver(request, ApiError(400, str(error)))
         self._end(request, request.choices)
 
-  def _abort(self, requests: Sequence[Request]) -> None:
-    for request in requests:
-      if request in self._requests:
-        self.engine.abort(request)
-        self._end(request, self._requests[request].choices)
+  def _abort(self, request: Request, choice: int | None) -> None:
+    if request in self._requests:
+      self.engine.abort(request, choice)
 
   def _end(self, request: Request, choices: int = 1) -> None:
     """Counts choices of a request that have ended."""
@@ -167,11 +168,10 @@ class EngineThread:
       with self._context():
         while self._wait():
           for event in self.engine.step() if self.engine.is_busy else ():
-            if event.request in self._requests:   # it has not been aborted
-              deliver = self._requests[event.request].deliver
-              if event.finish_reason is not None:   # before the client knows of it, who may send the next request
-                self._end(event.request)
-              deliver(event.request, event)
+            deliver = self._requests[event.request].deliver
+            if event.finish_reason is not None:   # before the client knows of it, who may send the next request
+              self._end(event.request)
+            deliver(event.request, event)
     except BaseException as error:   # nothing else would say so, and all clients would wait forever
       traceback.print_exception(error)
       with self._changed:

@@ -26,6 +26,10 @@ class OutputFormat:
 
   def compile(self, grammars: generate.Grammars) -> generate.Grammar:
     """Returns the grammar of the answer. Raises ApiError, with what is wrong, for one that cannot be used."""
+    name = {'json': 'JSON schema', 'regex': 'regular expression', 'grammar': 'grammar'}[self.kind]
+    if len(self.text) > _MOST_CHARACTERS:
+      raise bad_request(f'the {name} has {len(self.text):,} characters, and the server takes {_MOST_CHARACTERS:,}; '
+                        'shorten it', self.param)
     try:
       match self.kind:
         case 'json':
@@ -37,8 +41,7 @@ class OutputFormat:
     except ImportError as error:
       raise bad_request(f'this server does not constrain answers: {error}', self.param) from None
     except ValueError as error:
-      what = {'json': 'JSON schema', 'regex': 'regular expression', 'grammar': 'grammar'}[self.kind]
-      raise bad_request(f'the {what} {shown(self.text)} cannot be used: {error}', self.param) from None
+      raise bad_request(f'the {name} {shown(self.text)} cannot be used: {error}', self.param) from None
 
 
 def _schema(schema: Any, place: str) -> OutputFormat:
@@ -46,18 +49,20 @@ def _schema(schema: Any, place: str) -> OutputFormat:
     value = json_value(schema) if isinstance(schema, str) else schema
   except ValueError:
     value = None
-  text = json.dumps(value)
-  if not isinstance(value, dict) or len(text) > _MOST_CHARACTERS:
-    raise bad_request(f'{place}={shown(schema)} must be a JSON schema, an object of at most {_MOST_CHARACTERS} '
-                      'characters', place)
-  return OutputFormat('json', text, place)
+  if not isinstance(value, dict):
+    raise bad_request(f'{place}={shown(schema)} must be a JSON schema, which is an object', place)
+  return OutputFormat('json', json.dumps(value), place)
 
 
 def _choice(values: Any) -> OutputFormat:
-  texts = body_fields.texts(256).read(values)
-  if not texts or sum(map(len, texts)) > _MOST_CHARACTERS:
-    raise ValueError(f'must have a text at least, and at most {_MOST_CHARACTERS} characters')
-  return OutputFormat('regex', '|'.join(map(re.escape, texts)), 'structured_outputs.choice')
+  place = 'structured_outputs.choice'
+  try:
+    texts = body_fields.texts(256).read(values)
+  except ValueError as error:
+    raise bad_request(f'{place} {error}', place) from None
+  if not texts:
+    raise bad_request(f'{place}=[] must have a text at least', place)
+  return OutputFormat('regex', '|'.join(map(re.escape, texts)), place)
 
 
 def read_response_format(value: Mapping[str, Any] | None, place: str = 'response_format') -> OutputFormat | None:
@@ -78,17 +83,15 @@ def read_structured_outputs(value: Mapping[str, Any] | None) -> OutputFormat | N
   if value is None:
     return None
   place = 'structured_outputs'
-  try:
-    match value:
-      case {'json': schema} if len(value) == 1:
-        return _schema(schema, f'{place}.json')
-      case {'choice': choices} if len(value) == 1:
-        return _choice(choices)
-      case {'regex': str(text)} | {'grammar': str(text)} if len(value) == 1 and len(text) <= _MOST_CHARACTERS:
-        kind = 'regex' if 'regex' in value else 'grammar'
-        return OutputFormat(kind, body_fields.text(text), f'{place}.{kind}')
-  except ValueError as error:
-    raise bad_request(f'{place}.choice {error}', place) from None
+  match value:
+    case {'json': schema} if len(value) == 1:
+      return _schema(schema, f'{place}.json')
+    case {'choice': choices} if len(value) == 1:
+      return _choice(choices)
+    case ({'regex': str(text)} | {'grammar': str(text)}) if len(value) == 1:
+      kind = 'regex' if 'regex' in value else 'grammar'
+      place = f'{place}.{kind}'
+      return OutputFormat(kind, body_fields.text_at(place, text), place)
   raise bad_request(f'{place}={shown(value)} must have exactly one of json, regex, choice and grammar', place)
 
 

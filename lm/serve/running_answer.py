@@ -61,18 +61,16 @@ class RunningAnswer:
         piece = text.push(event)
         if text.has_ended and event.finish_reason is None:   # a stop string, which the engine does not know
           self._observer.end(event.request, event.choice, 'stop')
-          if self._has_ended(event.request):
-            self._thread.abort([event.request])
+          self._thread.abort(event.request, event.choice)
         yield piece
 
-  def _has_ended(self, request: Request | None = None) -> bool:
-    """Returns whether all choices of a request, or of all requests, have ended."""
-    return all(text.has_ended for (each, _), text in self._texts.items() if request in (None, each))
+  def _has_ended(self) -> bool:
+    return all(text.has_ended for text in self._texts.values())
 
   def abort(self) -> None:
     """Frees the rows of requests that have not ended."""
     running = [name for name, text in self._texts.items() if not text.has_ended]
-    if running:
-      self._thread.abort(list(dict.fromkeys(request for request, _ in running)))
+    for request in dict.fromkeys(request for request, _ in running):
+      self._thread.abort(request)
     for request, choice in running:
       self._observer.end(request, choice, 'abort')

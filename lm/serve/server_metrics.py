@@ -11,7 +11,6 @@ from lm.serve.engine_thread import StepEngine
 _FIRST = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 _BETWEEN = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _WHOLE = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-_STEP = (1, *(8 << i for i in range(12)))
 
 
 def token_buckets(most: int) -> list[int]:
@@ -47,6 +46,8 @@ class ServerMetrics:
     self._first = histogram('time_to_first_token_seconds', 'From the arrival to the first token.', _FIRST)
     self._between = histogram('inter_token_latency_seconds', 'Between tokens of an answer.', _BETWEEN)
     self._whole = histogram('e2e_request_latency_seconds', 'From the arrival to the last token.', _WHOLE)
+    self._queue = histogram('request_queue_time_seconds', 'From the arrival until the prompt is being read.', _WHOLE)
+    self._prefill = histogram('request_prefill_time_seconds', 'From then to the first token.', _WHOLE)
     self._decode = histogram('request_decode_time_seconds', 'From the first to the last token.', _WHOLE)
     self._prompt_size = histogram('request_prompt_tokens', 'Tokens of a prompt.', tokens)
     self._answer_size = histogram('request_generation_tokens', 'Tokens of an answer.', tokens)
@@ -89,6 +90,8 @@ class ServerMetrics:
       self._written.inc(count)
       if times[3] == 0:
         self._first.observe(now - times[0])
+        self._queue.observe(event.reading_start - times[0])
+        self._prefill.observe(now - event.reading_start)
         times[1] = now
       else:
         for _ in range(count):

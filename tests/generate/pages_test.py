@@ -66,6 +66,32 @@ def check_bits(mesh):
     shared.append(subject.shared_tokens - before)
     assert subject.pool.used == 0 and subject.compilations == 0
   assert min(shared) > 40 and shared[-1] > shared[0]
+  check_abort_of_a_choice(subject)
+
+
+def check_abort_of_a_choice(subject):
+  """Aborts the second of four choices in three rows: its row and pages are free, and the others stay as they are."""
+  request = Request([*PREFIX, *b'x'], Sampling(logit_bias=((Bytes.eos_id, -100.),)), 30, choices=4)
+  subject.submit(request)
+  whole = answers(subject, [request])
+  subject.submit(request)
+  events = []
+  while subject.running < 3:
+    events += subject.step()
+  used = subject.pool.used
+  subject.abort(request, 1)
+  subject.abort(request, 1)   # has no effect any more, and neither has that of a choice which waits
+  subject.abort(request, 3)
+  assert subject.running == 2 and used - subject.pool.used == 5   # of 8 tokens; it shares 4 pages with the others
+  events += subject.step()
+  assert subject.running == 3 and subject.pool.used == used
+  while subject.is_busy:
+    events += subject.step()
+  for choice in 0, 2, 3:
+    own = [event for event in events if event.choice == choice]
+    assert [x for event in own for x in (*event.ids, *event.log_probabilities, event.finish_reason)
+            if x is not None] == whole[0, choice]
+  assert [event.finish_reason for event in events if event.choice == 1][-1:] == ['abort'] and not subject.pool.used
 
 
 @pytest.mark.slow

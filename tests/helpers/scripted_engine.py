@@ -1,6 +1,7 @@
 """An engine that writes what a test scripts, and a server of it; no step waits for a compiled program."""
 import contextlib
 import threading
+import time
 
 import numpy as np
 from helpers import decoders
@@ -25,7 +26,8 @@ class ScriptedEngine:
 
   def __init__(self, script, size=1, rows=4, wait=lambda: None):
     self.script, self.size, self.rows, self.wait = script, size, rows, wait
-    self.remaining, self.aborted, self.steps = {}, [], 0
+    self.remaining, self.aborted, self.steps, self._events = {}, [], 0, []
+    self._starts = {}
 
   @property
   def running(self):
@@ -37,20 +39,25 @@ class ScriptedEngine:
 
   @property
   def is_busy(self):
-    return bool(self.remaining)
+    return bool(self.remaining or self._events)
 
   def submit(self, request):
+    self._starts[request] = time.perf_counter()
     for choice in range(request.choices):
       self.remaining[request, choice] = list(self.script(request, choice))[:request.max_tokens]
 
-  def abort(self, request):
+  def abort(self, request, choice=None):
     self.aborted.append(request)
-    self.remaining = {name: ids for name, ids in self.remaining.items() if name[0] is not request}
+    for name in list(self.remaining):
+      if name[0] is request and choice in (None, name[1]):
+        del self.remaining[name]
+        self._events.append(Event(*name, [], self._scores(request, []), 'abort'))
 
   def step(self):
     self.wait()
     self.steps += 1
-    return [self._event(*name) for name in list(self.remaining)[:self.rows]]
+    events, self._events = self._events, []
+    return events + [self._event(*name) for name in list(self.remaining)[:self.rows]]
 
   def _event(self, request, choice):
     name, prompt = (request, choice), None
@@ -61,7 +68,7 @@ class ScriptedEngine:
       del self.remaining[name]
     if request.scores_prompt:
       prompt = self._scores(request, request.ids[1:])
-    return Event(request, choice, ids, self._scores(request, ids), finish, prompt)
+    return Event(request, choice, ids, self._scores(request, ids), finish, prompt, self._starts[request])
 
   def _scores(self, request, ids):
     """Returns scores by which token i is the most probable one, and the tokens after it follow."""

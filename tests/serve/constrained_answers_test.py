@@ -99,7 +99,11 @@ def test_structured_outputs(client, outputs, check):
     ({'structured_outputs': {'json': '{'}}, 'must be a JSON schema'),
     ({'structured_outputs': {'choice': []}}, 'at least'),
     ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'type': 'pair'}}}}, 'Invalid type: pair'),
-    ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'title': 'x' * 70000}}}}, '65536'),
+    ({'response_format': {'type': 'json_schema', 'json_schema': {'schema': {'title': 'x' * 70000}}}},
+     'the JSON schema has 70,013 characters, and the server takes 65,536'),
+    ({'structured_outputs': {'regex': 'a' * 65537}}, 'expression has 65,537 characters, and the server takes 65,536'),
+    ({'structured_outputs': {'choice': ['a' * 40000] * 2}}, '80,001'),
+    ({'structured_outputs': {'regex': '\ud800'}}, 'surrogate'),
     ({'structured_outputs': {'regex': 'a'}, 'min_tokens': 2}, 'min_tokens=2')])
 def test_what_cannot_constrain_an_answer_is_refused(client, fields, words):
   answer = client.post('/v1/completions', json={'prompt': 'a', **fields})

@@ -138,18 +138,26 @@ def test_an_engine_that_fails_tells_every_client(capfd):
   assert 'RuntimeError: no memory' in capfd.readouterr().err
 
 
-def test_a_stop_string_frees_the_row_when_no_other_choice_needs_it():
+def test_a_stop_string_frees_the_row_of_its_choice_within_a_step_and_the_others_go_on():
   steps = Steps()
-  engine = ScriptedEngine(lambda request, choice: b'ab' if choice else b'x' + b'a' * 50, rows=2, wait=steps)
+  engine = ScriptedEngine(lambda request, choice: b'xa' + b'-' * 49 if choice else b'yyyyyyya' + b'-' * 50, rows=2,
+                          wait=steps)
 
   async def main(app, thread):
     task = post(app, '/v1/completions', {**BODY, 'n': 2, 'stop': 'a', 'max_tokens': 51})
-    steps.allow(2)
+    await until(lambda: engine.remaining)
+    waiting = post(app, '/v1/completions', {**BODY, 'max_tokens': 2})
+    await until(lambda: thread.count == 3)
+    steps.allow(2)   # the end of the second choice
+    await until(lambda: len(engine.aborted) == 1 or steps.allow(1))
+    assert engine.steps <= 4
+    steps.allow(3)
+    assert (await waiting)[0] == 200 and not task.done()   # it has the row of the second choice
+    steps.allow(10)
     status, _, body = await task
-    assert status == 200 and body.count(b'"finish_reason":"stop"') == 2
-    steps.allow(2)
-    await until(lambda: thread.count == 0)
+    assert status == 200 and body.count(b'"finish_reason":"stop"') == 2 and b'"yyyyyyy"' in body and b'"x"' in body
+    await until(lambda: thread.count == 0 or steps.allow(1))
 
   with application(engine) as (app, thread):
     asyncio.run(main(app, thread))
-  assert engine.steps <= 4
+  assert engine.steps <= 20

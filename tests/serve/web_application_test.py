@@ -1,5 +1,6 @@
 """The endpoints: an assembled stream is the whole answer, text comes in whole characters, and refusals are one line."""
 import json
+import time
 
 import pytest
 from helpers.scripted_engine import TOKENS, ScriptedEngine, client_of, text_script
@@ -176,6 +177,21 @@ def test_tokens_scores_embeddings_and_the_list_of_models():
     metrics = client.get('/metrics').text
     assert 'vllm:prompt_tokens_total{engine="0",model_name="tiny"} 12.0' in metrics
     assert client.get('/health').status_code == 200 and client.get('/version').json()['version']
+
+
+def test_the_times_of_an_answer_add_up():
+  engine = ScriptedEngine(text_script('abcdef'), wait=lambda: time.sleep(.002))
+  with client_of(engine) as client:
+    client.post('/v1/completions', json={'prompt': 'a', 'max_tokens': 5, 'n': 3})
+    lines = client.get('/metrics').text.splitlines()
+  total = lambda name: float(next(line for line in lines if line.startswith(f'vllm:{name}_seconds_sum')).split()[1])
+  count = lambda name: float(next(line for line in lines if line.startswith(f'vllm:{name}_seconds_count')).split()[1])
+  queue, prefill, decode = (total(f'request_{name}_time') for name in ('queue', 'prefill', 'decode'))
+  assert 0 < queue and .002 < prefill and 3 * .008 < decode   # each step takes 2 ms
+  assert queue + prefill == pytest.approx(total('time_to_first_token'), abs=1e-9)
+  assert queue + prefill + decode == pytest.approx(total('e2e_request_latency'), abs=1e-9)
+  assert 3 * .008 < total('inter_token_latency') <= decode and count('inter_token_latency') == 3 * 4
+  assert {count(f'request_{name}_time') for name in ('queue', 'prefill', 'decode')} == {3}
 
 
 @pytest.mark.parametrize(('path', 'body', 'status', 'words'), [
