@@ -295,5 +295,6 @@ def chat_tokenizer(loaded: TrainedModel | pretrained.Pretrained) -> conversation
   """Returns the tokenizer for a chat with a model. Raises ValueError where the model has no chat template."""
   template = chat_template(loaded)
   if template is None:
-    raise ValueError('--chat: this model has no chat template; leave it out, or take a model that was trained to chat')
+    raise ValueError('--chat: this model has no chat template; leave it out, put a chat_template.jinja into the folder '
+                     'of the model, or train a model to chat with experiments/finetune_chat.py')
   return conversation.Conversation(loaded.tokenizer, template)

@@ -1,4 +1,6 @@
 """Random keys and generators from seeds of 63 bits; `jax.random.key` alone would cut a seed to 32 bits."""
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,3 +31,9 @@ def generator(seed: int, *numbers: int) -> np.random.Generator:
   check(seed)
   # NumPy pads the list with zeros, so the high word is last: seeds below 2 ** 32 are as if it were not there.
   return np.random.default_rng([seed % 2 ** 32, *numbers, seed >> 32])
+
+
+def derive(seed: int, name: str) -> int:
+  """Returns a seed below 2 ** 32 for what has a name of its own, such as an answer among many."""
+  check(seed)
+  return zlib.crc32(f'{seed} {name}'.encode())

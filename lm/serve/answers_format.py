@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from lm.serve.choice_text import Piece, ScoredToken, Top
+from lm.generate.choice_text import Piece, ScoredToken, Top
 from lm.serve.request_bodies import ChatBody, CompletionBody
 from lm.serve.token_texts import TokenTexts
 from lm.serve.tool_calls import ToolCallReader

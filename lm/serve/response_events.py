@@ -4,8 +4,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from lm.generate.choice_text import Piece
 from lm.serve.answers_format import Chunk, Usage, as_json
-from lm.serve.choice_text import Piece
 from lm.serve.request_bodies import ResponseBody
 
 # Fields of OpenAI's answers that have one value here.

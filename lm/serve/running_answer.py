@@ -6,8 +6,8 @@ from typing import Protocol
 
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate import Event, Request
+from lm.generate.choice_text import ChoiceText, Piece
 from lm.serve.api_errors import ApiError, bad_request
-from lm.serve.choice_text import ChoiceText, Piece
 from lm.serve.engine_thread import EngineThread
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm.data.tokenizers.folder import Tokenizer
-from lm.serve.choice_text import ScoredToken
+from lm.generate.choice_text import ScoredToken
 
 _LEAST = -9999.   # JSON has no -inf; OpenAI writes this in its place
 

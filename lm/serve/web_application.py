@@ -13,11 +13,11 @@ import numpy as np
 from lm import generate
 from lm.data.text.source import require
 from lm.evaluate.people.page_headers import read_page
+from lm.generate.choice_text import Piece
 from lm.serve import openapi, request_bodies
 from lm.serve.answers_format import ChatWriter, Chunk, CompletionWriter, Usage, Writer, as_json
 from lm.serve.api_errors import ApiError
 from lm.serve.chat_messages import NO_TOOLS
-from lm.serve.choice_text import Piece
 from lm.serve.engine_thread import EngineThread
 from lm.serve.response_events import ResponseWriter
 from lm.serve.running_answer import RunningAnswer

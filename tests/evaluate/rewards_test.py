@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import score
 
-from lm import load, sharding
+from lm import load, sharding, signature
 from lm.data.chat import conversation, dialogues, messages
 from lm.data.text.source import Source
 from lm.data.tokenizers.folder import Bytes
@@ -134,9 +134,9 @@ def test_a_text_has_the_reward_of_an_answer_to_its_source(judge, opened, capsys)
 @pytest.mark.slow
 def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, capsys):
   options = {'workdir': opened / 'decoder', 'prompt': 'q1', 'max_tokens': 6, 'mesh': 'fsdp:8', 'chat': True}
-  generate_script.main(**options, n=8)
+  signature.call(generate_script.main, options, n=8)
   answers = capsys.readouterr().out.removesuffix('\n').split(f'\n\n{"-" * 80}\n')
-  generate_script.main(**options, n=2, best_of=8, reward=opened / 'reward')
+  signature.call(generate_script.main, options, n=2, best_of=8, reward=opened / 'reward')
   shown = capsys.readouterr()
   values = judge.answers(['q1'] * 8, answers)
   assert shown.out.split(f'\n\n{"-" * 80}\n')[0] == answers[int(np.argmax(values))]
@@ -145,8 +145,8 @@ def test_the_best_of_several_is_what_the_reward_model_prefers(judge, opened, cap
   for wrong, message in (({'best_of': 8}, 'give both flags'), ({'reward': opened / 'reward'}, 'give both flags'),
                          ({'best_of': 2, 'n': 3, 'reward': opened / 'reward'}, 'at least --n=3')):
     with pytest.raises(ValueError, match=message):
-      generate_script.main(**options, **wrong)
+      signature.call(generate_script.main, options, **wrong)
   with pytest.raises(ValueError, match='is a reward model, which generates no text'):
-    generate_script.main(**{**options, 'workdir': opened / 'reward'})
+    signature.call(generate_script.main, {**options, 'workdir': opened / 'reward'})
   with pytest.raises(ValueError, match='what is needed is a reward model'):
-    generate_script.main(**options, best_of=2, reward=opened / 'decoder')
+    signature.call(generate_script.main, options, best_of=2, reward=opened / 'decoder')

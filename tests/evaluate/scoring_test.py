@@ -234,7 +234,7 @@ def test_the_commands_print_what_they_computed(folders, capsys, tmp_path):
   score.score(model=str(folders / 't5'), jsonl=str(tmp_path / '*.jsonl'), key='de', source_key='en')
   out = capsys.readouterr().out
   assert f"6  {loss}" in out.splitlines()[1] and '5 texts: ' in out
-  generate_script.main(model=str(folders / 't5'), prompt='some text', temperature=0., max_tokens=9)
+  signature.call(generate_script.main, model=str(folders / 't5'), prompt='some text', temperature=0., max_tokens=9)
   assert not capsys.readouterr().out.startswith('some text')
 
 
@@ -256,7 +256,7 @@ def test_what_a_kind_of_model_cannot_do_is_refused(folders):
   with pytest.raises(ValueError, match='pseudo_log_probabilities'):
     evaluate.log_probabilities(bert.model, bert.params, [np.arange(5)])
   with pytest.raises(ValueError, match='writes no text'):
-    generate_script.main(model=str(folders / 'bert'), prompt='a')
+    signature.call(generate_script.main, model=str(folders / 'bert'), prompt='a')
   with pytest.raises(ValueError, match=r'no mask token .*<pad>'):
     tokenizers.mask_id(Bytes(('<pad>',)))
   for kind in ('bert', 't5'):

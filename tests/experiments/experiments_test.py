@@ -386,7 +386,7 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
     ({'top_k': -2}, 'top_k=-2')])
 def test_generate_refuses_bad_values_before_a_model_is_read(scripts, flags_given, message):
   with pytest.raises(ValueError, match=message):
-    scripts['generate'].main(**flags_given, workdir=pathlib.Path('not there'))
+    signature.call(scripts['generate'].main, flags_given, workdir=pathlib.Path('not there'))
 
 
 @pytest.mark.slow
@@ -417,7 +417,7 @@ def test_every_script_with_a_model_flag_accepts_a_workdir(scripts, texts, tmp_pa
   for reference in ({'model': str(run)}, {'workdir': run}):
     capsys.readouterr()
     scripts['score'].score(**reference, text='some text')
-    scripts['generate'].main(**reference, prompt='some', max_tokens=4)
+    signature.call(scripts['generate'].main, reference, prompt='some', max_tokens=4)
     scripts['export_hf'].main(**reference, out=tmp_path / f'out-{len(shown)}')
     shown[len(shown)] = capsys.readouterr().out.replace(f'out-{len(shown)}', 'out')
   assert shown[0] == shown[1] and 'bits a byte' in shown[0]

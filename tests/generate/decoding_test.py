@@ -10,7 +10,7 @@ import pytest
 from helpers.decoders import GREEDY, PROMPTS, Bytes, make, text_of, tokens_of
 from helpers.slow import slow
 
-from lm import generate
+from lm import generate, signature
 from lm.data.batch import Batch
 from lm.evaluate import text_scores
 from lm.generate import completion, filters
@@ -177,7 +177,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   monkeypatch.setattr(pretrained, 'load', lambda name: opened)
 
   def warning(**flags):
-    generate_script.main(model='a', prompt='def f(x):', temperature=0., mesh='fsdp:8', **flags)
+    signature.call(generate_script.main, model='a', prompt='def f(x):', temperature=0., mesh='fsdp:8', **flags)
     return capsys.readouterr().err
   line = warning()
   assert line == 'up to 14 tokens, to the end of the context; --window continues beyond it\n'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.tokenizers import CHATML, byte_level, piece_model, tokenizers
 
-from lm import generate
+from lm import generate, signature
 from lm.data.chat import conversation, templates
 from lm.data.tokenizers import folder as tokenizer
 from lm.data.tokenizers.base import Bytes
@@ -107,10 +107,10 @@ def test_scores_and_text_follow_the_bos_rule_of_the_tokenizer(models, kind, flag
   read = []
   monkeypatch.setattr('lm.generate.text._pieces', lambda request, prompts, batch:
                       read.append(batch) or iter(()))
-  generate_script.main(model=str(models[kind]), prompt='anna', bos=flag, max_tokens=4)
+  signature.call(generate_script.main, model=str(models[kind]), prompt='anna', bos=flag, max_tokens=4)
   assert read[0].tokens[read[0].segments > 0].tolist() == ids
   # Without a token there is nothing to continue.
-  generate_script.main(model=str(models[kind]), prompt='', bos=flag, max_tokens=4)
+  signature.call(generate_script.main, model=str(models[kind]), prompt='', bos=flag, max_tokens=4)
   assert read[1].tokens[read[1].segments > 0].tolist() == [loaded.tokenizer.bos_id]
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm import generate
 from lm.data.tokenizers.folder import Tokenizer
+from lm.generate.request import Event, Scores
+from lm.generate.text_stream import TextStream
 
 Top = tuple[tuple[int, float], ...]   # (id, log-probability), the most probable first
 
@@ -44,7 +45,7 @@ class Piece(NamedTuple):
   prompt: Sequence[tuple[float, Top]] | None = None
 
 
-def token_scores(scores: generate.Scores) -> list[tuple[float, Top]]:
+def token_scores(scores: Scores) -> list[tuple[float, Top]]:
   """Returns the log-probability of each token, and its most probable alternatives with theirs."""
   return [(value, tuple(zip(ids, values))) for value, ids, values in zip(
       scores.log_probabilities_T.tolist(), scores.top_ids_TK.tolist(), scores.top_log_probabilities_TK.tolist())]
@@ -62,14 +63,14 @@ class ChoiceText:
     context = np.asarray(prompt, np.int32)
     if len(context) and context[0] == tokenizer.bos_id:
       context = context[1:]
-    self._choice, self._stream = choice, generate.TextStream(tokenizer, context, stop)
+    self._choice, self._stream = choice, TextStream(tokenizer, context, stop)
     self._ends = frozenset((*stop_ids, *tokenizer.eos_ids))
     self._waiting: collections.deque[ScoredToken] = collections.deque()
     self._length = 0         # characters in pieces
     self.count = 0           # tokens that were drawn
     self.has_ended = False
 
-  def push(self, event: generate.Event) -> Piece:
+  def push(self, event: Event) -> Piece:
     """Returns the piece that further tokens add. Tokens after the end of the answer are dropped."""
     texts, finish = [], None
     for token, (log_probability, top) in zip(event.ids, token_scores(event.scores)):

@@ -1,0 +1,90 @@
+"""Answers to the prompts of a file, written by a scheduler into the file of answers."""
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.data.tokenizers.folder import Tokenizer
+from lm.generate.choice_text import Piece
+from lm.generate.completion import round_up_slots
+from lm.generate.engine import Engine
+from lm.generate.prompts_file import AnswersFile, PromptLine, Prompts, raise_all
+from lm.generate.request import Request
+from lm.generate.scheduler import Scheduler
+from lm.generate.text import DEFAULT
+from lm.generate.text_stream import with_bos
+from lm.generate.written_requests import TextRequest, pieces
+
+_WIDTHS = 64, 16, 4, 1   # of the chunks in which prompts are read; each is a program that is compiled
+_TOKENS_PER_STEP = 4     # tokens of each row between which requests join and leave
+
+
+def _encode(line: PromptLine, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
+  """Returns the ids of a prompt, one at least. Raises ValueError where a chat template does not take the messages."""
+  ids = with_bos(np.asarray(tokenizer.encode_batch([line.prompt])[0], np.int32), tokenizer, bos)
+  return ids if len(ids) else np.int32([tokenizer.bos_id])
+
+
+def make_scheduler(model: Any, params: Any, tokenizer: Tokenizer, slots: int, rows: int) -> Scheduler:
+  """Returns a scheduler for texts of up to `slots` tokens, or as many as the model reads at once."""
+  slots = min(round_up_slots(slots), model.max_length)
+  engine = Engine(model, model.unstack(params), slots, tokenizer.vocab_size, tuple(tokenizer.eos_ids))
+  return Scheduler(engine, rows, _WIDTHS, _TOKENS_PER_STEP if rows > 1 else 1)
+
+
+def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Prompts, answers: AnswersFile,
+                   bos: bool | None, rows: int, report: Callable[[int], None] = lambda count: None) -> None:
+  """Answers the prompts that have no answers yet. Each line of answers is written when it is whole.
+
+  Args:
+    model: a decoder that writes from left to right after any prompt.
+    params: its parameters.
+    tokenizer: that of the model, or of a conversation.
+    prompts: those of a file.
+    answers: the file of answers.
+    bos: whether a prompt begins with bos; None decides as the tokenizer or the chat template does.
+    rows: the number of texts that are written at the same time.
+    report: is called with the number of prompts that have answers, after each.
+
+  Raises:
+    ValueError: lines cannot be answered, such as those that are longer than the context; it names them, before
+      anything is computed.
+  """
+  requests, problems = {}, []
+  for line in prompts.lines:
+    if line.id in answers.finished:
+      continue
+    try:
+      ids, max_tokens = _encode(line, tokenizer, bos), line.settings['max_tokens']
+    except ValueError as error:
+      problems.append((line.number, str(error)))
+      continue
+    if max_tokens is None:
+      max_tokens = max(min(DEFAULT, model.max_length - len(ids)), 1)
+    request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'])
+    requests[request] = line
+  needed = max((len(request.ids) + request.max_tokens for request in requests), default=1)
+  scheduler = make_scheduler(model, params, tokenizer, needed, rows)
+  for request, line in requests.items():
+    try:
+      request.check(scheduler.engine, scheduler.context)
+    except ValueError as error:
+      problems.append((line.number, str(error)))
+  raise_all(sorted(problems), prompts.path)
+  written = collections.defaultdict(list)
+  text_requests = (TextRequest(request, tuple(line.settings['stop'])) for request, line in requests.items())
+  for (request, _), piece in pieces(scheduler, tokenizer, text_requests):
+    written[request].append(piece)
+    if sum(piece.finish is not None for piece in written[request]) == request.choices:
+      own = written.pop(request)
+      answers.add(requests[request], [_answer(own, choice) for choice in range(request.choices)])
+      report(len(answers.finished))
+
+
+def _answer(own: Sequence[Piece], choice: int) -> dict[str, Any]:
+  """Returns what the file says of a choice, given the pieces of all choices."""
+  own = [piece for piece in own if piece.choice == choice]
+  scores = [token.log_probability for piece in own for token in piece.tokens]
+  return {'text': ''.join(piece.text for piece in own), 'finish_reason': own[-1].finish, 'tokens': len(scores),
+          'log_probability': sum(scores)}

@@ -1,0 +1,117 @@
+"""Flags of the texts that a model writes: how tokens are drawn, how long texts are, and prompts from a file."""
+import dataclasses
+import pathlib
+
+from lm import seeds
+from lm.generate import Sampling
+from lm.signature import Texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """How a token is drawn.
+
+  Args:
+    temperature: divisor of the logits; 0 chooses the most probable token each time.
+    top_k: sample from the k most probable tokens; 0 for all.
+    top_p: sample from the smallest set of tokens whose probabilities reach this sum; 1 for all.
+    min_p: sample from the tokens with at least this share of the highest probability; 0 for all.
+    repetition_penalty: values above 1 make tokens that are already in the text less probable.
+    seed: seed of the sampling.
+  """
+  temperature: float = 1.
+  top_k: int = 0
+  top_p: float = 1.
+  min_p: float = 0.
+  repetition_penalty: float = 1.
+  seed: int = 0
+
+  def __post_init__(self):
+    seeds.check(self.seed)
+    self.sampling()
+
+  def sampling(self) -> Sampling:
+    return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+  """What is written.
+
+  Args:
+    max_tokens: largest number of tokens to generate; none for 128, or fewer if the context of the model has room for
+      fewer.
+    stop: end the text before this string; may be repeated for several strings, as in --stop=END --stop=STOP.
+    n: number of completions.
+    window: continue beyond the context of the model; when it is full, its last half is read again.
+    bos: begin the prompt with the token bos, or not (--nobos); none does as the tokenizer or the chat template does.
+  """
+  max_tokens: int | None = None
+  stop: Texts = ()
+  n: int = 1
+  window: bool = False
+  bos: bool | None = None
+
+  def __post_init__(self):
+    if self.n < 1:
+      raise ValueError(f'--n={self.n} must be at least 1')
+    if self.max_tokens is not None and self.max_tokens < 1 or '' in self.stop:
+      raise ValueError(f'--max_tokens={self.max_tokens} must be at least 1, and no --stop may be empty')
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+  """Tokens that are drafted, and verified in one pass of the model (speculative decoding).
+
+  Args:
+    draft: number of tokens that are drafted at a time, for a model trained with --predict_ahead; 0 for no drafting.
+  """
+  draft: int = 0
+
+  def __post_init__(self):
+    if self.draft < 0:
+      raise ValueError(f'--draft={self.draft} must be 0 or more')
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf:
+  """The choice among texts by a reward model.
+
+  Args:
+    best_of: generate this many completions, and print the --n that the reward model rates highest; 0 for no reward
+      model.
+    reward: workdir of the reward model, see preference.py.
+  """
+  best_of: int = 0
+  reward: pathlib.Path | None = None
+
+  def __post_init__(self):
+    if self.best_of < 0:
+      raise ValueError(f'--best_of={self.best_of} must be 0 or more')
+    if (self.best_of > 0) != (self.reward is not None):
+      raise ValueError(f'--best_of={self.best_of} and --reward={self.reward} go together; give both flags, or none')
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsFile:
+  """Prompts from a file.
+
+  Args:
+    prompts: a file with a prompt in each line, as {"prompt": "some text"}, beside which settings such as "temperature",
+      "max_tokens", "n", "seed", "stop" and an "id" may stand; with --chat also as {"messages": [...]}.
+    out: the file of the answers, one line each. The same command continues a file that was interrupted.
+    rows: number of texts that are written at the same time.
+  """
+  prompts: pathlib.Path | None = None
+  out: pathlib.Path | None = None
+  rows: int = 8
+
+  def __post_init__(self):
+    if (self.prompts is None) != (self.out is None):
+      raise ValueError(f'--prompts={self.prompts} and --out={self.out} go together; give both flags, or none')
+    if self.prompts is not None and self.prompts.resolve() == self.out.resolve():
+      raise ValueError(f'--out={self.out} is the file of --prompts; give another one')
+    if self.rows < 1:
+      raise ValueError(f'--rows={self.rows} must be at least 1')
+    if self.rows != 8 and self.prompts is None:
+      raise ValueError(f'--rows={self.rows} is for --prompts, which is not given; leave it out')
