@@ -2,6 +2,8 @@ r"""Generates text with a trained run or a Hugging Face model, and prints it tok
 
   python experiments/generate.py --workdir=runs/quickstart --prompt="def " --temperature=0.8 --max_tokens=200
   python experiments/generate.py --workdir=runs/ahead --prompt="def " --draft=2
+  python experiments/generate.py --model=gpt2 --prompt="def " --lookup=4
+  python experiments/generate.py --model=gpt2 --prompt="Once" --beams=5 --n=2
   python experiments/generate.py --workdir=runs/finetune_chat --chat
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd"
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --best_of=8 \
@@ -15,15 +17,17 @@ import sys
 import jax
 
 from lm import generate, launch, load, sharding
-from lm.generate import prompts_file, speculative
+from lm.generate import prompts_file
 from lm.launch import writer as writers
 from lm.launch.writer import Writer
-from lm.options import BestOf, Drafts, Drawing, Extent, PromptsFile
+from lm.options import BestOf, Drafts, Drawing, Extent, PromptsFile, Search
+from lm.options.writing import check_together
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best: bool = False, prompt: str = '',
          chat: bool = False, mesh: str | None = None, drawing: Drawing = Drawing(), extent: Extent = Extent(),
-         drafts: Drafts = Drafts(), best_of: BestOf = BestOf(), file: PromptsFile = PromptsFile()) -> None:
+         drafts: Drafts = Drafts(), search: Search = Search(), best_of: BestOf = BestOf(),
+         file: PromptsFile = PromptsFile()) -> None:
   """Prints the prompt and its completions; of an encoder-decoder, only the output.
 
   Args:
@@ -37,7 +41,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best:
   """
   workdir, model = load.run_or_model(workdir, model, best)
   is_session = chat and not prompt and file.prompts is None
-  _check(extent, drawing, drafts, best_of, prompt, file, is_session)
+  check_together(is_session, prompt, drawing, extent, drafts, search, best_of, file)
   lines = None
   if file.prompts is not None:
     defaults = prompts_file.settings_of(drawing.sampling(), extent.max_tokens, drawing.seed, extent.n, extent.stop)
@@ -48,37 +52,18 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best:
       writers.answer_file(writer, lines, file, extent.bos, chat)
     elif is_session:
       writers.talk(writer, drawing, extent)
+    elif search.beams:
+      writers.print_beams(writer, prompt, search.settings(), extent)
     elif best_of.best_of:
       writers.print_best(writer, prompt, drawing, extent, best_of)
     else:
       _print_texts(writer, prompt, drawing, extent, drafts)
 
 
-def _check(extent: Extent, drawing: Drawing, drafts: Drafts, best_of: BestOf, prompt: str, file: PromptsFile,
-           is_session: bool) -> None:
-  """Raises ValueError for flags that contradict one another, or have no effect, before a model is read."""
-  count = max(extent.n, best_of.best_of)
-  if 0 < best_of.best_of < extent.n:
-    raise ValueError(f'--best_of={best_of.best_of} must be at least --n={extent.n}')
-  if count > 1 and drawing.sampling().greedy:
-    raise ValueError(f'all {count} completions would be equal with --temperature=0; leave out this flag, or '
-                     '--n and --best_of')
-  if best_of.best_of and drafts.draft:
-    raise ValueError(f'--draft={drafts.draft} has no effect with --best_of={best_of.best_of}; leave one of them out')
-  flags = {'prompt': prompt, 'window': extent.window, 'draft': drafts.draft, 'best_of': best_of.best_of}
-  if is_session:
-    place, flags = '--chat without --prompt', {**flags, 'n': extent.n > 1 and extent.n}
-  else:
-    place = f'--prompts={file.prompts}'
-  for name, value in flags.items():
-    if value and (is_session or file.prompts is not None):
-      raise ValueError(f'--{name}={value} has no effect with {place}; leave one of them out')
-
-
 def _print_texts(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, drafts: Drafts) -> None:
   """Prints the texts after a prompt, the first of them while it is generated."""
   writers.show_room(writer, prompt, extent)
-  drafting = speculative.SelfSpeculation(drafts.draft) if drafts.draft else None
+  drafting = drafts.make()
   shown = prompt if writer.shows_prompt else ''
   texts, prefix = [''] * extent.n, shown
   for pieces in generate.stream(writer.model, writer.params, writer.tokenizer, [prompt] * extent.n, drawing.sampling(),
@@ -90,7 +75,7 @@ def _print_texts(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, 
   print()
   for text in texts[1:]:
     print(f'\n{"-" * 80}\n{shown}{text}')
-  if drafting:
+  if drafting is not None:
     print(f'drafts: {drafting.acceptance:.1%} accepted, {drafting.tokens_per_pass:.2f} tokens a forward pass',
           file=sys.stderr)
 

@@ -19,7 +19,7 @@ from lm.models.transformer import LanguageModel
 
 
 class Draft(Protocol):
-  """Makes an engine that drafts tokens, as `speculative.SelfSpeculation` does."""
+  """Makes an engine that drafts tokens, as `module_drafts.SelfSpeculation` does."""
 
   def engine(self, model: Any, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> Engine:
     """Returns an engine whose rows have at least `slots` slots; see `Engine` for the arguments."""

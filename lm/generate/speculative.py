@@ -1,13 +1,13 @@
-"""Speculative decoding: cheap modules draft a few tokens, and one forward pass of the trunk verifies all of them.
+"""Speculative decoding: a drafter writes a few tokens, and one forward pass of the trunk verifies all of them.
 
-  draft = speculative.SelfSpeculation()
+  draft = module_drafts.SelfSpeculation()
   generate.generate(model, params, tokenizer, prompts, draft=draft)
   print(draft.acceptance, draft.tokens_per_pass)
 
 The tokens have the same distribution as those of the trunk alone (Leviathan et al. 2023, arXiv:2211.17192). Greedy
-text is the same, except where sums of another shape are rounded differently. The model's own modules for multi-token
-prediction draft (DeepSeek-AI 2024). Shapes: the legend in `models/transformer.py`; here, D are the drafted tokens, and
-W = D + 1 the tokens of a forward pass.
+text is the same, except where sums of another shape are rounded differently. Drafters are in `module_drafts`, by the
+model's own modules for further tokens, and in `prompt_lookup`, without a model. Shapes: the legend in
+`models/transformer.py`; here, D are the drafted tokens, and W = D + 1 the tokens of a forward pass.
 
 Each row has its own index in the cache. The entries of rejected tokens lie behind this index, where no query sees
 them, and the next pass, which is as long, overwrites them.
@@ -15,7 +15,7 @@ them, and the next pass, which is as long, overwrites them.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,14 @@ from lm.generate.engine import (
 )
 from lm.generate.filters import process
 from lm.generate.sampling import Settings, first_that_needs_history, row_keys
-from lm.models.attention import Visible, write
-from lm.models.context import Context
-from lm.models.prediction_heads import MultiToken
+from lm.models.attention import write
 from lm.models.transformer import Cache
 
 
 class DraftState(NamedTuple):
   """The state between two rounds. The last token of row b is not in the cache yet; its slot is `cache.index[b]`."""
   cache: Cache              # of the trunk
-  depths: tuple[Any, ...]   # the caches of the modules
+  depths: tuple[Any, ...]   # the caches of the drafter
   hidden: jax.Array         # [B, n, width], the hidden states of the trunk at the n slots before `index`
   tokens_BS: jax.Array      # the text, then the drafted tokens
   drafted_BDV: jax.Array    # the probabilities that the drafts were drawn from
@@ -82,7 +80,7 @@ def verify(p_BWV: jax.Array, q_BDV: jax.Array, drafts_BD: jax.Array, uniform_BD:
   return accepted, jax.vmap(jax.random.categorical)(keys_B, jnp.log(excess))
 
 
-def _probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax.Array:
+def probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax.Array:
   """Returns the probabilities that tokens are drawn from; those of a greedy row are 0 and 1."""
   rows, time, size = logits_BTV.shape
   logits = jnp.where(jnp.arange(size)[None] < vocab, logits_BTV.reshape(-1, size), -jnp.inf)   # without the padding
@@ -94,50 +92,44 @@ def _probabilities(logits_BTV: jax.Array, settings: Settings, vocab: int) -> jax
 
 
 # Purposes of the random numbers of a row at a position: to draw a token, to verify drafts, and to draw draft k, whose
-# number is _DRAFT + k, with k from 1.
-_TOKEN, _VERIFY, _DRAFT = 0, 1, 1
+# number is DRAFT + k, with k from 1.
+_TOKEN, _VERIFY, DRAFT = 0, 1, 1
 
 
-def _take(x: jax.Array, indices_BT: jax.Array) -> jax.Array:
+def take(x: jax.Array, indices_BT: jax.Array) -> jax.Array:
   """Returns `x[b, indices[b, t]]`."""
   return jnp.take_along_axis(x, indices_BT.reshape(*indices_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def _draft(model: MultiToken, params: Any, head: Any, state: DraftState, vocab: int, drafts: int) -> DraftState:
-  """Writes `drafts` tokens after the last one, each drawn by the module of its depth.
+class Drafter(Protocol):
+  """Drafts tokens; a hashable object, because a program is compiled for it.
 
-  The modules read the slots of `state.hidden`: those since the last round, and earlier ones, because in the last round
-  the tokens ahead of them were drafts.
+  Attributes:
+    drafts: the number of tokens that it drafts at a time.
+    hidden: how many hidden states of the trunk, the last ones, it needs between two rounds.
   """
-  def draw_draft(purpose, logits, settings, place):
-    q = _probabilities(logits, settings, vocab)[:, 0]
-    return q, jax.vmap(jax.random.categorical)(row_keys(settings, place, purpose), jnp.log(q))
+  drafts: int
 
-  index, first, n = state.cache.index, state.first_B, state.hidden.shape[1]
-  slots = (index - n)[:, None] + jnp.arange(n)[None]
-  positions = slots - first[:, None]
-  key_positions = jnp.arange(state.tokens_BS.shape[1])[None] - first[:, None]
-  segments, key_segments = ((x >= 0).astype(jnp.int32) for x in (positions, key_positions))
-  visible = Visible(segments, key_segments, None, positions, key_positions, index - n)
-  tokens, previous, drafted, caches = state.tokens_BS, state.hidden, [], []
-  for k in range(1, drafts + 1):
-    previous, hidden, cache, _ = model.depth(params, k, state.hidden, previous, _take(tokens, slots + k),
-                                             Context(positions, visible), state.depths[k - 1])
-    draw = functools.partial(draw_draft, _DRAFT + k)
-    q, token = map_shards(draw, sharding.whole_logits(head, hidden[:, -1:]), state.settings, index - first)
-    tokens = write(tokens, token[:, None], index + k)
-    caches.append(cache)
-    drafted.append(q)
-  return state._replace(tokens_BS=tokens, depths=tuple(caches), drafted_BDV=jnp.stack(drafted, axis=1))
+  @property
+  def hidden(self) -> int: ...
+
+  def check(self, model: Any, width: int) -> None:
+    """Raises ValueError where it cannot draft for a model after prompts in rows of this width."""
+
+  def init_caches(self, model: Any, rows: int, slots: int) -> tuple[Any, ...]:
+    """Returns its empty caches, led by rows."""
+
+  def draft(self, model: Any, params: Any, head: Any, state: DraftState, vocab: int) -> DraftState:
+    """Writes `drafts` tokens after the last one, and the probabilities that they were drawn from."""
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafts'))
+@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'slots', 'drafter'))
 @sharding.whole_rows()
-def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, vocab, slots, drafts
+def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, vocab, slots, drafter
              ) -> tuple[DraftState, Tokens]:
   """Reads prompts into new caches, draws the first token and drafts the next ones. Empty rows count as ended."""
   def first_token(logits, settings, place):
-    p = _probabilities(logits, settings, vocab)[:, 0]
+    p = probabilities(logits, settings, vocab)[:, 0]
     token = jax.vmap(jax.random.categorical)(row_keys(settings, place, _TOKEN), jnp.log(p))
     return token, token_log_probabilities(logits, token[:, None])
 
@@ -152,14 +144,16 @@ def _prefill(model, params, batch: Batch, settings, written, limit, ends, *, voc
   is_empty = (first == width) | (written >= limit)
   total = written + ~is_empty
   ended = is_empty | (token[:, None] == ends[None]).any(-1) | (total >= limit)
-  caches = model.init_depth_caches(rows, slots)[:drafts]
+  caches = drafter.init_caches(model, rows, slots)
   state = DraftState(out.cache, caches, out.hidden, tokens, None, first, ended, settings, total, limit)
-  state = _draft(model, params, out.head, state, vocab, drafts)._replace(hidden=out.hidden[:, -2 * drafts:])
+  state = drafter.draft(model, params, out.head, state, vocab)
+  state = state._replace(hidden=out.hidden[:, out.hidden.shape[1] - drafter.hidden:])
   ids = jnp.where(is_empty, ends[0], token)[:, None]
   return state, replicate(Tokens(ids, jnp.where(is_empty[:, None], 0, log_probability), total - written))
 
 
-def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
+def _round(model, params, state: DraftState, ends, vocab, drafter
+           ) -> tuple[DraftState, jax.Array, jax.Array, jax.Array]:
   """Applies the trunk to the last token and the drafts after it, verifies the drafts, and makes new ones.
 
   Returns the state, the D + 1 tokens of the pass, of which the first are new, their log-probabilities, both
@@ -168,7 +162,7 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
   def verify_rows(logits, q, drafts, settings, place):
     keys = row_keys(settings, place, _VERIFY)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, drafts.shape[1:]))(keys)
-    p = _probabilities(logits, settings, vocab)
+    p = probabilities(logits, settings, vocab)
     accepted, token = verify(p, q, drafts, uniform, row_keys(settings, place, _TOKEN))
     new = jnp.pad(drafts, ((0, 0), (0, 1)))
     new = jnp.where(jnp.arange(new.shape[1])[None] == accepted[:, None], token[:, None], new)
@@ -176,7 +170,7 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
 
   index, first, drafts = state.cache.index, state.first_B, state.drafted_BDV.shape[1]
   columns = jnp.arange(drafts + 1)[None]
-  tokens = _take(state.tokens_BS, index[:, None] + columns)
+  tokens = take(state.tokens_BS, index[:, None] + columns)
   positions = jnp.minimum(index[:, None] + columns - first[:, None], model.max_length - 1)   # drafts may exceed it
   out = model.apply(params, Batch(tokens, positions=positions), cache=state.cache)
   accepted, token, new, log_probabilities = map_shards(
@@ -190,15 +184,15 @@ def _round(model, params, state: DraftState, ends, vocab) -> tuple[DraftState, j
   steps = jnp.minimum(jnp.minimum(accepted + 1, until_end), state.limit_B - state.written_B)
   steps = jnp.where(is_live, steps, 0)
   written, n = state.written_B + steps, state.hidden.shape[1]
-  hidden = _take(jnp.concatenate([state.hidden, out.hidden], axis=1), steps[:, None] + jnp.arange(n)[None])
+  hidden = take(jnp.concatenate([state.hidden, out.hidden], axis=1), steps[:, None] + jnp.arange(n)[None])
   state = state._replace(cache=out.cache._replace(index=index + steps), hidden=hidden, tokens_BS=tokens_BS,
                          ended_B=state.ended_B | is_end.any(-1) | (written >= state.limit_B), written_B=written)
-  return _draft(model, params, out.head, state, vocab, drafts), new, log_probabilities, accepted
+  return drafter.draft(model, params, out.head, state, vocab), new, log_probabilities, accepted
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'rounds', 'drafts'), donate_argnames='state')
+@functools.partial(jax.jit, static_argnames=('model', 'vocab', 'rounds', 'drafter'), donate_argnames='state')
 @sharding.whole_rows()
-def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, drafts
+def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, drafter
             ) -> tuple[DraftState, Tokens, Counts]:
   """Computes `count` rounds, at most `rounds`; fewer if all rows end."""
   before = state.written_B
@@ -206,11 +200,11 @@ def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, dra
   def compute_round(carry):
     n, state, ids, log_probabilities, counts = carry
     is_live, start = ~state.ended_B, state.written_B - before
-    state, new, scores, accepted = _round(model, params, state, ends, vocab)
+    state, new, scores, accepted = _round(model, params, state, ends, vocab, drafter)
     counts = Counts(counts.passes + jnp.sum(is_live), counts.accepted + jnp.sum(accepted))
     return n + 1, state, write(ids, new, start), write(log_probabilities, scores, start), counts
 
-  shape = len(state.ended_B), rounds * (drafts + 1)
+  shape = len(state.ended_B), rounds * (drafter.drafts + 1)
   ids, log_probabilities = (sharding.constrain(x, 'BT') for x in (jnp.full(shape, ends[0]), jnp.zeros(shape)))
   carry = jnp.int32(0), state, ids, log_probabilities, Counts(jnp.int32(0), jnp.int32(0))
   _, state, ids, log_probabilities, counts = jax.lax.while_loop(
@@ -220,46 +214,40 @@ def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, dra
 
 @dataclasses.dataclass(frozen=True)
 class DraftingEngine(Engine):
-  """An engine that drafts `drafts` tokens at a time, and counts passes and accepted drafts in `counter`."""
-  drafts: int
-  counter: 'SelfSpeculation'
+  """An engine whose drafts are by `drafter`. It counts passes and accepted drafts in `counter`."""
+  drafter: Drafter
+  counter: 'Speculation'
 
   @property
   def spare_slots(self) -> int:
-    return 1 + 2 * self.drafts   # for drafts after the last token
+    return 1 + 2 * self.drafter.drafts   # for drafts after the last token
 
   def _prefill(self, batch, history, settings, limit, allowed):
     if allowed is not None:
       raise ValueError('a grammar is not supported with drafts; leave one out')
-    most = min(self.model.depths, batch.tokens.shape[1] // 2)
-    if most < self.drafts:
-      raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
+    self.drafter.check(self.model, batch.tokens.shape[1])
     name = first_that_needs_history(settings)
     if name is not None:
       raise ValueError(f'{name} is not supported with drafts; leave one out')
     return _prefill(self.model, self.params, batch, settings, history.written_B, limit, np.int32(self.ends),
-                    vocab=self.vocab, slots=self.slots, drafts=self.drafts)
+                    vocab=self.vocab, slots=self.slots, drafter=self.drafter)
 
   def step(self, state: DraftState, count: int | None = None) -> tuple[DraftState, Tokens]:
-    """Computes `count` rounds, each of which gives a row 1 to `drafts` + 1 tokens; by default about CHUNK tokens."""
-    most = max(CHUNK // (self.drafts + 1), 1)
+    """Computes `count` rounds, each of which gives a row 1 to D + 1 tokens; by default about CHUNK tokens."""
+    most = max(CHUNK // (self.drafter.drafts + 1), 1)
     count = most if count is None else count
     if not 1 <= count <= most:
       raise ValueError(f'count={count} rounds in one step must be 1 to {most}')
     state, tokens, counts = _rounds(self.model, self.params, state, np.int32(count), np.int32(self.ends),
-                                    vocab=self.vocab, rounds=most, drafts=self.drafts)
-    self.counter.add(int(counts.passes), int(counts.accepted), self.drafts)
+                                    vocab=self.vocab, rounds=most, drafter=self.drafter)
+    self.counter.add(int(counts.passes), int(counts.accepted), self.drafter.drafts)
     return state, tokens
 
 
-class SelfSpeculation:
-  """Drafts for `generate.stream(..., draft=...)`, by a model that predicts further tokens; counts accepted drafts.
+class Speculation:
+  """Drafts for `generate.stream(..., draft=...)`; counts the accepted ones."""
 
-  Args:
-    drafts: the number of tokens that are drafted at a time; None is the number of the model's depths.
-  """
-
-  def __init__(self, drafts: int | None = None):
+  def __init__(self, drafts: int | None):
     self.drafts, self.passes, self.accepted, self.proposed = drafts, 0, 0, 0
 
   @property
@@ -278,12 +266,7 @@ class SelfSpeculation:
     self.accepted += accepted
     self.proposed += drafts * passes
 
-  def engine(self, model: MultiToken, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> DraftingEngine:
-    """See `generate.Draft`. Raises ValueError if the model cannot draft as many tokens."""
-    depths = model.depths
-    if not depths:
-      raise ValueError('this model predicts no further tokens, so there is nothing to draft with')
-    drafts = depths if self.drafts is None else self.drafts
-    if not 1 <= drafts <= depths:
-      raise ValueError(f'drafts={drafts}: this model can draft 1 to {depths} tokens')
-    return DraftingEngine(model, params, round_up_slots(slots + 1 + 2 * drafts), vocab, ends, drafts, self)
+  def engine_of(self, drafter: Drafter, model: Any, params: Any, slots: int, vocab: int, ends: Sequence[int]
+                ) -> DraftingEngine:
+    """Returns an engine with a drafter, whose rows have at least `slots` slots."""
+    return DraftingEngine(model, params, round_up_slots(slots + 1 + 2 * drafter.drafts), vocab, ends, drafter, self)

@@ -23,7 +23,7 @@ PLAIN = Sampling()
 DEFAULT = 128   # the number of tokens to write if none is given and the context has room for them
 
 
-def _token_count(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_tokens: int | None,
+def token_count(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_tokens: int | None,
                  window: bool = False) -> int:
   """Returns the largest number of tokens to write; for `max_tokens=None`, DEFAULT or what the context has room for.
 
@@ -47,7 +47,7 @@ def _token_count(model: LanguageModel, tokenizer: Tokenizer, batch: Batch, max_t
   return max_tokens
 
 
-def _encode(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None
+def encode(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None
             ) -> tuple[list[np.ndarray], Batch]:
   """Returns the ids of each prompt, and the batch that the model reads of them."""
   encoded = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(prompts)]
@@ -58,7 +58,7 @@ def _encode(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], 
 
 def room(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos: bool | None = None) -> int:
   """Returns the number of tokens that the context has room for after the longest of the prompts."""
-  _, batch = _encode(model, tokenizer, prompts, bos)
+  _, batch = encode(model, tokenizer, prompts, bos)
   return model.max_length - int((batch.segments > 0).sum(1).max())
 
 
@@ -94,8 +94,8 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
   if not prompts:
     return
-  encoded, batch = _encode(model, tokenizer, prompts, bos)
-  max_tokens = _token_count(model, tokenizer, batch, max_tokens, window)
+  encoded, batch = encode(model, tokenizer, prompts, bos)
+  max_tokens = token_count(model, tokenizer, batch, max_tokens, window)
   if window and draft is not None:
     raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
@@ -127,7 +127,7 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
            mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[np.ndarray]:
   """Like `generate`, but takes token ids, without bos, and returns token ids, without the eos that ends them."""
   batch = prompt_batch(model, prompts, tokenizer)
-  max_tokens = _token_count(model, tokenizer, batch, max_tokens)
+  max_tokens = token_count(model, tokenizer, batch, max_tokens)
   request = Completion(model, params, tokenizer, sampling, max_tokens, seed)
   if not model.reads_source:
     prompts = [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]

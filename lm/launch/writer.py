@@ -2,13 +2,13 @@
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lm import generate, load
 from lm.data.batch import Batch
 from lm.evaluate import rewards
-from lm.generate import batch_answers, chat_session, prompts_file
+from lm.generate import batch_answers, beam_search, chat_session, prompts_file
 from lm.hf import pretrained
 from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
@@ -90,6 +90,21 @@ def show_room(writer: Writer, prompt: str, extent: Extent) -> None:
     print(f'up to {room} tokens, to the end of the context; --window continues beyond it', file=sys.stderr)
 
 
+def print_beams(writer: Writer, prompt: str, settings: beam_search.Beams, extent: Extent) -> None:
+  """Prints the texts of the highest scores that beam search finds, the best first."""
+  show_room(writer, prompt, extent)
+  texts, = beam_search.search(writer.model, writer.params, writer.tokenizer, [prompt], settings,
+                              max_tokens=extent.max_tokens, mark=writer.mark, bos=extent.bos)
+  _print_ranked(writer, prompt, [(text.text, f'score {text.score:.4f}') for text in texts[:extent.n]])
+
+
+def _print_ranked(writer: Writer, prompt: str, texts: Sequence[tuple[str, str]]) -> None:
+  """Prints texts, the best first, and what is said of each."""
+  for place, (text, note) in enumerate(texts):
+    print(('' if place == 0 else f'\n{"-" * 80}\n') + (prompt if writer.shows_prompt else '') + text)
+    print(note, file=sys.stderr)
+
+
 def print_best(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, best_of: BestOf) -> None:
   """Prints those of several texts that have the highest rewards, the best first."""
   judge = load.open_trained(best_of.reward)
@@ -102,6 +117,6 @@ def print_best(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, be
                             mark=writer.mark, bos=extent.bos, window=extent.window)
   template = judge.run.data.template
   values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)
-  for place, i in enumerate(sorted(range(len(texts)), key=lambda i: -values[i])[:extent.n]):
-    print(('' if place == 0 else f'\n{"-" * 80}\n') + (prompt if writer.shows_prompt else '') + texts[i])
-    print(f'reward {values[i]:.4f}, number {place + 1} of {len(texts)}', file=sys.stderr)
+  ranked = sorted(range(len(texts)), key=lambda i: -values[i])[:extent.n]
+  _print_ranked(writer, prompt, [(texts[i], f'reward {values[i]:.4f}, number {place} of {len(texts)}')
+                                 for place, i in enumerate(ranked, 1)])

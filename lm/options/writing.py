@@ -1,9 +1,13 @@
 """Flags of the texts that a model writes: how tokens are drawn, how long texts are, and prompts from a file."""
 import dataclasses
 import pathlib
+from typing import Literal
 
 from lm import seeds
 from lm.generate import Sampling
+from lm.generate.beam_search import Beams
+from lm.generate.module_drafts import SelfSpeculation
+from lm.generate.prompt_lookup import PromptLookup
 from lm.signature import Texts
 
 
@@ -60,17 +64,52 @@ class Extent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+  """Beam search, which prints the --n texts of the highest scores, and draws no tokens.
+
+  Args:
+    beams: number of beams; 0 for no search.
+    length_penalty: the power of the number of tokens by which the log-probability of a text is divided.
+    early_stopping: with as many texts as beams, end at once (true), or when no beam would have a higher score at its
+      present length (false) or at the most favourable one (never).
+  """
+  beams: int = 0
+  length_penalty: float = 1.
+  early_stopping: Literal['true', 'false', 'never'] = 'false'
+
+  def __post_init__(self):
+    if self.beams < 0:
+      raise ValueError(f'--beams={self.beams} must be 0 or more')
+    if self.beams:
+      self.settings()
+    elif (self.length_penalty, self.early_stopping) != (1., 'false'):
+      raise ValueError(f'--length_penalty={self.length_penalty:g} and --early_stopping={self.early_stopping} are for '
+                       '--beams, which is not given; leave them out')
+
+  def settings(self) -> Beams:
+    return Beams(self.beams, self.length_penalty, self.early_stopping)
+
+
+@dataclasses.dataclass(frozen=True)
 class Drafts:
   """Tokens that are drafted, and verified in one pass of the model (speculative decoding).
 
   Args:
     draft: number of tokens that are drafted at a time, for a model trained with --predict_ahead; 0 for no drafting.
+    lookup: number of tokens that are drafted at a time from where the last ones stood before in the text, for any
+      decoder; 0 for no drafting.
   """
   draft: int = 0
+  lookup: int = 0
 
   def __post_init__(self):
-    if self.draft < 0:
-      raise ValueError(f'--draft={self.draft} must be 0 or more')
+    if min(self.draft, self.lookup) < 0:
+      raise ValueError(f'--draft={self.draft} and --lookup={self.lookup} must be 0 or more')
+
+  def make(self) -> SelfSpeculation | PromptLookup | None:
+    if self.lookup:
+      return PromptLookup(self.lookup)
+    return SelfSpeculation(self.draft) if self.draft else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +154,35 @@ class PromptsFile:
       raise ValueError(f'--rows={self.rows} must be at least 1')
     if self.rows != 8 and self.prompts is None:
       raise ValueError(f'--rows={self.rows} is for --prompts, which is not given; leave it out')
+
+
+def check_together(is_session: bool, prompt: str, drawing: Drawing, extent: Extent, drafts: Drafts, search: Search,
+                   best_of: BestOf, file: PromptsFile) -> None:
+  """Raises ValueError for flags that contradict one another, or have no effect beside others.
+
+  `is_session` says whether messages are read from the terminal.
+  """
+  ways = {'--prompts': file.prompts, '--chat without --prompt': is_session, '--beams': search.beams,
+          '--best_of': best_of.best_of, '--draft': drafts.draft, '--lookup': drafts.lookup}
+  used = [name for name, value in ways.items() if value]
+  if len(used) > 1:
+    raise ValueError(f'{used[0]} and {used[1]} exclude each other; leave one of them out')
+  count = max(extent.n, best_of.best_of)
+  for flag, most in (('best_of', best_of.best_of), ('beams', search.beams)):
+    if 0 < most < extent.n:
+      raise ValueError(f'--{flag}={most} must be at least --n={extent.n}')
+  if count > 1 and drawing.sampling().greedy:
+    raise ValueError(f'all {count} completions would be equal with --temperature=0; leave out this flag, or '
+                     '--n and --best_of')
+  unused = {}
+  if file.prompts is not None:
+    unused = {'prompt': prompt, 'window': extent.window}
+  elif is_session:
+    unused = {'window': extent.window, 'n': extent.n if extent.n > 1 else 0}
+  elif search.beams:
+    changed = {field.name: getattr(drawing, field.name) for field in dataclasses.fields(drawing)
+               if getattr(drawing, field.name) != field.default}
+    unused = {'window': extent.window, 'stop': extent.stop, **{name: f'{value:g}' for name, value in changed.items()}}
+  for name, value in unused.items():
+    if value:
+      raise ValueError(f'--{name}={value} has no effect with {used[0]}; leave one of them out')

@@ -12,13 +12,13 @@ from lm.data.tokenizers import Bytes
 from lm.generate import Request, Sampling, batch_answers, written_requests
 from lm.generate.chat_session import ChatSession
 
-CHAT = Conversation(Bytes(), Plain('\n'))
+CHAT = Conversation(Bytes(()), Plain('\n'))
 
 
 @pytest.fixture(scope='module')
 def scheduler():
   model, params = make(kv_heads=2, tied=False)
-  return batch_answers.make_scheduler(model, params, CHAT, 128, 1)
+  return batch_answers.make_scheduler(model, params, CHAT, 128, 3)   # of the shapes of prompts_test
 
 
 def alone(scheduler, messages, count, seed=0):

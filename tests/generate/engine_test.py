@@ -9,7 +9,7 @@ from helpers.decoders import PROMPTS, Bytes, make
 
 from lm import evaluate, generate, sharding
 from lm.generate import engine as engine_module
-from lm.generate import filters, speculative
+from lm.generate import filters, module_drafts
 from lm.models import attention, encoder_decoder, latent, prediction_heads, rotary, stack, transformer
 from lm.models import layers as parts
 
@@ -45,7 +45,7 @@ def case(name):
     case 'encoder-decoder':
       model, draft = encoder_decoder.t5(264, 16, 1, 2, 8, 32), None
     case 'drafts':
-      model, draft = prediction_heads.sequential(WINDOW, 2), speculative.SelfSpeculation()
+      model, draft = prediction_heads.sequential(WINDOW, 2), module_drafts.SelfSpeculation()
     case 'latent':
       model, draft = LATENT, None
   return model, random_params(model, 0.6), draft

@@ -7,10 +7,10 @@ from helpers.decoders import Bytes, make
 from lm import seeds
 from lm.generate import PLAIN, Request, Sampling, batch_answers, prompts_file, written_requests
 
-DEFAULTS = prompts_file.settings_of(PLAIN, 6, 3, 1, ())
+DEFAULTS = prompts_file.settings_of(PLAIN, 70, 3, 1, ())
 LINES = ['{"prompt": "def f(x):"}', '', '{"id": "b", "prompt": "", "temperature": 0, "max_tokens": 9}',
          '{"id": 7, "prompt": "a longer one", "n": 2, "seed": 5, "top_k": 9}',
-         '{"prompt": "ends", "stop": ["\\u0001", "e", "a", "i", "o"], "max_tokens": 50}']
+         '{"prompt": "ends", "stop": ["\\u0001", "e", "a", "i", "o"], "max_tokens": 80}']
 
 
 @pytest.fixture
@@ -40,15 +40,15 @@ def test_a_file_is_answered_and_an_interruption_loses_no_answer(file, tmp_path):
   whole, counts = answer(file, tmp_path / 'whole.jsonl')
   assert counts == [1, 2, 3, 4] and set(whole) == {'1', 'b', '7', '5'}
   model, params = make(kv_heads=2, tied=False)
-  scheduler = batch_answers.make_scheduler(model, params, Bytes(), 64, 3)
-  alone = written_requests.TextRequest(Request([256, *b'a longer one'], Sampling(top_k=9), 6, 5, 2))
+  scheduler = batch_answers.make_scheduler(model, params, Bytes(), 128, 3)
+  alone = written_requests.TextRequest(Request([256, *b'a longer one'], Sampling(top_k=9), 70, 5, 2))
   texts = ['', '']
   for _, piece in written_requests.pieces(scheduler, Bytes(), [alone]):
     texts[piece.choice] += piece.text
   assert [choice['text'] for choice in whole['7']['answers']] == texts and texts[0] != texts[1]
   assert whole['1']['settings'] == {**DEFAULTS, 'seed': seeds.derive(3, '1'), 'model': 'random'}
   stopped, = whole['5']['answers']
-  assert stopped['finish_reason'] == 'stop' and stopped['tokens'] < 50
+  assert stopped['finish_reason'] == 'stop' and stopped['tokens'] < 80
   assert not any(stop in stopped['text'] for stop in '\x01eaio')
 
   out = tmp_path / 'parts.jsonl'
@@ -95,7 +95,7 @@ def test_answers_with_other_settings_are_refused(file, tmp_path, line, message):
     ('{"id": "1", "prompt": "a"}', "id='1' is also that of line 1"), ('{"id": 1.5, "prompt": "a"}', 'id=1.5'),
     ('{"messages": [{"role": "user", "content": "a"}]}', 'give --chat'),
     ('{"prompt": "a", "max_tokens": 128}', '128 are more than the 128 of the context'),
-    ('{"prompt": "a", "min_tokens": 9}', 'min_tokens=9 is more than max_tokens=6')])
+    ('{"prompt": "a", "min_tokens": 90}', 'min_tokens=90 is more than max_tokens=70')])
 def test_bad_lines_are_named_before_anything_is_computed(file, tmp_path, line, message):
   out = tmp_path / 'out.jsonl'
   with pytest.raises(ValueError, match=f'line 3: .*{message}'):

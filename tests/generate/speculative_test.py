@@ -10,7 +10,7 @@ from helpers.slow import slow
 
 from lm import generate, sharding
 from lm.data.batch import Batch
-from lm.generate import completion, speculative
+from lm.generate import completion, module_drafts, speculative
 from lm.models import attention, latent, prediction_heads, rotary, stack, transformer
 from lm.models import layers as parts
 
@@ -98,7 +98,7 @@ class Five(Bytes):
 
 @pytest.mark.parametrize('temperature', [1., 0.6])
 def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature):
-  draft, softmax = speculative.SelfSpeculation(), lambda p: p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+  draft, softmax = module_drafts.SelfSpeculation(), lambda p: p ** (1 / temperature) / (p ** (1 / temperature)).sum()
   samples = np.stack(rows_of(Tables(), None, [''] * 512, generate.Sampling(temperature), 32, draft=draft,
                              tokenizer=Five(), seed=3))
   p, q = softmax(P.astype('f8')), softmax(Q.astype('f8'))
@@ -132,7 +132,7 @@ def test_greedy_text_is_that_of_the_trunk(model):
   """Up to the last place of the model, with rows that end early among them."""
   params = random_params(model, 0.6)
   plain = generate.generate(model.trunk, params, Bytes(), PROMPTS, GREEDY, max_tokens=37)
-  draft = speculative.SelfSpeculation()
+  draft = module_drafts.SelfSpeculation()
   assert generate.generate(model, params, Bytes(), PROMPTS, GREEDY, max_tokens=37, draft=draft) == plain
   assert draft.proposed == draft.passes * model.depths > 0
 
@@ -162,7 +162,7 @@ def test_drafts_are_those_of_the_modules_without_a_cache(kind):
   params, sampling = random_params(model, 0.25), generate.Sampling()   # flat distributions, so most drafts are accepted
   ids = words.encode_batch(PROMPTS[:3])
   batch, stream = completion.prompt_batch(model, ids, words), generate.random_streams(ids, 3, 0)
-  engine = speculative.SelfSpeculation().engine(model, model.unstack(params), 59, 11, (77,))
+  engine = module_drafts.SelfSpeculation().engine(model, model.unstack(params), 59, 11, (77,))
   state, _ = engine.prefill(batch, generate.settings([sampling] * 3, [0] * 3, stream), [27] * 3)
 
   @jax.jit
@@ -190,20 +190,21 @@ def test_a_completion_depends_neither_on_its_batch_nor_on_the_mesh():
   model = prediction_heads.sequential(SMALL.clone(vocab=13), 2)
   params, make = random_params(model, 0.5), functools.partial(rows_of, sampling=generate.Sampling(top_p=0.9), n=24,
                                                               tokenizer=Twelve(), seed=5)
-  together = make(model, params, PROMPTS[:3], draft=speculative.SelfSpeculation())
-  np.testing.assert_array_equal(make(model, params, PROMPTS[1:2], draft=speculative.SelfSpeculation())[0], together[1])
+  together = make(model, params, PROMPTS[:3], draft=module_drafts.SelfSpeculation())
+  alone = make(model, params, PROMPTS[1:2], draft=module_drafts.SelfSpeculation())
+  np.testing.assert_array_equal(alone[0], together[1])
   with jax.set_mesh(sharding.make_mesh('fsdp:2,tensor:2', jax.devices()[:4])):
     placed = jax.tree.map(lambda x, like: jax.device_put(
         x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), like.sharding.spec)), params,
                           jax.eval_shape(model.init, jax.random.key(0)))
-    for row, expected in zip(make(model, placed, PROMPTS[:3], draft=speculative.SelfSpeculation()), together):
+    for row, expected in zip(make(model, placed, PROMPTS[:3], draft=module_drafts.SelfSpeculation()), together):
       np.testing.assert_array_equal(row, expected)
 
 
 @pytest.mark.slow
 def test_fewer_drafts_than_depths_are_allowed_and_bad_requests_refused():
   model = prediction_heads.sequential(SMALL, 2)
-  params, draft = random_params(model, 0.5), speculative.SelfSpeculation(1)
+  params, draft = random_params(model, 0.5), module_drafts.SelfSpeculation(1)
 
   def call(model, draft, **settings):
     sampling = generate.Sampling(**settings)
@@ -211,9 +212,9 @@ def test_fewer_drafts_than_depths_are_allowed_and_bad_requests_refused():
 
   call(model, draft)
   assert draft.proposed == draft.passes and draft.tokens_per_pass == 1 + draft.acceptance
-  for error, bad, settings in [('drafts=3: this model can draft 1 to 2', speculative.SelfSpeculation(3), {}),
+  for error, bad, settings in [('drafts=3: this model can draft 1 to 2', module_drafts.SelfSpeculation(3), {}),
                                ('repetition_penalty=1.2', draft, {'repetition_penalty': 1.2})]:
     with pytest.raises(ValueError, match=error):
       call(model, bad, **settings)
   with pytest.raises(ValueError, match='nothing to draft with'):
-    call(SMALL, speculative.SelfSpeculation())
+    call(SMALL, module_drafts.SelfSpeculation())
