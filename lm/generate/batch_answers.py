@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import sharding
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.choice_text import Piece
 from lm.generate.completion import round_up_slots
@@ -27,10 +28,13 @@ def _encode(line: PromptLine, tokenizer: Tokenizer, bos: bool | None) -> np.ndar
 
 
 def make_scheduler(model: Any, params: Any, tokenizer: Tokenizer, slots: int, rows: int) -> Scheduler:
-  """Returns a scheduler for texts of up to `slots` tokens, or as many as the model reads at once."""
+  """Returns a scheduler for texts of up to `slots` tokens, or as many as the model reads at once.
+
+  It has `rows` rows, or more where a mesh cannot split as few.
+  """
   slots = min(round_up_slots(slots), model.max_length)
   engine = Engine(model, model.unstack(params), slots, tokenizer.vocab_size, tuple(tokenizer.eos_ids))
-  return Scheduler(engine, rows, _WIDTHS, _TOKENS_PER_STEP if rows > 1 else 1)
+  return Scheduler(engine, sharding.padded_rows(rows), _WIDTHS, _TOKENS_PER_STEP if rows > 1 else 1)
 
 
 def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Prompts, answers: AnswersFile,

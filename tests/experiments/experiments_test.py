@@ -383,7 +383,16 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
 @pytest.mark.parametrize('flags_given, message', [
     ({'max_tokens': 0}, '--max_tokens=0 must be'), ({'stop': ('END', '')}, 'no --stop may be empty'),
     ({'draft': -1}, '--draft=-1 '), ({'best_of': -1}, '--best_of=-1 '), ({'n': 0}, '--n=0'),
-    ({'top_k': -2}, 'top_k=-2')])
+    ({'top_k': -2}, 'top_k=-2'), ({'beams': 2, 'n': 3}, '--beams=2 must be at least --n=3'),
+    ({'beams': 2, 'temperature': 0.5}, '--temperature=0.5 has no effect with --beams'),
+    ({'beams': 2, 'stop': ('a',)}, 'has no effect with --beams'),
+    ({'beams': 2, 'lookup': 1}, '--beams and --lookup exclude each other'),
+    ({'best_of': 2, 'reward': pathlib.Path('a'), 'draft': 1}, '--best_of and --draft exclude each other'),
+    ({'length_penalty': 2.}, '--length_penalty=2 .*for --beams, which is not given'),
+    ({'chat': True, 'n': 2}, '--n=2 has no effect with --chat without --prompt'),
+    ({'prompts': pathlib.Path('a')}, 'go together'), ({'rows': 3}, '--rows=3 is for --prompts'),
+    ({'prompts': pathlib.Path('a'), 'out': pathlib.Path('a')}, '--out=a is the file of --prompts'),
+    ({'prompts': pathlib.Path('a'), 'out': pathlib.Path('b'), 'prompt': 'x'}, '--prompt=x has no effect')])
 def test_generate_refuses_bad_values_before_a_model_is_read(scripts, flags_given, message):
   with pytest.raises(ValueError, match=message):
     signature.call(scripts['generate'].main, flags_given, workdir=pathlib.Path('not there'))

@@ -114,8 +114,8 @@ def test_texts_do_not_depend_on_the_other_prompts():
 def test_a_mesh_finds_the_same_texts():
   model, params = make(kv_heads=2, tied=False)
   expected = beam_search.search(model, params, Bytes(), PROMPTS[:3], Beams(3), max_tokens=6)
-  with jax.set_mesh(sharding.make_mesh('fsdp:4,tensor:2')) as many:
-    texts = beam_search.search(*make(kv_heads=2, tied=False, mesh=many), Bytes(), PROMPTS[:3], Beams(3), max_tokens=6)
+  with jax.set_mesh(sharding.make_mesh('fsdp:4,tensor:2')) as wide:
+    texts = beam_search.search(*make(kv_heads=2, tied=False, mesh=wide), Bytes(), PROMPTS[:3], Beams(3), max_tokens=6)
   assert [[text for text, _ in row] for row in texts] == [[text for text, _ in row] for row in expected]
 
 

@@ -1,5 +1,6 @@
 """Cached decoding equals the full forward pass up to the last slot of the cache, and then stops."""
 import functools
+import json
 import types
 
 import generate as generate_script
@@ -13,7 +14,7 @@ from helpers.slow import slow
 from lm import generate, signature
 from lm.data.batch import Batch
 from lm.evaluate import text_scores
-from lm.generate import completion, filters
+from lm.generate import beam_search, completion, filters
 from lm.hf import pretrained
 from lm.models import stack, transformer
 from lm.models.rotary import LongRope, Rotary
@@ -184,6 +185,30 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   assert warning(window=True) == warning(max_tokens=14) == ''
   with pytest.raises(ValueError, match='max_tokens=15 .*--window'):
     warning(max_tokens=15)
+
+
+@pytest.mark.slow
+def test_the_program_writes_beams_and_answers_to_a_file(monkeypatch, capsys, tmp_path):
+  model, params = make(transformer.gpt2)
+  opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes(), folder=tmp_path)
+  monkeypatch.setattr(pretrained, 'load', lambda name: opened)
+  run = functools.partial(signature.call, generate_script.main, model='a', mesh='fsdp:8')
+  run(prompt='def f(x):', beams=3, n=2, max_tokens=6, length_penalty=0.5)
+  shown = capsys.readouterr()
+  expected, = beam_search.search(model, params, Bytes(), ['def f(x):'], beam_search.Beams(3, 0.5), max_tokens=6)
+  assert shown.out == f'\n{"-" * 80}\n'.join(f'def f(x):{text}\n' for text, _ in expected[:2])
+  assert [float(line.split()[1]) for line in shown.err.splitlines()] == pytest.approx(
+      [score for _, score in expected[:2]], abs=2e-4)
+  prompts, out = tmp_path / 'prompts.jsonl', tmp_path / 'out.jsonl'
+  prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "temperature": 0}\n')
+  run(prompts=prompts, out=out, max_tokens=5)
+  assert '2 of 2 answers' in capsys.readouterr().err
+  lines = {line['id']: line for line in map(json.loads, out.read_text().splitlines())}
+  assert lines['2']['answers'][0]['text'] == generate.generate(model, params, Bytes(), ['b'], GREEDY, max_tokens=5)[0]
+  with pytest.raises(ValueError, match="top_k=0, and now it has top_k=3"):
+    run(prompts=prompts, out=out, max_tokens=5, top_k=3)
+  with pytest.raises(ValueError, match='no chat template; .*put a chat_template.jinja into the folder'):
+    run(chat=True)
 
 
 def test_the_kth_greatest_is_that_of_a_sort_with_ties_zeros_of_both_signs_and_infinities():

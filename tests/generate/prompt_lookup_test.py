@@ -1,4 +1,5 @@
 """Drafts that are looked up in the text leave the text, and its distribution, those of the model alone."""
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_what_followed_the_last_tokens_is_looked_up():
   tokens, first, index = np.zeros((300, size), np.int32), rng.integers(0, 8, 300), rng.integers(10, 24, 300)
   for row in tokens:
     row[:] = rng.integers(0, 3, size)   # also before and after the text
-  drafts = np.asarray(prompt_lookup.look_up(jnp.asarray(tokens), jnp.asarray(index), jnp.asarray(first), 5))
+  drafts = np.asarray(jax.jit(prompt_lookup.look_up, static_argnums=3)(tokens, index, first, 5))
   for row, start, end, drafted in zip(tokens, first, index, drafts):
     assert drafted.tolist() == follower(row[start:end + 1].tolist(), 5)
   alone = prompt_lookup.look_up(jnp.int32([[7, 7, 9, 0, 0]]), jnp.int32([2]), jnp.int32([2]), 2)
