@@ -9,6 +9,7 @@ r"""Generates text with a trained run or a Hugging Face model, and prints it tok
   python experiments/generate.py --workdir=runs/finetune_chat --chat --prompt="Reverse abcd" --best_of=8 \
     --reward=runs/reward
   python experiments/generate.py --model=gpt2 --prompts=prompts.jsonl --out=answers.jsonl
+  python experiments/generate.py --workdir=runs/quickstart --prompt="x = " --regex="[0-9]{1,4}"
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import pathlib
@@ -20,13 +21,13 @@ from lm import generate, launch, load, sharding
 from lm.generate import prompts_file
 from lm.launch import writer as writers
 from lm.launch.writer import Writer
-from lm.options import BestOf, Drafts, Drawing, Extent, PromptsFile, Search
+from lm.options import BestOf, Drafts, Drawing, Extent, Form, PromptsFile, Search
 from lm.options.writing import check_together
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best: bool = False, prompt: str = '',
          chat: bool = False, mesh: str | None = None, drawing: Drawing = Drawing(), extent: Extent = Extent(),
-         drafts: Drafts = Drafts(), search: Search = Search(), best_of: BestOf = BestOf(),
+         form: Form = Form(), drafts: Drafts = Drafts(), search: Search = Search(), best_of: BestOf = BestOf(),
          file: PromptsFile = PromptsFile()) -> None:
   """Prints the prompt and its completions; of an encoder-decoder, only the output.
 
@@ -41,13 +42,13 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best:
   """
   workdir, model = load.run_or_model(workdir, model, best)
   is_session = chat and not prompt and file.prompts is None
-  check_together(is_session, prompt, drawing, extent, drafts, search, best_of, file)
-  lines = None
+  check_together(is_session, prompt, drawing, extent, drafts, search, best_of, file, form)
+  grammar, lines = form.grammar(), None
   if file.prompts is not None:
     defaults = prompts_file.settings_of(drawing.sampling(), extent.max_tokens, drawing.seed, extent.n, extent.stop)
     lines = prompts_file.read_prompts(file.prompts, defaults, chat)
   with jax.set_mesh(sharding.make_mesh(mesh)):
-    writer = writers.open_writer(workdir, model, best, chat, extent.bos)
+    writer = writers.open_writer(workdir, model, best, chat, extent.bos, grammar)
     if lines is not None:
       writers.answer_file(writer, lines, file, extent.bos, chat)
     elif is_session:
@@ -68,7 +69,8 @@ def _print_texts(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, 
   texts, prefix = [''] * extent.n, shown
   for pieces in generate.stream(writer.model, writer.params, writer.tokenizer, [prompt] * extent.n, drawing.sampling(),
                                 max_tokens=extent.max_tokens, stop=extent.stop, seed=drawing.seed, mark=writer.mark,
-                                draft=drafting, bos=extent.bos, window=extent.window):
+                                draft=drafting, bos=extent.bos, window=extent.window,
+                                grammar=writer.grammar):
     print(prefix + pieces[0], end='', flush=True)
     prefix = ''
     texts = [text + piece for text, piece in zip(texts, pieces)]

@@ -10,6 +10,7 @@ from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.choice_text import Piece
 from lm.generate.completion import round_up_slots
 from lm.generate.engine import Engine
+from lm.generate.grammars import Grammar
 from lm.generate.prompts_file import AnswersFile, PromptLine, Prompts, raise_all
 from lm.generate.request import Request
 from lm.generate.scheduler import Scheduler
@@ -38,7 +39,8 @@ def make_scheduler(model: Any, params: Any, tokenizer: Tokenizer, slots: int, ro
 
 
 def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Prompts, answers: AnswersFile,
-                   bos: bool | None, rows: int, report: Callable[[int], None] = lambda count: None) -> None:
+                   bos: bool | None, rows: int, report: Callable[[int], None] = lambda count: None,
+                   grammar: Grammar | None = None) -> None:
   """Answers the prompts that have no answers yet. Each line of answers is written when it is whole.
 
   Args:
@@ -50,6 +52,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
     bos: whether a prompt begins with bos; None decides as the tokenizer or the chat template does.
     rows: the number of texts that are written at the same time.
     report: is called with the number of prompts that have answers, after each.
+    grammar: what each answer has to match; None for any text.
 
   Raises:
     ValueError: lines cannot be answered, such as those that are longer than the context; it names them, before
@@ -66,7 +69,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
       continue
     if max_tokens is None:
       max_tokens = max(min(DEFAULT, model.max_length - len(ids)), 1)
-    request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'])
+    request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'], grammar=grammar)
     requests[request] = line
   needed = max((len(request.ids) + request.max_tokens for request in requests), default=1)
   scheduler = make_scheduler(model, params, tokenizer, needed, rows)

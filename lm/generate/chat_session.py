@@ -14,6 +14,7 @@ import numpy as np
 
 from lm import seeds
 from lm.data.chat.conversation import Conversation
+from lm.generate.grammars import Grammar
 from lm.generate.request import Request
 from lm.generate.sampling import Sampling
 from lm.generate.scheduler import Scheduler
@@ -37,6 +38,7 @@ class ChatSession:
     stop: strings that end an answer, and are not part of it.
     seed: of the random numbers; each answer has its own, which follow from it.
     bos: whether a prompt begins with bos; None does as the chat template does.
+    grammar: what each answer has to match; None for any text.
     messages: the conversation so far. It forgets its oldest messages where the context has no room for them.
   """
   scheduler: Scheduler
@@ -46,6 +48,7 @@ class ChatSession:
   stop: tuple[str, ...] = ()
   seed: int = 0
   bos: bool | None = None
+  grammar: Grammar | None = None
   messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
   answers: int = 0   # so far, also those of earlier conversations
 
@@ -68,7 +71,8 @@ class ChatSession:
     ids, fitting = self._fitting(messages)
     room = max(self.scheduler.context - len(ids), 1)
     max_tokens = min(DEFAULT, room) if self.max_tokens is None else self.max_tokens
-    request = Request(ids, self.sampling, max_tokens, seeds.derive(self.seed, f'answer {self.answers}'))
+    request = Request(ids, self.sampling, max_tokens, seeds.derive(self.seed, f'answer {self.answers}'),
+                      grammar=self.grammar)
     request.check(self.scheduler.engine, self.scheduler.context)
     if len(fitting) < len(messages):
       print(f'(the oldest {len(messages) - len(fitting)} messages do not fit the context of {self.scheduler.context} '

@@ -16,7 +16,10 @@ from lm.options import BestOf, Drawing, Extent, PromptsFile
 
 
 class Writer(NamedTuple):
-  """A model, with its tokenizer, or that of its conversations, and what marks its prompts as in training."""
+  """A model, with its tokenizer, or that of its conversations, and what marks its prompts as in training.
+
+  `grammar` is what each text has to match, and `form` the text of this grammar; both are None for any text.
+  """
   name: str
   checkpoint: int | None   # the step of a run
   model: Any
@@ -24,9 +27,12 @@ class Writer(NamedTuple):
   tokenizer: Any
   mark: Callable[[Batch], Batch]
   shows_prompt: bool       # whether texts are printed with the prompt before them
+  form: str | None
+  grammar: generate.Grammar | None
 
 
-def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool, bos: bool | None) -> Writer:
+def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool, bos: bool | None,
+                form: str | None) -> Writer:
   """Opens the model of a run, or another one. Raises ValueError where it cannot write what the flags say."""
   loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
   mark = causal_prompt if model else loaded.run.objective.prompt
@@ -41,8 +47,9 @@ def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool
     raise ValueError(f'--{"" if bos else "no"}bos is for decoders; the output of an encoder-decoder always begins '
                      'with bos')
   tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
+  grammar = None if form is None else generate.Grammars(tokens, loaded.model.vocab).compile(form)
   return Writer(model or str(workdir), None if model else loaded.step, loaded.model, loaded.params, tokens, mark,
-                not (chat or reads_source))
+                not (chat or reads_source), form, grammar)
 
 
 def _check_causal(writer: Writer, flag: str) -> None:
@@ -57,7 +64,7 @@ def answer_file(writer: Writer, prompts: prompts_file.Prompts, file: PromptsFile
   """Writes the answers to the prompts of a file, and prints how many there are about every ten seconds."""
   _check_causal(writer, f'--prompts={file.prompts}')
   answers = prompts_file.AnswersFile(file.out, prompts, {
-      'model': writer.name, 'checkpoint': writer.checkpoint, 'chat': chat, 'bos': bos})
+      'model': writer.name, 'checkpoint': writer.checkpoint, 'chat': chat, 'bos': bos, 'grammar': writer.form})
   start, before = time.monotonic(), len(answers.finished)
   shown = start
   print(f'{before} of {len(prompts.lines)} prompts have answers in {file.out}; the same command continues it where it '
@@ -71,7 +78,8 @@ def answer_file(writer: Writer, prompts: prompts_file.Prompts, file: PromptsFile
       print(f'{count} of {len(prompts.lines)} answers, {(count - before) / (now - start):.3g} a second',
             file=sys.stderr)
 
-  batch_answers.answer_prompts(writer.model, writer.params, writer.tokenizer, prompts, answers, bos, file.rows, report)
+  batch_answers.answer_prompts(writer.model, writer.params, writer.tokenizer, prompts, answers, bos, file.rows, report,
+                               writer.grammar)
 
 
 def talk(writer: Writer, drawing: Drawing, extent: Extent) -> None:
@@ -80,7 +88,7 @@ def talk(writer: Writer, drawing: Drawing, extent: Extent) -> None:
   slots = min(writer.model.max_length, 4096)
   scheduler = batch_answers.make_scheduler(writer.model, writer.params, writer.tokenizer, slots, rows=1)
   chat_session.ChatSession(scheduler, writer.tokenizer, drawing.sampling(), extent.max_tokens, tuple(extent.stop),
-                           drawing.seed, extent.bos).run()
+                           drawing.seed, extent.bos, writer.grammar).run()
 
 
 def show_room(writer: Writer, prompt: str, extent: Extent) -> None:
@@ -114,7 +122,8 @@ def print_best(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, be
   show_room(writer, prompt, extent)
   texts = generate.generate(writer.model, writer.params, writer.tokenizer, [prompt] * best_of.best_of,
                             drawing.sampling(), seed=drawing.seed, stop=extent.stop, max_tokens=extent.max_tokens,
-                            mark=writer.mark, bos=extent.bos, window=extent.window)
+                            mark=writer.mark, bos=extent.bos, window=extent.window,
+                            grammar=writer.grammar)
   template = judge.run.data.template
   values = rewards.Judge(judge.model, judge.params, judge.tokenizer, template).answers([prompt] * len(texts), texts)
   ranked = sorted(range(len(texts)), key=lambda i: -values[i])[:extent.n]

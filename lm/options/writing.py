@@ -4,7 +4,7 @@ import pathlib
 from typing import Literal
 
 from lm import seeds
-from lm.generate import Sampling
+from lm.generate import Sampling, read_grammar
 from lm.generate.beam_search import Beams
 from lm.generate.module_drafts import SelfSpeculation
 from lm.generate.prompt_lookup import PromptLookup
@@ -61,6 +61,22 @@ class Extent:
       raise ValueError(f'--n={self.n} must be at least 1')
     if self.max_tokens is not None and self.max_tokens < 1 or '' in self.stop:
       raise ValueError(f'--max_tokens={self.max_tokens} must be at least 1, and no --stop may be empty')
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What each text has to match as a whole (pip install 'lm[serve]').
+
+  Args:
+    json_schema: file of a JSON schema.
+    regex: a regular expression.
+  """
+  json_schema: pathlib.Path | None = None
+  regex: str | None = None
+
+  def grammar(self) -> str | None:
+    """Returns the text of a grammar; None for any text. Raises ValueError for what is none, or for both flags."""
+    return read_grammar(self.json_schema, self.regex)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +173,7 @@ class PromptsFile:
 
 
 def check_together(is_session: bool, prompt: str, drawing: Drawing, extent: Extent, drafts: Drafts, search: Search,
-                   best_of: BestOf, file: PromptsFile) -> None:
+                   best_of: BestOf, file: PromptsFile, form: Form) -> None:
   """Raises ValueError for flags that contradict one another, or have no effect beside others.
 
   `is_session` says whether messages are read from the terminal.
@@ -167,6 +183,9 @@ def check_together(is_session: bool, prompt: str, drawing: Drawing, extent: Exte
   used = [name for name, value in ways.items() if value]
   if len(used) > 1:
     raise ValueError(f'{used[0]} and {used[1]} exclude each other; leave one of them out')
+  for flag, value in (('--json_schema', form.json_schema), ('--regex', form.regex)):
+    if value is not None and used and used[0] in ('--beams', '--draft', '--lookup'):
+      raise ValueError(f'{used[0]} and {flag} exclude each other; leave one of them out')
   count = max(extent.n, best_of.best_of)
   for flag, most in (('best_of', best_of.best_of), ('beams', search.beams)):
     if 0 < most < extent.n:

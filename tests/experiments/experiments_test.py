@@ -387,6 +387,7 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
     ({'beams': 2, 'temperature': 0.5}, '--temperature=0.5 has no effect with --beams'),
     ({'beams': 2, 'stop': ('a',)}, 'has no effect with --beams'),
     ({'beams': 2, 'lookup': 1}, '--beams and --lookup exclude each other'),
+    ({'draft': 2, 'regex': 'a'}, '--draft and --regex exclude each other'),
     ({'best_of': 2, 'reward': pathlib.Path('a'), 'draft': 1}, '--best_of and --draft exclude each other'),
     ({'length_penalty': 2.}, '--length_penalty=2 .*for --beams, which is not given'),
     ({'chat': True, 'n': 2}, '--n=2 has no effect with --chat without --prompt'),

@@ -1,11 +1,21 @@
 """Prompts from a file are answered as requests by themselves; an interrupted file continues; bad lines are named."""
 import json
+import re
 
 import pytest
 from helpers.decoders import Bytes, make
 
 from lm import seeds
-from lm.generate import PLAIN, Request, Sampling, batch_answers, prompts_file, written_requests
+from lm.generate import (
+    PLAIN,
+    Grammars,
+    Request,
+    Sampling,
+    batch_answers,
+    of_regex,
+    prompts_file,
+    written_requests,
+)
 
 DEFAULTS = prompts_file.settings_of(PLAIN, 70, 3, 1, ())
 LINES = ['{"prompt": "def f(x):"}', '', '{"id": "b", "prompt": "", "temperature": 0, "max_tokens": 9}',
@@ -20,7 +30,7 @@ def file(tmp_path):
   return path
 
 
-def answer(file, out, rows=3, lines=None, stops_after=None):
+def answer(file, out, rows=3, lines=None, stops_after=None, pattern=None):
   """Answers a file of prompts, and returns the lines of the answers by id, and the prompts that were computed."""
   if lines is not None:
     file.write_text('\n'.join(lines) + '\n')
@@ -32,7 +42,9 @@ def answer(file, out, rows=3, lines=None, stops_after=None):
     if len(counts) == stops_after:
       raise KeyboardInterrupt
 
-  batch_answers.answer_prompts(*make(kv_heads=2, tied=False), Bytes(), prompts, answers, None, rows, report)
+  model, params = make(kv_heads=2, tied=False)
+  grammar = pattern and Grammars(Bytes(), model.vocab).compile(of_regex(pattern))
+  batch_answers.answer_prompts(model, params, Bytes(), prompts, answers, None, rows, report, grammar)
   return {line['id']: line for line in map(json.loads, out.read_text().splitlines())}, counts
 
 
@@ -61,6 +73,14 @@ def test_a_file_is_answered_and_an_interruption_loses_no_answer(file, tmp_path):
   assert answer(file, out)[1] == []   # nothing is computed again
   longer = [*LINES, '{"prompt": "one more"}']
   assert answer(file, out, lines=longer)[1] == [5]
+
+
+@pytest.mark.slow
+def test_answers_match_a_grammar(file, tmp_path):
+  pytest.importorskip('llguidance')
+  whole, _ = answer(file, tmp_path / 'out.jsonl', lines=LINES[:1] + LINES[3:4], pattern='[xyz]{9}')
+  texts = [choice['text'] for line in whole.values() for choice in line['answers']]
+  assert len(texts) == 3 and all(re.fullmatch('[xyz]{9}', text) for text in texts)
 
 
 @pytest.mark.parametrize('line, message', [
