@@ -1,17 +1,23 @@
-"""The applications print their tables."""
+"""The applications print their tables, and execute what was written where it belongs."""
 import functools
 import json
 import re
 import types
 
 import classify
+import code_generation
 import customer_service
 import jax
+import numpy as np
 import pytest
 import summarise
 
 from lm import launch, sharding, signature
+from lm.data import tokenizers
 from lm.data.chat import shop_dialogues
+from lm.data.text import library_functions
+from lm.evaluate import code_holes, texts
+from lm.objectives import infill
 
 TINY = ['--layers=1', '--width=16', '--heads=2', '--vocab=400']
 
@@ -20,6 +26,37 @@ def test_texts_have_sentences_and_files_have_kinds():
   assert summarise.sentences('One. Two\nlines? 3.5 is it!\n\nOther\n') == ['One.', 'Two lines?', '3.5 is it!', 'Other']
   assert [classify.kind(text) for text in ('/* a */\n#define B', 'x = 1\nimport y', 'He said:\n  import it')] == [
       'C', 'Python', 'prose']
+
+
+def test_a_model_that_fills_in_reads_what_is_next_to_the_hole(monkeypatch):
+  tokens, prompts = tokenizers.Bytes((*tokenizers.CONTROL, *(set(infill.NAMES) - set(tokenizers.CONTROL)))), []
+  end = tokens.encode('!')
+  loaded = types.SimpleNamespace(model=types.SimpleNamespace(max_length=24), params=None, tokenizer=tokens)
+  monkeypatch.setattr(code_generation.generate, 'tokens', lambda *args, **_: prompts.extend(args[3]) or [end])
+  hole = code_holes.Hole('', 'far before', '', 'after far', None, (), str)
+  assert code_generation.fill(loaded, [hole], None, 8, 0) == ['!']
+  whole = np.append(prompts[0], end)
+  assert tokens.decode(infill.restore(whole, [tokens.control_id(name) for name in infill.NAMES])) == 'before!after '
+
+
+def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, capsys):
+  try:
+    texts.Sandbox().check()
+  except OSError as error:
+    pytest.skip(str(error))
+  monkeypatch.setattr(library_functions, 'CALLS', {'posixpath.isabs': ('"/a"', '"a"')})
+  tokens = types.SimpleNamespace(control_names=infill.NAMES)
+  monkeypatch.setattr(code_generation.load, 'open_trained', lambda *_: types.SimpleNamespace(tokenizer=tokens))
+  monkeypatch.setattr(code_generation, 'go_on', lambda _, holes, *settings: [
+      holes[0].answer + 'raise ValueError', '    return True\n'])
+  monkeypatch.setattr(code_generation, 'fill', lambda _, holes, *settings: ['return 0', f'{holes[0].answer}\n  !'])
+  signature.call(code_generation.measure, samples=2, k=(1, 2), execute_code=True, out=tmp_path)
+  out = capsys.readouterr().out
+  values = {name: float(value) for name, value in re.findall(r'^(\w+[ \w]*/pass@\d) +([\d.]+)', out, re.MULTILINE)}
+  assert values == {'body/pass@1': 0.5, 'body/pass@2': 1., 'line/pass@1': 0.5, 'line/pass@2': 1.,
+                    'body of its author/pass@1': 1., 'line of its author/pass@1': 1.}
+  with pytest.raises(ValueError, match='--execute_code allows it'):
+    signature.call(code_generation.measure)
 
 
 def printed(module, argv, folder, capsys):

@@ -33,7 +33,7 @@ def problem(record: Mapping[str, Any]) -> Problem:
     case {'prompt': str(prompt), 'test': str(test), 'entry_point': str(name)}:
       return Problem(prompt, f'{test}\ncheck({name})')
     case {'test_list': [*tests]}:
-      return Problem('', '\n'.join([record.get('test_setup_code', ''), *tests]))
+      return Problem('', '\n'.join([record.get('test_setup_code', ''), *record.get('test_imports', ()), *tests]))
     case {'test': str(test)}:
       return Problem(record.get('prompt', ''), test)
   raise ValueError(f'a problem has test, or test_list as those of MBPP, and this has {", ".join(record) or "nothing"}')

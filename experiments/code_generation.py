@@ -1,0 +1,111 @@
+"""Measures how often a model writes lines and bodies of Python functions that pass tests (pass@k).
+
+  python experiments/infill.py
+  python experiments/code_generation.py --workdir=runs/infill --execute_code
+  python experiments/code_generation.py --model=models/coder --problems=HumanEval.jsonl.gz --execute_code
+"""
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import generate, launch, load, sharding
+from lm.evaluate import code_holes, report, texts
+from lm.evaluate.code_holes import Hole
+from lm.evaluate.report import Result
+from lm.evaluate.texts import text_files
+from lm.evaluate.texts.pass_at_k import Attempts
+from lm.hf import pretrained
+from lm.objectives import infill
+
+
+def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, problems: pathlib.Path | None = None,
+            limit: int | None = None, samples: int = 5, k: tuple[int, ...] = (1, 5), temperature: float = 0.6,
+            max_tokens: int = 64, seed: int = 0, execute_code: bool = False, seconds: float = 10.,
+            allow_no_isolation: bool = False, out: pathlib.Path | None = None, best: bool = False) -> None:
+  """Lets a model write code, and executes it.
+
+  Args:
+    workdir: of the run; none for runs/quickstart. A run of infill.py writes single lines too, from what is before and
+      after them.
+    model: a Hugging Face folder, an imported one, an id on the hub or the workdir of a run, in place of --workdir.
+    problems: the file of HumanEval or MBPP, such as HumanEval.jsonl.gz; none takes functions of Python's library.
+    limit: the first so many problems; none for all.
+    samples: programs of each problem.
+    k: the values of k, of pass@k.
+    temperature: divides the logits.
+    max_tokens: tokens that are written for each program, of which those after its end are not used.
+    seed: of the draws.
+    execute_code: allows what the model wrote to be executed, each program in a process of its own; it is needed.
+    seconds: that a program may take.
+    allow_no_isolation: execute without namespaces, with limits alone, where the system has none.
+    out: the folder for the results; none for the folder `code_generation` of the run, and nowhere for another model.
+    best: take the best checkpoint, not the newest.
+  """
+  if not execute_code:
+    raise ValueError('pass@k executes what a model wrote, which nobody has read; --execute_code allows it')
+  if max(k) > samples:
+    raise ValueError(f'k={max(k)} of pass@k is more than samples={samples}; raise --samples, or lower --k')
+  metric = texts.PassAtK(k, texts.Sandbox(seconds=seconds, isolated=not allow_no_isolation))
+  metric.sandbox.check()
+  workdir, model = load.run_or_model(workdir, model, best)
+  holes = {'body': code_holes.bodies()[:limit], 'line': code_holes.lines()[:limit]}
+  if problems:
+    holes = {problems.name.split('.')[0]: list(map(code_holes.of_record, text_files.read(problems).lines[:limit]))}
+  results = {}
+  with jax.set_mesh(sharding.make_mesh()):
+    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
+    if not set(infill.NAMES) <= set(loaded.tokenizer.control_names):
+      holes.pop('line', None)
+    for kind, several in holes.items():
+      write = fill if kind == 'line' else go_on
+      written = np.array(write(loaded, [hole for hole in several for _ in range(samples)],
+                               generate.Sampling(temperature), max_tokens, seed), object).reshape(-1, samples)
+      attempts = passed(metric, several, written)
+      results[kind] = report.to_json(Result(attempts.measures))
+      answers = [[hole.answer] for hole in several]
+      own = passed(texts.PassAtK((1,), metric.sandbox), several, answers)
+      results[f'{kind} of its author'] = report.to_json(Result(own.measures))
+      for hole, row, outcomes in zip(several, written, attempts.results):
+        place = outcomes.index('passed') if 'passed' in outcomes else 0
+        print(f'{kind} {hole.name}: {hole.cut(row[place])[:200]!r} {outcomes[place][:60]}')
+  print(f'\n{report.table(results)}')
+  folder = out or (None if model else workdir / 'code_generation')
+  if folder:
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(folder, {'model': model or workdir.name, 'problems': str(problems), 'samples': samples,
+                          'temperature': temperature, 'seed': seed, 'max_tokens': max_tokens}, results)
+    print(f'written to {folder}')
+
+
+def passed(metric: texts.PassAtK, holes: Sequence[Hole], written: Sequence[Sequence[str]]) -> Attempts:
+  """Executes the programs with what was written for each hole."""
+  programs = [[hole.cut(text) + hole.after for text in row] for hole, row in zip(holes, written)]
+  return metric(programs, [hole.problem for hole in holes])
+
+
+def go_on(loaded: Any, holes: Sequence[Hole], sampling: generate.Sampling, max_tokens: int, seed: int) -> list[str]:
+  """Returns what a model writes after the text before each hole; of what does not fit, the end is read."""
+  room = loaded.model.max_length - max_tokens - 1
+  encoded = loaded.tokenizer.encode_batch([hole.before for hole in holes])
+  prompts = [hole.before if len(ids) <= room else loaded.tokenizer.decode(ids[-room:])
+             for hole, ids in zip(holes, encoded)]
+  return generate.generate(loaded.model, loaded.params, loaded.tokenizer, prompts, sampling, max_tokens=max_tokens,
+                           stop=holes[0].stop, seed=seed)
+
+
+def fill(loaded: Any, holes: Sequence[Hole], sampling: generate.Sampling, max_tokens: int, seed: int) -> list[str]:
+  """Returns what a model that fills in writes between the texts around each hole, of which the nearest are read."""
+  tokens = loaded.tokenizer
+  room = (loaded.model.max_length - max_tokens - 4) // 2   # bos and the three tokens of an arrangement
+  parts = [(tokens.encode(hole.before)[-room:], np.zeros(0, np.int32), tokens.encode(hole.after)[:room])
+           for hole in holes]
+  prompts = [infill.arrange(part, [tokens.control_id(name) for name in infill.NAMES], spm=True) for part in parts]
+  written = generate.tokens(loaded.model, loaded.params, tokens, prompts, sampling, max_tokens=max_tokens, seed=seed)
+  return [tokens.decode(ids) for ids in written]
+
+
+if __name__ == '__main__':
+  launch.tool(measure)
