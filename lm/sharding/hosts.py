@@ -20,7 +20,7 @@ from lm import exits
 HEARTBEAT = 100   # seconds, the default of JAX
 _DAY = 86_400_000  # milliseconds to wait for another process, whose loss is noticed by the heartbeat
 _PART = 2 ** 20   # characters that the coordination service is given at once
-_values = itertools.count()   # numbers the values: all processes ask for them in the same order
+_KEPT = 100       # values after which the coordination service forgets those before
 _ANSWER = 3       # seconds in which the processes of a cluster come to a barrier after an error
 # Errors of collectives and of the coordination service. Errors of bad input are those of all processes at once.
 _TRANSPORT = 'Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|[Cc]oordination service'
@@ -38,28 +38,64 @@ def process_0_first() -> Iterator[None]:
       wait_for_all()
 
 
+class Channel:
+  """Values that all processes exchange through JAX's coordination service, in an order that is the same in all of them.
+
+  They do not go through the devices, where they would have to keep their place among other programs. Threads that do
+  not wait for one another need channels of different names.
+  """
+
+  def __init__(self, name: str):
+    self._key, self._count = f'lm/{name}', 0
+
+  def from_process_0(self, value: Any) -> Any:
+    """Returns the value of process 0, which JSON can hold, in all processes; all of them must call it."""
+    if jax.process_count() == 1:
+      return value
+    key = self._next()
+    if jax.process_index() > 0:
+      return _receive(key)
+    _send(key, value)
+    return json.loads(json.dumps(value))   # the same types as in the others
+
+  def from_all(self, value: Any) -> list[Any]:
+    """Returns the value of each process, which JSON can hold, in all processes; all of them must call it, and wait."""
+    if jax.process_count() == 1:
+      return [value]
+    key = self._next()
+    _send(f'{key}/{jax.process_index()}', value)
+    return [_receive(f'{key}/{process}') for process in range(jax.process_count())]
+
+  def close(self) -> None:
+    """Removes the values. All processes must have received the last one."""
+    if jax.process_count() > 1 and jax.process_index() == 0:
+      _client().key_value_delete(self._key)
+
+  def _next(self) -> str:
+    """Returns the key of the next value. The service would otherwise keep all values of a run."""
+    group, number = divmod(self._count, _KEPT)
+    self._count += 1
+    if group and number == 0:   # a process that comes here has received all values before
+      _client().wait_at_barrier(f'{self._key}/received', _DAY)
+      if jax.process_index() == 0:
+        _client().key_value_delete(f'{self._key}/{group - 1}')
+    return f'{self._key}/{group}/{number}'
+
+
+_values = Channel('values')   # of the main thread
+
+
 def from_process_0(value: Any) -> Any:
   """Returns the value of process 0, which JSON can hold, in all processes; all of them must call it.
 
-  So they decide alike even where their clocks or the files on their disks differ. The value goes through JAX's
-  coordination service, and not through the devices, where it would have to keep its place among other programs.
+  So they decide alike even where their clocks or the files on their disks differ.
   """
-  if jax.process_count() == 1:
-    return value
-  name = str(next(_values))
-  if jax.process_index() > 0:
-    return _receive(name)
-  _send(name, value)
-  return json.loads(json.dumps(value))   # the same types as in the others
+  return _values.from_process_0(value)
 
 
 def from_all(value: Any) -> list[Any]:
   """Returns the value of each process, which JSON can hold, in all processes; all of them must call it, and wait."""
-  if jax.process_count() == 1:
-    return [value]
-  name = str(next(_values))
-  _send(f'{name}/{jax.process_index()}', value)
-  return [_receive(f'{name}/{process}') for process in range(jax.process_count())]
+  return _values.from_all(value)
 
 
 def wait_for_all() -> None:
@@ -67,16 +103,16 @@ def wait_for_all() -> None:
   from_all(None)
 
 
-def _send(name: str, value: Any) -> None:
+def _send(key: str, value: Any) -> None:
   text = json.dumps(value)
   parts = [text[start:start + _PART] for start in range(0, len(text), _PART)]
   for number, part in enumerate(parts):
-    _client().key_value_set(f'lm/value/{name}/part/{number}', part)
-  _client().key_value_set(f'lm/value/{name}/parts', str(len(parts)))
+    _client().key_value_set(f'{key}/part/{number}', part)
+  _client().key_value_set(f'{key}/parts', str(len(parts)))
 
 
-def _receive(name: str) -> Any:
-  read = lambda key: _client().blocking_key_value_get(f'lm/value/{name}/{key}', _DAY)
+def _receive(key: str) -> Any:
+  read = lambda name: _client().blocking_key_value_get(f'{key}/{name}', _DAY)
   return json.loads(''.join(read(f'part/{number}') for number in range(int(read('parts')))))
 
 

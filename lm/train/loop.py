@@ -295,7 +295,7 @@ class Loop:
         with jax.set_mesh(self.mesh):   # each thread has its own
           self._check_finite(step, state)
           self._start_saving(step, state)
-      self.checkpoints.wait()
+      self.checkpoints.wait(alone=True)
       print(f'stopped at step {step} of {self.run.steps}: the same command goes on from there', flush=True)
 
     return self.interrupt.during(rescue)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
+from lm.sharding import hosts
 from lm.workdir.checkpoint import Checkpoints
 
 ATTEMPTS = 5   # saves in a row that may fail before training ends
@@ -14,8 +15,7 @@ class Saver:
   """Saves the checkpoints of a run, and repeats what fails, because file systems fail for a while.
 
   The state of the step is gone when a failure is noticed, so that of a later step is saved: 1, 2, 4 and 8 steps later.
-  In a cluster a failure ends training at once, because it is one process that notices it: the processes then start
-  again together.
+  In a cluster, a save that fails in one process fails in all, and all save the later step.
 
   Attributes:
     saved: the step of the last save that has not failed, or the step that training continued from.
@@ -32,10 +32,13 @@ class Saver:
   def check(self, step: int) -> None:
     """Notices where a save has failed; it does not wait for one in progress. Call it at every step.
 
+    In a cluster, where the processes have to ask one another, it does so 1, 2, 4, 8, ... steps after a save.
+
     Raises:
       OSError: too many saves in a row failed. The checkpoints before them are intact.
     """
-    self._attempt(step, self._checkpoints.check_for_errors)
+    if jax.process_count() == 1 or (step - self.saved).bit_count() == 1:   # a power of two
+      self._attempt(step, self._checkpoints.check_for_errors)
 
   def save(self, step: int, start: Callable[[], None]) -> None:
     """Starts a save of a step by calling `start`, when the save before has ended. Raises OSError like `check`."""
@@ -59,11 +62,11 @@ class Saver:
       return True
     except OSError as error:
       self._failures += 1
-      self.saved = max(self._checkpoints.steps(), default=self._start)
-      if self._failures == ATTEMPTS or jax.process_count() > 1:
-        attempts = 'it was tried once' if self._failures == 1 else f'it was tried {self._failures} times'
-        raise OSError(f'{error}; {attempts}, and training ends at step {step}. The newest checkpoint is of step '
-                      f'{self.saved}: free space or mend the file system, and give the same command again') from error
+      self.saved = hosts.from_process_0(max(self._checkpoints.steps(), default=self._start))
+      if self._failures == ATTEMPTS:
+        raise OSError(f'{error}; it was tried {self._failures} times, and training ends at step {step}. The newest '
+                      f'checkpoint is of step {self.saved}: free space or mend the file system, and give the same '
+                      'command again') from error
       self._due = step + 2 ** (self._failures - 1)
       logging.warning('%s; attempt %d of %d follows at step %d, or at the end', error, self._failures + 1, ATTEMPTS,
                       self._due)

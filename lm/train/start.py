@@ -168,7 +168,7 @@ def _check_data(run: Run, stored: Any, new_objective: bool, data: str, tokenizer
 
 def _restore(run: Run, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoints) -> tuple[State, int, list]:
   """Returns the state to continue from, its step, and the records of its log."""
-  if not checkpoints.steps():
+  if not checkpoints.steps_of_all():
     if run.start is None:
       # The seed is an argument, so that runs of all seeds share one compiled program.
       return jax.block_until_ready(jax.jit(functools.partial(init, run))(seeds.key(run.seed))), 0, []

@@ -103,26 +103,42 @@ class Checkpoints:
     self._storage.save(step, parts, document)
 
   def check_for_errors(self) -> None:
-    """Raises OSError if an earlier save failed. It does not wait for a save in progress, so call it at every step."""
-    if self.is_finished():
+    """Raises OSError if an earlier save failed, in a cluster in all processes, which must all call it.
+
+    It does not wait for a save in progress.
+    """
+    if not any(hosts.from_all(self._storage.is_saving())):
       self.wait()
 
   def is_finished(self) -> bool:
     """Returns whether no save is in progress; it may have failed."""
     return not self._storage.is_saving()
 
-  def wait(self) -> None:
-    """Waits until the save in progress is on disk. Raises OSError if it failed."""
-    self._storage.wait()
+  def wait(self, alone: bool = False) -> None:
+    """Waits until the save in progress is on disk. Raises OSError if it failed.
+
+    In a cluster, all processes call it, and raise the error of any of them; with `alone`, this process does not wait
+    for the others to call it, and does not know of their errors.
+    """
+    self._storage.wait(alone)
 
   def close(self) -> None:
     try:
-      self.wait()
+      self.wait(alone=True)
     finally:
       self._storage.close()
 
   def steps(self) -> list[int]:
     return self._storage.steps()
+
+  def steps_of_all(self) -> list[int]:
+    """Returns the steps that all processes of a cluster see. All call it. Raises OSError where they share none."""
+    steps = hosts.from_all(self.steps())
+    common = sorted(set.intersection(*map(set, steps)))
+    if any(steps) and not common:
+      raise OSError(f'no checkpoint in {self.folder} is seen by all processes, which see {steps}, in their order; '
+                    'give a folder on a disk that all of them share')
+    return common
 
   def metric(self, step: int | None) -> float | None:
     """Returns the metric of a step; None if it has none."""
@@ -133,7 +149,8 @@ class Checkpoints:
     judge = self._metrics.judged_by or Judge()
     self._metrics.by_step[step] = metric, judge
     if jax.process_index() == 0:
-      self._storage.write(lambda: (self.folder / str(step) / _METRIC).write_text(json.dumps([metric, *judge])))
+      self._storage.write(lambda: (self.folder / str(step) / _METRIC).write_text(json.dumps([metric, *judge])),
+                          alone=True)
 
   def best_step(self) -> int | None:
     """Returns the step with the best metric, the last one among equals; None if no step has a metric."""
@@ -149,7 +166,7 @@ class Checkpoints:
 
   def facts(self, step: int | None = None) -> dict | None:
     """Returns the facts of `step`, or of the newest step that can be read; None if there are no checkpoints."""
-    document = self._newest_readable(step, self._read_facts)
+    document = self._newest_readable(step, self.steps(), self._read_facts)
     return document and document['facts']
 
   def restore(self, abstract_state: Tree, step: int | None = None) -> Restored | None:
@@ -159,7 +176,7 @@ class Checkpoints:
     each newer one that is not. Returns None if there are no checkpoints. Raises Mismatch if a leaf is missing or
     differs in shape or dtype (Orbax would cast it silently), OSError if the step does not exist or none can be read.
     """
-    return self._newest_readable(step, functools.partial(self._read, abstract_state, False, None))
+    return self._newest_readable(step, self.steps_of_all(), functools.partial(self._read, abstract_state, False, None))
 
   def restore_params(self, abstract_params: Tree, step: int | None = None,
                      dtypes: Callable[[Any], Any] | None = None) -> Restored | None:
@@ -173,7 +190,7 @@ class Checkpoints:
   def restore_parts(self, abstract_parts: Tree, step: int | None = None, dtypes: Callable[[Any], Any] | None = None
                     ) -> Restored | None:
     """Restores parts of the state, given as nested dicts by the names of its fields, down to complete trees."""
-    return self._newest_readable(step, functools.partial(self._read, abstract_parts, True, dtypes))
+    return self._newest_readable(step, self.steps_of_all(), functools.partial(self._read, abstract_parts, True, dtypes))
 
   def _check(self, names: tuple[str, ...], step: int) -> tuple[dict, dict[str, Tree]]:
     """Checks the files of the arrays whose names begin with one of `names`. Returns facts, and the metadata by part.
@@ -198,9 +215,7 @@ class Checkpoints:
       raise
     except Exception as error:   # missing, truncated and garbled files raise errors of any type
       problem = integrity.reason(error)
-    problems = [text for text in hosts.from_all(problem) if text]
-    if problems:
-      raise ValueError(problems[0])
+    _raise_in_all(problem)
     return document, metadata
 
   def _read(self, abstract: Tree, partly: bool, dtypes: Callable[[Any], Any] | None, step: int) -> Restored:
@@ -213,7 +228,14 @@ class Checkpoints:
     if dtypes:
       abstract = jax.tree.map_with_path(lambda path, x: x.update(dtype=dtypes(stored[arrays.name(path)].dtype)),
                                         abstract)
-    leaves = self._storage.restore(step, metadata, arrays.named(abstract))
+    leaves, problem = {}, ''
+    try:
+      leaves = self._storage.restore(step, metadata, arrays.named(abstract))
+    except (MemoryError, jax.errors.JaxRuntimeError):   # the files are intact
+      raise
+    except Exception as error:
+      problem = integrity.reason(error)
+    _raise_in_all(problem)
     if not integrity.all_finite([leaf for name, leaf in leaves.items() if name.startswith('params')]):
       raise ValueError('the norm of its parameters is not finite')
     state = jax.tree.map_with_path(lambda path, _: leaves[arrays.name(path)], abstract)
@@ -230,10 +252,9 @@ class Checkpoints:
     rebuild.check_size(document)   # other code recurses through the facts
     return document
 
-  def _newest_readable(self, step: int | None, read: Callable[[int], Any]) -> Any:
-    """Returns `read(step)`; for None, of the newest step that can be read, or None if there are no checkpoints."""
-    self.wait()
-    steps = self.steps()
+  def _newest_readable(self, step: int | None, steps: Sequence[int], read: Callable[[int], Any]) -> Any:
+    """Returns `read(step)`; for None, of the newest of `steps` that can be read, or None if there are no steps."""
+    self.wait(alone=True)
     if step is not None and step not in steps:
       raise FileNotFoundError(f'there is no step {step} in {self.folder}, which has {steps}; choose one of these')
     candidates = steps[::-1] if step is None else [step]
@@ -259,6 +280,13 @@ class Checkpoints:
       names = (f'{step}.damaged-{i}' for i in itertools.count(1))
       self._storage.set_aside(step, next(name for name in names if not (self.folder / name).exists()))
     self._damaged.clear()
+
+
+def _raise_in_all(problem: str) -> None:
+  """Raises ValueError in all processes where one has a problem, so that all go on to another step together."""
+  problems = [text for text in hosts.from_all(problem) if text]
+  if problems:
+    raise ValueError(problems[0])
 
 
 def stored_facts(folder: str | os.PathLike) -> dict | None:

@@ -1,5 +1,4 @@
 """Clusters are detected from the variables that launchers set; JAX then reads each process's place from them."""
-import itertools
 import os
 import sys
 
@@ -114,7 +113,7 @@ def test_a_value_of_process_0_arrives_in_parts_that_the_service_takes(monkeypatc
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   for index, own in ((0, value), (1, 'something else')):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    monkeypatch.setattr(hosts, '_values', itertools.count(7))
+    monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
     assert hosts.from_process_0(own) == value
     if index == 0:
       assert len(service.values) > 3 and max(map(len, service.values.values())) <= 2 ** 20
@@ -126,8 +125,8 @@ def test_each_process_has_the_values_of_all_in_their_order(monkeypatch):
   service = Service()
   monkeypatch.setattr(hosts, '_client', lambda: service)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  service.key_value_set('lm/value/7/1/part/0', '"late"')
-  service.key_value_set('lm/value/7/1/parts', '1')
+  service.key_value_set('lm/test/0/0/1/part/0', '"late"')
+  service.key_value_set('lm/test/0/0/1/parts', '1')
   monkeypatch.setattr(jax, 'process_index', lambda: 0)
-  monkeypatch.setattr(hosts, '_values', itertools.count(7))
+  monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
   assert hosts.from_all(['first']) == [['first'], 'late'] and not service.values

@@ -1,7 +1,6 @@
 """A step that is not finite: its state and batch are kept, and the run stops, skips it or goes back."""
 import dataclasses
 import errno
-import itertools
 import json
 import os
 
@@ -158,7 +157,7 @@ def test_processes_leave_out_the_batches_that_process_0_does(tmp_path, monkeypat
   batches = []
   for index, entries in ((0, [[3, 2]]), (1, [])):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    monkeypatch.setattr(hosts, '_values', itertools.count())
+    monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
     monkeypatch.setattr(records, 'read', lambda _, entries=entries: [{'left_out_batches': entries}])
     batches.append([not_finite.LeftOutBatches(tmp_path).index(step) for step in range(5)])
   assert batches == 2 * [[0, 1, 2, 5, 6]]

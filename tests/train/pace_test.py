@@ -1,7 +1,6 @@
 """A run keeps to its minutes: on a slow machine it skips steps, and skips the same ones when it resumes."""
 import dataclasses
 import functools
-import itertools
 import json
 
 import jax
@@ -62,12 +61,12 @@ def test_processes_that_share_no_disk_decide_together(monkeypatch, tmp_path):
   monkeypatch.setattr(budget, 'fit', lambda make, minutes: pytest.fail('one process measures by itself'))
   service = Service()
   monkeypatch.setattr(hosts, '_client', lambda: service)
-  monkeypatch.setattr(hosts, '_values', itertools.count())
+  monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
   steps = walk(tmp_path / '0', lambda step: 1., start=200)[1]
   assert budget.plan(make, (record,)).steps == 50
   assert steps[:len(whole) - 200] == [step for step in whole if step >= 200]
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  monkeypatch.setattr(hosts, '_values', itertools.count())
+  monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
   assert walk(tmp_path / '1', lambda step: 9., start=200)[1] == steps
   assert budget.plan(make, ()).steps == 50
   assert not service.values and not (tmp_path / '1' / 'pace.json').exists()

@@ -119,20 +119,6 @@ def test_a_slow_save_does_not_keep_the_steps_waiting(tmp_path):
   assert_good(tmp_path, 2)
 
 
-def test_in_a_cluster_the_first_failure_ends_training(tmp_path, monkeypatch):
-  """The other processes wait for the files of the one that fails, so that they can only start again together."""
-  name, pattern = CALLS['name']
-  with faults(name, pattern.format(2), failing(errno.EIO)), checkpoint.Checkpoints(tmp_path) as checkpoints:
-    saves = saver.Saver(checkpoints, 0)
-    saves.save(2, lambda: checkpoints.save(2, state(2), {'step': 2}))
-    while not checkpoints.is_finished():
-      time.sleep(0.01)
-    with monkeypatch.context() as patch:
-      patch.setattr(jax, 'process_count', lambda: 2)
-      with pytest.raises(OSError, match='tried once, and training ends at step 3.*give the same command again'):
-        saves.check(3)
-
-
 @pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(train, tmp_path, monkeypatch):
   """It jumps by days during a save, and back during the next one, and the files of newer steps have older times."""

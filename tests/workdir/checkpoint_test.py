@@ -1,5 +1,4 @@
 """Checkpoints restore the same bytes on any mesh, survive kills and full disks, and cast nothing silently."""
-import itertools
 import os
 import pathlib
 import re
@@ -119,7 +118,7 @@ def test_a_damaged_step_that_cannot_be_renamed_is_an_error_in_all_processes(tmp_
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   for index in range(2):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    monkeypatch.setattr(hosts, '_values', itertools.count())
+    monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
     with pytest.raises(OSError, match='of step 3 in .* cannot be renamed to 3.damaged-1: .*No such') as raised:
       storage.set_aside(3, '3.damaged-1')
     errors.append(str(raised.value))
