@@ -7,7 +7,6 @@ r"""Serves a trained run or a Hugging Face model: a chat page, and the endpoints
 
 Prints the address when it answers. Needs `pip install -e '.[serve]'`.
 """
-import contextlib
 import functools
 import os
 import pathlib
@@ -54,7 +53,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     context: the longest text, a prompt and its answer together, in tokens; none for that of the model, 4096 at most.
       For an encoder-decoder, the longest prompt, and the longest answer; none for 1024.
     pages: pages of the cache, of 64 tokens each: prompts that begin alike share those of the beginning, which is read
-      once, as in a conversation that goes on. For one device; none for a whole context for each row.
+      once, as in a conversation that goes on. None for a whole context for each row; 0 for a cache without pages, as on
+      a mesh that splits rows.
     waiting: answers that may wait; a request for more is refused with status 429.
     api_key: what clients have to send as a bearer token; none for the environment variable LM_API_KEY, or for no key.
     cors: origins of other web pages that may use the server, such as https://example.org.
@@ -69,21 +69,17 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
                      f'max_tokens={max_tokens} must be at least 1, and waiting={waiting} at least 0')
   if context is not None and context < 2:
     raise ValueError(f'context={context} must be at least 2: a token of a prompt, and one of an answer')
-  if pages is not None and jax.device_count() > 1:
-    raise ValueError(f'pages={pages} is for one device, and there are {jax.device_count()}; leave it out')
   listener = serve.listen(host, port)   # before the model is read, which may take long
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     decoder, params, tokenizer, template = _open(model, best)
-  on_mesh = functools.partial(jax.set_mesh, mesh)
-  if pages is not None:   # they are not split over devices
-    on_mesh = contextlib.nullcontext
-    params = jax.device_put(params, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  with on_mesh():
     slots = context or min(decoder.max_length, 1024 if decoder.reads_source else 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
     scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages)
-  thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
+    if scheduler.sharing_obstacle is not None:
+      print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
+            file=sys.stderr)
+  thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
   thread.start(scheduler.warm_up).result()
   served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
                              decoder, params, tokenizer, scheduler.context, template)

@@ -47,8 +47,8 @@ class Scheduler:
       has a grammar, it is 1.
     pages: the number of pages of the cache, each of which has as many slots as the largest width. A request takes those
       for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
-      is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages: on a
-      mesh that splits rows. With 0, each row has `engine.slots` slots of its own.
+      is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages, see
+      `paged.obstacle`. With 0, each row has `engine.slots` slots of its own.
 
   Raises:
     ValueError: the engine makes drafts, or the cache cannot have pages.
@@ -69,13 +69,13 @@ class Scheduler:
     if widths[-1:] != (1,):
       raise ValueError(f'widths={widths} must include 1, because prompts are read without padding')
     if pages is None:
-      pages = rows * -(-engine.slots // widths[0]) + 1 if paged.can_have_pages(model) else 0
+      pages = rows * -(-engine.slots // widths[0]) + 1 if paged.obstacle(model) is None else 0
     if pages < 0 or pages == 1:
       raise ValueError(f'pages={pages} must be 0 or at least 2, because no text uses page 0')
     self._slots = Slots(engine, rows, widths, pages)
     self._state = self._slots.empty()
     self.pool = PagePool(pages) if pages else None   # which pages are used
-    self._shares = pages > 0 and paged.has_all_in_pages(self._state.cache)
+    self.sharing_obstacle = self._sharing_obstacle()   # why prompts do not share prefixes; None if they do
     self.prompt_tokens = 0   # of all prompts so far
     self.shared_tokens = 0   # those of them that were in pages, and not read again
     self._waiting: collections.deque[Request] = collections.deque()
@@ -83,6 +83,11 @@ class Scheduler:
     self._rows: list[WrittenChoice | None] = [None] * rows
     self._events: list[Event] = []
     self._compiled_before = compilations.count()
+
+  def _sharing_obstacle(self) -> str | None:
+    if self.pool is None:
+      return paged.obstacle(self.engine.model) or 'pages=0'
+    return None if paged.has_all_in_pages(self._state.cache) else 'some layers keep a state that is not in pages'
 
   @property
   def running(self) -> int:
@@ -177,7 +182,7 @@ class Scheduler:
   def _begin(self, request: Request) -> PromptReading:
     """Begins to read a prompt, after the pages that it shares with others. One token at least is read."""
     ids, size = np.asarray(request.ids, np.int32), self._slots.size
-    keys = prefix_keys(ids, size) if self._shares else []
+    keys = prefix_keys(ids, size) if self.sharing_obstacle is None else []
     pages = []
     if keys and not request.scores_prompt:
       pages = self.pool.find(keys[:(len(ids) - 1) // size])

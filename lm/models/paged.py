@@ -108,9 +108,13 @@ _PAGES_OF = {LayerCache: LayerPages, LatentCache: LatentPages}
 _ROW_OF = {pages: row for row, pages in _PAGES_OF.items()}
 
 
-def can_have_pages(model: Any) -> bool:
-  """Returns whether a cache of the model can have pages: no mesh splits rows, and the cache is that of a decoder."""
-  return sharding.parts('B') == 1 and isinstance(jax.eval_shape(lambda: model.init_cache(1, 1)), Cache)
+def obstacle(model: Any) -> str | None:
+  """Returns why a cache of the model cannot have pages; None if it can."""
+  if sharding.parts('B') > 1:
+    return 'the mesh splits rows; one that splits heads alone, such as tensor:2, can have pages'
+  if not isinstance(jax.eval_shape(lambda: model.init_cache(1, 1)), Cache):
+    return f'the cache of {type(model).__name__} is not that of a decoder'
+  return None
 
 
 def init_cache(model: Any, rows: int, pages: int, size: int, blocks: int) -> Cache:
@@ -119,8 +123,9 @@ def init_cache(model: Any, rows: int, pages: int, size: int, blocks: int) -> Cac
   Raises:
     ValueError: the cache cannot have pages.
   """
-  if not can_have_pages(model):
-    raise ValueError(f'the cache of {type(model).__name__} cannot have pages, or the mesh splits rows; give pages=0')
+  reason = obstacle(model)
+  if reason:
+    raise ValueError(f'pages={pages} are not possible: {reason}. Give pages=0')
   pool, own = model.init_cache(pages, size), model.init_cache(rows, blocks * size)
   layers = tuple(_PAGES_OF[type(layer)](*layer) if type(layer) in _PAGES_OF else row
                  for layer, row in zip(pool.layers, own.layers))

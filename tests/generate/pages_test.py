@@ -50,7 +50,30 @@ def test_a_shared_prefix_is_read_once_and_gives_the_same_bits():
     check_bits(mesh)
 
 
+@pytest.mark.slow
+def test_a_mesh_that_splits_heads_has_pages_too():
+  with jax.set_mesh(sharding.make_mesh('tensor:2', jax.devices()[:2])) as mesh:
+    alone = check_bits(mesh)
+  subject, new = scheduler(), requests()
+  for request in new:
+    subject.submit(request)
+  for key, answer in answers(subject, new).items():
+    np.testing.assert_allclose(alone[key][:-1], answer[:-1], rtol=1e-5)   # sums of two devices
+
+
+def test_a_mesh_that_splits_rows_has_no_pages():
+  model, params = model_and_params()
+  engine = generate.Engine(model, params, 96, Bytes.vocab_size, Bytes().eos_ids)
+  mesh = sharding.make_mesh('fsdp:2', jax.devices()[:2])
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match='pages=22 are not possible: the mesh splits rows'):
+    Scheduler(engine, 4, (8, 2, 1), pages=22)
+  with jax.set_mesh(mesh):
+    subject = Scheduler(engine, 4, (8, 2, 1))
+  assert subject.pool is None and 'splits rows' in subject.sharing_obstacle
+
+
 def check_bits(mesh):
+  """Asserts that answers are those alone to the last bit. Returns them."""
   alone = {}
   for number, request in enumerate(requests()):
     subject = scheduler(mesh)
@@ -67,6 +90,7 @@ def check_bits(mesh):
     assert subject.pool.used == 0 and subject.compilations == 0
   assert min(shared) > 40 and shared[-1] > shared[0]
   check_abort_of_a_choice(subject)
+  return alone
 
 
 def check_abort_of_a_choice(subject):
