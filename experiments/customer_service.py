@@ -22,6 +22,7 @@ The threshold keeps a tenth of the answers, since so small a model is wrong in t
         'How long can I send it back?'     'The mirror can be returned until 2 April.'   the date of another order
         'Who signed for the drill?'        'The drill cost 70 euro.'              no such value; kind of question is new
 """
+import dataclasses
 import functools
 import pathlib
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from lm import generate, launch, load, named, options, train
 from lm.data import tokenizers
-from lm.data.chat import conversation, shop_dialogues
+from lm.data.chat import ToolTurns, conversation, shop_dialogues
 from lm.data.chat.shop_dialogues import HAND_OVER
 from lm.evaluate import hand_over, question_replies, texts
 from lm.evaluate import report as reports
@@ -41,7 +42,7 @@ QUESTIONS = 400   # number of held-out questions of each kind
 
 
 def experiment(*, records: options.Records = options.Records(), messages: str = 'messages',
-               answer: str | None = None, model: str | None = None, vocab: int = 700,
+               answer: str | None = None, tools: bool = False, model: str | None = None, vocab: int = 700,
                shape: options.Shape = options.Shape(),
                optimizer: options.Optimizer = options.MUON, steps: int = 400,
                batch: int = 16, computation: options.Computation = options.Computation(),
@@ -56,6 +57,8 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
     messages: field with a whole dialogue.
     answer: regular expression with one group, whose matches in an answer are the values that have to be right; none
       for the items, days and prices of generated dialogues, and with jsonl for no values.
+    tools: the records are not in the prompt, and the model calls a function that looks an order up, which
+      customer_tools.py executes; for generated dialogues.
     model: initial model, as a run's workdir, a Hugging Face folder, an imported model or an id on the hub. none trains
       a new model, with a tokenizer that is trained on the records.
     vocab: number of tokens of a new model.
@@ -68,15 +71,21 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
   """
   if model:
     shape.refuse(DEFAULT, f'--model={model}')
-  source, update = records.source(shop_dialogues.shop), optimizer.make(steps, warmup=steps // 10)
+  if tools and (records.jsonl or records.plain is not None):
+    raise ValueError('--tools is for generated dialogues and their template; leave out --jsonl and --plain')
+  source = records.source(functools.partial(shop_dialogues.shop, tools=tools))
+  update = optimizer.make(steps, warmup=steps // 10)
   new = functools.partial(tokenizers.train_sentencepiece, vocab=vocab)
   slots = answer if answer or records.jsonl else shop_dialogues.SLOTS
 
   def build(base: load.BaseModel | None) -> train.Run:
+    data = records.dialogues(source, base, new, slots, messages)
+    if tools:
+      data = dataclasses.replace(data, template=ToolTurns())
     return cadence.apply(computation.apply_to_steps(train.Run(
         model=computation.apply(base.model) if base else shape.decoder(DEFAULT, vocab, records.length, computation),
-        objective=supervised(), data=records.dialogues(source, base, new, slots, messages),
-        optimizer=update, steps=steps, batch=batch, start=base.start if base else None)))
+        objective=supervised(), data=data, optimizer=update, steps=steps, batch=batch,
+        start=base.start if base else None)))
   return train.after_opening(build, base=named.decoder('--model', model, computation.dtype) if model else None)
 
 

@@ -17,7 +17,8 @@ from lm.workdir import atomic
 _TEMPORARY = (408, 429, 500, 502, 503, 504)   # statuses after which a second attempt may succeed
 _LONGEST_WAIT = 60.                           # seconds
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]   # each {'type': 'function', 'function': {'name': ..., 'parameters': ...}}
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -64,23 +65,29 @@ class Endpoint:
     address = self.address.rstrip('/')
     return address if address.endswith('/chat/completions') else f'{address}/chat/completions'
 
-  def body(self, messages: Messages) -> dict[str, Any]:
+  def body(self, messages: Messages, tools: Tools = ()) -> dict[str, Any]:
     """Returns the JSON of a request."""
-    return {'model': self.model, 'messages': list(messages), 'temperature': 0, 'max_tokens': self.max_tokens}
+    return {'model': self.model, 'messages': list(messages), 'temperature': 0, 'max_tokens': self.max_tokens,
+            **({'tools': list(tools)} if tools else {})}
 
   def ask(self, messages: Messages) -> str:
-    """Returns the text of a reply; empty where the model gave none, as in a refusal.
+    """Returns the text of a reply; empty where the model gave none, as in a refusal. Raises as `message`."""
+    content = self.message(messages).get('content')
+    return content if isinstance(content, str) else ''
+
+  def message(self, messages: Messages, tools: Tools = ()) -> dict[str, Any]:
+    """Returns the message of a reply, which may have `tool_calls` of the tools.
 
     Raises ConnectionError where there is no reply after all attempts, and ValueError where the server refuses the
     request or speaks another protocol.
     """
     headers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {self.key}'} if self.key else {})}
-    request = urllib.request.Request(self.url, json.dumps(self.body(messages)).encode(), headers)
+    request = urllib.request.Request(self.url, json.dumps(self.body(messages, tools)).encode(), headers)
     for attempt in range(self.attempts):
       wait = min(2. ** attempt, _LONGEST_WAIT)
       try:
         with _OPENER.open(request, timeout=self.seconds) as response:
-          return self._text(response.read())
+          return self._message(response.read())
       except urllib.error.HTTPError as error:
         text = error.read(500).decode(errors='replace')
         if error.code not in _TEMPORARY:
@@ -92,12 +99,11 @@ class Endpoint:
         self.sleep(wait)
     raise ConnectionError(f'{self.url} gives no reply after {self.attempts} attempts ({problem[:300]})')
 
-  def _text(self, data: bytes) -> str:
+  def _message(self, data: bytes) -> dict[str, Any]:
     try:
-      content = json.loads(data)['choices'][0]['message'].get('content')
+      return dict(json.loads(data)['choices'][0]['message'])
     except (ValueError, LookupError, TypeError, AttributeError):
       raise ValueError(f'{self.url} answers, but not as OpenAI does: {data[:200]!r}; check the address') from None
-    return content if isinstance(content, str) else ''
 
 
 def _seconds(header: str | None, default: float) -> float:

@@ -2,7 +2,6 @@
 import codecs
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from lm import generate, sharding
 from lm.data.batch import Batch
-from lm.data.chat import conversation, templates
+from lm.data.chat import conversation
 from lm.data.tokenizers.folder import Tokenizer
 from lm.evaluate import row_shapes
 from lm.serve.answers_format import Echo
@@ -101,7 +100,7 @@ class ServedModel:
       raise bad_request(NO_TEMPLATE, 'messages', 'no_chat_template')
     tools = {}
     if tool_use.tools and tool_use.choice != 'none':
-      if not isinstance(self.template, templates.JinjaTemplate) or not re.search(r'\btools\b', self.template.source):
+      if not self.template.writes_tools:
         raise bad_request('the chat template of this model does not write tools; leave them out', 'tools')
       tools = {'tools': tool_use.tools}
     try:

@@ -7,14 +7,16 @@ import types
 import classify
 import code_generation
 import customer_service
+import customer_tools
 import jax
 import numpy as np
 import pytest
 import summarise
+from helpers import scripted_engine
 
 from lm import launch, sharding, signature
 from lm.data import tokenizers
-from lm.data.chat import shop_dialogues
+from lm.data.chat import ToolTurns, shop_dialogues
 from lm.data.text import library_functions
 from lm.evaluate import code_holes, texts
 from lm.objectives import infill
@@ -57,6 +59,37 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
                     'body of its author/pass@1': 1., 'line of its author/pass@1': 1.}
   with pytest.raises(ValueError, match='--execute_code allows it'):
     signature.call(code_generation.measure)
+
+
+def test_a_served_model_looks_orders_up(capsys):
+  """The model here is a script, which finds what it needs in the prompt as the template of training writes it."""
+  pytest.importorskip('uvicorn')
+
+  def script(request, choice):
+    text = scripted_engine.TOKENS.decode(request.ids)
+    assert text.count('<tools>') == 1
+    if text.endswith('</tool_response>'):
+      answer = re.findall('<tool_response>(.*?)</tool_response>', text)[-1]
+    else:
+      items = re.findall(rf'\b({"|".join(shop_dialogues.ITEMS)})\b', text)
+      answer = f'<tool_call>{json.dumps({"name": "find_order", "arguments": {"item": items[-1]}})}</tool_call>'
+    return [*answer.encode(), scripted_engine.TOKENS.eos_id]
+
+  engine = scripted_engine.ScriptedEngine(script, size=40)
+  with scripted_engine.address_of(engine, template=ToolTurns(), context=4096) as address:
+    signature.call(customer_tools.play, address=f'{address}/v1', model='tiny', dialogues=2, max_tokens=500)
+  out = capsys.readouterr().out
+  values = {name: float(value) for name, value in re.findall(r'^answers/(\w+) +([\d.]+)', out, re.MULTILINE)}
+  # A whole record has all values of the right answer, and is not that answer.
+  assert values['right_calls'] == 1 and values['exact_match'] == 0 and values['slot_accuracy'] > 0.5
+  assert re.search(r'^assistant  find_order\(\{"item": "\w+"\}\)\ntool       The \w+ order\. ', out, re.MULTILINE)
+
+
+def test_tools_are_refused_where_they_are_not_generated():
+  with pytest.raises(ValueError, match='--tools is for generated dialogues'):
+    signature.call(customer_service.experiment, tools=True, jsonl='a.jsonl')
+  run = signature.call(customer_service.experiment, tools=True)
+  assert run.data.template == ToolTurns() and 'with tools' in run.data.source.name
 
 
 def printed(module, argv, folder, capsys):

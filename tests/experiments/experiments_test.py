@@ -87,6 +87,7 @@ TOOLS = {
     'harness_requests': ['--rounds=1', '--width=64'],
     'temperatures': ['--temperatures=0.5,1', '--limit=8', '--best'],
     'classify': ['--classes=a= good,b= bad', '--jsonl=x.jsonl', '--label_key=class', '--limit=none'],
+    'customer_tools': ['--address=http://localhost:1/v1', '--model=m', '--dialogues=2', '--key_variable=none'],
     'code_generation': ['--model=gpt2', '--problems=a.jsonl', '--limit=2', '--execute_code', '--k=1'],
     'contamination': ['--items=x.jsonl', '--jsonl=*.jsonl', '--item_keys=question,choices', '--most_documents=none'],
     'score_texts': ['--candidates=a.jsonl,b.jsonl', '--references=r.txt', '--metrics=bleu,rouge', '--stem',

@@ -99,8 +99,9 @@ def address_of(engine, *args, **kwargs):
   """Yields the address of a server that listens on a port of this machine."""
   import uvicorn
   with application(engine, *args, **kwargs) as (app, _):
-    server = uvicorn.Server(uvicorn.Config(app, log_level='error', lifespan='off', ws='none', http='h11',
-                                           timeout_graceful_shutdown=1))
+    # A new configuration of logging would close the streams of earlier handlers, which may be pytest's own.
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level='error', lifespan='off', ws='none',
+                                           http='h11', timeout_graceful_shutdown=1))
     listener = serve.listen('127.0.0.1', 0)
     thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
     thread.start()

@@ -2,5 +2,6 @@
 from lm.data.chat.conversation import Conversation, Plain, Turns
 from lm.data.chat.dialogues import Dialogues
 from lm.data.chat.messages import Keys
+from lm.data.chat.tool_turns import ToolTurns
 
-__all__ = ['Conversation', 'Plain', 'Turns', 'Dialogues', 'Keys']
+__all__ = ['Conversation', 'Plain', 'Turns', 'Dialogues', 'Keys', 'ToolTurns']

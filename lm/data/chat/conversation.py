@@ -14,7 +14,12 @@ Messages = Sequence[Mapping[str, Any]]   # each with a role, 'system', 'user' or
 
 
 class Template(Protocol):
-  """The interface of a chat template, which turns messages into tokens."""
+  """The interface of a chat template, which turns messages into tokens.
+
+  Attributes:
+    writes_tools: whether `encode` has a further keyword argument, `tools`, for the functions that a model may call.
+  """
+  writes_tools: bool
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +46,8 @@ class Turns:
   A conversation begins with bos if `adds_bos` of the tokenizer is true.
   """
   end: str = '<|end|>'
+
+  writes_tools = False
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:
@@ -74,6 +81,8 @@ class Plain:
   A conversation begins with bos if `adds_bos` of the tokenizer is true.
   """
   between: str = ''
+
+  writes_tools = False
 
   def encode(self, tokens: Tokenizer, messages: Messages, add_generation_prompt: bool = False, *, first: int = 0
              ) -> tuple[np.ndarray, np.ndarray]:

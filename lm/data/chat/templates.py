@@ -36,6 +36,10 @@ class JinjaTemplate:
   variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   seconds: float = 5
 
+  @property
+  def writes_tools(self) -> bool:
+    return re.search(r'\btools\b', self.source) is not None
+
   def render(self, messages: Records, add_generation_prompt: bool = False, tools: Records | None = None) -> str:
     """Returns the text of messages, which have a role and content, or tool_calls. Tools are JSON schemas."""
     return self._render(messages, add_generation_prompt, tools, False)[0]

@@ -38,6 +38,22 @@ def test_answers_are_those_of_the_records():
   assert handed_over > 200 and answered > 600
 
 
+def test_with_tools_each_answer_follows_from_the_record_that_was_looked_up():
+  for i in range(100):
+    system, *turns = shop_dialogues.dialogue(random.Random(i), tools=True)
+    _, *plain = shop_dialogues.dialogue(random.Random(i))
+    assert '"name": "find_order"' in system['content']
+    assert [turns[::4], turns[3::4]] == [plain[::2], plain[1::2]]
+    for call, result, answer in zip(turns[1::4], turns[2::4], turns[3::4]):
+      function = json.loads(re.fullmatch('<tool_call>(.*)</tool_call>', call['content'])[1])
+      item, = function['arguments'].values()
+      record = re.fullmatch('<tool_response>(.*)</tool_response>', result['content'])[1]
+      assert record.startswith(f'The {item} order.') or record == 'There is no such order.'
+      if answer['content'] != HAND_OVER:
+        named, *values = re.findall(shop_dialogues.SLOTS, answer['content'])
+        assert named == item and ' '.join(values) in record
+
+
 def test_new_questions_are_in_no_training_record_and_no_records_are_in_two_splits():
   source = shop_dialogues.shop(800, 0.1)
   splits = {name: [json.loads(text)['messages'] for text in texts] for name, texts in source.splits.items()}
