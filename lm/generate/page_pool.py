@@ -1,4 +1,4 @@
-"""Which texts use which pages of a cache, and the pages of prefixes that later prompts can use again."""
+"""Which texts use which pages of a pool, and the pages of prefixes that later prompts can use again."""
 import collections
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def prefix_keys(ids: np.ndarray, size: int) -> list[bytes]:
 
 
 class PagePool:
-  """The pages 1 to `pages` - 1 of a cache, each free, used by one or more texts, or idle.
+  """The pages 1 to `pages` - 1 of a pool, each free, used by one or more texts, or idle.
 
   An idle page has the keys and values of a prefix and no user. When pages are needed, the least recently used ones are
   taken.
@@ -36,32 +36,32 @@ class PagePool:
     return self.total - len(self._free) - len(self._idle)
 
   def find(self, keys: Sequence[bytes]) -> list[int]:
-    """Returns the pages of the longest prefix that is stored, given the keys of a prompt."""
-    pages = []
-    for key in keys:
-      if key not in self._page_of:
-        break
-      pages.append(self._page_of[key])
-    return pages
+    """Returns the page that is stored for each key; 0 where there is none."""
+    return [self._page_of.get(key, 0) for key in keys]
 
-  def take(self, keys: Sequence[bytes], count: int) -> tuple[list[int], int] | None:
-    """Takes `count` pages for a text, which begins with the full pages that have these keys.
+  def has(self, keys: Sequence[bytes], count: int) -> bool:
+    """Returns whether there are enough pages to take."""
+    pages = self.find(keys)
+    idle = sum(page in self._idle for page in pages)
+    return pages.count(0) + count <= len(self._free) + len(self._idle) - idle
 
-    Returns the pages and the number of the first ones that are stored already. The others have to be written; those
-    with keys are found from then on. Returns None, and takes none, if there are too few.
+  def take(self, keys: Sequence[bytes], count: int) -> tuple[list[int], list[bool]]:
+    """Takes pages for a text: one for each key, and then `count` without keys, which the pool has to have.
+
+    Returns the pages, and for each key whether its page is stored already. The others have to be written at once,
+    because they are found from then on.
     """
-    shared = self.find(keys)
-    idle = sum(page in self._idle for page in shared)
-    if count - len(shared) > len(self._free) + len(self._idle) - idle:
-      return None
-    for page in shared:
+    pages = self.find(keys)
+    is_stored = [page > 0 for page in pages]
+    for page in pages:
       self._idle.pop(page, None)
-    new = [self._next() for _ in range(count - len(shared))]
-    for key, page in zip(keys[len(shared):], new):
-      if key not in self._page_of:   # a later page of a prefix may be stored where an earlier one is forgotten
-        self._page_of[key], self._key_of[page] = page, key
-    self._users.update(shared + new)
-    return shared + new, len(shared)
+    for i, key in enumerate(keys):
+      if not is_stored[i]:
+        pages[i] = self._next()
+        self._page_of[key], self._key_of[pages[i]] = pages[i], key
+    pages += [self._next() for _ in range(count)]
+    self._users.update(pages)
+    return pages, is_stored
 
   def _next(self) -> int:
     """Returns a free page, or the idle one that was used least recently, whose prefix is forgotten."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from lm.generate.engine import Tokens
 from lm.generate.grammars import Matcher
+from lm.generate.page_pools import Prefix
 from lm.generate.request import Request, Scores
 from lm.generate.slots import Prompt
 
@@ -21,7 +22,7 @@ class WrittenChoice:
   choice: int
   limit: int
   matcher: Matcher | None = None
-  pages: Sequence[int] = ()
+  pages: Sequence[Sequence[int]] = ()   # of each pool
   written: int = 0
 
 
@@ -31,6 +32,7 @@ class PromptReading:
   request: Request
   ids: np.ndarray
   keys: Sequence[bytes]          # of the full pages of the prompt
+  prefix: Prefix | None          # the part of the prompt that was in pages; None without pages
   cache: Any                     # donated by each chunk
   count: int                     # of tokens that have been read
   prompt: Prompt | None = None   # after the first chunk

@@ -27,7 +27,7 @@ import numpy as np
 from lm.generate import compilations
 from lm.generate.engine import CHUNK, Engine, Tokens
 from lm.generate.grammars import allowed_tokens
-from lm.generate.page_pool import PagePool, prefix_keys
+from lm.generate.page_pool import prefix_keys
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling
 from lm.generate.scheduled import NO_SCORES, PromptReading, WrittenChoice, row_scores
@@ -74,7 +74,7 @@ class Scheduler:
       raise ValueError(f'pages={pages} must be 0 or at least 2, because no text uses page 0')
     self._slots = Slots(engine, rows, widths, pages)
     self._state = self._slots.empty()
-    self.pool = PagePool(pages) if pages else None   # which pages are used
+    self.pool = self._slots.pools()   # which pages are used; None without pages
     self.sharing_obstacle = self._sharing_obstacle()   # why prompts do not share prefixes; None if they do
     self.prompt_tokens = 0   # of all prompts so far
     self.shared_tokens = 0   # those of them that were in pages, and not read again
@@ -123,17 +123,17 @@ class Scheduler:
       self.step()
     self._state = self.engine.evict(self._state, [])
     if self.pool is not None:
-      self._slots.read_prefix(self._state, [])
+      self._slots.read_prefix(self._state, self.pool.find([]))
     self.prompt_tokens = 0
     self._compiled_before = compilations.count()
 
   def submit(self, request: Request) -> None:
     """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
     request.check(self.engine, self.context)
-    if self.pool is not None and self._pages_of(request) > self.pool.total:
-      raise ValueError(f'{len(request.ids)} tokens of a prompt and max_tokens={request.max_tokens} need '
-                       f'{self._pages_of(request)} pages, and there are {self.pool.total}; shorten one of them, or '
-                       'give more pages')
+    if self.pool is not None:
+      length = len(request.ids)
+      full = length // self._slots.size if self.sharing_obstacle is None else 0
+      self.pool.check(full, length, length + request.limit(self.context))
     self._waiting.append(request)
 
   def abort(self, request: Request, choice: int | None = None) -> None:
@@ -183,13 +183,14 @@ class Scheduler:
     """Begins to read a prompt, after the pages that it shares with others. One token at least is read."""
     ids, size = np.asarray(request.ids, np.int32), self._slots.size
     keys = prefix_keys(ids, size) if self.sharing_obstacle is None else []
-    pages = []
-    if keys and not request.scores_prompt:
-      pages = self.pool.find(keys[:(len(ids) - 1) // size])
-    cache = self._slots.read_prefix(self._state, pages) if pages else self._slots.empty_cache()
+    prefix = None
+    if self.pool is not None:
+      prefix = self.pool.find([] if request.scores_prompt else keys[:(len(ids) - 1) // size])
+    shared = 0 if prefix is None else prefix.count * size
+    cache = self._slots.read_prefix(self._state, prefix) if shared else self._slots.empty_cache()
     self.prompt_tokens += request.prompt_size
-    self.shared_tokens += len(pages) * size
-    return PromptReading(request, ids, keys, cache, len(pages) * size)
+    self.shared_tokens += shared
+    return PromptReading(request, ids, keys, prefix, cache, shared)
 
   def _read(self, reading: PromptReading) -> int:
     """Reads a chunk of a prompt. Returns the number of tokens that are read."""
@@ -204,15 +205,14 @@ class Scheduler:
 
   def _join(self, reading: PromptReading) -> bool:
     """Lets the next choice of a request join a row, and draws its first token. Returns whether it has room."""
-    request, choice, pages, stored = reading.request, reading.choice, (), 0
+    request, choice, pages = reading.request, reading.choice, None
     limit = request.limit(self.context)
     if limit and None not in self._rows:
       return False
     if limit and self.pool is not None:
-      taken_pages = self.pool.take(reading.keys, self._pages_of(request))
-      if taken_pages is None:
+      pages = self.pool.take(reading.keys, reading.prefix.first_G, len(reading.ids), len(reading.ids) + limit)
+      if pages is None:
         return False
-      pages, stored = taken_pages
     reading.choice += 1
     if reading.choice == request.choices:
       self._reading = None
@@ -227,17 +227,13 @@ class Scheduler:
     matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
     allowed = allowed_tokens([matcher], self.engine.model.vocab)
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
-    self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages, stored)
-    self._rows[row] = WrittenChoice(request, choice, limit, matcher, pages)
+    self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages)
+    self._rows[row] = WrittenChoice(request, choice, limit, matcher, () if pages is None else pages.held)
     has_ended = self._add_event(row, tokens, 0)
     self._events[-1] = self._events[-1]._replace(prompt_scores=prompt_scores, reading_start=reading.start)
     if has_ended:
       self._free([row])
     return True
-
-  def _pages_of(self, request: Request) -> int:
-    """Returns the number of pages of a choice of a request."""
-    return -(-(len(request.ids) + request.limit(self.context)) // self._slots.size)
 
   def _free(self, rows: Sequence[int]) -> None:
     """Ends rows, so that other requests may join them."""

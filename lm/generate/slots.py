@@ -38,6 +38,7 @@ from lm.generate.engine import (
     token_log_probabilities,
 )
 from lm.generate.filters import TokenHistory, new_history
+from lm.generate.page_pools import PagePools, Prefix, RowPages, ring
 from lm.generate.sampling import Sampling, Settings, settings
 from lm.models import paged
 
@@ -70,7 +71,7 @@ def _new_cache(model: Any, rows: int, slots: int) -> Any:
 def _empty(model, history, settings, *, rows, slots, pages, size) -> State:
   history, settings = split_rows((history, settings))
   zeros = split_rows(jnp.zeros(rows, jnp.int32))
-  cache = paged.init_cache(model, rows, pages, size, slots // size) if pages else _new_cache(model, rows, slots)
+  cache = paged.init_cache(model, rows, pages, size, slots // size) if any(pages) else _new_cache(model, rows, slots)
   return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros)
 
 
@@ -140,25 +141,44 @@ class Slots:
     """The number of slots of a row."""
     return -(-self.engine.slots // self.size) * self.size if self.pages else self.engine.slots
 
+  @functools.cached_property
+  def _windows(self) -> tuple[int | None, ...]:
+    """The window of each layer that has pages for windows."""
+    return paged.windows(self.engine.model) if self.pages and not paged.obstacle(self.engine.model) else ()
+
+  @property
+  def window(self) -> int | None:
+    """The largest window of a layer that has pages for windows; None if there is none."""
+    return max((window for window in self._windows if window is not None), default=None)
+
+  @property
+  def pool_sizes(self) -> tuple[int, int]:
+    """The number of pages for layers without and with a window."""
+    if self.window is None:
+      return self.pages, 0
+    # What a row sees of its prompt and what it writes; and as much again, for prefixes that other prompts can use.
+    windowed = min(self.pages, 4 * self.rows * ring(self.window, self.size) + 1)
+    return self.pages if None in self._windows else 0, windowed
+
   def empty(self) -> State:
     """Returns a state without prompts."""
     engine = self.engine
     row_settings = settings([Sampling()] * self.rows, [0] * self.rows, np.zeros(self.rows))
     history = new_history([np.int32([])] * self.rows, engine.model.vocab)
-    return _empty(engine.model, history, row_settings, rows=self.rows, slots=self.slots, pages=self.pages,
+    return _empty(engine.model, history, row_settings, rows=self.rows, slots=self.slots, pages=self.pool_sizes,
                   size=self.size)
 
   def empty_cache(self) -> Any:
     """Returns a cache for a prompt that is read from its beginning."""
     return _empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.slots)
 
-  def read_prefix(self, state: State, pages: Sequence[int]) -> Any:
-    """Returns a cache for a prompt whose first tokens are in these pages."""
-    return _read_prefix(state.cache, self._padded(pages), np.int32(len(pages)))
+  def pools(self) -> PagePools | None:
+    """Returns the pools of the pages of a state; None if it has no pages."""
+    return PagePools(self.pool_sizes, self.window, self.size, self.slots // self.size) if self.pages else None
 
-  def _padded(self, pages: Sequence[int]) -> np.ndarray:
-    """Returns the pages of a row, [M], with page 0 for those that it does not need."""
-    return np.int32([*pages, *[0] * (self.slots // self.size - len(pages))])
+  def read_prefix(self, state: State, prefix: Prefix) -> Any:
+    """Returns a cache for a prompt whose first tokens are in pages."""
+    return _read_prefix(state.cache, prefix.pages_GM, prefix.first_G, np.int32(prefix.count))
 
   def width(self, count: int) -> int:
     """Returns the width of the next chunk of a prompt of which `count` tokens are not read yet."""
@@ -203,15 +223,11 @@ class Slots:
                  *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)),
                  self.engine.allowed(rows, allowed))
 
-  def join(self, state: State, prompt: Prompt, start: Start, row: int, pages: Sequence[int] = (), stored: int = 0
+  def join(self, state: State, prompt: Prompt, start: Start, row: int, pages: RowPages | None = None
            ) -> tuple[State, Tokens]:
     """Replaces a row by a prompt that has been read, and draws its first token. It donates `state`, not `prompt`.
 
-    `pages` are those of the row, if the state has pages; the first `stored` of them have the prompt's prefix already.
+    `pages` are those of the row, if the state has pages.
     """
-    engine, row_pages = self.engine, None
-    if self.pages:
-      blocks = np.arange(self.slots // self.size)
-      row_pages = self._padded(pages), (blocks >= stored) & (blocks < len(pages))
-    return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), row_pages,
-                 vocab=engine.vocab)
+    engine, arrays = self.engine, None if pages is None else (pages.pages_GM, pages.is_new_GM)
+    return _join(engine.model, state, prompt, start, np.int32(engine.ends), np.int32(row), arrays, vocab=engine.vocab)

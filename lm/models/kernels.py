@@ -14,8 +14,9 @@ class Visible(NamedTuple):
   A window or a chunk restricts both kinds of keys; a window is as wide towards later keys as towards earlier ones. A
   field that is None does not restrict. In cached decoding, `start` is the slot of the first query among the keys, a
   scalar or one for each row. Positions, which count within a document, are used by `AttentionScores.chunk`. `bias` is
-  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S]. `pages` are the numbers of
-  the M pages that have the slots of each row, if the cache has pages.
+  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S]. `pages_BM` are the
+  numbers of the M pages that have the slots of each row, if the cache has pages, and `window_pages_BM` those in layers
+  with a window.
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
@@ -25,6 +26,7 @@ class Visible(NamedTuple):
   start: jax.Array | None = None
   bias_NTS: jax.Array | None = None
   pages_BM: jax.Array | None = None
+  window_pages_BM: jax.Array | None = None
 
   def mask(self, queries: slice, keys: slice, scores: 'AttentionScores') -> jax.Array:
     """Returns the mask of a block of queries and keys, bool [B or 1, 1, T, S]."""

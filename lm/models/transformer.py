@@ -33,6 +33,7 @@ class Cache(NamedTuple):
   positions_BS: jax.Array
   index: jax.Array         # [B], how many slots of each row are filled; later slots are not visible
   pages_BM: jax.Array | None = None   # the pages that have the slots of each row; see `paged`
+  window_pages_BM: jax.Array | None = None   # those in layers with a window
 
 
 class Output(NamedTuple):
@@ -207,10 +208,12 @@ class Transformer(LanguageModel):
     if batch.bidirectional is not None:   # of the new tokens; earlier ones are visible anyway
       bidirectional = attend.write(jnp.zeros_like(filled, bool), batch.bidirectional, cache.index)
     visible = attend.Visible(segments, filled, bidirectional, positions, key_positions, cache.index,
-                             pages_BM=cache.pages_BM)
+                             pages_BM=cache.pages_BM, window_pages_BM=cache.window_pages_BM)
     context = Context(positions, visible, taps=taps)
     x, layers, aux, readings = stack.run_cached(self.blocks, params, x, context, cache.layers)
-    return x, Cache(layers, filled, key_positions, cache.index + batch.tokens.shape[1], cache.pages_BM), aux, readings
+    cache = cache._replace(layers=layers, segments_BS=filled, positions_BS=key_positions,
+                           index=cache.index + batch.tokens.shape[1])
+    return x, cache, aux, readings
 
   @nn.nowrap
   def unstack(self, params: Any) -> Any:
