@@ -54,13 +54,14 @@ class Sampling:
   def __post_init__(self):
     for name, valid, allowed in (
         ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more'),
-        ('top_k', self.top_k >= -1 and self.top_k % 1 == 0, 'a whole number, 0 (off) or more'),
+        ('top_k', -1 <= self.top_k < 2 ** 31 and self.top_k % 1 == 0, 'a whole number, 0 (off) or more, below 2 ** 31'),
         ('top_p', 0 < self.top_p <= 1, 'more than 0 and at most 1 (off)'),
         ('min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1'),
         ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'more than 0; 1 is off'),
         ('presence_penalty', -2 <= self.presence_penalty <= 2, 'between -2 and 2; 0 is off'),
         ('frequency_penalty', -2 <= self.frequency_penalty <= 2, 'between -2 and 2; 0 is off'),
-        ('min_tokens', self.min_tokens >= 0 and self.min_tokens % 1 == 0, 'a whole number, 0 (off) or more'),
+        ('min_tokens', 0 <= self.min_tokens < 2 ** 31 and self.min_tokens % 1 == 0,
+         'a whole number, 0 (off) or more, below 2 ** 31'),
         ('logit_bias', len(self.logit_bias) <= BIASES and all(-100 <= value <= 100 for _, value in self.logit_bias),
          f'at most {BIASES} pairs (id, value from -100 to 100)'),
         ('bad_words', len(self.bad_words) <= BAD_WORDS

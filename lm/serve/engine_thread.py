@@ -68,7 +68,7 @@ class EngineThread:
     self._changed = threading.Condition()
     self._jobs: collections.deque[Callable[[], None]] = collections.deque()
     self._requests: dict[Request, _Running] = {}   # only the thread uses it
-    self._count, self._closed = 0, False
+    self._count, self._closed, self._has_ended = 0, False, False
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
     self._thread.start()
 
@@ -113,6 +113,8 @@ class EngineThread:
       if not future.set_running_or_notify_cancel():   # nobody waits for it any more
         return
       try:
+        if self._has_ended:
+          raise self._stopped(503)
         future.set_result(function())
       except Exception as error:
         future.set_exception(error)
@@ -135,16 +137,29 @@ class EngineThread:
 
   def _raise_if_stopped(self) -> None:
     if self._closed or self.failure is not None:
-      raise ApiError(503, 'the engine has stopped' + (f': {self.failure}' if self.failure else ''))
+      raise self._stopped(503)
+
+  def _stopped(self, status: int) -> ApiError:
+    return ApiError(status, f'the engine has stopped: {self.failure or "the server ends"}')
 
   def _add(self, job: Callable[[], None]) -> None:
+    """Gives a job to the thread. Where the thread has ended, the job is done here, and says so to who waits for it."""
     with self._changed:
-      self._jobs.append(job)
-      self._changed.notify()
+      if not self._has_ended:
+        self._jobs.append(job)
+        self._changed.notify()
+        return
+    job()
 
   def _submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
+    if self._has_ended:
+      for request in requests:
+        with self._changed:
+          self._count -= request.choices
+        deliver(request, self._stopped(500))
+      return
+    self._requests |= {request: _Running(deliver, request.choices) for request in requests}
     for request in requests:
-      self._requests[request] = _Running(deliver, request.choices)
       try:
         self.engine.submit(request)
       except ValueError as error:
@@ -152,7 +167,7 @@ class EngineThread:
         self._end(request, request.choices)
 
   def _abort(self, request: Request, choice: int | None) -> None:
-    if request in self._requests:
+    if not self._has_ended and request in self._requests:
       self.engine.abort(request, choice)
 
   def _end(self, request: Request, choices: int = 1) -> None:
@@ -176,8 +191,12 @@ class EngineThread:
       traceback.print_exception(error)
       with self._changed:
         self.failure = error
+    with self._changed:   # no job comes after this
+      self._has_ended = True
+    for job in self._jobs:
+      job()
     for request, running in list(self._requests.items()):
-      running.deliver(request, ApiError(500, f'the engine has stopped: {self.failure or "the server ends"}'))
+      running.deliver(request, self._stopped(500))
       self._end(request, running.choices)
 
   def _wait(self) -> bool:
@@ -187,7 +206,6 @@ class EngineThread:
         self._changed.wait()
       if self._closed:
         return False
-      jobs, self._jobs = self._jobs, collections.deque()
-    for job in jobs:
-      job()
+    for _ in range(len(self._jobs)):
+      self._jobs.popleft()()
     return True

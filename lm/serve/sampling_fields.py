@@ -8,7 +8,7 @@ from lm.serve import body_fields
 from lm.serve.api_errors import bad_request
 from lm.serve.body_fields import Field, integer, number
 
-MOST_TOKENS = 1 << 31    # of a body; what a model has room for is checked where its prompt is known
+MOST_TOKENS = (1 << 31) - 1   # of a body; what a model has room for is checked where its prompt is known
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20       # alternatives of a token
 MOST_SEED = (1 << 32) - 1

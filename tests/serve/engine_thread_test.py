@@ -5,6 +5,10 @@ import threading
 import pytest
 from helpers.scripted_engine import ScriptedEngine, application, text_script
 
+from lm import serve
+from lm.generate import Request
+from lm.serve import api_errors
+
 pytest.importorskip('starlette')
 pytest.importorskip('prometheus_client')
 
@@ -136,6 +140,27 @@ def test_an_engine_that_fails_tells_every_client(capfd):
   with application(ScriptedEngine(FOREVER, wait=fail)) as (app, thread):
     asyncio.run(main(app, thread))
   assert 'RuntimeError: no memory' in capfd.readouterr().err
+
+
+def test_what_comes_while_the_engine_stops_is_told():
+  told = []
+  thread = serve.EngineThread(ScriptedEngine(FOREVER))
+  request = Request([97])
+  thread.submit([request], lambda *event: told.append(event), thread.close)   # it ends after it accepted the request
+  (told_request, error), = told
+  assert told_request is request and error.status == 500 and 'has stopped' in str(error) and thread.count == 0
+
+  futures, has_run, thread = [], threading.Event(), serve.EngineThread(ScriptedEngine(FOREVER))
+
+  def fail():
+    futures.append(thread.start(lambda: None))
+    has_run.set()
+    raise SystemExit('no memory')
+
+  thread.start(fail)
+  assert has_run.wait(20)
+  with pytest.raises(api_errors.ApiError, match='has stopped: no memory'):
+    futures[0].result(20)
 
 
 def test_a_stop_string_frees_the_row_of_its_choice_within_a_step_and_the_others_go_on():
