@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm.generate.engine import CHUNK
 from lm.generate.page_pool import PagePool
 
 
@@ -28,8 +29,8 @@ class RowPages(NamedTuple):
 
 
 def ring(window: int, size: int) -> int:
-  """Returns the most pages that a row needs for what it writes under a window."""
-  return 1 - (1 - window) // size
+  """Returns the most pages that a row needs for what it writes under a window, up to CHUNK tokens at a time."""
+  return -(-(window - 1 + max(size, CHUNK)) // size)
 
 
 class PagePools:

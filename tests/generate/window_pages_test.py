@@ -27,19 +27,22 @@ def test_every_token_sees_its_text_in_the_pages_of_its_row(window, size, counts,
       assert contents[group][pages_GM[group, place // size], place % size] == tuple(ids[:place + 1])
 
   for _ in range(600):
-    if rows and rng.random() < 0.9:   # a row writes a token
+    if rows and rng.random() < 0.7:   # a row writes some tokens at once
       i = rng.integers(len(rows))
-      ids, pages_GM, position = rows[i]
+      ids, pages_GM, start = rows[i]
+      end = min(start + int(rng.choice([1, 1, 2, 16])), len(ids))
       for group in range(2):
         if counts[group]:
-          contents[group][pages_GM[group, position // size], position % size] = tuple(ids[:position + 1])
-          check_visible(ids, pages_GM, position, position + 1, group)
-      rows[i] = ids, pages_GM, position + 1
-      if position + 1 == len(ids):
+          for place in range(start, end):
+            contents[group][pages_GM[group, place // size], place % size] = tuple(ids[:place + 1])
+          for place in range(start, end):
+            check_visible(ids, pages_GM, place, place + 1, group)
+      rows[i] = ids, pages_GM, end
+      if end == len(ids):
         pools.release(held.pop(i))
         rows.pop(i)
       continue
-    ids = [*np.ones(rng.integers(0, 30), int), *rng.integers(0, 2, rng.integers(1, 17))]
+    ids = [*np.ones(rng.integers(0, 30), int), *rng.integers(0, 2, rng.integers(2, 17))]
     length = int(rng.integers(1, len(ids)))
     keys = page_pool.prefix_keys(np.int32(ids[:length]), size) if shares else []
     prefix = pools.find(keys[:(length - 1) // size])
