@@ -7,9 +7,9 @@ from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling, Settings, settings
 from lm.generate.scheduler import Scheduler
 from lm.generate.text import DEFAULT, PLAIN, generate, room, stream, tokens
-from lm.generate.text_stream import TextStream, with_bos
+from lm.generate.text_stream import TextStream, text_and_source, with_bos
 
 __all__ = ['Draft', 'random_streams', 'Engine', 'State', 'Tokens', 'keep_min_p', 'keep_top_k', 'keep_top_p', 'process',
            'Grammar', 'Grammars', 'of_choices', 'of_json_schema', 'of_regex', 'read_grammar', 'Sampling', 'Settings',
            'settings', 'Event', 'Request', 'Scheduler', 'Scores', 'DEFAULT', 'PLAIN', 'generate', 'room', 'stream',
-           'tokens', 'TextStream', 'with_bos']
+           'tokens', 'TextStream', 'text_and_source', 'with_bos']

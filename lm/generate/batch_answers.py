@@ -15,16 +15,19 @@ from lm.generate.prompts_file import AnswersFile, PromptLine, Prompts, raise_all
 from lm.generate.request import Request
 from lm.generate.scheduler import Scheduler
 from lm.generate.text import DEFAULT
-from lm.generate.text_stream import with_bos
+from lm.generate.text_stream import text_and_source, with_bos
 from lm.generate.written_requests import TextRequest, pieces
 
 _WIDTHS = 64, 16, 4, 1   # of the chunks in which prompts are read; each is a program that is compiled
 _TOKENS_PER_STEP = 4     # tokens of each row between which requests join and leave
 
 
-def _encode(line: PromptLine, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
+def _encode(line: PromptLine, model: Any, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
   """Returns the ids of a prompt, one at least. Raises ValueError where a chat template does not take the messages."""
-  ids = with_bos(np.asarray(tokenizer.encode_batch([line.prompt])[0], np.int32), tokenizer, bos)
+  ids = np.asarray(tokenizer.encode_batch([line.prompt])[0], np.int32)
+  if model.reads_source:
+    return np.int32([*ids, tokenizer.eos_id])
+  ids = with_bos(ids, tokenizer, bos)
   return ids if len(ids) else np.int32([tokenizer.bos_id])
 
 
@@ -44,7 +47,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
   """Answers the prompts that have no answers yet. Each line of answers is written when it is whole.
 
   Args:
-    model: a decoder that writes from left to right after any prompt.
+    model: a decoder that writes from left to right after any prompt, or an encoder-decoder, whose source it is.
     params: its parameters.
     tokenizer: that of the model, or of a conversation.
     prompts: those of a file.
@@ -63,15 +66,17 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
     if line.id in answers.finished:
       continue
     try:
-      ids, max_tokens = _encode(line, tokenizer, bos), line.settings['max_tokens']
+      ids, max_tokens = _encode(line, model, tokenizer, bos), line.settings['max_tokens']
     except ValueError as error:
       problems.append((line.number, str(error)))
       continue
+    ids, source = text_and_source(model, tokenizer.bos_id, ids)
     if max_tokens is None:
       max_tokens = max(min(DEFAULT, model.max_length - len(ids)), 1)
-    request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'], grammar=grammar)
+    request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'], grammar=grammar,
+                      source=source)
     requests[request] = line
-  needed = max((len(request.ids) + request.max_tokens for request in requests), default=1)
+  needed = max((max(len(request.ids) + request.max_tokens, request.prompt_size) for request in requests), default=1)
   scheduler = make_scheduler(model, params, tokenizer, needed, rows)
   for request, line in requests.items():
     try:

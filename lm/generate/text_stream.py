@@ -1,10 +1,11 @@
-"""Text from token ids as they come, and bos at the beginning of a prompt."""
+"""Text from token ids as they come; bos at the beginning of a prompt, and prompts that are sources."""
 import codecs
 from collections.abc import Sequence
 
 import numpy as np
 
 from lm.data.tokenizers.folder import Tokenizer
+from lm.models.transformer import LanguageModel
 
 
 def with_bos(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndarray:
@@ -14,6 +15,11 @@ def with_bos(ids: np.ndarray, tokenizer: Tokenizer, bos: bool | None) -> np.ndar
   if has_bos == needs_bos:
     return ids
   return np.int32([tokenizer.bos_id, *ids]) if needs_bos else ids[1:]
+
+
+def text_and_source(model: LanguageModel, bos: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns what a model continues after a prompt, and what its encoder reads; None for a decoder."""
+  return (np.int32([bos]), ids) if model.reads_source else (ids, None)
 
 
 class TextStream:

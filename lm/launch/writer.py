@@ -54,8 +54,8 @@ def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool
 
 def _check_causal(writer: Writer, flag: str) -> None:
   """Raises ValueError where a scheduler cannot read the prompts of a model."""
-  if writer.model.reads_source or not writer.model.causal or writer.mark is not causal_prompt:
-    raise ValueError(f'{flag} is for decoders that were trained to write from left to right after any prompt, and '
+  if not writer.model.causal or writer.mark is not causal_prompt:
+    raise ValueError(f'{flag} is for models that were trained to write from left to right after any prompt, and '
                      f'{writer.name} is {load.kind(writer.model)} that was not; give --prompt')
 
 
@@ -85,6 +85,9 @@ def answer_file(writer: Writer, prompts: prompts_file.Prompts, file: PromptsFile
 def talk(writer: Writer, drawing: Drawing, extent: Extent) -> None:
   """Holds a conversation in the terminal."""
   _check_causal(writer, '--chat without --prompt')
+  if writer.model.reads_source:
+    raise ValueError(f'--chat without --prompt is for decoders, and {writer.name} is {load.kind(writer.model)}; give '
+                     '--prompt')
   slots = min(writer.model.max_length, 4096)
   scheduler = batch_answers.make_scheduler(writer.model, writer.params, writer.tokenizer, slots, rows=1)
   chat_session.ChatSession(scheduler, writer.tokenizer, drawing.sampling(), extent.max_tokens, tuple(extent.stop),

@@ -79,7 +79,7 @@ class ServedModel:
 
   def text_and_source(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns what the model continues after a prompt, and what its encoder reads; None for a decoder."""
-    return (np.int32([self.tokenizer.bos_id]), ids) if self.model.reads_source else (ids, None)
+    return generate.text_and_source(self.model, self.tokenizer.bos_id, ids)
 
   def check_is_decoder(self, feature: str, param: str) -> None:
     """Raises ApiError, status 400, if the model is an encoder-decoder, which does not support a feature."""

@@ -4,8 +4,9 @@ import re
 
 import pytest
 from helpers.decoders import Bytes, make
+from helpers.encoders import random_params
 
-from lm import seeds
+from lm import generate, seeds
 from lm.generate import (
     PLAIN,
     Grammars,
@@ -16,6 +17,7 @@ from lm.generate import (
     prompts_file,
     written_requests,
 )
+from lm.models import encoder_decoder
 
 DEFAULTS = prompts_file.settings_of(PLAIN, 70, 3, 1, ())
 LINES = ['{"prompt": "def f(x):"}', '', '{"id": "b", "prompt": "", "temperature": 0, "max_tokens": 9}',
@@ -73,6 +75,21 @@ def test_a_file_is_answered_and_an_interruption_loses_no_answer(file, tmp_path):
   assert answer(file, out)[1] == []   # nothing is computed again
   longer = [*LINES, '{"prompt": "one more"}']
   assert answer(file, out, lines=longer)[1] == [5]
+
+
+@pytest.mark.slow
+def test_the_prompts_of_an_encoder_decoder_are_sources(file, tmp_path):
+  model = encoder_decoder.t5(264, 16, 1, 2, 8, 32)
+  params = random_params(model)
+  defaults = {**DEFAULTS, 'temperature': 0}
+  file.write_text('{"prompt": "a source"}\n{"prompt": "another"}\n')
+  prompts = prompts_file.read_prompts(file, defaults, is_chat=False)
+  answers = prompts_file.AnswersFile(tmp_path / 'out.jsonl', prompts, {'model': 'random'})
+  batch_answers.answer_prompts(model, params, Bytes(), prompts, answers, None, 2)
+  lines = map(json.loads, (tmp_path / 'out.jsonl').read_text().splitlines())
+  texts = {line['id']: line['answers'][0]['text'] for line in lines}
+  expected = generate.generate(model, params, Bytes(), ['a source', 'another'], Sampling(0), max_tokens=70)
+  assert [texts['1'], texts['2']] == expected
 
 
 @pytest.mark.slow
