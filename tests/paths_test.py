@@ -5,8 +5,9 @@ import pytest
 from absl import flags
 
 from lm import launch, load, paths
-from lm.data.text import source_files
+from lm.data.text import prepared, source_files
 from lm.evaluate.people import system_outputs
+from lm.hf import bleurt_checkpoints, files, tf_checkpoint
 from lm.workdir import checkpoint
 
 
@@ -15,7 +16,9 @@ from lm.workdir import checkpoint
     lambda url: launch.parse([_function], ['', f'--files=here,{url}']),
     lambda url: load.run_or_model(None, url, False), load.open_base, load.open_trained,
     source_files.matching, lambda url: system_outputs.named_files([f'system={url}']),
-    lambda url: checkpoint.Checkpoints(pathlib.Path(url), create=False)])
+    lambda url: checkpoint.Checkpoints(pathlib.Path(url), create=False),
+    bleurt_checkpoints.load, files.Weights, lambda url: files.new_folder(url).__enter__(), tf_checkpoint.Variables,
+    lambda url: prepared.prepared(url, None), lambda url: prepared.prepared('texts', url)])
 @pytest.mark.parametrize('url', ['gs://bucket/run', 's3://bucket/run'])
 def test_a_url_is_refused_with_what_to_mount(use, url):
   with pytest.raises((paths.Remote, flags.Error), match='3?:/.*bucket/run is a URL.* mount.* give the path there'):

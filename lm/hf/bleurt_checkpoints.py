@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lm import paths
 from lm.data import tokenizers
 from lm.evaluate.learned.bleurt import Bleurt
 from lm.hf import pretrained, text_scorers, tf_checkpoint, weights
@@ -25,7 +26,7 @@ def load(name: str) -> Bleurt:
     FileNotFoundError, OSError: there is no such folder, or a file is missing.
     ValueError: the model is no scorer of pairs, or its files are damaged.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = paths.local(name)
   if (folder / 'bleurt_config.json').is_file() and not (folder / 'config.json').is_file():
     return _load_tensorflow(folder, name)
   loaded = pretrained.load(name)

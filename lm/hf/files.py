@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from lm import paths
 from lm.hf.safetensors_format import MAX_JSON, NAMES, Info, Tensor, contents, damaged, parse, quote, read_json
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -35,7 +36,7 @@ class Weights(Mapping[str, np.ndarray]):
   """
 
   def __init__(self, folder: str | os.PathLike):
-    self.folder = pathlib.Path(folder).expanduser()
+    self.folder = paths.local(folder)
     self.info: dict[str, Info] = {}
     self._maps: dict[pathlib.Path, mmap.mmap] = {}
     try:
@@ -138,7 +139,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
   Raises ValueError if `path` exists and is not an empty folder.
   """
-  path = pathlib.Path(path).expanduser().resolve()
+  path = paths.local(path).resolve()
   content = []
   if path.exists():
     content = sorted(os.listdir(path)) if path.is_dir() else 'a file'

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lm import paths
+
 _MAGIC = (0xdb4775248b80fb57).to_bytes(8, 'little')
 _FOOTER = 48
 _LONGEST_KEY = 4096   # bytes
@@ -44,7 +46,7 @@ class Variables(Mapping[str, np.ndarray]):
   """
 
   def __init__(self, prefix: str | os.PathLike):
-    self.prefix = str(pathlib.Path(prefix).expanduser())
+    self.prefix = str(paths.local(prefix))
     index = pathlib.Path(f'{self.prefix}.index')
     if not index.is_file():
       raise FileNotFoundError(f'{index} is missing; give the prefix of a TensorFlow checkpoint, such as '

@@ -49,7 +49,7 @@ from lm.sharding.partial import (
   whole,
   zero_gradient,
 )
-from lm.sharding.pipeline_arrays import number_of_stages, pipeline_groups, pipelined
+from lm.sharding.pipeline_arrays import idle_shares, number_of_stages, pipeline_groups, pipelined
 
 __all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'merge_axes', 'padded_rows', 'parts',
            'platform', 'require', 'require_whole_rows', 'row_layout', 'shard_rows', 'spec', 'split_axis', 'store',
@@ -58,4 +58,5 @@ __all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'me
            'to_devices', 'to_host', 'join', 'process_0_first', 'abstract_mesh', 'choose_mesh', 'make_mesh', 'mesh_text',
            'overlap_options', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length', 'spread',
            'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary', 'vocabulary_of',
-           'whole_logits', 'per_device', 'custom_vjp', 'number_of_stages', 'pipeline_groups', 'pipelined']
+           'whole_logits', 'per_device', 'custom_vjp', 'idle_shares', 'number_of_stages', 'pipeline_groups',
+           'pipelined']

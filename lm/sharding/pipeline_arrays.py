@@ -29,6 +29,7 @@ class _Pipeline:
 
 
 _pipeline = contextvars.ContextVar('pipeline', default=None)
+_shares: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar('shares', default=None)
 
 
 def number_of_stages(mesh: Mesh | AbstractMesh | None = None) -> int:
@@ -57,6 +58,23 @@ def pipelined(groups: int) -> Iterator[None]:
     advice = f'choose {" or ".join(fits)}, or another number of layers' if fits else 'leave out the axis stage'
     raise ValueError(f'the mesh has stage:{stages}, which divides the repeats of no stack of layers of the model '
                      f'({", ".join(map(str, repeats)) or "it has none"}); {advice}')
+  if _shares.get() is not None:
+    idle = [stages - 1 for number in repeats if number % stages == 0]   # iterations of each pipeline
+    works = [groups * number for number in repeats if number % stages == 0]
+    _shares.get().append(sum(idle) / sum(idle + works))
+
+
+@contextlib.contextmanager
+def idle_shares() -> Iterator[list[float]]:
+  """Yields a list that receives, for each pipelined gradient that is traced in this context, its bubble.
+
+  That is the share of the iterations of layers in which a stage has no work.
+  """
+  token = _shares.set(shares := [])
+  try:
+    yield shares
+  finally:
+    _shares.reset(token)
 
 
 def pipeline_groups(repeats: int) -> int | None:

@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,9 @@ def train(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh,
   """
   phases = track.Phases()
   sharding.require(jax.sharding.get_mesh())
-  check(run, mesh)
+  with sharding.idle_shares() as shares:
+    check(run, mesh)
+  _print_idle(run, mesh, shares)
   # Signals are not caught yet: preparing the data may take long, and the next start continues it.
   with hosts.ending_with_peers(), phases('prepare data'):
     hosts.connect(mesh)
@@ -177,6 +179,14 @@ def _restore(run: Run, mesh: jax.sharding.Mesh, checkpoints: checkpoint.Checkpoi
     return jax.block_until_ready(state)._replace(params=params), 0, []
   restored = checkpoints.restore(abstract_state(run, mesh))
   return restored.state, restored.step, restored.records
+
+
+def _print_idle(run: Run, mesh: jax.sharding.Mesh, shares: Sequence[float]) -> None:
+  """Prints how long the stages of a pipeline wait, and what changes it."""
+  if shares:
+    stages = sharding.number_of_stages(mesh)
+    print(f'each of {stages} stages is idle for {max(shares):.0%} of the iterations of the layers, with '
+          f'{stages * run.accumulate} microbatches in a step; a larger --accumulate makes this less')
 
 
 def _print_size(run: Run, mesh: jax.sharding.Mesh, state: State, workdir: pathlib.Path) -> None:

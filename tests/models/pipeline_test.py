@@ -173,6 +173,13 @@ def test_a_number_of_stages_that_divides_no_stack_is_refused(run, mesh, message)
     train.check(run, mesh)
 
 
+def test_the_share_of_idle_iterations_is_that_of_the_schedule():
+  """Of 2 groups of microbatches through 4 layers, each of 2 stages computes 8 times in 9 iterations."""
+  with on('stage:2,fsdp:2'), sharding.idle_shares() as shares:
+    train.check(dataclasses.replace(run_of(LLAMA), batch=8, accumulate=2), mesh_of('stage:2,fsdp:2'))
+  assert shares == [1 / 9]
+
+
 def test_iterations_without_work_do_not_count_as_operations():
   counts = [flops.flops_per_token(run_of(LLAMA), mesh_of(mesh)) for mesh in ('stage:4', 'fsdp:4')]
   assert counts[0] == counts[1] > 0

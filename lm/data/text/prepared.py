@@ -1,16 +1,16 @@
 """Prepared data sets of TensorFlow Datasets."""
-import pathlib
 from typing import Any
+
+from lm import paths
 
 
 def prepared(name: str, data_dir: str | None) -> Any:
   """Returns the TFDS builder of a prepared data set; a name of the catalogue is downloaded and prepared if necessary.
 
-  Raises ValueError, in one line, if there is no such data set.
+  Raises ValueError, in one line, if there is no such data set, or if a folder is given by a URL.
   """
   import tensorflow_datasets as library
-  path = pathlib.Path(name).expanduser()
-  folder = pathlib.Path(data_dir or library.core.constants.DATA_DIR).expanduser()
+  path, folder = paths.local(name), paths.local(data_dir or library.core.constants.DATA_DIR)
   try:
     below = ('', '*/', '*/*/', '*/*/*/')  # data_dir/name/config/version
     data_sets = [file.parent for folders in below for file in sorted(path.glob(f'{folders}dataset_info.json'))]
