@@ -101,11 +101,12 @@ class Storage:
       write()
     except Exception as error:  # TensorStore raises ValueError for a full disk
       problem, cause = integrity.reason(error), error
-    problems = [text for text in ([problem] if alone else hosts.from_all(problem)) if text]
-    if problems:
+    problems = [problem] if alone else hosts.from_all(problem)
+    if any(problems):
       if not alone or jax.process_count() == 1:   # the others could not do the same
         self._open_anew()
-      raise OSError(f'a checkpoint could not be written to {self.folder}: {problems[0]} (the earlier ones are intact)'
+      reasons = '; '.join(dict.fromkeys(filter(None, problems)))   # each once
+      raise OSError(f'a checkpoint could not be written to {self.folder}: {reasons} (the earlier ones are intact)'
                     ) from cause
 
   def _open_anew(self) -> None:

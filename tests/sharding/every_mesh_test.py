@@ -29,22 +29,24 @@ from lm.objectives.next_token import next_token
 from lm.objectives.preference import COLUMNS, dpo, preference
 from lm.objectives.preference import reward as reward_objective
 from lm.objectives.span_corruption import span_corruption
+from lm.train.gradient import accumulate_gradients
 
 MESHES = ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4', 'fsdp:2,expert:4', 'replica:2,fsdp:2,tensor:2',
           'fsdp:2,tensor:4', 'stage:2,fsdp:4']
 VOCAB, WIDTH, ROWS, TIME = 401, 32, 8, 32   # a vocabulary that no mesh with `tensor` divides
+LAYERS = 2   # one for each stage
 MASK = '<|mask|>'
 
 
 def decoder(feed_forward):
   block = layers.Block(attention.Attention(4, 4, 4, Rotary()), feed_forward, layers.RMSNorm(), layers.RMSNorm())
-  return transformer.Transformer(VOCAB, WIDTH, stack.stacks([block]), layers.RMSNorm(), TIME, softcap=8.)
+  return transformer.Transformer(VOCAB, WIDTH, stack.stacks([block] * LAYERS), layers.RMSNorm(), TIME, softcap=8.)
 
 
 DECODER, EXPERTS = decoder(layers.FeedForward(8)), decoder(KINDS['deepseek'])
 MULTI = prediction_heads.sequential(DECODER, 2)
-T5 = encoder_decoder.t5(VOCAB, WIDTH, 1, heads=4, head_size=4, hidden=8)
-BERT = encoder.bert(VOCAB, WIDTH, 1, heads=4, max_length=TIME)
+T5 = encoder_decoder.t5(VOCAB, WIDTH, LAYERS, heads=4, head_size=4, hidden=8)
+BERT = encoder.bert(VOCAB, WIDTH, LAYERS, heads=4, max_length=TIME)
 REWARD = reward.Reward(DECODER)
 EVERYWHERE = ('*',)
 TRAINED = {   # model, objective, constants
@@ -62,7 +64,8 @@ TRAINED = {   # model, objective, constants
 def trained(name):
   """Returns a program of the loss of a small batch and its gradients, and the arguments of the program.
 
-  Metrics are left out: a margin is a small difference of large sums, which rounding moves by a large part of it.
+  It is the gradient of a step of training: where the mesh has stages, layers are a pipeline. Metrics are left out: a
+  margin is a small difference of large sums, which rounding moves by a large part of it.
   """
   model, objective, constants = TRAINED[name]
   source = TIME if model is T5 else None
@@ -72,13 +75,15 @@ def trained(name):
   batch = small_batch(run, special(Bytes(objective.control), objective.control), ROWS, TIME, source)
   constants = {part: random_params(constant) for part, constant in constants.items()}
 
-  def mean_loss(params, batch, constants):
-    loss, weight, _ = objective.loss(model.apply, {**params, **constants}, batch, None)
-    return loss / weight
+  def gradient(params, batch, constants):
+    def mean_loss(params, batch, key):
+      loss, weight, _ = objective.loss(model.apply, {**params, **constants}, batch, key)
+      return loss / weight, ()
+    return accumulate_gradients(mean_loss, params, batch, None, 1)
 
   mesh = jax.sharding.get_mesh()
   batch = batch if mesh.empty else sharding.shard_rows(batch, mesh)
-  return jax.jit(jax.value_and_grad(mean_loss)), (random_params(model), batch, constants)
+  return jax.jit(gradient), (random_params(model), batch, constants)
 
 
 def written(model, draft=None):

@@ -92,6 +92,7 @@ def test_what_one_process_cannot_write_or_read_is_repeated_in_all(tmp_path):
   tried, problem, _ = first['for good']
   assert second['for good'][0] == tried and len(tried) == 6   # one that is good, and five that are not
   for text in problem, second['for good'][1]:
+    assert 'process 1 could not write its part; ' in text and 'Input/output error' in text
     assert 'it was tried 5 times' in text and 'newest checkpoint is of step 2' in text
   assert first['again'][:2] == second['again'][:2] == [[4, 6, 8], '']
   assert first['read'] == [6, [[0, [6., 7., 8., 9.]]]] and second['read'] == [6, [[4, [10., 11., 12., 13.]]]]
