@@ -53,7 +53,7 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
   workdir, model = load.run_or_model(workdir, model, best)
   holes = {'body': code_holes.bodies()[:limit], 'line': code_holes.lines()[:limit]}
   if problems:
-    holes = {problems.name.split('.')[0]: list(map(code_holes.of_record, text_files.read(problems).lines[:limit]))}
+    holes = {problems.name.split('.')[0]: code_holes.of_records(text_files.read(problems))[:limit]}
   results = {}
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)

@@ -3,7 +3,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lm.data.text import library_functions
-from lm.evaluate.texts import Problem, problem
+from lm.evaluate.texts import Problem, problem, text_files
 
 _AFTER_A_FUNCTION = ('\ndef ', '\nclass ', '\nif ', '\nprint(', '\n#', '\n@', '\n```')
 _AFTER_A_PROGRAM = ('\nassert ', '\n"""', '\nprint(', '\nif ', '\n```')
@@ -54,6 +54,17 @@ def of_record(record: Mapping[str, Any]) -> Hole:
       return Hole(name, before, record.get('code', ''), '', problem(record), _AFTER_A_PROGRAM, lambda text: text)
   raise ValueError('a problem has prompt, test and entry_point as those of HumanEval, or text and test_list as those '
                    f'of MBPP, and this has {", ".join(record) or "nothing"}')
+
+
+def of_records(records: text_files.Records) -> list[Hole]:
+  """Returns the holes of a file; see `of_record`. Raises ValueError, with the line, for a record of another form."""
+  holes = []
+  for i, record in enumerate(records.lines):
+    try:
+      holes.append(of_record(record))
+    except ValueError as error:
+      raise ValueError(f'{records.where(i)}: {error}') from None
+  return holes
 
 
 def first_line(text: str) -> str:

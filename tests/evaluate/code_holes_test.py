@@ -1,7 +1,10 @@
 """Holes of records in the forms of HumanEval and MBPP: what their authors wrote passes, what is cut does not count."""
+import pathlib
+
 import pytest
 
 from lm.evaluate import code_holes
+from lm.evaluate.texts import text_files
 
 FUNCTION = {
     'task_id': 'HumanEval/0', 'entry_point': 'double', 'prompt': 'def double(x):\n  """Returns 2 * x.\n  """\n',
@@ -33,8 +36,9 @@ def test_functions_and_programs_are_those_of_their_records():
   sanitised = {'task_id': 2, 'prompt': PROGRAM['text'], 'test_list': ['assert math.isnan(nan())'],
                'test_imports': ['import math']}
   assert passes(code_holes.of_record(sanitised), 'def nan():\n  return float("nan")')
-  with pytest.raises(ValueError, match='and this has question, answer'):
-    code_holes.of_record({'question': '', 'answer': ''})
+  lines = text_files.Records(pathlib.Path('a.jsonl'), [FUNCTION, {'question': '', 'answer': ''}], [1, 3])
+  with pytest.raises(ValueError, match='a.jsonl line 3: .*, and this has question, answer'):
+    code_holes.of_records(lines)
 
 
 def test_texts_are_cut_where_a_line_or_a_body_ends():
