@@ -94,10 +94,14 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
 
   The threshold is that of every second question, and measured on the others.
   """
-  speaker, room = conversation.Conversation(result.data.tokenizer, run.data.template), run.data.length // 2
+  speaker, room = conversation.Conversation(result.data.tokenizer, run.data.template), run.data.length // 8
+  longest = run.data.length - room
   measures, questions, replies = {}, [], []
   for split in ('validation', *(f'validation-{name}' for name in result.data.validation_sets)):
-    some = question_replies.held_out(run.data, speaker, QUESTIONS, room, split)
+    some = question_replies.held_out(run.data, speaker, QUESTIONS, room, split, longest)
+    if not some:
+      raise ValueError(f'no held-out question of {split} has fewer than {longest} tokens, and an answer of fewer than '
+                       f'{room}, as --length={run.data.length} has room for')
     written = generate.generate(run.model, result.params, speaker, [question for question, _ in some],
                                 generate.Sampling(temperature=0), max_tokens=room)
     references = [[answer] for _, answer in some]
@@ -105,8 +109,6 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     if run.data.answer:
       measures[split] += texts.SlotAccuracy(run.data.answer)(written, references)
     questions, replies = questions + some, replies + written
-  if not questions:
-    raise ValueError(f'no held-out question has fewer than {room} tokens, half of --length={run.data.length}')
   answers, handed_over = [answer for _, answer in questions], np.array([reply == HAND_OVER for reply in replies])
   log_p = np.where(handed_over, -np.inf, hand_over.log_probabilities(
       run.model, result.params, speaker, [question for question, _ in questions], replies))

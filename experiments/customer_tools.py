@@ -16,7 +16,7 @@ from lm.evaluate.measures import mean
 from lm.evaluate.report import Result
 
 
-def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_tokens: int = 64,
+def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_tokens: int | None = None,
          key_variable: str | None = None) -> None:
   """Asks the questions of generated customers, looks the calls of the model up in their orders, and scores answers.
 
@@ -25,14 +25,14 @@ def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_to
     model: the name of the model, as the server has it.
     dialogues: the number of customers, with four questions each.
     seed: of the customers; the dialogues of training have other ones.
-    max_tokens: the most tokens of an answer or a call.
+    max_tokens: the most tokens of an answer or a call; none for what the model has room for.
     key_variable: the environment variable that holds the key of the server; none sends no key.
   """
   key = os.environ.get(key_variable) if key_variable else None
   if key_variable and not key:
     raise ValueError(f'--key_variable={key_variable}, but the environment has no such variable; export it first')
   endpoint = chat_endpoint.Endpoint(address, model, key, max_tokens)
-  written, expected, right_calls = [], [], []
+  written, expected, right_calls, wrong = [], [], [], []
   for number in range(dialogues):
     orders, exchanges = shop_dialogues.exchanges(random.Random(f'customer {seed} {number}'))
     functions = {'find_order': functools.partial(find_order, orders)}
@@ -43,8 +43,11 @@ def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_to
       written.append(answer)
       expected.append([exchange.answer])
       right_calls.append(calls == [('find_order', {'item': exchange.item})])
+      if answer != exchange.answer:
+        wrong.append(f'{exchange.question!r} on the {exchange.item}: {answer!r}, and not {exchange.answer!r}')
     if number < 2:
       show(messages)
+  print('\n'.join(['', f'{len(wrong)} answers are not as the orders say', *wrong[:6]]))
   measures = [mean('right_calls', right_calls, 'higher'), *texts.ExactMatch()(written, expected),
               *texts.SlotAccuracy(shop_dialogues.SLOTS)(written, expected)]
   print('\n' + report.table({'answers': report.to_json(Result(measures))}))

@@ -78,10 +78,12 @@ def experiment(*, records: options.Records = options.Records(), model: str | Non
 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints ROUGE of summaries of held-out texts, beside the first sentences of the texts and sentences at random."""
-  speaker, room = conversation.Conversation(result.data.tokenizer, run.data.template), run.data.length // 2
-  questions = question_replies.held_out(run.data, speaker, QUESTIONS, room)
+  speaker, room = conversation.Conversation(result.data.tokenizer, run.data.template), run.data.length // 4
+  longest = run.data.length - room
+  questions = question_replies.held_out(run.data, speaker, QUESTIONS, room, longest=longest)
   if not questions:
-    raise ValueError(f'no held-out text has fewer than {room} tokens, half of --length={run.data.length}')
+    raise ValueError(f'no held-out text has fewer than {longest} tokens, and a summary of fewer than {room}, as '
+                     f'--length={run.data.length} has room for')
   prompts, rng = [question for question, _ in questions], random.Random(0)
   sources = [sentences(question[-1]['content']) for question in prompts]
   summaries = {

@@ -39,7 +39,7 @@ class Endpoint:
     address: such as http://localhost:8000/v1, to which /chat/completions is added.
     model: the name of the model, as the server has it.
     key: sent as a bearer token; None for none.
-    max_tokens: of a reply.
+    max_tokens: of a reply; None for what the server has room for.
     seconds: to wait for a reply.
     attempts: how often a request is sent before it counts as failed, with growing pauses between.
     sleep: waits for so many seconds.
@@ -47,7 +47,7 @@ class Endpoint:
   address: str
   model: str
   key: str | None = dataclasses.field(default=None, repr=False)
-  max_tokens: int = 1024
+  max_tokens: int | None = 1024
   seconds: float = 120.
   attempts: int = 6
   sleep: Callable[[float], None] = time.sleep
@@ -56,7 +56,7 @@ class Endpoint:
     if not self.address.startswith(('http://', 'https://')):
       raise ValueError(f'address={self.address} begins with neither http:// nor https://; give an address such as '
                        'http://localhost:8000/v1')
-    if self.max_tokens < 1 or self.attempts < 1 or not self.seconds > 0:
+    if (self.max_tokens is not None and self.max_tokens < 1) or self.attempts < 1 or not self.seconds > 0:
       raise ValueError(f'max_tokens={self.max_tokens}, attempts={self.attempts} and seconds={self.seconds} have to be '
                        'above 0')
 
@@ -67,8 +67,10 @@ class Endpoint:
 
   def body(self, messages: Messages, tools: Tools = ()) -> dict[str, Any]:
     """Returns the JSON of a request."""
-    return {'model': self.model, 'messages': list(messages), 'temperature': 0, 'max_tokens': self.max_tokens,
-            **({'tools': list(tools)} if tools else {})}
+    body = {'model': self.model, 'messages': list(messages), 'temperature': 0}
+    if self.max_tokens is not None:
+      body['max_tokens'] = self.max_tokens
+    return {**body, 'tools': list(tools)} if tools else body
 
   def ask(self, messages: Messages) -> str:
     """Returns the text of a reply; empty where the model gave none, as in a refusal. Raises as `message`."""

@@ -7,10 +7,14 @@ Question = tuple[messages.Messages, str]   # the dialogue up to an answer, and t
 
 
 def held_out(data: dialogues.Dialogues, tokenizer: conversation.Conversation, count: int, room: int,
-             split: str = 'validation') -> list[Question]:
-  """Returns those of the first `count` questions of a split that have, like their answers, fewer than `room` tokens."""
+             split: str = 'validation', longest: int | None = None) -> list[Question]:
+  """Returns those of the first `count` questions of a split whose answers have fewer than `room` tokens.
+
+  The questions have fewer than `longest` tokens, with all that is before them; None for `room`.
+  """
+  limit = room if longest is None else longest
   return [(question, answer) for question, answer in data.questions(split, count)
-          if max(len(tokenizer.encode_batch([question])[0]), len(tokenizer.encode(answer))) < room]
+          if len(tokenizer.encode_batch([question])[0]) < limit and len(tokenizer.encode(answer)) < room]
 
 
 def show(questions: Sequence[Question], replies: Mapping[str, Sequence[str]], answer_name: str) -> None:
