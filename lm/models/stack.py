@@ -188,9 +188,14 @@ def run_cached(stacks: Stacks, params: Any, x: jax.Array, context: Context, cach
   It does not use a scan, which would copy the weights and the cache of each layer at every step (half of the time on
   CPU).
   """
+  def apply(block, params, x, context, cache):   # new in each call, because a trace depends on what is set around it
+    return _apply(block, params, x, context, cache)
+
   new, total, readings, x = [], Aux(), [], sharding.spread(x)
+  if isinstance(x, jax.core.Tracer):
+    apply = jax.jit(apply, static_argnums=0)   # equal layers are traced once
   for i, (block, tree, cache) in enumerate(zip(layers(stacks), unstacked(stacks, params), caches)):
-    x, cache, aux, read = _apply(block, tree, x, dataclasses.replace(context, layer=jnp.int32(i)), cache)
+    x, cache, aux, read = apply(block, tree, x, dataclasses.replace(context, layer=jnp.int32(i)), cache)
     new.append(cache)
     total = total.plus(aux)
     readings.append(read)

@@ -59,8 +59,22 @@ def test_activations_are_read_stacked_over_layers_with_or_without_a_cache():
   assert out.readings['query'].shape == (len(GPT2.layers), ROWS, TIME, heads, size)
   last = GPT2.norm.apply({'params': params['norm']}, out.readings['output'][-1])
   np.testing.assert_allclose(last, out.hidden, atol=1e-6)   # the norm is compiled twice
-  cached = GPT2.apply(params, batch, cache=GPT2.init_cache(ROWS, TIME), taps=taps)
+  cached = jax.jit(lambda params: GPT2.apply(params, batch, cache=GPT2.init_cache(ROWS, TIME), taps=taps))(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(cached.readings), dict(out.readings))
+
+
+def test_equal_layers_are_traced_once_with_a_cache_and_know_their_numbers():
+  traces = []
+
+  def number(x, layer):
+    traces.append(layer)
+    return x, layer
+
+  def numbers(params):
+    cache = GPT2.init_cache(ROWS, TIME)
+    return GPT2.apply(params, make_batch(False), cache=cache, taps=(('output', number),)).readings['output']
+
+  assert jax.jit(numbers)(random_params(GPT2)).tolist() == list(range(len(GPT2.layers))) and len(traces) == 1
 
 
 def test_nothing_is_stored_where_nothing_is_read():

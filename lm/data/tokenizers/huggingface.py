@@ -34,7 +34,7 @@ class HuggingFace(base.TokenizerBase):
   @functools.cached_property
   def _original(self) -> Any:
     """The tokenizer of the unchanged file."""
-    return _open(self.model)
+    return _open_once(self.model)
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
@@ -51,7 +51,7 @@ class HuggingFace(base.TokenizerBase):
     vocabulary = self._original.get_vocab(with_added_tokens=True)
     added = self._original.get_added_tokens_decoder()
     form = json_value(self.model)
-    bytes_of = byte_level() if _has(form, 'ByteLevel') else None   # of a character, if names are written in bytes
+    is_byte_level = _has(form, 'ByteLevel')
     fallback = form['model'].get('byte_fallback') or _has(form, 'ByteFallback')
     table = [b''] * (1 + max(vocabulary.values()))
     for name, i in vocabulary.items():
@@ -59,8 +59,8 @@ class HuggingFace(base.TokenizerBase):
         table[i] = b'' if name in self._control else name.encode()
       elif fallback and _BYTE.fullmatch(name):
         table[i] = bytes([int(name[3:5], 16)])
-      elif bytes_of:
-        table[i] = b''.join(bytes_of.get(character, character.encode()) for character in name)
+      elif is_byte_level:
+        table[i] = byte_level_bytes(name)
       else:
         table[i] = name.removeprefix('##').replace('▁', ' ').encode()
     return table
@@ -108,6 +108,11 @@ class HuggingFace(base.TokenizerBase):
   def save(self, folder: str | os.PathLike) -> None:
     base.write(folder, 'tokenizer.json', self.model.encode())
     base.write_separators(folder, self)
+
+
+@functools.lru_cache(maxsize=1)   # `folder.load` makes several tokenizers of a file, one after the other
+def _open_once(model: str) -> Any:
+  return _open(model)
 
 
 def _open(model: str) -> Any:
@@ -255,6 +260,22 @@ def wordpiece(words: Sequence[str], lower_case: bool, strip_accents: bool | None
       'decoder': {'type': 'WordPiece', 'prefix': '##', 'cleanup': True},
       'model': {'type': 'WordPiece', 'unk_token': '[UNK]', 'continuing_subword_prefix': '##',
                 'max_input_chars_per_word': 100, 'vocab': ids}})
+
+
+def byte_level_bytes(name: str) -> bytes:
+  """Returns the bytes that a name of a byte-level vocabulary stands for; other characters stand for themselves."""
+  try:
+    return name.translate(_latin_1()).encode('latin-1')
+  except UnicodeEncodeError:
+    bytes_of = byte_level()
+    return b''.join(bytes_of.get(character, character.encode()) for character in name)
+
+
+@functools.cache
+def _latin_1() -> dict[int, str]:
+  """Returns the character of Latin-1 that has the byte of each character; none for those that represent no byte."""
+  no_byte = dict.fromkeys(range(128, 256), '\ufffd')
+  return no_byte | {ord(character): byte.decode('latin-1') for character, byte in byte_level().items()}
 
 
 def byte_level() -> dict[str, bytes]:
