@@ -19,6 +19,7 @@ from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
 from lm.models import Reward
 from lm.objectives.objective import causal_prompt
+from lm.options import ServedDrafts
 
 _WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
 
@@ -37,10 +38,17 @@ def _open(model: str, best: bool) -> tuple[Any, Any, Any, Any]:
   return decoder, decoder.unstack(loaded.params), loaded.tokenizer, template
 
 
+def _drafting_engine(model: str, slots: int) -> generate.Engine:
+  """Returns the engine of a model that drafts tokens of texts of up to `slots` tokens."""
+  decoder, params, tokenizer, _ = _open(model, best=False)
+  return generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
+
+
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
          port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
          api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
-         max_body: int = 1 << 20, deadline: float = 600, drain: int = 60, mesh: str | None = None) -> None:
+         max_body: int = 1 << 20, deadline: float = 600, drain: int = 60, mesh: str | None = None,
+         drafting: ServedDrafts = ServedDrafts()) -> None:
   """Serves a model until Ctrl-C or SIGTERM; answers that are being written are finished first.
 
   Args:
@@ -75,7 +83,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     decoder, params, tokenizer, template = _open(model, best)
     slots = context or min(decoder.max_length, 1024 if decoder.reads_source else 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
-    scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages)
+    drafter = drafting.make(lambda name: _drafting_engine(name, slots))
+    scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages, drafter=drafter)
     if scheduler.sharing_obstacle is not None:
       print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
             file=sys.stderr)

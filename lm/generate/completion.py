@@ -12,9 +12,11 @@ import numpy as np
 from lm import sharding
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
+from lm.generate.drafted_steps import Drafter
 from lm.generate.engine import Engine
 from lm.generate.grammars import Matcher, allowed_tokens
 from lm.generate.sampling import Sampling, settings
+from lm.generate.slots import WIDTHS
 from lm.models.transformer import LanguageModel
 
 
@@ -36,14 +38,16 @@ class Completion(NamedTuple):
   sampling: Sampling
   max_tokens: int
   seed: int
-  draft: Draft | None = None
+  draft: Draft | Drafter | None = None
   matchers: Sequence[Matcher] = ()
 
   def engine(self, slots: int) -> Engine:
     """Returns an engine whose rows have at least `slots` slots."""
     model, ends = self.model, tuple(self.tokenizer.eos_ids)
     params, vocab = model.unstack(self.params), self.tokenizer.vocab_size
-    if self.draft is not None:
+    if isinstance(self.draft, Drafter):
+      slots += self.draft.drafts
+    elif self.draft is not None:
       return self.draft.engine(model, params, slots, vocab, ends)
     return Engine(model, params, round_up_slots(slots), vocab, ends)
 
@@ -97,6 +101,12 @@ def complete(request: Completion, texts: Sequence[np.ndarray], batch: Batch, str
   allowed = allowed_tokens(request.matchers, engine.model.vocab)
   state, tokens = engine.prefill(batch, row_settings, [limit] * rows, step, full_texts, allowed)
   written, ended = np.zeros(len(texts), int), np.zeros(len(texts), bool)
+  drafter, so_far = request.draft, []
+  if isinstance(drafter, Drafter):
+    so_far = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(texts)])]
+    drafter.prepare(engine, rows, WIDTHS, max(map(len, so_far)) + request.max_tokens)
+    for row, ids in enumerate(so_far):
+      drafter.join(ids, row)
   while True:
     pieces = tokens.rows(len(texts))
     for matcher, piece in zip(request.matchers, pieces):
@@ -110,7 +120,12 @@ def complete(request: Completion, texts: Sequence[np.ndarray], batch: Batch, str
     failures = [matcher.failure for matcher in request.matchers if matcher.failure]
     if failures:
       raise ValueError(f'the grammar allows no further token: {failures[0]}')
-    state, tokens = engine.step(state) if allowed is None else engine.step(state, 1, allowed)
+    if isinstance(drafter, Drafter):
+      so_far = [np.r_[ids, piece] for ids, piece in zip(so_far, pieces)]
+      drafted = [None if has_ended or allowed is not None else ids for ids, has_ended in zip(so_far, ended)]
+      state, tokens = drafter.step(engine, state, [*drafted, *[None] * (rows - len(texts))], allowed)
+    else:
+      state, tokens = engine.step(state) if allowed is None else engine.step(state, 1, allowed)
 
 
 def complete_past_context(request: Completion, texts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:

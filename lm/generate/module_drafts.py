@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lm import sharding
+from lm.generate.completion import round_up_slots
+from lm.generate.drafted_steps import DraftCounter, check_cache
 from lm.generate.engine import map_shards
 from lm.generate.sampling import row_keys
-from lm.generate.speculative import DRAFT, DraftingEngine, DraftState, Speculation, probabilities, take
+from lm.generate.speculative import DRAFT, DraftingEngine, DraftState, probabilities, take
 from lm.models.attention import Visible, write
 from lm.models.context import Context
 from lm.models.prediction_heads import MultiToken
@@ -21,7 +23,7 @@ from lm.models.prediction_heads import MultiToken
 
 @dataclasses.dataclass(frozen=True)
 class ModuleDrafter:
-  """The modules of the first `drafts` depths draft. See `Drafter`."""
+  """The modules of the first `drafts` depths draft. See `speculative.DraftingModules`."""
   drafts: int
 
   @property
@@ -29,6 +31,7 @@ class ModuleDrafter:
     return 2 * self.drafts
 
   def check(self, model: MultiToken, width: int) -> None:
+    check_cache(model)
     most = min(model.depths, width // 2)
     if most < self.drafts:
       raise ValueError(f'drafts={self.drafts}: this model can draft 1 to {most} tokens')
@@ -64,7 +67,7 @@ class ModuleDrafter:
     return state._replace(tokens_BS=tokens, depths=tuple(caches), drafted_BDV=jnp.stack(drafted, axis=1))
 
 
-class SelfSpeculation(Speculation):
+class SelfSpeculation(DraftCounter):
   """Drafts by a model that predicts further tokens.
 
   Args:
@@ -72,7 +75,8 @@ class SelfSpeculation(Speculation):
   """
 
   def __init__(self, drafts: int | None = None):
-    super().__init__(drafts)
+    super().__init__()
+    self.drafts = drafts
 
   def engine(self, model: MultiToken, params: Any, slots: int, vocab: int, ends: Sequence[int]) -> DraftingEngine:
     """See `generate.Draft`. Raises ValueError if the model cannot draft as many tokens."""
@@ -82,4 +86,5 @@ class SelfSpeculation(Speculation):
     drafts = depths if self.drafts is None else self.drafts
     if not 1 <= drafts <= depths:
       raise ValueError(f'drafts={drafts}: this model can draft 1 to {depths} tokens')
-    return self.engine_of(ModuleDrafter(drafts), model, params, slots, vocab, ends)
+    slots = round_up_slots(slots + 1 + 2 * drafts)
+    return DraftingEngine(model, params, slots, vocab, ends, ModuleDrafter(drafts), self)

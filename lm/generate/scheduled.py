@@ -17,13 +17,24 @@ NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 0), np.int32), np.zeros
 
 @dataclasses.dataclass
 class WrittenChoice:
-  """A choice that is being written in a row."""
+  """A choice that is being written in a row. `text` has room for the prompt and `limit` tokens."""
   request: Request
   choice: int
   limit: int
+  text: np.ndarray
   matcher: Matcher | None = None
   pages: Sequence[Sequence[int]] = ()   # of each pool
   written: int = 0
+
+  @property
+  def size(self) -> int:
+    """The number of tokens of the text so far."""
+    return len(self.text) - self.limit + self.written
+
+  def add(self, ids: Sequence[int]) -> None:
+    """Adds new tokens."""
+    self.text[self.size:self.size + len(ids)] = ids
+    self.written += len(ids)
 
 
 @dataclasses.dataclass

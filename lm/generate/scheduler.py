@@ -18,13 +18,18 @@ request's grammar has reached its limits).
 In float32, the ids and log-probabilities of a request depend, to the last bit, on the request alone: not on the
 requests beside it, nor on the order of arrival. They do depend on the number of rows, because other shapes are rounded
 differently.
+
+With a `drafter`, a step gives a row one token or more (`drafted_steps`), and all this holds too. The tokens and numbers
+of a request are then those without one, up to rounding.
 """
 import collections
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from lm.generate import compilations
+from lm.generate.drafted_steps import Drafter
 from lm.generate.engine import CHUNK, Engine, Tokens
 from lm.generate.grammars import allowed_tokens
 from lm.generate.page_pool import prefix_keys
@@ -50,12 +55,14 @@ class Scheduler:
       is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages, see
       `paged.obstacle`. With 0, each row has `engine.slots` slots of its own.
 
+    drafter: drafts tokens, if any; it may not serve another scheduler. Rows with a grammar have no drafts.
+
   Raises:
-    ValueError: the engine makes drafts, or the cache cannot have pages.
+    ValueError: the engine makes drafts, the cache cannot have pages, or the drafter cannot draft for the engine.
   """
 
   def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1,
-               pages: int | None = None):
+               pages: int | None = None, drafter: Drafter | None = None):
     if engine.spare_slots:
       raise ValueError(f'{type(engine).__name__} of {type(engine.model).__name__} cannot read prompts in chunks; give '
                        'an Engine')
@@ -72,7 +79,13 @@ class Scheduler:
       pages = rows * -(-engine.slots // widths[0]) + 1 if paged.obstacle(model) is None else 0
     if pages < 0 or pages == 1:
       raise ValueError(f'pages={pages} must be 0 or at least 2, because no text uses page 0')
-    self._slots = Slots(engine, rows, widths, pages)
+    self.drafter = drafter
+    if drafter is not None:
+      if tokens_per_step != 1:
+        raise ValueError(f'tokens_per_step={tokens_per_step} must be 1 with drafts, which follow each pass')
+      drafter.prepare(engine, rows, widths, self.context)
+    slots = engine.slots + (0 if drafter is None else drafter.drafts)   # drafts may be behind the last token
+    self._slots = Slots(dataclasses.replace(engine, slots=slots), rows, widths, pages)
     self._state = self._slots.empty()
     self.pool = self._slots.pools()   # which pages are used; None without pages
     self.sharing_obstacle = self._sharing_obstacle()   # why prompts do not share prefixes; None if they do
@@ -121,6 +134,10 @@ class Scheduler:
       self.submit(Request([0], max_tokens=0, source=[0] * width))
     while self.is_busy:
       self.step()
+    if self.drafter is not None:
+      for width in self._slots.widths:
+        self.drafter.join(np.zeros(width, np.int32), 0)
+      self.drafter.clear()
     self._state = self.engine.evict(self._state, [])
     if self.pool is not None:
       self._slots.read_prefix(self._state, self.pool.find([]))
@@ -160,7 +177,11 @@ class Scheduler:
     if self.running:
       matchers = [row and row.matcher for row in self._rows]
       allowed = allowed_tokens(matchers, self.engine.model.vocab)
-      self._state, tokens = self.engine.step(self._state, self.tokens_per_step if allowed is None else 1, allowed)
+      if self.drafter is None:
+        self._state, tokens = self.engine.step(self._state, self.tokens_per_step if allowed is None else 1, allowed)
+      else:
+        texts = [row.text[:row.size] if row is not None and row.matcher is None else None for row in self._rows]
+        self._state, tokens = self.drafter.step(self.engine, self._state, texts, allowed)
       self._collect(tokens)
     events, self._events = self._events, []
     return events
@@ -228,7 +249,10 @@ class Scheduler:
     allowed = allowed_tokens([matcher], self.engine.model.vocab)
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages)
-    self._rows[row] = WrittenChoice(request, choice, limit, matcher, () if pages is None else pages.held)
+    text = np.r_[reading.ids, np.zeros(limit, np.int32)]
+    self._rows[row] = WrittenChoice(request, choice, limit, text, matcher, () if pages is None else pages.held)
+    if self.drafter is not None:
+      self.drafter.join(reading.ids, row)
     has_ended = self._add_event(row, tokens, 0)
     self._events[-1] = self._events[-1]._replace(prompt_scores=prompt_scores, reading_start=reading.start)
     if has_ended:
@@ -255,7 +279,7 @@ class Scheduler:
     own = self._rows[row]
     count = int(tokens.count_B[column])
     ids = np.asarray(tokens.ids_BT)[column, :count].tolist()
-    own.written += count
+    own.add(ids)
     if own.matcher is not None:
       own.matcher.add(ids)
     reason = None

@@ -1,20 +1,19 @@
-"""Speculative decoding: a drafter writes a few tokens, and one forward pass of the trunk verifies all of them.
+"""Speculative decoding by a model's own modules for further tokens: one pass of the trunk verifies their drafts.
 
   draft = module_drafts.SelfSpeculation()
   generate.generate(model, params, tokenizer, prompts, draft=draft)
   print(draft.acceptance, draft.tokens_per_pass)
 
 The tokens have the same distribution as those of the trunk alone (Leviathan et al. 2023, arXiv:2211.17192). Greedy
-text is the same, except where sums of another shape are rounded differently. Drafters are in `module_drafts`, by the
-model's own modules for further tokens, and in `prompt_lookup`, without a model. Shapes: the legend in
-`models/transformer.py`; here, D are the drafted tokens, and W = D + 1 the tokens of a forward pass.
+text is the same, except where sums of another shape are rounded differently. The modules are in `module_drafts`; other
+drafts are in `drafted_steps`. Shapes: the legend in `models/transformer.py`; here, D are the drafted tokens, and
+W = D + 1 the tokens of a forward pass.
 
 Each row has its own index in the cache. The entries of rejected tokens lie behind this index, where no query sees
 them, and the next pass, which is as long, overwrites them.
 """
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.generate.completion import round_up_slots
+from lm.generate.drafted_steps import DraftCounter
 from lm.generate.engine import (
     CHUNK,
     Engine,
@@ -101,8 +100,8 @@ def take(x: jax.Array, indices_BT: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, indices_BT.reshape(*indices_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-class Drafter(Protocol):
-  """Drafts tokens; a hashable object, because a program is compiled for it.
+class DraftingModules(Protocol):
+  """Drafts tokens from hidden states; a hashable object, because a program is compiled for it.
 
   Attributes:
     drafts: the number of tokens that it drafts at a time.
@@ -215,8 +214,8 @@ def _rounds(model, params, state: DraftState, count, ends, *, vocab, rounds, dra
 @dataclasses.dataclass(frozen=True)
 class DraftingEngine(Engine):
   """An engine whose drafts are by `drafter`. It counts passes and accepted drafts in `counter`."""
-  drafter: Drafter
-  counter: 'Speculation'
+  drafter: DraftingModules
+  counter: DraftCounter
 
   @property
   def spare_slots(self) -> int:
@@ -240,33 +239,7 @@ class DraftingEngine(Engine):
       raise ValueError(f'count={count} rounds in one step must be 1 to {most}')
     state, tokens, counts = _rounds(self.model, self.params, state, np.int32(count), np.int32(self.ends),
                                     vocab=self.vocab, rounds=most, drafter=self.drafter)
-    self.counter.add(int(counts.passes), int(counts.accepted), self.drafter.drafts)
+    self.counter.passes += int(counts.passes)
+    self.counter.accepted += int(counts.accepted)
+    self.counter.proposed += int(counts.passes) * self.drafter.drafts
     return state, tokens
-
-
-class Speculation:
-  """Drafts for `generate.stream(..., draft=...)`; counts the accepted ones."""
-
-  def __init__(self, drafts: int | None):
-    self.drafts, self.passes, self.accepted, self.proposed = drafts, 0, 0, 0
-
-  @property
-  def acceptance(self) -> float:
-    """The share of the drafts that were accepted."""
-    return self.accepted / max(self.proposed, 1)
-
-  @property
-  def tokens_per_pass(self) -> float:
-    """The mean number of tokens that a forward pass of the trunk gave a row that had not ended."""
-    return 1 + self.accepted / max(self.passes, 1)
-
-  def add(self, passes: int, accepted: int, drafts: int) -> None:
-    """Counts passes of the trunk, each over `drafts` drafts."""
-    self.passes += passes
-    self.accepted += accepted
-    self.proposed += drafts * passes
-
-  def engine_of(self, drafter: Drafter, model: Any, params: Any, slots: int, vocab: int, ends: Sequence[int]
-                ) -> DraftingEngine:
-    """Returns an engine with a drafter, whose rows have at least `slots` slots."""
-    return DraftingEngine(model, params, round_up_slots(slots + 1 + 2 * drafter.drafts), vocab, ends, drafter, self)

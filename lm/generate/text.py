@@ -14,6 +14,7 @@ import numpy as np
 from lm.data.batch import Batch
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.completion import Completion, Draft, complete, complete_past_context, prompt_batch
+from lm.generate.drafted_steps import Drafter
 from lm.generate.grammars import Grammar, check_sampling
 from lm.generate.sampling import Sampling
 from lm.generate.text_stream import TextStream, with_bos
@@ -64,8 +65,8 @@ def room(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], bos
 
 def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling = PLAIN,
            *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
-           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
-           window: bool = False, grammar: Grammar | None = None) -> Iterator[list[str]]:
+           mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | Drafter | None = None,
+           bos: bool | None = None, window: bool = False, grammar: Grammar | None = None) -> Iterator[list[str]]:
   """Yields the completions of all prompts piece by piece; each item has the next piece of each, which may be empty.
 
   Pieces hold whole characters. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
@@ -81,7 +82,7 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     stop: strings that end a completion, and are not part of it.
     seed: of the random numbers.
     mark: marks the prompts as in training: the `prompt` of the run's objective.
-    draft: drafts several tokens for each forward pass of the model; see `speculative`.
+    draft: drafts several tokens for each forward pass of the model; see `drafted_steps` and `speculative`.
     bos: whether a prompt begins with bos; None decides by `tokenizer.adds_bos`. An empty prompt always does.
     window: whether to go on past the context: where it is full, its last half is read again.
     grammar: what each completion has to match, from `Grammars.compile`; None for any text.
@@ -96,8 +97,8 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     return
   encoded, batch = encode(model, tokenizer, prompts, bos)
   max_tokens = token_count(model, tokenizer, batch, max_tokens, window)
-  if window and draft is not None:
-    raise ValueError('drafts are not made past the context; leave out either the drafts or the window')
+  if window and draft is not None and not isinstance(draft, Drafter):
+    raise ValueError('these drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
   texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
   matchers = []
@@ -114,8 +115,8 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
 
 def generate(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Sequence[str],
              sampling: Sampling = PLAIN, *, max_tokens: int | None = None, stop: Sequence[str] = (), seed: int = 0,
-             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | None = None, bos: bool | None = None,
-             window: bool = False, grammar: Grammar | None = None) -> list[str]:
+             mark: Callable[[Batch], Batch] = lambda batch: batch, draft: Draft | Drafter | None = None,
+             bos: bool | None = None, window: bool = False, grammar: Grammar | None = None) -> list[str]:
   """Returns the completion of each prompt, without the prompt; see `stream`."""
   pieces = stream(model, params, tokenizer, prompts, sampling, max_tokens=max_tokens, stop=stop, seed=seed, mark=mark,
                   draft=draft, bos=bos, window=window, grammar=grammar)
@@ -137,6 +138,6 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
 
 
 def _pieces(request: Completion, prompts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:
-  if request.model.reads_source or request.draft is not None:
+  if request.model.reads_source or request.draft is not None and not isinstance(request.draft, Drafter):
     return complete(request, prompts, batch)
   return complete_past_context(request, prompts, batch)

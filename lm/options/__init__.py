@@ -12,8 +12,9 @@ from lm.options.regularisation import Augmentations, Regularisation
 from lm.options.sizes import NAMED, Size
 from lm.options.vocabulary import Vocabulary
 from lm.options.warmup import Warmup
-from lm.options.writing import BestOf, Drafts, Drawing, Extent, Form, PromptsFile, Search
+from lm.options.writing import BestOf, Drafts, Drawing, Extent, Form, PromptsFile, Search, ServedDrafts
 
 __all__ = ['Shape', 'Budget', 'Cadence', 'Computation', 'Corpus', 'LearnedMetrics', 'Lora', 'MUON', 'Optimizer',
            'Ahead', 'Prediction', 'Records', 'Augmentations', 'Regularisation', 'NAMED', 'Size', 'Vocabulary',
-           'Warmup', 'BestOf', 'Drafts', 'Drawing', 'Extent', 'Form', 'PromptsFile', 'Search']
+           'Warmup', 'BestOf', 'Drafts', 'Drawing', 'Extent', 'Form', 'PromptsFile', 'Search',
+           'ServedDrafts']

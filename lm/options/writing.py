@@ -1,13 +1,13 @@
 """Flags of the texts that a model writes: how tokens are drawn, how long texts are, and prompts from a file."""
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Literal
 
 from lm import seeds
-from lm.generate import Sampling, read_grammar
+from lm.generate import Drafter, DraftModel, Engine, PromptLookup, Sampling, read_grammar
 from lm.generate.beam_search import Beams
 from lm.generate.module_drafts import SelfSpeculation
-from lm.generate.prompt_lookup import PromptLookup
 from lm.signature import Texts
 
 
@@ -121,11 +121,42 @@ class Drafts:
   def __post_init__(self):
     if min(self.draft, self.lookup) < 0:
       raise ValueError(f'--draft={self.draft} and --lookup={self.lookup} must be 0 or more')
+    self.make()
 
   def make(self) -> SelfSpeculation | PromptLookup | None:
     if self.lookup:
       return PromptLookup(self.lookup)
     return SelfSpeculation(self.draft) if self.draft else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedDrafts:
+  """Tokens that are drafted, and read in one pass of the model (speculative decoding); answers stay the same.
+
+  Args:
+    lookup: number of tokens that are drafted at a time from where the last ones stood before in the text; 0 for none.
+    draft_model: a smaller model with the same tokens, like --model, which drafts them instead.
+    drafts: number of tokens that it drafts at a time.
+  """
+  lookup: int = 0
+  draft_model: str | None = None
+  drafts: int = 4
+
+  def __post_init__(self):
+    if self.lookup and self.draft_model is not None:
+      raise ValueError(f'--lookup={self.lookup} and --draft_model={self.draft_model} exclude each other; leave one of '
+                       'them out')
+    if self.draft_model is None and self.drafts != 4:
+      raise ValueError(f'--drafts={self.drafts} is for --draft_model, which is not given; leave it out')
+    if self.lookup:
+      PromptLookup(self.lookup)
+    Drafter(self.drafts)   # checks the number
+
+  def make(self, engine: Callable[[str], Engine]) -> Drafter | None:
+    """Returns the drafter; `engine` opens a model."""
+    if self.lookup:
+      return PromptLookup(self.lookup)
+    return None if self.draft_model is None else DraftModel(engine(self.draft_model), self.drafts)
 
 
 @dataclasses.dataclass(frozen=True)

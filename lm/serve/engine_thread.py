@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from lm.generate import Event, Request
+from lm.generate import Drafter, Event, Request
 from lm.generate.page_pools import PagePools
 from lm.serve.api_errors import ApiError
 
@@ -20,6 +20,7 @@ from lm.serve.api_errors import ApiError
 class StepEngine(Protocol):
   """The members of `generate.Scheduler` that a server uses."""
   pool: PagePools | None   # None where each row has a context of its own
+  drafter: Drafter | None
   prompt_tokens: int      # of all prompts so far
   shared_tokens: int      # those of them that were not read again
 

@@ -63,9 +63,20 @@ class ServerMetrics:
       gauge = prometheus.Gauge('vllm:kv_cache_usage_perc', 'The used share of the pages; 1 is all.', labels,
                                registry=registry)
       gauge.labels(*values).set_function(lambda: engine.pool.used / engine.pool.total)
-    self._engine, self._counted = engine, [0, 0]
-    self._prefixes = [counter('prefix_cache_queries', 'Tokens of prompts that were looked up in pages.'),
-                      counter('prefix_cache_hits', 'Those of them that were not read again.')]
+    # Figures that the engine counts itself: the counter, and the function that gives the total so far.
+    self._totals = []
+    if engine.pool is not None:
+      self._totals += [
+          (counter('prefix_cache_queries', 'Tokens of prompts that were looked up in pages.'),
+           lambda: engine.prompt_tokens),
+          (counter('prefix_cache_hits', 'Those of them that were not read again.'), lambda: engine.shared_tokens)]
+    drafter = engine.drafter
+    if drafter is not None:
+      self._totals += [
+          (counter('spec_decode_num_drafts', 'Passes of the model over drafts of an answer.'), lambda: drafter.passes),
+          (counter('spec_decode_num_draft_tokens', 'Drafted tokens.'), lambda: drafter.proposed),
+          (counter('spec_decode_num_accepted_tokens', 'Those of them that are in answers.'), lambda: drafter.accepted)]
+    self._counted = [0] * len(self._totals)
     # Of each choice: the arrival, the first and the last token, and the number of tokens.
     self._times: dict[tuple[Request, int], list[float]] = {}
     self._lock = threading.Lock()
@@ -115,9 +126,9 @@ class ServerMetrics:
 
   def text(self) -> bytes:
     """Returns all figures."""
-    totals = [self._engine.prompt_tokens, self._engine.shared_tokens] if self._engine.pool is not None else [0, 0]
     with self._lock:
-      for counter, total, before in zip(self._prefixes, totals, self._counted):
+      totals = [function() for _, function in self._totals]
+      for (counter, _), total, before in zip(self._totals, totals, self._counted):
         counter.inc(total - before)
       self._counted = totals
     return self._library.generate_latest(self._registry)

@@ -110,6 +110,18 @@ def test_decoding_draws_from_the_model_and_counts_what_was_accepted(temperature)
   assert draft.tokens_per_pass == pytest.approx(1 + each + each ** 2, abs=0.04)
 
 
+class Recurrent(Tables):
+  """A model whose cache has a state of a recurrence, which cannot forget tokens."""
+
+  def init_cache(self, batch_size, slots):
+    return super().init_cache(batch_size, slots)._replace(layers=(jnp.zeros((batch_size, 4)),))
+
+
+def test_a_recurrent_trunk_is_refused():
+  with pytest.raises(ValueError, match='keys and values for each token, .* Recurrent has another cache'):
+    rows_of(Recurrent(), None, ['a'], generate.Sampling(), 4, draft=module_drafts.SelfSpeculation(), tokenizer=Five())
+
+
 # Models.
 
 KINDS = pytest.mark.parametrize('kind', [prediction_heads.parallel, *slow(prediction_heads.sequential)],

@@ -22,7 +22,7 @@ class ScriptedEngine:
 
   `wait` is called at the beginning of each step.
   """
-  compilations, pool = 0, None
+  compilations, pool, drafter = 0, None, None
 
   def __init__(self, script, size=1, rows=4, wait=lambda: None):
     self.script, self.size, self.rows, self.wait = script, size, rows, wait

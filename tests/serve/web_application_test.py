@@ -5,6 +5,7 @@ import time
 import pytest
 from helpers.scripted_engine import TOKENS, ScriptedEngine, client_of, text_script
 
+from lm import generate
 from lm.data.chat.templates import JinjaTemplate
 
 pytest.importorskip('starlette')
@@ -179,10 +180,14 @@ def test_tokens_scores_embeddings_and_the_list_of_models():
     assert client.get('/health').status_code == 200 and client.get('/version').json()['version']
 
 
-def test_the_times_of_an_answer_add_up():
+def test_the_times_of_an_answer_add_up_and_drafts_are_counted():
   engine = ScriptedEngine(text_script('abcdef'), wait=lambda: time.sleep(.002))
+  engine.drafter = drafts = generate.PromptLookup(2)
   with client_of(engine) as client:
     client.post('/v1/completions', json={'prompt': 'a', 'max_tokens': 5, 'n': 3})
+    drafts.passes, drafts.proposed, drafts.accepted = 5, 9, 7
+    client.get('/metrics')
+    drafts.accepted = 8
     lines = client.get('/metrics').text.splitlines()
   total = lambda name: float(next(line for line in lines if line.startswith(f'vllm:{name}_seconds_sum')).split()[1])
   count = lambda name: float(next(line for line in lines if line.startswith(f'vllm:{name}_seconds_count')).split()[1])
@@ -191,6 +196,8 @@ def test_the_times_of_an_answer_add_up():
   assert queue + prefill == pytest.approx(total('time_to_first_token'), abs=1e-9)
   assert queue + prefill + decode == pytest.approx(total('e2e_request_latency'), abs=1e-9)
   assert 3 * .008 < total('inter_token_latency') <= decode and count('inter_token_latency') == 3 * 4
+  for name, expected in (('drafts', 5), ('draft_tokens', 9), ('accepted_tokens', 8)):
+    assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="tiny"}} {expected}.0' in lines
   assert {count(f'request_{name}_time') for name in ('queue', 'prefill', 'decode')} == {3}
 
 

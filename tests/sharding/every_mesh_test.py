@@ -18,7 +18,7 @@ from lm.data.batch import special
 from lm.data.tokenizers import Bytes
 from lm.doctor.small_batch import small_batch
 from lm.evaluate import rewards
-from lm.generate import module_drafts, unmask
+from lm.generate import module_drafts, prompt_lookup, unmask
 from lm.models import attention, context, encoder, encoder_decoder, layers, prediction_heads, reward, stack, transformer
 from lm.models.rotary import Rotary
 from lm.objectives.diffusion import masked_diffusion
@@ -114,7 +114,9 @@ def read_activations():
 COMPUTED = {
     'generation': functools.partial(written, DECODER), 'generation, experts': functools.partial(written, EXPERTS),
     'generation, encoder-decoder': functools.partial(written, T5),
-    'drafts': functools.partial(written, MULTI, module_drafts.SelfSpeculation), 'filled masks': filled,
+    'drafts': functools.partial(written, MULTI, module_drafts.SelfSpeculation),
+    'drafts of a lookup': functools.partial(written, DECODER, functools.partial(prompt_lookup.PromptLookup, 2)),
+    'filled masks': filled,
     'scores': lambda: evaluate.log_probabilities(DECODER, random_params(DECODER), texts_of(9, 5)),
     'scores, experts': lambda: evaluate.log_probabilities(EXPERTS, random_params(EXPERTS), texts_of(9, 5)),
     'scores, encoder-decoder': lambda: evaluate.log_probabilities(T5, random_params(T5), texts_of(9, 5),
