@@ -86,8 +86,8 @@ def test_layers_with_and_without_windows_have_the_same_bits_in_any_company():
   prefix = [Bytes.bos_id, *b'a prefix of more than four pages.']
   never_ends = Sampling(0.8, logit_bias=((Bytes.eos_id, -100.),))
 
-  def scheduler():
-    subject = Scheduler(engine, 3, (8, 1), pages=33)
+  def scheduler(drafter=None):
+    subject = Scheduler(engine, 3, (8, 1), pages=33, drafter=drafter)
     subject.warm_up()
     return subject
 
@@ -121,3 +121,10 @@ def test_layers_with_and_without_windows_have_the_same_bits_in_any_company():
       subject.submit(new[number])
     assert answers(subject, new) == alone
   assert subject.shared_tokens > 100 and subject.pool.used == 0 and subject.compilations == 0
+  subject, new = scheduler(generate.PromptLookup(15)), requests()
+  for request in new:
+    subject.submit(request)
+  for number, (ids, scores) in answers(subject, new).items():
+    assert ids == alone[number][0]
+    np.testing.assert_allclose(scores, alone[number][1], rtol=0, atol=1e-5)
+  assert subject.drafter.accepted > 0
