@@ -120,8 +120,9 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   for name, places in ('right', ~to_person), ('wrong, or for a person', to_person):
     print(f'\n{name}')
     for i in np.flatnonzero(places)[:: max(places.sum() // 4, 1)][:4]:
-      print(f'> {questions[i][0][0]["content"]!r}\n> {questions[i][0][-1]["content"]}\n  model   {replies[i]!r} '
-            f'{log_p[i]:.2f}\n  record  {answers[i]!r}')
+      first, *others = [message['content'] for message in questions[i][0]]
+      print('\n'.join([f'> {first!r}', *(f'> {text}' for text in others[-3:]),
+                       f'  model   {replies[i]!r} {log_p[i]:.2f}', f'  record  {answers[i]!r}']))
   print(f'\nanswers with a log-probability below {limit:.3f} are handed over\n\n'
         + reports.table({name: reports.to_json(Result(some)) for name, some in measures.items()}))
 

@@ -20,16 +20,18 @@ def log_probabilities(model: Any, params: Any, speaker: conversation.Conversatio
 
 
 def threshold(log_p: np.ndarray, to_person: np.ndarray) -> float:
-  """Returns the threshold with the best F1: answers below it are handed over, and `to_person` says which should be.
+  """Returns the threshold below which answers are handed over, and `to_person` says which should be.
 
-  `log_p` is -inf for an answer that hands over by itself, which any threshold hands over. The best of equal thresholds
-  is the lowest one, which hands the fewest over.
+  It is that with the largest Youden's J: the share of the answers that should be handed over and are, less the share
+  of the others that are. So it does not depend on how many there are of each; F1 hands everything over where most
+  should be. `log_p` is -inf for an answer that hands over by itself, which any threshold hands over. The best of equal
+  thresholds is the lowest one, which hands the fewest over.
   """
   candidates = np.unique([*log_p, np.inf])
   candidates = candidates[candidates > -np.inf]
   handed_over = log_p < candidates[:, None]
-  f1 = 2 * (handed_over & to_person).sum(1) / np.maximum(handed_over.sum(1) + to_person.sum(), 1)
-  return float(candidates[np.argmax(f1)])
+  recall, false_alarms = ((handed_over & which).sum(1) / max(which.sum(), 1) for which in (to_person, ~to_person))
+  return float(candidates[np.argmax(recall - false_alarms)])
 
 
 def measures(log_p: np.ndarray, to_person: np.ndarray, limit: float) -> list[Measure]:

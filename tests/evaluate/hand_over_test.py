@@ -27,22 +27,25 @@ def test_the_log_probability_is_of_the_reply_and_its_end():
       assert value == pytest.approx(float(sum(log_p[i, token] for i, token in enumerate(after))), rel=1e-5)
 
 
-def f1(log_p, to_person, limit):
-  below = [value < limit for value in log_p]
-  right = sum(a and b for a, b in zip(below, to_person))
-  wrong, missed = sum(below) - right, sum(to_person) - right
-  return 2 * right / (2 * right + wrong + missed) if right else 0.
+def youden(log_p, to_person, limit):
+  """Returns sensitivity + specificity - 1, from counts."""
+  right = {True: 0, False: 0}
+  for value, expected in zip(log_p, to_person):
+    right[bool(expected)] += (value < limit) == expected
+  return right[True] / sum(to_person) + right[False] / (len(to_person) - sum(to_person)) - 1
 
 
 @pytest.mark.parametrize('seed', range(5))
-def test_no_threshold_has_a_better_f1(seed):
+def test_no_threshold_has_a_larger_j(seed):
   rng = np.random.default_rng(seed)
   log_p = np.round(rng.normal(-2, 1, 40), 1)   # some are equal
   to_person = rng.random(40) < 1 / (1 + np.exp(3 * (log_p + 2.5)))
   log_p[:3] = -np.inf
   limit = hand_over.threshold(log_p, to_person)
-  best = max(f1(log_p, to_person, value) for value in np.arange(-6, 3, 0.05))
-  assert f1(log_p, to_person, limit) == pytest.approx(best) and limit > -np.inf
+  best = max(youden(log_p, to_person, value) for value in np.arange(-6, 3, 0.05))
+  assert youden(log_p, to_person, limit) == pytest.approx(best) and limit > -np.inf
+  other = np.tile(np.flatnonzero(to_person), 20)   # many more of one kind change nothing
+  assert hand_over.threshold(np.append(log_p, log_p[other]), np.append(to_person, to_person[other])) == limit
 
 
 def test_precision_and_recall_are_counts():
