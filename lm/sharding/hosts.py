@@ -20,7 +20,7 @@ from lm import exits
 HEARTBEAT = 100   # seconds, the default of JAX
 _DAY = 86_400_000  # milliseconds to wait for another process, whose loss is noticed by the heartbeat
 _PART = 2 ** 20   # characters that the coordination service is given at once
-_KEPT = 100       # values after which the coordination service forgets those before
+_GROUP = 100      # values that the coordination service forgets together
 _ANSWER = 3       # seconds in which the processes of a cluster come to a barrier after an error
 # Errors of collectives and of the coordination service. Errors of bad input are those of all processes at once.
 _TRANSPORT = 'Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|[Cc]oordination service'
@@ -73,7 +73,7 @@ class Channel:
 
   def _next(self) -> str:
     """Returns the key of the next value. The service would otherwise keep all values of a run."""
-    group, number = divmod(self._count, _KEPT)
+    group, number = divmod(self._count, _GROUP)
     self._count += 1
     if group and number == 0:   # a process that comes here has received all values before
       _client().wait_at_barrier(f'{self._key}/received', _DAY)

@@ -107,10 +107,10 @@ def test_a_signal_while_a_step_compiles_saves_what_there_is(tmp_path, ended, mon
     steps_at_end.extend(steps_kept(tmp_path / 'run'))
     goes_on.set()
 
-  def waits(checkpoints):
+  def waits(checkpoints, alone=False):
     if threading.current_thread() is not threading.main_thread():
       goes_on.set()
-    wait(checkpoints)
+    wait(checkpoints, alone)
 
   ended.hook = ends
 
