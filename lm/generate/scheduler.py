@@ -53,7 +53,8 @@ class Scheduler:
     pages: the number of pages of the cache, each of which has as many slots as the largest width. A request takes those
       for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
       is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages, see
-      `paged.obstacle`. With 0, each row has `engine.slots` slots of its own.
+      `paged.obstacle`. With 0, each row has `engine.slots` slots of its own. Layers with a window have at most as many
+      pages, see `page_pools`.
 
     drafter: drafts tokens, if any; it may not serve another scheduler. Rows with a grammar have no drafts.
 
