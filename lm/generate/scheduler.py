@@ -55,7 +55,6 @@ class Scheduler:
       is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages, see
       `paged.obstacle`. With 0, each row has `engine.slots` slots of its own. Layers with a window have at most as many
       pages, see `page_pools`.
-
     drafter: drafts tokens, if any; it may not serve another scheduler. Rows with a grammar have no drafts.
 
   Raises:
