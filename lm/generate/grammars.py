@@ -31,6 +31,9 @@ from lm.workdir.parsing import json_value
 # Between two parts of JSON: at most a line break and an indentation, because a model that is unsure writes space after
 # space.
 _SPACE = r'\n?[ ]{0,20}'
+# The library needs about 170 bytes for each item of `minItems`, and far more for `maxItems`.
+_MOST_ITEMS = 10_000
+_ITEMS = re.compile(r'"(minItems|maxItems)"\s*:\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)')
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'   # the library would allow one way to spell a text that is certain
 
 
@@ -134,6 +137,10 @@ class Grammars:
     Raises ValueError, with what is wrong, for a text that is no grammar, or one that is too large or that no text
     matches; ImportError without llguidance.
     """
+    for name, number in _ITEMS.findall(grammar):
+      if float(number) > _MOST_ITEMS:
+        raise ValueError(f'{name}={number} is more than {_MOST_ITEMS:,}, which would take too much memory; give a '
+                         'smaller number, or leave it out')
     library = require('llguidance', 'serve')
     limits = library.LLParserLimits(verbose_errors=False)
     text = library.LLMatcher.grammar_from_lark(grammar + _NO_FORCING)
@@ -163,7 +170,7 @@ class _Tokens:
 
 def _line(message: str) -> str:
   """Returns a message of the library as one line, without the grammar and the state of the parser."""
-  message = re.split(r'\n *1 \| |<non-verbose/>', message)[0]
+  message = re.split(r'\n *1 \| |<non-verbose/>|<backtrace>', message)[0]
   return ' '.join(message.split())[:300]
 
 

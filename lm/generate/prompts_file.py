@@ -11,12 +11,15 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from lm import seeds
+from lm.data.tokenizers.base import utf8
 from lm.generate.sampling import Sampling
+from lm.workdir.parsing import json_value
 
 _MOST_NAMED = 5   # bad lines that a message names
+_BEGINNING = b'{"id": "'   # of each line of answers
 
 # The settings of a sampling that are numbers, with their types.
 _NUMBERS = {field.name: field.type for field in dataclasses.fields(Sampling) if field.type in (int, float)}
@@ -93,9 +96,10 @@ def read_prompts(path: pathlib.Path, defaults: Mapping[str, Any], is_chat: bool)
 def _line(number: int, text: str, defaults: Mapping[str, Any], is_chat: bool) -> PromptLine:
   """Returns a line that has been read. Raises ValueError, which says what is wrong."""
   try:
-    fields = json.loads(text)
+    fields = json_value(text)
   except ValueError as error:
     raise ValueError(f'it is no JSON: {error}') from None
+  utf8(json.dumps(fields, ensure_ascii=False))   # all of it is written with the answer
   if not isinstance(fields, dict):
     raise ValueError('it is no object, such as {"prompt": "Once upon a time"}')
   name = fields.pop('id', number)
@@ -154,27 +158,30 @@ class AnswersFile:
       model: what the settings of all lines say of the model, in JSON's types.
 
     Raises:
-      ValueError: a line is no answer, or it answers one of `prompts` with another prompt or other settings.
+      ValueError: a line is no answer, or it answers one of `prompts` with another prompt or other settings. The file is
+        then as it was.
     """
     self.path, self.finished, self._model = path, set(), model
     by_id = {line.id: line for line in prompts.lines}
     data = path.read_bytes() if path.exists() else b''
     whole = data[:data.rfind(b'\n') + 1]
-    for number, text in enumerate(whole.decode('utf-8', 'replace').split('\n')[:-1], 1):
+    lines = whole.decode('utf-8', 'replace').split('\n')[:-1]
+    for number, text in enumerate(lines, 1):
       self._read(number, text, by_id)
+    if not _BEGINNING.startswith(data[len(whole):][:len(_BEGINNING)]):
+      self._refuse(len(lines) + 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab') as file:
       file.truncate(len(whole))
 
   def _read(self, number: int, text: str, by_id: Mapping[str, PromptLine]) -> None:
     try:
-      answer = json.loads(text)
+      answer = json_value(text)
       name, settings = answer['id'], answer['settings']
       old = {'prompt': answer['prompt'], **settings}
+      line = by_id.get(name)
     except (ValueError, KeyError, TypeError):
-      raise ValueError(f'line {number} of {self.path} is no answer that this program wrote; give another --out'
-                       ) from None
-    line = by_id.get(name)
+      self._refuse(number)
     if line is None:
       return   # the answer to a prompt that the file of prompts no longer has is kept
     new = {'prompt': line.prompt, **line.settings, **self._model}
@@ -184,6 +191,9 @@ class AnswersFile:
       raise ValueError(f'id={name!r} in line {number} of {self.path} was answered with {key}={old.get(key)!r:.100}, '
                        f'and now it has {key}={new.get(key)!r:.100}; give another --out, or delete the line')
     self.finished.add(name)
+
+  def _refuse(self, number: int) -> NoReturn:
+    raise ValueError(f'line {number} of {self.path} is no answer that this program wrote; give another --out')
 
   def add(self, line: PromptLine, answers: list[Mapping[str, Any]]) -> None:
     """Adds the answers to a prompt."""

@@ -43,9 +43,10 @@ def pieces(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[TextRe
         if texts[event.choice].has_ended:
           continue   # its last tokens are behind a stop string
         piece = texts[event.choice].push(event)
+        if texts[event.choice].has_ended and event.finish_reason is None:
+          scheduler.abort(event.request, event.choice)   # the scheduler does not know stop strings
         if all(text.has_ended for text in texts):
           del running[event.request]
-          scheduler.abort(event.request)   # the scheduler does not know stop strings
         yield text_request, piece
   finally:
     for request in running:

@@ -192,7 +192,9 @@ def test_a_stream_joins_to_the_whole_and_matches():
     ('start: %json {"type": "integer", "minimum": 3, "maximum": 2}', 'minimum'),
     ('start: %json {"type": "array", "uniqueItems": true}', 'uniqueItems'),
     ('start: %json ' + '{"items":' * 3000 + '{}' + '}' * 3000, 'recursion limit'),
-    (f'start: %json {json.dumps(TOO_LARGE)}', 'too large')])
+    (f'start: %json {json.dumps(TOO_LARGE)}', 'too large'),
+    ('start: %json {"type": "array", "minItems": 1000000000}', 'minItems=1000000000 is more than 10,000'),
+    ('start: %json {"type": "array", "maxItems": 1e9}', 'maxItems=1e9 is more than 10,000')])
 def test_what_is_no_grammar_or_too_large_is_refused_in_one_line(text, message):
   with pytest.raises(ValueError, match=message) as refusal:
     grammars().compile(text)

@@ -60,6 +60,10 @@ def test_a_file_is_answered_and_an_interruption_loses_no_answer(file, tmp_path):
   for _, piece in written_requests.pieces(scheduler, Bytes(), [alone]):
     texts[piece.choice] += piece.text
   assert [choice['text'] for choice in whole['7']['answers']] == texts and texts[0] != texts[1]
+  stop = next(character for character in texts[0] if character not in texts[1])
+  running = {piece.choice: scheduler.running for _, piece in written_requests.pieces(
+      scheduler, Bytes(), [alone._replace(stop=(stop,))]) if piece.finish is None}
+  assert running[1] == 1   # the row of the choice that the string ends is free while the other is written
   assert whole['1']['settings'] == {**DEFAULTS, 'seed': seeds.derive(3, '1'), 'model': 'random'}
   stopped, = whole['5']['answers']
   assert stopped['finish_reason'] == 'stop' and stopped['tokens'] < 80
@@ -115,9 +119,11 @@ def test_answers_with_other_settings_are_refused(file, tmp_path, line, message):
         lines=[prompts_file.PromptLine(1, '1', 'def f(x):', {**DEFAULTS, 'seed': seeds.derive(3, '1')})]),
         {'model': 'other'})
   assert out.read_bytes() == before
-  out.write_text('no answer\n')
-  with pytest.raises(ValueError, match='line 1 of .* is no answer'):
-    answer(file, out)
+  for text in 'no answer\n', '{"notes": "of another program"}', '{"id": [], "prompt": "a", "settings": {}}\n':
+    out.write_text(text)
+    with pytest.raises(ValueError, match='line 1 of .* is no answer'):
+      answer(file, out)
+    assert out.read_text() == text
 
 
 @pytest.mark.parametrize('line, message', [
@@ -125,6 +131,8 @@ def test_answers_with_other_settings_are_refused(file, tmp_path, line, message):
     ('{"prompt": 5}', 'prompt=5 must be a text'), ('{"prompt": "a", "temprature": 1}', "'temprature' is no setting"),
     ('{"prompt": "a", "model": "x"}', "'model' is no setting"), ('{"prompt": "a", "top_p": 2}', 'top_p=2 must be'),
     ('{"prompt": "a", "top_k": "5"}', "top_k='5' must be a whole number"), ('{"prompt": "a", "n": true}', 'n=True'),
+    ('{"prompt": "a", "stop": ["\\ud800"]}', 'is a lone surrogate'), ('[' * 100_000, 'nested too deep'),
+    ('{"prompt": "a", "top_k": 4294967296}', 'top_k=4294967296 must be'),
     ('{"prompt": "a", "max_tokens": 0}', 'max_tokens=0 must be'), ('{"prompt": "a", "seed": -1}', 'seed=-1'),
     ('{"prompt": "a", "n": 2, "temperature": 0}', 'all n=2 answers would be equal'),
     ('{"prompt": "a", "stop": [""]}', 'none of them empty'), ('{"prompt": "a", "stop": "x"}', 'must be a list'),
