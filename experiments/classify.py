@@ -66,14 +66,17 @@ def classify(*, workdir: pathlib.Path | None = None, model: str | None = None, j
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if jsonl:
       records = [json.loads(line) for line in corpora.jsonl(jsonl, None, 0.).splits['train'][:limit]]
-      if bad := next((record for record in records if not {text_key, label_key} <= set(record)), None):
-        raise ValueError(f'{jsonl}: a record has {", ".join(bad)}, and neither or one of {text_key} and {label_key}; '
-                         'name its fields by --text_key and --label_key')
+      bad = [record for record in records if label_key not in record or not isinstance(record.get(text_key), str)]
+      if bad:
+        raise ValueError(f'{jsonl}: the record {json.dumps(bad[0])[:100]} needs a text in {text_key!r} and a class in '
+                         f'{label_key!r}; name its fields by --text_key and --label_key')
       texts, labels = [record[text_key] for record in records], [str(record[label_key]) for record in records]
     else:
       documents = loaded.open_data().documents('validation')
       texts = [text[len(text) // 2:][:600] for text in documents[:limit]]
       labels = [kind(text) for text in documents[:limit]]
+    if not texts:
+      raise ValueError(f'limit={limit} leaves no texts; give at least 1, or a file that has texts')
     if unknown := set(labels) - set(words):
       raise ValueError(f'--classes={",".join(classes)} has no verbaliser of {", ".join(sorted(unknown)[:5])}')
     contexts = [text + unescaped(between) for text in ('', *texts)]   # the first one is without a text

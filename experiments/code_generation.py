@@ -46,6 +46,8 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
   """
   if not execute_code:
     raise ValueError('pass@k executes what a model wrote, which nobody has read; --execute_code allows it')
+  if limit is not None and limit < 1:
+    raise ValueError(f'limit={limit} must be at least 1')
   if max(k) > samples:
     raise ValueError(f'k={max(k)} of pass@k is more than samples={samples}; raise --samples, or lower --k')
   metric = texts.PassAtK(k, texts.Sandbox(seconds=seconds, isolated=not allow_no_isolation))

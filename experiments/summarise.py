@@ -36,8 +36,11 @@ QUESTIONS = 200   # number of held-out texts that are summarised
 
 
 def sentences(text: str) -> list[str]:
-  """Returns the sentences of a text, which end at punctuation before white space, or at a blank line."""
-  return [' '.join(part.split()) for part in re.split(r'(?<=[.!?])\s+|\n\s*\n', text) if part.strip()]
+  """Returns the sentences of a text, which end at punctuation before white space, or at a blank line.
+
+  Returns one empty sentence for a text without any.
+  """
+  return [' '.join(part.split()) for part in re.split(r'(?<=[.!?])\s+|\n\s*\n', text) if part.strip()] or ['']
 
 
 def experiment(*, records: options.Records = options.Records(), model: str | None = None, vocab: int = 2048,

@@ -56,14 +56,14 @@ def measure(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'),
   """
   kinds = [text_generation.Generation(limit=limit, prompt_tokens=prompt_tokens, max_tokens=max_tokens, metrics=METRICS,
                                       temperature=temperature, top_p=top_p, seed=seed) for temperature in temperatures]
-  folder = out or workdir / 'temperatures'
-  folder.mkdir(parents=True, exist_ok=True)
   with jax.set_mesh(sharding.make_mesh()):
     loaded = load.open_trained(workdir, best)
     documents = loaded.open_data().documents('validation')
     subject = evaluations.Subject(loaded.model, loaded.params, loaded.tokenizer, lambda: documents,
                                   loaded.run.objective.prompt, loaded.run.data.template)
     kinds[0].digest(subject)   # refuses what does not fit the model
+    folder = out or workdir / 'temperatures'
+    folder.mkdir(parents=True, exist_ok=True)   # not for a run that does not exist
     results = {}
     for kind in kinds:
       outputs = kind(subject).outputs

@@ -62,6 +62,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
       anything is computed.
   """
   requests, problems = {}, []
+  context = min(limit for limit in (model.max_length, model.original_context) if limit is not None)
   for line in prompts.lines:
     if line.id in answers.finished:
       continue
@@ -72,7 +73,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
       continue
     ids, source = text_and_source(model, tokenizer.bos_id, ids)
     if max_tokens is None:
-      max_tokens = max(min(DEFAULT, model.max_length - len(ids)), 1)
+      max_tokens = max(min(DEFAULT, context - len(ids)), 1)
     request = Request(ids, line.sampling, max_tokens, line.settings['seed'], line.settings['n'], grammar=grammar,
                       source=source)
     requests[request] = line

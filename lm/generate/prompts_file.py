@@ -73,10 +73,14 @@ def read_prompts(path: pathlib.Path, defaults: Mapping[str, Any], is_chat: bool)
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: lines are bad, which it names; or there is none.
+    ValueError: the file is not UTF-8, or has no prompts, or has bad lines, which the message names.
   """
   lines, problems, numbers = [], [], {}
-  for number, text in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+  try:
+    rows = path.read_text(encoding='utf-8').split('\n')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is not UTF-8: {error}; convert the file') from None
+  for number, text in enumerate(rows, 1):
     if not text.strip():
       continue
     try:

@@ -47,7 +47,12 @@ def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool
     raise ValueError(f'--{"" if bos else "no"}bos is for decoders; the output of an encoder-decoder always begins '
                      'with bos')
   tokens = load.chat_tokenizer(loaded) if chat else loaded.tokenizer
-  grammar = None if form is None else generate.Grammars(tokens, loaded.model.vocab).compile(form)
+  grammar = None
+  if form is not None:
+    try:
+      grammar = generate.Grammars(tokens, loaded.model.vocab).compile(form)
+    except ValueError as error:
+      raise ValueError(f'the form of --json_schema or --regex cannot be used: {error}') from None
   return Writer(model or str(workdir), None if model else loaded.step, loaded.model, loaded.params, tokens, mark,
                 not (chat or reads_source), form, grammar)
 

@@ -26,6 +26,7 @@ TINY = ['--layers=1', '--width=16', '--heads=2', '--vocab=400']
 
 def test_texts_have_sentences_and_files_have_kinds():
   assert summarise.sentences('One. Two\nlines? 3.5 is it!\n\nOther\n') == ['One.', 'Two lines?', '3.5 is it!', 'Other']
+  assert summarise.sentences(' \n') == ['']
   assert [classify.kind(text) for text in ('/* a */\n#define B', 'x = 1\nimport y', 'He said:\n  import it')] == [
       'C', 'Python', 'prose']
 
@@ -59,6 +60,8 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
                     'body of its author/pass@1': 1., 'line of its author/pass@1': 1.}
   with pytest.raises(ValueError, match='--execute_code allows it'):
     signature.call(code_generation.measure)
+  with pytest.raises(ValueError, match='limit=0 must be at least 1'):
+    signature.call(code_generation.measure, execute_code=True, limit=0)
 
 
 def test_a_served_model_looks_orders_up(capsys):
@@ -83,6 +86,15 @@ def test_a_served_model_looks_orders_up(capsys):
   # A whole record has all values of the right answer, and is not that answer.
   assert values['right_calls'] == 1 and values['exact_match'] == 0 and values['slot_accuracy'] > 0.5
   assert re.search(r'^assistant  find_order\(\{"item": "\w+"\}\)\ntool       The \w+ order\. ', out, re.MULTILINE)
+
+
+@pytest.mark.parametrize('record', ['{"text": 5, "label": "a"}', '{"text": "x"}'])
+def test_records_without_a_text_or_a_class_are_named(record, tmp_path, monkeypatch):
+  monkeypatch.setattr(classify.load, 'run_or_model', lambda *_: (None, 'a'))
+  monkeypatch.setattr(classify.pretrained, 'load', lambda _: None)
+  (tmp_path / 'a.jsonl').write_text('{"text": "x", "label": "a"}\n' + record)
+  with pytest.raises(ValueError, match=f'the record {re.escape(record)} needs a text'):
+    signature.call(classify.classify, model='a', jsonl=f'{tmp_path}/a.jsonl', classes=('a= x', 'b= y'))
 
 
 def test_tools_are_refused_where_they_are_not_generated():

@@ -17,7 +17,8 @@ from lm.generate import (
     prompts_file,
     written_requests,
 )
-from lm.models import encoder_decoder
+from lm.models import encoder_decoder, stack
+from lm.models.rotary import LongRope, Rotary
 
 DEFAULTS = prompts_file.settings_of(PLAIN, 70, 3, 1, ())
 LINES = ['{"prompt": "def f(x):"}', '', '{"id": "b", "prompt": "", "temperature": 0, "max_tokens": 9}',
@@ -102,6 +103,20 @@ def test_answers_match_a_grammar(file, tmp_path):
   whole, _ = answer(file, tmp_path / 'out.jsonl', lines=LINES[:1] + LINES[3:4], pattern='[xyz]{9}')
   texts = [choice['text'] for line in whole.values() for choice in line['answers']]
   assert len(texts) == 3 and all(re.fullmatch('[xyz]{9}', text) for text in texts)
+
+
+@pytest.mark.slow
+def test_an_answer_without_a_limit_has_the_room_of_the_original_context(file, tmp_path):
+  model, params = make(kv_heads=2, tied=False)
+  block = model.layers[0]
+  rotary = Rotary(100., scaling=LongRope((1.,) * 4, (3.,) * 4, 24, 1.1))
+  model = model.clone(blocks=stack.stacks([block.clone(attention=block.attention.clone(rotary=rotary))] * 2))
+  prompts = prompts_file.read_prompts(file, prompts_file.settings_of(PLAIN, None, 3, 1, ()), is_chat=False)
+  prompts = prompts._replace(lines=prompts.lines[:1])   # 10 tokens with bos
+  batch_answers.answer_prompts(model, params, Bytes(), prompts, prompts_file.AnswersFile(
+      tmp_path / 'out.jsonl', prompts, {}), None, 1)
+  choice, = json.loads((tmp_path / 'out.jsonl').read_text())['answers']
+  assert choice['tokens'] == 14 and choice['finish_reason'] == 'length'
 
 
 @pytest.mark.parametrize('line, message', [
