@@ -67,7 +67,7 @@ def test_missing_packages_are_listed(capsys):
 @pytest.mark.slow
 def test_ours_is_measured():
   flags = '--what=training,pipeline --arms=ours --shape=tiny --rounds=2 --steps=2'
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   process = subprocess.run([sys.executable, SCRIPT, *flags.split()], env=environment, capture_output=True, text=True)
   assert process.returncode == 0, process.stderr
   rows = re.findall(r'^  ours +([\d,]+) +1.00 .* ([\d,]+)$', process.stdout, re.MULTILINE)

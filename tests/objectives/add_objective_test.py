@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def run(folder, *flags):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   command = [sys.executable, 'far.py', *flags]
   process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   assert process.returncode == 0, process.stderr
@@ -53,7 +53,7 @@ def test_its_run_is_opened_by_other_programs_if_they_name_its_script(folder):
   run(folder, '--layers=1', '--width=64', '--steps=2')
   score = ROOT / 'experiments' / 'score.py', '--workdir=runs/far', '--text=some text'
   command = [sys.executable, *score]
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   assert process.returncode == 1 and process.stderr.count('\n') == 1
   assert f'name it: --script={folder}/far.py' in process.stderr
