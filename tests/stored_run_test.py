@@ -47,22 +47,51 @@ def experiment(*, steps: int = 2, lora_rank: int = 0, users: bool = False) -> tr
 '''
 
 
-@pytest.fixture
-def trains(tmp_path, monkeypatch):
-  """Returns a function `trains(workdir, **knobs)`, which trains a run by a script in a folder of its own."""
-  folder = tmp_path / 'project'
-  folder.mkdir()
+@pytest.fixture(scope='module')
+def mesh():
+  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:2', jax.devices()[:2])):
+    yield mesh
+
+
+def train_script(folder, workdir, mesh, init=None, **knobs):
+  """Trains a run by the script, in this folder."""
   (folder / 'small.py').write_text(SCRIPT)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scripts, '_trusted', [])
+    function = scripts.function(folder / 'small.py', 'experiment')
+    launch.start(function, {'steps': 2, **knobs}, workdir, mesh, init)
+    del sys.modules['small']
+
+
+@pytest.fixture
+def untrusted(tmp_path, monkeypatch):
+  """No script is trusted, and the program is another one."""
   monkeypatch.setattr(scripts, '_trusted', [])
   monkeypatch.setattr(sys, 'argv', [str(tmp_path / 'score.py')])
 
+
+@pytest.fixture
+def trains(tmp_path, untrusted, mesh):
+  """Returns a function `trains(workdir, **knobs)`, which trains a run by a script in a folder of its own."""
+  (tmp_path / 'project').mkdir()
+
   def go(name, init=None, **knobs):
-    function = scripts.function(folder / 'small.py', 'experiment')
-    launch.start(function, {'steps': 2, **knobs}, tmp_path / name, mesh, init)
-    monkeypatch.delitem(sys.modules, 'small')
+    train_script(tmp_path / 'project', tmp_path / name, mesh, init, **knobs)
     return tmp_path / name
-  with jax.set_mesh(mesh := sharding.make_mesh('fsdp:2', jax.devices()[:2])):
-    yield go
+  return go
+
+
+@pytest.fixture(scope='module')
+def trained_once(tmp_path_factory, mesh):
+  folder = tmp_path_factory.mktemp('project')
+  train_script(folder, folder / 'run', mesh)
+  return folder / 'run'
+
+
+@pytest.fixture
+def workdir(tmp_path, untrusted, trained_once):
+  """Returns a copy of the workdir of a run that was trained by a script elsewhere."""
+  return shutil.copytree(trained_once, tmp_path / 'run')
 
 
 def results(workdir):
@@ -109,8 +138,7 @@ def test_adapters_are_opened_without_a_script(trains, tmp_path):
   assert load.origin_folder(load.open_run(workdir), load.open_trained(workdir).tokenizer) is None
 
 
-def test_a_run_without_its_tokens_says_how_to_get_them_back(trains):
-  workdir = trains('run')
+def test_a_run_without_its_tokens_says_how_to_get_them_back(workdir):
   shutil.rmtree(workdir / 'data' / 'tokens')
   opened = load.open_trained(workdir)
   with pytest.raises(FileNotFoundError, match='tokens does not hold the tokens of numbers; copy them back'):
@@ -160,8 +188,8 @@ def nested(depth):
     (nested(120), 'nested deeper than the 100 levels'), ({'tuple': [0] * 200_000}, 'more than 100,000 values'),
     (None, 'written by an older version of lm, which did not store a description')],
     ids=['class', 'function', 'module', 'number', 'outside', 'deep', 'large', 'none'])
-def test_a_hostile_workdir_runs_nothing_and_ends_in_one_line(trains, tmp_path, monkeypatch, model, message):
-  workdir = trains('run')
+def test_a_hostile_workdir_runs_nothing_and_ends_in_one_line(workdir, tmp_path, monkeypatch, model, message):
+  (tmp_path / 'project').mkdir()
   evil = f'import pathlib; pathlib.Path({str(tmp_path / "mark")!r}).write_text("executed")'
   for folder in (workdir, tmp_path, tmp_path / 'project'):   # in the workdir, beside the program, elsewhere
     (folder / 'evil.py').write_text(evil)
@@ -179,15 +207,14 @@ def test_a_hostile_workdir_runs_nothing_and_ends_in_one_line(trains, tmp_path, m
   assert not (tmp_path / 'mark').exists() and not pathlib.Path('mark').exists() and 'evil' not in sys.modules
 
 
-def test_records_that_are_nested_too_deep_end_in_one_line(trains):
-  workdir = trains('run')
+def test_records_that_are_nested_too_deep_end_in_one_line(workdir):
   (workdir / 'run.json').write_text('[' * 100_000)
   with pytest.raises(ValueError, match='run.json is damaged'):
     load.open_trained(workdir)
 
 
-def test_a_stored_run_is_rebuilt_completely(trains):
-  facts = checkpoint.stored_facts(trains('run') / 'checkpoints')
+def test_a_stored_run_is_rebuilt_completely(workdir):
+  facts = checkpoint.stored_facts(workdir / 'checkpoints')
   assert rebuild.outside(facts['run']) == []
   run = train.run_from_json(facts['run'])
   assert rebuild.stored(run.model) == facts['run']['model'] and facts['run']['average'] == ['Averaged']
