@@ -217,7 +217,7 @@ class Loop:
       not_finite.keep(self.workdir, step, None if stops else state, pending[2], metrics)
     if guard and metrics['skipped_lately'] > guard.most:
       raise NotFinite(f'step {step}: {metrics["skipped_lately"]:.0f} of the last {guard.window} steps were skipped, '
-                      f'more than {guard.most}; {self._last_checkpoint()}. Lower the learning rate')
+                      f'more than {guard.most}; {self.saver.describe_newest()}. Lower the learning rate')
     return state if is_finite else self._leave_out(step, metrics, state)
 
   def _leave_out(self, step: int, metrics: Mapping[str, float], state: State) -> State:
@@ -225,13 +225,13 @@ class Loop:
     policy, advice = self.run.not_finite, not_finite.advice(self.failing)
     values = f'step {step}: the loss is {metrics["loss"]}, the norm of its gradient {metrics["grad_norm"]}'
     if isinstance(policy, GoBack) or (policy is None and self.run.guard is None):
-      raise NotFinite(f'{values}; {self._last_checkpoint()}. Lower the learning rate, or warm up longer; {advice}',
+      raise NotFinite(f'{values}; {self.saver.describe_newest()}. Lower the learning rate, or warm up longer; {advice}',
                       step)
     self.left_out_steps.append(step)
     lately = sum(other > step - policy.window for other in self.left_out_steps) if isinstance(policy, Skip) else 0
     if lately and lately > policy.most:
       raise NotFinite(f'{values}; of the last {policy.window} steps, {lately} were left out, more than {policy.most}; '
-                      f'{self._last_checkpoint()}. Lower the learning rate; {advice}')
+                      f'{self.saver.describe_newest()}. Lower the learning rate; {advice}')
     print(f'{values}: its update is left out; {advice}')
     return not_finite.left_out(self.run, state)
 
@@ -248,12 +248,9 @@ class Loop:
   def _check_finite(self, step: int, state: State) -> None:
     """Raises NotFinite where the update of a step made parameters that are not finite, which its loss does not show."""
     if not integrity.all_finite(state.params):
-      raise NotFinite(f'step {step}: the update made parameters whose norm is not finite; {self._last_checkpoint()}. '
-                      f'Lower the learning rate, or warm up longer; {not_finite.advice(step)}', step)
-
-  def _last_checkpoint(self) -> str:
-    step = self.saver.saved
-    return f'the checkpoint of step {step} is good' if step else 'no checkpoint was saved before'
+      raise NotFinite(f'step {step}: the update made parameters whose norm is not finite; '
+                      f'{self.saver.describe_newest()}. Lower the learning rate, or warm up longer; '
+                      f'{not_finite.advice(step)}', step)
 
   def _evaluate(self, step: int, state: State) -> bool:
     """Evaluates a step, unless the ledger has its metrics. Returns False where a signal cut that short."""

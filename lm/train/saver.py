@@ -29,6 +29,10 @@ class Saver:
     """Whether a step is to be saved because an earlier save failed."""
     return self._due is not None and step >= self._due
 
+  def describe_newest(self) -> str:
+    """Returns the clause of a message that says which checkpoint there is."""
+    return f'the checkpoint of step {self.saved} is good' if self.saved else 'no checkpoint was saved before'
+
   def check(self, step: int) -> None:
     """Notices where a save has failed; it does not wait for one in progress. Call it at every step.
 
