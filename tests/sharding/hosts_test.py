@@ -130,3 +130,25 @@ def test_each_process_has_the_values_of_all_in_their_order(monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 0)
   monkeypatch.setattr(hosts, '_values', hosts.Channel('test'))
   assert hosts.from_all(['first']) == [['first'], 'late'] and not service.values
+
+
+def test_the_service_forgets_values_that_all_have_received(monkeypatch):
+  """Of a run's values, it has those since the last point to which all processes have come, and those before it."""
+  class Forgetful(Service):
+    barriers = 0
+
+    def wait_at_barrier(self, name, milliseconds):
+      self.barriers += 1
+
+    def key_value_delete(self, key):
+      self.values = {name: value for name, value in self.values.items() if not name.startswith(f'{key}/')}
+
+  service, channel = Forgetful(), hosts.Channel('test')
+  monkeypatch.setattr(hosts, '_client', lambda: service)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for i in range(350):
+    assert channel.from_process_0(i) == i
+    assert len(service.values) <= 2 * 100   # two keys for each value
+  assert service.barriers == 3 and {f'lm/test/3/{i}/parts' for i in range(50)} < service.values.keys()
+  channel.close()
+  assert not service.values

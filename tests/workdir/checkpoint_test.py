@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,27 @@ def test_a_damaged_step_that_cannot_be_renamed_is_an_error_in_all_processes(tmp_
       storage.set_aside(3, '3.damaged-1')
     errors.append(str(raised.value))
   assert errors[0] == errors[1]
+
+
+def test_processes_that_wait_for_one_that_failed_fail_too(tmp_path, monkeypatch):
+  """The one that failed is at the end of the save, where it waits until the others have come too."""
+  storage, (written, end) = Storage(tmp_path, set), ('async_write_complete.2', 'Holder:set_value_start')
+  points = iter([[written, written], [end, written], [end, written], [end, end]])
+  monkeypatch.setattr(storage, '_points', types.SimpleNamespace(from_all=lambda key: next(points)))
+  storage._meet(written, 1)
+  with pytest.raises(OSError, match='^process 0 could not write its part$'):
+    storage._meet(written, 1)
+  storage._meet(end, 1)
+  assert next(points, None) is None
+
+
+def test_a_checkpoint_that_only_some_processes_see_is_not_read(tmp_path, mesh, monkeypatch):
+  checkpoints = fill(tmp_path, mesh, [1, 2, 3])
+  monkeypatch.setattr(hosts, 'from_all', lambda value: [value, [1, 2]] if value == [1, 2, 3] else [value])
+  assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 2
+  monkeypatch.setattr(hosts, 'from_all', lambda value: [value, []])
+  with pytest.raises(OSError, match=r'is seen by all processes, which see \[\[1, 2, 3\], \[\]\], in their order; give'):
+    checkpoints.steps_of_all()
 
 
 @pytest.mark.parametrize('damaged', [False, True])
