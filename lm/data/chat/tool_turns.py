@@ -41,7 +41,10 @@ class ToolTurns(Turns):
 
 
 def as_text(messages: Messages, tools: Tools | None = None) -> list[Mapping[str, Any]]:
-  """Returns messages whose tools, calls and results are text; with tools, one message more, the first."""
+  """Returns messages whose tools, calls and results are text; with tools, one message more, the first.
+
+  Raises ValueError for a call without a name and arguments, and for a result that is no text.
+  """
   result: list[Mapping[str, Any]] = []
   if tools:
     lines = [json.dumps(tool['function'], ensure_ascii=False) for tool in tools]
@@ -49,13 +52,19 @@ def as_text(messages: Messages, tools: Tools | None = None) -> list[Mapping[str,
   for message in messages:
     content = message.get('content')
     if message.get('role') == 'tool':
+      if not isinstance(content, str):
+        raise ValueError(f'the content of a message of the role tool is {content!r:.100}, and has to be a text')
       message = {'role': 'user', 'content': f'<tool_response>{content}</tool_response>'}
     elif calls := message.get('tool_calls'):
+      if not isinstance(calls, Sequence) or not isinstance(content, str | None):
+        raise ValueError(f'tool_calls={calls!r:.100} has to be a list, and the content {content!r:.100} a text')
       message = {'role': message.get('role'), 'content': (content or '') + ''.join(map(_call, calls))}
     result.append(message)
   return result
 
 
 def _call(call: Mapping[str, Any]) -> str:
-  function = {name: call['function'][name] for name in ('name', 'arguments')}
-  return f'<tool_call>{json.dumps(function, ensure_ascii=False)}</tool_call>'
+  match call:
+    case {'function': {'name': str(name), 'arguments': arguments}}:
+      return f'<tool_call>{json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)}</tool_call>'
+  raise ValueError(f'the call {call!r:.100} needs a function with a name and arguments')

@@ -38,3 +38,12 @@ def test_records_of_the_text_are_encoded_alike_and_the_calls_are_learned():
                     for name, arguments in (('find', CALLS[0]['function']['arguments']), ('sum', {})))
     learned = tokens.decode([i for i in ids[mask] if i != tokens.control_id('<|end|>')])
     assert learned == ('Here.' if first else f'So:{calls}Here.')
+
+
+@pytest.mark.parametrize('message', [
+    {'role': 'tool'}, {'role': 'tool', 'content': 5}, {'role': 'assistant', 'tool_calls': 5},
+    {'role': 'assistant', 'tool_calls': [5]}, {'role': 'assistant', 'tool_calls': [{'function': {'name': 'find'}}]},
+    {'role': 'assistant', 'content': 5, 'tool_calls': CALLS}])
+def test_bad_calls_and_results_are_refused(message):
+  with pytest.raises(ValueError, match='has to be|needs a function'):
+    ToolTurns().encode(Bytes(), [CHAT[1], message])
