@@ -1,4 +1,4 @@
-r"""Classifies texts without training: by which words, of several, a model finds the likeliest after them.
+r"""Classifies texts without training: each class has a verbaliser, and the one with the highest probability is chosen.
 
   python experiments/quickstart.py
   python experiments/classify.py --workdir=runs/quickstart
@@ -32,7 +32,7 @@ KINDS = 'Python=    def ,C=#define ,prose=The '   # how a line begins in each ki
 
 
 def kind(document: str) -> str:
-  """Returns the kind of a file of Python's library: C has comments of its own, and Python imports or defines."""
+  """Returns the kind of a file of Python's library, by the comments of C, and the imports and definitions of Python."""
   if '/*' in document and '#' in document:
     return 'C'
   is_code = any(line.startswith(('import ', 'from ', 'def ', 'class ')) for line in document.split('\n'))

@@ -89,7 +89,7 @@ def passed(metric: texts.PassAtK, holes: Sequence[Hole], written: Sequence[Seque
 
 
 def go_on(loaded: Any, holes: Sequence[Hole], sampling: generate.Sampling, max_tokens: int, seed: int) -> list[str]:
-  """Returns what a model writes after the text before each hole; of what does not fit, the end is read."""
+  """Returns what a model writes after the text before each hole. It reads the end of a text that does not fit."""
   room = loaded.model.max_length - max_tokens - 1
   encoded = loaded.tokenizer.encode_batch([hole.before for hole in holes])
   prompts = [hole.before if len(ids) <= room else loaded.tokenizer.decode(ids[-room:])
@@ -99,7 +99,7 @@ def go_on(loaded: Any, holes: Sequence[Hole], sampling: generate.Sampling, max_t
 
 
 def fill(loaded: Any, holes: Sequence[Hole], sampling: generate.Sampling, max_tokens: int, seed: int) -> list[str]:
-  """Returns what a model that fills in writes between the texts around each hole, of which the nearest are read."""
+  """Returns what a model of `infill.py` writes in each hole. It reads as much of the text around it as fits."""
   tokens = loaded.tokenizer
   room = (loaded.model.max_length - max_tokens - 4) // 2   # bos and the three tokens of an arrangement
   parts = [(tokens.encode(hole.before)[-room:], np.zeros(0, np.int32), tokens.encode(hole.after)[:room])

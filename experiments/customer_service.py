@@ -13,7 +13,7 @@ Handing over, measured on 315 dialogues, half of them with a new kind of questio
   by its own words        0.71 [0.44, 0.93]   0.04 [0.02, 0.07]   0.76 [0.71, 0.81]
   by a threshold (-0.175) 0.83 [0.78, 0.87]   0.98 [0.96, 1.00]   0.13 [0.03, 0.26]
 
-The threshold keeps a tenth of the answers, since so small a model is wrong in three of four of these dialogues.
+With the threshold, a tenth of the answers is kept: so small a model is wrong in three of four of these dialogues.
 
   good  'Where do you send the radio?'     'The radio goes to Vienna.'            (three orders)
         'When will it arrive?'             'The table arrives on Saturday.'       (one order)
@@ -92,7 +92,7 @@ def experiment(*, records: options.Records = options.Records(), messages: str = 
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints how held-out questions are answered, and how well a threshold on log-probabilities hands them over.
 
-  The threshold is that of every second question, and measured on the others.
+  The threshold is chosen on every second question, and the numbers are measured on the other questions.
   """
   speaker, room = conversation.Conversation(result.data.tokenizer, run.data.template), run.data.length // 8
   longest = run.data.length - room

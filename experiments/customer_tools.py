@@ -1,4 +1,4 @@
-"""Plays customers of a shop whose questions a served model answers by looking orders up with a function.
+"""Plays customers of a shop. A served model answers their questions, and looks orders up with a function.
 
   python experiments/customer_tools.py --address=http://127.0.0.1:8000/v1 --model=customer_tools
 
@@ -18,7 +18,7 @@ from lm.evaluate.report import Result
 
 def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_tokens: int | None = None,
          key_variable: str | None = None) -> None:
-  """Asks the questions of generated customers, looks the calls of the model up in their orders, and scores answers.
+  """Asks the questions of generated customers, executes the calls of the model, and scores its answers.
 
   Args:
     address: the base address of the server, which speaks OpenAI's protocol, such as http://127.0.0.1:8000/v1.

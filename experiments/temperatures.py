@@ -1,4 +1,4 @@
-r"""Measures how likely and how varied the texts of a model are, over temperatures.
+r"""Measures, for several temperatures, how probable the texts of a model are, and how varied.
 
   python experiments/quickstart.py
   python experiments/temperatures.py --workdir=runs/quickstart
@@ -41,7 +41,7 @@ def measure(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'),
             temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1., 1.2), top_p: float = 1., limit: int = 64,
             prompt_tokens: int = 32, max_tokens: int = 64, seed: int = 0, out: pathlib.Path | None = None,
             best: bool = False) -> None:
-  """Lets a model go on from the beginnings of held-out documents, and measures the texts.
+  """Lets a model continue the beginnings of held-out documents, and measures the texts.
 
   Args:
     workdir: of the run.
@@ -78,7 +78,7 @@ def measure(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'),
 
 
 def judged(subject: evaluations.Subject, prompts: Sequence[str], written: Sequence[str]) -> dict[str, Any]:
-  """Returns how likely the texts after some prompts are to the model, and how varied, with a point of the figure."""
+  """Returns the bits per byte of texts after their prompts, and how varied they are, with a point of the figure."""
   likely = text_generation.bits_per_byte(subject, prompts, written)
   variety = [measure for name in METRICS for measure in texts.Settings().scores(name, written, None)]
   self_bleu = next(measure for measure in variety if measure.name == 'self_bleu')

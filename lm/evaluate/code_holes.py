@@ -41,7 +41,7 @@ def lines() -> list[Hole]:
 
 
 def of_record(record: Mapping[str, Any]) -> Hole:
-  """Returns the hole of a record of HumanEval, a body, or of MBPP, a program whose task and tests a model reads.
+  """Returns the hole of a record of HumanEval, which is the body of a function, or of MBPP, which is a whole program.
 
   The prompt of MBPP is a docstring with the task and all tests. Raises ValueError for a record of another form.
   """

@@ -1,4 +1,4 @@
-"""Answers that a model is not sure of are handed over to a person: a threshold on their log-probabilities."""
+"""Hands answers over to a person whose log-probability is below a threshold, and measures how well that works."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from lm.evaluate.measures import Measure, mean, ratio
 
 def log_probabilities(model: Any, params: Any, speaker: conversation.Conversation, questions: Sequence[Messages],
                       replies: Sequence[str]) -> np.ndarray:
-  """Returns log p(reply, and its end | question) in nats, [replies], on the current mesh."""
+  """Returns log p(reply and its end | question) in nats, [replies], on the current mesh."""
   encoded = [speaker.template.encode(speaker.tokenizer, [*question, {'role': 'assistant', 'content': reply}],
                                      first=len(question)) for question, reply in zip(questions, replies, strict=True)]
   log_p = score.log_probabilities(model, params, [ids for ids, _ in encoded])
@@ -35,7 +35,7 @@ def threshold(log_p: np.ndarray, to_person: np.ndarray) -> float:
 
 
 def measures(log_p: np.ndarray, to_person: np.ndarray, limit: float) -> list[Measure]:
-  """Returns precision and recall of handing over what is below the limit, and the share that is handed over.
+  """Returns measures of handing over the answers whose log-probability is below the limit.
 
   `precision` is the share of the answers handed over that should be, and `recall` the share of those that should be
   handed over that are. `errors_kept` is the share of the answers kept that should have been handed over.

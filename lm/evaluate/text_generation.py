@@ -19,7 +19,7 @@ _BATCH = 16   # prompts at once, between two saves
 def bits_per_byte(subject: Subject, prompts: Sequence[str], written: Sequence[str]) -> Measure:
   """Returns the bits that a decoder needs for each byte of the texts, given their prompts, without the ends of texts.
 
-  As in generation, a prompt and a text are cut into tokens apart. A text without a byte does not count.
+  As in generation, the tokens of the prompt and those of the text are made separately. Empty texts do not count.
   """
   tokenizer = subject.tokenizer
   before = [generate.with_bos(ids, tokenizer, None) for ids in map(tokenizer.encode, prompts)]

@@ -1,4 +1,4 @@
-"""A model behind an address that calls functions: its calls are looked up, and their results sent back."""
+"""Asks a served model that calls functions: the functions are called here, and their results are sent back to it."""
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +11,9 @@ Call = tuple[str, Any]   # a function's name, and its arguments, an object; or t
 
 def answer(endpoint: Endpoint, messages: list[dict[str, Any]], tools: Tools, functions: Mapping[str, Function],
            most: int = 4) -> tuple[str, list[Call]]:
-  """Returns a model's answer, and what it called for it. Adds the messages up to the answer to `messages`.
+  """Returns a model's answer, and the calls that it made before. Adds all messages up to the answer to `messages`.
 
-  After `most` replies with calls, the answer is empty. The result of a call that cannot be executed is what is wrong.
+  The answer is empty if each of `most` replies has calls. If a call cannot be executed, its result says what is wrong.
   """
   calls = []
   for _ in range(most):

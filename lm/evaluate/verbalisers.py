@@ -1,4 +1,4 @@
-"""Classes of texts by scoring: the class whose words, its verbaliser, a decoder finds the likeliest after the text."""
+"""Classifies texts by scoring: each class has a verbaliser, some words whose probability after the text is computed."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ def log_probabilities(model: Any, params: Any, tokenizer: Any, contexts: Sequenc
                       ) -> np.ndarray:
   """Returns log p(verbaliser | context) in nats, [contexts, verbalisers], on the current mesh.
 
-  Of a context that does not fit the model together with the longest verbaliser, the end is read.
+  If a context and the longest verbaliser are longer than the model reads at once, only the end of the context is read.
 
   Raises ValueError if a verbaliser is empty, or two have the same tokens.
   """

@@ -1,4 +1,4 @@
-"""Beam search: of the most probable beginnings of each length, the texts of the highest scores.
+"""Beam search: it continues the most probable beginnings of each length, and returns the texts with the highest scores.
 
 The score of a text is the sum of the log-probabilities of its tokens, with that of the end, divided by their number to
 the power of the length penalty. As in `transformers`, a step considers (1 + E) K candidates of K beams for E ids that
@@ -32,8 +32,9 @@ class Beams:
   Args:
     count: the number of beams, and of texts that are kept.
     length_penalty: the power of the length by which a sum of log-probabilities is divided; more favours longer texts.
-    early_stopping: when a search ends that has `count` texts: 'true' at once; 'false' if the best beam would have no
-      higher score than the worst of them at its present length; 'never' if it would not at the most favourable length.
+    early_stopping: when the search ends after `count` texts are finished. 'true' is at once; 'false' is when the best
+      beam, with its present length, scores no higher than the worst of these texts; 'never' is when it would not score
+      higher with any length.
   """
   count: int = 4
   length_penalty: float = 1.

@@ -1,7 +1,7 @@
 """A conversation in a terminal: messages are read line by line, and answers are printed as they are written.
 
-The scheduler shares the pages of a prefix between prompts, so that of a conversation that goes on, the last answer and
-the new message are read, and little else.
+The scheduler shares the pages of a prefix between prompts. So for each answer, little more is read than the last answer
+and the new message.
 """
 import contextlib
 import dataclasses

@@ -14,7 +14,7 @@ class DecoderCache(NamedTuple):
 
 
 class EncoderDecoderCache(NamedTuple):
-  """The cache, like `transformer.Cache`. A batch with a source starts a text, and one without continues it."""
+  """The cache, like `transformer.Cache`. A batch with a source starts a text; a batch without one continues it."""
   layers: tuple[DecoderCache, ...]
   segments_BS: jax.Array
   source_segments_BS: jax.Array | None

@@ -86,8 +86,8 @@ class Search:
   Args:
     beams: number of beams; 0 for no search.
     length_penalty: the power of the number of tokens by which the log-probability of a text is divided.
-    early_stopping: with as many texts as beams, end at once (true), or when no beam would have a higher score at its
-      present length (false) or at the most favourable one (never).
+    early_stopping: when the search ends after as many texts as beams are finished. true is at once, false is when no
+      beam, with its present length, scores higher than these texts, and never is when none would with any length.
   """
   beams: int = 0
   length_penalty: float = 1.

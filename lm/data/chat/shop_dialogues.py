@@ -1,4 +1,4 @@
-"""Generated dialogues between a shop and its customers, whose answers are in the records of the prompt, or nowhere.
+"""Generated dialogues between a shop and its customers.
 
 A dialogue has the records of some orders as the system's message, and four questions with their answers. What the
 records do not say is answered by `HAND_OVER`, with which a person takes over. Or the records are not in the prompt, and
@@ -81,7 +81,8 @@ def records(orders: Orders) -> str:
 def written(orders: Orders, questions: Sequence[Exchange], tools: bool = False) -> list[dict[str, str]]:
   """Returns the messages of a dialogue, of which the first has the records of all orders.
 
-  With `tools`, it has the function `find_order`, which the assistant calls before each answer, as `ToolTurns` has it.
+  With `tools`, the first message has the function `find_order` instead, and the assistant calls it before each answer.
+  `ToolTurns` says how this is written.
   """
   messages: list[Mapping[str, Any]] = []
   for question, item, answer in questions:

@@ -14,7 +14,7 @@ Tools = Sequence[Mapping[str, Any]]   # each {'type': 'function', 'function': {'
 
 @dataclasses.dataclass(frozen=True)
 class ToolTurns(Turns):
-  """`Turns` with tools. What it writes for them is text in turns, so a record of such text is encoded alike.
+  """`Turns` with tools, which are written as text in turns. So a record that has this text is encoded in the same way.
 
   Tools are a message of the system before all others, a call belongs to the content of the assistant's message, and
   what a function returned, a message of the role 'tool', is one of the user.

@@ -1,4 +1,4 @@
-"""Docstrings of Python's own library, without their first lines, which are the summaries of the others."""
+"""Docstrings of Python's own library as texts to summarise: the first line is the summary of the other lines."""
 import ast
 import collections
 import inspect

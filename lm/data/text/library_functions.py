@@ -1,6 +1,6 @@
-"""Functions of Python's own library as programming problems: their bodies, and single lines of them, are to be written.
+"""Functions of Python's own library as programming problems: a model writes their bodies, or single lines of them.
 
-Whether a program is right is seen by what it returns: what the function of the library returns for the same arguments.
+A program is right if it returns what the function of the library returns for the same arguments.
 """
 import ast
 import pathlib
