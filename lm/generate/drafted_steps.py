@@ -32,6 +32,7 @@ from lm.models.attention import LayerCache
 from lm.models.latent import LatentCache
 from lm.models.transformer import Cache
 
+MOST = CHUNK - 1   # the largest number of tokens that are drafted at a time
 NO_DRAFT = -1   # in the place of a drafted token, where a row has fewer
 
 
@@ -61,8 +62,8 @@ class Drafter(DraftCounter):
 
   def __init__(self, drafts: int):
     """Raises ValueError for no drafts, or too many for one pass."""
-    if not 1 <= drafts < CHUNK:
-      raise ValueError(f'drafts={drafts} must be from 1 to {CHUNK - 1}')
+    if not 1 <= drafts <= MOST:
+      raise ValueError(f'drafts={drafts} must be from 1 to {MOST}')
     super().__init__()
     self.drafts = drafts
 

@@ -7,6 +7,7 @@ from typing import Literal
 from lm import seeds
 from lm.generate import Drafter, DraftModel, Engine, PromptLookup, Sampling, read_grammar
 from lm.generate.beam_search import Beams
+from lm.generate.drafted_steps import MOST
 from lm.generate.module_drafts import SelfSpeculation
 from lm.signature import Texts
 
@@ -106,6 +107,12 @@ class Search:
     return Beams(self.beams, self.length_penalty, self.early_stopping)
 
 
+def _check_lookup(lookup: int) -> None:
+  """Raises ValueError for a number of tokens that cannot be drafted at a time."""
+  if not 0 <= lookup <= MOST:
+    raise ValueError(f'--lookup={lookup} must be from 0 (for no drafts) to {MOST}')
+
+
 @dataclasses.dataclass(frozen=True)
 class Drafts:
   """Tokens that are drafted, and verified in one pass of the model (speculative decoding).
@@ -119,9 +126,9 @@ class Drafts:
   lookup: int = 0
 
   def __post_init__(self):
-    if min(self.draft, self.lookup) < 0:
-      raise ValueError(f'--draft={self.draft} and --lookup={self.lookup} must be 0 or more')
-    self.make()
+    _check_lookup(self.lookup)
+    if self.draft < 0:
+      raise ValueError(f'--draft={self.draft} must be 0 or more')
 
   def make(self) -> SelfSpeculation | PromptLookup | None:
     if self.lookup:
@@ -148,9 +155,9 @@ class ServedDrafts:
                        'them out')
     if self.draft_model is None and self.drafts != 4:
       raise ValueError(f'--drafts={self.drafts} is for --draft_model, which is not given; leave it out')
-    if self.lookup:
-      PromptLookup(self.lookup)
-    Drafter(self.drafts)   # checks the number
+    _check_lookup(self.lookup)
+    if not 1 <= self.drafts <= MOST:
+      raise ValueError(f'--drafts={self.drafts} must be from 1 to {MOST}')
 
   def make(self, engine: Callable[[str], Engine]) -> Drafter | None:
     """Returns the drafter; `engine` opens a model."""

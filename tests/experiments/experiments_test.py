@@ -384,7 +384,8 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
 
 @pytest.mark.parametrize('flags_given, message', [
     ({'max_tokens': 0}, '--max_tokens=0 must be'), ({'stop': ('END', '')}, 'no --stop may be empty'),
-    ({'draft': -1}, '--draft=-1 '), ({'best_of': -1}, '--best_of=-1 '), ({'n': 0}, '--n=0'),
+    ({'draft': -1}, '--draft=-1 '), ({'lookup': 16}, '--lookup=16 must be'), ({'best_of': -1}, '--best_of=-1 '),
+    ({'n': 0}, '--n=0'),
     ({'top_k': -2}, 'top_k=-2'), ({'beams': 2, 'n': 3}, '--beams=2 must be at least --n=3'),
     ({'beams': 2, 'temperature': 0.5}, '--temperature=0.5 has no effect with --beams'),
     ({'beams': 2, 'stop': ('a',)}, 'has no effect with --beams'),
