@@ -1,4 +1,4 @@
-"""Mixtures of experts equal NumPy in float64, on every mesh, and the modules of `transformers`."""
+"""Mixtures of experts equal NumPy in float64, on every mesh."""
 import functools
 import types
 
@@ -13,7 +13,7 @@ from helpers.slow import slow
 
 from lm import declarations, optim, sharding
 from lm.data.batch import Batch
-from lm.models import attention, expert_exchange, grouped, layers, moe, stack, transformer
+from lm.models import attention, expert_exchange, layers, moe, stack, transformer
 from lm.models.context import Context
 from lm.train import communication
 
@@ -183,28 +183,6 @@ def test_experts_are_split_over_tensor_and_their_matrices_over_fsdp():
     shapes(KINDS['mixtral'].clone(experts=4))
 
 
-@pytest.mark.parametrize('sizes', [[0, 300, 0, 0], [1, 0, 250, 9], [100, 90, 80, 30], [0, 0, 0, 0]],
-                         ids=['all_one', 'unequal', 'near', 'none'])
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_products_of_groups_equal_the_loop_over_groups(sizes, platform, monkeypatch):
-  """The product uses blocks of rows on CPU and `ragged_dot` elsewhere. Rows of no group are undefined."""
-  monkeypatch.setattr(sharding, 'platform', lambda: platform)
-  rng = np.random.default_rng(3)
-  rows, total = 310, sum(sizes)
-  x, w, dy = (rng.normal(size=s).astype('f4') for s in ((rows, 5), (4, 5, 7), (rows, 7)))
-  dy[total:] = 0
-
-  def and_grads(x, w, sizes):
-    y, back = jax.vjp(lambda x, w: grouped.product(jnp.float32, x, w, sizes), x, w)
-    return y[:total], *back(dy)
-
-  y, dx, dw = jit(and_grads)(x, w, np.array(sizes, 'i4'))
-  group = np.repeat(np.arange(4), sizes)
-  assert_close(y, np.einsum('rd,rdf->rf', x[:total], w[group])) if total else None
-  assert_close(dx[:total], np.einsum('rf,rdf->rd', dy[:total], w[group])) if total else None
-  assert_close(dw, [x[:total][group == e].T.astype('f8') @ dy[:total][group == e] for e in range(4)])
-
-
 @pytest.mark.parametrize('shape', [None, 'fsdp:2,tensor:4'])
 def test_an_expert_may_have_all_tokens_and_others_none(shape, several_rounds):
   module, (x, _) = KINDS['gpt_oss'].clone(router=moe.SoftmaxRouter(1, bias=True)), inputs()
@@ -304,121 +282,3 @@ def test_muon_orthogonalises_each_experts_matrices_and_no_vector_decays():
       singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
       assert np.all((singular > 0.6) & (singular < 1.3)), singular
   np.testing.assert_array_equal(updates['router']['correction'], 0)
-
-
-def parity(theirs, module, params, tensors, output=lambda out: out):
-  """Asserts that both modules give the same output for the same x and the same random weights."""
-  import torch
-  rng = np.random.default_rng(0)
-  with torch.no_grad():
-    for tensor in theirs.state_dict().values():
-      tensor.copy_(torch.from_numpy(np.asarray(rng.normal(size=tuple(tensor.shape)) * 0.3)))
-  x = inputs()[0]
-  with torch.no_grad():
-    expected = output(theirs.eval()(torch.from_numpy(x))).numpy().reshape(x.shape)
-  params = params(**{name: theirs.state_dict()[key].numpy() for name, key in tensors.items()})
-  assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, shapes(module))
-  assert 0.1 < np.abs(expected).max() < 30
-  actual = jit(lambda p: module.apply({'params': p}, jnp.asarray(x), CONTEXT)[0])(params)
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
-
-
-def halves(gate_up):
-  """Splits torch's [E, 2F, D] into two [E, D, F]."""
-  gate, up = np.split(gate_up.swapaxes(1, 2), 2, axis=-1)
-  return {'gate': gate, 'up': up}
-
-
-def linear(gate, up, down):
-  return {'gate': gate.T, 'up': up.T, 'down': down.T}
-
-
-STACKED = {'gate_up': 'experts.gate_up_proj', 'down': 'experts.down_proj'}
-
-
-def shared_tensors(name):
-  return {'s_' + n: f'{name}.{n}_proj.weight' for n in ('gate', 'up', 'down')}
-
-
-@pytest.fixture
-def hf():
-  pytest.importorskip('torch')
-  return pytest.importorskip('transformers')
-
-
-@pytest.mark.filterwarnings('default')
-def test_mixtral_is_that_of_transformers(hf):
-  from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock as Theirs
-  config = hf.MixtralConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
-                            num_experts_per_tok=2)
-  config._experts_implementation = 'eager'
-  parity(Theirs(config), KINDS['mixtral'], lambda router, gate_up, down: {
-      'router': {'router': router.T}, **halves(gate_up), 'down': down.swapaxes(1, 2)},
-         {'router': 'gate.weight', **STACKED})
-
-
-@pytest.mark.filterwarnings('default')
-@pytest.mark.parametrize('renormalize', [False, True])
-def test_qwen3_moe_is_that_of_transformers(hf, renormalize):
-  from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock as Theirs
-  config = hf.Qwen3MoeConfig(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, num_experts=EXPERTS,
-                             num_experts_per_tok=3, norm_topk_prob=renormalize)
-  config._experts_implementation = 'eager'
-  parity(Theirs(config), moe.Experts(moe.SoftmaxRouter(3, renormalize), EXPERTS, HIDDEN),
-         lambda router, gate_up, down: {'router': {'router': router.T}, **halves(gate_up),
-                                        'down': down.swapaxes(1, 2)},
-         {'router': 'gate.weight', **STACKED})
-
-
-@pytest.mark.filterwarnings('default')
-def test_qwen2_moe_is_that_of_transformers(hf):
-  from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock as Theirs
-  config = hf.Qwen2MoeConfig(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, shared_expert_intermediate_size=16,
-                             num_experts=EXPERTS, num_experts_per_tok=4, norm_topk_prob=False)
-  config._experts_implementation = 'eager'
-  parity(Theirs(config), KINDS['qwen2'], lambda router, gate_up, down, s_gate, s_up, s_down, gate: {
-      'router': {'router': router.T}, **halves(gate_up), 'down': down.swapaxes(1, 2), 'shared_gate': gate.T,
-      'shared': linear(s_gate, s_up, s_down)},
-         {'router': 'gate.weight', 'gate': 'shared_expert_gate.weight', **STACKED, **shared_tensors('shared_expert')})
-
-
-@pytest.mark.filterwarnings('default')
-def test_gpt_oss_is_that_of_transformers(hf):
-  from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP as Theirs
-  config = hf.GptOssConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
-                           num_experts_per_tok=3)
-  config._experts_implementation = 'eager'
-  parity(Theirs(config), KINDS['gpt_oss'].clone(activation=moe.ClampedGated()),
-         lambda router, router_bias, gate_up, gate_up_bias, down, down_bias: {
-             'router': {'router': router.T, 'router_bias': router_bias}, 'gate': gate_up[..., ::2],
-             'up': gate_up[..., 1::2], 'gate_bias': gate_up_bias[..., ::2], 'up_bias': gate_up_bias[..., 1::2],
-             'down': down, 'down_bias': down_bias},
-         {'router': 'router.weight', 'router_bias': 'router.bias', **STACKED,
-          'gate_up_bias': 'experts.gate_up_proj_bias', 'down_bias': 'experts.down_proj_bias'}, lambda out: out[0])
-
-
-@pytest.mark.filterwarnings('default')
-def test_deepseek_v3_is_that_of_transformers(hf):
-  from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE as Theirs
-  config = hf.DeepseekV3Config(hidden_size=WIDTH, moe_intermediate_size=HIDDEN, n_shared_experts=2,
-                               n_routed_experts=EXPERTS, num_experts_per_tok=3, n_group=4, topk_group=2)
-  config._experts_implementation = 'eager'
-  parity(Theirs(config), KINDS['deepseek'].clone(shared=layers.FeedForward(2 * HIDDEN)),
-         lambda router, correction, gate_up, down, s_gate, s_up, s_down: {
-             'router': {'router': router.T, 'correction': correction}, **halves(gate_up),
-             'down': down.swapaxes(1, 2), 'shared': linear(s_gate, s_up, s_down)},
-         {'router': 'gate.weight', 'correction': 'gate.e_score_correction_bias', **STACKED,
-          **shared_tensors('shared_experts')})
-
-
-@pytest.mark.filterwarnings('default')
-@pytest.mark.parametrize('top_k', [1, 2])
-def test_llama4_is_that_of_transformers(hf, top_k):
-  from transformers.models.llama4.modeling_llama4 import Llama4TextMoe as Theirs
-  config = hf.Llama4TextConfig(hidden_size=WIDTH, intermediate_size=HIDDEN, num_local_experts=EXPERTS,
-                               num_experts_per_tok=top_k)
-  parity(Theirs(config), KINDS['llama4'].clone(router=moe.SigmoidRouter(top_k), shared=layers.FeedForward(HIDDEN)),
-         lambda router, gate_up, down, s_gate, s_up, s_down: {
-             'router': {'router': router.T}, 'gate': gate_up[..., :HIDDEN], 'up': gate_up[..., HIDDEN:],
-             'down': down, 'shared': linear(s_gate, s_up, s_down)},
-         {'router': 'router.weight', **STACKED, **shared_tensors('shared_expert')}, lambda out: out[0])
