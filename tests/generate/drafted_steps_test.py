@@ -21,8 +21,8 @@ class Guesses(Drafter):
     guesses = np.random.default_rng(len(texts[0] if texts[0] is not None else ())).integers(0, 258, (len(texts), 3))
     for row, text in enumerate(texts):
       if text is not None and list(text) == list(self.text[:len(text)]):
-        known = self.text[len(text):len(text) + 2]
-        guesses[row, :len(known)] = known
+        right = self.text[len(text):len(text) + 2]
+        guesses[row, :len(right)] = right
     return guesses
 
 
