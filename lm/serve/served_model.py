@@ -28,8 +28,8 @@ NO_TEMPLATE = ('this model has no chat template: use /v1/completions, put a chat
 class ServedModel:
   """A model with its tokenizer and chat template, which is None for a model that was not trained to chat.
 
-  It is a decoder, or an encoder-decoder, which reads a prompt as its source and writes after bos. `embed` computes, and
-  is called in the engine's thread.
+  It is a decoder, or an encoder-decoder, which reads a prompt as its source and writes after bos. Its parameters are
+  unstacked, like those of the engine. `embed` computes, and is called in the engine's thread.
   """
   name: str
   model: Any
@@ -158,15 +158,16 @@ class ServedModel:
 
   def embed(self, ids: np.ndarray) -> np.ndarray:
     """Returns, for a decoder, the mean of the last hidden states of a text, scaled to length 1, float32 [D]."""
-    return np.asarray(_embedding(self.model.apply, self.params, self._row(ids)))[0]
+    return np.asarray(_embedding(self.model, self.params, self._row(ids)))[0]
 
 
-@functools.partial(jax.jit, static_argnames='apply')
+@functools.partial(jax.jit, static_argnames='model')
 @sharding.whole_rows()
-def _embedding(apply: Any, params: Any, batch: Batch) -> jax.Array:
+def _embedding(model: Any, params: Any, batch: Batch) -> jax.Array:
   """Returns the normalised mean of the hidden states of each row, [B, D]."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
-  hidden = sharding.constrain(apply(params, batch).hidden.astype(jnp.float32), '---')
+  cache = model.init_cache(*batch.tokens.shape)   # the parameters are unstacked, as programs with a cache read them
+  hidden = sharding.constrain(model.apply(params, batch, cache=cache).hidden.astype(jnp.float32), '---')
   is_text = sharding.constrain(batch.segments > 0, '--')[..., None]
   total = jnp.where(is_text, hidden, 0).sum(1)
   return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)

@@ -60,6 +60,7 @@ TOOLS = {
     'importing': ['--rounds=1'],
     'checkpoint_stall': ['--width=64', '--saves=1'],
     'harness_requests': ['--rounds=1', '--width=64'],
+    'server_soak': ['--minutes=0.2', '--clients=2', '--disconnects=0.5'],
     'temperatures': ['--temperatures=0.5,1', '--limit=8', '--best'],
     'classify': ['--classes=a= good,b= bad', '--jsonl=x.jsonl', '--label_key=class', '--limit=none'],
     'customer_tools': ['--address=http://localhost:1/v1', '--model=m', '--dialogues=2', '--key_variable=none'],

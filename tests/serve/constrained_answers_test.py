@@ -106,7 +106,7 @@ def test_structured_outputs(client, outputs, check):
     ({'structured_outputs': {'regex': '\ud800'}}, 'surrogate'),
     ({'structured_outputs': {'regex': 'a'}, 'min_tokens': 2}, 'min_tokens=2')])
 def test_what_cannot_constrain_an_answer_is_refused(client, fields, words):
-  answer = client.post('/v1/completions', json={'prompt': 'a', **fields})
+  answer = client.post('/v1/completions', content=json.dumps({'prompt': 'a', **fields}))   # surrogates are escaped
   assert answer.status_code == 400 and words in answer.json()['error']['message']
   assert '\n' not in answer.json()['error']['message']
   assert client.post('/v1/completions', json={'prompt': 'a', 'max_tokens': 2}).status_code == 200

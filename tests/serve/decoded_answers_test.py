@@ -10,6 +10,7 @@ from helpers import decoders, tokenizers
 from helpers.scripted_engine import address_of
 
 from lm import generate
+from lm.data.batch import Batch
 from lm.data.tokenizers.huggingface import HuggingFace
 from lm.evaluate import harness, score
 
@@ -33,7 +34,7 @@ def served(model):
   engine = generate.Engine(decoder, decoder.unstack(params), 128, TOKENS.vocab_size, TOKENS.eos_ids)
   scheduler = generate.Scheduler(engine, 4, (16, 4, 1), pages=40)
   scheduler.warm_up()
-  with address_of(scheduler, None, 64, model, TOKENS) as address, httpx.Client(base_url=address, timeout=120) as client:
+  with address_of(scheduler, None, 64, (decoder, engine.params), TOKENS) as address, httpx.Client(base_url=address, timeout=120) as client:
     yield client, scheduler
 
 
@@ -52,6 +53,14 @@ def test_log_probabilities_are_those_of_the_scorer(model, served):
   data = client.post('/v1/score', json={'text_1': 'def ', 'text_2': ['naïve', 'f(x)']}).json()['data']
   whole = lambda text: log_probabilities(model, text)[len('def ') - 1:].sum()
   np.testing.assert_allclose([each['score'] for each in data], [whole('def naïve'), whole('def f(x)')], atol=1e-4)
+
+
+def test_an_embedding_is_the_mean_of_the_last_hidden_states(model, served):
+  decoder, params = model
+  ids = TOKENS.encode('naïve words').astype(np.int32)
+  hidden = np.asarray(decoder.apply(params, Batch(ids[None])).hidden)[0].mean(0)
+  data = served[0].post('/v1/embeddings', json={'input': ['naïve words', 'x']}).json()['data']
+  np.testing.assert_allclose(data[0]['embedding'], hidden / np.linalg.norm(hidden), atol=1e-6)
 
 
 def test_a_seed_fixes_an_answer_streamed_or_not_and_choices_differ(served):
