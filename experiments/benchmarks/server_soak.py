@@ -1,16 +1,17 @@
-"""Does a server that runs for long keep its memory, its rows and its pages? Clients come, and many go away in the middle.
+"""Does a server that runs for long keep its memory, rows and pages? Clients come, and many go away in the middle.
 
   python experiments/benchmarks/server_soak.py
 
-The server is a process of its own, with a small random GPT-2 whose tokens are bytes. Each client sends one request after
-the other: prompts, settings, numbers of choices, stop strings and formats are random, and a part of the clients closes
-its connection while the answer is being written. At the end no row and no page is in use, nothing has been compiled, and
-memory has grown by 5 % at most since a tenth of the time; otherwise the exit code is 1. Linux only.
+The server is a process of its own, with a small random GPT-2 whose tokens are bytes. Each client sends one request
+after the other: prompts, settings, numbers of choices, stop strings and formats are random, and a part of the clients
+closes its connection while the answer is being written. At the end no row and no page is in use, nothing has been
+compiled, and memory has grown by 5 % at most since a tenth of the time; otherwise the exit code is 1. Linux only.
 """
 import collections
 import contextlib
 import http.client
 import json
+import os
 import pathlib
 import random
 import signal
@@ -21,7 +22,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-from harness_requests import write_model
 from interleaved import in_process, machine
 
 from lm import launch
@@ -29,6 +29,19 @@ from lm import launch
 _SERVER = pathlib.Path(__file__).parents[1] / 'serve.py'
 _FIGURES = ('vllm:num_requests_running', 'vllm:num_requests_waiting', 'vllm:kv_cache_usage_perc',
             'lm:compilations_after_warmup')
+
+
+def write_model(folder: str) -> None:
+  """Writes a random GPT-2 whose tokens are bytes."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  from lm.data.tokenizers.folder import Bytes
+  from lm.hf import pretrained
+  from lm.models import transformer
+  tokenizer = Bytes()
+  model = transformer.gpt2(tokenizer.vocab_size, 64, 4, 4, max_length=512)
+  pretrained.write(pathlib.Path(folder, 'exported'), model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
 
 
 @contextlib.contextmanager
@@ -133,13 +146,14 @@ def soak(*, minutes: float = 10, clients: int = 6, disconnects: float = 0.33, se
                      f'{disconnects:g} from 0 to 1')
   machine('jax')
   with tempfile.TemporaryDirectory() as folder:
-    in_process(write_model, folder, 64)
+    in_process(write_model, folder)
     with server(pathlib.Path(folder, 'exported')) as (process, port):
       load, memory = Clients(port, clients, disconnects, seed), []
       for i in range(10):
         time.sleep(6 * minutes)
         memory.append(megabytes(process))
-        print(f'{(i + 1) * minutes / 10:5.1f} min  {memory[-1]:6.0f} MB  {dict(load.counts)}  {figures(port)}', flush=True)
+        time_and_memory = f'{(i + 1) * minutes / 10:5.1f} min  {memory[-1]:6.0f} MB'
+        print(f'{time_and_memory}  {dict(load.counts)}  {figures(port)}', flush=True)
       load.join()
       for _ in range(600):   # the rows of the last clients are free within a step
         if not any(figures(port).values()):

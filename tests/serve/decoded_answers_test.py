@@ -34,7 +34,8 @@ def served(model):
   engine = generate.Engine(decoder, decoder.unstack(params), 128, TOKENS.vocab_size, TOKENS.eos_ids)
   scheduler = generate.Scheduler(engine, 4, (16, 4, 1), pages=40)
   scheduler.warm_up()
-  with address_of(scheduler, None, 64, (decoder, engine.params), TOKENS) as address, httpx.Client(base_url=address, timeout=120) as client:
+  with (address_of(scheduler, None, 64, (decoder, engine.params), TOKENS) as address,
+        httpx.Client(base_url=address, timeout=120) as client):
     yield client, scheduler
 
 
