@@ -3,17 +3,18 @@
   python experiments/customer_service.py
 
 400 steps of 4,096 positions, seed 0, take 3.9 minutes of CPU time on 2 crowded cores of an AMD EPYC (10 minutes by the
-clock), JAX 0.10.2. Brackets are 95 % intervals over dialogues. Of 331 held-out answers, 0.49 [0.44, 0.54] are exactly
-those of the records, and of the values in them 0.79 [0.76, 0.82] are right. Of 299 questions of kinds that no training
-record has, 0.04 [0.02, 0.06] are answered as they should be, by handing over. The loss was still falling.
+clock), JAX 0.10.2. Brackets are 95 % intervals over dialogues. Of 391 held-out answers, 0.46 [0.41, 0.51] are exactly
+those of the records, and of the values in them 0.77 [0.74, 0.80] are right. Of 400 questions of kinds that no training
+record has, 0.03 [0.01, 0.05] are answered as they should be, by handing over. The loss was still falling.
 
-Handing over, measured on 315 dialogues, half of them with a new kind of question:
+Handing over, measured on 395 dialogues, half of them with a new kind of question:
 
                           precision           recall              errors among answers kept
-  by its own words        0.71 [0.44, 0.93]   0.04 [0.02, 0.07]   0.76 [0.71, 0.81]
-  by a threshold (-0.175) 0.83 [0.78, 0.87]   0.98 [0.96, 1.00]   0.13 [0.03, 0.26]
+  by its own words        0.93 [0.79, 1.00]   0.04 [0.02, 0.07]   0.79 [0.75, 0.83]
+  by a threshold (-0.619) 0.93 [0.90, 0.96]   0.80 [0.75, 0.84]   0.50 [0.41, 0.59]
 
-With the threshold, a tenth of the answers is kept: so small a model is wrong in three of four of these dialogues.
+With the threshold, a third of the answers is kept, and half of those should not be: so small a model is wrong in four of
+five of these dialogues.
 
   good  'Where do you send the radio?'     'The radio goes to Vienna.'            (three orders)
         'When will it arrive?'             'The table arrives on Saturday.'       (one order)
