@@ -13,8 +13,8 @@ Handing over, measured on 395 dialogues, half of them with a new kind of questio
   by its own words        0.93 [0.79, 1.00]   0.04 [0.02, 0.07]   0.79 [0.75, 0.83]
   by a threshold (-0.619) 0.93 [0.90, 0.96]   0.80 [0.75, 0.84]   0.50 [0.41, 0.59]
 
-With the threshold, a third of the answers is kept, and half of those should not be: so small a model is wrong in four of
-five of these dialogues.
+With the threshold, a third of the answers is kept, and half of those should not be: so small a model is wrong in four
+of five of these dialogues.
 
   good  'Where do you send the radio?'     'The radio goes to Vienna.'            (three orders)
         'When will it arrive?'             'The table arrives on Saturday.'       (one order)
