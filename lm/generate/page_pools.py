@@ -25,7 +25,7 @@ class RowPages(NamedTuple):
   """The pages of a row, in the G pools: page 0 is none."""
   pages_GM: np.ndarray           # of each block
   is_new_GM: np.ndarray          # whether the page has to be written from the prompt
-  held: tuple[list[int], ...]    # the pages that the row uses until it ends
+  used_pages: tuple[list[int], ...]   # the pages that the row uses until it ends
 
 
 def ring(window: int, size: int) -> int:
@@ -101,19 +101,19 @@ class PagePools:
     """
     full, end = len(keys), -(-total // self._size)
     parts = []   # of each pool: the first block with a page, the first that is needed, and the number that are written
-    for pool, window, known in zip(self._pools, self._windows, first_G):
+    for pool, window, first in zip(self._pools, self._windows, first_G):
       needed, count = min(self._first(window, length), full), self._written(window, end - full)
       # Blocks before those that are needed are stored for later prompts, if there is room.
-      starts = [start for start in (known, needed) if pool is None or pool.has(keys[start:], count)]
+      starts = [start for start in (first, needed) if pool is None or pool.has(keys[start:], count)]
       if not starts:
         return None
       parts.append((starts[0], needed, count))
     pages_GM = np.zeros((len(self._pools), self._blocks), np.int32)
-    is_new_GM, held = pages_GM > 0, []
+    is_new_GM, used_pages = pages_GM > 0, []
     for pool, window, (start, needed, count), row_M, is_new_M in zip(self._pools, self._windows, parts, pages_GM,
                                                                      is_new_GM):
       if pool is None:
-        held.append([])
+        used_pages.append([])
         continue
       pages, is_stored = pool.take(keys[start:], count)
       row_M[start:full] = pages[:full - start]
@@ -122,11 +122,11 @@ class PagePools:
       written = max(full, self._first(window, length))
       is_new_M[written:min(written + count, end)] = True   # also those after the prompt: what others left is cleared
       pool.release(pages[:needed - start])
-      held.append(pages[needed - start:])
-    return RowPages(pages_GM, is_new_GM, tuple(held))
+      used_pages.append(pages[needed - start:])
+    return RowPages(pages_GM, is_new_GM, tuple(used_pages))
 
-  def release(self, held: Sequence[Sequence[int]]) -> None:
+  def release(self, used_pages: Sequence[Sequence[int]]) -> None:
     """Ends the use of pages of each pool by a row."""
-    for pool, pages in zip(self._pools, held):
+    for pool, pages in zip(self._pools, used_pages):
       if pool is not None:
         pool.release(pages)

@@ -250,7 +250,7 @@ class Scheduler:
     start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages)
     text = np.r_[reading.ids, np.zeros(limit, np.int32)]
-    self._rows[row] = WrittenChoice(request, choice, limit, text, matcher, () if pages is None else pages.held)
+    self._rows[row] = WrittenChoice(request, choice, limit, text, matcher, () if pages is None else pages.used_pages)
     if self.drafter is not None:
       self.drafter.join(reading.ids, row)
     has_ended = self._add_event(row, tokens, 0)

@@ -18,7 +18,7 @@ def test_every_token_sees_its_text_in_the_pages_of_its_row(window, size, counts,
   """Writes (tokens up to the end of the block) into pages, as a device would, in many rows at a time."""
   rng, blocks = np.random.default_rng(0), -(-46 // size)   # of the longest text
   pools = page_pools.PagePools(counts, window, size, blocks)
-  contents, rows, held, shared, waited = [{}, {}], [], [], 0, 0
+  contents, rows, used_pages, shared, waited = [{}, {}], [], [], 0, 0
 
   def check_visible(ids, pages_GM, position, end, group):
     """Asserts that the places before `end` that the token at `position` sees are in these pages."""
@@ -39,7 +39,7 @@ def test_every_token_sees_its_text_in_the_pages_of_its_row(window, size, counts,
             check_visible(ids, pages_GM, place, place + 1, group)
       rows[i] = ids, pages_GM, end
       if end == len(ids):
-        pools.release(held.pop(i))
+        pools.release(used_pages.pop(i))
         rows.pop(i)
       continue
     ids = [*np.ones(rng.integers(0, 30), int), *rng.integers(0, 2, rng.integers(2, 17))]
@@ -55,15 +55,15 @@ def test_every_token_sees_its_text_in_the_pages_of_its_row(window, size, counts,
     shared += prefix.count
     for group in range(2):
       if counts[group]:
-        known = prefix.count * size   # the rest of the prompt is read after it
-        check_visible(ids, prefix.pages_GM, known, known, group)
+        start = prefix.count * size   # the rest of the prompt is read after it
+        check_visible(ids, prefix.pages_GM, start, start, group)
         for block in np.flatnonzero(pages.is_new_GM[group]):
           assert block >= prefix.first_G[group]   # the prompt is known from there on
           for place in range(block * size, min((block + 1) * size, length)):
             contents[group][pages.pages_GM[group, block], place % size] = tuple(ids[:place + 1])
     rows.append((ids, pages.pages_GM, length))
-    held.append(pages.held)
-  for each in held:
+    used_pages.append(pages.used_pages)
+  for each in used_pages:
     pools.release(each)
   assert bool(shared) == shares and waited and not pools.used
 

@@ -143,12 +143,12 @@ def test_an_engine_that_fails_tells_every_client(capfd):
 
 
 def test_what_comes_while_the_engine_stops_is_told():
-  told = []
+  deliveries = []
   thread = serve.EngineThread(ScriptedEngine(FOREVER))
   request = Request([97])
-  thread.submit([request], lambda *event: told.append(event), thread.close)   # it ends after it accepted the request
-  (told_request, error), = told
-  assert told_request is request and error.status == 500 and 'has stopped' in str(error) and thread.count == 0
+  thread.submit([request], lambda *event: deliveries.append(event), thread.close)   # after it accepted them
+  (failed_request, error), = deliveries
+  assert failed_request is request and error.status == 500 and 'has stopped' in str(error) and thread.count == 0
 
   futures, has_run, thread = [], threading.Event(), serve.EngineThread(ScriptedEngine(FOREVER))
 
