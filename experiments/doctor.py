@@ -25,6 +25,7 @@ def examine(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), best: bo
     best: take the best checkpoint, not the newest.
     mesh: the size of each mesh axis; none for the mesh that fits the devices.
   """
+  sharding.join(None, None, None)   # in a cluster, the same command runs in each process
   began = time.monotonic()
   devices = sharding.make_mesh(mesh)
   with jax.set_mesh(devices), doctor.opened(workdir, devices, best) as subject:

@@ -39,8 +39,14 @@ def meshes_of(count: int) -> str:
   return '; '.join(names)
 
 
-def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width: int = 64, heads: int = 4,
-          length: int = 128, batch: int = 16, seed: int = 0,
+def sizes_for(devices: int, heads: int) -> tuple[int, int]:
+  """Returns the least rows of a batch from 16, and the least width from 64, that a number of devices divides."""
+  divisor = math.lcm(devices, 2 * heads)   # the size of a head is even
+  return -(-16 // devices) * devices, -(-64 // divisor) * divisor
+
+
+def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width: int | None = None, heads: int = 4,
+          length: int = 128, batch: int | None = None, seed: int = 0,
           workdir: pathlib.Path = pathlib.Path('runs/proof')) -> None:
   """Trains on each mesh and compares.
 
@@ -48,14 +54,16 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     meshes: the meshes, separated by `;`, such as `fsdp:8; fsdp:4,tensor:2`; by default several of all devices.
     steps: the number of steps on each mesh.
     layers: the number of layers.
-    width: the size of the residual stream.
+    width: the size of the residual stream; by default 64, or the next size that the devices divide.
     heads: the number of heads of attention.
     length: the positions in a row.
-    batch: the rows in a batch.
+    batch: the rows in a batch; by default 16, or the next number that the devices divide.
     seed: fixes the data order, the initialisation and the losses.
     workdir: the folder of the data and of the table.
   """
   sharding.join(None, None, None)   # in a cluster, the same command runs in each process
+  rows, size = sizes_for(jax.device_count(), heads)
+  batch, width = batch or rows, width or size
   tokenizer = tokenizers.Bytes()
   vocabulary = math.ceil(tokenizer.vocab_size / 16) * 16   # so that meshes split it
   run = train.Run(transformer.llama(vocabulary, width, layers, heads, max_length=length), next_token(),

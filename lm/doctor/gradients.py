@@ -13,6 +13,7 @@ from lm.declarations import Role
 from lm.doctor.findings import DoesNotApply, Finding, Verdict, judge
 from lm.doctor.small_batch import text_tokens
 from lm.doctor.subject import Pass, Subject, compiled_fast
+from lm.models import moe
 from lm.optim import groups
 
 
@@ -80,8 +81,8 @@ def parameters_have_gradients(subject: Subject) -> Finding:
            for path, _ in jax.tree_util.tree_leaves_with_path(subject.params)]
   idle, unexpected = [], []
   for path, size, weight in zip(paths, sizes, jax.tree.leaves(weights, is_leaf=_is_weight)):
-    if weight.role is Role.CORRECTION:   # `optim.with_router_balance` updates it
-      unexpected += [path] if size.any() else []
+    if weight.role is Role.CORRECTION:   # only `moe.BiasBalance` gives it a gradient, for `optim.with_router_balance`
+      unexpected += [path] if size.any() and not _has_bias_balance(subject.base_model) else []
     elif not size.all():
       idle.append(path if not size.any() else f'{path} (layers {_numbers(np.flatnonzero(size == 0))})')
   constants = sorted(subject.constants.keys() & (subject.params.keys() if isinstance(subject.params, dict) else ()))
@@ -91,6 +92,16 @@ def parameters_have_gradients(subject: Subject) -> Finding:
   return judge(not idle, f'{len(paths) - len(idle)} of {len(paths)} parameters have a gradient{fixed}',
                f'these have none and stay as they are: {", ".join(idle[:6])}{", ..." if len(idle) > 6 else ""}',
                Verdict.WARNING)
+
+
+def _has_bias_balance(module: Any) -> bool:
+  """Returns whether a model, or a part of it, balances experts by the corrections of their routers."""
+  if isinstance(module, tuple | list):
+    return any(map(_has_bias_balance, module))
+  if not dataclasses.is_dataclass(module) or isinstance(module, type):
+    return False
+  fields = (field.name for field in dataclasses.fields(module) if field.name not in ('parent', 'name'))
+  return isinstance(module, moe.BiasBalance) or any(_has_bias_balance(getattr(module, name, None)) for name in fields)
 
 
 def _is_weight(x: Any) -> bool:

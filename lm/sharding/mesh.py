@@ -98,8 +98,10 @@ def _sizes(shape: str, devices: int | None = None) -> dict[str, int]:
       raise ValueError(f'mesh {shape!r} has the size -1 for {", ".join(free)}; give it to one axis, where the number '
                        'of devices is known')
     if devices % others:
+      divisors = [number for number in range(1, devices + 1) if devices % number == 0]
       raise ValueError(f'mesh {shape!r} leaves no whole number of devices for the axis {free[0]}: {others} does not '
-                       f'divide the {devices} devices; change the other sizes')
+                       f'divide the {devices} devices; give other sizes, whose product is '
+                       f'{" or ".join(map(str, divisors))}')
     sizes[free[0]] = devices // others
   return {axis: sizes[axis] for axis in AXES if sizes.get(axis, 1) > 1} or {'fsdp': 1}
 

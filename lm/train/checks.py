@@ -60,7 +60,8 @@ def _check_rows(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -
   uneven = [rows for rows, _ in ((run.batch, 0), *run.schedule.shapes()) if rows % parts]
   if uneven:
     raise ValueError(f'batch={uneven[0]} is not a multiple of {parts}: accumulate={run.accumulate} times the '
-                     f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose another batch or --mesh')
+                     f'{split} parts of a batch on the mesh {sharding.mesh_text(mesh)}; choose '
+                     f'{_multiples_near(uneven[0], parts)}, or another --mesh')
 
 
 def _check_lengths(run: Run, mesh: jax.sharding.Mesh) -> None:
@@ -70,10 +71,14 @@ def _check_lengths(run: Run, mesh: jax.sharding.Mesh) -> None:
              *(('the length of a stage', length) for _, length in run.schedule.shapes())]
   for name, length in lengths:
     if length % split:
-      fits = [size for size in (length // split * split, -(-length // split) * split) if size]
       raise ValueError(f'{name}={length} is not a multiple of {split}, the number of parts into which the mesh '
                        f'{sharding.mesh_text(mesh)} splits the positions of a row; choose '
-                       f'{" or ".join(map(str, fits))}, or another --mesh')
+                       f'{_multiples_near(length, split)}, or another --mesh')
+
+
+def _multiples_near(size: int, parts: int) -> str:
+  """Returns the multiples of `parts` below and above a size, in words."""
+  return ' or '.join(str(multiple) for multiple in (size // parts * parts, -(-size // parts) * parts) if multiple)
 
 
 def check_batch(run: Run, mesh: jax.sharding.Mesh, shape: tuple[int, int], batch: Batch) -> None:

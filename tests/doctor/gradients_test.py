@@ -1,14 +1,20 @@
 """Probes of gradients name a step whose gradient is wrong."""
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from helpers.every_run import decoder
 from helpers.examined import Changed, examined, run_of
+from helpers.experts import KINDS
 
 from lm import lora, sharding
 from lm.doctor import gradients
 from lm.doctor.findings import DoesNotApply, Verdict
+from lm.doctor.subject import Pass
+from lm.models import attention, moe
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 RUN = run_of('next_token')
@@ -77,6 +83,20 @@ def test_adapters_have_gradients_and_their_base_has_none():
   with examined(run) as subject:
     finding = gradients.parameters_have_gradients(subject)
     assert finding.verdict is Verdict.OK and 'these are not trained: base' in finding.text
+
+
+@pytest.mark.parametrize('balance, size, verdict', [
+    ((), 0., Verdict.OK), ((), 1., Verdict.FAULT), ((moe.SwitchBalance(),), 1., Verdict.FAULT),
+    ((moe.BiasBalance(),), 1., Verdict.OK)], ids=str)
+def test_a_correction_of_a_router_has_a_gradient_only_where_it_balances_experts(balance, size, verdict):
+  model = decoder(attention.Attention(2, 2, 4), KINDS['deepseek'].clone(balance=balance))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  grads = jax.tree.map_with_path(lambda path, x: np.full(x.shape, size if 'correction' in str(path[-1]) else 1., 'f4'),
+                                 params)
+  subject = types.SimpleNamespace(run=types.SimpleNamespace(model=model, accumulate=1), base_model=model, params=params,
+                                  constants={}, small=lambda parts: None, gradient_pass=lambda batch: Pass(grads, {}))
+  finding = gradients.parameters_have_gradients(subject)
+  assert finding.verdict is verdict and (verdict is Verdict.OK or 'router/correction' in finding.text)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from helpers.examined import InMemory, Letters, examined, run_of
 
 from lm.data import dataset, tokenizers
+from lm.data.batch import Batch
 from lm.data.chat import conversation, dialogues
 from lm.data.text.source import texts
 from lm.doctor import dataset_figures, machine, probes
@@ -92,6 +93,25 @@ def test_duplicates_are_counted():
   stored = types.SimpleNamespace(tokens=tokens, offsets=np.array([0, 2, 3, 5, 6, 7]))   # 12, 3, 12, 3, 4
   finding = dataset_figures.duplicates(types.SimpleNamespace(data=types.SimpleNamespace(stores={'train': stored})))
   assert finding.verdict is Verdict.WARNING and '40.00% of 5' in finding.text
+
+
+def test_rows_that_are_mostly_padding_are_named():
+  def of(filled):
+    segments = (np.arange(8)[None] < filled).astype(np.int32)
+    batches = lambda step, rows: Batch(segments, weights=np.repeat(segments, len(rows), 0), segments=segments)
+    batches.steps_per_epoch = 3
+    return dataset_figures.padding_share(types.SimpleNamespace(batches=batches, run=types.SimpleNamespace(batch=2)))
+  assert of(8).verdict is Verdict.OK
+  finding = of(3)
+  assert finding.verdict is Verdict.WARNING and '62.5% of the positions' in finding.text and '3 targets' in finding.text
+
+
+def test_a_host_without_memory_and_libraries_that_do_not_fit_are_named(monkeypatch):
+  monkeypatch.setattr(machine, '_memory', lambda: (10 ** 9, 64 * 10 ** 9))
+  assert machine.host(None).verdict is Verdict.WARNING and '1.0 of 64.0 GB' in machine.host(None).text
+  monkeypatch.setattr(machine.importlib.metadata, 'version', lambda name: '0.9.1' if name == 'jaxlib' else '0.10.2')
+  finding = machine.versions(None)
+  assert finding.verdict is Verdict.WARNING and 'jaxlib 0.9.1' in finding.text
 
 
 def test_settings_that_hurt_are_named():

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import generate
 import jax
 import pytest
 from absl import flags
+from helpers.runs import RUN, Bigram
 
 from lm import launch, sharding, train
+from lm.launch import building
 from lm.launch import program as launcher
 from lm.train import Result
 from lm.workdir import records
@@ -193,6 +196,17 @@ def test_a_bug_keeps_its_traceback(program, capsys, bug):
 
   assert program(broken) == 1
   assert 'Traceback' in (text := capsys.readouterr().err) and 'in broken' in text
+
+
+@pytest.mark.parametrize('width, line', [
+    (8, 'mesh fsdp:8: weights are split over all devices, which needs the least memory; --mesh gives another\n'),
+    (4, 'mesh replica:2,fsdp:4: weights are split over 4 devices; over more: .*; --mesh gives another\n')])
+def test_the_mesh_that_is_chosen_is_printed_once_with_its_reason(monkeypatch, capsys, width, line):
+  run = dataclasses.replace(RUN, model=Bigram(width))
+  mesh = building.choose_mesh(lambda: run)
+  assert mesh.size == 8 and re.fullmatch(line, capsys.readouterr().out)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  assert building.choose_mesh(lambda: run) == mesh and capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

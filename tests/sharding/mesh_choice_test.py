@@ -1,13 +1,18 @@
 """Meshes are named by their axes, chosen such that a model fits, and refused where sizes do not divide."""
+import dataclasses
+
 import jax
 import numpy as np
+import proof
 import pytest
 from helpers.meshes import mesh_of, on
+from helpers.runs import RUN
 from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.models import transformer
 from lm.sharding import partial
+from lm.train import checks
 
 
 @pytest.mark.parametrize('model,shape,message', [
@@ -37,7 +42,8 @@ def test_sizes_that_a_mesh_does_not_divide_are_refused(model, shape, message):
     ('fsdp:4,fsdp:2', 'the axis fsdp twice; give it once$'), ('fsdp:0', "the size '0' for the axis fsdp; give a whole"),
     ('fsdp:-8', "the size '-8'"), ('fsdp:x', "the size 'x'"), ('tensor:', "the size ''"),
     ('fsdp:-1,tensor:-1', 'the size -1 for fsdp, tensor; give it to one axis'),
-    ('fsdp:-1,tensor:3', 'no whole number of devices for the axis fsdp: 3 does not divide the 8 devices'),
+    ('fsdp:-1,tensor:3', 'no whole number of devices for the axis fsdp: 3 does not divide the 8 devices; give '
+     'other sizes, whose product is 1 or 2 or 4 or 8$'),
     ('fsdp:4,tensor:4', "mesh 'fsdp:4,tensor:4' needs 16 devices, but JAX sees 8; give sizes whose product is 8"),
     ('tensor:4', "mesh 'tensor:4' needs 4 devices, but JAX sees 8"),
 ])
@@ -68,6 +74,14 @@ def test_the_mesh_is_chosen_such_that_a_model_fits(width, rows, expected, reason
 
   mesh, why = sharding.choose_mesh(fits)
   assert sharding.mesh_text(mesh) == expected and reason in why
+
+
+@pytest.mark.parametrize('devices, sizes', [(6, (18, 72)), (32, (32, 64))])
+def test_the_proof_fits_any_number_of_devices(devices, sizes):
+  assert proof.sizes_for(devices, 4) == sizes
+  run = dataclasses.replace(RUN, model=transformer.llama(272, sizes[1], 1, 4, max_length=128), batch=sizes[0])
+  for shape in proof.meshes_of(devices).split(';'):
+    checks.check_mesh(run, sharding.abstract_mesh(shape.strip()))
 
 
 def test_where_no_mesh_fits_the_last_error_is_raised():

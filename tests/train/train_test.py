@@ -205,7 +205,7 @@ def test_a_changed_run_is_refused_by_what_has_changed(whole, monkeypatch, change
 
 
 @pytest.mark.parametrize('changes, named', [
-    ({'batch': 6, 'accumulate': 2}, 'batch=6 is not a multiple of 4'),
+    ({'batch': 6, 'accumulate': 2}, 'batch=6 is not a multiple of 4: .*; choose 4 or 8, or another'),
     ({'model': Bigram(vocab=256)}, '260 tokens.*256'), ({'steps': 0}, 'steps=0'),
     ({'evaluate_every': 0}, 'evaluate_every=0'), ({'accumulate': -1}, 'accumulate=-1'),
     ({'model': transformer.llama(V, 8, 1, 2, max_length=8)}, '16 positions .* --length=8 or less')])
