@@ -3,6 +3,10 @@
   python experiments/infill.py
   python experiments/code_generation.py --workdir=runs/infill --execute_code
   python experiments/code_generation.py --model=models/coder --problems=HumanEval.jsonl.gz --execute_code
+
+The second command takes 29 s of CPU time. The model of infill.py after 2.5 minutes passes none of 34 functions of
+Python's library, neither bodies nor lines, with 5 programs each; the library's own code passes all of them. Most of
+what it writes is no valid Python, or uses names that do not exist. docs/applications.md has examples.
 """
 import pathlib
 from collections.abc import Sequence
