@@ -24,6 +24,7 @@ class Saver:
   def __init__(self, checkpoints: Checkpoints, start: int):
     self._checkpoints, self._start, self.saved = checkpoints, start, start
     self._failures, self._due = 0, None
+    self._in_progress = False   # whether a save may still fail
 
   def is_due(self, step: int) -> bool:
     """Whether a step is to be saved because an earlier save failed."""
@@ -41,15 +42,18 @@ class Saver:
     Raises:
       OSError: too many saves in a row failed. The checkpoints before them are intact.
     """
-    if jax.process_count() == 1 or (step - self.saved).bit_count() == 1:   # a power of two
-      self._attempt(step, self._checkpoints.check_for_errors)
+    if self._in_progress and (jax.process_count() == 1 or (step - self.saved).bit_count() == 1):   # a power of two
+      self._attempt(step, self._check)
+
+  def _check(self) -> None:
+    self._in_progress = not self._checkpoints.check_for_errors()
 
   def save(self, step: int, start: Callable[[], None]) -> None:
     """Starts a save of a step by calling `start`, when the save before has ended. Raises OSError like `check`."""
     if self._attempt(step, self._checkpoints.wait) and self._due is None:
       self._failures = 0
     if self._attempt(step, start):
-      self.saved, self._due = step, None
+      self.saved, self._due, self._in_progress = step, None, True
 
   def finish(self, step: int, start: Callable[[], None]) -> None:
     """Waits until the last step is saved. No step follows, so a failure is repeated after 1, 2, 4 and 8 seconds."""
@@ -66,6 +70,7 @@ class Saver:
       return True
     except OSError as error:
       self._failures += 1
+      self._in_progress = False
       self.saved = hosts.from_process_0(max(self._checkpoints.steps(), default=self._start))
       if self._failures == ATTEMPTS:
         raise OSError(f'{error}; it was tried {self._failures} times, and training ends at step {step}. The newest '

@@ -102,13 +102,15 @@ class Checkpoints:
       self._permanent.add(step)
     self._storage.save(step, parts, document)
 
-  def check_for_errors(self) -> None:
-    """Raises OSError if an earlier save failed, in a cluster in all processes, which must all call it.
+  def check_for_errors(self) -> bool:
+    """Returns whether no save is in progress, for which it does not wait.
 
-    It does not wait for a save in progress.
+    Raises OSError if an earlier save failed. In a cluster, all processes call it, and it does the same in all.
     """
-    if not any(hosts.from_all(self._storage.is_saving())):
-      self.wait()
+    if any(hosts.from_all(self._storage.is_saving())):
+      return False
+    self.wait()
+    return True
 
   def is_finished(self) -> bool:
     """Returns whether no save is in progress; it may have failed."""
