@@ -63,7 +63,8 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
   results = {}
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
-    if not set(infill.NAMES) <= set(loaded.tokenizer.control_names):
+    # The tokenizer of any run has these tokens, and only some objectives teach what they mean.
+    if not set(infill.NAMES) <= set(loaded.tokenizer.control_names if model else loaded.run.objective.control):
       holes.pop('line', None)
     for kind, several in holes.items():
       write = fill if kind == 'line' else go_on

@@ -49,7 +49,9 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
     pytest.skip(str(error))
   monkeypatch.setattr(library_functions, 'CALLS', {'posixpath.isabs': ('"/a"', '"a"')})
   tokens = types.SimpleNamespace(control_names=infill.NAMES)
-  monkeypatch.setattr(code_generation.load, 'open_trained', lambda *_: types.SimpleNamespace(tokenizer=tokens))
+  objective = types.SimpleNamespace(control=infill.NAMES)
+  monkeypatch.setattr(code_generation.load, 'open_trained', lambda *_: types.SimpleNamespace(
+      tokenizer=tokens, run=types.SimpleNamespace(objective=objective)))
   monkeypatch.setattr(code_generation, 'go_on', lambda _, holes, *settings: [
       holes[0].answer + 'raise ValueError', '    return True\n'])
   monkeypatch.setattr(code_generation, 'fill', lambda _, holes, *settings: ['return 0', f'{holes[0].answer}\n  !'])
@@ -58,6 +60,9 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
   values = {name: float(value) for name, value in re.findall(r'^(\w+[ \w]*/pass@\d) +([\d.]+)', out, re.MULTILINE)}
   assert values == {'body/pass@1': 0.5, 'body/pass@2': 1., 'line/pass@1': 0.5, 'line/pass@2': 1.,
                     'body of its author/pass@1': 1., 'line of its author/pass@1': 1.}
+  objective.control = ()   # the tokenizer has the tokens, and the model was not trained to fill in
+  signature.call(code_generation.measure, samples=2, k=(1, 2), execute_code=True, out=tmp_path)
+  assert 'body/pass@1' in (out := capsys.readouterr().out) and 'line' not in out
   with pytest.raises(ValueError, match='--execute_code allows it'):
     signature.call(code_generation.measure)
   with pytest.raises(ValueError, match='limit=0 must be at least 1'):
