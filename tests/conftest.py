@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 hypothesis.settings.register_profile('fixed', derandomize=True)   # every run draws the same examples
 hypothesis.settings.load_profile('fixed')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tracing makes many objects that live on: with the usual thresholds, a tenth of all time goes into looking for garbage.
+# Tracing makes many objects that live on, among which the usual thresholds look for garbage again and again.
 gc.set_threshold(100_000, 10, 10)
 
 

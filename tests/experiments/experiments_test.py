@@ -26,7 +26,8 @@ def names(experiments: bool) -> list[str]:
 
 
 # Experiments most of whose parts another one lowers.
-LIKE_ANOTHER = 'denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'mup', 'overfit', 'preference'
+LIKE_ANOTHER = (
+    'denoise', 'diffusion', 'distill', 'finetune_chat', 'infill', 'learned_metric', 'mup', 'overfit', 'preference')
 LIKE_FINETUNE_CHAT = 'customer_service', 'summarise'   # other data, and another report
 EXPERIMENTS = [name for name in names(experiments=True) if name not in LIKE_ANOTHER + LIKE_FINETUNE_CHAT]
 CASES = [*EXPERIMENTS, *slow(*LIKE_ANOTHER),
