@@ -7,24 +7,26 @@ r"""Serves a trained run or a Hugging Face model: a chat page, and the endpoints
 
 Prints the address when it answers. Needs `pip install -e '.[serve]'`.
 """
+import contextlib
 import functools
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
 from lm.models import Reward
+from lm.models.quantized_decoder import with_int8_weights
 from lm.objectives.objective import causal_prompt
 from lm.options import ServedDrafts
 
 _WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
 
 
-def _open(model: str, best: bool) -> tuple[Any, Any, Any, Any]:
+def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
   """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none."""
   workdir, folder = load.run_or_model(None, model, best)
   loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
@@ -35,19 +37,21 @@ def _open(model: str, best: bool) -> tuple[Any, Any, Any, Any]:
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
   template = None if decoder.reads_source else load.chat_template(loaded)
-  return decoder, decoder.unstack(loaded.params), loaded.tokenizer, template
+  params = with_int8_weights(decoder, loaded.params) if weights == 'int8' else loaded.params
+  return decoder, decoder.unstack(params), loaded.tokenizer, template
 
 
-def _drafting_engine(model: str, slots: int) -> generate.Engine:
+def _drafting_engine(model: str, slots: int, weights: str) -> generate.Engine:
   """Returns the engine of a model that drafts tokens of texts of up to `slots` tokens."""
-  decoder, params, tokenizer, _ = _open(model, best=False)
+  decoder, params, tokenizer, _ = _open(model, False, weights)
   return generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
 
 
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
          port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
          api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
-         max_body: int = 1 << 20, deadline: float = 600, drain: int = 60, mesh: str | None = None,
+         max_body: int = 1 << 20, deadline: float = 600, drain: int = 60,
+         weights: Literal['float32', 'int8'] = 'float32', mesh: str | None = None,
          drafting: ServedDrafts = ServedDrafts()) -> None:
   """Serves a model until Ctrl-C or SIGTERM; answers that are being written are finished first.
 
@@ -70,6 +74,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     max_body: the most bytes of a request.
     deadline: seconds after which an answer that is not whole is refused.
     drain: seconds that answers have to end in when the server is stopped.
+    weights: int8 rounds the matrices of a decoder to int8, a quarter of the memory. For one device.
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   if min(rows, max_body, drain) < 1 or waiting < 0 or not deadline > 0 or max_tokens is not None and max_tokens < 1:
@@ -80,15 +85,17 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
   listener = serve.listen(host, port)   # before the model is read, which may take long
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
-    decoder, params, tokenizer, template = _open(model, best)
+    decoder, params, tokenizer, template = _open(model, best, weights)
+  on_mesh = contextlib.nullcontext if weights == 'int8' else functools.partial(jax.set_mesh, mesh)
+  with on_mesh():
     slots = context or min(decoder.max_length, 1024 if decoder.reads_source else 4096)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
-    drafter = drafting.make(lambda name: _drafting_engine(name, slots))
+    drafter = drafting.make(lambda name: _drafting_engine(name, slots, weights))
     scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages, drafter=drafter)
     if scheduler.sharing_obstacle is not None:
       print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
             file=sys.stderr)
-  thread = serve.EngineThread(scheduler, rows + waiting, functools.partial(jax.set_mesh, mesh))
+  thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
   thread.start(scheduler.warm_up).result()
   served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
                              decoder, params, tokenizer, scheduler.context, template)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import declarations, train
 from lm.declarations import Role, Weight
-from lm.models.layers import LowRank
+from lm.models.low_rank_weight import LowRank
 from lm.train import interfaces
 
 # The roles of weights that can be adapted.

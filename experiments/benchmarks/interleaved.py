@@ -184,14 +184,15 @@ def transformers_library() -> Any:
   return transformers
 
 
-def open_folder(folder: pathlib.Path) -> tuple[Any, Any]:
-  """Returns our model and the parameters of a Hugging Face folder, on a mesh of all devices, which it sets."""
+def open_folder(folder: pathlib.Path, sets_mesh: bool = True) -> tuple[Any, Any]:
+  """Returns our model and the parameters of a Hugging Face folder, on a mesh of all devices if it sets one."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
 
   from lm import sharding
   from lm.hf import files, weights
-  jax.set_mesh(sharding.make_mesh())
+  if sets_mesh:
+    jax.set_mesh(sharding.make_mesh())
   model, family = weights.open_model(folder)
   with files.Weights(folder) as tensors:
     return model, weights.load_params(model, family, tensors)

@@ -66,7 +66,7 @@ def output(module: nn.Module, y_BTNH: jax.Array, width: int, bias: bool, std: fl
   shape = (*y_BTNH.shape[2:], width)
   out = layers.weight(module, 'out', 'NHD', shape, nn.initializers.normal(std), y_BTNH.dtype, inputs='NH')
   # Heads and their entries are merged into one axis. To contract two axes, XLA on CPU copies the weights at each token.
-  y = layers.einsum('BTN,ND->BTD', sharding.merge_axes(y_BTNH, 2), sharding.merge_axes(out, 0))
+  y = layers.einsum('BTN,ND->BTD', sharding.merge_axes(y_BTNH, 2), layers.merge_inputs(out))
   return layers.add_bias(module, 'out_bias', '-', y) if bias else y
 
 

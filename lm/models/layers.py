@@ -1,6 +1,4 @@
 """The parts of models except attention: weights, norms, feed-forward layers, blocks. Shape legend: `transformer.py`."""
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,8 @@ from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import rounding
 from lm.models.context import Aux, Context
+from lm.models.int8_weights import Int8Weight
+from lm.models.low_rank_weight import LowRank
 from lm.models.rematerialisation import SavePolicy
 
 Initializer = Callable[..., jax.Array]
@@ -21,30 +21,6 @@ Initializer = Callable[..., jax.Array]
 # rotations) are cheaper to compute again.
 keep_products = SavePolicy(('query', 'key', 'value', 'attended', 'residual', 'up', 'gate', 'cross_query', 'cross_key',
                       'cross_value', 'cross_residual'))
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['weight', 'a', 'b'], meta_fields=['scale'])
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-  """A weight with a change of low rank, weight + scale * a b. It replaces the weight in a model's parameters.
-
-  The weight is [*leading, *inputs, *outputs], a is [*leading, *inputs, r], and b is [*leading, r, *outputs]; the
-  leading axes are those of layers and experts. The sum is computed where the weight is used: of stacked layers, only
-  the sum and the gradient of one layer exist at a time.
-  """
-  weight: jax.Array   # the first field, because Flax compares its shape with the declared one
-  a: jax.Array
-  b: jax.Array
-  scale: float
-
-  def merged(self) -> jax.Array:
-    """Returns the sum in float32, sharded like the weight."""
-    letters, leading = 'abcdefghijkl', self.a.ndim + self.b.ndim - self.weight.ndim - 2
-    axes, inputs = letters[:self.weight.ndim], self.a.ndim - 1
-    formula = f'{axes[:inputs]}r,{axes[:leading]}r{axes[inputs:]}->{axes}'
-    layout = None if sharding.spec('') is None else jax.typeof(self.weight).sharding
-    change = jnp.einsum(formula, self.a, self.b, out_sharding=layout, preferred_element_type=jnp.float32)
-    return self.weight.astype(jnp.float32) + self.scale * change
 
 
 def text_batch(batch: Batch) -> Batch:
@@ -76,20 +52,24 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   return in_use(declarations.detach(module.param(name, new)), axes, dtype)
 
 
-def in_use(value: jax.Array | LowRank, axes: str, dtype: Any = None) -> jax.Array:
-  """Returns a stored parameter gathered for use, in `dtype`."""
+def in_use(value: jax.Array | LowRank | Int8Weight, axes: str, dtype: Any = None) -> jax.Array | Int8Weight:
+  """Returns a stored parameter gathered for use, in `dtype`; one of int8 as it is."""
+  if isinstance(value, Int8Weight):
+    return value
   if isinstance(value, LowRank):
     value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
-def einsum(formula: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+def einsum(formula: str, x: jax.Array, w: jax.Array | Int8Weight, dtype: Any = None) -> jax.Array:
   """Multiplies by a gathered weight. The letters of the formula also define the sharding of the result.
 
   All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32; in a model that
   rounds factors to 8 bits, the first two multiply these (see `rounding`). The result has `dtype`; None means the dtype
-  of `x`.
+  of `x`. A weight of int8 is multiplied over the last axis of `x` and its own first one.
   """
+  if isinstance(w, Int8Weight):
+    return w.product(x).astype(dtype or x.dtype)
   return sharding.leave(_einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype)))
 
 
@@ -138,8 +118,15 @@ _einsum = sharding.custom_vjp(_multiply, lambda *args: (_multiply(*args), args[1
                               nondiff_argnums=(0, 3, 4))
 
 
-def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def merge_inputs(w: jax.Array | Int8Weight) -> jax.Array | Int8Weight:
+  """Returns a gathered weight whose first two axes, which are inputs, are one; the second of them is not split."""
+  return w.merge_inputs() if isinstance(w, Int8Weight) else sharding.merge_axes(w, 0)
+
+
+def lookup(table_VD: jax.Array | Int8Weight, tokens_BT: jax.Array) -> jax.Array:
   """Returns the rows of a table for tokens, [B, T, D]. Where V is sharded, each shard looks up its own rows."""
+  if isinstance(table_VD, Int8Weight):
+    return table_VD.rows(tokens_BT)
   if sharding.is_on_one_device():   # a `shard_map` would sum the gradient over it
     return jnp.asarray(table_VD).at[tokens_BT].get(out_sharding=sharding.spec('BTD'))
 

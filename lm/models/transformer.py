@@ -168,7 +168,7 @@ class Transformer(LanguageModel):
     init = nn.initializers.normal(self.std)
     embedding = parts.weight(self, 'embedding', 'VD', (self.vocab, self.width), init, self.dtype, Role.EMBEDDING,
                              padded=True)
-    x = parts.lookup(embedding, batch.tokens)
+    x = parts.lookup(embedding, batch.tokens).astype(self.dtype)
     if self.embedding_scale is not None:
       x = x * jnp.asarray(self.embedding_scale, x.dtype)
     start = jnp.int32(0) if cache is None else cache.index
