@@ -49,6 +49,7 @@ def test_a_model_computes_as_with_the_float_weights(model):
   assert 0 < abs(logits[1] - logits[2]).max() < 0.1 * abs(logits[2]).max()
 
 
+@pytest.mark.slow
 def test_answers_are_bit_identical_in_any_company():
   model = llama(97, 32, 1, 4, kv_heads=2, max_length=48, tied=False)
   params = model.unstack(with_int8_weights(model, initialised(model)))
