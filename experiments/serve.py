@@ -41,6 +41,14 @@ def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
   return decoder, decoder.unstack(params), loaded.tokenizer, template
 
 
+def _slots(decoder: Any, context: int | None) -> int:
+  """Returns the number of tokens of the longest text. Raises ValueError for more than the model reads at once."""
+  longest = min(limit for limit in (decoder.max_length, decoder.original_context) if limit is not None)
+  if context is not None and context > longest:
+    raise ValueError(f'context={context} is more than the {longest} tokens that the model reads at once; give less')
+  return context or min(longest, 1024 if decoder.reads_source else 4096)
+
+
 def _drafting_engine(model: str, slots: int, weights: str) -> generate.Engine:
   """Returns the engine of a model that drafts tokens of texts of up to `slots` tokens."""
   decoder, params, tokenizer, _ = _open(model, False, weights)
@@ -88,7 +96,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     decoder, params, tokenizer, template = _open(model, best, weights)
   on_mesh = contextlib.nullcontext if weights == 'int8' else functools.partial(jax.set_mesh, mesh)
   with on_mesh():
-    slots = context or min(decoder.max_length, 1024 if decoder.reads_source else 4096)
+    slots = _slots(decoder, context)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
     drafter = drafting.make(lambda name: _drafting_engine(name, slots, weights))
     scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages, drafter=drafter)

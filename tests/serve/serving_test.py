@@ -9,8 +9,10 @@ import sys
 import time
 
 import pytest
+import serve as script
 
 from lm import serve
+from lm.models import transformer
 
 pytest.importorskip('uvicorn')
 pytest.importorskip('starlette')
@@ -84,3 +86,10 @@ def test_a_port_in_use_is_one_clear_line():
 
 def test_only_a_server_of_this_machine_alone_checks_the_name_of_its_host():
   assert serve.hosts('127.0.0.1') and not serve.hosts('0.0.0.0')
+
+
+def test_a_context_that_the_model_does_not_read_at_once_is_refused():
+  model = transformer.llama(8, 8, 1, 1, max_length=128)
+  assert [script._slots(model, context) for context in (None, 2, 128)] == [128, 2, 128]
+  with pytest.raises(ValueError, match='context=129 is more than the 128 tokens'):
+    script._slots(model, 129)
