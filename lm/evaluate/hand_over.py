@@ -20,12 +20,12 @@ def log_probabilities(model: Any, params: Any, speaker: conversation.Conversatio
 
 
 def threshold(log_p: np.ndarray, to_person: np.ndarray) -> float:
-  """Returns the threshold below which answers are handed over, and `to_person` says which should be.
+  """Returns the threshold with the largest Youden's J; answers with a log-probability below it are handed over.
 
-  It is that with the largest Youden's J: the share of the answers that should be handed over and are, less the share
-  of the others that are. So it does not depend on how many there are of each; F1 hands everything over where most
-  should be. `log_p` is -inf for an answer that hands over by itself, which any threshold hands over. The best of equal
-  thresholds is the lowest one, which hands the fewest over.
+  `to_person` says which answers should be handed over. Youden's J is the share of these that are handed over, less the
+  share of the others that are. So it does not depend on how many there are of each, while the threshold with the best
+  F1 hands everything over if most answers should be. `log_p` is -inf for an answer that is the sentence of handing
+  over, which is below any threshold. Of several best thresholds, the lowest one is returned.
   """
   candidates = np.unique([*log_p, np.inf])
   candidates = candidates[candidates > -np.inf]
