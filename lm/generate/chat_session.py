@@ -52,6 +52,11 @@ class ChatSession:
   messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
   answers: int = 0   # so far, also those of earlier conversations
 
+  def __post_init__(self):
+    if self.max_tokens is not None and self.max_tokens >= self.scheduler.context:
+      raise ValueError(f'max_tokens={self.max_tokens} leaves no room for a message in the context of '
+                       f'{self.scheduler.context} tokens; give fewer')
+
   def _fitting(self, messages: list[dict[str, str]]) -> tuple[np.ndarray, list[dict[str, str]]]:
     """Returns the ids of messages, and the messages, without the oldest ones that leave no room for an answer."""
     context = self.scheduler.context

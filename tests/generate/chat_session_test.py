@@ -50,6 +50,8 @@ def test_the_oldest_messages_are_forgotten_and_a_message_that_is_too_long_change
   with pytest.raises(ValueError, match='max_tokens=20 are more than the 128'):
     ''.join(session.answer('d' * 120))
   assert session.messages == before
+  with pytest.raises(ValueError, match='max_tokens=128 leaves no room for a message in the context of 128'):
+    ChatSession(scheduler, CHAT, max_tokens=128)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(scheduler, monkeypatch, capsys):
