@@ -20,7 +20,8 @@ import jax
 from lm import launch, optim, sharding, train
 from lm.data import dataset, tokenizers
 from lm.data.text import corpora, source
-from lm.models import transformer
+from lm.models import attention, moe, rotary, stack, transformer
+from lm.models import layers as parts
 from lm.objectives.next_token import next_token
 from lm.optim import schedules
 from lm.sharding import hosts
@@ -45,8 +46,18 @@ def sizes_for(devices: int, heads: int) -> tuple[int, int]:
   return -(-16 // devices) * devices, -(-64 // divisor) * divisor
 
 
+def decoder(vocabulary: int, width: int, layers: int, heads: int, length: int, experts: int) -> transformer.Transformer:
+  """Returns a small decoder; with `experts`, of which a token chooses two, a mixture whose loads a loss balances."""
+  if not experts:
+    return transformer.llama(vocabulary, width, layers, heads, max_length=length)
+  mixture = moe.Experts(moe.SoftmaxRouter(2), experts, width, balance=(moe.SequenceBalance(),))
+  mixer = attention.Attention(heads, heads, width // heads, rotary.Rotary())
+  block = parts.Block(mixer, mixture, parts.RMSNorm(), parts.RMSNorm())
+  return transformer.Transformer(vocabulary, width, stack.stacks([block] * layers), parts.RMSNorm(), length)
+
+
 def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width: int | None = None, heads: int = 4,
-          length: int = 128, batch: int | None = None, seed: int = 0,
+          experts: int = 0, length: int = 128, batch: int | None = None, seed: int = 0,
           workdir: pathlib.Path = pathlib.Path('runs/proof')) -> None:
   """Trains on each mesh and compares.
 
@@ -56,6 +67,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     layers: the number of layers.
     width: the size of the residual stream; by default 64, or the next size that the devices divide.
     heads: the number of heads of attention.
+    experts: the number of experts of each layer, such as 8; 0 for dense layers, which do not show what `expert` splits.
     length: the positions in a row.
     batch: the rows in a batch; by default 16, or the next number that the devices divide.
     seed: fixes the data order, the initialisation and the losses.
@@ -66,7 +78,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   batch, width = batch or rows, width or size
   tokenizer = tokenizers.Bytes()
   vocabulary = math.ceil(tokenizer.vocab_size / 16) * 16   # so that meshes split it
-  run = train.Run(transformer.llama(vocabulary, width, layers, heads, max_length=length), next_token(),
+  run = train.Run(decoder(vocabulary, width, layers, heads, length, experts), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizer, length),
                   optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
   shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]

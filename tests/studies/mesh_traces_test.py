@@ -12,15 +12,18 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import every_run
+from helpers.experts import KINDS
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, Bigram, Data
 from processes_test import address, results
 
 from lm import optim, sharding, train
-from lm.models import transformer
+from lm.models import attention, moe, rotary, transformer
 from lm.optim import schedules
 from lm.studies import mesh_traces
 
+pytestmark = pytest.mark.usefixtures('compiled_once')   # most traces of a test have one program
 LENGTH = 16
 RUN = dataclasses.replace(
     RUN, model=transformer.llama(260, 32, 2, heads=4, max_length=LENGTH, dropout=0.1), data=Data(length=LENGTH),
@@ -28,7 +31,7 @@ RUN = dataclasses.replace(
 
 
 @pytest.fixture(scope='module')
-def reference():
+def reference(compiled_once):
   return mesh_traces.trace(RUN, RUN.data, mesh_of('fsdp:1'))
 
 
@@ -38,7 +41,7 @@ def bound(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', ['fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4', 'fsdp:2,expert:4',
+@pytest.mark.parametrize('mesh', ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4',
                                   'replica:2,fsdp:2,tensor:2'])
 def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, bound):
   trace = mesh_traces.trace(RUN, RUN.data, mesh_of(mesh))
@@ -82,13 +85,20 @@ def test_two_processes_equal_one(reference, bound):
   assert np.all(difference <= bound), (difference / bound).max(axis=1)
 
 
+EXPERTS = KINDS['deepseek'].clone(balance=(moe.SequenceBalance(0.1),))
+
+
 @pytest.mark.slow
-def test_losses_and_norms_of_a_pipeline_differ_by_rounding_alone():
+@pytest.mark.parametrize('model, mesh', [
+    (transformer.llama(260, 32, 2, heads=4, max_length=LENGTH), 'stage:2,fsdp:4'),
+    (every_run.decoder(attention.Attention(4, 4, 8, rotary.Rotary()), EXPERTS).clone(vocab=260, width=32),
+     'fsdp:2,expert:4')], ids=['pipeline', 'experts'])
+def test_losses_and_norms_of_a_pipeline_and_of_experts_differ_by_rounding_alone(model, mesh):
   """Without dropout, whose masks in a pipeline are those of its microbatches."""
-  run = dataclasses.replace(RUN, model=transformer.llama(260, 32, 2, heads=4, max_length=LENGTH))
+  run = dataclasses.replace(RUN, model=model)
   reference = mesh_traces.trace(run, run.data, mesh_of('fsdp:1'))
   bound = mesh_traces.bound(reference, mesh_traces.perturbed(run, run.data, mesh_of('fsdp:1')), run.batch * LENGTH)
-  trace = mesh_traces.trace(run, run.data, mesh_of('stage:2,fsdp:4'))
+  trace = mesh_traces.trace(run, run.data, mesh_of(mesh))
   assert trace.batches == reference.batches
   difference = mesh_traces.deviation(trace, reference)
   assert np.all(difference <= bound), (difference / bound).max(axis=1)
