@@ -31,8 +31,8 @@ _FIGURES = ('vllm:num_requests_running', 'vllm:num_requests_waiting', 'vllm:kv_c
             'lm:compilations_after_warmup')
 
 
-def write_model(folder: str) -> None:
-  """Writes a random GPT-2 whose tokens are bytes."""
+def write_model(folder: str, width: int = 64, layers: int = 4, heads: int = 4, vocab: int | None = None) -> None:
+  """Writes a random GPT-2 whose tokens are bytes, and whose `vocab`, if given, has ids that are no tokens."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
   import jax
 
@@ -40,15 +40,15 @@ def write_model(folder: str) -> None:
   from lm.hf import pretrained
   from lm.models import transformer
   tokenizer = Bytes()
-  model = transformer.gpt2(tokenizer.vocab_size, 64, 4, 4, max_length=512)
+  model = transformer.gpt2(vocab or tokenizer.vocab_size, width, layers, heads, max_length=512)
   pretrained.write(pathlib.Path(folder, 'exported'), model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
 
 
 @contextlib.contextmanager
-def server(folder: pathlib.Path) -> Iterator[tuple[subprocess.Popen, int]]:
-  """Yields the process of a server, and its port."""
-  process = subprocess.Popen([sys.executable, str(_SERVER), f'--model={folder}', '--port=0', '--rows=4',
-                              '--waiting=16'], stdout=subprocess.PIPE, text=True)
+def server(folder: pathlib.Path, *flags: str) -> Iterator[tuple[subprocess.Popen, int]]:
+  """Yields the process of a server with these flags, and its port."""
+  process = subprocess.Popen([sys.executable, str(_SERVER), f'--model={folder}', '--port=0', *flags],
+                             stdout=subprocess.PIPE, text=True)
   try:
     line = next((line for line in process.stdout if ' answers at http://' in line), None)
     if line is None:
@@ -147,7 +147,7 @@ def soak(*, minutes: float = 10, clients: int = 6, disconnects: float = 0.33, se
   machine('jax')
   with tempfile.TemporaryDirectory() as folder:
     in_process(write_model, folder)
-    with server(pathlib.Path(folder, 'exported')) as (process, port):
+    with server(pathlib.Path(folder, 'exported'), '--rows=4', '--waiting=16') as (process, port):
       load, memory = Clients(port, clients, disconnects, seed), []
       for i in range(10):
         time.sleep(6 * minutes)
