@@ -90,8 +90,8 @@ def host_seconds(folder: pathlib.Path, rows: int, new_tokens: int) -> float:
   """Returns the median of the seconds of a step of the scheduler beside those of the model, with all rows in use."""
   model, params = open_folder(folder, sets_mesh=False)
   from lm import generate
-  engine = Timed(generate.Engine(model, model.unstack(params), 512, 256, [-1]))
-  scheduler = generate.Scheduler(engine, rows)
+  scheduler = generate.Scheduler(generate.Engine(model, model.unstack(params), 512, 256, [-1]), rows)
+  scheduler.engine = engine = Timed(scheduler.engine)
   scheduler.warm_up()
   for seed in range(rows):
     scheduler.submit(generate.Request([seed] * 32, generate.Sampling(1., top_p=.9), max_tokens=new_tokens, seed=seed))

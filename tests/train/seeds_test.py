@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.runs import RUN, Data
 
-from lm import generate, seeds, train
+from lm import generate, seeds, signature, train
 from lm.models import transformer
 from lm.objectives.next_token import next_token
 
@@ -48,8 +48,9 @@ def test_a_seed_out_of_range_is_refused_by_its_value(seed):
 
 def test_generate_refuses_a_seed_before_it_opens_anything(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(ROOT / 'experiments')
+  main = importlib.import_module('generate').main
   with pytest.raises(ValueError, match='seed=-1 is not a whole number'):
-    importlib.import_module('generate').main(workdir=tmp_path / 'absent', seed=-1)
+    signature.call(main, {'workdir': tmp_path / 'absent', 'seed': -1})
 
 
 def test_runs_of_wide_seeds_differ():
