@@ -29,23 +29,6 @@ from lm.studies import mesh_traces
 from lm.workdir import atomic
 
 
-def meshes_of(count: int) -> str:
-  """Returns meshes for a number of devices, separated by `;`, the first of which is the reference."""
-  names = [f'fsdp:{count}', f'replica:{count}']
-  if count % 2 == 0:
-    names += [f'fsdp:{count // 2},tensor:2', f'replica:2,fsdp:{count // 2}']
-  if count % 4 == 0:
-    names += [f'replica:2,fsdp:{count // 4},tensor:2', f'fsdp:{count // 4},tensor:4', f'stage:2,fsdp:{count // 2}',
-              f'fsdp:{count // 4},context:4', f'fsdp:{count // 4},expert:4']
-  return '; '.join(names)
-
-
-def sizes_for(devices: int, heads: int) -> tuple[int, int]:
-  """Returns the least rows of a batch from 16, and the least width from 64, that a number of devices divides."""
-  divisor = math.lcm(devices, 2 * heads)   # the size of a head is even
-  return -(-16 // devices) * devices, -(-64 // divisor) * divisor
-
-
 def decoder(vocabulary: int, width: int, layers: int, heads: int, length: int, experts: int) -> transformer.Transformer:
   """Returns a small decoder; with `experts`, of which a token chooses two, a mixture whose loads a loss balances."""
   if not experts:
@@ -74,14 +57,14 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     workdir: the folder of the data and of the table.
   """
   sharding.join(None, None, None)   # in a cluster, the same command runs in each process
-  rows, size = sizes_for(jax.device_count(), heads)
+  rows, size = mesh_traces.sizes_for(jax.device_count(), heads)
   batch, width = batch or rows, width or size
   tokenizer = tokenizers.Bytes()
   vocabulary = math.ceil(tokenizer.vocab_size / 16) * 16   # so that meshes split it
   run = train.Run(decoder(vocabulary, width, layers, heads, length, experts), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizer, length),
                   optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
-  shapes = [shape.strip() for shape in (meshes or meshes_of(len(jax.devices()))).split(';')]
+  shapes = [shape.strip() for shape in (meshes or mesh_traces.meshes_of(len(jax.devices()))).split(';')]
   laid_out = [sharding.make_mesh(shape) for shape in shapes]
   for mesh in laid_out:
     with jax.set_mesh(mesh):

@@ -10,6 +10,7 @@ Meshes add the same numbers in other orders, so that results differ by rounding.
 """
 import dataclasses
 import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -45,6 +46,23 @@ class Trace(NamedTuple):
   norms: np.ndarray
   batches: str
   exchanges: Mapping[str, tuple[int, int]] | None
+
+
+def meshes_of(count: int) -> str:
+  """Returns meshes for a number of devices, separated by `;`, the first of which is the reference."""
+  names = [f'fsdp:{count}', f'replica:{count}']
+  if count % 2 == 0:
+    names += [f'fsdp:{count // 2},tensor:2', f'replica:2,fsdp:{count // 2}']
+  if count % 4 == 0:
+    names += [f'replica:2,fsdp:{count // 4},tensor:2', f'fsdp:{count // 4},tensor:4', f'stage:2,fsdp:{count // 2}',
+              f'fsdp:{count // 4},context:4', f'fsdp:{count // 4},expert:4']
+  return '; '.join(names)
+
+
+def sizes_for(devices: int, heads: int) -> tuple[int, int]:
+  """Returns the least rows of a batch from 16, and the least width from 64, that a number of devices divides."""
+  divisor = math.lcm(devices, 2 * heads)   # the size of a head is even
+  return -(-16 // devices) * devices, -(-64 // divisor) * divisor
 
 
 def trace(run: train.Run, data: OpenData, mesh: jax.sharding.Mesh, perturbation: int | None = None) -> Trace:

@@ -3,7 +3,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import proof
 import pytest
 from helpers.meshes import mesh_of, on
 from helpers.runs import RUN
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lm import sharding
 from lm.models import transformer
 from lm.sharding import partial
+from lm.studies import mesh_traces
 from lm.train import checks
 
 
@@ -78,9 +78,9 @@ def test_the_mesh_is_chosen_such_that_a_model_fits(width, rows, expected, reason
 
 @pytest.mark.parametrize('devices, sizes', [(6, (18, 72)), (32, (32, 64))])
 def test_the_proof_fits_any_number_of_devices(devices, sizes):
-  assert proof.sizes_for(devices, 4) == sizes
+  assert mesh_traces.sizes_for(devices, 4) == sizes
   run = dataclasses.replace(RUN, model=transformer.llama(272, sizes[1], 1, 4, max_length=128), batch=sizes[0])
-  for shape in proof.meshes_of(devices).split(';'):
+  for shape in mesh_traces.meshes_of(devices).split(';'):
     checks.check_mesh(run, sharding.abstract_mesh(shape.strip()))
 
 
