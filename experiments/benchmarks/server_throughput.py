@@ -23,7 +23,7 @@ import urllib.parse
 from typing import Any
 
 from interleaved import in_process, machine, open_folder
-from server_soak import server, write_model
+from served_models import server, write_model
 
 from lm import launch
 
@@ -127,11 +127,11 @@ def throughput(*, model: pathlib.Path | None = None, other: str | None = None, c
       root = stack.enter_context(tempfile.TemporaryDirectory())
       in_process(write_model, root, 768, 12, 12, 50_257)
       model = pathlib.Path(root, 'exported')
-    one, many = (stack.enter_context(server(model, f'--rows={rows}', '--context=256'))[1] for rows in (1, clients))
-    one, many = (f'http://127.0.0.1:{port}/v1' for port in (one, many))
-    arms = {'one row, one client': Served(one, model.name, 1),
-            f'{clients} rows, one client': Served(many, model.name, 1),
-            f'{clients} rows, {clients} clients': Served(many, model.name, clients)}
+    ports = [stack.enter_context(server(model, f'--rows={rows}', '--context=256'))[1] for rows in (1, clients)]
+    one_row, all_rows = (f'http://127.0.0.1:{port}/v1' for port in ports)
+    arms = {'one row, one client': Served(one_row, model.name, 1),
+            f'{clients} rows, one client': Served(all_rows, model.name, 1),
+            f'{clients} rows, {clients} clients': Served(all_rows, model.name, clients)}
     if other is not None:
       arms |= {f'other, {count} clients': Served(other, model.name, count) for count in (1, clients)}
     for served in arms.values():
