@@ -5,7 +5,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 # By name: the experiments and the benchmarks, without what the benchmarks share, and the command line of another
 # program.
 SCRIPTS = {path.stem: path for folder in ('experiments', 'experiments/benchmarks')
-           for path in sorted((ROOT / folder).glob('*.py')) if path.stem not in ('interleaved', 'harness')}
+           for path in sorted((ROOT / folder).glob('*.py'))
+           if path.stem not in ('interleaved', 'served_models', 'harness')}
 # Flags that make each experiment tiny.
 TINY = {
     'pretrain': ['--text={folder}/*.txt', '--tokenizer_kind=bytes', '--vocab=320', '--length=16', '--layers=1',
@@ -60,6 +61,7 @@ TOOLS = {
     'importing': ['--rounds=1'],
     'checkpoint_stall': ['--width=64', '--saves=1'],
     'harness_requests': ['--rounds=1', '--width=64'],
+    'server_throughput': ['--clients=2', '--rounds=1', '--other=http://localhost:1/v1'],
     'server_soak': ['--minutes=0.2', '--clients=2', '--disconnects=0.5'],
     'temperatures': ['--temperatures=0.5,1', '--limit=8', '--best'],
     'classify': ['--classes=a= good,b= bad', '--jsonl=x.jsonl', '--label_key=class', '--limit=none'],
