@@ -142,10 +142,43 @@ def kth_greatest(values_BV: jax.Array, k_B1: jax.Array) -> jax.Array:
 def keep_top_p(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
   """Excludes the least probable tokens whose probabilities sum to at most 1 - `mass`; 1 excludes none.
 
-  Of equally probable tokens, those with lower ids are excluded first. The most probable token stays. The logit of the
-  last token that stays takes 32 sums over the row, in place of sorting it.
+  Of equally probable tokens, those with lower ids are excluded first. The most probable token stays.
   """
-  mass, ordered = _column(mass), _ordered(logits_BV)
+  return _keep_mass(logits_BV, logits_BV, mass)
+
+
+def keep_typical(logits_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
+  """Excludes the tokens whose information, -log p, is the farthest from its mean, the entropy; 1 excludes none.
+
+  The probabilities of those that are excluded sum to at most 1 - `mass`.
+  """
+  information, entropy = _information(logits_BV)
+  return _keep_mass(logits_BV, -jnp.abs(information - entropy), mass)
+
+
+def keep_eta(logits_BV: jax.Array, cutoff: jax.Array | float) -> jax.Array:
+  """Excludes tokens less probable than min(`cutoff`, sqrt(`cutoff`) * exp(-entropy)), but not the most probable."""
+  information, entropy = _information(logits_BV)
+  cutoff = _column(cutoff)
+  least = jnp.minimum(cutoff, jnp.sqrt(cutoff) * jnp.exp(-entropy))
+  stays = (jnp.exp(-information) >= least) | (logits_BV == logits_BV.max(-1, keepdims=True))
+  return jnp.where(stays, logits_BV, -jnp.inf)
+
+
+def _information(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns -log p of each token, inf for excluded ones, and the entropy of each row, [B, 1], in nats."""
+  information = -jax.nn.log_softmax(logits_BV, axis=-1)
+  terms = jnp.where(information < jnp.inf, information * jnp.exp(-information), 0)
+  return information, jnp.sum(terms, axis=-1, keepdims=True)
+
+
+def _keep_mass(logits_BV: jax.Array, ranks_BV: jax.Array, mass: jax.Array | float) -> jax.Array:
+  """Excludes the tokens of the lowest ranks whose probabilities sum to at most 1 - `mass`; 1 excludes none.
+
+  Of tokens with equal ranks, those with lower ids are excluded first. A token with the highest rank stays. The rank of
+  the last token that stays takes 32 sums over the row, in place of sorting it.
+  """
+  mass, ordered = _column(mass), _ordered(ranks_BV)
   weights = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
 
   def below(number):
@@ -169,18 +202,20 @@ def process(logits_BV: jax.Array, sampling: Sampling | Settings, history: TokenH
   """Returns the logits that tokens are drawn from; see `Sampling` for the order.
 
   Without a `history`, only the temperature and the filters are applied. `ends_BE` are the ids that end any text, for
-  `min_tokens`. The logits of greedy rows are not filtered, because no filter removes the most probable token. What no
-  row uses costs nothing.
+  `min_tokens`. The logits of greedy rows are not filtered. What no row uses costs nothing.
   """
   logits = logits_BV.astype(jnp.float32)
   if history is not None:
     logits = _edit(logits, sampling, history, ends_BE)
   is_drawn = ~jnp.asarray(sampling.greedy)
   min_p, top_k, top_p = (jnp.asarray(x) for x in (sampling.min_p, sampling.top_k, sampling.top_p))
+  typical_p, eta_cutoff = jnp.asarray(sampling.typical_p), jnp.asarray(sampling.eta_cutoff)
   filtered = logits / _column(jnp.maximum(jnp.asarray(sampling.temperature), 0.01))
   filtered = _apply_if(is_drawn & (min_p > 0), keep_min_p, filtered, min_p)
   filtered = _apply_if(is_drawn & (top_k > 0), keep_top_k, filtered, top_k)
   filtered = _apply_if(is_drawn & (top_p < 1), keep_top_p, filtered, top_p)
+  filtered = _apply_if(is_drawn & (typical_p < 1), keep_typical, filtered, typical_p)
+  filtered = _apply_if(is_drawn & (eta_cutoff > 0), keep_eta, filtered, eta_cutoff)
   return jnp.where(_column(is_drawn), filtered, logits)
 
 

@@ -22,7 +22,7 @@ BAD_WORDS, BAD_WORD_LENGTH = 64, 8
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a token is drawn. As in vLLM, the order is: bad words, min_tokens, logit_bias, penalties, temperature, min_p,
-  top_k, top_p.
+  top_k, top_p; then typical_p and eta_cutoff, as in transformers.
 
   Args:
     temperature: divides the logits. At 0, and below 1e-5, the most probable token is taken; other temperatures below
@@ -38,6 +38,10 @@ class Sampling:
     bad_words: sequences of ids, none of which is written as a whole, also not as the continuation of a prompt.
     min_tokens: the number of tokens before which no token that ends a text is drawn.
     stop_ids: ids that end the text, and are written too, like those of the engine.
+    typical_p: keeps the tokens whose information is the nearest to the entropy, the smallest set of them whose
+      probabilities sum to at least p (Meister et al. 2023); 1 keeps all.
+    eta_cutoff: excludes tokens of a probability below min(eta, sqrt(eta) * exp(-entropy)) (Hewitt et al. 2022); 0
+      excludes none.
   """
   temperature: float = 1.
   top_k: int = 0
@@ -50,6 +54,8 @@ class Sampling:
   bad_words: tuple[tuple[int, ...], ...] = ()
   min_tokens: int = 0
   stop_ids: tuple[int, ...] = ()
+  typical_p: float = 1.
+  eta_cutoff: float = 0.
 
   def __post_init__(self):
     for name, valid, allowed in (
@@ -57,6 +63,8 @@ class Sampling:
         ('top_k', -1 <= self.top_k < 2 ** 31 and self.top_k % 1 == 0, 'a whole number, 0 (off) or more, below 2 ** 31'),
         ('top_p', 0 < self.top_p <= 1, 'more than 0 and at most 1 (off)'),
         ('min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1'),
+        ('typical_p', 0 < self.typical_p <= 1, 'more than 0 and at most 1 (off)'),
+        ('eta_cutoff', 0 <= self.eta_cutoff < 1, '0 (off) or more, and less than 1'),
         ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'more than 0; 1 is off'),
         ('presence_penalty', -2 <= self.presence_penalty <= 2, 'between -2 and 2; 0 is off'),
         ('frequency_penalty', -2 <= self.frequency_penalty <= 2, 'between -2 and 2; 0 is off'),
@@ -91,6 +99,8 @@ class Settings(NamedTuple):
   top_k: jax.Array
   top_p: jax.Array
   min_p: jax.Array
+  typical_p: jax.Array
+  eta_cutoff: jax.Array
   repetition_penalty: jax.Array
   presence_penalty: jax.Array
   frequency_penalty: jax.Array
@@ -110,8 +120,8 @@ def settings(samplings: Sequence[Sampling], seeds_B: Sequence[int], streams_B: n
   """Returns the settings of rows, in NumPy. Row b draws from the random stream `streams_B[b]`, uint32, of its seed."""
   rows = len(samplings)
   dtypes = {'temperature': np.float32, 'top_k': np.int32, 'top_p': np.float32, 'min_p': np.float32,
-            'repetition_penalty': np.float32, 'presence_penalty': np.float32, 'frequency_penalty': np.float32,
-            'min_tokens': np.int32}
+            'typical_p': np.float32, 'eta_cutoff': np.float32, 'repetition_penalty': np.float32,
+            'presence_penalty': np.float32, 'frequency_penalty': np.float32, 'min_tokens': np.int32}
   values = [np.array([getattr(sampling, name) for sampling in samplings], dtype) for name, dtype in dtypes.items()]
   bias_ids, biases = np.full((rows, BIASES), -1, np.int32), np.zeros((rows, BIASES), np.float32)
   bad_words = np.full((rows, BAD_WORDS, BAD_WORD_LENGTH), -1, np.int32)

@@ -42,8 +42,8 @@ class Denoising:
     steps: the number of forward passes; as many as there are tokens draws one at a time.
     blocks: the number of parts that are filled from left to right, each in its share of the steps.
     remasking: `low_confidence`, `random`, or another function `(log_probabilities [T], key) -> priorities [T]`.
-    sampling: how a token is drawn; its temperature, top_k, top_p and min_p alone, because tokens are not written in
-      their order.
+    sampling: how a token is drawn; its temperature and its filters of probabilities alone, because tokens are not
+      written in their order.
   """
   steps: int = 64
   blocks: int = 1
@@ -53,7 +53,8 @@ class Denoising:
   def __post_init__(self):
     if self.blocks < 1 or self.steps < 1 or self.steps % self.blocks:
       raise ValueError(f'steps={self.steps} are not a positive multiple of blocks={self.blocks}')
-    plain = Sampling(self.sampling.temperature, self.sampling.top_k, self.sampling.top_p, self.sampling.min_p)
+    names = 'temperature', 'top_k', 'top_p', 'min_p', 'typical_p', 'eta_cutoff'
+    plain = Sampling(**{name: getattr(self.sampling, name) for name in names})
     for field in dataclasses.fields(plain):
       value = getattr(self.sampling, field.name)
       if value != getattr(plain, field.name):

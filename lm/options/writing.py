@@ -21,6 +21,9 @@ class Drawing:
     top_k: sample from the k most probable tokens; 0 for all.
     top_p: sample from the smallest set of tokens whose probabilities reach this sum; 1 for all.
     min_p: sample from the tokens with at least this share of the highest probability; 0 for all.
+    typical_p: sample from the tokens whose information is the nearest to the entropy, until their probabilities reach
+      this sum; 1 for all.
+    eta_cutoff: sample from the tokens with at least this probability, or less where the model is unsure; 0 for all.
     repetition_penalty: values above 1 make tokens that are already in the text less probable.
     seed: seed of the sampling.
   """
@@ -28,6 +31,8 @@ class Drawing:
   top_k: int = 0
   top_p: float = 1.
   min_p: float = 0.
+  typical_p: float = 1.
+  eta_cutoff: float = 0.
   repetition_penalty: float = 1.
   seed: int = 0
 
@@ -36,7 +41,8 @@ class Drawing:
     self.sampling()
 
   def sampling(self) -> Sampling:
-    return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+    return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+                    typical_p=self.typical_p, eta_cutoff=self.eta_cutoff)
 
 
 @dataclasses.dataclass(frozen=True)

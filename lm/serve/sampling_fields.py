@@ -17,6 +17,7 @@ MOST_SEED = (1 << 32) - 1
 SAMPLING: Mapping[str, Field] = {
     'temperature': number(0, 2).otherwise(1.), 'top_p': number(0, 1, above=True).otherwise(1.),
     'top_k': integer(-1, MOST_TOKENS).otherwise(0), 'min_p': number(0, 1).otherwise(0.),
+    'typical_p': number(0, 1, above=True).otherwise(1.), 'eta_cutoff': number(0, 1).otherwise(0.),
     'presence_penalty': number(-2, 2).otherwise(0.), 'frequency_penalty': number(-2, 2).otherwise(0.),
     'repetition_penalty': number(0, 10, above=True).otherwise(1.), 'logit_bias': body_fields.BIASES,
     'n': integer(1, MOST_CHOICES).otherwise(1), 'seed': integer(0, MOST_SEED),
@@ -51,7 +52,7 @@ class AnswerSettings:
 
 
 _OF_TOKENS = ('temperature', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'frequency_penalty', 'repetition_penalty',
-              'logit_bias', 'min_tokens')
+              'logit_bias', 'min_tokens', 'typical_p', 'eta_cutoff')
 
 
 def read_settings(values: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> AnswerSettings:

@@ -104,7 +104,9 @@ def test_settings_are_those_of_transformers():
       (Sampling(logit_bias=((3, 2.), (5, -9.))),
        processors.SequenceBiasLogitsProcessor([[[3], 2.], [[5], -9.]])),
       (Sampling(0.7), processors.TemperatureLogitsWarper(0.7)), (Sampling(top_k=5), processors.TopKLogitsWarper(5)),
-      (Sampling(top_p=0.8), processors.TopPLogitsWarper(0.8)), (Sampling(min_p=0.1), processors.MinPLogitsWarper(0.1))]
+      (Sampling(top_p=0.8), processors.TopPLogitsWarper(0.8)), (Sampling(min_p=0.1), processors.MinPLogitsWarper(0.1)),
+      *((Sampling(typical_p=mass), processors.TypicalLogitsWarper(mass)) for mass in (0.2, 0.5, 0.9)),
+      *((Sampling(eta_cutoff=cutoff), processors.EtaLogitsWarper(cutoff)) for cutoff in (0.01, 0.1, 0.6))]
   for sampling, processor in cases:
     logits = rng.normal(0, 2, (1, V)).astype('f4')
     np.testing.assert_allclose(processed(logits, [sampling], TEXT, WRITTEN), processor(text, torch.tensor(logits)),

@@ -56,6 +56,10 @@ def test_penalty_and_temperature_match_published_numbers():
     (LOGITS, {'top_p': 0.9}, [0, 1, 2, 3]), (LOGITS, {'top_p': 0.6}, [0, 1]), (SIX_EQUAL, {'top_p': 0.5}, [3, 4, 5]),
     (LOGITS, {'top_p': 1e-9}, [0]), (LOGITS, {'min_p': 0.1}, [0, 1, 2, 3]), (LOGITS, {'min_p': 0.3}, [0, 1]),
     (LOGITS, {'min_p': 1.}, [0]), (LOGITS, {'top_k': -1}, range(6)),
+    # The probabilities are .56, .21, .13, .08, .03 and 0, their entropy is 1.23, and the information of the second is
+    # 1.58, of the first 0.58. Cutoffs of 0.3 and 0.6 are 0.16 and 0.23 at this entropy.
+    (LOGITS, {'typical_p': 0.2}, [1]), (LOGITS, {'typical_p': 0.5}, [0, 1]), (LOGITS, {'eta_cutoff': 0.3}, [0, 1]),
+    (LOGITS, {'eta_cutoff': 0.6}, [0]), (LOGITS, {'eta_cutoff': 0.01}, [0, 1, 2, 3, 4]),
     # The order matters: two of these tokens have .73 of the mass after top_k, but .77 of it at the lower temperature.
     (LOGITS, {'top_k': 3, 'top_p': 0.8}, [0, 1]), (LOGITS, {'temperature': 2., 'top_p': 0.6}, [0, 1, 2]),
 ])
@@ -73,7 +77,7 @@ def test_filters_do_not_depend_on_the_order_of_tokens():
     ('temperature', -1, '0'), ('temperature', float('nan'), '0'), ('top_k', 1.5, 'whole'), ('top_k', -2, '0'),
     ('top_k', 2 ** 31, 'below'), ('min_tokens', 2 ** 31, 'below'),
     ('top_p', 0, 'at most 1'), ('top_p', 1.1, 'at most 1'), ('min_p', 2, 'between 0'),
-    ('repetition_penalty', 0, '1 is off')])
+    ('typical_p', 0, 'at most 1'), ('eta_cutoff', 1, 'less than 1'), ('repetition_penalty', 0, '1 is off')])
 def test_a_bad_value_is_named(name, value, allowed):
   with pytest.raises(ValueError, match=f'{name}={value} .*{allowed}'):
     generate.Sampling(**{name: value})
