@@ -19,13 +19,13 @@ pytest.importorskip('starlette')
 pytest.importorskip('prometheus_client')
 
 PROGRAM = '''
-import sys, time
+import sys, time, types
 sys.path.insert(0, sys.argv[1])
 from helpers.scripted_engine import ScriptedEngine, application, text_script
 from lm import serve
 listener = serve.listen('127.0.0.1', 0)
 engine = ScriptedEngine(text_script('x' * 40), wait=lambda: time.sleep(.02))
-with application(engine, model=(None, None)) as (app, thread):
+with application(engine, model=(types.SimpleNamespace(reads_source=False), None)) as (app, thread):
   print(serve.address(listener), flush=True)
   serve.serve(app, listener, int(sys.argv[2]), lambda: thread.count)
 '''
