@@ -118,7 +118,8 @@ WRONG = {
 }
 
 
-# The others take half a minute each.
+# The others are slow, and those with the most parts the slowest.
+MANY_PARTS = ('GptOssForCausalLM', 'DeepseekV3ForCausalLM', 'Llama4ForCausalLM', 'Qwen2MoeForCausalLM')
 FAST = ('LlamaForCausalLM', 'Gemma2ForCausalLM')
 
 
@@ -137,8 +138,10 @@ def changed(part, change):
   return change(part)
 
 
-@pytest.mark.parametrize('case', [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST))
-                                  for case in CASES[1:] if '-' not in case.name])
+@pytest.mark.parametrize('case', [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST)
+                 + [pytest.mark.long] * (case.name in MANY_PARTS))
+    for case in CASES[1:] if '-' not in case.name])
 def test_each_part_changes_the_logits(opened, case):
   """Any wrong part shows in the logits, so equal logits mean that all parts are right."""
   _, model, params, _ = opened(case)
