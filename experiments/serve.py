@@ -23,8 +23,6 @@ from lm.models.quantized_decoder import with_int8_weights
 from lm.objectives.objective import causal_prompt
 from lm.options import ServedDrafts
 
-_WIDTHS = 64, 16, 4, 1   # of chunks of prompts; each is a program more, which takes a second when the server starts
-
 
 def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
   """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none."""
@@ -43,7 +41,7 @@ def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
 
 def _slots(decoder: Any, context: int | None) -> int:
   """Returns the number of tokens of the longest text. Raises ValueError for more than the model reads at once."""
-  longest = min(limit for limit in (decoder.max_length, decoder.original_context) if limit is not None)
+  longest = generate.longest_text(decoder)
   if context is not None and context > longest:
     raise ValueError(f'context={context} is more than the {longest} tokens that the model reads at once; give less')
   return context or min(longest, 1024 if decoder.reads_source else 4096)
@@ -99,7 +97,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     slots = _slots(decoder, context)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
     drafter = drafting.make(lambda name: _drafting_engine(name, slots, weights))
-    scheduler = generate.Scheduler(engine, rows, _WIDTHS, pages=pages, drafter=drafter)
+    scheduler = generate.Scheduler(engine, rows, pages=pages, drafter=drafter)
     if scheduler.sharing_obstacle is not None:
       print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
             file=sys.stderr)

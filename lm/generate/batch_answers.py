@@ -9,7 +9,7 @@ from lm import sharding
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate.choice_text import Piece
 from lm.generate.completion import round_up_slots
-from lm.generate.engine import Engine
+from lm.generate.engine import Engine, longest_text
 from lm.generate.grammars import Grammar
 from lm.generate.prompts_file import AnswersFile, PromptLine, Prompts, raise_all
 from lm.generate.request import Request
@@ -18,7 +18,6 @@ from lm.generate.text import DEFAULT
 from lm.generate.text_stream import text_and_source, with_bos
 from lm.generate.written_requests import TextRequest, pieces
 
-_WIDTHS = 64, 16, 4, 1   # of the chunks in which prompts are read; each is a program that is compiled
 _TOKENS_PER_STEP = 4     # tokens of each row between which requests join and leave
 
 
@@ -38,7 +37,7 @@ def make_scheduler(model: Any, params: Any, tokenizer: Tokenizer, slots: int, ro
   """
   slots = min(round_up_slots(slots), model.max_length)
   engine = Engine(model, model.unstack(params), slots, tokenizer.vocab_size, tuple(tokenizer.eos_ids))
-  return Scheduler(engine, sharding.padded_rows(rows), _WIDTHS, _TOKENS_PER_STEP if rows > 1 else 1)
+  return Scheduler(engine, sharding.padded_rows(rows), tokens_per_step=_TOKENS_PER_STEP if rows > 1 else 1)
 
 
 def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Prompts, answers: AnswersFile,
@@ -62,7 +61,7 @@ def answer_prompts(model: Any, params: Any, tokenizer: Tokenizer, prompts: Promp
       anything is computed.
   """
   requests, problems = {}, []
-  context = min(limit for limit in (model.max_length, model.original_context) if limit is not None)
+  context = longest_text(model)
   for line in prompts.lines:
     if line.id in answers.finished:
       continue

@@ -14,7 +14,7 @@ import numpy as np
 
 from lm import sharding
 from lm.generate.drafted_steps import Drafter, check_cache
-from lm.generate.engine import Engine, State
+from lm.generate.engine import Engine, State, longest_text
 from lm.generate.slots import Slots
 
 
@@ -54,9 +54,9 @@ class DraftModel(Drafter):
     if (own.vocab, model.vocab) != (engine.vocab, engine.model.vocab):
       raise ValueError(f'the model that drafts has {own.vocab} tokens, padded to {model.vocab}, and the model that it '
                        f'drafts for has {engine.vocab}, padded to {engine.model.vocab}; give one with the same tokens')
-    limits = [limit for limit in (own.slots, model.max_length, model.original_context) if limit is not None]
-    if min(limits) < length:
-      raise ValueError(f'the model that drafts reads {min(limits)} tokens at once, and the texts may have '
+    longest = min(own.slots, longest_text(model))
+    if longest < length:
+      raise ValueError(f'the model that drafts reads {longest} tokens at once, and the texts may have '
                        f'{length}; give shorter texts, or another model')
     self._slots = Slots(dataclasses.replace(own, slots=own.slots + self.drafts + 1), rows, widths)
     self._cache = self._slots.empty().cache

@@ -69,6 +69,11 @@ class State(NamedTuple):
   top_B: jax.Array         # the number of alternatives whose log-probabilities are needed
 
 
+def longest_text(model: Any) -> int:
+  """Returns the tokens of the longest text that a model reads at once and whose positions it encodes as in training."""
+  return min(length for length in (model.max_length, model.original_context) if length is not None)
+
+
 def map_shards(function: Any, *args: Any) -> Any:
   """Calls a function of trees whose arrays begin with the axis of rows.
 

@@ -26,7 +26,7 @@ from lm.data.text.source import require
 from lm.data.tokenizers.base import Tokenizer
 from lm.generate.filters import word_count
 from lm.generate.sampling import Sampling
-from lm.workdir.parsing import json_value
+from lm.workdir.parsing import read_object
 
 # Between two parts of JSON: at most a line break and an indentation, because a model that is unsure writes space after
 # space.
@@ -63,13 +63,7 @@ def read_grammar(schema_file: pathlib.Path | None, pattern: str | None) -> str |
   if pattern is not None:
     raise ValueError(f'the JSON schema {schema_file} and the regular expression {pattern!r} cannot both constrain the '
                      'text; give one of them')
-  try:
-    schema = json_value(schema_file.read_text())
-  except ValueError as error:
-    raise ValueError(f'{schema_file} is no JSON: {error}; give the file of a JSON schema') from None
-  if not isinstance(schema, dict):
-    raise ValueError(f'{schema_file} has a {type(schema).__name__}; give the file of a JSON schema, which is an object')
-  return of_json_schema(schema)
+  return of_json_schema(read_object(schema_file))
 
 
 class Matcher:

@@ -30,7 +30,7 @@ import numpy as np
 
 from lm.generate import compilations
 from lm.generate.drafted_steps import Drafter
-from lm.generate.engine import CHUNK, Engine, Tokens
+from lm.generate.engine import CHUNK, Engine, Tokens, longest_text
 from lm.generate.grammars import allowed_tokens
 from lm.generate.page_pool import prefix_keys
 from lm.generate.request import Event, Request, Scores
@@ -69,8 +69,7 @@ class Scheduler:
     if rows < 1 or not 1 <= tokens_per_step <= CHUNK:
       raise ValueError(f'rows={rows} must be at least 1, and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
     model = engine.model
-    limits = [limit for limit in (engine.slots, model.max_length, model.original_context) if limit is not None]
-    self.context = int(min(limits))   # the longest text, in tokens
+    self.context = int(min(engine.slots, longest_text(model)))   # the longest text, in tokens
     self.engine, self.tokens_per_step = engine, tokens_per_step
     widths = tuple(width for width in sorted(set(widths), reverse=True) if width <= max(self.context // 2, 1))
     if widths[-1:] != (1,):

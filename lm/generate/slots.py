@@ -42,7 +42,7 @@ from lm.generate.page_pools import PagePools, Prefix, RowPages, ring
 from lm.generate.sampling import Sampling, Settings, settings
 from lm.models import paged
 
-WIDTHS = 64, 32, 16, 8, 4, 2, 1   # of chunks
+WIDTHS = 64, 16, 4, 1   # of chunks; each is a program more, which takes a second to compile
 
 
 class Prompt(NamedTuple):

@@ -12,7 +12,8 @@ from lm import paths
 from lm.data import tokenizers
 from lm.evaluate.learned.bleurt import Bleurt
 from lm.hf import pretrained, text_scorers, tf_checkpoint, weights
-from lm.hf.config import Config, read
+from lm.hf.config import Config
+from lm.workdir.parsing import read_object
 
 _FAMILY = next(family for family in text_scorers.FAMILIES if family.model_type == 'bleurt')
 _WORDS = {'kernel': 'weight', 'gamma': 'weight', 'beta': 'bias', 'embedding_hidden_mapping_in': 'embedding_projection',
@@ -39,9 +40,9 @@ def _length(length: Any, most: int) -> int:
 
 
 def _load_tensorflow(folder: pathlib.Path, name: str) -> Bleurt:
-  settings = read(folder / 'bleurt_config.json')
+  settings = read_object(folder / 'bleurt_config.json')
   path = folder / settings.get('bert_config_file', 'bert_config.json')
-  values = read(path)
+  values = read_object(path)
   if values.get('hidden_act', 'gelu') == 'gelu':
     values['hidden_act'] = 'gelu_new'
   config = Config(values, str(path))

@@ -2,14 +2,12 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import logging
 
 from lm.hf import fields
-from lm.workdir.parsing import json_value
 
 TYPES = 'full_attention', 'sliding_attention'
 
@@ -101,17 +99,6 @@ class Config:
 def _note(line: str) -> None:
   """Logs a line once, because a config is read several times when a model is opened."""
   logging.warning('%s', line)
-
-
-def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object from a file. Raises ValueError if the file does not hold one."""
-  try:
-    values = json_value(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from None
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} holds no JSON object')
-  return values
 
 
 @dataclasses.dataclass(frozen=True)

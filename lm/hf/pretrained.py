@@ -16,10 +16,10 @@ from lm.data.chat import conversation, templates
 from lm.data.text import source
 from lm.data.tokenizers import export
 from lm.hf import files, weights
-from lm.hf.config import read
 from lm.models.prediction_heads import MultiToken
 from lm.workdir import checkpoint
 from lm.workdir.describe import describe, differences, fingerprint
+from lm.workdir.parsing import read_object
 
 # Files beside the weights. An import keeps them, so that an export of the imported model is complete.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -65,7 +65,7 @@ def locate(name: str) -> pathlib.Path:
 def tokenizer_length(folder: pathlib.Path) -> Any:
   """Returns the most tokens of a text by tokenizer_config.json; None if it does not say it."""
   path = folder / 'tokenizer_config.json'
-  return read(path).get('model_max_length') if path.is_file() else None
+  return read_object(path).get('model_max_length') if path.is_file() else None
 
 
 def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
@@ -214,7 +214,7 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokenizer: Any, dtype: 
       raise ValueError(f'the tokenizer of {like} (fingerprint {fingerprint_of_like}) is not that of the model '
                        f'(fingerprint {tokenizer.fingerprint}): give the folder that the model was started from')
   with files.new_folder(folder) as new:
-    config = read(like / 'config.json') if like and (like / 'config.json').is_file() else {}
+    config = read_object(like / 'config.json') if like and (like / 'config.json').is_file() else {}
     ids = _token_ids(model, tokenizer, config, template)
     families = [weights.family_of(config)] if config else []
     weights.write(new, model, params, [*families, *weights.FAMILIES], dtype, ids)
@@ -232,7 +232,7 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokenizer: Any, dtype: 
 
 def _write_generation_config(path: pathlib.Path, ids: dict[str, Any], replace_ends: bool) -> None:
   """Writes the config of generation; one that was copied is kept, except for its ends if they are replaced."""
-  generation = read(path) if path.is_file() else ids
+  generation = read_object(path) if path.is_file() else ids
   if replace_ends or not path.is_file():
     path.write_text(json.dumps({**generation, 'eos_token_id': ids['eos_token_id']}, indent=2) + '\n')
 

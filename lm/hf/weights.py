@@ -37,11 +37,12 @@ from lm.hf import (
   t5,
   text_scorers,
 )
-from lm.hf.config import Config, read
+from lm.hf.config import Config
 from lm.hf.names import Family, Map
 from lm.models.quantized_decoder import exact
 from lm.models.transformer import Transformer
 from lm.workdir.describe import describe
+from lm.workdir.parsing import read_object
 
 # If several families compute the same as a model, the first of them exports it.
 FAMILIES = (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY,
@@ -68,7 +69,7 @@ def open_model(folder: pathlib.Path, families: Sequence[Family] = FAMILIES, dtyp
   path = folder / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(f'{folder} has no config.json; give a Hugging Face folder')
-  values = read(path)
+  values = read_object(path)
   family, config = family_of(values, families), Config(values, str(path))
   tensors = quantized.reader(config)
   model = family.model(config)

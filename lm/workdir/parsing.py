@@ -2,6 +2,7 @@
 import collections
 import dataclasses
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -14,6 +15,17 @@ def json_value(text: str | bytes, **options: Any) -> Any:
     return json.loads(text, **options)
   except RecursionError:
     raise ValueError('its brackets are nested too deep to be read') from None
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object from a file. Raises ValueError if the file does not hold one."""
+  try:
+    values = json_value(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON: {error}') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} holds no JSON object')
+  return values
 
 
 @dataclasses.dataclass(frozen=True)

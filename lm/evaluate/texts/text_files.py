@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lm.workdir.parsing import json_value
+
 _TEXT, _REFERENCES = ('text', 'candidate', 'completion'), ('references', 'reference', 'text', 'candidate')
 
 
@@ -75,9 +77,9 @@ def read_named(files: Sequence[pathlib.Path]) -> dict[str, Records]:
 def json_object(line: str, where: str) -> dict[str, Any]:
   """Returns the object in a line of JSON. Raises ValueError, which names the place `where`, if there is none."""
   try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{where} is not JSON: {error.msg} at character {error.pos + 1}') from None
+    record = json_value(line)
+  except ValueError as error:
+    raise ValueError(f'{where} is not JSON: {error}') from None
   if not isinstance(record, dict):
     raise ValueError(f'{where} is {line[:50]}, and what is needed is an object, {{"id": ..., "text": ...}}')
   return record

@@ -51,7 +51,8 @@ def test_candidates_may_have_their_references_with_them(tmp_path):
     ([{'id': 1, 'text': 'a'}, {'text': 'a'}], [], 'c.jsonl line 2 has the id null, and others have one'),
     ([{'id': 1, 'out': 'a'}], [], r'line 1 \(id 1\) has none of the fields text, candidate, completion, and'),
     ([{'text': 3}], [], 'has a text that is 3; one string'), ([{'text': ' '}], [], 'all 1 texts of .* are empty'),
-    (['{'], [], 'c.jsonl line 1 is not JSON'), (['[]'], [], r'line 1 is \[\], and what is needed'),
+    (['{'], [], 'c.jsonl line 1 is not JSON'), (['[' * 100_000], [], 'nested too deep'),
+    (['[]'], [], r'line 1 is \[\], and what is needed'),
     ([], [], 'is empty'),
     ([{'text': 'a'}], [{'references': []}], r'has the references \[\]'),
     ([{'text': 'a'}], [{'references': [1]}], r'has the references \[1\]')])
