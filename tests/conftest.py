@@ -3,6 +3,7 @@ import collections
 import gc
 import os
 import signal
+import warnings
 
 from helpers import as_shipped
 
@@ -45,6 +46,15 @@ def pytest_terminal_summary(terminalreporter, config):
       cells = [worst.get(column, '-') for column in columns]
       terminalreporter.write_line(f'{row:34}' + ''.join(
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
+
+
+@pytest.fixture(scope='module')
+def transformers():
+  """Returns the library, and skips the tests where it is not installed, or PyTorch."""
+  pytest.importorskip('torch')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    return pytest.importorskip('transformers')
 
 
 @pytest.fixture(scope='module')

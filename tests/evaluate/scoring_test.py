@@ -1,6 +1,5 @@
 """Scores and texts of encoders and encoder-decoders equal those of transformers and computations by hand."""
 import json
-import warnings
 
 import generate as generate_script
 import jax
@@ -56,14 +55,6 @@ def folders(tmp_path_factory):
       (root / name / 'generation_config.json').write_text(json.dumps(
           {key: config[key] for key in ('decoder_start_token_id', 'pad_token_id', 'eos_token_id')}))
   return root
-
-
-@pytest.fixture(scope='module')
-def transformers():
-  pytest.importorskip('torch')
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    return pytest.importorskip('transformers')
 
 
 def encoded(texts):

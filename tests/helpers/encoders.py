@@ -74,3 +74,15 @@ def on_mesh(model, shape, batch, key=None):
 def repeated(batch):
   """Returns the batch with its rows once more in reverse order: twice the rows, for a mesh with that many devices."""
   return jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
+
+
+def exported(kind, model, params, folder, out, extra=None):
+  """Writes a model that was read from `folder`, with the same bytes, and returns what a class of transformers reads."""
+  weights.write(out, model, params, extra=extra)
+  with files.Weights(folder) as came, files.Weights(out) as goes:
+    assert set(came) == set(goes)
+    for name in came:
+      assert came[name].tobytes() == goes[name].tobytes()
+  again, info = kind.from_pretrained(out, output_loading_info=True, attn_implementation='eager')
+  assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
+  return again.eval()

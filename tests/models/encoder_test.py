@@ -2,7 +2,6 @@
 """
 import functools
 import json
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from helpers.encoders import (
   assert_same,
   count_residuals,
+  exported,
   forward,
   gradients,
   jit,
@@ -30,14 +30,6 @@ VOCAB, ROWS, TIME = 97, 4, 24
 MODEL = encoder.bert(VOCAB, 32, 2, 4, TIME, dropout=0.1)
 CONFIG = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 4, 'intermediate_size': 48,
           'vocab_size': VOCAB, 'max_position_embeddings': TIME, 'type_vocab_size': 3}
-
-
-@pytest.fixture(scope='module')
-def transformers():
-  pytest.importorskip('torch')
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    return pytest.importorskip('transformers')
 
 
 @pytest.fixture(scope='module')
@@ -114,16 +106,9 @@ def test_masked_loss_and_gradients_are_those_of_torch(opened, record_property, t
 
 def test_exported_files_are_the_imported_ones(opened, transformers, record_property, tmp_path):
   theirs, model, params, folder = opened
-  weights.write(tmp_path / 'out', model, params)
-  with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
-    assert set(came) == set(goes)
-    for name in came:
-      assert came[name].tobytes() == goes[name].tobytes()
-  again, info = transformers.BertForMaskedLM.from_pretrained(
-      tmp_path / 'out', output_loading_info=True, attn_implementation='eager')
-  assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
+  again = exported(transformers.BertForMaskedLM, model, params, folder, tmp_path / 'out')
   batch = make_batch()
-  np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), call(theirs, batch).logits.detach())
+  np.testing.assert_array_equal(call(again, batch).logits.detach(), call(theirs, batch).logits.detach())
   record_property('BertForMaskedLM/back', 'same')
 
 

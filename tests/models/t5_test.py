@@ -1,13 +1,13 @@
 """T5 is that of `transformers`: logits, losses, gradients, and files of all versions."""
 import functools
 import json
-import warnings
 
 import jax
 import numpy as np
 import pytest
 from helpers.encoders import (
   assert_same,
+  exported,
   forward,
   gradients,
   jit,
@@ -15,25 +15,13 @@ from helpers.encoders import (
   loss_and_grads,
 )
 from helpers.hf_rows import assert_small
+from helpers.t5_cases import ROWS, SOURCE, TIME, V10, V11, VOCAB, make_batch
 
 from lm.data.batch import Batch
 from lm.hf import files, t5, weights
 from lm.models import encoder_decoder
 
-VOCAB, ROWS, TIME, SOURCE = 97, 4, 20, 40
-V10 = {'d_model': 32, 'd_kv': 8, 'd_ff': 48, 'num_layers': 2, 'num_decoder_layers': 3, 'num_heads': 4,
-       'vocab_size': VOCAB, 'relative_attention_num_buckets': 16, 'relative_attention_max_distance': 24,
-       'decoder_start_token_id': 0}
-V11 = V10 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False, 'd_kv': 12}
 versions = pytest.mark.parametrize('version', ['1.0', '1.1'])
-
-
-@pytest.fixture(scope='module')
-def transformers():
-  pytest.importorskip('torch')
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    return pytest.importorskip('transformers')
 
 
 @pytest.fixture(scope='module')
@@ -58,16 +46,6 @@ def opened(transformers, tmp_path_factory):
     theirs.save_pretrained(folder)
     return theirs, *load(folder), folder
   return make
-
-
-def make_batch(rng=None):
-  """Returns a batch of sources and targets of unequal lengths, padded on the right."""
-  rng = np.random.default_rng(1)
-  tokens, targets = rng.integers(1, VOCAB, (2, ROWS, TIME)).astype('i4')
-  segments = (np.arange(TIME)[None] < np.array([[20], [13], [3], [9]])).astype('i4')
-  source_segments = (np.arange(SOURCE)[None] < np.array([[31], [40], [1], [9]])).astype('i4')
-  return Batch(tokens, targets, segments.astype('f4'), segments=segments, source_segments=source_segments,
-               source=rng.integers(1, VOCAB, (ROWS, SOURCE)).astype('i4'))
 
 
 def call(theirs, batch, **options):
@@ -150,16 +128,10 @@ def test_cached_decoding_equals_the_full_forward(opened, version, unstack, recor
 @versions
 def test_exported_files_are_the_imported_ones(opened, transformers, version, record_property, tmp_path):
   theirs, model, params, folder = opened(version)
-  weights.write(tmp_path / 'out', model, params, extra={'decoder_start_token_id': 0})
-  with files.Weights(folder) as came, files.Weights(tmp_path / 'out') as goes:
-    assert set(came) == set(goes)
-    for name in came:
-      assert came[name].tobytes() == goes[name].tobytes()
-  again, info = transformers.T5ForConditionalGeneration.from_pretrained(
-      tmp_path / 'out', output_loading_info=True, attn_implementation='eager')
-  assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
+  again = exported(transformers.T5ForConditionalGeneration, model, params, folder, tmp_path / 'out',
+                   {'decoder_start_token_id': 0})
   batch = make_batch()
-  np.testing.assert_array_equal(call(again.eval(), batch).logits.detach(), call(theirs, batch).logits.detach())
+  np.testing.assert_array_equal(call(again, batch).logits.detach(), call(theirs, batch).logits.detach())
   record_property('T5ForConditionalGeneration/back', 'same')
 
 

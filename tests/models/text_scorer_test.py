@@ -1,6 +1,5 @@
 """Scorers of texts equal transformers; a score depends on both texts and on nothing else; meshes agree."""
 import json
-import warnings
 
 import jax
 import numpy as np
@@ -24,14 +23,6 @@ CASES = {'BertForSequenceClassification': {'hidden_act': 'gelu_new'},
 MODEL = encoder.scorer(encoder.bert(VOCAB, 32, 2, 4, TIME)).clone(embedding_size=16)
 scores_of = jit(lambda model, params, batch: (lambda out: out.head(out.hidden[:, :1])[:, 0])(
     model.apply(params, batch)), static_argnums=0)
-
-
-@pytest.fixture(scope='module')
-def transformers():
-  pytest.importorskip('torch')
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    return pytest.importorskip('transformers')
 
 
 @pytest.fixture(scope='module', params=CASES)

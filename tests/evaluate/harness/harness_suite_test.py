@@ -7,29 +7,12 @@ import shutil
 import types
 
 import pytest
-from helpers import decoders
 
-from lm.data.tokenizers.folder import Bytes
 from lm.evaluate import evaluations, harness, stored_measures, suites
 
 pytestmark = pytest.mark.filterwarnings('ignore')   # of the libraries that the harness imports
 ROOT = pathlib.Path(__file__).parents[3]
 TASKS = str(ROOT / 'experiments/tasks')
-CONTROL = '<|user|>', '<|assistant|>', '<|system|>', '<|end|>'
-
-
-@pytest.fixture(scope='module')
-def library():
-  return pytest.importorskip('lm_eval')
-
-
-@pytest.fixture(scope='module')
-def parts():
-  """Returns a random decoder of 304 tokens, its parameters, and a tokenizer with control tokens."""
-  tokenizer = Bytes(CONTROL)
-  model, params = decoders.make()
-  assert tokenizer.vocab_size <= model.vocab
-  return model, params, tokenizer
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from helpers import decoders
 
 from lm.data.chat import conversation, templates
 from lm.data.tokenizers.folder import Bytes
@@ -18,7 +17,6 @@ from lm.generate.sampling import Sampling
 pytestmark = pytest.mark.filterwarnings('ignore')   # of the libraries that the harness imports
 ROOT = pathlib.Path(__file__).parents[3]
 TASKS = str(ROOT / 'experiments/tasks')
-CONTROL = '<|user|>', '<|assistant|>', '<|system|>', '<|end|>'
 
 
 def of(*args):
@@ -27,20 +25,6 @@ def of(*args):
 
 def pairs(*args):
   return [of(*one) for one in args]
-
-
-@pytest.fixture(scope='module')
-def library():
-  return pytest.importorskip('lm_eval')
-
-
-@pytest.fixture(scope='module')
-def parts():
-  """Returns a random decoder of 304 tokens, its parameters, and a tokenizer with control tokens."""
-  tokenizer = Bytes(CONTROL)
-  model, params = decoders.make()
-  assert tokenizer.vocab_size <= model.vocab
-  return model, params, tokenizer
 
 
 @pytest.fixture
@@ -77,7 +61,7 @@ def test_a_token_across_the_join_leaves_a_continuation_to_score(library, parts):
 
     def encode_batch(self, texts):
       return super().encode_batch([text.replace('ab', 'A') for text in texts])
-  client = harness.client_class()(*parts[:2], Merging(CONTROL))
+  client = harness.client_class()(*parts[:2], Merging(parts[2].control))
   bos = [client.prefix_token_id]
   assert client._encode_pair('xa', 'b') == (bos + list(b'xa'), list(b'b'))   # nothing would be left to score
   assert client._encode_pair('xa', 'bc') == (bos + list(b'xa'), list(b'c'))   # as the harness encodes it
