@@ -11,7 +11,6 @@ from lm.data.batch import Dialogue, Pair, Rated
 from lm.data.chat import messages, templates
 from lm.data.text import corpora
 from lm.hf import weights
-from lm.hf.config import read
 from lm.workdir import parsing
 
 TEXTS = [b'good', b'caf\xe9', b'fine', b'\xff', b'good too']
@@ -111,7 +110,7 @@ def test_a_file_of_a_model_that_is_nested_too_deep_is_named(tmp_path, name):
 
 
 def test_config_and_template_that_are_nested_too_deep_are_named(tmp_path):
-  for name, open_it in (('config.json', lambda: read(tmp_path / 'config.json')),
+  for name, open_it in (('config.json', lambda: parsing.read_object(tmp_path / 'config.json')),
                         ('config.json', lambda: weights.open_model(tmp_path)),
                         ('tokenizer_config.json', lambda: templates.load(tmp_path))):
     (tmp_path / name).write_text(json.dumps({'a': 1})[:-1] + ', "b": ' + DEEP + '}')
