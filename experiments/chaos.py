@@ -53,7 +53,8 @@ def main(*, kills: int = 20, places: tuple[str, ...] = ('1x2', '2x1'), move: boo
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f'{folder} is not empty; give a new --folder')
   if kills < 1:
-    raise ValueError(f'--kills={kills} is not positive')
+    raise ValueError(f'--kills={kills} is not positive; give 1 or more')
+  small_run(steps=steps)   # refuses a number of steps that it cannot train
   homes = [lives.Place.parse(text) for text in places]
   folder.mkdir(parents=True, exist_ok=True)
   subject = lives.Subject(small_run, {'steps': steps}, folder.absolute())

@@ -58,12 +58,12 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   """
   sharding.join(None, None, None)   # in a cluster, the same command runs in each process
   rows, size = mesh_traces.sizes_for(jax.device_count(), heads)
-  batch, width = batch or rows, width or size
-  tokenizer = tokenizers.Bytes()
+  batch, width = rows if batch is None else batch, size if width is None else width
+  tokenizer, warmup = tokenizers.Bytes(), max(min(2, steps - 1), 0)
   vocabulary = math.ceil(tokenizer.vocab_size / 16) * 16   # so that meshes split it
   run = train.Run(decoder(vocabulary, width, layers, heads, length, experts), next_token(),
                   dataset.Text(source.sample(corpora.python_library(), 64), tokenizer, length),
-                  optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup=min(2, steps - 1))), steps, batch, seed=seed)
+                  optim.adamw(schedules.warmup_cosine(3e-3, steps, warmup)), steps, batch, seed=seed)
   shapes = [shape.strip() for shape in (meshes or mesh_traces.meshes_of(len(jax.devices()))).split(';')]
   laid_out = [sharding.make_mesh(shape) for shape in shapes]
   for mesh in laid_out:

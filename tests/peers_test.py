@@ -37,16 +37,17 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def pair(tmp_path, cache):
-  """Starts two processes and waits until both train."""
+def pair(tmp_path, cache, request):
+  """Starts two processes and waits until both train. The parameter of the fixture is their heartbeat."""
   script, coordinator = tmp_path / 'program.py', address()
+  heartbeat = getattr(request, 'param', 100)   # so long that on a busy machine a broken connection is noticed before
   script.write_text(PROGRAM)
   environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
                               'PYTHONUNBUFFERED': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
                               'JAX_COMPILATION_CACHE_DIR': str(cache)}
   processes = [subprocess.Popen(
       [sys.executable, str(script), f'--workdir={tmp_path / "run"}', f'--coordinator_address={coordinator}',
-       '--num_processes=2', f'--process_id={i}', '--heartbeat=6', '--nodoctor'], env=environment, text=True,
+       '--num_processes=2', f'--process_id={i}', f'--heartbeat={heartbeat}', '--nodoctor'], env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
   patience = threading.Timer(PATIENCE, processes[0].kill)
   patience.start()
@@ -78,6 +79,7 @@ def test_a_process_that_is_killed_is_named_by_the_other(pair):
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.parametrize('pair', [6], indirect=True)
 def test_a_process_that_hangs_is_named_by_the_coordination_service(pair):
   pair[1].send_signal(signal.SIGSTOP)
   err = pair[0].communicate(timeout=60)[1]

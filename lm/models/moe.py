@@ -88,6 +88,15 @@ class BiasBalance:
     return linear - jax.lax.stop_gradient(linear)   # zero, whose gradient is the excess
 
 
+def _choose(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the k highest scores of each token, and the numbers of their experts."""
+  experts = scores.shape[-1]
+  if not 0 < k <= experts:
+    raise ValueError(f'top_k={k} experts of each token cannot be chosen from experts={experts}; give more experts, or '
+                     'another top_k')
+  return sharding.top_k(scores, k)
+
+
 class SoftmaxRouter(nn.Module):
   """Chooses the k most probable experts, weighted by their probabilities (Shazeer et al. 2017).
 
@@ -103,9 +112,9 @@ class SoftmaxRouter(nn.Module):
     logits = context.tap('router', _logits(self, x_BTD, experts, self.std, self.bias))
     scores = jax.nn.softmax(logits)
     if self.renormalize:
-      logits, chosen = sharding.top_k(logits, self.top_k)
+      logits, chosen = _choose(logits, self.top_k)
       return Routing(jax.nn.softmax(logits), chosen, scores)
-    return Routing(*sharding.top_k(scores, self.top_k), scores)
+    return Routing(*_choose(scores, self.top_k), scores)
 
 
 class SigmoidRouter(nn.Module):
@@ -116,7 +125,7 @@ class SigmoidRouter(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array, experts: int, context: Context) -> Routing:
     logits = context.tap('router', _logits(self, x_BTD, experts, self.std))
-    best, chosen = sharding.top_k(logits, self.top_k)
+    best, chosen = _choose(logits, self.top_k)
     return Routing(jax.nn.sigmoid(best), chosen, jax.nn.sigmoid(logits))
 
 

@@ -236,7 +236,7 @@ def _head_size(width: int, heads: int, rates: dict[str, float | None], head_size
                ) -> int:
   for name, size in {'width': width, 'heads': heads, **sizes}.items():
     if size < 1:
-      raise ValueError(f'{name}={size} is not positive')
+      raise ValueError(f'{name}={size} is not positive; give 1 or more')
   for name, rate in rates.items():
     if rate is not None and not 0 <= rate < 1:
       raise ValueError(f'{name}={rate} is not in [0, 1)')

@@ -99,7 +99,7 @@ class Run:
   def __post_init__(self):
     for name in ('steps', 'batch', 'accumulate', 'evaluate_every', 'save_every', 'keep'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} is not positive')
+        raise ValueError(f'{name}={getattr(self, name)} is not positive; give 1 or more')
     seeds.check(self.seed)
     if self.keep_every is not None and self.keep_every < 1:
       raise ValueError(f'keep_every={self.keep_every} is not positive; leave it out to keep no checkpoint for good')

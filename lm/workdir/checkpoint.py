@@ -17,7 +17,7 @@ from absl import logging
 from lm import paths
 from lm.sharding import hosts
 from lm.workdir import arrays, integrity, mismatch, rebuild
-from lm.workdir.judge import Judge, Metrics
+from lm.workdir.judge import Judge, Metrics, metric_from_json, metric_to_json
 from lm.workdir.mismatch import Mismatch
 from lm.workdir.storage import Storage
 
@@ -66,8 +66,7 @@ class Checkpoints:
         self._metrics.by_step[step] = document['metric'], Judge.of(document)
         metric_file = self.folder / str(step) / _METRIC
         if metric_file.exists():
-          metric, *judge = json.loads(metric_file.read_text())   # older files have only the judge's objective
-          self._metrics.by_step[step] = metric, Judge(*judge)
+          self._metrics.by_step[step] = metric_from_json(metric_file.read_text())
       except Exception:  # damage is reported when the step is read, not here
         self._metrics.by_step[step] = None, Judge()
         self._permanent.add(step)   # it may be one
@@ -148,11 +147,10 @@ class Checkpoints:
 
   def set_metric(self, step: int, metric: float) -> None:
     """Sets the metric of a step that was saved without one."""
-    judge = self._metrics.judged_by or Judge()
-    self._metrics.by_step[step] = metric, judge
+    self._metrics.by_step[step] = metric, self._metrics.judged_by or Judge()
     if jax.process_index() == 0:
-      self._storage.write(lambda: (self.folder / str(step) / _METRIC).write_text(json.dumps([metric, *judge])),
-                          alone=True)
+      text = metric_to_json(*self._metrics.by_step[step])
+      self._storage.write(lambda: (self.folder / str(step) / _METRIC).write_text(text), alone=True)
 
   def best_step(self) -> int | None:
     """Returns the step with the best metric, the last one among equals; None if no step has a metric."""

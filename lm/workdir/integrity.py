@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.workdir import parsing
+
 FILE = 'checksums.json'
 _FIELD = 'checksum'   # the field of a JSON file that holds the checksum of all other fields
 _BLOCK = 1 << 22   # bytes read at a time
@@ -38,9 +40,7 @@ def changed(folder: Any, parts: tuple[str, ...] = ('',), share: slice = slice(No
   path = folder / FILE
   if not path.exists():
     return []
-  stored = json.loads(path.read_text())
-  if not isinstance(stored, dict):
-    raise ValueError(f'{FILE} is damaged')
+  stored = parsing.read_object(path)
   names = [name for name in stored if name.startswith(parts)][share]
 
   def intact(name):

@@ -1,8 +1,11 @@
 """The metric by which checkpoints are judged, and the choice of the best one."""
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from lm.workdir import integrity
 
 
 class Judge(NamedTuple):
@@ -48,3 +51,18 @@ class Metrics:
     metrics = {step: self.by_step.get(step, (None, Judge())) for step in steps}
     judge = self.judged_by or (metrics[steps[-1]][1] if steps else Judge())
     return judge.best({step: metric for step, (metric, other) in metrics.items() if other == judge})
+
+
+def metric_to_json(metric: float, judge: Judge) -> str:
+  """Returns a metric, its judge and a checksum of both as JSON."""
+  return integrity.json_with_checksum({'metric': metric, 'judge': judge})
+
+
+def metric_from_json(text: str) -> tuple[float, Judge]:
+  """Reads what `metric_to_json` returned. Raises an error of any type if it is damaged."""
+  if text.startswith('['):   # older versions wrote no checksum, and the oldest only the judge's objective
+    metric, *judge = json.loads(text)
+  else:
+    values, _ = integrity.parse_json_with_checksum(text)
+    metric, judge = values['metric'], values['judge']
+  return metric, Judge(*judge)

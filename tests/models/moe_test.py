@@ -205,6 +205,12 @@ def test_a_mesh_that_does_not_divide_the_experts_is_refused_with_the_sizes_that_
       jax.eval_shape(lambda x: KINDS['mixtral'].init(jax.random.key(0), x, CONTEXT), x_BTD)
 
 
+@pytest.mark.parametrize('router', [moe.SoftmaxRouter(EXPERTS + 1), moe.SigmoidRouter(0)])
+def test_more_experts_than_there_are_cannot_be_chosen(router):
+  with pytest.raises(ValueError, match=f'top_k={router.top_k} experts .* chosen from experts={EXPERTS}; give more'):
+    jax.eval_shape(lambda x: KINDS['mixtral'].clone(router=router).init(jax.random.key(0), x, CONTEXT), inputs()[0])
+
+
 def test_rows_go_to_experts_by_all_to_all_and_no_activation_is_gathered():
   module, x = KINDS['mixtral'], inputs()[0]
   with on('expert:4'):

@@ -64,6 +64,24 @@ def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, mesh, warned):
     shutil.rmtree(tmp_path / 'run')
 
 
+def test_a_flipped_bit_among_checksums_or_in_a_later_metric_is_noticed(tmp_path, mesh, warned):
+  """The file of checksums is named, and a metric that may be another one chooses no checkpoint."""
+  with fill(tmp_path, mesh) as checkpoints:
+    checkpoints.set_metric(20, 0.5)
+  assert checkpoint.Checkpoints(tmp_path).best_step() == 20
+  for name in 'checksums.json', 'metric.json':
+    path = tmp_path / '20' / name
+    data = path.read_bytes()
+    for place in (0, data.index(b'0.5') if name == 'metric.json' else data.index(b'"params')):
+      path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+      checkpoints = checkpoint.Checkpoints(tmp_path)
+      assert checkpoints.best_step() is None
+      if name == 'checksums.json':
+        assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
+        assert f'20 is damaged: {path} is not JSON' in warned.pop()
+    path.write_bytes(data)
+
+
 def test_a_checkpoint_without_checksums_is_read(tmp_path, mesh, warned):
   fill(tmp_path, mesh)
   (tmp_path / '20' / 'checksums.json').unlink()
