@@ -122,11 +122,18 @@ def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) ->
   """Returns the state before a step that was kept, and its batch.
 
   The state is None where it was not kept, or its parameters are not finite. The step is one of `steps_kept`.
+
+  Raises:
+    ValueError: a file of the step is damaged.
   """
   folder = workdir / 'failures' / f'step-{step}'
+  advice = f'remove {folder}, and the step is computed again from the last checkpoint'
   structure = jax.tree.structure(abstract_batch(run, mesh))
-  with np.load(folder / 'batch.npz') as stored:
-    batch = jax.tree.unflatten(structure, [stored[f'arr_{i}'] for i in range(structure.num_leaves)])
+  try:
+    with np.load(folder / 'batch.npz') as stored:
+      batch = jax.tree.unflatten(structure, [stored[f'arr_{i}'] for i in range(structure.num_leaves)])
+  except Exception as error:   # damaged files raise errors of any type
+    raise ValueError(f'{folder / "batch.npz"} is damaged ({error}); {advice}') from error
   rows = sharding.local_rows(len(batch.tokens), mesh)
   batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows.start:rows.stop], batch), mesh)
   if not (folder / 'state').exists():
@@ -137,7 +144,7 @@ def load(run: Run, workdir: pathlib.Path, mesh: jax.sharding.Mesh, step: int) ->
   except OSError as error:
     if 'not finite' in str(error):
       return None, batch
-    raise
+    raise ValueError(f'the state of step {step} cannot be read ({error}); {advice}') from error
 
 
 class LeftOutBatches:

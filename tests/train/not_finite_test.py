@@ -185,6 +185,11 @@ def test_a_step_that_fails_again_with_another_batch_is_kept_with_that(tmp_path):
   mesh = mesh_of('fsdp:2')
   with jax.set_mesh(mesh):
     state, batch = not_finite.load(BAD, tmp_path, mesh, 5)
+    path = tmp_path / 'failures/step-5/batch.npz'
+    data = path.read_bytes()
+    path.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+    with pytest.raises(ValueError, match=r'batch\.npz is damaged \(.*\); remove .*step-5, and the step is computed'):
+      not_finite.load(BAD, tmp_path, mesh, 5)
   assert records.read(tmp_path)[-1]['left_out_batches'] == [[3, 2], [3, 2]]
   assert int(batch.tokens.sum()) == SUMS[6] and int(state.step) == 4
 
