@@ -8,10 +8,14 @@ from typing import Any, Literal
 from lm import generate
 from lm.serve import body_fields
 from lm.serve.api_errors import bad_request
-from lm.serve.body_fields import Field, shown
+from lm.serve.body_fields import Field, read_fields, shown
 from lm.workdir.parsing import json_value
 
 _MOST_CHARACTERS = 65536   # of a schema or a grammar
+_TYPE: Mapping[str, Field] = {'type': body_fields.one_of('text', 'json_object', 'json_schema').needed()}
+_JSON_SCHEMA: Mapping[str, Field] = {
+    'name': body_fields.TEXT, 'description': body_fields.TEXT, 'strict': body_fields.boolean(),
+    'schema': Field({}, lambda value: value).needed()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ def _schema(schema: Any, place: str) -> OutputFormat:
     value = None
   if not isinstance(value, dict):
     raise bad_request(f'{place}={shown(schema)} must be a JSON schema, which is an object', place)
-  return OutputFormat('json', json.dumps(value), place)
+  return OutputFormat('json', body_fields.text_at(place, json.dumps(value, ensure_ascii=False)), place)
 
 
 def _choice(values: Any) -> OutputFormat:
@@ -66,16 +70,22 @@ def _choice(values: Any) -> OutputFormat:
 
 
 def read_response_format(value: Mapping[str, Any] | None, place: str = 'response_format') -> OutputFormat | None:
-  """Returns the constraint of OpenAI's `response_format`; None for text of any form. Raises ApiError."""
-  match value:
-    case None | {'type': 'text'}:
-      return None
-    case {'type': 'json_object'}:
-      return OutputFormat('json', '{"type": "object"}')
-    case {'type': 'json_schema', 'json_schema': {'schema': schema}} | {'type': 'json_schema', 'schema': schema}:
-      return _schema(schema, f'{place}.json_schema')
-  raise bad_request(f'{place}={shown(value)} must have a type, text, json_object or json_schema, and the last one a '
-                    'json_schema with a name and a schema', place)
+  """Returns the constraint of OpenAI's `response_format`, or of `text.format`, which has the schema beside its type.
+
+  Returns None for text of any form. Raises ApiError, also for fields that the type does not have.
+  """
+  if value is None:
+    return None
+  match read_fields({'type': value.get('type')}, _TYPE, place)['type']:
+    case 'json_schema' if 'json_schema' in value:
+      inner = body_fields.nested(f'{place}.json_schema', _JSON_SCHEMA).needed()
+      schema = read_fields(value, {**_TYPE, 'json_schema': inner}, place)['json_schema']['schema']
+      return _schema(schema, f'{place}.json_schema.schema')
+    case 'json_schema':
+      return _schema(read_fields(value, {**_TYPE, **_JSON_SCHEMA}, place)['schema'], f'{place}.schema')
+    case kind:
+      read_fields(value, _TYPE, place)
+      return OutputFormat('json', '{"type": "object"}', place) if kind == 'json_object' else None
 
 
 def read_structured_outputs(value: Mapping[str, Any] | None) -> OutputFormat | None:

@@ -5,7 +5,7 @@ import re
 import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lm.serve.answers_format import as_json
 from lm.serve.api_errors import ApiError, bad_request
@@ -66,9 +66,14 @@ async def read_body(request: Any, most: int) -> Any:
     raise ApiError(413, f'the body has more than {most:,} bytes, the most that this server reads; send less at a time',
                    headers={'Connection': 'close'})
   try:
-    return json_value(b''.join(chunks))
+    return json_value(b''.join(chunks), parse_constant=_no_number)
   except ValueError as error:
     raise bad_request(f'the body is no JSON: {str(error)[:200]}', code='invalid_json') from None
+
+
+def _no_number(name: str) -> NoReturn:
+  """Raises ValueError for NaN and infinities, which Python reads, and no answer could repeat."""
+  raise ValueError(f'{name} is no number of JSON')
 
 
 class Guard:

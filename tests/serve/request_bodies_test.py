@@ -111,6 +111,12 @@ def test_formats_of_answers():
   form = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema, 'strict': True}}
   assert json.loads(read(response_format=form).text) == schema
   assert read(response_format={'type': 'text'}) is None
+  for form, name in (({'type': 'text', 'strict': True}, 'response_format.strict'),
+                     ({'type': 'json_object', 'schema': schema}, 'response_format.schema'),
+                     ({'type': 'json_schema', 'json_schema': {'shema': schema}}, 'response_format.json_schema.shema'),
+                     ({'type': 'json_schema', 'json_schema': {'schema': {'title': '\ud800'}}},
+                      'response_format.json_schema.schema'), ({}, 'response_format.type')):
+    assert refusal(request_bodies.read_completion, {'prompt': 'a', 'response_format': form}).param == name
   assert read(structured_outputs={'regex': 'a+'}) == OutputFormat('regex', 'a+')
   choice = read(structured_outputs={'choice': ['a', 'b".']})
   assert choice.kind == 'regex' and [bool(re.fullmatch(choice.text, text)) for text in ('a', 'b".', 'b"x', 'ab')] == [

@@ -210,6 +210,7 @@ def test_the_times_of_an_answer_add_up_and_drafts_are_counted():
     ('/v1/completions', {'prompt': 'a', 'max_tokens': 51}, 400, 'max_tokens=51'),
     ('/v1/embeddings', {'input': 'a' * 128}, 400, '129 tokens'),
     ('/v1/completions', b'\xff{', 400, 'no JSON'), ('/v1/completions', b'', 400, 'no JSON'),
+    ('/v1/responses', b'{"input": "a", "text": {"format": {"type": "text", "x": NaN}}}', 400, 'NaN'),
     ('/v1/completions', b'[' * 9000, 400, 'no JSON'), ('/v1/completions', b'"' + b'a' * 70000 + b'"', 413, '65,536'),
     ('/v1/nothing', {}, 404, '/openapi.json'), ('/health', {}, 405, 'Method Not Allowed'),
     ('/v1/chat/completions', {**CHAT, 'tools': TOOLS}, 400, 'does not write tools')])
