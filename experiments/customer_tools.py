@@ -8,6 +8,7 @@ models whose templates write tools, do as well.
 import functools
 import os
 import random
+import sys
 
 from lm import launch
 from lm.data.chat import shop_dialogues
@@ -28,6 +29,8 @@ def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_to
     max_tokens: the most tokens of an answer or a call; none for what the model has room for.
     key_variable: the environment variable that holds the key of the server; none sends no key.
   """
+  if dialogues < 1:
+    raise ValueError(f'dialogues={dialogues} must be at least 1')
   key = os.environ.get(key_variable) if key_variable else None
   if key_variable and not key:
     raise ValueError(f'--key_variable={key_variable}, but the environment has no such variable; export it first')
@@ -47,6 +50,8 @@ def play(*, address: str, model: str, dialogues: int = 50, seed: int = 0, max_to
         wrong.append(f'{exchange.question!r} on the {exchange.item}: {answer!r}, and not {exchange.answer!r}')
     if number < 2:
       show(messages)
+    if number % 10 == 9:
+      print(f'{number + 1} of {dialogues} customers have their answers', file=sys.stderr)
   print('\n'.join(['', f'{len(wrong)} answers are not as the orders say', *wrong[:6]]))
   measures = [mean('right_calls', right_calls, 'higher'), *texts.ExactMatch()(written, expected),
               *texts.SlotAccuracy(shop_dialogues.SLOTS)(written, expected)]

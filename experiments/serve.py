@@ -101,6 +101,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     if scheduler.sharing_obstacle is not None:
       print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
             file=sys.stderr)
+  print(f'{model} is open; its programs are compiled now, or read from disk where they are kept', file=sys.stderr)
   thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
   thread.start(scheduler.warm_up).result()
   served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),

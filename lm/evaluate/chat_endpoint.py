@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import pathlib
+import sys
 import threading
 import time
 import urllib.error
@@ -98,6 +99,8 @@ class Endpoint:
       except (OSError, http.client.HTTPException) as error:   # URLError, timeouts and lost connections
         problem = str(error) or type(error).__name__
       if attempt + 1 < self.attempts:
+        print(f'{self.url} gives no reply ({problem[:300]}); attempt {attempt + 2} of {self.attempts} follows in '
+              f'{wait:g} seconds', file=sys.stderr)
         self.sleep(wait)
     raise ConnectionError(f'{self.url} gives no reply after {self.attempts} attempts ({problem[:300]})')
 

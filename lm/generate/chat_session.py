@@ -98,6 +98,9 @@ class ChatSession:
     Raises KeyboardInterrupt for Ctrl-C while a message is read from what is no terminal.
     """
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+      with contextlib.suppress(ImportError):   # not on Windows
+        import readline  # noqa: F401  (with it, `input` edits lines, and recalls earlier ones)
     print(_HELP, file=sys.stderr)
     with _interruptions() as interruptions:
       while True:

@@ -123,11 +123,12 @@ def test_equal_texts_are_not_asked(server):
   assert not server.requests
 
 
-def test_a_busy_server_is_asked_again_after_growing_pauses(server):
+def test_a_busy_server_is_asked_again_after_growing_pauses_which_are_printed(server, capsys):
   replies = iter([(503, {}), (429, {'Retry-After': '7'}), (500, {}), (429, {'Retry-After': 'Wed, 21 Oct 2065'})])
   server.reply = lambda *_: next(replies, '[[A]]')
   assert endpoint(server).ask(chat_judge.messages('', 'a', 'b')) == '[[A]]'
   assert server.pauses == [1, 7, 4, 8]
+  assert 'status 429' in (lines := capsys.readouterr().err.splitlines())[1] and 'attempt 3 of 6 follows in 7' in lines[1]
 
 
 def test_a_server_that_stays_away_and_one_that_refuses_are_errors(server):

@@ -70,6 +70,11 @@ def test_markdown_is_drawn_and_text_brings_no_element_of_its_own(browser, size):
     page.check('#heat')
     browsers.picture(page, f'answer_{size}')
     if size == 'phone':
+      text.locator('.t').nth(2).tap()   # what it shows stays until something else is touched
+      assert page.locator('#tip tr').count() == 5
+      browsers.picture(page, 'tap_phone')
+      page.locator('#input').tap()
+      assert not page.locator('#tip').is_visible()
       page.click('#menu')
       browsers.picture(page, 'menu_phone')
       page.click('#new')
@@ -151,7 +156,7 @@ def test_a_model_without_a_template_continues_the_text(browser):
 
 def test_errors_are_shown_and_a_key_is_asked_for(browser):
   with address_of(ScriptedEngine(text_script('fine')), key='secret') as address, page_of(
-      browser, address, expected='status of 401') as page:
+      browser, address, expected='Failed to load resource') as page:
     assert 'needs an API key' in page.locator('#model').inner_text()
     page.click('#settings')
     page.fill('#key', 'secret')
@@ -160,6 +165,14 @@ def test_errors_are_shown_and_a_key_is_asked_for(browser):
     send(page, 'hi')
     page.wait_for_selector('.tools button')
     assert page.locator('.text').inner_text() == 'fine'
+    page.route('**/v1/chat/completions', lambda route: route.abort())   # an answer stays where there is no new one
+    page.keyboard.press('Alt+r')
+    browsers.playwright.expect(page.locator('.problem')).to_have_text('The server cannot be reached.')
+    assert page.locator('.text').inner_text() == 'fine'
+    page.unroute('**/v1/chat/completions')
+    page.keyboard.press('Alt+r')
+    browsers.playwright.expect(page.locator('.problem')).to_have_count(0)
+    browsers.playwright.expect(page.locator('.text')).to_have_text('fine')
   with address_of(ScriptedEngine(text_script('fine'))) as address, page_of(
       browser, address, expected='status of 400') as page:
     send(page, 'long ' * 50)
