@@ -106,6 +106,8 @@ class ChatSession:
       while True:
         message = interruptions.read_line('> ' if is_terminal else '')
         if message is None:
+          if is_terminal:
+            print()   # the prompt of the shell comes next
           return
         if message.strip() == RESET:
           self.messages.clear()

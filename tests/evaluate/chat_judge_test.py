@@ -128,7 +128,8 @@ def test_a_busy_server_is_asked_again_after_growing_pauses_which_are_printed(ser
   server.reply = lambda *_: next(replies, '[[A]]')
   assert endpoint(server).ask(chat_judge.messages('', 'a', 'b')) == '[[A]]'
   assert server.pauses == [1, 7, 4, 8]
-  assert 'status 429' in (lines := capsys.readouterr().err.splitlines())[1] and 'attempt 3 of 6 follows in 7' in lines[1]
+  second = capsys.readouterr().err.splitlines()[1]
+  assert 'status 429' in second and 'attempt 3 of 6 follows in 7 seconds' in second
 
 
 def test_a_server_that_stays_away_and_one_that_refuses_are_errors(server):
