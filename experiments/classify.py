@@ -56,6 +56,8 @@ def classify(*, workdir: pathlib.Path | None = None, model: str | None = None, j
     limit: the first so many texts; none for all.
     best: take the best checkpoint, not the newest.
   """
+  if limit is not None and limit < 1:
+    raise ValueError(f'limit={limit} must be at least 1')
   workdir, model = load.run_or_model(workdir, model, best)
   if model and not jsonl:
     raise ValueError(f'--model={model} has no held-out documents of its own; give --jsonl')
@@ -76,7 +78,7 @@ def classify(*, workdir: pathlib.Path | None = None, model: str | None = None, j
       texts = [text[len(text) // 2:][:600] for text in documents[:limit]]
       labels = [kind(text) for text in documents[:limit]]
     if not texts:
-      raise ValueError(f'limit={limit} leaves no texts; give at least 1, or a file that has texts')
+      raise ValueError(f'{jsonl or workdir} has no texts; give a file that has some')
     if unknown := set(labels) - set(words):
       raise ValueError(f'--classes={",".join(classes)} has no verbaliser of {", ".join(sorted(unknown)[:5])}')
     contexts = [text + unescaped(between) for text in ('', *texts)]   # the first one is without a text
@@ -87,6 +89,7 @@ def classify(*, workdir: pathlib.Path | None = None, model: str | None = None, j
   measures = [mean('likeliest', scores[1:].argmax(1) == expected, 'higher'),
               mean('gained_most', (scores[1:] - scores[0]).argmax(1) == expected, 'higher'),
               mean('most_common', expected == common, 'higher')]
+  print('classes of some texts, as what the likeliest verbaliser takes them, and their ends:')
   for i in range(0, len(texts), max(len(texts) // 6, 1)):
     print(f'{labels[i]} as {list(words)[int(scores[i + 1].argmax())]}: {texts[i][-80:]!r}')
   print('\n' + report.table({'accuracy': report.to_json(Result(measures))}))

@@ -63,6 +63,9 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
   results = {}
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
+    if loaded.model.max_length < max_tokens + 8:
+      raise ValueError(f'max_tokens={max_tokens} leaves no room for a program in the {loaded.model.max_length} tokens '
+                       'that the model reads at once; give fewer')
     # The tokenizer of any run has these tokens, and only some objectives teach what they mean.
     if not set(infill.NAMES) <= set(loaded.tokenizer.control_names if model else loaded.run.objective.control):
       holes.pop('line', None)

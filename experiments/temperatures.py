@@ -45,15 +45,17 @@ def measure(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'),
 
   Args:
     workdir: of the run.
-    temperatures: the temperatures, above 0.
+    temperatures: the temperatures; 0 takes the most probable token each time.
     top_p: draw among the fewest tokens whose probabilities reach this sum.
-    limit: the number of held-out documents.
+    limit: the number of held-out documents, 2 or more.
     prompt_tokens: tokens of each that the model reads.
     max_tokens: tokens that it writes after them.
     seed: of the draws.
     out: the folder for the results; none for the folder `temperatures` of the run.
     best: take the best checkpoint, not the newest.
   """
+  if not temperatures or len(set(temperatures)) < len(temperatures):
+    raise ValueError(f'--temperatures={",".join(map(str, temperatures))} is not one or more different numbers')
   kinds = [text_generation.Generation(limit=limit, prompt_tokens=prompt_tokens, max_tokens=max_tokens, metrics=METRICS,
                                       temperature=temperature, top_p=top_p, seed=seed) for temperature in temperatures]
   with jax.set_mesh(sharding.make_mesh()):

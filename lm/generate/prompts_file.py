@@ -137,10 +137,11 @@ def _check(line: PromptLine) -> None:
     is_number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if not is_number and (name, value) != ('max_tokens', None):
       raise ValueError(f'{name}={value!r} must be a {"whole " if kind is int else ""}number')
-  sampling, n, max_tokens, stop = line.sampling, settings['n'], settings['max_tokens'], settings['stop']
+  sampling, n, stop = line.sampling, settings['n'], settings['stop']
   seeds.check(settings['seed'])
-  if n < 1 or max_tokens is not None and max_tokens < 1:
-    raise ValueError(f'n={n} and max_tokens={max_tokens} must be at least 1')
+  for name in 'n', 'max_tokens':
+    if settings[name] is not None and settings[name] < 1:
+      raise ValueError(f'{name}={settings[name]} must be at least 1')
   if n > 1 and sampling.greedy:
     raise ValueError(f'all n={n} answers would be equal with temperature={sampling.temperature:g}; leave one out')
   if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):

@@ -107,7 +107,7 @@ def require(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
   """Raises flags.Error where a required flag of the function has no value."""
   for flag in signature.flags(function):
     if flag.name not in values:
-      raise flags.Error(f'--{flag.name} is required: {_type_in_words(flag.kind)}')
+      raise flags.Error(f'--{flag.name} is required ({_type_in_words(flag.kind)}); --help says what it is')
 
 
 def from_json(kind: Any, value: Any) -> Any:

@@ -34,6 +34,8 @@ def explain(error: Exception) -> str | None:
     return f'this machine does not have enough memory; take a smaller model or batch ({text or "MemoryError"})'
   if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     return f'{full(error)}; free space, or choose another folder'
+  if isinstance(error, OSError) and error.filename is not None and error.strerror:   # raised by the system
+    return f'{error.filename}: {error.strerror.lower()}'
   if isinstance(error, OSError | ImportError):
     return text
   if isinstance(error, ValueError | FloatingPointError) and not _raised_in_a_library(error):

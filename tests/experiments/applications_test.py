@@ -51,7 +51,7 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
   tokens = types.SimpleNamespace(control_names=infill.NAMES)
   objective = types.SimpleNamespace(control=infill.NAMES)
   monkeypatch.setattr(code_generation.load, 'open_trained', lambda *_: types.SimpleNamespace(
-      tokenizer=tokens, run=types.SimpleNamespace(objective=objective)))
+      tokenizer=tokens, run=types.SimpleNamespace(objective=objective), model=types.SimpleNamespace(max_length=99)))
   monkeypatch.setattr(code_generation, 'go_on', lambda _, holes, *settings: [
       holes[0].answer + 'raise ValueError', '    return True\n'])
   monkeypatch.setattr(code_generation, 'fill', lambda _, holes, *settings: ['return 0', f'{holes[0].answer}\n  !'])
@@ -67,6 +67,8 @@ def test_what_is_written_is_executed_where_it_belongs(monkeypatch, tmp_path, cap
     signature.call(code_generation.measure)
   with pytest.raises(ValueError, match='limit=0 must be at least 1'):
     signature.call(code_generation.measure, execute_code=True, limit=0)
+  with pytest.raises(ValueError, match='max_tokens=92 leaves no room for a program in the 99 tokens'):
+    signature.call(code_generation.measure, execute_code=True, max_tokens=92)
 
 
 def test_a_served_model_looks_orders_up(capsys):

@@ -89,6 +89,7 @@ def test_bad_input_is_one_line(fails, tmp_path):
                    lambda: jax.eval_shape(lambda x: tokenizers.Bytes().decode([1000]), 1.),
                    lambda: (tmp_path / 'absent').read_text(), lambda: int('x'), lambda: __import__('absent')):
     assert fails(function).count('\n') == 1
+  assert fails((tmp_path / 'absent').read_text).startswith(f'error: {tmp_path}/absent: no such file or directory  (')
 
 
 # In the first case the traceback has no frames of JAX and ends in this file, like that of an error which we raise.

@@ -90,7 +90,7 @@ def test_a_parameter_without_default_is_required():
   def required(*, path: pathlib.Path): ...
 
   assert parse('--path', 'a', function=required) == {'path': pathlib.Path('a')}
-  with pytest.raises(flags.Error, match='--path is required: path'):
+  with pytest.raises(flags.Error, match='--path is required .path.; --help'):
     parse(function=required)
 
 

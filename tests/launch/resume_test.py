@@ -89,7 +89,7 @@ def test_a_workdir_alone_goes_on_with_the_flags_of_its_run(program, tmp_path):
   (tmp_path / 'letters.txt').write_text('xyz')
   flags = ['--name=b', '--seed=3', '--tags=d,e', f'--letters={tmp_path / "letters.txt"}', '--width=16']
   code, _, err = program()
-  assert code == 2 and '--name is required: text' in err
+  assert code == 2 and '--name is required (text)' in err
   assert program(*flags)[0] == 0
   code, out, err = program('--steps=6', '--lr=0.01', '--evaluate_every=3')
   size = f'{2 * 16 * Bytes().vocab_size:,}'
