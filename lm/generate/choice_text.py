@@ -1,6 +1,6 @@
 """The text of one answer from the tokens of an engine, with the log-probabilities of its tokens."""
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     text: its next text.
     tokens: those whose text begins in the text so far, and did not before; in the last piece also those without text,
       such as eos and a stop string, so that all tokens that were drawn are in one of the pieces.
-    finish: 'stop' or 'length' in the last piece, and None before.
+    finish: in the last piece 'stop', 'length', or another `Event.finish_reason`; None before.
     prompt: in the first piece, the tokens of the prompt, where they are scored.
   """
   choice: int
@@ -58,13 +58,12 @@ class ChoiceText:
   """
 
   def __init__(self, choice: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (),
-               stop_ids: Iterable[int] = ()):
+               stop_ids: Sequence[int] = ()):
     """Makes the text of choice number `choice`, after the ids of the prompt."""
     context = np.asarray(prompt, np.int32)
     if len(context) and context[0] == tokenizer.bos_id:
       context = context[1:]
-    self._choice, self._stream = choice, TextStream(tokenizer, context, stop)
-    self._ends = frozenset((*stop_ids, *tokenizer.eos_ids))
+    self._choice, self._stream = choice, TextStream(tokenizer, context, stop, stop_ids)
     self._waiting: collections.deque[ScoredToken] = collections.deque()
     self._length = 0         # characters in pieces
     self.count = 0           # tokens that were drawn
@@ -78,12 +77,9 @@ class ChoiceText:
         break
       self.count += 1
       self._waiting.append(ScoredToken(token, self._stream.length, log_probability, top))
-      if token in self._ends:
-        finish = 'stop'
-      else:
-        texts.append(self._stream.push(token))
-        finish = 'stop' if self._stream.has_ended else None
-      self.has_ended = finish is not None
+      texts.append(self._stream.push(token))
+      self.has_ended = self._stream.has_ended
+      finish = 'stop' if self.has_ended else None
     if not self.has_ended:
       finish = event.finish_reason
       self.has_ended = finish is not None

@@ -41,6 +41,11 @@ class Completion(NamedTuple):
   draft: Draft | Drafter | None = None
   matchers: Sequence[Matcher] = ()
 
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """The ids that end a text."""
+    return *self.tokenizer.eos_ids, *self.sampling.stop_ids
+
   def engine(self, slots: int) -> Engine:
     """Returns an engine whose rows have at least `slots` slots."""
     model, ends = self.model, tuple(self.tokenizer.eos_ids)
@@ -112,7 +117,7 @@ def complete(request: Completion, texts: Sequence[np.ndarray], batch: Batch, str
     for matcher, piece in zip(request.matchers, pieces):
       matcher.add(piece.tolist())
     written += [len(piece) for piece in pieces]
-    ended |= [np.isin(piece, engine.ends).any() for piece in pieces]
+    ended |= [np.isin(piece, request.ends).any() for piece in pieces]
     yield pieces
     if (ended | (written >= request.max_tokens)).all():
       return
@@ -152,7 +157,7 @@ def complete_past_context(request: Completion, texts: Sequence[np.ndarray], batc
         row.extend(piece.tolist())
       yield pieces
     step += count
-    ended |= [np.isin(row, tokenizer.eos_ids).any() for row in new]
+    ended |= [np.isin(row, request.ends).any() for row in new]
     if ended.all():
       return
     # Rows that have ended are filled up, so that all rows have the same number of new tokens.

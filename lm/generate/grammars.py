@@ -48,11 +48,6 @@ def of_regex(pattern: str) -> str:
   return json.loads(matcher.grammar_from_regex(pattern))['grammars'][0]['lark_grammar']
 
 
-def of_choices(texts: Sequence[str]) -> str:
-  """Returns the grammar of some texts."""
-  return of_regex('|'.join(map(re.escape, texts)))
-
-
 def read_grammar(schema_file: pathlib.Path | None, pattern: str | None) -> str | None:
   """Returns the grammar of the JSON schema in a file, or of a regular expression; None if neither is given.
 

@@ -61,9 +61,7 @@ class Request:
       if len(self.source) > context:
         raise ValueError(f'a source of {len(self.source)} tokens is more than the {context} that are read at once; '
                          'shorten it')
-    for token in sampling.ids:
-      if not 0 <= token < engine.vocab:
-        raise ValueError(f'id {token} in logit_bias, bad_words or stop_ids is not one of 0 to {engine.vocab - 1}')
+    sampling.check_ids(engine.vocab)
     if self.grammar is not None:
       check_sampling(sampling)
     if self.choices < 1:
@@ -105,8 +103,9 @@ class Scores(NamedTuple):
 class Event(NamedTuple):
   """New tokens of a choice of a request, or its end, or both.
 
-  The first event of a choice has the scores of the prompt's tokens from the second on, if the request needs them, and
-  `reading_start`, the `time.perf_counter` at which the engine began to read the prompt.
+  The first event of a choice has the scores of the prompt's tokens from the second on, if the request needs them;
+  `reading_start`, the `time.perf_counter` at which the engine began to read the prompt; and `shared_tokens`, the number
+  of the prompt's first tokens that were in pages, and so were not read again.
   """
   request: Request
   choice: int
@@ -115,6 +114,7 @@ class Event(NamedTuple):
   finish_reason: str | None = None     # 'stop', 'length', 'abort' or 'grammar'; None if the choice goes on
   prompt_scores: Scores | None = None
   reading_start: float | None = None
+  shared_tokens: int = 0
 
   @property
   def log_probabilities(self) -> list[float]:

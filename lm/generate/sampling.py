@@ -88,6 +88,12 @@ class Sampling:
     """The ids that the settings name."""
     return {*(i for i, _ in self.logit_bias), *(i for word in self.bad_words for i in word), *self.stop_ids}
 
+  def check_ids(self, vocab: int) -> None:
+    """Raises ValueError if the settings name an id that is not below `vocab`, or is negative."""
+    for token in self.ids:
+      if not 0 <= token < vocab:
+        raise ValueError(f'id {token} in logit_bias, bad_words or stop_ids is not one of 0 to {vocab - 1}')
+
 
 class Settings(NamedTuple):
   """The sampling of each row, as arrays `[B, ...]`, so that rows with other settings need no new compilation.

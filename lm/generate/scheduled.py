@@ -45,7 +45,8 @@ class PromptReading:
   keys: Sequence[bytes]          # of the full pages of the prompt
   prefix: Prefix | None          # the part of the prompt that was in pages; None without pages
   cache: Any                     # donated by each chunk
-  count: int                     # of tokens that have been read
+  shared: int                    # tokens that were in pages
+  count: int                     # tokens that have been read, or were in pages
   prompt: Prompt | None = None   # after the first chunk
   choice: int = 0                # the next to join a row
   start: float = dataclasses.field(default_factory=time.perf_counter)   # of the reading

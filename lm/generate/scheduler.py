@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lm import sharding
 from lm.generate import compilations
 from lm.generate.drafted_steps import Drafter
 from lm.generate.engine import CHUNK, Engine, Tokens, longest_text
@@ -45,7 +46,8 @@ class Scheduler:
 
   Args:
     engine: decodes; `engine.slots` is the longest text, prompt and output together.
-    rows: the number of choices that are written at the same time.
+    rows: the number of choices that are written at the same time, a multiple of the parts into which the mesh splits
+      rows.
     widths: of the chunks in which prompts are read; 1 is one of them. A step reads about as many tokens as the largest
       while rows are being written.
     tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier. While a row
@@ -58,7 +60,8 @@ class Scheduler:
     drafter: drafts tokens, if any; it may not serve another scheduler. Rows with a grammar have no drafts.
 
   Raises:
-    ValueError: the engine makes drafts, the cache cannot have pages, or the drafter cannot draft for the engine.
+    ValueError: a number is out of range, the mesh cannot split the rows, the engine makes drafts, the cache cannot have
+      pages, or the drafter cannot draft for the engine.
   """
 
   def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1,
@@ -68,6 +71,9 @@ class Scheduler:
                        'an Engine')
     if rows < 1 or not 1 <= tokens_per_step <= CHUNK:
       raise ValueError(f'rows={rows} must be at least 1, and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
+    if rows % sharding.parts('B'):
+      raise ValueError(f'rows={rows} must be a multiple of {sharding.parts("B")}, the number of parts into which the '
+                       'mesh splits rows')
     model = engine.model
     self.context = int(min(engine.slots, longest_text(model)))   # the longest text, in tokens
     self.engine, self.tokens_per_step = engine, tokens_per_step
@@ -125,8 +131,9 @@ class Scheduler:
     """Compiles all programs that requests need. Call it before the first request."""
     reads_source = self.engine.model.reads_source
     source = [0] if reads_source else None
+    count = min(2, self.context - 1)   # of tokens that are written
     for seed in 0, 2 ** 40:   # seeds of one and of two words
-      self.submit(Request([0], Sampling(min_tokens=2), max_tokens=2, seed=seed, source=source))
+      self.submit(Request([0], Sampling(min_tokens=count), max_tokens=count, seed=seed, source=source))
     for width in self._slots.widths:
       self.submit(Request([0] * (width + reads_source), max_tokens=0, source=source))
     for width in self._slots.source_widths() if reads_source else ():
@@ -146,10 +153,11 @@ class Scheduler:
   def submit(self, request: Request) -> None:
     """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
     request.check(self.engine, self.context)
-    if self.pool is not None:
+    limit = request.limit(self.context)
+    if self.pool is not None and limit:   # a prompt that is only scored takes no pages
       length = len(request.ids)
       full = length // self._slots.size if self.sharing_obstacle is None else 0
-      self.pool.check(full, length, length + request.limit(self.context))
+      self.pool.check(full, length, length + limit)
     self._waiting.append(request)
 
   def abort(self, request: Request, choice: int | None = None) -> None:
@@ -210,7 +218,7 @@ class Scheduler:
     cache = self._slots.read_prefix(self._state, prefix) if shared else self._slots.empty_cache()
     self.prompt_tokens += request.prompt_size
     self.shared_tokens += shared
-    return PromptReading(request, ids, keys, prefix, cache, shared)
+    return PromptReading(request, ids, keys, prefix, cache, shared, shared)
 
   def _read(self, reading: PromptReading) -> int:
     """Reads a chunk of a prompt. Returns the number of tokens that are read."""
@@ -241,7 +249,7 @@ class Scheduler:
       columns = (np.concatenate(parts)[:-1] for parts in zip(*reading.scores))   # nothing follows the last token
       prompt_scores = Scores(*columns)
     if not limit:
-      self._events.append(Event(request, choice, [], NO_SCORES, 'length', prompt_scores, reading.start))
+      self._events.append(Event(request, choice, [], NO_SCORES, 'length', prompt_scores, reading.start, reading.shared))
       return True
     row = self._rows.index(None)
     matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
@@ -253,7 +261,8 @@ class Scheduler:
     if self.drafter is not None:
       self.drafter.join(reading.ids, row)
     has_ended = self._add_event(row, tokens, 0)
-    self._events[-1] = self._events[-1]._replace(prompt_scores=prompt_scores, reading_start=reading.start)
+    self._events[-1] = self._events[-1]._replace(prompt_scores=prompt_scores, reading_start=reading.start,
+                                                 shared_tokens=reading.shared)
     if has_ended:
       self._free([row])
     return True

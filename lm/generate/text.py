@@ -69,8 +69,9 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
            bos: bool | None = None, window: bool = False, grammar: Grammar | None = None) -> Iterator[list[str]]:
   """Yields the completions of all prompts piece by piece; each item has the next piece of each, which may be empty.
 
-  Pieces hold whole characters. A completion ends at any of the tokenizer's `eos_ids`, before the first of the `stop`
-  strings, or after `max_tokens` tokens. On a mesh, call it inside `jax.set_mesh`.
+  Pieces hold whole characters. A completion ends before any of the tokenizer's `eos_ids` and of the `stop_ids` of the
+  sampling, before the first of the `stop` strings, or after `max_tokens` tokens. On a mesh, call it inside
+  `jax.set_mesh`.
 
   Args:
     model: a decoder, or an encoder-decoder, which reads the prompt as its source and writes after bos.
@@ -89,18 +90,21 @@ def stream(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
 
   Raises:
     ValueError: a prompt and `max_tokens` are longer than the model's `max_length`; `stop` has an empty string; the
-      model is an encoder; the parser of the grammar reaches its limits.
+      sampling names an id that the tokenizer does not have; the model is an encoder; the parser of the grammar reaches
+      its limits.
   """
   if isinstance(prompts, str) or isinstance(stop, str) or '' in stop:
     raise ValueError(f'prompts and stop must be lists of strings, and no stop string empty; stop={stop!r}')
   if not prompts:
     return
+  sampling.check_ids(tokenizer.vocab_size)
   encoded, batch = encode(model, tokenizer, prompts, bos)
   max_tokens = token_count(model, tokenizer, batch, max_tokens, window)
   if window and draft is not None and not isinstance(draft, Drafter):
     raise ValueError('these drafts are not made past the context; leave out either the drafts or the window')
   before = [ids[segments > 0] for ids, segments in zip(batch.tokens, batch.segments[:len(encoded)])]
-  texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop) for ids in before]   # without bos
+  texts = [TextStream(tokenizer, ids[int(ids[0] == tokenizer.bos_id):], stop, sampling.stop_ids)   # without bos
+           for ids in before]
   matchers = []
   if grammar is not None:
     check_sampling(sampling)
@@ -126,7 +130,8 @@ def generate(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: S
 def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Sequence[np.ndarray],
            sampling: Sampling = PLAIN, *, max_tokens: int | None = None, seed: int = 0,
            mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[np.ndarray]:
-  """Like `generate`, but takes token ids, without bos, and returns token ids, without the eos that ends them."""
+  """Like `generate`, but takes token ids, without bos, and returns token ids, without the one that ends them."""
+  sampling.check_ids(tokenizer.vocab_size)
   batch = prompt_batch(model, prompts, tokenizer)
   max_tokens = token_count(model, tokenizer, batch, max_tokens)
   request = Completion(model, params, tokenizer, sampling, max_tokens, seed)
@@ -134,7 +139,7 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
     prompts = [np.int32([tokenizer.bos_id, *ids]) for ids in prompts]
   pieces = zip(*_pieces(request, prompts, mark(batch)))
   rows = [np.concatenate(row) for row in pieces]
-  return [row[np.cumsum(np.isin(row, tokenizer.eos_ids)) == 0] for row in rows]
+  return [row[np.cumsum(np.isin(row, request.ends)) == 0] for row in rows]
 
 
 def _pieces(request: Completion, prompts: Sequence[np.ndarray], batch: Batch) -> Iterator[list[np.ndarray]]:

@@ -26,10 +26,16 @@ class TextStream:
   """Decodes the tokens of one row into text that later tokens cannot change.
 
   It releases whole characters, and holds back text that may be the beginning of a stop string.
+
+  Args:
+    tokenizer: the tokenizer.
+    prompt: the ids before the new tokens, without bos.
+    stop: strings that end the text, and are not part of it.
+    stop_ids: ids that end the text, besides the tokenizer's `eos_ids`; none of them is part of it.
   """
 
-  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
-    self._tokenizer = tokenizer
+  def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str], stop_ids: Sequence[int] = ()):
+    self._tokenizer, self._ends = tokenizer, frozenset((*tokenizer.eos_ids, *stop_ids))
     self._context = prompt.tolist()   # tokens that are decoded again with those that follow; see `_decode`
     self._new: list[int] = []         # the tokens after them, whose text is not certain
     self._stop = stop
@@ -45,7 +51,7 @@ class TextStream:
 
   def push(self, token: int) -> str:
     """Adds a token. Returns the text that is certain now and was not before."""
-    if self.has_ended or token in self._tokenizer.eos_ids:
+    if self.has_ended or token in self._ends:
       return self.end()
     self._new.append(int(token))
     old, new = self._decode()

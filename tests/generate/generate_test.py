@@ -1,4 +1,5 @@
 """Sampling filters, decoding, stop strings and streaming of text."""
+import dataclasses
 import functools
 
 import jax
@@ -223,8 +224,14 @@ def test_streams_join_to_completions():
     eos_id = int(ends[7])   # a token that the model writes
 
   first = ends.tolist().index(Ends.eos_id)
-  assert generate.generate(model, params, Ends(), PROMPTS, MIXED, max_tokens=24, seed=1) [0] == (
-      Bytes().decode(ends[:first]).rstrip('\ufffd'))
+  ended = generate.generate(model, params, Ends(), PROMPTS, MIXED, max_tokens=24, seed=1)
+  assert ended[0] == Bytes().decode(ends[:first]).rstrip('\ufffd')
+  ids = dataclasses.replace(MIXED, stop_ids=(Ends.eos_id,))   # of the sampling, not of the tokenizer
+  assert generate.generate(model, params, Bytes(), PROMPTS, ids, max_tokens=24, seed=1) == ended
+  row, *_ = generate.tokens(model, params, Bytes(), Bytes().encode_batch(PROMPTS), ids, max_tokens=24, seed=1)
+  assert row.tolist() == ends[:first].tolist()
+  with pytest.raises(ValueError, match='id 258 in'):
+    generate.generate(model, params, Bytes(), PROMPTS, generate.Sampling(stop_ids=(258,)))
 
 
 @pytest.mark.slow

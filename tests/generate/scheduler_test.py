@@ -183,6 +183,15 @@ def test_a_request_that_can_never_run_is_refused(message, options):
   assert not shared().is_busy
 
 
+@pytest.mark.slow
+def test_a_context_of_two_tokens_is_enough():
+  model, params = model_and_params()
+  subject = Scheduler(generate.Engine(model, model.unstack(params), 2, VOCAB, (EOS,)), 1)
+  subject.warm_up()
+  subject.submit(Request([1]))
+  assert [(len(event.ids), event.finish_reason) for event in drain(subject)] in ([(1, 'length')], [(1, 'stop')])
+
+
 def test_a_scheduler_that_cannot_work_is_refused():
   with pytest.raises(ValueError, match='must include 1'):
     scheduler(widths=(4, 2))
@@ -192,3 +201,4 @@ def test_a_scheduler_that_cannot_work_is_refused():
     scheduler(pages=1)
   with pytest.raises(ValueError, match='need 4 pages, and there are 3'):
     scheduler(pages=4).submit(Request([1] * 17, max_tokens=32))
+  scheduler(pages=4).submit(Request([1] * 80, max_tokens=0))   # a prompt that is only scored takes no pages
