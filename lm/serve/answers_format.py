@@ -17,10 +17,10 @@ Chunk = dict[str, Any]
 
 
 class Usage(NamedTuple):
-  """The number of tokens that a request read, wrote, and found in the cache of prefixes."""
+  """The number of tokens of a request: of its prompts, of its answers, and those of its prompts that were in pages."""
   prompt: int
   completion: int
-  cached: int = 0
+  cached: int
 
   def body(self) -> dict[str, Any]:
     return {'prompt_tokens': self.prompt, 'completion_tokens': self.completion,

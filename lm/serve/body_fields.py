@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm.data.tokenizers.base import utf8
+from lm.generate.sampling import BIASES as MOST_BIASES
 from lm.serve.api_errors import bad_request
 
 Schema = Mapping[str, Any]
@@ -178,10 +179,10 @@ PROMPTS = Field({'anyOf': [{'type': 'string'}, {'type': 'array', 'minItems': 1, 
 
 def biases(value: Any) -> tuple[tuple[int, float], ...]:
   """Returns (token id, bias) of an object such as {"15": -100}; raises ValueError for another value."""
-  if not isinstance(value, dict) or len(value) > 1024 or not all(
+  if not isinstance(value, dict) or len(value) > MOST_BIASES or not all(
       name.isdecimal() and name.isascii() and len(name) < 10 and isinstance(bias, int | float)
       and not isinstance(bias, bool) and -100 <= bias <= 100 for name, bias in value.items()):
-    raise ValueError('must be an object of at most 1024 token ids, each with a bias from -100 to 100')
+    raise ValueError(f'must be an object of at most {MOST_BIASES} token ids, each with a bias from -100 to 100')
   return tuple((int(name), float(bias)) for name, bias in value.items())
 
 
@@ -204,7 +205,8 @@ def objects(value: Any) -> Sequence[Mapping[str, Any]]:
 OBJECTS = Field({'type': 'array', 'minItems': 1, 'items': {'type': 'object'}}, objects)
 # A field that may only be null.
 NOTHING = one_of(None)
-ANY_OBJECT = Field({'type': 'object'}, lambda value: read_object(value))
+# A field of any kind, which its reader checks.
+ANY = Field({}, lambda value: value)
 
 
 def read_object(value: Any) -> Mapping[str, Any]:
@@ -212,3 +214,6 @@ def read_object(value: Any) -> Mapping[str, Any]:
   if not isinstance(value, dict):
     raise ValueError('must be an object')
   return value
+
+
+ANY_OBJECT = Field({'type': 'object'}, read_object)

@@ -13,9 +13,8 @@ from lm.workdir.parsing import json_value
 
 _ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 _MOST_TOOLS = 128
-_ANY = Field({}, lambda value: value)
 _MESSAGE: Mapping[str, Field] = {
-    'role': body_fields.one_of(*_ROLES).needed(), 'content': _ANY, 'name': body_fields.TEXT,
+    'role': body_fields.one_of(*_ROLES).needed(), 'content': body_fields.ANY, 'name': body_fields.TEXT,
     'tool_calls': body_fields.OBJECTS, 'tool_call_id': body_fields.TEXT,
     # Clients send answers back, with fields that are null in them.
     'refusal': body_fields.NOTHING, 'function_call': body_fields.NOTHING, 'annotations': body_fields.NOTHING,
@@ -83,22 +82,15 @@ class ToolUse:
   """The functions that a model may call, and whether it has to.
 
   Attributes:
-    tools: in OpenAI's form, as chat templates read them.
-    choice: 'none', 'auto', 'required', or the name of the function that it has to call.
+    tools: in OpenAI's form, as chat templates read them; none if the model may not call any.
+    is_forced: whether the answer has to be a call.
+    named: the function that has to be called; None where the model chooses.
     in_parallel: whether an answer may have several calls.
   """
   tools: tuple[Mapping[str, Any], ...] = ()
-  choice: str = 'none'
+  is_forced: bool = False
+  named: str | None = None
   in_parallel: bool = True
-
-  @property
-  def is_forced(self) -> bool:
-    return bool(self.tools) and self.choice not in ('none', 'auto')
-
-  @property
-  def named(self) -> str | None:
-    """The function that has to be called; None where the model chooses."""
-    return self.choice if self.is_forced and self.choice != 'required' else None
 
   def format(self) -> OutputFormat | None:
     """Returns the constraint of an answer that has to be a call: the arguments, or {"name": ..., "arguments": ...}."""
@@ -139,16 +131,14 @@ def read_tools(tools: Sequence[Any] | None, choice: Any, in_parallel: bool = Tru
   names = [tool['function']['name'] for tool in read]
   if len(set(names)) < len(names):
     raise bad_request(f'two tools have one name, of {", ".join(names)}; rename one', 'tools')
-  return ToolUse(tuple(read), _choice(choice, names), in_parallel)
-
-
-def _choice(choice: Any, names: Sequence[str]) -> str:
   match choice:
-    case None:
-      return 'auto'
-    case 'none' | 'auto' | 'required':
-      return choice
+    case None | 'auto':
+      return ToolUse(tuple(read), in_parallel=in_parallel)
+    case 'none':
+      return NO_TOOLS
+    case 'required':
+      return ToolUse(tuple(read), True, None, in_parallel)
     case {'type': 'function', 'function': {'name': str(name)}} if name in names:
-      return name
+      return ToolUse(tuple(read), True, name, in_parallel)
   raise bad_request(f'tool_choice={shown(choice)} must be none, auto, required, or a function of {", ".join(names)} as '
                     '{"type": "function", "function": {"name": ...}}', 'tool_choice')

@@ -164,8 +164,8 @@ class EngineThread:
       try:
         self.engine.submit(request)
       except ValueError as error:
+        self._end(request, request.choices)   # before the client knows of it, as in `_run`
         deliver(request, ApiError(400, str(error)))
-        self._end(request, request.choices)
 
   def _abort(self, request: Request, choice: int | None) -> None:
     if not self._has_ended and request in self._requests:

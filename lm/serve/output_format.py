@@ -15,7 +15,7 @@ _MOST_CHARACTERS = 65536   # of a schema or a grammar
 _TYPE: Mapping[str, Field] = {'type': body_fields.one_of('text', 'json_object', 'json_schema').needed()}
 _JSON_SCHEMA: Mapping[str, Field] = {
     'name': body_fields.TEXT, 'description': body_fields.TEXT, 'strict': body_fields.boolean(),
-    'schema': Field({}, lambda value: value).needed()}
+    'schema': body_fields.ANY.needed()}
 
 
 @dataclasses.dataclass(frozen=True)

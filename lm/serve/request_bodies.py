@@ -15,6 +15,17 @@ MOST_TEXTS = 256   # prompts, inputs or pairs of a body
 _MODEL: Mapping[str, Field] = {'model': body_fields.TEXT}
 _COUNT = integer(1, MOST_TOKENS)
 
+
+def _list(value: Any) -> Sequence[Any]:
+  if not isinstance(value, list):
+    raise ValueError('must be a list')
+  return value
+
+
+def _input(value: Any) -> Any:
+  return body_fields.text(value) if isinstance(value, str) else body_fields.objects(value)
+
+
 COMPLETION: Mapping[str, Field] = {
     **_MODEL, 'prompt': body_fields.PROMPTS.needed(), 'max_tokens': integer(0, MOST_TOKENS),
     'echo': boolean(), 'logprobs': integer(0, MOST_LOGPROBS), 'best_of': integer(1, sampling_fields.MOST_CHOICES),
@@ -23,14 +34,14 @@ COMPLETION: Mapping[str, Field] = {
 CHAT: Mapping[str, Field] = {
     **_MODEL, 'messages': body_fields.OBJECTS.needed(), 'max_tokens': _COUNT, 'max_completion_tokens': _COUNT,
     'logprobs': boolean(), 'top_logprobs': integer(0, MOST_LOGPROBS),
-    'tools': Field({'type': 'array', 'items': {'type': 'object'}}, lambda value: _list(value)),
+    'tools': Field({'type': 'array', 'items': {'type': 'object'}}, _list),
     'tool_choice': Field({'anyOf': [{'enum': ['none', 'auto', 'required']}, {'type': 'object'}]}, lambda value: value),
     'parallel_tool_calls': boolean(True), **sampling_fields.SAMPLING, **sampling_fields.STREAMING,
     **output_format.FORMATS, **sampling_fields.LABELS}
 RESPONSE: Mapping[str, Field] = {
     **_MODEL, 'input': Field({'anyOf': [{'type': 'string'}, {'type': 'array', 'minItems': 1,
                                                               'items': {'type': 'object'}}]},
-                             lambda value: _input(value)).needed(),
+                             _input).needed(),
     'instructions': body_fields.TEXT, 'max_output_tokens': _COUNT,
     'temperature': sampling_fields.SAMPLING['temperature'], 'top_p': sampling_fields.SAMPLING['top_p'],
     'text': body_fields.nested('text', {'format': body_fields.ANY_OBJECT}), 'stream': boolean(),
@@ -45,16 +56,6 @@ EMBEDDINGS: Mapping[str, Field] = {
     **_MODEL, 'input': body_fields.PROMPTS.needed(),
     'encoding_format': body_fields.one_of('float', 'base64').otherwise('float'), **sampling_fields.LABELS}
 SCORE: Mapping[str, Field] = {**_MODEL, 'text_1': body_fields.PROMPTS.needed(), 'text_2': body_fields.PROMPTS.needed()}
-
-
-def _list(value: Any) -> Sequence[Any]:
-  if not isinstance(value, list):
-    raise ValueError('must be a list')
-  return value
-
-
-def _input(value: Any) -> Any:
-  return body_fields.text(value) if isinstance(value, str) else body_fields.objects(value)
 
 
 def _few(texts: Sequence[Any], name: str) -> Sequence[Any]:
@@ -129,7 +130,7 @@ class ResponseBody:
 _INPUT_MESSAGE: Mapping[str, Field] = {
     'type': body_fields.one_of('message'), 'id': body_fields.TEXT, 'status': body_fields.TEXT,
     'role': body_fields.one_of('system', 'developer', 'user', 'assistant').needed(),
-    'content': Field({}, lambda value: value).needed()}
+    'content': body_fields.ANY.needed()}
 _PARTS = ('input_text', 'output_text', 'text')
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from lm.data.tokenizers.folder import Tokenizer
 from lm.generate import Event, Request
 from lm.generate.choice_text import ChoiceText, Piece
+from lm.serve.answers_format import Usage
 from lm.serve.api_errors import ApiError, bad_request
 from lm.serve.engine_thread import EngineThread
 
@@ -31,6 +32,7 @@ class RunningAnswer:
     names = [(request, choice) for request in requests for choice in range(request.choices)]
     self._texts = {name: ChoiceText(i, tokenizer, name[0].ids, stop, name[0].sampling.stop_ids)
                    for i, name in enumerate(names)}
+    self._shared = dict.fromkeys(requests, 0)   # tokens of each prompt that were in pages
     self._queue: asyncio.Queue[Event | ApiError] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -43,9 +45,10 @@ class RunningAnswer:
     thread.submit(requests, deliver, lambda: observer.arrive(requests))
 
   @property
-  def token_count(self) -> int:
-    """The number of tokens that were drawn."""
-    return sum(text.count for text in self._texts.values())
+  def usage(self) -> Usage:
+    """The number of tokens of the prompts, those that were drawn so far, and those of prompts that were in pages."""
+    return Usage(sum(request.prompt_size for request in self._shared), sum(text.count for text in self._texts.values()),
+                 sum(self._shared.values()))
 
   async def pieces(self) -> AsyncIterator[Piece]:
     """Yields the pieces of all choices as they come. Raises ApiError where the engine fails."""
@@ -56,6 +59,7 @@ class RunningAnswer:
       if event.finish_reason == 'grammar':
         raise bad_request('the answer has reached the limits of the parser of its format; give a simpler schema, '
                           'regular expression or grammar', 'response_format')
+      self._shared[event.request] = max(self._shared[event.request], event.shared_tokens)
       text = self._texts[event.request, event.choice]
       if not text.has_ended:
         piece = text.push(event)

@@ -55,13 +55,18 @@ _OF_TOKENS = ('temperature', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'fre
               'logit_bias', 'min_tokens', 'typical_p', 'eta_cutoff')
 
 
+def replace(sampling: generate.Sampling, **fields: Any) -> generate.Sampling:
+  """Returns a sampling with other values of some fields. Raises ApiError for values that it cannot have."""
+  try:
+    return dataclasses.replace(sampling, **fields)
+  except ValueError as error:
+    raise bad_request(str(error)[:400].replace('stop_ids', 'stop_token_ids')) from None
+
+
 def read_settings(values: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> AnswerSettings:
   """Returns the settings of the values of a body's fields. Raises ApiError where they contradict one another."""
   n, stop = values['n'], values['stop']
-  try:
-    sampling = generate.Sampling(**{name: values[name] for name in _OF_TOKENS}, stop_ids=values['stop_token_ids'])
-  except ValueError as error:
-    raise bad_request(str(error)[:400].replace('stop_ids', 'stop_token_ids')) from None
+  sampling = replace(generate.PLAIN, **{name: values[name] for name in _OF_TOKENS}, stop_ids=values['stop_token_ids'])
   if n > 1 and sampling.greedy:
     raise bad_request(f'all n={n} answers would be equal with temperature=0; leave out one of the two', 'n')
   if max_tokens is not None and sampling.min_tokens > max_tokens:

@@ -99,7 +99,7 @@ class ServedModel:
     if self.template is None:
       raise bad_request(NO_TEMPLATE, 'messages', 'no_chat_template')
     tools = {}
-    if tool_use.tools and tool_use.choice != 'none':
+    if tool_use.tools:
       if not self.template.writes_tools:
         raise bad_request('the chat template of this model does not write tools; leave them out', 'tools')
       tools = {'tools': tool_use.tools}

@@ -45,7 +45,7 @@ class ToolCallReader:
 
   def push(self, text: str) -> tuple[str, list[CallPart]]:
     """Adds text. Returns the content and the parts of calls that are certain now."""
-    if not self._use.tools or self._use.choice == 'none':
+    if not self._use.tools:
       return text, []
     if self._use.named is not None:
       parts = [] if self._is_open else [self._first(self._use.named)]

@@ -1,7 +1,6 @@
 """The web application: endpoints as in OpenAI's protocol and in vLLM, for one model."""
 import asyncio
 import base64
-import dataclasses
 import pathlib
 import random
 import time
@@ -14,14 +13,13 @@ from lm import generate
 from lm.data.text.source import require
 from lm.evaluate.people.page_headers import read_page
 from lm.generate.choice_text import Piece
-from lm.serve import openapi, request_bodies
-from lm.serve.answers_format import ChatWriter, Chunk, CompletionWriter, Usage, Writer, as_json
+from lm.serve import openapi, request_bodies, sampling_fields
+from lm.serve.answers_format import ChatWriter, Chunk, CompletionWriter, Writer, as_json
 from lm.serve.api_errors import ApiError
 from lm.serve.chat_messages import NO_TOOLS
 from lm.serve.engine_thread import EngineThread
 from lm.serve.response_events import ResponseWriter
 from lm.serve.running_answer import RunningAnswer
-from lm.serve.sampling_fields import MOST_SEED
 from lm.serve.served_model import DEFAULT_TOKENS, ServedModel
 from lm.serve.server_guard import Guard, Limits, read_body
 from lm.serve.server_metrics import ServerMetrics
@@ -143,9 +141,10 @@ class _Server:
                       ends: Sequence[int] = (), scores_prompt: bool = False) -> generate.Request:
     """Returns the engine's request for a prompt, after which there is `room`; `ends` end an answer too."""
     settings = body.settings
-    sampling = dataclasses.replace(settings.sampling, stop_ids=(*settings.sampling.stop_ids, *ends))
+    stop_ids = tuple(dict.fromkeys((*settings.sampling.stop_ids, *ends)))
+    sampling = sampling_fields.replace(settings.sampling, stop_ids=stop_ids)
     self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
-    seed = random.SystemRandom().randint(0, MOST_SEED) if settings.seed is None else settings.seed
+    seed = random.SystemRandom().randint(0, sampling_fields.MOST_SEED) if settings.seed is None else settings.seed
     text, source = self._served.text_and_source(ids)
     return generate.Request(text, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
                             settings.logprobs or 0, scores_prompt, grammar, source)
@@ -153,16 +152,14 @@ class _Server:
   async def _answer(self, request: Any, requests: Sequence[generate.Request], writer: Writer, body: Body) -> Any:
     """Returns the answer of requests: a stream, or the whole that its chunks join to."""
     answer = RunningAnswer(self._thread, self._served.tokenizer, requests, body.settings.stop, self._metrics)
-    prompt_tokens = sum(each.prompt_size for each in requests)
 
     async def chunks() -> AsyncIterator[Chunk]:
       for chunk in writer.begin():
         yield chunk
-      async with asyncio.timeout(self._limits.seconds):
-        async for piece in answer.pieces():
-          for chunk in writer.add(piece):
-            yield chunk
-      for chunk in writer.end(Usage(prompt_tokens, answer.token_count)):
+      async for piece in answer.pieces():
+        for chunk in writer.add(piece):
+          yield chunk
+      for chunk in writer.end(answer.usage):
         yield chunk
 
     if body.stream:
@@ -170,7 +167,7 @@ class _Server:
 
     async def collect() -> Any:
       parts = [chunk async for chunk in chunks()]
-      return self._json(writer.whole(parts, Usage(prompt_tokens, answer.token_count)))
+      return self._json(writer.whole(parts, answer.usage))
     return await self._finish(request, answer, collect())
 
   async def _finish(self, request: Any, answer: RunningAnswer, work: Coroutine[Any, Any, Any]) -> Any:
@@ -211,7 +208,8 @@ class _Server:
 
   async def score(self, request: Any) -> Any:
     """Answers with log p(text_2 | text_1) in nats, of each pair."""
-    body, served, pairs = await self._read(request, request_bodies.read_score), self._served, []
+    body = await self._read(request, request_bodies.read_score)
+    served, pairs = self._served, []   # (ids, source, the number of tokens of the context)
     for first, second in body.pairs:
       context, source = served.text_and_source(served.encode(first, param='text_1'))
       ids = np.concatenate([context, served.encode(second, False, 'text_2')]) if second else context
@@ -231,12 +229,14 @@ class _Server:
                        'usage': {'prompt_tokens': count, 'total_tokens': count}})
 
   async def tokenize(self, request: Any) -> Any:
-    body, served = await self._read(request, request_bodies.read_tokenize), self._served
-    if body.messages is None:
-      ids = served.tokenizer.parse(body.prompt)[0]
-      ids = served.encode(body.prompt) if body.adds_special_tokens else ids
-    else:
+    body = await self._read(request, request_bodies.read_tokenize)
+    served = self._served
+    if body.messages is not None:
       ids = await asyncio.to_thread(served.encode_chat, body.messages, NO_TOOLS, body.adds_generation_prompt)
+    elif body.adds_special_tokens:
+      ids = served.encode(body.prompt)
+    else:
+      ids = served.tokenizer.parse(body.prompt)[0]
     ids = [int(i) for i in ids]
     strings = {'token_strs': [served.texts.text(i) for i in ids]} if body.with_strings else {}
     return self._json({'count': len(ids), 'max_model_len': served.context, 'tokens': ids, **strings})
@@ -283,8 +283,9 @@ def _stream(base: type, frames: AsyncIterator[bytes], answer: RunningAnswer) -> 
 async def _frames(chunks: AsyncIterator[Chunk], writer: Writer, limits: Limits) -> AsyncIterator[bytes]:
   """Yields the server-sent events of an answer; the last one is the error, where it fails on the way."""
   try:
-    async for chunk in chunks:
-      yield writer.frame(chunk)
+    async with asyncio.timeout(limits.seconds):
+      async for chunk in chunks:
+        yield writer.frame(chunk)
     yield writer.last_frame
   except (TimeoutError, ApiError) as error:
     refusal = limits.too_late() if isinstance(error, TimeoutError) else error

@@ -86,11 +86,14 @@ def figure(client, name):
 def test_a_prompt_that_comes_again_is_not_read_again_and_has_the_same_answer(served):
   client, _ = served
   body = {'prompt': 'a prompt of more than two pages of sixteen', 'max_tokens': 5, 'seed': 1, 'logprobs': 1}
-  answers, hits = [], [figure(client, 'prefix_cache_hits_total')]
+  answers, cached, hits = [], [], [figure(client, 'prefix_cache_hits_total')]
   for _ in range(2):
-    answers.append(client.post('/v1/completions', json=body).json()['choices'])
+    answer = client.post('/v1/completions', json={**body, 'n': 2}).json()
+    answers.append(answer['choices'])
+    cached.append(answer['usage']['prompt_tokens_details']['cached_tokens'])
     hits.append(figure(client, 'prefix_cache_hits_total'))
-  assert answers[0] == answers[1] and [after - before for before, after in zip(hits, hits[1:])] == [0, 32]
+  assert answers[0] == answers[1]
+  assert cached == [after - before for before, after in zip(hits, hits[1:])] == [0, 32]
   assert figure(client, 'kv_cache_usage_perc') == 0 and figure(client, 'num_requests_running') == 0
 
 

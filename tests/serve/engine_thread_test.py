@@ -20,13 +20,20 @@ class Steps:
   """Lets an engine compute as many steps as a test allows."""
 
   def __init__(self):
-    self._allowed = threading.Semaphore(0)
+    self._semaphore, self._calls, self._allowed = threading.Semaphore(0), 0, 0
 
   def __call__(self):
-    self._allowed.acquire(timeout=20)
+    self._calls += 1
+    self._semaphore.acquire(timeout=20)
 
   def allow(self, count):
-    self._allowed.release(count)
+    self._allowed += count
+    self._semaphore.release(count)
+
+  def allow_next(self):
+    """Allows one more step if the engine waits for it."""
+    if self._calls > self._allowed:
+      self.allow(1)
 
 
 def post(app, path, body, disconnect=None):
@@ -81,7 +88,7 @@ def test_a_client_that_goes_away_frees_its_row_within_a_step(stream):
     await until(lambda: engine.steps == 3)
     disconnect.set()
     await first
-    await until(lambda: thread.count == 1 or steps.allow(1))
+    await until(lambda: thread.count == 1 or steps.allow_next())
     assert engine.steps <= 5   # the step that it computed, and those that this test allowed to see the end
     steps.allow(10)
     assert (await second)[0] == 200
@@ -163,6 +170,18 @@ def test_what_comes_while_the_engine_stops_is_told():
     futures[0].result(20)
 
 
+def test_a_request_that_the_engine_refuses_counts_no_more_when_its_client_knows_of_it():
+  class Refusing(ScriptedEngine):
+    def submit(self, request):
+      raise ValueError('it is too long')
+
+  counts, thread = [], serve.EngineThread(Refusing(FOREVER))
+  thread.submit([Request([97], choices=3)], lambda _, error: counts.append((thread.count, str(error))), lambda: None)
+  thread.start(lambda: None).result(20)
+  thread.close()
+  assert counts == [(0, 'it is too long')]
+
+
 def test_a_stop_string_frees_the_row_of_its_choice_within_a_step_and_the_others_go_on():
   steps = Steps()
   engine = ScriptedEngine(lambda request, choice: b'xa' + b'-' * 49 if choice else b'yyyyyyya' + b'-' * 50, rows=2,
@@ -174,14 +193,14 @@ def test_a_stop_string_frees_the_row_of_its_choice_within_a_step_and_the_others_
     waiting = post(app, '/v1/completions', {**BODY, 'max_tokens': 2})
     await until(lambda: thread.count == 3)
     steps.allow(2)   # the end of the second choice
-    await until(lambda: len(engine.aborted) == 1 or steps.allow(1))
+    await until(lambda: len(engine.aborted) == 1 or steps.allow_next())
     assert engine.steps <= 4
     steps.allow(3)
     assert (await waiting)[0] == 200 and not task.done()   # it has the row of the second choice
     steps.allow(10)
     status, _, body = await task
     assert status == 200 and body.count(b'"finish_reason":"stop"') == 2 and b'"yyyyyyy"' in body and b'"x"' in body
-    await until(lambda: thread.count == 0 or steps.allow(1))
+    await until(lambda: thread.count == 0 or steps.allow_next())
 
   with application(engine) as (app, thread):
     asyncio.run(main(app, thread))

@@ -103,6 +103,11 @@ def test_a_forced_call_is_a_format():
   assert json.loads(body.format.text) == TOOL['function']['parameters'] and body.format.kind == 'json'
   required = json.loads(request_bodies.read_chat({**chat, 'tool_choice': 'required'}).format.text)
   assert required['anyOf'][0]['properties']['name'] == {'const': 'get_time'}
+  for name in 'none', 'auto', 'required':   # names of functions, and not choices
+    tools = [{'type': 'function', 'function': {'name': name, 'parameters': {'title': name}}}, TOOL]
+    body = request_bodies.read_chat({**chat, 'tools': tools, 'tool_choice': {'type': 'function', 'function': {
+        'name': name}}})
+    assert body.tool_use.named == name and json.loads(body.format.text) == {'title': name}
 
 
 def test_formats_of_answers():

@@ -207,6 +207,8 @@ def test_the_times_of_an_answer_add_up_and_drafts_are_counted():
     ('/v1/completions', {'prompt': [999]}, 400, 'token id 999'), ('/detokenize', {'tokens': [999]}, 400, '999'),
     ('/v1/completions', {'prompt': 'a', 'logit_bias': {'999': 1}}, 400, '999'),
     ('/v1/completions', {'prompt': ['a'] * 13}, 400, '13 answers'),
+    ('/v1/completions', {'prompt': 'a', 'logit_bias': {str(i): 1 for i in range(301)}}, 400, 'at most 300'),
+    ('/v1/chat/completions', {**CHAT, 'stop_token_ids': [*range(16)]}, 400, 'stop_token_ids'),   # and the end of a turn
     ('/v1/completions', {'prompt': 'a', 'max_tokens': 51}, 400, 'max_tokens=51'),
     ('/v1/embeddings', {'input': 'a' * 128}, 400, '129 tokens'),
     ('/v1/completions', b'\xff{', 400, 'no JSON'), ('/v1/completions', b'', 400, 'no JSON'),
