@@ -22,8 +22,8 @@ from lm.generate.slots import Slots
 @sharding.whole_rows()
 def _draft(model, params, cache, state: State, *, vocab, ends, drafts) -> tuple[Any, jax.Array]:
   """Draws tokens after those of the rows of `state`, whose own cache is None. Returns the cache and the tokens."""
-  state = state._replace(cache=cache._replace(index=state.position_B))   # without what was drafted in vain
-  # One token more than is needed is drawn, so that the last draft is read, too, in case that it is accepted.
+  state = state._replace(cache=cache._replace(index=state.position_B))   # without drafts that were not accepted
+  # Drawing one token more makes the model read the last draft too, which its cache needs if that is accepted.
   state, tokens = Engine(model, params, 0, vocab, ends).step(state, drafts + 1)
   return state.cache, tokens.ids_BT[:, :drafts]
 

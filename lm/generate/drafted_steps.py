@@ -76,7 +76,7 @@ class Drafter(DraftCounter):
     check_cache(engine.model)
 
   def join(self, ids: np.ndarray, row: int) -> None:
-    """Is told of a prompt that joins a row."""
+    """Is called with the ids of each prompt that joins a row."""
 
   def draft(self, state: State, texts: Sequence[np.ndarray | None]) -> np.ndarray | jax.Array:
     """Returns tokens after those of each row, int32 [B, D], with NO_DRAFT where a row has fewer.
@@ -89,8 +89,8 @@ class Drafter(DraftCounter):
            ) -> tuple[State, Tokens]:
     """Draws 1 to D + 1 tokens of each row that has not ended, in one pass. It donates `state`.
 
-    Rows whose `texts` are None get one. `allowed` are the tokens that may be drawn first, as in `Engine.step`; a row
-    that has such needs None as its text.
+    A row whose text in `texts` is None has no drafts, and gets one token. `allowed` are the tokens that may be drawn
+    next, as in `Engine.step`; rows with such a restriction must have None in `texts`.
     """
     drafts = self.draft(state, texts)
     drafts = np.where([[text is not None] for text in texts], np.asarray(drafts), NO_DRAFT)
@@ -105,7 +105,7 @@ class Drafter(DraftCounter):
 
 @sharding.whole_rows()
 def check_cache(model: Any) -> None:
-  """Raises ValueError for a model whose cache cannot forget the tokens that were drafted in vain."""
+  """Raises ValueError for a model whose cache cannot forget drafts that were not accepted."""
   cache = None if model.reads_source else jax.eval_shape(lambda: model.init_cache(sharding.padded_rows(1), 1))
   if not isinstance(cache, Cache) or not all(isinstance(layer, (LayerCache, LatentCache)) for layer in cache.layers):
     raise ValueError('drafts are for decoders whose caches have keys and values for each token, so that wrong drafts '

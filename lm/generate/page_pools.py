@@ -1,9 +1,12 @@
 """The pages that a row takes: for layers that see the whole text, and for layers with a window, which have fewer.
 
-A block is a page's worth of slots of a text. Layers without a window need a page for each block. Layers with a window
-have a pool of their own, and pages behind the window are given back: those of the prompt as soon as it is written into
-them, to be found by later prompts until others need them; and those of what the row writes are a ring, which begins
-anew where its first block is behind the window. What is still in a page that a row has given back is masked.
+A block is a part of a text that fills a page. Layers without a window need a page for each block. Layers with a window
+have a pool of their own, and need fewer pages, because no later token sees a block that is behind the window:
+
+* Pages of the prompt that are behind the window are given back as soon as the prompt is in them. Later prompts can use
+  them until they are needed for something else.
+* The pages of what the row writes are a ring: when the first of them is behind the window, the next block overwrites
+  it. A mask hides what such a page still has of the earlier block.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,14 +18,14 @@ from lm.generate.page_pool import PagePool
 
 
 class Prefix(NamedTuple):
-  """The pages of a prefix that is stored, in the G pools: page 0 is none."""
+  """The pages of a stored prefix in each of the G pools; 0 where a block has no page."""
   count: int             # of its blocks
   pages_GM: np.ndarray   # of each block
   first_G: np.ndarray    # the first block whose page is needed by what follows
 
 
 class RowPages(NamedTuple):
-  """The pages of a row, in the G pools: page 0 is none."""
+  """The pages of a row in each of the G pools; 0 where a block has no page."""
   pages_GM: np.ndarray           # of each block
   is_new_GM: np.ndarray          # whether the page has to be written from the prompt
   used_pages: tuple[list[int], ...]   # the pages that the row uses until it ends
@@ -120,7 +123,8 @@ class PagePools:
       row_M[full:end] = np.resize(pages[full - start:], end - full)
       is_new_M[start:full] = np.logical_not(is_stored)
       written = max(full, self._first(window, length))
-      is_new_M[written:min(written + count, end)] = True   # also those after the prompt: what others left is cleared
+      # Pages after the prompt are written too, so that nothing of another text is in them.
+      is_new_M[written:min(written + count, end)] = True
       pool.release(pages[:needed - start])
       used_pages.append(pages[needed - start:])
     return RowPages(pages_GM, is_new_GM, tuple(used_pages))

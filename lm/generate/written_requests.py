@@ -16,7 +16,7 @@ class TextRequest(NamedTuple):
 
 def pieces(scheduler: Scheduler, tokenizer: Tokenizer, requests: Iterable[TextRequest]
            ) -> Iterator[tuple[TextRequest, Piece]]:
-  """Yields the pieces of the texts of all requests as they are written; the last piece of a choice says so.
+  """Yields the pieces of the texts of all requests as they are written; the last piece of a choice has a `finish`.
 
   Requests are taken from the iterable when rows are free for them. Those that have not ended when the generator is
   closed are aborted, so that the scheduler can be used again.

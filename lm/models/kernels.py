@@ -12,11 +12,18 @@ class Visible(NamedTuple):
   """Which keys a query sees: those of its own segment that are not later than it, or that are marked bidirectional.
 
   A window or a chunk restricts both kinds of keys; a window is as wide towards later keys as towards earlier ones. A
-  field that is None does not restrict. In cached decoding, `start` is the slot of the first query among the keys, a
-  scalar or one for each row. Positions, which count within a document, are used by `AttentionScores.chunk`. `bias` is
-  added to the scores (T5) and is differentiated; in cached decoding, it may be [B, N, T, S]. `pages_BM` are the
-  numbers of the M pages that have the slots of each row, if the cache has pages, and `window_pages_BM` those in layers
-  with a window.
+  field that is None does not restrict.
+
+  Attributes:
+    segments_BT: the number of the document of each query; 0 is padding.
+    key_segments_BS: that of each key.
+    bidirectional_BS: which keys are seen by earlier queries too.
+    positions_BT: of queries in their documents; only `AttentionScores.chunk` uses positions.
+    key_positions_BS: of keys in their documents.
+    start: in cached decoding, the slot of the first query among the keys, a scalar or [B].
+    bias_NTS: is added to the scores (T5), and is differentiated; in cached decoding, it may be [B, N, T, S].
+    pages_BM: the numbers of the M pages that have the slots of each row, if the cache has pages.
+    window_pages_BM: the same for layers with a window.
   """
   segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None

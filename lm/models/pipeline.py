@@ -1,12 +1,13 @@
 """Layers as a pipeline over the stages of a mesh, in a circular schedule (Narayanan et al. 2021, arXiv:2104.04473).
 
-S stages have R layers each, of which they compute one a time. A microbatch goes around the stages R times. They go in
-groups of S, one after the other, so that all stages are busy and none waits in a queue. At iteration t, stage s works
-on u = t - s: group u // (R S), round u // S mod R, and number u mod S in the group. Of G R S + S - 1 iterations, each
-stage works in G R S; the others are the bubble, in which it computes what is not used.
+Each of S stages has R layers, and computes one of them at a time. A microbatch goes around the stages R times, once for
+each layer of a stage. Microbatches come in G groups of S: a group fills all stages, and the next group follows it
+without a gap, so that no microbatch waits in a queue. At iteration t, stage s works on visit u = t - s. That is round
+u // S mod R of microbatch u mod S in group u // (R S). Each stage works in G R S of the G R S + S - 1 iterations. The
+others are the bubble, in which it computes what is not used.
 
-The rows of a microbatch start and end on the stage of its number. Inputs wait there until the group starts, move
-towards stage 0 by one stage at each iteration, and results move from the last stage in the same direction.
+Microbatch i of a group starts and ends on stage i. Its inputs wait there until the group starts, and then move towards
+stage 0 by one stage at each iteration. Results move from the last stage in the same direction.
 """
 from collections.abc import Callable
 from typing import Any

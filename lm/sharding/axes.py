@@ -67,9 +67,9 @@ def check_table() -> None:
     for axis in axes:
       if axis not in AXES:
         raise ValueError(f'the sharding table splits {letter} over {axis}, which is not a mesh axis; add it to AXES')
-  # Rows, their positions and what they are multiplied with stand in one tensor, where a mesh axis can split only one of
-  # them. D is exempt, since weights are gathered along it for use, E, since rows are exchanged between experts, and M,
-  # since positions are exchanged for heads.
+  # A mesh axis can split only one axis of a tensor: one that splits rows, or their positions, cannot split another axis
+  # of activations. Exempt are D, because weights are gathered along it for use; E, because rows are exchanged between
+  # experts; and M, because positions are exchanged for heads.
   for rows, exempt in (('B', 'BDE'), ('T', 'TDM')):
     for letter, axes in TABLE.items():
       shared = set(TABLE[rows]) & set(axes)

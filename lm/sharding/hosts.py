@@ -59,7 +59,7 @@ class Channel:
     return json.loads(json.dumps(value))   # the same types as in the others
 
   def from_all(self, value: Any) -> list[Any]:
-    """Returns the value of each process, which JSON can hold, in all processes; all of them must call it, and wait."""
+    """Returns the values of all processes, which JSON can hold, in all of them; each call waits for all others."""
     if jax.process_count() == 1:
       return [value]
     key = self._next()
@@ -94,7 +94,7 @@ def from_process_0(value: Any) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-  """Returns the value of each process, which JSON can hold, in all processes; all of them must call it, and wait."""
+  """Returns the values of all processes, which JSON can hold, in all of them; each call waits for all others."""
   return _values.from_all(value)
 
 

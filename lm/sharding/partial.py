@@ -7,8 +7,8 @@ Activations between the products of a layer, where norms, dropout and residual s
 axes of heads and hidden units too (Korthikanti et al. 2022, arXiv:2205.05198). They are gathered before the first
 product of a layer, and the parts of the result of its last product are summed and scattered.
 
-The types of JAX say so: an operand is `reduced` over the mesh axes whose devices have parts of its gradient, and the
-gradient is `unreduced` over them.
+The types of JAX express this: an operand is `reduced` over the mesh axes whose devices have parts of its gradient, and
+the gradient is `unreduced` over these axes.
 """
 import math
 

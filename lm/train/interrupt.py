@@ -25,11 +25,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt(contextlib.AbstractContextManager):
-  """Catches SIGINT, SIGTERM and SIGHUP. `should_stop(step)` is True after the first one; the second ends the process.
+  """Catches SIGINT, SIGTERM and SIGHUP. `should_stop(step)` is True after the first signal; a second ends the process.
 
-  Python calls handlers only between two of its instructions, and the main thread may compile or evaluate for minutes
-  without one. Therefore a thread learns of each signal too, through a pipe that the C handler writes to: it ends the
-  process at the second signal, and saves in the place of the main thread where that does not return (`during`).
+  Python calls handlers only between two of its instructions, and one instruction of the main thread, which compiles or
+  evaluates, may take minutes. Therefore another thread reads each signal too, from a pipe to which the C handler
+  writes. This thread ends the process at the second signal, and saves if the main thread does not return (see
+  `during`).
 
   `signal` is the number of the signal, or None. A SIGHUP that the process ignores, as under `nohup`, stays ignored. In
   a cluster, only SIGTERM is caught: JAX's preemption service tells it to all processes, which stop at the same step.
