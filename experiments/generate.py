@@ -13,6 +13,7 @@ r"""Generates text with a trained run or a Hugging Face model, and prints it tok
   python experiments/generate.py --model=t5-small --prompt="translate English to German: Hello" --temperature=0
 """
 import contextlib
+import functools
 import pathlib
 import sys
 from typing import Literal
@@ -23,13 +24,13 @@ from lm import generate, launch, load, sharding
 from lm.generate import prompts_file
 from lm.launch import writer as writers
 from lm.launch.writer import Writer
-from lm.models.quantized_decoder import with_int8_weights
+from lm.models.quantized_decoder import check_weights, with_rounded_weights
 from lm.options import BestOf, Drafts, Drawing, Extent, Form, PromptsFile, Search
 from lm.options.writing import check_together
 
 
 def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best: bool = False, prompt: str = '',
-         chat: bool = False, weights: Literal['float32', 'int8'] = 'float32', mesh: str | None = None,
+         chat: bool = False, weights: Literal['float32', 'int8', 'int4'] = 'float32', mesh: str | None = None,
          drawing: Drawing = Drawing(), extent: Extent = Extent(), form: Form = Form(), drafts: Drafts = Drafts(),
          search: Search = Search(), best_of: BestOf = BestOf(), file: PromptsFile = PromptsFile()) -> None:
   """Prints the prompt and its completions; of an encoder-decoder, only the output.
@@ -41,7 +42,7 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best:
     prompt: beginning of the text; an empty prompt begins a new document. For an encoder-decoder, the input.
     chat: use the prompt as the message of a user, with the chat template of the model, and print only the answer.
       Without a prompt, messages are read from the terminal, and answered in turn.
-    weights: int8 rounds the matrices of a decoder to int8, a quarter of the memory. For one device.
+    weights: int8 or int4 rounds the matrices of a decoder, to a quarter or a fifth of the memory. For one device.
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   workdir, model = load.run_or_model(workdir, model, best)
@@ -51,15 +52,16 @@ def main(*, workdir: pathlib.Path | None = None, model: str | None = None, best:
   if file.prompts is not None:
     defaults = prompts_file.settings_of(drawing.sampling(), extent.max_tokens, drawing.seed, extent.n, extent.stop)
     lines = prompts_file.read_prompts(file.prompts, defaults, chat)
-  if weights == 'int8' and best_of.best_of:
-    raise ValueError(f'--weights=int8 is not for --best_of={best_of.best_of}; leave one of them out')
+  if weights != 'float32' and best_of.best_of:
+    raise ValueError(f'--weights={weights} is not for --best_of={best_of.best_of}; leave one of them out')
   devices = sharding.make_mesh(mesh)
   with jax.set_mesh(devices):
-    writer = writers.open_writer(workdir, model, best, chat, extent.bos, grammar)
-  if weights == 'int8':
-    params = with_int8_weights(writer.model, writer.params)
-    writer = writer._replace(name=f'{writer.name} (int8)', params=params)
-  with contextlib.nullcontext() if weights == 'int8' else jax.set_mesh(devices):
+    writer = writers.open_writer(workdir, model, best, chat, extent.bos, grammar,
+                                 functools.partial(check_weights, dtype=weights))
+  if weights != 'float32':
+    params = with_rounded_weights(writer.model, writer.params, weights)
+    writer = writer._replace(name=f'{writer.name} ({weights})', params=params)
+  with jax.set_mesh(devices) if weights == 'float32' else contextlib.nullcontext():
     if lines is not None:
       writers.answer_file(writer, lines, file, extent.bos, chat)
     elif is_session:

@@ -10,6 +10,7 @@
   python experiments/score.py --model=t5-small --source="translate English to German: Hello" --text="Hallo"
 """
 import dataclasses
+import functools
 import pathlib
 from typing import Literal
 
@@ -19,7 +20,7 @@ from lm import launch, load, sharding
 from lm.data.text import compressed, corpora
 from lm.evaluate import rewards, text_scores
 from lm.hf import pretrained
-from lm.models.quantized_decoder import float_weights
+from lm.models.quantized_decoder import check_weights, float_weights
 from lm.models.reward import Reward
 
 
@@ -28,7 +29,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
           source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
           context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
           encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
-          allow_left_out: bool = False, weights: Literal['float32', 'int8'] = 'float32', mesh: str | None = None
+          allow_left_out: bool = False, weights: Literal['float32', 'int8', 'int4'] = 'float32', mesh: str | None = None
           ) -> None:
   """Scores the tokens of a text, many texts, or a split of a run's data.
 
@@ -56,7 +57,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
     decompressed_limit: largest size in GiB of a file after decompression.
     allow_left_out: continue even if half of the pairs are left out because they are too long, or half of the lines
       because they are empty.
-    weights: int8 rounds the matrices of a decoder to int8, as for generation, so that the loss shows what that costs.
+    weights: int8 or int4 rounds the matrices of a decoder, as for generation, so that the loss shows what that costs.
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
     best: use the best checkpoint by the metric of the run, mostly the validation loss, instead of the newest.
   """
@@ -72,9 +73,10 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   if model:   # before the weights are read, which takes long
     text_scores.check_flags(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
-    if weights == 'int8':
-      loaded = dataclasses.replace(loaded, params=float_weights(loaded.model, loaded.params))
+    check = functools.partial(check_weights, dtype=weights)
+    loaded = pretrained.load(model, check=check) if model else load.open_trained(workdir, best, check)
+    if weights != 'float32':
+      loaded = dataclasses.replace(loaded, params=float_weights(loaded.model, loaded.params, weights))
     if split is not None:
       text_scores.show_split(loaded, split, context, devices)
     elif isinstance(loaded.model, Reward):

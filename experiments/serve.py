@@ -19,7 +19,7 @@ import jax
 from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
 from lm.models import Reward
-from lm.models.quantized_decoder import with_int8_weights
+from lm.models.quantized_decoder import check_weights, with_rounded_weights
 from lm.objectives.objective import causal_prompt
 from lm.options import ServedDrafts
 
@@ -27,7 +27,8 @@ from lm.options import ServedDrafts
 def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
   """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none."""
   workdir, folder = load.run_or_model(None, model, best)
-  loaded = pretrained.load(folder) if folder else load.open_trained(workdir, best)
+  check = functools.partial(check_weights, dtype=weights)
+  loaded = pretrained.load(folder, check=check) if folder else load.open_trained(workdir, best, check)
   prompt = causal_prompt if folder else loaded.run.objective.prompt
   decoder = loaded.model
   if isinstance(decoder, Reward) or not decoder.causal or prompt is not causal_prompt:
@@ -35,7 +36,7 @@ def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
   template = None if decoder.reads_source else load.chat_template(loaded)
-  params = with_int8_weights(decoder, loaded.params) if weights == 'int8' else loaded.params
+  params = with_rounded_weights(decoder, loaded.params, weights)
   return decoder, decoder.unstack(params), loaded.tokenizer, template
 
 
@@ -57,7 +58,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
          port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
          api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
          max_body: int = 1 << 20, deadline: float = 600, drain: int = 60,
-         weights: Literal['float32', 'int8'] = 'float32', mesh: str | None = None,
+         weights: Literal['float32', 'int8', 'int4'] = 'float32', mesh: str | None = None,
          drafting: ServedDrafts = ServedDrafts()) -> None:
   """Serves a model until Ctrl-C or SIGTERM; answers that are being written are finished first.
 
@@ -80,7 +81,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     max_body: the most bytes of a request.
     deadline: seconds after which an answer that is not whole is refused.
     drain: seconds that answers have to end in when the server is stopped.
-    weights: int8 rounds the matrices of a decoder to int8, a quarter of the memory. For one device.
+    weights: int8 or int4 rounds the matrices of a decoder, to a quarter or a fifth of the memory. For one device.
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; none puts all devices on fsdp.
   """
   if min(rows, max_body, drain) < 1 or waiting < 0 or not deadline > 0 or max_tokens is not None and max_tokens < 1:
@@ -92,7 +93,7 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     decoder, params, tokenizer, template = _open(model, best, weights)
-  on_mesh = contextlib.nullcontext if weights == 'int8' else functools.partial(jax.set_mesh, mesh)
+  on_mesh = functools.partial(jax.set_mesh, mesh) if weights == 'float32' else contextlib.nullcontext
   with on_mesh():
     slots = _slots(decoder, context)
     engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)

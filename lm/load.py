@@ -40,17 +40,21 @@ class TrainedModel:
     return self.run.data.open(self.workdir, control=control, check=check)
 
 
-def open_trained(workdir: str | pathlib.Path, best: bool = False) -> TrainedModel:
+def open_trained(workdir: str | pathlib.Path, best: bool = False, check: Callable[[Any], None] = lambda model: None
+                 ) -> TrainedModel:
   """Reads the result of a run onto the mesh that is set.
 
   It is the newest checkpoint, or the best one by the metric of the run, with `best` and for a run with patience. The
-  parameters are the average, where the optimizer keeps one.
+  parameters are the average, where the optimizer keeps one. `check` is called with the model before these are read, and
+  may raise an error.
 
   Raises:
     FileNotFoundError: as in `open_run`, or the tokenizer is missing.
     ValueError: as in `open_run`, or the model, the tokenizer or the base of adapters is not that of the checkpoint.
   """
-  return _read(_open(paths.local(workdir), best))
+  stored = _open(paths.local(workdir), best)
+  check(lora.base_model(stored.run.model))
+  return _read(stored)
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:

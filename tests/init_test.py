@@ -96,6 +96,14 @@ def test_init_with_another_tokenizer_needs_a_flag(folder, tmp_path, mesh):
   assert load.open_trained(tmp_path / 'run').tokenizer.vocab_size == 480
 
 
+def test_a_model_may_be_refused_before_its_weights_are_read(folder, monkeypatch):
+  def refuse(model):
+    raise ValueError(f'no {type(model).__name__} here')
+  monkeypatch.setattr(load, '_read', None)
+  with pytest.raises(ValueError, match='no Transformer here'):
+    load.open_trained(folder / 'run', check=refuse)
+
+
 def test_weights_without_a_tokenizer_are_started_from_on_demand(folder, tmp_path):
   loaded = load.open_trained(folder / 'run')
   pretrained.write(tmp_path / 'hf', loaded.model, loaded.params, loaded.tokenizer)

@@ -3,8 +3,8 @@
   python experiments/benchmarks/decoding.py --rounds=3
 
 A step reads a prompt of 128 tokens and writes `--new_tokens` tokens, at batch sizes 1 and 8. The arm `read` only reads
-the memory that every token has to read: the weights and the cache. The arm `int8` has weights of int8. Use the machine
-for nothing else meanwhile. Linux only. Install PyTorch and transformers with pip install 'lm[benchmark]'.
+the memory that every token has to read: the weights and the cache. The arms `int8` and `int4` have rounded weights. Use
+the machine for nothing else meanwhile. Linux only. Install PyTorch and transformers with pip install 'lm[benchmark]'.
 """
 import pathlib
 import tempfile
@@ -34,16 +34,15 @@ def prompts(batch: int) -> Any:
   return ids
 
 
-def ours(folder: pathlib.Path, batch: int, new_tokens: int, is_int8: bool = False) -> Prepared:
+def ours(folder: pathlib.Path, batch: int, new_tokens: int, weights: str = 'float32') -> Prepared:
   """An arm that writes with `generate.generate`."""
-  model, params = interleaved.open_folder(folder, not is_int8)
+  model, params = interleaved.open_folder(folder, weights == 'float32')
   import jax
   import numpy as np
 
   from lm import generate
   from lm.models import quantized_decoder
-  if is_int8:
-    params = quantized_decoder.with_int8_weights(model, params)
+  params = quantized_decoder.with_rounded_weights(model, params, weights)
   params, prompt_ids = model.unstack(params), list(prompts(batch)[:, 1:])
   # In place of a tokenizer: each id is one character, from 256 on, and no id ends a text.
   tokenizer = types.SimpleNamespace(
@@ -89,10 +88,11 @@ def benchmark(*, rounds: int = 3, new_tokens: int = 64) -> None:
       # Bytes that a token reads on average: the cache has the prompt and half of the new tokens.
       size = (folder / 'model.safetensors').stat().st_size + batch * (PROMPT + new_tokens // 2) * token_size
       results = interleaved.compare(f'decoding, batch {batch}', {
-          'ours': (ours, folder, batch, new_tokens), 'int8': (ours, folder, batch, new_tokens, True),
+          'ours': (ours, folder, batch, new_tokens), 'int8': (ours, folder, batch, new_tokens, 'int8'),
+          'int4': (ours, folder, batch, new_tokens, 'int4'),
           'read': (interleaved.read_memory, size, new_tokens),
           'transformers': (theirs, folder, batch, new_tokens)}, batch * new_tokens, rounds, 1)
-      if len(results) == 4:
+      if len(results) == 5:
         limit = results.pop('read')
         shares = [f'{name} {result.rate / limit.rate:.0%} ({result.cpu / limit.cpu:.0%} in CPU time)'
                   for name, result in results.items()]

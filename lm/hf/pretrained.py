@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,13 +87,16 @@ def open_tokenizer(folder: pathlib.Path, model: Any) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None) -> Pretrained:
+def load(name: str, dtype: Any = jnp.float32, param_dtype: Any = None,
+         check: Callable[[Any], None] = lambda model: None) -> Pretrained:
   """Loads a model of the hub, a Hugging Face folder or an imported model, on the mesh that is set.
 
-  It computes in `dtype`; its parameters are cast to `param_dtype`, or keep the dtypes of the files.
+  It computes in `dtype`; its parameters are cast to `param_dtype`, or keep the dtypes of the files. `check` is called
+  with the model before these are read, and may raise an error.
   """
   folder = locate(name)
   model = open_model(folder, dtype)
+  check(model)
   tokenizer = open_tokenizer(folder, model)   # before the weights, which take long
   return Pretrained(model, _params(folder, param_dtype), tokenizer, folder)
 

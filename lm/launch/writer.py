@@ -32,9 +32,12 @@ class Writer(NamedTuple):
 
 
 def open_writer(workdir: pathlib.Path, model: str | None, best: bool, chat: bool, bos: bool | None,
-                form: str | None) -> Writer:
-  """Opens the model of a run, or another one. Raises ValueError where it cannot write what the flags say."""
-  loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
+                form: str | None, check: Callable[[Any], None]) -> Writer:
+  """Opens the model of a run, or another one. Raises ValueError where it cannot write what the flags say.
+
+  `check` is called with the model before its parameters are read.
+  """
+  loaded = pretrained.load(model, check=check) if model else load.open_trained(workdir, best, check)
   mark = causal_prompt if model else loaded.run.objective.prompt
   if mark is None:
     raise ValueError(f'the run in {workdir} was trained to fill in masked tokens, and does not generate text from '

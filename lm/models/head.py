@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lm import sharding
 from lm.models import layers
-from lm.models.int8_weights import Int8Weight
+from lm.models.rounded_weights import RoundedWeight
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['weight_VD'], meta_fields=['softcap', 'vocab'])
@@ -18,12 +18,12 @@ class Head:
   With a `softcap`, logits are softcap * tanh(logits / softcap) (Gemma 2). On a mesh that does not divide the `vocab`,
   the weight has more rows, and their logits are hidden; None says that the weight has no such rows.
   """
-  weight_VD: jax.Array | Int8Weight
+  weight_VD: jax.Array | RoundedWeight
   softcap: float | None = None
   vocab: int | None = None
 
   def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-    if isinstance(self.weight_VD, Int8Weight):
+    if isinstance(self.weight_VD, RoundedWeight):
       logits = self.weight_VD.logits(hidden_BTD)
     elif sharding.platform() == 'cpu' and hidden_BTD.shape[1] == 1:   # in decoding, this order is twice as fast
       logits = jnp.einsum('VD,BTD->VBT', self.weight_VD, hidden_BTD, out_sharding=sharding.spec('VBT'),

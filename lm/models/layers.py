@@ -11,9 +11,9 @@ from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import rounding
 from lm.models.context import Aux, Context
-from lm.models.int8_weights import Int8Weight
 from lm.models.low_rank_weight import LowRank
 from lm.models.rematerialisation import SavePolicy
+from lm.models.rounded_weights import RoundedWeight
 
 Initializer = Callable[..., jax.Array]
 
@@ -52,23 +52,23 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   return in_use(declarations.detach(module.param(name, new)), axes, dtype)
 
 
-def in_use(value: jax.Array | LowRank | Int8Weight, axes: str, dtype: Any = None) -> jax.Array | Int8Weight:
-  """Returns a stored parameter gathered for use, in `dtype`; one of int8 as it is."""
-  if isinstance(value, Int8Weight):
+def in_use(value: jax.Array | LowRank | RoundedWeight, axes: str, dtype: Any = None) -> jax.Array | RoundedWeight:
+  """Returns a stored parameter gathered for use, in `dtype`; a rounded one as it is."""
+  if isinstance(value, RoundedWeight):
     return value
   if isinstance(value, LowRank):
     value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
-def einsum(formula: str, x: jax.Array, w: jax.Array | Int8Weight, dtype: Any = None) -> jax.Array:
+def einsum(formula: str, x: jax.Array, w: jax.Array | RoundedWeight, dtype: Any = None) -> jax.Array:
   """Multiplies by a gathered weight. The letters of the formula also define the sharding of the result.
 
   All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32; in a model that
   rounds factors to 8 bits, the first two multiply these (see `rounding`). The result has `dtype`; None means the dtype
-  of `x`. A weight of int8 is multiplied over the last axis of `x` and its own first one.
+  of `x`. A rounded weight is multiplied over the last axis of `x` and its own first one.
   """
-  if isinstance(w, Int8Weight):
+  if isinstance(w, RoundedWeight):
     return w.product(x).astype(dtype or x.dtype)
   return sharding.leave(_einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype)))
 
@@ -118,14 +118,14 @@ _einsum = sharding.custom_vjp(_multiply, lambda *args: (_multiply(*args), args[1
                               nondiff_argnums=(0, 3, 4))
 
 
-def merge_inputs(w: jax.Array | Int8Weight) -> jax.Array | Int8Weight:
+def merge_inputs(w: jax.Array | RoundedWeight) -> jax.Array | RoundedWeight:
   """Returns a gathered weight whose first two axes, which are inputs, are one; the second of them is not split."""
-  return w.merge_inputs() if isinstance(w, Int8Weight) else sharding.merge_axes(w, 0)
+  return w.merge_inputs() if isinstance(w, RoundedWeight) else sharding.merge_axes(w, 0)
 
 
-def lookup(table_VD: jax.Array | Int8Weight, tokens_BT: jax.Array) -> jax.Array:
+def lookup(table_VD: jax.Array | RoundedWeight, tokens_BT: jax.Array) -> jax.Array:
   """Returns the rows of a table for tokens, [B, T, D]. Where V is sharded, each shard looks up its own rows."""
-  if isinstance(table_VD, Int8Weight):
+  if isinstance(table_VD, RoundedWeight):
     return table_VD.rows(tokens_BT)
   if sharding.is_on_one_device():   # a `shard_map` would sum the gradient over it
     return jnp.asarray(table_VD).at[tokens_BT].get(out_sharding=sharding.spec('BTD'))

@@ -1,6 +1,7 @@
-"""Decoders with 8 bits: products whose factors are rounded, also in training; and weights that are stored in int8."""
+"""Decoders whose products have factors of 8 bits, also in training; and weights that are stored in int8 or int4."""
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +11,8 @@ from lm import declarations
 from lm.declarations import Role
 from lm.models import moe
 from lm.models.attention import Attention
-from lm.models.int8_weights import Int8Weight, rounded_weight
 from lm.models.layers import FeedForward
+from lm.models.rounded_weights import RoundedWeight, group_size, grouped_weight, rounded_weight
 from lm.models.rounding import INT8, Rounding, rounded
 from lm.models.transformer import Transformer
 
@@ -54,45 +55,77 @@ def _fields(model: nn.Module) -> dict[str, Any]:
   return {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ('parent', 'name')}
 
 
-def with_int8_weights(model: Any, params: Any) -> Any:
-  """Returns the parameters of a decoder with int8 in place of the matrices of its blocks, the embedding and the head.
+def check_weights(model: Any, dtype: str) -> None:
+  """Raises ValueError where a model cannot have weights of a dtype, int8 or int4, on the mesh that is set.
 
-  They are for programs without a mesh; `float_weights` returns the same numbers for any program.
-
-  Raises:
-    ValueError: the model is not a plain decoder with plain attention and feed-forward layers, or it is on more devices
-      than one.
+  All models can have weights of float32.
   """
-  blocks = getattr(model, 'layers', ())
-  parts = [model, *(getattr(block, name, None) for block in blocks for name in ('attention', 'feed_forward'))]
+  if dtype == 'float32':
+    return
+  parts = [model, *(getattr(block, name, None) for block in getattr(model, 'layers', ())
+                    for name in ('attention', 'feed_forward'))]
   other = next((part for part in parts if type(part) not in (Transformer, Attention, FeedForward)), None)
   if other is not None:
-    raise ValueError(f'a model with {type(other).__name__} cannot have weights of int8, which a plain decoder with '
-                     'dense layers can have; leave out --weights=int8')
+    raise ValueError(f'a model with {type(other).__name__} cannot have weights of {dtype}, which a plain decoder with '
+                     f'dense layers can have; leave out --weights={dtype}')
+  _check_devices(jax.sharding.get_mesh().size, dtype)
+  if dtype == 'int4':
+    for weight in jax.tree.leaves(declarations.of(model)):
+      if weight.role is Role.MATRIX:
+        _check_groups(weight)
+
+
+def _check_devices(count: int, dtype: str) -> None:
+  if count > 1:
+    raise ValueError(f'weights of {dtype} are for one device, and the model is on {count}; leave out '
+                     f'--weights={dtype}')
+
+
+def _check_groups(weight: declarations.Weight) -> None:
+  """Raises ValueError for a matrix whose inputs cannot be divided into groups, or whose outputs into pairs."""
+  _, end = weight.matrix_axes
+  inputs, outputs = weight.array.shape[end - 1], math.prod(weight.array.shape[end:])
+  if group_size(inputs) < 16 or outputs % 2:
+    raise ValueError(f'a matrix with {inputs} inputs and {outputs} outputs cannot have weights of int4: its inputs (of '
+                     'a head) must be a multiple of 16, and its outputs of 2; take --weights=int8')
+
+
+def with_rounded_weights(model: Any, params: Any, dtype: str) -> Any:
+  """Returns the parameters of a decoder with rounded weights; with those of float32, as they are.
+
+  With int8, they replace the matrices of its blocks, the embedding and the head. With int4, only the matrices are in
+  int4, and the tables stay in int8, because their rounding would cost more. They are for programs without a mesh;
+  `float_weights` returns the same numbers for any program.
+
+  Raises:
+    ValueError: the model cannot have these weights, see `check_weights`, or it is on more devices than one.
+  """
+  check_weights(model, dtype)
+  if dtype == 'float32':
+    return params
   params = {name: params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
-  device, *others = jax.tree.leaves(params)[0].sharding.device_set
-  if others:
-    raise ValueError(f'weights of int8 are for one device, and the model is on {1 + len(others)}; leave out '
-                     '--weights=int8')
-  return jax.device_put(_rounded(model, params), jax.sharding.SingleDeviceSharding(device))
+  devices = jax.tree.leaves(params)[0].sharding.device_set
+  _check_devices(len(devices), dtype)
+  return jax.device_put(_rounded(model, params, dtype), jax.sharding.SingleDeviceSharding(*devices))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _rounded(model, params):
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _rounded(model, params, dtype):
   def change(weight, value):
-    if weight.role is Role.MATRIX:
-      return rounded_weight(value, range(*weight.matrix_axes))
-    return rounded_weight(value, (1,)) if weight.axes == 'VD' else value
+    if weight.role is not Role.MATRIX:
+      return rounded_weight(value, (1,)) if weight.axes == 'VD' else value
+    start, end = weight.matrix_axes
+    return grouped_weight(value, end - 1) if dtype == 'int4' else rounded_weight(value, range(start, end))
 
   return jax.tree.map(change, declarations.of(model), params)
 
 
-def float_weights(model: Any, params: Any) -> Any:
-  """Returns parameters with the numbers of `with_int8_weights` in float32, laid out as `params`."""
+def float_weights(model: Any, params: Any, dtype: str) -> Any:
+  """Returns parameters with the numbers of `with_rounded_weights` in float32, laid out as `params`."""
   def change(weight, value):
-    weight = weight.floats() if isinstance(weight, Int8Weight) else weight
+    weight = weight.floats() if isinstance(weight, RoundedWeight) else weight
     return jax.device_put(weight, value.sharding)
 
-  rounded_params = with_int8_weights(model, params)
+  rounded_params = with_rounded_weights(model, params, dtype)
   return jax.tree.map(change, rounded_params, {name: params[name] for name in rounded_params},
-                      is_leaf=lambda leaf: isinstance(leaf, Int8Weight))
+                      is_leaf=lambda leaf: isinstance(leaf, RoundedWeight))

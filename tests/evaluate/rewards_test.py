@@ -48,7 +48,7 @@ def opened(judge, tmp_path, monkeypatch):
   runs = {'reward': load.TrainedModel(Run(data), MODEL, judge.params, TOKENS, 1, tmp_path, {}),
           'decoder': load.TrainedModel(Run(data, next_token()), MODEL.decoder, judge.params['decoder'], TOKENS, 1,
                                      tmp_path, {})}
-  monkeypatch.setattr(load, 'open_trained', lambda workdir, best=False: runs[workdir.name])
+  monkeypatch.setattr(load, 'open_trained', lambda workdir, best=False, check=None: runs[workdir.name])
   monkeypatch.setattr(load.TrainedModel, 'open_data', lambda self: data.open(tmp_path, lambda line: None))
   return tmp_path
 

@@ -8,7 +8,10 @@ from absl import flags
 from helpers.experiment_scripts import TINY
 from helpers.slow import slow
 
-from lm import launch, sharding, signature, train
+from lm import launch, serve, sharding, signature, train
+from lm.data import tokenizers
+from lm.hf import pretrained
+from lm.models import transformer
 
 
 @pytest.mark.parametrize('name', ['ul2', 'infill', *slow('prefix', 'masked', 'span_corruption')])
@@ -120,6 +123,18 @@ def test_pretrain_refuses_flags_that_have_no_effect(scripts, flag, users):
 def test_generate_refuses_bad_values_before_a_model_is_read(scripts, flags_given, message):
   with pytest.raises(ValueError, match=message):
     signature.call(scripts['generate'].main, flags_given, workdir=pathlib.Path('not there'))
+
+
+def test_rounded_weights_are_refused_before_any_are_read(scripts, tmp_path, monkeypatch):
+  model = transformer.gpt2(258, 16, 1, 2, 16)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0)))
+  pretrained.write(tmp_path / 'model', model, params, tokenizers.Bytes())
+  monkeypatch.setattr(pretrained, '_params', None)   # which would read them
+  monkeypatch.setattr(serve, 'listen', lambda *_: None)
+  for program, flags_given in ((scripts['generate'].main, {}), (scripts['serve'].main, {}),
+                               (scripts['score'].score, {'text': 'a'})):
+    with pytest.raises(ValueError, match='weights of int4 are for one device, and the model is on 8'):
+      signature.call(program, flags_given, model=str(tmp_path / 'model'), weights='int4')
 
 
 @pytest.mark.parametrize('name', ['finetune_chat', 'preference', 'distill', 'score'])

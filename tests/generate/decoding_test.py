@@ -175,7 +175,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
   model, params = make(transformer.gpt2)
   model, params = model.clone(max_length=24), {**params, 'positions': params['positions'][:24]}
   opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes())
-  monkeypatch.setattr(pretrained, 'load', lambda name: opened)
+  monkeypatch.setattr(pretrained, 'load', lambda name, check: opened)
 
   def warning(**flags):
     signature.call(generate_script.main, model='a', prompt='def f(x):', temperature=0., mesh='fsdp:8', **flags)
@@ -191,7 +191,7 @@ def test_the_program_says_where_the_context_ends(monkeypatch, capsys):
 def test_the_program_writes_beams_and_answers_to_a_file(monkeypatch, capsys, tmp_path):
   model, params = make(transformer.gpt2)
   opened = types.SimpleNamespace(model=model, params=params, tokenizer=Bytes(), folder=tmp_path)
-  monkeypatch.setattr(pretrained, 'load', lambda name: opened)
+  monkeypatch.setattr(pretrained, 'load', lambda name, check: opened)
   run = functools.partial(signature.call, generate_script.main, model='a', mesh='fsdp:8')
   run(prompt='def f(x):', beams=3, n=2, max_tokens=6, length_penalty=0.5)
   shown = capsys.readouterr()
