@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lm import sharding
 from lm.doctor.findings import Finding, Verdict, judge
 from lm.doctor.subject import Subject
 
@@ -44,7 +45,7 @@ def devices(subject: Subject) -> Finding:
   kinds = sorted({device.device_kind for device in used})
   parts = [f'{len(used)} {" and ".join(kinds)}']
   limits = [stats['bytes_limit'] for device in used if device.process_index == jax.process_index()
-            if (stats := _memory_stats(device)) and 'bytes_limit' in stats]
+            if 'bytes_limit' in (stats := sharding.memory_stats(device))]
   if limits:
     parts.append(f'{min(limits) / GB:.0f} GB each')
   parts.append(_connection(used))
@@ -56,13 +57,6 @@ def devices(subject: Subject) -> Finding:
     return judge(False, text, 'this machine has a GPU, which JAX does not use; install JAX for CUDA, or look at '
                  'JAX_PLATFORMS', Verdict.WARNING)
   return judge(True, text)
-
-
-def _memory_stats(device: Any) -> Mapping[str, int] | None:
-  try:
-    return device.memory_stats()
-  except jax.errors.JaxRuntimeError:
-    return None
 
 
 def _connection(used: Sequence[Any]) -> str:
@@ -86,37 +80,16 @@ def host(subject: Subject) -> Finding:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   quota = _cpu_quota()
   text = f'{cores} cores' + (f', of which a container may use {quota:.1f}' if quota and quota < cores else '')
-  free, total = _memory()
+  free, total = sharding.memory_of_host()
   if total:
     text = f'{text}; {free / GB:.1f} of {total / GB:.1f} GB of memory free'
   return judge(not total or free > 0.1 * total, text, 'the run may be ended for want of memory', Verdict.WARNING)
 
 
-def _read(path: str) -> str:
-  try:
-    return pathlib.Path(path).read_text()
-  except OSError:
-    return ''
-
-
 def _cpu_quota() -> float | None:
   """Returns the number of cores that the control group may use; None without a bound."""
-  words = _read('/sys/fs/cgroup/cpu.max').split()
+  words = sharding.read_system_file('/sys/fs/cgroup/cpu.max').split()
   return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != 'max' else None
-
-
-def _memory() -> tuple[int, int]:
-  """Returns the free and the total memory in bytes, within the bound of the control group; (0, 0) if unknown."""
-  lines = dict(line.split(':') for line in _read('/proc/meminfo').splitlines() if ':' in line)
-  if 'MemAvailable' not in lines:
-    return 0, 0
-  free, total = (int(lines[name].split()[0]) * 1024 for name in ('MemAvailable', 'MemTotal'))
-  bound, used = _read('/sys/fs/cgroup/memory.max').strip(), _read('/sys/fs/cgroup/memory.current').strip()
-  if bound.isdigit() and used.isdigit() and int(bound) < total:
-    files = dict(line.split() for line in _read('/sys/fs/cgroup/memory.stat').splitlines())
-    used = int(used) - int(files.get('inactive_file', 0))
-    free, total = min(free, int(bound) - used), int(bound)
-  return free, total
 
 
 def versions(subject: Subject) -> Finding:

@@ -135,6 +135,16 @@ def _step(model, params, cache, rows, tokens, positions, *, vocab, count) -> tup
   return out.cache, _best_tokens(out, vocab, count)
 
 
+def _check_memory(cache: Any, vocab: int, beams: int) -> None:
+  """Raises ValueError where the caches and logits of all beams, given their shapes, need more memory than is free."""
+  free, rows = sharding.free_memory(), len(jax.tree.leaves(cache)[0])
+  # A step copies the cache, and has the logits of all rows and their log-probabilities, in float32.
+  needed = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + 8 * rows * vocab
+  if free is not None and needed > free:
+    raise ValueError(f'beams={beams} need {needed:,} bytes of memory for caches and logits, and {free:,} bytes are '
+                     f'free; at most {beams * free // needed} beams fit')
+
+
 def search_ids(model: Any, params: Any, batch: Batch, prompts: int, vocab: int, ends: Sequence[int], settings: Beams,
                max_tokens: int) -> list[list[Hypothesis]]:
   """Returns the texts that follow each of the first `prompts` rows of a batch, those of the highest scores first.
@@ -148,14 +158,18 @@ def search_ids(model: Any, params: Any, batch: Batch, prompts: int, vocab: int, 
     ends: the ids that end a text, and are part of it.
     settings: how beams are searched.
     max_tokens: the number of tokens with which a text ends.
+
+  Raises:
+    ValueError: the beams need more memory than is free.
   """
   beams, count = settings.count, min(settings.candidates(ends), vocab)   # of a beam, which has no more continuations
-  rows = sharding.padded_rows(prompts * beams)
+  rows, slots = sharding.padded_rows(prompts * beams), round_up_slots(batch.tokens.shape[1] + max_tokens)
   parents = np.zeros(rows, np.int32)
   parents[:prompts * beams] = np.repeat(np.arange(prompts), beams)
   positions = np.asarray(batch.positions)[parents, -1]
-  cache, best = _prefill(model, params, batch, parents, slots=round_up_slots(batch.tokens.shape[1] + max_tokens),
-                         vocab=vocab, count=count)
+  prefill = functools.partial(_prefill, model, slots=slots, vocab=vocab, count=count)
+  _check_memory(jax.eval_shape(prefill, params, batch, parents)[0], model.vocab, beams)
+  cache, best = prefill(params, batch, parents)
   log_probabilities, ids = map(np.asarray, best)
   searches = [_Search(settings, ends, max_tokens, [((), np.float32(0))]) for _ in range(prompts)]
   for i, search in enumerate(searches):

@@ -34,6 +34,7 @@ from lm.sharding.collectives import (
 from lm.sharding.each_stage import custom_vjp
 from lm.sharding.host_memory import HOST, abstract_on_host, require_host_memory, to_devices, to_host
 from lm.sharding.hosts import join, process_0_first
+from lm.sharding.memory_sizes import free_memory, memory_of_host, memory_stats, read_system_file
 from lm.sharding.mesh import abstract_mesh, choose_mesh, make_mesh, mesh_text
 from lm.sharding.overlap import overlap_options
 from lm.sharding.padded_vocabulary import hide_padding, mean_over_vocabulary, vocabulary_of, whole_logits
@@ -59,4 +60,4 @@ __all__ = ['check', 'constrain', 'is_on_one_device', 'layout', 'local_rows', 'me
            'overlap_options', 'contracted', 'enter', 'gather', 'gradient_spec', 'leave', 'padded_length', 'spread',
            'scale_gradient', 'whole', 'zero_gradient', 'hide_padding', 'mean_over_vocabulary', 'vocabulary_of',
            'whole_logits', 'per_device', 'custom_vjp', 'idle_shares', 'number_of_stages', 'pipeline_groups',
-           'pipelined']
+           'pipelined', 'free_memory', 'memory_of_host', 'memory_stats', 'read_system_file']

@@ -107,7 +107,7 @@ def test_rows_that_are_mostly_padding_are_named():
 
 
 def test_a_host_without_memory_and_libraries_that_do_not_fit_are_named(monkeypatch):
-  monkeypatch.setattr(machine, '_memory', lambda: (10 ** 9, 64 * 10 ** 9))
+  monkeypatch.setattr(machine.sharding, 'memory_of_host', lambda: (10 ** 9, 64 * 10 ** 9))
   assert machine.host(None).verdict is Verdict.WARNING and '1.0 of 64.0 GB' in machine.host(None).text
   monkeypatch.setattr(machine.importlib.metadata, 'version', lambda name: '0.9.1' if name == 'jaxlib' else '0.10.2')
   finding = machine.versions(None)

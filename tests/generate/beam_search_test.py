@@ -123,3 +123,17 @@ def test_a_mesh_finds_the_same_texts():
 def test_bad_settings_are_refused(settings):
   with pytest.raises(ValueError, match='must be'):
     Beams(**settings)
+
+
+def test_more_beams_than_memory_has_room_for_are_refused(monkeypatch):
+  model, params = MODELS['gpt2'], params_of('gpt2')
+  batch = model.prompt(TEXTS[:1], 1, PADDING, ENDS[0], adds_bos=False)
+  # Twice 64 slots of keys and values of 2 layers of width 16, a segment and a position; an index; logits twice.
+  row = 2 * (64 * (2 * 2 * 16 + 2) + 1) * 4 + 2 * VOCAB * 4
+  monkeypatch.setattr(beam_search.sharding, 'free_memory', lambda: 5 * row - 1)
+  message = f'beams=100000 need {100_000 * row:,} bytes .* {5 * row - 1:,} bytes are free; at most 4 beams fit'
+  with pytest.raises(ValueError, match=message):
+    beam_search.search_ids(model, params, batch, 1, VOCAB, ENDS, Beams(100_000), 9)
+  with pytest.raises(ValueError, match='beams=5 need'):
+    beam_search.search_ids(model, params, batch, 1, VOCAB, ENDS, Beams(5), 9)
+  assert len(beam_search.search_ids(model, params, batch, 1, VOCAB, ENDS, Beams(4), 2)[0]) == 4
