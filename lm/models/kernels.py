@@ -125,8 +125,8 @@ def paged(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, visible: Visi
           sinks_N: jax.Array | None = None) -> jax.Array:
   """Computes attention over the pages of each row, each of which has S slots, one page of all rows at a time.
 
-  It reads as many pages as the longest row has, without gathering them. A page of which a row sees nothing changes no
-  bit of the row's output, so that the output does not depend on the other rows.
+  It reads as many pages as the longest row has, without gathering them. A slot that a row does not see changes no bit
+  of the row's output, so that the output does not depend on the other rows, even where their values are not finite.
   """
   q, sinks = _grouped(scores, q_BTNH, sinks_N, k_PKSH.shape[1])
   table, time, size = visible.pages_BM, q.shape[3], k_PKSH.shape[2]
@@ -144,11 +144,13 @@ def paged(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, visible: Visi
     s = jnp.einsum('BKGTH,BKSH->BKGTS', q.astype(k_PKSH.dtype), k_PKSH[pages], preferred_element_type=jnp.float32)
     if scores.softcap is not None:
       s = scores.softcap * jnp.tanh(s / scores.softcap)
-    s = jnp.where(jax.lax.dynamic_slice_in_dim(mask, number * size, size, axis=4), s, -1e30)
+    page_mask = jax.lax.dynamic_slice_in_dim(mask, number * size, size, axis=4)
+    s = jnp.where(page_mask, s, -1e30)
+    is_seen_B1S1 = jnp.any(page_mask, axis=3)[:, 0, :, :, None]
+    v = jnp.where(is_seen_B1S1, v_PKSH[pages], 0)   # the page may be another row's, and 0 * NaN would be NaN
     new_highest = jnp.maximum(highest, jnp.max(s, axis=-1, keepdims=True))
     weights, factor = jnp.exp(s - new_highest), jnp.exp(highest - new_highest)
-    values = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_PKSH.dtype), v_PKSH[pages],
-                        preferred_element_type=jnp.float32)
+    values = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return y * factor + values, new_highest, total * factor + jnp.sum(weights, axis=-1, keepdims=True)
 
   shape = q.shape[:4]

@@ -152,6 +152,13 @@ def test_attention_over_pages_is_that_over_a_row(scores, time, sinks):
   attend = jax.jit(paged.LayerPages.attend, static_argnums=5)
   actual, cache = attend(paged.LayerPages(*pools), q, *new, visible, scores, sinks)
   np.testing.assert_allclose(actual, dense, rtol=0, atol=2e-6)
+  # What a row does not see is in page 0 or belongs to others, whose numbers may not be finite.
+  slot_is_seen = np.asarray(visible.mask(slice(0, time), slice(0, blocks * size), scores)).any((1, 2))
+  page_is_seen = slot_is_seen.reshape(rows, blocks, size).any(2)
+  assert not page_is_seen.all()
+  pools[:, 0] = np.nan
+  visible = visible._replace(pages_BM=np.int32(np.where(page_is_seen, pages, 0)))
+  np.testing.assert_array_equal(attend(paged.LayerPages(*pools), q, *new, visible, scores, sinks)[0], actual)
   for row in range(rows):
     copied = cache.copy_out(jnp.int32(pages[row]), 0, blocks)
     for x, expected in zip(copied, row_cache):
