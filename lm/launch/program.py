@@ -190,7 +190,7 @@ def _program(*functions: Callable[..., Any], allow_missing: bool = False) -> Ite
 
   With `allow_missing`, required flags that the command line leaves out are no error.
   """
-  with _interruptible():
+  with _interruptible(), _quiet_without_reader():
     try:
       values, debug = parse(functions, sys.argv, allow_missing)
     except (flags.Error, ValueError) as error:   # absl raises ValueError for --noflag=value
@@ -207,14 +207,26 @@ def _program(*functions: Callable[..., Any], allow_missing: bool = False) -> Ite
       if code:   # interrupt.Stopped, which all processes of a cluster raise at the same step
         sys.exit(code)
       _exit(130)
-    except BrokenPipeError:   # the reader of the output, such as `head`, has ended
-      os._exit(141)
+    except BrokenPipeError:   # see `_quiet_without_reader`
+      raise
     except Exception as error:
       try:
         from lm.launch import failures
         failures.report(error, debug, {name: value for own in values for name, value in own.items()})
       finally:   # a cluster needs this exit even where the report fails
         _exit(1)
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+  """Ends the program quietly where what reads its output, such as `head`, has ended."""
+  try:
+    try:
+      yield
+    finally:
+      sys.stdout.flush()   # Python would flush at exit, and print the error
+  except BrokenPipeError:
+    os._exit(141)
 
 
 @contextlib.contextmanager
