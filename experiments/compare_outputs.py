@@ -62,6 +62,7 @@ def of_outputs(files: dict[str, pathlib.Path], references: tuple[pathlib.Path, .
   metrics = metrics or ('bleu', 'chrf', 'rouge')
   texts.check_names(metrics)
   settings.check(metrics)
+  settings.check_packages(metrics)
   records = {name: text_files.read(file) for name, file in files.items()}
   first = next(iter(records.values()))
   text_files.check_unique(first)

@@ -18,7 +18,8 @@ from lm.evaluate.learned import bleurt
 from lm.models import encoder
 from lm.objectives.rating import rating
 
-OTHERS = 'bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL'   # the metrics beside it
+OTHERS = texts.Bleu(effective_order=True), texts.Chrf(), texts.Rouge()   # the metrics beside it
+MEASURES = 'bleu', 'chrf', 'rouge1', 'rouge2', 'rougeL'   # of these metrics, in the table
 
 
 def experiment(*, ratings: str | None = None, init: str | None = None, validation: float = 0.1,
@@ -71,6 +72,12 @@ def experiment(*, ratings: str | None = None, init: str | None = None, validatio
       '--init', init, lambda model: isinstance(model, encoder.Bidirectional), 'an encoder, such as BERT'))
 
 
+def check() -> None:
+  """Raises ImportError, which says what to install, where a package of the other metrics is missing."""
+  for metric in OTHERS:
+    metric.check()
+
+
 def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
   """Prints the correlation of the metric, and of others, with the ratings that were held out."""
   for split, title in (('validation-items', 'held-out items'), ('validation-systems', 'held-out systems')):
@@ -80,11 +87,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
     candidates, references = [record.candidate for record in rated], [record.references for record in rated]
     metric = bleurt.Bleurt(run.model, result.params, result.data.tokenizer, workdir.name)
     measures = metric(candidates, references)
-    try:
-      for other in (texts.Bleu(effective_order=True), texts.Chrf(), texts.Rouge()):
-        measures += [measure for measure in other(candidates, references) if measure.name in OTHERS]
-    except ModuleNotFoundError as error:
-      print(f'without BLEU, chrF and ROUGE: {error}')
+    for other in OTHERS:
+      measures += [measure for measure in other(candidates, references) if measure.name in MEASURES]
     if note := metric.note(candidates, references):
       print(note)
     print(f'\n{title}: {len(rated):,} ratings, correlation with 95 % intervals over items')
@@ -96,4 +100,4 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
 
 
 if __name__ == '__main__':
-  launch.run(experiment, report)
+  launch.run(experiment, report, check)

@@ -51,6 +51,7 @@ def score_texts(*, candidates: tuple[pathlib.Path, ...], references: tuple[pathl
     chosen = metrics or ('bleu', 'chrf', 'rouge')
     texts.check_names(chosen)
     settings.check(chosen)
+    settings.check_packages(chosen)
     described = {'metrics': chosen, **dataclasses.asdict(settings), **{
         name: value for name, value in dataclasses.asdict(learned).items() if value}}
     records_by_name, opened = text_files.read_named(candidates), learned.open()

@@ -89,7 +89,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
                      f'max_tokens={max_tokens} must be at least 1, and waiting={waiting} at least 0')
   if context is not None and context < 2:
     raise ValueError(f'context={context} must be at least 2: a token of a prompt, and one of an answer')
-  listener = serve.listen(host, port)   # before the model is read, which may take long
+  serve.check_packages()   # before the model is read, which may take long
+  listener = serve.listen(host, port)
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
     decoder, params, tokenizer, template = _open(model, best, weights)

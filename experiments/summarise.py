@@ -33,6 +33,7 @@ from lm.objectives.supervised import supervised
 
 DEFAULT = options.Size('llama', layers=2, width=128, heads=2)
 QUESTIONS = 200   # number of held-out texts that are summarised
+METRIC = texts.Rouge(stem=True)
 
 
 def sentences(text: str) -> list[str]:
@@ -94,10 +95,10 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
                                  max_tokens=room),
       'first sentence': [parts[0] for parts in sources], 'random sentence': [rng.choice(parts) for parts in sources]}
   question_replies.show(questions, summaries, 'record')
-  scores = {name: [measure for measure in texts.Rouge(stem=True)(written, [[answer] for _, answer in questions])
+  scores = {name: [measure for measure in METRIC(written, [[answer] for _, answer in questions])
                    if measure.name in ('rouge1', 'rouge2', 'rougeL')] for name, written in summaries.items()}
   print('\n' + reports.table({name: reports.to_json(Result(measures)) for name, measures in scores.items()}))
 
 
 if __name__ == '__main__':
-  launch.run(experiment, report)
+  launch.run(experiment, report, METRIC.check)

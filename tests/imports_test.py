@@ -24,8 +24,9 @@ DOORS = {
     'tokenizers': {'data/tokenizers/huggingface'}, 'jinja2': {'data/chat/template_process'},
     'sentencepiece': {'data/tokenizers/sentencepiece', 'data/tokenizers/folder'},   # to read, to train
     'sacrebleu': {'evaluate/texts/sacre'}, 'rouge_score': {'evaluate/texts/rouge'},
-    'starlette': {'evaluate/people/rating_server', 'serve/web_application'},
-    'uvicorn': {'evaluate/people/rating_server', 'serve/serving'}, 'prometheus_client': {'serve/server_metrics'},
+    'starlette': {'evaluate/people/rating_server', 'serve/web_application', 'serve/serving'},   # the last only checks
+    'uvicorn': {'evaluate/people/rating_server', 'serve/serving'},
+    'prometheus_client': {'serve/server_metrics', 'serve/serving'},
     'llguidance': {'generate/grammars'}, 'lm_eval': {'evaluate/harness/'}, 'optuna': {'studies/search'},
     'scipy': {'statistics', 'studies/scaling'},
     'tensorflow': set(), 'torch': set(), 'transformers': set()}

@@ -21,7 +21,8 @@ from lm import exits, signature
 from lm.launch.arguments import parse, require
 
 
-def run(experiment: Callable[..., Any], report: Callable[..., None] | None = None) -> None:
+def run(experiment: Callable[..., Any], report: Callable[..., None] | None = None,
+        check: Callable[[], None] | None = None) -> None:
   """Runs a program that trains what an experiment returns.
 
   The program has the flags of the experiment and those that all runs share, such as `--workdir` and `--seed`. Where the
@@ -32,12 +33,16 @@ def run(experiment: Callable[..., Any], report: Callable[..., None] | None = Non
     experiment: a function whose keyword-only parameters are flags, and that returns a `train.Run`.
     report: called as `report(run, workdir, result)` after training. Without it, the program prints a sample of text and
       the next command.
+    check: called before anything is opened or trained; raises ImportError where a package that the report needs is
+      missing.
   """
   with _program(experiment, _train, allow_missing=True) as (knobs, shared):
     from lm.launch import resume
     workdir = shared['workdir'] or pathlib.Path('runs', pathlib.Path(inspect.getfile(experiment)).stem)
     program_flags = resume.inherit_flags(experiment, knobs, shared, workdir)
     require(experiment, program_flags.knobs)
+    if check is not None:
+      check()
     for line in program_flags.lines(workdir):
       print(line)
     _train(experiment, program_flags.knobs, report, program_flags, **{**program_flags.shared, 'workdir': workdir})

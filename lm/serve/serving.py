@@ -11,6 +11,13 @@ from lm.data.text.source import require
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
 
 
+def check_packages() -> None:
+  """Raises ImportError, which says what to install, where a package of the server is missing."""
+  require('uvicorn', 'serve')
+  require('starlette.applications', 'serve')
+  require('prometheus_client', 'serve')
+
+
 def listen(host: str, port: int) -> socket.socket:
   """Returns a socket that listens on an address; port 0 takes any that is free.
 

@@ -145,10 +145,10 @@ def program(monkeypatch, tmp_path):
   monkeypatch.setattr(train, 'train', lambda run, workdir, mesh, watch, new_objective, examine:
                       calls.append((run, workdir, mesh)) or go.result)
 
-  def go(function, *argv, then=None):
+  def go(function, *argv, then=None, check=None):
     monkeypatch.setattr(sys, 'argv', ['script.py', f'--workdir={tmp_path / "run"}', *argv])
     try:
-      launch.run(function, then)
+      launch.run(function, then, check)
     except SystemExit as stop:
       return stop.code
     return 0
@@ -185,6 +185,17 @@ def test_a_bad_input_is_one_line_and_nothing_is_trained(program, capsys):
   assert program(build, '--process_id=1') == 1 and '--num_processes' in capsys.readouterr().err
   assert program(build, '--width=3', '--debug') == 1 and 'Traceback' in capsys.readouterr().err
   assert not program.calls and not (program.workdir / 'run.json').exists()
+
+
+def test_what_a_report_needs_is_checked_before_anything_is_opened(program, capsys):
+  def check():
+    raise ImportError("a package is needed: pip install 'lm[eval]'")
+
+  def never(*, width: int = 4):
+    pytest.fail('a run was built')
+
+  assert program(never, then=print, check=check) == 1 and not program.calls and not program.workdir.exists()
+  assert capsys.readouterr().err.startswith("error: a package is needed: pip install 'lm[eval]'")
 
 
 @pytest.mark.parametrize('bug', [lambda: {}['key'], lambda: jax.numpy.concatenate([])])

@@ -15,6 +15,10 @@ from lm.evaluate.texts.scored_pairs import References
 KINDS = ('rouge1', 'rouge2', 'rougeL', 'rougeLsum')
 
 
+def _modules() -> tuple[Any, Any]:
+  return require('rouge_score.rouge_scorer', 'eval'), require('rouge_score.tokenizers', 'eval')
+
+
 class _Words:
   """A tokenizer of rouge-score for any script; its own drops all that is not ASCII, so that Chinese text scores 0."""
 
@@ -43,9 +47,13 @@ class Rouge:
   stem: bool = False
   language: str | None = None
 
+  def check(self) -> None:
+    """Raises ImportError, which says what to install, where the package is missing."""
+    _modules()
+
   def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
     scored_pairs.check('rouge', candidates, references)
-    scorers, tokenizers = require('rouge_score.rouge_scorer', 'eval'), require('rouge_score.tokenizers', 'eval')
+    scorers, tokenizers = _modules()
     ascii_letters = (self.language or words.of_references(references)) == 'en'
     stemmer = tokenizers.porter.PorterStemmer() if self.stem else None
     tokenizer = tokenizers.DefaultTokenizer(self.stem) if ascii_letters else _Words(stemmer)

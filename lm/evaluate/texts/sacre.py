@@ -62,19 +62,27 @@ class Bleu:
   lowercase: bool = False
   effective_order: bool = False
 
+  def check(self) -> None:
+    """Raises ImportError, which says what to install, where a package is missing that these settings need."""
+    self._metric(self.language)
+
   def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
     scored_pairs.check('bleu', candidates, references)
-    tokenize = self.tokenize or _BY_LANGUAGE.get(self.language or words.of_references(references), '13a')
+    metric = self._metric(self.language or words.of_references(references))
+    return [_measure('bleu', metric, 'higher', candidates, references)]
+
+  def _metric(self, language: str | None) -> Any:
+    """Returns sacrebleu's metric for a language."""
+    tokenize = self.tokenize or _BY_LANGUAGE.get(language, '13a')
     try:
-      metric = _package().BLEU(lowercase=self.lowercase, tokenize=tokenize, force=True,
-                               effective_order=self.effective_order)
+      return _package().BLEU(lowercase=self.lowercase, tokenize=tokenize, force=True,
+                             effective_order=self.effective_order)
     except RuntimeError as error:
       if not tokenize.endswith('-mecab'):
         raise
       name, extra = ('Japanese', 'ja') if tokenize == 'ja-mecab' else ('Korean', 'ko')
       raise ImportError(f"BLEU of {name} text needs MeCab: pip install 'sacrebleu[{extra}]', or compare characters "
                         f'with tokenize=char ({str(error).strip().splitlines()[0]})') from None
-    return [_measure('bleu', metric, 'higher', candidates, references)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,10 @@ class Chrf:
   """
   word_order: int = 0
   lowercase: bool = False
+
+  def check(self) -> None:
+    """Raises ImportError, which says what to install, where the package is missing."""
+    _package()
 
   def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
     metric = _package().CHRF(word_order=self.word_order, lowercase=self.lowercase)
@@ -103,6 +115,10 @@ class Ter:
   """
   language: str | None = None
   case_sensitive: bool = False
+
+  def check(self) -> None:
+    """Raises ImportError, which says what to install, where the package is missing."""
+    _package()
 
   def __call__(self, candidates: Sequence[str], references: References | None) -> list[Measure]:
     scored_pairs.check('ter', candidates, references)

@@ -2,6 +2,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from lm.evaluate.measures import Measure
 from lm.evaluate.texts import words
@@ -59,25 +60,32 @@ class Settings:
         raise ValueError(f'{field.name}={value} is for {", ".join(users)}, and metrics has none of these; add one, or '
                          f'leave out {field.name}')
 
+  def check_packages(self, names: Sequence[str]) -> None:
+    """Raises ImportError, which says what to install, where a package of a metric is missing."""
+    for metric in map(self._metric, names):
+      if isinstance(metric, Bleu | Chrf | Ter | Rouge):   # the others need none
+        metric.check()
+
   def scores(self, name: str, candidates: Sequence[str], references: References | None) -> list[Measure]:
     """Returns the measures of the metric of this name, one of NAMES."""
+    return self._metric(name)(candidates, references)
+
+  def _metric(self, name: str) -> Any:
     match name:
       case 'bleu':
-        metric = Bleu(self.tokenize, self.language, self.lowercase)
+        return Bleu(self.tokenize, self.language, self.lowercase)
       case 'chrf' | 'chrf++':
-        metric = Chrf(2 if name == 'chrf++' else 0, self.lowercase)
+        return Chrf(2 if name == 'chrf++' else 0, self.lowercase)
       case 'ter':
-        metric = Ter(self.language)
+        return Ter(self.language)
       case 'rouge':
-        metric = Rouge(self.stem, self.language)
+        return Rouge(self.stem, self.language)
       case 'exact_match':
-        metric = ExactMatch(self.squad)
+        return ExactMatch(self.squad)
       case 'self_bleu':
-        metric = SelfBleu(seed=self.seed)
-      case _:
-        metric = {'edit_distance': EditDistance, 'length_ratio': LengthRatio, 'distinct': Distinct,
-                  'repetition': Repetition}[name]()
-    return metric(candidates, references)
+        return SelfBleu(seed=self.seed)
+    return {'edit_distance': EditDistance, 'length_ratio': LengthRatio, 'distinct': Distinct,
+            'repetition': Repetition}[name]()
 
   def note(self, references: References) -> str | None:
     """Returns a line that says which language the script of the references tells, where it changes the metrics."""
