@@ -16,8 +16,8 @@ import jax
 from lm import doctor, launch, sharding
 
 
-def examine(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), best: bool = False, mesh: str | None = None
-            ) -> None:
+def examine(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), best: bool = False, mesh: str | None = None,
+            cluster: launch.Cluster = launch.Cluster()) -> None:
   """Examines the run of a workdir.
 
   Args:
@@ -25,7 +25,7 @@ def examine(*, workdir: pathlib.Path = pathlib.Path('runs/quickstart'), best: bo
     best: take the best checkpoint, not the newest.
     mesh: the size of each mesh axis; none for the mesh that fits the devices.
   """
-  sharding.join(None, None, None)   # in a cluster, the same command runs in each process
+  cluster.join()   # the same command runs in each process
   began = time.monotonic()
   devices = sharding.make_mesh(mesh)
   with jax.set_mesh(devices), doctor.opened(workdir, devices, best) as subject:

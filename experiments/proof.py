@@ -41,7 +41,7 @@ def decoder(vocabulary: int, width: int, layers: int, heads: int, length: int, e
 
 def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width: int | None = None, heads: int = 4,
           experts: int = 0, length: int = 128, batch: int | None = None, seed: int = 0,
-          workdir: pathlib.Path = pathlib.Path('runs/proof')) -> None:
+          workdir: pathlib.Path = pathlib.Path('runs/proof'), cluster: launch.Cluster = launch.Cluster()) -> None:
   """Trains on each mesh and compares.
 
   Args:
@@ -56,7 +56,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
     seed: fixes the data order, the initialisation and the losses.
     workdir: the folder of the data and of the table.
   """
-  sharding.join(None, None, None)   # in a cluster, the same command runs in each process
+  cluster.join()   # the same command runs in each process
   rows, size = mesh_traces.sizes_for(jax.device_count(), heads)
   batch, width = rows if batch is None else batch, size if width is None else width
   tokenizer, warmup = tokenizers.Bytes(), max(min(2, steps - 1), 0)

@@ -71,18 +71,27 @@ def call(function: Callable[..., Any], values: Mapping[str, Any] | None = None, 
   Raises:
     TypeError: the function has no flag of such a name, or a required flag is missing.
   """
-  remaining, arguments = {**(values or {}), **named}, {}
+  return function(**arguments(function, {**(values or {}), **named}))
+
+
+def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the keyword arguments of a function, with its groups, for values of its flags.
+
+  Raises:
+    TypeError: the function has no flag of such a name.
+  """
+  remaining, named = dict(values), {}
   for parameter, kind in _parameters(function):
     if is_group(kind):
       own = {field.name: remaining.pop(field.name) for field in dataclasses.fields(kind) if field.name in remaining}
-      arguments[parameter.name] = dataclasses.replace(parameter.default, **own)
+      named[parameter.name] = dataclasses.replace(parameter.default, **own)
     elif parameter.name in remaining:
-      arguments[parameter.name] = remaining.pop(parameter.name)
+      named[parameter.name] = remaining.pop(parameter.name)
   if remaining:
     name = next(iter(remaining))
     nearest = difflib.get_close_matches(name, [flag.name for flag in flags(function)], n=1, cutoff=0)
     raise TypeError(f'{function.__qualname__} has no flag {name}; the nearest is {"".join(nearest) or "none"}')
-  return function(**arguments)
+  return named
 
 
 def is_group(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from absl import flags
 
 from lm import exits, signature
 from lm.launch.arguments import parse, require
+from lm.launch.cluster import Cluster
 
 
 def run(experiment: Callable[..., Any], report: Callable[..., None] | None = None,
@@ -45,7 +46,8 @@ def run(experiment: Callable[..., Any], report: Callable[..., None] | None = Non
       check()
     for line in program_flags.lines(workdir):
       print(line)
-    _train(experiment, program_flags.knobs, report, program_flags, **{**program_flags.shared, 'workdir': workdir})
+    _train(experiment, program_flags.knobs, report, program_flags,
+           **signature.arguments(_train, {**program_flags.shared, 'workdir': workdir}))
 
 
 def tool(function: Callable[..., None]) -> None:
@@ -57,8 +59,7 @@ def tool(function: Callable[..., None]) -> None:
 def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callable[..., None] | None,
            program_flags: Any = None, /, *, workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
-           coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None,
-           heartbeat: int = 100, new_objective: bool = False, verify: bool = False,
+           cluster: Cluster = Cluster(), new_objective: bool = False, verify: bool = False,   # noqa: B008
            on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None,
            deterministic: bool = False, doctor: bool = True, diagnose: bool = False):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.
@@ -70,11 +71,6 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
     init_ignore_tokenizer: start from it also where this run has another tokenizer.
     seed: fixes the data order, the initialisation and the losses.
     mesh: the size of each mesh axis, such as fsdp:4,tensor:2; -1 is what remains. By default, one that fits is chosen.
-    coordinator_address: host:port of process 0, in a cluster that JAX does not detect by itself.
-    num_processes: the number of processes in that cluster.
-    process_id: the number of this process, from 0.
-    heartbeat: in a cluster, the seconds after which a process that does not answer is lost, and the run ends; refused
-      where there is one process.
     new_objective: continue from a checkpoint of another objective; the best checkpoint is then the best by this one.
     verify: first compare all files of the data (tokenizer, tokens, columns) with their checksums.
     on_not_finite: what happens at a step whose loss or gradient is not finite; skip leaves its update out, go_back
@@ -90,10 +86,10 @@ def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callab
 
   from lm import doctor as checks
   from lm import sharding
-  from lm.sharding import determinism, hosts
+  from lm.sharding import determinism
   if deterministic:
     determinism.require()   # before the backend starts
-  hosts.join(coordinator_address, num_processes, process_id, heartbeat)
+  cluster.join()
   if deterministic:
     print(determinism.describe(jax.default_backend()))
   examine = checks.diagnose if diagnose else checks.check_start if doctor else None

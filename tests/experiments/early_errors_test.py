@@ -1,9 +1,13 @@
 """Scripts refuse what cannot work before they open a model or train."""
+import importlib
 import runpy
 import sys
 
 import pytest
 from helpers.experiment_scripts import SCRIPTS
+
+from lm import signature
+from lm.sharding import hosts
 
 
 @pytest.mark.parametrize('name, module, arguments', [
@@ -21,3 +25,18 @@ def test_a_missing_package_is_named_first(name, module, arguments, monkeypatch, 
     runpy.run_path(str(SCRIPTS[name]), run_name='__main__')
   assert stop.value.code == 1 and f'{module} is needed: pip install' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name, function', [('proof', 'proof'), ('doctor', 'examine')])
+def test_a_tool_of_many_processes_joins_the_cluster_of_its_flags(name, function, monkeypatch):
+  class Joined(Exception):
+    """Ends the tool where it joins."""
+
+  def join(*place):
+    raise Joined(*place)
+
+  monkeypatch.setattr(hosts, 'join', join)
+  flags = {'coordinator_address': 'host:1', 'num_processes': 2, 'process_id': 1, 'heartbeat': 9}
+  with pytest.raises(Joined) as joined:
+    signature.call(getattr(importlib.import_module(name), function), flags)
+  assert joined.value.args == ('host:1', 2, 1, 9)
