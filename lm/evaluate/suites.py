@@ -8,7 +8,6 @@ that kind, each with its settings, which are the fields of the class of that kin
 import contextlib
 import dataclasses
 import difflib
-import functools
 import io
 import json
 import pathlib
@@ -27,7 +26,7 @@ from lm.evaluate.harness import Harness
 from lm.evaluate.measures import intervals
 from lm.evaluate.text_generation import Generation
 from lm.sharding import hosts
-from lm.workdir import atomic, describe, locks
+from lm.workdir import atomic, describe, locks, parsing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +44,7 @@ class Suite:
 
 def read(file: pathlib.Path) -> Suite:
   """Reads a suite. Raises ValueError, which names the file and the nearest name, where it is none."""
-  try:
-    content = json.loads(file.read_text(), object_pairs_hook=functools.partial(_without_repeats, file))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f'{file} is no JSON: {error}') from None
+  content = parsing.read_object(file, unique=True)
   kinds = {name: typing.get_args(hint)[1] for name, hint in typing.get_type_hints(Suite).items()}
   by_kind = _object(content, f'{file}', kinds)
   fields, names = {}, set()
@@ -62,15 +58,6 @@ def read(file: pathlib.Path) -> Suite:
   if not names:
     raise ValueError(f'{file} has no evaluation; its first level has one of {", ".join(kinds)}')
   return Suite(**fields)
-
-
-def _without_repeats(file: pathlib.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  content = dict(pairs)
-  if len(content) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f'{file} has {next(name for name in names if names.count(name) > 1)!r} twice; give each a name of '
-                     'its own')
-  return content
 
 
 def _object(value: Any, where: str, allowed: Mapping[str, Any] | None = None) -> dict[str, Any]:

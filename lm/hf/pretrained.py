@@ -20,7 +20,7 @@ from lm.hf import files, weights
 from lm.models.prediction_heads import MultiToken
 from lm.workdir import checkpoint
 from lm.workdir.describe import describe, differences, fingerprint
-from lm.workdir.parsing import read_object
+from lm.workdir.parsing import read_object, read_object_if_any
 
 # Files beside the weights. An import keeps them, so that an export of the imported model is complete.
 _SIDE = ('config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -65,8 +65,7 @@ def locate(name: str) -> pathlib.Path:
 
 def tokenizer_length(folder: pathlib.Path) -> Any:
   """Returns the most tokens of a text by tokenizer_config.json; None if it does not say it."""
-  path = folder / 'tokenizer_config.json'
-  return read_object(path).get('model_max_length') if path.is_file() else None
+  return read_object_if_any(folder / 'tokenizer_config.json').get('model_max_length')
 
 
 def open_model(folder: pathlib.Path, dtype: Any = jnp.float32) -> Any:
@@ -218,7 +217,7 @@ def write(folder: pathlib.Path, model: Any, params: Any, tokenizer: Any, dtype: 
       raise ValueError(f'the tokenizer of {like} (fingerprint {fingerprint_of_like}) is not that of the model '
                        f'(fingerprint {tokenizer.fingerprint}): give the folder that the model was started from')
   with files.new_folder(folder) as new:
-    config = read_object(like / 'config.json') if like and (like / 'config.json').is_file() else {}
+    config = read_object_if_any(like / 'config.json') if like else {}
     ids = _token_ids(model, tokenizer, config, template)
     families = [weights.family_of(config)] if config else []
     weights.write(new, model, params, [*families, *weights.FAMILIES], dtype, ids)

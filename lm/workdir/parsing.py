@@ -17,15 +17,36 @@ def json_value(text: str | bytes, **options: Any) -> Any:
     raise ValueError('its brackets are nested too deep to be read') from None
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object from a file. Raises ValueError if the file does not hold one."""
+def read_object(path: pathlib.Path, unique: bool = False) -> dict[str, Any]:
+  """Reads a JSON object from a file.
+
+  Args:
+    path: the file.
+    unique: whether a name that is twice in an object is an error; otherwise its last value counts.
+
+  Raises:
+    ValueError: the file does not hold an object.
+  """
   try:
-    values = json_value(path.read_bytes())
+    values = json_value(path.read_bytes(), object_pairs_hook=_unique if unique else None)
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from None
+    raise ValueError(f'{path} cannot be read as JSON: {error}') from None
   if not isinstance(values, dict):
-    raise ValueError(f'{path} holds no JSON object')
+    raise ValueError(f'{path} holds no JSON object, {{...}}')
   return values
+
+
+def read_object_if_any(path: pathlib.Path) -> dict[str, Any]:
+  """Like `read_object`; returns an empty object where there is no file."""
+  return read_object(path) if path.is_file() else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns an object of pairs from JSON. Raises ValueError if a name is there twice."""
+  names = [name for name, _ in pairs]
+  if repeated := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f'an object has {repeated[0]!r} twice; give each a name of its own')
+  return dict(pairs)
 
 
 @dataclasses.dataclass(frozen=True)

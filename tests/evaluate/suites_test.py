@@ -30,7 +30,7 @@ def written(tmp_path, content):
 
 
 @pytest.mark.parametrize('content,message', [
-    ('{', 'is no JSON'), ('[]', 'needed is an object'), ({}, 'has no evaluation'),
+    ('{', 'cannot be read as JSON'), ('[]', 'holds no JSON object'), ({}, 'has no evaluation'),
     ({'likelyhood': {}}, "'likelyhood', which is not known here; the nearest is 'likelihood'"),
     ({'likelihood': {'a': {'windw': 3}}}, "likelihood/a has 'windw', which is not known here; the nearest is 'window'"),
     ({'likelihood': {'a': {'limit': '3'}}}, 'limit="3", and what is needed is int | null'),

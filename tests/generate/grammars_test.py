@@ -21,7 +21,7 @@ REGEX = r'[a-c]{2,5}-[0-9]+(é|🙂)?'
 CHOICES = ['yes', 'no', 'not "that"', 'a+b\\']
 
 
-@pytest.mark.parametrize(('text', 'reason'), [('{', 'is not JSON'), ('[1]', 'holds no JSON object')])
+@pytest.mark.parametrize(('text', 'reason'), [('{', 'cannot be read as JSON'), ('[1]', 'holds no JSON object')])
 def test_a_file_without_a_schema_is_named(tmp_path, text, reason):
   (tmp_path / 'a.json').write_text(text)
   with pytest.raises(ValueError, match=f'a.json {reason}'):

@@ -14,7 +14,7 @@ import numpy as np
 from lm.data import tokenizers
 from lm.data.chat.template_process import Renderer
 from lm.data.tokenizers import base
-from lm.workdir.parsing import json_value
+from lm.workdir.parsing import read_object_if_any
 
 Records = Sequence[Mapping[str, Any]]
 _MARK = f'\ue000{secrets.token_hex(8)}\ue001'
@@ -187,11 +187,12 @@ def sources(folder: str | os.PathLike) -> dict[str, str]:
   texts = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob('additional_chat_templates/*.jinja'))}
   if (path := folder / 'chat_template.jinja').is_file():
     texts['default'] = path.read_bytes().decode()
-  if not texts and (path := folder / 'tokenizer_config.json').is_file():
+  if not texts:
+    path = folder / 'tokenizer_config.json'
+    legacy = read_object_if_any(path).get('chat_template') or {}
     try:
-      legacy = json_value(path.read_bytes()).get('chat_template') or {}
       texts = {'default': legacy} if isinstance(legacy, str) else {each['name']: each['template'] for each in legacy}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
       raise ValueError(f'{path}: chat_template is neither text nor a list of named templates: {error!r}') from None
   return texts
 

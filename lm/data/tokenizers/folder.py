@@ -15,7 +15,7 @@ from lm.data.tokenizers import base, huggingface, protobuf
 from lm.data.tokenizers.base import CONTROL, Bytes, Tokenizer, sentinels
 from lm.data.tokenizers.huggingface import HuggingFace
 from lm.data.tokenizers.sentencepiece import SentencePiece
-from lm.workdir.parsing import json_value
+from lm.workdir.parsing import json_value, read_object_if_any
 
 __all__ = ['CONTROL', 'Bytes', 'HuggingFace', 'InFile', 'SentencePiece', 'Tokenizer', 'load', 'sentinels',
            'special_tokens', 'train_sentencepiece', 'mask_id']
@@ -189,7 +189,7 @@ def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
   """Returns bos_token, eos_token, pad_token, ... of a Hugging Face folder; nothing if it lacks their files."""
   tokens = {}
   for file in ('special_tokens_map.json', 'tokenizer_config.json'):   # the second overrides the first
-    for key, value in _json(pathlib.Path(folder) / file).items():
+    for key, value in read_object_if_any(pathlib.Path(folder) / file).items():
       name = value.get('content') if isinstance(value, dict) else value
       if key.endswith('_token') and isinstance(name, str):
         tokens[key] = name
@@ -207,14 +207,14 @@ def mask_id(tokenizer: Tokenizer) -> int:
 
 def _separator(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> str | None:
   """Returns the control token that is the separator 'bos' or 'eos', by the files of a folder or by a customary name."""
-  names = [_json(folder / 'separators.json').get(side)]
+  names = [read_object_if_any(folder / 'separators.json').get(side)]
   by_id = {i: name for name, i in control.items()}
-  if side == 'bos' and (config := _json(folder / 'config.json')).get('is_encoder_decoder'):
+  if side == 'bos' and (config := read_object_if_any(folder / 'config.json')).get('is_encoder_decoder'):
     # T5's tokenizer has no bos; by its files, the decoder starts with pad.
     names += [by_id.get(config.get(name)) for name in ('decoder_start_token_id', 'pad_token_id')]
   names.append(special_tokens(folder).get(f'{side}_token'))
   for file in ('generation_config.json', 'config.json'):
-    ids = _json(folder / file).get(f'{side}_token_id')
+    ids = read_object_if_any(folder / file).get(f'{side}_token_id')
     names += [by_id.get(i) for i in (ids if isinstance(ids, list) else [ids])]
   return next((name for name in (*names, *_SEPARATORS[side]) if name in control), None)
 
@@ -222,17 +222,17 @@ def _separator(folder: pathlib.Path, side: str, control: Mapping[str, int]) -> s
 def _ends(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
   """Returns the ids that end a text, by the first file of a folder that names any."""
   for file, name in (('separators', 'ends'), ('generation_config', 'eos_token_id'), ('config', 'eos_token_id')):
-    if (ids := _json(folder / f'{file}.json').get(name)) not in (None, []):
+    if (ids := read_object_if_any(folder / f'{file}.json').get(name)) not in (None, []):
       return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int) and 0 <= i < vocab)
   return ()
 
 
 def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
   """Returns whether a text begins with bos, by the files. Raises ValueError if it begins with another token."""
-  rule = _json(path.parent / 'separators.json').get('adds_bos')
+  rule = read_object_if_any(path.parent / 'separators.json').get('adds_bos')
   if rule is not None:
     return rule
-  if _json(path.parent / 'config.json').get('is_encoder_decoder'):   # bos starts the decoder, not the encoder's text
+  if read_object_if_any(path.parent / 'config.json').get('is_encoder_decoder'):   # there, bos starts the decoder alone
     return False
   if path.name in ('tokenizer.json', 'vocab.txt'):
     front = tokenizer.front
@@ -241,33 +241,33 @@ def _adds_bos(path: pathlib.Path, tokenizer: Tokenizer) -> bool:
                        f'{tokenizer.bos_id}; name the token that a text begins with, load(path, bos=...)')
     return bool(front)
   config = path.parent / 'tokenizer_config.json'
-  return bool(_json(config).get('add_bos_token')) if config.is_file() else path.suffix == '.model'
+  return bool(read_object_if_any(config).get('add_bos_token')) if config.is_file() else path.suffix == '.model'
 
 
 def _added(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
   """Returns the tokens that files of a folder add to the vocabulary, by id, in the form of tokenizer.json."""
-  config = _json(folder / 'tokenizer_config.json')
+  config = read_object_if_any(folder / 'tokenizer_config.json')
   flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
   if (decoder := config.get('added_tokens_decoder')) is not None:
     return {int(i): {'id': int(i), 'special': False, **flags, **token} for i, token in decoder.items()}
   extra = [*(config.get('additional_special_tokens') or ()), *(config.get('extra_special_tokens') or ())]
   special = {*special_tokens(folder).values(), *(each['content'] if isinstance(each, dict) else each for each in extra)}
   return {i: {'id': i, 'content': name, 'special': name in special, **flags, 'normalized': name not in special}
-          for name, i in _json(folder / 'added_tokens.json').items()}
+          for name, i in read_object_if_any(folder / 'added_tokens.json').items()}
 
 
 def _legacy(folder: pathlib.Path) -> bool:
   """Returns whether a space is put before the text after each control token too, not only before the whole text."""
-  rule = _json(folder / 'separators.json').get('legacy')
+  rule = read_object_if_any(folder / 'separators.json').get('legacy')
   if rule is not None:
     return rule
-  config = _json(folder / 'tokenizer_config.json')
+  config = read_object_if_any(folder / 'tokenizer_config.json')
   return config.get('legacy', not config.get('tokenizer_class', '').startswith(('Llama', 'CodeLlama')))
 
 
 def _gpt2(folder: pathlib.Path) -> str:
   """Returns the tokenizer.json of a folder with GPT-2's two files. Raises ValueError if one is missing or differs."""
-  config = _json(folder / 'tokenizer_config.json')
+  config = read_object_if_any(folder / 'tokenizer_config.json')
   name = config.get('tokenizer_class', 'GPT2Tokenizer')
   if name not in ('GPT2Tokenizer', 'GPT2TokenizerFast'):
     raise ValueError(f"{name} may split text differently from GPT-2's; save its tokenizer.json with transformers")
@@ -276,24 +276,14 @@ def _gpt2(folder: pathlib.Path) -> str:
   tokens = {**dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>'), **special_tokens(folder)}
   added = {token['content']: int(i) for i, token in config.get('added_tokens_decoder', {}).items()}
   return huggingface.gpt2((folder / 'vocab.json').read_bytes().decode(), (folder / 'merges.txt').read_bytes().decode(),
-                          list(tokens.values()), {**_json(folder / 'added_tokens.json'), **added},
+                          list(tokens.values()), {**read_object_if_any(folder / 'added_tokens.json'), **added},
                           bool(config.get('add_prefix_space')))
 
 
 def _bert(path: pathlib.Path) -> str:
   """Returns the tokenizer.json of BERT's vocab.txt, with the settings beside it, which BLEURT has in its own file."""
-  config = {**_json(path.parent / 'bleurt_config.json'), **_json(path.parent / 'tokenizer_config.json')}
+  config = {name: value for file in ('bleurt_config.json', 'tokenizer_config.json')
+            for name, value in read_object_if_any(path.parent / file).items()}
   words = path.read_bytes().decode().removesuffix('\n').split('\n')
   return huggingface.wordpiece([word.rstrip('\r') for word in words], config.get('do_lower_case', True),
                                config.get('strip_accents'), config.get('tokenize_chinese_chars', True))
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file; {} if there is no file, or another value. Raises ValueError if it is no JSON."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json_value(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path} is no JSON: {error}') from None
-  return value if isinstance(value, dict) else {}

@@ -163,9 +163,10 @@ def test_missing_and_malformed_files_are_refused(tmp_path):
   (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "CLIPTokenizer"}')
   with pytest.raises(ValueError, match='CLIPTokenizer .*save its tokenizer.json'):
     tokenizer.load(tmp_path)
-  (tmp_path / 'tokenizer_config.json').write_text('{')
-  with pytest.raises(ValueError, match='tokenizer_config.json is no JSON'):
-    tokenizer.load(tmp_path)
+  for text, message in (('{', 'cannot be read as JSON'), ('[]', 'holds no JSON object')):
+    (tmp_path / 'tokenizer_config.json').write_text(text)
+    with pytest.raises(ValueError, match=f'tokenizer_config.json {message}'):
+      tokenizer.load(tmp_path)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason='no shared data')
