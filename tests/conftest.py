@@ -119,3 +119,11 @@ def script(tmp_path):
   path = tmp_path / 'small.py'
   path.write_text(SCRIPT)
   return path
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+  """Returns a function that trains a script `small.py`, beside a module that it imports: `program(workdir, **knobs)`.
+  """
+  from helpers import script_runs
+  yield from script_runs.program(tmp_path, monkeypatch)

@@ -7,50 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.meshes import on
+from helpers.preferences import ROWS, Records, T, V, packed, pairs, rated, tiny
 from helpers.slow import slow
 
 from lm import optim, sharding, train
-from lm.data.batch import Batch, Dialogue, Pair, Rated, Special
-from lm.data.rows.packed_records import Packed
-from lm.models import reward, transformer
+from lm.data.batch import Batch, Dialogue, Pair, Rated
+from lm.models import transformer
 from lm.objectives import objective, preference
 from lm.objectives.next_token import next_token
 from lm.objectives.supervised import supervised
 from lm.optim import schedules
 
-V, T, ROWS = 16, 24, 8
 ADAM = optim.adamw(schedules.warmup_constant(1e-3, 10, 1))
-SPECIAL = Special(0, 1, V, ())
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0,
                                                    'xla_llvm_disable_expensive_passes': True})
-
-
-class Records(list):
-  """Records in memory."""
-  @property
-  def positions(self):
-    return np.array([sum(len(x.tokens) - 1 for x in record if isinstance(x, Dialogue)) for record in self])
-
-
-def dialogue(rng, prompt, n) -> Dialogue:
-  tokens = np.r_[prompt, rng.integers(2, V, n)].astype(np.int32)
-  return Dialogue(tokens, np.arange(len(tokens)) >= len(prompt))
-
-
-def pairs(count=11) -> Records:
-  rng, records = np.random.default_rng(0), Records()
-  for _ in range(count):
-    prompt = np.r_[0, rng.integers(2, V, rng.integers(0, 4))]
-    records.append(Pair(*(dialogue(rng, prompt, rng.integers(1, 6)) for _ in range(2))))
-  return records
-
-
-def rated(count=11) -> Records:
-  return Records(Rated(pair.chosen, bool(i % 3), pair.rejected) for i, pair in enumerate(pairs(count)))
-
-
-def packed(records, goal, rows=ROWS, **options) -> Packed:
-  return Packed(goal, SPECIAL, T, rows, records=records, repeat=False, **options)
 
 
 def apply(params, batch, key=None):
@@ -59,6 +30,7 @@ def apply(params, batch, key=None):
 
 
 LOGITS = np.random.default_rng(4).normal(size=(ROWS, T, V))
+
 REFERENCE = np.random.default_rng(8).normal(size=(ROWS, T, V))
 
 
@@ -138,6 +110,7 @@ def kto_by_hand(logits, records, batch):
 
 METHODS = {'dpo': preference.dpo(0.3), 'cdpo': preference.dpo(0.3, 0.2), 'robust': preference.robust_dpo(0.3, 0.2),
            'ipo': preference.ipo(0.3), 'orpo': preference.orpo(0.3), 'simpo': preference.simpo(0.3, 0.7)}
+
 OBJECTIVES = {**{name: preference.preference(loss) for name, loss in METHODS.items()},
               'kto': preference.kto(0.3, 1.5, 0.5)}
 
@@ -239,10 +212,6 @@ def test_each_record_occurs_once_an_epoch_and_its_loss_does_not_depend_on_its_ro
   assert loss(batches) == pytest.approx(np.sum(alone, 0), rel=1e-5) and loss(batches)[1] == 40
 
 
-def tiny(width=8):
-  return transformer.llama(V, width, 1, heads=2, hidden=8, max_length=T)
-
-
 class Toy:
   """Unopened data with this kind of record."""
   length, source_length, inputs = T, None, {}
@@ -275,34 +244,3 @@ def test_a_step_is_lowered_on_a_mesh(name):
     train.check(run, mesh)
     train.make_step(run).trace(train.abstract_state(run, mesh), train.abstract_batch(run, mesh)).lower(
         lowering_platforms=('tpu',))
-
-
-@pytest.mark.parametrize('shape', ['fsdp:1', *slow('fsdp:4,tensor:2')])
-def test_a_reward_is_of_the_whole_dialogue_and_the_loss_is_of_bradley_and_terry(shape):
-  records, goal, model = pairs(), preference.reward(0.1), reward.Reward(tiny())
-  batch = packed(records, goal)(0)
-  with on(shape):
-    params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0))))()
-    loss, count, sums = jax.jit(lambda p, b: goal.loss(model.apply, p, b, None))(params, batch)
-    alone = [x.tokens for pair in records for x in pair] + [np.zeros(1, np.int32)] * 2
-    # One answer per row; causal, so padding has no effect.
-    rows = Batch(np.stack([np.pad(x, (0, T - len(x))) for x in alone]))
-    hidden = np.asarray(jax.jit(model.decoder.apply)(params['decoder'], rows).hidden, np.float64)
-  ends = np.stack([row[len(x) - 1] for row, x in zip(hidden, alone)])
-  scores = (ends @ np.asarray(params['score'], np.float64))[:-2].reshape(-1, 2)
-  difference = scores[:, 0] - scores[:, 1]
-  assert count == len(records)
-  assert float(loss) == pytest.approx((np.log1p(np.exp(-difference)) + 0.1 * scores.sum(1) ** 2).sum(), rel=1e-4)
-  right = float(sums['preference/accuracy'][0])
-  assert right == (difference > 0).sum() == float(sums['correct']) and 0 < right < len(records)
-  assert float(sums['preference/margin'][0]) == pytest.approx(difference.sum(), rel=1e-4, abs=1e-4)
-
-
-def test_a_reward_model_starts_from_a_decoder():
-  model = reward.Reward(tiny())
-  with jax.set_mesh(sharding.make_mesh('fsdp:1', jax.devices()[:1])):
-    decoder_params = jax.jit(lambda: model.decoder.init(jax.random.key(5)))()
-    params = model.start(lambda decoder: decoder_params)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-  assert jax.tree.structure(params) == jax.tree.structure(shapes)
-  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params['decoder'], decoder_params)))
