@@ -24,13 +24,12 @@ from lm.models.quantized_decoder import check_weights, float_weights
 from lm.models.reward import Reward
 
 
-def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
-          text: str | None = None, file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text',
-          source: str | None = None, source_key: str | None = None, split: str | None = None, pairs: str | None = None,
-          context: int = 0, bos: bool | None = None, windows: bool = False, best: bool = False,
+def score(*, workdir: pathlib.Path | None = None, model: str | None = None, text: str | None = None,
+          file: pathlib.Path | None = None, jsonl: str | None = None, key: str = 'text', source: str | None = None,
+          source_key: str | None = None, split: str | None = None, pairs: str | None = None, context: int = 0,
+          bos: bool | None = None, windows: bool = False, best: bool = False, mesh: str | None = None,
           encoding_errors: Literal['strict', 'replace', 'drop'] = 'strict', decompressed_limit: float = 64.,
-          allow_left_out: bool = False, weights: Literal['float32', 'int8', 'int4'] = 'float32', mesh: str | None = None
-          ) -> None:
+          allow_left_out: bool = False, weights: Literal['float32', 'int8', 'int4'] = 'float32') -> None:
   """Scores the tokens of a text, many texts, or a split of a run's data.
 
   An encoder-decoder scores a text given its source, including the end of the text. The scores of an encoder are
@@ -73,10 +72,7 @@ def score(*, workdir: pathlib.Path | None = None, model: str | None = None,
   if model:   # before the weights are read, which takes long
     text_scores.check_flags(pretrained.open_model(pretrained.locate(model)), sources is not None, bos)
   with jax.set_mesh(devices := sharding.make_mesh(mesh)):
-    check = functools.partial(check_weights, dtype=weights)
-    loaded = pretrained.load(model, check=check) if model else load.open_trained(workdir, best, check)
-    if weights != 'float32':
-      loaded = dataclasses.replace(loaded, params=float_weights(loaded.model, loaded.params, weights))
+    loaded = open_model(workdir, model, best, weights)
     if split is not None:
       text_scores.show_split(loaded, split, context, devices)
     elif isinstance(loaded.model, Reward):
@@ -110,6 +106,16 @@ def one_text(text: str | None, file: pathlib.Path | None, source: str | None) ->
   if text == '' and source is None:   # with a source, the end of an empty text is scored
     raise ValueError('the text is empty, so there is nothing to score; give a text')
   return [text], None if source is None else [source]
+
+
+def open_model(workdir: pathlib.Path, model: str | None, best: bool, weights: Literal['float32', 'int8', 'int4']
+               ) -> load.TrainedModel | pretrained.Pretrained:
+  """Reads the model of a run, or the one that is named; with `weights` of int8 or int4, its matrices are rounded."""
+  check = functools.partial(check_weights, dtype=weights)
+  loaded = pretrained.load(model, check=check) if model else load.open_trained(workdir, best, check)
+  if weights == 'float32':
+    return loaded
+  return dataclasses.replace(loaded, params=float_weights(loaded.model, loaded.params, weights))
 
 
 def check_model(loaded: load.TrainedModel | pretrained.Pretrained, name: pathlib.Path | str, has_pairs: bool,

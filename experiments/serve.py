@@ -54,6 +54,15 @@ def _drafting_engine(model: str, slots: int, weights: str) -> generate.Engine:
   return generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
 
 
+def _scheduler(engine: generate.Engine, rows: int, pages: int | None, drafter: Any) -> generate.Scheduler:
+  """Returns a scheduler; prints why prompts share nothing where they do not."""
+  scheduler = generate.Scheduler(engine, rows, pages=pages, drafter=drafter)
+  if scheduler.sharing_obstacle is not None:
+    print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
+          file=sys.stderr)
+  return scheduler
+
+
 def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
          port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
          api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
@@ -96,13 +105,9 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
     decoder, params, tokenizer, template = _open(model, best, weights)
   on_mesh = functools.partial(jax.set_mesh, mesh) if weights == 'float32' else contextlib.nullcontext
   with on_mesh():
-    slots = _slots(decoder, context)
-    engine = generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
-    drafter = drafting.make(lambda name: _drafting_engine(name, slots, weights))
-    scheduler = generate.Scheduler(engine, rows, pages=pages, drafter=drafter)
-    if scheduler.sharing_obstacle is not None:
-      print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
-            file=sys.stderr)
+    engine = generate.Engine(decoder, params, _slots(decoder, context), tokenizer.vocab_size, tokenizer.eos_ids)
+    drafter = drafting.make(lambda name: _drafting_engine(name, engine.slots, weights))
+    scheduler = _scheduler(engine, rows, pages, drafter)
   print(f'{model} is open; its programs are compiled now, or read from disk where they are kept', file=sys.stderr)
   thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
   thread.start(scheduler.warm_up).result()
