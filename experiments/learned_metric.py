@@ -5,6 +5,7 @@
 
 Without --ratings, the pairs are lines of Python's own library and copies with errors, rated by the share of words that
 are right. A line of --ratings has candidate, rating, reference or references, and optionally system and item.
+BLEU, chrF and ROUGE, with which it is compared, need `pip install -e '.[eval]'`.
 """
 import functools
 import pathlib
