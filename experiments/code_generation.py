@@ -57,10 +57,7 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
   metric = texts.PassAtK(k, texts.Sandbox(seconds=seconds, isolated=not allow_no_isolation))
   metric.sandbox.check()
   workdir, model = load.run_or_model(workdir, model, best)
-  holes = {'body': code_holes.bodies()[:limit], 'line': code_holes.lines()[:limit]}
-  if problems:
-    holes = {problems.name.split('.')[0]: code_holes.of_records(text_files.read(problems))[:limit]}
-  results = {}
+  results, holes = {}, holes_of(problems, limit)
   with jax.set_mesh(sharding.make_mesh()):
     loaded = pretrained.load(model) if model else load.open_trained(workdir, best)
     if loaded.model.max_length < max_tokens + 8:
@@ -78,9 +75,7 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
       answers = [[hole.answer] for hole in several]
       own = passed(texts.PassAtK((1,), metric.sandbox), several, answers)
       results[f'{kind} of its author'] = report.to_json(Result(own.measures))
-      for hole, row, outcomes in zip(several, written, attempts.results):
-        place = outcomes.index('passed') if 'passed' in outcomes else 0
-        print(f'{kind} {hole.name}: {hole.cut(row[place])[:200]!r} {outcomes[place][:60]}')
+      show(kind, several, written, attempts)
   print(f'\n{report.table(results)}')
   folder = out or (None if model else workdir / 'code_generation')
   if folder:
@@ -88,6 +83,20 @@ def measure(*, workdir: pathlib.Path | None = None, model: str | None = None, pr
     report.write(folder, {'model': model or workdir.name, 'problems': str(problems), 'samples': samples,
                           'temperature': temperature, 'seed': seed, 'max_tokens': max_tokens}, results)
     print(f'written to {folder}')
+
+
+def holes_of(problems: pathlib.Path | None, limit: int | None) -> dict[str, Sequence[Hole]]:
+  """Returns the holes of each kind: those of a file of problems, or of Python's library."""
+  if problems:
+    return {problems.name.split('.')[0]: code_holes.of_records(text_files.read(problems))[:limit]}
+  return {'body': code_holes.bodies()[:limit], 'line': code_holes.lines()[:limit]}
+
+
+def show(kind: str, holes: Sequence[Hole], written: Sequence[Sequence[str]], attempts: Attempts) -> None:
+  """Prints one program of each hole, which passes if any does, and what came of it."""
+  for hole, row, outcomes in zip(holes, written, attempts.results):
+    place = outcomes.index('passed') if 'passed' in outcomes else 0
+    print(f'{kind} {hole.name}: {hole.cut(row[place])[:200]!r} {outcomes[place][:60]}')
 
 
 def passed(metric: texts.PassAtK, holes: Sequence[Hole], written: Sequence[Sequence[str]]) -> Attempts:

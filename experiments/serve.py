@@ -18,7 +18,7 @@ import jax
 
 from lm import generate, launch, load, serve, sharding
 from lm.hf import pretrained
-from lm.models import Reward
+from lm.models import Reward, kinds
 from lm.models.quantized_decoder import check_weights, with_rounded_weights
 from lm.objectives.objective import causal_prompt
 from lm.options import ServedDrafts
@@ -32,7 +32,7 @@ def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
   prompt = causal_prompt if folder else loaded.run.objective.prompt
   decoder = loaded.model
   if isinstance(decoder, Reward) or not decoder.causal or prompt is not causal_prompt:
-    raise ValueError(f'--model={model} is {load.kind(decoder)} that does not write from left to right after any '
+    raise ValueError(f'--model={model} is {kinds.in_words(decoder)} that does not write from left to right after any '
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
   template = None if decoder.reads_source else load.chat_template(loaded)

@@ -16,7 +16,7 @@ from lm import lora, paths, scripts, signature, train
 from lm.data import tokenizers
 from lm.data.chat import conversation
 from lm.hf import pretrained
-from lm.models import Encoder, EncoderDecoder, MultiToken, Reward, TextScorer, Transformer
+from lm.models import kinds
 from lm.optim import averaging
 from lm.workdir import checkpoint, mismatch, rebuild, records
 from lm.workdir.describe import describe, differences
@@ -252,16 +252,6 @@ class StoredResult:
     return {name: loaded.params[name] for name in jax.eval_shape(model.init, jax.random.key(0))}
 
 
-KINDS = Reward, EncoderDecoder, Encoder, TextScorer, Transformer, MultiToken
-
-
-def kind(model: Any) -> str:
-  """Says what kind of model a model is."""
-  words = dict(zip(KINDS, ('a reward model', 'an encoder-decoder', 'an encoder', 'a scorer of pairs of texts',
-                           'a decoder', 'a decoder')))
-  return next((name for cls, name in words.items() if isinstance(model, cls)), f'of class {type(model).__name__}')
-
-
 def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> train.Run:
   """Returns a run that starts from the parameters that `init` names; a run with adapters adds them.
 
@@ -269,9 +259,10 @@ def start_from(run: train.Run, init: str, ignore_tokenizer: bool = False) -> tra
   Raises ValueError where shapes differ, and FileNotFoundError where nothing has that name.
   """
   base, model = open_base(init, with_tokenizer=not ignore_tokenizer), lora.base_model(run.model)
-  have_kinds = isinstance(base.model, KINDS) and isinstance(model, KINDS)
-  if have_kinds and kind(base.model) != kind(model):
-    raise ValueError(f'--init={init} is {kind(base.model)}, and this run trains {kind(model)}; give another --init')
+  have_kinds = isinstance(base.model, kinds.CLASSES) and isinstance(model, kinds.CLASSES)
+  if have_kinds and kinds.in_words(base.model) != kinds.in_words(model):
+    raise ValueError(f'--init={init} is {kinds.in_words(base.model)}, and this run trains {kinds.in_words(model)}; '
+                     'give another --init')
   pretrained.check_shapes(init, base.model, model)
   fingerprint = None if ignore_tokenizer else base.tokenizer.fingerprint
   return dataclasses.replace(lora.start_from(run, base.start), start_tokenizer=fingerprint)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lm import load
 from lm.load import BaseModel
-from lm.models import Encoder, EncoderDecoder, MultiToken, Transformer
+from lm.models import Encoder, EncoderDecoder, MultiToken, Transformer, kinds
 from lm.train import interfaces
 
 DECODER = 'a decoder, such as GPT-2 or Llama'
@@ -41,7 +41,7 @@ class Named:
                               f'{self.flag}')
     base = load.open_base(self.name, self.dtype, self.with_tokenizer)
     if not self.accepts(base.model):
-      raise ValueError(f'{flag} is {load.kind(base.model)}, and what is needed is {self.kind}; give another '
+      raise ValueError(f'{flag} is {kinds.in_words(base.model)}, and what is needed is {self.kind}; give another '
                        f'{self.flag}')
     return base
 

@@ -7,7 +7,7 @@ import pytest
 
 from lm import load, named, signature, train
 from lm.data import tokenizers
-from lm.models import Reward, encoder, encoder_decoder, prediction_heads, transformer
+from lm.models import Reward, encoder, encoder_decoder, kinds, prediction_heads, transformer
 
 DECODER = transformer.llama(320, 16, 1, heads=2, max_length=512)
 MODELS = {'a decoder': DECODER, 'a reward model': Reward(DECODER), 'an encoder': encoder.bert(320, 16, 1, 2, 256),
@@ -48,7 +48,7 @@ def test_init_of_another_kind_is_refused_and_decoders_that_predict_further_token
     else:
       with pytest.raises(ValueError, match=f'^--init={name} is {name}, and this run trains a decoder; give another'):
         load.start_from(texts_run, name)
-  assert load.kind(prediction_heads.sequential(DECODER, 1)) == 'a decoder'
+  assert kinds.in_words(prediction_heads.sequential(DECODER, 1)) == 'a decoder'
 
 
 @pytest.fixture

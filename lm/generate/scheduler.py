@@ -37,7 +37,7 @@ from lm.generate.page_pool import prefix_keys
 from lm.generate.request import Event, Request, Scores
 from lm.generate.sampling import Sampling
 from lm.generate.scheduled import NO_SCORES, PromptReading, WrittenChoice, row_scores
-from lm.generate.slots import WIDTHS, Slots
+from lm.generate.slots import WIDTHS, Slots, usable_widths
 from lm.models import paged
 
 
@@ -46,8 +46,7 @@ class Scheduler:
 
   Args:
     engine: decodes; `engine.slots` is the longest text, prompt and output together.
-    rows: the number of choices that are written at the same time, a multiple of the parts into which the mesh splits
-      rows.
+    rows: the number of choices that are written at once, a multiple of the parts into which the mesh splits rows.
     widths: of the chunks in which prompts are read; 1 is one of them. A step reads about as many tokens as the largest
       while rows are being written.
     tokens_per_step: the number of tokens of each row in a step; fewer let requests join and leave earlier. While a row
@@ -77,9 +76,7 @@ class Scheduler:
     model = engine.model
     self.context = int(min(engine.slots, longest_text(model)))   # the longest text, in tokens
     self.engine, self.tokens_per_step = engine, tokens_per_step
-    widths = tuple(width for width in sorted(set(widths), reverse=True) if width <= max(self.context // 2, 1))
-    if widths[-1:] != (1,):
-      raise ValueError(f'widths={widths} must include 1, because prompts are read without padding')
+    widths = usable_widths(widths, self.context)
     if pages is None:
       pages = rows * -(-engine.slots // widths[0]) + 1 if paged.obstacle(model) is None else 0
     if pages < 0 or pages == 1:

@@ -45,6 +45,18 @@ from lm.models import paged
 WIDTHS = 64, 16, 4, 1   # of chunks; each is a program more, which takes a second to compile
 
 
+def usable_widths(widths: Sequence[int], context: int) -> tuple[int, ...]:
+  """Returns the widths of chunks that texts of up to `context` tokens have use for, the largest first.
+
+  Raises:
+    ValueError: 1 is not among them.
+  """
+  usable = tuple(width for width in sorted(set(widths), reverse=True) if width <= max(context // 2, 1))
+  if usable[-1:] != (1,):
+    raise ValueError(f'widths={usable} must include 1, because prompts are read without padding')
+  return usable
+
+
 class Prompt(NamedTuple):
   """A prompt that is read so far: its cache, and the logits after its last token, [R, V]."""
   cache: Any

@@ -10,6 +10,7 @@ from lm.data.batch import Batch
 from lm.evaluate import rewards
 from lm.generate import batch_answers, beam_search, chat_session, prompts_file
 from lm.hf import pretrained
+from lm.models import kinds
 from lm.models.reward import Reward
 from lm.objectives.objective import causal_prompt
 from lm.options import BestOf, Drawing, Extent, PromptsFile
@@ -64,7 +65,7 @@ def _check_causal(writer: Writer, flag: str) -> None:
   """Raises ValueError where a scheduler cannot read the prompts of a model."""
   if not writer.model.causal or writer.mark is not causal_prompt:
     raise ValueError(f'{flag} is for models that were trained to write from left to right after any prompt, and '
-                     f'{writer.name} is {load.kind(writer.model)} that was not; give --prompt')
+                     f'{writer.name} is {kinds.in_words(writer.model)} that was not; give --prompt')
 
 
 def answer_file(writer: Writer, prompts: prompts_file.Prompts, file: PromptsFile, bos: bool | None, chat: bool
@@ -94,8 +95,8 @@ def talk(writer: Writer, drawing: Drawing, extent: Extent) -> None:
   """Holds a conversation in the terminal."""
   _check_causal(writer, '--chat without --prompt')
   if writer.model.reads_source:
-    raise ValueError(f'--chat without --prompt is for decoders, and {writer.name} is {load.kind(writer.model)}; give '
-                     '--prompt')
+    raise ValueError(f'--chat without --prompt is for decoders, and {writer.name} is {kinds.in_words(writer.model)}; '
+                     'give --prompt')
   slots = min(writer.model.max_length, 4096)
   scheduler = batch_answers.make_scheduler(writer.model, writer.params, writer.tokenizer, slots, rows=1)
   chat_session.ChatSession(scheduler, writer.tokenizer, drawing.sampling(), extent.max_tokens, tuple(extent.stop),
@@ -128,8 +129,8 @@ def print_best(writer: Writer, prompt: str, drawing: Drawing, extent: Extent, be
   """Prints those of several texts that have the highest rewards, the best first."""
   judge = load.open_trained(best_of.reward)
   if not isinstance(judge.model, Reward):
-    raise ValueError(f'--reward={best_of.reward} is {load.kind(judge.model)}, and what is needed is a reward model; '
-                     '"experiments/preference.py --method=reward" makes one')
+    raise ValueError(f'--reward={best_of.reward} is {kinds.in_words(judge.model)}, and what is needed is a reward '
+                     'model; "experiments/preference.py --method=reward" makes one')
   show_room(writer, prompt, extent)
   texts = generate.generate(writer.model, writer.params, writer.tokenizer, [prompt] * best_of.best_of,
                             drawing.sampling(), seed=drawing.seed, stop=extent.stop, max_tokens=extent.max_tokens,
