@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.generate.sampling import BAD_WORD_LENGTH, Sampling, Settings
+from lm.generate.sampling import BAD_WORD_LENGTH, RECENT, Sampling, Settings
 
 
 class TokenHistory(NamedTuple):
   """What the draws of a row depend on besides its logits. `recent_BL` are the last tokens of the text, -1 before it."""
   prompt_BV: jax.Array    # whether a token occurs in the prompt
   counts_BV: jax.Array    # how often a token occurs in the output
-  recent_BL: jax.Array    # one less than the longest bad word
+  recent_BL: jax.Array    # RECENT of them
   written_B: jax.Array    # the number of tokens of the output
 
   def add(self, token_B: jax.Array, is_live_B: jax.Array) -> 'TokenHistory':
@@ -30,7 +30,7 @@ class TokenHistory(NamedTuple):
 def new_history(texts: Sequence[np.ndarray], vocab: int, written: int = 0) -> TokenHistory:
   """Returns the history of texts in NumPy, of each of which the last `written` tokens are output."""
   prompt, counts = np.zeros((len(texts), vocab), bool), np.zeros((len(texts), vocab), np.int32)
-  recent = np.full((len(texts), BAD_WORD_LENGTH - 1), -1, np.int32)
+  recent = np.full((len(texts), RECENT), -1, np.int32)
   for row, ids in enumerate(texts):
     start = len(ids) - written
     prompt[row, ids[:start]] = True
@@ -67,7 +67,7 @@ def keep_allowed(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
 def exclude_bad_words(logits_BV: jax.Array, words_BNL: jax.Array, recent_BL: jax.Array) -> jax.Array:
   """Excludes the last token of each word whose other tokens are the last of the text; -1 in a word is no token."""
   beginnings = words_BNL[..., :-1]
-  matches = ((beginnings < 0) | (beginnings == recent_BL[:, None])).all(-1)
+  matches = ((beginnings < 0) | (beginnings == recent_BL[:, None, 1 - BAD_WORD_LENGTH:])).all(-1)
   return _exclude(logits_BV, words_BNL[..., -1], matches)
 
 
@@ -93,6 +93,32 @@ def penalize_counts(logits_BV: jax.Array, counts_BV: jax.Array, presence: jax.Ar
                     frequency: jax.Array | float) -> jax.Array:
   """Subtracts `presence` from the logits of the tokens that occur, and `frequency` once for each occurrence."""
   return logits_BV - _column(frequency) * counts_BV - _column(presence) * (counts_BV > 0)
+
+
+def penalize_repetitions(logits_BV: jax.Array, recent_BL: jax.Array, breakers_BN: jax.Array,
+                         multiplier: jax.Array | float, base: jax.Array | float, allowed_length: jax.Array | int
+                         ) -> jax.Array:
+  """Subtracts multiplier * base ** (n - allowed_length) from the logits of tokens that would continue a repetition.
+
+  n is the greatest number of tokens that are the last of the text, and also stand before an earlier place of the token.
+  It is at least `allowed_length`. No breaker is among these tokens, and none is penalised. At most 1e4 is subtracted.
+  This is DRY, "don't repeat yourself", as text-generation-webui and llama.cpp have it.
+  """
+  size, places = recent_BL.shape[1], jnp.arange(recent_BL.shape[1])[None]
+  is_breaker = (recent_BL < 0) | (recent_BL[..., None] == breakers_BN[:, None]).any(-1)
+
+  def compare(carry):   # the token that is n places before the last one, with that n places before the one before each
+    n, is_equal, lengths_BL = carry
+    token, breaks = (jax.lax.dynamic_slice_in_dim(x, size - 1 - n, 1, 1) for x in (recent_BL, is_breaker))
+    is_equal &= (jnp.roll(recent_BL, n + 1, axis=1) == token) & ~breaks & (places > n)
+    return n + 1, is_equal, lengths_BL + is_equal
+
+  carry = jnp.int32(0), jnp.ones_like(is_breaker), jnp.zeros_like(recent_BL)
+  _, _, lengths_BL = jax.lax.while_loop(lambda carry: (carry[0] < size - 1) & carry[1].any(), compare, carry)
+  rows, ids = jnp.arange(len(recent_BL))[:, None], jnp.where(is_breaker, logits_BV.shape[-1], recent_BL)
+  excess = jnp.zeros(logits_BV.shape, jnp.int32).at[rows, ids].max(lengths_BL, mode='drop') - _column(allowed_length)
+  penalties = jnp.minimum(_column(multiplier) * _column(base) ** excess, 1e4)
+  return jnp.where((excess >= 0) & (_column(multiplier) > 0), logits_BV - penalties, logits_BV)
 
 
 def keep_min_p(logits_BV: jax.Array, share: jax.Array | float) -> jax.Array:
@@ -235,7 +261,10 @@ def _edit(logits: jax.Array, settings: Settings, history: TokenHistory, ends_BE:
   penalty = settings.repetition_penalty
   logits = _apply_if(penalty != 1, lambda logits: penalize(logits, history.prompt_BV | (history.counts_BV > 0),
                                                            penalty), logits)
-  return _apply_if((presence != 0) | (frequency != 0), penalize_counts, logits, history.counts_BV, presence, frequency)
+  logits = _apply_if((presence != 0) | (frequency != 0), penalize_counts, logits, history.counts_BV, presence,
+                     frequency)
+  dry = settings.breakers, settings.dry_multiplier, settings.dry_base, settings.dry_allowed_length
+  return _apply_if(settings.dry_multiplier > 0, penalize_repetitions, logits, history.recent_BL, *dry)
 
 
 def draw(logits_BV: jax.Array, settings: Settings, keys_B: jax.Array) -> jax.Array:

@@ -17,12 +17,15 @@ GREEDY = 1e-5   # below this temperature, the most probable token is taken
 BIASES = 300
 STOP_IDS = 16
 BAD_WORDS, BAD_WORD_LENGTH = 64, 8
+BREAKERS = 64
+
+RECENT = 1024   # the number of last tokens of a text among which repetitions are looked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn. As in vLLM, the order is: bad words, min_tokens, logit_bias, penalties, temperature, min_p,
-  top_k, top_p; then typical_p and eta_cutoff, as in transformers.
+  """How a token is drawn. As in vLLM, the order is: bad words, min_tokens, logit_bias, penalties (that of DRY last),
+  temperature, min_p, top_k, top_p; then typical_p and eta_cutoff, as in transformers.
 
   Args:
     temperature: divides the logits. At 0, and below 1e-5, the most probable token is taken; other temperatures below
@@ -42,6 +45,12 @@ class Sampling:
       probabilities sum to at least p (Meister et al. 2023); 1 keeps all.
     eta_cutoff: excludes tokens of a probability below min(eta, sqrt(eta) * exp(-entropy)) (Hewitt et al. 2022); 0
       excludes none.
+    dry_multiplier: of the penalty on a token that would continue a repetition in the last 1024 tokens, by the method
+      DRY, "don't repeat yourself"; see `filters.penalize_repetitions`. 0 is off.
+    dry_base: by which this penalty grows with each token of the repetition.
+    dry_allowed_length: the length of a repetition whose continuation has the penalty `dry_multiplier`; those that are
+      shorter have none.
+    dry_sequence_breakers: ids that no repetition goes across.
   """
   temperature: float = 1.
   top_k: int = 0
@@ -56,6 +65,10 @@ class Sampling:
   stop_ids: tuple[int, ...] = ()
   typical_p: float = 1.
   eta_cutoff: float = 0.
+  dry_multiplier: float = 0.
+  dry_base: float = 1.75
+  dry_allowed_length: int = 2
+  dry_sequence_breakers: tuple[int, ...] = ()
 
   def __post_init__(self):
     for name, valid, allowed in (
@@ -75,7 +88,12 @@ class Sampling:
         ('bad_words', len(self.bad_words) <= BAD_WORDS
          and all(1 <= len(word) <= BAD_WORD_LENGTH for word in self.bad_words),
          f'at most {BAD_WORDS} sequences of 1 to {BAD_WORD_LENGTH} ids'),
-        ('stop_ids', len(self.stop_ids) <= STOP_IDS, f'at most {STOP_IDS} ids')):
+        ('stop_ids', len(self.stop_ids) <= STOP_IDS, f'at most {STOP_IDS} ids'),
+        ('dry_multiplier', 0 <= self.dry_multiplier < math.inf, '0 (off) or more'),
+        ('dry_base', 1 <= self.dry_base < math.inf, '1 or more'),
+        ('dry_allowed_length', 1 <= self.dry_allowed_length < 2 ** 31 and self.dry_allowed_length % 1 == 0,
+         'a whole number, 1 or more, below 2 ** 31'),
+        ('dry_sequence_breakers', len(self.dry_sequence_breakers) <= BREAKERS, f'at most {BREAKERS} ids')):
       if not valid:
         raise ValueError(f'{name}={getattr(self, name)} must be {allowed}')
 
@@ -86,7 +104,8 @@ class Sampling:
   @property
   def ids(self) -> set[int]:
     """The ids that the settings name."""
-    return {*(i for i, _ in self.logit_bias), *(i for word in self.bad_words for i in word), *self.stop_ids}
+    return {*(i for i, _ in self.logit_bias), *(i for word in self.bad_words for i in word), *self.stop_ids,
+            *self.dry_sequence_breakers}
 
   def check_ids(self, vocab: int) -> None:
     """Raises ValueError if the settings name an id that is not below `vocab`, or is negative."""
@@ -111,10 +130,14 @@ class Settings(NamedTuple):
   presence_penalty: jax.Array
   frequency_penalty: jax.Array
   min_tokens: jax.Array
+  dry_multiplier: jax.Array
+  dry_base: jax.Array
+  dry_allowed_length: jax.Array
   bias_ids: jax.Array      # [B, BIASES]
   biases: jax.Array        # [B, BIASES]
   bad_words: jax.Array     # [B, BAD_WORDS, BAD_WORD_LENGTH]
   stop_ids: jax.Array      # [B, STOP_IDS]
+  breakers: jax.Array      # [B, BREAKERS]
   key: jax.Array
 
   @property
@@ -127,27 +150,29 @@ def settings(samplings: Sequence[Sampling], seeds_B: Sequence[int], streams_B: n
   rows = len(samplings)
   dtypes = {'temperature': np.float32, 'top_k': np.int32, 'top_p': np.float32, 'min_p': np.float32,
             'typical_p': np.float32, 'eta_cutoff': np.float32, 'repetition_penalty': np.float32,
-            'presence_penalty': np.float32, 'frequency_penalty': np.float32, 'min_tokens': np.int32}
+            'presence_penalty': np.float32, 'frequency_penalty': np.float32, 'min_tokens': np.int32,
+            'dry_multiplier': np.float32, 'dry_base': np.float32, 'dry_allowed_length': np.int32}
   values = [np.array([getattr(sampling, name) for sampling in samplings], dtype) for name, dtype in dtypes.items()]
   bias_ids, biases = np.full((rows, BIASES), -1, np.int32), np.zeros((rows, BIASES), np.float32)
   bad_words = np.full((rows, BAD_WORDS, BAD_WORD_LENGTH), -1, np.int32)
-  stop_ids = np.full((rows, STOP_IDS), -1, np.int32)
+  stop_ids, breakers = np.full((rows, STOP_IDS), -1, np.int32), np.full((rows, BREAKERS), -1, np.int32)
   for row, sampling in enumerate(samplings):
     for i, (token, value) in enumerate(sampling.logit_bias):
       bias_ids[row, i], biases[row, i] = token, value
     for i, word in enumerate(sampling.bad_words):
       bad_words[row, i, -len(word):] = word
     stop_ids[row, :len(sampling.stop_ids)] = sampling.stop_ids
+    breakers[row, :len(sampling.dry_sequence_breakers)] = sampling.dry_sequence_breakers
   keys = {seed: seeds.key(seed) for seed in set(seeds_B)}
   streams = jnp.asarray(streams_B, jnp.uint32)
   key = jax.vmap(jax.random.fold_in)(jnp.stack([keys[seed] for seed in seeds_B]), streams)
-  return Settings(*values, bias_ids, biases, bad_words, stop_ids, np.asarray(jax.random.key_data(key)))
+  return Settings(*values, bias_ids, biases, bad_words, stop_ids, breakers, np.asarray(jax.random.key_data(key)))
 
 
 # The fields of settings that depend on the tokens of the text or on their number, or that name ids, and the values of
 # those that are off.
 _NEED_HISTORY = {'repetition_penalty': 1, 'presence_penalty': 0, 'frequency_penalty': 0, 'min_tokens': 0,
-                 'bias_ids': -1, 'bad_words': -1, 'stop_ids': -1}
+                 'dry_multiplier': 0, 'bias_ids': -1, 'bad_words': -1, 'stop_ids': -1}
 
 
 def first_that_needs_history(settings: Settings) -> str | None:

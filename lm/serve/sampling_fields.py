@@ -12,6 +12,7 @@ MOST_TOKENS = (1 << 31) - 1   # of a body; what a model has room for is checked 
 MOST_CHOICES = 128
 MOST_LOGPROBS = 20       # alternatives of a token
 MOST_SEED = (1 << 32) - 1
+MOST_BREAKERS = 64       # strings that no repetition goes across
 
 # Fields of completions and of chats.
 SAMPLING: Mapping[str, Field] = {
@@ -22,6 +23,9 @@ SAMPLING: Mapping[str, Field] = {
     'repetition_penalty': number(0, 10, above=True).otherwise(1.), 'logit_bias': body_fields.BIASES,
     'n': integer(1, MOST_CHOICES).otherwise(1), 'seed': integer(0, MOST_SEED),
     'min_tokens': integer(0, MOST_TOKENS).otherwise(0),
+    'dry_multiplier': number(0, 100).otherwise(0.), 'dry_base': number(1, 100).otherwise(1.75),
+    'dry_allowed_length': integer(1, MOST_TOKENS).otherwise(2),
+    'dry_sequence_breakers': body_fields.texts(MOST_BREAKERS).otherwise(('\n', ':', '"', '*')),
     'stop': body_fields.texts(16), 'stop_token_ids': body_fields.IDS.otherwise(())}
 STREAMING: Mapping[str, Field] = {
     'stream': body_fields.boolean(),
@@ -42,6 +46,7 @@ class AnswerSettings:
     stop: strings that end an answer, and are not part of it.
     logprobs: the number of alternatives of each token whose log-probabilities are answered; None for no
       log-probabilities at all.
+    breakers: strings that no repetition of DRY goes across.
   """
   sampling: generate.Sampling = generate.PLAIN
   n: int = 1
@@ -49,10 +54,12 @@ class AnswerSettings:
   max_tokens: int | None = None
   stop: tuple[str, ...] = ()
   logprobs: int | None = None
+  breakers: tuple[str, ...] = ()
 
 
 _OF_TOKENS = ('temperature', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'frequency_penalty', 'repetition_penalty',
-              'logit_bias', 'min_tokens', 'typical_p', 'eta_cutoff')
+              'logit_bias', 'min_tokens', 'typical_p', 'eta_cutoff', 'dry_multiplier', 'dry_base',
+              'dry_allowed_length')
 
 
 def replace(sampling: generate.Sampling, **fields: Any) -> generate.Sampling:
@@ -74,7 +81,8 @@ def read_settings(values: Mapping[str, Any], max_tokens: int | None, logprobs: i
   if sampling.min_tokens and stop:
     raise bad_request(f'min_tokens={sampling.min_tokens} holds for token ids that end an answer, and not for the '
                       'strings of stop; leave out one of the two, or give stop_token_ids', 'min_tokens')
-  return AnswerSettings(sampling, n, values['seed'], max_tokens, stop, logprobs)
+  return AnswerSettings(sampling, n, values['seed'], max_tokens, stop, logprobs,
+                        values['dry_sequence_breakers'])
 
 
 def read_streaming(values: Mapping[str, Any]) -> tuple[bool, bool]:

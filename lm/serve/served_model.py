@@ -77,6 +77,10 @@ class ServedModel:
         ids = generate.with_bos(ids, self.tokenizer, None)
     return ids if len(ids) else np.int32([eos if reads_source else self.tokenizer.bos_id])
 
+  def last_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
+    """Returns the last id of each text where it stands after another one."""
+    return tuple(int(ids[-1]) for ids in self.tokenizer.encode_batch([f'a{text}' for text in texts]))
+
   def text_and_source(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns what the model continues after a prompt, and what its encoder reads; None for a decoder."""
     return generate.text_and_source(self.model, self.tokenizer.bos_id, ids)

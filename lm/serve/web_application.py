@@ -142,7 +142,8 @@ class _Server:
     """Returns the engine's request for a prompt, after which there is `room`; `ends` end an answer too."""
     settings = body.settings
     stop_ids = tuple(dict.fromkeys((*settings.sampling.stop_ids, *ends)))
-    sampling = sampling_fields.replace(settings.sampling, stop_ids=stop_ids)
+    breakers = self._served.last_ids(settings.breakers) if settings.sampling.dry_multiplier else ()
+    sampling = sampling_fields.replace(settings.sampling, stop_ids=stop_ids, dry_sequence_breakers=breakers)
     self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
     seed = random.SystemRandom().randint(0, sampling_fields.MOST_SEED) if settings.seed is None else settings.seed
     text, source = self._served.text_and_source(ids)

@@ -68,6 +68,38 @@ def test_settings_of_rows_are_plain_loops_over_tokens():
       np.testing.assert_allclose(rows[row], expected, rtol=1e-5, atol=1e-5, err_msg=str(sampling))
 
 
+def repetitions(text, sampling):
+  """Returns the penalty of each token that would continue a repetition, by the definition of DRY."""
+  lengths = {}
+  for place, token in enumerate(text):
+    n = 0
+    while n < place and text[place - 1 - n] == text[-1 - n] and text[-1 - n] not in sampling.dry_sequence_breakers:
+      n += 1
+    if token not in sampling.dry_sequence_breakers:
+      lengths[token] = max(n, lengths.get(token, 0))
+  return {token: min(1e4, sampling.dry_multiplier * sampling.dry_base ** (n - sampling.dry_allowed_length))
+          for token, n in lengths.items() if n >= sampling.dry_allowed_length}
+
+
+def test_continued_repetitions_are_penalised_as_dry_is_defined():
+  rng, samplings = np.random.default_rng(0), [
+      Sampling(0, dry_multiplier=0.8), Sampling(0), Sampling(0, dry_multiplier=2., dry_base=1.2, dry_allowed_length=1),
+      Sampling(0, dry_multiplier=0.5, dry_sequence_breakers=(2,)),
+      Sampling(0, dry_multiplier=1., dry_base=1., dry_allowed_length=4, dry_sequence_breakers=(29, 1))]
+  sizes = set()
+  for text in ([3], [5] * 20, [1, 2] * 9, *(rng.integers(0, 3, 40) for _ in range(12)), TEXT):
+    text, logits = [int(token) for token in text], rng.normal(0, 2, (len(samplings), V)).astype('f4')
+    rows = processed(logits, samplings, text, 0)
+    for row, sampling in enumerate(samplings):
+      penalties = repetitions(text, sampling) if sampling.dry_multiplier else {}
+      sizes |= {(row, len(penalties))}
+      expected = logits[row] - np.float32([penalties.get(token, 0.) for token in range(V)])
+      np.testing.assert_allclose(rows[row], expected, rtol=1e-5, atol=1e-5, err_msg=f'{text} {sampling}')
+  assert {row for row, count in sizes if count} == {0, 2, 3, 4}
+  forever = processed(np.zeros((2, V), 'f4'), [Sampling(0, dry_multiplier=1.), Sampling(0)], [4] * 3000, 0)
+  assert forever[0, 4] == -1e4 and not np.delete(forever[0], 4).any() and not forever[1].any()
+
+
 def test_a_history_grows_as_a_text_does():
   whole, grown = filters.new_history([np.int32(TEXT)], V, WRITTEN), filters.new_history([np.int32(TEXT[:4])], V)
   add = jax.jit(filters.TokenHistory.add)

@@ -45,7 +45,7 @@ def test_the_smallest_body_is_read_and_unknown_fields_are_all_named(path):
     ('stop', ['']), ('stop', 5), ('stop', ['a'] * 17), ('logit_bias', {'a': 1}), ('logit_bias', {'1': 101}),
     ('logprobs', 21), ('max_tokens', -1), ('stream', 1), ('prompt', []), ('prompt', ['a', 1]), ('prompt', '\ud800'),
     ('stream_options', {'include_usage': True}), ('stop_token_ids', [-1]), ('presence_penalty', 3), ('best_of', 3),
-    ('response_format', {'type': 'xml'}), ('structured_outputs', {'json': {}, 'regex': 'a'})])
+    ('dry_base', .5), ('response_format', {'type': 'xml'}), ('structured_outputs', {'json': {}, 'regex': 'a'})])
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
   assert field in str(refusal(request_bodies.read_completion, {'prompt': 'a', field: value}))
 

@@ -98,6 +98,21 @@ def answer_of(text, path='/v1/completions', size=1, **body):
   return answer.json()
 
 
+def test_strings_that_no_repetition_goes_across_become_ids():
+  samplings = []
+
+  def script(request, choice):
+    samplings.append(request.sampling)
+    return [TOKENS.eos_id]
+  dry = {'prompt': 'x', 'dry_multiplier': 0.8, 'dry_base': 2, 'dry_allowed_length': 3}
+  with client_of(ScriptedEngine(script)) as client:
+    for body in ({'prompt': 'x'}, dry, {**dry, 'dry_sequence_breakers': ['.', 'a é']}):
+      assert client.post('/v1/completions', json=body).status_code == 200
+  values = {'dry_multiplier': 0.8, 'dry_base': 2., 'dry_allowed_length': 3}
+  expected = [generate.Sampling(**values, dry_sequence_breakers=tuple(ids)) for ids in (b'\n:"*', b'.\xa9')]
+  assert samplings == [generate.Sampling(), *expected]
+
+
 def test_text_ends_before_a_stop_string_and_usage_counts_the_tokens_that_were_drawn():
   with client_of(ScriptedEngine(text_script('abcab🙂!'), 1)) as client:
     ask = lambda **fields: client.post('/v1/completions', json={'prompt': 'x', 'max_tokens': 99, **fields}).json()
