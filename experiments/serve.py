@@ -55,8 +55,11 @@ def _drafting_engine(model: str, slots: int, weights: str) -> generate.Engine:
 
 
 def _scheduler(engine: generate.Engine, rows: int, pages: int | None, drafter: Any) -> generate.Scheduler:
-  """Returns a scheduler; prints why prompts share nothing where they do not."""
+  """Returns a scheduler; prints what it cannot do: texts as long as a context, or prompts that share pages."""
   scheduler = generate.Scheduler(engine, rows, pages=pages, drafter=drafter)
+  if scheduler.context < engine.slots:
+    print(f'--pages={pages} have room for texts of {scheduler.context} tokens, a prompt and its answer together',
+          file=sys.stderr)
   if scheduler.sharing_obstacle is not None:
     print(f'each prompt is read from its beginning, as prompts share nothing: {scheduler.sharing_obstacle}',
           file=sys.stderr)

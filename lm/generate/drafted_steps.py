@@ -27,7 +27,17 @@ import numpy as np
 
 from lm import sharding
 from lm.data.batch import Batch
-from lm.generate.engine import CHUNK, TOP, Alternatives, Engine, State, Tokens, add_token, replicate, split_rows
+from lm.generate.engine import (
+    CHUNK,
+    Engine,
+    State,
+    Tokens,
+    add_token,
+    empty_columns,
+    put_column,
+    replicate,
+    split_rows,
+)
 from lm.models.attention import LayerCache
 from lm.models.latent import LatentCache
 from lm.models.transformer import Cache
@@ -134,14 +144,9 @@ def _draw(model, params, state: State, drafts_BD, allowed, ends, *, vocab) -> tu
     is_wrong |= new.token_B != drafts[:, n]
     state = new._replace(token_B=jnp.where(is_idle, state.token_B, new.token_B),
                          ended_B=jnp.where(is_idle, state.ended_B, new.ended_B))
-    columns = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
-                           tokens._replace(count_B=None))
-    return n + 1, state, is_wrong, columns
+    return n + 1, state, is_wrong, put_column(columns, tokens, n)
 
-  shape = tokens.shape
-  top = *shape, min(TOP, vocab)
-  columns = split_rows(Tokens(jnp.full(shape, ends[0]), jnp.zeros(shape), None,
-                              Alternatives(jnp.zeros(top, jnp.int32), jnp.zeros(top))))
+  columns = empty_columns(*tokens.shape, vocab, ends)
   carry = jnp.int32(0), state._replace(cache=None), jnp.zeros_like(state.ended_B), columns
   _, state, _, columns = jax.lax.while_loop(lambda carry: ~(carry[1].ended_B | carry[2]).all(), add_column, carry)
   counts = state.history.written_B - written

@@ -75,10 +75,7 @@ def longest_text(model: Any) -> int:
 
 
 def map_shards(function: Any, *args: Any) -> Any:
-  """Calls a function of trees whose arrays begin with the axis of rows.
-
-  On a mesh, each shard computes its own rows, over the whole vocabulary.
-  """
+  """Calls a function of trees of arrays [B, ...]. Each shard of a mesh computes its own rows, over the whole V."""
   rows = sharding.spec('B')
   if rows is None:
     return function(*args)
@@ -134,6 +131,19 @@ def add_token(state: State, logits_BV: jax.Array, allowed_BW: jax.Array, vocab: 
   return state, Tokens(token[:, None], log_probability, is_live.astype(jnp.int32), alternatives)
 
 
+def empty_columns(rows: int, width: int, vocab: int, ends: jax.Array) -> Tokens:
+  """Returns `width` columns for the tokens of rows, filled with the first of `ends`; they have no counts."""
+  shape, top = (rows, width), (rows, width, min(TOP, vocab))
+  return split_rows(Tokens(jnp.full(shape, ends[0]), jnp.zeros(shape), None,
+                           Alternatives(jnp.zeros(top, jnp.int32), jnp.zeros(top))))
+
+
+def put_column(columns: Tokens, tokens: Tokens, n: jax.Array) -> Tokens:
+  """Returns columns of which column `n` is that of `tokens`, which have one."""
+  return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
+                      tokens._replace(count_B=None))
+
+
 def split_rows(tree: Any) -> Any:
   """Returns arrays whose first axis is that of rows, split over the mesh along this axis only."""
   return jax.tree.map(lambda x: sharding.constrain(x, 'B' + '-' * (x.ndim - 1)), tree)
@@ -175,15 +185,9 @@ def _step(model, params, state: State, count, allowed, ends, *, vocab) -> tuple[
     batch = Batch(state.token_B[:, None], positions=state.position_B[:, None], segments=is_live[:, None])
     out = model.apply(params, batch, cache=state.cache)
     state, tokens = add_token(state._replace(cache=out.cache), last_logits(out), allowed, vocab, ends)
-    columns = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, n, 1), columns,
-                           tokens._replace(count_B=None))
-    return n + 1, state, columns
+    return n + 1, state, put_column(columns, tokens, n)
 
-  shape = len(state.token_B), CHUNK
-  top = *shape, min(TOP, vocab)
-  columns = split_rows(Tokens(jnp.full(shape, ends[0]), jnp.zeros(shape), None,
-                              Alternatives(jnp.zeros(top, jnp.int32), jnp.zeros(top))))
-  written = state.history.written_B
+  written, columns = state.history.written_B, empty_columns(len(state.token_B), CHUNK, vocab, ends)
   _, state, columns = jax.lax.while_loop(
       lambda carry: (carry[0] < count) & ~carry[1].ended_B.all(), add_column, (jnp.int32(0), state, columns))
   return state, replicate(columns._replace(count_B=state.history.written_B - written))

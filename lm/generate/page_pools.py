@@ -61,6 +61,12 @@ class PagePools:
     """The number of pages."""
     return sum(pool.total for pool in self._pools if pool is not None)
 
+  @property
+  def longest(self) -> int:
+    """The number of tokens of the longest text that has room in the pages of layers without a window."""
+    pool, *_ = self._pools
+    return (self._blocks if pool is None else min(self._blocks, pool.total)) * self._size
+
   def _first(self, window: int | None, position: int) -> int:
     """Returns the first block that a token at this position sees."""
     return 0 if window is None else max(position - window + 1, 0) // self._size

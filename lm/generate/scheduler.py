@@ -55,12 +55,11 @@ class Scheduler:
       for its prompt and its new tokens when it joins, and shares those of a prefix that another prompt has too, which
       is then not read again. None for as many as all rows can need, or for 0 where the cache cannot have pages, see
       `paged.obstacle`. With 0, each row has `engine.slots` slots of its own. Layers with a window have at most as many
-      pages, see `page_pools`.
+      pages, see `page_pools`. No text is longer than all pages together.
     drafter: drafts tokens, if any; it may not serve another scheduler. Rows with a grammar have no drafts.
 
   Raises:
-    ValueError: a number is out of range, the mesh cannot split the rows, the engine makes drafts, the cache cannot have
-      pages, or the drafter cannot draft for the engine.
+    ValueError: a number is out of range; the mesh, the engine, its cache or the drafter does not fit.
   """
 
   def __init__(self, engine: Engine, rows: int = 8, widths: Sequence[int] = WIDTHS, tokens_per_step: int = 1,
@@ -68,13 +67,11 @@ class Scheduler:
     if engine.spare_slots:
       raise ValueError(f'{type(engine).__name__} of {type(engine.model).__name__} cannot read prompts in chunks; give '
                        'an Engine')
-    if rows < 1 or not 1 <= tokens_per_step <= CHUNK:
-      raise ValueError(f'rows={rows} must be at least 1, and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
-    if rows % sharding.parts('B'):
-      raise ValueError(f'rows={rows} must be a multiple of {sharding.parts("B")}, the number of parts into which the '
-                       'mesh splits rows')
-    model = engine.model
-    self.context = int(min(engine.slots, longest_text(model)))   # the longest text, in tokens
+    model, parts = engine.model, sharding.parts('B')
+    if rows < 1 or rows % parts or not 1 <= tokens_per_step <= CHUNK:
+      raise ValueError(f'rows={rows} must be a positive multiple of {parts}, into which the mesh splits them, '
+                       f'and tokens_per_step={tokens_per_step} from 1 to {CHUNK}')
+    self.context = int(min(engine.slots, longest_text(model)))   # the tokens of the longest text, also of a scored one
     self.engine, self.tokens_per_step = engine, tokens_per_step
     widths = usable_widths(widths, self.context)
     if pages is None:
@@ -90,6 +87,8 @@ class Scheduler:
     self._slots = Slots(dataclasses.replace(engine, slots=slots), rows, widths, pages)
     self._state = self._slots.empty()
     self.pool = self._slots.pools()   # which pages are used; None without pages
+    if self.pool is not None:
+      self.context = min(self.context, self.pool.longest)
     self.sharing_obstacle = self._sharing_obstacle()   # why prompts do not share prefixes; None if they do
     self.prompt_tokens = 0   # of all prompts so far
     self.shared_tokens = 0   # those of them that were in pages, and not read again
@@ -150,11 +149,10 @@ class Scheduler:
   def submit(self, request: Request) -> None:
     """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
     request.check(self.engine, self.context)
-    limit = request.limit(self.context)
-    if self.pool is not None and limit:   # a prompt that is only scored takes no pages
+    if self.pool is not None:
       length = len(request.ids)
       full = length // self._slots.size if self.sharing_obstacle is None else 0
-      self.pool.check(full, length, length + limit)
+      self.pool.check(full, length, length + request.limit(self.context))
     self._waiting.append(request)
 
   def abort(self, request: Request, choice: int | None = None) -> None:

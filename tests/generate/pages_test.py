@@ -67,7 +67,7 @@ def test_a_mesh_that_splits_rows_has_no_pages():
   mesh = sharding.make_mesh('fsdp:2', jax.devices()[:2])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match='pages=22 are not possible: the mesh splits rows'):
     Scheduler(engine, 4, (8, 2, 1), pages=22)
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match='rows=5 must be a multiple of 2'):
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match='rows=5 must be a positive multiple of 2'):
     Scheduler(engine, 5)
   with jax.set_mesh(mesh):
     subject = Scheduler(engine, 4, (8, 2, 1))
