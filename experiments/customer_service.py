@@ -124,7 +124,8 @@ def report(run: train.Run, workdir: pathlib.Path, result: train.Result) -> None:
       first, *others = [message['content'] for message in questions[i][0]]
       print('\n'.join([f'> {first!r}', *(f'> {text}' for text in others[-3:]),
                        f'  model   {replies[i]!r} {log_p[i]:.2f}', f'  record  {answers[i]!r}']))
-  print(f'\nanswers with a log-probability below {limit:.3f} are handed over\n\n'
+  which = 'all answers' if np.isinf(limit) else f'answers with a log-probability below {limit:.3f}'
+  print(f'\n{which} are handed over\n\n'
         + reports.table({name: reports.to_json(Result(some)) for name, some in measures.items()}))
 
 
