@@ -82,7 +82,8 @@ class SelfSpeculation(DraftCounter):
     """See `generate.Draft`. Raises ValueError if the model cannot draft as many tokens."""
     depths = model.depths
     if not depths:
-      raise ValueError('this model predicts no further tokens, so there is nothing to draft with')
+      raise ValueError('this model predicts no further tokens, so there is nothing to draft with; use one that was '
+                       'trained with --predict_ahead, or draft by --lookup')
     drafts = depths if self.drafts is None else self.drafts
     if not 1 <= drafts <= depths:
       raise ValueError(f'drafts={drafts}: this model can draft 1 to {depths} tokens')

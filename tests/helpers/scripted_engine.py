@@ -83,12 +83,12 @@ def text_script(text, ends=True):
 
 
 @contextlib.contextmanager
-def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, context=128, **limits):
+def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, context=128, name='tiny', **limits):
   """Yields the application of a server and the thread of its engine."""
   model, params = model or decoders.make()
   thread = serve.EngineThread(engine, most)
   try:
-    model = serve.ServedModel('tiny', model, params, tokenizer, context, template)
+    model = serve.ServedModel(name, model, params, tokenizer, context, template)
     yield serve.application(model, thread, serve.Limits(**limits)), thread
   finally:
     thread.close()

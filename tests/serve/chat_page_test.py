@@ -154,14 +154,39 @@ def test_a_model_without_a_template_continues_the_text(browser):
     browsers.picture(page, 'completion')
 
 
+def test_the_oldest_text_is_left_out_where_the_context_has_no_room(browser):
+  read = []
+  def script(request, choice):
+    read.append(request.ids)
+    return text_script('x' * 20)(request, choice)
+  with address_of(ScriptedEngine(script, 4), context=128) as address, page_of(browser, address) as page:
+    for message, notes in ('a' * 10, 0), ('b' * 10, 0), ('c', 1):   # an answer needs half of the context
+      send(page, message)
+      browsers.playwright.expect(page.locator(f'.message.user >> text={message}')).to_have_count(1)
+      page.wait_for_selector('body[data-ready=idle]')
+      assert page.locator('.tools >> text=does not fit the context').count() == notes
+    assert page.locator('.message').count() == 6
+  texts = [bytes(i for i in ids.tolist() if i < 256).decode() for ids in read]
+  a, b, x = 'a' * 10, 'b' * 10, 'x' * 20
+  assert texts == [a, a + x + b, b + x + 'c']
+  with address_of(ScriptedEngine(script, 4), None, context=64) as address, page_of(browser, address) as page:
+    send(page, 'd' * 50)
+    page.wait_for_selector('.tools button')
+    send(page, 'e')
+    browsers.playwright.expect(page.locator('.tools >> text=does not fit the context')).to_have_count(1)
+  assert bytes(read[-1].tolist()).decode() == ('d' * 50 + 'x' * 13 + 'e')[-32:]
+
+
 def test_errors_are_shown_and_a_key_is_asked_for(browser):
-  with address_of(ScriptedEngine(text_script('fine')), key='secret') as address, page_of(
-      browser, address, expected='Failed to load resource') as page:
-    assert 'needs an API key' in page.locator('#model').inner_text()
+  engine, name = ScriptedEngine(text_script('fine')), 'a-name/of-a-model-that-is-wider-than-a-phone'
+  with address_of(engine, key='secret', name=name) as address, page_of(
+      browser, address, 'phone', expected='Failed to load resource') as page:
+    assert 'needs an API key' in page.locator('.problem').inner_text()
     page.click('#settings')
     page.fill('#key', 'secret')
     page.press('#key', 'Enter')
-    browsers.playwright.expect(page.locator('#model')).to_have_text('tiny')
+    browsers.playwright.expect(page.locator('#model')).to_have_text(name)
+    assert page.locator('#settings').evaluate('button => button.getBoundingClientRect().right <= innerWidth')
     send(page, 'hi')
     page.wait_for_selector('.tools button')
     assert page.locator('.text').inner_text() == 'fine'
