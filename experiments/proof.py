@@ -81,7 +81,7 @@ def proof(*, meshes: str | None = None, steps: int = 20, layers: int = 2, width:
   fails = False
   traces = [functools.partial(mesh_traces.trace, run, data, mesh) for mesh in laid_out[1:]]
   if steps > 1:
-    moves = laid_out[1 % len(laid_out)], laid_out[-1]
+    moves = laid_out[1 % len(laid_out)], laid_out[-1 if len(laid_out) > 2 else 0]   # from a mesh to another one
     traces.append(lambda: mesh_traces.resumed(run, _empty(workdir / 'resumed'), moves, steps // 2))
   for make in traces:
     trace = make()
