@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lm.workdir import integrity
+from lm.workdir import atomic, integrity
 
 _MARK = '.unfinished-copy'   # lies in the folder until the copy is finished
 _COMMIT = 'commit_success.txt'
@@ -121,7 +121,7 @@ def _copy_file(source: Any, target: Any, checksum: int | None = None) -> int | N
   target.parent.mkdir(parents=True, exist_ok=True)
   new = target.with_name(f'{target.name}.copying') if _can_rename(target) else target
   crc = size = 0
-  with source.open('rb') as f, new.open('wb') as g:
+  with atomic.naming(new), source.open('rb') as f, new.open('wb') as g:
     while block := f.read(_BLOCK):
       crc, size = zlib.crc32(block, crc), size + len(block)
       g.write(block)

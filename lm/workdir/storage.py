@@ -6,7 +6,9 @@ that cannot rename folders, it lacks the file `commit_success.txt`.
 import contextlib
 import itertools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from logging import getLogger
 from typing import Any
 
 import jax
@@ -37,6 +39,7 @@ class Storage:
   def __init__(self, folder: Any, preserved: Callable[[], set[int]], only_reads: bool = False):
     import orbax.checkpoint as ocp  # here, not at the top, because it takes half a second
     logging.get_absl_logger().addFilter(_is_relevant)
+    _hide_abandoned_writes()
     self.folder, self._preserved, self._only_reads, self._ocp = folder, preserved, only_reads, ocp
     self._points = hosts.Channel('saves/0')   # of a save, see `_meet`
     self._manager = self._open()
@@ -110,12 +113,14 @@ class Storage:
                     ) from cause
 
   def _open_anew(self) -> None:
-    """Replaces Orbax's manager after a save that failed.
+    """Replaces Orbax's manager after a save that failed, and removes what it has written, which may fill the disk.
 
-    It lists the failed step, lacks those that it was about to delete, and says that a save is going on.
+    The manager lists the failed step, lacks those that it was about to delete, and says that a save is going on.
     """
     with contextlib.suppress(Exception):
       self._manager.close()
+    with contextlib.suppress(OSError):
+      self._remove_unfinished()
     with contextlib.suppress(OSError):   # the folder cannot be listed either: the next save tries again
       self._manager = self._open()
 
@@ -180,6 +185,12 @@ class Storage:
         integrity.write_checksums(folder, parts)
 
   def _prepare(self) -> None:
+    """Makes the folder ready for a save. Raises OSError where it cannot be written to."""
+    self._remove_unfinished()
+    if jax.process_index() == 0 and jax.process_count() > 1:
+      integrity.check_writable(self.folder)   # the others would wait for minutes for a folder that cannot be made
+
+  def _remove_unfinished(self) -> None:
     """Removes the folders of saves that a kill or an error ended, so that they do not fill the disk.
 
     Their names, which end in `.orbax-checkpoint-tmp`, show that they are unfinished. Where storage cannot rename
@@ -191,10 +202,29 @@ class Storage:
       if _UNFINISHED.fullmatch(folder.name):
         with contextlib.suppress(OSError):   # what a thread of a failed save still writes, the next save removes
           folder.rmtree()
-    if jax.process_count() > 1:   # the others would wait for minutes for a folder that cannot be made
-      integrity.check_writable(self.folder)
 
 
 def _is_relevant(record: Any) -> bool:
   """Filters out what Orbax logs at every save, and its tracebacks of errors, which are raised too."""
   return '/orbax/' not in record.pathname or record.levelname == 'WARNING'
+
+
+def _hide_abandoned_writes() -> None:
+  """Hides what Python prints of the writes that a failed save abandons: a traceback for each, hundreds on a full disk.
+
+  Orbax closes its event loop at the first error, which `Storage.write` raises. TensorStore tries to tell the closed
+  loop of each further write that ends.
+  """
+  former = sys.unraisablehook
+
+  def hook(args):
+    if args.object is not None or str(args.exc_value) != 'Event loop is closed':
+      former(args)
+
+  if getattr(former, '__qualname__', '') != hook.__qualname__:
+    sys.unraisablehook = hook
+  getLogger('asyncio').addFilter(_is_retrieved)
+
+
+def _is_retrieved(record: Any) -> bool:
+  return 'exception was never retrieved' not in record.getMessage()

@@ -1,4 +1,5 @@
 """Checkpoints restore the same bytes on any mesh, survive kills and full disks, and cast nothing silently."""
+import gc
 import os
 import pathlib
 import re
@@ -232,7 +233,7 @@ def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, 
       with pytest.raises(OSError, match=f'could not be written to {tmp_path}: .*No space left') as caught:
         raiser()
       assert 'tensorstore_spec' not in str(caught.value)
-      assert checkpoints.steps() == [1]
+      assert checkpoints.steps() == [1] and os.listdir(tmp_path) == ['1']
     checkpoints.save(2, state, {'n': 2})
     with pytest.raises(OSError, match='No space left'):
       while True:
@@ -243,6 +244,27 @@ def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, 
   assert checkpoint.Checkpoints(tmp_path).facts() == {'n': 2}
   assert '1' not in os.listdir(tmp_path)
   assert 'Traceback' not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='limits')
+def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, capfd, caplog):
+  """A limit on the size of a file stands for it: TensorStore itself fails, at each of many arrays."""
+  import resource
+  numbers, limits = np.random.default_rng(0).normal(size=(100, 10_000)), resource.getrlimit(resource.RLIMIT_FSIZE)
+  state = {'params': dict(zip(map(str, range(100)), numbers))}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    for step in range(1, 4):
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+      try:
+        with pytest.raises(OSError, match='File too large'):
+          checkpoints.save(step, state, {})
+          checkpoints.wait()
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.save(4, state, {})
+  assert os.listdir(tmp_path) == ['4']
+  gc.collect()   # what is never retrieved is said when it is removed
+  assert 'Traceback' not in capfd.readouterr().err + caplog.text
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
