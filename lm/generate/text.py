@@ -132,6 +132,8 @@ def tokens(model: LanguageModel, params: Any, tokenizer: Tokenizer, prompts: Seq
            mark: Callable[[Batch], Batch] = lambda batch: batch) -> list[np.ndarray]:
   """Like `generate`, but takes token ids, without bos, and returns token ids, without the one that ends them."""
   sampling.check_ids(tokenizer.vocab_size)
+  if not prompts:
+    return []
   batch = prompt_batch(model, prompts, tokenizer)
   max_tokens = token_count(model, tokenizer, batch, max_tokens)
   request = Completion(model, params, tokenizer, sampling, max_tokens, seed)

@@ -44,11 +44,11 @@ class Guard:
 
   def __post_init__(self):
     if not 0 < self.most < self.window:
-      raise ValueError(f'a spike guard that allows {self.most} skipped steps of {self.window} never stops, or at once; '
-                       'allow fewer than the window has, and one at least')
+      raise ValueError(f'most={self.most} skipped steps of window={self.window} must be at least 1, and fewer than the '
+                       'window; otherwise the run stops at once, or never')
     if self.window < 4 or not self.sigma > 0:
-      raise ValueError(f'a spike guard of {self.sigma} standard deviations over {self.window} steps judges nothing; '
-                       'take more than 0, and 4 steps at least')
+      raise ValueError(f'window={self.window} steps must be at least 4, and sigma={self.sigma} standard deviations '
+                       'more than 0')
 
   def init(self) -> History:
     """Returns the history before the first step."""
@@ -80,14 +80,18 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-  """Leaves out the update of a step that is not finite; more than `most` in `window` steps end the run."""
+  """Leaves out the update of a step that is not finite.
+
+  The run ends where more than `most` of the last `window` steps were left out. Raises ValueError for a number that is
+  out of range.
+  """
   most: int = 16
   window: int = 128
 
   def __post_init__(self):
     if not 0 < self.most < self.window:
-      raise ValueError(f'most={self.most} steps left out of window={self.window} end a run never, or at once; allow '
-                       'fewer than the window has, and one at least')
+      raise ValueError(f'most={self.most} steps left out of window={self.window} must be at least 1, and fewer than '
+                       'the window; otherwise the run stops at once, or never')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +99,11 @@ class GoBack:
   """Goes back to the last checkpoint where a step is not finite, and leaves out all batches from there to this step.
 
   This is what PaLM's authors did at spikes (Chowdhery et al. 2022, section 5.1). `further` more batches are left out.
-  The run ends after it went back `most` times.
+  The run ends after it went back `most` times. Raises ValueError for a number that is out of range.
   """
   further: int = 0
   most: int = 5
 
   def __post_init__(self):
     if self.further < 0 or self.most < 1:
-      raise ValueError(f'further={self.further} batches are less than 0, or most={self.most} times are less than 1')
+      raise ValueError(f'further={self.further} batches must be 0 or more, and most={self.most} times at least 1')

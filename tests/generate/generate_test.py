@@ -282,7 +282,7 @@ def test_ids_give_ids_and_a_prompt_may_be_bidirectional():
 
 def test_bad_requests_are_refused():
   call = functools.partial(generate.generate, Table(), None, Six())
-  assert call([]) == []
+  assert call([]) == generate.tokens(Table(), None, Six(), []) == []
   for error, kwargs in [
       ('3 tokens .* max_tokens=97 .* 99', {'max_tokens': 97}), ('max_tokens=0', {'max_tokens': 0}),
       ("stop=\\['a', ''\\]", {'stop': ['a', '']}), ("stop='a'", {'stop': 'a'})]:
