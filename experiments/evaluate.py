@@ -41,6 +41,8 @@ def evaluate(*, workdir: pathlib.Path | None = None, model: str | None = None, s
     raise ValueError(f'--model={model} has no held-out documents of its own; give --tasks, or a --suite such as '
                      '{"likelihood": {"books": {"text": "books/*.txt"}}}')
   chosen = of_flags(suite, tasks, include_path, limit)
+  for _, evaluation in chosen.evaluations() if chosen else ():
+    evaluation.check_packages()   # before a model is read, which may take long
   with jax.set_mesh(sharding.make_mesh(mesh)):
     if model:
       loaded = pretrained.load(model)

@@ -69,6 +69,9 @@ class Documents:
     if self.limit is not None and self.limit < 2:
       raise ValueError(f'limit={self.limit} is below 2, and one document gives no interval; give more, or null for all')
 
+  def check_packages(self) -> None:
+    """Raises ImportError, which says what to install, where a package is missing; most evaluations need none."""
+
   def documents(self, subject: Subject) -> list[str]:
     """Returns the documents. ValueError where there are none with text."""
     if self.text:

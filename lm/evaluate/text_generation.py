@@ -82,6 +82,9 @@ class Generation(Documents):
     seeds.check(self.seed)
     self.sampling()
 
+  def check_packages(self) -> None:
+    texts.Settings(self.language).check_packages(self.metrics)
+
   def sampling(self) -> generate.Sampling:
     """Returns how a token is drawn. ValueError for values that are out of range."""
     return generate.Sampling(self.temperature, self.top_k, self.top_p)

@@ -47,6 +47,10 @@ class Harness:
       if getattr(self, name) is not None and getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is below 1')
 
+  def check_packages(self) -> None:
+    """Raises ImportError, which says what to install, without lm-evaluation-harness."""
+    client_class()
+
   def digest(self, subject: Subject) -> str:
     """Returns a hash of the folder of tasks, and of the version of the harness.
 
