@@ -83,8 +83,8 @@ class _Server:
 
   def _model_card(self) -> dict[str, Any]:
     return {'id': self._served.name, 'object': 'model', 'created': self._created, 'owned_by': 'lm',
-            'max_model_len': self._served.context, 'has_chat_template': self._served.template is not None,
-            'reads_source': self._served.model.reads_source}
+            'max_model_len': self._served.context, 'max_tokens': self._limits.most_tokens,
+            'has_chat_template': self._served.template is not None, 'reads_source': self._served.model.reads_source}
 
   def _check_model(self, name: str | None) -> None:
     if name not in (None, self._served.name):

@@ -142,7 +142,7 @@ def test_stop_retry_conversations_and_settings(browser):
 
 def test_a_model_without_a_template_continues_the_text(browser):
   engine = ScriptedEngine(text_script('ééé'))
-  with address_of(engine, None) as address, page_of(browser, address) as page:
+  with address_of(engine, None, most_tokens=9) as address, page_of(browser, address) as page:
     assert 'continues your text' in page.locator('.hint').inner_text()
     send(page, 'Once')
     page.wait_for_selector('.tools button')
