@@ -41,8 +41,9 @@ def test_a_block_in_a_file_of_its_own_trains_and_decodes():
 
 def test_commands_of_the_documentation_train_in_folders_of_their_own():
   text = ''.join(path.read_text() for path in sorted(DOCS.glob('*.md')))
-  # A command that resumes a run has only the flag of its workdir, and one that replays a step that of the step.
-  every = re.findall(r'^python experiments/(\w+)\.py((?:\\\n|(?<=;)\n|[^\n])*)', text, re.MULTILINE)
+  # A command that resumes a run has only the flag of its workdir, and one that replays a step that of the step. A
+  # command that two pages have trains once.
+  every = dict.fromkeys(re.findall(r'^python experiments/(\w+)\.py((?:\\\n|(?<=;)\n|[^\n])*)', text, re.MULTILINE))
   commands = [(script, flags) for script, flags in every if flags.split(' --replay=')[0] != ' --workdir=runs/books']
   trains = {'pretrain', 'distill', 'finetune_chat', 'preference', 'denoise', 'diffusion', 'infill', 'quickstart',
             'customer_service', 'summarise', 'sweep', 'compare', 'mup', 'optimizers', 'overfit', 'scaling'}

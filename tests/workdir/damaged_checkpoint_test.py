@@ -78,7 +78,7 @@ def test_a_flipped_bit_among_checksums_or_in_a_later_metric_is_noticed(tmp_path,
       assert checkpoints.best_step() is None
       if name == 'checksums.json':
         assert checkpoints.restore(abstract(make_state(mesh), mesh)).step == 10
-        assert f'20 is damaged: {path} is not JSON' in warned.pop()
+        assert f'20 is damaged: {path} cannot be read as JSON' in warned.pop()
     path.write_bytes(data)
 
 
