@@ -2,6 +2,7 @@
 import collections
 import gc
 import os
+import pathlib
 import signal
 import warnings
 
@@ -16,6 +17,8 @@ if as_shipped.OPTIONS:
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tiny programs run once: they take longer to optimise than to run. Programs that tests start inherit this.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# The threads of PyTorch wait for one another in a loop, which takes the cores from other workers.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -46,6 +49,19 @@ def pytest_terminal_summary(terminalreporter, config):
       cells = [worst.get(column, '-') for column in columns]
       terminalreporter.write_line(f'{row:34}' + ''.join(
           f'{cell:>10}' if isinstance(cell, str) else f'{cell:10.1e}' for cell in cells))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def bounds_memory():
+  """Forgets what JAX has compiled, after a module, once there is much of it.
+
+  Linux allows a process 65,530 memory maps, a compiled program has several, and the garbage collector reads what
+  programs keep alive.
+  """
+  yield
+  if pathlib.Path('/proc/self/maps').exists() and pathlib.Path('/proc/self/maps').read_bytes().count(b'\n') > 10_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='module')

@@ -32,8 +32,10 @@ def state(step):
 
 @pytest.fixture
 def removes_coroutines():
+  gc.freeze()   # the collection looks only through what the test has made
   yield
   gc.collect()
+  gc.unfreeze()
 
 
 @pytest.fixture
