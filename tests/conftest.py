@@ -9,11 +9,8 @@ import warnings
 from helpers import as_shipped
 
 # Before JAX starts: flags are read once.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + (
-    ' --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1')
-if as_shipped.OPTIONS:
-  # Programs compile in half the time without the newer fusion emitters.
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + f' --xla_force_host_platform_device_count=8 {as_shipped.QUICK}')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tiny programs run once: they take longer to optimise than to run. Programs that tests start inherit this.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from helpers import as_shipped
 from processes_test import address, results
 
 ROOT, PATIENCE = pathlib.Path(__file__).parents[1], 300   # seconds to the first step
@@ -42,9 +43,9 @@ def pair(tmp_path, cache, request):
   script, coordinator = tmp_path / 'program.py', address()
   heartbeat = getattr(request, 'param', 100)   # so long that on a busy machine a broken connection is noticed before
   script.write_text(PROGRAM)
-  environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-                              'PYTHONUNBUFFERED': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                              'JAX_COMPILATION_CACHE_DIR': str(cache)}
+  environment = os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'JAX_PLATFORMS': 'cpu',
+                              'XLA_FLAGS': as_shipped.QUICK, 'PYTHONUNBUFFERED': '1',
+                              'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_COMPILATION_CACHE_DIR': str(cache)}
   processes = [subprocess.Popen(
       [sys.executable, str(script), f'--workdir={tmp_path / "run"}', f'--coordinator_address={coordinator}',
        '--num_processes=2', f'--process_id={i}', f'--heartbeat={heartbeat}', '--nodoctor'], env=environment, text=True,

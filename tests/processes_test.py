@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import as_shipped
 from helpers.slow import slow
 
 from lm.data import dataset
@@ -40,7 +41,7 @@ FLAGS = ['--vocab=400', '--length=16', '--layers=1', '--width=16', '--heads=2', 
 
 
 def start(arguments, folder):
-  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': as_shipped.QUICK,
                               'XDG_CACHE_HOME': str(folder / 'cache')}
   return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -90,8 +90,8 @@ def loss_and_gradients(name, mesh):
 
 @pytest.mark.parametrize('name, mesh', [
     ('preference', 'context:2,tensor:2'),
-    *slow(('multi_token', 'context:4'), ('multi_token', 'fsdp:2,context:4'), ('t5', 'fsdp:2,context:4'),
-          ('unlikelihood', 'context:2,tensor:2'))])
+    *slow(('multi_token', 'fsdp:2,context:4'), ('t5', 'fsdp:2,context:4'), ('unlikelihood', 'context:2,tensor:2')),
+    pytest.param('multi_token', 'context:4', marks=[pytest.mark.slow, pytest.mark.long])])
 def test_losses_and_gradients_are_those_of_one_device(name, mesh):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * (np.abs(b).max() + 0.01)),
                loss_and_gradients(name, mesh), loss_and_gradients(name, None))

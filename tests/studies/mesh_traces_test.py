@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import every_run
+from helpers import as_shipped, every_run
 from helpers.experts import KINDS
 from helpers.meshes import mesh_of
 from helpers.runs import RUN, Bigram, Data
@@ -41,8 +41,10 @@ def bound(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', ['replica:8', 'fsdp:8', 'fsdp:4,tensor:2', 'fsdp:2,context:4',
-                                  'replica:2,fsdp:2,tensor:2'])
+@pytest.mark.parametrize('mesh', [
+    'replica:8', 'fsdp:2,context:4', 'replica:2,fsdp:2,tensor:2',
+    # Two processes, and a run that goes on, below, have these meshes too.
+    *(pytest.param(mesh, marks=pytest.mark.long) for mesh in ('fsdp:8', 'fsdp:4,tensor:2'))])
 def test_losses_and_norms_of_20_steps_differ_by_rounding_alone(mesh, reference, bound):
   trace = mesh_traces.trace(RUN, RUN.data, mesh_of(mesh))
   assert trace.batches == reference.batches and len(trace.losses) == 20
@@ -72,7 +74,8 @@ def test_two_processes_equal_one(reference, bound):
   """Processes of 4 devices each have the batches of one process, and its losses and norms to rounding."""
   root, coordinator = pathlib.Path(__file__).parents[2], address()
   environment = os.environ | {
-      'PYTHONPATH': f'{root}:{root / "tests"}', 'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'PYTHONPATH': f'{root}:{root / "tests"}',
+      'XLA_FLAGS': f'{as_shipped.QUICK} --xla_force_host_platform_device_count=4',
       'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   processes = [subprocess.Popen([sys.executable, __file__, coordinator, str(i)], env=environment, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]

@@ -1,4 +1,4 @@
-"""Runs that are killed 20 times, at points and at any time, end as one that nothing stopped.
+"""Runs that are killed several times, at points and at any time, end as one that nothing stopped.
 
 The lives are processes of their own, which start from a program without JAX. This file is that program too.
 """
@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import as_shipped
 from helpers.runs import RUN, Data
 
 from lm import optim, train
@@ -52,7 +53,8 @@ def move(subject, *places):
 def rows_of(folder, function, *arguments):
   """Runs a function of this file in a program of its own, and returns what it prints."""
   root = pathlib.Path(__file__).parents[2]
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'} | {
+  environment = os.environ | {
+      'XLA_FLAGS': as_shipped.QUICK,
       'PYTHONPATH': f'{root}:{root / "tests"}', 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   program = subprocess.run([sys.executable, __file__, str(folder), function.__name__, *arguments], env=environment,
                            text=True, capture_output=True, timeout=1800)
@@ -65,7 +67,8 @@ def losses(workdir, name='loss'):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kills, place', [(19, '1x2'), (1, '2x1')])
+@pytest.mark.parametrize('kills, place', [
+    (6, '1x2'), (1, '2x1'), pytest.param(19, '1x2', marks=pytest.mark.long)])
 def test_runs_that_are_killed_end_as_whole_ones(tmp_path, kills, place):
   """In one process and in two: the state and the log bit for bit, and each record once in all files."""
   rows = rows_of(tmp_path, kill, f'{kills},{place}')
