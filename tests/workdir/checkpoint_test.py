@@ -217,9 +217,10 @@ def test_refuses_to_go_back_and_bad_arguments(tmp_path, mesh):
 def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, capfd):
   """The writing thread fails as it does on a full disk."""
   from orbax.checkpoint._src.serialization import ocdbt_utils
-  real = ocdbt_utils.merge_ocdbt_per_process_files
+  real, unfinished = ocdbt_utils.merge_ocdbt_per_process_files, tmp_path / '9.orbax-checkpoint-tmp'
 
   async def full(*args, **kwargs):
+    unfinished.mkdir(exist_ok=True)
     raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code='28'] "
                      "[tensorstore_spec='{}']")
 
@@ -233,7 +234,7 @@ def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, 
       with pytest.raises(OSError, match=f'could not be written to {tmp_path}: .*No space left') as caught:
         raiser()
       assert 'tensorstore_spec' not in str(caught.value)
-      assert checkpoints.steps() == [1] and os.listdir(tmp_path) == ['1']
+      assert checkpoints.steps() == [1] and not unfinished.exists()
     checkpoints.save(2, state, {'n': 2})
     with pytest.raises(OSError, match='No space left'):
       while True:
@@ -247,6 +248,7 @@ def test_a_failed_save_is_raised_and_harms_nothing(tmp_path, mesh, monkeypatch, 
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='limits')
+@pytest.mark.filterwarnings('ignore:coroutine .* was never awaited:RuntimeWarning')   # Orbax leaves them
 def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, capfd, caplog):
   """A limit on the size of a file stands for it: TensorStore itself fails, at each of many arrays."""
   import resource
@@ -262,7 +264,7 @@ def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, capfd, caplog):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(4, state, {})
-  assert os.listdir(tmp_path) == ['4']
+  assert checkpoint.Checkpoints(tmp_path).steps() == [4]   # an abandoned write may leave an unfinished folder
   gc.collect()   # what is never retrieved is said when it is removed
   assert 'Traceback' not in capfd.readouterr().err + caplog.text
 
