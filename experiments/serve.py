@@ -8,15 +8,17 @@ r"""Serves a trained run or a Hugging Face model: a chat page, and the endpoints
 Prints the address when it answers. Needs `pip install -e '.[serve]'`.
 """
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
-from lm import generate, launch, load, serve, sharding
+from lm import generate, launch, load, lora, named, serve, sharding
 from lm.hf import pretrained
 from lm.models import Reward, kinds
 from lm.models.quantized_decoder import check_weights, with_rounded_weights
@@ -24,8 +26,11 @@ from lm.objectives.objective import causal_prompt
 from lm.options import ServedDrafts
 
 
-def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
-  """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none."""
+def _open(model: str, best: bool, weights: str, adapters: Sequence[load.StoredRun] = ()) -> tuple[Any, Any, Any, Any]:
+  """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none.
+
+  The parameters have adapters beside them, which are numbered from 1 on.
+  """
   workdir, folder = load.run_or_model(None, model, best)
   check = functools.partial(check_weights, dtype=weights)
   loaded = pretrained.load(folder, check=check) if folder else load.open_trained(workdir, best, check)
@@ -36,7 +41,11 @@ def _open(model: str, best: bool, weights: str) -> tuple[Any, Any, Any, Any]:
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
   template = None if decoder.reads_source else load.chat_template(loaded)
-  params = with_rounded_weights(decoder, loaded.params, weights)
+  params, trained = loaded.params, [load.read_params(stored)[0] for stored in adapters]
+  if weights != 'float32':
+    params = with_rounded_weights(decoder, params, weights)
+    trained = jax.device_put(trained, jax.tree.leaves(params)[0].sharding)
+  params = lora.with_row_adapters(params, list(zip((stored.run.model for stored in adapters), trained)))
   return decoder, decoder.unstack(params), loaded.tokenizer, template
 
 
@@ -66,9 +75,9 @@ def _scheduler(engine: generate.Engine, rows: int, pages: int | None, drafter: A
   return scheduler
 
 
-def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None = None, host: str = '127.0.0.1',
-         port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None, waiting: int = 64,
-         api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
+def main(*, model: str = 'runs/quickstart', adapters: tuple[str, ...] = (), best: bool = False, name: str | None = None,
+         host: str = '127.0.0.1', port: int = 8000, rows: int = 8, context: int | None = None, pages: int | None = None,
+         waiting: int = 64, api_key: str | None = None, cors: tuple[str, ...] = (), max_tokens: int | None = None,
          max_body: int = 1 << 20, deadline: float = 600, drain: int = 60,
          weights: Literal['float32', 'int8', 'int4'] = 'float32', mesh: str | None = None,
          drafting: ServedDrafts = ServedDrafts()) -> None:
@@ -76,6 +85,8 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
 
   Args:
     model: the workdir of a run, a Hugging Face folder, an imported model, or an id on the hub.
+    adapters: runs that trained adapters of the model with --lora_rank, as name=workdir, several of them after commas. A
+      request chooses one by giving its name as the model.
     best: use the best checkpoint of a run by its metric, instead of the newest.
     name: how clients name the model; none for the name of its folder, or its id.
     host: the address to listen on; 0.0.0.0 opens the server to the network.
@@ -102,10 +113,12 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
   if context is not None and context < 2:
     raise ValueError(f'context={context} must be at least 2: a token of a prompt, and one of an answer')
   serve.check_packages()   # before the model is read, which may take long
+  name = name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model)
+  stored = named.adapters(adapters, model, name, best)
   listener = serve.listen(host, port)
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
-    decoder, params, tokenizer, template = _open(model, best, weights)
+    decoder, params, tokenizer, template = _open(model, best, weights, list(stored.values()))
   on_mesh = functools.partial(jax.set_mesh, mesh) if weights == 'float32' else contextlib.nullcontext
   with on_mesh():
     engine = generate.Engine(decoder, params, _slots(decoder, context), tokenizer.vocab_size, tokenizer.eos_ids)
@@ -114,12 +127,13 @@ def main(*, model: str = 'runs/quickstart', best: bool = False, name: str | None
   print(f'{model} is open; its programs are compiled now, or read from disk where they are kept', file=sys.stderr)
   thread = serve.EngineThread(scheduler, rows + waiting, on_mesh)
   thread.start(scheduler.warm_up).result()
-  served = serve.ServedModel(name or (pathlib.Path(model).resolve().name if pathlib.Path(model).is_dir() else model),
-                             decoder, params, tokenizer, scheduler.context, template)
+  served = serve.ServedModel(name, decoder, params, tokenizer, scheduler.context, template)
+  models = [served, *(dataclasses.replace(served, name=own, template=run.run.data.template or template, adapter=i)
+                      for i, (own, run) in enumerate(stored.items(), 1))]
   key = api_key or os.environ.get('LM_API_KEY') or None
   if key is None and not serve.hosts(host):
     print('anyone on the network can use this server; --api_key=... asks for a key', file=sys.stderr)
-  app = serve.application(served, thread, serve.Limits(key, cors, serve.hosts(host), max_body, max_tokens, deadline))
+  app = serve.application(models, thread, serve.Limits(key, cors, serve.hosts(host), max_body, max_tokens, deadline))
   print(f'{served.name} answers at {serve.address(listener)} (a {"chat" if template else "completion"} page; the base '
         'URL of clients is this and /v1); Ctrl-C stops it', flush=True)
   serve.serve(app, listener, drain, lambda: thread.count)

@@ -52,9 +52,11 @@ def open_trained(workdir: str | pathlib.Path, best: bool = False, check: Callabl
     FileNotFoundError: as in `open_run`, or the tokenizer is missing.
     ValueError: as in `open_run`, or the model, the tokenizer or the base of adapters is not that of the checkpoint.
   """
-  stored = _open(paths.local(workdir), best)
+  stored = open_stored(paths.local(workdir), best)
   check(lora.base_model(stored.run.model))
-  return _read(stored)
+  params, step = read_params(stored)
+  model, params = lora.merge(stored.run.model, train.with_constants(params, train.load_constants(stored.run)))
+  return TrainedModel(stored.run, model, params, stored.tokenizer, step, stored.workdir, stored.facts)
 
 
 def open_run(workdir: pathlib.Path) -> train.Run:
@@ -110,7 +112,7 @@ def _by_script(script: pathlib.Path, workdir: pathlib.Path, accepted: Sequence[M
 
 
 @dataclasses.dataclass(frozen=True)
-class _StoredRun:
+class StoredRun:
   """A run that agrees with its checkpoint, before parameters are read."""
   run: train.Run
   tokenizer: Any
@@ -120,7 +122,7 @@ class _StoredRun:
   workdir: pathlib.Path
 
 
-def _open(workdir: pathlib.Path, best: bool = False) -> _StoredRun:
+def open_stored(workdir: pathlib.Path, best: bool = False) -> StoredRun:
   """Opens the run and the tokenizer of a workdir, and compares them with its checkpoint."""
   run = open_run(workdir)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
@@ -139,7 +141,7 @@ def _open(workdir: pathlib.Path, best: bool = False) -> _StoredRun:
     now['constants'] = {c.name: describe(c) for c in run.constants if c.name == 'base'}
     facts = {**facts, 'constants': {'base': facts.get('constants', {}).get('base')}}
   _compare(workdir, facts, now)
-  return _StoredRun(run, tokens, best_step, step, facts, workdir)
+  return StoredRun(run, tokens, best_step, step, facts, workdir)
 
 
 def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -151,25 +153,22 @@ def _compare(workdir: pathlib.Path, facts: Mapping[str, Any], now: Mapping[str, 
                               'now; restore what it was trained with:\n  ' + '\n  '.join(lines[:6]))
 
 
-def _read(stored: _StoredRun) -> TrainedModel:
-  """Reads the parameters of a run."""
+def read_params(stored: StoredRun) -> tuple[Any, int]:
+  """Reads the parameters that a run trains, without constants. Returns them and the step of their checkpoint."""
   run, workdir, mesh = stored.run, stored.workdir, jax.sharding.get_mesh()
   abstract = train.with_shardings(jax.eval_shape(run.model.init, jax.random.key(0)), mesh)
   path = _average_path(stored)
   with checkpoint.Checkpoints(workdir / 'checkpoints', keep=run.keep, create=False) as checkpoints:
     if path is None:
       restored = checkpoints.restore_params(abstract, stored.best_step)
-      params = restored.state
-    else:
-      arrays = averaging.abstract_arrays(path, abstract)
-      restored = checkpoints.restore_parts({'params': abstract, 'opt_state': train.with_shardings(arrays, mesh)},
-                                           stored.best_step)
-      params = averaging.from_arrays(path, restored.state['opt_state'], restored.state['params'])
-  model, params = lora.merge(run.model, train.with_constants(params, train.load_constants(run)))
-  return TrainedModel(run, model, params, stored.tokenizer, restored.step, workdir, stored.facts)
+      return restored.state, restored.step
+    arrays = averaging.abstract_arrays(path, abstract)
+    restored = checkpoints.restore_parts({'params': abstract, 'opt_state': train.with_shardings(arrays, mesh)},
+                                         stored.best_step)
+    return averaging.from_arrays(path, restored.state['opt_state'], restored.state['params']), restored.step
 
 
-def _average_path(stored: _StoredRun) -> list[str] | None:
+def _average_path(stored: StoredRun) -> list[str] | None:
   """Returns where the state of the optimizer has an average; ValueError where the description of that is damaged."""
   if 'run' not in stored.facts:   # an older version of lm wrote the checkpoint, and the script built the run
     return averaging.average_path(jax.eval_shape(lambda: train.init(stored.run).opt_state))
@@ -219,7 +218,7 @@ def open_base(name: str, dtype: Any = None, with_tokenizer: bool = True) -> Base
   """
   folder = paths.local(name)
   if is_run(name):
-    stored = _open(folder)
+    stored = open_stored(folder)
     model = lora.base_model(stored.run.model)
     model = model if dtype is None else model.with_dtype(dtype)
     return BaseModel(model, stored.tokenizer if with_tokenizer else None, stored.run.data.template,

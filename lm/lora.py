@@ -4,6 +4,8 @@ A matrix W of the model is used as W + alpha / rank * A B, with A [in, rank] and
 uniform within 1 / sqrt(in), as in the authors' loralib and in PEFT. W does not change: only A and B have a state of the
 optimizer and are stored in checkpoints. The gradient of W is still computed, for one layer at a time, and dropped, so
 that LoRA saves memory rather than time.
+
+`with_row_adapters` puts several adapters beside one model, of which each row of a batch has its own.
 """
 import dataclasses
 import fnmatch
@@ -13,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from lm import declarations, train
 from lm.declarations import Role, Weight
-from lm.models.low_rank_weight import LowRank
+from lm.models.low_rank_weight import LowRank, RowLowRank
+from lm.models.quantized_decoder import Quantized
 from lm.train import interfaces
 
 # The roles of weights that can be adapted.
@@ -133,6 +137,44 @@ def _matrices(weights: Any, match: Sequence[str] | None) -> dict[str, Weight]:
       raise ValueError(f'the adapters are for {pattern!r}, which no matrix of the model matches; it has '
                        + ', '.join(matrices))
   return {path: weight for path, weight in matrices.items() if any(fnmatch.fnmatch(path, pattern) for pattern in match)}
+
+
+def check_row_adapters(model: Any, adapted: Adapted) -> None:
+  """Raises ValueError where rows of one batch cannot have adapters of their own beside this model."""
+  if model.reads_source or isinstance(model, Quantized):
+    raise ValueError('rows of a batch cannot have adapters of their own beside a model of class '
+                     f'{type(model).__name__}; merge the adapters into a model of their own')
+  for path, weight in _matrices(declarations.of(adapted.model), adapted.match).items():
+    if weight.role is not Role.MATRIX or weight.leading:
+      raise ValueError(f'the adapters are for {path}, a table, a head or a matrix of experts, and rows of a batch can '
+                       'have their own adapters for the other matrices of layers; merge the adapters into a model of '
+                       'their own')
+
+
+def with_row_adapters(params: Any, adapters: Sequence[tuple[Adapted, Any]]) -> Any:
+  """Returns parameters beside which each row of a batch has one of several adapters, or none (`RowLowRank`).
+
+  Args:
+    params: those of the model, before `unstack`; matrices may be of int8.
+    adapters: for the numbers from 1 on, what is trained and the parameters of that, `{'adapters': tree}`.
+  """
+  scales = {i: adapted.alpha / adapted.rank for i, (adapted, _) in enumerate(adapters, 1)}
+  return _beside(params, {i: trained['adapters'] for i, (_, trained) in enumerate(adapters, 1)}, scales)
+
+
+def _beside(base: Any, trees: dict[int, Any], scales: dict[int, float]) -> Any:
+  """Returns a part of the parameters with a RowLowRank in place of each matrix that adapters have, by number."""
+  if not trees:
+    return base
+  if isinstance(base, dict):
+    return {name: _beside(leaf, {i: tree[name] for i, tree in trees.items() if name in tree}, scales)
+            for name, leaf in base.items()}
+  first = next(iter(trees.values()))
+  leading = first['A'].ndim + first['B'].ndim - jax.tree.leaves(base)[0].ndim - 2   # axes of layers
+  numbers = jnp.asarray(np.repeat(list(trees), [tree['A'].shape[-1] for tree in trees.values()]), jnp.int32)
+  return RowLowRank(base, jnp.concatenate([tree['A'] for tree in trees.values()], -1),
+                    jnp.concatenate([scales[i] * tree['B'] for i, tree in trees.items()], leading),
+                    jnp.broadcast_to(numbers, (*first['A'].shape[:leading], len(numbers))))
 
 
 def adapt(run: train.Run, rank: int, alpha: float | None = None, match: Sequence[str] | None = None) -> train.Run:

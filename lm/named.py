@@ -1,12 +1,13 @@
 """Models that flags name. They are opened when the run of an experiment is built, see `train.after_opening`."""
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lm import load
+from lm import load, lora, paths
 from lm.load import BaseModel
 from lm.models import Encoder, EncoderDecoder, MultiToken, Transformer, kinds
+from lm.objectives.objective import causal_prompt
 from lm.train import interfaces
 
 DECODER = 'a decoder, such as GPT-2 or Llama'
@@ -88,3 +89,40 @@ def trunk(model: Any) -> Any:
 
 def _is_decoder(model: Any) -> bool:
   return isinstance(model, interfaces.Decoder) and not isinstance(model, EncoderDecoder)
+
+
+def adapters(flags: Sequence[str], model: str, own_name: str, best: bool = False) -> dict[str, load.StoredRun]:
+  """Opens the runs of adapters that `--adapters=name=workdir,...` names beside `--model`, without their parameters.
+
+  `own_name` is how clients name the model itself, and `best` the value of `--best`.
+
+  Raises:
+    FileNotFoundError: a folder holds no run.
+    ValueError: a flag has another form, a name stands twice, `best` is true, or a run does not train adapters of this
+      model, with its tokenizer, which rows of one batch can choose and which write after any prompt.
+  """
+  if flags and best:
+    raise ValueError('--best may choose another checkpoint than that which --adapters were trained on; leave it out')
+  stored: dict[str, load.StoredRun] = {}
+  base = load.open_base(model) if flags else None
+  for flag in flags:
+    name, equals, workdir = flag.partition('=')
+    if not name or not equals or not workdir or name in (*stored, own_name):
+      raise ValueError(f'--adapters={flag} must be a name that no other model has, = and a workdir, such as '
+                       'sql=runs/sql')
+    run = load.open_stored(paths.local(workdir))
+    adapted = run.run.model
+    if not isinstance(adapted, lora.Adapted):
+      raise ValueError(f'--adapters={flag}: {workdir} does not train adapters, which --lora_rank makes; serve it as '
+                       '--model')
+    start = next(constant.load for constant in run.run.constants if constant.name == 'base')
+    parameters = getattr(start, 'parameters', None)
+    if parameters is None or parameters != base.start.parameters:
+      raise ValueError(f'--adapters={flag}: its adapters were trained on other parameters than those of '
+                       f'--model={model}; give the model that {workdir} started from')
+    if run.tokenizer.fingerprint != base.tokenizer.fingerprint or run.run.objective.prompt is not causal_prompt:
+      raise ValueError(f'--adapters={flag}: {workdir} has another tokenizer than --model={model}, or does not write '
+                       'after any prompt; serve it as --model')
+    lora.check_row_adapters(base.model, adapted)
+    stored[name] = run
+  return stored

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from lm import generate, launch, load, scripts, sharding, train
+from lm import generate, launch, load, named, scripts, sharding, train
 from lm.hf import pretrained
 from lm.train import validation
 from lm.workdir import checkpoint, rebuild
@@ -136,6 +136,14 @@ def test_adapters_are_opened_without_a_script(trains, tmp_path):
   shutil.rmtree(tmp_path / 'project')
   assert same(results(workdir)[2], load.open_trained(workdir).params)
   assert load.origin_folder(load.open_run(workdir), load.open_trained(workdir).tokenizer) is None
+  base = str(tmp_path / 'base')
+  assert named.adapters([f'own={workdir}'], base, 'base')['own'].run.model.rank == 2
+  for flags, model, words in (
+      ([f'own={workdir}'], workdir, 'trained on other parameters than those of'),
+      ([f'own={base}'], base, 'does not train adapters'), (['own'], base, 'own must be a name that no other model has'),
+      ([f'own={workdir}'] * 2, base, 'no other model'), ([f'base={workdir}'], base, 'no other model')):
+    with pytest.raises(ValueError, match=words):
+      named.adapters(flags, str(model), 'base')
 
 
 def test_a_run_without_its_tokens_says_how_to_get_them_back(workdir):

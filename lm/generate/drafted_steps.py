@@ -40,6 +40,7 @@ from lm.generate.engine import (
 )
 from lm.models.attention import LayerCache
 from lm.models.latent import LatentCache
+from lm.models.low_rank_weight import choose_adapters
 from lm.models.transformer import Cache
 
 MOST = CHUNK - 1   # the largest number of tokens that are drafted at a time
@@ -134,7 +135,7 @@ def _draw(model, params, state: State, drafts_BD, allowed, ends, *, vocab) -> tu
   steps = jnp.minimum(jnp.arange(width)[None], jnp.maximum(state.limit_B - written - 1, 0)[:, None])
   segments = jnp.broadcast_to(~state.ended_B[:, None], tokens.shape).astype(jnp.int32)
   batch = Batch(tokens, positions=state.position_B[:, None] + steps, segments=segments)
-  out = model.apply(params, batch, cache=state.cache)
+  out = model.apply(choose_adapters(params, state.adapter_B), batch, cache=state.cache)
   logits_BTV = sharding.whole_logits(out.head, out.hidden)
 
   def add_column(carry):

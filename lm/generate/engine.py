@@ -26,6 +26,7 @@ from lm.data.batch import Batch
 from lm.generate.filters import TokenHistory, draw, keep_allowed, new_history, process, word_count
 from lm.generate.sampling import Settings, row_keys
 from lm.models import paged
+from lm.models.low_rank_weight import choose_adapters
 from lm.models.transformer import Cache
 
 CHUNK = 16   # the most tokens of a call of `step`: few enough to be read as they come, enough to hide its overhead
@@ -67,6 +68,7 @@ class State(NamedTuple):
   settings: Settings
   limit_B: jax.Array       # the number of tokens with which a row ends
   top_B: jax.Array         # the number of alternatives whose log-probabilities are needed
+  adapter_B: jax.Array     # the number of the adapter of each row; 0 for none
 
 
 def longest_text(model: Any) -> int:
@@ -162,8 +164,8 @@ def _prefill(model, params, batch: Batch, history, settings, limit, allowed, end
   history, settings, limit, allowed = split_rows((history, settings, limit, allowed))
   out = model.apply(params, batch, cache=model.init_cache(len(batch.tokens), slots))
   ended = (batch.segments[:, -1] == 0) | (history.written_B >= limit)
-  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], ended, history, settings, limit,
-                jnp.zeros_like(limit))
+  zeros = jnp.zeros_like(limit)
+  state = State(out.cache, batch.tokens[:, -1], batch.positions[:, -1], ended, history, settings, limit, zeros, zeros)
   state, tokens = add_token(state, last_logits(out), allowed, vocab, ends)
   return state, replicate(tokens)
 
@@ -177,7 +179,7 @@ def replicate(tree: Any) -> Any:
 @sharding.whole_rows()
 def _step(model, params, state: State, count, allowed, ends, *, vocab) -> tuple[State, Tokens]:
   """Draws up to `count` tokens of each row; fewer if all rows end."""
-  allowed = split_rows(allowed)
+  allowed, params = split_rows(allowed), choose_adapters(params, state.adapter_B)
 
   def add_column(carry):
     n, state, columns = carry

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def prefix_keys(ids: np.ndarray, size: int) -> list[bytes]:
-  """Returns a key for each full page of a prompt, a hash of all tokens up to its end."""
-  keys, key = [], b''
+def prefix_keys(ids: np.ndarray, size: int, adapter: int = 0) -> list[bytes]:
+  """Returns a key for each full page of a prompt, a hash of the number of its adapter and of all tokens up to its end.
+  """
+  keys, key = [], np.int32(adapter).tobytes()
   for end in range(size, len(ids) + 1, size):
     key = hashlib.sha256(key + np.int32(ids[end - size:end]).tobytes()).digest()
     keys.append(key)

@@ -27,6 +27,7 @@ class Request:
     scores_prompt: whether the log-probabilities of the prompt's tokens are given too.
     grammar: what each continuation has to match, from `Grammars.compile`; None for any text.
     source: what the encoder of an encoder-decoder reads, with its control tokens; None for a decoder.
+    adapter: the number of the engine's adapter that the model has for this request, from 1 on; 0 for none.
   """
   ids: Sequence[int]
   sampling: Sampling = Sampling()
@@ -37,6 +38,7 @@ class Request:
   scores_prompt: bool = False
   grammar: Grammar | None = None
   source: Sequence[int] | None = None
+  adapter: int = 0
 
   @property
   def prompt_size(self) -> int:
@@ -47,8 +49,11 @@ class Request:
     """Returns the largest number of tokens to write, in texts of `context` tokens."""
     return context - len(self.ids) if self.max_tokens is None else self.max_tokens
 
-  def check(self, engine: Engine, context: int) -> None:
-    """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens."""
+  def check(self, engine: Engine, context: int, adapters: int = 0) -> None:
+    """Raises ValueError, which names the value, if an engine can never run the request in texts of `context` tokens.
+
+    `adapters` is the number of adapters that the engine has.
+    """
     size, model, sampling = len(self.ids), engine.model, self.sampling
     _check_ids('ids', self.ids, model.vocab)
     if model.reads_source and self.source is None:
@@ -64,6 +69,8 @@ class Request:
     sampling.check_ids(engine.vocab)
     if self.grammar is not None:
       check_sampling(sampling)
+    if not 0 <= self.adapter <= adapters:
+      raise ValueError(f'adapter={self.adapter} must be from 0, for none, to {adapters}')
     if self.choices < 1:
       raise ValueError(f'choices={self.choices} must be at least 1')
     if not 0 <= self.top <= min(TOP, engine.vocab):

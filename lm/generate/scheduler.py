@@ -148,7 +148,7 @@ class Scheduler:
 
   def submit(self, request: Request) -> None:
     """Adds a request behind those that wait. Raises ValueError, which names the value, if it can never run."""
-    request.check(self.engine, self.context)
+    request.check(self.engine, self.context, self._slots.adapters)
     if self.pool is not None:
       length = len(request.ids)
       full = length // self._slots.size if self.sharing_obstacle is None else 0
@@ -205,7 +205,7 @@ class Scheduler:
   def _begin(self, request: Request) -> PromptReading:
     """Begins to read a prompt, after the pages that it shares with others. One token at least is read."""
     ids, size = np.asarray(request.ids, np.int32), self._slots.size
-    keys = prefix_keys(ids, size) if self.sharing_obstacle is None else []
+    keys = prefix_keys(ids, size, request.adapter) if self.sharing_obstacle is None else []
     prefix = None
     if self.pool is not None:
       prefix = self.pool.find([] if request.scores_prompt else keys[:(len(ids) - 1) // size])
@@ -219,7 +219,8 @@ class Scheduler:
     """Reads a chunk of a prompt. Returns the number of tokens that are read."""
     request, start = reading.request, reading.count
     source = None if request.source is None else np.asarray(request.source, np.int32)
-    reading.prompt, tokens = self._slots.read(reading.cache, reading.ids, start, request.scores_prompt, source)
+    reading.prompt, tokens = self._slots.read(reading.cache, reading.ids, start, request.scores_prompt, source,
+                                               request.adapter)
     reading.cache = reading.prompt.cache
     reading.count += tokens.ids_BT.shape[1]
     if request.scores_prompt:
@@ -249,7 +250,8 @@ class Scheduler:
     row = self._rows.index(None)
     matcher = request.grammar and request.grammar.start(request.sampling.stop_ids)
     allowed = allowed_tokens([matcher], self.engine.model.vocab)
-    start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed)
+    start = self._slots.start(reading.ids, request.sampling, limit, request.top, request.seed, choice, allowed,
+                              request.adapter)
     self._state, tokens = self._slots.join(self._state, reading.prompt, start, row, pages)
     text = np.r_[reading.ids, np.zeros(limit, np.int32)]
     self._rows[row] = WrittenChoice(request, choice, limit, text, matcher, () if pages is None else pages.used_pages)

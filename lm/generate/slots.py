@@ -41,6 +41,7 @@ from lm.generate.filters import TokenHistory, new_history
 from lm.generate.page_pools import PagePools, Prefix, RowPages, ring
 from lm.generate.sampling import Sampling, Settings, settings
 from lm.models import paged
+from lm.models.low_rank_weight import choose_adapters, count_adapters
 
 WIDTHS = 64, 16, 4, 1   # of chunks; each is a program more, which takes a second to compile
 
@@ -70,6 +71,7 @@ class Start(NamedTuple):
   position_R: np.ndarray   # of the last token of the prompt
   limit_R: np.ndarray
   top_R: np.ndarray
+  adapter_R: np.ndarray
   allowed_RW: np.ndarray   # the tokens that may be drawn first
 
 
@@ -84,7 +86,7 @@ def _empty(model, history, settings, *, rows, slots, pages, size) -> State:
   history, settings = split_rows((history, settings))
   zeros = split_rows(jnp.zeros(rows, jnp.int32))
   cache = paged.init_cache(model, rows, pages, size, slots // size) if any(pages) else _new_cache(model, rows, slots)
-  return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros)
+  return State(cache, zeros, zeros, zeros == 0, history, settings, zeros, zeros, zeros)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rows', 'slots'))
@@ -95,9 +97,10 @@ def _empty_cache(model, *, rows, slots) -> Any:
 
 @functools.partial(jax.jit, static_argnames=('model', 'vocab'), donate_argnames='cache')
 @sharding.whole_rows()
-def _read(model, params, cache, batch: Batch, is_scored, *, vocab) -> tuple[Prompt, Tokens]:
+def _read(model, params, cache, batch: Batch, adapter_R, is_scored, *, vocab) -> tuple[Prompt, Tokens]:
   """Reads a chunk. Returns the log-probabilities of the targets too if `is_scored` is true, otherwise zeros."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
+  params = choose_adapters(params, split_rows(adapter_R))
   out = model.apply(params, batch._replace(targets=None), cache=cache)
 
   def score(logits, targets):
@@ -119,7 +122,7 @@ def _join(model, state: State, prompt: Prompt, start: Start, ends, row, pages, *
   start = split_rows(start)
   zeros = jnp.zeros_like(start.limit_R)
   new = State(prompt.cache, zeros, start.position_R, zeros > 0, start.history, start.settings, start.limit_R,
-              start.top_R)
+              start.top_R, start.adapter_R)
   new, tokens = add_token(new, prompt.logits_RV, start.allowed_RW, vocab, ends)
   places = jnp.where(jnp.arange(len(zeros)) == 0, row, len(state.token_B))   # the repetitions have no place
   if pages is None:
@@ -152,6 +155,11 @@ class Slots:
   def slots(self) -> int:
     """The number of slots of a row."""
     return -(-self.engine.slots // self.size) * self.size if self.pages else self.engine.slots
+
+  @functools.cached_property
+  def adapters(self) -> int:
+    """The number of adapters beside the parameters, of which each row can have one; see `lora.with_row_adapters`."""
+    return count_adapters(self.engine.params)
 
   @functools.cached_property
   def _windows(self) -> tuple[int | None, ...]:
@@ -204,12 +212,12 @@ class Slots:
     """Returns all widths in which sources are read."""
     return sorted({self.source_width(count) for count in range(1, self.slots + 1)})
 
-  def read(self, cache: Any, ids: np.ndarray, start: int, is_scored: bool, source: np.ndarray | None = None
-           ) -> tuple[Prompt, Tokens]:
+  def read(self, cache: Any, ids: np.ndarray, start: int, is_scored: bool, source: np.ndarray | None = None,
+           adapter: int = 0) -> tuple[Prompt, Tokens]:
     """Reads the next chunk of a prompt, from its token `start` on. It donates `cache`.
 
     Returns the prompt, and of each token of the chunk the log-probabilities of the token after it, if they are scored.
-    A `source` is read with the first token.
+    A `source` is read with the first token. `adapter` is the number of an adapter; 0 for none.
     """
     reads_source = source is not None and start == 0
     width, rows = 1 if reads_source else self.width(len(ids) - start), sharding.padded_rows(1)
@@ -221,10 +229,11 @@ class Slots:
       padded, segments = np.zeros((2, rows, self.source_width(len(source))), np.int32)
       padded[:, :len(source)], segments[:, :len(source)] = source, 1
       batch = batch._replace(source=padded, source_segments=segments)
-    return _read(engine.model, engine.params, cache, batch, is_scored, vocab=engine.vocab)
+    return _read(engine.model, engine.params, cache, batch, np.full(rows, adapter, np.int32), is_scored,
+                 vocab=engine.vocab)
 
   def start(self, ids: np.ndarray, sampling: Sampling, limit: int, top: int, seed: int, stream: int,
-            allowed: np.ndarray | None = None) -> Start:
+            allowed: np.ndarray | None = None, adapter: int = 0) -> Start:
     """Returns what a row begins with, which draws from the random stream `stream` of its seed.
 
     `allowed` are the tokens that may be drawn first, int32 [1, W] as in `grammars`; None for all.
@@ -232,7 +241,7 @@ class Slots:
     rows = sharding.padded_rows(1)
     return Start(new_history([ids] * rows, self.engine.model.vocab),
                  settings([sampling] * rows, [seed] * rows, np.full(rows, stream)),
-                 *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top)),
+                 *(np.full(rows, value, np.int32) for value in (len(ids) - 1, limit, top, adapter)),
                  self.engine.allowed(rows, allowed))
 
   def join(self, state: State, prompt: Prompt, start: Start, row: int, pages: RowPages | None = None

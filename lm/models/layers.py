@@ -1,4 +1,5 @@
 """The parts of models except attention: weights, norms, feed-forward layers, blocks. Shape legend: `transformer.py`."""
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from lm.data.batch import Batch
 from lm.declarations import Role
 from lm.models import rounding
 from lm.models.context import Aux, Context
-from lm.models.low_rank_weight import LowRank
+from lm.models.low_rank_weight import LowRank, RowLowRank
 from lm.models.rematerialisation import SavePolicy
 from lm.models.rounded_weights import RoundedWeight
 
 Initializer = Callable[..., jax.Array]
+Factor = jax.Array | RowLowRank | RoundedWeight   # a weight in use
 
 # Results of matrix products that the backward pass reads, and the outputs of attention. All others (norms, activations,
 # rotations) are cheaper to compute again.
@@ -52,16 +54,21 @@ def weight(module: nn.Module, name: str, axes: str, shape: tuple[int, ...], init
   return in_use(declarations.detach(module.param(name, new)), axes, dtype)
 
 
-def in_use(value: jax.Array | LowRank | RoundedWeight, axes: str, dtype: Any = None) -> jax.Array | RoundedWeight:
+def in_use(value: jax.Array | LowRank | RowLowRank | RoundedWeight, axes: str, dtype: Any = None) -> Factor:
   """Returns a stored parameter gathered for use, in `dtype`; a rounded one as it is."""
   if isinstance(value, RoundedWeight):
     return value
+  if isinstance(value, RowLowRank):
+    inputs = value.a.ndim - 1
+    return dataclasses.replace(value, weight=in_use(value.weight, axes, dtype),
+                               a=in_use(value.a, axes[:inputs] + 'r', dtype),
+                               b=in_use(value.b, 'r' + axes[inputs:], dtype))
   if isinstance(value, LowRank):
     value = value.merged()
   return sharding.gather(value if dtype is None else value.astype(dtype), axes)
 
 
-def einsum(formula: str, x: jax.Array, w: jax.Array | RoundedWeight, dtype: Any = None) -> jax.Array:
+def einsum(formula: str, x: jax.Array, w: Factor, dtype: Any = None) -> jax.Array:
   """Multiplies by a gathered weight. The letters of the formula also define the sharding of the result.
 
   All three products, forward and backward, multiply in the dtype of `x` and accumulate in float32; in a model that
@@ -70,6 +77,8 @@ def einsum(formula: str, x: jax.Array, w: jax.Array | RoundedWeight, dtype: Any 
   """
   if isinstance(w, RoundedWeight):
     return w.product(x).astype(dtype or x.dtype)
+  if isinstance(w, RowLowRank):
+    return w.product(einsum, formula, x).astype(dtype or x.dtype)
   return sharding.leave(_einsum(formula, x, w, dtype or x.dtype, rounding.current(x.dtype)))
 
 
@@ -118,8 +127,10 @@ _einsum = sharding.custom_vjp(_multiply, lambda *args: (_multiply(*args), args[1
                               nondiff_argnums=(0, 3, 4))
 
 
-def merge_inputs(w: jax.Array | RoundedWeight) -> jax.Array | RoundedWeight:
+def merge_inputs(w: Factor) -> Factor:
   """Returns a gathered weight whose first two axes, which are inputs, are one; the second of them is not split."""
+  if isinstance(w, RowLowRank):
+    return dataclasses.replace(w, weight=merge_inputs(w.weight), a=merge_inputs(w.a))
   return w.merge_inputs() if isinstance(w, RoundedWeight) else sharding.merge_axes(w, 0)
 
 

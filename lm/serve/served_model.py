@@ -14,6 +14,7 @@ from lm.data.batch import Batch
 from lm.data.chat import conversation
 from lm.data.tokenizers.folder import Tokenizer
 from lm.evaluate import row_shapes
+from lm.models.low_rank_weight import choose_adapters
 from lm.serve.answers_format import Echo
 from lm.serve.api_errors import bad_request
 from lm.serve.chat_messages import NO_TOOLS, ToolUse
@@ -29,7 +30,8 @@ class ServedModel:
   """A model with its tokenizer and chat template, which is None for a model that was not trained to chat.
 
   It is a decoder, or an encoder-decoder, which reads a prompt as its source and writes after bos. Its parameters are
-  unstacked, like those of the engine. `embed` computes, and is called in the engine's thread.
+  unstacked, like those of the engine. The same parameters with another `adapter` are another model, with a name and
+  possibly a chat template of its own. `embed` computes, and is called in the engine's thread.
   """
   name: str
   model: Any
@@ -37,6 +39,7 @@ class ServedModel:
   tokenizer: Tokenizer
   context: int   # the longest text, a prompt and its answer together, in tokens; also the longest source
   template: conversation.Template | None = None
+  adapter: int = 0   # the number of its adapter in the engine; 0 for none
 
   @functools.cached_property
   def texts(self) -> TokenTexts:
@@ -162,15 +165,16 @@ class ServedModel:
 
   def embed(self, ids: np.ndarray) -> np.ndarray:
     """Returns, for a decoder, the mean of the last hidden states of a text, scaled to length 1, float32 [D]."""
-    return np.asarray(_embedding(self.model, self.params, self._row(ids)))[0]
+    return np.asarray(_embedding(self.model, self.params, self._row(ids), np.int32(self.adapter)))[0]
 
 
 @functools.partial(jax.jit, static_argnames='model')
 @sharding.whole_rows()
-def _embedding(model: Any, params: Any, batch: Batch) -> jax.Array:
+def _embedding(model: Any, params: Any, batch: Batch, adapter: jax.Array) -> jax.Array:
   """Returns the normalised mean of the hidden states of each row, [B, D]."""
   batch = jax.tree.map(lambda x: sharding.constrain(x, 'BT'), batch)
   cache = model.init_cache(*batch.tokens.shape)   # the parameters are unstacked, as programs with a cache read them
+  params = choose_adapters(params, sharding.constrain(jnp.broadcast_to(adapter, len(batch.tokens)), 'B'))
   hidden = sharding.constrain(model.apply(params, batch, cache=cache).hidden.astype(jnp.float32), '---')
   is_text = sharding.constrain(batch.segments > 0, '--')[..., None]
   total = jnp.where(is_text, hidden, 0).sum(1)

@@ -28,9 +28,12 @@ Body = request_bodies.CompletionBody | request_bodies.ChatBody
 _PAGE = pathlib.Path(__file__).with_name('chat_page.html')
 
 
-def application(served: ServedModel, thread: EngineThread, limits: Limits) -> Any:
-  """Returns the ASGI application of a model whose engine runs in `thread`."""
-  server = _Server(served, thread, limits)
+def application(models: Sequence[ServedModel], thread: EngineThread, limits: Limits) -> Any:
+  """Returns the ASGI application of an engine that runs in `thread`.
+
+  Its `models` are that of the engine, which answers where a request names none, and that with each adapter.
+  """
+  server = _Server(models, thread, limits)
   routing = require('starlette.routing', 'serve')
   routes = [routing.Route(path, endpoint, methods=[method]) for method, path, endpoint in (
       ('GET', '/', server.page), ('GET', '/health', server.health), ('GET', '/version', server.version),
@@ -49,10 +52,10 @@ def application(served: ServedModel, thread: EngineThread, limits: Limits) -> An
 class _Server:
   """The endpoints."""
 
-  def __init__(self, served: ServedModel, thread: EngineThread, limits: Limits):
-    self._served, self._thread, self._limits = served, thread, limits
+  def __init__(self, models: Sequence[ServedModel], thread: EngineThread, limits: Limits):
+    self._models, self._thread, self._limits = models, thread, limits
     self._responses = require('starlette.responses', 'serve')
-    self._metrics = ServerMetrics(served.name, served.context, thread.engine)
+    self._metrics = ServerMetrics(models[0].name, models[0].context, thread.engine)
     self._created = int(time.time())
     self._page, self._page_headers = read_page(_PAGE)
 
@@ -75,84 +78,88 @@ class _Server:
     return self._json(openapi.document())
 
   async def models(self, request: Any) -> Any:
-    return self._json({'object': 'list', 'data': [self._model_card()]})
+    return self._json({'object': 'list', 'data': [self._card(served) for served in self._models]})
 
   async def model(self, request: Any) -> Any:
-    self._check_model(request.path_params['id'])
-    return self._json(self._model_card())
+    return self._json(self._card(self._model(request.path_params['id'])))
 
-  def _model_card(self) -> dict[str, Any]:
-    return {'id': self._served.name, 'object': 'model', 'created': self._created, 'owned_by': 'lm',
-            'max_model_len': self._served.context, 'max_tokens': self._limits.most_tokens,
-            'has_chat_template': self._served.template is not None, 'reads_source': self._served.model.reads_source}
+  def _card(self, served: ServedModel) -> dict[str, Any]:
+    base = self._models[0]
+    return {'id': served.name, 'object': 'model', 'created': self._created, 'owned_by': 'lm',
+            'parent': None if served is base else base.name, 'max_model_len': served.context,
+            'max_tokens': self._limits.most_tokens, 'has_chat_template': served.template is not None,
+            'reads_source': served.model.reads_source}
 
-  def _check_model(self, name: str | None) -> None:
-    if name not in (None, self._served.name):
-      raise ApiError(404, f'the model {name[:100]!r} is not served here; the one that is served is '
-                          f'{self._served.name!r}', 'model', 'model_not_found')
+  def _model(self, name: str | None) -> ServedModel:
+    """Returns the model of a name; ApiError where there is none."""
+    for served in self._models:
+      if name in (None, served.name):
+        return served
+    names = ', '.join(repr(served.name) for served in self._models)
+    raise ApiError(404, f'the model {name[:100]!r} is not served here; what is served is {names}', 'model',
+                   'model_not_found')
 
-  async def _read(self, request: Any, read: Callable[[Any], Any]) -> Any:
-    """Returns the body of a request, read by a function of `request_bodies`."""
+  async def _read(self, request: Any, read: Callable[[Any], Any]) -> tuple[Any, ServedModel]:
+    """Returns the body of a request, read by a function of `request_bodies`, and the model that it names."""
     body = read(await read_body(request, self._limits.most_bytes))
-    self._check_model((body.chat if isinstance(body, request_bodies.ResponseBody) else body).model)
-    return body
+    return body, self._model((body.chat if isinstance(body, request_bodies.ResponseBody) else body).model)
 
   async def completions(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_completion)
-    served, settings = self._served, body.settings
+    body, served = await self._read(request, request_bodies.read_completion)
+    settings = body.settings
     if body.echo:
       served.check_is_decoder('echo is', 'echo')
     prompts = [served.encode(prompt, body.adds_special_tokens) for prompt in body.prompts]
-    grammar = await self._grammar(body)
+    grammar = await self._grammar(body, served)
     requests, echoes = [], []
     for prompt, ids in zip(body.prompts, prompts):
       room = served.room(ids, settings.max_tokens, 'prompt')
       room = min(room, DEFAULT_TOKENS) if settings.max_tokens is None else room
       scores_prompt = body.echo and settings.logprobs is not None
-      requests.append(self._engine_request(ids, body, room, grammar, scores_prompt=scores_prompt))
+      requests.append(self._engine_request(served, ids, body, room, grammar, scores_prompt=scores_prompt))
       echoes += [served.echo(prompt, ids)] * settings.n if body.echo else []
     writer = CompletionWriter(body, served.name, served.texts, echoes)
-    return await self._answer(request, requests, writer, body)
+    return await self._answer(request, requests, writer, body, served)
 
   async def chat(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_chat)
-    writer = ChatWriter(body, self._served.name, self._served.texts)
-    return await self._chat(request, body, writer)
+    body, served = await self._read(request, request_bodies.read_chat)
+    return await self._chat(request, body, served, ChatWriter(body, served.name, served.texts))
 
   async def responses(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_response)
-    return await self._chat(request, body.chat, ResponseWriter(body, self._served.name))
+    body, served = await self._read(request, request_bodies.read_response)
+    return await self._chat(request, body.chat, served, ResponseWriter(body, served.name))
 
-  async def _chat(self, request: Any, body: request_bodies.ChatBody, writer: Writer) -> Any:
-    served = self._served
+  async def _chat(self, request: Any, body: request_bodies.ChatBody, served: ServedModel, writer: Writer) -> Any:
     ids = await asyncio.to_thread(served.encode_chat, body.messages, body.tool_use)   # a template may take seconds
     room = served.room(ids, body.settings.max_tokens, 'messages')
-    grammar = await self._grammar(body)
-    requests = [self._engine_request(ids, body, room, grammar, served.chat_ends)]
-    return await self._answer(request, requests, writer, body)
+    grammar = await self._grammar(body, served)
+    requests = [self._engine_request(served, ids, body, room, grammar, served.chat_ends)]
+    return await self._answer(request, requests, writer, body, served)
 
-  async def _grammar(self, body: Body) -> generate.Grammar | None:
+  async def _grammar(self, body: Body, served: ServedModel) -> generate.Grammar | None:
     """Returns what the answers have to match; None for any text."""
     if body.format is None:
       return None
-    return await asyncio.to_thread(body.format.compile, self._served.grammars)   # a large schema may take a second
+    return await asyncio.to_thread(body.format.compile, served.grammars)   # a large schema may take a second
 
-  def _engine_request(self, ids: np.ndarray, body: Body, room: int, grammar: generate.Grammar | None,
-                      ends: Sequence[int] = (), scores_prompt: bool = False) -> generate.Request:
+  def _engine_request(self, served: ServedModel, ids: np.ndarray, body: Body, room: int,
+                      grammar: generate.Grammar | None, ends: Sequence[int] = (), scores_prompt: bool = False
+                      ) -> generate.Request:
     """Returns the engine's request for a prompt, after which there is `room`; `ends` end an answer too."""
     settings = body.settings
     stop_ids = tuple(dict.fromkeys((*settings.sampling.stop_ids, *ends)))
-    breakers = self._served.last_ids(settings.breakers) if settings.sampling.dry_multiplier else ()
+    breakers = served.last_ids(settings.breakers) if settings.sampling.dry_multiplier else ()
     sampling = sampling_fields.replace(settings.sampling, stop_ids=stop_ids, dry_sequence_breakers=breakers)
-    self._served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
+    served.check_ids(tuple(sampling.ids), 'logit_bias or stop_token_ids')
     seed = random.SystemRandom().randint(0, sampling_fields.MOST_SEED) if settings.seed is None else settings.seed
-    text, source = self._served.text_and_source(ids)
+    text, source = served.text_and_source(ids)
     return generate.Request(text, sampling, self._limits.tokens(settings.max_tokens, room), seed, settings.n,
-                            settings.logprobs or 0, scores_prompt, grammar, source)
+                            settings.logprobs or 0, scores_prompt, grammar, source, served.adapter)
 
-  async def _answer(self, request: Any, requests: Sequence[generate.Request], writer: Writer, body: Body) -> Any:
+  async def _answer(self, request: Any, requests: Sequence[generate.Request], writer: Writer, body: Body,
+                    served: ServedModel) -> Any:
     """Returns the answer of requests: a stream, or the whole that its chunks join to."""
-    answer = RunningAnswer(self._thread, self._served.tokenizer, requests, body.settings.stop, self._metrics)
+    answer = RunningAnswer(self._thread, served.tokenizer, requests, body.settings.stop, self._metrics)
 
     async def chunks() -> AsyncIterator[Chunk]:
       for chunk in writer.begin():
@@ -192,32 +199,33 @@ class _Server:
       await asyncio.gather(task, disconnection, return_exceptions=True)
 
   async def embeddings(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_embeddings)
-    self._served.check_is_decoder('embeddings are', 'model')
-    texts = [self._served.encode(text, param='input') for text in body.texts]
+    body, served = await self._read(request, request_bodies.read_embeddings)
+    served.check_is_decoder('embeddings are', 'model')
+    texts = [served.encode(text, param='input') for text in body.texts]
     for ids in texts:
-      self._served.check_length(ids, 'input')
+      served.check_length(ids, 'input')
     data = []
     for i, ids in enumerate(texts):
-      work = self._thread.call(lambda ids=ids: self._served.embed(ids))
+      work = self._thread.call(lambda ids=ids: served.embed(ids))
       vector = await self._until_disconnected(request, work)
       value = base64.b64encode(vector.astype('<f4').tobytes()).decode() if body.as_base64 else vector.tolist()
       data.append({'object': 'embedding', 'index': i, 'embedding': value})
     count = sum(map(len, texts))
-    return self._json({'object': 'list', 'data': data, 'model': self._served.name,
+    return self._json({'object': 'list', 'data': data, 'model': served.name,
                        'usage': {'prompt_tokens': count, 'total_tokens': count}})
 
   async def score(self, request: Any) -> Any:
     """Answers with log p(text_2 | text_1) in nats, of each pair."""
-    body = await self._read(request, request_bodies.read_score)
-    served, pairs = self._served, []   # (ids, source, the number of tokens of the context)
+    body, served = await self._read(request, request_bodies.read_score)
+    pairs = []   # (ids, source, the number of tokens of the context)
     for first, second in body.pairs:
       context, source = served.text_and_source(served.encode(first, param='text_1'))
       ids = np.concatenate([context, served.encode(second, False, 'text_2')]) if second else context
       served.check_length(ids, 'text_2')
       served.check_length(() if source is None else source, 'text_1')
       pairs.append((ids, source, len(context)))
-    requests = [generate.Request(ids, max_tokens=0, scores_prompt=True, source=source) for ids, source, _ in pairs]
+    requests = [generate.Request(ids, max_tokens=0, scores_prompt=True, source=source, adapter=served.adapter)
+                for ids, source, _ in pairs]
     answer = RunningAnswer(self._thread, served.tokenizer, requests, (), self._metrics)
 
     async def collect() -> list[Piece]:
@@ -230,8 +238,7 @@ class _Server:
                        'usage': {'prompt_tokens': count, 'total_tokens': count}})
 
   async def tokenize(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_tokenize)
-    served = self._served
+    body, served = await self._read(request, request_bodies.read_tokenize)
     if body.messages is not None:
       ids = await asyncio.to_thread(served.encode_chat, body.messages, NO_TOOLS, body.adds_generation_prompt)
     elif body.adds_special_tokens:
@@ -243,12 +250,12 @@ class _Server:
     return self._json({'count': len(ids), 'max_model_len': served.context, 'tokens': ids, **strings})
 
   async def tokenizer_info(self, request: Any) -> Any:
-    return self._json(self._served.tokenizer_info())
+    return self._json(self._models[0].tokenizer_info())
 
   async def detokenize(self, request: Any) -> Any:
-    body = await self._read(request, request_bodies.read_detokenize)
-    self._served.check_ids(body.tokens, 'tokens')
-    return self._json({'prompt': self._served.tokenizer.decode(body.tokens)})
+    body, served = await self._read(request, request_bodies.read_detokenize)
+    served.check_ids(body.tokens, 'tokens')
+    return self._json({'prompt': served.tokenizer.decode(body.tokens)})
 
   async def refused(self, request: Any, error: ApiError) -> Any:
     return self._json(error.body(), error.status, error.headers)

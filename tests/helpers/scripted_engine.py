@@ -1,5 +1,6 @@
 """An engine that writes what a test scripts, and a server of it; no step waits for a compiled program."""
 import contextlib
+import dataclasses
 import threading
 import time
 
@@ -83,13 +84,16 @@ def text_script(text, ends=True):
 
 
 @contextlib.contextmanager
-def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, context=128, name='tiny', **limits):
-  """Yields the application of a server and the thread of its engine."""
+def application(engine, template=CHAT, most=12, model=None, tokenizer=TOKENS, context=128, name='tiny', adapters=None,
+                **limits):
+  """Yields the application of a server and the thread of its engine. `adapters` are templates by name."""
   model, params = model or decoders.make()
   thread = serve.EngineThread(engine, most)
   try:
     model = serve.ServedModel(name, model, params, tokenizer, context, template)
-    yield serve.application(model, thread, serve.Limits(**limits)), thread
+    others = [dataclasses.replace(model, name=each, template=own, adapter=i)
+              for i, (each, own) in enumerate((adapters or {}).items(), 1)]
+    yield serve.application([model, *others], thread, serve.Limits(**limits)), thread
   finally:
     thread.close()
 

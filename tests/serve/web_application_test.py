@@ -239,6 +239,28 @@ def test_a_bad_request_gets_one_clear_line_in_the_form_of_openai(path, body, sta
   assert set(error) == {'message', 'type', 'param', 'code'}
 
 
+def test_a_request_names_an_adapter_as_its_model():
+  script = lambda request, choice: [*f'by {request.adapter}'.encode(), TOKENS.eos_id]
+  with client_of(engine := ScriptedEngine(script), None, adapters={'sql': None, 'talk': JINJA}) as client:
+    cards = client.get('/v1/models').json()['data']
+    assert [(card['id'], card['parent'], card['has_chat_template']) for card in cards] == [
+        ('tiny', None, False), ('sql', 'tiny', False), ('talk', 'tiny', True)]
+    assert client.get('/v1/models/sql').json() == cards[1]
+    for name, served, text in ((None, 'tiny', 'by 0'), ('tiny', 'tiny', 'by 0'), ('sql', 'sql', 'by 1')):
+      answer = client.post('/v1/completions', json={'prompt': 'x', 'model': name}).json()
+      assert (answer['model'], answer['choices'][0]['text']) == (served, text)
+    answer = client.post('/v1/chat/completions', json={**CHAT, 'model': 'talk'}).json()
+    assert (answer['model'], answer['choices'][0]['message']['content']) == ('talk', 'by 2')
+    answer = client.post('/v1/responses', json={'input': 'hi', 'model': 'talk'}).json()
+    assert (answer['model'], answer['output'][0]['content'][0]['text']) == ('talk', 'by 2')
+    refused = client.post('/v1/chat/completions', json={**CHAT, 'model': 'sql'})
+    assert refused.json()['error']['code'] == 'no_chat_template'
+    client.post('/v1/score', json={'text_1': 'a', 'text_2': 'b', 'model': 'sql'})
+    assert list(engine._starts)[-1].adapter == 1
+    refused = client.post('/v1/completions', json={'prompt': 'x', 'model': 'other'})
+    assert refused.status_code == 404 and "'tiny', 'sql', 'talk'" in refused.json()['error']['message']
+
+
 def test_a_model_without_a_template_says_how_to_give_one():
   with client_of(ScriptedEngine(text_script('a')), None) as client:
     error = client.post('/v1/chat/completions', json=CHAT).json()['error']
