@@ -13,40 +13,12 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
-from lm import generate, launch, load, lora, named, serve, sharding
-from lm.hf import pretrained
-from lm.models import Reward, kinds
-from lm.models.quantized_decoder import check_weights, with_rounded_weights
-from lm.objectives.objective import causal_prompt
+from lm import generate, launch, named, serve, sharding
 from lm.options import ServedDrafts
-
-
-def _open(model: str, best: bool, weights: str, adapters: Sequence[load.StoredRun] = ()) -> tuple[Any, Any, Any, Any]:
-  """Returns a model, its parameters, its tokenizer and its chat template, which is None where it has none.
-
-  The parameters have adapters beside them, which are numbered from 1 on.
-  """
-  workdir, folder = load.run_or_model(None, model, best)
-  check = functools.partial(check_weights, dtype=weights)
-  loaded = pretrained.load(folder, check=check) if folder else load.open_trained(workdir, best, check)
-  prompt = causal_prompt if folder else loaded.run.objective.prompt
-  decoder = loaded.model
-  if isinstance(decoder, Reward) or not decoder.causal or prompt is not causal_prompt:
-    raise ValueError(f'--model={model} is {kinds.in_words(decoder)} that does not write from left to right after any '
-                     'prompt; give a decoder that was trained to')
-  # The stacked parameters end with this function, so that there is one copy.
-  template = None if decoder.reads_source else load.chat_template(loaded)
-  params, trained = loaded.params, [load.read_params(stored)[0] for stored in adapters]
-  if weights != 'float32':
-    params = with_rounded_weights(decoder, params, weights)
-    trained = jax.device_put(trained, jax.tree.leaves(params)[0].sharding)
-  params = lora.with_row_adapters(params, list(zip((stored.run.model for stored in adapters), trained)))
-  return decoder, decoder.unstack(params), loaded.tokenizer, template
 
 
 def _slots(decoder: Any, context: int | None) -> int:
@@ -59,7 +31,7 @@ def _slots(decoder: Any, context: int | None) -> int:
 
 def _drafting_engine(model: str, slots: int, weights: str) -> generate.Engine:
   """Returns the engine of a model that drafts tokens of texts of up to `slots` tokens."""
-  decoder, params, tokenizer, _ = _open(model, False, weights)
+  decoder, params, tokenizer, _ = named.to_serve(model, False, weights)
   return generate.Engine(decoder, params, slots, tokenizer.vocab_size, tokenizer.eos_ids)
 
 
@@ -118,7 +90,7 @@ def main(*, model: str = 'runs/quickstart', adapters: tuple[str, ...] = (), best
   listener = serve.listen(host, port)
   mesh = sharding.make_mesh(mesh)
   with jax.set_mesh(mesh):
-    decoder, params, tokenizer, template = _open(model, best, weights, list(stored.values()))
+    decoder, params, tokenizer, template = named.to_serve(model, best, weights, list(stored.values()))
   on_mesh = functools.partial(jax.set_mesh, mesh) if weights == 'float32' else contextlib.nullcontext
   with on_mesh():
     engine = generate.Engine(decoder, params, _slots(decoder, context), tokenizer.vocab_size, tokenizer.eos_ids)

@@ -1,12 +1,17 @@
 """Models that flags name. They are opened when the run of an experiment is built, see `train.after_opening`."""
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lm import load, lora, paths
+from lm.hf import pretrained
 from lm.load import BaseModel
-from lm.models import Encoder, EncoderDecoder, MultiToken, Transformer, kinds
+from lm.models import Encoder, EncoderDecoder, MultiToken, Reward, Transformer, kinds
+from lm.models.quantized_decoder import check_weights, with_rounded_weights
 from lm.objectives.objective import causal_prompt
 from lm.train import interfaces
 
@@ -126,3 +131,27 @@ def adapters(flags: Sequence[str], model: str, own_name: str, best: bool = False
     lora.check_row_adapters(base.model, adapted)
     stored[name] = run
   return stored
+
+
+def to_serve(model: str, best: bool, weights: str, stored: Sequence[load.StoredRun] = ()) -> tuple[Any, Any, Any, Any]:
+  """Returns the model of --model, its parameters, its tokenizer and its chat template, None where it has none.
+
+  The parameters are unstacked, rounded to `weights`, and have the adapters of `stored` beside them, numbered from 1 on.
+  Raises ValueError for a model that does not write after any prompt, or cannot have these weights.
+  """
+  workdir, folder = load.run_or_model(None, model, best)
+  check = functools.partial(check_weights, dtype=weights)
+  loaded = pretrained.load(folder, check=check) if folder else load.open_trained(workdir, best, check)
+  prompt = causal_prompt if folder else loaded.run.objective.prompt
+  decoder = loaded.model
+  if isinstance(decoder, Reward) or not decoder.causal or prompt is not causal_prompt:
+    raise ValueError(f'--model={model} is {kinds.in_words(decoder)} that does not write from left to right after any '
+                     'prompt; give a decoder that was trained to')
+  # The stacked parameters end with this function, so that there is one copy.
+  template = None if decoder.reads_source else load.chat_template(loaded)
+  params, trained = loaded.params, [load.read_params(each)[0] for each in stored]
+  if weights != 'float32':
+    params = with_rounded_weights(decoder, params, weights)
+    trained = jax.device_put(trained, jax.tree.leaves(params)[0].sharding)
+  params = lora.with_row_adapters(params, list(zip((each.run.model for each in stored), trained)))
+  return decoder, decoder.unstack(params), loaded.tokenizer, template
