@@ -149,9 +149,9 @@ def to_serve(model: str, best: bool, weights: str, stored: Sequence[load.StoredR
                      'prompt; give a decoder that was trained to')
   # The stacked parameters end with this function, so that there is one copy.
   template = None if decoder.reads_source else load.chat_template(loaded)
-  params, trained = loaded.params, [load.read_params(each)[0] for each in stored]
-  if weights != 'float32':
-    params = with_rounded_weights(decoder, params, weights)
-    trained = jax.device_put(trained, jax.tree.leaves(params)[0].sharding)
-  params = lora.with_row_adapters(params, list(zip((each.run.model for each in stored), trained)))
+  params = with_rounded_weights(decoder, loaded.params, weights)
+  layout = jax.tree.leaves(params)[0].sharding
+  params = lora.with_row_adapters(params, [(each.run.model, load.read_params(each)[0]) for each in stored])
+  if weights != 'float32':   # rounded weights are read by programs without a mesh, and adapters beside them too
+    params = jax.device_put(params, layout)
   return decoder, decoder.unstack(params), loaded.tokenizer, template

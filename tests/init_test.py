@@ -99,7 +99,7 @@ def test_init_with_another_tokenizer_needs_a_flag(folder, tmp_path, mesh):
 def test_a_model_may_be_refused_before_its_weights_are_read(folder, monkeypatch):
   def refuse(model):
     raise ValueError(f'no {type(model).__name__} here')
-  monkeypatch.setattr(load, '_read', None)
+  monkeypatch.setattr(load, 'read_params', None)
   with pytest.raises(ValueError, match='no Transformer here'):
     load.open_trained(folder / 'run', check=refuse)
 
