@@ -51,10 +51,13 @@ def of_regex(pattern: str) -> str:
 def read_grammar(schema_file: pathlib.Path | None, pattern: str | None) -> str | None:
   """Returns the grammar of the JSON schema in a file, or of a regular expression; None if neither is given.
 
-  Raises ValueError if both are, or if the file has no JSON schema.
+  Raises ValueError if both are, or if the file has no JSON schema; ImportError without llguidance.
   """
+  if schema_file is None and pattern is None:
+    return None
+  require('llguidance', 'serve')   # before a model is read
   if schema_file is None:
-    return None if pattern is None else of_regex(pattern)
+    return of_regex(pattern)
   if pattern is not None:
     raise ValueError(f'the JSON schema {schema_file} and the regular expression {pattern!r} cannot both constrain the '
                      'text; give one of them')

@@ -78,7 +78,7 @@ class Sampling:
         ('min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1'),
         ('typical_p', 0 < self.typical_p <= 1, 'more than 0 and at most 1 (off)'),
         ('eta_cutoff', 0 <= self.eta_cutoff < 1, '0 (off) or more, and less than 1'),
-        ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'more than 0; 1 is off'),
+        ('repetition_penalty', 1e-30 <= self.repetition_penalty <= 1e30, 'from 1e-30 to 1e30; 1 is off'),
         ('presence_penalty', -2 <= self.presence_penalty <= 2, 'between -2 and 2; 0 is off'),
         ('frequency_penalty', -2 <= self.frequency_penalty <= 2, 'between -2 and 2; 0 is off'),
         ('min_tokens', 0 <= self.min_tokens < 2 ** 31 and self.min_tokens % 1 == 0,

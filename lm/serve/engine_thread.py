@@ -89,7 +89,7 @@ class EngineThread:
     count = sum(request.choices for request in requests)
     if count > self._most:
       raise ApiError(400, f'this makes {count} answers, and the server takes {self._most} at a time; send '
-                          'fewer prompts, or a smaller n', 'n')
+                          'fewer texts, or a smaller n')
     with self._changed:
       self._raise_if_stopped()
       if self._count + count > self._most:

@@ -49,8 +49,9 @@ RESPONSE: Mapping[str, Field] = {
     'store': body_fields.one_of(False).otherwise(False),
     'truncation': body_fields.one_of('disabled').otherwise('disabled'), **sampling_fields.LABELS}
 TOKENIZE: Mapping[str, Field] = {
-    **_MODEL, 'prompt': body_fields.TEXT, 'messages': body_fields.OBJECTS, 'add_special_tokens': boolean(True),
-    'add_generation_prompt': boolean(True), 'return_token_strs': boolean()}
+    **_MODEL, 'prompt': body_fields.TEXT, 'messages': body_fields.OBJECTS,
+    'add_special_tokens': boolean().otherwise(None), 'add_generation_prompt': boolean().otherwise(None),
+    'return_token_strs': boolean()}
 DETOKENIZE: Mapping[str, Field] = {**_MODEL, 'tokens': body_fields.IDS.needed()}
 EMBEDDINGS: Mapping[str, Field] = {
     **_MODEL, 'input': body_fields.PROMPTS.needed(),
@@ -178,9 +179,18 @@ def read_tokenize(body: Any) -> TokenizeBody:
   values = read_fields(body, TOKENIZE)
   if (values['prompt'] is None) == (values['messages'] is None):
     raise bad_request('give either a prompt or messages', 'prompt')
-  messages = None if values['messages'] is None else chat_messages.read_messages(values['messages'])
-  return TokenizeBody(values['model'], values['prompt'], messages, values['add_special_tokens'],
-                      values['add_generation_prompt'], values['return_token_strs'])
+  adds_special_tokens, adds_generation_prompt = values['add_special_tokens'], values['add_generation_prompt']
+  messages = None
+  if values['messages'] is None:
+    if adds_generation_prompt is not None:
+      raise bad_request('add_generation_prompt is for messages; leave it out', 'add_generation_prompt')
+  else:
+    if adds_special_tokens:
+      raise bad_request('add_special_tokens=true is for a prompt, because a chat template writes its own special '
+                        'tokens; leave it out', 'add_special_tokens')
+    messages = chat_messages.read_messages(values['messages'])
+  return TokenizeBody(values['model'], values['prompt'], messages, adds_special_tokens is not False,
+                      adds_generation_prompt is not False, values['return_token_strs'])
 
 
 @dataclasses.dataclass(frozen=True)

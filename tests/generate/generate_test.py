@@ -78,7 +78,8 @@ def test_filters_do_not_depend_on_the_order_of_tokens():
     ('temperature', -1, '0'), ('temperature', float('nan'), '0'), ('top_k', 1.5, 'whole'), ('top_k', -2, '0'),
     ('top_k', 2 ** 31, 'below'), ('min_tokens', 2 ** 31, 'below'),
     ('top_p', 0, 'at most 1'), ('top_p', 1.1, 'at most 1'), ('min_p', 2, 'between 0'),
-    ('typical_p', 0, 'at most 1'), ('eta_cutoff', 1, 'less than 1'), ('repetition_penalty', 0, '1 is off')])
+    ('typical_p', 0, 'at most 1'), ('eta_cutoff', 1, 'less than 1'), ('repetition_penalty', 0, '1 is off'),
+    ('repetition_penalty', 1e-40, '1e-30')])
 def test_a_bad_value_is_named(name, value, allowed):
   with pytest.raises(ValueError, match=f'{name}={value} .*{allowed}'):
     generate.Sampling(**{name: value})

@@ -2,6 +2,7 @@
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,13 @@ def test_a_file_without_a_schema_is_named(tmp_path, text, reason):
   (tmp_path / 'a.json').write_text(text)
   with pytest.raises(ValueError, match=f'a.json {reason}'):
     generate.read_grammar(tmp_path / 'a.json', None)
+
+
+@pytest.mark.parametrize('flags', [('a.json', None), (None, 'a+')])
+def test_the_package_is_required_before_a_model_is_read(flags, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'llguidance', None)
+  with pytest.raises(ImportError, match=r"llguidance is needed: pip install 'lm\[serve\]'"):
+    generate.read_grammar(*flags)
 
 
 def matches_schema(text):

@@ -71,7 +71,9 @@ def test_fields_that_contradict_one_another_are_refused():
           'type': 'function', 'function': {'name': 'other'}}}, 'get_time'),
       (request_bodies.read_chat, {**chat, 'tools': [TOOL, TOOL]}, 'two tools'),
       (request_bodies.read_score, {'text_1': ['a', 'b'], 'text_2': ['c', 'd', 'e']}, 'text_1'),
-      (request_bodies.read_tokenize, {'prompt': 'a', 'messages': chat['messages']}, 'either')):
+      (request_bodies.read_tokenize, {'prompt': 'a', 'messages': chat['messages']}, 'either'),
+      (request_bodies.read_tokenize, {'prompt': 'a', 'add_generation_prompt': False}, 'add_generation_prompt'),
+      (request_bodies.read_tokenize, {**chat, 'add_special_tokens': True}, 'add_special_tokens')):
     assert word in str(refusal(read, body))
 
 
