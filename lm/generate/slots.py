@@ -185,12 +185,22 @@ class Slots:
     engine = self.engine
     row_settings = settings([Sampling()] * self.rows, [0] * self.rows, np.zeros(self.rows))
     history = new_history([np.int32([])] * self.rows, engine.model.vocab)
-    return _empty(engine.model, history, row_settings, rows=self.rows, slots=self.slots, pages=self.pool_sizes,
-                  size=self.size)
+    return self._on_device(_empty(engine.model, history, row_settings, rows=self.rows, slots=self.slots,
+                                  pages=self.pool_sizes, size=self.size))
 
   def empty_cache(self) -> Any:
     """Returns a cache for a prompt that is read from its beginning."""
-    return _empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.slots)
+    return self._on_device(_empty_cache(self.engine.model, rows=sharding.padded_rows(1), slots=self.slots))
+
+  def _on_device(self, arrays: Any) -> Any:
+    """Returns arrays bound to the device of the parameters, where there is no mesh.
+
+    JAX compiles a program again for arrays that it may move to another device, as new ones are and results of programs
+    with parameters like these are not.
+    """
+    if sharding.spec('') is not None:
+      return arrays
+    return jax.device_put(arrays, jax.tree.leaves(self.engine.params)[0].sharding)
 
   def pools(self) -> PagePools | None:
     """Returns the pools of the pages of a state; None if it has no pages."""

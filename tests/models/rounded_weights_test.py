@@ -76,12 +76,13 @@ def test_a_model_computes_as_with_the_float_weights(model, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['int8', 'int4'])
-def test_answers_are_bit_identical_in_any_company(dtype):
+def test_answers_are_bit_identical_in_any_company_and_compile_nothing(dtype):
   model = llama(97, 32, 1, 2, kv_heads=1, max_length=48, tied=False)
   params = model.unstack(with_rounded_weights(model, initialised(model), dtype))
 
   def answers(requests):
     scheduler = generate.Scheduler(generate.Engine(model, params, 48, 97, (96,)), 3, (2, 1), pages=0)
+    scheduler.warm_up()
     for request in requests:
       scheduler.submit(request)
     numbers = {request: ([], []) for request in requests}
@@ -89,6 +90,7 @@ def test_answers_are_bit_identical_in_any_company(dtype):
       for event in scheduler.step():
         numbers[event.request][0].extend(event.ids)
         numbers[event.request][1].extend(event.log_probabilities)
+    assert scheduler.compilations == 0
     return numbers
 
   requests = [generate.Request(np.arange(i, 2 * i + 1), generate.Sampling(0.7), 6, seed=i) for i in (4, 11, 7, 2)]
