@@ -154,6 +154,22 @@ def test_a_model_without_a_template_continues_the_text(browser):
     browsers.picture(page, 'completion')
 
 
+def test_a_conversation_goes_on_with_the_model_of_the_settings(browser):
+  script = lambda request, choice: text_script(f'by {request.adapter}')(request, choice)
+  with address_of(ScriptedEngine(script), adapters={'sql': None}) as address, page_of(browser, address) as page:
+    send(page, 'hi')
+    browsers.playwright.expect(page.locator('.text')).to_have_text('by 0')
+    page.click('#settings')
+    page.select_option('#models', 'sql')
+    browsers.playwright.expect(page.locator('#model')).to_have_text('sql')
+    browsers.picture(page, 'models')
+    page.keyboard.press('Escape')
+    page.reload()
+    page.wait_for_selector('body[data-ready=idle]')
+    send(page, ' and', 'Enter')   # without a template, the text goes on
+    browsers.playwright.expect(page.locator('.text').last).to_have_text('by 1')
+
+
 def test_the_oldest_text_is_left_out_where_the_context_has_no_room(browser):
   read = []
   def script(request, choice):
