@@ -59,7 +59,7 @@ def tool(function: Callable[..., None]) -> None:
 def _train(experiment: Callable[..., Any], knobs: dict[str, Any], report: Callable[..., None] | None,
            program_flags: Any = None, /, *, workdir: pathlib.Path | None = None, init: pathlib.Path | None = None,
            init_ignore_tokenizer: bool = False, seed: int = 0, mesh: str | None = None,
-           cluster: Cluster = Cluster(), new_objective: bool = False, verify: bool = False,   # noqa: B008
+           cluster: Cluster = Cluster(), new_objective: bool = False, verify: bool = False,   # noqa: B008 (frozen)
            on_not_finite: Literal['stop', 'skip', 'go_back'] | None = None, replay: int | None = None,
            deterministic: bool = False, doctor: bool = True, diagnose: bool = False):
   """Trains a run in its workdir. The keyword-only parameters are the flags that all runs share.

@@ -8,7 +8,6 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from logging import getLogger
 from typing import Any
 
 import jax
@@ -223,8 +222,3 @@ def _hide_abandoned_writes() -> None:
 
   if getattr(former, '__qualname__', '') != hook.__qualname__:
     sys.unraisablehook = hook
-  getLogger('asyncio').addFilter(_is_retrieved)
-
-
-def _is_retrieved(record: Any) -> bool:
-  return 'exception was never retrieved' not in record.getMessage()
