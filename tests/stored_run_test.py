@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from helpers.meshes import mesh_of
 
 from lm import generate, launch, load, named, scripts, sharding, train
 from lm.hf import pretrained
@@ -137,7 +138,12 @@ def test_adapters_are_opened_without_a_script(trains, tmp_path):
   assert same(results(workdir)[2], load.open_trained(workdir).params)
   assert load.origin_folder(load.open_run(workdir), load.open_trained(workdir).tokenizer) is None
   base = str(tmp_path / 'base')
-  assert named.adapters([f'own={workdir}'], base, 'base')['own'].run.model.rank == 2
+  stored = named.adapters([f'own={workdir}'], base, 'base')['own']
+  assert stored.run.model.rank == 2
+  with jax.set_mesh(mesh_of('fsdp:1')):
+    params = named.to_serve(base, False, 'int8', [stored])[1]
+  # Programs without a mesh read them.
+  assert {type(leaf.sharding) for leaf in jax.tree.leaves(params)} == {jax.sharding.SingleDeviceSharding}
   for flags, model, words in (
       ([f'own={workdir}'], workdir, 'trained on other parameters than those of'),
       ([f'own={base}'], base, 'does not train adapters'), (['own'], base, 'own must be a name that no other model has'),
